@@ -1,0 +1,54 @@
+"""`python -m data_prep STEP`: finds the step's module, runs it, and turns errors into one line."""
+
+import importlib
+import sys
+
+from echolab.data.files import write_error
+from echolab.errors import EcholabError
+
+STEPS = {
+    "run": ("data_prep.run", "raw talking videos -> shards, and the reasons of what is refused"),
+    "draw": ("data_prep.draw", "talkers drawn by the program -> shards"),
+    "encode": ("data_prep.encode", "raw shards -> encoded shards, which training reads"),
+}
+
+
+def help_text() -> str:
+    """Every step with one line."""
+    steps = [f"  {name:<8}{summary}" for name, (_, summary) in STEPS.items()]
+    return "\n".join(
+        [
+            "usage: python -m data_prep STEP [arguments] [key=value ...]",
+            "",
+            *steps,
+            "",
+            "`python -m data_prep STEP --help` says what a step takes.",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run one step; 0 done, 1 an error the user can put right, 2 no such step, 130 interrupted."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0] not in STEPS:
+        print(f"data_prep: error: no step {argv[0]!r}; known: {', '.join(STEPS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]) or 0
+    except EcholabError as error:
+        line = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        line = str(write_error(error.filename, error))
+    except KeyboardInterrupt:
+        print("data_prep: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"data_prep: error: {line}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

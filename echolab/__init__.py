@@ -1,0 +1,3 @@
+"""echolab: training for unified human animation in the manner of EchoMimicV3."""
+
+__version__ = "0.1.0"

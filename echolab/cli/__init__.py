@@ -1,0 +1,1 @@
+"""The commands.  Hydra and omegaconf end here: below, there are plain values."""

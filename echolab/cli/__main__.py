@@ -1,0 +1,100 @@
+"""The command `echolab`: finds the subcommand's module, runs it, and turns errors into one line."""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NamedTuple
+
+from echolab.errors import EcholabError
+
+# What the user can put right; other OSErrors are our mistakes.
+USERS_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+class Command(NamedTuple):
+    module: str  # has main(argv: list[str]) -> int | None; imported only when it is run
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("echolab.cli.demo", "everything on two CPU cores: data, training, report"),
+    "train": Command("echolab.cli.train", "train one run, or a sweep with -m"),
+    "generate": Command("echolab.cli.generate", "picture + speech + prompt -> video with sound"),
+    "evaluate": Command("echolab.cli.evaluate", "score a checkpoint on held-out clips"),
+    "fit": Command("echolab.cli.fit", "fit a stand-in network: autoencoder, SyncNet, features"),
+    "pairs": Command("echolab.cli.pairs", "preference data: sample, score, pack"),
+    "data": Command("echolab.cli.data", "look at shards: verify"),
+    "report": Command("echolab.cli.report", "write a run's report.html again"),
+}
+
+
+def help_text() -> str:
+    """Every command with one line."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: echolab COMMAND [key=value ...]",
+            "",
+            "Trains and runs EchoMimicV3-style human animation.",
+            "",
+            *lines,
+            "",
+            "`echolab COMMAND --help` says what a command takes.",
+            "Raw videos become shards by `python -m data_prep`.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 done, 1 an error the user can put right, 130 interrupted.
+
+    A command may return, or exit with, a code of its own.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"echolab {version('echolab')}")
+        return 0
+    # Before torch is imported: on cores that others use too, threads that spin while they wait for
+    # each other make a step ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"echolab: error: no command {name!r}; known: {known}", file=sys.stderr)
+        return 2
+    return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
+
+
+def _guarded(run: Callable[[], int | None]) -> int:
+    try:
+        return run() or 0
+    except EcholabError as error:
+        print(f"echolab: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in USERS_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "make room there, or give another place"
+        print(
+            f"echolab: error: {where}{error.strerror} (errno {error.errno}); {remedy}",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("echolab: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

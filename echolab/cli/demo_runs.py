@@ -1,0 +1,194 @@
+"""The demo's training runs, its preference pairs and its scores."""
+
+import json
+from typing import Any
+
+import torch
+
+from echolab.cli.demo_pages import keep_samples
+from echolab.cli.demo_settings import (
+    ARCHITECTURE,
+    BATCH,
+    PREFERENCE,
+    SHIFT,
+    DemoSettings,
+    Folder,
+    curriculum_of,
+    schedule_of,
+)
+from echolab.cli.judging import (
+    FRAMES,
+    SYNC_JUDGE,
+    load_autoencoder,
+    load_judges,
+    network_file,
+    sample_pixels,
+)
+from echolab.cli.pairs import VERDICTS, judge_candidates
+from echolab.cli.policy import last_checkpoint, load_policy
+from echolab.data.clips import load_clips
+from echolab.data.files import write_whole
+from echolab.data.index import INDEX
+from echolab.data.progress import progress
+from echolab.data.shards import open_dataset
+from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
+from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.fitting import load_net, work_dtype
+from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.scores import cepstra_of, score_clips
+from echolab.models.frozen import Frozen
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import initialise
+from echolab.preference.candidates import sample_candidates
+from echolab.preference.pack import pack_pairs, read_verdicts
+from echolab.preference.settings import checked
+from echolab.tracking.metrics import MetricsLog, read_metrics
+from echolab.tracking.wandb_run import WandbRun
+from echolab.training.callbacks import Intervals
+from echolab.training.datamodule import HeldOut
+from echolab.training.fit import Machine, Training, fit
+from echolab.training.module import Optim
+
+PHASES = KeepModalities(PHDA)
+
+
+def train(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
+    """One training run, from where it was stopped; KeyboardInterrupt when it is stopped again."""
+    training = training_of(settings, out, name, seed)
+    training.folder.mkdir(parents=True, exist_ok=True)
+    log, wandb_run = start_logs(out, name, seed, settings)
+    try:
+        with progress(f"training {name}", training.schedule.steps) as advance:
+            result = fit(
+                training._replace(
+                    log=lambda step, values: tell(log, wandb_run, step, values),
+                    on_step=lambda step, steps: advance(step, ""),
+                )
+            )
+    finally:
+        log.close()
+        wandb_run.finish()
+    if result.stopped_by or not result.done:
+        raise KeyboardInterrupt
+
+
+def training_of(settings: DemoSettings, out: Folder, name: str, seed: int) -> Training:
+    """The run that makes checkpoint `name`; all but `sft` go on from that one."""
+    first, schedule = name == "sft", schedule_of(settings, name)
+    net = EchoTransformer(**ARCHITECTURE)
+    initialise(net, torch.Generator().manual_seed(seed))
+    reference = None if "sft" in name else Frozen(EchoTransformer(**ARCHITECTURE))
+    return Training(
+        net,
+        ARCHITECTURE,
+        folder=out.run(name, seed),
+        clips=open_dataset(out.train),
+        schedule=schedule,
+        curriculum=curriculum_of(settings.sft_steps if first else 1),
+        objectives=objectives_of(reference),
+        batch_size=BATCH,
+        seed=seed if first else 1000 + seed,
+        shift=SHIFT,
+        pairs=open_dataset(out.pairs(seed)) if reference else None,
+        reference=reference,
+        initial=None if first else last_checkpoint(out.run("sft", seed)),
+        held_out=HeldOut(open_dataset(out.held_out), at_most=BATCH),
+        phases=PHASES,
+        optim=Optim(betas=(0.9, 0.99), ema_decay=0.995 if first else 0.98),
+        machine=Machine(precision=precision()),
+        every=Intervals(log=10, save=100, validate=max(10, schedule.steps // 4)),
+    )
+
+
+def objectives_of(reference: Frozen | None) -> dict[str, Any]:
+    """Supervised alone, or all three kinds against a reference."""
+    if reference is None:
+        return {"sft": Supervised(PHASES)}
+    chosen = checked(PREFERENCE)
+    common = (PHASES, reference, chosen.beta)
+    return {
+        "sft": Supervised(PHASES),
+        "ndpo": NegativePreference(*common),  # its beta stays, so that it saturates
+        "dpo": Preference(
+            *common,
+            loss_type=chosen.loss_type,
+            label_smoothing=chosen.label_smoothing,
+            anchor=chosen.anchor,
+            target_gradient_factor=chosen.target_gradient_factor,
+        ),
+    }
+
+
+def precision() -> str:
+    return "bf16-mixed" if work_dtype() == torch.bfloat16 else "32-true"
+
+
+def start_logs(
+    out: Folder, name: str, seed: int, settings: DemoSettings
+) -> tuple[MetricsLog, WandbRun]:
+    """metrics.jsonl, and a wandb run of the same id at every attempt."""
+    run = out.run(name, seed)
+    path = run / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    attempt = 1 + max((int(row["attempt"]) for row in rows), default=0)
+    identity = f"demo-{out.token}-{name}-{seed}"
+    config = {"architecture": ARCHITECTURE, "seed": seed, "checkpoint": name}
+    config |= {key: getattr(settings, key) for key in DemoSettings.__dataclass_fields__}
+    wandb_run = WandbRun(run, project="echolab-demo", run_id=identity, name=name, config=config)
+    return MetricsLog(path, attempt), wandb_run
+
+
+def tell(log: MetricsLog, wandb_run: WandbRun, step: int, values: dict[str, float]) -> None:
+    log.log(step, values)
+    wandb_run.log(step, values)
+
+
+def make_pairs(settings: DemoSettings, out: Folder, seed: int) -> None:
+    """Sample from `sft`, judge, keep best and worst."""
+    if (out.pairs(seed) / INDEX).exists():
+        return
+    dataset, folder = open_dataset(out.train), out.candidates(seed)
+    net = load_policy(last_checkpoint(out.run("sft", seed)))
+    sampling = settings.sampling()
+    with progress("sampling candidates", settings.prompts) as advance:
+        sample_candidates(
+            net, dataset, folder, prompts=settings.prompts, candidates=settings.candidates,
+            batch=32, steps=sampling.steps, shift=SHIFT, audio_scale=1.0, seed=100 + seed,
+            weights=last_checkpoint(out.run("sft", seed)).name,
+            dtype=work_dtype(), report=lambda done: advance(done, ""),
+        )  # fmt: skip
+    with progress("judging candidates", settings.prompts) as advance:
+        judge_candidates(
+            folder, load_clips(out.raw_train, settings.prompts), load_autoencoder(out.networks),
+            load_net(network_file(out.networks, SYNC_JUDGE), SyncNetDemo),
+            load_net(network_file(out.networks, FRAMES), FrameFeatures),
+            lambda done: advance(done, ""),
+        )  # fmt: skip
+    verdicts = read_verdicts(folder / VERDICTS)
+    pack_pairs(folder, verdicts, dataset, out.pairs(seed), least_margin=0.5)
+
+
+def score(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
+    """Add a row to scores.json, and keep the clips that the report shows."""
+    truth = load_clips(out.raw_held_out)
+    real = load_clips(out.raw_train, 4 * settings.held_out_clips)
+    judges, cepstra = load_judges(out.networks, real), cepstra_of(truth)
+    pixels = truth.float_pixels()
+    if name == "shuffled_sound":  # each clip with the sound, and the visemes, of the one before
+        assert truth.visemes is not None
+        truth = truth._replace(samples=truth.samples.roll(1, 0), visemes=truth.visemes.roll(1, 0))
+        cepstra = cepstra_of(truth)
+    elif name != "ground_truth":
+        net = load_policy(last_checkpoint(out.run(name, seed)))
+        numbers = range(settings.held_out_clips)
+        with progress(f"sampling from {name}", len(numbers)) as advance:
+            pixels = sample_pixels(
+                net, load_autoencoder(out.networks), open_dataset(out.held_out), numbers, "i2v",
+                settings.sampling(), lambda done: advance(done, ""),
+            )  # fmt: skip
+    row = {"checkpoint": name, "seed": seed,
+           "scores": score_clips(judges, pixels, truth, cepstra)}  # fmt: skip
+    rows = json.loads(out.scores.read_text())["rows"] if out.scores.exists() else []
+    rows = [r for r in rows if (r["checkpoint"], r["seed"]) != (name, seed)] + [row]
+    write_whole(out.scores, json.dumps({"rows": rows}, indent=1).encode())
+    keep_samples(out.samples / f"seed_{seed}" / name, pixels, truth)

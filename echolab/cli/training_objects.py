@@ -1,0 +1,170 @@
+"""From the plain settings of conf/train.yaml to the objects that `fit` takes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from echolab.cli.policy import last_checkpoint
+from echolab.data.shards import open_dataset
+from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
+from echolab.diffusion.phases import (
+    FLAT,
+    PHDA,
+    PHDA_BY_PROGRESS,
+    Allocator,
+    KeepModalities,
+    PhaseSchedule,
+    ScaleModalities,
+)
+from echolab.errors import ConfigError, WeightsError
+from echolab.models.frozen import Frozen
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, initialise, load_weights
+from echolab.preference.settings import PreferenceSettings, checked
+from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
+from echolab.training import ranks
+from echolab.training.callbacks import Intervals
+from echolab.training.datamodule import HeldOut
+from echolab.training.fit import Machine, Training
+from echolab.training.module import Optim
+from echolab.training.schedule import Epoch, Schedule
+
+PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
+ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
+    "keep": KeepModalities,
+    "scale": ScaleModalities,
+}
+
+
+def chosen(name: str, value: str, choices: Mapping[str, Any]) -> Any:
+    """The choice named by a setting; ConfigError where there is none."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value}: unknown; one of {', '.join(choices)}")
+    return choices[value]
+
+
+def phases_from(config: Mapping[str, Any]) -> Allocator:
+    """conf/phases"""
+    schedule = chosen("phases.schedule", config["schedule"], PHASES)
+    allocator: Allocator = chosen("phases.act", config["act"], ALLOCATORS)(schedule)
+    return allocator
+
+
+def curriculum_from(config: Mapping[str, Any]) -> Curriculum:
+    """conf/tasks"""
+    stages = (
+        [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
+        if config["stages"]
+        else hard_to_easy(config["steps_per_stage"], config["order"])
+    )
+    return Curriculum(stages, config["momentum"], config["floor"])
+
+
+def schedule_from(config: Mapping[str, Any]) -> Schedule:
+    """conf/schedule"""
+    epochs = [Epoch(str(e["kind"]), int(e["steps"]), float(e["lr"])) for e in config["epochs"]]
+    return Schedule(epochs, cycles=config["cycles"], warmup=config["warmup"], decay=config["decay"])
+
+
+def objectives_from(
+    config: Mapping[str, Any], phases: Allocator, reference: Frozen | None
+) -> dict[str, Any]:
+    """conf/preference; preference objectives only where there is a reference."""
+    objectives: dict[str, Any] = {"sft": Supervised(phases)}
+    if reference:
+        wanted = checked(PreferenceSettings(**config))
+        factor = wanted.target_gradient_factor
+        objectives["ndpo"] = NegativePreference(
+            phases, reference, wanted.beta, factor, across_ranks=ranks.mean
+        )
+        objectives["dpo"] = Preference(
+            phases,
+            reference,
+            wanted.beta,
+            loss_type=wanted.loss_type,
+            label_smoothing=wanted.label_smoothing,
+            anchor=wanted.anchor,
+            target_gradient_factor=factor,
+            across_ranks=ranks.mean,
+        )
+    return objectives
+
+
+def net_from(config: Mapping[str, Any], seed: int) -> EchoTransformer:
+    """conf/model, with Wan's first values."""
+    for name, value in config.items():
+        if not isinstance(value, int | float | list | None):
+            raise ConfigError(f"model.{name}={value}: must be a number")
+    net = EchoTransformer(**config)
+    initialise(net, torch.Generator().manual_seed(seed))
+    return net
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A released .safetensors file; raises WeightsError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{path}: cannot be read ({error}); give weights=FILE.safetensors"
+        ) from error
+
+
+def checkpoint_of(place: str | None) -> Path | None:
+    """The checkpoint that a setting names, or the newest of the run that it names."""
+    return last_checkpoint(Path(place)) if place else None
+
+
+def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
+    """The held-out part of conf/data."""
+    if not config["held_out"]:
+        return None
+    return HeldOut(
+        open_dataset(config["held_out"]),
+        at_most=config["held_out_clips"],
+        batch_size=config["held_out_batch_size"],
+        tasks=tuple(config["held_out_tasks"]),
+    )
+
+
+def training_from(config: Mapping[str, Any], agreed: str) -> Training:
+    """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
+    schedule = schedule_from(config["schedule"])
+    phases = phases_from(config["phases"])
+    data, seed = config["data"], int(config["seed"])
+    prefers = any(epoch.kind != "sft" for epoch in schedule.epochs)
+    if prefers and not data["pairs"]:
+        raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
+    reference = Frozen(EchoTransformer(**config["model"])) if prefers else None
+    net = net_from(config["model"], seed)
+    if config["weights"]:
+        load_weights(net, read_weights(Path(config["weights"])), fresh=(*IMAGE_PARTS, *AUDIO_PARTS))
+    optim = {**config["optim"], "betas": tuple(config["optim"]["betas"])}
+    return Training(
+        folder=Path(config["run"]),
+        agreed=agreed,
+        net=net,
+        architecture=config["model"],
+        clips=open_dataset(data["clips"]),
+        pairs=open_dataset(data["pairs"]) if data["pairs"] else None,
+        schedule=schedule,
+        curriculum=curriculum_from(config["tasks"]),
+        objectives=objectives_from(config["preference"], phases, reference),
+        phases=phases,
+        reference=reference,
+        reference_checkpoint=checkpoint_of(config["reference"]),
+        initial=checkpoint_of(config["initial"]),
+        held_out=held_out_from(data),
+        optim=Optim(**optim),
+        machine=Machine(**config["trainer"]),
+        batch_size=config["batch_size"],
+        micro_batch_size=config["micro_batch_size"],
+        shift=float(config["shift"]),
+        workers=data["workers"],
+        seed=seed,
+        every=Intervals(**config["every"]),
+    )

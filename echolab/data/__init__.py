@@ -1,0 +1,1 @@
+"""Datasets of clips: shards, media bytes, sample order and batches."""

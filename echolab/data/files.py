@@ -1,0 +1,43 @@
+"""Files that are whole or not there."""
+
+import errno
+import os
+from pathlib import Path
+
+from echolab.errors import DataError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename: no reader ever sees half a file.
+
+    Raises DataError, in one line, when the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        remove_quietly(partial)
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> DataError:
+    """The one line for a file that could not be written."""
+    remedy = {
+        errno.ENOSPC: "free some space or choose another folder",
+        errno.EDQUOT: "free some of your quota or choose another folder",
+        errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+    }.get(error.errno or 0, "check that the folder exists and can be written")
+    what = error.strerror or str(error)
+    return DataError(f"{path}: could not be written ({what}); nothing was kept of it; {remedy}")
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a leftover; one that cannot be removed is no reason to hide the first error."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass

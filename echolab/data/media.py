@@ -1,0 +1,265 @@
+"""Bytes of video, sound, pictures and tracks, to arrays and back.
+
+Shapes: T frames, Y, X pixels, n sound samples.  Frames are RGB uint8, sound is mono float32 in
+[-1, 1].  Whatever cannot be used is a MediaError that names the file and the remedy.
+"""
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import decord
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from echolab.data.files import write_whole
+from echolab.errors import MediaError
+
+FPS = 25
+RATE_HZ = 16000
+KEYFRAME_INTERVAL = 12  # short, so that a random frame is near: see decord's timings
+LONGEST_GAP_SECONDS = 3600.0
+GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a hole in the sound
+AUDIO_FRAME = 1024  # samples handed to an encoder at once
+
+Frames = NDArray[np.uint8]
+Samples = NDArray[np.float32]
+Boxes = NDArray[np.float32]
+
+decord.logging.set_level(decord.logging.QUIET)
+
+
+class Sound(NamedTuple):
+    """Sound on the clock of its container."""
+
+    samples: Samples  # [n] mono
+    start_seconds: float  # time of the first sample
+    rate: int
+
+
+class Tracks(NamedTuple):
+    """Boxes of every frame, as x0, y0, x1, y1 in pixels."""
+
+    face: Boxes  # [T, 4]
+    lips: Boxes  # [T, 4]
+    person: Boxes | None  # [T, 4]
+    extra: dict[str, NDArray[Any]]  # whatever else is known of each frame, such as visemes
+
+
+def encode_mp4(frames: Frames, fps: int = FPS, crf: int = 12) -> bytes:
+    """An H.264 mp4 of frames [T, Y, X, 3]; the same frames give the same bytes."""
+    return _mux(frames, None, fps, RATE_HZ, {"crf": str(crf), "preset": "medium"})
+
+
+def decode_mp4(data: bytes) -> Frames:
+    """Frames [T, Y, X, 3] of a video held in memory, decoded by decord."""
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+        frames = np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
+    except (decord.DECORDError, RuntimeError) as error:
+        raise MediaError(
+            f"a video of {len(data)} bytes cannot be decoded: {_line(error)}"
+        ) from error
+    return frames
+
+
+def _picture(decoded: Frames) -> Frames:
+    """A picture [Y, X, 3] from decord, which at some widths under 74 hands out its padding too.
+
+    It then takes the padded bytes of a row divided by the width for the number of channels.
+    """
+    height, width = decoded.shape[:2]
+    return decoded.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+
+def write_video(
+    path: Path, frames: Frames, samples: Samples | None, fps: int = FPS, rate: int = RATE_HZ
+) -> None:
+    """Write an mp4 that plays everywhere, with its sound [n] as AAC; whole or not at all."""
+    data = _mux(frames, samples, fps, rate, {"crf": "18", "preset": "medium"})
+    write_whole(Path(path), data)
+
+
+def _mux(
+    frames: Frames, samples: Samples | None, fps: int, rate: int, options: dict[str, str]
+) -> bytes:
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise MediaError(f"frames are {frames.dtype} {frames.shape}; need uint8 [T, Y, X, 3]")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise MediaError(f"a video of {width}x{height} pixels: H.264 needs even sides; crop by one")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        # One thread and no B frames: bytes do not depend on the machine, frame 0 is at time 0.
+        video = container.add_stream(
+            "libx264", rate=fps, options={**options, "threads": "1", "bf": "0"}
+        )
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.gop_size = KEYFRAME_INTERVAL
+        sound = None
+        if samples is not None:
+            sound = container.add_stream("aac", rate=rate, layout="mono")
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
+        if sound is not None and samples is not None:
+            for piece in _sound_frames(_checked(samples), rate):
+                container.mux(sound.encode(piece))
+            container.mux(sound.encode(None))
+    return buffer.getvalue()
+
+
+def _sound_frames(samples: Samples, rate: int) -> Iterator[av.AudioFrame]:
+    for start in range(0, len(samples), AUDIO_FRAME):
+        piece = np.ascontiguousarray(samples[None, start : start + AUDIO_FRAME])
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        yield frame
+
+
+def _checked(samples: Samples) -> Samples:
+    samples = np.asarray(samples, np.float32)
+    if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
+        raise MediaError(f"sound of shape {samples.shape}: need finite samples [n], n > 0")
+    return np.clip(samples, -1, 1)
+
+
+def encode_flac(samples: Samples, rate: int = RATE_HZ) -> bytes:
+    """Lossless 16-bit sound [n]; values beyond [-1, 1] are clipped."""
+    whole = np.clip(np.rint(_checked(samples) * 32768), -32768, 32767).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, whole, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def decode_flac(data: bytes) -> Samples:
+    """Samples [n] of a mono sound held in memory."""
+    try:
+        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise MediaError(f"a sound of {len(data)} bytes cannot be decoded: {error}") from error
+    if samples.ndim != 1:
+        raise MediaError(f"a sound of {samples.shape[1]} channels; shards hold mono")
+    return np.asarray(samples, np.float32)
+
+
+def read_audio(path: Path, rate: int = RATE_HZ) -> Samples:
+    """The first sound track of any file, mono [n] at `rate`, from its first sample on."""
+    return read_sound(path, rate).samples
+
+
+def read_sound(path: Path, rate: int = RATE_HZ) -> Sound:
+    """As read_audio, with the time of the first sample; holes in the track become silence."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise MediaError(f"{path}: has no sound track; give a file with sound")
+            pieces = list(_resampled(container, rate))
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: not there; check the name") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: the sound is damaged ({_line(error)}); repair it") from error
+    if not pieces:
+        raise MediaError(f"{path}: the sound track is empty; give a file with sound")
+    start = min(at for at, _ in pieces)
+    end = max(at + len(piece) / rate for at, piece in pieces)
+    heard = sum(len(piece) for _, piece in pieces) / rate
+    if end - start > heard + LONGEST_GAP_SECONDS:
+        raise MediaError(f"{path}: the time stamps of the sound jump by hours; repair it")
+    samples = np.zeros(round((end - start) * rate), np.float32)
+    for at, piece in pieces:
+        first = round((at - start) * rate)
+        samples[first : first + len(piece)] = piece[: len(samples) - first]
+    if not np.isfinite(samples).all():
+        raise MediaError(f"{path}: the sound holds values that are no numbers; repair it")
+    return Sound(samples, start, rate)
+
+
+def _resampled(container: Any, rate: int) -> Iterator[tuple[float, Samples]]:
+    """Unbroken stretches of sound: (time of the first sample, samples)."""
+    resampler: Any = None
+    pieces: list[Any] = []
+    start = end = 0.0
+    for frame in container.decode(container.streams.audio[0]):
+        time = end if frame.time is None else float(frame.time)
+        if resampler is None or abs(time - end) > GAP_SECONDS:
+            if resampler is not None:
+                yield start, _joined(pieces + resampler.resample(None))
+            resampler, pieces = av.AudioResampler("s32", "mono", rate), []
+            start = end = time
+        frame.pts = None  # the stretch is unbroken: counting samples is exact
+        end += frame.samples / frame.sample_rate
+        pieces += resampler.resample(frame)
+    if resampler is not None:
+        yield start, _joined(pieces + resampler.resample(None))
+
+
+def _joined(frames: list[Any]) -> Samples:
+    # Whole numbers: only for these does the resampler mix channels down without adding level.
+    arrays = [np.zeros(0, np.int32), *(frame.to_ndarray()[0] for frame in frames)]
+    return (np.concatenate(arrays) / 2**31).astype(np.float32)
+
+
+def read_image(path: Path) -> Frames:
+    """A picture [Y, X, 3] the way round it is meant to be seen; transparency goes over white."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA", "P"):
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: not there; check the name") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: not a readable picture ({_line(error)})") from error
+
+
+def encode_tracks(
+    face: Boxes,
+    lips: Boxes,
+    person: Boxes | None = None,
+    extra: dict[str, NDArray[Any]] | None = None,
+) -> bytes:
+    """An npz of the boxes [T, 4] of one clip, and of anything else with one row a frame."""
+    arrays = {"face": np.asarray(face, np.float32), "lips": np.asarray(lips, np.float32)}
+    if person is not None:
+        arrays["person"] = np.asarray(person, np.float32)
+    frames = len(face)
+    for name, boxes in arrays.items():
+        if boxes.shape != (frames, 4) or not np.isfinite(boxes).all():
+            raise MediaError(f"tracks: {name} is {boxes.shape}, need finite [{frames}, 4]")
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays, **(extra or {}))
+    return buffer.getvalue()
+
+
+def decode_tracks(data: bytes) -> Tracks:
+    """The inverse of encode_tracks; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            arrays = {
+                name.removesuffix(".npy"): np.load(
+                    io.BytesIO(file.read(name)), allow_pickle=False, max_header_size=1000
+                )
+                for name in file.namelist()
+            }
+        face, lips = arrays.pop("face"), arrays.pop("lips")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise MediaError(f"tracks of {len(data)} bytes cannot be read: {_line(error)}") from error
+    return Tracks(face, lips, arrays.pop("person", None), arrays)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error of a library: decord's carry a stack."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

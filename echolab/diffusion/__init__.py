@@ -1,0 +1,1 @@
+"""The mathematics of training and sampling: paths, noise levels, objectives, guidance."""

@@ -1,0 +1,212 @@
+"""One forward, three objectives: supervised, paired preference, negative preference.
+
+Each objective is called as `objective(net, batch, draws) -> Loss`.  None draws anything itself, and
+policy and reference, chosen and rejected always meet the same noise at the same level.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echolab.diffusion.flow import interpolate, to_timesteps, velocity_target
+from echolab.diffusion.pair_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
+from echolab.diffusion.phases import Allocator
+from echolab.errors import ConfigError
+from echolab.types import Batch, Conditions, Draws, Loss, ModalityWeights, PreferencePair
+
+Net = Callable[[Tensor, Tensor, Conditions, ModalityWeights | None], Tensor]
+
+SATURATED = 10.0  # a logit beyond this has a gradient below 5e-5: the pair teaches nothing more
+MEMORY = 0.95  # of the running mean margin that beta follows
+
+
+def velocity_error(net: Net, batch: Batch, draws: Draws, phases: Allocator) -> Tensor:
+    """Squared error of the predicted velocity, a weighted mean over each clip.  [B], fp32."""
+    noisy_latents = interpolate(batch.latents, draws.noise, draws.sigmas)
+    timesteps = to_timesteps(draws.sigmas)
+    conditions, weights = phases(batch.conditions, timesteps, draws.uniforms)
+    velocity = net(noisy_latents, timesteps, conditions, weights).float()
+    squares = (velocity - velocity_target(batch.latents, draws.noise)).square().mean(1)
+    weight = batch.weight.float().squeeze(1)  # [B, F, H, W]
+    return (squares * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1e-6)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The mean error on real clips."""
+
+    phases: Allocator
+
+    def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
+        """Parts: `error` [B]."""
+        error = velocity_error(net, batch, draws, self.phases)
+        return Loss(error.mean(), {"error": error.detach()})
+
+
+class Beta:
+    """How fast a preference saturates: fixed, or following the margin.
+
+    The gradient factor of a margin m is sigmoid(-beta m / 2).  A growing margin at a fixed beta
+    soon leaves no gradient (0.01 after a few hundred steps); with a `target`, beta is what gives
+    the running mean margin the target factor, within [limit / 10, limit].  Gradients are in error
+    units whatever beta is, so this changes which pairs count, not the size of a step.
+    """
+
+    def __init__(self, limit: float, target: float | None):
+        if limit <= 0:
+            raise ConfigError(f"beta={limit:g}: must be above 0; 100 to 5000 is usual")
+        if target is not None and not 0 < target < 0.5:
+            raise ConfigError(
+                f"target_gradient_factor={target:g}: must lie between 0 and 0.5, an untrained "
+                "policy's; 0.1 to 0.2 is usual"
+            )
+        self.limit, self.target = limit, target
+        self._sum, self._weight = 0.0, 0.0
+
+    @property
+    def value(self) -> float:
+        """The beta of the next step."""
+        if self.target is None or self._sum <= 0:
+            return self.limit
+        logit = math.log(1 / self.target - 1)
+        return min(max(2 * logit * self._weight / self._sum, self.limit / 10), self.limit)
+
+    def observe(self, margin: Tensor) -> None:
+        """Take a mean margin [] into the running mean; only a step that trains counts."""
+        if self.target is not None and torch.is_grad_enabled():
+            self._sum = MEMORY * self._sum + (1 - MEMORY) * float(margin.detach())
+            self._weight = MEMORY * self._weight + (1 - MEMORY)
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain floats."""
+        return {"margin_sum": self._sum, "margin_weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict()`, bit for bit."""
+        self._sum, self._weight = state["margin_sum"], state["margin_weight"]
+
+
+def _here(margin: Tensor) -> Tensor:
+    return margin
+
+
+class _AgainstReference:
+    """What both preference objectives hold: phases, the frozen reference, and beta's state.
+
+    `across_ranks` averages a scalar over the ranks, so that beta is the same on all of them.
+    """
+
+    def __init__(
+        self,
+        phases: Allocator,
+        reference: Net,
+        beta: float,
+        target_gradient_factor: float | None = None,
+        across_ranks: Callable[[Tensor], Tensor] = _here,
+    ):
+        self.phases, self.reference, self.across_ranks = phases, reference, across_ranks
+        self.beta = Beta(beta, target_gradient_factor)
+
+    def state_dict(self) -> dict[str, float]:
+        """The running margin that beta follows; plain floats."""
+        return self.beta.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict()`."""
+        self.beta.load_state_dict(state)
+
+    def _errors(self, net: Net, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Of the policy and of the reference, each [B]."""
+        with torch.no_grad():
+            reference = velocity_error(self.reference, batch, draws, self.phases)
+        return velocity_error(net, batch, draws, self.phases), reference
+
+    def _parts(self, margin: Tensor, beta: float) -> dict[str, Tensor]:
+        margin = margin.detach()
+        logits = beta / 2 * margin
+        return {
+            "margin": margin,
+            "accuracy": (margin > 0).float(),
+            "gradient_factor": (-logits).sigmoid(),
+            "saturated": (logits.abs() > SATURATED).float(),
+            "beta": torch.tensor(beta),
+        }
+
+
+def stacked(pair: PreferencePair) -> Batch:
+    """Both halves as one batch of 2B, chosen first, under the same conditions."""
+    return Batch(
+        latents=torch.cat([pair.chosen, pair.rejected]),
+        conditions=Conditions(*(torch.cat([part, part]) for part in pair.conditions)),
+        weight=torch.cat([pair.weight, pair.weight]),
+        tasks=pair.tasks * 2,
+        keys=pair.keys * 2,
+    )
+
+
+class Preference(_AgainstReference):
+    """Flow-DPO on pairs, in the units of the supervised error.
+
+    margin = (ref_c - pol_c) - (ref_r - pol_r), logit = (beta / 2) margin; the loss of the logit
+    (`pair_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that for "sigmoid" its gradient is
+    -sigmoid(-logit) grad(margin): beta only sets where it saturates.  `anchor` adds that multiple
+    of the chosen clip's error, which keeps both errors from rising together.
+
+    Worked example: pol_c 1.0, ref_c 1.2, pol_r 1.5, ref_r 1.5, beta 10 give margin 0.2, logit 1,
+    loss (2 / 10) log(1 + 1 / e) = 0.0627.
+    """
+
+    def __init__(
+        self,
+        phases: Allocator,
+        reference: Net,
+        beta: float,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        anchor: float = 0.0,
+        target_gradient_factor: float | None = None,
+        across_ranks: Callable[[Tensor], Tensor] = _here,
+    ):
+        super().__init__(phases, reference, beta, target_gradient_factor, across_ranks)
+        if loss_type not in PAIR_LOSSES:
+            raise ConfigError(f"loss_type={loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}")
+        if not 0 <= label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing={label_smoothing:g}: must lie in [0, 0.5)")
+        if loss_type == "exo_pair" and label_smoothing == 0:
+            raise ConfigError("loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3")
+        self.loss_type, self.label_smoothing, self.anchor = loss_type, label_smoothing, anchor
+
+    def __call__(self, net: Net, batch: PreferencePair, draws: Draws) -> Loss:
+        """Parts: `preference` (the loss before scaling), margin and what follows, errors."""
+        twice = Draws(*(torch.cat([part, part]) for part in draws))
+        policy, reference = self._errors(net, stacked(batch), twice)
+        errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
+        beta = self.beta.value
+        loss = PAIR_LOSSES[self.loss_type](errors, beta / 2, self.label_smoothing)
+        value = loss.mean() * error_units(self.loss_type, beta / 2)
+        self.beta.observe(self.across_ranks(errors.margin.mean().detach()))
+        parts = {"preference": loss.detach(), **self._parts(errors.margin, beta)}
+        parts |= {f"error/{name}": error.detach() for name, error in errors._asdict().items()}
+        return Loss(value + self.anchor * errors.chosen.mean(), parts)
+
+
+class NegativePreference(_AgainstReference):
+    """The rejected half alone: -log sigmoid((beta / 2) (policy - reference)), times 2 / beta.
+
+    Diffusion-DPO without its preferred term; published as the training cycle's second half, its
+    exact form is not.  It saturates once the policy is clearly worse than the reference on what
+    was rejected; supervised epochs between keep it from drifting.
+    """
+
+    def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
+        """`batch` holds rejected clips.  Parts as those of `Preference`."""
+        policy, reference = self._errors(net, batch, draws)
+        margin, beta = policy - reference, self.beta.value
+        loss = smoothed(beta / 2 * margin, 0.0)
+        self.beta.observe(self.across_ranks(margin.mean().detach()))
+        parts = {"preference": loss.detach(), **self._parts(margin, beta)}
+        parts |= {"error/rejected": policy.detach(), "error/reference_rejected": reference}
+        return Loss(loss.mean() * 2 / beta, parts)

@@ -1,0 +1,88 @@
+"""Timestep phase-aware modality allocation (PhDA): how much each modality counts at a noise level.
+
+The curve is digitised from the published architecture figure (values from 0.5 to 1, ramp ends
+rounded to hundreds).  The figure does not say how the weights act; both readings are here:
+
+* `KeepModalities`: the weight is the probability that the modality is kept.  What is kept has
+  scale 1, as in the released inference code, and dropping it is what guidance needs.
+* `ScaleModalities`: the weight multiplies the modality's cross-attention output.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from echolab.types import Conditions, ModalityWeights
+
+Allocator = Callable[[Conditions, Tensor, Tensor], tuple[Conditions, ModalityWeights | None]]
+
+
+class Ramp(NamedTuple):
+    """`low` up to timestep `start`, `high` from `end`, straight between."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, timesteps: Tensor) -> Tensor:
+        """The ramp at timesteps in 0..1000, any shape."""
+        rise = ((timesteps.float() - self.start) / (self.end - self.start)).clamp(0, 1)
+        return self.low + (self.high - self.low) * rise
+
+
+class PhaseSchedule(NamedTuple):
+    """One ramp a modality."""
+
+    text: Ramp
+    image: Ramp
+    audio: Ramp
+
+    def __call__(self, timesteps: Tensor) -> ModalityWeights:
+        """Weights at timesteps [B], each [B]."""
+        return ModalityWeights(*(ramp(timesteps) for ramp in self))
+
+
+ALWAYS = Ramp(1.0, 1.0, 0.0, 1000.0)
+FLAT = PhaseSchedule(ALWAYS, ALWAYS, ALWAYS)
+PHDA = PhaseSchedule(ALWAYS, Ramp(0.5, 1.0, 300.0, 600.0), Ramp(0.5, 1.0, 500.0, 800.0))
+# The figure's axis read as denoising progress (0 = pure noise): text first, then image, then audio.
+PHDA_BY_PROGRESS = PhaseSchedule(ALWAYS, Ramp(1.0, 0.5, 400.0, 700.0), Ramp(1.0, 0.5, 200.0, 500.0))
+
+
+def _zeroed_unless(keep: Tensor, features: Tensor) -> Tensor:
+    """The features [B, N, D] of the clips to keep [B], zeros for the others."""
+    return features * keep.to(features.dtype)[:, None, None]
+
+
+@dataclass(frozen=True)
+class KeepModalities:
+    """Zero the image or audio features of a clip where its uniform is not below the weight."""
+
+    schedule: PhaseSchedule
+
+    def __call__(
+        self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
+    ) -> tuple[Conditions, None]:
+        """Conditions after the draw, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        weights = self.schedule(timesteps)
+        kept = conditions._replace(
+            image=_zeroed_unless(uniforms[:, 0] < weights.image, conditions.image),
+            audio=_zeroed_unless(uniforms[:, 1] < weights.audio, conditions.audio),
+        )
+        return kept, None
+
+
+@dataclass(frozen=True)
+class ScaleModalities:
+    """Leave the conditions; scale what cross-attention makes of them."""
+
+    schedule: PhaseSchedule
+
+    def __call__(
+        self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
+    ) -> tuple[Conditions, ModalityWeights]:
+        """The same conditions, and the weights [B] at timesteps [B]."""
+        return conditions, self.schedule(timesteps)

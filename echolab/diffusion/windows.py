@@ -1,0 +1,76 @@
+"""Long video: overlapping windows of latent frames that share every denoising step.
+
+Each window is denoised with the whole guidance, and neighbours are cross-faded in their overlap
+(EchoMimicV3 `pipeline`, 775-888, without its failures at L <= P).  An Euler step is linear in the
+velocity, so blending velocities is blending steps.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from echolab.errors import ConfigError
+from echolab.types import Conditions
+
+VelocityFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def windows(latent_frames: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """(start, stop) of windows of `size` frames that cover all; the last may be shorter.
+
+    windows(58, 29, 8) = [(0, 29), (21, 50), (42, 58)].
+    """
+    if not 0 <= overlap < size:
+        raise ConfigError(f"overlap={overlap}: must be 0 or more and below the window's {size}")
+    stride, starts = size - overlap, [0]
+    while starts[-1] + size < latent_frames:
+        starts.append(starts[-1] + stride)
+    return [(start, min(start + size, latent_frames)) for start in starts]
+
+
+def blend_weights(spans: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """For each window its weights [stop - start]; over the windows they sum to 1 at every frame.
+
+    A new window fades in from 0: its first frame is the reference picture, not what belongs there.
+    """
+    weights = [torch.ones(stop - start) for start, stop in spans]
+    for index in range(1, len(spans)):
+        before, after = weights[index - 1], weights[index]
+        overlap = spans[index - 1][1] - spans[index][0]
+        if overlap > 0:
+            fade = torch.linspace(0, 1, overlap) if overlap > 1 else torch.full((1,), 0.5)
+            after[:overlap] *= fade
+            before[-overlap:] *= 1 - fade
+    return weights
+
+
+def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditions:
+    """The conditions of one window: its own sound, and the video's beginning as its beginning.
+
+    Latent frame k owns audio tokens from 8k on (two tokens a frame, four frames), and a window of n
+    latent frames is 4 (n - 1) + 1 frames long.  Known pixels stay those of the video's start, so
+    every window sees the reference picture as its own first frame.
+    """
+    count = stop - start
+    return conditions._replace(
+        audio=conditions.audio[:, 8 * start : 8 * start + 8 * (count - 1) + 2],
+        known=conditions.known[:, :, :count],
+        known_latents=conditions.known_latents[:, :, :count],
+    )
+
+
+def windowed(
+    velocities: Sequence[VelocityFunction], spans: Sequence[tuple[int, int]]
+) -> VelocityFunction:
+    """One velocity function for the whole video from one for each window."""
+    weights = blend_weights(spans)
+
+    def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
+        whole = torch.zeros_like(noisy_latents, dtype=torch.float32)
+        for (start, stop), weight, part in zip(spans, weights, velocities, strict=True):
+            faded = weight.to(whole.device)[:, None, None]
+            whole[:, :, start:stop] += faded * part(noisy_latents[:, :, start:stop], sigma)
+        return whole
+
+    return velocity

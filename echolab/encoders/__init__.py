@@ -1,0 +1,1 @@
+"""Frozen encoders: pictures, sound and text to what the network is given."""

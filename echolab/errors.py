@@ -1,0 +1,25 @@
+"""Errors that a user can cause.  Each message names file, key, number and remedy in one line."""
+
+
+class EcholabError(Exception):
+    """Something the user can put right; the command line prints its message alone and exits 1."""
+
+
+class ConfigError(EcholabError):
+    """A setting that is unknown, missing or out of range."""
+
+
+class DataError(EcholabError):
+    """A shard, sample or dataset that does not keep the contract."""
+
+
+class MediaError(EcholabError):
+    """A picture, video or sound that cannot be used."""
+
+
+class CheckpointError(EcholabError):
+    """A checkpoint that is damaged, or of another network."""
+
+
+class WeightsError(EcholabError):
+    """A model file that is missing, or is not the file it claims to be."""

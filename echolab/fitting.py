@@ -1,0 +1,155 @@
+"""Fitting a small network on one machine: AdamW, warm-up and cosine, stopped and started at will.
+
+This is for the stand-ins (video autoencoder, SyncNet, feature networks), never for the
+transformer, which has `echolab.training`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from echolab.errors import CheckpointError, WeightsError
+
+SAVE_SECONDS = 15.0
+WARMUP_STEPS = 30
+
+Report = Callable[[int, int, float], None]  # step, steps, loss
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def work_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bf16 where the device computes in it, else fp32: elsewhere it is emulated, and slow."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """A generator for one step, so that a continued fit draws what an unbroken one does."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def fit(
+    net: nn.Module,
+    loss_of: Callable[[torch.Generator], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: Path,
+    report: Report,
+) -> None:
+    """Lower `loss_of` for `steps` steps.  `progress` keeps the state and is removed at the end."""
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
+    identity = {"steps": str(steps), "seed": str(seed)}
+    start = _load(progress, net, optimizer, identity) if progress.exists() else 0
+    saved = time.monotonic()
+    net.train()
+    for step in range(start, steps):
+        warm = min(1.0, (step + 1) / WARMUP_STEPS)
+        cosine = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * warm * cosine
+        loss = loss_of(seeded(seed, step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            report(step + 1, steps, float(loss.detach()))
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _save(progress, net, optimizer, {**identity, "step": str(step + 1)})
+            saved = time.monotonic()
+    net.eval()
+    progress.unlink(missing_ok=True)
+
+
+def _save(
+    path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]
+) -> None:
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    for name, parameter in net.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+    _write(path, tensors, metadata)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not there; WeightsError where it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{path}: could not be written ({error}); make room there, or give another place"
+        ) from error
+
+
+def _load(
+    path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, str]
+) -> int:
+    """Put a saved state back; the number of steps done."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            step = int(metadata["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        for name, parameter in net.named_parameters():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+            }
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not a state of this fit ({line}); remove it") from error
+    for name, value in identity.items():
+        if metadata.get(name, value) != value:
+            raise CheckpointError(
+                f"{path}: is of a fit with {name}={metadata[name]}, this one has {value}; remove it"
+            )
+    return step
+
+
+def save_net(path: Path, net: nn.Module, config: dict[str, Any]) -> None:
+    """Write a fitted network whole or not at all; `config` are its constructor's arguments."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
+    _write(path, tensors, {"network": type(net).__name__, "config": json.dumps(config)})
+
+
+def load_net(path: Path, network: type[Net]) -> Net:
+    """A network that `save_net` wrote, frozen; WeightsError where it is another one or damaged."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: not there; fit it with `echolab fit`")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged ({error}); fit or copy it again") from error
+    if metadata.get("network") != network.__name__:
+        found = metadata.get("network", "no network of echolab's")
+        raise WeightsError(f"{path}: holds {found}, need {network.__name__}; give another file")
+    try:
+        net = network(**json.loads(metadata["config"]))
+        net.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise WeightsError(f"{path}: of another version ({line}); fit it again") from error
+    return net.eval().requires_grad_(False)

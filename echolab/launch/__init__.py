@@ -1,0 +1,1 @@
+"""Starting runs: folders, identities, ranks, exit codes."""

@@ -1,0 +1,149 @@
+"""Run folders: made once, by rank 0, with an identity that outlives every attempt.
+
+run.json        id, wandb id, when and by what it was made; never changed
+config.json     the resolved settings
+attempts.jsonl  one line for each start: when, where, versions, git state
+checkpoints/    metrics.jsonl    wandb/
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from echolab.errors import ConfigError
+
+# What may differ between attempts: it changes how a run is trained, not what comes out.
+MACHINE = ("trainer", "every", "logger", "launcher")
+
+
+class Run(NamedTuple):
+    """A run folder that is ours while we hold it."""
+
+    folder: Path
+    id: str
+    attempt: int  # from 1
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Of resolved settings: what all ranks must agree on."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def own_rank() -> int:
+    """This process's rank as its launcher says, before ranks can talk; 0 when alone."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(config, Mapping) or not config:
+        return {name: config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError naming the first setting that differs from the folder's own."""
+    saved = json.loads((folder / "config.json").read_text())
+    old, new = flat(saved), flat(json.loads(json.dumps(config)))
+    for key in sorted(set(old) | set(new)):
+        if key.split(".")[0] in (*MACHINE, *extra):
+            continue
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{folder}: is a run with {key}={old.get(key)}, now {key}={new.get(key)}; "
+                "give the old value, or another folder by run=..."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and every installed package."""
+    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether files differ from it; empty outside a repository."""
+    root = Path(__file__).parent
+    answers: list[str] = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if done.returncode:
+            return {}
+        answers.append(done.stdout.strip())
+    return {"commit": answers[0], "changed": answers[1].splitlines()}
+
+
+def _create(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json, then run.json, each whole or not there."""
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.name[:40])
+    identity = {"id": f"{name}-{secrets.token_hex(4)}", "made": time.time()}
+    files: dict[str, Any] = {"config.json": config, "run.json": identity}
+    for name, content in files.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=1))
+        partial.rename(folder / name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); choose another by run=...") from error
+    return content
+
+
+@contextmanager
+def claim(
+    folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
+) -> Iterator[Run]:
+    """Make or go on with the run in `folder`; for rank 0 alone, held until the block ends.
+
+    Raises ConfigError where the folder is another run's, where another process trains in it, or
+    where it holds other things.
+    """
+    seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if any(not name.startswith(".") for name in seen) and not seen & {"run.json", "config.json"}:
+        raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is training there; wait, or give another by run=..."
+            ) from error
+        if not (folder / "run.json").exists():  # asked under the lock: one of many makes it
+            _create(folder, config)
+        identity = _read(folder / "run.json")
+        check_same(folder, config, may_change)
+        path = folder / "attempts.jsonl"
+        attempt = 1 + (len(path.read_text().splitlines()) if path.exists() else 0)
+        job = {k: v for k, v in os.environ.items() if k in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")}
+        about = {
+            "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
+            "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),
+        }  # fmt: skip
+        with path.open("a") as file:
+            file.write(json.dumps(about) + "\n")
+        if may_change and not attempt == 1:
+            (folder / "config.json").write_text(json.dumps(config, indent=1))
+        yield Run(folder, str(identity["id"]), attempt)

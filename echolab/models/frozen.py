@@ -1,0 +1,27 @@
+"""Networks that are used and never trained: references, encoders, judges."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Frozen:
+    """Calls `net` without gradients, in eval mode.
+
+    Not an nn.Module: a module that holds one neither trains it, nor moves it, nor saves it.
+    `net` itself is frozen; give it a copy of a network that goes on learning.
+    """
+
+    def __init__(self, net: nn.Module):
+        self.net = net.eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> "Frozen":
+        """Move it; nobody else will."""
+        self.net.to(device)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `net` returns, outside the graph."""
+        with torch.no_grad():
+            return self.net(*args, **kwargs)

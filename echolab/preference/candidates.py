@@ -1,0 +1,110 @@
+"""Candidates of a prompt: several clips for the same conditions, from other noise.
+
+Each batch of prompts becomes one safetensors file, so that sampling can be stopped and goes on
+with the first file that is missing.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from echolab.data.batches import collate_clips, read_clip
+from echolab.data.files import write_whole
+from echolab.data.shards import ShardDataset
+from echolab.diffusion.generation import generate
+from echolab.diffusion.guidance import Net
+from echolab.errors import ConfigError, DataError
+from echolab.types import Batch
+
+REQUEST = "request.json"
+TASK = "i2v"  # what the candidates are asked for: a picture and its sound
+
+
+def sample_candidates(
+    net: Net,
+    dataset: ShardDataset,
+    folder: Path,
+    *,
+    prompts: int,
+    candidates: int,
+    batch: int,
+    steps: int,
+    shift: float,
+    audio_scale: float,
+    seed: int,
+    weights: str,
+    dtype: torch.dtype,
+    report: Callable[[int], None],
+) -> None:
+    """Sample for the first `prompts` clips of an encoded dataset; `report` gets prompts done.
+
+    `weights` says which checkpoint `net` is.  A folder goes on only with the same request.
+    """
+    if not 0 < prompts <= len(dataset):
+        raise DataError(f"{dataset.folder}: {len(dataset)} clips, prompts={prompts}; ask for fewer")
+    folder.mkdir(parents=True, exist_ok=True)
+    request = {
+        "prompts": prompts, "candidates": candidates, "batch": batch, "steps": steps,
+        "shift": shift, "audio_scale": audio_scale, "seed": seed, "clips": dataset.fingerprint,
+        "weights": weights,
+    }  # fmt: skip
+    keep_request(folder / REQUEST, request)
+    one_each = partial(
+        generate, net, steps=steps, shift=shift, audio_scale=audio_scale, seed=seed, dtype=dtype
+    )
+    for first in range(0, prompts, batch):
+        path = folder / f"candidates-{first:06d}.safetensors"
+        if not path.exists():
+            numbers = range(first, min(first + batch, prompts))
+            clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in numbers])
+            write_whole(path, save(several(one_each, clips, candidates)))
+        report(min(first + batch, prompts))
+
+
+def several(one_each: Callable[..., Tensor], clips: Batch, candidates: int) -> dict[str, Tensor]:
+    """`candidates` clips for each of some prompts, by `key/number`."""
+    found = {}
+    for candidate in range(candidates):
+        latents = one_each(clips.conditions, clips.keys, draw_index=candidate)
+        for key, clip in zip(clips.keys, latents, strict=True):
+            found[f"{key}/{candidate}"] = clip.half().contiguous()
+    return found
+
+
+def keep_request(path: Path, request: dict[str, object]) -> None:
+    """Note what a folder of candidates was asked for; ConfigError where it was something else."""
+    if not path.exists():
+        write_whole(path, json.dumps(request, indent=1).encode())
+        return
+    kept = json.loads(path.read_text())
+    for name, value in request.items():
+        if kept.get(name) != value:
+            raise ConfigError(
+                f"{path.parent}: its candidates were sampled with {name}={kept.get(name)}, not "
+                f"{value}; give another folder"
+            )
+
+
+def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each prompt's key and its candidates [K, C, F, H, W], in the order of sampling."""
+    paths = sorted(folder.glob("candidates-*.safetensors"))
+    if not paths:
+        raise DataError(f"{folder}: holds no candidates; run `echolab pairs sample` first")
+    for path in paths:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise DataError(f"{path}: damaged ({error}); remove it and sample again") from error
+        by_prompt: dict[str, dict[int, Tensor]] = {}
+        for name, clip in tensors.items():
+            key, number = name.rsplit("/", 1)
+            by_prompt.setdefault(key, {})[int(number)] = clip.float()
+        for key in sorted(by_prompt):
+            found = by_prompt[key]
+            yield key, torch.stack([found[number] for number in sorted(found)])

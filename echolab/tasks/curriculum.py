@@ -1,0 +1,136 @@
+"""How often each task is trained, as a function of the step: hard tasks first, easy ones joining.
+
+The live probabilities follow the stage's targets with an EMA, so a new task enters smoothly; a
+floor keeps old tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task allocation"; its
+ratios and lengths are not published.)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from echolab.errors import ConfigError
+from echolab.tasks.masks import TASKS
+
+SOUP = tuple(task for task in TASKS if task != "continuation")
+
+
+class Stage(NamedTuple):
+    """For so many steps, move towards these probabilities (any positive scale)."""
+
+    steps: int
+    targets: dict[str, float]
+
+
+def hard_to_easy(steps: int, tasks: Sequence[str] = SOUP) -> list[Stage]:
+    """One stage for each task, of `steps` steps; each adds the next task, all equally likely."""
+    return [
+        Stage(steps, dict.fromkeys(tasks[:count], 1 / count)) for count in range(1, len(tasks) + 1)
+    ]
+
+
+def draw_task(probabilities: Mapping[str, float], u: float) -> str:
+    """The task where the cumulative probability first exceeds u, in [0, 1)."""
+    left = u * sum(probabilities.values())
+    for task, probability in probabilities.items():
+        if left < probability:
+            return task
+        left -= probability
+    # Rounding can leave a rest of 1e-16: it belongs to the last task that can be drawn.
+    return [task for task, probability in probabilities.items() if probability > 0][-1]
+
+
+def _checked(stages: Sequence[Stage], momentum: float, floor: float) -> None:
+    """Raise ConfigError for a curriculum that cannot be followed."""
+    if not stages:
+        raise ConfigError("tasks.stages: empty; give at least one stage")
+    if not 0 <= momentum < 1:
+        raise ConfigError(f"tasks.momentum={momentum:g}: must lie in [0, 1)")
+    named = {task for stage in stages for task in stage.targets}
+    if not 0 <= floor * len(named) < 1:
+        raise ConfigError(f"tasks.floor={floor:g}: times {len(named)} tasks must stay below 1")
+    for number, stage in enumerate(stages):
+        unknown = [task for task in stage.targets if task not in TASKS]
+        if unknown:
+            raise ConfigError(
+                f"tasks.stages[{number}]: no task {unknown[0]!r}; one of {', '.join(TASKS)}"
+            )
+        shares = list(stage.targets.values())
+        if stage.steps < 1 or not any(shares) or min(shares) < 0:
+            raise ConfigError(
+                f"tasks.stages[{number}]: needs steps of 1 or more, and targets of 0 or more"
+            )
+
+
+class Curriculum:
+    """Task probabilities at a step: a recursion from a known origin, the same on every rank.
+
+    p(0) is the first stage's target and p(k + 1) = momentum p(k) + (1 - momentum) target(k), in
+    Python floats; the last stage goes on for ever.  The floor is mixed into the targets of all
+    tasks introduced so far: target = floor + (1 - n floor) stage target, which sums to 1.
+    """
+
+    def __init__(self, stages: Sequence[Stage], momentum: float = 0.999, floor: float = 0.0):
+        stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
+        _checked(stages, momentum, floor)
+        self.momentum = momentum
+        wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
+        self.tasks = tuple(task for task in TASKS if task in wanted)
+        self._ends, self._targets, introduced, end = [], [], set[str](), 0
+        for stage in stages:
+            introduced |= {task for task, share in stage.targets.items() if share > 0}
+            end, total = end + stage.steps, sum(stage.targets.values())
+            own = 1 - floor * len(introduced)
+            self._ends.append(end)
+            self._targets.append(
+                [
+                    (floor if task in introduced else 0.0)
+                    + own * stage.targets.get(task, 0.0) / total
+                    for task in self.tasks
+                ]
+            )
+        self._origin = self._latest = (0, self._targets[0])
+
+    def _target(self, step: int) -> list[float]:
+        for end, target in zip(self._ends, self._targets, strict=True):
+            if step < end:
+                return target
+        return self._targets[-1]
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        """Of each task that some stage wants, hard to easy; they sum to 1.
+
+        Raises ConfigError for a step before the loaded state, which cannot be known.
+        """
+        if step < self._latest[0]:
+            self._latest = self._origin
+        at, live = self._latest
+        if step < at:
+            raise ConfigError(
+                f"step {step}: the curriculum was loaded at step {at}; ask from there"
+            )
+        keep = self.momentum
+        for number in range(at, step):
+            target = self._target(number)
+            live = [keep * p + (1 - keep) * t for p, t in zip(live, target, strict=True)]
+        self._latest = (step, live)
+        return dict(zip(self.tasks, live, strict=True))
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """All that the future depends on, as JSON: the step and its probabilities."""
+        return {"step": step, "probabilities": self.probabilities(step)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, bit for bit.
+
+        A task that the state does not know starts from 0; one that no stage wants any more gives
+        its share to the others.  Raises ConfigError if the two have no task in common.
+        """
+        saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
+        if not sum(saved):
+            raise ConfigError(
+                f"curriculum state of step {state['step']}: none of its tasks "
+                f"({', '.join(state['probabilities'])}) is in this run's stages"
+            )
+        if set(state["probabilities"]) - set(self.tasks):  # else dividing would cost a bit
+            saved = [share / sum(saved) for share in saved]
+        self._origin = self._latest = (int(state["step"]), saved)

@@ -1,0 +1,177 @@
+"""The tasks of the soup: which pixels are given, and the same at latent resolution.
+
+Everything is a rule for `known`: 1 where a pixel is given, 0 where it is to be generated.  Boxes
+are (x0, y0, x1, y1) in pixels, one a frame.  Margins and shapes of the two local tasks are not
+published; the figure shows a square over the head of a quarter to a third of the frame's width,
+and a disc at the mouth.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from echolab.errors import ConfigError, DataError
+
+HEAD_MARGIN = 0.35  # of the face box's size, added on each side: hair and chin move with the head
+LIP_MARGIN = 1.5  # the disc's diameter, in sizes of the largest lip box
+TOKEN_MARGIN = 0.15  # of the union face box, added on each side before it is cut into tokens
+SPACE = 8  # pixels of a latent, in both directions
+TOKEN = 16  # pixels of a token, in both directions
+
+
+class Clip(NamedTuple):
+    """What a rule may look at."""
+
+    frames: int
+    height: int
+    width: int
+    face: Tensor  # [T, 4]
+    lips: Tensor  # [T, 4]
+    known_frames: int
+
+    def all_frames(self, known: bool) -> Tensor:
+        """[T, 1, Y, X] of one value."""
+        return torch.full((self.frames, 1, self.height, self.width), known)
+
+
+def nothing(clip: Clip) -> Tensor:
+    """Text to video."""
+    return clip.all_frames(False)
+
+
+def first_frames(clip: Clip, count: int) -> Tensor:
+    """The first `count` frames are given."""
+    known = clip.all_frames(False)
+    known[:count] = True
+    return known
+
+
+def first_and_last(clip: Clip) -> Tensor:
+    """The two ends are given."""
+    known = first_frames(clip, 1)
+    known[-1] = True
+    return known
+
+
+def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
+    """Centres of the pixel rows [1, Y, 1] and columns [1, 1, X]."""
+    return torch.arange(clip.height)[None, :, None] + 0.5, torch.arange(clip.width) + 0.5
+
+
+def outside_the_head(clip: Clip) -> Tensor:
+    """Avatar sync: a box that follows the head is to be generated."""
+    boxes = enlarged(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
+    x0, y0, x1, y1 = boxes.unbind(1)
+    rows, columns = _grid(clip)
+    inside = (rows >= y0) & (rows <= y1) & (columns >= x0) & (columns <= x1)
+    return ~inside[:, None]
+
+
+def outside_the_lips(clip: Clip) -> Tensor:
+    """Lip sync: a disc over the mouth is to be generated.
+
+    The disc has one size for the whole clip and rides on the face box, at the lips' usual place in
+    it: were it cut to each frame's lips, its shape would tell how far the mouth is open.
+    """
+    face_x, face_y = centres(clip.face).unbind(1)
+    off_x, off_y = (centres(clip.lips) - centres(clip.face)).median(0).values
+    radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
+    rows, columns = _grid(clip)
+    across = columns - (face_x + off_x)[:, None, None]
+    down = rows - (face_y + off_y)[:, None, None]
+    return (across.square() + down.square() > radius.square())[:, None]
+
+
+RULES: dict[str, Callable[[Clip], Tensor]] = {
+    "t2v": nothing,
+    "i2v": lambda clip: first_frames(clip, 1),
+    "flf2v": first_and_last,
+    "avatar_sync": outside_the_head,
+    "lip_sync": outside_the_lips,
+    "continuation": lambda clip: first_frames(clip, clip.known_frames),
+}
+TASKS = tuple(RULES)  # from hard to easy, by what is to be generated; then continuation
+
+
+def centres(boxes: Tensor) -> Tensor:
+    """[T, 4] -> [T, 2], x and y."""
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def enlarged(boxes: Tensor, margin: float) -> Tensor:
+    """Boxes [T, 4] with `margin` times their own size added on each side."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
+
+
+def _boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
+    boxes = torch.as_tensor(boxes, dtype=torch.float32)
+    if boxes.shape != (frames, 4) or not boxes.isfinite().all():
+        raise DataError(
+            f"{name} boxes: shape {tuple(boxes.shape)}, finite {bool(boxes.isfinite().all())}; "
+            f"need finite [{frames}, 4]: prepare the clip again"
+        )
+    return boxes
+
+
+def known_pixels(
+    task: str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    face: Tensor,
+    lips: Tensor,
+    known_frames: int = 8,
+) -> Tensor:
+    """Where the pixels of a clip are given: bool [T, 1, Y, X].
+
+    `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
+    chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
+    """
+    if task not in RULES:
+        raise ConfigError(f"task={task}: unknown; one of {', '.join(TASKS)}")
+    face, lips = _boxes(face, "face", frames), _boxes(lips, "lip", frames)
+    return RULES[task](Clip(frames, height, width, face, lips, known_frames))
+
+
+def grey_out(pixels: Tensor, known: Tensor) -> Tensor:
+    """Pixels [T, 3, Y, X] in [-1, 1], mid-grey (0) where they are not known [T, 1, Y, X]."""
+    return pixels * known.to(pixels.dtype)
+
+
+def latent_known(known: Tensor) -> Tensor:
+    """Known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
+
+    The four channels are the four frames of a latent frame: channel c of latent frame i is frame
+    4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
+    interpolation, so borders are fractional; frames do not mix.  (EchoMimicV3
+    `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the other sign before that.)
+    """
+    frames, _, height, width = known.shape
+    if (frames - 1) % 4:
+        raise DataError(f"{frames} frames: latent frames need 4n+1; trim the clip")
+    if height % SPACE or width % SPACE:
+        raise DataError(f"{height}x{width} pixels: need multiples of {SPACE}; resize the clip")
+    small = F.interpolate(known.float(), (height // SPACE, width // SPACE), mode="bilinear")
+    fours = torch.cat([small[:1].expand(4, -1, -1, -1), small[1:]])
+    return rearrange(fours, "(f c) 1 h w -> c f h w", c=4)
+
+
+def face_tokens(face: Tensor, height: int, width: int) -> Tensor:
+    """Where sound may act: float [P], 1 on the tokens that the face ever touches.
+
+    `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The union over the clip,
+    somewhat enlarged: the released model takes the first frame's box alone, which a moving head
+    leaves.  Row-major over (height / 2, width / 2) tokens.
+    """
+    face = _boxes(face, "face", len(face))
+    union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
+    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / TOKEN).tolist()
+    rows, columns = torch.arange(height // 2)[:, None], torch.arange(width // 2)
+    inside = (rows + 1 > y0) & (rows < y1) & (columns + 1 > x0) & (columns < x1)
+    return inside.float().flatten()

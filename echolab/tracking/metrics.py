@@ -1,0 +1,90 @@
+"""A run's metrics as JSON lines: append-only, the truth that wandb and the report mirror.
+
+A run is one or more attempts: each requeue or restart is a new one.  An attempt that resumes from
+a checkpoint repeats steps that an earlier attempt had logged already; those older rows stay in the
+file, but they do not belong to the series any more, and `read_metrics` leaves them out.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from echolab.errors import DataError
+
+
+class MetricsLog:
+    """Appends rows to a file; each is on its way to disk when `log` returns."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        """`attempt` counts from 0 (or 1): higher is later."""
+        self.attempt = attempt
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # the attempt before died inside a line: keep it from spoiling ours
+            self._file.write("\n")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One row.  Values that are not finite are written as null, which JSON has, unlike NaN."""
+        row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
+        for name, value in values.items():
+            row[name] = float(value) if math.isfinite(value) else None
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of the effective series, in step order; null is read as NaN.
+
+    A row of an older attempt is superseded from the first step of any later attempt on.
+    Lines that a killed process left unfinished are passed over; a file in which no line can be
+    read raises DataError.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a run writes it from its first logged step on")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    if lines and not rows:
+        raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
+    first: dict[int, int] = {}
+    for row in rows:
+        first[row["attempt"]] = min(row["step"], first.get(row["attempt"], row["step"]))
+    ends = {
+        attempt: min((step for later, step in first.items() if later > attempt), default=math.inf)
+        for attempt in first
+    }
+    kept = [row for row in rows if row["step"] < ends[row["attempt"]]]
+    return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
+
+
+def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, without the rows that lack it or hold NaN."""
+    found = [(row["step"], row[name]) for row in rows if not math.isnan(row.get(name, math.nan))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not {"step", "attempt"} <= set(row):
+        return None
+    return {key: math.nan if value is None else value for key, value in row.items()}

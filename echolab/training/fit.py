@@ -1,0 +1,246 @@
+"""Trains one run, from nothing or from where it was stopped: the same call either way."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from echolab.data.batches import read_tensors
+from echolab.data.shards import ShardDataset
+from echolab.diffusion.phases import Allocator
+from echolab.errors import ConfigError
+from echolab.models.frozen import Frozen
+from echolab.tasks.curriculum import Curriculum
+from echolab.training.callbacks import Intervals, Sink, Steps
+from echolab.training.checkpoint import check_architecture, open_checkpoint
+from echolab.training.datamodule import Feed, HeldOut, ShardDataModule
+from echolab.training.ema import Ema
+from echolab.training.module import DiffusionModule, Objective, Optim
+from echolab.training.preference import References
+from echolab.training.schedule import Schedule
+from echolab.training.stopping import StopSignals
+from echolab.training.strategies import STRATEGIES, cluster_environment, strategy_from
+
+
+class Machine(NamedTuple):
+    """Where it runs.  `devices` is ranks a node; they must have been started already."""
+
+    strategy: str = "single"
+    devices: int = 1
+    nodes: int = 1
+    accelerator: str = "cpu"
+    precision: str = "32-true"
+    shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
+
+
+ALONE, OPTIM = Machine(), Optim()
+
+
+class FitResult(NamedTuple):
+    """How a run ended."""
+
+    step: int  # optimizer steps done
+    steps: int  # of the whole schedule
+    stopped_by: int  # signal number; 0 where none
+    checkpoint: Path | None  # the newest
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole schedule is behind us."""
+        return self.step == self.steps
+
+
+def _cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
+    """Micro-batches a step and rank; raises ConfigError where it does not divide."""
+    world = machine.devices * machine.nodes
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (world * micro):
+        raise ConfigError(
+            f"batch_size={batch_size}: not a multiple of {world} ranks x micro_batch_size={micro}"
+        )
+    return batch_size // (world * micro)
+
+
+def _trainer(machine: Machine, accumulation: int, clip: float, steps: Steps) -> pl.Trainer:
+    """Lightning runs the loop; saving, logging, counting and stopping are ours."""
+    if machine.strategy not in STRATEGIES:
+        raise ConfigError(
+            f"trainer.strategy={machine.strategy}: unknown; one of {', '.join(STRATEGIES)}"
+        )
+    alone = machine.strategy == "single"
+    if alone and machine.devices * machine.nodes > 1:
+        raise ConfigError("trainer.strategy=single: for one rank; take ddp, zero1, zero2 or zero3")
+    zero = machine.strategy.startswith("zero")
+    return pl.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.nodes,
+        strategy=strategy_from(machine.strategy, shard_small=machine.shard_small),
+        plugins=[] if alone else [cluster_environment()],
+        precision=machine.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=clip if zero else None,
+        max_epochs=1,  # one Lightning epoch is the rest of the schedule
+        callbacks=[steps],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+
+
+class Training(NamedTuple):
+    """Everything a training run is made of.
+
+    `folder` is the run's: checkpoints lie in `folder/checkpoints`, and the newest whole one is gone
+    on from, bit for bit, whatever the number of ranks or the strategy was.  Without one, training
+    starts from the averaged weights of the checkpoint `initial`, or from `net` as it is.
+    `objectives` has one entry for each kind of epoch; preference objectives hold `reference`,
+    which is loaded at the start of each of their epochs with the averaged weights of that moment,
+    or always with those of `reference_checkpoint`.
+    """
+
+    net: nn.Module
+    architecture: Mapping[str, Any]
+    folder: Path
+    clips: ShardDataset
+    schedule: Schedule
+    curriculum: Curriculum
+    objectives: Mapping[str, Objective]
+    batch_size: int  # clips a step, over all ranks
+    seed: int = 0
+    shift: float = 5.0
+    pairs: ShardDataset | None = None
+    reference: Frozen | None = None
+    reference_checkpoint: Path | None = None
+    initial: Path | None = None
+    held_out: HeldOut | None = None
+    phases: Allocator | None = None  # for the held-out error
+    optim: Optim = OPTIM
+    machine: Machine = ALONE
+    micro_batch_size: int | None = None
+    workers: int = 0
+    every: Intervals | None = None
+    agreed: str = ""  # must be equal on all ranks: a digest of the settings, say
+    log: Sink | None = None  # (step, values), on rank 0
+    on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed holds the weights."""
+        return self.machine.strategy.startswith("zero")
+
+    def check(self) -> None:
+        """ConfigError for parts that do not fit each other."""
+        missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
+        if missing:
+            raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
+        if self.held_out and not self.phases:
+            raise ConfigError("held_out: needs phases too")
+        if self.machine.accelerator == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("trainer.accelerator=cuda: no GPU here; take trainer=cpu")
+        first, _ = read_tensors(self.clips, 0) if len(self.clips) else ({}, {})
+        for name in ("text", "image", "audio"):
+            wanted = self.architecture.get(f"{name}_dim")
+            if wanted and name in first and first[name].shape[-1] != wanted:
+                raise ConfigError(
+                    f"model.{name}_dim={wanted}: the clips of {self.clips.folder} have "
+                    f"{first[name].shape[-1]}; take the model= that fits their encoders"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the run."""
+        return {
+            "architecture": dict(self.architecture),
+            "clips": self.clips.fingerprint,
+            "encoders": dict(self.clips.encoders),
+            "pairs": self.pairs.fingerprint if self.pairs else None,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+
+def fit(training: Training) -> FitResult:
+    """Train through the rest of the schedule; raises EcholabError for what a user can mend.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 on any rank end the run after the step, with a checkpoint;
+    the result says by which.  Handlers and global state are afterwards as they were before.
+    """
+    training.check()
+    if training.initial:
+        origin = open_checkpoint(training.initial)
+        check_architecture(origin, training.architecture)
+        training.net.load_state_dict(origin.tensors("ema"))
+    machine, optim = training.machine, training.optim
+    accumulation = _cut(training.batch_size, training.micro_batch_size, machine)
+    feed = Feed(
+        training.clips,
+        training.pairs,
+        training.batch_size,
+        accumulation,
+        training.workers,
+        training.seed,
+    )
+    schedule = training.schedule
+    data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum)
+    module = DiffusionModule(
+        training.net,
+        training.objectives,
+        optim=optim,
+        seed=training.seed,
+        shift=training.shift,
+        clip_here=not training.sharded,
+        loss_factor=accumulation if training.sharded else 1,
+    )
+    with StopSignals() as signals, _quiet():
+        steps = _steps(training, data, signals)
+        _trainer(machine, accumulation, optim.clip, steps).fit(module, data)
+    return FitResult(steps.step, schedule.steps, steps.stopped_by, steps.saved)
+
+
+def _steps(training: Training, data: ShardDataModule, signals: StopSignals) -> Steps:
+    return Steps(
+        folder=training.folder / "checkpoints",
+        schedule=training.schedule,
+        data=data,
+        ema=Ema(training.optim.ema_decay),
+        every=training.every or Intervals(),
+        signals=signals,
+        references=References(
+            training.objectives, training.reference, training.reference_checkpoint
+        ),
+        identity=training.identity(),
+        agreed=training.agreed,
+        held_out=training.held_out,
+        phases=training.phases,
+        log=training.log,
+        on_step=training.on_step,
+    )
+
+
+class _quiet:
+    """Lightning's banners and its advice on loaders and loggers, which do not apply here."""
+
+    def __enter__(self) -> None:
+        self._levels = {}
+        for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+            logger = logging.getLogger(name)
+            self._levels[logger] = logger.level
+            logger.setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+
+    def __exit__(self, *error: Any) -> None:
+        self._warnings.__exit__(*error)
+        for logger, level in self._levels.items():
+            logger.setLevel(level)

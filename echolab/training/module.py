@@ -1,0 +1,111 @@
+"""The Lightning module: one forward, an objective for each kind of epoch, and what is measured."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from echolab.data.batches import MicroBatch
+from echolab.diffusion.objectives import velocity_error
+from echolab.diffusion.phases import Allocator
+from echolab.diffusion.sigmas import draw
+from echolab.training.meter import Meter
+from echolab.types import Batch, Draws, Loss, PreferencePair
+
+
+class Objective(Protocol):
+    """`objectives.Supervised` and its kin."""
+
+    def __call__(self, net: Any, batch: Any, draws: Draws) -> Loss: ...
+
+
+class Optim(NamedTuple):
+    """AdamW's settings; the learning rate is the schedule's."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0  # limit of the gradient's norm
+    ema_decay: float = 0.999
+
+
+def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
+    """The randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
+    clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
+    shape = tuple(clips.shape[1:])
+    of_epochs = []
+    for epoch, pairs in groupby(zip(item.epochs, item.batch.keys, strict=True), lambda p: p[0]):
+        keys = [key for _, key in pairs]
+        of_epochs.append(draw(keys, shape, seed=seed, epoch=epoch, shift=shift))
+    return Draws(*(torch.cat(parts).to(clips.device) for parts in zip(*of_epochs, strict=True)))
+
+
+class DiffusionModule(pl.LightningModule):
+    """Trains `net`; a reference lives inside the objectives, outside the module tree."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objectives: Mapping[str, Objective],
+        *,
+        optim: Optim,
+        seed: int,
+        shift: float,
+        clip_here: bool = True,
+        loss_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.objectives = dict(objectives)
+        self.optim, self.seed, self.shift = optim, seed, shift
+        self.clip_here = clip_here  # DeepSpeed clips by itself
+        # Lightning divides a loss by the micro-batches of a step, and DeepSpeed does so again.
+        self.loss_factor = loss_factor
+        self.meter = Meter()
+
+    def training_step(self, item: MicroBatch, index: int) -> Tensor:
+        """The loss of one micro-batch."""
+        draws = draws_of(item, seed=self.seed, shift=self.shift)
+        loss = self.objectives[item.kind](self.net, item.batch, draws)
+        self.meter.add(loss, item.batch.tasks)
+        return loss.value * self.loss_factor
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
+        if self.clip_here:
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip, foreach=True)
+            self.meter.add_value("gradient_norm", norm)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; vectors (norms, biases, modulation) are not decayed."""
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim >= 2]},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        o = self.optim
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,  # set before every step
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def held_out_errors(
+        self, batch: Batch, phases: Allocator, sigmas: tuple[float, ...]
+    ) -> dict[float, Tensor]:
+        """Errors [B] at fixed noise levels and fixed noise, nothing dropped."""
+        shape, keys = tuple(batch.latents.shape[1:]), batch.keys
+        noise = draw(keys, shape, seed=self.seed, epoch=-1).noise.to(batch.latents.device)
+        found = {}
+        for sigma in sigmas:
+            level = noise.new_full((len(keys),), sigma)
+            draws = Draws(noise, level, noise.new_zeros(len(keys), 2))
+            found[sigma] = velocity_error(self.net, batch, draws, phases)
+        return found

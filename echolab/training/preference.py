@@ -1,0 +1,58 @@
+"""What preference epochs need beyond a step: the reference network, and beta's running state."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echolab.errors import ConfigError
+from echolab.models.frozen import Frozen
+from echolab.training.checkpoint import load_ema_weights
+
+
+class References:
+    """Loads the averaged weights at the start of a preference epoch into its frozen reference.
+
+    They are those of the checkpoint saved there, so that a resumed run meets the same reference;
+    `pinned` is another checkpoint for all epochs.  Objectives that keep a state start it afresh
+    with each epoch: a margin against an earlier reference says nothing.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Any],
+        reference: Frozen | None,
+        pinned: Path | None = None,
+    ) -> None:
+        self.reference, self.pinned = reference, pinned
+        self.stateful = {
+            kind: objective
+            for kind, objective in objectives.items()
+            if hasattr(objective, "load_state_dict")
+        }
+        self._fresh = copy.deepcopy(self.state_dict())
+        self._entered: Path | None = None
+
+    def enter(self, boundary: Path, *, fresh: bool, device: torch.device) -> None:
+        """Make sure that the reference of the epoch that began at `boundary` is in place."""
+        if self._entered == boundary:
+            return
+        if self.reference is None:
+            raise ConfigError("schedule: preference epochs need a reference; give reference=")
+        self.reference.net.load_state_dict(load_ema_weights(self.pinned or boundary))
+        self.reference.to(device)
+        self._entered = boundary
+        if fresh:
+            self.load_state_dict(self._fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every objective that has a state, by kind."""
+        return {kind: dict(objective.state_dict()) for kind, objective in self.stateful.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        for kind, objective in self.stateful.items():
+            if kind in state:
+                objective.load_state_dict(state[kind])

@@ -1,0 +1,81 @@
+"""What travels between the parts.  All are NamedTuples: Lightning casts and pins them as they are.
+
+Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), C latent channels,
+Y, X pixels, H = Y / 8, W = X / 8 latents, L text tokens, N image tokens, P = (H / 2) (W / 2)
+tokens of one latent frame.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Clips(NamedTuple):
+    """Clips of one size as they were recorded; visemes are known of drawn talkers alone."""
+
+    keys: list[str]
+    pixels: Tensor  # [B, 3, T, Y, X] uint8
+    samples: Tensor  # [B, 640 T]     sound in [-1, 1] at 16 kHz
+    face: Tensor  # [B, T, 4]      left, top, right, bottom in pixels
+    lips: Tensor  # [B, T, 4]
+    visemes: Tensor | None  # [B, T, 2]      how far the mouth is open and how wide it is, in [0, 1]
+    about: list[dict[str, Any]]  # the json of each sample
+
+    def float_pixels(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """Pixels of some clips in [-1, 1]."""
+        return self.pixels[which].float() / 127.5 - 1
+
+
+class Conditions(NamedTuple):
+    """What the network is told besides the noisy latents."""
+
+    text: Tensor  # [B, L, text_dim]    text states, zero after the end of the text
+    image: Tensor  # [B, N, image_dim]   tokens of the reference picture; zeros where there is none
+    audio: Tensor  # [B, 2 T, audio_dim] two tokens a frame; zeros where there is no sound
+    face: Tensor  # [B, P]              1 where the sound may act, over the token grid, row-major
+    known: Tensor  # [B, 4, F, H, W]     1 where the pixels are given
+    known_latents: Tensor  # [B, C, F, H, W]     the given pixels, encoded; the rest mid-grey
+
+
+class Batch(NamedTuple):
+    """Clips with their conditions."""
+
+    latents: Tensor  # [B, C, F, H, W]  clean
+    conditions: Conditions
+    weight: Tensor  # [B, 1, F, H, W]  how much each place counts in the error; mean 1 is usual
+    tasks: list[str]  # one name of the soup a clip
+    keys: list[str]  # where each clip came from
+
+
+class PreferencePair(NamedTuple):
+    """Two videos for the same conditions: there is one of everything else."""
+
+    chosen: Tensor  # [B, C, F, H, W]
+    rejected: Tensor  # [B, C, F, H, W]
+    conditions: Conditions
+    weight: Tensor  # [B, 1, F, H, W]
+    tasks: list[str]
+    keys: list[str]
+
+
+class Draws(NamedTuple):
+    """All that is random in one training step, a pure function of (seed, epoch, key, draw)."""
+
+    noise: Tensor  # [B, C, F, H, W]  standard normal, fp32
+    sigmas: Tensor  # [B]              noise level; 0 is data, 1 is noise
+    uniforms: Tensor  # [B, 2]           decides which of image and audio are kept
+
+
+class ModalityWeights(NamedTuple):
+    """Factors on the three cross-attention outputs."""
+
+    text: Tensor  # [B]
+    image: Tensor  # [B]
+    audio: Tensor  # [B]
+
+
+class Loss(NamedTuple):
+    """A scalar to go down, and the values to log beside it."""
+
+    value: Tensor  # []
+    parts: dict[str, Tensor]  # [B] or []

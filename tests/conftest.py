@@ -1,0 +1,33 @@
+"""What every test may ask for, and an environment in which nothing asks the network."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: many tiny tensors run faster on one thread than on two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _folder(variable: str, beside: str) -> Path:
+    """The folder an environment variable names, else the one beside the repository, or skip."""
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / beside)
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set {variable}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def media() -> Path:
+    """The folder of sample pictures, sounds and videos."""
+    return _folder("ECHOLAB_MEDIA", "media")
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The folder of model files of third parties."""
+    return _folder("ECHOLAB_WEIGHTS", "weights")

@@ -1,0 +1,59 @@
+"""Encoded and preference clips of the size that `model=demo` takes, tiny in time and place."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from echolab.cli.demo_settings import ARCHITECTURE
+from echolab.data.shards import ShardWriter
+from echolab.tasks.masks import TASKS
+
+CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4
+FRAMES = 4 * (LATENT_FRAMES - 1) + 1
+
+# `echolab train` on these: a small network, few steps, nothing told to wandb but on request.
+SETTINGS = (
+    "debug=cpu", "model.dim=64", "model.ffn_dim=64", "model.num_layers=1",
+    "preference.anchor=0.5", "every.save=2",
+)  # fmt: skip
+
+
+def plan(*epochs: tuple[str, int]) -> str:
+    """The override of a schedule."""
+    return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n},lr:1e-3}}' for k, n in epochs)}]"
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    """One random encoded clip."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (CHANNELS, LATENT_FRAMES, SIDE, SIDE)
+    sizes = {
+        "text": (4, ARCHITECTURE["text_dim"]),
+        "image": (3, ARCHITECTURE["image_dim"]),
+        "audio": (2 * FRAMES, ARCHITECTURE["audio_dim"]),
+        "latents": shape,
+        **{f"known_latents.{task}": shape for task in TASKS if task != "t2v"},
+    }
+    made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    made |= {f"known.{task}": torch.zeros(4, *shape[1:]) for task in TASKS if task != "t2v"}
+    return made | {"face": torch.ones(SIDE * SIDE // 4), "weight": torch.ones(1, *shape[1:])}
+
+
+def write(folder: Path, count: int = 6) -> tuple[Path, Path]:
+    """`folder`/clips and `folder`/pairs."""
+    kept = ("text", "image", "audio", "face", "weight")
+    with ShardWriter(folder / "clips", kind="encoded") as clips:
+        for i in range(count):
+            clips.write(f"clip-{i}", {"safetensors": save(tensors(i)), "json": b"{}"})
+    with ShardWriter(folder / "pairs", kind="preference") as pairs:
+        for i in range(count):
+            one = tensors(i)
+            pair = {name: one[name] for name in kept}
+            pair |= {"known": one["known.i2v"], "known_latents": one["known_latents.i2v"]}
+            pair |= {"chosen": one["latents"], "rejected": tensors(i + 50)["latents"]}
+            about = json.dumps({"task": "i2v"}).encode()
+            pairs.write(f"pair-{i}", {"safetensors": save(pair), "json": about})
+    return folder / "clips", folder / "pairs"

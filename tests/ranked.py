@@ -1,0 +1,59 @@
+"""One rank of a test of several: `python ranked.py FOLDER STRATEGY DEVICES OUT [key=value ...]`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import runs
+
+from echolab.training.callbacks import Intervals, Steps
+from echolab.training.datamodule import HeldOut
+from echolab.training.fit import Machine
+
+
+def save_what_was_loaded(to: Path) -> None:
+    """Every checkpoint that is gone on from is written again, before any step, below `to`."""
+    start = Steps.on_train_start
+
+    def and_save(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        start(self, trainer, module)
+        folder, self.folder = self.folder, to
+        self.save()
+        self.folder = folder
+
+    Steps.on_train_start = and_save  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Train, and write the rows that rank 0 logged."""
+    folder, strategy, devices, out = sys.argv[1:5]
+    options = dict(word.split("=") for word in sys.argv[5:])
+    plan = runs.schedule(*json.loads(options.get("plan", "[]")))
+    root = Path(folder)
+    if "again" in options:
+        save_what_was_loaded(Path(options["again"]))
+    held = HeldOut(runs.write_clips(root / "held", 4, 50), 4, 2)
+    result, rows = runs.train(
+        root,
+        plan,
+        folder=Path(out),
+        every=Intervals(log=1, save=0, validate=3),
+        held_out=held,
+        phases=runs.PHASES,
+        micro_batch_size=int(options.get("micro", 0)) or None,
+        # eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
+        optim=runs.Optim(clip=0.5, eps=1e-4),
+        machine=Machine(
+            strategy,
+            devices=int(devices),
+            precision=options.get("precision", "32-true"),
+            shard_small=options.get("small") != "no",
+        ),
+    )
+    if rows:
+        (Path(out) / "rows.json").write_text(json.dumps(rows))
+        print(result)
+
+
+main()

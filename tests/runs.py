@@ -1,0 +1,106 @@
+"""Small encoded and preference datasets, and a run over them, that the tests of training share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+from safetensors.torch import save
+from torch import Tensor
+
+from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
+from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.models.frozen import Frozen
+from echolab.tasks.curriculum import Curriculum, hard_to_easy
+from echolab.tasks.masks import TASKS
+from echolab.training.fit import FitResult, Training, fit
+from echolab.training.module import Optim
+from echolab.training.ranks import mean
+from echolab.training.schedule import Epoch, Schedule
+
+__all__ = ["Optim", "Preference", "Supervised"]
+
+ARCHITECTURE = {"dim": 48, "num_layers": 2}
+PHASES = KeepModalities(PHDA)
+
+
+def clip_tensors(seed: int) -> dict[str, Tensor]:
+    """One encoded clip, random, with what each task needs."""
+    batch = tiny.batch(1, seed)
+    told = batch.conditions._asdict()
+    tensors = {name: told[name][0] for name in ("text", "image", "audio", "face")}
+    tensors |= {"latents": batch.latents[0], "weight": batch.weight[0]}
+    for task in TASKS:
+        if task != "t2v":
+            tensors[f"known.{task}"] = told["known"][0].clone()
+            tensors[f"known_latents.{task}"] = told["known_latents"][0].clone()
+    return tensors
+
+
+def write_clips(folder: Path, count: int, first: int = 0) -> ShardDataset:
+    """An encoded dataset, or the one that is there."""
+    if not (folder / "dataset.json").exists():
+        with ShardWriter(folder, kind="encoded", samples_per_shard=3) as writer:
+            for i in range(first, first + count):
+                members = {"safetensors": save(clip_tensors(i)), "json": b'{"caption": ""}'}
+                writer.write(f"clip-{i:03d}", members)
+    return open_dataset(folder)
+
+
+def write_pairs(folder: Path, count: int) -> ShardDataset:
+    """A preference dataset, or the one that is there."""
+    if not (folder / "dataset.json").exists():
+        with ShardWriter(folder, kind="preference", samples_per_shard=4) as writer:
+            for i in range(count):
+                tensors = clip_tensors(100 + i)
+                kept = ("text", "image", "audio", "face", "weight")
+                pair = {name: tensors[name] for name in kept}
+                pair |= {"known": tensors["known.i2v"]}
+                pair |= {"known_latents": tensors["known_latents.i2v"]}
+                pair |= {"chosen": tensors["latents"], "rejected": tiny.latents(1, 300 + i)[0]}
+                about = json.dumps({"task": "i2v", "scores": {}}).encode()
+                writer.write(f"pair-{i:03d}", {"safetensors": save(pair), "json": about})
+    return open_dataset(folder)
+
+
+def schedule(*epochs: tuple[str, int], lr: float = 3e-3) -> Schedule:
+    """Epochs of (kind, steps) at one learning rate."""
+    return Schedule([Epoch(kind, steps, lr) for kind, steps in epochs], warmup=2)
+
+
+def curriculum() -> Curriculum:
+    """Quick enough to show all tasks in a few steps."""
+    return Curriculum(hard_to_easy(1), momentum=0.3, floor=0.02)
+
+
+def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
+    """A run in `root`/run over `root`/clips and pairs; its result and the rows it logged."""
+    rows: list[dict[str, Any]] = []
+    reference = Frozen(tiny.net())
+    settings: dict[str, Any] = {
+        "folder": root / "run",
+        "clips": write_clips(root / "clips", 7),
+        "pairs": write_pairs(root / "pairs", 5),
+        "schedule": plan,
+        "curriculum": curriculum(),
+        "reference": reference,
+        "objectives": {
+            "sft": Supervised(PHASES),
+            "ndpo": NegativePreference(PHASES, reference, 100.0, 0.2, mean),
+            "dpo": Preference(
+                PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
+                across_ranks=mean,
+            ),
+        },
+        "batch_size": 4,
+        "log": lambda step, values: rows.append({"step": step, **values}),
+    }  # fmt: skip
+    net = changes.pop("net", None) or tiny.net(trained=True)
+    result = fit(Training(net, ARCHITECTURE, **{**settings, **changes}))
+    return result, rows
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint that holds tensors, as bytes."""
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}

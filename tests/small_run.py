@@ -1,0 +1,51 @@
+"""A drawn dataset, an autoencoder hardly fitted and a run of two steps, for the commands."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import runs
+import torch
+
+from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.encode import encode_dataset
+from echolab.cli.fit import fit_network
+from echolab.data.clips import load_clips
+from echolab.data.shards import open_dataset
+from echolab.diffusion.objectives import Supervised
+from echolab.encoders import picture, sound, words
+from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders.encode import demo_encoders
+from echolab.fitting import load_net
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import initialise
+from echolab.tasks.curriculum import Curriculum, Stage
+from echolab.training.fit import Training, fit
+
+ARCHITECTURE = {
+    "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
+    "text_dim": words.SIZE, "image_dim": picture.SIZE, "audio_dim": sound.SIZE,
+}  # fmt: skip
+
+
+class SmallRun(NamedTuple):
+    raw: Path
+    encoded: Path
+    video: Path  # the autoencoder's file
+    run: Path
+
+
+def make(root: Path) -> SmallRun:
+    """All of it, under `root`."""
+    made = SmallRun(root / "raw", root / "encoded", root / "autoencoder.safetensors", root / "run")
+    draw_dataset(DrawOptions(made.raw, clips=4), lambda done: None)
+    fit_network("autoencoder", load_clips(made.raw), made.video, steps=2, seed=0)
+    encoders = demo_encoders(load_net(made.video, CausalAutoencoder))
+    encode_dataset(made.raw, made.encoded, encoders, lambda done: None)
+    net = EchoTransformer(**ARCHITECTURE)  # type: ignore[arg-type]
+    initialise(net, torch.Generator().manual_seed(0))
+    fit(Training(
+        net, ARCHITECTURE, folder=made.run, clips=open_dataset(made.encoded),
+        schedule=runs.schedule(("sft", 2)), curriculum=Curriculum([Stage(1, {"i2v": 1.0})]),
+        objectives={"sft": Supervised(runs.PHASES)}, batch_size=2,
+    ))  # fmt: skip
+    return made

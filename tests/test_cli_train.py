@@ -1,0 +1,149 @@
+"""`echolab train`: one command starts a run and goes on with it; bad settings are one line."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import encoded
+import pytest
+
+from echolab.cli.__main__ import main
+from echolab.cli.train import CONF, compose, member_name
+from echolab.errors import ConfigError
+from echolab.launch import exit_codes, local, runs
+from echolab.tracking.metrics import read_metrics
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    clips, pairs = encoded.write(tmp_path_factory.mktemp("encoded"))
+    return [*encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("debug", [[], ["debug=cpu"]])
+def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
+    from echolab.cli import training_objects as objects
+
+    config = compose([f"experiment={experiment}", "data.clips=x", *debug])
+    assert objects.schedule_from(config["schedule"]).steps > 0
+    assert objects.curriculum_from(config["tasks"]).tasks
+    assert objects.phases_from(config["phases"])
+    assert objects.Machine(**config["trainer"]).devices == (1 if debug else 8) or (
+        experiment == "real_smoke"
+    )
+
+
+def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
+    words = ["train", *data, f"run={tmp_path / 'run'}"]
+    assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2))]) == exit_codes.DONE
+    first = json.loads((tmp_path / "run/run.json").read_text())
+    assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2), ("dpo", 1))]) == exit_codes.DONE
+    assert json.loads((tmp_path / "run/run.json").read_text()) == first
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [(row["step"], row["attempt"]) for row in rows if "train/loss" in row] == [
+        (1, 1), (2, 1), (3, 1), (4, 1), (5, 2),
+    ]  # fmt: skip
+    attempts = (tmp_path / "run/attempts.jsonl").read_text().splitlines()
+    assert len(attempts) == 2 and "torch" in json.loads(attempts[0])["versions"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sede=1"], "Could not override 'sede'"),
+        (["model=nothing"], "nothing"),
+        (["data.clips=nowhere"], "nowhere/dataset.json: not there"),
+        (["data.pairs=null", "schedule=dpo"], "data.pairs=null"),
+        (["phases.act=sing"], "phases.act=sing: unknown; one of keep, scale"),
+        (["model.dim=wide"], "model.dim=wide: must be a number"),
+        (["preference.beta=-1", "schedule=dpo"], "beta"),
+        (["trainer.strategy=zero9", "schedule.epochs=[{kind:sft,steps:1,lr:0}]"], "zero9"),
+        (["initial=nowhere"], "nowhere: no whole checkpoint"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    words: list[str], message: str,
+) -> None:  # fmt: skip
+    assert main(["train", *data, f"run={tmp_path / 'run'}", *words]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and lines[-1].startswith("echolab: error: ")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
+    config: dict[str, Any] = {"seed": 1, "optim": {"eps": 1e-8}, "trainer": {"devices": 1}}
+    with runs.claim(tmp_path / "run", config) as run:
+        assert run.attempt == 1
+        with (
+            pytest.raises(ConfigError, match="another process is training there"),
+            runs.claim(tmp_path / "run", config),
+        ):
+            pass
+    with runs.claim(tmp_path / "run", {**config, "trainer": {"devices": 8}}) as again:
+        assert again.id == run.id and again.attempt == 2
+    with (
+        pytest.raises(ConfigError, match=r"optim.eps=1e-08, now optim.eps=0.1"),
+        runs.claim(tmp_path / "run", {**config, "optim": {"eps": 0.1}}),
+    ):
+        pass
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with (
+        pytest.raises(ConfigError, match="holds files, and no run"),
+        runs.claim(tmp_path / "mine", config),
+    ):
+        pass
+
+
+def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
+    def start(_: int) -> str:
+        try:
+            with runs.claim(tmp_path / "run", {"seed": 1}) as run:
+                return run.id
+        except ConfigError as error:
+            assert "another process" in str(error)
+            return ""
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(start, range(32))) - {""}) == 1
+
+
+def test_a_member_is_named_by_what_is_swept() -> None:
+    assert member_name(["experiment=sft", "run=a", "seed=1", "optim.eps=1e-8"]) == (
+        "optim.eps-1e-8_seed-1"
+    )
+    assert member_name(["run=a"]) == "member"
+    long = [member_name([f"model.name={'x' * 200}{n}"]) for n in range(2)]
+    assert len(set(long)) == 2 and max(map(len, long)) < 100
+
+
+@pytest.mark.slow
+def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
+    program = "import os, sys, time; r = os.environ['RANK']; {}"
+    fails = program.format("sys.exit(3) if r == '1' else time.sleep(60)")
+    before, local.GRACE_SECONDS = local.GRACE_SECONDS, 0.5
+    try:
+        assert local.run_ranks([sys.executable, "-c", fails], 2) == 3
+    finally:
+        local.GRACE_SECONDS = before
+    fine = program.format("assert os.environ['WORLD_SIZE'] == '2'")
+    assert local.run_ranks([sys.executable, "-c", fine], 2) == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_on_this_machine(data: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "echolab.cli", "train", "-m", *data, "seed=1,2"]
+    words = [f"run={tmp_path / 'sweep'}", encoded.plan(("sft", 2))]
+    subprocess.run([*command, *words], check=True, timeout=300, env={**os.environ})
+    configs = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/config.json")]
+    assert {config["seed"] for config in configs} == {1, 2}
+    for config in configs:
+        assert read_metrics(Path(config["run"]) / "metrics.jsonl")[-1]["step"] == 2

@@ -1,0 +1,297 @@
+"""Preparation: one clock, 4n+1 frames, every second in a clip or refused, and no file ends it."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import unruly
+
+from data_prep.cut import cut_span, is_clip_length
+from data_prep.faces import boxes
+from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
+from data_prep.normalise import heard, make_grid, sound_of
+from data_prep.options import RunOptions
+from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
+from data_prep.probe import probe
+from data_prep.source import Models, read_source
+from data_prep.track import SceneCuts, Tracker
+from data_prep.video import VideoReader
+from data_prep.weights import YUNET, find_weight
+from data_prep.workers import Failed, Finished, work
+from echolab.data.media import read_sound
+from echolab.errors import ConfigError, DataError, EcholabError, MediaError, WeightsError
+
+FLASH = 7  # number of the source frame that is white and sounds
+
+
+def write_flashing(
+    path: Path, times: Sequence[float], *, flash: int = FLASH, sound_from: float = 0.0,
+    sound_seconds: float = 2.0, size: int = 128,
+) -> float:  # fmt: skip
+    """Black video with frames at `times`, white from frame `flash` on, when a tone sets in."""
+    rate = 16000
+    start = times[flash]
+    faststart = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=faststart) as container:
+        video = container.add_stream("libx264", rate=1000, options={"bf": "0"})
+        video.width = video.height = size
+        video.pix_fmt, video.time_base = "yuv420p", Fraction(1, 1000)
+        video.codec_context.time_base = Fraction(1, 1000)
+        audio = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=rate)
+        for number, time in enumerate(times):
+            picture = np.full((size, size, 3), 255 * (number >= flash), np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        at = sound_from + np.arange(round(sound_seconds * rate)) / rate
+        tone = (np.sin(2 * np.pi * 440 * at) * (at >= start) * 20000).astype(np.int16)
+        for first in range(0, len(tone), 1024):
+            piece = av.AudioFrame.from_ndarray(tone[None, first : first + 1024], "s16", "mono")
+            piece.sample_rate, piece.time_base = rate, Fraction(1, rate)
+            piece.pts = first + round(sound_from * rate)
+            container.mux(audio.encode(piece))
+        container.mux(audio.encode(None))
+    return start
+
+
+def even(fps: float, first: float = 0.0, count: int = 40) -> list[float]:
+    return [first + k / fps for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("times", "sound_from"),
+    [
+        (even(25), 0.0),
+        (even(30), 0.0),
+        (even(60, count=80), 0.0),
+        (even(12), 0.0),
+        (even(25, first=0.4), 0.0),
+        (even(25), 0.2),
+        (list(np.cumsum([0.033, 0.067, 0.033, 0.033] * 10)), 0.0),
+    ],
+    ids=["25", "30", "60", "12", "late picture", "late sound", "variable"],
+)
+def test_flash_and_tone_stay_together(
+    tmp_path: Path, times: list[float], sound_from: float
+) -> None:
+    path = tmp_path / "a.mkv"
+    start = write_flashing(path, times, sound_from=sound_from)
+    found = probe(path)
+    grid = make_grid(found)
+    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
+    pictures = np.stack(list(VideoReader(found, 128, 128).read(grid.numbers)))
+    flash = int(np.argmax(pictures.mean((1, 2, 3)) > 128)) / 25
+    tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
+    # The nearest frame is shown: half a source frame early, or one output frame late, at most.
+    assert -max(np.diff(times)) / 2 - 0.003 <= flash - tone <= 0.04 + 0.003
+    assert abs(grid.seconds(0) + tone - start) < 0.003
+
+
+def test_every_source_frame_at_25_fps_is_kept_once(tmp_path: Path) -> None:
+    write_flashing(tmp_path / "a.mkv", even(25, first=0.4))
+    assert make_grid(probe(tmp_path / "a.mkv")).numbers.tolist() == list(range(40))
+
+
+def test_decord_and_pyav_see_the_same_frames(tmp_path: Path) -> None:
+    write_flashing(tmp_path / "a.mp4", even(30))
+    found = probe(tmp_path / "a.mp4")
+    reader = VideoReader(found, 128, 128)
+    assert reader.decoder == "decord"
+    for numbers in ([0, 1, 2], [3, 3, 9], [20, 31, 39]):
+        one = list(reader.read(np.array(numbers)))
+        other = list(reader._read_av(np.array(numbers)))
+        assert np.abs(np.stack(one).astype(int) - np.stack(other)).max() <= 2
+
+
+def test_sound_shorter_than_the_picture_is_refused_there(tmp_path: Path) -> None:
+    write_flashing(tmp_path / "a.mkv", even(25), sound_seconds=1.0)
+    grid = make_grid(probe(tmp_path / "a.mkv"))
+    covered = heard(read_sound(tmp_path / "a.mkv"), grid)
+    assert covered[:25].all() and not covered[26:].any()
+    reasons = frame_reasons(grid, covered, find_subject([], len(covered)), 96)
+    assert reasons[0].startswith("no face") and reasons[-1].startswith("no sound")
+
+
+def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    write_flashing(whole, even(25, count=75), size=256)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    assert not probe(whole).damaged
+    found = probe(cut)
+    assert 20 < len(found.times) < 75
+    ((first, last),) = [span for span in found.damaged if span[1] > found.end]
+    assert first <= found.end + 0.05 and abs(last - 3) < 0.1
+    unused = Models(tmp_path, None)  # type: ignore[arg-type]
+    options = RunOptions(cut, tmp_path, size=64)
+    parts = read_source(cut, cut.name, "0" * 64, options, unused, lambda _: None)
+    assert next(parts).reason.startswith("damaged: the file ends before")  # type: ignore[union-attr]
+    for size in (0, 10, 300):
+        cut.write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(MediaError, match="damaged|no picture"):
+            probe(cut)
+
+
+@pytest.mark.parametrize("frames", [5, 13, 81])
+def test_clips_partition_the_start_of_a_span(frames: int) -> None:
+    for length in range(1, 200):
+        for least in {5, frames}:
+            clips, end = cut_span(100, 100 + length, frames, least)
+            lengths = [last - first for first, last in clips]
+            assert all(is_clip_length(n) and least <= n <= frames for n in lengths)
+            assert end == 100 + sum(lengths) and end <= 100 + length
+            assert [first for first, _ in clips] == [
+                100 + sum(lengths[:i]) for i in range(len(clips))
+            ]
+            assert 100 + length - end < max(least, 4)
+
+
+def face(x: float, y: float = 50, score: float = 0.95, size: float = 40) -> np.ndarray:
+    row = np.zeros(15, np.float32)
+    row[:4], row[14] = (x, y, size, size), score
+    return row
+
+
+def test_a_track_needs_a_sure_face_to_begin_and_a_likely_one_to_go_on() -> None:
+    tracker = Tracker()
+    for k in range(0, 20, 2):
+        tracker.add(k, np.stack([face(10 + k, score=0.95 if k == 4 else 0.75)]))
+    (track,) = tracker.finish(20, 2)
+    assert (track.first, track.last) == (4, 20)
+    # Between two looks the box is where a steady motion puts it.
+    assert np.allclose(boxes(track.rows)[:15, 0], 10 + np.arange(4, 19))
+
+
+def test_a_face_may_hide_briefly_but_not_over_a_cut() -> None:
+    tracker = Tracker()
+    for k in [*range(10), *range(13, 20)]:
+        tracker.add(k, np.stack([face(10)]))
+    tracker.cut(20)
+    for k in range(20, 30):
+        tracker.add(k, np.stack([face(10)]))
+    assert [(t.first, t.last) for t in tracker.finish(30, 1)] == [(0, 20), (20, 30)]
+
+
+def test_two_faces_are_two_tracks_and_a_rivalry() -> None:
+    tracker = Tracker()
+    for k in range(10):
+        tracker.add(k, np.stack([face(10 + k), face(200 - k, size=30), face(400, size=10)]))
+    tracks = tracker.finish(10, 1)
+    subject = find_subject(tracks, 12)
+    assert subject.faces.tolist() == [3] * 10 + [0] * 2
+    assert np.allclose(subject.rival[:10], 0.75) and (subject.height[:10] == 40).all()
+    assert len(set(subject.track[:10])) == 1 and (subject.track[10:] == -1).all()
+
+
+def test_cuts_are_seen_and_motion_is_none() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [rng.integers(0, 256, (1, 4, 3)).astype(np.uint8).repeat(72, 0).repeat(32, 1)
+              for _ in range(3)]  # fmt: skip
+    cuts = SceneCuts()
+    begins = [cuts.begins(np.roll(scene, shift, 1)) for scene in scenes for shift in range(4)]
+    assert begins == [True, False, False, False] * 3
+
+
+def test_silence_is_told_from_pauses() -> None:
+    tone = (0.1 * np.sin(np.arange(640 * 50) / 5)).astype(np.float32)
+    paused = tone * (np.arange(len(tone)) < 0.3 * len(tone))
+    assert silence(tone) == "" and silence(paused) == ""
+    assert silence(tone * 1e-3).startswith("silence:") and not audible(tone * 1e-3)
+    assert silence(tone * (np.arange(len(tone)) < 0.1 * len(tone))).startswith("silence:")
+
+
+def test_still_lips_are_no_talking() -> None:
+    sure = np.ones(50)
+    moving = 0.05 + 0.03 * np.sin(np.arange(50))
+    assert still_lips(moving, sure) == ""
+    assert still_lips(np.full(50, 0.05), sure).startswith("not talking:")
+    assert still_lips(moving, sure * 0.1).startswith("no face:")
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (1080, 1920), (410, 412), (200, 200)])
+def test_framing_stays_inside_and_boxes_follow(width: int, height: int) -> None:
+    faces = np.array([[50, 30, 130, 150], [70, 30, 150, 150]], np.float32)
+    for framing in (frame_head(faces, width, height, 128), frame_whole(width, height, 128)):
+        x0, y0, x1, y1 = framing.box
+        assert 0 <= x0 < x1 <= width + 1e-3 and 0 <= y0 < y1 <= height + 1e-3
+        assert framing.width % 16 == 0 == framing.height % 16
+        scale = framing.width / (x1 - x0)
+        assert np.isclose(scale, framing.height / (y1 - y0))
+        inside = in_frame(faces, framing)
+        assert np.allclose(inside[1, 0] - inside[0, 0], 20 * scale, atol=1e-3)
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[30:150, 50:130] = 255
+        seen = cut_out(picture, framing)
+        assert seen.shape == (framing.height, framing.width, 3)
+        ys, xs = np.nonzero(seen[..., 0] > 127)
+        found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        assert np.abs(inside[0] - found).max() <= 1 + scale / 2
+
+
+@pytest.mark.parametrize(
+    "bad", ["frames=80", "frames=1", "size=100", "min_frames=85", "detect_every=9", "crop=x"]
+)
+def test_options_out_of_range_are_told(bad: str, tmp_path: Path) -> None:
+    from data_prep.run import main
+
+    with pytest.raises(ConfigError, match=bad.partition("=")[0]):
+        main([str(tmp_path), str(tmp_path / "out"), bad])
+
+
+def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.weights.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("data_prep.weights.urllib.request.urlopen", offline)
+    monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
+    with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*weights=FOLDER"):
+        find_weight(YUNET, tmp_path)
+    (tmp_path / YUNET.name).write_bytes(b"another")
+    with pytest.raises(WeightsError, match=rf"{YUNET.name}: sha256.*need {YUNET.sha256[:16]}"):
+        find_weight(YUNET, tmp_path)
+    with pytest.raises(WeightsError, match="no such folder"):
+        find_weight(YUNET, tmp_path / "none")
+
+
+def offline(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+@pytest.mark.slow
+def test_no_job_ends_the_run() -> None:
+    jobs = ["one", "crash", "raise", "hang", "two"]
+    ended = {r.job: r for r in work(unruly.setup, jobs, 2, 2.0) if isinstance(r, Finished | Failed)}
+    assert {job: r.result for job, r in ended.items() if isinstance(r, Finished)} == {
+        "one": "ONE",
+        "two": "TWO",
+    }
+    failed = {job: r.what for job, r in ended.items() if isinstance(r, Failed)}
+    assert set(failed) == {"crash", "raise", "hang"}
+    assert "signal 11" in failed["crash"] and "hangs" in failed["hang"]
+    assert failed["raise"].startswith("unreadable: ValueError")
+    with pytest.raises(DataError, match="disk: full"):
+        list(work(unruly.setup, ["disk"], 1, 9.0))
+    with pytest.raises(EcholabError, match="cannot start"):
+        list(work(unruly.broken_setup, ["one"], 1, 9.0))
+
+
+def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "data_prep", *map(str, words)]
+    folder = Path(__file__).resolve().parent.parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    assert run("--help").returncode == 0 and "run" in run("--help").stdout
+    for words, said in (
+        (["run", tmp_path / "none.mp4", tmp_path / "out"], "none.mp4: not there"),
+        (["run", tmp_path, tmp_path / "out", "frame=9"], "frames"),
+        (["walk"], "no step 'walk'"),
+    ):
+        done = run(*words)
+        assert done.returncode != 0 and said in done.stderr and done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

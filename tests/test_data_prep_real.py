@@ -1,0 +1,202 @@
+"""Preparation of the real sample videos: each is used, or refused for its own reason."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.cut import is_clip_length
+from data_prep.filter import Refusal
+from data_prep.options import RunOptions
+from data_prep.probe import probe
+from data_prep.run import find_files, prepare
+from data_prep.source import Models, read_source
+from data_prep.video import VideoReader
+from data_prep.weights import YUNET, find_weight
+from echolab.data.media import decode_flac, decode_mp4, decode_tracks
+from echolab.data.shards import open_dataset, verify
+from echolab.errors import MediaError
+
+pytestmark = pytest.mark.media
+
+
+def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "data_prep", *map(str, words)]
+    folder = Path(__file__).resolve().parent.parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def models(weights: Path) -> Models:
+    from data_prep.faces import FaceMesh
+    from data_prep.weights import LANDMARKER
+
+    return Models(find_weight(YUNET, weights), FaceMesh(find_weight(LANDMARKER, weights)))
+
+
+def test_lips_are_found_where_they_are(media: Path, weights: Path) -> None:
+    """The mesh's lips hold the detector's own mouth corners, and lie in the lower face."""
+    from data_prep.faces import FaceDetector
+
+    found = probe(media / "video" / "th_may5s.mp4")
+    picture = next(VideoReader(found, found.width, found.height).read(np.array([30])))
+    both = models(weights)
+    row = FaceDetector(both.yunet, found.width, found.height).detect(picture)[0]
+    mesh = both.mesh.find(picture, row)
+    left, top, right, bottom = mesh.lips
+    x, y, width, height = row[:4]
+    assert mesh.presence > 0.9
+    assert x < left < right < x + width and y + height / 2 < top < bottom < y + height
+    corners = row[10:14].reshape(2, 2)
+    assert np.abs(np.sort(corners[:, 0]) - [left, right]).max() < 0.1 * width
+    assert (corners[:, 1] > top - 0.05 * height).all() and (corners[:, 1] < bottom).all()
+
+
+def test_a_turned_picture_is_set_upright(media: Path) -> None:
+    """PyAV's turn agrees with decord's own."""
+    import decord
+
+    path = media / "video" / "bad_rot90.mov"
+    found = probe(path)
+    assert (found.width, found.height) == (320, 568)
+    ours = list(VideoReader(found, 320, 568).read(np.arange(3)))
+    theirs = decord.VideoReader(str(path)).get_batch(range(3)).asnumpy()
+    assert np.abs(np.stack(ours).astype(int) - theirs).mean() < 2
+
+
+def test_every_second_is_in_a_clip_or_refused(media: Path, weights: Path) -> None:
+    path = media / "video" / "offset_hamilton.mp4"
+    options = RunOptions(path, path, frames=33, min_frames=17, size=64)
+    parts = list(read_source(path, path.name, "0" * 64, options, models(weights), lambda _: None))
+    spans = []
+    for part in parts:
+        if isinstance(part, Refusal):
+            spans.append((part.start_seconds, part.end_seconds))
+            continue
+        facts = json.loads(part.members["json"])
+        spans.append((facts["start_seconds"], facts["end_seconds"]))
+        frames = decode_mp4(part.members["mp4"])
+        tracks = decode_tracks(part.members["tracks.npz"])
+        assert len(frames) == facts["frames"] == len(tracks.face) == len(tracks.lips)
+        assert is_clip_length(len(frames)) and frames.shape[1:] == (64, 64, 3)
+        assert len(decode_flac(part.members["flac"])) == 640 * len(frames)
+        assert (tracks.lips[:, 1] >= tracks.face[:, 1]).all() and tracks.face.max() <= 64
+    spans.sort()
+    ends = [0.852, *(end for _, end in spans[:-1])]
+    assert np.allclose([start for start, _ in spans], ends, atol=0.002)
+    assert abs(spans[-1][1] - 10.01) < 0.05
+
+
+@pytest.fixture
+def few(media: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ECHOLAB_WEIGHTS", str(weights))
+    source = tmp_path / "source"
+    (source / "deeper").mkdir(parents=True)
+    for name in ("th_may5s.mp4", "noaudio_iplap129.mp4", "bad_corrupted.mp4"):
+        (source / name).symlink_to(media / "video" / name)
+    (source / "deeper" / "grid_bbaf2n.mpg").symlink_to(media / "video" / "grid_bbaf2n.mpg")
+    (source / "deeper" / "grid_bbaf2n.txt").write_text("A man says: bin blue at f two now.\n")
+    (source / "notes.md").write_text("no video")
+    (source / "empty.mp4").write_bytes(b"")
+    (source / ".hidden.mp4").write_bytes(b"")
+    return source
+
+
+SMALL = ("frames=33", "min_frames=33", "size=64", "samples_per_shard=2")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_the_same(few: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run("run", few, whole, *SMALL, "format=json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert verify(whole) == [] and figures["files"] == 6 and figures["files_used"] == 2
+    command = [sys.executable, "-u", "-m", "data_prep", "run", str(few), str(killed), *SMALL]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("[3/6]"))
+        process.kill()
+    assert not (killed / "dataset.json").exists()
+    again = run("run", few, killed, *SMALL)
+    assert again.returncode == 0 and "were done before" in again.stderr
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in killed.iterdir())
+    for name in files:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert run("run", few, whole, *SMALL, "format=json").stdout == done.stdout
+    other = run("run", few, whole, "frames=29")
+    assert other.returncode == 1 and "other files or options" in other.stderr
+
+    dataset = open_dataset(whole)
+    facts = [json.loads(dataset.read(i)["json"]) for i in range(len(dataset))]
+    captions = {fact["source"]: fact["caption"] for fact in facts}
+    assert captions["deeper/grid_bbaf2n.mpg"] == "A man says: bin blue at f two now."
+    refused = [json.loads(line) for line in (whole / "refused.jsonl").read_text().splitlines()]
+    kinds = {row["source"]: row["reason"].partition(":")[0] for row in refused}
+    assert kinds["noaudio_iplap129.mp4"] == "no sound"
+    assert kinds["notes.md"] == kinds["empty.mp4"] == "damaged"
+    assert {"source", "start_seconds", "end_seconds", "reason"} == set(refused[0])
+
+
+@pytest.mark.slow
+def test_nothing_whole_is_left_by_a_full_disk(few: Path, tmp_path: Path) -> None:
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = run("run", few, tmp_path / "out", *SMALL, "crf=0", preexec_fn=limit)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert len(errors) == 1 and "could not be written" in errors[0]
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_source_without_a_clip_is_an_error(media: Path, weights: Path, tmp_path: Path) -> None:
+    path = media / "video" / "bad_corrupted.mp4"
+    with pytest.raises(MediaError, match=r"bad_corrupted\.mp4: no clip.*no sound.*refused\.jsonl"):
+        prepare(RunOptions(path, tmp_path / "out", weights=weights))
+    assert (tmp_path / "out" / "refused.jsonl").exists()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert find_files(path, tmp_path) == [(path, path.name)]
+
+
+# What each sample file must come to; None: some clips, whatever else is refused.
+EXPECTED = {
+    "bad_corrupted.mp4": {"damaged", "no sound"},
+    "bad_rot90.mov": {"no sound"},
+    "hb_lp_s20_silent.mp4": {"silence"},
+    "hb_lrs3_small.mp4": {"face too small"},
+    "misc_pancake.mkv": {"no face"},
+    "multi_crowd.mp4": {"several faces", "no face", "face too small"},
+    "noaudio_iplap129.mp4": {"no sound"},
+    "noaudio_lp_d13.mp4": {"no sound"},
+    "noface_dog.mp4": {"no face"},
+    "th_lp_d9_sar.mp4": {"silence", "too short"},
+}
+
+
+@pytest.mark.slow
+def test_each_sample_video_is_used_or_refused_for_its_reason(
+    media: Path, weights: Path, tmp_path: Path
+) -> None:
+    if len(list((media / "video").iterdir())) != 28:
+        pytest.skip("the sample videos are not the 28 that this test knows")
+    options = RunOptions(media / "video", tmp_path / "out", frames=49, min_frames=25, size=64,
+                         weights=weights, workers=os.cpu_count() or 1, detect_every=4)  # fmt: skip
+    figures = prepare(options)
+    assert figures["files"] == 28 and figures["files_used"] == 18
+    dataset = open_dataset(tmp_path / "out")
+    used = {json.loads(dataset.read(i)["json"])["source"] for i in range(len(dataset))}
+    refused: dict[str, set[str]] = {}
+    for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        refused.setdefault(row["source"], set()).add(row["reason"].partition(":")[0])
+    names = {path.name for path in (media / "video").iterdir()}
+    assert used == names - set(EXPECTED)
+    for name, kinds in EXPECTED.items():
+        assert refused[name] <= kinds and refused[name], name

@@ -1,0 +1,31 @@
+"""Used, never trained, never registered."""
+
+import torch
+from torch import nn
+
+from echolab.models.frozen import Frozen
+
+
+def test_a_module_that_holds_one_does_not_own_it() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Linear(2, 2)
+            self.judge = Frozen(nn.Linear(2, 2))
+
+    holder = Holder()
+    assert set(holder.state_dict()) == {"own.weight", "own.bias"}
+    holder.double()
+    assert holder.judge.net.weight.dtype == torch.float32
+
+
+def test_it_is_in_eval_mode_and_outside_the_graph() -> None:
+    frozen = Frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)))
+    inputs = torch.ones(1, 2, requires_grad=True)
+    assert torch.equal(frozen(inputs), frozen(inputs))
+    assert not frozen(inputs).requires_grad
+    assert not any(parameter.requires_grad for parameter in frozen.net.parameters())
+
+
+def test_it_moves_when_told() -> None:
+    assert Frozen(nn.Linear(2, 2)).to("meta").net.weight.is_meta

@@ -1,0 +1,136 @@
+"""Who may import whom, read from the source: nothing is imported here."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = {
+    "types": 0, "errors": 0, "arguments": 0,
+    "diffusion": 1, "tasks": 1, "models": 1, "fitting": 1,
+    "encoders": 2, "data": 2, "metrics": 2,
+    "training": 3, "preference": 3,
+    "tracking": 4, "launch": 4,
+    "cli": 5,
+}  # fmt: skip
+DATA_PREP_LAYER = 2  # data_prep stands beside, and may use layers 0 to 2
+
+# Third parties that are allowed at the bottom, and those that only some may touch.
+ALLOWED = {0: {"torch"}, 1: {"torch", "einops", "numpy"}}
+ALLOWED_ALSO = {"fitting": {"safetensors"}}  # it keeps the stand-in networks' files
+LOWEST_LAYER = {
+    "pytorch_lightning": 3, "lightning": 3, "deepspeed": 3, "trl": 3, "peft": 3,
+    "submitit": 4, "optuna": 4,
+}  # fmt: skip
+ONLY_IN = {"wandb": "tracking", "hydra": "cli", "omegaconf": "cli"}
+
+FILES = sorted([*ROOT.glob("echolab/**/*.py"), *ROOT.glob("data_prep/**/*.py")])
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def imports(source: str) -> list[str]:
+    """Every module that a source text imports, wherever in it; relative ones start with a dot."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            # `from echolab import data` imports echolab.data
+            found += [f"{base}.{a.name}" for a in node.names] if base == "echolab" else [base]
+    return found
+
+
+def package(name: str) -> str:
+    """The part of echolab that a file or module lies in: `echolab/data/x.py` -> `data`."""
+    parts = re.split(r"[./]", name.removesuffix(".py"))
+    return parts[1] if len(parts) > 1 and parts[0] == "echolab" else parts[0]
+
+
+def faults(name: str, source: str) -> list[str]:
+    """What a file may not import, one line each."""
+    here = package(name)
+    if here in ("echolab", "__init__"):
+        return [f"echolab/__init__.py imports {i}" for i in imports(source) if i != "importlib"]
+    layer = DATA_PREP_LAYER if here == "data_prep" else LAYERS[here]
+    found = []
+    for module in imports(source):
+        top, there = module.split(".")[0], package(module)
+        if module.startswith("."):
+            found.append(f"{name}: relative import {module}")
+        elif top == "data_prep" and here not in ("data_prep", "cli"):
+            found.append(f"{name}: {module} stands beside echolab; only cli may use it")
+        elif top == "echolab" and there != here:
+            lower = LAYERS[there] < layer or LAYERS[there] == layer == 0
+            if not (lower or (here == "data_prep" and LAYERS[there] <= layer)):
+                found.append(f"{name}: layer {layer} imports {module} of layer {LAYERS[there]}")
+        elif top not in sys.stdlib_module_names | {"echolab", "data_prep"}:
+            found += _third_party_faults(name, here, layer, top)
+    return found
+
+
+def _third_party_faults(name: str, here: str, layer: int, top: str) -> list[str]:
+    if layer in ALLOWED and top not in ALLOWED[layer] | ALLOWED_ALSO.get(here, set()):
+        return [f"{name}: layer {layer} imports {top}"]
+    if LOWEST_LAYER.get(top, 0) > layer:
+        return [f"{name}: {top} is for layer {LOWEST_LAYER[top]} and above"]
+    if top in ONLY_IN and here != ONLY_IN[top]:
+        return [f"{name}: {top} is for {ONLY_IN[top]} alone"]
+    return []
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_file_imports_only_what_its_layer_may(path: Path) -> None:
+    assert faults(str(path.relative_to(ROOT)), path.read_text()) == []
+
+
+def test_every_package_has_a_layer() -> None:
+    named = {package(name) for name in NAMES if name.startswith("echolab/")}
+    assert named - {"__init__"} <= set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "allowed"),
+    [
+        ("echolab/models/a.py", "import echolab.types", True),
+        ("echolab/models/a.py", "from echolab.tasks import masks", False),  # siblings
+        ("echolab/models/a.py", "from echolab import data", False),  # upwards
+        ("echolab/models/a.py", "import scipy.linalg", False),
+        ("echolab/models/a.py", "from . import b", False),
+        ("echolab/data/a.py", "def f():\n    import trl", False),  # hidden in a function
+        ("echolab/training/a.py", "import wandb", False),
+        ("echolab/launch/a.py", "import hydra", False),
+        ("echolab/arguments.py", "from echolab.errors import ConfigError", True),
+        ("echolab/encoders/a.py", "import data_prep.draw", False),
+        ("data_prep/a.py", "from echolab.data import shards", True),
+        ("data_prep/a.py", "from echolab.training import fit", False),
+        ("echolab/cli/a.py", "import hydra, data_prep.draw", True),
+    ],
+)
+def test_the_rule_itself(name: str, source: str, allowed: bool) -> None:
+    assert (faults(name, source) == []) is allowed
+
+
+def test_what_is_imported_is_declared_and_pinned() -> None:
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~ \[;]", name)[0]).lower()
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {plain(word) for word in project["dependencies"]}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"]
+    third = {i.split(".")[0] for path in FILES for i in imports(path.read_text())}
+    third -= sys.stdlib_module_names | {"echolab", "data_prep"}
+    sources = packages_distributions()
+    used = {plain(dist) for top in third if top in sources for dist in sources[top][:1]}
+    assert used <= declared, "imported, but not in pyproject.toml"
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {plain(pin) for pin in pins}
+    assert declared <= pinned, "declared, but not in constraints.txt"
+    strangers = ("nvidia-", "triton", "torchvision", "torchaudio")
+    assert not [name for name in pinned if name.startswith(strangers)]

@@ -1,0 +1,80 @@
+"""Cepstra: the reference program's numbers, and the mistakes that would not show."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from echolab.data.media import read_audio
+from echolab.metrics.mfcc import frame_count, mel_filters, mfcc
+
+
+def noise(count: int, scale: float = 0.1) -> np.ndarray:
+    return (scale * np.random.default_rng(0).standard_normal(count)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("samples", "columns"),
+    [(1, 1), (400, 1), (401, 2), (560, 2), (561, 3), (16_000, 99), (64_000, 399)],
+)
+def test_columns_of_a_sound(samples: int, columns: int) -> None:
+    assert frame_count(samples) == columns
+    assert mfcc(noise(samples)).shape == (columns, 13)
+
+
+@pytest.mark.media
+def test_the_reference_program_gives_the_same(media: Path) -> None:
+    """python_speech_features on the sound of a real clip; ffmpeg's resampler stands between."""
+    golden = np.load(media / "syncnet_golden_seed1000.npz", allow_pickle=False)["mfcc"]
+    found = mfcc(read_audio(media / "video" / "th_lrs3_crop224.mp4"))
+    assert found.shape == (1573, 13)
+    difference = np.abs(found[: len(golden)] - golden)
+    assert difference.max() < 0.1 and difference.mean() < 0.005
+
+
+def test_the_scale_of_the_samples_moves_the_log_energy_alone() -> None:
+    """The silent error: sound in [-1, 1] taken for integers would miss 2 ln 32768 = 20.79."""
+    loud = np.round(noise(16_000) * 512) / 512  # whole as integers, at a 64th too
+    quiet = loud / 64
+    shift = mfcc(loud.astype(np.float32)) - mfcc(quiet.astype(np.float32))
+    np.testing.assert_allclose(shift[:, 0], 2 * math.log(64), atol=1e-3)
+    np.testing.assert_allclose(shift[:, 1:], 0, atol=1e-3)
+
+
+def test_samples_count_as_integers() -> None:
+    """The log energy of a constant 1 of 32768, pre-emphasised: 1, 0.03, 0.03, ..."""
+    found = mfcc(np.full(400, 1 / 32768, np.float32))[0, 0]
+    emphasised = np.r_[1.0, np.full(399, 0.03)]
+    energy = (np.abs(np.fft.rfft(emphasised, 512)) ** 2 / 512).sum()
+    assert found == pytest.approx(math.log(energy), abs=1e-5)
+
+
+def test_a_full_scale_sound_keeps_its_sign() -> None:
+    """+1 has no 16-bit integer; it must not become -32768."""
+    square = np.where(np.arange(1600) // 40 % 2, 1.0, -1.0).astype(np.float32)
+    np.testing.assert_allclose(mfcc(square), mfcc(square * 0.9999), atol=0.01)
+
+
+def test_silence_is_finite_and_a_later_sound_is_not_heard_before() -> None:
+    assert np.isfinite(mfcc(np.zeros(3200, np.float32))).all()
+    sound = np.concatenate([np.zeros(1600, np.float32), noise(1600)])
+    cepstra = mfcc(sound)
+    silent = 1 + (1600 - 400) // 160  # columns that end before the sound begins
+    assert np.ptp(cepstra[:silent], axis=0).max() == 0
+    assert cepstra[silent + 1, 0] > cepstra[0, 0] + 10
+
+
+def test_a_delay_of_ten_milliseconds_is_one_column() -> None:
+    sound = noise(8000)
+    late = np.concatenate([np.zeros(160, np.float32), sound])
+    np.testing.assert_allclose(mfcc(late)[2:-3], mfcc(sound)[1:-3], atol=1e-3)
+
+
+def test_filters_are_triangles_that_meet() -> None:
+    bank = mel_filters()
+    assert bank.shape == (26, 257) and bank.min() == 0 and bank.max() == 1
+    peaks = bank.argmax(1)
+    assert np.all(np.diff(peaks) > 0)
+    inside = bank[:, peaks[0] : peaks[-1] + 1].sum(0)
+    np.testing.assert_allclose(inside, 1, atol=1e-9)

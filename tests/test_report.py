@@ -1,0 +1,206 @@
+"""The report as its reader meets it: in a real browser, from one file, with sound."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chromium import CHROMIUM, Page
+
+from echolab.cli import report as command
+from echolab.data.media import write_video
+from echolab.errors import DataError, MediaError
+from echolab.tracking.metrics import MetricsLog
+from echolab.tracking.report import Video, write_again, write_report
+from echolab.tracking.score_table import averaged, best, score_table
+
+TASKS = ("t2v", "i2v", "lip_sync")
+SCORES = {
+    "sft": (4.82, 182.4),
+    "dpo": (5.44, 158.1),
+    "sft_longer": (5.01, 171.0),
+    "ground_truth": (7.91, 0.0),
+    "shuffled_sound": (1.12, 4.2),
+}
+ROWS = [
+    {"checkpoint": name, "seed": 0, "scores": {"sync_c_demo": sync, "fvd_demo": fvd}}
+    for name, (sync, fvd) in SCORES.items()
+]
+HOSTILE = "<script>throw 1</script> {{body}} \"quoted\" & 'so'"
+
+
+def write_metrics(path: Path, steps: range) -> None:
+    with MetricsLog(path, attempt=0) as log:
+        for step in steps:
+            row = {"train/loss": 2.0 / (step + 1), "train/lr": 1e-4, "train/margin": step * 0.01}
+            row |= {f"tasks/probability/{task}": 1 / len(TASKS) for task in TASKS}
+            row |= {f"train/error/{task}": 1.0 + n for n, task in enumerate(TASKS)}
+            log.log(step, row | {"val/error/sigma_0.5": 0.4, "train/error/chosen": 0.5})
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of write_report, with two clips that sound."""
+    frames = np.zeros((25, 64, 48, 3), np.uint8)
+    frames[:, 16:48, 12:36] = np.arange(0, 250, 10, dtype=np.uint8)[:, None, None, None]
+    sound = np.sin(np.arange(16000) * 0.1).astype(np.float32) / 3
+    videos = []
+    (tmp_path / "samples").mkdir()
+    for name in ("sft", "dpo"):
+        path = tmp_path / "samples" / f"{name}.mp4"
+        write_video(path, frames, sound, fps=25, rate=16000)
+        videos.append(Video(path, name.upper(), caption=HOSTILE, group="Talker 7"))
+    write_metrics(tmp_path / "sft" / "metrics.jsonl", range(60))
+    write_metrics(tmp_path / "dpo" / "metrics.jsonl", range(60, 80))
+    return {
+        "title": f"A demo {HOSTILE}",
+        "runs": {"sft": tmp_path / "sft", "dpo": tmp_path / "dpo" / "metrics.jsonl"},
+        "scores": ROWS,
+        "videos": videos,
+        "summary": {"about": "What it is.", "Steps": 80},
+    }
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make packages` as root installs it")
+def test_a_browser_plays_and_shows_all_of_it(tmp_path: Path, report: dict[str, Any]) -> None:
+    # moved away from everything it was made from, to show that it needs nothing else
+    out = tmp_path / "report.html"
+    write_report(out, **report)
+    alone = tmp_path / "elsewhere" / "page.html"
+    alone.parent.mkdir()
+    out.rename(alone)
+    with Page(tmp_path / "profile") as page:
+        page.open(alone)
+        sounds = []
+        for _ in range(100):  # decoding of sound starts a moment after playing
+            videos = page.run(
+                "[...document.querySelectorAll('video')].map(v => [v.duration, v.videoWidth,"
+                " v.audioTracks.length, v.webkitAudioDecodedByteCount, v.currentTime])"
+            )
+            sounds = [video[3] for video in videos]
+            if all(sounds) and all(video[4] for video in videos):
+                break
+            time.sleep(0.1)
+        assert len(videos) == 2 and all(sounds)
+        assert all(v[0] == pytest.approx(1.0, abs=0.1) and v[1:3] == [48, 1] for v in videos)
+        assert page.run("getComputedStyle(document.querySelector('video')).imageRendering") == (
+            "pixelated"
+        )
+        cells = page.run(
+            "Object.fromEntries([...document.querySelectorAll('tr[data-checkpoint]')].map("
+            "row => [row.dataset.checkpoint, [...row.cells].slice(1).map(c => +c.dataset.value)]))"
+        )
+        assert {name: tuple(values) for name, values in cells.items()} == SCORES
+        shown = page.run("document.querySelector('[data-checkpoint=dpo]').innerText")
+        assert "5.44" in shown and "158" in shown
+        assert HOSTILE in page.run("document.querySelector('h1').innerText")
+        assert page.run("document.querySelectorAll('.chart').length") >= 8
+        assert page.messages == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make packages` as root installs it")
+def test_one_clip_is_heard_at_a_time_and_charts_tell_their_numbers(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    write_report(tmp_path / "report.html", **report)
+    silent = "[...document.querySelectorAll('video')].map(v => v.muted)"
+    with Page(tmp_path / "profile") as page:
+        page.open(tmp_path / "report.html")
+        assert page.run(silent) == [True, True]
+        for clicked, expected in ((0, [False, True]), (1, [True, False]), (1, [True, True])):
+            page.run(f"document.querySelectorAll('.frame')[{clicked}].click()")
+            assert page.run(silent) == expected
+        page.run("document.querySelector('[data-do=loop]').click()")
+        assert page.run("document.querySelector('video').loop") is False
+        page.run("document.querySelector('#loss').scrollIntoView({behavior: 'instant'})")
+        x, y, width = page.run(
+            "(box => [box.x, box.y, box.width])"
+            "(document.querySelector('#loss svg').getBoundingClientRect())"
+        )
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + width / 2, y=y + 40)
+        tip = page.run("document.querySelector('.tip').innerText")
+        assert tip.startswith("step ") and "SFT" in tip
+        for theme in ("dark", "light"):
+            feature = {"name": "prefers-color-scheme", "value": theme}
+            page.call("Emulation.setEmulatedMedia", features=[feature])
+            page.run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+            assert page.run("document.documentElement.dataset.theme") == theme
+        assert page.messages == []
+
+
+def test_the_page_names_nothing_outside_itself(tmp_path: Path, report: dict[str, Any]) -> None:
+    write_report(tmp_path / "report.html", **report)
+    page = (tmp_path / "report.html").read_text()
+    for word in ("src=", "href="):
+        for rest in page.split(word)[1:]:
+            assert rest[1:].startswith(("data:", "#")), rest[:60]
+    assert "url(" not in page and "@import" not in page and str(tmp_path) not in page
+    assert "<script>throw" not in page
+
+
+def test_a_report_can_be_written_again_after_the_run_has_gone_on(
+    tmp_path: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_report(tmp_path / "report.html", **report)
+    before = (tmp_path / "report.html").read_bytes()
+    write_again(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == before
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    write_metrics(moved / "dpo" / "metrics.jsonl", range(80, 99))
+    assert command.main([str(moved)]) == 0
+    assert (moved / "report.html").read_bytes() != before
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_bare_run_folder_gives_a_report(tmp_path: Path, report: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    write_metrics(run / "metrics.jsonl", range(9))
+    (run / "scores.json").write_text(json.dumps({"rows": ROWS}))
+    (run / "samples").mkdir()
+    report["videos"][0].path.rename(run / "samples" / "one_clip.mp4")
+    assert command.main([f"run={run}"]) == 0
+    page = (run / "report.html").read_text()
+    assert "one clip" in page and "5.44" in page and "Training loss" in page
+
+
+def test_what_is_missing_is_named_and_nothing_is_written(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    out = tmp_path / "out" / "report.html"
+    with pytest.raises(MediaError, match=r"gone\.mp4"):
+        write_report(out, **report | {"videos": [Video(tmp_path / "gone.mp4", "gone")]})
+    with pytest.raises(DataError, match=r"gone.*metrics|gone"):
+        write_report(out, **report | {"runs": {"sft": tmp_path / "gone"}})
+    assert not out.parent.exists()
+    with pytest.raises(DataError, match="gone"):
+        command.main([str(tmp_path / "gone")])
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(DataError, match=r"report\.json"):
+        write_again(tmp_path / "report.html")
+
+
+def test_the_best_is_a_trained_checkpoint_in_the_measure_s_own_direction() -> None:
+    scores = averaged(ROWS)
+    assert list(scores) == ["ground_truth", "sft", "sft_longer", "dpo", "shuffled_sound"]
+    assert best("sync_c_demo", scores) == 5.44 and best("fvd_demo", scores) == 158.1
+    table = score_table(ROWS, {})
+    assert table.count('class="best"') == 2
+    assert "DPO against SFT, longer" in table and "+0.43" in table and "−13" in table
+
+
+def test_seeds_are_averaged_with_their_spread() -> None:
+    rows = [
+        {"checkpoint": "sft", "seed": seed, "scores": {"sync_c_demo": value, "odd": value}}
+        for seed, value in enumerate((1.0, 2.0, 3.0, math.nan))
+    ]
+    assert averaged(rows)["sft"]["sync_c_demo"] == (2.0, 1.0, 3)
+    assert "± 1.00" in score_table(rows, {}) and "3 seeds" in score_table(rows, {})
+
+
+def test_no_scores_no_table() -> None:
+    assert score_table([], {}) == ""

@@ -1,0 +1,71 @@
+"""The schedule: every step belongs to one epoch, and every batch of a dataset comes once."""
+
+import pytest
+import runs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echolab.errors import ConfigError
+from echolab.training.schedule import Epoch, Schedule
+
+EPOCHS = st.lists(
+    st.builds(Epoch, st.sampled_from(["sft", "ndpo", "dpo"]), st.integers(1, 5), st.just(1e-3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(EPOCHS, st.integers(1, 3))
+def test_epochs_follow_each_other_without_gap(epochs: list[Epoch], cycles: int) -> None:
+    plan = Schedule(epochs, cycles=cycles)
+    expected = [
+        (number, number // len(epochs), epoch, within)
+        for number, epoch in enumerate(epochs * cycles)
+        for within in range(epoch.steps)
+    ]
+    assert [tuple(plan.locate(step)) for step in range(plan.steps)] == expected
+
+
+@given(EPOCHS, st.integers(1, 3))
+def test_each_dataset_goes_on_where_it_was_left(epochs: list[Epoch], cycles: int) -> None:
+    plan = Schedule(epochs, cycles=cycles)
+    places = [plan.place(step) for step in range(plan.steps)]
+    for supervised in (True, False):
+        batches = [place.batch for place in places if (place.kind == "sft") == supervised]
+        assert batches == list(range(len(batches)))
+    counted = [plan.supervised_steps(step) for step in range(plan.steps + 1)]
+    assert counted[-1] == sum(place.kind == "sft" for place in places) and counted[0] == 0
+
+
+def test_learning_rate_warms_up_and_is_the_epochs_own() -> None:
+    plan = Schedule([Epoch("sft", 4, 1.0), Epoch("dpo", 2, 0.1)], warmup=4)
+    assert [plan.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 0.1, 0.1]
+    cosine = Schedule([Epoch("sft", 10, 1.0)], decay="cosine")
+    rates = [cosine.lr(step) for step in range(10)]
+    assert rates[0] == 1.0 and rates[5] == pytest.approx(0.5) and rates == sorted(rates)[::-1]
+
+
+def test_boundaries_and_references() -> None:
+    plan = runs.schedule(("sft", 3), ("dpo", 2), ("sft", 1))
+    assert [s for s in range(7) if plan.is_boundary(s)] == [3, 5, 6]
+    assert [s for s in range(7) if plan.needs_reference(s)] == [3]
+
+
+def test_only_the_future_of_a_run_may_change() -> None:
+    state = runs.schedule(("sft", 3), ("dpo", 2)).state_dict()
+    runs.schedule(("sft", 3), ("dpo", 9), ("sft", 1)).check_continues(state, 4)
+    runs.schedule(("sft", 30)).check_continues(state, 2)
+    runs.schedule(("sft", 30)).check_continues(state, 3)
+    with pytest.raises(ConfigError, match=r"schedule.epochs\[0\]"):
+        runs.schedule(("sft", 4), ("dpo", 2)).check_continues(state, 4)
+    with pytest.raises(ConfigError, match=r"schedule.epochs\[1\]"):
+        runs.schedule(("sft", 3), ("ndpo", 2)).check_continues(state, 4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [([], "0 epochs"), ([("sfd", 1, 1.0)], "kind is one of"), ([("sft", 0, 1.0)], "steps 1")],
+)
+def test_a_schedule_that_cannot_be_is_refused(epochs: list[Epoch], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Schedule([Epoch(*epoch) for epoch in epochs])

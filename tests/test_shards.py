@@ -1,0 +1,195 @@
+"""Shards: what goes in comes out; no fault goes unseen; nothing half-written looks whole."""
+
+import errno
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from echolab.data import shards
+from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.errors import DataError
+
+RNG = np.random.default_rng(0)
+SAMPLES = {
+    f"clip-{i:03d}": {
+        "mp4": RNG.bytes(700 + 300 * i),
+        "flac": RNG.bytes(512),  # no padding at all
+        "tracks.npz": RNG.bytes(1 + i),
+        "json": json.dumps({"caption": f"talker {i}"}).encode(),
+    }
+    for i in range(5)
+}
+
+
+def write(folder: Path, per_shard: int = 2) -> Path:
+    with ShardWriter(folder, kind="raw", samples_per_shard=per_shard) as writer:
+        for key, members in SAMPLES.items():
+            writer.write(key, members)
+    return folder
+
+
+def test_write_then_read_is_identity(tmp_path: Path) -> None:
+    dataset = open_dataset(write(tmp_path))
+    assert {key: dataset.read(i) for i, key in enumerate(dataset.keys)} == SAMPLES
+    assert (len(dataset), dataset.samples_by_shard, dataset.kind) == (5, [2, 2, 1], "raw")
+    assert verify(tmp_path) == []
+
+
+def test_webdataset_reads_the_same(tmp_path: Path) -> None:
+    urls = [str(path) for path in sorted(write(tmp_path).glob("*.tar"))]
+    read = webdataset.WebDataset(urls, shardshuffle=False)
+    found = {s["__key__"]: {k: v for k, v in s.items() if k[0] != "_"} for s in read}
+    assert found == SAMPLES
+
+
+def test_same_samples_give_same_bytes(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        write(folder)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    other = open_dataset(write(tmp_path / "c", per_shard=3))
+    assert other.fingerprint != open_dataset(tmp_path / "a").fingerprint
+
+
+def test_a_dataset_is_copied_into_workers(tmp_path: Path) -> None:
+    dataset = open_dataset(write(tmp_path))
+    assert pickle.loads(pickle.dumps(dataset)).read(3) == SAMPLES["clip-003"]  # noqa: S301
+
+
+def test_no_cut_goes_unseen(tmp_path: Path) -> None:
+    path = write(tmp_path) / "raw-000001.tar"
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 512), *RNG.integers(0, len(whole), 50)]:
+        path.write_bytes(whole[:size])
+        assert any(path.name in fault for fault in verify(tmp_path)), size
+        with pytest.raises(DataError, match=r"raw-000001\.tar"):
+            open_dataset(tmp_path)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
+    path = write(tmp_path) / "raw-000000.tar"
+    whole = path.read_bytes()
+    for at in RNG.integers(0, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << int(RNG.integers(8))
+        path.write_bytes(flipped)
+        faults = verify(tmp_path)
+        assert faults and all(path.name in fault and "\n" not in fault for fault in faults), at
+
+
+def test_a_damaged_sample_is_named_with_its_byte(tmp_path: Path) -> None:
+    dataset = open_dataset(write(tmp_path))
+    sample = dataset.samples[2]
+    offset = sample.members["mp4"][0]
+    path = tmp_path / sample.shard
+    damaged = bytearray(path.read_bytes())
+    damaged[offset + 5] ^= 1
+    path.write_bytes(damaged)
+    named = rf"{sample.shard}.*{sample.key}.*byte {offset}"
+    with pytest.raises(DataError, match=named):
+        dataset.read(2)
+    assert dataset.read(3) == SAMPLES["clip-003"]
+    assert len(verify(tmp_path)) == 1 and f"byte {offset}" in verify(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "order", [[0, 4, 1, 5, 2, 3, 6, 7], [0, 1, 2, 3, 3, 4, 5, 6, 7], [1, 2, 3]]
+)
+def test_rearranged_members_are_seen(tmp_path: Path, order: list[int]) -> None:
+    path = write(tmp_path) / "raw-000000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member)) for member in tar.getmembers()]
+        with tarfile.open(tmp_path / "new", "w", format=tarfile.USTAR_FORMAT) as new:
+            for i in order:
+                member, data = members[i]
+                assert data is not None
+                data.seek(0)
+                new.addfile(member, data)
+    (tmp_path / "new").replace(path)
+    assert any("byte" in fault for fault in verify(tmp_path))
+
+
+def test_a_changed_index_is_seen(tmp_path: Path) -> None:
+    path = write(tmp_path) / "dataset.json"
+    index = json.loads(path.read_text())
+    index["samples"][0]["key"] = "another"
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match="changed after it was written"):
+        open_dataset(tmp_path)
+    path.write_text("{")
+    assert "cannot be read" in verify(tmp_path)[0]
+    path.unlink()
+    assert "not there" in verify(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "member"), [("a.b", "mp4"), ("", "mp4"), ("../a", "mp4"), ("a", "pkl"), ("a", "x.json")]
+)
+def test_names_outside_the_contract_are_refused(tmp_path: Path, key: str, member: str) -> None:
+    with pytest.raises(DataError), ShardWriter(tmp_path, kind="raw") as writer:
+        writer.write(key, {member: b"1"})
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, kind="raw") as writer:
+        writer.write("a", {"mp4": b"1"})
+        raise KeyboardInterrupt
+    with pytest.raises(DataError, match="no whole dataset"):
+        open_dataset(tmp_path)
+    write(tmp_path)  # clears what was left
+    assert verify(tmp_path) == []
+    with pytest.raises(DataError, match="already holds a dataset"):
+        write(tmp_path)
+
+
+def test_a_sample_is_written_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="written before"), ShardWriter(tmp_path, kind="raw") as w:
+        w.write("a", {"mp4": b"1"})
+        w.write("a", {"mp4": b"1"})
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
+        monkeypatch.setattr(shards._Partial, "write", full)
+        writer.write("a", {"mp4": bytes(100_000)})
+    monkeypatch.undo()
+    message = str(caught.value)
+    assert "No space left" in message and "raw-000000.tar" in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_limit_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = f"""
+import resource, sys
+from pathlib import Path
+from echolab.data.shards import ShardWriter
+from echolab.errors import DataError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    with ShardWriter(Path({str(tmp_path)!r}), kind="raw") as writer:
+        for i in range(100):
+            writer.write(f"clip{{i}}", {{"mp4": bytes(5000)}})
+except DataError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "could not be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_dataset_is_whole(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, kind="raw"):
+        pass
+    assert len(open_dataset(tmp_path)) == 0 and verify(tmp_path) == []

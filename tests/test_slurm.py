@@ -1,0 +1,134 @@
+"""On a real Slurm cluster: two nodes, made of namespaces on this machine.  Needs root and Slurm."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import encoded
+import pytest
+
+from echolab.tracking.metrics import read_metrics
+from echolab.training.checkpoint import latest_valid
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+HERE = Path(__file__).parent
+CLUSTER = HERE / "slurm_cluster.sh"
+ECHOLAB = Path(sys.executable).parent / "echolab"
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.environment = {
+            **os.environ,
+            "ECHOLAB_SLURM_DIR": str(folder),
+            # submitit asks sacct whether a member died; without it a sweep may wait for ever
+            "ECHOLAB_SLURM_ACCOUNTING": "1",
+            "ECHOLAB": str(ECHOLAB),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+        }
+
+    def __call__(self, *words: str | Path, timeout: float = 300, cwd: Path | None = None) -> str:
+        done = subprocess.run(
+            ["bash", CLUSTER, *words], env=self.environment, cwd=cwd, timeout=timeout,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make namespaces")
+    missing = [
+        tool for tool in ("slurmctld", "slurmd", "munged", "slurmdbd", "mariadbd", "ip", "unshare")
+        if not shutil.which(tool)
+    ]  # fmt: skip
+    if missing:
+        pytest.skip(f"no {missing[0]}: ECHOLAB_SLURM_ACCOUNTING=1 {CLUSTER} install")
+    folder = Path(tempfile.mkdtemp(prefix="echolab-slurm-"))
+    folder.chmod(0o755)  # munge wants its socket where every user may go
+    made = Cluster(folder)
+    made("start", "2")
+    yield made
+    made("stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
+    return [*encoded.SETTINGS, f"data.clips={clips}"]
+
+
+def wait_for(what: Callable[[], bool], seconds: float, log: Path) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        told = log.read_text()[-4000:] if log.exists() else "no log"
+        assert time.monotonic() < end, f"waited {seconds} s; {told}"
+        time.sleep(0.5)
+
+
+def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
+    cluster: Cluster, data: list[str], tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    steps = 60
+    settings = [
+        *data, encoded.plan(("sft", steps)), f"run={run}", "logger=wandb", "every.save=20",
+        "trainer=zero2", "trainer.accelerator=cpu", "trainer.precision=32-true",
+    ]  # fmt: skip
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    script = HERE.parent / "slurm/train.sbatch"
+    job = cluster("exec", "sbatch", *options, script, *settings, cwd=tmp_path).strip()
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 120, log)
+    cluster("exec", "scancel", "--signal=USR1", job)
+
+    def state() -> str:
+        return cluster("exec", "scontrol", "show", "job", job)
+
+    wait_for(lambda: "JobState=COMPLETED" in state(), 240, log)
+    assert "Restarts=1" in state() and "NumNodes=2" in state()
+    rows = [row for row in read_metrics(metrics) if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert {row["attempt"] for row in rows} == {1, 2}
+    # No step was trained twice: the signal's own checkpoint was gone on from.
+    assert len(metrics.read_text().splitlines()) == steps
+    identity = json.loads((run / "run.json").read_text())["id"]
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert [a["host"] for a in attempts] == ["n1", "n1"]
+    offline = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(offline) == 2 and all(folder.name.endswith(identity) for folder in offline)
+    newest, rejected = latest_valid(run / "checkpoints")
+    assert newest and not rejected and newest.step == steps
+    assert newest.state["origin"] == {"world": 2, "masters": "PartitionedMasters"}
+
+
+def test_a_sweep_of_three_through_submitit(
+    cluster: Cluster, data: list[str], tmp_path: Path
+) -> None:
+    words = [
+        *data, encoded.plan(("sft", 3)), f"run={tmp_path / 'sweep'}", "launcher=slurm",
+        "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1", "seed=1,2,3",
+    ]  # fmt: skip
+    cluster("exec", str(ECHOLAB), "train", "-m", *words, cwd=tmp_path)
+    folders = sorted(path.parent for path in (tmp_path / "sweep").glob("*/run.json"))
+    assert len(folders) == 3
+    jobs = set()
+    seeds = set()
+    for folder in folders:
+        assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
+        attempt = json.loads((folder / "attempts.jsonl").read_text())
+        assert attempt["host"] in ("n1", "n2")
+        seeds.add(json.loads((folder / "config.json").read_text())["seed"])
+        jobs.add(attempt["SLURM_JOB_ID"])
+    assert len(jobs) == 3 and seeds == {1, 2, 3}

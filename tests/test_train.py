@@ -1,0 +1,169 @@
+"""Training: it learns, it can be stopped anywhere, and then goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+import torch
+
+from echolab.errors import ConfigError, EcholabError
+from echolab.training.callbacks import Intervals
+from echolab.training.datamodule import HeldOut
+
+PLAN = (("sft", 2), ("ndpo", 2), ("sft", 1), ("dpo", 3))
+EVERY = Intervals(log=1, save=1)
+HERE = Path(__file__).parent
+
+
+def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
+    """The uninterrupted run: its last tensors, and every loss."""
+    result, rows = runs.train(tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), every=EVERY)
+    assert result.done and result.checkpoint
+    return runs.tensors_of(result.checkpoint), losses(rows)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
+def test_stopping_and_going_on_changes_nothing(
+    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]], stop: int
+) -> None:
+    def interrupt(step: int, steps: int) -> None:
+        if step == stop - 1 or stop == step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    plan = runs.schedule(*PLAN)
+    first, early = runs.train(tmp_path, plan, every=EVERY, on_step=interrupt)
+    assert first.stopped_by == signal.SIGUSR1 and not first.done
+    second, late = runs.train(tmp_path, plan, every=EVERY)
+    assert second.done and second.checkpoint
+    assert losses(early + late) == whole[1]
+    assert runs.tensors_of(second.checkpoint) == whole[0]
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+) -> None:
+    program = (
+        "import os, sys, signal; sys.path.insert(0, sys.argv[2]); import runs\n"
+        "from pathlib import Path; from echolab.training.callbacks import Intervals\n"
+        "kill = lambda step, steps: step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"runs.train(Path(sys.argv[1]), runs.schedule(*{PLAN}), on_step=kill, "
+        "every=Intervals(save=2))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(HERE)]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    result, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY)
+    assert losses(rows) == whole[1][5:]
+    assert result.checkpoint and runs.tensors_of(result.checkpoint) == whole[0]
+
+
+def test_accumulation_and_workers_change_next_to_nothing(
+    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+) -> None:
+    _, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY, micro_batch_size=2, workers=1)
+    for (_, loss), (_, expected) in zip(losses(rows), whole[1], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    clips = runs.write_clips(tmp_path / "clips", 1)
+    _, rows = runs.train(
+        tmp_path, runs.schedule(("sft", 60), lr=1e-2), clips=clips, every=Intervals(log=10)
+    )
+    assert rows[-1]["train/loss"] < 0.8 * rows[0]["train/loss"]
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    held = HeldOut(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
+    _, rows = runs.train(
+        tmp_path,
+        runs.schedule(("sft", 4), ("dpo", 2)),
+        every=Intervals(log=2, save=0, validate=3),
+        held_out=held,
+        phases=runs.PHASES,
+    )
+    steps = [row["step"] for row in rows]
+    assert steps == [2, 3, 4, 6, 6]
+    assert {"train/loss", "train/lr", "train/gradient_norm", "perf/steps_per_second"} <= set(
+        rows[0]
+    )
+    assert sum(v for k, v in rows[0].items() if "probability" in k) == pytest.approx(1)
+    assert {"val/loss", "val/error/i2v", "val/error/sigma_0.5"} <= set(rows[1])
+    assert {"train/margin", "train/accuracy", "train/gradient_factor", "train/beta"} <= set(rows[3])
+
+
+def test_looking_at_held_out_clips_changes_nothing(
+    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+) -> None:
+    held = HeldOut(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
+    result, _ = runs.train(
+        tmp_path, runs.schedule(*PLAN), every=Intervals(1, 0, 1), held_out=held, phases=runs.PHASES
+    )
+    assert result.checkpoint and runs.tensors_of(result.checkpoint) == whole[0]
+
+
+def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> None:
+    from echolab.models.frozen import Frozen
+    from echolab.training.checkpoint import load_ema_weights
+
+    frozen = Frozen(tiny.net())
+    plan = runs.schedule(("sft", 2), ("dpo", 2))
+    objectives: dict[str, Any] = {
+        "sft": runs.Supervised(runs.PHASES),
+        "dpo": runs.Preference(runs.PHASES, frozen, 100.0),
+    }
+    _, rows = runs.train(
+        tmp_path, plan, every=EVERY, reference=frozen, objectives=objectives,
+        optim=runs.Optim(ema_decay=0.0),
+    )  # fmt: skip
+    average = load_ema_weights(tmp_path / "run/checkpoints/step-000002")
+    assert all(torch.equal(average[k], v) for k, v in frozen.net.state_dict().items())
+    # With a decay of 0 the average is the policy, which starts the epoch as its own reference.
+    assert rows[2]["train/margin"] == pytest.approx(0, abs=1e-6)
+
+
+def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
+    first, _ = runs.train(tmp_path / "a", runs.schedule(("sft", 2)))
+    net = tiny.net()
+    runs.train(tmp_path / "b", runs.schedule(("sft", 1), lr=0.0), net=net, initial=first.checkpoint)
+    assert first.checkpoint
+    from echolab.training.checkpoint import load_ema_weights
+
+    average = load_ema_weights(first.checkpoint)
+    assert all(torch.equal(average[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    def state() -> list[Any]:
+        kept = [signal.getsignal(number) for number in (2, 10, 12, 15)]
+        return [kept, threading.active_count(), torch.is_grad_enabled(), torch.get_num_threads()]
+
+    before = state()
+    for name in ("a", "b"):
+        runs.train(tmp_path / name, runs.schedule(("sft", 1)))
+        assert state() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(EcholabError, match="not finite"):
+        runs.train(tmp_path, runs.schedule(("sft", 40), lr=1e30))
+
+
+def test_a_missing_objective_or_strategy_is_named(tmp_path: Path) -> None:
+    from echolab.training.fit import Machine
+
+    with pytest.raises(ConfigError, match="no objective for dpo"):
+        runs.train(tmp_path, runs.schedule(("dpo", 1)), objectives={})
+    with pytest.raises(ConfigError, match="trainer.strategy=zero4"):
+        runs.train(tmp_path, runs.schedule(("sft", 1)), machine=Machine("zero4"))

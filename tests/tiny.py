@@ -1,0 +1,61 @@
+"""A small network and random clips that the tests of the core share."""
+
+import torch
+from torch import Tensor
+
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import initialise
+from echolab.types import Batch, Conditions, PreferencePair
+
+CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH = 4, 3, 4, 6
+FRAMES = 4 * (LATENT_FRAMES - 1) + 1
+SHAPE = (CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH)
+
+
+def net(*, trained: bool = False, **changes: object) -> EchoTransformer:
+    """Wan's first values; `trained` also moves what those leave at zero."""
+    channels = {"in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS}
+    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 16}
+    told = {"text_dim": 10, "image_dim": 12, "audio_dim": 6}
+    made = EchoTransformer(**{**channels, **sizes, **told, **changes})  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    initialise(made, generator)
+    if trained:
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def conditions(clips: int = 2, seed: int = 0) -> Conditions:
+    """Random, with half of the face tokens open and the first frame known."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = HEIGHT // 2 * (WIDTH // 2)
+    known = torch.zeros(clips, 4, *SHAPE[1:])
+    known[:, :, 0] = 1
+    return Conditions(
+        text=torch.randn(clips, 5, 10, generator=g),
+        image=torch.randn(clips, 3, 12, generator=g),
+        audio=torch.randn(clips, 2 * FRAMES, 6, generator=g),
+        face=(torch.arange(tokens) % 2).float().expand(clips, -1).clone(),
+        known=known,
+        known_latents=torch.randn(clips, *SHAPE, generator=g),
+    )
+
+
+def latents(clips: int = 2, seed: int = 1) -> Tensor:
+    """[B, C, F, H, W]."""
+    return torch.randn(clips, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(clips: int = 2, seed: int = 1) -> Batch:
+    """Clips named clip-0, clip-1, ..."""
+    keys = [f"clip-{index}" for index in range(clips)]
+    weight = torch.ones(clips, 1, *SHAPE[1:])
+    return Batch(latents(clips, seed), conditions(clips, seed), weight, ["i2v"] * clips, keys)
+
+
+def pair(clips: int = 2) -> PreferencePair:
+    """Two different videos for the same conditions."""
+    chosen = batch(clips)
+    return PreferencePair(chosen.latents, latents(clips, 9), *chosen[1:])
