@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             raise
         line = str(write_error(error.filename, error))
     except KeyboardInterrupt:
-        print("data_prep: stopped; the same command goes on from here", file=sys.stderr)
+        print("data_prep: stopped; give the same command again", file=sys.stderr)
         return 130
     print(f"data_prep: error: {line}", file=sys.stderr)
     return 1

@@ -49,7 +49,7 @@ def fit(
     progress: Path,
     report: Report,
 ) -> None:
-    """Lower `loss_of` for `steps` steps.  `progress` keeps the state and is removed at the end."""
+    """Lower `loss_of` for `steps` steps.  `progress` keeps the state; the caller, who keeps the net, removes it."""
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
@@ -73,7 +73,6 @@ def fit(
             _save(progress, net, optimizer, {**identity, "step": str(step + 1)})
             saved = time.monotonic()
     net.eval()
-    progress.unlink(missing_ok=True)
 
 
 def _save(

@@ -83,7 +83,7 @@ def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
     with runs.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
         with (
-            pytest.raises(ConfigError, match="another process is training there"),
+            pytest.raises(ConfigError, match="another process is at work there"),
             runs.claim(tmp_path / "run", config),
         ):
             pass

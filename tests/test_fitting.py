@@ -47,6 +47,7 @@ def fitted(progress: Path, stop_at: int | None = None, seed: int = 5, steps: int
     fit(net, loss_of, steps=steps, learning_rate=1e-2, seed=seed, progress=progress,
         report=lambda *line: told.append(line))  # fmt: skip
     assert not net.training
+    progress.unlink(missing_ok=True)  # its caller, who keeps the net, removes it
     return net.state_dict()
 
 

@@ -12,10 +12,10 @@ from echolab.tracking.metrics import MetricsLog, read_metrics, series
 
 def test_what_is_logged_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
-    with MetricsLog(path, attempt=0) as log:
-        log.log(1, {"train/loss": 2.0})
-        log.log(2, {"train/loss": math.nan, "val/loss": 1.5})
-        assert len(path.read_text().splitlines()) == 2, "rows are flushed as they come"
+    log = MetricsLog(path, attempt=0)
+    log.log(1, {"train/loss": 2.0})
+    log.log(2, {"train/loss": math.nan, "val/loss": 1.5})
+    assert len(path.read_text().splitlines()) == 2, "rows are flushed as they come"
     rows = read_metrics(path)
     assert [(row["step"], row["attempt"]) for row in rows] == [(1, 0), (2, 0)]
     assert math.isnan(rows[1]["train/loss"])
@@ -24,8 +24,8 @@ def test_what_is_logged_is_read(tmp_path: Path) -> None:
 
 
 def test_every_line_is_strict_json(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "m", attempt=0) as log:
-        log.log(1, {"a": math.inf, "b": -math.inf, "c": math.nan})
+    log = MetricsLog(tmp_path / "m", attempt=0)
+    log.log(1, {"a": math.inf, "b": -math.inf, "c": math.nan})
     assert "NaN" not in (tmp_path / "m").read_text() and "Inf" not in (tmp_path / "m").read_text()
 
 
@@ -40,16 +40,16 @@ def test_attempts_together_equal_a_run_that_was_never_stopped(
     start, attempt = 0, 0
     for killed, saved in stops:  # killed at a step, resumed from a checkpoint at or before it
         killed = max(start, min(killed, total))
-        with MetricsLog(path, attempt) as log:
-            for step in range(start + 1, killed + 1):
-                log.log(step, {"loss": step + 0.5})
+        log = MetricsLog(path, attempt)
+        for step in range(start + 1, killed + 1):
+            log.log(step, {"loss": step + 0.5})
         if killed > start and saved % 2:
             with path.open("a") as file:
                 file.write('{"step": 99, "att')  # died inside a line
         start, attempt = min(saved, killed), attempt + 1
-    with MetricsLog(path, attempt) as log:
-        for step in range(start + 1, total + 1):
-            log.log(step, {"loss": step + 0.5})
+    log = MetricsLog(path, attempt)
+    for step in range(start + 1, total + 1):
+        log.log(step, {"loss": step + 0.5})
     steps = [row["step"] for row in read_metrics(path)]
     if start < total:
         assert steps == list(range(1, total + 1))
@@ -58,9 +58,9 @@ def test_attempts_together_equal_a_run_that_was_never_stopped(
 def test_older_rows_stay_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for attempt, steps in ((0, (1, 2, 3)), (1, (2, 3, 4))):
-        with MetricsLog(path, attempt) as log:
-            for step in steps:
-                log.log(step, {"loss": attempt})
+        log = MetricsLog(path, attempt)
+        for step in steps:
+            log.log(step, {"loss": attempt})
     assert len(path.read_text().splitlines()) == 6
     assert series(read_metrics(path), "loss") == ([1, 2, 3, 4], [0.0, 1.0, 1.0, 1.0])
 

@@ -33,12 +33,12 @@ HOSTILE = "<script>throw 1</script> {{body}} \"quoted\" & 'so'"
 
 
 def write_metrics(path: Path, steps: range) -> None:
-    with MetricsLog(path, attempt=0) as log:
-        for step in steps:
-            row = {"train/loss": 2.0 / (step + 1), "train/lr": 1e-4, "train/margin": step * 0.01}
-            row |= {f"tasks/probability/{task}": 1 / len(TASKS) for task in TASKS}
-            row |= {f"train/error/{task}": 1.0 + n for n, task in enumerate(TASKS)}
-            log.log(step, row | {"val/error/sigma_0.5": 0.4, "train/error/chosen": 0.5})
+    log = MetricsLog(path, attempt=0)
+    for step in steps:
+        row = {"train/loss": 2.0 / (step + 1), "train/lr": 1e-4, "train/margin": step * 0.01}
+        row |= {f"tasks/probability/{task}": 1 / len(TASKS) for task in TASKS}
+        row |= {f"train/error/{task}": 1.0 + n for n, task in enumerate(TASKS)}
+        log.log(step, row | {"val/error/sigma_0.5": 0.4, "train/error/chosen": 0.5})
 
 
 @pytest.fixture

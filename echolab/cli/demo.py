@@ -22,6 +22,7 @@ from echolab.cli.demo_runs import make_pairs, score, train
 from echolab.cli.demo_settings import DemoSettings, Folder
 from echolab.data.files import write_whole
 from echolab.errors import ConfigError
+from echolab.launch.runs import held
 
 STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
@@ -79,10 +80,10 @@ def main(argv: list[str]) -> int:
     arguments.check()
     kept = asdict(arguments)
     settings = {name: kept[name] for name in kept if name not in ("out", "format", "seeds")}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(arguments.out / STAGES, settings)
-    out = Folder(arguments.out, progress.token)
-    run_stages(arguments, out, progress)
+    with held(arguments.out):
+        progress = Progress(arguments.out / STAGES, settings)
+        out = Folder(arguments.out, progress.token)
+        run_stages(arguments, out, progress)
     rows = json.loads(out.scores.read_text())["rows"]
     if arguments.format == "json":
         print(json.dumps({"report": str(out.report), "scores": rows, "seconds": progress.seconds}))

@@ -66,7 +66,6 @@ def train(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
                 )
             )
     finally:
-        log.close()
         wandb_run.finish()
     if result.stopped_by or not result.done:
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """`echolab fit WHAT DATA OUT`: the small networks that stand in for the big released ones."""
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from echolab.arguments import parse
 from echolab.data.clips import load_clips
 from echolab.data.progress import progress
 from echolab.encoders.fit_autoencoder import WIDTH, fit_autoencoder
-from echolab.errors import DataError
+from echolab.errors import ConfigError, DataError
 from echolab.fitting import Report, save_net
 from echolab.metrics.fit_networks import (
     fit_clip_features,
@@ -46,6 +47,8 @@ class FitArguments:
 def main(argv: list[str]) -> int:
     arguments = parse(FitArguments, argv, command="echolab fit",
                       positional=("what", "data", "out"))  # fmt: skip
+    if arguments.steps < 1:
+        raise ConfigError(f"steps={arguments.steps}: must be 1 or more")
     clips = load_clips(arguments.data)
     last = fit_network(arguments.what, clips, arguments.out, steps=arguments.steps,
                        seed=arguments.seed)  # fmt: skip
@@ -59,6 +62,8 @@ def fit_network(what: str, clips: Clips, out: Path, *, steps: int, seed: int) ->
     """Fit one network and write it; the last loss that was reported."""
     last = float("nan")
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Named after the clips: a fit is never continued on other ones.
+    state = out.with_suffix(f".{zlib.crc32(clips.pixels.numpy().data):08x}.progress")
     with progress(f"fitting {out.stem}", steps) as advance:
 
         def report(done: int, total: int, loss: float) -> None:
@@ -66,8 +71,9 @@ def fit_network(what: str, clips: Clips, out: Path, *, steps: int, seed: int) ->
             last = loss
             advance(done, f"loss {loss:.4f}")
 
-        net, config = FITS[what](clips, steps, seed, out.with_suffix(".progress"), report)
+        net, config = FITS[what](clips, steps, seed, state, report)
     save_net(out, net, config)
+    state.unlink(missing_ok=True)
     return last
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from echolab.arguments import parse
 from echolab.cli.judging import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
-from echolab.cli.policy import last_checkpoint, load_policy
+from echolab.cli.policy import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips
 from echolab.data.progress import progress
 from echolab.data.shards import open_dataset
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
 def sample(arguments: PairsArguments) -> int:
     dataset = open_dataset(arguments.needed("clips"))
     checkpoint = last_checkpoint(arguments.needed("checkpoint"))
+    check_encoders(checkpoint, dataset.encoders)
     net = load_policy(checkpoint)
     with progress("sampling candidates", arguments.prompts) as advance:
         sample_candidates(

@@ -157,5 +157,4 @@ def train(config: Mapping[str, Any]) -> FitResult:
 
                 return fit(training._replace(log=log, on_step=on_step))
         finally:
-            metrics.close()
             wandb_run.finish()

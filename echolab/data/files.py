@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that only grow."""
 
 import errno
 import os
@@ -24,6 +24,21 @@ def write_whole(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add whole lines to a file, below whatever a killed process left of one.
+
+    Raises DataError, in one line, when the disk is full or the folder cannot be written; what was
+    there stays.
+    """
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                text = "\n" + text
+            file.write(text.encode())
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_error(path: Path, error: OSError) -> DataError:
     """The one line for a file that could not be written."""
     remedy = {
@@ -32,7 +47,7 @@ def write_error(path: Path, error: OSError) -> DataError:
         errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
     }.get(error.errno or 0, "check that the folder exists and can be written")
     what = error.strerror or str(error)
-    return DataError(f"{path}: could not be written ({what}); nothing was kept of it; {remedy}")
+    return DataError(f"{path}: could not be written ({what}); {remedy}")
 
 
 def remove_quietly(path: Path) -> None:

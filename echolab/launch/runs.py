@@ -21,6 +21,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from echolab.data.files import append_text, write_whole
 from echolab.errors import ConfigError
 
 # What may differ between attempts: it changes how a run is trained, not what comes out.
@@ -98,9 +99,9 @@ def _create(folder: Path, config: Mapping[str, Any]) -> None:
     identity = {"id": f"{name}-{secrets.token_hex(4)}", "made": time.time()}
     files: dict[str, Any] = {"config.json": config, "run.json": identity}
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=1))
-        partial.rename(folder / name)
+        if (folder / name).exists():  # settings of a start that died here, or another program's
+            continue
+        write_whole(folder / name, json.dumps(content, indent=1).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -109,6 +110,20 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); choose another by run=...") from error
     return content
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; ConfigError where one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is at work there; wait, or give another folder"
+            ) from error
+        yield
 
 
 @contextmanager
@@ -121,16 +136,10 @@ def claim(
     where it holds other things.
     """
     seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if any(not name.startswith(".") for name in seen) and not seen & {"run.json", "config.json"}:
+    others = [name for name in seen if not name.startswith(".") and not name.endswith(".partial")]
+    if others and not seen & {"run.json", "config.json"}:
         raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{folder}: another process is training there; wait, or give another by run=..."
-            ) from error
+    with held(folder):
         if not (folder / "run.json").exists():  # asked under the lock: one of many makes it
             _create(folder, config)
         identity = _read(folder / "run.json")
@@ -142,8 +151,7 @@ def claim(
             "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
             "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),
         }  # fmt: skip
-        with path.open("a") as file:
-            file.write(json.dumps(about) + "\n")
+        append_text(path, json.dumps(about) + "\n")
         if may_change and not attempt == 1:
-            (folder / "config.json").write_text(json.dumps(config, indent=1))
+            write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
         yield Run(folder, str(identity["id"]), attempt)

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from echolab.data.batches import FEATURES, read_tensors
+from echolab.data.files import append_text
 from echolab.data.shards import ShardDataset, ShardWriter
 from echolab.errors import DataError
 from echolab.preference.candidates import TASK, read_candidates
@@ -107,11 +108,9 @@ def read_verdicts(path: Path) -> Verdicts:
 
 
 def append_verdicts(path: Path, key: str, verdicts: list[Verdict]) -> None:
-    """Add a prompt's verdicts, one line each, below whatever an earlier stop left of a line."""
+    """Add a prompt's verdicts, one line each."""
     lines = [
         json.dumps({"key": key, "candidate": number, **verdict._asdict()}) + "\n"
         for number, verdict in enumerate(verdicts)
     ]
-    cut = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write(("\n" if cut else "") + "".join(lines))
+    append_text(path, "".join(lines))

@@ -9,9 +9,9 @@ import json
 import math
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from echolab.data.files import append_text
 from echolab.errors import DataError
 
 
@@ -20,34 +20,15 @@ class MetricsLog:
 
     def __init__(self, path: Path, attempt: int) -> None:
         """`attempt` counts from 0 (or 1): higher is later."""
-        self.attempt = attempt
+        self.path, self.attempt = path, attempt
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._file = path.open("a", encoding="utf-8")
-        if torn:  # the attempt before died inside a line: keep it from spoiling ours
-            self._file.write("\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One row.  Values that are not finite are written as null, which JSON has, unlike NaN."""
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
         for name, value in values.items():
             row[name] = float(value) if math.isfinite(value) else None
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
