@@ -49,7 +49,10 @@ def fit(
     progress: Path,
     report: Report,
 ) -> None:
-    """Lower `loss_of` for `steps` steps.  `progress` keeps the state; the caller, who keeps the net, removes it."""
+    """Lower `loss_of` for `steps` steps.
+
+    `progress` keeps the state; the caller removes it once the net is kept.
+    """
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )

@@ -31,7 +31,8 @@ class Conditions(NamedTuple):
 
     text: Tensor  # [B, L, text_dim]    text states, zero after the end of the text
     image: Tensor  # [B, N, image_dim]   tokens of the reference picture; zeros where there is none
-    audio: Tensor  # [B, 2 T, audio_dim] two tokens a frame; zeros where there is no sound
+    audio: Tensor  # [B, 2 T, audio_dim] two tokens a frame, or Flash's [B, T, layers, audio_dim];
+    # zeros where there is no sound
     face: Tensor  # [B, P]              1 where the sound may act, over the token grid, row-major
     known: Tensor  # [B, 4, F, H, W]     1 where the pixels are given
     known_latents: Tensor  # [B, C, F, H, W]     the given pixels, encoded; the rest mid-grey

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import adapted
 import pytorch_lightning as pl
 import runs
 
@@ -49,7 +50,10 @@ def main() -> None:
             devices=int(devices),
             precision=options.get("precision", "32-true"),
             shard_small=options.get("small") != "no",
+            checkpointing=options.get("checkpointing", "none"),
+            sequence_parallel=int(options.get("together", 1)),
         ),
+        **(adapted.settings(options["lora"]) if "lora" in options else {}),
     )
     if rows:
         (Path(out) / "rows.json").write_text(json.dumps(rows))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -15,6 +16,8 @@ from data_prep.talker import draw_talker
 from echolab.cli.__main__ import main
 from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
+from echolab.data.media import write_video
+from echolab.tasks.masks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,51 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     soundfile.write(folder / "talker.wav", drawn.samples[: int(1.7 * 16_000)], 16_000)
     face = ",".join(f"{value:.1f}" for value in drawn.face[0])
     return folder / "talker.png", folder / "talker.wav", face
+
+
+class Given(NamedTuple):
+    """Files of one drawn talker, for every task."""
+
+    image: Path
+    last: Path
+    source: Path  # 45 frames
+    audio: Path  # 42 frames
+    face: str
+    mouth: str
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    folder, drawn = tmp_path_factory.mktemp("given"), draw_talker(5, 0, frames=45)
+    for name, frame in (("image", 0), ("last", -1)):
+        Image.fromarray(drawn.frames[frame]).save(folder / f"{name}.png")
+    write_video(folder / "source.mp4", drawn.frames, drawn.samples)
+    soundfile.write(folder / "voice.wav", drawn.samples[: int(1.7 * 16_000)], 16_000)
+    face, mouth = (
+        ",".join(f"{value:.1f}" for value in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
+        for boxes in (drawn.face, drawn.lips)
+    )
+    names = ("image.png", "last.png", "source.mp4", "voice.wav")
+    return Given(*(folder / name for name in names), face, mouth)
+
+
+def words_for(task: str, given: Given) -> list[str]:
+    """What a task is given, by name."""
+    audio, face = f"audio={given.audio}", f"face={given.face}"
+    words = {
+        "t2v": [],
+        "i2v": [f"image={given.image}", audio, face],
+        "flf2v": [f"image={given.image}", f"last={given.last}", audio, face],
+        "avatar_sync": [f"source={given.source}", audio, f"box={given.face}"],
+        "lip_sync": [f"source={given.source}", audio, f"box={given.mouth}"],
+        "continuation": [f"source={given.source}", audio, face],
+    }
+    return [f"task={task}", *words[task]]
+
+
+def frames_in(path: Path) -> np.ndarray:
+    with av.open(str(path)) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
 
 def generate(made: small_run.SmallRun, *words: str) -> int:
@@ -66,6 +114,95 @@ def test_the_same_seed_gives_the_same_video(
     assert generate(made, *words, f"out={tmp_path / 'c.mp4'}", "seed=1") == 0
     files = [(tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4")]
     assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("long", ["windows", "chunks"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_makes_a_long_video(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, long: str
+) -> None:
+    out = tmp_path / "v.mp4"
+    words = [*words_for(task, given), f"long={long}", "seconds=1.5"]
+    assert generate(made, *words, f"out={out}") == 0
+    frames = frames_in(out)
+    assert frames.shape == (37, 64, 64, 3)
+    with av.open(str(out)) as video:
+        assert bool(video.streams.audio) is (task != "t2v")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["solver=unipc", "grid=wan", "steps=3", "branches=sequence"],
+        ["solver=dpmpp", "text_scale=3", "negative=a dog", "decaying=true", "cache=0.1"],
+        ["preset=preview", "window=25", "overlap=2", "steps=3", "crop=head", "size=64"],
+        ["preset=flash", "width=96", "height=64", "long=chunks", "match_colours=true"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_solver_and_preset_runs(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, words: list[str]
+) -> None:
+    out = tmp_path / "v.mp4"
+    assert generate(made, *words_for("i2v", given), *words, "seconds=0.6", f"out={out}") == 0
+    wide = "width=96" in words
+    assert frames_in(out).shape == (15, 64, 96 if wide else 64, 3)
+
+
+def test_what_is_asked_for_matters(made: small_run.SmallRun, given: Given, tmp_path: Path) -> None:
+    def video(*words: str) -> np.ndarray:
+        out = tmp_path / "v.mp4"
+        assert generate(made, *words_for("i2v", given), "seconds=0.5", *words, f"out={out}") == 0
+        return frames_in(out)
+
+    plain = video("steps=4")
+    for words in (["solver=unipc"], ["audio_scale=6"], ["shift=8"], ["decaying=true"],
+                  ["text_scale=6", "negative=red"], ["prompt=something else"]):  # fmt: skip
+        assert (video("steps=4", *words) != plain).any(), words
+    assert (video("steps=4", "cache=0", "branches=sequence") == plain).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "told"),
+    [
+        ("flf2v", "last=", "task=flf2v: needs last="),
+        ("lip_sync", "source=", "task=lip_sync: needs source="),
+        ("i2v", "audio=", "task=i2v: needs audio="),
+        ("t2v", "image=a.png", "task=t2v: takes no image="),
+        ("t2v", "seconds=", "give seconds="),
+        ("i2v", "box=1,2,3,4", "takes no box="),
+        ("i2v", "task=sing", "task=sing: unknown; one of t2v"),
+        ("lip_sync", "audio={source}", "has 45 frames at 25 a second, need 46"),
+        ("lip_sync", "source={audio}", "give another source="),
+        ("lip_sync", "source=no.mp4", "no.mp4: not there"),
+        ("i2v", "window=24", "window=24: must be 4n+1"),
+        ("i2v", "overlap=7", "overlap=7"),
+        ("i2v", "steps=0", "steps=0"),
+        ("i2v", "width=64", "width= and height= go together"),
+        ("i2v", "size=50", "size=50"),
+        ("i2v", "model=echomimicv3_preview", "model= and encoders= go together"),
+        ("flf2v", "last={wide}", "is 96x64, the first picture 64x64"),
+    ],
+)
+def test_wrong_combinations_are_one_line(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    task: str, change: str, told: str,
+) -> None:  # fmt: skip
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(wide)
+    key, value = change.split("=", 1)
+    words = dict(word.split("=", 1) for word in words_for(task, given))
+    words |= {"seconds": "0.4"} if task == "t2v" else {}
+    words[key] = value.format(source=given.source, audio=given.audio, wide=wide)
+    if told.endswith("need 46"):
+        long = tmp_path / "long.wav"
+        soundfile.write(long, np.zeros(46 * 640), 16_000)
+        words["audio"] = str(long)
+    said = [f"{name}={word}" for name, word in words.items() if word]
+    assert generate(made, *said, f"out={tmp_path / 'v.mp4'}") == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("echolab: error:") and told in line
+    assert not (tmp_path / "v.mp4").exists()
 
 
 @pytest.mark.parametrize(
@@ -149,3 +286,26 @@ def test_a_picture_without_a_face_is_refused(
     words = (f"image={blank}", f"audio={talker[1]}", f"out={out}", f"weights={weights}")
     assert generate(made, *words) == 1
     assert "no face" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.media
+@pytest.mark.parametrize(
+    ("task", "name", "told"),
+    [
+        ("lip_sync", "th_infinitetalk.mp4", ""),
+        ("avatar_sync", "hb_wan_animate.mp4", ""),
+        ("continuation", "grid_bbaf2n.mpg", ""),
+        ("lip_sync", "noface_dog.mp4", "no face is seen in all 20 frames"),
+    ],
+)
+def test_faces_of_real_videos_are_followed(
+    made: small_run.SmallRun, given: Given, media: Path, weights: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], task: str, name: str, told: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "v.mp4"
+    words = (f"source={media / 'video' / name}", f"audio={given.audio}", "seconds=0.8")
+    code = generate(made, f"task={task}", *words, f"weights={weights}", f"out={out}")
+    if told:
+        assert code == 1 and told in capsys.readouterr().err and not out.exists()
+    else:
+        assert code == 0 and frames_in(out).shape == (20, 64, 64, 3)

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.guidance import (
+    RUNS,
     compounding_factors,
     decaying,
     guided,
     negative_factors,
     stepwise,
+    whole_timesteps,
 )
 from echolab.diffusion.sampling import sample_euler
-from echolab.diffusion.sigmas import sampling_sigmas
+from echolab.diffusion.sigmas import GRIDS, sampling_sigmas
 from echolab.errors import ConfigError
 
 NOISY, SIGMA = tiny.latents(), torch.tensor(0.7)
@@ -76,19 +78,53 @@ def test_text_guidance_without_a_negative_text_is_refused() -> None:
         guided(NET, TOLD, text_scale=4.0)(NOISY, SIGMA)
 
 
+@torch.no_grad()
+def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
+    zero, real = branch(audio=False), branch()
+    found = guided(NET, TOLD, audio_scale=3.0)(NOISY, SIGMA)
+    torch.testing.assert_close(found, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("run", "sizes"), [("batch", [6]), ("sequence", [2, 2, 2])])
+@torch.no_grad()
+def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -> None:
+    calls: list[int] = []
+    scales = {"text_negative": NEGATIVE, "text_scale": 4.0, "audio_scale": 2.9}
+    found = guided(counting(calls), TOLD, run=RUNS[run], **scales)(NOISY, SIGMA)
+    assert calls == sizes
+    torch.testing.assert_close(found, guided(NET, TOLD, **scales)(NOISY, SIGMA))
+
+
+@torch.no_grad()
+def test_the_network_may_be_told_whole_timesteps_as_wan_s_own_solvers_do() -> None:
+    seen: list[float] = []
+
+    def net(noisy: Tensor, timesteps: Tensor, conditions) -> Tensor:
+        seen.extend(timesteps.tolist())
+        return noisy
+
+    guided(net, TOLD, told_timesteps=whole_timesteps)(NOISY, torch.tensor(0.9998))
+    guided(net, TOLD)(NOISY, torch.tensor(0.75))
+    assert seen == [999.0, 999.0, 750.0, 750.0]
+
+
 def test_the_decaying_scale_has_the_published_factors() -> None:
-    sigmas, scale = sampling_sigmas(25, 5.0), decaying(4.0, 5.0)
-    factors = [scale(float(sigmas[step])) / 4.0 for step in (0, 2, 5, 10, 20)]
-    assert factors == pytest.approx([1.00, 0.87, 0.62, 0.51, 0.50], abs=0.006)
+    factors = decaying(1.0, 25)
+    assert len(factors) == 25
+    found = [factors[step] for step in (0, 2, 5, 10, 20)]
+    assert found == pytest.approx([1.00, 0.87, 0.62, 0.51, 0.50], abs=0.005)
+    assert decaying(4.0, 25) == pytest.approx([4 * factor for factor in factors])
 
 
-def test_phase_aware_negative_guidance_fixed_and_as_released() -> None:
-    sigmas = sampling_sigmas(6, 5.0)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_phase_aware_negative_guidance_fixed_and_as_released(grid: str) -> None:
+    sigmas = GRIDS[grid](6, 5.0)
     fixed = stepwise(negative_factors(1.5, 3), sigmas)
     released = stepwise(compounding_factors(1.5, 3), sigmas)
     steps = [float(sigma) for sigma in sigmas[:-1]]
     assert [fixed(sigma) for sigma in steps] == [1.5, 1.5, 1.5, 1, 1, 1]
     assert [released(sigma) for sigma in steps] == [1.5, 2.25, *[3.375] * 4]
+    assert negative_factors(1.5, 0) == compounding_factors(1.5, 0) == [1.0]
 
 
 @torch.no_grad()
@@ -103,6 +139,8 @@ def test_the_negative_text_may_change_with_the_step() -> None:
 
 
 def test_it_samples() -> None:
-    velocity = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=decaying(4.0, 5.0))
-    found = sample_euler(velocity, tiny.latents(), sampling_sigmas(2, 5.0))
+    sigmas = sampling_sigmas(2, 5.0)
+    scale = stepwise(decaying(4.0, 2), sigmas)
+    velocity = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=scale)
+    found = sample_euler(velocity, tiny.latents(), sigmas)
     assert found.shape == NOISY.shape and found.isfinite().all()

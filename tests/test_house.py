@@ -25,7 +25,10 @@ def unsafe(source: str) -> list[str]:
     found = []
     for name, keywords in calls(ast.parse(source)):
         last = name.rsplit(".", 1)[-1]
-        if name in ("torch.load", "os.system", "os.popen") or last == "extractall":
+        weights_only = isinstance(only := keywords.get("weights_only"), ast.Constant) and only.value
+        if name in ("os.system", "os.popen") or last == "extractall":
+            found.append(name)
+        if name == "torch.load" and weights_only is not True:
             found.append(name)
         if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal"):
             found.append(name)
@@ -61,6 +64,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 def test_the_rule_itself() -> None:
     assert unsafe("torch.load(path)") == ["torch.load"]
+    assert unsafe("torch.load(path, weights_only=chosen)") == ["torch.load"]
+    assert unsafe("torch.load(path, weights_only=True)") == []
     assert unsafe("subprocess.run(words, shell=True)") == ["subprocess.run(shell=True)"]
     assert unsafe("np.load(path, allow_pickle=False)") == []
     assert unsafe("tar.extractall(folder)") == ["tar.extractall"]

@@ -23,7 +23,11 @@ DATA_PREP_LAYER = 2  # data_prep stands beside, and may use layers 0 to 2
 
 # Third parties that are allowed at the bottom, and those that only some may touch.
 ALLOWED = {0: {"torch"}, 1: {"torch", "einops", "numpy"}}
-ALLOWED_ALSO = {"fitting": {"safetensors"}}  # it keeps the stand-in networks' files
+ALLOWED_ALSO = {
+    "diffusion": {"diffusers"},  # its schedulers
+    "fitting": {"safetensors"},  # it keeps the stand-in networks' files
+    "models": {"safetensors"},  # released weights, in and out
+}
 LOWEST_LAYER = {
     "pytorch_lightning": 3, "lightning": 3, "deepspeed": 3, "trl": 3, "peft": 3,
     "submitit": 4, "optuna": 4,

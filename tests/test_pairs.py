@@ -11,9 +11,10 @@ from torch import Tensor
 
 from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.data.batches import read_pair, read_tensors
+from echolab.data.batches import collate_clips, read_clip, read_pair, read_tensors
 from echolab.data.shards import ShardDataset, open_dataset
 from echolab.data.verify import verify
+from echolab.diffusion.generation import generate
 from echolab.encoders import picture, sound, words
 from echolab.encoders.autoencoder import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
@@ -22,7 +23,7 @@ from echolab.metrics.networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
-from echolab.preference.candidates import read_candidates, sample_candidates
+from echolab.preference.candidates import TASK, read_candidates, sample_candidates
 from echolab.preference.judge import Verdict, best_and_worst, judge, totals
 from echolab.preference.pack import ELSEWHERE, append_verdicts, pack_pairs, read_verdicts
 
@@ -57,7 +58,7 @@ def sample(
     told: list[int] = []
     settings = {
         "prompts": PROMPTS, "candidates": CANDIDATES, "batch": 2, "steps": 2, "shift": 5.0,
-        "audio_scale": 1.0, "seed": 0, "weights": "a", "dtype": torch.float32,
+        "audio_scales": (1.0,), "seed": 0, "weights": "a", "dtype": torch.float32,
     }  # fmt: skip
     sample_candidates(net, dataset, folder, report=told.append, **{**settings, **changes})  # type: ignore[arg-type]
     return told
@@ -89,6 +90,18 @@ def test_candidates_are_a_pure_function_of_seed_key_and_number(
         torch.testing.assert_close(clips, found[key], rtol=1e-2, atol=1e-2)  # stored in fp16
     every = torch.cat(list(found.values())).flatten(1)
     assert len(every.unique(dim=0)) == PROMPTS * CANDIDATES
+
+
+def test_each_candidate_has_the_next_guidance(
+    net: EchoTransformer, dataset: ShardDataset, tmp_path: Path
+) -> None:
+    sample(net, dataset, tmp_path / "found", prompts=1, audio_scales=(0.0, 2.0))
+    ((key, clips),) = read_candidates(tmp_path / "found")
+    told = collate_clips(dataset, [read_clip(dataset, 0, TASK)])
+    for number, scale in enumerate((0.0, 2.0, 0.0)):
+        alone = generate(net, told.conditions, [key], steps=2, shift=5.0, audio_scale=scale,
+                         seed=0, draw_index=number)  # fmt: skip
+        torch.testing.assert_close(clips[number], alone[0], rtol=1e-2, atol=1e-2)
 
 
 def test_sampling_goes_on_with_the_first_file_that_is_missing(

@@ -11,6 +11,7 @@ from echolab.diffusion.phases import (
     KeepModalities,
     Ramp,
     ScaleModalities,
+    of_preferences,
 )
 
 TIMESTEPS = torch.linspace(0, 1000, 1001)
@@ -64,3 +65,12 @@ def test_scaling_leaves_the_conditions() -> None:
     same, weights = ScaleModalities(PHDA)(told, torch.tensor([0.0, 1000.0]), torch.zeros(2, 2))
     assert same is told and weights is not None
     assert weights.audio.tolist() == [0.5, 1.0]
+
+
+def test_a_preference_is_trained_with_every_condition() -> None:
+    told, uniforms = conditions(2), torch.full((2, 2), 0.999)
+    for timesteps in (torch.zeros(2), torch.full((2,), 1000.0)):
+        kept, weights = of_preferences(KeepModalities(PHDA))(told, timesteps, uniforms)
+        assert weights is None
+        assert torch.equal(kept.image, told.image) and torch.equal(kept.audio, told.audio)
+    assert of_preferences(ScaleModalities(PHDA)) == ScaleModalities(PHDA)  # nothing is zeroed there

@@ -2,19 +2,26 @@
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from echolab.diffusion.sigmas import draw, sampling_sigmas, shift_sigmas, unshift_sigmas
+from echolab.diffusion.sigmas import (
+    GRIDS,
+    draw,
+    flow_match_sigmas,
+    sampling_sigmas,
+    shift_sigmas,
+    wan_sigmas,
+)
 from echolab.errors import ConfigError
 
 SHAPE = (2, 1, 2, 2)
 
 
-def test_shift_fixes_the_ends_is_monotone_and_has_an_inverse() -> None:
+def test_shift_fixes_the_ends_and_is_monotone() -> None:
     u = torch.linspace(0, 1, 101)
     for shift in (1.0, 3.0, 5.0):
         sigmas = shift_sigmas(u, shift)
         assert sigmas[0] == 0 and sigmas[-1] == 1 and (sigmas.diff() > 0).all()
-        torch.testing.assert_close(unshift_sigmas(sigmas, shift), u)
     assert torch.equal(shift_sigmas(u, 1.0), u)
 
 
@@ -22,8 +29,34 @@ def test_sampling_goes_from_noise_to_data_once_shifted() -> None:
     sigmas = sampling_sigmas(4, 5.0)
     expected = [1.0, 5 * 0.75 / (1 + 4 * 0.75), 5 * 0.5 / 3, 5 * 0.25 / 2, 0.0]
     assert sigmas.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_goes_down_to_zero(grid: str) -> None:
+    for steps in (1, 8, 25):
+        sigmas = GRIDS[grid](steps, 5.0)
+        assert len(sigmas) == steps + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+        assert sigmas[0] > 0.999 and sigmas.dtype == torch.float32
     with pytest.raises(ConfigError, match="steps=0"):
-        sampling_sigmas(0, 5.0)
+        GRIDS[grid](0, 5.0)
+
+
+def test_the_grid_of_the_released_preview_is_the_scheduler_s() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(25)
+    torch.testing.assert_close(flow_match_sigmas(25, 5.0), scheduler.sigmas)
+
+
+def test_the_grid_of_wan_is_the_scheduler_s() -> None:
+    """diffusers' DPM++ has Wan's levels by its own shift; a shift of one and ours give the same."""
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    scheduler.set_timesteps(8)
+    torch.testing.assert_close(wan_sigmas(8, 5.0), scheduler.sigmas)
+    eighth = 0.999 / 8
+    by_hand = [5 * k * eighth / (1 + 4 * k * eighth) for k in range(8, -1, -1)]
+    assert wan_sigmas(8, 5.0).tolist() == pytest.approx(by_hand)
 
 
 def test_draws_depend_on_the_key_and_not_on_the_company() -> None:
@@ -51,7 +84,7 @@ def test_draws_do_not_touch_the_global_generator() -> None:
 def test_draws_have_the_laws_they_claim() -> None:
     draws = draw([str(index) for index in range(4000)], (1, 1, 1, 4), seed=0, epoch=0)
     assert draws.sigmas.min() > 0 and draws.sigmas.max() <= 1
-    u = unshift_sigmas(draws.sigmas, 5.0)
+    u = draws.sigmas / (5 - 4 * draws.sigmas)  # before the shift
     assert u.mean().item() == pytest.approx(0.5, abs=0.02)
     assert (draws.sigmas > 5 / 6).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert draws.noise.mean().item() == pytest.approx(0, abs=0.03)

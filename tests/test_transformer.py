@@ -1,82 +1,63 @@
 """The network: sizes of the released files, parity with diffusers, laws of its branches."""
 
-import warnings
-
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
+from echolab.cli.policy import architecture_of
 from echolab.errors import ConfigError
-from echolab.models.audio import audio_windows
-from echolab.models.layers import RMSNorm, attend, rope_split, rope_table, sinusoid, turn
+from echolab.models.attention import sdpa
+from echolab.models.audio import (
+    FLASH,
+    PREVIEW,
+    FlashAudioTokens,
+    Hearing,
+    audio_windows,
+    flash_windows,
+)
+from echolab.models.layers import RMSNorm, rope_split, rope_table, sinusoid, turn
 from echolab.models.transformer import CrossAttention, EchoTransformer, Told
-from echolab.models.weights import initialise, to_diffusers
+from echolab.models.weights import initialise, released_shapes
 from echolab.types import Conditions, ModalityWeights
 
-RELEASED = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
 
+SOUND = pytest.mark.parametrize("layers", [None, 3], ids=["preview", "flash"])
+
+
 @pytest.mark.parametrize(
-    ("changes", "tensors", "parameters"),
+    ("model", "tensors", "parameters"),
     [
-        ({"in_channels": 16, "image_dim": None, "audio_dim": None}, 825, 1_418_996_800),
-        ({"audio_dim": None}, 983, 1_564_428_608),
-        ({}, 1_076, 1_707_215_168),
+        ("wan_t2v_1b3", 825, 1_418_996_800),
+        ("wan_fun_inp_1b3", 983, 1_564_428_608),
+        ("echomimicv3_preview", 1_076, 1_707_215_168),
+        ("echomimicv3_flash", 1_203, 1_863_772_992),
     ],
-    ids=["Wan2.1-T2V-1.3B", "Wan2.1-Fun-1.3B-InP", "EchoMimicV3"],
 )
-def test_sizes_of_the_released_files(changes: dict, tensors: int, parameters: int) -> None:
+def test_sizes_of_the_released_files(model: str, tensors: int, parameters: int) -> None:
     with torch.device("meta"):
-        net = EchoTransformer(**RELEASED, **changes)
-    assert len(net.state_dict()) == len(list(net.parameters())) == tensors
-    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
-
-
-def pipeline_of_diffusers(net: EchoTransformer, image: bool):
-    """diffusers' network with the same weights."""
-    from diffusers import WanTransformer3DModel
-
-    theirs = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, text_dim=10,
-        in_channels=net.patch_embedding.in_channels, out_channels=4, freq_dim=16, ffn_dim=64,
-        num_layers=2, image_dim=12 if image else None, added_kv_proj_dim=48 if image else None,
-        rope_max_seq_len=32,
-    )  # fmt: skip
-    theirs.load_state_dict({to_diffusers(name): p for name, p in net.state_dict().items()})
-    return theirs
+        net = EchoTransformer(**architecture_of(model))
+    shapes = released_shapes(net)
+    assert len(shapes) == tensors
+    assert sum(shape.numel() for shape in shapes.values()) == parameters
+    own = {name: parameter.shape for name, parameter in net.named_parameters()}
+    assert list(own) == list(net.state_dict())
+    dead = {name: shape for name, shape in shapes.items() if name not in own}
+    assert own.items() <= shapes.items() and len(own) + len(dead) == tensors
+    # Flash's own query for sound: a weight and a bias in each of 30 blocks.
+    assert len(dead) == (60 if model == "echomimicv3_flash" else 0)
+    assert sum(shape.numel() for shape in dead.values()) == len(dead) // 2 * (1536 * 1536 + 1536)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
-@pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
-def test_output_and_gradients_are_those_of_diffusers(image: bool) -> None:
-    warnings.filterwarnings("ignore")
-    shape = {} if image else {"in_channels": 4, "image_dim": None}
-    net = tiny.net(trained=True, audio_dim=None, **shape)
-    theirs, told, noisy = pipeline_of_diffusers(net, image), tiny.conditions(), tiny.latents()
-    # diffusers finds the image tokens by counting 512 text tokens from the end.
-    told = told._replace(text=torch.randn(2, 512, 10, generator=torch.Generator().manual_seed(2)))
-    given = torch.cat([noisy, told.known, told.known_latents], 1) if image else noisy
-    ours = net(noisy, TIMESTEPS, told)
-    expected = theirs(
-        hidden_states=given, timestep=TIMESTEPS, encoder_hidden_states=told.text,
-        encoder_hidden_states_image=told.image if image else None,
-    ).sample  # fmt: skip
-    assert relative(ours, expected) < 1e-4
-    direction = tiny.latents(seed=5)
-    (ours * direction).sum().backward()
-    (expected * direction).sum().backward()
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in net.named_parameters():
-        assert relative(parameter.grad, gradients[to_diffusers(name)].grad) < 1e-4, name
-
-
-def test_a_new_network_ignores_sound_and_says_nothing() -> None:
-    net, told = tiny.net(), tiny.conditions()
+@SOUND
+def test_a_new_network_ignores_sound_and_says_nothing(layers: int | None) -> None:
+    net, told = tiny.net(audio_layers=layers), tiny.conditions(layers=layers)
     assert not net(tiny.latents(), TIMESTEPS, told).any(), "the head starts at zero"
     with torch.no_grad():
         net.head.head.weight.normal_()
@@ -100,8 +81,9 @@ def test_a_zero_weight_is_a_missing_branch() -> None:
         assert relative(net(tiny.latents(), TIMESTEPS, told, ModalityWeights(*less)), usual) > 1e-4
 
 
-def test_two_clips_are_one_and_one() -> None:
-    net, told = tiny.net(trained=True), tiny.conditions()
+@SOUND
+def test_two_clips_are_one_and_one(layers: int | None) -> None:
+    net, told = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
     together = net(tiny.latents(), TIMESTEPS, told)
     for clip in range(2):
         one = slice(clip, clip + 1)
@@ -109,18 +91,23 @@ def test_two_clips_are_one_and_one() -> None:
         torch.testing.assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_every_parameter_and_every_input_but_the_mask() -> None:
-    net, told = tiny.net(trained=True), tiny.conditions()
+@SOUND
+def test_gradients_reach_every_parameter_and_every_input(layers: int | None) -> None:
+    """But for Flash's face: it has no mask."""
+    net, told = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
     told = Conditions(*(part.requires_grad_() for part in told))
     net(tiny.latents(), TIMESTEPS, told).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert all(part.grad is not None and part.grad.any() for part in told)
+    deaf = [
+        name for name, part in told._asdict().items() if part.grad is None or not part.grad.any()
+    ]
+    assert deaf == (["face"] if layers else [])
 
 
 def test_sound_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
     """One cross-attention: a token moves the frames whose window holds it, where face is 1."""
     torch.manual_seed(0)
-    layer = CrossAttention(48, 2, 1e-6, image=False, audio=True)
+    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=PREVIEW)
     face = tiny.conditions(1).face
     tokens, audio = torch.randn(1, 3 * 6, 48), torch.randn(1, 18, 48)
     told = Told(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
@@ -146,10 +133,68 @@ def test_audio_windows_of_81_frames() -> None:
     assert (valid[20][0], valid[20][-1]) == (149, 161)
 
 
+def test_flash_windows_of_81_frames() -> None:
+    """Latent frame i >= 1 is video frames 4i-3 to 4i, heard with two on each side."""
+    frames = torch.arange(81.0)[None, :, None, None]
+    first, later = (window[0, ..., 0, 0].tolist() for window in flash_windows(frames))
+    assert first == [[0, 0, 0, 1, 2]]
+    assert len(later) == 20
+    assert later[0] == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert later[1] == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert later[19] == [75, 76, 77, 78, 79, 80, 80, 80]
+    assert flash_windows(frames[:, :1])[1].shape == (1, 0, 8, 1, 1)
+
+
+def test_flash_tokens_by_the_released_steps() -> None:
+    """Five frames around each video frame, of which a latent frame keeps eight; then the layers."""
+    torch.manual_seed(0)
+    tokens, features = FlashAudioTokens(6, 3, 48), torch.randn(2, 9, 3, 6)
+    around = (torch.arange(9)[:, None] + torch.arange(-2, 3)).clamp(0, 8)
+    windows = features[:, around]  # [B, T, 5, layers, A]
+    groups = windows[:, 1:].unflatten(1, (2, 4))  # [B, F - 1, 4, 5, layers, A]
+    middle = groups[:, :, 1:3, 2]
+    kept = torch.cat([groups[:, :, 0, :3], middle, groups[:, :, 3, 2:]], 2)  # [B, F - 1, 8, ...]
+    hidden = torch.cat(
+        [
+            tokens.proj1(windows[:, 0].reshape(2, 1, -1)).relu(),
+            tokens.proj1_vf(kept.reshape(2, 2, -1)).relu(),
+        ],
+        1,
+    )
+    expected = tokens.norm(tokens.proj3(tokens.proj2(hidden).relu()).view(2, 3, 32, 48))
+    torch.testing.assert_close(tokens(features), expected)
+
+
+@pytest.mark.parametrize("hearing", [PREVIEW, FLASH], ids=["preview", "flash"])
+def test_sound_is_added_as_released(hearing: Hearing) -> None:
+    """Frame by frame: the valid tokens, zeros after them, keys normed; the mask on what is read."""
+    torch.manual_seed(0)
+    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=hearing)
+    torch.nn.init.normal_(layer.norm_k_audio.weight)
+    face, text, tokens = tiny.conditions(1).face, torch.randn(1, 5, 48), torch.randn(1, 3 * 6, 48)
+    audio = torch.randn(1, 18, 48) if hearing is PREVIEW else torch.randn(1, 3, 32, 48)
+    told = Told(text, None, audio, face[:, None, :, None], None)
+    queries = layer.norm_q(layer.q(tokens)).view(3, 6, 2, 24)
+    read = []
+    for frame in range(3):
+        heard = audio[0, frame] if hearing is FLASH else torch.zeros(17, 48)
+        if hearing is PREVIEW:
+            valid = audio[0, max(0, 8 * frame - 11) : 8 * frame + 6]
+            heard[: len(valid)] = valid
+        keys = layer.norm_k_audio(layer.k_audio(heard)).view(-1, 2, 24)
+        values = layer.v_audio(heard).view(-1, 2, 24)
+        scores = torch.einsum("snd,knd->nsk", queries[frame], keys) / 24**0.5
+        out = torch.einsum("nsk,knd->snd", scores.softmax(-1), values).flatten(1)
+        read.append(out * face[0][:, None] if hearing is PREVIEW else out)
+    silent = layer(tokens, told._replace(audio=None))
+    expected = silent + torch.cat(read)[None] @ layer.o.weight.T
+    torch.testing.assert_close(layer(tokens, told), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_rope_turns_by_differences_of_position() -> None:
     assert rope_split(128) == (44, 42, 42) and rope_split(32) == (12, 10, 10)
     grid = (3, 4, 5)
-    table = rope_table(24, grid, torch.device("cpu")).view(*grid, 1, 12)
+    table = rope_table(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
     query, key = torch.randn(2, 24)
 
     def score(at: tuple[int, int, int], other: tuple[int, int, int]) -> Tensor:
@@ -181,8 +226,8 @@ def test_norm_and_attention_by_their_definitions() -> None:
     torch.testing.assert_close(norm(values), expected)
     q, k, v = torch.randn(2, 5, 2, 4), torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4)
     scores = torch.einsum("bsnd,bknd->bnsk", q, k) / 2
-    expected = torch.einsum("bnsk,bknd->bsnd", scores.softmax(-1), v).flatten(2)
-    torch.testing.assert_close(attend(q, k, v), expected)
+    expected = torch.einsum("bnsk,bknd->bsnd", scores.softmax(-1), v)
+    torch.testing.assert_close(sdpa(q, k, v), expected)
 
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])

@@ -1,16 +1,20 @@
-"""Names of parameters in released files, and loading them strictly."""
+"""Which tensors of a file are which parameters: names, and loading them strictly."""
 
 import pytest
 import tiny
 import torch
 
 from echolab.errors import CheckpointError
+from echolab.models.names import from_diffusers, to_diffusers
+from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import (
     AUDIO_PARTS,
     IMAGE_PARTS,
-    from_diffusers,
+    MARKS,
+    initialise,
     load_weights,
-    to_diffusers,
+    model_of,
+    released_shapes,
 )
 
 NAMES = [
@@ -27,9 +31,11 @@ NAMES = [
     ("blocks.0.cross_attn.k_img.weight", "blocks.0.attn2.add_k_proj.weight"),
     ("blocks.0.cross_attn.norm_k_img.weight", "blocks.0.attn2.norm_added_k.weight"),
     ("blocks.0.cross_attn.k_audio.weight", "blocks.0.attn2.add_k_audio_proj.weight"),
+    ("blocks.0.cross_attn.v_audio.bias", "blocks.0.attn2.add_v_audio_proj.bias"),
     ("blocks.0.norm3.weight", "blocks.0.norm2.weight"),
     ("blocks.0.ffn.2.weight", "blocks.0.ffn.net.2.weight"),
 ]
+TIMES = torch.tensor([5.0, 800.0])
 
 
 @pytest.mark.parametrize(("original", "diffusers"), NAMES)
@@ -37,41 +43,77 @@ def test_names_of_the_table(original: str, diffusers: str) -> None:
     assert to_diffusers(original) == diffusers and from_diffusers(diffusers) == original
 
 
-def test_there_and_back_is_the_identity() -> None:
-    names = list(tiny.net().state_dict())
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_there_and_back_is_the_identity(model: str) -> None:
+    names = list(released_shapes(tiny.model(model)))
     renamed = [to_diffusers(name) for name in names]
     assert [from_diffusers(name) for name in renamed] == names
     assert len(set(renamed)) == len(names)
 
 
-def test_loading_is_the_identity_on_a_file_of_the_same_network() -> None:
-    source, net = tiny.net(trained=True), tiny.net()
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_a_file_tells_which_model_it_is(model: str) -> None:
+    assert model_of(tiny.model(model).state_dict()) == model
+    assert model_of(["encoder.conv1.weight"]) is None
+    assert set(MARKS) == set(tiny.MODELS)
+
+
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_loading_is_the_identity_on_a_file_of_the_same_network(model: str) -> None:
+    source, net = tiny.model(model), tiny.model(model, trained=False)
     report = load_weights(net, source.state_dict())
-    assert report.fresh == report.widened == []
+    assert report.fresh == report.widened == report.unused == []
+    assert report.loaded == [name for name, _ in net.named_parameters()]
     for (name, left), right in zip(net.named_parameters(), source.parameters(), strict=True):
-        assert torch.equal(left, right), name
+        assert torch.equal(left, right) and left.requires_grad, name
+
+
+def test_tensors_are_taken_over_not_copied() -> None:
+    tensors = {name: tensor.clone() for name, tensor in tiny.net().state_dict().items()}
+    with torch.device("meta"):
+        net = tiny.net(initialised=False)
+    load_weights(net, tensors)
+    for name, parameter in net.named_parameters():
+        assert parameter.data_ptr() == tensors[name].data_ptr(), name
+
+
+def test_flash_names_its_dead_query_as_unused() -> None:
+    net = tiny.model("echomimicv3_flash")
+    file = {name: torch.randn(shape) for name, shape in released_shapes(net).items()}
+    dead = [name for name in file if "q_audio" in name]
+    report = load_weights(net, file)
+    assert report.unused == dead and len(dead) == 4
+    assert len(report.loaded) + len(report.unused) == len(file)
+    assert "blocks.*.cross_attn.q_audio.weight" in report.lines()[-1]
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_weights(net, {name: t for name, t in file.items() if "proj1_vf" not in name})
 
 
 def test_a_text_to_video_file_starts_the_whole_network() -> None:
     """Same output as its source, whatever picture, sound and known pixels are told."""
     source = tiny.net(trained=True, in_channels=tiny.CHANNELS, image_dim=None, audio_dim=None)
-    net, told, times = tiny.net(), tiny.conditions(), torch.tensor([5.0, 800.0])
-    report = load_weights(net, source.state_dict(), fresh=AUDIO_PARTS + IMAGE_PARTS)
+    net, told = tiny.net(), tiny.conditions()
+    report = load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS, IMAGE_PARTS))
     assert report.widened == ["patch_embedding.weight"]
     assert set(report.fresh) == set(net.state_dict()) - set(source.state_dict())
     for block in net.blocks:
         torch.nn.init.zeros_(block.cross_attn.v_img.weight)
     torch.testing.assert_close(
-        net(tiny.latents(), times, told), source(tiny.latents(), times, told), rtol=1e-4, atol=1e-5
+        net(tiny.latents(), TIMES, told), source(tiny.latents(), TIMES, told), rtol=1e-4, atol=1e-5
     )
 
 
-def test_a_base_with_pictures_starts_the_network_unchanged() -> None:
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_base_with_pictures_starts_the_network_unchanged(layers: int | None) -> None:
+    """New sound adds nothing to the base, whatever is heard."""
     source = tiny.net(trained=True, audio_dim=None)
-    net, times = tiny.net(), torch.tensor([5.0, 800.0])
-    load_weights(net, source.state_dict(), fresh=AUDIO_PARTS)
-    told, noisy = tiny.conditions(), tiny.latents()
-    torch.testing.assert_close(net(noisy, times, told), source(noisy, times, told))
+    net = tiny.net(audio_layers=layers)
+    load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS,))
+    told = tiny.conditions(layers=layers)
+    for heard in (told, told._replace(audio=told.audio * 9)):
+        torch.testing.assert_close(
+            net(tiny.latents(), TIMES, heard), source(tiny.latents(), TIMES, told)
+        )
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
@@ -80,8 +122,10 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
     missing = {name: t + 1 for name, t in before.items() if "k_audio" not in name}
     with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.cross_attn\.k_audio\.weight \(4"):
         load_weights(net, missing)
-    with pytest.raises(CheckpointError, match=r"has blocks\.0\.cross_attn\.q_audio\.weight"):
-        load_weights(net, {**before, "blocks.0.cross_attn.q_audio.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.cross_attn\.k_audio\.weight \(4"):
+        load_weights(net, missing, fresh=(AUDIO_PARTS,))  # a part is there, or it is not
+    with pytest.raises(CheckpointError, match=r"has blocks\.0\.cross_attn\.w\.weight"):
+        load_weights(net, {**before, "blocks.0.cross_attn.w.weight": torch.zeros(1)})
     misshapen = {**missing, **before, "blocks.1.ffn.0.bias": torch.zeros(65)}
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.0\.bias: shape \[65\].*\[64\]"):
         load_weights(net, misshapen)
@@ -91,8 +135,42 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.mark.parametrize("given", tiny.MODELS)
+@pytest.mark.parametrize("wanted", tiny.MODELS)
+def test_another_model_is_called_by_its_name(given: str, wanted: str) -> None:
+    if given != wanted:
+        with pytest.raises(CheckpointError, match=f"holds {given} .*is {wanted}.*model={given}"):
+            load_weights(tiny.model(wanted), tiny.model(given).state_dict(), source="f")
+
+
 def test_half_precision_files_are_read_as_the_network_is() -> None:
     source, net = tiny.net(trained=True).bfloat16(), tiny.net()
     load_weights(net, source.state_dict())
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
     assert torch.equal(net.head.head.weight, source.head.head.weight.float())
+
+
+def test_first_values_of_a_part_alone_leave_the_rest() -> None:
+    net = tiny.net(trained=True)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    part = {name for name in before if any(piece in name for piece in AUDIO_PARTS)}
+    initialise(net, torch.Generator().manual_seed(3), only=part)
+    changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == part
+    for block in net.blocks:
+        assert not block.cross_attn.k_audio.weight.any()
+        assert torch.equal(block.cross_attn.norm_k_audio.weight, torch.ones(48))
+
+
+def test_first_values_by_kind_of_parameter() -> None:
+    """Wan's `init_weights`: Xavier but for text and time (0.02), modulations, and what is zero."""
+    net = EchoTransformer(dim=96, ffn_dim=128, num_heads=2, num_layers=1, text_dim=64, freq_dim=64)
+    initialise(net.requires_grad_(False), torch.Generator().manual_seed(0))
+    bound = (6 / (96 + 128)) ** 0.5
+    ffn = net.blocks[0].ffn[0].weight
+    assert ffn.abs().max() <= bound and ffn.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert net.text_embedding[0].weight.std() == pytest.approx(0.02, rel=0.05)
+    assert net.blocks[0].modulation.std() == pytest.approx(96**-0.5, rel=0.1)
+    assert not net.head.head.weight.any() and not net.patch_embedding.bias.any()
+    assert torch.equal(net.img_emb.proj[0].weight, torch.ones(1280))
+    assert not net.img_emb.proj[0].bias.any()

@@ -5,10 +5,12 @@ import tiny
 import torch
 
 from echolab.diffusion.guidance import guided
+from echolab.diffusion.recipes import SOLVERS
 from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
 from echolab.diffusion.windows import blend_weights, window_conditions, windowed, windows
 from echolab.errors import ConfigError
+from echolab.types import Conditions
 
 SIZES = [
     (58, 29, 8),
@@ -53,19 +55,91 @@ def test_a_field_without_context_is_the_same_in_windows() -> None:
     torch.testing.assert_close(sample_euler(parts, noise, sampling_sigmas(5, 3.0)), whole)
 
 
-def test_a_window_has_its_own_sound_and_the_first_picture() -> None:
-    told = tiny.conditions()._replace(
-        audio=torch.arange(66.0)[None, :, None]
-    )  # 33 frames, 9 latent
-    part = window_conditions(told, 4, 7)
-    assert part.audio.flatten().tolist() == [float(token) for token in range(32, 32 + 18)]
-    assert torch.equal(part.known, told.known[:, :, :3])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_with_a_memory_has_one_for_the_whole_video(solver: str) -> None:
+    """Velocities are blended before the solver sees them, so windows change nothing here."""
+    noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
+    field, sigmas = lambda x, s: (x * s).tanh(), sampling_sigmas(6, 3.0)
+    whole = SOLVERS[solver](field, noise, sigmas, None)
+    parts = SOLVERS[solver](windowed([field] * len(spans), spans), noise, sigmas, None)
+    torch.testing.assert_close(parts, whole)
+
+
+def long_told(per_frame: int = 2) -> Conditions:
+    """9 latent frames, 33 frames; each value tells its own place."""
+    audio = torch.arange(33.0 * per_frame)[None, :, None]
+    places = torch.arange(9.0)[None, None, :, None, None]
+    return tiny.conditions(1)._replace(
+        audio=audio, known=torch.zeros(1, 4, 9, 2, 2), known_latents=places.expand(1, 4, 9, 2, 2)
+    )
+
+
+def given(told: Conditions, *frames: int) -> Conditions:
+    known = told.known.clone()
+    known[:, :, list(frames)] = 1
+    return told._replace(known=known)
+
+
+def test_the_windows_sound_is_the_released_slice() -> None:
+    """Tokens 8k .. 8(k + P); the last window's end with the video."""
+    told = given(long_told(), 0)
+    assert window_conditions(told, 4, 7).audio.flatten().tolist() == [*range(32, 56)]
+    assert window_conditions(told, 6, 9).audio.flatten().tolist() == [*range(48, 66)]
+    assert window_conditions(told, 0, 9).audio.shape[1] == 66
+    flash = window_conditions(given(long_told(per_frame=1), 0), 4, 7)
+    assert flash.audio.flatten().tolist() == [*range(16, 25)], "4n + 1 entries, one a frame"
+
+
+@pytest.mark.parametrize(
+    ("known", "span", "places"),
+    [
+        ((), (4, 7), [0, 1, 2]),  # t2v: nothing is known anywhere
+        ((0,), (4, 7), [0, 1, 2]),  # i2v: the first picture, and the grey after it
+        ((0, 8), (4, 7), [0, 1, 2]),  # flf2v: the last picture is not in this window
+        ((0, 8), (6, 9), [0, 1, 8]),  # but in this one
+        (range(9), (4, 7), [4, 5, 6]),  # a video is given: its own place
+        ((0, 1, 2), (4, 7), [0, 5, 6]),  # continuation: one picture, what moved stays behind
+        ((0,), (0, 3), [0, 1, 2]),
+    ],
+)
+def test_a_window_is_given_its_own_pixels_and_else_the_first_picture(
+    known: tuple[int, ...], span: tuple[int, int], places: list[int]
+) -> None:
+    told = given(long_told(), *known)
+    part = window_conditions(told, *span)
+    assert part.known_latents[0, 0, :, 0, 0].tolist() == places
+    assert torch.equal(part.known, told.known[:, :, places])
+
+
+def test_one_window_is_the_clip_itself() -> None:
+    told = tiny.conditions()
+    whole = window_conditions(told, 0, tiny.LATENT_FRAMES)
+    assert all(torch.equal(one, other) for one, other in zip(whole, told, strict=True))
+
+
+@pytest.mark.parametrize("task", ["i2v", "avatar_sync"])
+def test_windows_are_told_what_the_network_takes(task: str) -> None:
+    """A window's sound has as many windows of its own as it has latent frames."""
+    told, net = tiny.conditions(1), tiny.net(trained=True)
+    told = told._replace(
+        audio=torch.randn(1, 66, 6),
+        known=torch.ones(1, 4, 9, *tiny.SHAPE[2:]) * (task == "avatar_sync"),
+        known_latents=torch.randn(1, tiny.CHANNELS, 9, *tiny.SHAPE[2:]),
+    )
+    for start, stop in windows(9, 4, 1):
+        part = window_conditions(told, start, stop)
+        noisy = torch.randn_like(part.known_latents)
+        assert net(noisy, torch.tensor([500.0]), part).shape == noisy.shape
 
 
 def test_a_long_video_is_made_of_windows_of_a_network() -> None:
     net, length = tiny.net(trained=True), 7
     told, spans = tiny.conditions(1), windows(length, tiny.LATENT_FRAMES, 1)
-    told = told._replace(audio=torch.randn(1, 2 * (4 * (length - 1) + 1), 6))
+    told = told._replace(
+        audio=torch.randn(1, 2 * (4 * (length - 1) + 1), 6),
+        known=torch.zeros(1, 4, length, *tiny.SHAPE[2:]),
+        known_latents=torch.zeros(1, tiny.CHANNELS, length, *tiny.SHAPE[2:]),
+    )
     parts = [guided(net, window_conditions(told, *span), audio_scale=2.0) for span in spans]
     noise = torch.randn(1, tiny.CHANNELS, length, tiny.HEIGHT, tiny.WIDTH)
     found = sample_euler(windowed(parts, spans), noise, sampling_sigmas(2, 5.0))

@@ -10,14 +10,37 @@ from echolab.types import Batch, Conditions, PreferencePair
 CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH = 4, 3, 4, 6
 FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 SHAPE = (CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH)
+SIZES: dict[str, object] = {
+    "in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS,
+    "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 16,
+    "text_dim": 10, "image_dim": 12, "audio_dim": 6,
+}  # fmt: skip
 
 
-def net(*, trained: bool = False, **changes: object) -> EchoTransformer:
+# The released models, at these sizes.
+MODELS: dict[str, dict[str, object]] = {
+    "wan_t2v_1b3": {"in_channels": CHANNELS, "image_dim": None, "audio_dim": None},
+    "wan_fun_inp_1b3": {"audio_dim": None},
+    "echomimicv3_preview": {},
+    "echomimicv3_flash": {"audio_layers": 3},
+}
+
+
+def architecture(model: str) -> dict[str, object]:
+    """The settings of a small network that has the names of a released one."""
+    return {**SIZES, **MODELS[model]}
+
+
+def model(name: str, *, trained: bool = True) -> EchoTransformer:
+    """A small network that has the names of a released one."""
+    return net(trained=trained, **MODELS[name])
+
+
+def net(*, trained: bool = False, initialised: bool = True, **changes: object) -> EchoTransformer:
     """Wan's first values; `trained` also moves what those leave at zero."""
-    channels = {"in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS}
-    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 16}
-    told = {"text_dim": 10, "image_dim": 12, "audio_dim": 6}
-    made = EchoTransformer(**{**channels, **sizes, **told, **changes})  # type: ignore[arg-type]
+    made = EchoTransformer(**{**SIZES, **changes})  # type: ignore[arg-type]
+    if not initialised:
+        return made
     generator = torch.Generator().manual_seed(0)
     initialise(made, generator)
     if trained:
@@ -27,16 +50,17 @@ def net(*, trained: bool = False, **changes: object) -> EchoTransformer:
     return made
 
 
-def conditions(clips: int = 2, seed: int = 0) -> Conditions:
-    """Random, with half of the face tokens open and the first frame known."""
+def conditions(clips: int = 2, seed: int = 0, layers: int | None = None) -> Conditions:
+    """Random, with half of the face tokens open and the first frame known; `layers` as Flash's."""
     g = torch.Generator().manual_seed(seed)
     tokens = HEIGHT // 2 * (WIDTH // 2)
+    sound = (FRAMES, layers, 6) if layers else (2 * FRAMES, 6)
     known = torch.zeros(clips, 4, *SHAPE[1:])
     known[:, :, 0] = 1
     return Conditions(
         text=torch.randn(clips, 5, 10, generator=g),
         image=torch.randn(clips, 3, 12, generator=g),
-        audio=torch.randn(clips, 2 * FRAMES, 6, generator=g),
+        audio=torch.randn(clips, *sound, generator=g),
         face=(torch.arange(tokens) % 2).float().expand(clips, -1).clone(),
         known=known,
         known_latents=torch.randn(clips, *SHAPE, generator=g),

@@ -27,9 +27,12 @@ COMMANDS = {
     "train": Command("echolab.cli.train", "train one run, or a sweep with -m"),
     "generate": Command("echolab.cli.generate", "picture + speech + prompt -> video with sound"),
     "evaluate": Command("echolab.cli.evaluate", "score a checkpoint on held-out clips"),
+    "estimate": Command("echolab.cli.estimate", "memory that training needs, by kind"),
     "fit": Command("echolab.cli.fit", "fit a stand-in network: autoencoder, SyncNet, features"),
+    "export": Command("echolab.cli.export", "weights as safetensors for other programs"),
     "pairs": Command("echolab.cli.pairs", "preference data: sample, score, pack"),
     "data": Command("echolab.cli.data", "look at shards: verify"),
+    "bench": Command("echolab.cli.bench", "how fast it is here: step, generate"),
     "report": Command("echolab.cli.report", "write a run's report.html again"),
 }
 

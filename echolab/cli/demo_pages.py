@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from echolab.cli.demo_settings import DemoSettings, Folder
 from echolab.cli.judging import load_autoencoder, sample_pixels
 from echolab.cli.policy import last_checkpoint, load_policy
-from echolab.data.clips import load_clips
+from echolab.data.clips import load_clips, to_frames
 from echolab.data.media import decode_mp4, write_video
 from echolab.data.progress import progress
 from echolab.data.shards import open_dataset
@@ -41,11 +40,6 @@ ABOUT = (
     "these talkers: it is given the first frame, the sound and a caption, and makes the rest. "
     "Scores come from small stand-in networks and say so in their names; press a clip for sound."
 )
-
-
-def to_frames(pixels: Tensor) -> Any:
-    """[3, T, Y, X] in [-1, 1] to uint8 [T, Y, X, 3]."""
-    return ((pixels.permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
 def keep_samples(folder: Path, pixels: Tensor, truth: Clips) -> None:

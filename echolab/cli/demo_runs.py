@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from echolab.cli.demo_pages import keep_samples
 from echolab.cli.demo_settings import (
     ARCHITECTURE,
+    AUDIO_SCALES,
     BATCH,
     PREFERENCE,
     SHIFT,
@@ -19,6 +21,7 @@ from echolab.cli.demo_settings import (
 from echolab.cli.judging import (
     FRAMES,
     SYNC_JUDGE,
+    Sampling,
     load_autoencoder,
     load_judges,
     network_file,
@@ -32,7 +35,7 @@ from echolab.data.index import INDEX
 from echolab.data.progress import progress
 from echolab.data.shards import open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
-from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.phases import PHDA, KeepModalities, of_preferences
 from echolab.fitting import load_net, work_dtype
 from echolab.metrics.networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of, score_clips
@@ -43,6 +46,7 @@ from echolab.preference.candidates import sample_candidates
 from echolab.preference.pack import pack_pairs, read_verdicts
 from echolab.preference.settings import checked
 from echolab.tracking.metrics import MetricsLog, read_metrics
+from echolab.tracking.score_table import REFERENCES
 from echolab.tracking.wandb_run import WandbRun
 from echolab.training.callbacks import Intervals
 from echolab.training.datamodule import HeldOut
@@ -104,16 +108,15 @@ def objectives_of(reference: Frozen | None) -> dict[str, Any]:
     if reference is None:
         return {"sft": Supervised(PHASES)}
     chosen = checked(PREFERENCE)
-    common = (PHASES, reference, chosen.beta)
+    common = (of_preferences(PHASES), reference, chosen.beta)
     return {
         "sft": Supervised(PHASES),
-        "ndpo": NegativePreference(*common),  # its beta stays, so that it saturates
+        "ndpo": NegativePreference(*common),
         "dpo": Preference(
             *common,
             loss_type=chosen.loss_type,
             label_smoothing=chosen.label_smoothing,
             anchor=chosen.anchor,
-            target_gradient_factor=chosen.target_gradient_factor,
         ),
     }
 
@@ -152,7 +155,7 @@ def make_pairs(settings: DemoSettings, out: Folder, seed: int) -> None:
     with progress("sampling candidates", settings.prompts) as advance:
         sample_candidates(
             net, dataset, folder, prompts=settings.prompts, candidates=settings.candidates,
-            batch=32, steps=sampling.steps, shift=SHIFT, audio_scale=1.0, seed=100 + seed,
+            batch=32, steps=sampling.steps, shift=SHIFT, audio_scales=AUDIO_SCALES, seed=100 + seed,
             weights=last_checkpoint(out.run("sft", seed)).name,
             dtype=work_dtype(), report=lambda done: advance(done, ""),
         )  # fmt: skip
@@ -168,26 +171,46 @@ def make_pairs(settings: DemoSettings, out: Folder, seed: int) -> None:
 
 
 def score(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
-    """Add a row to scores.json, and keep the clips that the report shows."""
+    """Add a row to scores.json, and keep the clips that the report shows.
+
+    A checkpoint is sampled with guidance by sound, and without: what guidance adds at the price of
+    a second pass is a part of what preference training can teach.
+    """
     truth = load_clips(out.raw_held_out)
     real = load_clips(out.raw_train, 4 * settings.held_out_clips)
     judges, cepstra = load_judges(out.networks, real), cepstra_of(truth)
-    pixels = truth.float_pixels()
     if name == "shuffled_sound":  # each clip with the sound, and the visemes, of the one before
         assert truth.visemes is not None
         truth = truth._replace(samples=truth.samples.roll(1, 0), visemes=truth.visemes.roll(1, 0))
         cepstra = cepstra_of(truth)
-    elif name != "ground_truth":
-        net = load_policy(last_checkpoint(out.run(name, seed)))
-        numbers = range(settings.held_out_clips)
-        with progress(f"sampling from {name}", len(numbers)) as advance:
-            pixels = sample_pixels(
-                net, load_autoencoder(out.networks), open_dataset(out.held_out), numbers, "i2v",
-                settings.sampling(), lambda done: advance(done, ""),
-            )  # fmt: skip
-    row = {"checkpoint": name, "seed": seed,
-           "scores": score_clips(judges, pixels, truth, cepstra)}  # fmt: skip
+    if name in REFERENCES:
+        pixels = load_clips(out.raw_held_out).float_pixels()
+        scores = score_clips(judges, pixels, truth, cepstra)
+    else:
+        sampling = settings.sampling()
+        pixels = held_out_samples(settings, out, name, seed, sampling)
+        alone = held_out_samples(settings, out, name, seed, sampling._replace(audio_scale=1.0))
+        unguided = score_clips(judges, alone, truth, cepstra)
+        scores = {
+            **score_clips(judges, pixels, truth, cepstra),
+            "sync_c_unguided_demo": unguided["sync_c_demo"],
+            "mouth_corr_unguided": unguided["mouth_corr"],
+        }
     rows = json.loads(out.scores.read_text())["rows"] if out.scores.exists() else []
-    rows = [r for r in rows if (r["checkpoint"], r["seed"]) != (name, seed)] + [row]
+    rows = [r for r in rows if (r["checkpoint"], r["seed"]) != (name, seed)]
+    rows.append({"checkpoint": name, "seed": seed, "scores": scores})
     write_whole(out.scores, json.dumps({"rows": rows}, indent=1).encode())
     keep_samples(out.samples / f"seed_{seed}" / name, pixels, truth)
+
+
+def held_out_samples(
+    settings: DemoSettings, out: Folder, name: str, seed: int, sampling: Sampling
+) -> Tensor:
+    """Clips [N, 3, T, Y, X] of a checkpoint for the held-out talkers."""
+    net, numbers = load_policy(last_checkpoint(out.run(name, seed))), range(settings.held_out_clips)
+    label = f"sampling from {name}" + (", unguided" if sampling.audio_scale == 1 else "")
+    with progress(label, len(numbers)) as advance:
+        return sample_pixels(
+            net, load_autoencoder(out.networks), open_dataset(out.held_out), numbers, "i2v",
+            sampling, lambda done: advance(done, ""),
+        )  # fmt: skip

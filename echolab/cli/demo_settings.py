@@ -25,7 +25,8 @@ PREFERENCE_RATE = (
 # steps are small and the loss saturates (a beta that follows the margin never lets it).
 NEGATIVE_RATE = 2e-5
 BATCH = 16
-PREFERENCE = PreferenceSettings(beta=300.0, anchor=1.0, target_gradient_factor=0.15)
+AUDIO_SCALES = (0.0, 1.0, 2.0, 4.0)  # guidance of the candidates that pairs are chosen from
+PREFERENCE = PreferenceSettings(beta=100.0, anchor=1.0)
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class DemoSettings:
     train_clips: int = field(default=640, metadata={"help": "talkers to train on"})
     held_out_clips: int = field(default=64, metadata={"help": "talkers to score on"})
     data_seed: int = field(default=0, metadata={"help": "of the talkers"})
-    autoencoder_steps: int = field(default=600, metadata={"help": "of the video autoencoder"})
+    autoencoder_steps: int = field(default=500, metadata={"help": "of the video autoencoder"})
     sync_steps: int = field(default=220, metadata={"help": "of each of the two SyncNets"})
     feature_steps: int = field(default=160, metadata={"help": "of each feature network"})
-    sft_steps: int = field(default=900, metadata={"help": "supervised steps over all tasks"})
-    preference_steps: int = field(default=40, metadata={"help": "steps of each kind that follow"})
-    prompts: int = field(default=96, metadata={"help": "training clips to sample pairs for"})
+    sft_steps: int = field(default=800, metadata={"help": "supervised steps over all tasks"})
+    preference_steps: int = field(default=30, metadata={"help": "steps of each kind that follow"})
+    prompts: int = field(default=128, metadata={"help": "training clips to sample pairs for"})
     candidates: int = field(default=4, metadata={"help": "samples a prompt"})
     sampling_steps: int = field(default=10, metadata={"help": "of the sampler"})
 
@@ -59,7 +60,7 @@ class DemoSettings:
             raise ConfigError(f"train_clips and held_out_clips must be {BATCH} or more")
 
     def sampling(self) -> Sampling:
-        return Sampling(steps=self.sampling_steps, shift=SHIFT, audio_scale=2.0)
+        return Sampling(steps=self.sampling_steps, shift=SHIFT, audio_scale=1.5)
 
 
 class Folder:

@@ -44,6 +44,10 @@ class PairsArguments:
     candidates: int = field(default=4, metadata={"help": "samples a prompt"})
     steps: int = field(default=10, metadata={"help": "of the sampler"})
     shift: float = field(default=5.0, metadata={"help": "of the sampler's noise levels"})
+    audio_scales: tuple[float, ...] = field(
+        default=(0.0, 1.0, 2.0, 4.0),
+        metadata={"help": "guidance by sound of the candidates, in turn; 1 is none, 0 no sound"},
+    )
     seed: int = field(default=0, metadata={"help": "of the candidates' noise"})
     least_margin: float = field(default=0.5, metadata={"help": "standard deviations of a pair"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
@@ -75,7 +79,7 @@ def sample(arguments: PairsArguments) -> int:
         sample_candidates(
             net, dataset, arguments.folder, prompts=arguments.prompts,
             candidates=arguments.candidates, batch=32, steps=arguments.steps,
-            shift=arguments.shift, audio_scale=1.0, seed=arguments.seed,
+            shift=arguments.shift, audio_scales=arguments.audio_scales, seed=arguments.seed,
             weights=str(checkpoint),
             dtype=work_dtype(),
             report=lambda done: advance(done, ""),

@@ -1,11 +1,40 @@
-"""Networks by name, and trained ones from their checkpoints."""
+"""Networks by name, trained ones from their checkpoints, and released ones from their files."""
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echolab.errors import CheckpointError
+import torch
+
+from echolab.cli.adapters import merged
+from echolab.errors import CheckpointError, ConfigError
+from echolab.launch import runs
+from echolab.models import released
 from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
 from echolab.training.checkpoint import latest_valid, load_ema_weights, open_checkpoint
+
+MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """The settings of conf/model/NAME.yaml; ConfigError where there are none."""
+    from omegaconf import OmegaConf
+
+    file = MODELS / f"{model}.yaml"
+    if file.parent != MODELS or not file.is_file():
+        known = ", ".join(sorted(path.stem for path in MODELS.glob("*.yaml")))
+        raise ConfigError(f"model={model}: unknown; one of {known}")
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
+    return settings
+
+
+def check_model(architecture: Mapping[str, Any]) -> None:
+    """ConfigError for settings of a network that are no numbers."""
+    for name, value in architecture.items():
+        if not isinstance(value, int | float | list | None):
+            raise ConfigError(f"model.{name}={value}: must be a number")
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -20,11 +49,38 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def load_policy(checkpoint: Path) -> EchoTransformer:
-    """The network of a checkpoint with its averaged weights, frozen."""
-    architecture: dict[str, Any] = open_checkpoint(checkpoint).state["architecture"]
-    net = EchoTransformer(**architecture)
-    net.load_state_dict(load_ema_weights(checkpoint))
+    """The network of a checkpoint with its averaged weights, frozen; adapters are merged."""
+    opened = open_checkpoint(checkpoint)
+    if opened.state.get("adapters"):
+        return merged(opened, load_start).eval().requires_grad_(False)
+    architecture: dict[str, Any] = opened.state["architecture"]
+    with torch.device("meta"):
+        net = EchoTransformer(**architecture)
+    net.load_state_dict(load_ema_weights(checkpoint), assign=True)
     return net.eval().requires_grad_(False)
+
+
+def load_released(
+    path: Path, architecture: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> EchoTransformer:
+    """The network of a released file or folder, or of an exported one, frozen; it must be whole."""
+    loaded = released.load_released(path, architecture, dtype=dtype)
+    _tell(path, loaded.report.lines())
+    return loaded.net.eval().requires_grad_(False)
+
+
+def load_start(path: Path, architecture: Mapping[str, Any], seed: int) -> EchoTransformer:
+    """A network to train, in fp32, from a released file that may lack pictures or sound."""
+    loaded = released.load_released(path, architecture, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed)
+    _tell(path, loaded.report.lines())
+    return loaded.net
+
+
+def _tell(path: Path, lines: list[str]) -> None:
+    """Where one process of several speaks, it is the first."""
+    if runs.own_rank() == 0:
+        for line in lines:
+            print(f"{path}: {line}", file=sys.stderr)
 
 
 def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from echolab.cli.policy import last_checkpoint
+from echolab.cli.adapters import Adapted, adapted, reference_of
+from echolab.cli.policy import check_model, last_checkpoint, load_policy, load_start
 from echolab.data.shards import open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import (
@@ -19,18 +18,20 @@ from echolab.diffusion.phases import (
     KeepModalities,
     PhaseSchedule,
     ScaleModalities,
+    of_preferences,
 )
-from echolab.errors import ConfigError, WeightsError
-from echolab.models.frozen import Frozen
+from echolab.errors import ConfigError
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, initialise, load_weights
+from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training import ranks
 from echolab.training.callbacks import Intervals
+from echolab.training.checkpoint import open_checkpoint
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine, Training
 from echolab.training.module import Optim
+from echolab.training.preference import Reference
 from echolab.training.schedule import Epoch, Schedule
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
@@ -71,18 +72,19 @@ def schedule_from(config: Mapping[str, Any]) -> Schedule:
 
 
 def objectives_from(
-    config: Mapping[str, Any], phases: Allocator, reference: Frozen | None
+    config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
     """conf/preference; preference objectives only where there is a reference."""
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
+        whole = of_preferences(phases)
         wanted = checked(PreferenceSettings(**config))
         factor = wanted.target_gradient_factor
         objectives["ndpo"] = NegativePreference(
-            phases, reference, wanted.beta, factor, across_ranks=ranks.mean
+            whole, reference, wanted.beta, factor, across_ranks=ranks.mean
         )
         objectives["dpo"] = Preference(
-            phases,
+            whole,
             reference,
             wanted.beta,
             loss_type=wanted.loss_type,
@@ -94,24 +96,14 @@ def objectives_from(
     return objectives
 
 
-def net_from(config: Mapping[str, Any], seed: int) -> EchoTransformer:
-    """conf/model, with Wan's first values."""
-    for name, value in config.items():
-        if not isinstance(value, int | float | list | None):
-            raise ConfigError(f"model.{name}={value}: must be a number")
+def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoTransformer:
+    """conf/model, with released weights, or Wan's first values."""
+    check_model(config)
+    if weights:
+        return load_start(Path(weights), config, seed)
     net = EchoTransformer(**config)
     initialise(net, torch.Generator().manual_seed(seed))
     return net
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A released .safetensors file; raises WeightsError."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error}); give weights=FILE.safetensors"
-        ) from error
 
 
 def checkpoint_of(place: str | None) -> Path | None:
@@ -131,6 +123,20 @@ def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
     )
 
 
+def start_of(
+    config: Mapping[str, Any], seed: int
+) -> tuple[EchoTransformer, Adapted | None, Path | None]:
+    """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
+    check_model(config["model"])
+    initial = checkpoint_of(config["initial"])
+    if config["lora"]["targets"]:
+        own = adapted(config, initial, load_start)
+        return own.net, own, None
+    if initial and open_checkpoint(initial).state.get("adapters"):
+        return load_policy(initial).requires_grad_(True), None, None
+    return net_from(config["model"], config["weights"], seed), None, initial
+
+
 def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
     schedule = schedule_from(config["schedule"])
@@ -139,10 +145,9 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     prefers = any(epoch.kind != "sft" for epoch in schedule.epochs)
     if prefers and not data["pairs"]:
         raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
-    reference = Frozen(EchoTransformer(**config["model"])) if prefers else None
-    net = net_from(config["model"], seed)
-    if config["weights"]:
-        load_weights(net, read_weights(Path(config["weights"])), fresh=(*IMAGE_PARTS, *AUDIO_PARTS))
+    net, own, initial = start_of(config, seed)
+    pinned = None if config["reference"] == "base" else checkpoint_of(config["reference"])
+    reference = reference_of(config, own, pinned) if prefers else None
     optim = {**config["optim"], "betas": tuple(config["optim"]["betas"])}
     return Training(
         folder=Path(config["run"]),
@@ -156,8 +161,9 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         objectives=objectives_from(config["preference"], phases, reference),
         phases=phases,
         reference=reference,
-        reference_checkpoint=checkpoint_of(config["reference"]),
-        initial=checkpoint_of(config["initial"]),
+        reference_checkpoint=pinned,
+        initial=initial,
+        adapters=own.record if own else None,
         held_out=held_out_from(data),
         optim=Optim(**optim),
         machine=Machine(**config["trainer"]),

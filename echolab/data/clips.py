@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from echolab.data.media import decode_flac, decode_mp4, decode_tracks
+from echolab.data.media import Frames, decode_flac, decode_mp4, decode_tracks
 from echolab.data.shards import open_dataset
 from echolab.errors import DataError
 from echolab.types import Clips
@@ -52,3 +53,14 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
         visemes=visemes,
         about=[json.loads(m["json"]) for m in members],
     )
+
+
+def to_frames(pixels: Tensor) -> Frames:
+    """Pixels [3, T, Y, X] in [-1, 1] as frames uint8 [T, Y, X, 3]."""
+    scaled = ((pixels.permute(1, 2, 3, 0) + 1) * 127.5).round()
+    return np.asarray(scaled.to(torch.uint8).numpy(), np.uint8)
+
+
+def to_pixels(frames: Frames) -> Tensor:
+    """The inverse: frames [T, Y, X, 3] as pixels [3, T, Y, X] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -6,7 +6,8 @@ Three branches share the known latents and the reference picture (EchoMimicV3's 
     v = v_u + s_t (v_n - v_u) + s_a (v_c - v_n)
       = (1 - s_t) v_u + (s_t - s_a) v_n + s_a v_c
 
-so a branch is worth running only where its coefficient is not zero.
+so a branch is worth running only where its coefficient is not zero.  With s_t = 1 branch u is not
+run: those are the two passes of EchoMimicV3's Flash, the same text in silence and with sound.
 """
 
 import math
@@ -16,13 +17,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from echolab.diffusion.caching import Net, branch_of
 from echolab.diffusion.flow import to_timesteps
-from echolab.diffusion.sigmas import unshift_sigmas
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 
-Net = Callable[[Tensor, Tensor, Conditions], Tensor]
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, sigma []) -> velocity
+Branches = dict[str, Conditions]  # u, n, c: those whose coefficient is not zero
+Run = Callable[[Net, Tensor, Tensor, Branches], list[Tensor]]
 T = TypeVar("T")
 OfSigma = Callable[[float], T]
 
@@ -36,18 +38,14 @@ def _of_sigma(value: T | OfSigma[T]) -> OfSigma[T]:
     return value if callable(value) else constant(value)
 
 
-def decaying(scale: float, shift: float) -> OfSigma[float]:
-    """From `scale` at noise to half of it, most of the way in the first third of the steps.
+def decaying(scale: float, steps: int) -> list[float]:
+    """For each step a scale from `scale` down to half of it, most of the way in the first third.
 
     EchoMimicV3's dynamic guidance, s/2 + s/2 (1 - cos(pi r^5)) / 2 with r the share of the steps
-    still to do; on a grid with this `shift`, r is the unshifted sigma.
+    still to do.
     """
-
-    def at(sigma: float) -> float:
-        remaining = float(unshift_sigmas(torch.tensor(sigma, dtype=torch.float64), shift))
-        return scale / 2 + scale / 2 * (1 - math.cos(math.pi * remaining**5)) / 2
-
-    return at
+    shares = [(steps - step) / steps for step in range(steps)]
+    return [scale / 2 * (1 + (1 - math.cos(math.pi * share**5)) / 2) for share in shares]
 
 
 def stepwise(values: Sequence[T], sigmas: Tensor) -> OfSigma[T]:
@@ -66,8 +64,41 @@ def negative_factors(scale: float, steps: int) -> list[float]:
 
 
 def compounding_factors(scale: float, steps: int) -> list[float]:
-    """The same as the released code does it: its product is written back at each of the steps."""
-    return [scale ** (step + 1) for step in range(steps)]
+    """The same as the released code does it, for parity: 1.5, 2.25, 3.375, and 3.375 to the end.
+
+    Its product is written back at each of the steps, and never taken back.
+    """
+    return [scale ** (step + 1) for step in range(steps)] or [1.0]
+
+
+def whole_timesteps(sigmas: Tensor) -> Tensor:
+    """What Wan's own UniPC and DPM++ tell the network: 1000 sigmas, cut to whole numbers."""
+    return to_timesteps(sigmas).floor()
+
+
+def as_one_batch(
+    net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
+) -> list[Tensor]:
+    """The branches' velocities [B, C, F, H, W] from one call: fastest, with the most memory."""
+    told = zip(*branches.values(), strict=True)
+    stacked = Conditions(*(torch.cat(part) for part in told))
+    many = noisy_latents.repeat(len(branches), *[1] * (noisy_latents.ndim - 1))
+    whole = branch_of(net, "".join(branches))
+    return list(whole(many, timestep.expand(len(many)), stacked).float().chunk(len(branches)))
+
+
+def one_by_one(
+    net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
+) -> list[Tensor]:
+    """The same from a call for each branch: the memory of one."""
+    timesteps = timestep.expand(len(noisy_latents))
+    return [
+        branch_of(net, name)(noisy_latents, timesteps, told).float()
+        for name, told in branches.items()
+    ]
+
+
+RUNS: dict[str, Run] = {"batch": as_one_batch, "sequence": one_by_one}
 
 
 def guided(
@@ -77,11 +108,13 @@ def guided(
     text_negative: Tensor | OfSigma[Tensor] | None = None,
     text_scale: float | OfSigma[float] = 1.0,
     audio_scale: float | OfSigma[float] = 1.0,
+    run: Run = as_one_batch,
+    told_timesteps: Callable[[Tensor], Tensor] = to_timesteps,
 ) -> VelocityFunction:
-    """The guided velocity of `net` for `conditions`; the branches needed run as one batch.
+    """The guided velocity of `net` for `conditions`; `run` calls it for the branches needed.
 
     `text_negative` [B, L, D] is the text of branch u, wanted whenever `text_scale` is not 1.
-    The scales and the negative text may be functions of sigma (`decaying`, `stepwise`).
+    The scales and the negative text may be functions of sigma (`stepwise`).
     Raises ConfigError if branch u is needed and there is no negative text.
     """
     text_scale_at, audio_scale_at = _of_sigma(text_scale), _of_sigma(audio_scale)
@@ -97,15 +130,13 @@ def guided(
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma)
         by_text, by_audio = text_scale_at(level), audio_scale_at(level)
-        branches = [(1 - by_text, negative), (by_text - by_audio, constant(silent))]
-        branches += [(by_audio, constant(conditions))]
-        needed = [(factor, at(level)) for factor, at in branches if factor]
-        told = zip(*(conditions for _, conditions in needed), strict=True)
-        stacked = Conditions(*(torch.cat(part) for part in told))
-        many = noisy_latents.repeat(len(needed), *[1] * (noisy_latents.ndim - 1))
-        timesteps = to_timesteps(sigma).to(many.device).expand(len(many))
-        velocities = net(many, timesteps, stacked).float().chunk(len(needed))
-        factors = velocities[0].new_tensor([factor for factor, _ in needed])
-        return torch.einsum("n,nb...->b...", factors, torch.stack(velocities))
+        # They sum to 1, so that one branch is left at least.
+        factors = {"u": 1 - by_text, "n": by_text - by_audio, "c": by_audio}
+        told = {"u": negative, "n": constant(silent), "c": constant(conditions)}
+        branches = {name: told[name](level) for name, factor in factors.items() if factor}
+        timestep = told_timesteps(sigma).to(noisy_latents.device)
+        velocities = run(net, noisy_latents, timestep, branches)
+        weights = velocities[0].new_tensor([factors[name] for name in branches])
+        return torch.einsum("n,nb...->b...", weights, torch.stack(velocities))
 
     return velocity

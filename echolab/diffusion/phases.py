@@ -53,8 +53,8 @@ PHDA_BY_PROGRESS = PhaseSchedule(ALWAYS, Ramp(1.0, 0.5, 400.0, 700.0), Ramp(1.0,
 
 
 def _zeroed_unless(keep: Tensor, features: Tensor) -> Tensor:
-    """The features [B, N, D] of the clips to keep [B], zeros for the others."""
-    return features * keep.to(features.dtype)[:, None, None]
+    """The features [B, ...] of the clips to keep [B], zeros for the others."""
+    return features * keep.to(features.dtype).view(-1, *[1] * (features.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,12 @@ class ScaleModalities:
     ) -> tuple[Conditions, ModalityWeights]:
         """The same conditions, and the weights [B] at timesteps [B]."""
         return conditions, self.schedule(timesteps)
+
+
+def of_preferences(phases: Allocator) -> Allocator:
+    """What a preference is trained under: as `phases`, with nothing zeroed.
+
+    Both clips of a pair were made with every condition.  Teaching the preference to the network
+    without sound as well moves the branch that guidance subtracts, and takes the gain away again.
+    """
+    return KeepModalities(FLAT) if isinstance(phases, KeepModalities) else phases

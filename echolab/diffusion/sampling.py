@@ -1,4 +1,8 @@
-"""From noise to latents along a velocity field."""
+"""From noise to latents along a velocity field.
+
+Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with the levels it
+has to use, already shifted.
+"""
 
 from collections.abc import Callable
 
@@ -6,6 +10,8 @@ import torch
 from torch import Tensor
 
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, sigma []) -> velocity
+OnStep = Callable[[int, Tensor], None]  # (step, latents after it)
+Solver = Callable[[VelocityFunction, Tensor, Tensor, OnStep | None], Tensor]
 
 
 @torch.no_grad()
@@ -13,12 +19,11 @@ def sample_euler(
     velocity: VelocityFunction,
     noise: Tensor,
     sigmas: Tensor,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Follow `velocity` from `noise` [B, C, F, H, W] over `sigmas` [steps + 1], in fp32.
 
-    Euler's method: the local error is of second order, and it has no history to mix up when
-    windows of a long video share a step.  `on_step(step, latents)` is told of every step.
+    Euler's method, of first order.  `on_step(step, latents)` is told of every step.
     """
     latents = noise.float()
     levels = sigmas.float().to(latents.device)

@@ -4,6 +4,7 @@ A step's randomness is a pure function of (seed, epoch, sample key, draw index):
 the same noise on any rank, in any batch, before and after a resume.
 """
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
@@ -23,16 +24,45 @@ def shift_sigmas(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def unshift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """The inverse of `shift_sigmas`: how much of the sampling is still to be done."""
-    return sigmas / (shift - (shift - 1) * sigmas)
+def _shifted(levels: Tensor, shift: float) -> Tensor:
+    """A grid of levels [steps], shifted once and ended with 0: fp32 [steps + 1]."""
+    return torch.cat([shift_sigmas(levels, shift), levels.new_zeros(1)]).float()
+
+
+def _even(top: float, bottom: float, steps: int, points: int) -> Tensor:
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: sampling needs at least one step; set steps=1 or more")
+    return torch.linspace(top, bottom, points, dtype=torch.float64)
 
 
 def sampling_sigmas(steps: int, shift: float) -> Tensor:
     """The levels of a sampling run, from 1 down to 0.  [steps + 1]."""
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: sampling needs at least one step; set steps=1 or more")
-    return shift_sigmas(torch.linspace(1, 0, steps + 1), shift)
+    return shift_sigmas(_even(1, 0, steps, steps + 1), shift).float()
+
+
+def wan_sigmas(steps: int, shift: float) -> Tensor:
+    """The levels of Wan's UniPC and DPM++ (`fm_solvers*.py`): evenly from 0.999 before the shift.
+
+    Both are built there with shift 1 and given shifted levels.  EchoMimicV3's preview scripts build
+    DPM++ with shift 5 and give it shifted levels too, which is a shift of 25: that is not copied.
+    """
+    return _shifted(_even(1 - 1 / GRID, 0, steps, steps + 1)[:-1], shift)
+
+
+def flow_match_sigmas(steps: int, shift: float) -> Tensor:
+    """The levels of diffusers' `FlowMatchEulerDiscreteScheduler`, as the released preview has them.
+
+    Evenly from 1 to the lowest training level, which is already shifted, then all of them shifted.
+    """
+    lowest = float(shift_sigmas(torch.tensor(1 / GRID, dtype=torch.float64), shift))
+    return _shifted(_even(1, lowest, steps, steps), shift)
+
+
+GRIDS: dict[str, Callable[[int, float], Tensor]] = {
+    "even": sampling_sigmas,
+    "wan": wan_sigmas,
+    "flow_match": flow_match_sigmas,
+}
 
 
 def _generator(seed: int, epoch: int, key: str, draw_index: int) -> torch.Generator:

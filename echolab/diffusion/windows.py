@@ -46,17 +46,27 @@ def blend_weights(spans: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditions:
-    """The conditions of one window: its own sound, and the video's beginning as its beginning.
+    """The conditions of one window of a whole video: its own sound, and the pixels it is given.
 
-    Latent frame k owns audio tokens from 8k on (two tokens a frame, four frames), and a window of n
-    latent frames is 4 (n - 1) + 1 frames long.  Known pixels stay those of the video's start, so
-    every window sees the reference picture as its own first frame.
+    Known pixels that lie in the window stay where they are.  Where there are none it gets the
+    video's first picture as its own first frame (the fade hides it), and the grey after it, as the
+    released code does.  Sound: two tokens a frame are cut as released, [8 start, 8 stop), which
+    is three frames more than the window has, but its last latent frame hears them; one entry a
+    frame (Flash) is cut to the window's 4 (n - 1) + 1 frames.
     """
-    count = stop - start
+    count, latent_frames = stop - start, conditions.known.shape[2]
+    per_frame = conditions.audio.shape[1] // (4 * (latent_frames - 1) + 1)
+    frames = 4 * count if per_frame > 1 else 4 * (count - 1) + 1
+    first = 4 * start * per_frame
+    own = conditions.known.transpose(0, 2).flatten(1).any(1)  # [F] which frames hold known pixels
+    # More than one known frame at the beginning, such as a clip to go on from, stays there.
+    takes_own = own[start:stop] | own[:count]
+    takes_own[0] = own[start]
+    places = torch.arange(count, device=own.device) + start * takes_own
     return conditions._replace(
-        audio=conditions.audio[:, 8 * start : 8 * start + 8 * (count - 1) + 2],
-        known=conditions.known[:, :, :count],
-        known_latents=conditions.known_latents[:, :, :count],
+        audio=conditions.audio[:, first : first + frames * per_frame],
+        known=conditions.known[:, :, places],
+        known_latents=conditions.known_latents[:, :, places],
     )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -18,13 +18,21 @@ from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, late
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there
 
 
-class Encoders(NamedTuple):
-    """The frozen encoders of a run, and what identifies each."""
+class Autoencoder(Protocol):
+    """Pixels [B, 3, T, Y, X] in [-1, 1] to normalised latents [B, 16, F, Y / 8, X / 8] and back."""
 
-    video: CausalAutoencoder
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class Encoders(NamedTuple):
+    """The frozen encoders of a run, and what identifies each.  All give fp32."""
+
+    video: Autoencoder
     text: Callable[[str], Tensor]  # caption -> [L, D]
-    image: Callable[[Tensor], Tensor]  # [3, Y, X] -> [N, D]
-    audio: Callable[[Tensor, int], Tensor]  # samples, frames -> [2 T, D]
+    image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without a picture
+    audio: Callable[[Tensor, int], Tensor]  # samples, frames -> [2 T, D]; Flash: [T, layers, D]
     fingerprints: dict[str, str]
 
 
@@ -64,7 +72,20 @@ def emphasis(face: Tensor, lips: Tensor) -> Tensor:
 def encode_clip(
     encoders: Encoders, pixels: Tensor, samples: Tensor, caption: str, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors of one encoded sample: pixels [3, T, Y, X] in [-1, 1], sound at 16 kHz.
+    """The tensors of one encoded sample: pixels [3, T, Y, X] in [-1, 1], sound at 16 kHz."""
+    return {
+        **encode_pixels(encoders.video, pixels, face, lips),
+        "text": encoders.text(caption),
+        "image": encoders.image(pixels[:, 0]),
+        "audio": encoders.audio(samples, pixels.shape[1]),
+    }
+
+
+@torch.no_grad()
+def encode_pixels(
+    video: Autoencoder, pixels: Tensor, face: Tensor, lips: Tensor
+) -> dict[str, Tensor]:
+    """What is seen of a clip [3, T, Y, X]: latents, known latents a task, face, weight and lips.
 
     `t2v` is given nothing, so it has no known latents: the network gets zeros.
     """
@@ -76,13 +97,10 @@ def encode_clip(
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
     views = torch.stack([moving, *(grey_out(moving, known[task]) for task in tasks)])
-    latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
+    latents = video.encode(rearrange(views, "n t c y x -> n c t y x"))
     lip_cover = covered(lips, height // 8, width // 8)
     tensors = {
         "latents": latents[0],
-        "text": encoders.text(caption),
-        "image": encoders.image(pixels[:, 0]),
-        "audio": encoders.audio(samples, frames),
         "face": face_tokens(face, height // 8, width // 8),
         "weight": emphasis(covered(face, height // 8, width // 8), lip_cover),
         "lips": lip_cover,

@@ -39,18 +39,24 @@ def places(tokens: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def encode_sound(samples: Tensor, frames: int) -> Tensor:
-    """Sound [n] in [-1, 1] at 16 kHz to exactly 2 T tokens [2 T, 208], of about unit size.
-
-    Token k is centred on sample 320 k + 160.  Raises MediaError where the sound is shorter than
-    the clip; what is longer is cut.
-    """
+def check_length(samples: Tensor, frames: int) -> None:
+    """MediaError where sound [n] at 16 kHz ends before its clip does."""
     needed = frames * SAMPLES_PER_FRAME
     if len(samples) < needed:
         raise MediaError(
             f"sound of {len(samples)} samples ({len(samples) / RATE_HZ:.2f} s) is shorter than "
             f"{frames} frames ({needed} samples); ask for fewer frames"
         )
+
+
+def encode_sound(samples: Tensor, frames: int) -> Tensor:
+    """Sound [n] in [-1, 1] at 16 kHz to exactly 2 T tokens [2 T, 208], of about unit size.
+
+    Token k is centred on sample 320 k + 160.  Raises MediaError where the sound is shorter than
+    the clip; what is longer is cut.
+    """
+    check_length(samples, frames)
+    needed = frames * SAMPLES_PER_FRAME
     margin = (WINDOW - HOP) // 2
     padded = torch.nn.functional.pad(samples[:needed].float(), (margin, margin))
     windows = padded.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW)

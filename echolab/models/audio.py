@@ -1,9 +1,17 @@
-"""Sound for the transformer: features to tokens, tokens to a window for each latent frame.
+"""Sound for the transformer: features to tokens, and the tokens that each latent frame hears.
 
-EchoMimicV3's preview model: two tokens a video frame, eight a latent frame, and latent frame i
-hears the 17 tokens [8i - 11, 8i + 5], about 340 ms around its frames.
+The preview model: two tokens a video frame, eight a latent frame, and latent frame i hears the 17
+tokens [8i - 11, 8i + 5], about 340 ms around its frames.  The Flash model: 32 tokens a latent
+frame, made of all layers of wav2vec2 at the 8 video frames around its own four.
+
+Shapes: B clips, T video frames, F = (T - 1) / 4 + 1 latent frames, D width.
+Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py` and `..._2512.py`.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,9 +19,21 @@ WINDOW = 17  # tokens that a latent frame hears
 STRIDE = 8  # tokens of a latent frame
 LEAD = 11  # tokens heard before the first of latent frame 0
 
+REACH = 2  # Flash: video frames heard before the first and after the last of a latent frame
+FLASH_TOKENS = 32  # a latent frame
+FLASH_HIDDEN = 512
+
+
+class Hearing(NamedTuple):
+    """How cross-attention reads tokens of sound; its weights differ by it."""
+
+    biases: bool  # of the projections to keys and values
+    masked: bool  # faces alone let the sound in
+    windows: Callable[[Tensor], Tensor]  # keys or values of a clip -> of its latent frames
+
 
 class AudioTokens(nn.Module):
-    """wav2vec2 features [B, 2 T, audio_dim] -> tokens [B, 2 T, D]."""
+    """Preview: wav2vec2 features [B, 2 T, audio_dim] -> tokens [B, 2 T, D]."""
 
     def __init__(self, audio_dim: int, dim: int):
         super().__init__()
@@ -35,3 +55,50 @@ def audio_windows(tokens: Tensor) -> Tensor:
     tail = STRIDE * (frames - 1) + WINDOW - LEAD - tokens.shape[1]
     padded = F.pad(tokens, (0, 0, LEAD, tail))
     return padded.unfold(1, WINDOW, STRIDE).transpose(2, 3)
+
+
+# Neither projection has a bias, so padding after it is padding before it, at half the cost.
+PREVIEW = Hearing(biases=False, masked=True, windows=audio_windows)
+
+
+class FlashAudioTokens(nn.Module):
+    """Flash: all layers of wav2vec2 [B, T, layers, audio_dim] -> tokens [B, F, 32, D].
+
+    The first latent frame, one video frame, has a first layer of its own.
+    """
+
+    def __init__(self, audio_dim: int, layers: int, dim: int):
+        super().__init__()
+        self.proj1 = nn.Linear((1 + 2 * REACH) * layers * audio_dim, FLASH_HIDDEN)
+        self.proj1_vf = nn.Linear((4 + 2 * REACH) * layers * audio_dim, FLASH_HIDDEN)
+        self.proj2 = nn.Linear(FLASH_HIDDEN, FLASH_HIDDEN)
+        self.proj3 = nn.Linear(FLASH_HIDDEN, FLASH_TOKENS * dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Silence (zeros) becomes what the biases make of it."""
+        first, later = flash_windows(features)
+        hidden = torch.cat([self.proj1(first.flatten(-3)), self.proj1_vf(later.flatten(-3))], 1)
+        tokens = self.proj3(self.proj2(hidden.relu()).relu())
+        return self.norm(tokens.unflatten(-1, (FLASH_TOKENS, -1)))
+
+
+def flash_windows(features: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, ...] -> [B, 1, 5, ...] and [B, F - 1, 8, ...]: the frames heard, ends repeated.
+
+    Latent frame 0 hears video frames -2..2, latent frame i its own 4i-3..4i and two on each side.
+    (The release gathers five frames around each video frame, and then keeps these.)
+    """
+    last = features.shape[1] - 1
+    around = torch.arange(4 + 2 * REACH, device=features.device) - REACH
+    starts = 1 + 4 * torch.arange(last // 4, device=features.device)
+    first = around[None, : 1 + 2 * REACH].clamp(0, last)
+    later = (starts[:, None] + around).clamp(0, last)
+    return features[:, first], features[:, later]
+
+
+def _as_they_are(tokens: Tensor) -> Tensor:
+    return tokens
+
+
+FLASH = Hearing(biases=True, masked=False, windows=_as_they_are)

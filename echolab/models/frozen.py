@@ -1,9 +1,10 @@
 """Networks that are used and never trained: references, encoders, judges."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Frozen:
@@ -15,6 +16,10 @@ class Frozen:
 
     def __init__(self, net: nn.Module):
         self.net = net.eval().requires_grad_(False)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights by parameter name, all of them."""
+        self.net.load_state_dict(weights)
 
     def to(self, device: torch.device | str) -> "Frozen":
         """Move it; nobody else will."""

@@ -1,14 +1,16 @@
-"""Pieces of the transformer: patches, times, positions, attention.
+"""Pieces of the transformer: patches, norms, times, positions.
 
 Shapes: B clips, S tokens of a clip, D width, N heads, d = D / N.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -28,6 +30,24 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
+class ImageEmbedding(nn.Module):
+    """CLIP tokens [B, N, image_dim] -> [B, N, D]."""
+
+    def __init__(self, image_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Zeros stand for no picture."""
+        return self.proj(image)
+
+
 class Linear32(nn.Linear):
     """A linear layer that computes in fp32, whatever its parameters and autocast say."""
 
@@ -38,15 +58,60 @@ class Linear32(nn.Linear):
             return F.linear(values.float(), self.weight.float(), bias)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Over all channels, before they are split into heads; the weight follows the values' dtype.
+class _RootMeanSquare(torch.autograd.Function):
+    """RMS norm that keeps its input and one number a row for the way back.
 
-    Under autocast the two differ, for which torch has no fused kernel.
+    torch has one kernel for it on GPUs alone; elsewhere autograd would keep two more tensors of the
+    input's size, and go over memory twice as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype)
+        inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(values, weight, inverse)
+        return torch.mul(values, inverse).mul_(weight).type_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With r the inverse: r w g - x r^3 mean(x w g), and the sum of r x g over the rows."""
+        values, weight, inverse = ctx.saved_tensors
+        gradient, factors = gradient.to(inverse.dtype), weight.to(inverse.dtype)
+        product = (gradient * values).flatten(0, -2)
+        rows = inverse.view(-1)
+        means = (product @ factors).mul_(rows.pow(3)).div_(values.shape[-1])
+        to_values = torch.mul(gradient, factors).mul_(inverse)
+        to_values.addcmul_(values, means.view_as(inverse), value=-1)
+        return to_values.type_as(values), (rows @ product).type_as(weight), None
+
+
+class RMSNorm(nn.RMSNorm):
+    """Over all channels, before they are split into heads; computed in fp32.
+
+    On GPUs the weight follows the values' dtype: where the two differ, as under autocast, torch
+    would not take its fused kernel.
     """
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
+        if values.device.type == "cpu":
+            found: Tensor = _RootMeanSquare.apply(values, self.weight, self.eps)
+            return found
         return F.rms_norm(values, self.normalized_shape, self.weight.type_as(values), self.eps)
+
+
+def modulated(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D].
+
+    Scale and shift are a layer norm's weight and bias: clip by clip it is one kernel, which keeps
+    its input alone for the way back.
+    """
+    shape = tokens.shape[-1:]
+    clips = zip(tokens.float(), 1 + scale[:, 0], shift[:, 0], strict=True)
+    normed = [F.layer_norm(clip, shape, weight, bias, eps) for clip, weight, bias in clips]
+    return (normed[0][None] if len(normed) == 1 else torch.stack(normed)).type_as(tokens)
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
@@ -68,7 +133,7 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=32)
 def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Unit complex numbers that turn channel pairs by their position.  [S, 1, head_dim / 2]."""
+    """Cosines and sines that turn channel pairs by their position.  [S, 1, head_dim / 2, 2]."""
     axes = []
     with torch.inference_mode(False):  # made in validation, it must still serve in training
         for axis, (channels, length) in enumerate(zip(rope_split(head_dim), grid, strict=True)):
@@ -79,22 +144,15 @@ def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
             shape[axis] = length
             axes.append(angles.reshape(shape).expand(*grid, -1))
         angles = torch.cat(axes, -1).flatten(0, 2)[:, None]
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        return torch.stack([angles.cos(), angles.sin()], -1).float()
 
 
 def turn(heads: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of adjacent channel pairs.  [B, S, N, d] and [S, 1, d / 2]."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).type_as(heads)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention over heads: [B, S, N, d], [B, K, N, d] twice -> [B, S, N * d]."""
-    q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    if values.device.type == "cpu":
-        # torch's bf16 attention on CPUs takes several times as long backwards as fp32's.
-        with torch.autocast("cpu", enabled=False):
-            mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    else:
-        mixed = F.scaled_dot_product_attention(q, k, v)
-    return mixed.transpose(1, 2).flatten(2).type_as(values)
+    """Rotary embedding of adjacent channel pairs.  [B, S, N, d] and [S, 1, d / 2, 2]."""
+    pairs = heads.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor fuses no complex numbers
+        (x, y), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
+    else:  # one pass over memory
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).type_as(heads)

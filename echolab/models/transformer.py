@@ -1,7 +1,8 @@
 """EchoMimicV3's network: Wan 2.1's diffusion transformer with a third, local branch of sound.
 
 Parameters carry the names of the released files (825 tensors for Wan2.1-T2V-1.3B, 983 with the
-image branch, 1,076 with sound).  The network is told timesteps, conditions and modality weights; it
+image branch, 1,076 with the preview's sound; 1,143 of Flash's 1,203, whose `q_audio` does nothing).
+The network is told timesteps, conditions and modality weights; it
 knows no task, noise level, device or rank.  Source: antgroup/echomimic_v3,
 `src/wan_transformer3d_audio.py`; Wan-Video/Wan2.1, `wan/modules/model.py`.
 
@@ -12,17 +13,18 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError
-from echolab.models.audio import AudioTokens, audio_windows
+from echolab.models.attention import Attend, sdpa
+from echolab.models.audio import FLASH, PREVIEW, AudioTokens, FlashAudioTokens, Hearing
 from echolab.models.layers import (
+    ImageEmbedding,
     Linear32,
     PatchEmbedding,
     RMSNorm,
-    attend,
+    modulated,
     rope_table,
     sinusoid,
     turn,
@@ -35,15 +37,9 @@ class Told(NamedTuple):
 
     text: Tensor  # [B, L, D]
     image: Tensor | None  # [B, N, D]
-    audio: Tensor | None  # [B, 2 T, D]
+    audio: Tensor | None  # [B, 2 T, D], or Flash's [B, F, 32, D]
     face: Tensor  # [B, 1, P, 1]   over the latent frames
     weights: ModalityWeights | None  # each [B]
-
-
-def modulated(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D]."""
-    normed = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).type_as(tokens)
 
 
 def weighed(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -57,15 +53,17 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
+        self.attend: Attend = sdpa
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, tokens: Tensor, rope: Tensor) -> Tensor:
-        """[B, S, D], [S, 1, d / 2] -> [B, S, D]."""
+        """[B, S, D], [S, 1, d / 2, 2] -> [B, S, D]."""
         heads = (self.num_heads, -1)
         queries = turn(self.norm_q(self.q(tokens)).unflatten(-1, heads), rope)
         keys = turn(self.norm_k(self.k(tokens)).unflatten(-1, heads), rope)
-        return self.o(attend(queries, keys, self.v(tokens).unflatten(-1, heads)))
+        values = self.v(tokens).unflatten(-1, heads)
+        return self.o(self.attend(queries, keys, values).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -75,63 +73,75 @@ class CrossAttention(nn.Module):
     zero, so a new network equals its base.
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float, image: bool, audio: bool):
+    def __init__(self, dim: int, num_heads: int, eps: float, image: bool, hearing: Hearing | None):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.hearing = num_heads, hearing
+        self.attend: Attend = sdpa
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if image:
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
-        if audio:
-            self.k_audio, self.v_audio = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        if hearing:
+            self.k_audio = nn.Linear(dim, dim, bias=hearing.biases)
+            self.v_audio = nn.Linear(dim, dim, bias=hearing.biases)
             self.norm_k_audio = RMSNorm(dim, eps)
 
     def heads(self, values: Tensor) -> Tensor:
         """[..., D] -> [..., N, d]."""
         return values.unflatten(-1, (self.num_heads, -1))
 
+    def read(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[B, S, N, d], [B, K, D] twice -> [B, S, D]."""
+        return self.attend(queries, self.heads(keys), self.heads(values)).flatten(2)
+
     def forward(self, tokens: Tensor, told: Told) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         queries = self.heads(self.norm_q(self.q(tokens)))
         keys = self.norm_k(self.k(told.text))
-        read = attend(queries, self.heads(keys), self.heads(self.v(told.text)))
+        read = self.read(queries, keys, self.v(told.text))
         weights = told.weights or (None, None, None)
         total = weighed(read, weights[0])
         if told.image is not None:
             keys = self.norm_k_img(self.k_img(told.image))
-            seen = attend(queries, self.heads(keys), self.heads(self.v_img(told.image)))
+            seen = self.read(queries, keys, self.v_img(told.image))
             total = total + weighed(seen, weights[1])
-        if told.audio is not None:
-            heard = self.heard(queries, told.audio, told.face)
+        if told.audio is not None and self.hearing:
+            heard = self.heard(queries, told.audio, told.face, self.hearing)
             total = total + weighed(heard, weights[2])
         return self.o(total)
 
-    def heard(self, queries: Tensor, audio: Tensor, face: Tensor) -> Tensor:
-        """Each latent frame attends to its own window of sound; faces alone let it in.
+    def heard(self, queries: Tensor, audio: Tensor, face: Tensor, hearing: Hearing) -> Tensor:
+        """Each latent frame attends to its own W tokens of sound.
 
-        [B, S, N, d], [B, 2 T, D], [B, 1, P, 1] -> [B, S, D].
+        [B, S, N, d], [B, 2 T, D] or [B, F, W, D], [B, 1, P, 1] -> [B, S, D].
         """
-        # Neither projection has a bias, so padding after it is padding before it, at half the cost.
-        keys = audio_windows(self.norm_k_audio(self.k_audio(audio)))  # [B, F, 17, D]
-        values = audio_windows(self.v_audio(audio))
+        keys = hearing.windows(self.norm_k_audio(self.k_audio(audio)))  # [B, F, W, D]
+        values = hearing.windows(self.v_audio(audio))
         clips, frames = keys.shape[:2]
         framewise = queries.unflatten(1, (frames, -1)).flatten(0, 1)  # [B F, P, N, d]
-        sound = attend(framewise, self.heads(keys.flatten(0, 1)), self.heads(values.flatten(0, 1)))
-        return (sound.unflatten(0, (clips, frames)) * face).flatten(1, 2)
+        sound = self.read(framewise, keys.flatten(0, 1), values.flatten(0, 1))  # [B F, P, D]
+        sound = sound.unflatten(0, (clips, frames))
+        return (sound * face if hearing.masked else sound).flatten(1, 2)
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the time steers the first and the last."""
 
     def __init__(
-        self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool, audio: bool
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        eps: float,
+        image: bool,
+        hearing: Hearing | None,
     ):
         super().__init__()
         self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(dim, num_heads, eps, image, audio)
+        self.cross_attn = CrossAttention(dim, num_heads, eps, image, hearing)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
         )
@@ -142,10 +152,10 @@ class Block(nn.Module):
         steering = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = steering
         moved = self.self_attn(modulated(tokens, shift, scale, self.eps), rope)
-        tokens = torch.addcmul(tokens.float(), gate, moved.float()).type_as(tokens)
+        tokens = torch.addcmul(tokens.float(), gate, moved).type_as(tokens)
         tokens = tokens + self.cross_attn(self.norm3(tokens), told)
         moved = self.ffn(modulated(tokens, ffn_shift, ffn_scale, self.eps))
-        return torch.addcmul(tokens.float(), ffn_gate, moved.float()).type_as(tokens)
+        return torch.addcmul(tokens.float(), ffn_gate, moved).type_as(tokens)
 
 
 class Head(nn.Module):
@@ -163,30 +173,22 @@ class Head(nn.Module):
         return self.head(modulated(tokens, shift, scale, self.eps))
 
 
-class ImageEmbedding(nn.Module):
-    """CLIP tokens [B, N, image_dim] -> [B, N, D]."""
-
-    def __init__(self, image_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim),
-            nn.Linear(image_dim, image_dim),
-            nn.GELU(),
-            nn.Linear(image_dim, dim),
-            nn.LayerNorm(dim),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Zeros stand for no picture."""
-        return self.proj(image)
+def _check_sizes(dim: int, num_heads: int, in_channels: int, out_channels: int) -> None:
+    if dim % (2 * num_heads):
+        raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
+    if in_channels not in (out_channels, 2 * out_channels + 4):
+        wanted = f"{out_channels}, or {2 * out_channels + 4} with the known mask and latents"
+        raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
 
 
 class EchoTransformer(nn.Module):
     """Noisy latents, timesteps and conditions in; velocity out.
 
     `image_dim=None` and `audio_dim=None` leave the branch out, and `in_channels == out_channels`
-    the known pixels: with all three it is Wan2.1's text-to-video network.  Parameters are made as
-    torch makes them; `models.weights.initialise` gives them Wan's starting values.
+    the known pixels: with all three it is Wan2.1's text-to-video network.  `audio_layers=None` is
+    the preview's sound, two tokens [audio_dim] a video frame; Flash hears 12 layers [12, audio_dim]
+    a video frame and has no face mask.  Parameters are made as torch makes them;
+    `models.weights.initialise` gives them Wan's starting values.
     """
 
     def __init__(
@@ -201,16 +203,13 @@ class EchoTransformer(nn.Module):
         text_dim: int = 4096,
         image_dim: int | None = 1280,
         audio_dim: int | None = 768,
+        audio_layers: int | None = None,
         freq_dim: int = 256,
         patch_size: tuple[int, int, int] = (1, 2, 2),
         eps: float = 1e-6,
     ):
         super().__init__()
-        if dim % (2 * num_heads):
-            raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
-        if in_channels not in (out_channels, 2 * out_channels + 4):
-            wanted = f"{out_channels}, or {2 * out_channels + 4} with the known mask and latents"
-            raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
+        _check_sizes(dim, num_heads, in_channels, out_channels)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
         self.patch_size = patch_size
         self.takes_known = in_channels > out_channels
@@ -221,11 +220,15 @@ class EchoTransformer(nn.Module):
         self.time_embedding = nn.Sequential(Linear32(freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.img_emb = None if image_dim is None else ImageEmbedding(image_dim, dim)
-        self.audio2token = None if audio_dim is None else AudioTokens(audio_dim, dim)
-        image, audio = image_dim is not None, audio_dim is not None
-        self.blocks = nn.ModuleList(
-            Block(dim, ffn_dim, num_heads, eps, image, audio) for _ in range(num_layers)
-        )
+        self.audio2token: AudioTokens | None = None
+        self.audio_injection: FlashAudioTokens | None = None
+        if audio_dim is not None and audio_layers is None:
+            self.audio2token = AudioTokens(audio_dim, dim)
+        elif audio_dim is not None and audio_layers is not None:
+            self.audio_injection = FlashAudioTokens(audio_dim, audio_layers, dim)
+        hearing = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
+        like = (dim, ffn_dim, num_heads, eps, image_dim is not None, hearing)
+        self.blocks = nn.ModuleList(Block(*like) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
 
     def forward(
@@ -265,10 +268,11 @@ class EchoTransformer(nn.Module):
     ) -> Told:
         """The conditions as tokens of the network's width."""
         text, image, audio = (part.to(dtype) for part in conditions[:3])
+        listen = self.audio2token or self.audio_injection
         return Told(
             text=self.text_embedding(text),
             image=None if self.img_emb is None else self.img_emb(image),
-            audio=None if self.audio2token is None else self.audio2token(audio),
+            audio=None if listen is None else listen(audio),
             face=conditions.face.to(dtype)[:, None, :, None],
             weights=weights,
         )

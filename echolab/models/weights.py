@@ -1,8 +1,8 @@
-"""The network's parameters in files: names of Wan and of diffusers, loading, first values."""
+"""The network's parameters: which of a file's tensors they are, and their first values."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,140 +11,197 @@ from torch import Tensor, nn
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
 
-# Parts that a base checkpoint may lack: `load_weights(net, tensors, fresh=...)`.
-AUDIO_PARTS = ("audio2token.", ".k_audio.", ".v_audio.", ".norm_k_audio.")
+# Parts that a base checkpoint may lack, each as a whole: `load_weights(net, tensors, fresh=...)`.
+AUDIO_PARTS = ("audio2token.", "audio_injection.", ".k_audio.", ".v_audio.", ".norm_k_audio.")
 IMAGE_PARTS = ("img_emb.", ".k_img.", ".v_img.", ".norm_k_img.")
+# Flash's own query for sound: its code computes it and then overwrites it with the shared one.
+DEAD_PART = ".q_audio."
 
-_TOP = {
-    "text_embedding.0.": "condition_embedder.text_embedder.linear_1.",
-    "text_embedding.2.": "condition_embedder.text_embedder.linear_2.",
-    "time_embedding.0.": "condition_embedder.time_embedder.linear_1.",
-    "time_embedding.2.": "condition_embedder.time_embedder.linear_2.",
-    "time_projection.1.": "condition_embedder.time_proj.",
-    "img_emb.proj.0.": "condition_embedder.image_embedder.norm1.",
-    "img_emb.proj.1.": "condition_embedder.image_embedder.ff.net.0.proj.",
-    "img_emb.proj.3.": "condition_embedder.image_embedder.ff.net.2.",
-    "img_emb.proj.4.": "condition_embedder.image_embedder.norm2.",
-    "head.head.": "proj_out.",
-    "head.modulation": "scale_shift_table",
-    "audio2token.": "condition_embedder.audio_embedder.",  # ours: diffusers has no sound
-}
-_ATTENTION = {
-    "q.": "to_q.",
-    "k.": "to_k.",
-    "v.": "to_v.",
-    "o.": "to_out.0.",
-    "norm_q.": "norm_q.",
-    "norm_k.": "norm_k.",
-    "k_img.": "add_k_proj.",
-    "v_img.": "add_v_proj.",
-    "norm_k_img.": "norm_added_k.",
-    "k_audio.": "add_k_audio_proj.",  # these three are ours too
-    "v_audio.": "add_v_audio_proj.",
-    "norm_k_audio.": "norm_added_k_audio.",
-}
-_BLOCK = {
-    "modulation": "scale_shift_table",
-    "norm3.": "norm2.",  # diffusers counts the norms in the order they are used
-    "ffn.0.": "ffn.net.0.proj.",
-    "ffn.2.": "ffn.net.2.",
-    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+# What only one of the released models has; the first that fits tells what a file is.
+MARKS = {
+    "echomimicv3_flash": "audio_injection.norm.weight",
+    "echomimicv3_preview": "audio2token.norm.weight",
+    "wan_fun_inp_1b3": "img_emb.proj.0.weight",
+    "wan_t2v_1b3": "head.modulation",
 }
 
 
-def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    number = re.match(r"blocks\.\d+\.", name)
-    start, rest = (number[0], name[number.end() :]) if number else ("", name)
-    for ours, theirs in (block if number else top).items():
-        if rest.startswith(ours):
-            return start + theirs + rest[len(ours) :]
-    return name  # patch_embedding is called the same
-
-
-def to_diffusers(name: str) -> str:
-    """A parameter's name in diffusers' WanTransformer3DModel."""
-    return _renamed(name, _TOP, _BLOCK)
-
-
-def from_diffusers(name: str) -> str:
-    """The original name of a parameter of WanTransformer3DModel."""
-    return _renamed(
-        name, {new: old for old, new in _TOP.items()}, {new: old for old, new in _BLOCK.items()}
-    )
+def model_of(names: Collection[str]) -> str | None:
+    """The released model that has these parameters (original names), at whatever sizes."""
+    return next((model for model, mark in MARKS.items() if mark in names), None)
 
 
 class LoadReport(NamedTuple):
-    """What a checkpoint did not decide."""
+    """What became of a checkpoint's tensors and of the network's parameters, by name."""
 
-    fresh: list[str]  # parameters that keep their values
-    widened: list[str]  # parameters whose extra input channels were set to zero
+    loaded: list[str]  # as they are in the file, but for the dtype
+    widened: list[str]  # loaded, with zeros for input channels that the file lacks
+    fresh: list[str]  # not in the file: they keep their first values
+    unused: list[str]  # in the file, and without effect in the released model
+
+    def lines(self) -> list[str]:
+        """One line for each kind, naming every tensor; `*` stands for the number of a block."""
+        reasons = {
+            "widened": "loaded, zeros for the input channels that the file lacks",
+            "fresh": "not in the file, keep their first values",
+            "unused": "in the file, without effect in the released model",
+        }
+        lines = [f"{len(self.loaded)} tensors loaded as they are"]
+        for kind, reason in reasons.items():
+            names = getattr(self, kind)
+            patterns = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
+            if names:
+                lines.append(f"{len(names)} {reason}: {', '.join(patterns)}")
+        return lines
 
 
 def load_weights(
-    net: EchoTransformer, tensors: Mapping[str, Tensor], *, fresh: Sequence[str] = ()
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    source: str = "checkpoint",
 ) -> LoadReport:
-    """Copy `tensors`, by original names, into `net`; all of them, and nothing missing.
+    """Make `tensors`, by original names, the parameters of `net`; see `match_weights`.
 
-    `fresh` names parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack.  Where the network's
-    patch embedding takes more channels than the file's, the extra ones become zero, so that a
-    text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
-    Raises CheckpointError naming the first tensor that does not fit; `net` is then unchanged.
+    Tensors of the parameters' dtype are taken over as they are, not copied, so that a network on
+    the meta device and a memory-mapped file need no second copy; others are converted.
+    Where it raises CheckpointError, `net` is unchanged.
+    """
+    report = match_weights(net, tensors, fresh=fresh, source=source)
+    parameters = dict(net.named_parameters())
+    values = {
+        name: _fitted(tensors[name].detach(), parameters[name])
+        for name in [*report.loaded, *report.widened]
+    }
+    net.load_state_dict(values, strict=False, assign=True)
+    return report
+
+
+def match_weights(
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    source: str = "checkpoint",
+) -> LoadReport:
+    """Whether `tensors`, by original names, are the parameters of `net`: all, and no others.
+
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each as a whole.  Where
+    the network's patch embedding takes more channels than the file's, the extra ones are to become
+    zero, so that a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
+    Raises CheckpointError naming the first tensor that does not fit.
     """
     parameters = dict(net.named_parameters())
-    missing = [name for name in parameters if name not in tensors]
-    lacking = [name for name in missing if not any(part in name for part in fresh)]
-    unknown = [name for name in tensors if name not in parameters]
-    if lacking or unknown:
-        what = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
-        raise CheckpointError(
-            f"checkpoint {what} ({len(lacking)} missing, {len(unknown)} unknown): "
-            "choose the model this file is of"
-        )
-    widened = []
-    for name, parameter in parameters.items():
-        have, need = tensors[name].shape if name in tensors else parameter.shape, parameter.shape
-        wider = name == "patch_embedding.weight" and have[1] < need[1]
-        if wider and have[:1] + have[2:] == need[:1] + need[2:]:
-            widened.append(name)
-        elif have != need:
+    unused = [name for name in tensors if name not in parameters and DEAD_PART in name]
+    absent = _may_be_absent(parameters, tensors, fresh)
+    _check_names(parameters, set(tensors) - set(unused), absent, source)
+    present = [name for name in parameters if name in tensors]
+    widened = [name for name in present if _widens(name, parameters[name], tensors[name])]
+    for name in present:
+        have, need = list(tensors[name].shape), list(parameters[name].shape)
+        if have != need and name not in widened:
             raise CheckpointError(
-                f"checkpoint {name}: shape {list(have)}, the network has {list(need)}: "
+                f"{source}: {name}: shape {have}, the network has {need}: "
                 "choose the model this file is of"
             )
-    with torch.no_grad():
-        for name in parameters.keys() - set(missing):
-            parameter, tensor = parameters[name], tensors[name]
-            if name in widened:
-                parameter.zero_()
-            target = parameter[:, : tensor.shape[1]] if name in widened else parameter
-            target.copy_(tensor)
-    return LoadReport(fresh=missing, widened=widened)
+    loaded = [name for name in present if name not in widened]
+    return LoadReport(loaded, widened, [n for n in parameters if n in absent], unused)
 
 
-def initialise(net: EchoTransformer, generator: torch.Generator) -> None:
+def _may_be_absent(
+    parameters: Collection[str], there: Collection[str], fresh: Sequence[Sequence[str]]
+) -> set[str]:
+    """Parameters of those parts of which the file has nothing at all."""
+    absent: set[str] = set()
+    for part in fresh:
+        names = {name for name in parameters if any(piece in name for piece in part)}
+        if names.isdisjoint(there):
+            absent |= names
+    return absent
+
+
+def _check_names(
+    parameters: Collection[str], there: set[str], absent: set[str], source: str
+) -> None:
+    lacking = [name for name in parameters if name not in there and name not in absent]
+    unknown = sorted(there - set(parameters))
+    if not lacking and not unknown:
+        return
+    found, wanted = model_of(there), model_of(parameters)
+    if found and found != wanted:
+        raise CheckpointError(
+            f"{source}: holds {found} (it has {MARKS[found]}), the network is {wanted}: "
+            f"give model={found}, or a file of {wanted}"
+        )
+    what = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
+    raise CheckpointError(
+        f"{source}: {what} ({len(lacking)} missing, {len(unknown)} unknown): "
+        "choose the model this file is of"
+    )
+
+
+def _widens(name: str, parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether a file's patch embedding is one of fewer input channels."""
+    have, need = tensor.shape, parameter.shape
+    if name != "patch_embedding.weight" or len(have) != len(need):
+        return False
+    return have[1] < need[1] and have[:1] + have[2:] == need[:1] + need[2:]
+
+
+def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A file's tensor in the parameter's dtype and shape: zeros for missing input channels."""
+    if tensor.shape != parameter.shape:
+        wide = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        wide[:, : tensor.shape[1]] = tensor
+        return wide
+    return tensor.to(parameter.dtype).contiguous()
+
+
+def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of the released file, in order: Flash's dead ones too."""
+    shapes: dict[str, torch.Size] = {}
+    for name, parameter in net.named_parameters():
+        if net.audio_injection is not None and ".k_audio." in name:
+            shapes[name.replace(".k_audio.", DEAD_PART)] = parameter.shape
+        shapes[name] = parameter.shape
+    return shapes
+
+
+def initialise(
+    net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
+) -> None:
     """Wan's first values, in the order of the parameters: the same net for the same generator.
 
     Xavier for linear layers, normal (0.02) for text and time, normal (1 / sqrt(D)) for
-    modulations, zero for the head and for the sound's keys and values.
+    modulations, zero for the head and for the sound's keys and values.  `only` names the parameters
+    to set, None is all.
     """
     with torch.no_grad():
-        for name, module in net.named_modules():
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear | nn.Conv3d):
-                _initialise_linear(name, module, generator)
-        for name, parameter in net.named_parameters():
-            if name.endswith("modulation"):
-                parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+        # The modulations last: what a seed gives must not depend on how the layers are nested.
+        for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
+            if only is None or name in only:
+                _initialise(layer, name, parameter, generator)
 
 
-def _initialise_linear(name: str, layer: nn.Linear | nn.Conv3d, generator: torch.Generator) -> None:
-    if layer.bias is not None:
-        layer.bias.zero_()
-    if name == "head.head" or name.endswith(("k_audio", "v_audio")):
-        layer.weight.zero_()
+def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for path, layer in net.named_modules():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            yield layer, f"{path}.{leaf}".removeprefix("."), parameter
+
+
+def _is_modulation(one: tuple[nn.Module, str, Tensor]) -> bool:
+    return one[1].endswith("modulation")
+
+
+def _initialise(layer: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        parameter.fill_(float(name.endswith("weight")))
+    elif name.endswith("modulation"):
+        parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+    elif name.endswith("bias") or name.startswith("head.") or re.search(r"\.[kv]_audio\.", name):
+        parameter.zero_()
     elif name.startswith(("text_embedding", "time_embedding")):
-        layer.weight.normal_(0, 0.02, generator=generator)
+        parameter.normal_(0, 0.02, generator=generator)
     else:
-        nn.init.xavier_uniform_(layer.weight.flatten(1), generator=generator)
+        nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)

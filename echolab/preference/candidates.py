@@ -1,12 +1,17 @@
-"""Candidates of a prompt: several clips for the same conditions, from other noise.
+"""Candidates of a prompt: several clips for the same conditions, from other noise and guidance.
+
+Candidates of one guidance differ by chance alone, and a preference between them is mostly noise
+that training learns by heart.  Over several strengths of guidance by sound, from none on, they
+differ in what the preference is about.
 
 Each batch of prompts becomes one safetensors file, so that sampling can be stopped and goes on
 with the first file that is missing.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -36,7 +41,7 @@ def sample_candidates(
     batch: int,
     steps: int,
     shift: float,
-    audio_scale: float,
+    audio_scales: Sequence[float],
     seed: int,
     weights: str,
     dtype: torch.dtype,
@@ -44,34 +49,36 @@ def sample_candidates(
 ) -> None:
     """Sample for the first `prompts` clips of an encoded dataset; `report` gets prompts done.
 
-    `weights` says which checkpoint `net` is.  A folder goes on only with the same request.
+    Candidate i is guided by `audio_scales[i % len]`.  `weights` says which checkpoint `net` is.  A
+    folder goes on only with the same request.
     """
     if not 0 < prompts <= len(dataset):
         raise DataError(f"{dataset.folder}: {len(dataset)} clips, prompts={prompts}; ask for fewer")
     folder.mkdir(parents=True, exist_ok=True)
     request = {
         "prompts": prompts, "candidates": candidates, "batch": batch, "steps": steps,
-        "shift": shift, "audio_scale": audio_scale, "seed": seed, "clips": dataset.fingerprint,
-        "weights": weights,
+        "shift": shift, "audio_scales": list(audio_scales), "seed": seed,
+        "clips": dataset.fingerprint, "weights": weights,
     }  # fmt: skip
     keep_request(folder / REQUEST, request)
-    one_each = partial(
-        generate, net, steps=steps, shift=shift, audio_scale=audio_scale, seed=seed, dtype=dtype
-    )
+    one_each = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
+    scales = list(islice(cycle(audio_scales), candidates))
     for first in range(0, prompts, batch):
         path = folder / f"candidates-{first:06d}.safetensors"
         if not path.exists():
             numbers = range(first, min(first + batch, prompts))
             clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in numbers])
-            write_whole(path, save(several(one_each, clips, candidates)))
+            write_whole(path, save(several(one_each, clips, scales)))
         report(min(first + batch, prompts))
 
 
-def several(one_each: Callable[..., Tensor], clips: Batch, candidates: int) -> dict[str, Tensor]:
-    """`candidates` clips for each of some prompts, by `key/number`."""
+def several(
+    one_each: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
+) -> dict[str, Tensor]:
+    """A clip of each guidance for each of some prompts, by `key/number`."""
     found = {}
-    for candidate in range(candidates):
-        latents = one_each(clips.conditions, clips.keys, draw_index=candidate)
+    for candidate, scale in enumerate(scales):
+        latents = one_each(clips.conditions, clips.keys, audio_scale=scale, draw_index=candidate)
         for key, clip in zip(clips.keys, latents, strict=True):
             found[f"{key}/{candidate}"] = clip.half().contiguous()
     return found

@@ -33,10 +33,12 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "sync_c": Measure("Sync-C", "lip-sync confidence", 1),
+    "sync_c_unguided": Measure("Sync-C, unguided", "lip sync without guidance by sound", 1),
     "sync_d": Measure("Sync-D", "lip-sync distance", -1),
     "fid": Measure("FID", "Fréchet distance of frames", -1),
     "fvd": Measure("FVD", "Fréchet distance of clips", -1),
     "mouth_corr": Measure("Mouth corr.", "mouth opening against the true one", 1),
+    "mouth_corr_unguided": Measure("Mouth corr., unguided", "without guidance by sound", 1),
     "psnr_first_frame": Measure("PSNR frame 1", "dB, likeness to the picture given", 1),
     "psnr": Measure("PSNR", "dB", 1),
     "ssim": Measure("SSIM", "structural similarity", 1),

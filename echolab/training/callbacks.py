@@ -100,6 +100,7 @@ class Steps(pl.Callback):
 
     def _check(self, found: Checkpoint) -> None:
         checkpoints.check_architecture(found, self.identity["architecture"])
+        checkpoints.check_adapters(found, self.identity.get("adapters"))
         self.schedule.check_continues(found.state["schedule"], found.step)
         for key in ("clips", "seed", "batch_size"):
             if found.state[key] != self.identity[key]:
@@ -206,7 +207,7 @@ class Steps(pl.Callback):
         if self._held is None:
             self._held = [
                 self.module.transfer_batch_to_device(batch, self.module.device, 0)
-                for batch in ShardDataModule.held_out_batches(self.held_out)
+                for batch in self.data.held_out_batches(self.held_out)
             ]
         totals: dict[str, tuple[float, int]] = {}
         self.module.net.eval()

@@ -192,6 +192,18 @@ def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) 
             )
 
 
+def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -> None:
+    """Raise CheckpointError where one has adapters and the other not, or others on another base."""
+    saved, given = checkpoint.state.get("adapters") or {}, json.loads(json.dumps(adapters or {}))
+    for key in ("targets", "rank", "alpha", "base"):
+        if saved.get(key) != given.get(key):
+            remedy = "weights= or initial=" if key == "base" else f"lora.{key}={saved.get(key)}"
+            raise CheckpointError(
+                f"{checkpoint.path}: of other adapters: {key} is {saved.get(key)} there, "
+                f"{given.get(key)} here; give {remedy} as it was, or another folder"
+            )
+
+
 def _check_shapes(path: Path, net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = {name: tuple(shape(p)) for name, p in net.named_parameters() if p.requires_grad}
     there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

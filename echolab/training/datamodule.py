@@ -37,6 +37,7 @@ class Feed(NamedTuple):
     accumulation: int
     workers: int
     seed: int
+    sequence_parallel: int = 1  # ranks in a row that get the same clips
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -60,8 +61,8 @@ class ShardDataModule(pl.LightningDataModule):
             batch_size=feed.batch_size,
             accumulation=feed.accumulation,
             seed=feed.seed,
-            rank=ranks.rank(),
-            world=ranks.world(),
+            rank=ranks.rank() // feed.sequence_parallel,
+            world=ranks.world() // feed.sequence_parallel,
         )
         return DataLoader(
             items,
@@ -72,14 +73,14 @@ class ShardDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    @staticmethod
-    def held_out_batches(held_out: HeldOut) -> list[Batch]:
+    def held_out_batches(self, held_out: HeldOut) -> list[Batch]:
         """This rank's share of the held-out clips, every clip posed as every task.
 
         Every rank gets equally many batches of equal size, as ZeRO 3 needs; what is left over of
         the clips is left out.
         """
-        world, rank = ranks.world(), ranks.rank()
+        together = self.feed.sequence_parallel
+        world, rank = ranks.world() // together, ranks.rank() // together
         count = min(held_out.at_most, len(held_out.clips)) // world
         if not count:
             raise ConfigError(

@@ -14,14 +14,14 @@ from echolab.data.batches import read_tensors
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError
-from echolab.models.frozen import Frozen
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.callbacks import Intervals, Sink, Steps
 from echolab.training.checkpoint import check_architecture, open_checkpoint
 from echolab.training.datamodule import Feed, HeldOut, ShardDataModule
 from echolab.training.ema import Ema
+from echolab.training.memory import speed_up
 from echolab.training.module import DiffusionModule, Objective, Optim
-from echolab.training.preference import References
+from echolab.training.preference import Reference, References
 from echolab.training.schedule import Schedule
 from echolab.training.stopping import StopSignals
 from echolab.training.strategies import STRATEGIES, cluster_environment, strategy_from
@@ -36,6 +36,10 @@ class Machine(NamedTuple):
     accelerator: str = "cpu"
     precision: str = "32-true"
     shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
+    attention: str = "auto"  # of attention.NAMES
+    checkpointing: str = "none"  # or of memory.KEPT
+    compile: bool = False  # the blocks
+    sequence_parallel: int = 1  # ranks that share a clip
 
 
 ALONE, OPTIM = Machine(), Optim()
@@ -57,7 +61,12 @@ class FitResult(NamedTuple):
 
 def _cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
     """Micro-batches a step and rank; raises ConfigError where it does not divide."""
-    world = machine.devices * machine.nodes
+    world, together = machine.devices * machine.nodes, machine.sequence_parallel
+    if together < 1 or world % together:
+        raise ConfigError(
+            f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}"
+        )
+    world //= together
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (world * micro):
         raise ConfigError(
@@ -119,9 +128,10 @@ class Training(NamedTuple):
     seed: int = 0
     shift: float = 5.0
     pairs: ShardDataset | None = None
-    reference: Frozen | None = None
+    reference: Reference | None = None
     reference_checkpoint: Path | None = None
     initial: Path | None = None
+    adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
     held_out: HeldOut | None = None
     phases: Allocator | None = None  # for the held-out error
     optim: Optim = OPTIM
@@ -145,8 +155,9 @@ class Training(NamedTuple):
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
         if self.held_out and not self.phases:
             raise ConfigError("held_out: needs phases too")
-        if self.machine.accelerator == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("trainer.accelerator=cuda: no GPU here; take trainer=cpu")
+        accelerator = self.machine.accelerator
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
         first, _ = read_tensors(self.clips, 0) if len(self.clips) else ({}, {})
         for name in ("text", "image", "audio"):
             wanted = self.architecture.get(f"{name}_dim")
@@ -160,6 +171,7 @@ class Training(NamedTuple):
         """What a checkpoint must agree on with the run."""
         return {
             "architecture": dict(self.architecture),
+            "adapters": dict(self.adapters) if self.adapters else None,
             "clips": self.clips.fingerprint,
             "encoders": dict(self.clips.encoders),
             "pairs": self.pairs.fingerprint if self.pairs else None,
@@ -181,6 +193,7 @@ def fit(training: Training) -> FitResult:
         training.net.load_state_dict(origin.tensors("ema"))
     machine, optim = training.machine, training.optim
     accumulation = _cut(training.batch_size, training.micro_batch_size, machine)
+    _speed_up(training.net, machine)
     feed = Feed(
         training.clips,
         training.pairs,
@@ -188,22 +201,39 @@ def fit(training: Training) -> FitResult:
         accumulation,
         training.workers,
         training.seed,
+        machine.sequence_parallel,
     )
     schedule = training.schedule
     data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum)
-    module = DiffusionModule(
-        training.net,
-        training.objectives,
-        optim=optim,
-        seed=training.seed,
-        shift=training.shift,
-        clip_here=not training.sharded,
-        loss_factor=accumulation if training.sharded else 1,
-    )
+    module = _module(training, accumulation)
     with StopSignals() as signals, _quiet():
         steps = _steps(training, data, signals)
         _trainer(machine, accumulation, optim.clip, steps).fit(module, data)
     return FitResult(steps.step, schedule.steps, steps.stopped_by, steps.saved)
+
+
+def _speed_up(net: nn.Module, machine: Machine) -> None:
+    on_gpu = machine.accelerator in ("gpu", "cuda")
+    speed_up(
+        net,
+        device="cuda" if on_gpu else machine.accelerator,
+        attention=machine.attention,
+        checkpointing=machine.checkpointing,
+        compiled=machine.compile,
+    )
+
+
+def _module(training: Training, accumulation: int) -> DiffusionModule:
+    return DiffusionModule(
+        training.net,
+        training.objectives,
+        optim=training.optim,
+        seed=training.seed,
+        shift=training.shift,
+        clip_here=not training.sharded,
+        loss_factor=accumulation if training.sharded else 1,
+        sequence_parallel=training.machine.sequence_parallel,
+    )
 
 
 def _steps(training: Training, data: ShardDataModule, signals: StopSignals) -> Steps:

@@ -1,6 +1,7 @@
 """The Lightning module: one forward, an objective for each kind of epoch, and what is measured."""
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw
 from echolab.training.meter import Meter
+from echolab.training.sequence import SequenceSplit, neighbours
 from echolab.types import Batch, Draws, Loss, PreferencePair
 
 
@@ -43,6 +45,12 @@ def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
     return Draws(*(torch.cat(parts).to(clips.device) for parts in zip(*of_epochs, strict=True)))
 
 
+def number_of(item: MicroBatch, seed: int) -> int:
+    """A 56-bit seed, a pure function of (seed, epoch, key) of all clips."""
+    told = f"{seed} {item.kind} {item.epochs} {item.batch.keys}".encode()
+    return int.from_bytes(blake2b(told, digest_size=7).digest(), "big")
+
+
 class DiffusionModule(pl.LightningModule):
     """Trains `net`; a reference lives inside the objectives, outside the module tree."""
 
@@ -56,6 +64,7 @@ class DiffusionModule(pl.LightningModule):
         shift: float,
         clip_here: bool = True,
         loss_factor: float = 1.0,
+        sequence_parallel: int = 1,
     ) -> None:
         super().__init__()
         self.net = net
@@ -64,11 +73,20 @@ class DiffusionModule(pl.LightningModule):
         self.clip_here = clip_here  # DeepSpeed clips by itself
         # Lightning divides a loss by the micro-batches of a step, and DeepSpeed does so again.
         self.loss_factor = loss_factor
+        self.sequence_parallel = sequence_parallel
         self.meter = Meter()
+        self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
+
+    def setup(self, stage: str) -> None:
+        """The ranks know of each other by now."""
+        if self.sequence_parallel > 1:
+            SequenceSplit(self.net, neighbours(self.sequence_parallel))
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """The loss of one micro-batch."""
         draws = draws_of(item, seed=self.seed, shift=self.shift)
+        if self.drops:  # by the clips alone too, so that a resumed run drops the same
+            torch.manual_seed(number_of(item, self.seed))
         loss = self.objectives[item.kind](self.net, item.batch, draws)
         self.meter.add(loss, item.batch.tasks)
         return loss.value * self.loss_factor

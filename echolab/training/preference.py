@@ -3,13 +3,23 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.models.frozen import Frozen
 from echolab.training.checkpoint import load_ema_weights
+
+
+class Reference(Protocol):
+    """`models.frozen.Frozen`, or a network's base or earlier adapters (`training.lora`)."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class References:
@@ -23,7 +33,7 @@ class References:
     def __init__(
         self,
         objectives: Mapping[str, Any],
-        reference: Frozen | None,
+        reference: Reference | None,
         pinned: Path | None = None,
     ) -> None:
         self.reference, self.pinned = reference, pinned
@@ -41,7 +51,7 @@ class References:
             return
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give reference=")
-        self.reference.net.load_state_dict(load_ema_weights(self.pinned or boundary))
+        self.reference.load(load_ema_weights(self.pinned or boundary))
         self.reference.to(device)
         self._entered = boundary
         if fresh:

@@ -1,0 +1,124 @@
+"""`echolab export RUN out=FOLDER`: trained weights as safetensors that other programs read."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from echolab.arguments import parse
+from echolab.cli.adapters import export_adapters
+from echolab.cli.policy import architecture_of, last_checkpoint, load_policy, load_start
+from echolab.errors import ConfigError
+from echolab.models.export import write_diffusers, write_original
+from echolab.models.released import read_tensors
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import match_weights
+from echolab.training.checkpoint import EMA, open_checkpoint
+from echolab.training.masters import MASTER
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WRITERS = {"original": write_original, "diffusers": write_diffusers}
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write weights with the names of Wan and EchoMimicV3, or as a folder for diffusers.
+
+    The source is a run, one of its checkpoints, or released weights with `model=`.  What is written
+    can start a training (`weights=`).  diffusers has no sound; it loads networks without.  Of a run
+    with adapters the network is written with them added, or, with weights=adapters, a folder of
+    them alone, as peft reads it.
+    """
+
+    source: Path = field(metadata={"help": "a run, a checkpoint, or released weights"})
+    out: Path = field(metadata={"help": "a new file .safetensors, or a new folder"})
+    names: Literal["original", "diffusers"] = field(
+        default="original", metadata={"help": "of the tensors"}
+    )
+    dtype: Literal["bf16", "fp32"] = field(default="bf16", metadata={"help": "of the tensors"})
+    weights: Literal["ema", "raw", "adapters"] = field(
+        default="ema", metadata={"help": "a checkpoint's average, what it trains, its adapters"}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "of released weights: a name in conf/model"}
+    )
+    shard_gb: float = field(default=5.0, metadata={"help": "the most of one file of a folder"})
+    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
+    if not 0 < arguments.shard_gb < 1e6:
+        raise ConfigError(f"shard_gb={arguments.shard_gb:g}: must be above 0; 5 is usual")
+    out = arguments.out
+    if arguments.weights == "adapters":
+        if out.exists():
+            raise ConfigError(f"out={out}: already there; name another, or remove it")
+        checkpoint = open_checkpoint(last_checkpoint(arguments.source))
+        export_adapters(checkpoint, out, load_start)
+        files = sorted(out.iterdir())
+    else:
+        net, tensors = read_source(arguments)
+        files = WRITERS[arguments.names](
+            out,
+            net,
+            tensors,
+            dtype=DTYPES[arguments.dtype],
+            shard_bytes=round(arguments.shard_gb * 1e9),
+        )
+    _report(out, files, arguments.format)
+    return 0
+
+
+def _report(out: Path, files: list[Path], kind: str) -> None:
+    """What the files hold, as they are on disk."""
+    shapes: list[list[int]] = []
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                shapes += [content.get_slice(name).get_shape() for name in content.keys()]
+    figures = {
+        "out": str(out),
+        "files": [file.name for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes)),
+    }
+    plain = (
+        f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, "
+        f"{figures['bytes']:,} bytes in {len(files)} files"
+    )
+    print(json.dumps(figures) if kind == "json" else plain)
+
+
+def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, Tensor]]:
+    """The network, on the meta device where it need not be made, and its weights by name."""
+    if arguments.model is not None:
+        net = _meta(architecture_of(arguments.model))
+        there = read_tensors(arguments.source)
+        match_weights(net, there, source=str(arguments.source))
+        return net, {name: there[name] for name, _ in net.named_parameters()}
+    if not arguments.source.is_dir():
+        raise ConfigError(
+            f"{arguments.source}: no run or checkpoint; of released weights say which: model=NAME"
+        )
+    checkpoint = open_checkpoint(last_checkpoint(arguments.source))
+    if checkpoint.state.get("adapters"):
+        if arguments.weights != "ema":
+            raise ConfigError(
+                f"{checkpoint.path}: adapters are merged averaged; give weights=ema, or adapters"
+            )
+        whole = load_policy(checkpoint.path)
+        return whole, dict(whole.named_parameters())
+    net = _meta(checkpoint.state["architecture"])
+    return net, checkpoint.tensors(EMA if arguments.weights == "ema" else MASTER)
+
+
+def _meta(architecture: dict[str, Any]) -> EchoTransformer:
+    with torch.device("meta"):
+        return EchoTransformer(**architecture)

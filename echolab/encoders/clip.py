@@ -1,0 +1,129 @@
+"""The image encoder of Wan: CLIP ViT-H/14, transformers' CLIPVisionModel, from either kind of file.
+
+Shapes: N = 257 tokens, D = 1280.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from echolab.encoders.files import from_folder, frozen, read_file, shape_of, take_over
+
+HEADS = 16  # of ViT-H; the shapes in a file do not tell
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+WHAT = "the CLIP of Wan, models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+_BLOCK = {
+    "norm1.": "layer_norm1.",
+    "norm2.": "layer_norm2.",
+    "attn.proj.": "self_attn.out_proj.",
+    "mlp.0.": "mlp.fc1.",
+    "mlp.2.": "mlp.fc2.",
+}
+_TOP = {
+    "cls_embedding": "embeddings.class_embedding",
+    "pos_embedding": "embeddings.position_embedding.weight",
+    "patch_embedding.": "embeddings.patch_embedding.",
+    "pre_norm.": "pre_layrnorm.",
+    "post_norm.": "post_layernorm.",
+}
+
+
+def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of Wan's vision tower, named without `visual.`, as those of CLIPVisionModel.
+
+    Query, key and value are one tensor there and three here.
+    Source: Wan-Video/Wan2.1, `wan/modules/clip.py`.
+    """
+    block = re.match(r"transformer\.(\d+)\.", name)
+    start, rest = (f"encoder.layers.{block[1]}.", name[block.end() :]) if block else ("", name)
+    if rest.startswith("attn.to_qkv."):
+        kind = rest.rsplit(".", 1)[1]
+        return {
+            f"{start}self_attn.{letter}_proj.{kind}": part
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+        }
+    for old, new in (_BLOCK if block else _TOP).items():
+        if rest.startswith(old):
+            shape = {"cls_embedding": (-1,), "pos_embedding": tensor.shape[1:]}.get(name)
+            shaped = tensor.reshape(shape) if shape is not None else tensor
+            return {start + new + rest.removeprefix(old): shaped}
+    return {name: tensor}
+
+
+def squeeze(picture: Tensor, side: int) -> Tensor:
+    """A picture [3, Y, X] in [-1, 1] as CLIP takes it, [1, 3, side, side]: its sides are not kept.
+
+    Bicubic without smoothing, as in the release.
+    """
+    size = (side, side)
+    small = functional.interpolate(picture[None].float(), size, mode="bicubic", align_corners=False)
+    mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (small / 2 + 0.5 - mean) / std
+
+
+class ImageEncoder:
+    """A picture [3, Y, X] in [-1, 1] to what leaves the last block but one: [257, D], fp32.
+
+    The last block is dropped: nothing here uses it.
+    """
+
+    def __init__(self, net: CLIPVisionModel) -> None:
+        del net.encoder.layers[-1]
+        self.net = net
+
+    @torch.no_grad()
+    def __call__(self, picture: Tensor | None) -> Tensor:
+        """Zeros where there is no picture."""
+        config = self.net.config
+        if picture is None:
+            return torch.zeros(self.net.embeddings.num_positions, config.hidden_size)
+        pixels = squeeze(picture.to(self.net.device), config.image_size)
+        states = self.net(pixels.to(self.net.dtype)).last_hidden_state[0]
+        return states.float().to(picture.device)
+
+
+def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+    """The image encoder of a transformers folder, or of Wan's file in its original names."""
+    net = (
+        from_folder(CLIPVisionModel, path, dtype)
+        if path.is_dir()
+        else _from_file(path, device, dtype)
+    )
+    return ImageEncoder(frozen(net, device))
+
+
+def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisionModel:
+    """The vision tower; the file's text tower and the projection to its space are not needed."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_file(path).items():
+        if name.startswith("visual.") and name != "visual.head":
+            tensors |= to_transformers(name.removeprefix("visual."), tensor)
+    config = _config(tensors, path)
+    with torch.device("meta"):
+        net = CLIPVisionModel(config)
+    take_over(net, tensors, path, device, dtype)
+    # Not in any file, so still without values.
+    net.embeddings.position_ids = torch.arange(net.embeddings.num_positions, device=device)[None]
+    return net
+
+
+def _config(tensors: Mapping[str, Tensor], path: Path) -> CLIPVisionConfig:
+    width, _, patch, _ = shape_of(tensors, "embeddings.patch_embedding.weight", path, WHAT)
+    places = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
+    hidden = shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", path, WHAT)[0]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers")}),
+        num_attention_heads=HEADS,
+        image_size=patch * round((places - 1) ** 0.5),
+        patch_size=patch,
+        hidden_act="gelu",
+    )

@@ -1,0 +1,158 @@
+"""Files of released encoders: which they are, what identifies them, and networks made of them.
+
+A network comes from a folder as its library writes it (config.json and weights), or from a file in
+the names its authors used.  Such a file is mapped into memory and its tensors become the
+parameters: there is no second copy.  Nothing is unpickled but tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_log
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_log
+
+from echolab.errors import WeightsError
+from echolab.models.released import read_pickle, read_safetensors
+
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+
+
+def need(path: Path, what: str) -> Path:
+    """`path`, which must be there; WeightsError says what it is."""
+    if not path.exists():
+        raise WeightsError(f"{path}: not there; it is {what}: download or copy it")
+    return path
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The weights of a folder that diffusers or transformers wrote, all shards of them."""
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            return [need(folder / shard, f"a shard that {index.name} names") for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise WeightsError(f"{folder}: no weights in it; need one of {', '.join(WEIGHTS)}")
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """One sha256 for files and their names, read in pieces; of one file alone it is its own."""
+    digests = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror}); copy it") from error
+    if len(digests) == 1:
+        return digests[0][1]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, such as a config.json; WeightsError where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: not there; download or copy it") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a JSON object; copy it again")
+    return content
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or pickled file by name, mapped into memory."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, path: Path, what: str) -> tuple[int, ...]:
+    """The shape of a tensor that tells a network's size; without it the file is another one."""
+    if name not in tensors:
+        some = next(iter(tensors), "nothing")
+        raise WeightsError(
+            f"{path}: lacks {name} ({len(tensors)} tensors, such as {some}); need {what}"
+        )
+    return tuple(tensors[name].shape)
+
+
+def take_over(
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Make `tensors` the parameters of `net`, which was built on the meta device; all or none."""
+    own = net.state_dict()
+    faults = [f"lacks {name}" for name in own if name not in tensors]
+    faults += [f"has {name}, which the network lacks" for name in tensors if name not in own]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, need {list(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise WeightsError(f"{path}: {faults[0]}{more}; give the released file")
+    moved = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    net.load_state_dict(moved, assign=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No tables of tensors and no bars on standard error; what matters is told by an error."""
+    before = [(log, log.get_verbosity()) for log in (transformers_log, diffusers_log)]
+    bars = transformers_log.is_progress_bar_enabled()
+    for log, _ in before:
+        log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in before:
+            log.set_verbosity(level)
+        if bars:
+            transformers_log.enable_progress_bar()
+
+
+def from_folder(
+    network: Any, folder: Path, dtype: torch.dtype, *, unused: Collection[str] = ()
+) -> Any:
+    """A network by its library's `from_pretrained`, whole: WeightsError where a tensor is missing.
+
+    The libraries draw missing tensors at random and warn.  `unused` names those without effect.
+    """
+    need(folder / CONFIG, f"what {network.__name__} is made by")
+    weights_in(folder)
+    try:
+        with _quiet():
+            net, told = network.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{folder}: no {network.__name__} can be made of it ({line}); copy it again"
+        ) from error
+    missing = sorted(name for name in told["missing_keys"] if name not in unused)
+    if missing or told["mismatched_keys"]:
+        what = f"lacks {missing[0]}" if missing else f"{told['mismatched_keys'][0]} does not fit"
+        raise WeightsError(
+            f"{folder}: {what} ({len(missing)} missing); give a folder of {network.__name__}"
+        )
+    return net
+
+
+def frozen(net: Any, device: torch.device) -> Any:
+    """A network as it is used here: on its device, never trained."""
+    return net.to(device).eval().requires_grad_(False)

@@ -1,0 +1,149 @@
+"""The Wan 2.1 video autoencoder: diffusers' AutoencoderKLWan, from either kind of file.
+
+Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), Y, X pixels, H = Y / 8, W = X / 8.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from echolab.encoders.files import (
+    CONFIG,
+    from_folder,
+    frozen,
+    read_file,
+    read_json,
+    shape_of,
+    take_over,
+)
+from echolab.errors import WeightsError
+
+CHANNELS = 16
+WHAT = "the VAE of Wan 2.1 (16 channels)"
+
+_TOP = {
+    "conv1.": "quant_conv.",
+    "conv2.": "post_quant_conv.",
+    "encoder.conv1.": "encoder.conv_in.",
+    "decoder.conv1.": "decoder.conv_in.",
+    "encoder.head.0.": "encoder.norm_out.",
+    "encoder.head.2.": "encoder.conv_out.",
+    "decoder.head.0.": "decoder.norm_out.",
+    "decoder.head.2.": "decoder.conv_out.",
+}
+_RESIDUAL = {
+    "residual.0.": "norm1.",
+    "residual.2.": "conv1.",
+    "residual.3.": "norm2.",
+    "residual.6.": "conv2.",
+    "shortcut.": "conv_shortcut.",
+}
+_MIDDLE = {"0": "resnets.0.", "1": "attentions.0.", "2": "resnets.1."}
+_UP_PARTS = 4  # of a stage of the decoder: three residual blocks, then what makes it larger
+
+
+def to_diffusers(name: str) -> str:
+    """The name in AutoencoderKLWan of a tensor of Wan2.1_VAE.pth.
+
+    Source: diffusers, `scripts/convert_wan_to_diffusers.py`.
+    """
+    for old, new in _TOP.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    found = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    half, part, number, rest = found.groups()
+    for old, new in _RESIDUAL.items():
+        rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
+    if part == "middle":
+        return f"{half}.mid_block.{_MIDDLE.get(number, number + '.')}{rest}"
+    if part == "downsamples":  # the encoder keeps one row of blocks
+        return f"{half}.down_blocks.{number}.{rest}"
+    stage, place = divmod(int(number), _UP_PARTS)
+    block = "upsamplers.0" if place == _UP_PARTS - 1 else f"resnets.{place}"
+    return f"{half}.up_blocks.{stage}.{block}.{rest}"
+
+
+class WanAutoencoder:
+    """Pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, 16, F, H, W] and back.
+
+    Latents are the posterior's mode, normalised by the mean and spread of each channel; diffusers
+    leaves them raw.  Results are fp32 and lie where the input lay.  `slicing` takes one clip at a
+    time, `tiling` pieces of 256 x 256 pixels that are blended: both need less memory, and only
+    slicing changes nothing.
+    """
+
+    def __init__(self, net: AutoencoderKLWan, *, slicing: bool = True, tiling: bool = False):
+        self.net = net
+        if slicing:
+            net.enable_slicing()
+        if tiling:
+            net.enable_tiling()
+        place = next(net.parameters()).device
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(net.config.latents_mean, device=place).view(shape)
+        self.std = torch.tensor(net.config.latents_std, device=place).view(shape)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised latents of clips of 4n + 1 frames, with sides that are multiples of 8."""
+        parameter = next(self.net.parameters())
+        raw = self.net.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mode()
+        return ((raw.float() - self.mean) / self.std).to(pixels.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of normalised latents, clipped to [-1, 1]."""
+        parameter = next(self.net.parameters())
+        raw = latents.to(parameter.device, torch.float32) * self.std + self.mean
+        return self.net.decode(raw.to(parameter.dtype)).sample.float().to(latents.device)
+
+
+def load_autoencoder(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    slicing: bool = True,
+    tiling: bool = False,
+) -> WanAutoencoder:
+    """The autoencoder of a diffusers `vae` folder, or of Wan2.1_VAE.pth (or .safetensors).
+
+    Raises WeightsError, in one line, for one of other channels.
+    """
+    net = _from_folder(path, dtype) if path.is_dir() else _from_file(path, device, dtype)
+    return WanAutoencoder(frozen(net, device), slicing=slicing, tiling=tiling)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
+    config = read_json(folder / CONFIG)
+    _check_channels(folder / CONFIG, "z_dim", config.get("z_dim", CHANNELS))
+    for key in ("latents_mean", "latents_std"):
+        if key in config:
+            _check_channels(folder / CONFIG, f"length of {key}", len(config[key]))
+    return from_folder(AutoencoderKLWan, folder, dtype)
+
+
+def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
+    tensors = read_file(path)
+    if "post_quant_conv.weight" not in tensors:
+        tensors = {to_diffusers(name): tensor for name, tensor in tensors.items()}
+    _check_channels(path, "channels of post_quant_conv", _size(tensors, "post_quant_conv", path))
+    with torch.device("meta"):
+        net = AutoencoderKLWan(base_dim=_size(tensors, "encoder.conv_in", path))
+    take_over(net, tensors, path, device, dtype)
+    return net
+
+
+def _size(tensors: Mapping[str, Tensor], layer: str, path: Path) -> int:
+    return shape_of(tensors, f"{layer}.weight", path, WHAT)[0]
+
+
+def _check_channels(path: Path, what: str, found: int) -> None:
+    if found != CHANNELS:
+        raise WeightsError(f"{path}: {what} is {found}, need {CHANNELS}: give {WHAT}")

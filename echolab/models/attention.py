@@ -1,0 +1,121 @@
+"""Attention over heads, by the fastest kernel that the machine has.
+
+Every attention module of the network holds one plain function, `attend`; it is torch's own until
+`use_attention(net, attention_from(NAME))` sets another from outside.
+
+There is no kernel for sequences of different lengths here, because the network pads nothing that
+should not be looked at: the zeros after a text and outside a window of sound are keys like any
+other, as in the released model, and the clips of a batch have one size.
+
+Shapes: B clips, S queries, K keys, N heads, d channels of a head.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from echolab.errors import ConfigError
+
+# [B, S, N, d], [B, K, N, d] twice -> [B, S, N, d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface"}
+INSTALL = {
+    "flash2": "pip install flash-attn --no-build-isolation",
+    "flash3": "build hopper/ of github.com/Dao-AILab/flash-attention",
+}
+NAMES = ("auto", "sdpa", "cudnn", *PACKAGES)
+HOPPER = (9, 0)
+# Tokens below which torch's bf16 attention on CPUs takes up to seven times as long backwards as
+# fp32's; above, it is a seventh faster.
+SHORT = 256
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's `scaled_dot_product_attention`, by the kernel that torch prefers."""
+    q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+    if values.device.type == "cpu" and min(queries.shape[1], keys.shape[1]) < SHORT:
+        with torch.autocast("cpu", enabled=False):
+            mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.transpose(1, 2).type_as(values)
+
+
+def cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's, but cuDNN's kernel wherever it can: on Hopper much faster than FlashAttention 2."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return sdpa(queries, keys, values)
+
+
+def _flash(name: str) -> Attend:
+    """The function of a FlashAttention package; ConfigError where it is not installed."""
+    try:
+        kernel: Callable[..., Any] = import_module(PACKAGES[name]).flash_attn_func
+    except ImportError as error:
+        raise ConfigError(
+            f"attention={name}: the package {PACKAGES[name]} is not installed; "
+            f"{INSTALL[name]}, or take attention=auto"
+        ) from error
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if values.dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"attention={name}: computes in bf16 or fp16, not {values.dtype}; "
+                "take precision bf16-mixed, or attention=sdpa"
+            )
+        # Under autocast norms give fp32, which torch's own kernels would be given in bf16.
+        mixed = kernel(queries.type_as(values), keys.type_as(values), values)
+        # FlashAttention 3 gave (output, log-sum-exp) before 3.0.0b2.
+        return mixed[0] if isinstance(mixed, tuple) else mixed
+
+    return attend
+
+
+def _fastest(device: torch.device) -> str:
+    """On Hopper FlashAttention 3, else cuDNN; elsewhere torch's own choice is the best."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        return "sdpa"
+    try:
+        import_module(PACKAGES["flash3"])
+    except ImportError:
+        return "cudnn"
+    return "flash3"
+
+
+def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
+    """The function that a name stands for on a device; `auto` is the fastest there.
+
+    Raises ConfigError for an unknown name and for a package that is not installed.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"attention={name}: unknown; one of {', '.join(NAMES)}")
+    device = torch.device(device)
+    if name == "auto":
+        name = _fastest(device)
+    if device.type != "cuda" and name != "sdpa":
+        raise ConfigError(f"attention={name}: needs a GPU, not {device}; take attention=auto")
+    return {"sdpa": sdpa, "cudnn": cudnn}.get(name) or _flash(name)
+
+
+def attention_modules(net: nn.Module) -> Iterator[Any]:
+    """Both attentions of every block."""
+    for block in net.blocks:  # type: ignore[union-attr]
+        yield from (block.self_attn, block.cross_attn)
+
+
+def use_attention(net: nn.Module, attend: Attend) -> None:
+    """Every attention of the network computes by `attend` from now on."""
+    for module in attention_modules(net):
+        module.attend = attend

@@ -1,0 +1,201 @@
+"""Weights out: safetensors in the released names or in diffusers', whole or not at all."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from echolab.errors import CheckpointError, ConfigError, WeightsError
+from echolab.models.names import to_diffusers
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import DEAD_PART, released_shapes
+
+NAME = "diffusion_pytorch_model"  # as the releases and diffusers call it
+Config = dict[str, Any]
+
+
+def write_original(
+    out: Path,
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> list[Path]:
+    """A file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
+
+    `tensors` are all parameters of `net` (which may be on the meta device), by name.  Flash's dead
+    query for sound is written as zeros, so that strict readers find all 1,203 names.
+    Returns the files.  Raises CheckpointError, ConfigError or WeightsError; then nothing is left.
+    """
+    _check_complete(net, tensors)
+    named: dict[str, Tensor] = {}
+    for name, shape in released_shapes(net).items():
+        dead = DEAD_PART in name
+        named[name] = torch.zeros(1).expand(shape) if dead else tensors[name]
+    return _write(out, named, _original_config(net), dtype, shard_bytes)
+
+
+def write_diffusers(
+    out: Path,
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> list[Path]:
+    """A folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
+
+    diffusers has no sound: tensors of that branch get names of ours, which it warns of and leaves.
+    Otherwise as `write_original`.
+    """
+    _check_complete(net, tensors)
+    if out.suffix == ".safetensors":
+        raise ConfigError(f"out={out}: names=diffusers makes a folder with config.json; name one")
+    named = {to_diffusers(name): tensors[name] for name, _ in net.named_parameters()}
+    return _write(out, named, _diffusers_config(net), dtype, shard_bytes)
+
+
+def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(net.named_parameters())
+    for name in [*parameters, *tensors]:
+        have, need = tensors.get(name), parameters.get(name)
+        if have is None or need is None or have.shape != need.shape:
+            raise CheckpointError(
+                f"{name} is {'missing' if have is None else list(have.shape)}, the network has "
+                f"{'none' if need is None else list(need.shape)}: give weights of this network"
+            )
+
+
+def _original_config(net: EchoTransformer) -> Config:
+    """config.json as Wan's own code reads it."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v" if net.img_emb is None else "i2v",
+        "patch_size": list(net.patch_size),
+        "text_len": 512,
+        "in_dim": net.patch_embedding.in_channels,
+        "dim": net.patch_embedding.out_channels,
+        "ffn_dim": net.get_parameter("blocks.0.ffn.0.bias").numel(),
+        "freq_dim": net.freq_dim,
+        "text_dim": net.text_embedding[0].in_features,
+        "out_dim": net.head.head.out_features // math.prod(net.patch_size),
+        "num_heads": net.patch_embedding.out_channels // net.head_dim,
+        "num_layers": len(net.blocks),
+        "window_size": [-1, -1],
+        "qk_norm": True,
+        "cross_attn_norm": True,
+        "eps": net.head.eps,
+    }
+
+
+def _diffusers_config(net: EchoTransformer) -> Config:
+    own = _original_config(net)
+    image_dim = None if net.img_emb is None else net.img_emb.proj[1].in_features
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": own["patch_size"],
+        "num_attention_heads": own["num_heads"],
+        "attention_head_dim": own["dim"] // own["num_heads"],
+        "in_channels": own["in_dim"],
+        "out_channels": own["out_dim"],
+        "text_dim": own["text_dim"],
+        "freq_dim": own["freq_dim"],
+        "ffn_dim": own["ffn_dim"],
+        "num_layers": own["num_layers"],
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": own["eps"],
+        "image_dim": image_dim,
+        "added_kv_proj_dim": None if image_dim is None else own["dim"],
+        "rope_max_seq_len": 1024,
+    }
+
+
+def _shards(
+    named: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int
+) -> list[dict[str, Tensor]]:
+    """In order, each as large as may be; one tensor that is larger is a shard of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in named.items():
+        own = tensor.numel() * dtype.itemsize
+        if size + own > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += own
+    return shards
+
+
+def _write(
+    out: Path, named: Mapping[str, Tensor], config: Config, dtype: torch.dtype, shard_bytes: int
+) -> list[Path]:
+    shards = _shards(named, dtype, shard_bytes)
+    alone = out.suffix == ".safetensors"
+    if out.exists():
+        raise ConfigError(f"out={out}: already there; name another, or remove it")
+    if alone and len(shards) > 1:
+        size = sum(tensor.numel() for tensor in named.values()) * dtype.itemsize
+        raise ConfigError(
+            f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
+            "name a folder, or raise shard_gb"
+        )
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        files = _write_shards(partial, shards, dtype)
+        if alone:
+            files[0].replace(out)
+            partial.rmdir()
+            return [out]
+        _write_synced(partial / "config.json", config)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise WeightsError(
+            f"{out}: could not be written ({error}); make room there, or give another place"
+        ) from error
+    return sorted(out.iterdir())
+
+
+def _write_shards(folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dtype) -> list[Path]:
+    """The shards, and their index where there are several; one is in memory at a time."""
+    files: list[Path] = []
+    places: dict[str, str] = {}
+    size = 0
+    for number, shard in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        files.append(folder / f"{NAME}{part}.safetensors")
+        kept = {name: tensor.detach().to(dtype).contiguous() for name, tensor in shard.items()}
+        save_file(kept, files[-1], {"format": "pt"})
+        _sync(files[-1])
+        places |= dict.fromkeys(shard, files[-1].name)
+        size += sum(tensor.nbytes for tensor in kept.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        _write_synced(folder / f"{NAME}.safetensors.index.json", index)
+    return files
+
+
+def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""Less memory and less time for the same numbers, applied to a network from outside.
+
+Both change how the blocks of a network are run, and neither the names nor the values of its
+parameters.  Apply `checkpoint_blocks` first, so that what is compiled is the checkpointed block.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from echolab.errors import ConfigError
+from echolab.models.attention import attention_from, use_attention
+
+# Operators by parts of their names: torch's kernels, and those of the FlashAttention packages.
+ATTENTION = ("_scaled_dot_product", "flash_attn")
+KEPT: dict[str, tuple[str, ...]] = {"full": (), "selective": ATTENTION}
+
+
+def speed_up(
+    net: nn.Module, *, device: str, attention: str, checkpointing: str, compiled: bool
+) -> None:
+    """conf/trainer's `attention`, `checkpointing` and `compile`; ConfigError for unknown ones."""
+    if checkpointing not in ("none", *KEPT):
+        known = ", ".join(("none", *KEPT))
+        raise ConfigError(f"trainer.checkpointing={checkpointing}: unknown; one of {known}")
+    use_attention(net, attention_from(attention, device))
+    if checkpointing != "none":
+        checkpoint_blocks(net, KEPT[checkpointing])
+    if compiled:
+        compile_blocks(net, device)
+
+
+def _policy(keep: Sequence[str], _: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    kept = any(part in str(operator) for part in keep)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
+    """A block's `forward`.  Plain functions throughout: Dynamo does not look into a partial."""
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(partial(_policy, keep))
+
+    def kept(block: nn.Module, *given: Any) -> Any:
+        forward = type(block).forward
+        return checkpoint(forward, block, *given, use_reentrant=False, context_fn=contexts)
+
+    def recomputed(block: nn.Module, *given: Any) -> Any:
+        return checkpoint(type(block).forward, block, *given, use_reentrant=False)
+
+    return kept if keep else recomputed
+
+
+def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) -> None:
+    """Each `every`-th block keeps its input alone, and is run again on the way back.
+
+    The outputs of operators whose names hold a part in `keep` are kept too: with `ATTENTION` all is
+    recomputed but the attention, which at long sequences is most of the time and little of the
+    memory.  Gradients are the same bit for bit where the kernels are deterministic.
+    """
+    for block in list(net.blocks)[::every]:  # type: ignore[arg-type]
+        # A method of the block, so that a copy of it runs the copy.
+        block.forward = MethodType(_checkpointed(tuple(keep)), block)
+
+
+def compiler_missing(device: str) -> str:
+    """What torch.compile lacks here, in words; empty where nothing."""
+    names = [os.environ.get("CXX") or "g++", "clang++"]
+    if device == "cpu" and not any(shutil.which(name) for name in names):
+        return "no C++ compiler (g++ or clang++) on PATH; install one, or set compile=false"
+    return ""
+
+
+def compile_blocks(net: nn.Module, device: str = "cpu", backend: str = "inductor") -> None:
+    """Every block is compiled when it first runs: all share one graph, so it is compiled once.
+
+    Raises ConfigError where there is no C++ compiler for the CPU's kernels.
+    """
+    missing = compiler_missing(device)
+    if missing and backend == "inductor":
+        raise ConfigError(f"compile=true: {missing}")
+    for block in net.blocks:  # type: ignore[union-attr]
+        block.compile(backend=backend)

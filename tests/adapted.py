@@ -1,0 +1,36 @@
+"""An adapted network, its reference and its objectives, for `runs.train`."""
+
+from typing import Any
+
+import runs
+import tiny
+
+from echolab.diffusion.objectives import NegativePreference
+from echolab.training.lora import (
+    AdaptersOff,
+    AverageAdapters,
+    Lora,
+    add_adapters,
+    base_fingerprint,
+)
+from echolab.training.ranks import mean
+
+LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
+
+
+def settings(reference: str, lora: Lora = LORA, **base: Any) -> dict[str, Any]:
+    """With the base as the `reference`, or the average."""
+    net = tiny.net(**{"trained": True, **base})
+    add_adapters(net, lora, seed=0)
+    frozen = {"base": AdaptersOff, "average": lambda net: AverageAdapters(net, lora)}[reference](
+        net
+    )
+    objectives: dict[str, Any] = {
+        "sft": runs.Supervised(runs.PHASES),
+        "ndpo": NegativePreference(runs.PHASES, frozen, 100.0, 0.2, mean),
+        "dpo": runs.Preference(
+            runs.PHASES, frozen, 100.0, anchor=0.5, target_gradient_factor=0.2, across_ranks=mean
+        ),
+    }
+    record = {**lora._asdict(), "base": base_fingerprint(net)}
+    return {"net": net, "adapters": record, "reference": frozen, "objectives": objectives}

@@ -1,0 +1,62 @@
+"""One rank that trains a step and writes what it holds: `FOLDER STRATEGY RANKS PRECISION LORA`."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import adapted
+import runs
+
+from echolab.training.callbacks import Intervals, Steps
+from echolab.training.fit import Machine
+from echolab.training.masters import Masters
+
+
+def held(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in storages.items() if pointer)
+
+
+def count(self: Steps) -> dict[str, int]:
+    """What lives after the first step."""
+    net, masters = self.module.net, self.masters
+    pieces = [p.ds_tensor.data for p in net.parameters() if hasattr(p, "ds_tensor")]
+    moments = [t for key in masters.keys for t in masters.optimizer.state[key].values()]
+    own = [] if type(masters) is Masters else masters.local  # else the weights are the masters
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = getattr(masters.zero, "grad_partitions_flat_buffer", None)
+    return {
+        "weights": held([*(p.data for p in net.parameters()), *pieces]),
+        "optimizer": held([*moments, *own]),
+        "ema": held(self.ema._average),
+        "gradients": held(gradients if flat is None else [flat]),
+    }
+
+
+def main() -> None:
+    """Train one step."""
+    folder, strategy, ranks, precision, lora = sys.argv[1:]
+    found: dict[str, int] = {}
+
+    def after(self: Steps, signal: int) -> None:
+        found.update(count(self))
+
+    Steps._after = after  # type: ignore[method-assign]
+    runs.train(
+        Path(folder),
+        runs.schedule(("sft", 1)),
+        folder=Path(folder) / f"{strategy}-{precision}-{lora}",
+        every=Intervals(0, 0, 0),
+        machine=Machine(strategy, devices=int(ranks), precision=precision),
+        **(adapted.settings("base") if lora == "lora" else {}),
+    )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        name = f"{strategy}-{precision}-{lora}.json"
+        (Path(folder) / name).write_text(json.dumps(found))
+
+
+main()

@@ -1,0 +1,41 @@
+"""One rank of a test of sequence parallelism: `python sequenced.py FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from echolab.training.memory import checkpoint_blocks
+from echolab.training.sequence import SequenceSplit
+
+TIMESTEPS = torch.tensor([123.0, 987.0])
+
+
+def result(*, split: bool) -> dict[str, torch.Tensor]:
+    """Output and gradients of a tiny network, averaged over ranks where it is split."""
+    net = tiny.net(trained=True, num_heads=4, dim=96)
+    if split:
+        checkpoint_blocks(net)
+        SequenceSplit(net)
+    found = net(tiny.latents(), TIMESTEPS, tiny.conditions())
+    (found * tiny.latents(seed=5)).sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    if split:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return {"output": found.detach(), **gradients}
+
+
+def main() -> None:
+    """Write what this rank found."""
+    dist.init_process_group("gloo")
+    save_file(result(split=True), Path(sys.argv[1]) / f"{dist.get_rank()}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

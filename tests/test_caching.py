@@ -1,0 +1,135 @@
+"""Step caching: nothing at threshold 0, fewer blocks above it, a memory for each branch."""
+
+import pytest
+import tiny
+import torch
+
+from echolab.diffusion.caching import (
+    IDENTITY,
+    WAN_1B3,
+    CachedBlocks,
+    CachePlan,
+    movement,
+    step_cached,
+)
+from echolab.diffusion.guidance import RUNS, guided
+from echolab.diffusion.long_video import sample_windows
+from echolab.diffusion.recipes import DEMO, sigmas_of, timesteps_of
+from echolab.diffusion.sampling import sample_euler
+
+STEPS = 12
+RECIPE = DEMO._replace(
+    steps=STEPS, text_scale=4.0, audio_scale=2.0, window=tiny.FRAMES, by_clip=False, overlap=1
+)
+NET, TOLD, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
+NEGATIVE = torch.full_like(TOLD.text, 0.3)
+LENGTH = 5  # latent frames: two windows
+LONG = TOLD._replace(
+    audio=torch.randn(1, 2 * (4 * LENGTH - 3), 6, generator=torch.Generator().manual_seed(1)),
+    known=torch.zeros(1, 4, LENGTH, *tiny.SHAPE[2:]),
+    known_latents=torch.zeros(1, tiny.CHANNELS, LENGTH, *tiny.SHAPE[2:]),
+)
+LONG_NOISE = torch.randn(
+    1, tiny.CHANNELS, LENGTH, *tiny.SHAPE[2:], generator=torch.Generator().manual_seed(2)
+)
+
+
+class Counted:
+    """How often the first block ran."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.handle = NET.blocks[0].register_forward_hook(self.add)
+
+    def add(self, *_: object) -> None:
+        self.calls += 1
+
+
+def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tensor, int]:
+    """Latents of two windows, and the calls of a block; None is without a cache at all."""
+    counted = Counted()
+    with torch.no_grad():
+        if threshold is None:
+            made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run)
+        else:
+            plan = CachePlan(threshold, timesteps_of(RECIPE), IDENTITY, first=2)
+            with step_cached(NET, plan) as net:
+                made = sample_windows(
+                    net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run
+                )
+    counted.handle.remove()
+    return made, counted.calls
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_threshold_0_is_no_caching_bit_for_bit(run: str) -> None:
+    plain, calls = sampled(None, run)
+    cached, same = sampled(0.0, run)
+    assert torch.equal(plain, cached) and calls == same
+    assert calls == STEPS * 2 * (3 if run == "sequence" else 1)
+
+
+def test_calls_fall_with_the_threshold_to_the_steps_that_must_be() -> None:
+    counts = [sampled(threshold)[1] for threshold in (0.0, 0.15, 0.2, 0.4, 99.0)]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) >= 4
+    assert counts[-1] == (2 + 1) * 2 * 3, "the first two and the last, in each window and branch"
+
+
+def test_a_cached_video_stays_near() -> None:
+    plain, near, far = (sampled(threshold)[0] for threshold in (None, 0.2, 99.0))
+    assert 0 < (near - plain).norm() < (far - plain).norm()
+
+
+def test_branches_do_not_share_a_memory() -> None:
+    """In sequence each branch reuses its own, as in one batch: the results agree."""
+    torch.testing.assert_close(
+        sampled(0.2, "sequence")[0], sampled(0.2, "batch")[0], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_reuse_adds_what_the_blocks_added_before() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, steering: torch.Tensor) -> torch.Tensor:
+            return tokens * 2 + steering.mean()
+
+    plan = CachePlan(99.0, torch.tensor([900.0, 800.0, 700.0]), IDENTITY, first=1)
+    blocks = CachedBlocks(torch.nn.ModuleList([Block(), Block()]), plan)
+    tokens, steering = torch.randn(1, 5, 4), torch.ones(1, 6, 4)
+    before = blocks(tokens, steering)
+    torch.testing.assert_close(before, 4 * tokens + 3)
+    blocks.step = 1
+    torch.testing.assert_close(blocks(10 * tokens, 1.1 * steering), 10 * tokens + 3 * tokens + 3)
+    blocks.step = 2  # the last is always computed
+    torch.testing.assert_close(blocks(10 * tokens, steering), 40 * tokens + 3)
+
+
+def test_the_network_is_itself_again_afterwards() -> None:
+    names, blocks = list(NET.state_dict()), NET.blocks
+    with pytest.raises(RuntimeError, match="stop"):
+        with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))):
+            raise RuntimeError("stop")
+    assert NET.blocks is blocks and list(NET.state_dict()) == names
+
+
+def test_a_batch_of_another_size_is_computed() -> None:
+    plan = CachePlan(99.0, timesteps_of(RECIPE), IDENTITY, first=0)
+    counted = Counted()
+    with step_cached(NET, plan) as net, torch.no_grad():
+        for clips, calls in ((1, 1), (2, 2), (2, 2)):
+            net(tiny.latents(clips), torch.full((clips,), 800.0), tiny.conditions(clips))
+            assert counted.calls == calls
+    counted.handle.remove()
+
+
+def test_the_polynomial_is_the_published_one() -> None:
+    before, now = torch.ones(1, 6, 4), torch.full((1, 6, 4), 1.02)
+    x = 0.02
+    by_hand = -52186.2437 * x**4 + 9230.41404 * x**3 - 528.275948 * x**2 + 13.6987616 * x
+    assert movement(before, now, WAN_1B3) == pytest.approx(by_hand - 0.0499875664, abs=1e-4)
+    assert movement(before, now, IDENTITY) == pytest.approx(0.02, abs=1e-6)
+
+
+def test_it_works_with_a_plain_sampler() -> None:
+    with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))) as net:
+        found = sample_euler(guided(net, TOLD), NOISE, sigmas_of(RECIPE))
+    assert found.shape == NOISE.shape and found.isfinite().all()

@@ -1,0 +1,196 @@
+"""The estimate: bytes of state to the byte, laws over ranks and stages, and the command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import adapted
+import pytest
+import runs
+import tiny
+from runs import PHASES, Supervised
+from test_simulate import peak
+from torch.profiler import ProfilerActivity, profile
+
+from echolab.cli.__main__ import main
+from echolab.encoders.sizes import parameters_of as encoder_parameters
+from echolab.errors import ConfigError
+from echolab.launch.local import run_ranks
+from echolab.training.callbacks import Intervals
+from echolab.training.estimate import BUCKET, STAGES, Parameter, parameters_of, state_bytes
+from echolab.training.simulate import Clip, simulate
+
+HERE = Path(__file__).parent
+RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+STAGE = {"single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+NET = parameters_of(tiny.net())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "precision", "lora"),
+    [
+        ("single", "bf16-mixed", "lora"),
+        ("ddp", "32-true", "no"),
+        ("zero2", "bf16-mixed", "lora"),
+        ("zero3", "32-true", "lora"),
+    ],
+)
+def test_what_a_rank_holds_is_told_to_the_byte(
+    tmp_path: Path, strategy: str, precision: str, lora: str
+) -> None:
+    runs.write_clips(tmp_path / "clips", 7)
+    runs.write_pairs(tmp_path / "pairs", 5)
+    ranks = RANKS[strategy]
+    words = [str(tmp_path), strategy, str(ranks), precision, lora]
+    assert run_ranks([sys.executable, str(HERE / "ranked_bytes.py"), *words], ranks) == 0
+    found = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
+    net = adapted.settings("base")["net"] if lora == "lora" else tiny.net()
+    state = state_bytes(parameters_of(net), stage=STAGE[strategy], world=ranks, precision=precision)
+    for kind in ("weights", "optimizer", "ema"):
+        assert found[kind] == getattr(state, kind), kind
+    if strategy not in ("zero1", "zero2"):  # whose gradients are gone after the step
+        assert found["gradients"] == state.gradients
+
+
+def test_the_total_is_the_peak_of_a_real_run(tmp_path: Path) -> None:
+    sizes = {"dim": 96, "ffn_dim": 384, "num_layers": 4}
+    clips = runs.write_clips(tmp_path / "clips", 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        net = tiny.net(**sizes)
+        runs.train(
+            tmp_path, runs.schedule(("sft", 3)), net=net, clips=clips, batch_size=16,
+            every=Intervals(0, 0, 0), reference=None, objectives={"sft": Supervised(PHASES)},
+        )  # fmt: skip
+    architecture = {
+        **sizes, "num_heads": 2, "freq_dim": 16, "in_channels": 2 * tiny.CHANNELS + 4,
+        "out_channels": tiny.CHANNELS, "text_dim": 10, "image_dim": 12, "audio_dim": 6,
+    }  # fmt: skip
+    clip = Clip(16, tiny.LATENT_FRAMES, tiny.HEIGHT, tiny.WIDTH, 5, 3)
+    step = simulate(architecture, clip)
+    state = state_bytes(parameters_of(net), stage=0, world=1, precision="32-true")
+    activations = max(step.forward, step.together - state.gradients)
+    assert activations > 0.3 * sum(state)  # else this would say nothing of them
+    assert sum(state) + activations == pytest.approx(peak(profiled), rel=0.1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_more_ranks_never_hold_more_and_together_hold_all(stage: int, precision: str) -> None:
+    states = [
+        state_bytes(NET, stage=stage, world=world, precision=precision) for world in range(1, 70)
+    ]
+    count, groups = sum(p.numel for p in NET), 2
+    for before, after in zip(states, states[1:], strict=False):
+        for kind in ("optimizer", "ema", "gradients"):
+            # The padding of one more rank may cost a few numbers.
+            assert getattr(after, kind) <= getattr(before, kind) + 16 * 4 * len(NET), kind
+    assert states[-1].optimizer < states[0].optimizer / 40 or stage == 0
+    for world, state in enumerate(states, 1):
+        if stage:
+            padding = world * state.ema // 4 - count
+            assert 0 <= padding < (2 * world * groups if stage < 3 else world * len(NET))
+            assert world * (state.optimizer - 4 * groups) == 3 * world * state.ema
+        else:
+            assert state == states[0] and state.weights == 4 * count
+
+
+def test_worked_values() -> None:
+    net = [Parameter(10, 2, True), Parameter(3, 1, True), Parameter(7, 2, False)]
+
+    def of(stage: int, world: int, precision: str) -> tuple[int, ...]:
+        return tuple(state_bytes(net, stage=stage, world=world, precision=precision))[:4]
+
+    # 20 numbers, 13 trained in two tensors; two groups, of 10 and 3.
+    assert of(0, 1, "bf16-mixed") == (80, 52, 104 + 8, 52)
+    # Groups filled up to 12 and 4: 16 and 7 frozen of 2 bytes; 8 numbers of each of 3 kinds.
+    assert of(2, 2, "bf16-mixed") == (46, 16, 96 + 8, 32)
+    assert of(1, 2, "bf16-mixed") == (46, 26, 96 + 8, 32)
+    # Pieces of 5, 2 and 4; small ones are kept whole beside them.
+    assert of(3, 2, "bf16-mixed") == (22 + 40, 14, 84 + 8, 28)
+    buffers = [state_bytes(net, stage=s, world=2, precision="bf16-mixed").buffers for s in STAGES]
+    assert buffers == [0, 4 * BUCKET, 4 * BUCKET, 2 * BUCKET]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"stage": 4}, "stage=4"), ({"world": 0}, "world=0"), ({"precision": "16"}, "precision=16")],
+)
+def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        state_bytes(NET, **{"stage": 0, "world": 1, "precision": "32-true", **wrong})
+
+
+def estimated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["estimate", *words, "format=json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["bytes"]["total"] == sum(v for k, v in found["bytes"].items() if k != "total")
+    return found
+
+
+SMALL = ("height=32", "width=32", "frames=5")
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "parameters"),
+    [
+        ("wan_t2v_1b3", 825, 1_418_996_800),
+        ("wan_fun_inp_1b3", 983, 1_564_428_608),
+        ("echomimicv3_preview", 1076, 1_707_215_168),
+        ("echomimicv3_flash", 1203, 1_863_772_992),
+    ],
+)
+def test_the_released_models(
+    capsys: pytest.CaptureFixture[str], model: str, tensors: int, parameters: int
+) -> None:
+    found = estimated(capsys, f"model={model}", *SMALL)
+    assert (found["tensors"], found["parameters"]) == (tensors, parameters)
+    dead = 70_824_960 if model == "echomimicv3_flash" else 0
+    assert found["bytes"]["weights"] == 4 * (parameters - dead)
+
+
+def test_the_encoders_are_those_of_the_release() -> None:
+    # The .pth of umT5-XXL's encoder is 11.36 GB in bf16.
+    assert encoder_parameters("text") == 5_680_910_336
+    assert encoder_parameters("audio") == 94_371_712  # wav2vec2-base without its head
+
+
+def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = estimated(capsys, "model=demo")
+    kept = estimated(capsys, "model=demo", "checkpointing=full")
+    pairs = estimated(capsys, "model=demo", "kind=dpo")
+    lora = estimated(capsys, "model=demo", "lora=attention", "rank=4", "kind=dpo")
+    assert kept["bytes"]["activations"] < 0.7 * plain["bytes"]["activations"]
+    assert pairs["bytes"]["reference"] == plain["bytes"]["weights"] == 4 * 6_029_744
+    two = estimated(capsys, "model=demo", "micro_batch=2")
+    assert pairs["bytes"]["activations"] == two["bytes"]["activations"]
+    layers = 4 * (4 + 8)  # of 256 x 256, in each of four blocks
+    assert lora["trained_parameters"] == layers * 4 * 2 * 256
+    assert lora["bytes"]["reference"] == 0
+    assert lora["bytes"]["ema"] == lora["bytes"]["gradients"] == 4 * lora["trained_parameters"]
+    assert main(["estimate", "demo", "memory=0.5", "stage=2", "world=8"]) == 0
+    text = capsys.readouterr().out
+    assert "6,029,744 parameters" in text and "largest micro-batch" in text
+    for words, message in (
+        (["model=nobody"], "model=nobody: unknown"),
+        (["model=demo", "height=50"], "height=50: must be a multiple of 16"),
+        (["model=demo", "frames=8"], "frames=8: must be 4n + 1"),
+        (["model=demo", "micro_batch=0"], "micro_batch=0"),
+        (["model=demo", "stage=5"], "stage=5: unknown"),
+    ):
+        assert main(["estimate", *words]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_fits_is_what_is_said_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    limit = 0.16
+    rows = estimated(capsys, "model=demo", f"memory={limit}", *SMALL)["fits"]
+    row = next(r for r in rows if r["stage"] == 0 and r["world"] == 1)
+    assert 4 < row["micro_batch"] < 32
+    for clips, fits in ((row["micro_batch"], True), (round(1.2 * row["micro_batch"]) + 1, False)):
+        words = (f"micro_batch={clips}", "stage=0", *SMALL)
+        total = estimated(capsys, "model=demo", *words)["bytes"]["total"]
+        assert (total <= limit * 2**30) is fits
+    micro = [r["micro_batch"] for r in rows if r["stage"] == 3]
+    assert micro == sorted(micro)  # more ranks, more room

@@ -1,0 +1,202 @@
+"""`echolab export`: what is written is what was read, bit for bit, and starts the next run."""
+
+import json
+import re
+from pathlib import Path
+
+import encoded
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from echolab.cli.__main__ import main
+from echolab.cli.policy import last_checkpoint, load_policy, load_released
+from echolab.errors import CheckpointError, ConfigError, WeightsError
+from echolab.models import released
+from echolab.models.export import write_diffusers, write_original
+from echolab.models.weights import released_shapes
+from echolab.training.checkpoint import open_checkpoint
+
+FP32 = {"dtype": torch.float32, "shard_bytes": 10**9}
+WRITERS = {"original": write_original, "diffusers": write_diffusers}
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("model", tiny.MODELS)
+@pytest.mark.parametrize("names", WRITERS)
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000], ids=["one file", "shards"])
+def test_in_out_in_is_the_identity(
+    model: str, names: str, shard_bytes: int, tmp_path: Path
+) -> None:
+    net = tiny.model(model)
+    before = net.state_dict()
+    files = WRITERS[names](
+        tmp_path / "out", net, before, dtype=torch.float32, shard_bytes=shard_bytes
+    )
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert (len(weights) > 1) == (shard_bytes < 10**9)
+    kept = [load_file(file) for file in weights]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in kept]
+    assert all(s <= shard_bytes or len(k) == 1 for s, k in zip(sizes, kept, strict=True))
+    loaded = released.load_released(tmp_path / "out", tiny.architecture(model))
+    assert bits(loaded.net.state_dict()) == bits(before)
+    again = WRITERS[names](
+        tmp_path / "again", loaded.net, loaded.net.state_dict(), dtype=torch.float32,
+        shard_bytes=shard_bytes,
+    )  # fmt: skip
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_flash_file_has_all_released_names(tmp_path: Path) -> None:
+    net = tiny.model("echomimicv3_flash")
+    write_original(tmp_path / "a.safetensors", net, net.state_dict(), **FP32)
+    there = load_file(tmp_path / "a.safetensors")
+    assert {name: tensor.shape for name, tensor in there.items()} == released_shapes(net)
+    dead = {name for name, tensor in there.items() if not tensor.any()}
+    assert dead == {name for name in there if "q_audio" in name} and len(dead) == 4
+
+
+@pytest.mark.parametrize("model", ["wan_t2v_1b3", "wan_fun_inp_1b3"])
+def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    net = tiny.model(model)
+    write_diffusers(
+        tmp_path / "out", net, net.state_dict(), dtype=torch.float32, shard_bytes=90_000
+    )
+    theirs, info = WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = released.load_released(tmp_path / "theirs", tiny.architecture(model)).net
+    assert bits(back.state_dict()) == bits(net.state_dict())
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny.model("wan_t2v_1b3")
+    tensors = net.state_dict()
+    write_original(tmp_path / "a.safetensors", net, tensors, **FP32)
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"a\.safetensors: already there"):
+        write_original(tmp_path / "a.safetensors", net, tensors, **FP32)
+    with pytest.raises(ConfigError, match="more than shard_gb=4e-05; name a folder"):
+        write_original(
+            tmp_path / "b.safetensors", net, tensors, dtype=torch.float32, shard_bytes=40_000
+        )
+    with pytest.raises(ConfigError, match="makes a folder"):
+        write_diffusers(tmp_path / "b.safetensors", net, tensors, **FP32)
+    short = {name: tensor for name, tensor in tensors.items() if name != "head.head.bias"}
+    with pytest.raises(CheckpointError, match=r"head\.head\.bias is missing"):
+        write_original(tmp_path / "b", net, short, **FP32)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("echolab.models.export._sync", full)
+    with pytest.raises(WeightsError, match="b: could not be written .*No space left"):
+        write_original(tmp_path / "b", net, tensors, **FP32)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of three steps, and the settings that it was made with."""
+    root = tmp_path_factory.mktemp("run")
+    clips, _ = encoded.write(root)
+    words = ["train", *encoded.SETTINGS, f"data.clips={clips}", encoded.plan(("sft", 3))]
+    assert main([*words, f"run={root / 'run'}"]) == 0
+    return root / "run", words
+
+
+def test_a_run_is_exported_and_starts_another(
+    run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, words = run
+    capsys.readouterr()
+    for weights, kind in (("ema", "ema"), ("raw", "master")):
+        out = tmp_path / f"{weights}.safetensors"
+        told = ["export", str(folder), f"out={out}", "dtype=fp32", f"weights={weights}"]
+        assert main([*told, "format=json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        part = open_checkpoint(last_checkpoint(folder)).tensors(kind)
+        assert bits(load_file(out)) == bits(part)
+        assert figures["bytes"] == out.stat().st_size and figures["tensors"] == len(part)
+    assert (tmp_path / "ema.safetensors").read_bytes() != (
+        tmp_path / "raw.safetensors"
+    ).read_bytes()
+
+    policy = load_policy(last_checkpoint(folder))
+    architecture = open_checkpoint(last_checkpoint(folder)).state["architecture"]
+    again = load_released(tmp_path / "ema.safetensors", architecture)
+    assert bits(again.state_dict()) == bits(policy.state_dict())
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+    start = [*words, f"weights={tmp_path / 'ema.safetensors'}", f"run={tmp_path / 'next'}"]
+    assert main([*start, encoded.plan(("sft", 1)).replace("lr:1e-3", "lr:0.0")]) == 0
+    first = open_checkpoint(last_checkpoint(tmp_path / "next")).tensors("master")
+    assert bits(first) == bits(policy.state_dict())
+
+
+def test_adapters_are_written_alone_or_added(
+    run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, words = run
+    adapted = tmp_path / "adapted"
+    assert main([*words, "lora=attention", f"initial={base}", f"run={adapted}"]) == 0
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 0
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    assert main(["export", str(adapted), f"out={tmp_path / 'whole'}", "dtype=fp32"]) == 0
+    told = load_policy(last_checkpoint(adapted)).state_dict()
+    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(told)
+    capsys.readouterr()
+    for source, weights in ((base, "adapters"), (adapted, "raw")):
+        assert main(["export", str(source), f"out={tmp_path / 'x'}", f"weights={weights}"]) == 1
+        assert "adapters" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_released_weights_change_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = tiny.model("wan_fun_inp_1b3").bfloat16()
+    save_file(net.state_dict(), tmp_path / "in.safetensors")
+    monkeypatch.setattr("echolab.cli.export.architecture_of", tiny.architecture)
+    told = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "in.safetensors"), *told]) == 0
+    told = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "theirs"), *told]) == 0
+    there = load_file(tmp_path / "out.safetensors")
+    assert there.keys() == net.state_dict().keys()
+    assert all(torch.equal(there[name], tensor) for name, tensor in net.state_dict().items())
+    assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in.safetensors", "out=x"], "no run or checkpoint.*model=NAME"),
+        (["in.safetensors", "out=x", "model=nothing"], "model=nothing: unknown; one of demo"),
+        (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0: must be above 0"),
+        (["in.safetensors", "out=x", "model=demo"], "in.safetensors: not there"),
+        ([".", "out=x"], "no whole checkpoint"),
+    ],
+)
+def test_wrong_words_get_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *words]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,97 @@
+"""`echolab generate` with files in the released formats: tiny random ones of each model."""
+
+from pathlib import Path
+
+import pytest
+import released
+import soundfile
+import tiny
+from PIL import Image
+from safetensors.torch import save_file
+
+from data_prep.talker import draw_talker
+from echolab.cli import generate
+from echolab.cli.__main__ import main
+from echolab.data.media import decode_mp4
+from echolab.models.transformer import EchoTransformer
+
+SIZES = {  # of the tiny encoders
+    "in_channels": 36, "out_channels": 16, "text_dim": 16, "image_dim": 32, "audio_dim": 16,
+    "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 16,
+}  # fmt: skip
+CHANGES = {
+    "wan_t2v_1b3": {"in_channels": 16, "image_dim": None, "audio_dim": None},
+    "wan_fun_inp_1b3": {"audio_dim": None},
+    "echomimicv3_preview": {},
+    "echomimicv3_flash": {"audio_layers": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoders, a portrait and 1 s of speech; a file of weights for each model."""
+    root, drawn = tmp_path_factory.mktemp("models") / "fun", draw_talker(5, 0, frames=30)
+    released.write_release(root)
+    released.write_base_960h(root / "wav2vec2-base-960h")
+    released.write_chinese_base(root / "chinese-wav2vec2-base")
+    Image.fromarray(drawn.frames[0]).save(root / "i.png")
+    soundfile.write(root / "a.wav", drawn.samples[:16_000], 16_000)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "architecture_of", lambda name: {**SIZES, **CHANGES[name]})
+
+
+def weights(folder: Path, model: str) -> Path:
+    net: EchoTransformer = tiny.net(trained=True, **{**SIZES, **CHANGES[model]})
+    path = folder / f"{model}.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, path)
+    return path
+
+
+def words(folder: Path, model: str, out: Path, *more: str) -> list[str]:
+    return [
+        "generate", f"checkpoint={weights(folder, model)}", f"model={model}", f"encoders={folder}",
+        f"out={out}", "size=32", "steps=2", "prompt=a talking person", *more,
+    ]  # fmt: skip
+
+
+SPEAK = ("image={}/i.png", "audio={}/a.wav", "face=12,8,50,55", "seconds=0.8")
+
+
+@pytest.mark.parametrize("long", ["windows", "chunks"])
+@pytest.mark.parametrize("model", ["echomimicv3_preview", "echomimicv3_flash"])
+def test_the_released_models_speak(folder: Path, tmp_path: Path, model: str, long: str) -> None:
+    said = [word.format(folder) for word in SPEAK]
+    parts = ["window=13", f"overlap={8 if long == 'chunks' else 2}", f"long={long}"]
+    out = tmp_path / "v.mp4"
+    assert main(words(folder, model, out, *said, *parts)) == 0
+    assert decode_mp4(out.read_bytes()).shape == (20, 32, 32, 3)
+
+
+def test_wan_draws_from_words_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.mp4"
+    for model in ("wan_t2v_1b3", "wan_fun_inp_1b3"):
+        said = words(folder, model, out, "task=t2v", "seconds=0.4", "audio_scale=1")
+        assert main(said) == 0
+        assert decode_mp4(out.read_bytes()).shape == (10, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "told"),
+    [
+        ("wan_t2v_1b3", SPEAK, "takes no known pixels, task=i2v"),
+        ("wan_fun_inp_1b3", SPEAK, "hears no sound"),
+        ("echomimicv3_preview", (*SPEAK, "wav2vec=nowhere"), "nowhere"),
+    ],
+)
+def test_a_model_that_cannot_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    model: str, more: tuple[str, ...], told: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "v.mp4"
+    assert main(words(folder, model, out, *(word.format(folder) for word in more))) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("echolab: error:") and told in line and not out.exists()

@@ -1,0 +1,186 @@
+"""Training adapters: only they are kept, a run goes on bit for bit, every command takes the run."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import adapted
+import encoded
+import pytest
+import runs
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from echolab.cli.__main__ import main
+from echolab.cli.policy import last_checkpoint, load_policy
+from echolab.launch import exit_codes
+from echolab.launch.local import run_ranks
+from echolab.models.transformer import EchoTransformer
+from echolab.training.callbacks import Intervals
+from echolab.training.checkpoint import PARTS, latest_valid, open_checkpoint
+from echolab.training.lora import base_fingerprint
+from echolab.training.lora_files import load_adapters
+
+PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))
+EVERY = Intervals(log=1, save=1)
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("reference", ["base", "average"])
+def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
+    tmp_path: Path, reference: str
+) -> None:
+    lora = adapted.LORA._replace(dropout=0.3)
+
+    def interrupt(step: int, steps: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    plan = runs.schedule(*PLAN)
+    made = adapted.settings(reference, lora)
+    whole, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
+    first, _ = runs.train(
+        tmp_path / "b", plan, every=EVERY, on_step=interrupt, **adapted.settings(reference, lora)
+    )
+    torch.manual_seed(99)  # what is dropped must not hang on it
+    second, _ = runs.train(tmp_path / "b", plan, every=EVERY, **adapted.settings(reference, lora))
+    assert first.stopped_by and second.done and whole.checkpoint and second.checkpoint
+    assert runs.tensors_of(second.checkpoint) == runs.tensors_of(whole.checkpoint)
+    assert base_fingerprint(made["net"]) == base_fingerprint(tiny.net(trained=True))
+    checkpoint = open_checkpoint(whole.checkpoint)
+    trained = {name for name, p in made["net"].named_parameters() if p.requires_grad}
+    for part in PARTS:
+        assert set(checkpoint.tensors(part)) == trained and len(trained) == 56
+
+
+def test_the_base_as_reference_is_what_a_frozen_copy_of_it_is(tmp_path: Path) -> None:
+    from echolab.models.frozen import Frozen
+
+    made, copy = adapted.settings("base"), adapted.settings("base")
+
+    class Pinned(Frozen):
+        def load(self, weights: Any) -> None:
+            """It stays the base."""
+
+    frozen = Pinned(tiny.net(trained=True))
+    copy["reference"] = frozen
+    for kind in ("dpo", "ndpo"):
+        copy["objectives"][kind].reference = frozen
+    for name, settings in (("a", made), ("b", copy)):
+        runs.train(tmp_path / name, runs.schedule(*PLAN), **settings)
+    one, other = (latest_valid(tmp_path / name / "run/checkpoints")[0] for name in "ab")
+    assert one and other and runs.tensors_of(one.path) == runs.tensors_of(other.path)
+
+
+@pytest.mark.parametrize(
+    ("lora", "base", "message"),
+    [
+        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.rank=3"),
+        (adapted.LORA._replace(alpha=1.0), {}, "alpha is 6.0 there, 1.0 here"),
+        (adapted.LORA, {"trained": False}, "of other adapters: base is [0-9a-f]{32} there"),
+        (None, {}, "of other adapters: targets is .* there, None here"),
+    ],
+)
+def test_other_adapters_and_another_base_are_refused(
+    tmp_path: Path, lora: Any, base: dict[str, Any], message: str
+) -> None:
+    from echolab.errors import CheckpointError
+
+    plan = runs.schedule(("sft", 1))
+    runs.train(tmp_path, plan, **adapted.settings("base"))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        runs.train(tmp_path, plan, **(adapted.settings("base", lora, **base) if lora else {}))
+    assert "\n" not in str(caught.value)
+
+
+def ranked(root: Path, strategy: str, ranks: int) -> dict[str, Any]:
+    """The tensors of a run of four steps under a strategy."""
+    out, plan = root / strategy, json.dumps([["sft", 2], ["dpo", 2]])
+    script = [str(HERE / "ranked.py"), str(root), strategy, str(ranks), str(out)]
+    command = [sys.executable, *script, f"plan={plan}", "lora=average"]
+    assert run_ranks(command, ranks) == 0
+    checkpoint, _ = latest_valid(out / "checkpoints")
+    assert checkpoint
+    return {f"{part}/{n}": t for part in PARTS for n, t in checkpoint.tensors(part).items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_adapters(tmp_path: Path) -> None:
+    runs.write_clips(tmp_path / "clips", 7)
+    runs.write_pairs(tmp_path / "pairs", 5)
+    runs.write_clips(tmp_path / "held", 4, 50)
+    expected = ranked(tmp_path, "single", 1)
+    for strategy in ("ddp", "zero2", "zero3"):
+        found = ranked(tmp_path, strategy, 2)
+        assert set(found) == set(expected)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def velocities(net: EchoTransformer) -> torch.Tensor:
+    """Of the first clip of `encoded`."""
+    from echolab.types import Conditions
+
+    one = {name: tensor[None] for name, tensor in encoded.tensors(0).items()}
+    told = Conditions(*(one[n] for n in ("text", "image", "audio", "face")),
+                      one["known.i2v"], one["known_latents.i2v"])  # fmt: skip
+    with torch.no_grad():
+        return net(one["latents"], torch.tensor([500.0]), told)
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips, pairs = encoded.write(tmp_path / "data")
+    words = ["train", *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}"]
+    lora = ["lora=attention", "lora.rank=2", "lora.alpha=4"]
+
+    def train(name: str, *more: str, plan: str = encoded.plan(("sft", 2))) -> int:
+        return main([*words, f"run={tmp_path / name}", plan, *more])
+
+    assert train("base") == exit_codes.DONE
+    first = ["initial=" + str(tmp_path / "base"), *lora]
+    dpo = encoded.plan(("sft", 1), ("dpo", 2))
+    assert train("a", *first, "reference=base", plan=dpo) == exit_codes.DONE
+    assert train("b", f"initial={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
+    base, a, b = (last_checkpoint(tmp_path / name) for name in ("base", "a", "b"))
+    told = [open_checkpoint(path).state["adapters"] for path in (a, b)]
+    assert told[0] == told[1] and told[0]["origin"]["checkpoint"] == str(base)
+    assert told[0]["base"] == base_fingerprint(load_policy(base))
+
+    merged, other = load_policy(a), load_policy(base)
+    assert set(merged.state_dict()) == set(other.state_dict())
+    assert (
+        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "weights=adapters"]) == 0
+    )
+    load_adapters(other, tmp_path / "folder")
+    torch.testing.assert_close(velocities(merged), velocities(other), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(velocities(load_policy(b)), velocities(merged))
+
+    # Full training from adapters starts from the merged network; adapters from a folder, from it.
+    assert train("c", f"initial={tmp_path / 'a'}", plan=encoded.plan(("sft", 1))) == 0
+    assert train("d", *first, f"lora.start={tmp_path / 'folder'}") == 0
+    capsys.readouterr()
+    refused = {
+        "reference=base: means adapters": ["reference=base"],
+        "rank is 2 there, 3 here": ["initial=" + str(tmp_path / "a"), *lora, "lora.rank=3"],
+        "rank is 2, here 5; set lora.rank=2":
+            [*first, "lora.rank=5", f"lora.start={tmp_path / 'folder'}"],
+        "names none of the network's": [*first, "lora.targets=[nothing]"],
+        "adapters of another base": [*lora, f"lora.start={tmp_path / 'folder'}"],
+    }  # fmt: skip
+    for message, more in refused.items():
+        assert train("refused", *more, plan=encoded.plan(("dpo", 1))) == 1
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+    assert (
+        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'm.safetensors'}", "dtype=fp32"])
+        == 0
+    )
+    exported = load_file(tmp_path / "m.safetensors")
+    assert set(exported) == set(merged.state_dict())
+    assert all(torch.equal(exported[name], value) for name, value in merged.state_dict().items())
+    (base / "manifest.json").unlink()
+    assert main(["export", str(tmp_path / "a"), f"out={tmp_path / 'n.safetensors'}"]) == 1

@@ -1,0 +1,227 @@
+"""A dataset encoded by the released encoders, one after another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import released
+import torch
+
+from data_prep import encode, stages
+from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.raw import boxes_of, caption_of, open_raw, pixels_of, sound_of
+from echolab.data.batches import read_clip
+from echolab.data.shards import open_dataset
+from echolab.encoders.encode import Encoders, encode_clip
+from echolab.encoders.released import Resident, find_released, released_encoders
+from echolab.encoders.umt5 import as_written, cleaned
+from echolab.errors import ConfigError, DataError, WeightsError
+from echolab.tasks.masks import TASKS
+
+FRAMES, SIZE, CLIPS = 13, 32, 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`release`, `pipeline`, `base`, `chinese` and a raw dataset `raw`."""
+    folder = tmp_path_factory.mktemp("world")
+    released.write_release(folder / "release")
+    released.write_pipeline(folder / "pipeline")
+    released.write_base_960h(folder / "base")
+    released.write_chinese_base(folder / "chinese")
+    draw_dataset(
+        DrawOptions(folder / "raw", clips=CLIPS, frames=FRAMES, size=SIZE), lambda done: None
+    )
+    return folder
+
+
+def made(world: Path, *, audio: str = "base", speech: str = "preview", **more: int) -> Encoders:
+    files = find_released(world / "release", world / audio)
+    return released_encoders(files, torch.device("cpu"), torch.float32, speech=speech, **more)
+
+
+def command(world: Path, out: Path, *more: str) -> list[str]:
+    return [str(world / "raw"), str(out), "encoders=released", f"weights={world / 'release'}",
+            f"audio={world / 'base'}", "dtype=fp32", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("audio", "speech", "shape"),
+    [("base", "preview", (2 * FRAMES, 16)), ("chinese", "flash", (FRAMES, 12, 16))],
+)
+def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
+    world: Path, tmp_path: Path, audio: str, speech: str, shape: tuple[int, ...]
+) -> None:
+    encoders = made(world, audio=audio, speech=speech)
+    assert stages.encode_in_stages(world / "raw", tmp_path / "out", encoders, {}) == CLIPS
+    dataset, raw = open_dataset(tmp_path / "out"), open_raw(world / "raw")
+    assert dataset.keys == raw.keys and dataset.encoders == encoders.fingerprints
+    assert not (tmp_path / "out" / ".work").exists()
+    members = raw.read(1)
+    expected = encode_clip(made(world, audio=audio, speech=speech, resident=4), pixels_of(members),
+                           sound_of(members), caption_of(members), *boxes_of(members))  # fmt: skip
+    assert expected["audio"].shape == shape
+    for task in TASKS:
+        clip = read_clip(dataset, 1, task)
+        assert clip.latents.shape[-4:] == (16, 4, SIZE // 8, SIZE // 8)
+        assert torch.equal(clip.conditions.text.squeeze(0), expected["text"].half().float())
+        assert torch.equal(clip.conditions.audio.squeeze(0), expected["audio"].half().float())
+        torch.testing.assert_close(clip.latents.squeeze(0), expected["latents"].half().float())
+        if task != "t2v":
+            known = expected[f"known_latents.{task}"].half().float()
+            torch.testing.assert_close(clip.conditions.known_latents.squeeze(0), known)
+
+
+def test_the_command_and_its_summary(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert encode.main(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["clips"] == CLIPS and told["encoders"]["text"].endswith(" cleaned")
+    assert open_dataset(tmp_path / "out").description["dtype"] == "fp32"
+    with pytest.raises(DataError, match="already holds a dataset"):
+        encode.main(command(world, tmp_path / "out"))
+
+
+def test_a_stopped_command_goes_on_where_it_was(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert encode.main(command(world, whole)) == 0
+    calls: list[str] = []
+
+    def watched(stop_in: str | None) -> None:
+        def stages_of(encoders: Encoders) -> dict[str, stages.Stage]:
+            def stage(name: str, inner: stages.Stage) -> stages.Stage:
+                def run(members: stages.Members) -> dict[str, torch.Tensor]:
+                    calls.append(name)
+                    if name == stop_in:
+                        raise KeyboardInterrupt
+                    return inner(members)
+
+                return run
+
+            return {name: stage(name, inner) for name, inner in original(encoders).items()}
+
+        monkeypatch.setattr(stages, "stages_of", stages_of)
+
+    original = stages.stages_of
+    watched(stop_in="sound")
+    with pytest.raises(KeyboardInterrupt):
+        encode.main(command(world, out))
+    assert calls == ["text"] * CLIPS + ["image"] * CLIPS + ["sound"]
+    assert not (out / "dataset.json").exists()
+    calls.clear()
+    watched(stop_in=None)
+    assert encode.main(command(world, out)) == 0
+    assert calls == ["sound"] * CLIPS + ["video"] * CLIPS
+    assert open_dataset(out).fingerprint == open_dataset(whole).fingerprint
+
+
+def test_leftovers_of_another_command_are_not_taken_up(world: Path, tmp_path: Path) -> None:
+    one, other = made(world), made(world, audio="chinese", speech="flash")
+    dataset = open_raw(world / "raw")
+    names = {
+        stages._identity(dataset, one, {"dtype": "fp32"}),
+        stages._identity(dataset, one, {"dtype": "bf16"}),
+        stages._identity(dataset, other, {"dtype": "fp32"}),
+    }
+    assert len(names) == 3
+    assert stages._identity(dataset, made(world), {"dtype": "fp32"}) in names
+
+
+def test_an_error_names_the_sample_and_leaves_no_dataset(world: Path, tmp_path: Path) -> None:
+    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=9, size=SIZE), lambda done: None)
+    flash = made(world, audio="chinese", speech="flash")
+    key = open_dataset(tmp_path / "raw").keys[0]
+    with pytest.raises(Exception, match=f"raw: sample {key}: sound of .* has no loudness"):
+        stages.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_values_beyond_fp16_are_refused() -> None:
+    with pytest.raises(DataError, match="sample a: text is not finite in fp16"):
+        stages.stored("a", {"text": torch.tensor([1e6])})
+
+
+def test_at_most_so_many_networks_are_in_memory() -> None:
+    alive: list[str] = []
+
+    class Net:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            alive.append(name)
+            most_alive.append(len(alive))
+
+        def __del__(self) -> None:
+            alive.remove(self.name)
+
+    for limit in (1, 2):
+        most_alive: list[int] = []
+        networks = Resident({n: (lambda n=n: Net(n)) for n in "abc"}, limit)
+        for name in "aabac":
+            assert networks(name).name == name
+        assert max(most_alive) == limit
+        del networks
+        assert alive == []
+
+
+def test_no_network_is_loaded_before_it_is_used(world: Path) -> None:
+    encoders = made(world)
+    loaded = encoders.video.networks  # type: ignore[attr-defined]
+    assert list(loaded.held) == []
+    encoders.image(None)
+    assert list(loaded.held) == ["image"]
+    encoders.audio(torch.zeros(3200), 5)
+    assert list(loaded.held) == ["audio"]
+
+
+def test_fingerprints_follow_the_files_alone(world: Path, tmp_path: Path) -> None:
+    one = made(world).fingerprints
+    assert one == made(world, resident=4).fingerprints
+    assert set(one) == {"video", "text", "image", "audio"}
+    other = made(world, audio="chinese", speech="flash").fingerprints
+    assert {name for name in one if one[name] != other[name]} == {"audio"}
+    released.write_release(tmp_path / "release")
+    changed = released.vae_original(released.vae())
+    changed["conv1.bias"][0] += 1e-3
+    torch.save(changed, tmp_path / "release" / released.VIDEO)
+    files = find_released(tmp_path / "release", world / "base")
+    again = released_encoders(files, torch.device("cpu"), torch.float32, speech="preview",
+                              clean=cleaned).fingerprints  # fmt: skip
+    assert {name for name in one if one[name] != again[name]} == {"video", "text"}
+    assert again["text"].split()[0] == one["text"].split()[0] and cleaned is not as_written
+
+
+def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_path: Path) -> None:
+    release = find_released(world / "release", world / "base")
+    assert release.video.name == "Wan2.1_VAE.pth" and release.tokenizer.name == "umt5-xxl"
+    pipeline = find_released(world / "pipeline", world / "base")
+    assert [path.name for path in pipeline] == [
+        "vae", "text_encoder", "tokenizer", "image_encoder", "base"
+    ]  # fmt: skip
+    with pytest.raises(WeightsError, match="nowhere: not there"):
+        find_released(tmp_path / "nowhere", world / "base")
+    with pytest.raises(WeightsError, match="none: not there.*wav2vec2"):
+        find_released(world / "release", tmp_path / "none")
+    for part, name in (("video", "Wan2.1_VAE.pth"), ("image", released.IMAGE)):
+        partial = tmp_path / part
+        released.write_release(partial)
+        (partial / name).unlink()
+        with pytest.raises(WeightsError, match=f"no {part} .*need one of {name}") as told:
+            find_released(partial, world / "base")
+        assert "\n" not in str(told.value)
+
+
+def test_options_that_cannot_be(world: Path, tmp_path: Path) -> None:
+    raw, out = str(world / "raw"), str(tmp_path / "out")
+    with pytest.raises(ConfigError, match="video=: needed with encoders=demo"):
+        encode.main([raw, out])
+    with pytest.raises(ConfigError, match="weights=: needed with encoders=released"):
+        encode.main([raw, out, "encoders=released", f"audio={world / 'base'}"])
+    with pytest.raises(ConfigError, match="audio=: needed"):
+        encode.main([raw, out, "encoders=released", f"weights={world / 'release'}"])
+    for device in ("cuda:63", "nonsense"):
+        with pytest.raises(ConfigError, match=f"device={device}: not here"):
+            encode.main(command(world, tmp_path / "out", f"device={device}"))
+    assert not (tmp_path / "out").exists()
