@@ -86,14 +86,17 @@ def test_the_peak_is_what_was_held_at_once() -> None:
 
 
 def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    order, clock = [], iter([0.0, 3.0, 10.0, 14.0, 20.0, 28.0, 30.0, 31.0, 40.0, 42.0, 50.0, 60.0])
+    wall = [0.0, 3.0, 10.0, 14.0, 20.0, 28.0, 30.0, 31.0, 40.0, 42.0, 50.0, 60.0]
+    clock, processor, order = iter(wall), iter(range(12)), []
     monkeypatch.setattr(bench_rows, "peak_of", lambda run, device: 2**20)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", lambda: next(processor))
     pair = measure(lambda: order.append("a"), lambda: order.append("b"), 3, "cpu")
     assert "".join(order) == "ab" + "abbaab"
-    assert (pair.seconds, pair.baseline_seconds) == (2.0, 8.0)  # of 3, 1, 2 and 4, 8, 10
-    rows = pair.rows("fp32", "diffusers")
-    assert [(r.name, r.ratio) for r in rows] == [("fp32/time", 0.25), ("fp32/peak_memory", 1.0)]
+    assert (pair.ours.seconds, pair.baseline.seconds) == (2.0, 8.0)  # of 3, 1, 2 and 4, 8, 10
+    ratios = {row.name: row.ratio for row in pair.rows("fp32", "diffusers", "cpu")}
+    assert ratios == {"fp32/time": 0.25, "fp32/processor_time": 1.0, "fp32/peak_memory": 1.0}
+    assert len(pair.rows("fp32", "diffusers", "cuda")) == 2
 
 
 def test_both_networks_are_the_same() -> None:

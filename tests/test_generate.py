@@ -116,6 +116,16 @@ def test_the_same_seed_gives_the_same_video(
     assert files[0] == files[1] != files[2]
 
 
+def test_devices_that_share_the_tokens_make_the_same_video(
+    made: small_run.SmallRun, given: Given, tmp_path: Path
+) -> None:
+    for devices in (1, 2):
+        out = f"out={tmp_path / str(devices)}.mp4"
+        assert generate(made, *words_for("i2v", given), out, f"devices={devices}") == 0
+    alone, shared = frames_in(tmp_path / "1.mp4"), frames_in(tmp_path / "2.mp4")
+    assert np.abs(alone.astype(int) - shared).mean() < 0.5  # of 255: sums in another order
+
+
 @pytest.mark.parametrize("long", ["windows", "chunks"])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_makes_a_long_video(

@@ -6,6 +6,7 @@ import pytest
 import released
 import soundfile
 import tiny
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,6 +15,8 @@ from echolab.cli import generate
 from echolab.cli.__main__ import main
 from echolab.data.media import decode_mp4
 from echolab.models.transformer import EchoTransformer
+from echolab.training.lora import Lora, add_adapters, base_fingerprint
+from echolab.training.lora_files import save_adapters, trained_tensors
 
 SIZES = {  # of the tiny encoders
     "in_channels": 36, "out_channels": 16, "text_dim": 16, "image_dim": 32, "audio_dim": 16,
@@ -69,6 +72,22 @@ def test_the_released_models_speak(folder: Path, tmp_path: Path, model: str, lon
     out = tmp_path / "v.mp4"
     assert main(words(folder, model, out, *said, *parts)) == 0
     assert decode_mp4(out.read_bytes()).shape == (20, 32, 32, 3)
+
+
+def test_adapters_change_a_released_model(folder: Path, tmp_path: Path) -> None:
+    net = tiny.net(trained=True, **{**SIZES, **CHANGES["echomimicv3_preview"]})
+    base, lora = base_fingerprint(net), Lora(("ffn",), rank=2, alpha=64.0)
+    add_adapters(net, lora, seed=0)
+    tensors, layers = trained_tensors(net)
+    for tensor in tensors.values():
+        tensor.data.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapters(tmp_path / "lora", lora, tensors, layers, base)
+    said = [word.format(folder) for word in SPEAK]
+    for name, more in (("without", []), ("with", [f"lora={tmp_path / 'lora'}"])):
+        assert (
+            main(words(folder, "echomimicv3_preview", tmp_path / f"{name}.mp4", *said, *more)) == 0
+        )
+    assert (tmp_path / "with.mp4").read_bytes() != (tmp_path / "without.mp4").read_bytes()
 
 
 def test_wan_draws_from_words_alone(folder: Path, tmp_path: Path) -> None:

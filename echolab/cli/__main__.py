@@ -67,10 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"echolab {version('echolab')}")
         return 0
-    # Before torch is imported: threads that wait for each other spin for some 0.1 ms, then sleep.
-    # Without a limit a step takes ten times as long on cores that others use too; without any
-    # spinning it takes a fifth longer on idle ones.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    # Before torch is imported: threads that wait for each other spin a little, then sleep.  Without
+    # a limit a step takes ten times as long on cores that others use too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from echolab.arguments import parse
-from echolab.cli.bench_rows import Row, as_json, as_table, peak_of, say, seconds_of
+from echolab.cli.bench_rows import Row, as_json, as_table, cost_of, peak_of, say
 from echolab.cli.bench_subjects import Inputs, draw_inputs, ours_net
 from echolab.cli.policy import architecture_of
 from echolab.diffusion.long_video import sample_windows
@@ -91,7 +91,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
             peak = peak_of(run.one_step, arguments.device)
             yield Row(f"window={recipe.window}/peak_memory", peak / 2**20, "MiB")
         length = size[0] / FPS
-        yield Row(f"{name}/time", seconds_of(run, arguments.device), "s", "the video", length)
+        yield Row(f"{name}/time", cost_of(run, arguments.device).seconds, "s", "the video", length)
 
 
 def recipes(arguments: GenerateArguments) -> list[Recipe]:

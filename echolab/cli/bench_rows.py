@@ -28,22 +28,29 @@ class Row(NamedTuple):
         return self.value / self.baseline_value if self.baseline_value else None
 
 
+class Cost(NamedTuple):
+    """What one run takes; of several runs the medians."""
+
+    seconds: float  # by the clock on the wall, the GPU's work included
+    processor_seconds: float  # of all threads: what others do on the same cores is not in it
+    peak: int = 0  # bytes
+
+
 class Pair(NamedTuple):
-    """Medians of two things that were run in turns."""
+    """Two things that were run in turns."""
 
-    seconds: float
-    baseline_seconds: float
-    peak: int  # bytes
-    baseline_peak: int
+    ours: Cost
+    baseline: Cost
 
-    def rows(self, name: str, baseline: str) -> list[Row]:
+    def rows(self, name: str, baseline: str, device: str) -> list[Row]:
         """Time and memory."""
-        mebi = 2**20
-        return [
-            Row(f"{name}/time", self.seconds, "s", baseline, self.baseline_seconds),
-            Row(f"{name}/peak_memory", self.peak / mebi, "MiB", baseline,
-                self.baseline_peak / mebi),
-        ]  # fmt: skip
+        ours, other, mebi = self.ours, self.baseline, 2**20
+        rows = [Row(f"{name}/time", ours.seconds, "s", baseline, other.seconds)]
+        if device == "cpu":
+            taken = ours.processor_seconds, other.processor_seconds
+            rows.append(Row(f"{name}/processor_time", taken[0], "s", baseline, taken[1]))
+        peaks = ours.peak / mebi, other.peak / mebi
+        return [*rows, Row(f"{name}/peak_memory", peaks[0], "MiB", baseline, peaks[1])]
 
 
 def as_json(rows: Sequence[Row]) -> str:
@@ -69,15 +76,15 @@ def as_table(rows: Sequence[Row]) -> str:
     )
 
 
-def seconds_of(run: Run, device: str) -> float:
-    """Wall-clock seconds of one run, the GPU's work included."""
+def cost_of(run: Run, device: str) -> Cost:
+    """Time of one run."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Cost(time.perf_counter() - start, time.process_time() - processor)
 
 
 def peak_of(run: Run, device: str) -> int:
@@ -106,25 +113,25 @@ def peak_of(run: Run, device: str) -> int:
     return highest
 
 
-def measure(
-    run: Run, baseline: Run, pairs: int, device: str, told: Callable[[int], None] | None = None
-) -> Pair:
+def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
     """Both in turns, `pairs` times, each first every other time, so that what disturbs one
     disturbs the other; memory is that of a round before them."""
     run()  # compilers and tables at work
     baseline()
     peaks = peak_of(run, device), peak_of(baseline, device)
-    times: list[tuple[float, float]] = []
+    costs: dict[Run, list[Cost]] = {run: [], baseline: []}
     for index in range(pairs):
-        if index % 2:
-            second = seconds_of(baseline, device)
-            times.append((seconds_of(run, device), second))
-        else:
-            times.append((seconds_of(run, device), seconds_of(baseline, device)))
-        if told:
-            told(index + 1)
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    return Pair(ours, theirs, *peaks)
+        for one in (run, baseline)[:: -1 if index % 2 else 1]:
+            costs[one].append(cost_of(one, device))
+    ours, other = (
+        Cost(
+            statistics.median(cost.seconds for cost in costs[one]),
+            statistics.median(cost.processor_seconds for cost in costs[one]),
+            peak,
+        )
+        for one, peak in zip((run, baseline), peaks, strict=True)
+    )
+    return Pair(ours, other)
 
 
 def say(words: str) -> None:

@@ -185,9 +185,9 @@ def main_rows(
     pair = step.measure(precision, step.of(run_ours, ours), step.of(run_diffusers, theirs))
     if pair is None:
         return
-    yield from pair.rows(precision, "diffusers")
+    yield from pair.rows(precision, "diffusers", step.device)
     tokens, name = shapes_of(step.inputs).tokens, "diffusers"
-    seconds, baseline = pair.seconds, pair.baseline_seconds
+    seconds, baseline = pair.ours.seconds, pair.baseline.seconds
     yield Row(f"{precision}/tokens", tokens / seconds, "1/s", name, tokens / baseline)
     tera = step_flops(architecture, shapes_of(step.inputs)) / 1e12
     yield Row(f"{precision}/arithmetic", tera / seconds, "TFLOP/s", name, tera / baseline)
@@ -251,4 +251,4 @@ def audio_rows(
 def _variant(step: Step, name: str, net: nn.Module, baseline: Run, called: str) -> Iterator[Row]:
     pair = step.measure(name, step.of(run_ours, net), baseline)
     if pair:
-        yield from pair.rows(name, called)
+        yield from pair.rows(name, called, step.device)

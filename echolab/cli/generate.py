@@ -1,11 +1,17 @@
 """`echolab generate image=I audio=A out=V.mp4`: a talking video with its sound."""
 
+import io
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from echolab.arguments import parse
 from echolab.cli.colours import match_colours
@@ -30,7 +36,13 @@ from echolab.encoders.released import find_released, released_encoders
 from echolab.encoders.sound import SAMPLES_PER_FRAME
 from echolab.errors import ConfigError, MediaError
 from echolab.fitting import load_net, work_dtype
+from echolab.launch.local import run_ranks, started_by_launcher
+from echolab.launch.runs import own_rank
+from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
+from echolab.training.lora import merge
+from echolab.training.lora_files import load_adapters
+from echolab.training.sequence import SequenceSplit
 
 LEAST_FRAMES = 5
 
@@ -48,10 +60,19 @@ def main(argv: list[str]) -> int:
     arguments.recipe()
     began = time.monotonic()
     samples, frames = read_sound_of(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = load_models(arguments, device)
-    check_network(models.net, arguments)
-    pictures = generate(arguments, models, samples, frames, device)
+    if arguments.devices > 1 and not started_by_launcher():
+        command = [sys.executable, "-m", "echolab.cli", "generate", *argv]
+        return run_ranks(command, arguments.devices)
+    with joined(arguments.devices) as device:
+        models = load_models(arguments, device)
+        check_network(models.net, arguments)
+        use_attention(models.net, attention_from("auto", device))
+        if arguments.devices > 1:
+            SequenceSplit(models.net)
+        with redirect_stderr(io.StringIO()) if own_rank() else nullcontext():
+            pictures = generate(arguments, models, samples, frames, device)
+    if own_rank():
+        return 0
     sound = None if samples is None else samples[: frames * SAMPLES_PER_FRAME]
     write_video(arguments.out, pictures, sound)
     seconds = time.monotonic() - began
@@ -59,6 +80,27 @@ def main(argv: list[str]) -> int:
     plain = f"{arguments.out}: {frames} frames ({frames / 25:.2f} s) in {seconds:.1f} s"
     print(json.dumps(figures) if arguments.format == "json" else plain)
     return 0
+
+
+@contextmanager
+def joined(devices: int) -> Iterator[torch.device]:
+    """This process's device, and, of several, the group of those that share a video."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and devices > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"devices={devices}: this machine has {count}; give devices={count}")
+    number = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
+    device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
+    if devices == 1:
+        yield device
+        return
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def read_sound_of(arguments: GenerateArguments) -> tuple[Samples | None, int]:
@@ -85,7 +127,11 @@ def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
         files = find_released(arguments.encoders, arguments.wav2vec_folder)
         encoders = released_encoders(files, device, dtype, speech=arguments.speech)
         architecture = architecture_of(arguments.model)
-        return Models(load_released(arguments.checkpoint, architecture, dtype), encoders)
+        net = load_released(arguments.checkpoint, architecture, dtype)
+        if arguments.lora:
+            load_adapters(net, arguments.lora)
+            merge(net)
+        return Models(net, encoders)
     checkpoint = last_checkpoint(arguments.checkpoint)
     net = load_policy(checkpoint)
     encoders = demo_encoders(load_net(arguments.video, CausalAutoencoder))

@@ -69,6 +69,9 @@ class GenerateArguments:
     model: str | None = field(
         default=None, metadata={"help": "name of a released model, such as echomimicv3_preview"}
     )
+    lora: Path | None = field(
+        default=None, metadata={"help": "adapters to add to a released model: a folder of peft's"}
+    )
     encoders: Path | None = field(
         default=None, metadata={"help": "folder of the released encoders (with model)"}
     )
@@ -124,6 +127,9 @@ class GenerateArguments:
     branches: Literal["batch", "sequence"] = field(
         default="batch", metadata={"help": "of guidance; in sequence they need less memory"}
     )
+    devices: int = field(
+        default=1, metadata={"help": "that share the video's tokens; must divide the heads"}
+    )
     cache: float = field(
         default=0.0, metadata={"help": "TeaCache threshold, such as 0.1; 0 computes every step"}
     )
@@ -144,6 +150,8 @@ class GenerateArguments:
             raise ConfigError(f"seconds={self.seconds}: must be above 0 and below 3600")
         if not 0 <= self.cache < 100:
             raise ConfigError(f"cache={self.cache}: must be 0 or more; 0.1 is usual")
+        if self.devices < 1 or (self.devices > 1 and self.cache):
+            raise ConfigError(f"devices={self.devices}: must be 1 or more, and 1 with cache=")
         if (self.width is None) != (self.height is None):
             raise ConfigError("width= and height= go together; give both, or size=")
         for name in ("size", "width", "height"):
@@ -174,6 +182,8 @@ class GenerateArguments:
             raise ConfigError(f"task={self.task}: takes no box=; that is for avatar_sync, lip_sync")
         if (self.model is None) != (self.encoders is None):
             raise ConfigError("model= and encoders= go together: a released model and its encoders")
+        if self.lora is not None and self.model is None:
+            raise ConfigError(f"lora={self.lora}: is for model=; a run has its adapters with it")
 
     @property
     def speech(self) -> Literal["preview", "flash"]:

@@ -14,6 +14,8 @@ from echolab.data.batches import read_tensors
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError
+from echolab.models.attention import attention_from, use_attention
+from echolab.models.frozen import Frozen
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.callbacks import Intervals, Sink, Steps
 from echolab.training.checkpoint import check_architecture, open_checkpoint
@@ -193,7 +195,7 @@ def fit(training: Training) -> FitResult:
         training.net.load_state_dict(origin.tensors("ema"))
     machine, optim = training.machine, training.optim
     accumulation = _cut(training.batch_size, training.micro_batch_size, machine)
-    _speed_up(training.net, machine)
+    _speed_up(training)
     feed = Feed(
         training.clips,
         training.pairs,
@@ -212,15 +214,18 @@ def fit(training: Training) -> FitResult:
     return FitResult(steps.step, schedule.steps, steps.stopped_by, steps.saved)
 
 
-def _speed_up(net: nn.Module, machine: Machine) -> None:
-    on_gpu = machine.accelerator in ("gpu", "cuda")
+def _speed_up(training: Training) -> None:
+    machine = training.machine
+    device = "cuda" if machine.accelerator in ("gpu", "cuda") else machine.accelerator
     speed_up(
-        net,
-        device="cuda" if on_gpu else machine.accelerator,
+        training.net,
+        device=device,
         attention=machine.attention,
         checkpointing=machine.checkpointing,
         compiled=machine.compile,
     )
+    if isinstance(training.reference, Frozen):
+        use_attention(training.reference.net, attention_from(machine.attention, device))
 
 
 def _module(training: Training, accumulation: int) -> DiffusionModule:
