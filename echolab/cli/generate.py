@@ -99,6 +99,7 @@ def joined(devices: int) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield device
+        dist.barrier()  # nobody leaves while another still talks to him
     finally:
         dist.destroy_process_group()
 
