@@ -1,6 +1,7 @@
 """The demo's training runs, its preference pairs and its scores."""
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from echolab.diffusion.objectives import NegativePreference, Preference, Supervi
 from echolab.diffusion.phases import PHDA, KeepModalities, of_preferences
 from echolab.fitting import load_net, work_dtype
 from echolab.metrics.networks import FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import cepstra_of, score_clips
+from echolab.metrics.scores import Judges, cepstra_of, score_clips
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
@@ -52,6 +53,7 @@ from echolab.training.callbacks import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine, Training, fit
 from echolab.training.module import Optim
+from echolab.types import Clips
 
 PHASES = KeepModalities(PHDA)
 
@@ -176,15 +178,13 @@ def score(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
     A checkpoint is sampled with guidance by sound, and without: what guidance adds at the price of
     a second pass is a part of what preference training can teach.
     """
-    truth = load_clips(out.raw_held_out)
-    real = load_clips(out.raw_train, 4 * settings.held_out_clips)
-    judges, cepstra = load_judges(out.networks, real), cepstra_of(truth)
+    truth, judges = truth_and_judges(out, 4 * settings.held_out_clips)
+    pixels, cepstra = truth.float_pixels(), cepstra_of(truth)
     if name == "shuffled_sound":  # each clip with the sound, and the visemes, of the one before
         assert truth.visemes is not None
         truth = truth._replace(samples=truth.samples.roll(1, 0), visemes=truth.visemes.roll(1, 0))
         cepstra = cepstra_of(truth)
     if name in REFERENCES:
-        pixels = load_clips(out.raw_held_out).float_pixels()
         scores = score_clips(judges, pixels, truth, cepstra)
     else:
         sampling = settings.sampling()
@@ -201,6 +201,13 @@ def score(settings: DemoSettings, out: Folder, name: str, seed: int) -> None:
     rows.append({"checkpoint": name, "seed": seed, "scores": scores})
     write_whole(out.scores, json.dumps({"rows": rows}, indent=1).encode())
     keep_samples(out.samples / f"seed_{seed}" / name, pixels, truth)
+
+
+@lru_cache(maxsize=1)
+def truth_and_judges(out: Folder, real_clips: int) -> tuple[Clips, Judges]:
+    """The held-out clips, and the judges with the features of so many training clips."""
+    real = load_clips(out.raw_train, real_clips)
+    return load_clips(out.raw_held_out), load_judges(out.networks, real)
 
 
 def held_out_samples(
