@@ -61,6 +61,23 @@ def test_a_flash_file_has_all_released_names(tmp_path: Path) -> None:
     assert dead == {name for name in there if "q_audio" in name} and len(dead) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_released_flash_file_comes_out_as_it_went_in(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = tiny.architecture("echomimicv3_flash")
+    monkeypatch.setattr("echolab.cli.export.architecture_of", lambda name: architecture)
+    shapes = released_shapes(tiny.model("echomimicv3_flash"))
+    before = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    save_file(before, tmp_path / "a.safetensors")
+    words = [f"{tmp_path}/a.safetensors", f"out={tmp_path}/b.safetensors"]
+    assert main(["export", *words, "model=echomimicv3_flash"]) == 0
+    after = load_file(tmp_path / "b.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(after[name].dtype == dtype for name in before)
+
+
 @pytest.mark.parametrize("model", ["wan_t2v_1b3", "wan_fun_inp_1b3"])
 def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel

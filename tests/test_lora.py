@@ -232,10 +232,20 @@ def test_wrong_adapters_are_one_line(tmp_path: Path) -> None:
     refused(tiny.net(trained=True), r"is \(3, 48\), must be \(4, 48\) for rank 4")
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     refused(tiny.net(trained=True), "use_dora=True: not read here")
+    for change, words in (
+        ({"r": 0}, "with r=0: no plain LoRA"),
+        ({"peft_type": "LOHA"}, "tensors of LOHA"),
+        ({"bias": "all"}, "bias=all: not read here"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True: not read here"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        refused(tiny.net(trained=True), words)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors.pop("base_model.model.blocks.0.ffn.0.lora_B.weight")
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     refused(tiny.net(trained=True), r"blocks\.0\.ffn\.0\.lora_B\.default\.weight is missing there")
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    refused(tiny.net(trained=True), "0 tensors of LORA")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"pickle")
     refused(tiny.net(trained=True), "no adapters that can be read")

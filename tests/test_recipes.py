@@ -37,7 +37,8 @@ def test_the_presets_are_the_released_numbers() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"steps": 0}, "steps=0"), ({"shift": 0.0}, "shift=0"), ({"window": 24}, "window=24"),
-     ({"audio_scale": -1.0}, "audio_scale=-1")],
+     ({"audio_scale": -1.0}, "audio_scale=-1"), ({"text_scale": float("nan")}, "text_scale=nan"),
+     ({"shift": 200.0}, "shift=200.0: must lie between")],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_refused(change: dict[str, float], told: str) -> None:
     with pytest.raises(ConfigError, match=told):

@@ -209,6 +209,10 @@ def test_what_is_wrong_with_a_file_is_told_in_one_line(release: Path, tmp_path: 
     tensors = released.umt5_original(released.umt5())
     words = release / "google/umt5-xxl"
     path = tmp_path / "t5.pth"
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    torch.save(eight, path)
+    with pytest.raises(WeightsError, match="t5.pth: .* is float8_e4m3fn, a fp8 file; give"):
+        load_text_encoder(path, words, CPU, FP32)
     del tensors["blocks.1.ffn.fc1.weight"]
     torch.save(tensors, path)
     with pytest.raises(WeightsError, match=r"t5.pth: lacks encoder.block.1.*wi_1.weight;"):

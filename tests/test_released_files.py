@@ -172,6 +172,14 @@ def write_wrong(folder: Path) -> dict[str, Path]:
     (folder / "later.pth").write_bytes(pickle.dumps({"head.head.weight": Intruder()}, 4))
     torch.save({"head.head.weight": Intruder()}, folder / "archive.pth")
     torch.save({"state_dict": {"step": 3}}, folder / "steps.pth")
+    torch.save({7: torch.zeros(2)}, folder / "numbered.pth")
+    torch.save({"head.head.weight": torch.zeros(2, device="meta")}, folder / "valueless.pth")
+    torch.save(tensors, folder / "old.pth", _use_new_zipfile_serialization=False)
+    (folder / "old.pth").write_bytes((folder / "old.pth").read_bytes()[:1])
+    dead = {"blocks.0.self_attn.q_audio.weight": torch.zeros(3)}
+    save_file({**tensors, **dead}, folder / "dead.safetensors")
+    narrow = {"patch_embedding.weight": tensors["patch_embedding.weight"][:, :5].contiguous()}
+    save_file({**tensors, **narrow}, folder / "narrow.safetensors")
     (folder / "garbage.pth").write_bytes(b"\x00" * 100)
     torch.save(tensors, folder / "halved.pth")
     (folder / "halved.pth").write_bytes((folder / "halved.pth").read_bytes()[:20_000])
@@ -193,7 +201,12 @@ WRONG = {
     "code": "a pickle that wants posix.mkdir; nothing in it was run",
     "later": "not of tensors alone; nothing in it was run",
     "archive": "a pickle that wants posix.mkdir; nothing in it was run",
-    "steps": "step is no tensor",
+    "steps": "step is no plain tensor",
+    "numbered": "7 is no plain tensor",
+    "valueless": r"head\.head\.weight is no plain tensor",
+    "old": "damaged",
+    "dead": r"has blocks\.0\.self_attn\.q_audio\.weight, which the network lacks",
+    "narrow": r"patch_embedding\.weight: shape \[48, 5, 1, 2, 2\]",
     "garbage": "damaged|not of tensors alone",
     "halved": "damaged",
     "empty": r"no \.safetensors or \.pth.* in it",

@@ -21,6 +21,8 @@ SIZES = [
     (7, 3, 2),
     (7, 3, 1),
     (9, 3, 0),
+    (50, 5, 4),  # three and more windows share a frame
+    (40, 29, 20),
 ]
 
 

@@ -102,6 +102,10 @@ def recipes(arguments: GenerateArguments) -> list[Recipe]:
             raise ConfigError(f"solvers={solver}: unknown; one of {', '.join(SOLVERS)}")
     preset = PRESETS[arguments.recipe or ("preview" if on_gpu else "demo")]
     windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
+    for window in windows:
+        if window // 4 + 1 <= preset.overlap:
+            least = 4 * preset.overlap + 1
+            raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
     combinations = itertools.product(arguments.solvers, arguments.steps, windows)
     return [
         check_recipe(preset._replace(solver=solver, steps=steps, window=window))

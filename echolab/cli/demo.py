@@ -32,7 +32,7 @@ CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
 class DemoArguments(DemoSettings):
     """Draw talkers, train everything on them, compare supervised and preference training.
 
-    The defaults take some twelve minutes on two cores.  `seeds=3` is the longer run
+    The defaults take some thirteen minutes on two slow cores.  `seeds=3` is the longer run
     whose table is in the README.
     """
 

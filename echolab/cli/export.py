@@ -21,7 +21,7 @@ from echolab.models.weights import match_weights
 from echolab.training.checkpoint import EMA, open_checkpoint
 from echolab.training.masters import MASTER
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
 WRITERS = {"original": write_original, "diffusers": write_diffusers}
 
 
@@ -40,7 +40,10 @@ class ExportArguments:
     names: Literal["original", "diffusers"] = field(
         default="original", metadata={"help": "of the tensors"}
     )
-    dtype: Literal["bf16", "fp32"] = field(default="bf16", metadata={"help": "of the tensors"})
+    dtype: Literal["bf16", "fp32", "same"] | None = field(
+        default=None,
+        metadata={"help": "of the tensors; none: bf16 of a run, the same of released weights"},
+    )
     weights: Literal["ema", "raw", "adapters"] = field(
         default="ema", metadata={"help": "a checkpoint's average, what it trains, its adapters"}
     )
@@ -56,6 +59,10 @@ def main(argv: list[str]) -> int:
     if not 0 < arguments.shard_gb < 1e6:
         raise ConfigError(f"shard_gb={arguments.shard_gb:g}: must be above 0; 5 is usual")
     out = arguments.out
+    if arguments.model is not None and arguments.weights != "ema":
+        raise ConfigError(f"weights={arguments.weights}: is of a run; leave it out with model=")
+    if out.suffix and out.suffix != ".safetensors":
+        raise ConfigError(f"out={out}: name a file .safetensors, or a folder without a suffix")
     if arguments.weights == "adapters":
         if out.exists():
             raise ConfigError(f"out={out}: already there; name another, or remove it")
@@ -68,7 +75,7 @@ def main(argv: list[str]) -> int:
             out,
             net,
             tensors,
-            dtype=DTYPES[arguments.dtype],
+            dtype=DTYPES[arguments.dtype or ("same" if arguments.model else "bf16")],
             shard_bytes=round(arguments.shard_gb * 1e9),
         )
     _report(out, files, arguments.format)
@@ -102,7 +109,7 @@ def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, 
         net = _meta(architecture_of(arguments.model))
         there = read_tensors(arguments.source)
         match_weights(net, there, source=str(arguments.source))
-        return net, {name: there[name] for name, _ in net.named_parameters()}
+        return net, there
     if not arguments.source.is_dir():
         raise ConfigError(
             f"{arguments.source}: no run or checkpoint; of released weights say which: model=NAME"

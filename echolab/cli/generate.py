@@ -57,9 +57,9 @@ class Models(NamedTuple):
 def main(argv: list[str]) -> int:
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
-    arguments.recipe()
-    began = time.monotonic()
+    recipe, began = arguments.recipe(), time.monotonic()
     samples, frames = read_sound_of(arguments)
+    frames_of(frames, recipe, arguments.long)  # says what cannot be before anything is loaded
     if arguments.devices > 1 and not started_by_launcher():
         command = [sys.executable, "-m", "echolab.cli", "generate", *argv]
         return run_ranks(command, arguments.devices)

@@ -1,5 +1,6 @@
 """How a video is sampled, as plain values: the demo's way, and those of the released models."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,8 +77,13 @@ PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
 def check_recipe(recipe: Recipe) -> Recipe:
     """The recipe itself; ConfigError where a number of it cannot be."""
-    if recipe.steps < 1 or not 0 < recipe.shift < 100:
-        raise ConfigError(f"steps={recipe.steps}, shift={recipe.shift}: must be above 0")
+    if recipe.steps < 1:
+        raise ConfigError(f"steps={recipe.steps}: must be 1 or more")
+    if not 0 < recipe.shift < 100:
+        raise ConfigError(f"shift={recipe.shift}: must lie between 0 and 100; 5 is usual")
+    for name in ("text_scale", "audio_scale", "negative_scale"):
+        if not math.isfinite(getattr(recipe, name)):
+            raise ConfigError(f"{name}={getattr(recipe, name)}: must be a number")
     if recipe.window % 4 != 1:
         near = recipe.window // 4 * 4 + 1
         raise ConfigError(f"window={recipe.window}: must be 4n+1 frames; {near} is one")

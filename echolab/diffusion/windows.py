@@ -35,13 +35,16 @@ def blend_weights(spans: Sequence[tuple[int, int]]) -> list[Tensor]:
     A new window fades in from 0: its first frame is the reference picture, not what belongs there.
     """
     weights = [torch.ones(stop - start) for start, stop in spans]
-    for index in range(1, len(spans)):
-        before, after = weights[index - 1], weights[index]
-        overlap = spans[index - 1][1] - spans[index][0]
-        if overlap > 0:
-            fade = torch.linspace(0, 1, overlap) if overlap > 1 else torch.full((1,), 0.5)
-            after[:overlap] *= fade
-            before[-overlap:] *= 1 - fade
+    for index, (start, _) in enumerate(spans[1:], start=1):
+        overlap = spans[index - 1][1] - start
+        if overlap <= 0:
+            continue
+        fade = torch.linspace(0, 1, overlap) if overlap > 1 else torch.full((1,), 0.5)
+        weights[index][:overlap] *= fade
+        for earlier, (_, stop) in zip(weights[:index], spans, strict=False):
+            shared = stop - start  # of a narrow stride more than the last window reaches in
+            if shared > 0:
+                earlier[-shared:] *= 1 - fade[:shared]
     return weights
 
 

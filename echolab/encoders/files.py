@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
 
 from echolab.errors import WeightsError
-from echolab.models.released import read_pickle, read_safetensors
+from echolab.models.released import check_precision, read_pickle, read_safetensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
@@ -72,7 +72,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or pickled file by name, mapped into memory."""
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: not there; download or copy it")
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    check_precision(path, tensors)
+    return tensors
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, path: Path, what: str) -> tuple[int, ...]:

@@ -125,7 +125,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     _check_channels(folder / CONFIG, "z_dim", config.get("z_dim", CHANNELS))
     for key in ("latents_mean", "latents_std"):
         if key in config:
-            _check_channels(folder / CONFIG, f"length of {key}", len(config[key]))
+            length = len(config[key]) if isinstance(config[key], list) else 0
+            _check_channels(folder / CONFIG, f"length of {key}", length)
     return from_folder(AutoencoderKLWan, folder, dtype)
 
 

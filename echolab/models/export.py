@@ -27,20 +27,21 @@ def write_original(
     net: EchoTransformer,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> list[Path]:
     """A file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
 
-    `tensors` are all parameters of `net` (which may be on the meta device), by name.  Flash's dead
-    query for sound is written as zeros, so that strict readers find all 1,203 names.
+    `tensors` are all parameters of `net` (which may be on the meta device), by name, in `dtype`, or
+    None for each one's own.  Flash's dead query for sound is written as it is given, else as
+    zeros, so that strict readers find all 1,203 names.
     Returns the files.  Raises CheckpointError, ConfigError or WeightsError; then nothing is left.
     """
     _check_complete(net, tensors)
     named: dict[str, Tensor] = {}
     for name, shape in released_shapes(net).items():
         dead = DEAD_PART in name
-        named[name] = torch.zeros(1).expand(shape) if dead else tensors[name]
+        named[name] = tensors.get(name, torch.zeros(1).expand(shape)) if dead else tensors[name]
     return _write(out, named, _original_config(net), dtype, shard_bytes)
 
 
@@ -49,7 +50,7 @@ def write_diffusers(
     net: EchoTransformer,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> list[Path]:
     """A folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
@@ -66,7 +67,7 @@ def write_diffusers(
 
 def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(net.named_parameters())
-    for name in [*parameters, *tensors]:
+    for name in [*parameters, *(name for name in tensors if DEAD_PART not in name)]:
         have, need = tensors.get(name), parameters.get(name)
         if have is None or need is None or have.shape != need.shape:
             raise CheckpointError(
@@ -121,13 +122,13 @@ def _diffusers_config(net: EchoTransformer) -> Config:
 
 
 def _shards(
-    named: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int
+    named: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[dict[str, Tensor]]:
     """In order, each as large as may be; one tensor that is larger is a shard of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in named.items():
-        own = tensor.numel() * dtype.itemsize
+        own = tensor.numel() * (dtype or tensor.dtype).itemsize
         if size + own > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
@@ -137,14 +138,18 @@ def _shards(
 
 
 def _write(
-    out: Path, named: Mapping[str, Tensor], config: Config, dtype: torch.dtype, shard_bytes: int
+    out: Path,
+    named: Mapping[str, Tensor],
+    config: Config,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
 ) -> list[Path]:
     shards = _shards(named, dtype, shard_bytes)
     alone = out.suffix == ".safetensors"
     if out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
     if alone and len(shards) > 1:
-        size = sum(tensor.numel() for tensor in named.values()) * dtype.itemsize
+        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in named.values())
         raise ConfigError(
             f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
             "name a folder, or raise shard_gb"
@@ -169,7 +174,9 @@ def _write(
     return sorted(out.iterdir())
 
 
-def _write_shards(folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dtype) -> list[Path]:
+def _write_shards(
+    folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dtype | None
+) -> list[Path]:
     """The shards, and their index where there are several; one is in memory at a time."""
     files: list[Path] = []
     places: dict[str, str] = {}
@@ -177,7 +184,10 @@ def _write_shards(folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dt
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files.append(folder / f"{NAME}{part}.safetensors")
-        kept = {name: tensor.detach().to(dtype).contiguous() for name, tensor in shard.items()}
+        kept = {
+            name: tensor.detach().to(dtype or tensor.dtype).contiguous()
+            for name, tensor in shard.items()
+        }
         save_file(kept, files[-1], {"format": "pt"})
         _sync(files[-1])
         places |= dict.fromkeys(shard, files[-1].name)

@@ -172,18 +172,36 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: {what}; nothing in it was run; give a .safetensors file"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # of damage torch tells by errors of every kind
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: damaged or cut short ({line}); {AGAIN}") from error
     for key in ("state_dict", "module", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = content if isinstance(content, dict) else {}
-    strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    strange = [name for name, value in tensors.items() if not _is_plain(name, value)]
     if strange or not tensors:
-        what = f"{strange[0]} is no tensor" if strange else "it holds no tensors by name"
+        what = f"{strange[0]} is no plain tensor" if strange else "it holds no tensors by name"
         raise WeightsError(f"{path}: {what}; give a file of weights alone")
     return tensors
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether it is a tensor with values, dense, by a name."""
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta
+
+
+def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """WeightsError for numbers that mean nothing without scales that are not read here."""
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind in ("int8", "uint8") or kind.startswith("float8"):
+            quantised = "fp8" if kind.startswith("float8") else "quantised"
+            raise WeightsError(
+                f"{path}: {name} is {kind}, a {quantised} file; give the bf16 or fp32 release"
+            )
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,13 +218,11 @@ def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise WeightsError(
             f"{path}: a LoRA ({lora}), need base weights; give the base it was trained on"
         )
+    check_precision(path, tensors)
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            quantised = "fp8" if kind.startswith("float8") else "quantised"
-            raise WeightsError(
-                f"{path}: {name} is {kind}, a {quantised} file; give the bf16 or fp32 release"
-            )
+            raise WeightsError(f"{path}: {name} is {kind}, no weights; give another file")
     if model_of(tensors) is None:
         name = next(iter(tensors), "nothing")
         raise WeightsError(

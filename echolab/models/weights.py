@@ -87,17 +87,18 @@ def match_weights(
 ) -> LoadReport:
     """Whether `tensors`, by original names, are the parameters of `net`: all, and no others.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each as a whole.  Where
-    the network's patch embedding takes more channels than the file's, the extra ones are to become
-    zero, so that a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each as a whole.  With
+    any, a patch embedding of noisy latents alone is widened by zeros where the network also takes
+    known ones: a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
     Raises CheckpointError naming the first tensor that does not fit.
     """
     parameters = dict(net.named_parameters())
-    unused = [name for name in tensors if name not in parameters and DEAD_PART in name]
+    dead = {name: s for name, s in released_shapes(net).items() if name not in parameters}
+    unused = [name for name in tensors if name in dead and tensors[name].shape == dead[name]]
     absent = _may_be_absent(parameters, tensors, fresh)
     _check_names(parameters, set(tensors) - set(unused), absent, source)
     present = [name for name in parameters if name in tensors]
-    widened = [name for name in present if _widens(name, parameters[name], tensors[name])]
+    widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n])]
     for name in present:
         have, need = list(tensors[name].shape), list(parameters[name].shape)
         if have != need and name not in widened:
@@ -142,11 +143,11 @@ def _check_names(
 
 
 def _widens(name: str, parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a file's patch embedding is one of fewer input channels."""
+    """Whether a file's patch embedding lacks the channels of the mask and the known latents."""
     have, need = tensor.shape, parameter.shape
     if name != "patch_embedding.weight" or len(have) != len(need):
         return False
-    return have[1] < need[1] and have[:1] + have[2:] == need[:1] + need[2:]
+    return 2 * have[1] + 4 == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
 
 
 def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:

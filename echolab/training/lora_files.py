@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echolab.errors import WeightsError
+from echolab.models.released import check_precision
 from echolab.training.lora import TRAINED, Lora, adapted_layers, add_adapters, base_fingerprint
 
 PREFIX = "base_model.model."
@@ -58,7 +59,16 @@ def read_adapters(folder: Path) -> Adapters:
         dropout = float(config.get("lora_dropout", 0.0))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsError(f"{folder}: no adapters that can be read ({error}); {remedy}") from error
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    if rank < 1 or not tensors or config.get("peft_type", "LORA") != "LORA":
+        kind = config.get("peft_type", "LORA")
+        raise WeightsError(
+            f"{folder}: {len(tensors)} tensors of {kind} with r={rank}: no plain LoRA; {remedy}"
+        )
+    check_precision(folder / TENSORS, tensors)
+    if config.get("bias", "none") != "none":
+        raise WeightsError(f"{folder / CONFIG}: bias={config['bias']}: not read here; need none")
+    unread = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    for key in (*unread, "fan_in_fan_out"):
         if config.get(key):
             raise WeightsError(
                 f"{folder / CONFIG}: {key}={config[key]}: not read here; "
