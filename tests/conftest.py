@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("echolab", deadline=None)  # how busy the machine is proves nothing
+settings.load_profile("echolab")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -80,8 +80,8 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
     reference = Frozen(tiny.net())
     settings: dict[str, Any] = {
         "folder": root / "run",
-        "clips": write_clips(root / "clips", 7),
-        "pairs": write_pairs(root / "pairs", 5),
+        "clips": [write_clips(root / "clips", 7)],
+        "pairs": [write_pairs(root / "pairs", 5)],
         "schedule": plan,
         "curriculum": curriculum(),
         "reference": reference,

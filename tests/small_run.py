@@ -44,7 +44,7 @@ def make(root: Path) -> SmallRun:
     net = EchoTransformer(**ARCHITECTURE)  # type: ignore[arg-type]
     initialise(net, torch.Generator().manual_seed(0))
     fit(Training(
-        net, ARCHITECTURE, folder=made.run, clips=open_dataset(made.encoded),
+        net, ARCHITECTURE, folder=made.run, clips=[open_dataset(made.encoded)],
         schedule=runs.schedule(("sft", 2)), curriculum=Curriculum([Stage(1, {"i2v": 1.0})]),
         objectives={"sft": Supervised(runs.PHASES)}, batch_size=2,
     ))  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
-from echolab.data.batches import MicroBatch, MicroBatches, place_weight
+from echolab.data.batches import place_weight
+from echolab.data.micro_batches import MicroBatch, MicroBatches, stock
 from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError
 from echolab.types import Batch, PreferencePair
@@ -24,13 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(folder: Path, *, world: int = 1, rank: int = 0, accumulation: int = 1) -> MicroBatches:
     return MicroBatches(
-        runs.write_clips(folder / "clips", 7),
-        runs.write_pairs(folder / "pairs", 5),
+        stock([runs.write_clips(folder / "clips", 7)], kind="encoded", batch_size=4, seed=3),
+        stock([runs.write_pairs(folder / "pairs", 5)], kind="preference", batch_size=4, seed=3),
         place=PLAN.place,
         curriculum=runs.curriculum(),
         batch_size=4,
         accumulation=accumulation,
         seed=3,
+        steps=PLAN.steps,
         rank=rank,
         world=world,
     )
@@ -65,7 +67,8 @@ def test_each_pass_over_a_dataset_meets_every_clip_once(folder: Path) -> None:
     second_pass = [key for epoch, key, _, _ in clips if epoch == 1]
     assert len(first_pass) == 7 == len(set(first_pass)) and len(set(second_pass)) == 7
     pairs = seen([whole[i] for i in range(4, 9)])  # dpo and ndpo go on in one sequence
-    assert [epoch for epoch, *_ in pairs] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    assert sorted(epoch for epoch, *_ in pairs) == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    assert len({(epoch, key) for epoch, key, *_ in pairs}) == 20
 
 
 def test_workers_change_nothing(folder: Path) -> None:
@@ -85,7 +88,7 @@ def test_a_kind_of_epoch_gives_its_kind_of_batch(folder: Path) -> None:
     assert isinstance(whole[0].batch, Batch) and isinstance(whole[4].batch, PreferencePair)
     negative = whole[7]
     assert negative.kind == "ndpo" and isinstance(negative.batch, Batch)
-    pair = batches(folder)._pairs(7, "dpo", range(12, 16)).batch
+    pair = whole._pairs("dpo", whole.plan(7))
     assert isinstance(pair, PreferencePair)
     assert negative.batch.keys == pair.keys
     assert torch.equal(negative.batch.latents, pair.rejected)
@@ -127,9 +130,10 @@ def write(folder: Path, **changes: torch.Tensor) -> ShardDataset:
 def test_a_bad_sample_is_named(
     tmp_path: Path, change: dict[str, torch.Tensor], words: list[str]
 ) -> None:
+    clips = stock([write(tmp_path / "bad", **change)], kind="encoded", batch_size=2, seed=0)
     items = MicroBatches(
-        write(tmp_path / "bad", **change), None, place=PLAN.place, curriculum=runs.curriculum(),
-        batch_size=2, accumulation=1, seed=0,
+        clips, None, place=PLAN.place, curriculum=runs.curriculum(),
+        batch_size=2, accumulation=1, seed=0, steps=PLAN.steps,
     )  # fmt: skip
     with pytest.raises(DataError) as error:
         items[0]

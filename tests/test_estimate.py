@@ -60,7 +60,7 @@ def test_the_total_is_the_peak_of_a_real_run(tmp_path: Path) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         net = tiny.net(**sizes)
         runs.train(
-            tmp_path, runs.schedule(("sft", 3)), net=net, clips=clips, batch_size=16,
+            tmp_path, runs.schedule(("sft", 3)), net=net, clips=[clips], batch_size=16,
             every=Intervals(0, 0, 0), reference=None, objectives={"sft": Supervised(PHASES)},
         )  # fmt: skip
     architecture = {

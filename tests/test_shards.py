@@ -1,6 +1,7 @@
 """Shards: what goes in comes out; no fault goes unseen; nothing half-written looks whole."""
 
 import errno
+import io
 import json
 import pickle
 import subprocess
@@ -12,16 +13,24 @@ import numpy as np
 import pytest
 import webdataset
 
-from echolab.data import shards
+from echolab.data import writing
 from echolab.data.shards import ShardWriter, open_dataset, verify
 from echolab.errors import DataError
 
 RNG = np.random.default_rng(0)
+
+
+def arrays(count: int) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, boxes=RNG.random(count))
+    return file.getvalue()
+
+
 SAMPLES = {
     f"clip-{i:03d}": {
         "mp4": RNG.bytes(700 + 300 * i),
         "flac": RNG.bytes(512),  # no padding at all
-        "tracks.npz": RNG.bytes(1 + i),
+        "tracks.npz": arrays(1 + i),
         "json": json.dumps({"caption": f"talker {i}"}).encode(),
     }
     for i in range(5)
@@ -86,7 +95,7 @@ def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
 
 def test_a_damaged_sample_is_named_with_its_byte(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path))
-    sample = dataset.samples[2]
+    sample = dataset.sample(2)
     offset = sample.members["mp4"][0]
     path = tmp_path / sample.shard
     damaged = bytearray(path.read_bytes())
@@ -161,7 +170,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(DataError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
-        monkeypatch.setattr(shards._Partial, "write", full)
+        monkeypatch.setattr(writing._Partial, "write", full)
         writer.write("a", {"mp4": bytes(100_000)})
     monkeypatch.undo()
     message = str(caught.value)

@@ -79,7 +79,7 @@ def test_accumulation_and_workers_change_next_to_nothing(
 def test_it_learns(tmp_path: Path) -> None:
     clips = runs.write_clips(tmp_path / "clips", 1)
     _, rows = runs.train(
-        tmp_path, runs.schedule(("sft", 60), lr=1e-2), clips=clips, every=Intervals(log=10)
+        tmp_path, runs.schedule(("sft", 60), lr=1e-2), clips=[clips], every=Intervals(log=10)
     )
     assert rows[-1]["train/loss"] < 0.8 * rows[0]["train/loss"]
 

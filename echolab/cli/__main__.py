@@ -31,8 +31,8 @@ COMMANDS = {
     "fit": Command("echolab.cli.fit", "fit a stand-in network: autoencoder, SyncNet, features"),
     "export": Command("echolab.cli.export", "weights as safetensors for other programs"),
     "pairs": Command("echolab.cli.pairs", "preference data: sample, score, pack"),
-    "data": Command("echolab.cli.data", "look at shards: verify"),
-    "bench": Command("echolab.cli.bench", "how fast it is here: step, generate"),
+    "data": Command("echolab.cli.data", "look at shards: verify, index, audit, shuffle-report"),
+    "bench": Command("echolab.cli.bench", "how fast it is here: step, generate, data"),
     "report": Command("echolab.cli.report", "write a run's report.html again"),
 }
 

@@ -1,4 +1,4 @@
-"""`echolab bench step|generate`: how fast it is here, beside what else there is."""
+"""`echolab bench step|generate|data`: how fast it is here, beside what else there is."""
 
 import importlib
 
@@ -7,6 +7,7 @@ from echolab.errors import ConfigError
 BENCHES = {
     "step": ("echolab.cli.bench_step", "a training step beside diffusers' network"),
     "generate": ("echolab.cli.bench_generate", "a video by solver, steps and window"),
+    "data": ("echolab.cli.bench_data", "shards read beside plain webdataset and the disk"),
 }
 
 

@@ -1,28 +1,38 @@
-"""`echolab data verify FOLDER`: is a dataset whole?"""
+"""`echolab data STEP`: look at shards, and at what a run read of them."""
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+import importlib
 
-from echolab.arguments import parse
-from echolab.data.verify import verify
+from echolab.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class DataArguments:
-    """Check every shard of a dataset against dataset.json; one line a fault, exit code 1 if any."""
-
-    step: Literal["verify"] = field(metadata={"help": "what to do"})
-    folder: Path = field(metadata={"help": "the dataset's folder"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
+STEPS = {
+    "verify": ("echolab.cli.data_verify", "is a dataset whole?"),
+    "index": ("echolab.cli.data_index", "dataset.json for plain WebDataset tars of any writer"),
+    "audit": ("echolab.cli.data_audit", "did a run train on every sample exactly once an epoch?"),
+    "shuffle-report": ("echolab.cli.data_shuffle", "how well a dataset's order shuffles"),
+}
 
 
-def main(argv: list[str]) -> int:
-    arguments = parse(DataArguments, argv, command="echolab data", positional=("step", "folder"))
-    faults = verify(arguments.folder)
-    if arguments.format == "json":
-        print(json.dumps({"folder": str(arguments.folder), "faults": faults}))
-    else:
-        print("\n".join(faults) if faults else f"{arguments.folder}: whole")
-    return 1 if faults else 0
+def help_text() -> str:
+    """Every step with one line."""
+    width = max(map(len, STEPS))
+    return "\n".join(
+        [
+            "usage: echolab data STEP [key=value ...]",
+            "",
+            *(f"  {name:<{width}}  {summary}" for name, (_, summary) in STEPS.items()),
+            "",
+            "`echolab data STEP --help` says what a step takes.",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int | None:
+    """Run one step."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in STEPS:
+        raise ConfigError(f"data {name}: unknown; one of {', '.join(STEPS)}")
+    code: int | None = importlib.import_module(STEPS[name][0]).main(rest)
+    return code

@@ -1,6 +1,6 @@
 """From the plain settings of conf/train.yaml to the objects that `fit` takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 
 from echolab.cli.adapters import Adapted, adapted, reference_of
 from echolab.cli.policy import check_model, last_checkpoint, load_policy, load_start
-from echolab.data.shards import open_dataset
+from echolab.data.plan import Order
+from echolab.data.shards import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import (
     FLAT,
@@ -111,12 +112,36 @@ def checkpoint_of(place: str | None) -> Path | None:
     return last_checkpoint(Path(place)) if place else None
 
 
+def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
+    """No dataset, one or several, opened: those that `key` of conf/data names."""
+    places: str | Sequence[str] = config[key] or []
+    named = [places] if isinstance(places, str) else places
+    cache, cache_gb = config["cache"], float(config["cache_gb"])
+    return [open_dataset(place, cache=cache, cache_gb=cache_gb) for place in named]
+
+
+def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
+    """conf/data, less what is held out: what `Training` takes of it."""
+    return {
+        "clips": datasets_from(config, "clips"),
+        "pairs": datasets_from(config, "pairs"),
+        "weights": config["weights"],
+        "pair_weights": config["pair_weights"],
+        "order": Order(
+            config["block"], config["buffer"], config["remainder"], config["token_budget"]
+        ),
+        "ledger": config["ledger"],
+        "skip_budget": float(config["skip_budget"]),
+        "workers": config["workers"],
+    }
+
+
 def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
     """The held-out part of conf/data."""
     if not config["held_out"]:
         return None
     return HeldOut(
-        open_dataset(config["held_out"]),
+        datasets_from(config, "held_out")[0],
         at_most=config["held_out_clips"],
         batch_size=config["held_out_batch_size"],
         tasks=tuple(config["held_out_tasks"]),
@@ -154,8 +179,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         agreed=agreed,
         net=net,
         architecture=config["model"],
-        clips=open_dataset(data["clips"]),
-        pairs=open_dataset(data["pairs"]) if data["pairs"] else None,
+        **reading_from(data),
         schedule=schedule,
         curriculum=curriculum_from(config["tasks"]),
         objectives=objectives_from(config["preference"], phases, reference),
@@ -170,7 +194,6 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],
         shift=float(config["shift"]),
-        workers=data["workers"],
         seed=seed,
         every=Intervals(**config["every"]),
     )

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from echolab.errors import DataError
@@ -13,6 +14,9 @@ INDEX = "dataset.json"
 MEMBERS = ("mp4", "flac", "tracks.npz", "json", "safetensors")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # fits a plain tar header with any member name
 SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
+
+BATCH = 1000  # samples hashed together
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 Members = dict[str, tuple[int, int, int]]  # member -> offset, size, crc32
 
@@ -34,11 +38,41 @@ class Sample(NamedTuple):
     members: Members
 
 
-def fingerprint(kind: str, encoders: dict[str, str], shards: list[Any], samples: list[Any]) -> str:
-    """Identity of a dataset: a hash of everything in dataset.json that decides what is read."""
-    content = [FORMAT, kind, encoders, shards, samples]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprint(
+    kind: str, encoders: dict[str, str], shards: list[Any], samples: Iterable[Any]
+) -> str:
+    """Identity of a dataset: a hash of everything in dataset.json that decides what is read.
+
+    It is the sha256 of [FORMAT, kind, encoders, shards, samples] as JSON with sorted keys and no
+    spaces; samples are taken a few at a time, for there may be millions.
+    """
+    digest = hashlib.sha256(_CANONICAL.encode([FORMAT, kind, encoders, shards, []])[:-2].encode())
+    between, rest = b"", iter(samples)
+    while batch := list(islice(rest, BATCH)):
+        digest.update(between + _CANONICAL.encode(batch)[1:-1].encode())
+        between = b","
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
+def encoded_index(
+    kind: str,
+    encoders: dict[str, str],
+    description: dict[str, Any],
+    shards: list[Any],
+    samples: list[Any],
+) -> bytes:
+    """What dataset.json holds; shards and samples as dictionaries."""
+    index = {
+        "format": FORMAT,
+        "kind": kind,
+        "encoders": encoders,
+        "description": description,
+        "fingerprint": fingerprint(kind, encoders, shards, samples),
+        "shards": shards,
+        "samples": samples,
+    }
+    return json.dumps(index, separators=(",", ":")).encode()
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -49,20 +83,3 @@ def split_name(name: str) -> tuple[str, str]:
     if member not in MEMBERS:
         raise DataError(f"key {key}: member {member!r} is not one of {', '.join(MEMBERS)}")
     return key, member
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """dataset.json, whole and unchanged since it was written; raises DataError."""
-    path = folder / INDEX
-    try:
-        index: dict[str, Any] = json.loads(path.read_bytes())
-        if index["format"] != FORMAT:
-            raise DataError(f"{path}: format {index['format']}, this program reads {FORMAT}")
-        expected = fingerprint(index["kind"], index["encoders"], index["shards"], index["samples"])
-        if expected != index["fingerprint"]:
-            raise DataError(f"{path}: was changed after it was written; make the dataset again")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not there; the folder is no whole dataset") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); make the dataset again") from error
-    return index

@@ -7,239 +7,188 @@ A key names a sample and has no dots; a sample is its members, each named by wha
 
 dataset.json holds for each shard its sha256, bytes and number of samples, and for each sample its
 members' [offset, size, crc32]; its fingerprint is the hash of all that.  Nothing is unpickled.
+
+The folder may also lie behind an address: http(s)://, s3://, or what else fsspec knows.
 """
 
-import json
-import os
-import re
-import zlib
+import io
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, TypeVar
 
-import webdataset
-
-from echolab.data.files import remove_quietly, write_error, write_whole
-from echolab.data.index import (
-    FORMAT,
-    INDEX,
-    SHARD,
-    Members,
-    Sample,
-    Shard,
-    fingerprint,
-    read_index,
-    split_name,
-)
-from echolab.data.tars import read_tar
+from echolab.data.cache import ShardCache, cache_folder
+from echolab.data.fetch import Patience, fetch, pause
+from echolab.data.index import INDEX, Sample
+from echolab.data.pieces import Pieces
+from echolab.data.stores import LocalStore, RemoteStore, Store
+from echolab.data.table import Table, parse_index
+from echolab.data.transport import joined, shown, url_of
 from echolab.data.verify import verify as verify
-from echolab.errors import DataError
+from echolab.data.writing import ShardWriter as ShardWriter
+from echolab.errors import ConfigError, DataError
 
-MAX_SHARD_BYTES = 2 * 1024**3
+CACHE_GB = 50.0
+AHEAD = 4  # shards fetched before they are asked for
+PATIENCE = Patience()
 
-
-class _Partial:
-    """The file that webdataset writes one tar into, under a temporary name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.file: BinaryIO | None = self.partial.open("wb")
-
-    def write(self, data: bytes) -> int:
-        # After an error tarfile still flushes when it is collected: that must go nowhere.
-        return self.file.write(data) if self.file else len(data)
-
-    def finish(self) -> None:
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
-            self.partial.replace(self.path)
-
-    def abandon(self) -> None:
-        file, self.file = self.file, None
-        if file:
-            try:
-                file.close()
-            except OSError:
-                pass  # the disk is full: the first error is the one to tell
-        remove_quietly(self.partial)
+Result = TypeVar("Result")
 
 
-class ShardWriter:
-    """Writes samples into a new dataset folder; it is whole once the `with` block ends well.
-
-    Each tar is written under a temporary name, read back, and renamed; dataset.json comes last.
-    After an exception there is no dataset.json, and the next writer clears what was left.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        kind: str,
-        encoders: dict[str, str] | None = None,
-        samples_per_shard: int = 64,
-        description: dict[str, Any] | None = None,
-    ) -> None:
-        if not re.fullmatch(r"[a-z]+", kind) or samples_per_shard < 1:
-            raise DataError(f"{folder}: kind {kind!r} x {samples_per_shard}: need a word and >= 1")
-        self.folder, self.kind = Path(folder), kind
-        self.encoders, self.description = dict(encoders or {}), dict(description or {})
-        self.samples_per_shard = samples_per_shard
-        self._keys: set[str] = set()
-        self._shards: list[Shard] = []
-        self._samples: list[Sample] = []
-        self._output: _Partial | None = None
-        self._tars: Any = None
-
-    def __enter__(self) -> Self:
-        if (self.folder / INDEX).exists():
-            raise DataError(f"{self.folder}: already holds a dataset; choose another folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                if SHARD.fullmatch(path.name.removesuffix(".partial")):
-                    path.unlink()
-        except OSError as error:
-            raise write_error(self.folder, error) from error
-        return self
-
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Add one sample; its members are named as in MEMBERS."""
-        for name in members:
-            split_name(f"{key}.{name}")
-        if key in self._keys or not members:
-            raise DataError(f"{self.folder}: sample {key} is empty or was written before")
-        try:
-            if self._tars is None:
-                self._tars = webdataset.ShardWriter(
-                    f"{self.kind}-%06d.tar",
-                    maxcount=self.samples_per_shard,
-                    maxsize=MAX_SHARD_BYTES,
-                    opener=self._open,
-                    post=self._finish_shard,
-                    verbose=0,
-                    encoder=False,
-                    mtime=0,  # the same samples give the same bytes
-                )
-            self._tars.write({"__key__": key, **members})
-        except OSError as error:
-            raise write_error(self._path(), error) from error
-        self._keys.add(key)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            if self._output:
-                self._output.abandon()
-
-    def _finish(self) -> None:
-        try:
-            if self._tars is not None:
-                self._tars.close()
-        except OSError as error:
-            raise write_error(self._path(), error) from error
-        shards = [shard._asdict() for shard in self._shards]
-        samples = [sample._asdict() for sample in self._samples]
-        index = {
-            "format": FORMAT,
-            "kind": self.kind,
-            "encoders": self.encoders,
-            "description": self.description,
-            "fingerprint": fingerprint(self.kind, self.encoders, shards, samples),
-            "shards": shards,
-            "samples": samples,
-        }
-        write_whole(self.folder / INDEX, json.dumps(index, separators=(",", ":")).encode())
-
-    def _open(self, name: str) -> _Partial:
-        self._output = _Partial(self.folder / name)
-        return self._output
-
-    def _path(self) -> Path:
-        return self._output.path if self._output else self.folder
-
-    def _finish_shard(self, name: str) -> None:
-        assert self._output is not None
-        self._output.finish()
-        members, sha256, size = read_tar(self.folder / name)
-        samples: dict[str, Members] = {}
-        for member in members:
-            key, kind = split_name(member.name)
-            samples.setdefault(key, {})[kind] = (member.offset, member.size, member.crc32)
-        self._shards.append(Shard(name, sha256, size, len(samples)))
-        self._samples += [Sample(key, name, found) for key, found in samples.items()]
+class Damaged(DataError):
+    """Bytes of a sample that do not match dataset.json."""
 
 
 class ShardDataset:
-    """A dataset on disk, read sample by sample at random.  Holds no open file: workers may copy it.
+    """A dataset, read sample by sample at random.  May be copied into workers, forked or not.
 
     Every read is checked against dataset.json; what does not match is a DataError that names
     shard, sample and byte offset.
     """
 
-    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | str, index: dict[str, Any], table: Table, store: Store
+    ) -> None:
         self.folder = folder
         self.kind: str = index["kind"]
         self.encoders: dict[str, str] = index["encoders"]
         self.description: dict[str, Any] = index["description"]
         self.fingerprint: str = index["fingerprint"]
-        self.shards = [Shard(**shard) for shard in index["shards"]]
-        self.samples = [Sample(**sample) for sample in index["samples"]]
-        self.keys = [sample.key for sample in self.samples]
+        self.shards, self.keys = table.shards, table.keys
+        self._table, self._store = table, store
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._table)
 
     @property
     def samples_by_shard(self) -> list[int]:
         """Number of samples of each shard; samples are numbered shard after shard."""
         return [shard.samples for shard in self.shards]
 
+    def sample(self, i: int) -> Sample:
+        """Where sample `i` lies."""
+        i = range(len(self))[i]
+        return Sample(
+            self.keys[i], self.shards[self._table.shard_of(i)].name, self._table.members(i)
+        )
+
+    def expect(self, samples: Iterable[int]) -> None:
+        """These samples will be read next: remote shards are fetched meanwhile."""
+        self._store.expect(self._table.shard_of(i) for i in samples)
+
     def read(self, i: int) -> dict[str, bytes]:
         """The members of sample `i`."""
-        sample = self.samples[i]
-        path = self.folder / sample.shard
+        return {
+            name: self.take(i, name, Pieces.rest)
+            for name in self._table.members(range(len(self))[i])
+        }
+
+    def take(self, i: int, name: str, use: Callable[[Pieces], Result]) -> Result:
+        """What `use` makes of one member; KeyError where sample `i` has none of that name.
+
+        All of the member is compared with its checksum, whatever `use` leaves.  `use` may see bytes
+        that are damaged: what it makes of them, or raises, is dropped.
+        """
+        i = range(len(self))[i]
+        place = self._table.members(i)[name]
         try:
-            with path.open("rb") as file:
-                return {name: self._member(file, sample, name) for name in sample.members}
+            return self._take(i, name, place, use)
+        except Damaged:
+            # A copy may have rotted on the local disk; the original is asked once more.
+            if not self._store.forget(self._table.shard_of(i)):
+                raise
+            return self._take(i, name, place, use)
+
+    def _take(
+        self, i: int, name: str, place: tuple[int, int, int], use: Callable[[Pieces], Result]
+    ) -> Result:
+        shard, (offset, size, crc32) = self._table.shard_of(i), place
+        try:
+            with self._store.open(shard) as file:
+                pieces = Pieces(file, offset, size)
+                try:
+                    return use(pieces)
+                finally:
+                    pieces.skip(size - pieces.passed)
+                    if pieces.crc32 != crc32 or pieces.passed != size:
+                        cut = f"is cut at {pieces.passed}"
+                        what = "does not match its checksum" if pieces.passed == size else cut
+                        raise Damaged(
+                            f"{self._where(i)}, byte {offset}: {name} of {size} bytes {what}; run "
+                            f"`echolab data verify {self.folder}`"
+                        )
         except OSError as error:
-            raise DataError(f"{path}: sample {sample.key}: {error.strerror}") from error
+            raise DataError(f"{self._where(i)}: {error.strerror}") from error
 
-    def _member(self, file: BinaryIO, sample: Sample, name: str) -> bytes:
-        offset, size, crc32 = sample.members[name]
-        file.seek(offset)
-        data = file.read(size)
-        if len(data) != size or zlib.crc32(data) != crc32:
-            what = "does not match its checksum" if len(data) == size else f"is cut at {len(data)}"
-            raise DataError(
-                f"{self.folder / sample.shard}: sample {sample.key}, byte {offset}: {name} of "
-                f"{size} bytes {what}; run `echolab data verify {self.folder}`"
-            )
-        return data
+    def _where(self, i: int) -> str:
+        return f"{self._store.place(self._table.shard_of(i))}: sample {self.keys[i]}"
 
 
-def open_dataset(folder: Path | str) -> ShardDataset:
-    """Open a dataset; raises DataError when dataset.json or a shard is missing or cut."""
-    folder = Path(folder)
-    dataset = ShardDataset(folder, read_index(folder))
-    for shard in dataset.shards:
+def open_dataset(
+    place: Path | str,
+    *,
+    cache: Path | str | None = None,
+    cache_gb: float = CACHE_GB,
+    patience: Patience = PATIENCE,
+) -> ShardDataset:
+    """Open the dataset in a folder or behind an address.
+
+    Remote shards are fetched whole into the folder `cache` ($ECHOLAB_CACHE, ~/.cache/echolab), at
+    most `cache_gb` GB (1e9 bytes) of them, which all processes of the machine share.
+    Raises DataError when dataset.json or a shard is missing or cut, FetchError where a server is at
+    fault, ConfigError for a bad address or cache.
+    """
+    url = url_of(place)
+    if url:
+        return _open_remote(url, cache_folder(cache), cache_gb, patience)
+    return _open_local(Path(place))
+
+
+def _open_local(folder: Path) -> ShardDataset:
+    path = folder / INDEX
+    try:
+        index, table = parse_index(path.read_bytes(), path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not there; the folder is no whole dataset") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for shard in table.shards:
         path = folder / shard.name
         size = path.stat().st_size if path.is_file() else None
-        if not SHARD.fullmatch(shard.name) or size != shard.bytes:
+        if size != shard.bytes:
             found = "is not there" if size is None else f"has {size} bytes"
             raise DataError(
                 f"{path}: {found}, dataset.json says {shard.bytes}; "
                 f"run `echolab data verify {folder}`"
             )
-    return dataset
+    store = LocalStore(folder, [shard.name for shard in table.shards])
+    return ShardDataset(folder, index, table, store)
+
+
+def _open_remote(url: str, cache: Path, cache_gb: float, patience: Patience) -> ShardDataset:
+    if not cache_gb > 0:
+        raise ConfigError(f"cache_gb={cache_gb}: must be above 0")
+    index, table = _remote_index(joined(url, INDEX), patience)
+    kept = ShardCache(cache, int(cache_gb * 1e9), patience)
+    # What is fetched ahead must not push out what is still to be read.
+    largest = max((shard.bytes for shard in table.shards), default=1)
+    ahead = min(AHEAD, kept.limit_bytes // (2 * largest))
+    return ShardDataset(shown(url), index, table, RemoteStore(url, table.shards, kept, ahead))
+
+
+def _remote_index(url: str, patience: Patience) -> tuple[dict[str, Any], Table]:
+    """dataset.json behind an address: it names no hash of its own, but its fingerprint tells."""
+    deadline = time.monotonic() + patience.deadline_seconds
+    attempt = 0
+    while True:
+        attempt += 1
+        data = io.BytesIO()
+        left = deadline - time.monotonic()
+        fetch(url, data, None, patience._replace(deadline_seconds=left))
+        try:
+            return parse_index(data.getvalue(), shown(url))
+        except DataError:
+            seconds = pause(attempt, patience)
+            if attempt == patience.attempts or time.monotonic() + seconds > deadline:
+                raise
+            time.sleep(seconds)

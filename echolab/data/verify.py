@@ -1,110 +1,233 @@
-"""Is a dataset whole?  Every fault is one line that names shard, sample and byte offset."""
+"""Is a dataset whole?  Every fault is one line that names shard, sample and byte offset.
 
-import hashlib
-from collections.abc import Iterator
+Of each shard: its size and sha256, the structure of the tar to its last block, each member's place,
+size and crc32 against dataset.json, and that the content can be decoded.
+"""
+
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
-from echolab.data.index import INDEX, SHARD, read_index, split_name
-from echolab.data.tars import TarFault, TarMember, map_tar, walk
+from echolab.data.contents import content_fault
+from echolab.data.index import INDEX, Shard
+from echolab.data.names import PARTIAL, dotted, key_fault, split_file
+from echolab.data.progress import Advance
+from echolab.data.spread import processes, spread
+from echolab.data.table import Table, parse_index
+from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
 from echolab.errors import DataError
 
-Expected = dict[tuple[str, str], tuple[int, int, int]]  # (key, member) -> offset, size, crc32
+Place = tuple[int, int, int]  # offset, size, crc32
+Name = tuple[str, str]  # key, member
+
+# Of a tar header: name, size, the digits of its checksum, and the first part of a long name.
+OWN_FIELDS = ((0, 100), (124, 136), (148, 154), (345, 500))
 
 
-def verify(folder: Path | str) -> list[str]:
-    """All faults of a dataset; an empty list says that every byte is as it was written."""
+class Fault(NamedTuple):
+    """One thing that is not as dataset.json says."""
+
+    file: str  # a shard, or dataset.json
+    what: str
+    byte: int | None = None
+    sample: str | None = None
+
+    def line(self, folder: Path) -> str:
+        """For people."""
+        byte = "" if self.byte is None else f"byte {self.byte}: "
+        sample = "" if self.sample is None else f"sample {self.sample}: "
+        return f"{folder / self.file}: {byte}{sample}{self.what}"
+
+
+class _Shard:
+    """What dataset.json says of one shard, and whose each byte is."""
+
+    def __init__(self, about: Shard, expected: dict[Name, Place], foreign: bool) -> None:
+        self.name, self.bytes, self.sha256 = about.name, about.bytes, about.sha256
+        self.expected, self.foreign = expected, foreign
+        places = sorted((place[0], place[1], key) for (key, _), place in expected.items())
+        self._keys = [key for _, _, key in places]
+        # A member's bytes go from the end of the one before it to the end of its own last block.
+        self._ends = [offset + size + -size % BLOCK for offset, size, _ in places]
+
+    def owner(self, byte: int) -> str | None:
+        """The sample that a byte belongs to; the end of the archive belongs to the last one."""
+        if not self._keys:
+            return None
+        return self._keys[min(bisect_right(self._ends, byte), len(self._keys) - 1)]
+
+    def fault(self, byte: int, what: str, sample: str | None = None) -> Fault:
+        return Fault(self.name, what, byte, self.owner(byte) if sample is None else sample)
+
+
+def verify(
+    folder: Path | str,
+    *,
+    workers: int | None = 1,
+    deep: bool = False,
+    advance: Advance | None = None,
+) -> list[str]:
+    """All faults of a dataset, a line each; an empty list says that every byte is as written."""
     folder = Path(folder)
+    found = find_faults(folder, workers=workers, deep=deep, advance=advance)
+    return [fault.line(folder) for fault in found]
+
+
+def find_faults(
+    folder: Path,
+    *,
+    workers: int | None = 1,
+    deep: bool = False,
+    advance: Advance | None = None,
+) -> list[Fault]:
+    """All faults of a dataset, shard by shard.
+
+    `workers` processes share the shards, None is one a core; `deep` also decodes videos, sounds
+    and pictures and looks for tensors with values that are not finite.
+    """
+    path = folder / INDEX
     try:
-        index = read_index(folder)
-        return list(_faults(folder, index))
+        index, table = parse_index(path.read_bytes(), path)
     except DataError as error:
-        return [str(error)]
-    except (KeyError, TypeError, ValueError) as error:
-        return [f"{folder / INDEX}: cannot be understood ({type(error).__name__}: {error})"]
-
-
-def _faults(folder: Path, index: dict[str, Any]) -> Iterator[str]:
-    named = {shard["name"] for shard in index["shards"]}
-    expected: dict[str, Expected] = {name: {} for name in named}
-    seen: set[str] = set()
-    for sample in index["samples"]:
-        if sample["key"] in seen or sample["shard"] not in named:
-            yield f"{folder / INDEX}: sample {sample['key']}: twice, or in a shard not listed"
-            continue
-        seen.add(sample["key"])
-        for member, (offset, size, crc32) in sample["members"].items():
-            expected[sample["shard"]][sample["key"], member] = (offset, size, crc32)
-    for shard in index["shards"]:
-        yield from _shard_faults(folder / shard["name"], shard, expected[shard["name"]])
-    for path in sorted(folder.glob("*.tar*")):
-        if path.name not in named:
-            yield f"{path}: not listed in {INDEX}"
-
-
-def _shard_faults(path: Path, shard: dict[str, Any], expected: Expected) -> Iterator[str]:
-    if not SHARD.fullmatch(shard["name"]):
-        yield f"{path}: {shard['name']!r} is no name of a shard"
-        return
-    try:
-        with map_tar(path) as tar:
-            if len(tar) != shard["bytes"]:
-                yield f"{path}: {len(tar)} bytes, {INDEX} says {shard['bytes']}"
-            found = list(_member_faults(path, tar, expected))
-            yield from found
-            whole = hashlib.sha256(tar).hexdigest() == shard["sha256"]
+        return [Fault(INDEX, str(error).removeprefix(f"{path}: "))]
     except OSError as error:
-        yield f"{path}: {error.strerror}"
-        return
-    if not whole and not found:
-        yield f"{path}: sha256 differs from {INDEX}, in a byte that belongs to no sample"
-    if len({key for key, _ in expected}) != shard["samples"]:
-        yield f"{path}: {INDEX} counts {shard['samples']} samples and lists another number"
+        why = "not there" if isinstance(error, FileNotFoundError) else error.strerror
+        return [Fault(INDEX, f"{why}; the folder is no whole dataset")]
+    found = _key_faults(index["kind"], table.keys)
+    found += _other_files(folder, {shard.name for shard in table.shards})
+    count = processes(workers, [shard.bytes for shard in table.shards])
+    results: dict[int, list[Fault]] = {}
+    shards = _shards(table, index["kind"] == "foreign")
+    for number, result in spread(partial(_shard_faults, folder, deep), shards, count):
+        results[number] = result
+        if advance is not None:
+            advance(len(results), "")
+    return found + [fault for number in sorted(results) for fault in results[number]]
 
 
-def _member_faults(path: Path, tar: memoryview, expected: Expected) -> Iterator[str]:
-    found: set[tuple[str, str]] = set()
-    closed: set[str] = set()
-    current = ""
+def _key_faults(kind: str, keys: Sequence[str]) -> list[Fault]:
+    found: list[Fault] = []
+    seen: set[str] = set()
+    for key in keys:
+        why = "is listed twice" if key in seen else key_fault(kind, key)
+        seen.add(key)
+        if why:
+            found.append(Fault(INDEX, why, None, key))
+    return found
+
+
+def _shards(table: Table, foreign: bool) -> Iterator[_Shard]:
+    starts = table.shard_starts.tolist()
+    for shard, first, stop in zip(table.shards, starts, starts[1:], strict=False):
+        samples = [(table.keys[i], table.members(i)) for i in range(first, stop)]
+        expected = {(key, name): at for key, found in samples for name, at in found.items()}
+        yield _Shard(shard, expected, foreign)
+
+
+def _other_files(folder: Path, named: set[str]) -> list[Fault]:
+    """Tars that nobody would read, and what a killed writer left."""
+    names = sorted(path.name for path in folder.iterdir())
+    tars = [name for name in names if re.search(r"\.(tar|tgz|partial)(\.|$)", name)]
+    extra = [name for name in tars if name not in named and name != PARTIAL]
+    return [Fault(name, f"not listed in {INDEX}", 0) for name in extra]
+
+
+def _shard_faults(folder: Path, deep: bool, shard: _Shard) -> list[Fault]:
     try:
-        for member in walk(tar):
-            at = f"{path}: byte {member.header}"
-            try:
-                name = split_name(member.name)
-            except DataError as error:
-                yield f"{at}: {error}"
-                continue
-            if name[0] != current:
-                closed.add(current)
-                current = name[0]
-                if current in closed:
-                    yield f"{at}: sample {current} goes on after another sample began"
-            if name in found:
-                yield f"{at}: sample {name[0]}: a second {name[1]}"
-            found.add(name)
-            yield from _content_faults(path, member, name, expected.get(name))
+        with (folder / shard.name).open("rb") as file:
+            return list(_tar_faults(file, shard, deep))
+    except OSError as error:
+        first = min((place[0] for place in shard.expected.values()), default=0)
+        return [shard.fault(first, error.strerror or str(error))]
+
+
+def _tar_faults(file: BinaryIO, shard: _Shard, deep: bool) -> Iterator[Fault]:
+    size = file.seek(0, 2)
+    file.seek(0)
+    if size != shard.bytes:
+        what = f"the shard has {size} bytes, {INDEX} says {shard.bytes}"
+        yield shard.fault(min(size, shard.bytes), what)
+    tar, members = Passing(file), list[TarMember]()
+    found = []
+    try:
+        members += walk(tar)
     except TarFault as fault:
-        yield f"{path}: {fault}{_whose(expected, fault.offset)}"
-    for (key, kind), (offset, _, _) in expected.items():
+        found.append(shard.fault(fault.offset, fault.what))
+    found += _member_faults(file, members, shard, deep)
+    yield from found
+    if not found and size == shard.bytes and tar.sha256.hexdigest() != shard.sha256:
+        # Not in the data, the padding or the end: those were compared.
+        what = f"sha256 differs from {INDEX}, in the header of a member"
+        yield shard.fault(_odd_header(file, members), what)
+
+
+def _member_faults(
+    file: BinaryIO, members: list[TarMember], shard: _Shard, deep: bool
+) -> Iterator[Fault]:
+    found: set[Name] = set()
+    closed: set[str] = set()
+    current: str | None = None
+    for member in members:
+        name = split_file(member.name)
+        if name is None:
+            if not shard.foreign:
+                yield shard.fault(member.header, f"{member.name!r} is part of no sample")
+            continue
+        key, kind = name
+        if key != current:
+            closed |= {current} if current is not None else set()
+            current = key
+            if key in closed:
+                yield shard.fault(member.header, f"{kind} follows after another sample began", key)
+        if name in found:
+            yield shard.fault(member.header, f"a second {kind}", key)
+        found.add(name)
+        yield from _content_faults(file, member, shard, name, deep)
+    for (key, kind), (offset, _, _) in shard.expected.items():
         if (key, kind) not in found:
-            yield f"{path}: byte {offset}: sample {key}: {kind} is missing"
+            yield shard.fault(offset, f"{kind} is missing", key)
 
 
 def _content_faults(
-    path: Path, member: TarMember, name: tuple[str, str], expected: tuple[int, int, int] | None
-) -> Iterator[str]:
-    at = f"{path}: byte {member.offset}: sample {name[0]}: {name[1]}"
+    file: BinaryIO, member: TarMember, shard: _Shard, name: Name, deep: bool
+) -> Iterator[Fault]:
+    (key, kind), expected = name, shard.expected.get(name)
     if expected is None:
-        yield f"{at} is not in {INDEX}"
+        why = " (a key with dots?)" if dotted(kind) else ""
+        yield shard.fault(member.header, f"{kind} is not in {INDEX}{why}", key)
     elif (member.offset, member.size) != expected[:2]:
-        yield f"{at} of {member.size} bytes, {INDEX} says {expected[1]} at byte {expected[0]}"
+        place = f"{expected[1]} at byte {expected[0]}"
+        yield shard.fault(
+            member.offset, f"{kind} of {member.size} bytes, {INDEX} says {place}", key
+        )
     elif member.crc32 != expected[2]:
-        yield f"{at} does not match its checksum"
+        yield shard.fault(member.offset, f"{kind} does not match its checksum", key)
+    else:
+
+        def read(offset: int, size: int) -> bytes:
+            return os.pread(file.fileno(), size, member.offset + offset)
+
+        what = content_fault(kind, read, member.size, deep=deep)
+        if what:
+            yield shard.fault(member.offset, f"{kind} {what}", key)
 
 
-def _whose(expected: Expected, offset: int) -> str:
-    """The sample whose member a damaged byte range belongs to, as far as dataset.json tells."""
-    for (key, kind), (start, size, _) in expected.items():
-        if start - 512 <= offset <= start + size + 511:
-            return f" (sample {key}, {kind})"
-    return ""
+def _odd_header(file: BinaryIO, members: list[TarMember]) -> int:
+    """The byte at which one header differs from most others in what is not a member's own."""
+    seen = []
+    for member in members:
+        header = bytearray(os.pread(file.fileno(), BLOCK, member.offset - BLOCK))
+        for start, stop in OWN_FIELDS:
+            header[start:stop] = bytes(stop - start)
+        seen.append(bytes(header))
+    usual = Counter(seen).most_common(1)[0][0] if seen else b""
+    for member, found in zip(members, seen, strict=True):
+        if found != usual:
+            at = next(i for i in range(BLOCK) if found[i] != usual[i])
+            return member.offset - BLOCK + at
+    return 0

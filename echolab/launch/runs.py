@@ -25,7 +25,10 @@ from echolab.data.files import append_text, write_whole
 from echolab.errors import ConfigError
 
 # What may differ between attempts: it changes how a run is trained, not what comes out.
-MACHINE = ("trainer", "every", "logger", "launcher")
+MACHINE = (
+    "trainer", "every", "logger", "launcher", "micro_batch_size",
+    "data.workers", "data.cache", "data.cache_gb",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -61,7 +64,7 @@ def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] =
     saved = json.loads((folder / "config.json").read_text())
     old, new = flat(saved), flat(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
-        if key.split(".")[0] in (*MACHINE, *extra):
+        if {key, key.split(".")[0]} & {*MACHINE, *extra}:
             continue
         if old.get(key) != new.get(key):
             raise ConfigError(

@@ -21,6 +21,7 @@ from echolab.training import ranks
 from echolab.training.checkpoint import Checkpoint
 from echolab.training.datamodule import HeldOut, ShardDataModule
 from echolab.training.ema import Ema
+from echolab.training.ledger import StepLedger
 from echolab.training.masters import Masters, masters_of
 from echolab.training.meter import means
 from echolab.training.module import DiffusionModule
@@ -58,6 +59,7 @@ class Steps(pl.Callback):
         held_out: HeldOut | None = None,
         phases: Allocator | None = None,
         log: Sink | None = None,
+        ledger: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         self.folder, self.schedule, self.data, self.ema = folder, schedule, data, ema
@@ -69,8 +71,10 @@ class Steps(pl.Callback):
         self.stopped_by = 0  # the signal that ended the run early
         self.saved: Path | None = None
         self.resumed: Checkpoint | None = None
+        self.ledger_folder = ledger
+        self.ledger: StepLedger | None = None
         self._held: list[Batch] | None = None
-        self._since = (0, 0.0)  # step and time of the last log
+        self._since = (0, 0.0, 0.0)  # step, time and seconds waited for data at the last log
 
     # -- the beginning ------------------------------------------------------------------------
 
@@ -102,10 +106,10 @@ class Steps(pl.Callback):
         checkpoints.check_architecture(found, self.identity["architecture"])
         checkpoints.check_adapters(found, self.identity.get("adapters"))
         self.schedule.check_continues(found.state["schedule"], found.step)
-        for key in ("clips", "seed", "batch_size"):
-            if found.state[key] != self.identity[key]:
+        for key in ("clips", "seed", "batch_size", "order"):
+            if (was := found.state.get(key)) != self.identity[key]:
                 raise EcholabError(
-                    f"{found.path}: {key} was {found.state[key]}, now {self.identity[key]}; "
+                    f"{found.path}: {key} was {was}, now {self.identity[key]}; "
                     "give the old value, or a new run folder"
                 )
 
@@ -121,8 +125,11 @@ class Steps(pl.Callback):
             self.ema.start(self.masters)
             if self.schedule.needs_reference(0):
                 self.save()
+        if self.ledger_folder:
+            self.ledger = StepLedger(self.ledger_folder, self.data, self.step)
+            pl_module.on_draws = self.ledger.add
         self.signals.take_back()
-        self._since = (self.step, time.monotonic())
+        self._since = (self.step, time.monotonic(), self.data.waited)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -165,6 +172,8 @@ class Steps(pl.Callback):
                 f"step {self.step}: the loss is not finite; nothing was saved after step "
                 f"{self.saved and self.saved.name}; lower the learning rate and run again"
             )
+        if self.ledger:
+            self.ledger.commit(batch.step, batch.kind)
         self._after(signal)
         if signal:
             self.stopped_by = signal
@@ -195,10 +204,12 @@ class Steps(pl.Callback):
         values = self.module.meter.flush()
         values["train/lr"] = self.schedule.lr(self.step - 1)
         values["perf/steps_per_second"] = done / max(seconds, 1e-9)
+        values |= means({"perf/data_wait_seconds": (self.data.waited - self._since[2], done)})
         supervised = self.schedule.supervised_steps(self.step)
         for task, probability in self.data.curriculum.probabilities(supervised).items():
             values[f"tasks/probability/{task}"] = probability
-        self._since = (self.step, now)
+        values |= self.data.progress(self.step)
+        self._since = (self.step, now, self.data.waited)
         self._tell(values)
 
     def validate(self) -> dict[str, float]:

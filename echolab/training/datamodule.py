@@ -1,14 +1,18 @@
 """Feeds one rank: the micro-batches still to come, and the held-out clips."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from echolab.data.batches import MicroBatches, Place, collate_clips, read_clip
+from echolab.data.batches import collate_clips, read_clip
+from echolab.data.micro_batches import MicroBatch, MicroBatches, Place, Stock
+from echolab.data.quarantine import read_quarantine
 from echolab.data.shards import ShardDataset
 from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum
@@ -31,13 +35,31 @@ class HeldOut:
 class Feed(NamedTuple):
     """What is trained on, and how it is cut."""
 
-    clips: ShardDataset
-    pairs: ShardDataset | None
-    batch_size: int  # clips an optimizer step, over all ranks
+    clips: Stock
+    pairs: Stock | None
+    batch_size: int  # clips of the largest size an optimizer step, over all ranks
     accumulation: int
     workers: int
     seed: int
     sequence_parallel: int = 1  # ranks in a row that get the same clips
+    quarantine: Path | None = None  # where bad samples are listed, if any are borne with
+
+
+class TimedLoader(DataLoader[MicroBatch]):
+    """Measures how long it was waited for."""
+
+    waited = 0.0  # seconds, in all
+
+    def __iter__(self) -> Any:
+        """The loader's own items."""
+        items = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -49,8 +71,20 @@ class ShardDataModule(pl.LightningDataModule):
         super().__init__()
         self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
         self.first_step = 0  # set when the checkpoint to go on from is known
+        self.loader: TimedLoader | None = None
 
-    def train_dataloader(self) -> "DataLoader[object]":
+    @property
+    def writer(self) -> int | None:
+        """This rank's number in the ledger; None where another rank has the same clips."""
+        row, within = divmod(ranks.rank(), self.feed.sequence_parallel)
+        return None if within else row
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training waited for data, in all."""
+        return self.loader.waited if self.loader else 0.0
+
+    def train_dataloader(self) -> TimedLoader:
         """Exactly what remains; the order is the same for every number of workers."""
         feed = self.feed
         items = MicroBatches(
@@ -61,10 +95,13 @@ class ShardDataModule(pl.LightningDataModule):
             batch_size=feed.batch_size,
             accumulation=feed.accumulation,
             seed=feed.seed,
+            steps=self.steps,
             rank=ranks.rank() // feed.sequence_parallel,
             world=ranks.world() // feed.sequence_parallel,
         )
-        return DataLoader(
+        if self.first_step < self.steps:  # workers then share the plan of the first epoch
+            items.plan(self.first_step)
+        self.loader = TimedLoader(
             items,
             batch_size=None,
             sampler=range(self.first_step * feed.accumulation, self.steps * feed.accumulation),
@@ -72,6 +109,22 @@ class ShardDataModule(pl.LightningDataModule):
             worker_init_fn=ignore_signals if feed.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        return self.loader
+
+    def progress(self, step: int) -> dict[str, float]:
+        """How far the clips were gone through after `step` steps, and what remainder=drop cost.
+
+        Also how many bad samples all ranks passed over, where that is allowed.
+        """
+        found, quarantine = {}, self.feed.quarantine
+        if quarantine:
+            found["data/skipped"] = float(len(read_quarantine(quarantine)))
+        kind, batch = self.place(step - 1)
+        if kind != "sft":
+            return found
+        told = self.feed.clips.plan.progress(batch + 1)
+        found |= {"data/epochs": min(e for e, _ in told), "data/dropped": sum(d for _, d in told)}
+        return found
 
     def held_out_batches(self, held_out: HeldOut) -> list[Batch]:
         """This rank's share of the held-out clips, every clip posed as every task.

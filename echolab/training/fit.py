@@ -1,8 +1,7 @@
 """Trains one run, from nothing or from where it was stopped: the same call either way."""
 
-import logging
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,10 @@ import torch
 from torch import nn
 
 from echolab.data.batches import read_tensors
+from echolab.data.ledger import LEDGER
+from echolab.data.micro_batches import stock
+from echolab.data.plan import ORDER, Order
+from echolab.data.quarantine import QUARANTINE, Tolerant
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError
@@ -24,6 +27,7 @@ from echolab.training.ema import Ema
 from echolab.training.memory import speed_up
 from echolab.training.module import DiffusionModule, Objective, Optim
 from echolab.training.preference import Reference, References
+from echolab.training.quiet import quiet
 from echolab.training.schedule import Schedule
 from echolab.training.stopping import StopSignals
 from echolab.training.strategies import STRATEGIES, cluster_environment, strategy_from
@@ -122,14 +126,19 @@ class Training(NamedTuple):
     net: nn.Module
     architecture: Mapping[str, Any]
     folder: Path
-    clips: ShardDataset
+    clips: Sequence[ShardDataset]  # one for each size of clips, or more, mixed by weight
     schedule: Schedule
     curriculum: Curriculum
     objectives: Mapping[str, Objective]
-    batch_size: int  # clips a step, over all ranks
+    batch_size: int  # clips of the largest size a step, over all ranks
     seed: int = 0
     shift: float = 5.0
-    pairs: ShardDataset | None = None
+    pairs: Sequence[ShardDataset] = ()
+    weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
+    pair_weights: Sequence[float] | None = None
+    order: Order = ORDER
+    ledger: bool = False  # whether `folder/ledger` tells the samples of each step
+    skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
     reference: Reference | None = None
     reference_checkpoint: Path | None = None
     initial: Path | None = None
@@ -146,6 +155,11 @@ class Training(NamedTuple):
     on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
 
     @property
+    def quarantine(self) -> Path | None:
+        """Where bad samples are listed, if any are borne with."""
+        return self.folder / QUARANTINE if self.skip_budget else None
+
+    @property
     def sharded(self) -> bool:
         """Whether DeepSpeed holds the weights."""
         return self.machine.strategy.startswith("zero")
@@ -160,23 +174,53 @@ class Training(NamedTuple):
         accelerator = self.machine.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
-        first, _ = read_tensors(self.clips, 0) if len(self.clips) else ({}, {})
-        for name in ("text", "image", "audio"):
-            wanted = self.architecture.get(f"{name}_dim")
-            if wanted and name in first and first[name].shape[-1] != wanted:
-                raise ConfigError(
-                    f"model.{name}_dim={wanted}: the clips of {self.clips.folder} have "
-                    f"{first[name].shape[-1]}; take the model= that fits their encoders"
-                )
+        for clips in self.clips:
+            reader = Tolerant(clips, skip_budget=self.skip_budget, quarantine=self.quarantine)
+            first = reader.read(0, partial(read_tensors, clips))[0] if len(clips) else {}
+            for name in ("text", "image", "audio"):
+                wanted = self.architecture.get(f"{name}_dim")
+                if wanted and name in first and first[name].shape[-1] != wanted:
+                    raise ConfigError(
+                        f"model.{name}_dim={wanted}: the clips of {clips.folder} have "
+                        f"{first[name].shape[-1]}; take the model= that fits their encoders"
+                    )
+        if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
+            names = ", ".join(str(clips.folder) for clips in self.clips)
+            raise ConfigError(f"data.clips: {names} were encoded by different networks")
 
-    def identity(self) -> dict[str, Any]:
+    def feed(self) -> Feed:
+        """The batches, planned; raises EcholabError where that cannot be."""
+        shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
+        shared |= {"skip_budget": self.skip_budget, "quarantine": self.quarantine}
+        clips = stock(self.clips, kind="encoded", weights=self.weights, order=self.order, **shared)
+        pairs = None
+        if self.pairs:  # few and met often: their epochs always run on into each other
+            order = self.order._replace(remainder="carry")
+            pairs = stock(
+                self.pairs, kind="preference", weights=self.pair_weights, order=order, **shared
+            )
+        accumulation = _cut(self.batch_size, self.micro_batch_size, self.machine)
+        together = self.machine.sequence_parallel
+        return Feed(
+            clips,
+            pairs,
+            self.batch_size,
+            accumulation,
+            self.workers,
+            self.seed,
+            together,
+            self.quarantine,
+        )
+
+    def identity(self, feed: Feed) -> dict[str, Any]:
         """What a checkpoint must agree on with the run."""
         return {
             "architecture": dict(self.architecture),
             "adapters": dict(self.adapters) if self.adapters else None,
-            "clips": self.clips.fingerprint,
-            "encoders": dict(self.clips.encoders),
-            "pairs": self.pairs.fingerprint if self.pairs else None,
+            "clips": [clips.fingerprint for clips in self.clips],
+            "encoders": dict(self.clips[0].encoders),
+            "pairs": [pairs.fingerprint for pairs in self.pairs],
+            "order": feed.clips.plan.state(),
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -194,23 +238,14 @@ def fit(training: Training) -> FitResult:
         check_architecture(origin, training.architecture)
         training.net.load_state_dict(origin.tensors("ema"))
     machine, optim = training.machine, training.optim
-    accumulation = _cut(training.batch_size, training.micro_batch_size, machine)
+    feed = training.feed()
     _speed_up(training)
-    feed = Feed(
-        training.clips,
-        training.pairs,
-        training.batch_size,
-        accumulation,
-        training.workers,
-        training.seed,
-        machine.sequence_parallel,
-    )
     schedule = training.schedule
     data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum)
-    module = _module(training, accumulation)
-    with StopSignals() as signals, _quiet():
+    module = _module(training, feed.accumulation)
+    with StopSignals() as signals, quiet():
         steps = _steps(training, data, signals)
-        _trainer(machine, accumulation, optim.clip, steps).fit(module, data)
+        _trainer(machine, feed.accumulation, optim.clip, steps).fit(module, data)
     return FitResult(steps.step, schedule.steps, steps.stopped_by, steps.saved)
 
 
@@ -252,30 +287,11 @@ def _steps(training: Training, data: ShardDataModule, signals: StopSignals) -> S
         references=References(
             training.objectives, training.reference, training.reference_checkpoint
         ),
-        identity=training.identity(),
+        identity=training.identity(data.feed),
         agreed=training.agreed,
         held_out=training.held_out,
         phases=training.phases,
         log=training.log,
+        ledger=training.folder / LEDGER if training.ledger else None,
         on_step=training.on_step,
     )
-
-
-class _quiet:
-    """Lightning's banners and its advice on loaders and loggers, which do not apply here."""
-
-    def __enter__(self) -> None:
-        self._levels = {}
-        for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
-            logger = logging.getLogger(name)
-            self._levels[logger] = logger.level
-            logger.setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        warnings.filterwarnings("ignore", module="lightning_fabric")
-
-    def __exit__(self, *error: Any) -> None:
-        self._warnings.__exit__(*error)
-        for logger, level in self._levels.items():
-            logger.setLevel(level)

@@ -1,6 +1,6 @@
 """The Lightning module: one forward, an objective for each kind of epoch, and what is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from echolab.data.batches import MicroBatch
+from echolab.data.micro_batches import MicroBatch
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw
@@ -75,6 +75,7 @@ class DiffusionModule(pl.LightningModule):
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
         self.meter = Meter()
+        self.on_draws: Callable[[MicroBatch, Draws], None] | None = None  # the ledger listens
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
 
     def setup(self, stage: str) -> None:
@@ -85,11 +86,18 @@ class DiffusionModule(pl.LightningModule):
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """The loss of one micro-batch."""
         draws = draws_of(item, seed=self.seed, shift=self.shift)
+        if self.on_draws:
+            self.on_draws(item, draws)
         if self.drops:  # by the clips alone too, so that a resumed run drops the same
             torch.manual_seed(number_of(item, self.seed))
         loss = self.objectives[item.kind](self.net, item.batch, draws)
-        self.meter.add(loss, item.batch.tasks)
-        return loss.value * self.loss_factor
+        value = loss.value * item.share
+        if item.share:
+            self.meter.add(loss._replace(value=value), item.batch.tasks)
+        else:  # these clips are not in the batch: ranks must name the same values all the same
+            nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
+            self.meter.add(Loss(value, nothing), [])
+        return value * self.loss_factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""

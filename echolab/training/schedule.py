@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from echolab.data.batches import Place
+from echolab.data.micro_batches import Place
 from echolab.errors import ConfigError
 
 KINDS = ("sft", "ndpo", "dpo")

@@ -1,0 +1,141 @@
+"""Does a ledger prove that every sample was trained on exactly once an epoch?"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from echolab.data.ledger import Ledger, read_ledger
+from echolab.data.quarantine import QUARANTINE, read_quarantine
+from echolab.data.shards import open_dataset
+from echolab.errors import DataError
+
+
+class Finding(NamedTuple):
+    """One thing that should not be."""
+
+    dataset: str  # its folder
+    epoch: int
+    key: str
+    steps: list[int]  # those that trained on it in that epoch
+
+
+class Audit(NamedTuple):
+    """The outcome; `exact` where there is nothing to say against it."""
+
+    steps: int
+    attempts: int
+    samples: int  # trained on, over all datasets and epochs
+    missing: list[Finding]
+    doubled: list[Finding]
+    strange: list[Finding]  # keys that the dataset does not hold
+    faults: list[str]
+    quarantined: int = 0  # bad samples that others stood in for, as the run wrote down
+
+    @property
+    def exact(self) -> bool:
+        """Whether every sample was trained on exactly once an epoch."""
+        return not (self.missing or self.doubled or self.strange or self.faults)
+
+    def lines(self) -> list[str]:
+        """One line for each fault."""
+        said = list(self.faults)
+        for what, findings in (
+            ("missing", self.missing),
+            ("doubled", self.doubled),
+            ("not in the dataset", self.strange),
+        ):
+            for dataset, epoch, key, steps in findings:
+                where = f" (steps {', '.join(map(str, steps))})" if steps else ""
+                said.append(f"{dataset}: epoch {epoch}: {key} is {what}{where}")
+        return said
+
+
+Seen = dict[int, dict[str, list[int]]]  # epoch -> key -> the steps that trained on it
+
+
+def audit(run: Path) -> Audit:
+    """Read a run's ledger and weigh it against its datasets; raises DataError without a ledger.
+
+    In every epoch no sample may come twice, and in an epoch that was gone through, none may be
+    missing, beyond those that remainder=drop leaves out: so each comes k or k + 1 times in all.
+    Bad samples in the run's quarantine may be missing, and as many others come once more.
+    """
+    ledger = read_ledger(run)
+    missing: list[Finding] = []
+    doubled: list[Finding] = []
+    strange: list[Finding] = []
+    faults = list(ledger.faults)
+    samples = 0
+    quarantine = read_quarantine(run / QUARANTINE)
+    last = ledger.attempts[-1]
+    for supervised, datasets in ((True, last.clips), (False, last.pairs)):
+        for number, dataset in enumerate(datasets):
+            seen = _seen(ledger, supervised, number)
+            samples += sum(len(steps) for epoch in seen.values() for steps in epoch.values())
+            bad = {e["key"] for e in quarantine if e["dataset"] == dataset["fingerprint"]}
+            doubled += _doubled(dataset["folder"], seen, bad)
+            try:
+                keys = _keys(dataset)
+            except DataError as error:
+                faults.append(str(error))
+                continue
+            strange += _strange(dataset["folder"], seen, keys)
+            missing += _missing(dataset, seen, keys, bad)
+    return Audit(
+        len(ledger.steps),
+        len(ledger.attempts),
+        samples,
+        missing,
+        doubled,
+        strange,
+        faults,
+        len(quarantine),
+    )
+
+
+def _seen(ledger: Ledger, supervised: bool, number: int) -> Seen:
+    seen: Seen = {}
+    for step, rows in sorted(ledger.steps.items()):
+        for row in rows:
+            if (row.kind == "sft") == supervised:
+                for source, epoch, key in zip(row.sources, row.epochs, row.keys, strict=True):
+                    if source == number:
+                        seen.setdefault(epoch, {}).setdefault(key, []).append(step)
+    return seen
+
+
+def _keys(dataset: Mapping[str, Any]) -> set[str]:
+    """What the dataset holds, as long as it is the one that was trained on."""
+    found = open_dataset(dataset["folder"])
+    if found.fingerprint != dataset["fingerprint"]:
+        raise DataError(
+            f"{dataset['folder']}: is not the dataset that was trained on; put that one there"
+        )
+    return set(found.keys)
+
+
+def _doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
+    for epoch, keys in sorted(seen.items()):
+        if sum(len(steps) - 1 for steps in keys.values()) <= len(bad - set(keys)):
+            continue  # they stand for bad ones
+        for key, steps in sorted(keys.items()):
+            if len(steps) > 1:
+                yield Finding(folder, epoch, key, steps)
+
+
+def _strange(folder: str, seen: Seen, keys: set[str]) -> Iterator[Finding]:
+    for epoch, found in sorted(seen.items()):
+        for key in sorted(set(found) - keys):
+            yield Finding(folder, epoch, key, found[key])
+
+
+def _missing(
+    dataset: Mapping[str, Any], seen: Seen, keys: set[str], bad: set[str]
+) -> Iterator[Finding]:
+    """In every epoch before the last, which may still be under way."""
+    left_out = max(0, len(keys) - dataset["span"])
+    for epoch in range(max(seen, default=0)):
+        lacking = keys - set(seen.get(epoch, {})) - bad
+        if len(lacking) > left_out:
+            for key in sorted(lacking):
+                yield Finding(dataset["folder"], epoch, key, [])

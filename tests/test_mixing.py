@@ -1,0 +1,228 @@
+"""Mixing, buckets and remainders: pure functions of the batch's number that keep their promises."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echolab.data.mixing import Mixing, floor_sum
+from echolab.data.plan import Drawn, Order, Plan, Source
+from echolab.errors import ConfigError
+
+WEIGHTS = st.lists(st.sampled_from([0, 0.1, 1, 2, 3.5]), min_size=1, max_size=5).filter(sum)
+SIZES = [(2, 4, 4), (2, 4, 6), (3, 8, 8), (5, 4, 4)]
+
+
+@given(st.integers(0, 50), st.integers(1, 90), st.integers(0, 200), st.integers(0, 200))
+def test_the_sum_of_floors(count: int, modulus: int, slope: int, offset: int) -> None:
+    expected = sum((slope * i + offset) // modulus for i in range(count))
+    assert floor_sum(count, modulus, slope, offset) == expected
+
+
+@given(WEIGHTS, st.integers(0, 3), st.integers(0, 400), st.integers(0, 60))
+def test_what_was_before_is_counted_without_going_there(
+    weights: list[float], seed: int, first: int, more: int
+) -> None:
+    mixing = Mixing(weights, seed)
+    members = mixing.members(0, first + more)
+    assert members[first:].tolist() == mixing.members(first, first + more).tolist()
+    assert np.bincount(members[:first], minlength=len(weights)).tolist() == mixing.before(first)
+
+
+@given(WEIGHTS, st.integers(0, 3), st.integers(0, 10**12))
+def test_everyone_has_had_its_share_at_every_moment(
+    weights: list[float], seed: int, position: int
+) -> None:
+    counts = Mixing(weights, seed).before(position)
+    assert sum(counts) == position
+    for count, weight in zip(counts, weights, strict=True):
+        share = position * weight / sum(weights)
+        assert abs(count - share) < 2 * np.log(position + 2) + 2 and (weight or not count)
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
+def test_weights_that_say_nothing_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ConfigError, match="need one 0 or more for each dataset"):
+        Mixing(weights)
+
+
+SOURCES = st.lists(
+    st.builds(
+        Source,
+        name=st.just("d"),
+        fingerprint=st.text("abc", min_size=1, max_size=4),
+        samples_by_shard=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+        size=st.sampled_from(SIZES),
+        weight=st.none(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def counted(plan: Plan, batches: int) -> list[Counter[tuple[int, int]]]:
+    """For each dataset, how often each (epoch, sample) came."""
+    found: list[Counter[tuple[int, int]]] = [Counter() for _ in plan.sources]
+    for number in range(batches):
+        for drawn in plan.batch(number):
+            if drawn.share:
+                found[drawn.source][drawn.epoch, drawn.sample] += 1
+    return found
+
+
+def check_exact(plan: Plan, batches: int, left_out: dict[int, int] | None = None) -> None:
+    """No sample twice an epoch; none missing in an epoch that was gone through."""
+    for number, seen in enumerate(counted(plan, batches)):
+        samples = plan.sources[number].samples
+        assert set(seen.values()) <= {1}
+        by_epoch = Counter(epoch for epoch, _ in seen)
+        for epoch in range(max(by_epoch, default=0)):
+            assert by_epoch[epoch] == samples - (left_out or {}).get(number, 0)
+        if not left_out:  # k times or k + 1 times
+            times = Counter(sample for _, sample in seen)
+            assert (
+                max(times.values(), default=0) - min((times[i] for i in range(samples)), default=0)
+                <= 1
+            )
+
+
+@given(SOURCES, st.integers(1, 8), st.integers(0, 2))
+def test_every_sample_comes_once_an_epoch(sources: list[Source], batch: int, seed: int) -> None:
+    check_exact(Plan(sources, batch_size=batch, seed=seed), 30)
+
+
+@given(SOURCES, st.integers(1, 6), st.data())
+def test_batches_have_one_size_and_about_as_many_tokens(
+    sources: list[Source], batch: int, data: st.DataObject
+) -> None:
+    largest = max(int(np.prod(source.size)) for source in sources)
+    budget = data.draw(st.none() | st.integers(largest, 4 * largest))
+    plan = Plan(sources, batch_size=batch, seed=0, order=Order(token_budget=budget))
+    for number in range(20):
+        clips = plan.batch(number)
+        sizes = {plan.sources[clip.source].size for clip in clips}
+        assert len(sizes) == 1 and len(clips) % batch == 0
+        tokens = len(clips) * int(np.prod(sizes.pop()))
+        # Full but for less than half: one more clip to a place would be too many.
+        assert (budget or largest) * batch / 2 < tokens <= (budget or largest) * batch
+
+
+def test_datasets_come_by_weight() -> None:
+    sources = [Source("a", "a", [50], SIZES[0], 3.0), Source("b", "b", [500], SIZES[0], 1.0)]
+    plan = Plan(sources, batch_size=8, seed=0)
+    for count in (1, 10, 100):
+        seen = Counter(clip.source for i in range(count) for clip in plan.batch(i))
+        assert seen[0] == pytest.approx(6 * count, abs=5)
+    check_exact(plan, 100)
+
+
+def test_sizes_share_the_clips_by_the_datasets_numbers() -> None:
+    # Four small clips stand in the place of one large one: batches of them come a quarter as often.
+    sources = [Source("a", "a", [400], (4, 4, 4)), Source("b", "b", [400], (4, 8, 8))]
+    plan = Plan(sources, batch_size=2, seed=0)
+    batches = [plan.batch(i) for i in range(250)]
+    assert {len(clips) for clips in batches} == {2, 8}
+    seen = Counter(clip.source for clips in batches for clip in clips)
+    assert seen[0] == pytest.approx(400, abs=16) and seen[1] == pytest.approx(400, abs=8)
+
+
+@pytest.mark.parametrize("samples", [[7], [3, 0, 9], [8]])
+def test_remainders(samples: list[int]) -> None:
+    total, batch = sum(samples), 4
+
+    def plan(remainder: str) -> Plan:
+        order = Order(remainder=remainder)  # type: ignore[arg-type]
+        return Plan([Source("a", "a", samples)], batch_size=batch, seed=0, order=order)
+
+    check_exact(plan("carry"), 12)
+    whole = total // batch
+    dropping = plan("drop")
+    check_exact(dropping, 12, {0: total - whole * batch})
+    assert [c.epoch for i in range(2 * whole) for c in dropping.batch(i)] == [0] * (
+        whole * batch
+    ) + [1] * (whole * batch)
+    assert dropping.progress(2 * whole) == [(2, 2 * (total - whole * batch))]
+    padding, of_epoch = plan("pad"), -(-total // batch)
+    check_exact(padding, 12)
+    for number in range(12):
+        clips = padding.batch(number)
+        real = total - (of_epoch - 1) * batch if number % of_epoch == of_epoch - 1 else batch
+        shares = sorted(clip.share for clip in clips)
+        assert shares == pytest.approx([0.0] * (batch - real) + [batch / real] * real)
+
+
+@pytest.mark.parametrize(
+    ("sources", "order", "words"),
+    [
+        ([("a", [3], 1), ("b", [3], 1)], Order(remainder="drop"), "a, b are mixed in one batch"),
+        ([("a", [3], None)], Order(remainder="drop"), "less than one global batch of 4"),
+        ([("a", [3], None)], Order(remainder="keep"), "data.remainder=keep"),  # type: ignore[arg-type]
+        ([("a", [3], None)], Order(block=0), "data.block=0"),
+        ([("a", [3], None)], Order(token_budget=5), "token_budget=5: the largest clips have 32"),
+        ([("a", [3], 1), ("b", [3], None)], Order(), "one for each dataset, or none"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(
+    sources: list[tuple[str, list[int], float | None]], order: Order, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Plan(
+            [Source(name, name, shards, SIZES[0], weight) for name, shards, weight in sources],
+            batch_size=4,
+            seed=0,
+            order=order,
+        )
+
+
+def test_a_dataset_of_weight_nothing_is_not_met() -> None:
+    sources = [Source("a", "a", [50], SIZES[0], 1.0), Source("b", "b", [50], SIZES[1], 0.0)]
+    plan = Plan(sources, batch_size=4, seed=0)
+    assert {clip.source for i in range(20) for clip in plan.batch(i)} == {0}
+    assert plan.progress(20)[1] == (0, 0)
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
+def test_every_rank_meets_every_shard_of_every_dataset(size: tuple[int, int, int]) -> None:
+    sources = [Source("a", "a", [10] * 8, SIZES[0]), Source("b", "b", [10] * 8, size)]
+    plan, ranks = Plan(sources, batch_size=16, seed=0), 4
+    met: list[set[tuple[int, int]]] = [set() for _ in range(ranks)]
+    for number in range(80):
+        clips = plan.batch(number)
+        own = len(clips) // ranks
+        for rank in range(ranks):
+            part = clips[rank * own : (rank + 1) * own]
+            met[rank] |= {(clip.source, clip.sample // 10) for clip in part}
+    assert all(len(shards) == 16 for shards in met)
+
+
+SHARDS_OF_MANY, RANKS, WORKERS, A_RANK = 2000, 1024, 8, 8
+
+
+def test_a_thousand_ranks_of_eight_workers_all_read_neighbours() -> None:
+    # One dataset of two million samples, 8 clips a rank and step, cut as MicroBatches cuts it.
+    source = Source("a", "a", [1000] * SHARDS_OF_MANY)
+    plan = Plan([source], batch_size=RANKS * A_RANK, seed=0)
+    shards_of_rank: list[set[int]] = [set() for _ in range(RANKS)]
+    reads_of_worker = np.zeros((RANKS, WORKERS), dtype=int)
+    near = adjacent = reads = 0
+    for step in range(2 * WORKERS):
+        samples = np.array([clip.sample for clip in plan.batch(step)]).reshape(RANKS, A_RANK)
+        reads_of_worker[:, step % WORKERS] += A_RANK  # loaders deal steps out in turn
+        same_block = np.diff(samples // 1000 * 32 + samples % 1000 // 32, axis=1) == 0
+        ahead = np.diff(samples, axis=1)
+        near += int((same_block & (ahead > 0)).sum())
+        adjacent += int((ahead == 1).sum())
+        reads += ahead.size
+        for rank, own in enumerate(samples // 1000):
+            shards_of_rank[rank] |= set(own.tolist())
+    assert (reads_of_worker == 2 * A_RANK).all()  # none waits while another works
+    assert adjacent / reads > 0.9 and near / reads > 0.95
+    met = [len(shards) for shards in shards_of_rank]
+    assert min(met) >= 16  # another shard nearly each step: no rank keeps to a part of the data
+
+
+def test_the_drawn_clips_are_told_by_integers() -> None:
+    clip = Plan([Source("a", "a", [5])], batch_size=2, seed=0).batch(3)[0]
+    assert isinstance(clip, Drawn) and all(type(value) is int for value in clip[:3])

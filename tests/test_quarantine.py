@@ -1,0 +1,229 @@
+"""Bad samples: the first stops all, or so many as the budget says; never one more, never unseen."""
+
+import json
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+from fault_server import serving, status
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echolab.data.fetch import FetchError, Patience
+from echolab.data.micro_batches import MicroBatches, Place, stock
+from echolab.data.quarantine import Tolerant, allowed, read_quarantine
+from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.errors import ConfigError, DataError
+from echolab.tasks.curriculum import Curriculum, hard_to_easy
+from echolab.training.callbacks import Intervals
+
+PER_SHARD, SHARDS = 20, 5
+COUNT = PER_SHARD * SHARDS
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    folder = tmp_path_factory.mktemp("dataset")
+    with ShardWriter(folder, kind="encoded", samples_per_shard=PER_SHARD) as writer:
+        for i in range(COUNT):
+            writer.write(f"clip-{i:03d}", {"json": json.dumps({"number": i}).encode()})
+    return open_dataset(folder)
+
+
+def corrupted(dataset: ShardDataset, bad: set[int]) -> ShardDataset:
+    """A copy of the dataset with damage in some samples."""
+    assert isinstance(dataset.folder, Path)
+    folder = dataset.folder.with_name(f"bad-{abs(hash(frozenset(bad)))}")
+    folder.mkdir(exist_ok=True)
+    for path in dataset.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for i in bad:
+        sample = dataset.sample(i)
+        with (folder / sample.shard).open("r+b") as file:
+            file.seek(sample.members["json"][0])
+            file.write(b"#")
+    return open_dataset(folder)
+
+
+def number(dataset: ShardDataset, i: int) -> int:
+    return int(json.loads(dataset.read(i)["json"])["number"])
+
+
+def test_the_first_bad_sample_stops_all(dataset: ShardDataset, tmp_path: Path) -> None:
+    bad = corrupted(dataset, {3})
+    reader = Tolerant(bad)
+    assert reader.read(2, lambda j: number(bad, j)) == 2
+    with pytest.raises(DataError, match="sample clip-003"):
+        reader.read(3, lambda j: number(bad, j))
+
+
+def test_shares_are_not_rounded_up_by_chance() -> None:
+    assert [allowed(700, 0.01), allowed(1000, 0.001), allowed(1, 0.001)] == [7, 1, 1]
+    assert [allowed(1001, 0.001), allowed(1000, 0.0), allowed(0, 0.5)] == [2, 0, 0]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_budget_is_a_share(dataset: ShardDataset, tmp_path: Path, share: float) -> None:
+    with pytest.raises(ConfigError, match="skip_budget"):
+        Tolerant(dataset, skip_budget=share, quarantine=tmp_path / "q")
+    with pytest.raises(ConfigError, match="skip_budget"):
+        Tolerant(dataset, skip_budget=0.1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bad=st.sets(st.integers(0, COUNT - 1), max_size=12),
+    budget=st.sampled_from([0.01, 0.04, 0.1]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_it_stops_exactly_when_the_budget_is_exceeded(
+    dataset: ShardDataset,
+    tmp_path_factory: pytest.TempPathFactory,
+    bad: set[int],
+    budget: float,
+    seed: int,
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "quarantine.jsonl"
+    damaged = corrupted(dataset, bad)
+    reader = Tolerant(damaged, skip_budget=budget, quarantine=path)
+    met: list[int] = []  # bad samples, in the order they are met
+
+    def read(j: int) -> int:
+        if j in bad and j not in met:
+            met.append(j)
+        return number(damaged, j)
+
+    def exceeded() -> bool:
+        shards = Counter(j // PER_SHARD for j in met)
+        return len(met) > allowed(COUNT, budget) or any(
+            count > allowed(PER_SHARD, budget) for count in shards.values()
+        )
+
+    for i in np.random.default_rng(seed).permutation(COUNT).tolist():
+        try:
+            j = reader.read(i, read)
+        except DataError as error:
+            assert exceeded() and "skip_budget" in str(error) and "\n" not in str(error)
+            break
+        assert not exceeded() and j not in bad
+        # A pure function of the data: the next good one, whoever reads and whatever came before.
+        assert j == next(k % COUNT for k in range(i, i + COUNT) if k % COUNT not in bad)
+    else:
+        assert set(met) == bad
+    entries = read_quarantine(path)
+    assert [entry["key"] for entry in entries] == [f"clip-{j:03d}" for j in met]
+    for entry, j in zip(entries, met, strict=True):
+        sample = dataset.sample(j)
+        assert (entry["shard"], entry["offset"]) == (sample.shard, sample.members["json"][0])
+        assert f"sample clip-{j:03d}, byte {entry['offset']}" in entry["reason"]
+
+
+def part(folder: Path, path: Path, numbers: list[int]) -> None:
+    dataset = open_dataset(folder)
+    reader = Tolerant(dataset, skip_budget=0.1, quarantine=path)
+    for i in numbers:
+        reader.read(i, lambda j: number(dataset, j))
+
+
+def test_ranks_share_one_budget(dataset: ShardDataset, tmp_path: Path) -> None:
+    bad = set(range(0, COUNT, 10))  # two of each shard: just what 0.1 allows
+    damaged = corrupted(dataset, bad)
+    assert isinstance(damaged.folder, Path)
+    path = tmp_path / "quarantine.jsonl"
+    context = multiprocessing.get_context("fork")
+    # Every rank meets every bad sample: each is counted once.
+    ranks = [
+        context.Process(target=part, args=(damaged.folder, path, [*range(r, COUNT), *range(r)]))
+        for r in range(3)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert sorted(e["key"] for e in read_quarantine(path)) == [f"clip-{i:03d}" for i in sorted(bad)]
+    assert len(path.read_text().splitlines()) == len(bad)
+
+
+def test_half_a_line_of_a_killed_process_is_passed_over(
+    dataset: ShardDataset, tmp_path: Path
+) -> None:
+    path, damaged = tmp_path / "quarantine.jsonl", corrupted(dataset, {3, 50})
+    reader = Tolerant(damaged, skip_budget=0.1, quarantine=path)
+    reader.read(3, lambda j: number(damaged, j))
+    with path.open("a") as file:
+        file.write('{"dataset": "x", "ke')
+    reader.read(50, lambda j: number(damaged, j))
+    assert [entry["key"] for entry in read_quarantine(path)] == ["clip-003", "clip-050"]
+
+
+def test_a_server_that_is_down_is_no_bad_sample(dataset: ShardDataset, tmp_path: Path) -> None:
+    assert isinstance(dataset.folder, Path)
+    with serving(dataset.folder) as server:
+        server.always["encoded-000001.tar"] = status(500)
+        there = open_dataset(
+            server.url, cache=tmp_path / "cache", patience=Patience(2, 0.2, 2.0, 0.001, 0.001)
+        )
+        reader = Tolerant(there, skip_budget=0.5, quarantine=tmp_path / "q")
+        assert reader.read(3, lambda j: number(there, j)) == 3
+        with pytest.raises(FetchError, match="HTTP 500"):
+            reader.read(25, lambda j: number(there, j))
+    assert not (tmp_path / "q").exists()
+
+
+def test_nothing_good_left_is_an_error(dataset: ShardDataset, tmp_path: Path) -> None:
+    damaged = corrupted(dataset, {3})
+    reader = Tolerant(damaged, skip_budget=0.5, quarantine=tmp_path / "q", stand_ins=lambda i: [i])
+    with pytest.raises(DataError, match="no good stand-in"):
+        reader.read(3, lambda j: number(damaged, j))
+
+
+def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
+    whole, pairs = runs.write_clips(tmp_path / "clips", 9), runs.write_pairs(tmp_path / "pairs", 4)
+    place = whole.sample(4)
+    with (tmp_path / "clips" / place.shard).open("r+b") as file:
+        file.seek(place.members["safetensors"][0] + 5000)
+        file.write(b"damaged")
+
+    def keys(world: int, **tolerance: Any) -> list[str]:
+        """Of two epochs, over all ranks."""
+        clips = stock([whole], kind="encoded", batch_size=2, seed=1, **tolerance)
+        other = stock([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
+        ranks = [
+            MicroBatches(
+                clips, other, place=lambda step: Place("sft", step),
+                curriculum=Curriculum(hard_to_easy(4)), batch_size=2, accumulation=1, seed=1,
+                steps=9, rank=rank, world=world,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        return [key for step in range(9) for rank in ranks for key in rank[step].batch.keys]
+
+    path = tmp_path / "run" / "quarantine.jsonl"
+    with pytest.raises(DataError, match="sample clip-004, byte"):
+        keys(1)
+    found = keys(1, skip_budget=0.1, quarantine=path)
+    assert found == keys(2, skip_budget=0.1, quarantine=path)
+    expected = {key: 2 for key in whole.keys if key != "clip-004"} | {"clip-005": 4}
+    assert Counter(found) == expected
+    assert [entry["key"] for entry in read_quarantine(path)] == ["clip-004"]
+
+
+def test_a_run_counts_what_it_skipped(tmp_path: Path) -> None:
+    for write, count in ((runs.write_clips, 7), (runs.write_pairs, 5)):
+        whole = write(tmp_path / write.__name__.removeprefix("write_"), count)
+        place = whole.sample(0)
+        with (tmp_path / whole.folder / place.shard).open("r+b") as file:
+            file.seek(place.members["safetensors"][0] + 5000)
+            file.write(b"damaged")
+    plan = runs.schedule(("sft", 2), ("dpo", 2))
+    with pytest.raises(DataError, match="sample clip-000, byte"):
+        runs.train(tmp_path, plan)
+    _, rows = runs.train(tmp_path, plan, skip_budget=0.3, every=Intervals(log=1))
+    assert [row["data/skipped"] for row in rows if "train/loss" in row][-1] == 2
+    entries = read_quarantine(tmp_path / "run" / "quarantine.jsonl")
+    assert [entry["key"] for entry in entries] == ["clip-000", "pair-000"]
