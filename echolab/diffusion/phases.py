@@ -92,6 +92,6 @@ def of_preferences(phases: Allocator) -> Allocator:
     """What a preference is trained under: as `phases`, with nothing zeroed.
 
     Both clips of a pair were made with every condition.  Teaching the preference to the network
-    without sound as well moves the branch that guidance subtracts, and takes the gain away again.
+    without sound as well would move the branch that guidance subtracts.
     """
     return KeepModalities(FLAT) if isinstance(phases, KeepModalities) else phases
