@@ -211,6 +211,7 @@ def test_a_table_made_in_inference_still_serves_training() -> None:
     with torch.inference_mode():
         net(tiny.latents(), TIMESTEPS, told)
     net(tiny.latents(), TIMESTEPS, told).sum().backward()
+    assert net.blocks[0].self_attn.q.weight.grad.isfinite().all()
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
