@@ -23,3 +23,15 @@ class CheckpointError(EcholabError):
 
 class WeightsError(EcholabError):
     """A model file that is missing, or is not the file it claims to be."""
+
+
+class DivergedError(EcholabError):
+    """A loss, gradient or weight that is not finite."""
+
+
+class ReplicaError(EcholabError):
+    """Ranks that should hold the same bits and do not."""
+
+
+class ParityError(EcholabError):
+    """Exported weights that do not compute what the training model does."""

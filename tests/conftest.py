@@ -1,6 +1,7 @@
 """What every test may ask for, and an environment in which nothing asks the network."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: many tiny tensors run faster on one thread than on two.
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
+from forked import ForkServer
 from hypothesis import settings
 
 settings.register_profile("echolab", deadline=None)  # how busy the machine is proves nothing
@@ -35,3 +37,11 @@ def media() -> Path:
 def weights() -> Path:
     """The folder of model files of third parties."""
     return _folder("ECHOLAB_WEIGHTS", "weights")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts ranks quickly; see tests/forked.py."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -2,15 +2,18 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import adapted
 import pytorch_lightning as pl
 import runs
 
-from echolab.training.callbacks import Intervals, Steps
+from echolab.training.callbacks import Steps
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine
+from echolab.training.parts import Intervals
+from echolab.training.writer import CheckpointWriter
 
 
 def save_what_was_loaded(to: Path) -> None:
@@ -19,17 +22,17 @@ def save_what_was_loaded(to: Path) -> None:
 
     def and_save(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         start(self, trainer, module)
-        folder, self.folder = self.folder, to
-        self.save()
-        self.folder = folder
+        writer = CheckpointWriter(to, self.masters, self.ema, keep=lambda step: True)
+        writer.begin(self.state())
+        writer.finish()
 
     Steps.on_train_start = and_save  # type: ignore[method-assign]
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     """Train, and write the rows that rank 0 logged."""
-    folder, strategy, devices, out = sys.argv[1:5]
-    options = dict(word.split("=") for word in sys.argv[5:])
+    folder, strategy, devices, out = words[:4]
+    options = dict(word.split("=") for word in words[4:])
     plan = runs.schedule(*json.loads(options.get("plan", "[]")))
     root = Path(folder)
     if "again" in options:
@@ -60,4 +63,5 @@ def main() -> None:
         print(result)
 
 
-main()
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -10,9 +10,10 @@ from typing import Any
 import adapted
 import runs
 
-from echolab.training.callbacks import Intervals, Steps
+from echolab.training.callbacks import Steps
 from echolab.training.fit import Machine
 from echolab.training.masters import Masters
+from echolab.training.parts import Intervals
 
 
 def held(tensors: Iterable[Any]) -> int:
@@ -32,7 +33,7 @@ def count(self: Steps) -> dict[str, int]:
     return {
         "weights": held([*(p.data for p in net.parameters()), *pieces]),
         "optimizer": held([*moments, *own]),
-        "ema": held(self.ema._average),
+        "ema": held(self.ema.flats["ema"]),
         "gradients": held(gradients if flat is None else [flat]),
     }
 

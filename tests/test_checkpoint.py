@@ -10,7 +10,6 @@ import tiny
 import torch
 
 from echolab.errors import CheckpointError, ConfigError, EcholabError
-from echolab.training.callbacks import Intervals
 from echolab.training.checkpoint import (
     PARTS,
     latest_valid,
@@ -18,6 +17,7 @@ from echolab.training.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
+from echolab.training.parts import Intervals
 
 EVERY = Intervals(log=1, save=2)
 

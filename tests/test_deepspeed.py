@@ -1,29 +1,34 @@
 """Two ranks over gloo: every strategy trains the same run, and loads what any other saved."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 import torch
+from forked import ForkServer
 
-from echolab.launch.local import run_ranks
 from echolab.training.checkpoint import PARTS, latest_valid
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
 PLAN = [["sft", 3], ["ndpo", 2], ["dpo", 2]]
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 
 
-def run(data: Path, strategy: str, out: Path, plan: list[Any] = PLAN, **options: str) -> None:
-    words = [f"plan={json.dumps(plan)}", *(f"{k}={v}" for k, v in options.items())]
-    command = [sys.executable, str(HERE / "ranked.py"), str(data), strategy]
-    code = run_ranks([*command, str(RANKS[strategy]), str(out), *words], RANKS[strategy])
-    assert code == 0
+class Run:
+    """Starts runs over the datasets in `data`."""
+
+    def __init__(self, server: ForkServer, data: Path) -> None:
+        self.server, self.data = server, data
+
+    def __call__(self, strategy: str, out: Path, plan: list[Any] = PLAN, **options: str) -> None:
+        """One run."""
+        words = [f"plan={json.dumps(plan)}", *(f"{k}={v}" for k, v in options.items())]
+        world = RANKS[strategy]
+        told = [str(self.data), strategy, str(world), str(out), *words]
+        self.server.run("ranked:main", world=world, arguments={"words": told})
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -38,14 +43,15 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Run:
     """The datasets, made before ranks could make them at once; and the run of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     runs.write_clips(folder / "clips", 7)
     runs.write_pairs(folder / "pairs", 5)
     runs.write_clips(folder / "held", 4, 50)
-    run(folder, "single", folder / "single")
-    return folder
+    run = Run(fork_server, folder)
+    run("single", folder / "single")
+    return run
 
 
 @pytest.mark.parametrize(
@@ -59,12 +65,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_strategy_trains_the_same_run(
-    data: Path, tmp_path: Path, strategy: str, options: dict[str, str]
+    run: Run, tmp_path: Path, strategy: str, options: dict[str, str]
 ) -> None:
-    run(data, strategy, tmp_path, **options)
-    for row, expected in zip(rows(tmp_path), rows(data / "single"), strict=True):
+    run(strategy, tmp_path, **options)
+    for row, expected in zip(rows(tmp_path), rows(run.data / "single"), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    expected_tensors = tensors(data / "single")
+    expected_tensors = tensors(run.data / "single")
     for name, tensor in tensors(tmp_path).items():
         torch.testing.assert_close(tensor, expected_tensors[name], rtol=1e-3, atol=2e-5)
 
@@ -74,24 +80,24 @@ def test_every_strategy_trains_the_same_run(
     [("single", "zero3"), ("zero3", "zero2"), ("zero2", "ddp"), ("zero1", "single")],
 )
 def test_any_strategy_loads_what_another_saved(
-    data: Path, tmp_path: Path, first: str, second: str
+    run: Run, tmp_path: Path, first: str, second: str
 ) -> None:
     plan = [["sft", 2], ["dpo", 1]]
-    run(data, first, tmp_path / "run", plan[:1])
+    run(first, tmp_path / "run", plan[:1])
     saved = runs.tensors_of(tmp_path / "run/checkpoints/step-000002")
-    run(data, second, tmp_path / "run", plan, again=str(tmp_path / "again"))
+    run(second, tmp_path / "run", plan, again=str(tmp_path / "again"))
     assert runs.tensors_of(tmp_path / "again/step-000002") == saved
-    run(data, "single", tmp_path / "whole", plan)
+    run("single", tmp_path / "whole", plan)
     for row, expected in zip(rows(tmp_path / "run"), rows(tmp_path / "whole")[-2:], strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_bf16_weights_have_fp32_masters(data: Path, tmp_path: Path) -> None:
+def test_bf16_weights_have_fp32_masters(run: Run, tmp_path: Path) -> None:
     for strategy in ("zero2", "zero3"):
         out = tmp_path / strategy
-        run(data, strategy, out, precision="bf16-mixed")
+        run(strategy, out, precision="bf16-mixed")
         assert rows(out)[-1]["val/loss"] == pytest.approx(
-            rows(data / "single")[-1]["val/loss"], 0.05
+            rows(run.data / "single")[-1]["val/loss"], 0.05
         )
         rounded = [t for t in tensors(out).values() if torch.equal(t, t.bfloat16().float())]
         assert len(rounded) < 0.2 * len(tensors(out))

@@ -27,9 +27,9 @@ from echolab.data.plan import Order, Remainder
 from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
 from echolab.tasks.masks import TASKS
 from echolab.tracking.metrics import read_metrics
-from echolab.training.callbacks import Intervals
 from echolab.training.ledger import noise_hashes
 from echolab.training.module import draws_of
+from echolab.training.parts import Intervals
 from echolab.types import PreferencePair
 
 PLAN = runs.schedule(("sft", 4), ("dpo", 2), ("sft", 5))

@@ -17,8 +17,8 @@ from echolab.cli.__main__ import main
 from echolab.encoders.sizes import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
 from echolab.launch.local import run_ranks
-from echolab.training.callbacks import Intervals
 from echolab.training.estimate import BUCKET, STAGES, Parameter, parameters_of, state_bytes
+from echolab.training.parts import Intervals
 from echolab.training.simulate import Clip, simulate
 
 HERE = Path(__file__).parent

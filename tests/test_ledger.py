@@ -16,8 +16,9 @@ from echolab.data.ledger import LEDGER, Attempt, LedgerWriter, Row, next_attempt
 from echolab.data.micro_batches import stock
 from echolab.data.plan import Order
 from echolab.errors import DataError
-from echolab.training.callbacks import Intervals
 from echolab.training.datamodule import Feed, ShardDataModule
+from echolab.training.sections import Beats
+from echolab.training.parts import Intervals
 
 EVERY = Intervals(log=1, save=2)
 Steps = list[list[str]]  # for each step, the keys
@@ -195,7 +196,7 @@ def test_ranks_that_share_their_clips_write_once(
 ) -> None:
     clips = stock([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
     feed = Feed(clips, None, 2, 1, 0, 0, sequence_parallel=2)
-    module = ShardDataModule(feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum())
+    module = ShardDataModule(feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Beats(None))
     writers = []
     for rank in range(4):
         monkeypatch.setattr("echolab.training.ranks.rank", lambda rank=rank: rank)

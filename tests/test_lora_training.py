@@ -20,10 +20,10 @@ from echolab.cli.policy import last_checkpoint, load_policy
 from echolab.launch import exit_codes
 from echolab.launch.local import run_ranks
 from echolab.models.transformer import EchoTransformer
-from echolab.training.callbacks import Intervals
 from echolab.training.checkpoint import PARTS, latest_valid, open_checkpoint
 from echolab.training.lora import base_fingerprint
 from echolab.training.lora_files import load_adapters
+from echolab.training.parts import Intervals
 
 PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))
 EVERY = Intervals(log=1, save=1)

@@ -99,7 +99,7 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
 def test_the_fused_optimiser_is_adamw() -> None:
     """What the training module takes, beside torch's plain loop over parameters."""
     nets = tiny.net(trained=True), tiny.net(trained=True)
-    fused = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0).configure_optimizers()
+    fused = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0, beats=Beats(None)).configure_optimizers()
     groups = [
         {"params": [p for p in nets[1].parameters() if p.ndim >= 2]},
         {"params": [p for p in nets[1].parameters() if p.ndim < 2], "weight_decay": 0.0},

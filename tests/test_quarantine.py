@@ -19,7 +19,7 @@ from echolab.data.quarantine import Tolerant, allowed, read_quarantine
 from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
-from echolab.training.callbacks import Intervals
+from echolab.training.parts import Intervals
 
 PER_SHARD, SHARDS = 20, 5
 COUNT = PER_SHARD * SHARDS

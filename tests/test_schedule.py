@@ -1,12 +1,16 @@
 """The schedule: every step belongs to one epoch, and every batch of a dataset comes once."""
 
+import itertools
+import json
+from contextlib import nullcontext
+
 import pytest
 import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.errors import ConfigError
-from echolab.training.schedule import Epoch, Schedule
+from echolab.training.schedule import GROUPS, Epoch, Schedule, Skip, group_of
 
 EPOCHS = st.lists(
     st.builds(Epoch, st.sampled_from(["sft", "ndpo", "dpo"]), st.integers(1, 5), st.just(1e-3)),
@@ -69,3 +73,61 @@ def test_only_the_future_of_a_run_may_change() -> None:
 def test_a_schedule_that_cannot_be_is_refused(epochs: list[Epoch], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Schedule([Epoch(*epoch) for epoch in epochs])
+
+
+SKIPS = st.lists(
+    st.builds(Skip, st.sampled_from(GROUPS), st.integers(0, 30), st.integers(1, 9)), max_size=4
+)
+
+
+def batches(plan: Schedule, group: str, steps: int | None = None) -> list[int]:
+    """What a group's steps take, in order."""
+    places = [plan.place(step) for step in range(plan.steps if steps is None else steps)]
+    return [place.batch for place in places if group_of(place.kind) == group]
+
+
+@given(EPOCHS, st.integers(1, 3), SKIPS)
+def test_skipped_batches_are_never_placed_and_all_others_once_in_order(
+    epochs: list[Epoch], cycles: int, skips: list[Skip]
+) -> None:
+    plain = Schedule(epochs, cycles=cycles)
+    plan = Schedule(epochs, cycles=cycles, skipped=skips)
+    assert plan.steps == plain.steps
+    for group in GROUPS:
+        out = {b for s in skips if s.kind == group for b in range(s.first, s.stop)}
+        allowed = (b for b in itertools.count() if b not in out)
+        assert batches(plan, group) == list(itertools.islice(allowed, len(batches(plain, group))))
+    for step in range(plan.steps):
+        assert plan.place(step).batch - plan.place(step).left_out == plain.place(step).batch
+        assert plan.supervised_steps(step) == plain.supervised_steps(step)
+
+
+@given(EPOCHS, SKIPS, SKIPS, st.data())
+def test_a_skip_may_only_concern_the_future(
+    epochs: list[Epoch], old: list[Skip], new: list[Skip], data: st.DataObject
+) -> None:
+    before, after = Schedule(epochs, skipped=old), Schedule(epochs, skipped=new)
+    step = data.draw(st.integers(0, before.steps))
+    state = json.loads(json.dumps(before.state_dict()))
+    same = all(batches(before, g, step) == batches(after, g, step) for g in GROUPS)
+    with nullcontext() if same else pytest.raises(ConfigError, match="events.jsonl"):
+        after.check_continues(state, step)
+    for skip in new:
+        early = skip.first < before.begun(skip.kind, step)
+        with pytest.raises(ConfigError, match="trained on before") if early else nullcontext():
+            after = before.skipping(skip, step)
+            after.check_continues(state, step)
+            assert set(after.skipped) == {*before.skipped, skip}
+            assert not set(batches(after, skip.kind)) & set(range(skip.first, skip.stop))
+            assert batches(before, "sft", step) == batches(after, "sft", step)
+            before.check_continues(state, step)  # it has not changed
+
+
+def test_a_checkpoint_without_skips_is_of_a_run_without_skips() -> None:
+    plan = runs.schedule(("sft", 9))
+    state = {"epochs": plan.state_dict()["epochs"]}
+    Schedule(plan.epochs, skipped=[Skip("sft", 4, 2)]).check_continues(state, 4)
+    with pytest.raises(ConfigError, match=r"left out sft batches \[\] up to step 5, now \[\(4, 5"):
+        Schedule(plan.epochs, skipped=[Skip("sft", 4, 2)]).check_continues(state, 5)
+    with pytest.raises(ConfigError, match="batches 1 or more"):
+        Schedule(plan.epochs, skipped=[Skip("sft", 4, 0)])

@@ -4,16 +4,13 @@ A checkpoint of adapters tells where their base came from and its fingerprint, s
 that takes a checkpoint takes one of adapters too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
 from echolab.training.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
 from echolab.training.lora import (
     AdaptersOff,
@@ -21,21 +18,10 @@ from echolab.training.lora import (
     Lora,
     add_adapters,
     base_fingerprint,
-    merge,
 )
+from echolab.training.lora_base import Load, Origin, base_of, on_its_base
 from echolab.training.lora_files import load_trained, read_adapters, save_adapters, trained_tensors
 from echolab.training.preference import Reference
-
-# (file or folder, architecture, seed) -> a network of released weights
-Load = Callable[[Path, Mapping[str, Any], int], EchoTransformer]
-
-
-class Origin(NamedTuple):
-    """Where a base came from: released weights, a checkpoint, or nothing but the seed."""
-
-    weights: str | None
-    checkpoint: str | None
-    seed: int
 
 
 class Adapted(NamedTuple):
@@ -44,16 +30,6 @@ class Adapted(NamedTuple):
     net: EchoTransformer
     lora: Lora
     record: dict[str, Any]
-
-
-def _base(architecture: Mapping[str, Any], origin: Origin, load: Load) -> EchoTransformer:
-    if origin.weights:
-        return load(Path(origin.weights), architecture, origin.seed)
-    net = EchoTransformer(**architecture)
-    initialise(net, torch.Generator().manual_seed(origin.seed))
-    if origin.checkpoint:
-        net.load_state_dict(open_checkpoint(Path(origin.checkpoint)).tensors(EMA))
-    return net
 
 
 def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adapted:
@@ -66,7 +42,7 @@ def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adap
     adapters = first.state.get("adapters") if first else None
     if adapters:
         origin = Origin(**adapters["origin"])
-    net = _base(config["model"], origin, load)
+    net = base_of(config["model"], origin, load)
     add_adapters(net, lora, int(config["seed"]))
     base = base_fingerprint(net)
     record = {**lora._asdict(), "base": base, "origin": origin._asdict()}
@@ -96,38 +72,11 @@ def _start(net: EchoTransformer, lora: Lora, base: str, folder: Path) -> None:
     load_trained(net, found.tensors, str(folder))
 
 
-def _on_its_base(
-    checkpoint: Checkpoint, load: Load
-) -> tuple[EchoTransformer, Lora, dict[str, Any]]:
-    """The network of a checkpoint of adapters; CheckpointError where its base has changed."""
-    told = checkpoint.state["adapters"]
-    origin = Origin(**told["origin"])
-    net = _base(checkpoint.state["architecture"], origin, load)
-    found = base_fingerprint(net)
-    if found != told["base"]:
-        place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
-        raise CheckpointError(
-            f"{checkpoint.path}: its base {place} is another one now: fingerprint {told['base']} "
-            f"when it was trained, {found} here; put back what was there"
-        )
-    lora = Lora(tuple(told["targets"]), told["rank"], told["alpha"])
-    add_adapters(net, lora, seed=0)
-    load_trained(net, checkpoint.tensors(EMA), str(checkpoint.path))
-    return net, lora, told
-
-
-def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
-    """The network of a checkpoint of adapters, with the averaged ones added to its base."""
-    net, _, _ = _on_its_base(checkpoint, load)
-    merge(net)
-    return net
-
-
 def export_adapters(checkpoint: Checkpoint, folder: Path, load: Load) -> None:
     """Write the averaged adapters of a checkpoint as a folder in peft's format."""
     if not checkpoint.state.get("adapters"):
         raise CheckpointError(f"{checkpoint.path}: has no adapters; give a run with lora=attention")
-    net, lora, told = _on_its_base(checkpoint, load)
+    net, lora, told = on_its_base(checkpoint, load)
     tensors, layers = trained_tensors(net)
     save_adapters(folder, lora, tensors, layers, told["base"])
 

@@ -1,15 +1,26 @@
 """`echolab bench step`: forward and backward of the network, beside diffusers' own."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from echolab.arguments import parse
+from echolab.cli.bench_engine import (
+    Subject,
+    average_rows,
+    module_rows,
+    net_of,
+    write_clips,
+)
+from echolab.cli.bench_ranks import strategy_rows
 from echolab.cli.bench_rows import Pair, Row, Run, as_json, as_table, measure, say
+from echolab.cli.bench_saves import save_rows
 from echolab.cli.bench_subjects import (
     SMALL,
     Inputs,
@@ -30,6 +41,7 @@ from echolab.models.flops import FORMULA, step_flops
 from echolab.training.memory import KEPT, checkpoint_blocks, compile_blocks, compiler_missing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is named
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class StepArguments:
     Same weights, same inputs, both with the picture and without the sound; medians of the runs.
     Peak memory is the most that torch's allocator held in a step above what it held before it
     (activations and gradients; weights are not in it).  bf16 is autocast over fp32 weights.
+    The engine's rows, in the first precision: the average and an asynchronous save beside a step,
+    training beside a bare loop of the same steps, and ZeRO beside DDP in processes of their own.
     """
 
     model: str = field(default="small", metadata={"help": "`small`, or a name of conf/model"})
@@ -65,6 +79,12 @@ class StepArguments:
         default=True,
         metadata={"help": "also sound, checkpointing, compile and each attention"},
     )
+    network: bool = field(default=True, metadata={"help": "the rows of the network"})
+    engine: bool = field(default=True, metadata={"help": "the rows of the engine"})
+    scratch: Path | None = field(
+        default=None,
+        metadata={"help": "folder on the disk that is saved to; none is the system's"},
+    )
     peak_tflops: float | None = field(
         default=None, metadata={"help": "of the GPU in bf16, for MFU; none is the known one"}
     )
@@ -77,7 +97,9 @@ def main(argv: list[str]) -> None:
     arguments = parse(StepArguments, argv, command="echolab bench step")
     inputs, architecture = subject(arguments)
     say(FORMULA)
-    rows = list(bench(arguments, architecture, inputs))
+    rows = list(bench(arguments, architecture, inputs)) if arguments.network else []
+    if arguments.engine:
+        rows += engine_rows(arguments, architecture, inputs)
     print(as_json(rows) if arguments.format == "json" else as_table(rows))
 
 
@@ -102,11 +124,10 @@ def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
 
 def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs) -> Iterator[Row]:
     """All rows, precision by precision."""
-    usual = ("bf16",) if arguments.device == "cuda" else ("fp32", "bf16")
     ours = ours_net(architecture, arguments.seed, arguments.device)
     theirs = diffusers_net(ours, architecture)
     use_attention(ours, attention_from(arguments.attention, arguments.device))
-    for precision in arguments.precision or usual:
+    for precision in arguments.precision or USUAL[arguments.device]:
         step = Step(arguments, inputs, PRECISIONS[precision])
         yield Row(
             f"{precision}/output_difference",
@@ -120,6 +141,27 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
             yield from checkpointing_rows(step, ours, theirs, precision)
             yield from variant_rows(step, *base, precision)
             yield from audio_rows(step, base[0], architecture, precision)
+
+
+def engine_rows(
+    arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
+) -> list[Row]:
+    """What training costs beside the network's own step."""
+    step = Step(arguments, inputs, torch.float32)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-step-") as folder:
+        subject = Subject(
+            architecture,
+            Path(folder),
+            arguments.device,
+            (arguments.precision or USUAL[arguments.device])[0],
+            step.checkpointing,
+            arguments.attention,
+            arguments.seed,
+        )
+        write_clips(subject, inputs)
+        net, pairs = net_of(subject), arguments.pairs
+        rows = [*average_rows(subject, net, pairs), *module_rows(subject, net, pairs)]
+        return [*rows, *save_rows(subject, net, pairs), *strategy_rows(subject, pairs)]
 
 
 class Step:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from echolab.arguments import parse
 from echolab.data.audit import audit
+from echolab.training import events
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class AuditArguments:
     """Weigh a run's ledger against its datasets; one line a fault, exit code 1 if any.
 
     The run must have been trained with data.ledger=true.  Steps that an attempt trained and a later
-    one, going on from a checkpoint, trained again count once.
+    one, going on from a checkpoint, trained again count once.  Batches that events of the run say
+    were skipped may be missing.
     """
 
     run: Path = field(metadata={"help": "the run's folder"})
@@ -24,7 +26,7 @@ class AuditArguments:
 def main(argv: list[str]) -> int:
     """Say which keys are missing or doubled."""
     arguments = parse(AuditArguments, argv, command="echolab data audit", positional=("run",))
-    found = audit(arguments.run)
+    found = audit(arguments.run, events.skips(arguments.run))
     if arguments.format == "json":
         told = {"run": str(arguments.run), "exact": found.exact, **found._asdict()}
         for name in ("missing", "doubled", "strange"):
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> int:
             f"{arguments.run}: {found.steps} steps in {found.attempts} attempts, {found.samples} "
             "samples: each exactly once an epoch"
             + (f", but for {found.quarantined} bad ones" if found.quarantined else "")
+            + (f"; {found.skipped} of skipped batches left out" if found.skipped else "")
         )
     else:
         print("\n".join(found.lines()))

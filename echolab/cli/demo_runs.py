@@ -49,10 +49,10 @@ from echolab.preference.settings import checked
 from echolab.tracking.metrics import MetricsLog, read_metrics
 from echolab.tracking.score_table import REFERENCES
 from echolab.tracking.wandb_run import WandbRun
-from echolab.training.callbacks import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine, Training, fit
 from echolab.training.module import Optim
+from echolab.training.parts import Intervals
 from echolab.types import Clips
 
 PHASES = KeepModalities(PHDA)

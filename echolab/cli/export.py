@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from echolab.arguments import parse
 from echolab.cli.adapters import export_adapters
-from echolab.cli.policy import architecture_of, last_checkpoint, load_policy, load_start
+from echolab.cli.policy import architecture_of, last_checkpoint, load_start
 from echolab.errors import ConfigError
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.released import read_tensors
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import match_weights
 from echolab.training.checkpoint import EMA, open_checkpoint
+from echolab.training.exporting import exported_weights
 from echolab.training.masters import MASTER
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
@@ -106,7 +107,8 @@ def _report(out: Path, files: list[Path], kind: str) -> None:
 def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, Tensor]]:
     """The network, on the meta device where it need not be made, and its weights by name."""
     if arguments.model is not None:
-        net = _meta(architecture_of(arguments.model))
+        with torch.device("meta"):
+            net = EchoTransformer(**architecture_of(arguments.model))
         there = read_tensors(arguments.source)
         match_weights(net, there, source=str(arguments.source))
         return net, there
@@ -115,17 +117,9 @@ def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, 
             f"{arguments.source}: no run or checkpoint; of released weights say which: model=NAME"
         )
     checkpoint = open_checkpoint(last_checkpoint(arguments.source))
-    if checkpoint.state.get("adapters"):
-        if arguments.weights != "ema":
-            raise ConfigError(
-                f"{checkpoint.path}: adapters are merged averaged; give weights=ema, or adapters"
-            )
-        whole = load_policy(checkpoint.path)
-        return whole, dict(whole.named_parameters())
-    net = _meta(checkpoint.state["architecture"])
-    return net, checkpoint.tensors(EMA if arguments.weights == "ema" else MASTER)
-
-
-def _meta(architecture: dict[str, Any]) -> EchoTransformer:
-    with torch.device("meta"):
-        return EchoTransformer(**architecture)
+    if checkpoint.state.get("adapters") and arguments.weights != "ema":
+        raise ConfigError(
+            f"{checkpoint.path}: adapters are merged averaged; give weights=ema, or adapters"
+        )
+    part = EMA if arguments.weights == "ema" else MASTER
+    return exported_weights(checkpoint, load_start, part)

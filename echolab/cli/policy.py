@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from echolab.cli.adapters import merged
 from echolab.errors import CheckpointError, ConfigError
 from echolab.launch import runs
 from echolab.models import released
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
-from echolab.training.checkpoint import latest_valid, load_ema_weights, open_checkpoint
+from echolab.training.checkpoint import EMA, latest_valid, open_checkpoint, open_verified
+from echolab.training.lora_base import merged
 
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 
@@ -38,10 +38,11 @@ def check_model(architecture: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run folder, or the folder itself where it is one."""
+    """The newest whole one of a run or its folder of checkpoints, or `run` where it is one."""
     if (run / "manifest.json").is_file():
         return run
-    found, rejected = latest_valid(run / "checkpoints")
+    own = run / "checkpoints"
+    found, rejected = latest_valid(own if own.is_dir() else run)
     if found is None:
         why = f" ({rejected[0]})" if rejected else ""
         raise CheckpointError(f"{run}: no whole checkpoint in it{why}; train first")
@@ -56,7 +57,7 @@ def load_policy(checkpoint: Path) -> EchoTransformer:
     architecture: dict[str, Any] = opened.state["architecture"]
     with torch.device("meta"):
         net = EchoTransformer(**architecture)
-    net.load_state_dict(load_ema_weights(checkpoint), assign=True)
+    net.load_state_dict(opened.tensors(EMA), assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -85,7 +86,7 @@ def _tell(path: Path, lines: list[str]) -> None:
 
 def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:
     """CheckpointError where a checkpoint was trained on what other encoders made."""
-    trained = open_checkpoint(checkpoint).state["encoders"]
+    trained = open_verified(checkpoint).state["encoders"]
     for name, value in fingerprints.items():
         if trained.get(name) != value:
             raise CheckpointError(

@@ -1,11 +1,14 @@
-"""`echolab train`: Hydra's settings to plain values, plain values to one call of `fit`.
+"""`echolab train`: starts the ranks of a run and watches them; Hydra's settings to plain values.
 
 echolab train [experiment=NAME] [key=value ...]    one run; the same command goes on with it
 echolab train -m key=a,b,c [launcher=slurm]        a sweep; each member is its own process
 echolab train --help                               groups and settings
+
+This process only supervises: torch is imported by the ranks (`train_rank`).
 """
 
 import hashlib
+import importlib
 import os
 import re
 import signal
@@ -14,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echolab.cli.training_objects import training_from
-from echolab.data.progress import progress
-from echolab.errors import ConfigError
-from echolab.launch import exit_codes, local, runs
-from echolab.tracking.metrics import MetricsLog
-from echolab.tracking.wandb_run import WandbRun
-from echolab.training.fit import FitResult, fit
+from echolab.errors import ConfigError, EcholabError
+from echolab.launch import exit_codes, local, runs, told
+from echolab.launch.deadlines import Deadlines
+from echolab.launch.layout import LAUNCH, layout
+from echolab.launch.supervisor import Supervisor
+from echolab.training.sections import Beats, beats_from_environment
+from echolab.training.stopping import SIGNALS, StopSignals
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 HYDRAS = re.compile(r"(-m|--multirun|-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
@@ -30,12 +33,9 @@ def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
-    config = compose(argv)
-    trainer = config["trainer"]
-    if trainer["devices"] > 1 and trainer["nodes"] == 1 and not local.started_by_launcher():
-        command = [sys.executable, "-m", "echolab.cli", "train", *argv]
-        return local.run_ranks(command, trainer["devices"])
-    return exit_code(train(config), Path(config["run"]))
+    if LAUNCH in os.environ:
+        return rank(argv)
+    return supervise(argv, compose(argv)).code
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -58,6 +58,69 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     return plain
 
 
+def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
+    """Start the ranks of this machine and wait for their end, which the supervisor then tells.
+
+    Raises ConfigError before anything is written where the run's folder cannot be taken.
+    """
+    folder, trainer, told_of = Path(config["run"]), config["trainer"], dict(config["supervise"])
+    told_of.pop("infrastructure")
+    try:
+        deadlines = Deadlines(**{key: float(value) for key, value in told_of.items()}).check()
+        places = layout(int(trainer["devices"]), int(trainer["nodes"]))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"supervise, trainer.devices or trainer.nodes is of the wrong kind ({error}); "
+            "see `echolab train --help`"
+        ) from error
+    if places.supervisor == 0:
+        runs.check_free(folder)
+    supervisor = Supervisor(
+        places, [sys.executable, "-m", "echolab.cli", "train", *argv], folder, deadlines
+    )
+    supervisor.watch()
+    return supervisor
+
+
+def rank(argv: list[str]) -> int:
+    """Train as one rank of a launch.
+
+    The supervisor started it with signals blocked: from here on they are kept for the first vote.
+    An exception is told in a file, and the process ends there: nothing that an exit would run, no
+    collective and no destructor, can hang.
+    """
+    beats = beats_from_environment()
+    StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        code = _trained(compose(argv), beats)
+    except BaseException as error:
+        _end_at_once(error, beats)
+        raise
+    beats.enter("teardown")
+    return code
+
+
+def _trained(config: Mapping[str, Any], beats: Beats) -> int:
+    # Imported by name: torch is not for the supervisor, whose module this is too.
+    train_rank = importlib.import_module("echolab.cli.train_rank")
+    result = train_rank.train(config, beats)
+    if folder := told.own_folder():
+        end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
+        told.tell_end(folder, runs.own_rank(), end)
+    return int(train_rank.exit_code(result, Path(config["run"])))
+
+
+def _end_at_once(error: BaseException, beats: Beats) -> None:
+    folder = told.own_folder()
+    if folder is None:
+        return
+    code = told.tell_failure(folder, runs.own_rank(), error, beats.section, beats.step)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _with_hydra(argv: list[str]) -> int:
     """Sweeps, help and completion are Hydra's own."""
     import hydra
@@ -73,27 +136,32 @@ def _with_hydra(argv: list[str]) -> int:
 def member(config: Any) -> float:
     """One member of a sweep; its folder is named by what it was told.
 
-    On this machine it is a process of its own, which starts its ranks: Lightning would have every
-    rank run the whole sweep again.  In a Slurm job the ranks are there already.
+    On this machine it is a process of its own.  In a Slurm job it is here, with its supervisor.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    told = list(HydraConfig.get().overrides.task)
-    folder = Path(config.run) / member_name(told)
+    told_words = list(HydraConfig.get().overrides.task)
+    folder = Path(config.run) / member_name(told_words)
+    words = [word for word in told_words if not word.startswith(("run=", "launcher="))]
+    words.append(f"run={folder}")
     if os.environ.get("SLURM_PROCID") is None:
-        command = [sys.executable, "-m", "echolab.cli", "train"]
-        words = [word for word in told if not word.startswith(("run=", "launcher="))]
-        code = local.run_ranks([*command, *words, f"run={folder}"], 1, alone=True)
+        code = local.run_ranks(
+            [sys.executable, "-m", "echolab.cli", "train", *words], 1, alone=True
+        )
         if code:
             raise SystemExit(code)
         return float(code)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    result = train({**plain, "run": str(folder)})
-    if result.stopped_by:
+    supervisor = supervise(words, {**plain, "run": str(folder)})
+    if not told.expected(supervisor.code):
+        raise EcholabError(
+            f"{folder}: ended with {supervisor.code}; `echolab why {folder}` says why"
+        )
+    if supervisor.code and supervisor.asked:
         # submitit waits for this signal: it queues the member again, which then goes on.
-        signal.raise_signal(result.stopped_by)
-    return float(exit_code(result, folder))
+        signal.raise_signal(supervisor.asked)
+    return float(supervisor.code)
 
 
 def member_name(told: list[str]) -> str:
@@ -104,57 +172,3 @@ def member_name(told: list[str]) -> str:
     if len(name) > 100:  # cut names must still differ
         name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
-
-
-def exit_code(result: FitResult, folder: Path) -> int:
-    """Say how the run ended, and which code tells it."""
-    first = runs.own_rank() == 0
-    if result.done:
-        if first:
-            print(f"echolab: {folder}: all {result.steps} steps done; newest {result.checkpoint}")
-        return exit_codes.DONE
-    if first:
-        print(
-            f"echolab: {folder}: stopped by {signal.Signals(result.stopped_by).name} and saved "
-            f"at step {result.step} of {result.steps}; the same command goes on",
-            file=sys.stderr,
-        )
-    return exit_codes.STOPPED_SAVED
-
-
-def train(config: Mapping[str, Any]) -> FitResult:
-    """Train the run of these settings; rank 0 holds its folder and tells metrics."""
-    try:
-        training = training_from(config, runs.digest(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
-        ) from error
-    folder = training.folder
-    if runs.own_rank() != 0:
-        return fit(training)
-    with runs.claim(folder, config, may_change=("schedule",)) as run:
-        logger = config["logger"]
-        wandb_run = WandbRun(
-            folder,
-            project=logger["project"],
-            run_id=run.id,
-            name=folder.name,
-            config=config,
-            mode=logger["mode"],
-        )
-        metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
-
-        def log(step: int, values: dict[str, float]) -> None:
-            metrics.log(step, values)
-            wandb_run.log(step, values)
-
-        try:
-            with progress(f"training {folder}", training.schedule.steps) as advance:
-
-                def on_step(step: int, steps: int) -> None:
-                    advance(step, "")
-
-                return fit(training._replace(log=log, on_step=on_step))
-        finally:
-            wandb_run.finish()

@@ -1,5 +1,7 @@
 """From the plain settings of conf/train.yaml to the objects that `fit` takes."""
 
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,14 @@ from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training import ranks
-from echolab.training.callbacks import Intervals
 from echolab.training.checkpoint import open_checkpoint
 from echolab.training.datamodule import HeldOut
-from echolab.training.fit import Machine, Training
 from echolab.training.module import Optim
+from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.preference import Reference
 from echolab.training.schedule import Epoch, Schedule
+from echolab.training.spikes import Guards
+from echolab.training.stopping import end_of_job
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
@@ -162,6 +165,13 @@ def start_of(
     return net_from(config["model"], config["weights"], seed), None, initial
 
 
+def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
+    """Seconds from a signal to the kill, by its number; outside of Slurm nobody kills."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}
+
+
 def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
     schedule = schedule_from(config["schedule"])
@@ -173,7 +183,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     net, own, initial = start_of(config, seed)
     pinned = None if config["reference"] == "base" else checkpoint_of(config["reference"])
     reference = reference_of(config, own, pinned) if prefers else None
-    optim = {**config["optim"], "betas": tuple(config["optim"]["betas"])}
+    tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more")}
     return Training(
         folder=Path(config["run"]),
         agreed=agreed,
@@ -189,11 +199,16 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         initial=initial,
         adapters=own.record if own else None,
         held_out=held_out_from(data),
-        optim=Optim(**optim),
+        optim=Optim(**{**config["optim"], **tuples}),
         machine=Machine(**config["trainer"]),
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],
         shift=float(config["shift"]),
         seed=seed,
         every=Intervals(**config["every"]),
+        guards=Guards(**config["guards"]).check(),
+        host_memory_gb=config["host_memory_gb"],
+        parity=config["parity"],
+        grace=grace_from(config["grace"]),
+        job_ends=end_of_job(),
     )

@@ -1,10 +1,10 @@
 """Does a ledger prove that every sample was trained on exactly once an epoch?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.ledger import Ledger, read_ledger
+from echolab.data.ledger import LEDGER, SKIPPED, Ledger, LeftOut, read_ledger, read_left_out
 from echolab.data.quarantine import QUARANTINE, read_quarantine
 from echolab.data.shards import open_dataset
 from echolab.errors import DataError
@@ -30,6 +30,7 @@ class Audit(NamedTuple):
     strange: list[Finding]  # keys that the dataset does not hold
     faults: list[str]
     quarantined: int = 0  # bad samples that others stood in for, as the run wrote down
+    skipped: int = 0  # samples of batches that events of the run left out
 
     @property
     def exact(self) -> bool:
@@ -53,19 +54,22 @@ class Audit(NamedTuple):
 Seen = dict[int, dict[str, list[int]]]  # epoch -> key -> the steps that trained on it
 
 
-def audit(run: Path) -> Audit:
+def audit(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     """Read a run's ledger and weigh it against its datasets; raises DataError without a ledger.
 
     In every epoch no sample may come twice, and in an epoch that was gone through, none may be
     missing, beyond those that remainder=drop leaves out: so each comes k or k + 1 times in all.
     Bad samples in the run's quarantine may be missing, and as many others come once more.
+    `skips` are the batches that events of the run left out, (sft or preference, first, count):
+    their samples may be missing in the epoch that they would have come in, and may not be there.
     """
     ledger = read_ledger(run)
     missing: list[Finding] = []
     doubled: list[Finding] = []
     strange: list[Finding] = []
     faults = list(ledger.faults)
-    samples = 0
+    samples = skipped = 0
+    batches = _left_out(run, skips, faults)
     quarantine = read_quarantine(run / QUARANTINE)
     last = ledger.attempts[-1]
     for supervised, datasets in ((True, last.clips), (False, last.pairs)):
@@ -73,6 +77,9 @@ def audit(run: Path) -> Audit:
             seen = _seen(ledger, supervised, number)
             samples += sum(len(steps) for epoch in seen.values() for steps in epoch.values())
             bad = {e["key"] for e in quarantine if e["dataset"] == dataset["fingerprint"]}
+            out = _keys_left_out(batches, "sft" if supervised else "preference", number)
+            skipped += sum(map(len, out.values()))
+            faults += _trained_all_the_same(dataset["folder"], seen, out)
             doubled += _doubled(dataset["folder"], seen, bad)
             try:
                 keys = _keys(dataset)
@@ -80,7 +87,7 @@ def audit(run: Path) -> Audit:
                 faults.append(str(error))
                 continue
             strange += _strange(dataset["folder"], seen, keys)
-            missing += _missing(dataset, seen, keys, bad)
+            missing += _missing(dataset, seen, keys, bad, out)
     return Audit(
         len(ledger.steps),
         len(ledger.attempts),
@@ -90,7 +97,39 @@ def audit(run: Path) -> Audit:
         strange,
         faults,
         len(quarantine),
+        skipped,
     )
+
+
+def _left_out(run: Path, skips: Iterable[tuple[str, int, int]], faults: list[str]) -> list[LeftOut]:
+    """The batches that the ledger says were left out, less those that no event asked for."""
+    asked = {(kind, b) for kind, first, count in skips for b in range(first, first + count)}
+    told = read_left_out(run / LEDGER)
+    faults += [
+        f"{run / LEDGER / SKIPPED}: {batch.kind} batch {batch.batch} was left out, and no event of "
+        "the run asked for it"
+        for batch in told
+        if (batch.kind, batch.batch) not in asked
+    ]
+    return [batch for batch in told if (batch.kind, batch.batch) in asked]
+
+
+def _keys_left_out(batches: list[LeftOut], kind: str, number: int) -> dict[int, set[str]]:
+    """By epoch, those of one dataset."""
+    found: dict[int, set[str]] = {}
+    for batch in batches:
+        if batch.kind == kind:
+            for source, epoch, key in zip(batch.sources, batch.epochs, batch.keys, strict=True):
+                if source == number:
+                    found.setdefault(epoch, set()).add(key)
+    return found
+
+
+def _trained_all_the_same(folder: str, seen: Seen, out: dict[int, set[str]]) -> Iterator[str]:
+    for epoch, keys in sorted(out.items()):
+        for key in sorted(keys & set(seen.get(epoch, {}))):
+            steps = ", ".join(map(str, seen[epoch][key]))
+            yield f"{folder}: epoch {epoch}: {key} was to be left out (steps {steps})"
 
 
 def _seen(ledger: Ledger, supervised: bool, number: int) -> Seen:
@@ -130,12 +169,16 @@ def _strange(folder: str, seen: Seen, keys: set[str]) -> Iterator[Finding]:
 
 
 def _missing(
-    dataset: Mapping[str, Any], seen: Seen, keys: set[str], bad: set[str]
+    dataset: Mapping[str, Any],
+    seen: Seen,
+    keys: set[str],
+    bad: set[str],
+    out: dict[int, set[str]],
 ) -> Iterator[Finding]:
     """In every epoch before the last, which may still be under way."""
-    left_out = max(0, len(keys) - dataset["span"])
+    unused = max(0, len(keys) - dataset["span"])
     for epoch in range(max(seen, default=0)):
-        lacking = keys - set(seen.get(epoch, {})) - bad
-        if len(lacking) > left_out:
+        lacking = keys - set(seen.get(epoch, {})) - bad - out.get(epoch, set())
+        if len(lacking) > unused:
             for key in sorted(lacking):
                 yield Finding(dataset["folder"], epoch, key, [])

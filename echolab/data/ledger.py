@@ -10,10 +10,12 @@ one line a step, written when the optimizer has made it:
 What was read ahead and never trained on is in no line.  An attempt that goes on from a checkpoint
 trains some steps again; the rows of earlier attempts from its first step on led nowhere, and
 `read_ledger` leaves them out.
+
+skipped.jsonl lists the samples of every global batch that the run was told to leave out.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from echolab.data.files import append_text
 from echolab.errors import DataError
 
 LEDGER = "ledger"
+SKIPPED = "skipped.jsonl"
 FORMAT = 1
 
 
@@ -33,6 +36,16 @@ class Row(NamedTuple):
     epochs: list[int]
     keys: list[str]
     noise: list[str]  # a hash of each clip's noise and noise level
+
+
+class LeftOut(NamedTuple):
+    """One global batch that is never trained on; lists are aligned."""
+
+    kind: str  # sft or preference
+    batch: int
+    sources: list[int]
+    epochs: list[int]
+    keys: list[str]
 
 
 class Attempt(NamedTuple):
@@ -70,6 +83,21 @@ class Ledger(NamedTuple):
     attempts: list[Attempt]
     steps: dict[int, list[Row]]  # by step, the rows of the ranks in order
     faults: list[str]  # what is missing in the ledger itself
+
+
+def write_left_out(folder: Path, batches: Iterable[LeftOut]) -> None:
+    """Add to what the ledger in `folder` says was left out; DataError where that cannot be."""
+    text = "".join(_line(batch._asdict()) for batch in batches)
+    if text:
+        append_text(folder / SKIPPED, text)
+
+
+def read_left_out(folder: Path) -> list[LeftOut]:
+    """What the ledger in `folder` says was left out; a line cut off is none."""
+    path = folder / SKIPPED
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for line in lines if (row := _parsed(line))]
+    return [LeftOut(*(row[name] for name in LeftOut._fields)) for row in rows]
 
 
 def next_attempt(folder: Path) -> int:

@@ -28,7 +28,8 @@ class Place(NamedTuple):
     """What one optimizer step trains on."""
 
     kind: str  # sft, ndpo or dpo
-    batch: int  # how many global batches were taken from the same datasets before
+    batch: int  # the number of the global batch that it takes from its datasets
+    left_out: int = 0  # how many of the batches before it were skipped
 
 
 class MicroBatch(NamedTuple):
@@ -147,7 +148,7 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def plan(self, step: int) -> list[Drawn]:
         """The global batch of a step."""
-        kind, batch = self.place(step)
+        kind, batch, _ = self.place(step)
         return self._stock(kind).plan.batch(batch)
 
     def _stock(self, kind: str) -> Stock:
@@ -158,12 +159,13 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, i: int) -> MicroBatch:
         step = i // self.accumulation
-        kind, batch = self.place(step)
+        kind, batch, left_out = self.place(step)
         drawn, share = self._next[1:] if self._next and self._next[0] == i else self._own(i)
         self._look_ahead(i)
         epochs, sources = [one.epoch for one in drawn], [one.source for one in drawn]
         # The curriculum counts supervised steps: preference epochs do not move it.
-        items = self._clips(drawn, batch) if kind == "sft" else self._pairs(kind, drawn)
+        turn = batch - left_out
+        items = self._clips(drawn, turn) if kind == "sft" else self._pairs(kind, drawn)
         return MicroBatch(kind, step, epochs, items, sources, share)
 
     def _look_ahead(self, i: int) -> None:
@@ -190,8 +192,8 @@ class MicroBatches(Dataset[MicroBatch]):
         # A forward is due even without a clip: other ranks wait for it.
         return real or own[:1], sum(one.share for one in real) / size
 
-    def _clips(self, drawn: list[Drawn], batch: int) -> Batch:
-        probabilities = self.curriculum.probabilities(batch)
+    def _clips(self, drawn: list[Drawn], turn: int) -> Batch:
+        probabilities = self.curriculum.probabilities(turn)
         clips = []
         for source, epoch, i, _ in drawn:
             dataset = self.clips.datasets[source]

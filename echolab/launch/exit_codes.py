@@ -1,6 +1,135 @@
-"""How a run ended, as exit codes that a batch script can act on."""
+"""How a run ended: causes, the exit codes that a batch script acts on, and what to do next."""
+
+import errno
+from typing import Literal, NamedTuple
+
+from echolab.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    EcholabError,
+    MediaError,
+    ReplicaError,
+    WeightsError,
+)  # fmt: skip
 
 DONE = 0
-FATAL = 1  # a wrong setting, damaged data: the same command would fail again
-STOPPED_SAVED = 75  # a signal: a checkpoint was written, the same command goes on
+FATAL = 1  # a wrong setting, damaged data, a diverged loss: the same command would fail again
+STOPPED_SAVED = 75  # stopped with a checkpoint: the same command goes on
+STOPPED_UNSAVED = 76  # stopped without one; what came after the last checkpoint is lost
+RETRYABLE = 77  # a failure that may be the machine's: worth another try within the budget
+PRUNED = 78  # given up by a sweep
 INTERRUPTED = 130  # Ctrl-C twice: what was done since the last checkpoint is lost
+
+# By which budget an attempt is counted (launch.budgets).
+Budget = Literal["none", "preemption", "infrastructure", "code", "fatal"]
+
+
+class Cause(NamedTuple):
+    """Why an attempt ended."""
+
+    exit_code: int
+    budget: Budget
+    says: str  # what happened, for one line
+    next_action: str  # what the user does now
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+BY_TYPE: dict[type[BaseException], str] = {
+    ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
+    ReplicaError: "replicas",
+}  # fmt: skip
+AGAIN = "run the same command again; it goes on from the newest checkpoint"
+CAUSES = {
+    "done": Cause(DONE, "none", "all steps done", "nothing; evaluate or export it"),
+    "preempted": Cause(STOPPED_SAVED, "preemption", "stopped by a signal, saved", AGAIN),
+    "preempted_unsaved": Cause(
+        STOPPED_UNSAVED, "preemption", "stopped by a signal before it could save", AGAIN
+    ),
+    "time": Cause(STOPPED_SAVED, "preemption", "the job's time was nearly up, saved", AGAIN),
+    "memory": Cause(
+        STOPPED_SAVED, "preemption", "host memory was nearly full, saved", f"{AGAIN}; find the leak"
+    ),
+    "stop": Cause(STOPPED_SAVED, "none", "a STOP file asked for it, saved", AGAIN),
+    "pruned": Cause(PRUNED, "none", "given up by the sweep", "nothing"),
+    "interrupted": Cause(INTERRUPTED, "none", "Ctrl-C twice", AGAIN),
+    "config": Cause(FATAL, "fatal", "a setting is wrong", "correct the setting"),
+    "data": Cause(FATAL, "fatal", "the data are damaged", "echolab data verify, then mend them"),
+    "start": Cause(
+        FATAL, "fatal", "a file it starts from cannot be used", "name another, or mend it"
+    ),
+    "diverged": Cause(
+        FATAL, "fatal", "the loss is not finite", "echolab rollback, or lower the learning rate"
+    ),
+    "disk": Cause(
+        RETRYABLE, "infrastructure", "a file could not be written", "make room there, run it again"
+    ),
+    "code": Cause(RETRYABLE, "code", "an exception", "read the stack; once more may be luck"),
+    "replicas": Cause(
+        RETRYABLE, "infrastructure", "replicas differ: silent damage", "leave that host out"
+    ),
+    "killed": Cause(
+        RETRYABLE,
+        "infrastructure",
+        "killed by a signal",
+        "SIGKILL: look for the out-of-memory killer in dmesg; run it again",
+    ),
+    "exited": Cause(
+        RETRYABLE, "infrastructure", "a rank ended without a word", "read its log; run it again"
+    ),
+    "hang": Cause(
+        RETRYABLE, "infrastructure", "no progress within the deadline", "read the stack; run again"
+    ),
+    "stopped_process": Cause(
+        RETRYABLE,
+        "infrastructure",
+        "the process was stopped (SIGSTOP)",
+        "ask who stopped it; run it again",
+    ),
+    "node_lost": Cause(
+        RETRYABLE, "infrastructure", "a node told no end", "look at that node; run it again"
+    ),
+    "teardown": Cause(
+        RETRYABLE, "infrastructure", "failed after training", "run it again: it ends at once"
+    ),
+}
+
+
+def cause_of_exception(error: BaseException, section: str) -> str:
+    """The name of a cause for an exception in a section."""
+    if section == "teardown":
+        return "teardown"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if _of_the_disk(error):
+        return "start" if section == "init" else "disk"
+    for kind, cause in BY_TYPE.items():
+        if isinstance(error, kind):
+            return cause
+    if isinstance(error, CheckpointError | WeightsError):
+        return "start" if section == "init" else "disk"
+    return "config" if isinstance(error, EcholabError) else "code"
+
+
+def _of_the_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK:
+            return True
+        error = error.__cause__
+    return False
+
+
+def cause_of_result(reason: str, *, unsaved: bool = False) -> str:
+    """The name of a cause for a run that ended by itself (`FitResult.reason`)."""
+    if unsaved and reason != "prune":
+        return "preempted_unsaved"
+    return {"signal": "preempted", "prune": "pruned", "until": "done"}.get(reason, reason)
+
+
+def cause_of_code(code: int) -> str:
+    """The name of a cause for ranks that ended together, and told no more than a code."""
+    return {
+        DONE: "done", STOPPED_SAVED: "preempted", STOPPED_UNSAVED: "preempted_unsaved",
+        PRUNED: "pruned",
+    }[code]  # fmt: skip

@@ -3,6 +3,7 @@
 run.json        id, wandb id, when and by what it was made; never changed
 config.json     the resolved settings
 attempts.jsonl  one line for each start: when, where, versions, git state
+attempts/       what supervisors and ranks told of each launch
 checkpoints/    metrics.jsonl    wandb/
 """
 
@@ -26,9 +27,13 @@ from echolab.errors import ConfigError
 
 # What may differ between attempts: it changes how a run is trained, not what comes out.
 MACHINE = (
-    "trainer", "every", "logger", "launcher", "micro_batch_size",
+    "trainer", "every", "logger", "launcher", "supervise", "micro_batch_size",
+    "guards", "host_memory_gb", "parity", "grace",
     "data.workers", "data.cache", "data.cache_gb",
 )  # fmt: skip
+
+ATTEMPTS = "attempts"
+JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "ECHOLAB_LAUNCH")
 
 
 class Run(NamedTuple):
@@ -129,6 +134,22 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_ours(folder: Path) -> None:
+    """Raise ConfigError where a folder holds other things than a run."""
+    seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = [name for name in seen if not name.startswith(".") and not name.endswith(".partial")]
+    if set(others) - {ATTEMPTS} and not seen & {"run.json", "config.json"}:
+        raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
+
+
+def check_free(folder: Path) -> None:
+    """Raise ConfigError where a folder holds other things than a run, or a run at work."""
+    check_ours(folder)
+    if (folder / ".lock").exists():
+        with held(folder):
+            pass
+
+
 @contextmanager
 def claim(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
@@ -138,10 +159,7 @@ def claim(
     Raises ConfigError where the folder is another run's, where another process trains in it, or
     where it holds other things.
     """
-    seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = [name for name in seen if not name.startswith(".") and not name.endswith(".partial")]
-    if others and not seen & {"run.json", "config.json"}:
-        raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
+    check_ours(folder)
     with held(folder):
         if not (folder / "run.json").exists():  # asked under the lock: one of many makes it
             _create(folder, config)
@@ -149,7 +167,7 @@ def claim(
         check_same(folder, config, may_change)
         path = folder / "attempts.jsonl"
         attempt = 1 + (len(path.read_text().splitlines()) if path.exists() else 0)
-        job = {k: v for k, v in os.environ.items() if k in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")}
+        job = {k: v for k, v in os.environ.items() if k in JOB}
         about = {
             "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
             "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),

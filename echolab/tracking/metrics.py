@@ -8,6 +8,7 @@ file, but they do not belong to the series any more, and `read_metrics` leaves t
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,15 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of the effective series, in step order; null is read as NaN.
 
-    A row of an older attempt is superseded from the first step of any later attempt on.
+    A row of an older attempt is superseded from the first step of any later attempt on, and so is
+    one of the same attempt where it went back.
     Lines that a killed process left unfinished are passed over; a file in which no line can be
     read raises DataError.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; a run writes it from its first logged step on")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = [row for line in lines if (row := _row(line)) is not None]
+    rows = _without_what_led_nowhere(row for line in lines if (row := _row(line)) is not None)
     if lines and not rows:
         raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
     first: dict[int, int] = {}
@@ -53,6 +55,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     }
     kept = [row for row in rows if row["step"] < ends[row["attempt"]]]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
+
+
+def _without_what_led_nowhere(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A step below that of the row before: the attempt went back to a checkpoint before it."""
+    rows: list[dict[str, Any]] = []
+    for row in told:
+        last = rows[-1] if rows else row
+        if row["attempt"] == last["attempt"] and row["step"] < last["step"]:
+            rows = [r for r in rows if r["attempt"] != row["attempt"] or r["step"] < row["step"]]
+        rows.append(row)
+    return rows
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -1,121 +1,93 @@
 """What happens around a step, in one place because the order matters.
 
 Before: the learning rate, and the reference of a preference epoch that begins.
-After:  average, log, validate, save, and the vote whether to stop.
+After:  average, vote, guard, log, validate, save; then the run goes on, goes back, or ends.
 """
 
-import json
-import sys
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from echolab.diffusion.phases import Allocator
-from echolab.errors import EcholabError
+from echolab.data.ledger import LEDGER
 from echolab.training import checkpoint as checkpoints
-from echolab.training import ranks
+from echolab.training import engine, ranks, recovery, resume
 from echolab.training.checkpoint import Checkpoint
-from echolab.training.datamodule import HeldOut, ShardDataModule
-from echolab.training.ema import Ema
+from echolab.training.datamodule import ShardDataModule
+from echolab.training.ema import EMA, Ema
+from echolab.training.evaluation import Evaluation
+from echolab.training.guarding import Guarding
 from echolab.training.ledger import StepLedger
 from echolab.training.masters import Masters, masters_of
-from echolab.training.meter import means
+from echolab.training.meter import Meter
 from echolab.training.module import DiffusionModule
+from echolab.training.parts import Intervals, Training
 from echolab.training.preference import References
-from echolab.training.schedule import Schedule
+from echolab.training.recovery import Action, What
+from echolab.training.requests import Requests, asked
+from echolab.training.retention import set_aside
+from echolab.training.sections import Beats
+from echolab.training.spikes import Spike
 from echolab.training.stopping import StopSignals
-from echolab.types import Batch
+from echolab.training.telling import Telling, tell_plan
+from echolab.training.vote import Vote, count, wait
+from echolab.training.writer import CheckpointWriter
 
-Sink = Callable[[int, dict[str, float]], None]
-KEEP = 2  # newest checkpoints beside those of epoch boundaries
-
-
-class Intervals:
-    """Every how many steps; 0 is never."""
-
-    def __init__(self, log: int = 10, save: int = 500, validate: int = 0) -> None:
-        self.log, self.save, self.validate = log, save, validate
+NEWEST = 2  # checkpoints that are kept beside those of epoch boundaries
+SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
 
 
 class Steps(pl.Callback):
     """Counts the optimizer steps of the run, over all attempts, and keeps its state."""
 
     def __init__(
-        self,
-        *,
-        folder: Path,
-        schedule: Schedule,
-        data: ShardDataModule,
-        ema: Ema,
-        every: Intervals,
-        signals: StopSignals,
-        references: References,
-        identity: Mapping[str, Any],
-        agreed: str = "",
-        held_out: HeldOut | None = None,
-        phases: Allocator | None = None,
-        log: Sink | None = None,
-        ledger: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        self, training: Training, data: ShardDataModule, signals: StopSignals, beats: Beats
     ) -> None:
-        self.folder, self.schedule, self.data, self.ema = folder, schedule, data, ema
-        self.every, self.signals, self.references = every, signals, references
-        self.agreed = agreed
-        self.identity = dict(identity)  # what a checkpoint must agree on with the run
-        self.held_out, self.phases, self.sink, self.on_step = held_out, phases, log, on_step
+        self.training, self.data, self.signals, self.beats = training, data, signals, beats
+        self.schedule, self.every = training.schedule, training.every or Intervals()
+        self.folder = training.folder / "checkpoints"
+        self.identity = training.identity(data.feed)  # what a checkpoint must agree on
+        self.ema = Ema(training.optim.ema_decay, training.optim.ema_more)
+        self.references = References(
+            training.objectives, training.reference, training.reference_checkpoint
+        )
+        self.ledger_folder = training.folder / LEDGER if training.ledger else None
+        self.requests = Requests(training.folder)
         self.step = 0  # optimizer steps done
-        self.stopped_by = 0  # the signal that ended the run early
-        self.saved: Path | None = None
+        self.made = 0  # by this attempt, those included that were gone back over
+        self.reason = ""  # why the run ended early; empty while it goes on
+        self.signal = 0  # its number, where a signal is the reason
+        self.unsaved = False  # ended with steps that no checkpoint has
         self.resumed: Checkpoint | None = None
-        self.ledger_folder = ledger
-        self.ledger: StepLedger | None = None
-        self._held: list[Batch] | None = None
-        self._since = (0, 0.0, 0.0)  # step, time and seconds waited for data at the last log
+        self.saved: Path | None = None
 
     # -- the beginning ------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Rank 0 decides from which checkpoint to go on; the others follow."""
-        del stage
-        told = json.dumps([self.agreed, self.identity, self.schedule.state_dict()])
-        if not ranks.agree(told):
-            raise EcholabError("the ranks were given different settings; start them all alike")
-        wanted = -1
-        if ranks.rank() == 0:
-            found, rejected = checkpoints.latest_valid(self.folder)
-            for line in rejected:
-                print(f"echolab: passed over: {line}", file=sys.stderr)
-            wanted = found.step if found else -1
-            self.resumed = found
-        wanted = ranks.from_first(wanted)
-        if wanted < 0:
-            return
-        path = checkpoints.folder_of(self.folder, wanted)
-        found = self.resumed or checkpoints.open_checkpoint(path)
-        self._check(found)
-        self.resumed, self.step, self.saved = found, wanted, path
-        self.data.first_step = wanted
+        """All ranks make sure that they do the same, and go on from the same checkpoint."""
+        del trainer, pl_module, stage
+        resume.check_alike(self.training.agreed, self.identity, self.schedule.state_dict())
+        self.guarding = Guarding(self.training)
+        self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
+        self.data.place = self.schedule.place
+        found = resume.newest(self.folder)
+        if found:
+            resume.check_continues(found, self.identity, self.schedule)
+            self._go_on_from(found)
+
+    def _go_on_from(self, found: Checkpoint) -> None:
+        """Everything but the tensors."""
+        self.resumed, self.step, self.saved = found, found.step, found.path
+        self.data.go_to(found.step)
         self.data.curriculum.load_state_dict(found.state["curriculum"])
         self.references.load_state_dict(found.state["objectives"])
-
-    def _check(self, found: Checkpoint) -> None:
-        checkpoints.check_architecture(found, self.identity["architecture"])
-        checkpoints.check_adapters(found, self.identity.get("adapters"))
-        self.schedule.check_continues(found.state["schedule"], found.step)
-        for key in ("clips", "seed", "batch_size", "order"):
-            if (was := found.state.get(key)) != self.identity[key]:
-                raise EcholabError(
-                    f"{found.path}: {key} was {was}, now {self.identity[key]}; "
-                    "give the old value, or a new run folder"
-                )
+        self.guarding.detector.load_state_dict(found.state["spikes"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights, moments and average; the checkpoint a first preference epoch refers to."""
         assert isinstance(pl_module, DiffusionModule)
+        self.beats.enter("init", self.step)
         self.module = pl_module
         self.masters: Masters = masters_of(pl_module.net, trainer.optimizers[0])
         if self.resumed:
@@ -123,13 +95,30 @@ class Steps(pl.Callback):
         else:
             self.masters.prepare()
             self.ema.start(self.masters)
-            if self.schedule.needs_reference(0):
-                self.save()
+        average, accumulation = self.ema.flats[EMA], self.data.feed.accumulation
+        tell_plan(self.training, trainer, pl_module, self.masters, average, accumulation)
+        self.writer = CheckpointWriter(
+            self.folder, self.masters, self.ema, keep=self._keeps, newest=NEWEST
+        )
+        self.writer.check_start()
+        replicated = 1 if self.training.machine.sharded else ranks.world()
+        self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
+        self.evaluation = Evaluation(self.training, self.data, pl_module, self.masters, self.ema)
+        self.guarding.start(pl_module.net, self.beats.seconds)
+        if not self.resumed and self.schedule.needs_reference(0):
+            self.save()
+        self._begin_ledger()
+        self.telling = Telling(self.module, self.data, self.beats, self.step)
+
+    def _keeps(self, step: int) -> bool:
+        return self.schedule.is_boundary(step) or self.schedule.needs_reference(step)
+
+    def _begin_ledger(self) -> None:
+        self.ledger: StepLedger | None = None
         if self.ledger_folder:
-            self.ledger = StepLedger(self.ledger_folder, self.data, self.step)
-            pl_module.on_draws = self.ledger.add
-        self.signals.take_back()
-        self._since = (self.step, time.monotonic(), self.data.waited)
+            skipped = self.schedule.skipped
+            self.ledger = StepLedger(self.ledger_folder, self.data, self.step, skipped)
+            self.module.on_draws = self.ledger.add
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -144,7 +133,8 @@ class Steps(pl.Callback):
         if position.epoch.kind != "sft":
             start = self.step - position.within
             boundary = checkpoints.folder_of(self.folder, start)
-            self.references.enter(boundary, fresh=position.within == 0, device=pl_module.device)
+            if self.references.enter(boundary, fresh=position.within == 0, device=pl_module.device):
+                self.guarding.reference_entered()
 
     # -- after each step ----------------------------------------------------------------------
 
@@ -157,104 +147,156 @@ class Steps(pl.Callback):
         batch_idx: int,
     ) -> None:
         """After the last micro-batch of a step."""
+        del pl_module, outputs
         if (batch_idx + 1) % self.data.feed.accumulation:
             return
+        self.beats.enter("vote", self.step + 1)
         self.ema.update(self.masters)
-        self.step += 1
-        if not self.module.clip_here:
-            norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()  # type: ignore[attr-defined]
-            self.module.meter.add_value("gradient_norm", torch.as_tensor(norm))
-        signal, broken = ranks.largest(
-            [self.signals.received, int(not bool(torch.isfinite(outputs["loss"]).all()))]
+        self.step, self.made = self.step + 1, self.made + 1
+        engine.check_counts(trainer, steps=self.made, accumulation=self.data.feed.accumulation)
+        loss = self.module.take_loss() / self.data.feed.accumulation
+        vote = count(
+            {
+                "loss": loss,
+                "not_finite": ~torch.isfinite(loss),
+                "clipped": self.clipped.take(),
+                "written": float(self.writer.written()),
+                **self._asked(),
+            }
         )
-        if broken:
-            raise EcholabError(
-                f"step {self.step}: the loss is not finite; nothing was saved after step "
-                f"{self.saved and self.saved.name}; lower the learning rate and run again"
-            )
+        norm = self.module.take_norm()
+        action, spike = self.guarding.judge(vote, norm, self.step - 1, self.schedule)
+        if action.what is What.GO_BACK and self._go_back(action, spike):
+            return
+        self.guarding.record(action, spike)
         if self.ledger:
             self.ledger.commit(batch.step, batch.kind)
-        self._after(signal)
-        if signal:
-            self.stopped_by = signal
-            trainer.should_stop = True
+        self._after(vote)
+        if self.training.on_step and ranks.rank() == 0:
+            self.training.on_step(self.step, self.schedule.steps)
+        trainer.should_stop = self.reason != ""
 
-    def _after(self, signal: int) -> None:
-        last = self.step == self.schedule.steps
-        if self._due(self.every.log) or last or signal:
+    def _asked(self) -> dict[str, float]:
+        needed = SAVE_TIMES * self.writer.seconds
+        own = asked(self.signals, self.requests, job_ends=self.training.job_ends, needed=needed)
+        return own | {"memory": float(self.guarding.memory.over())}
+
+    def _go_back(self, action: Action, spike: Spike | None) -> bool:
+        """To an earlier checkpoint, to do its steps again or others instead; False: there is none.
+
+        Lightning asks for another loader, since the present one ends.
+        """
+        assert spike is not None
+        self._publish()
+        self.beats.enter("save")
+        found = resume.newest(self.folder, action.to_step)
+        if found is None:
+            self.guarding.note(spike, recovery.without_checkpoint(spike).event)
+            return False
+        if ranks.rank() == 0:
+            set_aside(self.folder, found.step)
+        skip = action.skip and recovery.clipped(action.skip, self.schedule, found.step)
+        self.guarding.note(spike, action.event, found.step, skip)
+        if skip:
+            self.schedule = self.schedule.skipping(skip, found.step)
+            self.data.place = self.schedule.place
+        self._go_on_from(found)
+        checkpoints.restore(found, self.module.net, self.masters, self.ema)
+        self.module.meter = Meter()
+        self._begin_ledger()
+        self.telling = Telling(self.module, self.data, self.beats, self.step)
+        return True
+
+    def _after(self, vote: Vote) -> None:
+        last = self.step in (self.schedule.steps, self.training.until)
+        ends = vote.reason or last
+        if self._due(self.every.log) or ends:
             self._log()
-        if self.held_out and (self._due(self.every.validate) or (last and self.every.validate)):
-            self._tell(self.validate())
-        if self._due(self.every.save) or self.schedule.is_boundary(self.step) or signal:
-            self.save()
-        if self.on_step and ranks.rank() == 0:
-            self.on_step(self.step, self.schedule.steps)
+        if self._due(self.every.replicas):
+            self.guarding.check_replicas(self.module.net, self.schedule.state_dict())
+        if self._due(self.every.validate) or (last and self.every.validate):
+            self.beats.enter("eval")
+            self._tell(self.evaluation.held_out())
+        self._save_if_due(vote, ends)
+        if vote.pause and not ends:
+            self.beats.enter("pause")
+            vote = wait(self._asked)
+        if vote.save and ranks.rank() == 0:
+            self.requests.clear("SAVE")
+        if vote.reason or last:
+            self._end(vote)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _tell(self, values: dict[str, float]) -> None:
-        if self.sink and ranks.rank() == 0:
-            self.sink(self.step, values)
-
-    def _log(self) -> None:
-        """Means since the last log, and the live state."""
-        now = time.monotonic()
-        done, seconds = self.step - self._since[0], now - self._since[1]
-        values = self.module.meter.flush()
-        values["train/lr"] = self.schedule.lr(self.step - 1)
-        values["perf/steps_per_second"] = done / max(seconds, 1e-9)
-        values |= means({"perf/data_wait_seconds": (self.data.waited - self._since[2], done)})
-        supervised = self.schedule.supervised_steps(self.step)
-        for task, probability in self.data.curriculum.probabilities(supervised).items():
-            values[f"tasks/probability/{task}"] = probability
-        values |= self.data.progress(self.step)
-        self._since = (self.step, now, self.data.waited)
-        self._tell(values)
-
-    def validate(self) -> dict[str, float]:
-        """Held-out errors of the averaged weights, by task and noise level; collective."""
-        assert self.held_out and self.phases
-        if self._held is None:
-            self._held = [
-                self.module.transfer_batch_to_device(batch, self.module.device, 0)
-                for batch in self.data.held_out_batches(self.held_out)
-            ]
-        totals: dict[str, tuple[float, int]] = {}
-        self.module.net.eval()
-        with self.ema.applied(self.masters):
-            for batch in self._held:
-                found = self.module.held_out_errors(batch, self.phases, self.held_out.sigmas)
-                for sigma, error in found.items():
-                    for name in ("loss", f"error/{batch.tasks[0]}", f"error/sigma_{sigma:g}"):
-                        total, count = totals.get(f"val/{name}", (0.0, 0))
-                        totals[f"val/{name}"] = (total + float(error.sum()), count + len(error))
-        self.module.net.train()
-        return means(totals)
-
-    # -- the state ----------------------------------------------------------------------------
+    def _save_if_due(self, vote: Vote, ends: bool) -> None:
+        """Behind the training where it goes on; at once where it ends, or where it needs it."""
+        if self.writer.pending and vote.written == ranks.world():
+            self._publish()
+        pruned = vote.prune and not self._keeps(self.step)
+        if vote.late or pruned:
+            self.unsaved = True
+        elif ends or vote.pause or self.schedule.needs_reference(self.step):
+            self.save()
+        elif self._due(self.every.save) or self._keeps(self.step) or vote.save:
+            self._begin_save()
+        self.beats.enter("vote")
 
     def save(self) -> None:
-        """Write a checkpoint, then remove those that are neither new nor of a boundary."""
-        self.saved = checkpoints.save(self.folder, self.state(), self.masters, self.ema)
+        """Write a checkpoint, and wait until it is whole; collective."""
+        self._begin_save()
+        self._publish()
+
+    def _begin_save(self) -> None:
+        self.beats.enter("save")
+        self.guarding.check_frozen(self.module.net)
+        self.writer.begin(self.state())
+
+    def _publish(self) -> None:
+        self.beats.enter("save")
+        self.saved = self.writer.finish() or self.saved
+
+    def _end(self, vote: Vote) -> None:
+        """Say why; a run is done once its export has been seen to be what was trained."""
+        done = self.step == self.schedule.steps
+        reason = "done" if done else vote.reason or "until"
+        if done and self.training.parity and self.saved:
+            self.beats.enter("eval")
+            self._tell(self.evaluation.parity(self.saved))
+        self.writer.close()
+        self.reason, self.signal = reason, vote.signal if reason == "signal" else 0
         if ranks.rank() == 0:
-            steps = [step for step in checkpoints.saved_steps(self.folder) if step <= self.step]
-            for step in steps[KEEP:]:
-                boundary = self.schedule.is_boundary(step) or self.schedule.needs_reference(step)
-                if not boundary:
-                    checkpoints.discard(checkpoints.folder_of(self.folder, step))
+            for name in ("STOP", "PRUNE"):
+                self.requests.clear(name)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell the supervisor."""
+        self.beats.enter("teardown")
+
+    # -- what is told -------------------------------------------------------------------------
+
+    def _tell(self, values: dict[str, float]) -> None:
+        if self.training.log and ranks.rank() == 0:
+            self.training.log(self.step, values)
+
+    def _log(self) -> None:
+        values = self.telling.values(self.step, self.schedule)
+        self._tell(values | self.guarding.look(self.step, self.beats.seconds))
+
+    # -- the state ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """All that the future depends on beside the tensors, as JSON."""
         return {
             "step": self.step,
             "optimizer_updates": self.masters.updates,
-            "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
+            "ema": self.ema.state_dict(),
             "schedule": self.schedule.state_dict(),
             "curriculum": self.data.curriculum.state_dict(
                 self.schedule.supervised_steps(self.step)
             ),
             "objectives": self.references.state_dict(),
+            "spikes": self.guarding.detector.state_dict(),
             "origin": {"world": ranks.world(), "masters": type(self.masters).__name__},
             **self.identity,
         }

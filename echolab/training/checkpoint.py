@@ -1,51 +1,99 @@
 """Checkpoints that know nothing of ranks or ZeRO stages.
 
-    step-000123/  master.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  ema.safetensors
-                  state.json          step, schedule, curriculum, data, objectives, architecture
-                  manifest.json       size and sha256 of the others; written last
+    step-000123/  master-00001-of-00002.safetensors ...   and so exp_avg, exp_avg_sq, ema
+                  state.json     step, schedule, curriculum, data, objectives, architecture
+                  manifest.json  what must be there, with sizes and sha256; written last
 
 Every tensor is whole, fp32 and under the parameter's own name, so any world size and stage loads
-it bit for bit.  The folder gets its name once all of it is on disk.  Nothing is ever unpickled.
+it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is ever
+unpickled.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from echolab.errors import CheckpointError
 from echolab.training import ranks
-from echolab.training.ema import Ema
-from echolab.training.masters import MASTER, MOMENTS, Masters, shape
+from echolab.training.ema import EMA, Ema
+from echolab.training.manifest import (
+    MANIFEST,
+    REMEDY,
+    STATE,
+    Manifest,
+    faults,
+    files_of,
+    read_manifest,
+    shallow_faults,
+)
+from echolab.training.masters import MASTER, MOMENTS, Masters
 
-FORMAT = 1
-EMA = "ema"
-PARTS = (MASTER, *MOMENTS, EMA)
+PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
 NAME = re.compile(r"step-(\d{6,})")
+REPLACED = ".replaced-"  # what a new checkpoint of the same step takes the place of
 
 
-class Checkpoint(NamedTuple):
+class Tensors(Mapping[str, Tensor]):
+    """One part by parameter name; a tensor's values are read from disk where they are used."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = {}
+        for path in files:
+            opened = safe_open(path, "pt")
+            for name in opened.keys():
+                self._files[name] = opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Checkpoint:
     """A whole checkpoint on disk."""
 
-    path: Path
-    state: dict[str, Any]
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the future depends on beside the tensors."""
+        found: dict[str, Any] = json.loads((self.path / STATE).read_bytes())
+        return found
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.state["step"])
+        return int(self.manifest["step"])
 
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        """One of PARTS by parameter name, on the CPU."""
-        return load_file(self.path / f"{part}.safetensors")
+    @property
+    def digest(self) -> str:
+        """Tells its content from any other's."""
+        return str(self.manifest["sha256"])
+
+    @property
+    def parts(self) -> list[str]:
+        """PARTS, and averages of further decays."""
+        return list(files_of(self.manifest))
+
+    def tensors(self, part: str) -> Tensors:
+        """One of `parts` by parameter name, on the CPU."""
+        names = files_of(self.manifest).get(part)
+        if names is None:
+            raise CheckpointError(f"{self.path}: has no {part}, but {', '.join(self.parts)}")
+        return Tensors([self.path / name for name in names])
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -53,115 +101,34 @@ def folder_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_parts(masters: Masters, ema: Ema) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each part whole; collective, and only rank 0 keeps the tensors."""
-    keep = ranks.rank() == 0
-    for part in (MASTER, *MOMENTS):
-        yield part, {name: tensor for name, tensor in masters.read(part) if keep}
-    with ema.in_masters(masters):
-        yield EMA, {name: tensor for name, tensor in masters.read(MASTER) if keep}
-
-
-def _write_manifest(partial: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(partial.iterdir())
-    }
-    for name in files:
-        _sync(partial / name)
-    manifest = partial / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _sync(manifest)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    if path.exists():  # damaged, or of the same step: the new one counts
-        discard(path)
-    partial.rename(path)
-    _sync(path.parent)
-
-
-def save(folder: Path, state: dict[str, Any], masters: Masters, ema: Ema) -> Path:
-    """Write the checkpoint of state["step"]; collective.  Raises CheckpointError on every rank.
-
-    A rank that fails to write still takes part in the gathering: no other rank is left waiting.
-    """
-    path = folder_of(folder, state["step"])
-    partial = folder / f".partial-{path.name}"
-    fault: OSError | None = None
-    first = ranks.rank() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
-    except OSError as error:
-        fault = error
-    for part, tensors in _read_parts(masters, ema):
-        if first and fault is None:
-            try:
-                save_file(tensors, partial / f"{part}.safetensors")
-            except (OSError, safetensors.SafetensorError) as error:
-                fault = error if isinstance(error, OSError) else OSError(str(error))
-    if first and fault is None:
-        try:
-            _write_manifest(partial)
-            _publish(partial, path)
-        except OSError as error:
-            fault = error
-    if ranks.largest([int(fault is not None)])[0]:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{path}: could not be written ({fault or 'rank 0 says why'}); nothing was kept of it, "
-            "earlier checkpoints are whole; make room there and run the same command again"
-        )
-    return path
+def recover(folder: Path) -> None:
+    """Give back its name to one whose successor was killed before it had taken it."""
+    for path in folder.glob(f"{REPLACED}*"):
+        whole = folder / path.name.removeprefix(REPLACED)
+        if not whole.exists():
+            path.rename(whole)
 
 
 def discard(path: Path) -> None:
     """Remove a checkpoint; without its manifest it does not count from the first moment on."""
-    (path / "manifest.json").unlink(missing_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify sizes and hashes of all of `path`; raises CheckpointError saying what is wrong."""
-    remedy = "take another checkpoint"
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: format {manifest['format']}, this program reads {FORMAT}; {remedy}"
-            )
-        wanted = {"state.json", *(f"{part}.safetensors" for part in PARTS)}
-        for name in sorted(wanted | set(manifest["files"])):
-            told, file = manifest["files"].get(name), path / name
-            size = file.stat().st_size if file.is_file() else None
-            if told is None or size != told["bytes"]:
-                raise CheckpointError(
-                    f"{file}: {size} bytes, the manifest says {told and told['bytes']}; {remedy}"
-                )
-            if _sha256(file) != told["sha256"]:
-                raise CheckpointError(f"{file}: its sha256 is not the manifest's; {remedy}")
-        return Checkpoint(path, json.loads((path / "state.json").read_bytes()))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no whole checkpoint, no {error.filename}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {remedy}") from error
+    """Verify every byte of `path`; raises CheckpointError saying what is wrong."""
+    manifest = read_manifest(path)
+    if found := faults(path, manifest):
+        raise CheckpointError(found[0])
+    return Checkpoint(path, manifest)
+
+
+def open_verified(path: Path) -> Checkpoint:
+    """One that another rank has verified: the manifest and sizes are looked at, no tensor is."""
+    manifest = read_manifest(path)
+    if found := shallow_faults(path, manifest):
+        raise CheckpointError(found[0])
+    return Checkpoint(path, manifest)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -170,15 +137,52 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted((int(m[1]) for m in map(NAME.fullmatch, names) if m), reverse=True)
 
 
-def latest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and one line for each newer one that is not."""
+def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, of step `at_most` or before, and one line for each rejected."""
     rejected: list[str] = []
     for step in saved_steps(folder):
+        if at_most is not None and step > at_most:
+            continue
+        path = folder_of(folder, step)
         try:
-            return open_checkpoint(folder_of(folder, step)), rejected
+            found = open_checkpoint(path)
         except CheckpointError as error:
             rejected.append(str(error))
+            continue
+        if found.step == step:
+            return found, rejected
+        rejected.append(f"{path}: is the checkpoint of step {found.step}, not of its name")
     return None, rejected
+
+
+def latest_for_all(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """`latest_valid` as rank 0 finds it, the same for all ranks; collective.
+
+    Rank 0 verifies; the others see that what they can read is the same checkpoint.  Raises
+    CheckpointError on every rank where one cannot.
+    """
+    found: Checkpoint | None = None
+    rejected: list[str] = []
+    told, fault = "", ""
+    if ranks.rank() == 0:
+        try:
+            recover(folder)
+            found, rejected = latest_valid(folder, at_most)
+        except OSError as error:
+            fault = f"{folder}: cannot be read ({error}); see to it, and run the same command again"
+        told = json.dumps([found.path.name, found.digest] if found else [])
+    ranks.raise_together(CheckpointError, fault)
+    told = ranks.gather_text(told)[0]
+    if json.loads(told) and ranks.rank() > 0:
+        name, digest = json.loads(told)
+        try:
+            found = open_verified(folder / name)
+            if found.digest != digest:
+                fault = f"{folder / name}: is not the checkpoint that rank 0 found; {REMEDY}"
+        except CheckpointError as error:
+            fault = str(error)
+    ranks.raise_together(CheckpointError, fault)
+    return found, rejected
 
 
 def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) -> None:
@@ -204,30 +208,56 @@ def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -
             )
 
 
-def _check_shapes(path: Path, net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(shape(p)) for name, p in net.named_parameters() if p.requires_grad}
-    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in [*own, *there]:
-        if own.get(name) != there.get(name):
+def _check_parameters(checkpoint: Checkpoint, masters: Masters) -> None:
+    """Every trained parameter is in the checkpoint, under its own name or tied, and no other."""
+    manifest, remedy = checkpoint.manifest, "give a checkpoint of this network"
+    there = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
+    for name in [*masters.shapes, *there]:
+        if masters.shapes.get(name) != there.get(name):
             raise CheckpointError(
-                f"{path}: of another network: {name} is {there.get(name, 'missing')} there, "
-                f"{own.get(name, 'missing')} here; give a checkpoint of this network"
+                f"{checkpoint.path}: of another network: {name} is {there.get(name, 'missing')} "
+                f"there, {masters.shapes.get(name, 'missing')} here; {remedy}"
+            )
+    for name in sorted({*masters.tied, *manifest["tied"]}):
+        here, was = masters.tied.get(name, "none"), manifest["tied"].get(name, "none")
+        if here != was:
+            raise CheckpointError(
+                f"{checkpoint.path}: of another network: {name} shares the values of {was} there, "
+                f"of {here} here; {remedy}"
             )
 
 
+def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
+    there = [part for part in checkpoint.parts if part not in (MASTER, *MOMENTS)]
+    if sorted(there) != sorted(ema.decays):
+        raise CheckpointError(
+            f"{checkpoint.path}: has the averages {', '.join(there)}, this run keeps "
+            f"{', '.join(ema.decays)}; give the decays as they were, or another folder"
+        )
+
+
 def restore(checkpoint: Checkpoint, net: nn.Module, masters: Masters, ema: Ema) -> None:
-    """Set weights, moments, step counts and average, bit for bit; collective."""
-    _check_shapes(checkpoint.path, net, average := checkpoint.tensors(EMA))
+    """Set weights, moments, step counts and averages, bit for bit; collective.
+
+    A rank reads only the pages of the files in which its own pieces lie.
+    """
+    del net  # `masters` knows its parameters
+    _check_parameters(checkpoint, masters)
+    _check_averages(checkpoint, ema)
     masters.prepare()
-    masters.write(MASTER, average)
-    ema.start(masters)
     for part in (MASTER, *MOMENTS):
-        masters.write(part, checkpoint.tensors(part))
+        tensors = checkpoint.tensors(part)
+        if {name: tuple(tensors[name].shape) for name in tensors} != masters.shapes:
+            raise CheckpointError(f"{checkpoint.path}: {part} is not whole; {REMEDY}")
+        masters.fill(masters.flats(part), tensors)
+    ema.start(masters)
+    for part in ema.decays:
+        masters.fill(ema.flats[part], checkpoint.tensors(part))
     masters.updates = int(checkpoint.state["optimizer_updates"])
-    ema.updates = int(checkpoint.state["ema"]["updates"])
-    masters.show()
+    ema.load_state_dict(checkpoint.state["ema"])
+    masters.show(masters.local)
 
 
-def load_ema_weights(path: Path) -> dict[str, Tensor]:
+def load_ema_weights(path: Path) -> Tensors:
     """The averaged weights of a checkpoint by parameter name, fp32, after verifying it whole."""
     return open_checkpoint(path).tensors(EMA)

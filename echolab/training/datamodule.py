@@ -1,6 +1,5 @@
 """Feeds one rank: the micro-batches still to come, and the held-out clips."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from echolab.data.shards import ShardDataset
 from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training import ranks
+from echolab.training.sections import Beats
 from echolab.training.stopping import ignore_signals
 from echolab.types import Batch
 
@@ -46,17 +46,17 @@ class Feed(NamedTuple):
 
 
 class TimedLoader(DataLoader[MicroBatch]):
-    """Measures how long it was waited for."""
+    """Tells when it is waited for, and can be ended early."""
 
-    waited = 0.0  # seconds, in all
+    beats: Beats
+    ended = False  # no more items: training goes on elsewhere
 
     def __iter__(self) -> Any:
         """The loader's own items."""
         items = super().__iter__()
-        while True:
-            start = time.perf_counter()
+        while not self.ended:
+            self.beats.enter("data_wait")
             item = next(items, None)
-            self.waited += time.perf_counter() - start
             if item is None:
                 return
             yield item
@@ -66,10 +66,16 @@ class ShardDataModule(pl.LightningDataModule):
     """Gives the loader of micro-batches `start` to the end of the schedule."""
 
     def __init__(
-        self, feed: Feed, place: Callable[[int], Place], steps: int, curriculum: Curriculum
+        self,
+        feed: Feed,
+        place: Callable[[int], Place],
+        steps: int,
+        curriculum: Curriculum,
+        beats: Beats,
     ) -> None:
         super().__init__()
         self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
+        self.beats = beats
         self.first_step = 0  # set when the checkpoint to go on from is known
         self.loader: TimedLoader | None = None
 
@@ -79,10 +85,11 @@ class ShardDataModule(pl.LightningDataModule):
         row, within = divmod(ranks.rank(), self.feed.sequence_parallel)
         return None if within else row
 
-    @property
-    def waited(self) -> float:
-        """Seconds that training waited for data, in all."""
-        return self.loader.waited if self.loader else 0.0
+    def go_to(self, step: int) -> None:
+        """Step `step` (from 0) comes next: the loader ends, and Lightning asks for another."""
+        self.first_step = step
+        if self.loader:
+            self.loader.ended = True
 
     def train_dataloader(self) -> TimedLoader:
         """Exactly what remains; the order is the same for every number of workers."""
@@ -109,6 +116,7 @@ class ShardDataModule(pl.LightningDataModule):
             worker_init_fn=ignore_signals if feed.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        self.loader.beats = self.beats
         return self.loader
 
     def progress(self, step: int) -> dict[str, float]:
@@ -119,7 +127,7 @@ class ShardDataModule(pl.LightningDataModule):
         found, quarantine = {}, self.feed.quarantine
         if quarantine:
             found["data/skipped"] = float(len(read_quarantine(quarantine)))
-        kind, batch = self.place(step - 1)
+        kind, batch, _ = self.place(step - 1)
         if kind != "sft":
             return found
         told = self.feed.clips.plan.progress(batch + 1)

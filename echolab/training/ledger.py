@@ -1,13 +1,23 @@
 """Keeps the ledger while training: what each optimizer step trained on, and under which noise."""
 
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from echolab.data.ledger import Attempt, LedgerWriter, Row, next_attempt
+from echolab.data.ledger import (
+    Attempt,
+    LedgerWriter,
+    LeftOut,
+    Row,
+    next_attempt,
+    read_left_out,
+    write_left_out,
+)
 from echolab.data.micro_batches import MicroBatch
 from echolab.data.plan import Plan
 from echolab.training import ranks
-from echolab.training.datamodule import ShardDataModule
+from echolab.training.datamodule import Feed, ShardDataModule
+from echolab.training.schedule import Skip
 from echolab.types import Draws
 
 
@@ -30,11 +40,30 @@ def datasets_of(plan: Plan) -> list[dict[str, object]]:
     ]
 
 
+def left_out(feed: Feed, skips: Iterable[Skip]) -> Iterator[LeftOut]:
+    """What the batches of `skips` hold, each batch once."""
+    batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
+    for kind, batch in batches:
+        stock = feed.clips if kind == "sft" else feed.pairs
+        if stock is None:
+            continue
+        drawn = [one for one in stock.plan.batch(batch) if one.share]
+        yield LeftOut(
+            kind,
+            batch,
+            sources=[one.source for one in drawn],
+            epochs=[one.epoch for one in drawn],
+            keys=[stock.datasets[one.source].keys[one.sample] for one in drawn],
+        )
+
+
 class StepLedger:
     """Gathers the micro-batches of a step, and writes them once the optimizer has used them."""
 
-    def __init__(self, folder: Path, data: ShardDataModule, first_step: int) -> None:
-        """Begins an attempt; collective."""
+    def __init__(
+        self, folder: Path, data: ShardDataModule, first_step: int, skipped: Iterable[Skip] = ()
+    ) -> None:
+        """Begins an attempt; collective.  `skipped` is the schedule's."""
         feed = data.feed
         number = ranks.from_first(next_attempt(folder) if ranks.rank() == 0 else 0)
         attempt = Attempt(
@@ -46,6 +75,10 @@ class StepLedger:
         )
         self._items: list[tuple[MicroBatch, list[str]]] = []
         self._writer = None if data.writer is None else LedgerWriter(folder, attempt, data.writer)
+        if ranks.rank() == 0:
+            known = {(batch.kind, batch.batch) for batch in read_left_out(folder)}
+            news = (b for b in left_out(feed, skipped) if (b.kind, b.batch) not in known)
+            write_left_out(folder, news)
 
     def add(self, item: MicroBatch, draws: Draws) -> None:
         """A micro-batch that was trained on; one that only filled up is none."""

@@ -1,19 +1,34 @@
 """The fp32 state that an optimizer updates, under plain PyTorch, DDP and ZeRO 1, 2 and 3.
 
-Everything is reached by parameter name and whole (`read`, `write`), or as the flat pieces that this
-rank owns (`local`), which an average can follow without any communication.  `read` and `show` are
-collective: all ranks call them, in the same order.
+A rank holds it as tensors that its optimizer updates (`local`), its moments and averages in tensors
+of the same shapes; `pieces` says which part of which parameter lies where in them.  Any such list,
+of weights, of a moment or of an average, is made whole by parameter name (`whole`, `gather`), set
+from whole tensors (`fill`), and shown to the network (`show`), all by the same map.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from echolab.errors import CheckpointError
+from echolab.training import ranks
+
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """A run of one parameter's values that this rank holds."""
+
+    name: str  # of the parameter
+    group: int  # which of the local tensors
+    offset: int  # in that tensor, flat
+    start: int  # in the parameter, flat
+    numel: int
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
@@ -24,12 +39,25 @@ def shape(parameter: nn.Parameter) -> torch.Size:
 class Masters:
     """fp32 weights and moments of one process, unsharded: single process or DDP."""
 
+    sharded = False  # whether other ranks hold the other pieces
+
     def __init__(self, net: nn.Module, optimizer: Any) -> None:
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
         }
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.tied = {  # other names of trained parameters
+            alias: names[id(parameter)]
+            for alias, parameter in net.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad and alias not in self.parameters
+        }
         self.zero = optimizer  # DeepSpeed's wrapper, where there is one
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the whole trained parameters, by name."""
+        return {name: tuple(shape(parameter)) for name, parameter in self.parameters.items()}
 
     @property
     def keys(self) -> list[Tensor]:
@@ -41,12 +69,45 @@ class Masters:
         """Their values."""
         return [tensor.data for tensor in self.keys]
 
+    def flats(self, part: str) -> list[Tensor]:
+        """MASTER or one of MOMENTS, as this rank holds it."""
+        if part == MASTER:
+            return self.local
+        return [self.optimizer.state[key][part] for key in self.keys]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What this rank holds, in the order of the network."""
+        updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [
+            Piece(name, group, 0, 0, parameter.numel())
+            for group, (name, parameter) in enumerate(self.parameters.items())
+            if id(parameter) in updated
+        ]
+
+    def check_complete(self) -> None:
+        """CheckpointError for a trained parameter that no rank's optimizer updates; collective."""
+        held = dict.fromkeys(self.parameters, 0)
+        for piece in self.pieces:
+            held[piece.name] += piece.numel
+        found = list(map(float, held.values()))
+        if self.sharded:
+            found = ranks.sums(found)
+        for (name, parameter), count in zip(self.parameters.items(), found, strict=True):
+            if (numel := shape(parameter).numel()) != count:
+                raise CheckpointError(
+                    f"{name}: {numel} values are trained, the optimizer has {count:.0f} of them; "
+                    "give it every parameter, or freeze those that are not trained"
+                )
+
     def prepare(self) -> None:
         """Make the moments that the first step would make, so that they can be read and written."""
+        ours = type(self.optimizer).__module__.startswith("torch.")  # DeepSpeed's count in an int
         for tensor in self.keys:
             state = self.optimizer.state[tensor]
             if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                zero = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                state["step"] = zero if ours else 0
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(tensor)
 
@@ -58,121 +119,124 @@ class Masters:
     @updates.setter
     def updates(self, count: int) -> None:
         for tensor in self.keys:
-            self.optimizer.state[tensor]["step"].fill_(count)
+            state = self.optimizer.state[tensor]
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(count)
+            else:
+                state["step"] = count
 
-    def _value(self, parameter: nn.Parameter, what: str) -> Tensor:
-        return parameter.data if what == MASTER else self.optimizer.state[parameter][what]
+    def whole(self, name: str, flats: Sequence[Tensor]) -> Tensor:
+        """A whole parameter's values in `flats`, which are as `local`; collective where sharded."""
+        parameter = self.parameters[name]
+        if not self.sharded:
+            return flats[self.pieces_of(name)[0].group]
+        bits = torch.zeros(shape(parameter).numel(), dtype=torch.int32, device=parameter.device)
+        for piece in self.pieces_of(name):
+            bits[piece.start : piece.start + piece.numel] = values(flats, piece).view(torch.int32)
+        dist.all_reduce(bits)  # of integers: 0 + x keeps every bit, of -0.0 and NaN too
+        return bits.view(torch.float32).view(shape(parameter))
 
-    def read(self, what: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 tensor on the CPU) of the masters or a moment, name by name."""
-        for name, parameter in self.parameters.items():
-            yield name, self._value(parameter, what).detach().to("cpu", torch.float32, copy=True)
+    def pieces_of(self, name: str) -> list[Piece]:
+        """This rank's, of one parameter; often none."""
+        return self._by_name.get(name, [])
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            found.setdefault(piece.name, []).append(piece)
+        return found
 
     @torch.no_grad()
-    def write(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set the masters or a moment from whole tensors by name; then `show` the masters."""
-        for name, parameter in self.parameters.items():
-            self._value(parameter, what).copy_(tensors[name])
+    def fill(self, flats: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Set this rank's pieces from whole tensors by name; after the masters, `show` them."""
+        for piece in self.pieces:
+            whole = tensors[piece.name].reshape(-1)
+            values(flats, piece).copy_(whole[piece.start : piece.start + piece.numel])
 
-    def show(self) -> None:
-        """Bring the network's own weights in line with the masters; here they are the same."""
+    @torch.no_grad()
+    def show(self, flats: Sequence[Tensor]) -> None:
+        """Let the network compute with the values of `flats`; collective where sharded."""
+        for name, parameter in self.parameters.items():
+            self._set(parameter, self.whole(name, flats))
+
+    def _set(self, parameter: Any, whole: Tensor) -> None:
+        parameter.data.copy_(whole)
 
     def snapshot(self) -> list[Tensor]:
         """What `show` overwrites, to be given back to `unshow`."""
-        return []
+        return [parameter.data.clone() for parameter in self.parameters.values()]
 
+    @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
         """Put back the network's own weights, bit for bit."""
+        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
+            parameter.data.copy_(kept)
 
 
 class PartitionedMasters(Masters):
     """ZeRO 1 and 2: whole weights on each rank, one flat fp32 partition of each group."""
 
+    sharded = True
+
     @property
     def keys(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
-    def _piece(self, parameter: Any, what: str) -> tuple[Tensor, int] | None:
-        """This rank's piece of a parameter, and where it starts in it; None if it has none."""
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return None
-        partition = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        flat = partition.data if what == MASTER else self.optimizer.state[partition][what]
-        address = mapping.hp_fragment_address
-        return flat.narrow(0, address.start, address.numel), mapping.lp_fragment_address.start
-
-    def _whole(self, parameter: nn.Parameter, what: str) -> Tensor:
-        flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if found := self._piece(parameter, what):
-            piece, start = found
-            flat.narrow(0, start, piece.numel()).copy_(piece)
-        dist.all_reduce(flat)
-        return flat.view_as(parameter)
-
-    def read(self, what: str) -> Iterator[tuple[str, Tensor]]:
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        found = []
         for name, parameter in self.parameters.items():
-            yield name, self._whole(parameter, what).cpu()
-
-    @torch.no_grad()
-    def write(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            if found := self._piece(parameter, what):
-                piece, start = found
-                piece.copy_(tensors[name].flatten().narrow(0, start, piece.numel()))
-
-    @torch.no_grad()
-    def show(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.data.copy_(self._whole(parameter, MASTER))
-
-    def snapshot(self) -> list[Tensor]:
-        return [parameter.data.clone() for parameter in self.parameters.values()]
-
-    def unshow(self, saved: list[Tensor]) -> None:
-        for parameter, values in zip(self.parameters.values(), saved, strict=True):
-            parameter.data.copy_(values)
+            mapping = getattr(parameter, "_hp_mapping", None)  # None: all of it is elsewhere
+            if mapping is not None:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                group = mapping.param_group_index
+                found.append(Piece(name, group, here.start, there.start, here.numel))
+        return found
 
 
 class ShardedMasters(Masters):
     """ZeRO 3: weights and masters both in pieces."""
 
+    sharded = True
+
     @property
     def keys(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def _whole(self, parameter: Any, what: str) -> Tensor:
-        flat = self.zero.get_full_hp_param(parameter, None if what == MASTER else what)
-        return flat.detach().reshape(shape(parameter))
-
-    def read(self, what: str) -> Iterator[tuple[str, Tensor]]:
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Cut to the parameter: the last rank's piece ends in padding, which is never written."""
+        found = []
         for name, parameter in self.parameters.items():
-            yield name, self._whole(parameter, what).to("cpu", copy=True)
+            place = self.zero.grad_position.get(self.zero.get_param_id(parameter))
+            if place is not None:
+                group, offset, longest = place
+                start = longest * dist.get_rank(group=parameter.ds_process_group)
+                count = min(longest, parameter.ds_numel - start)
+                if count > 0:
+                    found.append(Piece(name, group, offset, start, count))
+        return found
 
-    @torch.no_grad()
-    def write(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            piece = self.zero.get_local_fp32_param(parameter, None if what == MASTER else what)
-            values = tensors[name].flatten()[piece.numel() * dist.get_rank() :][: piece.numel()]
-            piece[: values.numel()].copy_(values)  # the last rank's piece is longer than its share
-
-    @torch.no_grad()
-    def show(self) -> None:
+    def _set(self, parameter: Any, whole: Tensor) -> None:
         import deepspeed
 
-        for parameter in self.parameters.values():
-            whole = self._whole(parameter, MASTER)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(whole)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(whole)
 
     def snapshot(self) -> list[Tensor]:
         return [parameter.ds_tensor.data.clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
-        self.show()  # the masters are back: this cuts whole parameters, and gathers kept ones
-        for parameter, values in zip(self.parameters.values(), saved, strict=True):
-            parameter.ds_tensor.data.copy_(values)
+        self.show(self.local)  # this cuts whole parameters again, and gathers those kept whole
+        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
+            parameter.ds_tensor.data.copy_(kept)
+
+
+def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:
+    """A piece's values: a flat view that can be written."""
+    return flats[piece.group].view(-1).narrow(0, piece.offset, piece.numel)
 
 
 def masters_of(net: nn.Module, optimizer: Any) -> Masters:

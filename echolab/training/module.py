@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.micro_batches import MicroBatch
-from echolab.diffusion.objectives import velocity_error
-from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw
 from echolab.training.meter import Meter
+from echolab.training.sections import Beats
 from echolab.training.sequence import SequenceSplit, neighbours
-from echolab.types import Batch, Draws, Loss, PreferencePair
+from echolab.types import Draws, Loss, PreferencePair
 
 
 class Objective(Protocol):
@@ -32,6 +31,7 @@ class Optim(NamedTuple):
     weight_decay: float = 0.01
     clip: float = 1.0  # limit of the gradient's norm
     ema_decay: float = 0.999
+    ema_more: tuple[float, ...] = ()  # decays of further averages, kept beside the first
 
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
@@ -65,6 +65,7 @@ class DiffusionModule(pl.LightningModule):
         clip_here: bool = True,
         loss_factor: float = 1.0,
         sequence_parallel: int = 1,
+        beats: Beats,
     ) -> None:
         super().__init__()
         self.net = net
@@ -75,6 +76,9 @@ class DiffusionModule(pl.LightningModule):
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
         self.meter = Meter()
+        self.beats = beats
+        self._loss: Tensor | None = None  # sum over the micro-batches of the step
+        self.norm: Tensor | None = None  # of the last gradient before clipping
         self.on_draws: Callable[[MicroBatch, Draws], None] | None = None  # the ledger listens
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
 
@@ -85,6 +89,7 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """The loss of one micro-batch."""
+        self.beats.enter("forward")
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
             self.on_draws(item, draws)
@@ -97,13 +102,35 @@ class DiffusionModule(pl.LightningModule):
         else:  # these clips are not in the batch: ranks must name the same values all the same
             nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
             self.meter.add(Loss(value, nothing), [])
+        part = value.detach().float()
+        self._loss = part if self._loss is None else self._loss + part
         return value * self.loss_factor
+
+    def take_loss(self) -> Tensor:
+        """Sum of this rank's micro-batches since the last time; not yet read from the device."""
+        assert self._loss is not None
+        taken, self._loss = self._loss, None
+        return taken
+
+    def take_norm(self) -> float:
+        """Of the whole gradient of the last step before clipping, the same on every rank."""
+        if not self.clip_here:
+            engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+            self.norm = torch.as_tensor(engine.get_global_grad_norm())
+        assert self.norm is not None
+        self.meter.add_value("gradient_norm", self.norm)
+        return float(self.norm)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Tell the supervisor."""
+        self.beats.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
+        self.beats.enter("optimizer")
         if self.clip_here:
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip, foreach=True)
-            self.meter.add_value("gradient_norm", norm)
+            self.norm = norm.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; vectors (norms, biases, modulation) are not decayed."""
@@ -121,17 +148,3 @@ class DiffusionModule(pl.LightningModule):
             weight_decay=o.weight_decay,
             fused=True,
         )
-
-    @torch.no_grad()
-    def held_out_errors(
-        self, batch: Batch, phases: Allocator, sigmas: tuple[float, ...]
-    ) -> dict[float, Tensor]:
-        """Errors [B] at fixed noise levels and fixed noise, nothing dropped."""
-        shape, keys = tuple(batch.latents.shape[1:]), batch.keys
-        noise = draw(keys, shape, seed=self.seed, epoch=-1).noise.to(batch.latents.device)
-        found = {}
-        for sigma in sigmas:
-            level = noise.new_full((len(keys),), sigma)
-            draws = Draws(noise, level, noise.new_zeros(len(keys), 2))
-            found[sigma] = velocity_error(self.net, batch, draws, phases)
-        return found

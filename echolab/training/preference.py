@@ -45,10 +45,13 @@ class References:
         self._fresh = copy.deepcopy(self.state_dict())
         self._entered: Path | None = None
 
-    def enter(self, boundary: Path, *, fresh: bool, device: torch.device) -> None:
-        """Make sure that the reference of the epoch that began at `boundary` is in place."""
+    def enter(self, boundary: Path, *, fresh: bool, device: torch.device) -> bool:
+        """Make sure that the reference of the epoch that began at `boundary` is in place.
+
+        Whether it was not yet.
+        """
         if self._entered == boundary:
-            return
+            return False
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give reference=")
         self.reference.load(load_ema_weights(self.pinned or boundary))
@@ -56,6 +59,7 @@ class References:
         self._entered = boundary
         if fresh:
             self.load_state_dict(self._fresh)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Of every objective that has a state, by kind."""

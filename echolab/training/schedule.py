@@ -1,13 +1,18 @@
-"""A run's schedule: epochs that are supervised or preference epochs, repeated in cycles."""
+"""A run's schedule: epochs that are supervised or preference epochs, repeated in cycles.
 
+Batches of the datasets can be left out (`Skip`): the steps stay as many, and take the next ones.
+"""
+
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from echolab.data.micro_batches import Place
 from echolab.errors import ConfigError
 
 KINDS = ("sft", "ndpo", "dpo")
+GROUPS = ("sft", "preference")  # each draws batches from its own datasets
 
 
 class Epoch(NamedTuple):
@@ -27,6 +32,45 @@ class Position(NamedTuple):
     within: int  # steps of this epoch done before
 
 
+class Skip(NamedTuple):
+    """Global batches that are never trained on."""
+
+    kind: str  # of GROUPS
+    first: int  # its number
+    batches: int  # how many from there
+
+    @property
+    def stop(self) -> int:
+        """The number of the first that comes after them."""
+        return self.first + self.batches
+
+    def check(self) -> "Skip":
+        """Itself; ConfigError for what cannot be."""
+        if self.kind not in GROUPS or self.first < 0 or self.batches < 1:
+            raise ConfigError(
+                f"skip {tuple(self)}: kind is one of {', '.join(GROUPS)}, first 0 or more, "
+                "batches 1 or more"
+            )
+        return self
+
+
+def group_of(kind: str) -> str:
+    """Which datasets an epoch of this kind draws from."""
+    return "sft" if kind == "sft" else "preference"
+
+
+def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tuple[int, int]]:
+    """The batches [first, stop) that are left out of a group, in order and apart; below `stop`."""
+    spans: list[tuple[int, int]] = []
+    for skip in sorted(skip for skip in skips if skip.kind == kind):
+        end = skip.stop if stop is None else min(skip.stop, stop)
+        if spans and skip.first <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        elif skip.first < end:
+            spans.append((skip.first, end))
+    return spans
+
+
 class Schedule:
     """The whole run as a function of the step; holds no state.
 
@@ -41,6 +85,7 @@ class Schedule:
         cycles: int = 1,
         warmup: int = 0,
         decay: str = "constant",
+        skipped: Iterable[Skip] = (),
     ) -> None:
         if not epochs or cycles < 1:
             raise ConfigError(f"schedule: {len(epochs)} epochs x {cycles} cycles; need 1 or more")
@@ -55,6 +100,8 @@ class Schedule:
         self.one_cycle = len(epochs)
         self.epochs = [Epoch(*epoch) for epoch in epochs] * cycles
         self.warmup, self.decay = warmup, decay
+        self.skipped = tuple(Skip(*skip).check() for skip in skipped)
+        self._spans = {group: merged(self.skipped, group) for group in GROUPS}
         self.starts = [0]
         for epoch in self.epochs:
             self.starts.append(self.starts[-1] + epoch.steps)
@@ -74,16 +121,51 @@ class Schedule:
 
     def place(self, step: int) -> Place:
         """The dataset batch of a step: sft and preference epochs each go on where they stopped."""
+        kind = self.locate(step).epoch.kind
+        return Place(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
+
+    def _done(self, group: str, step: int) -> int:
+        """How many of the first `step` steps took a batch of a group."""
         number, _, epoch, within = self.locate(step)
-        supervised = epoch.kind == "sft"
-        before = sum(e.steps for e in self.epochs[:number] if (e.kind == "sft") == supervised)
-        return Place(epoch.kind, before + within)
+        done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
+        return done + (within if group_of(epoch.kind) == group else 0)
+
+    def _batch(self, group: str, turn: int) -> tuple[int, int]:
+        """The batch that a group's step number `turn` takes, and how many were left out before."""
+        batch = turn
+        for first, stop in self._spans[group]:
+            if batch >= first:
+                batch += stop - first
+        return batch, batch - turn
+
+    def begun(self, group: str, step: int) -> int:
+        """The number of the first batch of a group that comes after all those of `step` steps."""
+        done = self._done(group, step)
+        return self._batch(group, done - 1)[0] + 1 if done else 0
+
+    def leaving_out(self, skips: Iterable[Skip]) -> "Schedule":
+        """The same with these batches left out too."""
+        other = copy.copy(self)
+        other.skipped = tuple(dict.fromkeys([*self.skipped, *(skip.check() for skip in skips)]))
+        other._spans = {group: merged(other.skipped, group) for group in GROUPS}
+        return other
+
+    def skipping(self, skip: Skip, step: int) -> "Schedule":
+        """The same with `skip` left out too, for a run that goes on from `step`.
+
+        Raises ConfigError where a batch of it was trained on by then.
+        """
+        begun = self.begun(skip.check().kind, step)
+        if skip.first < begun:
+            raise ConfigError(
+                f"skip of {skip.kind} batches {skip.first}:{skip.stop}: those below "
+                f"{begun} were trained on before step {step}; begin there, or go back further"
+            )
+        return self.leaving_out([skip])
 
     def supervised_steps(self, step: int) -> int:
         """How many of the first `step` steps are supervised: what the curriculum counts."""
-        number, _, epoch, within = self.locate(step)
-        done = sum(e.steps for e in self.epochs[:number] if e.kind == "sft")
-        return done + (within if epoch.kind == "sft" else 0)
+        return self._done("sft", step)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -101,12 +183,28 @@ class Schedule:
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs, as JSON."""
-        return {"epochs": [list(epoch) for epoch in self.epochs]}
+        """The epochs and the batches left out, as JSON."""
+        return {
+            "epochs": [list(epoch) for epoch in self.epochs],
+            "skipped": [list(skip) for skip in self.skipped],
+        }
 
     def check_continues(self, state: dict[str, Any], step: int) -> None:
         """Raise ConfigError unless the steps done under the saved schedule are this one's too."""
         saved = [Epoch(*epoch) for epoch in state["epochs"]]
+        self._check_epochs(saved, step)
+        before = [Skip(*skip) for skip in state.get("skipped", [])]
+        for group in GROUPS:
+            # What was left out before the last batch trained on is history; the rest may change.
+            begun = Schedule(saved, skipped=before).begun(group, step)
+            was, now = merged(before, group, begun), merged(self.skipped, group, begun)
+            if was != now:
+                raise ConfigError(
+                    f"the run left out {group} batches {was} up to step {step}, now {now}; give "
+                    "back its events.jsonl as it was, or go back to a checkpoint before them"
+                )
+
+    def _check_epochs(self, saved: list[Epoch], step: int) -> None:
         done = 0
         for number, old in enumerate(saved):
             if done >= step:

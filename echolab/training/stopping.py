@@ -1,40 +1,54 @@
-"""Signals ask for a stop; the stop itself happens between two steps, on all ranks at once."""
+"""Signals and the clock ask for a stop; the stop itself happens between two steps, on all ranks."""
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FOREVER = float("inf")
 
 
 class StopSignals:
     """Remembers the first signal, and does nothing else in the handler.
 
-    The handlers before it come back at the end.  A second Ctrl-C is not patient any more:
-    KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are none.
+    `grace` is how many seconds a signal leaves until the process is killed, by number; without an
+    entry, for ever.  The handlers before it come back at the end.  A second Ctrl-C is not patient
+    any more: KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are
+    none.  A signal that an outer `StopSignals` caught, before this one began, counts too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: Mapping[int, float] | None = None) -> None:
+        self.grace = dict(grace or {})
         self.received = 0
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the process is killed because of the signal."""
+        if not self.received:
+            return FOREVER
+        return self.grace.get(self.received, FOREVER) - (time.monotonic() - self._at)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             for number in SIGNALS:
                 signal.signal(number, self._remember)
+            outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+            if isinstance(outer, StopSignals) and outer.received:
+                self.received, self._at = outer.received, outer._at
         return self
-
-    def take_back(self) -> None:
-        """Lightning puts a handler of its own in front, with a broadcast in it; undo that."""
-        for number in self._before:
-            signal.signal(number, self._remember)
 
     def __exit__(
         self,
@@ -50,3 +64,11 @@ def ignore_signals(worker: int = 0) -> None:
     """For loader workers: only their parent decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_of_job() -> float:
+    """When the job's time is up, in seconds of the system's clock, as Slurm tells; else never."""
+    try:
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return FOREVER

@@ -1,7 +1,11 @@
-"""How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs."""
+"""How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs.
+
+`refusal` is the whole table of what goes together: what it lets pass is trained in the tests, and
+comes to what one plain process comes to.
+"""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -10,8 +14,91 @@ from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 
 from echolab.errors import ConfigError
+from echolab.training.memory import KEPT, compiler_missing
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("32-true", "bf16-mixed")
+OFFLOADS = ("none", "optimizer")
+CHECKPOINTINGS = ("none", *KEPT)
+
+# Why a precision that Lightning knows is none of PRECISIONS.
+REFUSED = {
+    "bf16-true": "master weights in bf16 lose updates below 1/256 of a weight",
+    "16-mixed": "under DeepSpeed it is pure fp16, and small gradients of video models vanish in it",
+    "16-true": "master weights in fp16 lose updates below 1/2048 of a weight",
+}
+
+
+class Machine(NamedTuple):
+    """Where it runs.  `devices` is ranks a node; they must have been started already."""
+
+    strategy: str = "single"
+    devices: int = 1
+    nodes: int = 1
+    accelerator: str = "cpu"
+    precision: str = "32-true"
+    shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
+    attention: str = "auto"  # of attention.NAMES
+    checkpointing: str = "none"  # or of memory.KEPT
+    compile: bool = False  # the blocks
+    sequence_parallel: int = 1  # ranks that share a clip
+    offload: str = "none"  # or optimizer: fp32 masters and moments in host memory
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.devices * self.nodes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed holds the weights."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def device(self) -> str:
+        """As torch names its type."""
+        return "cuda" if self.accelerator in ("gpu", "cuda") else self.accelerator
+
+
+def _unknown(machine: Machine) -> str | None:
+    known = {
+        "strategy": STRATEGIES,
+        "checkpointing": CHECKPOINTINGS,
+        "offload": OFFLOADS,
+    }
+    for key, names in known.items():
+        if (value := getattr(machine, key)) not in names:
+            return f"trainer.{key}={value}: unknown; one of {', '.join(names)}"
+    if machine.precision in PRECISIONS:
+        return None
+    why = REFUSED.get(machine.precision, "unknown")
+    return f"trainer.precision={machine.precision}: {why}; one of {', '.join(PRECISIONS)}"
+
+
+def refusal(machine: Machine) -> str | None:
+    """Why these settings do not go together, in one line with the remedy; None where they do.
+
+    Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
+    parallelism, offload, and any accumulation.
+    """
+    if found := _unknown(machine):
+        return found
+    world, together = machine.world, machine.sequence_parallel
+    if world < 1 or (machine.strategy == "single" and world > 1):
+        return (
+            f"trainer.strategy={machine.strategy}: not for {world} ranks; "
+            f"take {'ddp, zero1, zero2 or zero3' if world > 1 else 'trainer.devices=1'}"
+        )
+    if together < 1 or world % together:
+        return f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}"
+    if machine.offload == "optimizer" and not machine.sharded:
+        return (
+            f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
+            "one; take strategy zero1, zero2 or zero3, or offload=none"
+        )
+    if machine.compile and (missing := compiler_missing(machine.device)):
+        return f"trainer.compile=true: {missing}"
+    return None
 
 
 class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
@@ -58,26 +145,38 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         return None
 
 
-def strategy_from(name: str, *, shard_small: bool = False) -> Strategy | str:
-    """A Lightning strategy; `shard_small` makes ZeRO 3 cut small tensors too (tests need it)."""
-    if name == "single":
+def strategy_of(machine: Machine) -> Strategy | str:
+    """For Lightning's trainer.  Raises ConfigError for what `refusal` refuses."""
+    if why := refusal(machine):
+        raise ConfigError(why)
+    if machine.strategy == "single":
         return "auto"
-    if name == "ddp":
+    if machine.strategy == "ddp":
         return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
-    if name not in STRATEGIES:
-        raise ConfigError(f"trainer.strategy={name}: unknown; one of {', '.join(STRATEGIES)}")
     # Batch size is only for DeepSpeed's own log; Lightning asks for it.
-    strategy = AnyDeviceDeepSpeedStrategy(stage=int(name[-1]), logging_batch_size_per_gpu=1)
-    if name == "zero3" and shard_small:
-        strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # type: ignore[index]
+    strategy = AnyDeviceDeepSpeedStrategy(
+        stage=int(machine.strategy[-1]), logging_batch_size_per_gpu=1
+    )
+    config: Any = strategy.config
+    if machine.strategy == "zero3" and machine.shard_small:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if machine.offload == "optimizer":
+        # torch's fused AdamW steps on the CPU: DeepSpeed's own would be compiled first.
+        config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": machine.device == "cuda",
+        }
     return strategy
 
 
 def cluster_environment() -> LightningEnvironment | SLURMEnvironment:
-    """Slurm's where srun started us; else ranks come from the launcher's environment.
+    """Slurm's where srun itself started us; else ranks come from the launcher's environment.
 
     Lightning never requeues: signals and requeueing are ours (`stopping`, slurm/train.sbatch).
     """
+    if "ECHOLAB_LAUNCH" in os.environ:  # a supervisor started us, inside Slurm or not
+        return LightningEnvironment()
     inside = "SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ
     if inside and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         return SLURMEnvironment(auto_requeue=False)

@@ -1,0 +1,205 @@
+"""`echolab replay RUN step=N`: train the steps up to N once more, and see that they come out alike.
+
+They are trained in a folder of their own, by one process, from the newest checkpoint before N and
+the run's own settings.  What the run wrote down is compared: keys and noise of each step (the
+ledger), losses (metrics.jsonl), and the checkpoint of step N, if there is one.  A run that was
+trained by one rank, on the CPU and in fp32, comes out bit for bit; others nearly, in their losses.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from echolab.arguments import parse
+from echolab.cli.rollback import config_of
+from echolab.cli.training_objects import training_from
+from echolab.data.ledger import LEDGER, Row, read_ledger
+from echolab.data.quarantine import QUARANTINE
+from echolab.errors import CheckpointError, ConfigError
+from echolab.tracking.metrics import read_metrics
+from echolab.training.checkpoint import folder_of, latest_valid, open_checkpoint, saved_steps
+from echolab.training.difference import state_differences, tensor_differences
+from echolab.training.events import EVENTS
+from echolab.training.fit import fit
+from echolab.training.parts import Intervals, Machine, Training
+
+COMPARED = ("train/loss", "train/gradient_norm")
+NEARLY = 1e-3  # relative, where other ranks, devices or types add in another order
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReplayArguments:
+    """Train the steps up to one again, beside the run; one line a difference, exit code 1 if any.
+
+    Start it where the run was started, if its settings name data by relative paths.
+    """
+
+    run: Path = field(metadata={"help": "the run's folder; it is only read"})
+    step: int = field(metadata={"help": "the last step to train, counted from 1"})
+    out: Path | None = field(
+        default=None, metadata={"help": "new folder for what is trained; none: it is removed"}
+    )
+    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
+
+
+def main(argv: list[str]) -> int:
+    """Replay, compare, and say what differs."""
+    arguments = parse(ReplayArguments, argv, command="echolab replay", positional=("run", "step"))
+    run, step, out = arguments.run, arguments.step, arguments.out
+    config = config_of(run)
+    if out and out.exists():
+        raise ConfigError(f"out={out}: already there; name another, or remove it")
+    with ExitStack() as stack:
+        if out is None:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echolab-replay-")))
+        start = prepare(run, out, step)
+        rows, exact = replay(config, out, step)
+        log = int(config["every"]["log"])
+        found = list(differences(run, out, (start, step), rows, log, exact=exact))
+    if arguments.format == "json":
+        about = {"run": str(run), "first_step": start, "step": step, "exact": exact}
+        print(json.dumps({**about, "differences": found}))
+    elif found:
+        print("\n".join(found))
+    else:
+        how = "bit for bit" if exact else f"losses to {NEARLY:g}"
+        print(f"{run}: steps {start + 1} to {step} are as they were ({how})")
+    return 1 if found else 0
+
+
+def prepare(run: Path, out: Path, step: int) -> int:
+    """Give the new folder what training goes on from; the step that it goes on from.
+
+    Files of checkpoints are linked: they are never written again, only replaced.
+    """
+    if step < 1:
+        raise ConfigError(f"step={step}: must be 1 or more")
+    start, rejected = latest_valid(run / "checkpoints", step - 1)
+    if start is None and rejected:
+        raise CheckpointError(rejected[0])
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (EVENTS, QUARANTINE):
+        if (run / name).exists():
+            shutil.copy(run / name, out / name)
+    if start is None:
+        return 0
+    # Those of earlier steps too: a preference epoch refers to the one at its beginning.
+    for other in saved_steps(run / "checkpoints"):
+        if other <= start.step:
+            shutil.copytree(
+                folder_of(run / "checkpoints", other),
+                folder_of(out / "checkpoints", other),
+                copy_function=_link,
+            )
+    return start.step
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
+
+
+def replay(config: Mapping[str, Any], out: Path, step: int) -> tuple[Rows, bool]:
+    """Train up to `step` in `out`; what was logged, and whether it should be alike bit for bit."""
+    training = training_from({**config, "run": str(out)}, "")
+    if step > training.schedule.steps:
+        raise ConfigError(f"step={step}: the run's schedule has {training.schedule.steps} steps")
+    machine, rows = training.machine, Rows()
+    exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
+    alone = Machine(
+        accelerator=machine.accelerator,
+        precision=machine.precision,
+        attention=machine.attention,
+        checkpointing=machine.checkpointing,
+    )
+    every = training.every or Intervals()
+    fit(
+        training._replace(
+            machine=machine if exact else alone,
+            micro_batch_size=_micro(training),
+            every=Intervals(log=every.log, save=0, validate=0),
+            guards=training.guards._replace(policy="record", limit=math.inf),
+            held_out=None,
+            parity=False,
+            ledger=True,
+            until=step,
+            log=lambda at, values: rows.append({"step": at, **values}),
+        )
+    )
+    return rows, exact
+
+
+def _micro(training: Training) -> int:
+    """Clips a forward, as one rank had them."""
+    machine = training.machine
+    groups = machine.world // machine.sequence_parallel
+    return training.micro_batch_size or training.batch_size // groups
+
+
+def differences(
+    run: Path, out: Path, steps: tuple[int, int], rows: Rows, log: int, *, exact: bool
+) -> Iterator[str]:
+    """One line for each step, and the checkpoint, that is not as the run wrote it down."""
+    start, end = steps
+    if (run / LEDGER).is_dir():
+        was, now = read_ledger(run).steps, read_ledger(out).steps
+        for step in range(start, end):
+            if step in was and (what := _rows_differ(was[step], now.get(step, []))):
+                yield f"step {step + 1}: {what} differ from the ledger's"
+    if (run / "metrics.jsonl").is_file():
+        was_told = read_metrics(run / "metrics.jsonl")
+        yield from _metrics_differ(was_told, rows, start, log, exact=exact)
+    if exact and end in saved_steps(run / "checkpoints"):
+        one, other = (open_checkpoint(folder_of(p / "checkpoints", end)) for p in (run, out))
+        for entry in state_differences(one.state, other.state):
+            yield f"step {end}: {entry['key']} was {entry.get('a')}, now {entry.get('b')}"
+        for found in tensor_differences(one, other):
+            yield f"step {end}: {found.line()}"
+
+
+def _rows_differ(was: list[Row], now: list[Row]) -> str:
+    """The names of what differs; ranks cut a batch by place, so theirs in order are all of it."""
+    names = [
+        name
+        for name in ("sources", "epochs", "keys", "noise")
+        if [x for row in was for x in getattr(row, name)]
+        != [x for row in now for x in getattr(row, name)]
+    ]
+    return ", ".join(names)
+
+
+def _metrics_differ(was: Rows, now: Rows, start: int, log: int, *, exact: bool) -> Iterator[str]:
+    """Rows are means since the row before; those that begin and end with the same step compare."""
+    old = dict(_by_span(was, 0, log))
+    for span, row in _by_span([{**row, "attempt": 1} for row in now], start, log):
+        for name in COMPARED:
+            a, b = old.get(span, {}).get(name, math.nan), row.get(name, math.nan)
+            if math.isnan(a) or math.isnan(b):
+                continue
+            if a != b and (exact or not math.isclose(a, b, rel_tol=NEARLY)):
+                yield f"step {span[1]}: {name} was {a!r}, now {b!r}"
+
+
+def _by_span(rows: Rows, start: int, log: int) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """((step of the row before, step), row); the first row of all begins at `start`.
+
+    Where the first of a later attempt begins is not told, unless every step has a row.
+    """
+    before = {"step": start, "attempt": rows[0]["attempt"]} if rows else {}
+    for row in rows:
+        if COMPARED[0] in row:
+            if row["attempt"] == before["attempt"]:
+                yield (before["step"], row["step"]), row
+            elif log == 1:
+                yield (row["step"] - 1, row["step"]), row
+            before = row

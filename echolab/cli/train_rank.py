@@ -1,0 +1,82 @@
+"""One rank of `echolab train`: plain values to one call of `fit`, and how it ended."""
+
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echolab.cli.training_objects import training_from
+from echolab.data.files import write_whole
+from echolab.data.progress import progress
+from echolab.errors import ConfigError
+from echolab.launch import exit_codes, runs
+from echolab.launch.exit_codes import CAUSES, cause_of_result
+from echolab.tracking.metrics import MetricsLog
+from echolab.tracking.wandb_run import WandbRun
+from echolab.training.fit import FitResult, fit
+from echolab.training.sections import Beats, beats_from_environment
+
+
+def train(config: Mapping[str, Any], beats: Beats | None = None) -> FitResult:
+    """Train the run of these settings; rank 0 holds its folder and tells metrics.
+
+    `beats` are by default those that the environment names.
+    """
+    beats = beats or beats_from_environment()
+    try:
+        training = training_from(config, runs.digest(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
+        ) from error
+    training = training._replace(beats=beats)
+    folder = training.folder
+    if runs.own_rank() != 0:
+        return fit(training)
+    with runs.claim(folder, config, may_change=("schedule",)) as run:
+        logger = config["logger"]
+        wandb_run = WandbRun(
+            folder,
+            project=logger["project"],
+            run_id=run.id,
+            name=folder.name,
+            config=config,
+            mode=logger["mode"],
+        )
+        metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
+
+        def log(step: int, values: dict[str, float]) -> None:
+            metrics.log(step, values)
+            wandb_run.log(step, values)
+
+        def say(lines: list[str]) -> None:
+            print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
+            write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+
+        try:
+            with progress(f"training {folder}", training.schedule.steps) as advance:
+
+                def on_step(step: int, steps: int) -> None:
+                    advance(step, "")
+
+                return fit(training._replace(log=log, on_step=on_step, say=say))
+        finally:
+            beats.enter("teardown")
+            wandb_run.finish()
+
+
+def exit_code(result: FitResult, folder: Path) -> int:
+    """Say how the run ended, and which code tells it."""
+    cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
+    if runs.own_rank() == 0:
+        if result.done:
+            print(f"echolab: {folder}: all {result.steps} steps done; newest {result.checkpoint}")
+        else:
+            by = f" ({signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
+            print(
+                f"echolab: {folder}: {cause.says}{by} at step {result.step} of {result.steps}; "
+                f"{cause.next_action}",
+                file=sys.stderr,
+            )
+    return exit_codes.DONE if result.done else cause.exit_code

@@ -1,0 +1,48 @@
+"""`echolab why RUN`: how a run ended, which rank is to blame, and what to do."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from echolab.arguments import parse
+from echolab.errors import ConfigError
+from echolab.launch.attempts import attempts_of
+from echolab.launch.explain import figures, words
+
+
+@dataclass(frozen=True)
+class WhyArguments:
+    """Say why a run ended: cause, rank, host, section, step, stack and what to do.
+
+    From what its supervisors and ranks wrote into RUN/attempts, on whatever machine.
+    """
+
+    run: Path = field(metadata={"help": "the run's folder"})
+    over: bool = field(
+        default=False,
+        metadata={"help": "the job has ended: nodes that told no end are lost"},
+    )
+    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
+
+
+def main(argv: list[str]) -> int:
+    """Print it; 0 whatever the run ended with."""
+    arguments = parse(WhyArguments, argv, command="echolab why", positional=("run",))
+    attempts = attempts_of(arguments.run, over=arguments.over)
+    if not attempts:
+        raise ConfigError(
+            f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as run="
+        )
+    told = figures(arguments.run, attempts, _infrastructure(arguments.run))
+    print(json.dumps(told) if arguments.format == "json" else words(told))
+    return 0
+
+
+def _infrastructure(run: Path) -> int:
+    """The budget of the run's own settings; of older runs, the usual one."""
+    try:
+        config: dict[str, Any] = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):  # it ended before its settings were written
+        config = {}
+    return int(config.get("supervise", {}).get("infrastructure", 3))

@@ -1,0 +1,143 @@
+"""What the records of all supervisors of a launch come to: one attempt, with one verdict."""
+
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from echolab.launch.blame import Observation, Verdict, culprit, in_collective, is_echo
+from echolab.launch.exit_codes import CAUSES, Cause
+from echolab.launch.records import NodeRecord, alive, read_launches
+
+RUNNING = "running"
+# Of several supervisors' words on an end without failure, the first here counts.
+ENDS = (
+    "interrupted", "preempted_unsaved", "pruned", "stop", "memory", "time", "preempted", "done",
+)  # fmt: skip
+
+
+class Attempt(NamedTuple):
+    """One launch of a run."""
+
+    launch: str
+    cause: str  # of exit_codes.CAUSES, or running
+    rank: int  # to blame, -1 where nobody is
+    host: str
+    section: str
+    step: int
+    detail: str
+    exit_code: int  # -1 while running
+    started: float
+    ended: float  # or when a record was written last
+    hosts: tuple[str, ...]
+    first_step: int  # the first that was told, -1 where none was
+    last_step: int
+    checkpoint_before: int  # step of the newest, -1 without
+    checkpoint: int
+    seconds: dict[str, float]  # of the first rank, by section
+    save_seconds: float  # the longest save
+    last_section: str  # of the first rank
+    last_stay: float  # of the first rank in it
+    stack: str
+    earliest: str  # the earliest exception of any rank that is not an echo
+
+    @property
+    def why(self) -> Cause | None:
+        """What the cause means; None while running."""
+        return CAUSES.get(self.cause)
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a checkpoint was made."""
+        return self.checkpoint > self.checkpoint_before
+
+
+def attempts_of(run: Path, *, over: bool = False) -> list[Attempt]:
+    """Every launch of a run, the oldest first.
+
+    With `over` no supervisor works any more: who told no end is lost.
+    """
+    host, now = socket.gethostname(), time.time()
+    merged = []
+    for records in read_launches(run):
+        lost = [r.supervisor for r in records if r.ended is None]
+        lives = not over and any(alive(r, host, now) for r in records)
+        missing = set(range(records[0].supervisors)) - {r.supervisor for r in records}
+        merged.append(merge(records, lost=[*lost, *sorted(missing)], lives=lives))
+    return merged
+
+
+def merge(records: Sequence[NodeRecord], *, lost: Sequence[int], lives: bool) -> Attempt:
+    """One attempt of its supervisors' records; `lost` told no end, `lives`: some are at work."""
+    seen = [o for record in records for o in record.observations]
+    verdict = Verdict(-1, RUNNING, "") if lives else _verdict(records, seen, lost)
+    observed = next((o for o in seen if o.rank == verdict.rank), None)
+    own = next((r for r in records if verdict.rank in r.ranks), records[0])
+    return Attempt(
+        launch=records[0].launch,
+        cause=verdict.cause,
+        rank=verdict.rank,
+        host=observed.host if observed else own.host,
+        section=observed.section if observed else own.section,
+        step=observed.step if observed else own.last_step,
+        detail=verdict.detail,
+        exit_code=_exit_code(records, verdict.cause),
+        started=min(r.started for r in records),
+        ended=max(r.ended or r.seen for r in records),
+        hosts=tuple(dict.fromkeys(r.host for r in records)),
+        first_step=records[0].first_step,
+        last_step=max(r.last_step for r in records),
+        checkpoint_before=min(r.checkpoint_before for r in records),
+        checkpoint=max(r.checkpoint for r in records),
+        seconds=records[0].seconds,
+        save_seconds=max(r.longest.get("save", 0.0) for r in records),
+        last_section=records[0].section,
+        last_stay=records[0].stay,
+        stack=observed.stack if observed else "",
+        earliest=earliest(seen),
+    )
+
+
+def _verdict(
+    records: Sequence[NodeRecord], seen: Sequence[Observation], lost: Sequence[int]
+) -> Verdict:
+    found = culprit(seen)
+    if lost and (found is None or _only_waits(found, seen)):
+        told = {record.supervisor: record for record in records}
+        gone = next((told[number] for number in lost if number in told), None)
+        rank = gone.ranks[0] if gone else -1
+        which = ", ".join(told[n].host if n in told else f"supervisor {n}" for n in lost)
+        return Verdict(rank, "node_lost", f"no end was told by {which}")
+    if found:
+        return found
+    causes = [record.cause for record in records]
+    worst = next((cause for cause in ENDS if cause in causes), causes[0])
+    record = records[causes.index(worst)]
+    return Verdict(-1 if worst == "done" else record.rank, worst, record.detail)
+
+
+def _only_waits(verdict: Verdict, seen: Sequence[Observation]) -> bool:
+    """Whether the best that was found is a rank that missed another."""
+    one = next(o for o in seen if o.rank == verdict.rank)
+    echoed = one.failure is not None and is_echo(one.failure)
+    return echoed or (verdict.cause == "hang" and in_collective(one.stack))
+
+
+def _exit_code(records: Sequence[NodeRecord], cause: str) -> int:
+    if cause == RUNNING:
+        return -1
+    if cause in ENDS:  # ranks chose it themselves
+        return max(r.exit_code for r in records if r.cause == cause)
+    return CAUSES[cause].exit_code
+
+
+def earliest(seen: Sequence[Observation]) -> str:
+    """The first exception of a launch, in words; "" where there was none."""
+    failed = [o for o in seen if o.failure]
+    own = [o for o in failed if o.failure and not is_echo(o.failure)] or failed
+    if not own:
+        return ""
+    first = min(own, key=lambda o: (o.failure.time if o.failure else 0.0, o.rank))
+    assert first.failure
+    return f"rank {first.rank} ({first.host}): {first.failure.kind}: {first.failure.message}"

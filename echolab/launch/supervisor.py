@@ -1,0 +1,214 @@
+"""Starts the ranks of a launch that are this machine's, watches them, and ends them with a verdict.
+
+A thin process: it imports no torch, talks to no rank but by signals and small files, and takes part
+in no collective.  So whatever happens to a rank, it is there to say what, and to end the job.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from echolab.launch import exit_codes, processes, records, told
+from echolab.launch.blame import Verdict, culprit
+from echolab.launch.deadlines import Deadlines, limit, longest_of, overdue
+from echolab.launch.exit_codes import CAUSES
+from echolab.launch.layout import Layout
+from echolab.launch.records import NodeRecord
+from echolab.launch.runs import ATTEMPTS
+from echolab.launch.telling import last_words
+from echolab.launch.watch import Rank, observe
+from echolab.training.sections import FOLDER as BEATS
+from echolab.training.stopping import SIGNALS
+
+POLL_SECONDS = 0.05
+LOOK_SECONDS = 0.5  # between two looks at the sections, and at other supervisors
+GRACE_SECONDS = 2.0  # after a rank failed, for the others to tell what they saw
+KILL_SECONDS = 5.0  # for the kernel to end what was killed
+OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to see it and write their records
+OVER = "over"  # the file by which a supervisor tells others that the launch failed
+ENDED = "ended-"  # the files by which each supervisor says that its record is whole
+
+
+class Supervisor:
+    """One launch, on one machine."""
+
+    def __init__(
+        self, layout: Layout, command: Sequence[str], run: Path, deadlines: Deadlines
+    ) -> None:
+        self.layout, self.command, self.run, self.deadlines = layout, command, run, deadlines
+        self.folder = run.absolute() / ATTEMPTS / layout.launch
+        self.ranks: list[Rank] = []
+        self.asked = 0  # the first signal that was passed on
+        self.asked_at = 0.0
+        self.late: dict[int, float] = {}
+        self.followed = False
+        self.code = exit_codes.RETRYABLE  # until the end is known
+
+    def watch(self) -> int:
+        """Until all ranks have ended; the exit code of `exit_codes`.
+
+        SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on.  However it ends, no rank is left.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.beats = Path(tempfile.mkdtemp(prefix="echolab-beats-", dir=shared))
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            self._start()
+            failed = self._until_the_end()
+            self.code = self._judge() if failed else self._finish()
+            if self.code:
+                self._wait_for_others(OTHERS_SECONDS if failed else self.deadlines.teardown)
+            return self.code
+        finally:
+            self._kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            shutil.rmtree(self.beats, ignore_errors=True)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self.asked, self.asked_at = number, time.monotonic()
+        # Slurm tells every process of a step: a second SIGINT would mean impatience.
+        if number == signal.SIGINT and "SLURM_PROCID" in os.environ:
+            number = signal.SIGTERM
+        for rank in self.ranks:
+            if rank.exit is None:
+                processes.send(rank.pid, number)
+
+    def _start(self) -> None:
+        layout = self.layout
+        self.record = NodeRecord(
+            layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
+            list(range(layout.first, layout.first + layout.count)), os.getpid(),
+            records.birth(os.getpid()), time.time(), beats=str(self.beats),
+            checkpoint_before=records.newest_checkpoint(self.run),
+        )  # fmt: skip
+        # Signals wait until a rank can take them: none is lost, and none ends it unheard.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for number in range(layout.count):
+                self._start_rank(number)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.record.pids = [rank.pid for rank in self.ranks]
+        self._tell()
+
+    def _start_rank(self, number: int) -> None:
+        env = {**os.environ, **self.layout.environment(number)}
+        env |= {BEATS: str(self.beats), told.FOLDER: str(self.folder)}
+        rank = self.layout.first + number
+        if rank == 0:  # has the terminal
+            self.ranks.append(Rank(rank, processes.start(self.command, env, None), self.beats))
+            return
+        with (self.folder / f"rank-{rank}.log").open("ab") as log:
+            self.ranks.append(Rank(rank, processes.start(self.command, env, log), self.beats))
+
+    def _until_the_end(self) -> bool:
+        """Whether the launch failed; otherwise all ranks have ended by themselves."""
+        looked = 0.0
+        while any(rank.look() is None for rank in self.ranks):
+            if any(rank.exit and not told.expected(rank.exit) for rank in self.ranks):
+                self._wait_for_words()
+                return True
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                self.late = self._overdue(looked)
+                self.followed = (self.folder / OVER).exists()
+                if self.late or self.followed:
+                    return True
+                if time.time() - self.record.seen > records.SECONDS:
+                    self._tell()
+            time.sleep(POLL_SECONDS)
+        return any(not told.expected(rank.exit or 0) for rank in self.ranks)
+
+    def _wait_for_words(self) -> None:
+        end = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < end and any(rank.look() is None for rank in self.ranks):
+            time.sleep(POLL_SECONDS)
+
+    def _overdue(self, now: float) -> dict[int, float]:
+        beats = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
+        late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
+        if self.asked and not late:  # a stop that is not obeyed
+            stays = longest_of(beats)
+            allowed = sum(limit(self.deadlines, k, stays) for k in ("step", "save", "teardown"))
+            if now - self.asked_at > allowed:
+                late = dict.fromkeys(beats, allowed)
+        return late
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _judge(self) -> int:
+        seen = observe(self.ranks, self.folder, self.layout.host, self.late)
+        self.record.observations = seen
+        verdict = culprit(seen)
+        if verdict is None:  # its ranks only wait for those of another supervisor
+            verdict = Verdict(self.layout.first, "node_lost", "ended with the others")
+        if not self.followed:
+            try:
+                (self.folder / OVER).touch(exist_ok=False)
+            except FileExistsError:
+                self.followed = True
+        code = CAUSES[verdict.cause].exit_code
+        self._close(verdict.cause, verdict.rank, verdict.detail, code)
+        self._kill()
+        if not self.followed:
+            print(last_words(self.run, self.record), file=sys.stderr, flush=True)
+        return code
+
+    def _finish(self) -> int:
+        """All ranks ended by themselves, as planned."""
+        ends = [told.end_of(self.folder, rank.number) for rank in self.ranks]
+        code = max(rank.exit or 0 for rank in self.ranks)
+        end = next((end for end in ends if end), None)
+        cause = exit_codes.cause_of_code(code)
+        detail = ""
+        if end:
+            cause = exit_codes.cause_of_result(end.reason, unsaved=end.unsaved)
+            detail = signal.Signals(end.stopped_by).name if end.stopped_by else ""
+        self._close(cause, self.layout.first, detail, code)
+        return code
+
+    def _tell(self) -> None:
+        first = self.ranks[0].beat()
+        present = {first.section: time.monotonic() - first.since}
+        record = self.record
+        record.seconds = {k: v + present.get(k, 0.0) for k, v in first.seconds.items()}
+        record.longest = longest_of({rank.number: rank.beat() for rank in self.ranks})
+        record.first_step, record.last_step = first.first, first.step
+        record.section, record.stay = first.section, present[first.section]
+        record.checkpoint = records.newest_checkpoint(self.run)
+        record.asked = self.asked
+        record.write(self.folder)
+
+    def _close(self, cause: str, rank: int, detail: str, code: int) -> None:
+        record = self.record
+        record.cause, record.rank, record.detail = cause, rank, detail
+        record.exit_code, record.followed = code, self.followed
+        record.ended = time.time()
+        self._tell()
+        (self.folder / f"{ENDED}{record.supervisor}").touch()
+
+    def _wait_for_others(self, seconds: float) -> None:
+        """Slurm kills a step once one of its tasks ends with a code: until all have told theirs."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ended = sum(name.startswith(ENDED) for name in os.listdir(self.folder))
+            if ended >= self.layout.supervisors:
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            if rank.exit is None:
+                processes.kill_group(rank.pid)
+        end = time.monotonic() + KILL_SECONDS
+        while any(rank.look() is None for rank in self.ranks) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)

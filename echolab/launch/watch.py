@@ -1,0 +1,107 @@
+"""One rank as its supervisor sees it, and the observation of all of them when a run fails."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from echolab.launch import processes
+from echolab.launch.blame import Observation
+from echolab.launch.processes import Seen
+from echolab.launch.told import failure_of
+from echolab.training.sections import Beat, beats_path, read_beat, stacks_path
+
+DUMP_SECONDS = 2.0  # the most that ranks are given to write their stacks
+STACK_CHARACTERS = 50_000
+
+
+class Rank:
+    """A process, where it tells its sections, and its end."""
+
+    def __init__(self, number: int, process: "subprocess.Popen[bytes]", beats: Path) -> None:
+        self.number, self.process, self.beats = number, process, beats
+        self.begun = time.monotonic()
+        self.exit: int | None = None
+        self.died = 0.0
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        return self.process.pid
+
+    def look(self) -> int | None:
+        """Its exit code, None while it lives; what it left behind ends with it."""
+        if self.exit is None and processes.ended(self.pid):
+            processes.kill_group(self.pid)
+            self.exit, self.died = self.process.wait(), time.time()
+        return self.exit
+
+    def beat(self) -> Beat:
+        """What it told last; in `init` since its start, where it has told nothing yet."""
+        nothing = dict.fromkeys(("init", "data_wait", "forward", "backward", "optimizer"), 0.0)
+        nothing |= dict.fromkeys(("vote", "eval", "save", "pause", "teardown"), 0.0)
+        told = read_beat(beats_path(self.beats, self.number))
+        return told or Beat("init", 0, -1, 0, self.begun, nothing, nothing)
+
+
+def observe(
+    ranks: Sequence[Rank], folder: Path, host: str, late: dict[int, float]
+) -> list[Observation]:
+    """Everything that can be seen of the ranks, with the stacks of those that live.
+
+    The stacks lie in `folder` afterwards.  Takes `DUMP_SECONDS` at most.
+    """
+    now = time.monotonic()
+    beats = {rank.number: rank.beat() for rank in ranks}
+    living = [rank for rank in ranks if rank.look() is None]
+    before = {rank.number: processes.see(rank.pid) for rank in living}
+    stacks = dump(living, before)
+    took = max(time.monotonic() - now, 1e-3)
+    seen = []
+    for rank in ranks:
+        number, beat = rank.number, beats[rank.number]
+        state, cpu = before.get(number, Seen("", 0.0))
+        # Where it ended meanwhile, by SIGQUIT before it could take it, it was alive all the same.
+        busy = max(processes.see(rank.pid).cpu - cpu, 0.0) / took if rank in living else 0.0
+        stack = stacks.get(number, "")
+        if stack:
+            (folder / f"rank-{number}.stack").write_text(stack)
+        seen.append(
+            Observation(
+                rank=number, host=host, section=beat.section, step=beat.step,
+                switches=beat.switches, stay=now - beat.since, exit=rank.exit, died=rank.died,
+                state=state, busy=busy, late=late.get(number, 0.0), stack=stack,
+                failure=failure_of(folder, number),
+            )
+        )  # fmt: skip
+    return seen
+
+
+def dump(ranks: Sequence[Rank], seen: dict[int, Seen]) -> dict[int, str]:
+    """Stacks of all threads by rank, of those that can write them.
+
+    A stopped process writes them as soon as it goes on, so it is made to.
+    """
+    paths = {rank.number: stacks_path(rank.beats, rank.number) for rank in ranks}
+    asked = [rank for rank in ranks if paths[rank.number].exists()]  # else SIGQUIT would end it
+    before = {rank.number: paths[rank.number].stat().st_size for rank in asked}
+    for rank in asked:
+        processes.send(rank.pid, signal.SIGQUIT)
+        if seen[rank.number].state == "T":
+            processes.send(rank.pid, signal.SIGCONT)
+    end, sizes = time.monotonic() + DUMP_SECONDS, before
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        now = {rank.number: paths[rank.number].stat().st_size for rank in asked}
+        if now == sizes and all(now[number] > before[number] for number in now):
+            break
+        sizes = now
+    found = {}
+    for rank in asked:
+        with paths[rank.number].open("rb") as file:
+            os.lseek(file.fileno(), before[rank.number], os.SEEK_SET)
+            # The main thread is the last.
+            found[rank.number] = file.read().decode(errors="replace")[-STACK_CHARACTERS:]
+    return found

@@ -1,0 +1,85 @@
+"""In what two checkpoints differ, bit by bit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from echolab.training.checkpoint import Checkpoint
+
+ORIGIN = "origin"  # by how many ranks and which strategy it was written: no difference
+
+
+class TensorDifference(NamedTuple):
+    """A tensor that is not the same in both."""
+
+    part: str
+    name: str
+    what: str  # "values", or why they cannot be compared
+    different: int = 0  # elements whose bits differ
+    of: int = 0
+    largest: float = 0.0  # of |a - b|; 0 where only signs of zeros differ
+
+    def line(self) -> str:
+        """For people."""
+        if self.what != "values":
+            return f"{self.part} {self.name}: {self.what}"
+        return (
+            f"{self.part} {self.name}: {self.different:,} of {self.of:,} values differ, by up to "
+            f"{self.largest:.3g}"
+        )
+
+
+def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested dicts; a list is one value."""
+    if isinstance(state, dict) and state:
+        for name, value in state.items():
+            yield from flatten(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, state
+
+
+def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{"key", "a", "b"} of each entry that differs; "a" or "b" is left out where there is none."""
+    one, other = (
+        dict(flatten({k: v for k, v in state.items() if k != ORIGIN})) for state in (a, b)
+    )
+    found = []
+    for key in sorted(one.keys() | other.keys()):
+        told = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
+        if len(told) < 2 or not _same(told["a"], told["b"]):
+            found.append({"key": key, **told})
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # 1 is not 1.0, and nan is nan
+
+
+def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifference]:
+    """Of all parts; a tensor of each is in memory at a time."""
+    for part in sorted({*a.parts, *b.parts}):
+        if part not in a.parts or part not in b.parts:
+            yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
+            continue
+        one, other = a.tensors(part), b.tensors(part)
+        for name in sorted({*one, *other}):
+            if name not in one or name not in other:
+                where = "a" if name in one else "b"
+                yield TensorDifference(part, name, f"only in {where}")
+            elif found := _compared(part, name, one[name], other[name]):
+                yield found
+
+
+def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        told = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
+        return TensorDifference(part, name, f"{told[0]} in a, {told[1]} in b")
+    unequal = a.view(torch.int32) != b.view(torch.int32)
+    if not unequal.any():
+        return None
+    largest = float((a[unequal].double() - b[unequal].double()).abs().max())
+    largest = math.inf if math.isnan(largest) else largest
+    return TensorDifference(part, name, "values", int(unequal.sum()), a.numel(), largest)

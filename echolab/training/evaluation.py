@@ -1,0 +1,76 @@
+"""Looks at the weights of a running training: their held-out loss; whether exports are alike."""
+
+from pathlib import Path
+
+import torch
+
+from echolab.errors import ConfigError
+from echolab.training import ranks
+from echolab.training.datamodule import ShardDataModule
+from echolab.training.ema import Ema
+from echolab.training.masters import Masters
+from echolab.training.module import DiffusionModule
+from echolab.training.parity import Sampling, check_parity, parity_clips
+from echolab.training.parts import Training
+from echolab.training.validation import Share, read_share, validate
+
+
+class Evaluation:
+    """Of the network in `module`; every method is collective and leaves no trace."""
+
+    def __init__(
+        self,
+        training: Training,
+        data: ShardDataModule,
+        module: DiffusionModule,
+        masters: Masters,
+        ema: Ema,
+    ) -> None:
+        self.training, self.data = training, data
+        self.module, self.masters, self.ema = module, masters, ema
+        low = training.machine.precision != "32-true"
+        self.dtype = torch.bfloat16 if low else torch.float32
+        self._share: Share | None = None
+
+    def held_out(self) -> dict[str, float]:
+        """Errors at fixed noise, of the averaged weights and of the raw ones."""
+        held_out, phases = self.training.held_out, self.training.phases
+        if held_out is None or phases is None:
+            raise ConfigError("every.validate: wants data.held_out and phases; give them, or 0")
+        if self._share is None:
+            together = self.training.machine.sequence_parallel
+            row, rows = ranks.rank() // together, ranks.world() // together
+            self._share = read_share(held_out, row, rows)
+        return dict(
+            validate(
+                self.module.net,
+                self.ema,
+                self.masters,
+                self._share,
+                phases,
+                held_out.sigmas,
+                seed=self.training.seed,
+                device=self.module.device,
+                dtype=self.dtype,
+                counts=self.data.writer is not None,
+            )
+        )
+
+    def parity(self, checkpoint: Path) -> dict[str, float]:
+        """How far samples of the export of `checkpoint` are off; ParityError where too far."""
+        training = self.training
+        clips = training.held_out.clips if training.held_out else training.clips[0]
+        steps = training.schedule.supervised_steps(training.schedule.steps)
+        learnt = training.curriculum.probabilities(max(steps - 1, 0))
+        found = check_parity(
+            self.module.net,
+            self.ema,
+            self.masters,
+            checkpoint=checkpoint,
+            folder=training.folder,
+            clips=parity_clips(clips, [task for task, share in learnt.items() if share > 0]),
+            how=Sampling(training.seed, training.shift),
+            device=self.module.device,
+            dtype=self.dtype,
+        )
+        return found.values()

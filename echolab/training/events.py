@@ -1,0 +1,121 @@
+"""What happened to a run beside its steps: `events.jsonl` in its folder, one JSON line an event.
+
+    {"id": 3, "time": 1765432100.5, "step": 950, "kind": "rollback", "to": 800, "skip": [...], ...}
+
+Kinds: spike, recompute, reproducible, rollback, straggler, host_memory, replicas.  The file only
+grows, and rank 0 (or `echolab rollback`) alone writes it.  Skips are never undone.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from echolab.data.files import write_error
+from echolab.errors import DataError
+from echolab.training import ranks
+from echolab.training.schedule import Skip
+
+__all__ = ["EVENTS", "Event", "History", "Skip", "append", "read", "skips"]
+
+EVENTS = "events.jsonl"
+
+
+class Event(NamedTuple):
+    """One line of the file."""
+
+    id: int  # from 1
+    time: float  # seconds since 1970, by the writer's clock
+    step: int  # of the run, from 0
+    kind: str
+    told: dict[str, Any]  # all else
+
+
+def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
+    """Add an event to the run in `folder`; it is on disk on return.  DataError where it cannot be.
+
+    What a killed writer left of a line stays where it is, and stays unread.
+    """
+    path = folder / EVENTS
+    event = Event(1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, told)
+    head = {name: value for name, value in event._asdict().items() if name != "told"}
+    line = json.dumps({**head, **told}, allow_nan=False) + "\n"
+    try:
+        with path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
+            data = ("\n" * bool(torn) + line).encode()
+            if file.write(data) != len(data):
+                raise OSError("only a part of the line was taken; is the disk full?")
+            os.fsync(file.fileno())
+        if not end:
+            _sync(folder)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return event
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path) -> list[Event]:
+    """All events of a run, oldest first; none where there is no file.
+
+    Raises DataError for a line that is not an event, but for one that was cut off.
+    """
+    path = folder / EVENTS
+    if not path.is_file():
+        return []
+    events = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue  # its writer was killed within the line
+        try:
+            head = {name: told.pop(name) for name in Event._fields[:-1]}
+            events.append(Event(**head, told=told))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}: line {number} is no event ({error!r}); put back the file as it was"
+            ) from error
+    return events
+
+
+class History:
+    """The events of a run, alike on all ranks while it trains; rank 0 writes new ones."""
+
+    def __init__(self, folder: Path) -> None:
+        """As rank 0 reads them: a shared disk shows a new line to some ranks late.  Collective."""
+        self.folder = folder
+        own = read(folder) if ranks.rank() == 0 else []
+        told = ranks.gather_text(json.dumps([list(event) for event in own]))[0]
+        self.events = [Event(*event) for event in json.loads(told)]
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """The batches that events left out, for `Schedule.leaving_out`."""
+        return _skips(self.events)
+
+    def add(self, step: int, kind: str, **told: Any) -> None:
+        """An event that every rank knows of; every rank says it."""
+        if ranks.rank() == 0:
+            self.events.append(append(self.folder, step, kind, **told))
+        else:
+            self.events.append(Event(len(self.events) + 1, time.time(), step, kind, told))
+
+
+def skips(folder: Path) -> tuple[Skip, ...]:
+    """The batches that the events of a run left out."""
+    return _skips(read(folder))
+
+
+def _skips(events: list[Event]) -> tuple[Skip, ...]:
+    found = [Skip(*event.told["skip"]) for event in events if event.told.get("skip")]
+    return tuple(skip.check() for skip in dict.fromkeys(found))

@@ -1,0 +1,108 @@
+"""Host memory of a rank and its loader workers, and what is left of it on the node.
+
+Slow leaks end in the kernel's killing some process.  A run that watches can save and restart first.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+GB = 1e9
+SECONDS = 10.0  # between two looks: one costs a few milliseconds
+
+
+def family(pid: int, proc: Path = PROC) -> list[int]:
+    """A process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for folder in proc.iterdir():
+        if folder.name.isdecimal() and (stat := _text(folder / "stat")):
+            parent = int(stat.rpartition(")")[2].split()[1])  # a name may hold anything
+            children.setdefault(parent, []).append(int(folder.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def used(pid: int, proc: Path = PROC) -> int:
+    """Bytes that a process keeps in memory; what n processes share counts 1/n for each.
+
+    Where the kernel does not tell shares (smaps_rollup), it is all that is resident.
+    """
+    for line in (_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    pages = (_text(proc / str(pid) / "statm") or "0 0").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def used_by_family(pid: int, proc: Path = PROC) -> int:
+    """Bytes of a process and all that descend from it."""
+    return sum(used(one, proc) for one in family(pid, proc))
+
+
+def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Bytes that this process may still take: of the node, and of every cgroup that it is in."""
+    lines = (_text(proc / "meminfo") or "").splitlines()
+    node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*node, *_left_of_cgroups(proc, cgroups)])
+
+
+def _left_of_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
+    for line in (_text(proc / "self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, cache = cgroups / "memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        # Limits of the groups above hold too; in a container the path may be the host's.
+        for group in [own, *own.parents]:
+            if group.is_relative_to(root):
+                yield from _left(group, limit, usage, cache)
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    most, taken = _text(group / limit), _text(group / usage)
+    if most and taken and most.strip() != "max":
+        stat = (line.split() for line in (_text(group / "memory.stat") or "").splitlines())
+        given_back = next((int(value) for name, value in stat if name == cache), 0)
+        yield max(0, int(most) - int(taken) + given_back)
+
+
+def _text(path: Path) -> str | None:
+    """A file of the kernel's; None where it is gone, or not for us."""
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+class HostMemory:
+    """Watches this process and its children against a limit."""
+
+    def __init__(self, limit_gb: float | None, seconds: float = SECONDS) -> None:
+        """`limit_gb` is in 10^9 bytes a rank, its loader workers included; None: no limit."""
+        self.limit_gb, self.seconds = limit_gb, seconds
+        self._looked, self._used = -float("inf"), 0.0
+
+    @property
+    def used_gb(self) -> float:
+        """As of at most `seconds` ago."""
+        now = time.monotonic()
+        if now - self._looked >= self.seconds:
+            self._used, self._looked = used_by_family(os.getpid()) / GB, now
+        return self._used
+
+    def over(self) -> bool:
+        """Whether this rank should ask for a planned restart: save, and end as stopped.  Cheap."""
+        return self.limit_gb is not None and self.used_gb > self.limit_gb
+
+    def values(self) -> dict[str, float]:
+        """For the log; 10^9 bytes, of this rank and of its node."""
+        return {"perf/host_memory_gb": self.used_gb, "perf/host_memory_free_gb": free() / GB}

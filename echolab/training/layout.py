@@ -1,0 +1,68 @@
+"""Which file of a checkpoint holds which tensors, where in it, and which rank writes it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+ITEM = 4  # bytes of an fp32 value
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class File(NamedTuple):
+    """One safetensors file: whole fp32 tensors, one after the other."""
+
+    name: str
+    part: str
+    starts: dict[str, int]  # by parameter name, in values from the first
+    numel: int  # values in all
+    writer: int  # rank
+
+    def header(self, shapes: Shapes) -> bytes:
+        """What safetensors writes before the values: a length, and JSON padded to 8 bytes."""
+        told = {
+            name: {
+                "dtype": "F32",
+                "shape": list(shapes[name]),
+                "data_offsets": [ITEM * start, ITEM * (start + math.prod(shapes[name]))],
+            }
+            for name, start in self.starts.items()
+        }
+        text = json.dumps({"__metadata__": {"format": "pt"}, **told}, separators=(",", ":"))
+        content = text.encode()
+        content += b" " * (-len(content) % 8)
+        return len(content).to_bytes(8, "little") + content
+
+
+def _runs(shapes: Shapes, files: int) -> list[list[str]]:
+    """Names in order, cut into at most so many runs of about equal size."""
+    sizes = {name: math.prod(dims) for name, dims in shapes.items()}
+    total, before = max(1, sum(sizes.values())), 0
+    runs: dict[int, list[str]] = {}
+    for name, size in sizes.items():
+        runs.setdefault(min(files - 1, (before + size // 2) * files // total), []).append(name)
+        before += size
+    return list(runs.values())
+
+
+def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int) -> list[File]:
+    """The files of a checkpoint, in the order in which all ranks fill them.
+
+    Each part is cut into files of `shard_bytes` or a little more.  As many ranks write as there are
+    such files in all, spread over the job so that several nodes write: of a small network rank 0
+    alone.  Pure: every rank finds the same.
+    """
+    bytes_of_part = ITEM * sum(map(math.prod, shapes.values()))
+    runs = _runs(shapes, max(1, bytes_of_part // shard_bytes))
+    writers = min(world, max(1, bytes_of_part * len(parts) // shard_bytes))
+    files: list[File] = []
+    for part in parts:
+        for number, names in enumerate(runs, 1):
+            starts, count = {}, 0
+            for name in names:
+                starts[name] = count
+                count += math.prod(shapes[name])
+            name = f"{part}-{number:05d}-of-{len(runs):05d}.safetensors"
+            writer = len(files) * writers // (len(parts) * len(runs)) * world // writers
+            files.append(File(name, part, starts, count, writer))
+    return files

@@ -1,0 +1,61 @@
+"""The base of an adapted network, found again from what a checkpoint tells of it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from echolab.errors import CheckpointError
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import initialise
+from echolab.training.checkpoint import EMA, Checkpoint, open_checkpoint
+from echolab.training.lora import Lora, add_adapters, base_fingerprint, merge
+from echolab.training.lora_files import load_trained
+
+# (file or folder, architecture, seed) -> a network of released weights
+Load = Callable[[Path, Mapping[str, Any], int], EchoTransformer]
+
+
+class Origin(NamedTuple):
+    """Where a base came from: released weights, a checkpoint, or nothing but the seed."""
+
+    weights: str | None
+    checkpoint: str | None
+    seed: int
+
+
+def base_of(architecture: Mapping[str, Any], origin: Origin, load: Load) -> EchoTransformer:
+    """The network that adapters were, or will be, added to."""
+    if origin.weights:
+        return load(Path(origin.weights), architecture, origin.seed)
+    net = EchoTransformer(**architecture)
+    initialise(net, torch.Generator().manual_seed(origin.seed))
+    if origin.checkpoint:
+        net.load_state_dict(open_checkpoint(Path(origin.checkpoint)).tensors(EMA))
+    return net
+
+
+def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lora, dict[str, Any]]:
+    """The network of a checkpoint of adapters; CheckpointError where its base has changed."""
+    told = checkpoint.state["adapters"]
+    origin = Origin(**told["origin"])
+    net = base_of(checkpoint.state["architecture"], origin, load)
+    found = base_fingerprint(net)
+    if found != told["base"]:
+        place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
+        raise CheckpointError(
+            f"{checkpoint.path}: its base {place} is another one now: fingerprint {told['base']} "
+            f"when it was trained, {found} here; put back what was there"
+        )
+    lora = Lora(tuple(told["targets"]), told["rank"], told["alpha"])
+    add_adapters(net, lora, seed=0)
+    load_trained(net, checkpoint.tensors(EMA), str(checkpoint.path))
+    return net, lora, told
+
+
+def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
+    """The network of a checkpoint of adapters, with the averaged ones added to its base."""
+    net, _, _ = on_its_base(checkpoint, load)
+    merge(net)
+    return net

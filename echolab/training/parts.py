@@ -1,0 +1,177 @@
+"""Everything a training run is made of, and whether the parts fit each other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from echolab.data.batches import read_tensors
+from echolab.data.micro_batches import stock
+from echolab.data.plan import ORDER, Order
+from echolab.data.quarantine import QUARANTINE, Tolerant
+from echolab.data.shards import ShardDataset
+from echolab.diffusion.phases import Allocator
+from echolab.errors import ConfigError
+from echolab.tasks.curriculum import Curriculum
+from echolab.training.datamodule import Feed, HeldOut
+from echolab.training.module import Objective, Optim
+from echolab.training.preference import Reference
+from echolab.training.schedule import Schedule
+from echolab.training.sections import Beats
+from echolab.training.spikes import Guards
+from echolab.training.stopping import FOREVER
+from echolab.training.strategies import Machine, refusal
+
+Sink = Callable[[int, dict[str, float]], None]
+
+
+class Intervals:
+    """Every how many steps; 0 is never."""
+
+    def __init__(
+        self, log: int = 10, save: int = 500, validate: int = 0, replicas: int = 100
+    ) -> None:
+        self.log, self.save, self.validate = log, save, validate
+        self.replicas = replicas  # compare what all ranks hold alike
+
+
+ALONE, OPTIM, GUARDS = Machine(), Optim(), Guards()
+
+
+def cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
+    """Micro-batches a step and rank; raises ConfigError where it does not divide."""
+    if why := refusal(machine):
+        raise ConfigError(why)
+    world, together = machine.devices * machine.nodes, machine.sequence_parallel
+    world //= together
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (world * micro):
+        raise ConfigError(
+            f"batch_size={batch_size}: not a multiple of {world} ranks x micro_batch_size={micro}"
+        )
+    return batch_size // (world * micro)
+
+
+class Training(NamedTuple):
+    """Everything a training run is made of.
+
+    `folder` is the run's: checkpoints lie in `folder/checkpoints`, and the newest whole one is gone
+    on from, bit for bit, whatever the number of ranks or the strategy was.  Without one, training
+    starts from the averaged weights of the checkpoint `initial`, or from `net` as it is.
+    `objectives` has one entry for each kind of epoch; preference objectives hold `reference`,
+    which is loaded at the start of each of their epochs with the averaged weights of that moment,
+    or always with those of `reference_checkpoint`.
+    """
+
+    net: nn.Module
+    architecture: Mapping[str, Any]
+    folder: Path
+    clips: Sequence[ShardDataset]  # one for each size of clips, or more, mixed by weight
+    schedule: Schedule
+    curriculum: Curriculum
+    objectives: Mapping[str, Objective]
+    batch_size: int  # clips of the largest size a step, over all ranks
+    seed: int = 0
+    shift: float = 5.0
+    pairs: Sequence[ShardDataset] = ()
+    weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
+    pair_weights: Sequence[float] | None = None
+    order: Order = ORDER
+    ledger: bool = False  # whether `folder/ledger` tells the samples of each step
+    skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
+    reference: Reference | None = None
+    reference_checkpoint: Path | None = None
+    initial: Path | None = None
+    adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
+    held_out: HeldOut | None = None
+    phases: Allocator | None = None  # for the held-out error
+    optim: Optim = OPTIM
+    machine: Machine = ALONE
+    micro_batch_size: int | None = None
+    workers: int = 0
+    every: Intervals | None = None
+    agreed: str = ""  # must be equal on all ranks: a digest of the settings, say
+    log: Sink | None = None  # (step, values), on rank 0
+    on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
+    until: int | None = None  # the step to end after, though the schedule goes on
+    grace: Mapping[int, float] | None = None  # seconds from a signal (its number) to the kill
+    job_ends: float = FOREVER  # by the system's clock: the run is saved before
+    guards: Guards = GUARDS
+    host_memory_gb: float | None = None  # a rank's, workers included: above, the run is saved, ends
+    parity: bool = False  # before it is done, samples of an export are compared
+    say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
+    beats: Beats | None = None  # by which a supervisor sees how far this rank is
+
+    @property
+    def quarantine(self) -> Path | None:
+        """Where bad samples are listed, if any are borne with."""
+        return self.folder / QUARANTINE if self.skip_budget else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed holds the weights."""
+        return self.machine.strategy.startswith("zero")
+
+    def check(self) -> None:
+        """ConfigError for parts that do not fit each other."""
+        missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
+        if missing:
+            raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
+        if self.held_out and not self.phases:
+            raise ConfigError("held_out: needs phases too")
+        accelerator = self.machine.accelerator
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
+        for clips in self.clips:
+            reader = Tolerant(clips, skip_budget=self.skip_budget, quarantine=self.quarantine)
+            first = reader.read(0, partial(read_tensors, clips))[0] if len(clips) else {}
+            for name in ("text", "image", "audio"):
+                wanted = self.architecture.get(f"{name}_dim")
+                if wanted and name in first and first[name].shape[-1] != wanted:
+                    raise ConfigError(
+                        f"model.{name}_dim={wanted}: the clips of {clips.folder} have "
+                        f"{first[name].shape[-1]}; take the model= that fits their encoders"
+                    )
+        if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
+            names = ", ".join(str(clips.folder) for clips in self.clips)
+            raise ConfigError(f"data.clips: {names} were encoded by different networks")
+
+    def feed(self) -> Feed:
+        """The batches, planned; raises EcholabError where that cannot be."""
+        shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
+        shared |= {"skip_budget": self.skip_budget, "quarantine": self.quarantine}
+        clips = stock(self.clips, kind="encoded", weights=self.weights, order=self.order, **shared)
+        pairs = None
+        if self.pairs:  # few and met often: their epochs always run on into each other
+            order = self.order._replace(remainder="carry")
+            pairs = stock(
+                self.pairs, kind="preference", weights=self.pair_weights, order=order, **shared
+            )
+        accumulation = cut(self.batch_size, self.micro_batch_size, self.machine)
+        together = self.machine.sequence_parallel
+        return Feed(
+            clips,
+            pairs,
+            self.batch_size,
+            accumulation,
+            self.workers,
+            self.seed,
+            together,
+            self.quarantine,
+        )
+
+    def identity(self, feed: Feed) -> dict[str, Any]:
+        """What a checkpoint must agree on with the run."""
+        return {
+            "architecture": dict(self.architecture),
+            "adapters": dict(self.adapters) if self.adapters else None,
+            "clips": [clips.fingerprint for clips in self.clips],
+            "encoders": dict(self.clips[0].encoders),
+            "pairs": [pairs.fingerprint for pairs in self.pairs],
+            "order": feed.clips.plan.state(),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }

@@ -1,0 +1,44 @@
+"""From which checkpoint a run goes on, and whether it may.  Rank 0 decides, the others follow."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echolab.errors import EcholabError
+from echolab.training import checkpoint as checkpoints
+from echolab.training import ranks
+from echolab.training.checkpoint import Checkpoint
+from echolab.training.schedule import Schedule
+
+
+def check_alike(agreed: str, identity: Mapping[str, Any], schedule: Mapping[str, Any]) -> None:
+    """Raise EcholabError where ranks were given different settings; collective."""
+    if not ranks.agree(json.dumps([agreed, identity, schedule])):
+        raise EcholabError("the ranks were given different settings; start them all alike")
+
+
+def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
+    """The newest valid checkpoint, of step `at_most` or before; collective.
+
+    Rank 0 verifies it, and says which newer ones it passed over and why; the others see that it is
+    the same one.
+    """
+    found, rejected = checkpoints.latest_for_all(folder, at_most)
+    for line in rejected:
+        print(f"echolab: passed over: {line}", file=sys.stderr)
+    return found
+
+
+def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Schedule) -> None:
+    """Raise EcholabError, naming what differs, where the checkpoint is of another run."""
+    checkpoints.check_architecture(found, identity["architecture"])
+    checkpoints.check_adapters(found, identity.get("adapters"))
+    schedule.check_continues(found.state["schedule"], found.step)
+    for key in ("clips", "seed", "batch_size", "order"):
+        if (was := found.state.get(key)) != identity[key]:
+            raise EcholabError(
+                f"{found.path}: {key} was {was}, now {identity[key]}; "
+                "give the old value, or a new run folder"
+            )

@@ -1,0 +1,75 @@
+"""Which checkpoints go, and what killed attempts left behind."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from echolab.errors import CheckpointError
+from echolab.training.checkpoint import (
+    REPLACED,
+    discard,
+    folder_of,
+    open_checkpoint,
+    recover,
+    saved_steps,
+)
+
+PARTIAL = ".partial-"  # a folder that is being written
+NEVER_FEWER = 2  # valid ones that stay, whatever is asked
+ASIDE = "rolled-back-"  # and a number: a folder of those that a rollback moved away
+
+
+def tidy(folder: Path) -> None:
+    """Make the folder, and remove what a killed save left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Retention:
+    """The newest valid ones stay, and those that `keep` is true for."""
+
+    def __init__(self, folder: Path, keep: Callable[[int], bool], newest: int = 2) -> None:
+        self.folder, self.keep, self.newest = folder, keep, max(newest, NEVER_FEWER)
+        self.valid: dict[int, bool] = {}  # what was found, or written by us
+
+    def _is_valid(self, step: int) -> bool:
+        if step not in self.valid:
+            try:
+                open_checkpoint(folder_of(self.folder, step))
+                self.valid[step] = True
+            except CheckpointError:
+                self.valid[step] = False
+        return self.valid[step]
+
+    def prune(self, last: int) -> None:
+        """After `last` was saved: remove older ones once enough newer ones are known to be whole.
+
+        One from an earlier attempt is verified before it counts.  Those above `last` are left.
+        """
+        newer = 0
+        for step in [step for step in saved_steps(self.folder) if step <= last]:
+            if newer >= self.newest:
+                if not self.keep(step):
+                    discard(folder_of(self.folder, step))
+            elif self._is_valid(step):
+                newer += 1
+
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Move all checkpoints newer than `step` to rolled-back-<n>, where nobody looks for any.
+
+    The newest first: one that is killed leaves a run that goes on from the newest left.  Gives the
+    new folder, None where there was nothing to move; raises OSError.
+    """
+    newer = [other for other in saved_steps(folder) if other > step]
+    if not newer:
+        return None
+    numbers = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
+    to = folder / f"{ASIDE}{max(numbers, default=0) + 1}"
+    to.mkdir()
+    for other in newer:
+        path = folder_of(folder, other)
+        path.rename(to / path.name)
+    return to

@@ -1,0 +1,138 @@
+"""Which section of training a rank is in, told to whoever watches through a small mapped file.
+
+A rank that hangs cannot say where.  So it says beforehand, each time it enters a section, by one
+write to memory that another process of the node reads.  Nothing heavy is imported: this is in place
+before torch is.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+SECTIONS = (
+    "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save", "pause",
+    "teardown",
+)  # fmt: skip
+FOLDER = "ECHOLAB_BEATS"  # the node-local folder, in the environment
+
+# A counter before and after, so that a reader knows half a write; then section, step, first step,
+# start of the section; seconds in all and the longest stay, by section.
+LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}dQ")
+_INDEX = {name: number for number, name in enumerate(SECTIONS)}
+
+
+class Beat(NamedTuple):
+    """What a rank told last."""
+
+    section: str
+    step: int  # optimizer steps done
+    first: int  # the first that it told, -1 before
+    switches: int  # sections entered
+    since: float  # time.monotonic() of this node at which the section was entered
+    seconds: dict[str, float]  # by section, without the present stay
+    longest: dict[str, float]
+
+
+class Beats:
+    """Measures sections and tells them; with no path it tells nobody.
+
+    The process is in `init` from here on.  Raises OSError where the file cannot be made.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.section, self.step, self.first, self.switches = "init", 0, -1, 0
+        self.since = time.monotonic()
+        self._seconds, self._longest = [0.0] * len(SECTIONS), [0.0] * len(SECTIONS)
+        self._map: mmap.mmap | None = None
+        if path is not None:
+            with path.open("w+b") as file:
+                file.truncate(LAYOUT.size)
+                self._map = mmap.mmap(file.fileno(), LAYOUT.size)
+        self._tell()
+
+    def enter(self, section: str, step: int | None = None) -> None:
+        """End the present section and begin `section`; `step` is optimizer steps done.
+
+        Microseconds.  Entering the section one is in begins it anew: that is progress too.
+        """
+        here, now = _INDEX[self.section], time.monotonic()
+        stay = now - self.since
+        self._seconds[here] += stay
+        self._longest[here] = max(self._longest[here], stay)
+        if section not in _INDEX:
+            raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
+        self.section, self.since = section, now
+        self.switches += 1
+        if step is not None:
+            self.step = step
+            self.first = step if self.first < 0 else self.first
+        self._tell()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """In all, by section; the present stay is not in it."""
+        return dict(zip(SECTIONS, self._seconds, strict=True))
+
+    @property
+    def longest(self) -> dict[str, float]:
+        """The longest stay, by section."""
+        return dict(zip(SECTIONS, self._longest, strict=True))
+
+    def _tell(self) -> None:
+        if self._map is not None:
+            count = self.switches + 1  # a file of zeros is one that nothing was told in
+            values = (_INDEX[self.section], self.step, self.first, self.since)
+            # One copy of bytes: `pack_into` would write zeros first.
+            self._map[:] = LAYOUT.pack(count, *values, *self._seconds, *self._longest, count)
+
+
+def beats_path(folder: Path, rank: int) -> Path:
+    """The mapped file of a rank."""
+    return folder / f"rank-{rank}.beats"
+
+
+def stacks_path(folder: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it gets SIGQUIT."""
+    return folder / f"rank-{rank}.stacks"
+
+
+def read_beat(path: Path) -> Beat | None:
+    """What a rank told last; None where it has told nothing yet."""
+    for _ in range(100):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if len(data) != LAYOUT.size:
+            return None
+        first, section, step, begun, since, *rest, last = LAYOUT.unpack(data)
+        if first == last:
+            break
+    else:  # a writer that died between two bytes
+        first = min(first, last)
+    if not first:
+        return None
+    count = len(SECTIONS)
+    seconds = dict(zip(SECTIONS, rest[:count], strict=True))
+    longest = dict(zip(SECTIONS, rest[count:], strict=True))
+    return Beat(SECTIONS[section], step, begun, first - 1, since, seconds, longest)
+
+
+def beats_from_environment() -> Beats:
+    """Those of this rank, in the folder that its supervisor named; else such as tell nobody.
+
+    SIGQUIT then makes this process write the stacks of all its threads, even where Python is
+    blocked in C.
+    """
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return Beats(None)
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    stacks = os.open(stacks_path(Path(folder), rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    faulthandler.register(signal.SIGQUIT, file=stacks, all_threads=True, chain=False)
+    return Beats(beats_path(Path(folder), rank))

@@ -1,0 +1,161 @@
+"""Finds spikes of the loss and of the gradient's norm, by what the last steps of their kind were.
+
+A value counts as a spike where it lies too many robust standard deviations (1.4826 x the median
+absolute deviation) above the median of a window, both measured on asinh(value / scale), a logarithm that
+goes through zero: losses of preferences come near zero, and some are negative.  The scale is the
+median of the absolute values, and up to ten times that where signs are mixed: values that lie on
+both sides of zero have no order of magnitude, and are to be measured linearly.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from echolab.errors import ConfigError
+
+MEASURES = ("loss", "gradient_norm")
+NORMAL = 1.4826  # standard deviations of normal noise in one median absolute deviation
+# A loss that hardly moves may still move: never take less than this for its deviation, so that at
+# the usual limit of 8 a value below 1.6 times the usual one is no spike.
+LEAST = 0.05
+MIXED = 10.0  # times the median of absolute values is the scale, where half are negative
+
+
+class Guards(NamedTuple):
+    """Settings of `guards`."""
+
+    policy: str = "record"  # or recompute, rollback
+    limit: float = 8.0  # robust standard deviations above the median
+    window: int = 128  # steps of the same kind
+    warmup: int = 48  # of these that must be there before anything but NaN is a spike
+    back: int = 100  # steps that a rollback goes back at least
+    skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
+    at_most: int = 3  # rollbacks of a run
+
+    def check(self) -> "Guards":
+        """Itself; ConfigError for what cannot be."""
+        if self.policy not in ("record", "recompute", "rollback"):
+            raise ConfigError(
+                f"guards.policy={self.policy}: unknown; record, recompute or rollback"
+            )
+        if not self.limit > 0:
+            raise ConfigError(f"guards.limit={self.limit}: must be above 0; 8 is usual")
+        if not 2 <= self.warmup <= self.window:
+            raise ConfigError(
+                f"guards.warmup={self.warmup}: must be 2 or more and at most guards.window="
+                f"{self.window}; 48 and 128 are usual"
+            )
+        for name in ("back", "skip_batches", "at_most"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"guards.{name}={value}: must be 0 or more")
+        return self
+
+
+class Spike(NamedTuple):
+    """A step that is not like those before it."""
+
+    step: int  # from 0, as the ledger counts
+    kind: str  # of the epoch: sft, ndpo, dpo
+    measure: str  # of MEASURES
+    value: float
+    usual: float  # the median of the window; NaN before there is one
+    deviations: float  # above it; infinite where the value is not finite
+
+    @property
+    def finite(self) -> bool:
+        """Whether the value is a number at all."""
+        return math.isfinite(self.value)
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        what = f"step {self.step} ({self.kind}): {self.measure.replace('_', ' ')} {self.value:g}"
+        if not self.finite:
+            return f"{what} is not finite"
+        return f"{what}, usually {self.usual:g}: {self.deviations:.1f} robust deviations above"
+
+    def told(self) -> dict[str, Any]:
+        """As an event tells it: JSON has no NaN."""
+        usual = None if math.isnan(self.usual) else self.usual
+        numbers = (
+            {"value": self.value, "deviations": self.deviations}
+            if self.finite
+            else {"value": str(self.value), "deviations": None}
+        )
+        words = {"epoch_kind": self.kind, "measure": self.measure, "reason": self.reason}
+        return {**words, "usual": usual, **numbers}
+
+
+def scale_of(window: Sequence[float]) -> float:
+    """Below it asinh(value / scale) is linear, above it a logarithm; 0 where most values are 0."""
+    positive, negative = sum(one > 0 for one in window), sum(one < 0 for one in window)
+    agreement = abs(positive - negative) / max(positive + negative, 1)  # 1: all of one sign
+    return median(map(abs, window)) / max(agreement, 1 / MIXED)
+
+
+def deviations(value: float, window: Sequence[float]) -> float:
+    """Robust standard deviations of `value` above the median of `window`, which is not empty.
+
+    The same for any positive multiple of all numbers; 0 where most of the window is 0, which says
+    nothing of how large a value may be.
+    """
+    scale = scale_of(window)
+    if not scale:
+        return 0.0
+    logs = [math.asinh(one / scale) for one in window]
+    middle = median(logs)
+    spread = NORMAL * median(abs(one - middle) for one in logs)
+    return (math.asinh(value / scale) - middle) / max(spread, LEAST)
+
+
+class SpikeDetector:
+    """Remembers the last values of each kind of epoch.
+
+    Every rank gives it the same values, so every rank finds the same.  Preference epochs start
+    afresh, since each begins with a new reference at the loss of indifference.
+    """
+
+    def __init__(self, *, limit: float = 8.0, window: int = 128, warmup: int = 48) -> None:
+        self.limit, self.window, self.warmup = limit, window, warmup
+        self._epochs: dict[str, int] = {}
+        self._values: dict[str, dict[str, deque[float]]] = {}
+
+    def observe(
+        self, kind: str, loss: float, gradient_norm: float, *, step: int, epoch: int = 0
+    ) -> Spike | None:
+        """The spike of step `step`, if it is one; the loss comes first.
+
+        `epoch` is the number of the epoch in the run.  Values that are not finite are not
+        remembered; spikes are, so that a lasting change of level becomes usual by itself.
+        """
+        if kind not in self._values or (kind != "sft" and self._epochs[kind] != epoch):
+            self._values[kind] = {name: deque(maxlen=self.window) for name in MEASURES}
+        self._epochs[kind] = epoch
+        found: list[Spike] = []
+        for measure, value in zip(MEASURES, (loss, gradient_norm), strict=True):
+            window = self._values[kind][measure]
+            usual = median(window) if window else math.nan
+            if not math.isfinite(value):
+                found.append(Spike(step, kind, measure, value, usual, math.inf))
+                continue
+            if len(window) >= self.warmup and (above := deviations(value, window)) > self.limit:
+                found.append(Spike(step, kind, measure, value, usual, above))
+            window.append(value)
+        return min(found, key=lambda spike: spike.finite, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decisions depend on, as JSON, exactly."""
+        return {
+            kind: {"epoch": self._epochs[kind], **{name: list(v) for name, v in values.items()}}
+            for kind, values in self._values.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; a shorter window than it had takes the last values."""
+        self._epochs = {kind: int(told["epoch"]) for kind, told in state.items()}
+        self._values = {
+            kind: {name: deque(told[name], maxlen=self.window) for name in MEASURES}
+            for kind, told in state.items()
+        }

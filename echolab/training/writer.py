@@ -1,0 +1,251 @@
+"""Writes checkpoints beside the training: it stops only for a copy to host memory."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echolab.errors import CheckpointError
+from echolab.training import ranks
+from echolab.training.checkpoint import REPLACED, folder_of
+from echolab.training.ema import Ema
+from echolab.training.gather import gather, host_buffer
+from echolab.training.layout import ITEM, File, layout
+from echolab.training.manifest import FORMAT, MANIFEST, STATE, serialise
+from echolab.training.masters import MASTER, MOMENTS, Masters
+from echolab.training.retention import PARTIAL, Retention, tidy
+from echolab.training.room import FACTOR, check_room
+
+CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
+Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
+    """Write and fsync; the hash is of what was meant to be written."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for content in contents:
+            for start in range(0, len(content), CHUNK):
+                chunk = content[start : start + CHUNK]
+                file.write(chunk)
+                digest.update(chunk)
+            size += len(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+class CheckpointWriter:
+    """Saves by `begin` and, steps later, `finish`; both at once is a save that waits.
+
+    Each rank's thread writes the files that `layout` gives it; rank 0 publishes them.  `newest`
+    valid ones stay, at least two, and those whose step `keep` is true for.  Making one is
+    collective, and removes what a killed attempt left in `folder`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        masters: Masters,
+        ema: Ema,
+        *,
+        keep: Callable[[int], bool],
+        newest: int = 2,
+        shard_bytes: int = 1 << 30,
+    ) -> None:
+        self.folder, self.masters, self.ema = folder, masters, ema
+        self.seconds = 0.0  # of the longest save so far, what went on beside the training included
+        parts = [MASTER, *MOMENTS, *ema.decays]
+        self.shapes = masters.shapes
+        self.files = layout(self.shapes, parts, world=ranks.world(), shard_bytes=shard_bytes)
+        self._retention = Retention(folder, keep, newest)
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._pruning = threading.Thread()
+        self._path = folder
+        self._receipts: dict[str, Receipt] = {}
+        self._fault = ""
+        self._spent = 0.0
+        masters.check_complete()
+        self._on_first(lambda: tidy(folder))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors of one checkpoint."""
+        return ITEM * sum(file.numel for file in self.files)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has been begun and not finished."""
+        return self._thread is not None
+
+    def written(self) -> bool:
+        """Whether this rank's files of the pending save are on disk, or failed; not collective."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def check_start(self) -> None:
+        """CheckpointError where twice a checkpoint would not fit; for the start; collective."""
+        self._on_first(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
+
+    def _on_first(self, work: Callable[[], object]) -> None:
+        """Let rank 0 do it; what goes wrong is raised on every rank."""
+        fault = ""
+        if ranks.rank() == 0:
+            try:
+                work()
+            except (OSError, CheckpointError) as error:
+                fault = str(error)
+        ranks.raise_together(CheckpointError, fault)
+
+    # -- begin --------------------------------------------------------------------------------
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Take `state` and a copy of all tensors, and go on in a thread; collective.
+
+        Finishes an earlier save first.  Raises CheckpointError on every rank, before anything is
+        written, where there is no room on the disk or in memory.
+        """
+        self.finish()
+        self.close()
+        started = time.monotonic()
+        self._path = folder_of(self.folder, state["step"])
+        self._receipts, self._fault = {}, ""
+        text = json.dumps(state, indent=1).encode()
+        self._on_first(lambda: self._make_room(len(text)))
+        self._make_buffers()
+        for file in self.files:
+            gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._spent = time.monotonic() - started
+        self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
+        self._thread.start()
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f"{PARTIAL}{self._path.name}"
+
+    def _make_room(self, state_bytes: int) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_room(self.folder, self.size + state_bytes, len(self.files) + 3)
+        self._partial.mkdir()
+
+    def _make_buffers(self) -> None:
+        fault = ""
+        try:
+            for file in self.files:
+                if file.writer == ranks.rank() and file.name not in self._buffers:
+                    self._buffers[file.name] = host_buffer(file)
+        except RuntimeError as error:  # torch has no other name for it
+            fault = f"rank {ranks.rank()}: no host memory to save from ({error})".split("\n")[0]
+        ranks.raise_together(CheckpointError, fault)
+
+    def _flats(self, part: str) -> list[Tensor]:
+        return self.ema.flats[part] if part in self.ema.flats else self.masters.flats(part)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _write(self, state: bytes) -> None:
+        """This rank's files.  The thread says what went wrong in `finish`."""
+        started = time.monotonic()
+        try:
+            for file in self.files:
+                if file.writer == ranks.rank():
+                    self._receipts[file.name] = self._write_tensors(file)
+            if ranks.rank() == 0:
+                self._receipts[STATE] = write_file(self._partial / STATE, [state])
+        except Exception as error:
+            self._fault = f"rank {ranks.rank()}: {error}"
+        self._spent += time.monotonic() - started
+
+    def _write_tensors(self, file: File) -> Receipt:
+        values = memoryview(self._buffers[file.name].numpy()).cast("B")  # type: ignore[arg-type]
+        return write_file(self._partial / file.name, [file.header(self.shapes), values])
+
+    # -- finish -------------------------------------------------------------------------------
+
+    def finish(self) -> Path | None:
+        """Wait for the pending save and publish it; None where there is none; collective.
+
+        Raises CheckpointError on every rank where one failed; earlier checkpoints are untouched.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        started = time.monotonic()
+        own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
+        told = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+        fault = next((one["fault"] for one in told if one["fault"]), "")
+        if ranks.rank() == 0:
+            try:
+                if not fault:
+                    self._publish({name: r for one in told for name, r in one["files"].items()})
+            except OSError as error:
+                fault = str(error)
+            if fault:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                fault = (
+                    f"{self._path}: could not be written ({fault}); nothing was kept of it, earlier"
+                    " checkpoints are whole; make room there and run the same command again"
+                )
+        ranks.raise_together(CheckpointError, fault)
+        spent = max(one["spent"] for one in told) + time.monotonic() - started
+        self.seconds = max(self.seconds, spent)
+        return self._path
+
+    def _publish(self, receipts: dict[str, Receipt]) -> None:
+        """Rank 0: see that all files are here, write the manifest, give the folder its name."""
+        for name, receipt in receipts.items():
+            size = (self._partial / name).stat().st_size
+            if size != receipt["bytes"]:
+                raise OSError(f"{name} has {size} bytes here, {receipt['bytes']} were written")
+        step = int(self._path.name.removeprefix("step-"))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "parameters": self.shapes,
+            "tied": self.masters.tied,
+            "files": dict(sorted(receipts.items())),
+        }
+        write_file(self._partial / MANIFEST, [serialise(manifest)])
+        sync(self._partial)
+        aside = self.folder / f"{REPLACED}{self._path.name}"
+        if self._path.exists():
+            self._path.rename(aside)
+        self._partial.rename(self._path)
+        sync(self.folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        self._retention.valid[step] = True
+        self._pruning = threading.Thread(target=self._prune, args=(step,), daemon=True)
+        self._pruning.start()
+
+    def _prune(self, step: int) -> None:
+        try:
+            self._retention.prune(step)
+        except OSError as error:  # the next save says whether there is room all the same
+            print(f"echolab: an old checkpoint could not be removed: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Wait until old checkpoints are removed, which also goes on beside the training."""
+        if self._pruning.is_alive():
+            self._pruning.join()

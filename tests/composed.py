@@ -1,0 +1,91 @@
+"""Real runs with many settings at once, one after another in the same ranks."""
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytorch_lightning as pl
+import runs
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from echolab.training import fit as fitting
+from echolab.training import memory, ranks
+from echolab.training.callbacks import Steps
+from echolab.training.checkpoint import open_checkpoint
+from echolab.training.engine import asked_for, check, check_hooks, plan_of
+from echolab.training.fit import Machine
+
+PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
+BATCH, STEPS = 12, 3
+# eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
+OPTIM = runs.Optim(clip=0.5, eps=1e-4)
+
+
+def name_of(case: dict[str, Any]) -> str:
+    """Of a file."""
+    return "-".join(map(str, case.values()))
+
+
+def read_plan(to: Path, machine: Machine, accumulation: int) -> Any:
+    """Compare the engine with what was asked for once all is set up, and keep what it is."""
+    start = Steps.on_train_start
+
+    def and_check(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        start(self, trainer, module)
+        average = [tensor for flats in self.ema.flats.values() for tensor in flats]
+        plan = plan_of(trainer, module.net, self.masters, average)  # type: ignore[arg-type]
+        check(plan, asked_for(machine, accumulation, OPTIM.clip, plan.blocks))
+        check_hooks(module, machine)
+        if ranks.rank() == 0:
+            to.write_text(json.dumps(plan._asdict()))
+            print(*plan.lines(), sep="\n")
+
+    return mock.patch.object(Steps, "on_train_start", and_check)
+
+
+def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
+    """Train, and read the last checkpoint."""
+    settings = {key: value for key, value in case.items() if key != "accumulation"}
+    machine = Machine(**settings, devices=world, shard_small=True)
+    groups = world // machine.sequence_parallel
+    # Inductor is tried in test_memory; here it is what Dynamo makes of hooks and collectives.
+    quick = partial(memory.compile_blocks, backend="aot_eager")
+    os.environ["WORLD_SIZE"] = str(world)  # Lightning forgets it after a run
+    with (
+        mock.patch.object(memory, "compile_blocks", quick),
+        read_plan(root / f"{name_of(case)}.json", machine, case["accumulation"]),
+    ):
+        result, _ = runs.train(
+            root,
+            runs.schedule(("sft", STEPS)),
+            folder=root / name_of(case),
+            batch_size=BATCH,
+            micro_batch_size=BATCH // groups // case["accumulation"],
+            optim=OPTIM,
+            machine=machine,
+        )
+    assert isinstance(result, fitting.FitResult) and result.checkpoint
+    found = open_checkpoint(result.checkpoint)
+    return {f"{part}/{k}": t for part in PARTS for k, t in found.tensors(part).items()}
+
+
+def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
+    """In a rank."""
+    folder = Path(root)
+    for case in cases:
+        print(time.strftime('%X'), case, flush=True)
+        torch._dynamo.reset()
+        found = one(folder, case, world)
+        if ranks.rank() == 0:
+            save_file(found, folder / f"{name_of(case)}.safetensors")
+    if ranks.rank() == 0:
+        weights = {k: p.detach().clone() for k, p in tiny.net(trained=True).named_parameters()}
+        start = {f"{part}/{k}": t.clone() for part in ("master", "ema") for k, t in weights.items()}
+        save_file(start, folder / "start.safetensors")

@@ -1,0 +1,219 @@
+"""Runs of a toy network whose gradient is known, by every strategy: what the ranks of tests do."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytorch_lightning as pl
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from echolab.data.micro_batches import MicroBatch
+from echolab.errors import EcholabError
+from echolab.training import ranks
+from echolab.training.engine import ClippedNorm, check_clipped, check_counts
+from echolab.training.fit import Machine, _trainer
+from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
+from echolab.training.module import DiffusionModule, Optim
+from echolab.training.quiet import quiet
+from echolab.training.sections import Beats
+from echolab.types import Loss
+
+RATE = 1e-3
+CLIP = Optim(clip=1.0, eps=1e-4, weight_decay=0.0)
+LAW = Optim(weight_decay=0.0)
+NORM = 10.0  # of the gradient where every micro-batch pulls with 1
+
+
+class Pulled(nn.Module):
+    """Its output is the pull times a fixed direction times the parameters: that is the gradient."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((5, 7), value))  # no number of ranks divides 35
+        self.bias = nn.Parameter(torch.full((3,), value))
+        direction = torch.linspace(-1, 2, 38)
+        self.direction = direction / direction.norm() * NORM
+
+    def forward(self, pull: Tensor) -> Tensor:
+        """[] -> []"""
+        weight, bias = self.direction[:35].view(5, 7), self.direction[35:]
+        return pull * ((weight * self.weight).sum() + (bias * self.bias).sum())
+
+
+class Even(nn.Module):
+    """Every weight is 1 at first, and its gradient is the pull."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, pull: Tensor) -> Tensor:
+        """[] -> []"""
+        return (pull * self.weight).sum()
+
+
+def item(pull: float, share: float = 1.0) -> MicroBatch:
+    """A micro-batch of one clip that pulls so."""
+    batch = tiny.batch(1)
+    return MicroBatch(
+        "sft", 0, [0], batch._replace(latents=torch.full_like(batch.latents, pull)), [0], share
+    )
+
+
+class Items(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """This rank's share of the micro-batches of all steps: [step][micro-batch over all ranks]."""
+
+    def __init__(self, steps: list[list[tuple[float, float]]]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in self.steps:
+            for pull, share in step[ranks.rank() :: ranks.world()]:
+                yield item(pull, share)
+
+
+class Watch(pl.Callback):
+    """Sets the rate, counts, measures, and keeps weights and moments after every step."""
+
+    def __init__(self, steps: int, accumulation: int, rate: float, clip: float) -> None:
+        self.steps, self.accumulation, self.rate, self.clip = steps, accumulation, rate, clip
+        self.step, self.norms = 0, list[float]()
+        self.states: list[dict[str, Tensor]] = []
+        self.masters: Masters
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.masters = masters_of(pl_module.net, trainer.optimizers[0])  # type: ignore[arg-type]
+        self.masters.prepare()
+        sharded = type(self.masters) is not Masters
+        replicated = 1 if sharded else ranks.world()
+        self.norm = ClippedNorm(self.masters.optimizer, replicated=replicated)
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.rate
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        if (rest[-1] + 1) % self.accumulation:
+            return
+        self.step += 1
+        check_counts(trainer, steps=self.step, accumulation=self.accumulation)
+        squares = ranks.sums([float(self.norm.take())])[0]
+        self.norms.append(check_clipped(squares, self.clip, self.step))
+        self.states.append(
+            {
+                f"{part}/{name}": self.masters.whole(name, self.masters.flats(part)).clone()
+                for part in (MASTER, *MOMENTS)
+                for name in self.masters.parameters
+            }
+        )
+        trainer.should_stop = self.step == self.steps
+
+
+def pull(
+    net: nn.Module,
+    machine: Machine,
+    steps: list[list[tuple[float, float]]],
+    optim: Optim,
+    rate: float,
+) -> Watch:
+    """Train `net` on the micro-batches."""
+    accumulation = len(steps[0]) // machine.world
+    watch = Watch(len(steps), accumulation, rate, optim.clip)
+    module = DiffusionModule(
+        net,
+        {"sft": lambda net, batch, draws: Loss(net(batch.latents.mean()), {})},
+        optim=optim,
+        seed=0,
+        shift=5.0,
+        clip_here=not machine.sharded,
+        loss_factor=accumulation if machine.sharded else 1,
+        beats=Beats(None),
+    )
+    with quiet():
+        trainer = _trainer(machine, accumulation, optim.clip, watch)  # type: ignore[arg-type]
+        loader = torch.utils.data.DataLoader(Items(steps), batch_size=None)
+        trainer.fit(module, loader)
+    return watch
+
+
+def machine_of(case: Mapping[str, Any], world: int) -> Machine:
+    """From JSON; also in a process that trained before: Lightning then forgets the world."""
+    os.environ["WORLD_SIZE"] = str(world)
+    return Machine(devices=world, shard_small=True, **case)
+
+
+def keep(watch: Watch, to: Path) -> None:
+    """What was measured, to be read by `measured`."""
+    if ranks.rank() == 0:
+        states = {f"{i}/{k}": t for i, state in enumerate(watch.states) for k, t in state.items()}
+        save_file(states, to.with_suffix(".safetensors"))
+        to.with_suffix(".json").write_text(json.dumps(watch.norms))
+
+
+def measured(folder: Path, name: str) -> tuple[dict[str, Tensor], list[float]]:
+    """States by step and name, and the norms after clipping."""
+    norms = json.loads((folder / f"{name}.json").read_text())
+    return load_file(folder / f"{name}.safetensors"), norms
+
+
+def name_of(case: Mapping[str, Any], *more: Any) -> str:
+    """Of a file."""
+    return "-".join(map(str, (*case.values(), *more)))
+
+
+def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
+    """(pull, share) of each micro-batch over all ranks: gradients of norm 10, 0.5, 30 and 10.
+
+    The last step is a short one: all but its first micro-batch only fill it up.
+    """
+    uneven = [1 + 0.5 * (2 * i - micro_batches + 1) / micro_batches for i in range(micro_batches)]
+    full = [[(size * p, 1.0) for p in uneven] for size in (1.0, 0.05, 3.0)]
+    return [*full, [(1.0, float(micro_batches))] + [(5.0, 0.0)] * (micro_batches - 1)]
+
+
+def clip(cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str) -> None:
+    """In a rank: every case with every accumulation."""
+    for case in cases:
+        for accumulation in accumulations:
+            machine = machine_of(case, world)
+            steps = pulls(machine.world * accumulation)
+            watch = pull(Pulled(), machine, steps, CLIP, RATE)
+            keep(watch, Path(to) / name_of(case, accumulation))
+
+
+def sabotage(case: dict[str, Any], world: int) -> int:
+    """In a rank: the last rank does not clip; 0 where that is found out on all ranks."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    def nothing(*given: Any, **keywords: Any) -> Tensor:
+        return torch.zeros(())
+
+    machine = machine_of(case, world)
+    with ExitStack() as patches:
+        if os.environ["RANK"] == str(machine.world - 1):
+            for owner, name in (
+                (DeepSpeedZeroOptimizer, "unscale_and_clip_grads"),
+                (DeepSpeedZeroOptimizer_Stage3, "unscale_and_clip_grads"),
+                (nn.utils, "clip_grad_norm_"),
+            ):
+                patches.enter_context(mock.patch.object(owner, name, nothing))
+        try:
+            pull(Pulled(), machine, pulls(machine.world), CLIP, RATE)
+        except EcholabError as error:
+            print(error)
+            return int("did not clip on all ranks" not in str(error))
+    return 2
+
+
+def precision(cases: list[dict[str, Any]], world: int, to: str) -> None:
+    """In a rank: 100 steps of a gradient of 0.01."""
+    for case in cases:
+        machine = machine_of(case, world)
+        steps = [[(0.01, 1.0)] * machine.world] * 100
+        keep(pull(Even(), machine, steps, LAW, RATE), Path(to) / name_of(case))

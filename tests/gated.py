@@ -1,0 +1,134 @@
+"""One rank of the tests of validation and of the parity gate: a short run, then everything else."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import adapted
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import runs
+import tiny
+import torch
+
+from echolab.errors import ParityError
+from echolab.training import parity, ranks
+from echolab.training.callbacks import Steps
+from echolab.training.datamodule import HeldOut
+from echolab.training.ema import Ema
+from echolab.training.fit import Machine
+from echolab.training.parity import Sampling, check_parity, parity_clips
+from echolab.training.validation import read_share, validate
+
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+HELD, SIGMAS, TASKS = 5, (0.2, 0.8), ("i2v", "lip_sync")
+SWAPPED = ("blocks.0.self_attn.q.weight", "blocks.0.self_attn.k.weight")
+PERTURBED = "blocks.1.ffn.0.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def perturbed(tensors: Tensors) -> Tensors:
+    """One tensor of the export is a twentieth larger."""
+    return {**tensors, PERTURBED: tensors[PERTURBED] * 1.05}
+
+
+def swapped(tensors: Tensors) -> Tensors:
+    """Two names are mistaken for each other."""
+    a, b = SWAPPED
+    return {**tensors, a: tensors[b], b: tensors[a]}
+
+
+@contextmanager
+def broken(how: str) -> Iterator[None]:
+    """With a fault built in."""
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "swap of averages":
+            patch.setattr(Ema, "applied", lambda *given: nullcontext())
+        elif how != "nothing":
+            change: Callable[[Tensors], Tensors] = {
+                "perturbed": perturbed, "names": swapped
+            }[how]  # fmt: skip
+            write = parity.write_original
+            patch.setattr(
+                parity,
+                "write_original",
+                lambda out, net, tensors, **given: write(out, net, change(tensors), **given),
+            )
+        yield
+
+
+def held_bits(steps: Steps) -> bytes:
+    """All that this rank holds, and its random states."""
+    tensors = [
+        *steps.masters.local,
+        *(t for part in ("exp_avg", "exp_avg_sq") for t in steps.masters.flats(part)),
+        *(t for flats in steps.ema.flats.values() for t in flats),
+        *(getattr(p, "ds_tensor", p).data for p in steps.module.net.parameters()),
+    ]
+    values = b"".join(t.detach().cpu().reshape(-1).view(torch.uint8).numpy() for t in tensors)
+    modes = str([module.training for module in steps.module.net.modules()]).encode()
+    numbers = np.random.get_state()[1].tobytes()  # type: ignore[union-attr,index]
+    return values + torch.get_rng_state().numpy().tobytes() + numbers + modes
+
+
+def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
+    """What each fault comes to, and the held-out errors; JSON."""
+    subject = (steps.module.net, steps.ema, steps.masters)
+    device = torch.device("cpu")
+    before = held_bits(steps)
+    share = read_share(held, ranks.rank(), ranks.world())
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
+    told: dict[str, Any] = {"values": dict(values)}
+    assert steps.saved
+    for how in ("nothing", "swap of averages", "perturbed", "names"):
+        with broken(how):
+            try:
+                found = check_parity(
+                    *subject,
+                    checkpoint=steps.saved,
+                    folder=out,
+                    clips=parity_clips(held.clips, TASKS),
+                    how=Sampling(seed=1, shift=5.0, steps=3),
+                    **where,
+                )
+                told[how] = found._asdict()
+            except ParityError as error:
+                told[how] = str(error)
+        if ranks.rank() == 0:
+            told[f"{how}/report"] = json.loads((out / "parity.json").read_text())
+    told["unchanged"] = held_bits(steps) == before
+    return told
+
+
+def main(
+    folder: str,
+    strategy: str,
+    devices: int,
+    out: str,
+    precision: str = "32-true",
+    lora: bool = False,
+) -> None:
+    """A run of four steps; each rank writes what it found to `out`/rank-N.json."""
+    runs.ARCHITECTURE = dict(tiny.SIZES)
+    held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
+    end = Steps.on_train_end
+
+    def and_gate(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        end(self, trainer, module)
+        told = gate(self, Path(out), held, DTYPES[precision])
+        (Path(out) / f"rank-{ranks.rank()}.json").write_text(json.dumps(told))
+
+    Steps.on_train_end = and_gate  # type: ignore[method-assign]
+    settings: dict[str, Any] = {}
+    if lora:
+        settings = adapted.settings("base")
+        origin = {"weights": f"{folder}/base.safetensors", "checkpoint": None, "seed": 0}
+        settings["adapters"]["origin"] = origin
+    machine = Machine(strategy, devices=devices, precision=precision, shard_small=True)
+    plan = runs.schedule(("sft", 4), lr=1e-2)
+    optim = runs.Optim(ema_decay=0.9)
+    runs.train(Path(folder), plan, folder=Path(out), machine=machine, optim=optim, **settings)

@@ -1,0 +1,148 @@
+"""Ranks that play a part: `python played.py rank FOLDER PARTS`, and a supervisor of them.
+
+They import no torch: each steps through its sections, meets the others at a barrier of files, and
+does at one moment what its part says.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from echolab.errors import ConfigError, DataError
+from echolab.launch import told
+from echolab.launch.deadlines import Deadlines
+from echolab.launch.layout import Layout
+from echolab.launch.supervisor import Supervisor
+from echolab.training.sections import Beats, beats_from_environment
+from echolab.training.stopping import SIGNALS, StopSignals
+
+STEPS = 60
+# A file whose path says that it is a collective, as that of torch's own does.
+BARRIER = """
+import time
+from pathlib import Path
+
+def barrier(folder, rank, world, name):
+    (Path(folder) / f"{name}-{rank}").touch()
+    while not all((Path(folder) / f"{name}-{r}").exists() for r in range(world)):
+        if (Path(folder) / "lost").exists():
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]")
+        time.sleep(0.005)
+"""
+
+
+def collective(folder: Path) -> Any:
+    """The barrier, from a file below torch/distributed."""
+    path = folder / "torch" / "distributed" / "played.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f"{os.getpid()}.py")
+    own.write_text(BARRIER)
+    own.replace(path)
+    spec = importlib.util.spec_from_file_location("played_barrier", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.barrier
+
+
+def act(part: str, folder: Path) -> None:
+    """What goes wrong."""
+    match part:
+        case "loop":
+            while True:
+                pass
+        case "fifo":
+            (folder / "fifo").read_bytes()
+        case "sleep":
+            time.sleep(1000)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
+        case "kill" | "term" | "segv":
+            (folder / "lost").touch()
+            if part == "term":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), getattr(signal, f"SIG{part.upper()}"))
+        case "quit":
+            os._exit(3)
+        case "bug":
+            (folder / "lost").touch()
+            raise ZeroDivisionError("a bug")
+        case "config":
+            raise ConfigError("model.dim=0: must be above 0")
+        case "data":
+            raise DataError("clips-000.tar: sample 3 is damaged")
+
+
+def play(folder: Path, part: dict[str, Any], beats: Beats, signals: StopSignals) -> tuple[str, int]:
+    """All steps, or until a signal: the reason of the end and the step."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    barrier = collective(folder)
+
+    def at(section: str, step: int) -> None:
+        beats.enter(section, step)
+        if part.get("at") == section and part.get("step", 3) <= step:
+            act(part["does"], folder)
+
+    if part.get("at") == "init":
+        act(part["does"], folder)
+    barrier(folder, rank, world, "start")
+    for step in range(STEPS):
+        for section in ("data_wait", "forward", "backward", "optimizer"):
+            at(section, step)
+            time.sleep(0.004)
+        at("vote", step + 1)
+        if signals.received and not part.get("deaf"):
+            (folder / "asked").touch()
+        barrier(folder, rank, world, f"step-{step}")
+        asked = (folder / "asked").exists()
+        barrier(folder, rank, world, f"agreed-{step}")
+        if step % 10 == 9 or asked:
+            at("save", step + 1)
+            if rank == 0:
+                (folder / f"run/checkpoints/step-{step + 1:06d}").mkdir(parents=True)
+        if asked:
+            return "signal", step + 1
+    at("teardown", STEPS)
+    return "done", STEPS
+
+
+def rank(folder: Path, parts: dict[str, Any]) -> None:
+    """As `echolab train` does it, but for training."""
+    beats, signals = beats_from_environment(), StopSignals()
+    signals.__enter__()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    number, to = int(os.environ["RANK"]), told.own_folder()
+    assert to
+    try:
+        part = parts.get(str(number), parts.get("all", {}))
+        reason, step = play(folder, part, beats, signals)
+    except BaseException as error:
+        os._exit(told.tell_failure(to, number, error, beats.section, beats.step))
+    told.tell_end(to, number, told.End(reason, signals.received, False, step, STEPS))
+    sys.exit(0 if reason == "done" else 75)
+
+
+def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
+    """`about`: deadlines, ranks, and for one of several supervisors which and of how many."""
+    count, world = about["ranks"], about.get("world", about["ranks"])
+    number = about.get("supervisor", 0)
+    places = Layout(
+        about.get("launch", "played"), number * count, count, 0, world, number, number,
+        world // count, f"host-{number}", "127.0.0.1", 0,
+    )  # fmt: skip
+    command = [sys.executable, __file__, "rank", str(folder), parts]
+    deadlines = Deadlines(**about["deadlines"])
+    sys.exit(Supervisor(places, command, folder / "run", deadlines).watch())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "rank":
+        rank(Path(sys.argv[2]), json.loads(sys.argv[3]))
+    else:
+        supervise(Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))

@@ -1,0 +1,268 @@
+"""A net with every kind of parameter, its optimizer by any strategy, and saves of it, for tests."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from echolab.training import checkpoint as checkpoints
+from echolab.training import ranks
+from echolab.training.checkpoint import latest_for_all, latest_valid, restore
+from echolab.training.ema import Ema
+from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
+from echolab.training.writer import CheckpointWriter
+
+MORE = (0.5,)
+# -0.0, the smallest denormal, infinity, and a NaN that carries a message
+PATTERNS = torch.tensor([-(2**31), 1, 0x7F800000, 0x7FC12345], dtype=torch.int32)
+
+
+class Net(nn.Module):
+    """Of sizes that no number of ranks divides; one weight is tied, one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(13, 7)
+        self.gain = nn.Parameter(torch.ones(1))  # DeepSpeed takes none without dimensions
+        self.base = nn.Parameter(torch.ones(5, 3), requires_grad=False)
+        self.again = nn.Linear(13, 7, bias=False)
+        self.again.weight = self.first.weight
+        self.wide = nn.Linear(7, 301)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 13] -> []"""
+        hidden = self.first(x) + self.again(x) * self.gain + self.base.sum()
+        return self.wide(hidden).square().mean()
+
+
+def net() -> Net:
+    """The same one each time."""
+    torch.manual_seed(0)
+    return Net()
+
+
+def adam(made: nn.Module) -> torch.optim.AdamW:
+    """In two groups, as training has them."""
+    trained = [p for p in made.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2]}]
+    groups += [{"params": [p for p in trained if p.ndim < 2]}]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
+    """What a run would save beside the tensors, so far as readers need it."""
+    told = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
+    origin = {"world": ranks.world(), "masters": "test"}
+    schedule = {"epochs": [["sft", 10**6, 1e-3]]}
+    return {**told, "origin": origin, "schedule": schedule, "architecture": {}, **more}
+
+
+def keep_all(step: int) -> bool:
+    """For a writer that removes nothing."""
+    return step >= 0
+
+
+class Saver:
+    """A net on one process that can be saved."""
+
+    def __init__(self, folder: Path, *, more: tuple[float, ...] = MORE, **settings: Any) -> None:
+        self.net = net()
+        self.masters = masters_of(self.net, adam(self.net))
+        self.masters.prepare()
+        self.ema = Ema(0.9, more)
+        self.ema.start(self.masters)
+        kept = {"keep": keep_all, **settings}
+        self.writer = CheckpointWriter(folder, self.masters, self.ema, **kept)
+
+    @torch.no_grad()
+    def become(self, step: int) -> None:
+        """Every value is a function of the step."""
+        flats = [self.masters.flats(part) for part in (MASTER, *MOMENTS)]
+        for number, tensors in enumerate([*flats, *self.ema.flats.values()]):
+            for tensor in tensors:
+                tensor.fill_(step + number / 8)
+        self.masters.updates = self.ema.updates = step
+
+    def save(self, step: int) -> Path:
+        """Begin and finish, and wait until old ones are gone."""
+        self.become(step)
+        self.writer.begin(state(step, self.ema))
+        path = self.writer.finish()
+        self.writer.close()
+        assert path
+        return path
+
+
+def check(found: checkpoints.Checkpoint) -> None:
+    """All of it is of its step; nothing of another's."""
+    for number, part in enumerate([MASTER, *MOMENTS, *Ema(0.9, MORE).decays]):
+        for tensor in found.tensors(part).values():
+            assert (tensor == found.step + number / 8).all()
+    assert found.state["step"] == found.state["ema"]["updates"] == found.step
+
+
+def odd_checkpoint(folder: Path) -> Path:
+    """One whose tensors hold every pattern of bits."""
+    saver = Saver(folder, shard_bytes=4096)
+    generator = torch.Generator().manual_seed(5)
+    flats = [saver.masters.flats(part) for part in (MASTER, *MOMENTS)]
+    for tensors in [*flats, *saver.ema.flats.values()]:
+        for tensor in tensors:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            if tensor.numel() > 4:
+                tensor.view(-1)[:4].view(torch.int32).copy_(PATTERNS)
+    saver.masters.updates = saver.ema.updates = 7
+    saver.writer.begin(state(7, saver.ema))
+    path = saver.writer.finish()
+    assert path
+    return path
+
+
+# -- ranks ----------------------------------------------------------------------------------------
+
+
+def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
+    """A fresh net given to a strategy: single, ddp, or zero1 to zero3 with or without small."""
+    made = net()
+    if not strategy.startswith("zero"):
+        return made, masters_of(made, adam(made))
+    import deepspeed
+
+    zero: dict[str, Any] = {"stage": int(strategy[4])}
+    if strategy[4] == "3":  # keep small ones whole, or cut all
+        zero["stage3_param_persistence_threshold"] = 10**5 if strategy.endswith("whole") else 0
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    config |= {"zero_allow_untested_optimizer": True}
+    if "bf16" in strategy:
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=made, optimizer=adam(made), config=config)
+    return made, masters_of(made, engine.optimizer)
+
+
+def weights(made: nn.Module) -> list[Tensor]:
+    """The network's own trained weights, whole; collective."""
+    import deepspeed
+
+    found = []
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            cut = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], enabled=cut):
+                found.append(parameter.detach().clone())
+    return found
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    """NaN for NaN, -0.0 for -0.0."""
+    pairs = list(zip(one, other, strict=True))
+    bits = ([tensor.reshape(-1).view(torch.uint8) for tensor in pair] for pair in pairs)
+    return all(torch.equal(*pair) for pair in bits)
+
+
+def load_and_save(strategies: list[str], source: str, out: str) -> None:
+    """Each strategy loads a checkpoint and writes it again; the average is shown and taken back."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    for strategy in strategies:
+        made, masters = masters_by(strategy)
+        found, rejected = latest_for_all(Path(source))
+        assert found and not rejected
+        ema = Ema(0.9, MORE)
+        restore(found, made, masters, ema)
+        average = [found.tensors("ema")[name] for name in masters.parameters]
+        own = [found.tensors(MASTER)[name] for name in masters.parameters]
+        dtype = next(made.parameters()).dtype
+        before = weights(made)
+        assert same_bits(before, [tensor.to(dtype) for tensor in own])
+        with ema.applied(masters):
+            assert same_bits(weights(made), [tensor.to(dtype) for tensor in average])
+        assert same_bits(weights(made), before) and masters.updates == 7
+        folder = Path(out) / f"{strategy}-{ranks.world()}"
+        writer = CheckpointWriter(folder, masters, ema, keep=keep_all, shard_bytes=4096)
+        writers = {file.writer for file in writer.files}
+        assert writers == set(range(ranks.world())), writers
+        writer.check_start()
+        writer.begin(state(7, ema))
+        writer.finish()
+
+
+def save_with_fault(out: str, at: str) -> None:
+    """Rank 1 fails where `at` says; every rank is told of it, and goes on."""
+    from echolab.errors import CheckpointError
+    from echolab.training import writer as writing
+
+    dist.init_process_group("gloo")
+    if ranks.rank() == 1:
+        time.time = lambda: 0.0  # a clock that is off by decades
+        time.time_ns = lambda: 0
+    saver = Saver(Path(out), shard_bytes=4096)
+    saver.save(1)
+    if at == "write":
+        if ranks.rank() == 1:
+            real, writing.write_file = writing.write_file, refuse
+    elif at == "memory" and ranks.rank() == 1:
+        saver.writer._buffers.clear()
+        real, writing.host_buffer = writing.host_buffer, refuse
+    told = ""
+    try:
+        saver.save(2)
+    except CheckpointError as error:
+        told = str(error)
+    (Path(out) / f"told-{ranks.rank()}").write_text(told)
+    if at == "write" and ranks.rank() == 1:
+        writing.write_file = real
+    elif at == "memory" and ranks.rank() == 1:
+        writing.host_buffer = real
+    saver.save(3)
+
+
+def refuse(*given: Any) -> Any:
+    """In place of a function that fails."""
+    raise RuntimeError("this rank cannot")
+
+
+def save_for_ever(folder: str, told: str, seed: int) -> None:
+    """Go on from the newest, save without end, and write each published step to `told`."""
+    torch.set_num_threads(1)
+    saver = Saver(Path(folder), keep=lambda step: False)
+    found, _ = latest_for_all(Path(folder))
+    step = 0
+    if found:
+        restore(found, saver.net, saver.masters, saver.ema)
+        step = found.step
+    chance = random.Random(seed)
+    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(out, b"0\n")
+    while True:
+        step += 1
+        saver.become(step)
+        saver.writer.begin(state(step, saver.ema))
+        time.sleep(chance.random() * 0.002)
+        saver.writer.finish()
+        os.write(out, f"{step}\n".encode())
+
+
+def last_told(told: Path) -> int:
+    """The last published step that was written down whole."""
+    lines = told.read_text().splitlines(keepends=True) if told.exists() else []
+    return max((int(line) for line in lines if line.endswith("\n")), default=0)
+
+
+def latest(folder: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """What a next attempt would go on from."""
+    checkpoints.recover(folder)
+    return latest_valid(folder)
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """Compact."""
+    return json.dumps(value, separators=(",", ":"))

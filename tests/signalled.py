@@ -1,0 +1,63 @@
+"""A rank of `echolab train` that test_signals.py forks, and what it does to four of them."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forked import ForkServer, Ranks
+
+from echolab.launch.exit_codes import DONE, STOPPED_SAVED, STOPPED_UNSAVED
+from echolab.training.sections import FOLDER, beats_path, read_beat
+from echolab.training.stopping import StopSignals
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def rank(config: dict[str, Any]) -> int:
+    """What a rank of `echolab train` does, handlers first; its exit code."""
+    with StopSignals():
+        folder, number = Path(os.environ[FOLDER]), os.environ["RANK"]
+        (folder / f"{number}.ready").touch()
+        from echolab.cli.train_rank import train
+
+        result = train(config)
+    if result.done:
+        return DONE
+    return STOPPED_UNSAVED if result.unsaved else STOPPED_SAVED
+
+
+def start(server: ForkServer, config: Mapping[str, Any], world: int, beats: Path) -> Ranks:
+    """The ranks of one attempt, once all handlers are in place."""
+    beats.mkdir()
+    ranks = server.start(
+        "signalled:rank",
+        world=world,
+        arguments={"config": config},
+        environment={FOLDER: str(beats)},
+    )
+    deadline = time.monotonic() + 60
+    while len(list(beats.glob("*.ready"))) < world:
+        assert time.monotonic() < deadline, ranks.outputs()
+        time.sleep(0.005)
+    return ranks
+
+
+def signal_one(ranks: Ranks, beats: Path, world: int, chance: random.Random) -> str:
+    """Signal one rank once it is in a section drawn by lot, or later; what was done, in words."""
+    victim, number = chance.randrange(world), chance.choice(SIGNALS)
+    wanted = chance.choice(
+        ("now", "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save")
+    )
+    entries = chance.randrange(1, 40)  # of sections, before it is looked for
+    deadline = time.monotonic() + 20
+    while wanted != "now" and time.monotonic() < deadline and ranks.codes()[victim] is None:
+        beat = read_beat(beats_path(beats, victim))
+        if beat and beat.section == wanted and (wanted == "init" or beat.switches >= entries):
+            break
+    time.sleep(chance.random() * 0.02)
+    ranks.signal(number, victim)
+    return f"{signal.Signals(number).name} to rank {victim} in {wanted} after {entries}"

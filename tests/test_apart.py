@@ -1,0 +1,89 @@
+"""The engine gets the trained network alone; a reference is no alias of the policy."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+import torch
+from torch import nn
+
+from echolab.errors import ConfigError
+from echolab.models.frozen import Frozen
+from echolab.training.apart import check_alone, check_apart, inventory
+from echolab.types import Loss
+
+
+class Tied(nn.Module):
+    """A frozen encoder, and two names for one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3, 2).requires_grad_(False)
+        self.embedding, self.head = nn.Linear(2, 4, bias=False), nn.Linear(2, 4)
+        self.head.weight = self.embedding.weight
+
+
+def test_every_parameter_is_listed_once() -> None:
+    found = inventory(Tied())
+    assert found.trained == ["embedding.weight", "head.bias"]
+    assert found.frozen == ["encoder.weight", "encoder.bias"]
+    assert found.tied == {"head.weight": "embedding.weight"}
+
+
+def test_a_copy_may_be_the_reference_and_nothing_else() -> None:
+    net = tiny.net()
+    check_apart(net, [("reference", Frozen(copy.deepcopy(net)))])
+    with pytest.raises(ConfigError, match="nothing to train"):
+        check_apart(net, [("reference", Frozen(net))])  # freezing it froze the policy
+    net.requires_grad_(True)
+    loose = Frozen(copy.deepcopy(net))
+    loose.net.train()
+    with pytest.raises(ConfigError, match="reference: must be in eval mode"):
+        check_apart(net, [("reference", loose)])
+
+
+def test_a_reference_of_the_same_storage_is_caught() -> None:
+    """Other parameters, other shapes, the same bytes."""
+    net, other = tiny.net(), tiny.net()
+    name, weight = next(iter(net.named_parameters()))
+    dict(other.named_parameters())[name].data = weight.data.view(-1).view(weight.shape)
+    with pytest.raises(ConfigError, match=f"reference: shares 1 tensors .* {name}"):
+        check_apart(net, [("reference", Frozen(other))])
+
+
+def test_a_frozen_network_in_the_module_tree_is_caught() -> None:
+    module = nn.Module()
+    module.net = tiny.net()
+    check_alone(module, module.net)
+    module.encoder = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Module.encoder.weight: .* outside the module tree"):
+        check_alone(module, module.net)
+
+
+def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watched(runs.Preference):  # type: ignore[misc]
+        def __call__(self, net: Any, pair: Any, draws: Any) -> Loss:
+            loss = super().__call__(net, pair, draws)
+            seen.append(loss.parts)
+            return loss
+
+    reference = Frozen(tiny.net())
+    runs.train(
+        tmp_path,
+        runs.schedule(("dpo", 2)),
+        reference=reference,
+        objectives={
+            "dpo": Watched(
+                runs.PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
+                across_ranks=lambda value: value,
+            )
+        },
+    )  # fmt: skip
+    for half in ("chosen", "rejected"):
+        same = [torch.equal(p[f"error/{half}"], p[f"error/reference_{half}"]) for p in seen]
+        assert same[0] and not same[-1]

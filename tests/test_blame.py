@@ -1,0 +1,222 @@
+"""The verdict on a failed launch, the deadlines and the layout: pure functions, by tables."""
+
+from typing import Any
+
+import pytest
+
+from echolab.errors import CheckpointError as Damaged
+from echolab.errors import ConfigError, DataError, DivergedError, EcholabError
+from echolab.launch.blame import Failure, Observation, culprit, in_collective
+from echolab.launch.deadlines import Deadlines, limit, overdue
+from echolab.launch.exit_codes import CAUSES, cause_of_exception
+from echolab.launch.layout import layout, slurm_address
+from echolab.training.sections import SECTIONS, Beat
+
+COLLECTIVE = """Thread 0x00007f0000000001 (most recent call first):
+  File "/lib/threading.py", line 324 in wait
+
+Current thread 0x00007f0000000000 (most recent call first):
+  File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce
+  File "/echolab/training/ranks.py", line 40 in sums
+"""
+BACKWARD = """Current thread 0x00007f0000000000 (most recent call first):
+  File "/site-packages/torch/autograd/graph.py", line 865 in _engine_run_backward
+"""
+ELSEWHERE = """Thread 0x00007f0000000001 (most recent call first):
+  File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce
+
+Current thread 0x00007f0000000000 (most recent call first):
+  File "/echolab/data/tars.py", line 31 in read
+  File "/site-packages/torch/autograd/graph.py", line 865 in _engine_run_backward
+"""
+PEER = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+
+
+def seen(rank: int, **changes: Any) -> Observation:
+    told: dict[str, Any] = {
+        "host": "n1", "section": "vote", "step": 7, "switches": 40, "stay": 61.0,
+        "state": "S", "stack": COLLECTIVE, **changes,
+    }  # fmt: skip
+    return Observation(rank, **told)
+
+
+def failed(kind: str, message: str, time: float, cause: str = "code") -> Failure:
+    return Failure(kind, message, cause, time)
+
+
+LATE = {"late": 60.0}
+BUG = failed("ZeroDivisionError", "a bug", 20.0)
+ECHO = failed("RuntimeError", PEER, 10.0)
+BROKEN = failed("DistNetworkError", "sendBytes failed on SocketImpl: Broken pipe", 11.0)
+NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged")
+
+
+@pytest.mark.parametrize(
+    ("observations", "rank", "cause"),
+    [
+        ([seen(0), seen(1)], None, None),
+        # died by a signal: the others' exceptions are its echo, even where it is unlike one
+        ([seen(0, exit=1, failure=BUG), seen(1, exit=-9, died=9.0)], 1, "killed"),
+        ([seen(0, exit=-9, died=9.5), seen(1, exit=-11, died=9.0)], 1, "killed"),
+        # SIGABRT is how NCCL's watchdog ends a rank: an echo
+        ([seen(0, exit=-6, died=9.0), seen(1, exit=1, failure=BUG)], 1, "code"),
+        ([seen(0, exit=-6, died=9.0), seen(1)], 0, "exited"),
+        # the earliest exception that is no echo
+        ([seen(0, failure=ECHO, exit=1), seen(1, failure=BUG, exit=1)], 1, "code"),
+        ([seen(0, failure=NAN, exit=1), seen(1, failure=BUG, exit=1)], 1, "code"),
+        ([seen(0, failure=ECHO, exit=1), seen(1, failure=BROKEN, exit=1)], 0, "code"),
+        ([seen(0, failure=ECHO, exit=1), seen(1, state="T")], 1, "stopped_process"),
+        ([seen(0, failure=ECHO, exit=1), seen(1, exit=3, died=5.0)], 1, "exited"),
+        # asked to stop before it could listen, but not if that was because of a failure
+        ([seen(0), seen(1, exit=-15)], 1, "preempted_unsaved"),
+        ([seen(0, failure=BUG, exit=1), seen(1, exit=-15)], 0, "code"),
+        # late: who is outside of the collective, whatever the counts say
+        ([seen(0, **LATE), seen(1, stack=ELSEWHERE, switches=44)], 1, "hang"),
+        ([seen(0, **LATE, stack=BACKWARD), seen(1, stack=ELSEWHERE)], 1, "hang"),
+        # a deadlocked collective: who is behind
+        ([seen(0, **LATE), seen(1, switches=39), seen(2, step=8)], 1, "hang"),
+        ([seen(0, **LATE), seen(1, step=6, switches=50)], 1, "hang"),
+        # nobody's stack could be had
+        ([seen(0, **LATE, stack=""), seen(1, stack="", switches=39)], 1, "hang"),
+        ([seen(0, **LATE, stack=""), seen(1, stack="", busy=0.9)], 1, "hang"),
+        ([seen(0, **LATE, section="teardown"), seen(1, exit=0)], 0, "teardown"),
+        # the others ended as planned
+        ([seen(0, exit=75), seen(1, **LATE, stack=ELSEWHERE)], 1, "hang"),
+    ],
+)
+def test_the_culprit(observations: list[Observation], rank: int | None, cause: str | None) -> None:
+    for order in (observations, observations[::-1]):
+        found = culprit(order)
+        assert (found.rank, found.cause) == (rank, cause) if found else rank is None
+
+
+def test_a_stack_tells_who_waits() -> None:
+    assert in_collective(COLLECTIVE) and in_collective(BACKWARD)
+    assert not in_collective(ELSEWHERE) and not in_collective("")
+
+
+@pytest.mark.parametrize(
+    ("error", "section", "cause", "code"),
+    [
+        (ConfigError("x"), "init", "config", 1),
+        (DataError("x"), "data_wait", "data", 1),
+        (DivergedError("x"), "vote", "diverged", 1),
+        (EcholabError("x"), "init", "config", 1),
+        (Damaged("x"), "init", "start", 1),
+        (Damaged("x"), "save", "disk", 77),
+        (OSError(28, "No space left"), "save", "disk", 77),
+        (OSError(28, "No space left"), "init", "start", 1),
+        (ValueError("x"), "forward", "code", 77),
+        (ValueError("x"), "teardown", "teardown", 77),
+        (KeyboardInterrupt(), "forward", "interrupted", 130),
+    ],
+)
+def test_exceptions_have_causes(error: BaseException, section: str, cause: str, code: int) -> None:
+    assert cause_of_exception(error, section) == cause
+    assert CAUSES[cause].exit_code == code
+
+
+def test_a_full_disk_below_another_error_is_seen() -> None:
+    error = DataError("quarantine.jsonl: could not be written")
+    error.__cause__ = OSError(28, "No space left")
+    assert cause_of_exception(error, "data_wait") == "disk"
+
+
+# -- deadlines --------------------------------------------------------------------------------
+
+NOTHING = dict.fromkeys(SECTIONS, 0.0)
+
+
+def beat(section: str, since: float, step: int = 9, **longest: float) -> Beat:
+    return Beat(section, step, 0, 50, since, NOTHING, {**NOTHING, **longest})
+
+
+def test_limits_are_learnt_between_floor_and_ceiling() -> None:
+    usual = Deadlines()
+    assert limit(usual, "step", NOTHING) == 600  # nothing seen
+    assert limit(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
+    assert limit(usual, "save", {**NOTHING, "save": 0.5}) == 60
+    assert limit(usual, "data_wait", {**NOTHING, "data_wait": 500.0}) == 900
+    assert limit(usual, "first_step", {**NOTHING, "forward": 1.0}) == 1800
+    with pytest.raises(ConfigError, match=r"supervise.save=0: must be above 0"):
+        Deadlines(save=0).check()
+
+
+@pytest.mark.parametrize(
+    ("beats", "late"),
+    [
+        ([beat("vote", 100), beat("vote", 100)], []),
+        ([beat("vote", 30, vote=1), beat("vote", 100)], [0]),
+        # it waits for one that rightly loads data, validates or saves
+        ([beat("vote", 30, vote=1), beat("data_wait", 30)], []),
+        ([beat("vote", 30, vote=1), beat("save", 30, step=8)], []),
+        # which ends when that one is late too
+        ([beat("vote", 30, vote=1), beat("data_wait", 30, data_wait=1)], [0, 1]),
+        # not for one that is ahead, nor for one within the step
+        ([beat("vote", 30, vote=1), beat("save", 30, step=10)], [0]),
+        ([beat("vote", 30, vote=1), beat("forward", 95)], [0]),
+        ([beat("pause", -9999), beat("pause", -9999)], []),
+        ([beat("forward", 30, step=1, vote=1)], []),  # the first step: compilation
+    ],
+)
+def test_who_is_late(beats: list[Beat], late: list[int]) -> None:
+    assert sorted(overdue(dict(enumerate(beats)), 100.0, Deadlines())) == late
+
+
+def test_ranks_that_cannot_be_seen_may_load_data() -> None:
+    one = {0: beat("vote", 30, vote=1)}
+    assert overdue(one, 100.0, Deadlines()) and not overdue(one, 100.0, Deadlines(), elsewhere=True)
+
+
+# -- layout -----------------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "n[003-005,9],m1",
+}  # fmt: skip
+
+
+def test_one_task_a_rank() -> None:
+    places = layout(2, 2, {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
+    assert (places.first, places.count, places.supervisors, places.node) == (3, 1, 4, 1)
+    env = places.environment(0)
+    assert (env["RANK"], env["LOCAL_RANK"], env["NODE_RANK"], env["WORLD_SIZE"]) == (
+        "3", "1", "1", "4",
+    )  # fmt: skip
+    assert env["MASTER_ADDR"] == "n003" and env["MASTER_PORT"] == "20012"
+
+
+def test_one_task_a_node() -> None:
+    env = {**SLURM, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    places = layout(4, 2, {**env, "MASTER_ADDR": "head"})
+    assert (places.first, places.count, places.supervisors) == (4, 4, 2)
+    assert [places.environment(n)["RANK"] for n in range(4)] == ["4", "5", "6", "7"]
+    assert [places.environment(n)["LOCAL_RANK"] for n in range(4)] == ["0", "1", "2", "3"]
+    assert places.address == "head"
+    other = layout(4, 2, {**env, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
+    assert other.launch == places.launch and other.port == places.port
+    again = layout(4, 2, {**env, "SLURM_RESTART_COUNT": "1"})
+    assert again.launch != places.launch
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the job has 3 tasks"):
+        layout(2, 2, {**SLURM, "SLURM_NTASKS": "3", "SLURM_PROCID": "0"})
+    with pytest.raises(ConfigError, match="trainer.nodes=2"):
+        layout(2, 2, {})
+    with pytest.raises(ConfigError, match="the launcher started 3"):
+        layout(2, 1, {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "a"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n[003-005,9],m1", "n003"), ("gpu7", "gpu7"), ("a1,b2", "a1"), ("x[2,4]-ib", "x2-ib")],
+)
+def test_the_first_node(nodes: str, first: str) -> None:
+    assert slurm_address({"SLURM_STEP_NODELIST": nodes}) == first
+
+
+def test_alone() -> None:
+    places = layout(3, 1, {})
+    assert (places.first, places.count, places.supervisors, places.world) == (0, 3, 1, 3)
+    assert layout(3, 1, {}).launch != places.launch

@@ -1,0 +1,74 @@
+"""Whether a run is worth another start, by what its attempts ended with."""
+
+import pytest
+from attempted import attempt, saved
+
+from echolab.launch.attempts import Attempt
+from echolab.launch.budgets import decide
+from echolab.launch.exit_codes import CAUSES
+
+LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
+
+
+@pytest.mark.parametrize(
+    ("attempts", "go_on", "why"),
+    [
+        ([], False, "not started"),
+        ([attempt("running")], False, "running"),
+        ([attempt("done")], False, "all steps done"),
+        ([attempt("stop")], False, "STOP"),
+        ([attempt("pruned")], False, "sweep"),
+        # preemption is free, but not for ever where nothing can be saved
+        ([saved("preempted", n, n + 1) for n in range(50)], True, "free"),
+        ([attempt("preempted_unsaved") for _ in range(50)], True, "free"),
+        ([attempt("preempted_unsaved", **LONG)], True, "free"),
+        ([attempt("preempted_unsaved", **LONG)] * 2, False, "2 attempts in a row"),
+        # what would fail again
+        ([attempt("config")], False, "setting"),
+        ([saved("preempted", 0, 5), attempt("data")], False, "damaged"),
+        ([saved("diverged", 0, 500)], False, "not finite"),
+        # an exception: once
+        ([saved("code", 0, 5)], True, "code failure 1 of 1"),
+        ([attempt("code")], True, "code failure 1 of 1"),
+        ([saved("code", 0, 5), attempt("code")], False, "2 code failures, 1 allowed"),
+        ([saved("code", 0, 5), saved("code", 5, 9)], True, "1 of 1"),
+        # machines: several times, while checkpoints are made
+        ([attempt("hang")], True, "infrastructure failure 1 of 3"),
+        ([saved("hang", n, n + 1) for n in range(9)], True, "1 of 3"),
+        ([saved("hang", 0, 5), attempt("killed")], True, "2 of 3"),
+        ([saved("hang", 0, 5), attempt("killed"), attempt("hang")], False, "2 attempts in a row"),
+        ([attempt("node_lost")] * 2, False, "2 attempts in a row made no checkpoint"),
+        # a preemption in between, before there was a chance, hides nothing and counts for nothing
+        ([attempt("hang"), attempt("preempted_unsaved"), attempt("hang")], False, "2 attempts"),
+        ([attempt("hang"), attempt("preempted_unsaved")], True, "free"),
+        # somebody corrected a setting in between
+        ([attempt("config"), attempt("config"), attempt("hang")], True, "1 of 3"),
+    ],
+)  # fmt: skip
+def test_go_on_or_stop(attempts: list[Attempt], go_on: bool, why: str) -> None:
+    decision = decide(attempts)
+    assert decision.go_on is go_on and why in decision.why, decision
+
+
+def test_the_budget_of_machines_is_a_setting() -> None:
+    two = [saved("hang", 0, 5), attempt("killed")]
+    assert decide(two, infrastructure=2).go_on
+    stopped = decide(two, infrastructure=1)
+    assert not stopped.go_on and stopped.why == "2 infrastructure failures, 1 allowed"
+    assert not decide([attempt("hang")], infrastructure=0).go_on
+
+
+def test_a_host_that_failed_twice_is_left_out() -> None:
+    attempts = [
+        saved("hang", 0, 5, host="n1"), saved("code", 5, 9, host="n3"),
+        saved("killed", 9, 12, host="n2"), saved("code", 12, 14, host="n3"),
+        saved("node_lost", 14, 16, host="n2"), saved("disk", 16, 17, host="n1"),
+    ]  # fmt: skip
+    assert decide(attempts).exclude == ("n2",)
+    assert decide(attempts[:-2]).exclude == ()
+
+
+def test_every_cause_says_what_to_do() -> None:
+    for name, cause in CAUSES.items():
+        assert cause.says and cause.next_action, name
+        assert (cause.budget == "fatal") == (cause.exit_code == 1), name

@@ -1,0 +1,139 @@
+"""Spikes in a running training: noted, done again, or gone back over and left out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+
+from echolab.data.audit import audit
+from echolab.errors import DivergedError
+from echolab.training import events
+from echolab.training.checkpoint import latest_valid, saved_steps
+from echolab.training.parts import Intervals
+from echolab.training.spikes import Guards
+from echolab.types import Batch, Draws, Loss
+
+STEPS = 12
+EVERY = Intervals(log=1, save=3, replicas=2)
+
+
+class Faulty:
+    """The supervised objective, whose loss is multiplied where `bad` says so."""
+
+    def __init__(self, bad: Callable[[Batch], float]) -> None:
+        self.bad, self.plain = bad, runs.Supervised(runs.PHASES)
+
+    def __call__(self, net: Any, batch: Batch, draws: Draws) -> Loss:
+        loss = self.plain(net, batch, draws)
+        return loss._replace(value=loss.value * self.bad(batch))
+
+
+class Once:
+    """A fault of the machine: the 8th loss, and no other, comes out wrong."""
+
+    def __init__(self, factor: float) -> None:
+        self.calls, self.factor = 0, factor
+
+    def __call__(self, batch: Batch) -> float:
+        self.calls += 1
+        return self.factor if self.calls == 8 else 1.0
+
+
+def train(root: Path, bad: Callable[[Batch], float], **guards: Any) -> list[dict[str, Any]]:
+    result, rows = runs.train(
+        root,
+        runs.schedule(("sft", STEPS)),
+        objectives={"sft": Faulty(bad)},
+        every=EVERY,
+        guards=Guards(**{"warmup": 4, "window": 16, **guards}),
+        ledger=True,
+        net=tiny.net(trained=True),
+    )
+    assert result.done and result.step == STEPS
+    return rows
+
+
+def final(root: Path) -> dict[str, bytes]:
+    found, rejected = latest_valid(root / "run/checkpoints")
+    assert found and found.step == STEPS and not rejected
+    return runs.tensors_of(found.path)
+
+
+def audited(run: Path) -> bool:
+    """Whether every sample was trained on once an epoch, but for what was left out on purpose."""
+    return audit(run, events.skips(run)).exact
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e4])
+def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
+    tmp_path: Path, factor: float
+) -> None:
+    train(tmp_path / "sound", lambda batch: 1.0)
+    rows = train(tmp_path / "faulty", Once(factor), policy="recompute")
+    assert final(tmp_path / "faulty") == final(tmp_path / "sound")
+    told = events.read(tmp_path / "faulty/run")
+    assert [(e.kind, e.step, e.told["to"]) for e in told] == [("recompute", 7, 6)]
+    # Step 7 was right the first time and again: the same figures twice.
+    seventh = [row["train/loss"] for row in rows if row["step"] == 7]
+    assert len(seventh) == 2 and seventh[0] == seventh[1]
+    assert audited(tmp_path / "faulty/run")
+
+
+def test_a_spike_that_comes_again_is_the_datas(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def twice(batch: Batch) -> float:
+        calls.append(1)
+        return 1e4 if len(calls) in (8, 10) else 1.0  # step 7; gone back to 6, step 7 is the 10th
+
+    train(tmp_path, twice, policy="recompute")
+    kinds = [(e.kind, e.step) for e in events.read(tmp_path / "run")]
+    assert kinds == [("recompute", 7), ("reproducible", 7)]
+
+
+def eighth_batch() -> Callable[[Batch], float]:
+    """NaN for the clips of the eighth batch, whenever they come together."""
+    seen: list[list[str]] = []
+
+    def factor(batch: Batch) -> float:
+        seen.append(batch.keys)
+        return float("nan") if len(seen) > 7 and seen[7] == batch.keys else 1.0
+
+    return factor
+
+
+def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
+    guards = {"policy": "rollback", "back": 1, "skip_batches": 2}
+    for name in ("a", "b"):
+        train(tmp_path / name, eighth_batch(), **guards)
+        told = events.read(tmp_path / name / "run")
+        assert [(e.kind, e.step, e.told["to"]) for e in told] == [("rollback", 7, 6)]
+        assert told[0].told["skip"] == ["sft", 6, 2]
+    assert final(tmp_path / "a") == final(tmp_path / "b")
+    state = json.loads((tmp_path / "a/run/checkpoints/step-000012/state.json").read_text())
+    assert state["schedule"]["skipped"] == [["sft", 6, 2]]
+    assert audited(tmp_path / "a/run")
+    assert not audit(tmp_path / "a/run").exact  # without the events' word
+    # Going on needs no word about it: the events are read again.
+    result, _ = runs.train(
+        tmp_path / "a", runs.schedule(("sft", STEPS + 2)), every=EVERY, ledger=True
+    )
+    assert result.step == STEPS + 2
+
+
+def test_what_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="step 7 .*not finite.*guards.policy=recompute"):
+        train(tmp_path, Once(float("nan")))
+    assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
+
+
+def test_a_recorded_spike_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path / "plain", Once(1e4), limit=1e9)
+    train(tmp_path / "noted", Once(1e4))
+    assert final(tmp_path / "plain") == final(tmp_path / "noted")
+    assert [e.kind for e in events.read(tmp_path / "noted/run")][:1] == ["spike"]
+    assert events.read(tmp_path / "plain/run") == []

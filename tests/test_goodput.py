@@ -1,0 +1,58 @@
+"""Goodput on a scripted timeline: every second is somewhere."""
+
+import math
+
+import pytest
+from attempted import attempt, saved
+
+from echolab.launch.goodput import account, checkpoint_interval
+
+# 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. goes on at 6, hangs at 8 for 60 s;
+# 3. goes on at 6 again (no checkpoint was made) and ends at 20.
+FIRST = saved(
+    "killed", -1, 6, started=0.0, ended=150.0, first_step=0, last_step=10,
+    seconds={"init": 30.0, "forward": 40.0, "backward": 50.0, "vote": 10.0, "save": 5.0,
+             "data_wait": 5.0, "teardown": 0.0},
+)  # fmt: skip
+SECOND = saved(
+    "hang", 6, 6, started=200.0, ended=312.0, first_step=6, last_step=8,
+    last_section="vote", last_stay=60.0,
+    seconds={"init": 30.0, "forward": 8.0, "backward": 10.0, "vote": 62.0},
+)  # fmt: skip
+THIRD = saved(
+    "done", 6, 20, started=400.0, ended=590.0, first_step=6, last_step=20,
+    seconds={"init": 30.0, "forward": 60.0, "backward": 70.0, "optimizer": 10.0, "eval": 8.0,
+             "save": 7.0, "teardown": 5.0},
+)  # fmt: skip
+
+
+def test_every_second_is_somewhere() -> None:
+    found = account([FIRST, SECOND, THIRD])
+    assert found.allocated == 150 + 112 + 190  # the queue between them is nobody's
+    assert found.losses == pytest.approx({
+        "init": 90, "data_wait": 5, "eval": 8, "save": 12, "pause": 0,
+        "rework": 0.4 * 100 + 20,  # steps 7 to 10 of the first, both of the second
+        "hang": 60,
+        "other": 10 + 2 + 5,
+    })  # fmt: skip
+    assert found.useful == pytest.approx(60 + 140)
+    assert found.useful + sum(found.losses.values()) == pytest.approx(found.allocated)
+    assert found.share == pytest.approx(200 / 452)
+
+
+def test_what_no_checkpoint_has_is_lost_at_once() -> None:
+    assert account([FIRST]).losses["rework"] == pytest.approx(40)
+    assert account([attempt("killed", seconds={"forward": 50.0})]).useful == 0
+    # not while it is at work, nor when it is done
+    assert account([attempt("running", seconds={"forward": 50.0})]).useful == 50
+    assert account([]).share == 0
+
+
+def test_the_interval_between_checkpoints() -> None:
+    # BLOOM: 40 s a save, a failure a week
+    week, day = 7 * 24 * 3600.0, 24 * 3600.0
+    run = attempt("killed", started=0.0, ended=2 * week - day, save_seconds=40.0)
+    found = checkpoint_interval([run])
+    assert found == pytest.approx(math.sqrt(2 * 40 * week)) and 1.8 < found / 3600 < 2.0
+    assert checkpoint_interval([attempt("done")]) == 300
+    assert checkpoint_interval([attempt("done", save_seconds=3600.0)]) == 4 * 3600

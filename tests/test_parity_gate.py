@@ -1,0 +1,109 @@
+"""Samples of the training model beside those of its export, under every strategy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+from forked import ForkServer
+from gated import HELD, SIGMAS, TASKS
+from safetensors.torch import save_file
+
+from echolab.training.parity import TOLERANCE, Parity
+
+RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+FAULTS = ("swap of averages", "perturbed", "names")
+
+
+class Gate:
+    """Starts `gated.main` over the clips of `data`."""
+
+    def __init__(self, server: ForkServer, data: Path) -> None:
+        self.server, self.data = server, data
+
+    def __call__(self, strategy: str, out: Path, **options: Any) -> list[dict[str, Any]]:
+        """What each rank found."""
+        out.mkdir(exist_ok=True)
+        world = RANKS[strategy]
+        told = {"folder": str(self.data), "strategy": strategy, "devices": world, "out": str(out)}
+        self.server.run("gated:main", world=world, arguments={**told, **options})
+        return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Gate:
+    """The clips, made before ranks could make them at once."""
+    folder = tmp_path_factory.mktemp("gate")
+    runs.write_clips(folder / "clips", 7)
+    runs.write_pairs(folder / "pairs", 5)
+    runs.write_clips(folder / "held", HELD, 50)
+    save_file(tiny.net(trained=True).state_dict(), folder / "base.safetensors")
+    return Gate(fork_server, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(gate: Gate) -> dict[str, Any]:
+    """What one process found."""
+    return gate("single", gate.data / "single")[0]
+
+
+def check(found: dict[str, Any]) -> None:
+    """The gate lets the right export pass, and none of the wrong ones."""
+    assert found["nothing"]["difference"] <= found["nothing"]["bound"] == TOLERANCE
+    for how in FAULTS:
+        assert "differ by" in found[how] and "at most 1.00e-04 in fp32; look at" in found[how]
+        assert "\n" not in found[how]
+    assert found["unchanged"]
+
+
+def test_alone(alone: dict[str, Any]) -> None:
+    check(alone)
+    for how in ("nothing", *FAULTS):
+        report = alone[f"{how}/report"]
+        assert report["passed"] == (how == "nothing") and set(report["by_task"]) == set(TASKS)
+        largest = max(report["by_task"].values())
+        assert largest < TOLERANCE / 2 if how == "nothing" else largest > 2 * TOLERANCE
+    names = {"loss", *(f"error/{task}" for task in TASKS), *(f"error/sigma_{s}" for s in SIGMAS)}
+    assert set(alone["values"]) == {f"{kind}/{n}" for kind in ("val", "val_raw") for n in names}
+
+
+def test_nothing_is_left_of_the_export(alone: dict[str, Any], gate: Gate) -> None:
+    left = {path.name for path in (gate.data / "single").iterdir()}
+    assert "parity.json" in left and not [name for name in left if "export" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_every_strategy(gate: Gate, alone: dict[str, Any], tmp_path: Path, strategy: str) -> None:
+    found = gate(strategy, tmp_path / "out")
+    for rank in found:
+        check(rank)
+        assert rank["values"] == found[0]["values"]
+        # 5 clips on 2 ranks: none is left out, none counts twice
+        assert rank["values"] == pytest.approx(alone["values"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "zero3"])
+def test_bf16_has_a_bound_that_was_measured(gate: Gate, tmp_path: Path, strategy: str) -> None:
+    for rank in gate(strategy, tmp_path / "out", precision="bf16-mixed"):
+        assert TOLERANCE < rank["nothing"]["bound"] < 0.1
+        assert rank["nothing"]["difference"] <= rank["nothing"]["bound"] / 2
+        assert "in bf16; look at" in rank["swap of averages"]
+        assert "in bf16; look at" in rank["names"]
+        assert rank["unchanged"]
+
+
+def test_adapters_are_compared_merged(gate: Gate, tmp_path: Path) -> None:
+    found = gate("single", tmp_path / "out", lora=True)[0]
+    assert 0 < found["nothing"]["difference"] <= TOLERANCE
+    assert "differ by" in found["swap of averages"] and "differ by" in found["names"]
+    assert found["unchanged"]
+
+
+def test_nan_does_not_pass() -> None:
+    assert not Parity(float("nan"), TOLERANCE).passed
+    assert not Parity(0.0, float("nan")).passed
+    assert Parity(0.0, TOLERANCE).passed

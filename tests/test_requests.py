@@ -1,0 +1,141 @@
+"""What asks a running training to end, save or wait: files, the clock, signals, memory."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from echolab.training.checkpoint import saved_steps
+from echolab.training.fit import FitResult
+from echolab.training.parts import Intervals
+from echolab.training.stopping import StopSignals
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.vote.PAUSE_SECONDS", 0.02)
+
+
+def train(root: Path, at_two: Any, **changes: Any) -> FitResult:
+    """A run in which `at_two(run folder)` is called after its second step."""
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 2:
+            at_two(root / "run")
+
+    every = Intervals(log=1, save=0)
+    result, _ = runs.train(
+        root, runs.schedule(("sft", STEPS)), every=every, on_step=on_step, **changes
+    )
+    return result
+
+
+def touch(name: str) -> Any:
+    return lambda run: (run / name).touch()
+
+
+def test_stop_saves_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    result = train(tmp_path, touch("STOP"))
+    assert (result.reason, result.step, result.unsaved) == ("stop", 3, False)
+    assert saved_steps(tmp_path / "run/checkpoints") == [3]
+    assert not (tmp_path / "run/STOP").exists()
+    assert train(tmp_path, touch("nothing")).reason == "done"
+
+
+def test_save_is_done_once_and_training_goes_on(tmp_path: Path) -> None:
+    assert train(tmp_path, touch("SAVE")).done
+    assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
+    assert not (tmp_path / "run/SAVE").exists()
+
+
+def test_prune_ends_without_a_checkpoint(tmp_path: Path) -> None:
+    result = train(tmp_path, touch("PRUNE"))
+    assert (result.reason, result.step) == ("prune", 3)
+    assert saved_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_pause_saves_and_waits_until_the_file_is_gone(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+
+    def pause(run: Path) -> None:
+        (run / "PAUSE").touch()
+
+        def later() -> None:
+            while not saved_steps(run / "checkpoints"):
+                time.sleep(0.02)
+            time.sleep(0.2)
+            seen.append(saved_steps(run / "checkpoints"))
+            (run / "PAUSE").unlink()
+
+        threading.Thread(target=later).start()
+
+    assert train(tmp_path, pause).done
+    assert seen == [[3]]
+
+
+def test_a_paused_run_can_be_stopped(tmp_path: Path) -> None:
+    def pause(run: Path) -> None:
+        (run / "PAUSE").touch()
+        threading.Timer(0.5, (run / "STOP").touch).start()
+
+    result = train(tmp_path, pause)
+    assert (result.reason, result.step) == ("stop", 3)
+    assert saved_steps(tmp_path / "run/checkpoints") == [3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_ends_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
+    result = train(tmp_path, lambda run: os.kill(os.getpid(), number))
+    assert (result.reason, result.step, result.stopped_by) == ("signal", 3, number)
+    assert saved_steps(tmp_path / "run/checkpoints") == [3]
+
+
+def test_without_time_for_a_save_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echolab.training.callbacks.SAVE_TIMES", 1e6)
+    every = Intervals(log=0, save=1)
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result, _ = runs.train(
+        tmp_path,
+        runs.schedule(("sft", STEPS)),
+        every=every,
+        on_step=on_step,
+        grace={signal.SIGTERM: 30.0},
+    )
+    assert (result.reason, result.step, result.unsaved) == ("signal", 5, True)
+    assert 5 not in saved_steps(tmp_path / "run/checkpoints")
+
+
+def test_before_the_jobs_time_is_up_it_saves(tmp_path: Path) -> None:
+    result = train(tmp_path, touch("nothing"), job_ends=time.time() + 59)
+    assert (result.reason, result.step) == ("time", 1)
+    assert saved_steps(tmp_path / "run/checkpoints") == [1]
+    assert train(tmp_path, touch("nothing"), job_ends=time.time() + 3600).done
+
+
+def test_too_much_memory_is_a_planned_restart(tmp_path: Path) -> None:
+    result = train(tmp_path, touch("nothing"), host_memory_gb=1e-3)
+    assert (result.reason, result.step, result.unsaved) == ("memory", 1, False)
+    assert saved_steps(tmp_path / "run/checkpoints") == [1]
+
+
+def test_a_signal_before_training_is_kept() -> None:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopSignals({signal.SIGUSR1: 100.0}) as inner:
+            assert inner.received == signal.SIGUSR1
+            assert 0 < inner.seconds_left <= 100
+    assert StopSignals().seconds_left == float("inf")

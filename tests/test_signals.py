@@ -1,0 +1,79 @@
+"""One of four ranks is signalled at moments drawn by lot: nothing hangs and nothing is lost."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import encoded
+import pytest
+import runs
+import signalled
+from forked import ForkServer
+
+from echolab.cli.train import compose
+from echolab.launch.exit_codes import DONE, STOPPED_SAVED
+from echolab.training.checkpoint import latest_valid, saved_steps
+
+pytestmark = pytest.mark.slow
+
+WORLD = 4
+STEPS = 24
+# How many signals; a longer trial by hand: ECHOLAB_SIGNALS=200
+COUNT = int(os.environ.get("ECHOLAB_SIGNALS", "12"))
+SEED = int(os.environ.get("ECHOLAB_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("signals")
+    clips, pairs = encoded.write(folder)
+    return compose(
+        [
+            *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}",
+            f"data.held_out={clips}", "data.held_out_clips=4", "data.workers=1",
+            encoded.plan(("sft", STEPS // 2), ("ndpo", 4), ("sft", STEPS // 2 - 4)),
+            "trainer=zero1", f"trainer.devices={WORLD}", "trainer.accelerator=cpu",
+            "trainer.precision=32-true", "trainer.checkpointing=none", "batch_size=4",
+            "every.save=3", "every.validate=5", "every.log=1",
+        ]
+    )  # fmt: skip
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    found, rejected = latest_valid(run / "checkpoints")
+    assert found and found.step == STEPS and not rejected
+    return runs.tensors_of(found.path)
+
+
+def test_signals_at_any_moment(
+    fork_server: ForkServer, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    chance = random.Random(SEED)
+    unbroken = tmp_path / "unbroken"
+    whole = signalled.start(
+        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "beats"
+    )
+    assert whole.wait() == [DONE] * WORLD, whole.outputs()
+    expected = checkpoint_bytes(unbroken)
+    done, number, told = 0, 0, "nothing"
+    while done < COUNT:
+        run, step, identity = tmp_path / f"run-{number}", 0, ""
+        codes = [STOPPED_SAVED] * WORLD
+        while codes != [DONE] * WORLD:
+            number += 1
+            beats = tmp_path / f"beats-{number}"
+            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, beats)
+            if done < COUNT:
+                told = signalled.signal_one(ranks, beats, WORLD, chance)
+                done += 1
+            codes = ranks.wait(120)
+            print(f"{done}: {told}: {codes[0]}, step {step}", flush=True)
+            assert codes in ([DONE] * WORLD, [STOPPED_SAVED] * WORLD), told + ranks.outputs()
+            saved = saved_steps(run / "checkpoints")
+            assert saved and saved[0] >= step + (codes[0] == STOPPED_SAVED), told
+            step = saved[0]
+            identity = identity or json.loads((run / "run.json").read_text())["id"]
+            assert json.loads((run / "run.json").read_text())["id"] == identity
+        assert checkpoint_bytes(run) == expected, told

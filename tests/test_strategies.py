@@ -1,0 +1,143 @@
+"""What goes together: all of it is trained, and comes to what one plain process comes to."""
+
+import random
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import composed
+import pytest
+import runs
+import torch
+from forked import ForkServer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from echolab.errors import ConfigError
+from echolab.training import strategies
+from echolab.training.strategies import Machine, refusal, strategy_of
+
+AXES: dict[str, list[Any]] = {
+    "strategy": ["single", "ddp", "zero1", "zero2", "zero3"],
+    "precision": ["32-true", "bf16-mixed"],
+    "checkpointing": ["none", "selective", "full"],
+    "compile": [False, True],
+    "sequence_parallel": [1, 2],
+    "offload": ["none", "optimizer"],
+    "accumulation": [1, 3],
+}
+Case = dict[str, Any]
+
+
+def machine_of(case: Case) -> Machine:
+    kept = {key: value for key, value in case.items() if key != "accumulation"}
+    return Machine(**kept, devices=1 if case["strategy"] == "single" else 2)
+
+
+def everything() -> list[Case]:
+    """Every combination of settings that somebody could ask for."""
+    return [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
+
+
+def pairs_of(case: Case) -> set[tuple[Any, ...]]:
+    return set(combinations(case.items(), 2))
+
+
+def covering(cases: list[Case]) -> list[Case]:
+    """Few of the cases in which every pair of settings that is in any of them occurs."""
+    chooser = random.Random(0)
+    left = set().union(*map(pairs_of, cases))
+    chosen = []
+    while left:
+        best = max(chooser.sample(cases, len(cases)), key=lambda case: len(pairs_of(case) & left))
+        chosen.append(best)
+        left -= pairs_of(best)
+    return chosen
+
+
+ALLOWED = [case for case in everything() if refusal(machine_of(case)) is None]
+COVERING = covering(ALLOWED)
+
+
+def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
+    """Of 480 combinations: one rank cannot share a clip, and only ZeRO has masters to offload."""
+    for case in everything():
+        why = refusal(machine_of(case))
+        alone = case["strategy"] == "single" and case["sequence_parallel"] == 2
+        nowhere = case["offload"] == "optimizer" and not case["strategy"].startswith("zero")
+        assert (why is not None) == (alone or nowhere), (case, why)
+    assert len(ALLOWED) == 24 + 48 + 3 * 96
+    covered = set().union(*map(pairs_of, COVERING))
+    assert covered == set().union(*map(pairs_of, ALLOWED))
+
+
+@pytest.mark.parametrize(
+    ("machine", "told"),
+    [
+        (Machine("zero4"), "trainer.strategy=zero4: unknown; one of single, ddp"),
+        (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; take ddp"),
+        (Machine("ddp", devices=0), "trainer.strategy=ddp: not for 0 ranks"),
+        (Machine("ddp", checkpointing="some"), "trainer.checkpointing=some: unknown; one of none"),
+        (Machine("zero1", offload="all"), "trainer.offload=all: unknown; one of none, optimizer"),
+        (Machine("ddp", offload="optimizer"), "trainer.offload=optimizer: ddp keeps its weights"),
+        (Machine("ddp", devices=3, sequence_parallel=2), "must divide the number of ranks, 3"),
+        (Machine("ddp", sequence_parallel=0), "must divide the number of ranks, 1"),
+    ],
+)
+def test_a_refusal_names_key_value_and_remedy(machine: Machine, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        strategy_of(machine)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "compiler_missing", lambda device: f"none for {device}; do so")
+    assert refusal(Machine(compile=True)) == "trainer.compile=true: none for cpu; do so"
+    assert refusal(Machine()) is None
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
+    """The datasets, and the run of one plain process."""
+    folder = tmp_path_factory.mktemp("composed")
+    runs.write_clips(folder / "clips", 13)
+    runs.write_pairs(folder / "pairs", 5)
+    plain = {key: values[0] for key, values in AXES.items()}
+    train(fork_server, folder, [plain])
+    return folder
+
+
+def train(server: ForkServer, folder: Path, cases: list[Case]) -> None:
+    world = machine_of(cases[0]).devices
+    told = {"cases": cases, "world": world, "root": str(folder)}
+    server.run("composed:train", world=world, seconds=500, arguments=told)
+
+
+def change(folder: Path, case: Case) -> dict[str, Tensor]:
+    """By how much every weight moved, and the moments."""
+    found = load_file(folder / f"{composed.name_of(case)}.safetensors")
+    start = load_file(folder / "start.safetensors")
+    return {k: t - start[k] if k in start else t for k, t in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False], ids=["one-rank", "two-ranks"])
+def test_whatever_goes_together_trains_the_same(
+    fork_server: ForkServer, reference: Path, alone: bool
+) -> None:
+    """Within rounding of the sum of a gradient in fp32, of one in a hundred in bf16."""
+    cases = [case for case in COVERING if (case["strategy"] == "single") == alone]
+    train(fork_server, reference, cases)
+    plain = {key: values[0] for key, values in AXES.items()}
+    expected = change(reference, plain)
+    for case in cases:
+        found = change(reference, case)
+        assert found.keys() == expected.keys()
+        limit = 1e-4 if case["precision"] == "32-true" else 0.15
+        for part in ("master", "exp_avg", "exp_avg_sq", "ema"):
+            names = [name for name in expected if name.startswith(part + "/")]
+            whole = torch.cat([expected[name].flatten() for name in names])
+            error = torch.cat([(found[name] - expected[name]).flatten() for name in names])
+            assert error.norm() <= limit * whole.norm(), (
+                case, part, float(error.norm() / whole.norm())
+            )  # fmt: skip

@@ -1,0 +1,189 @@
+"""A supervisor ends its launch within the bound, whatever a rank does, and names rank and cause."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from echolab.cli.__main__ import main
+from echolab.launch import exit_codes
+from echolab.launch.attempts import attempts_of
+from echolab.launch.records import read_launch
+
+PLAYED = Path(__file__).parent / "played.py"
+DEADLINES = {
+    "init": 3, "first_step": 2, "step": 1.5, "eval": 1.5, "save": 1.5, "data_wait": 1.5,
+    "teardown": 1.5, "factor": 10, "floor": 1.5,
+}  # fmt: skip
+BOUND = 40.0  # seconds: the deadline, the dump, and a crowded machine
+
+
+class Launch:
+    """A supervisor at work, as a process."""
+
+    def __init__(self, folder: Path, parts: dict[str, Any], **about: Any) -> None:
+        self.folder, self.run = folder, folder / "run"
+        told = json.dumps({"ranks": 3, "deadlines": DEADLINES, **about})
+        words = ["supervise", str(folder), json.dumps(parts), told]
+        self.process = subprocess.Popen(
+            [sys.executable, str(PLAYED), *words], stderr=subprocess.PIPE, text=True
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and what was said."""
+        said = self.process.communicate(timeout=BOUND)[1]
+        return self.process.returncode, said
+
+    def pids(self) -> list[int]:
+        """Of the ranks, once they take steps."""
+        end = time.monotonic() + BOUND
+        while not list(self.folder.glob("step-5-*")):
+            assert time.monotonic() < end and self.process.poll() is None
+            time.sleep(0.02)
+        return read_launch(next((self.run / "attempts").iterdir()))[0].pids
+
+
+def why(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["why", str(run), "format=json", *words]) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return told
+
+
+def gone(pids: Sequence[int]) -> bool:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Case(NamedTuple):
+    does: str
+    at: str
+    cause: str
+    words: str  # among those said
+    code: int = exit_codes.RETRYABLE
+    step: int = 3
+
+
+CASES = [
+    Case("loop", "forward", "hang", "computing without end"),
+    Case("fifo", "data_wait", "hang", "blocked, in data_wait"),
+    Case("stop", "backward", "stopped_process", "SIGSTOP"),
+    Case("kill", "optimizer", "killed", "SIGKILL"),
+    Case("segv", "forward", "killed", "SIGSEGV"),
+    Case("quit", "forward", "exited", "exit code 3"),
+    Case("bug", "backward", "code", "ZeroDivisionError: a bug"),
+    Case("data", "data_wait", "data", "clips-000.tar: sample 3", exit_codes.FATAL),
+    Case("config", "init", "config", "model.dim=0", exit_codes.FATAL),
+    Case("sleep", "init", "hang", "blocked, in init"),
+    Case("sleep", "save", "hang", "blocked, in save", step=10),
+    Case("bug", "teardown", "teardown", "a bug", step=60),
+    Case("sleep", "teardown", "teardown", "blocked, in teardown", step=60),
+    Case("term", "forward", "preempted_unsaved", "SIGTERM", exit_codes.STOPPED_UNSAVED),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    os.mkfifo(tmp_path / "fifo")
+    yield tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.does}-{case.at}")
+def test_the_rank_that_fails_is_named_and_none_is_left(
+    case: Case, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = Launch(folder, {"1": {"at": case.at, "does": case.does, "step": case.step}})
+    code, said = launch.end()
+    record = read_launch(folder / "run/attempts/played")[0]
+    assert gone(record.pids)
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["rank"], told["section"]) == (case.cause, 1, case.at), said
+    assert code == told["exit_code"] == case.code
+    assert told["host"] == "host-0" and told["next_action"]
+    assert case.words in said and said.startswith(("echolab: error: ", "Traceback"))
+    # A stage that none has passed is not a step: the culprit's own is told.
+    assert told["step"] == (0 if case.at == "init" else case.step)
+    if case.does in ("loop", "fifo", "stop", "sleep"):
+        assert any("in act" in frame for frame in told["stack"])
+        assert (folder / "run/attempts/played/rank-1.stack").exists()
+    assert not Path(record.beats).exists()
+
+
+@pytest.mark.slow
+def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = Launch(folder, {}).end()
+    told = why(folder / "run", capsys)
+    assert (code, said, told["cause"], told["requeue"]) == (0, "", "done", False)
+    assert told["checkpoint"] == 60 and told["step"] == 60 and told["rank"] is None
+    assert 0 < told["goodput"] < 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_supervisor_is_passed_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = Launch(folder, {})
+    launch.pids()
+    assert why(launch.run, capsys)["cause"] == "running"
+    launch.process.send_signal(signal.SIGUSR1)
+    code, _ = launch.end()
+    told = why(launch.run, capsys)
+    assert code == told["exit_code"] == exit_codes.STOPPED_SAVED
+    assert told["cause"] == "preempted" and told["detail"] == "SIGUSR1" and told["requeue"]
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_listen_are_ended(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = Launch(folder, {"all": {"deaf": True, "at": "forward", "step": 30, "does": "sleep"}})
+    launch.pids()
+    launch.process.send_signal(signal.SIGTERM)
+    code, _ = launch.end()
+    assert code == exit_codes.RETRYABLE and why(launch.run, capsys)["cause"] == "hang"
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_its_supervisor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch = Launch(folder, {})
+    pids = launch.pids()
+    launch.process.kill()
+    launch.process.wait()
+    assert gone(pids)
+    told = why(launch.run, capsys, "over=true")
+    assert told["cause"] == "node_lost" and told["host"] == "host-0" and told["requeue"]
+    assert told["exit_code"] == exit_codes.RETRYABLE
+
+
+@pytest.mark.slow
+def test_of_two_nodes_the_one_behind_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"2": {"at": "forward", "does": "sleep"}}
+    both = [
+        Launch(folder, parts, ranks=2, world=4, supervisor=number, launch="two")
+        for number in range(2)
+    ]
+    ended = [launch.end() for launch in both]
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["rank"], told["host"]) == ("hang", 2, "host-1")
+    assert [code for code, _ in ended] == [exit_codes.RETRYABLE] * 2
+    records = read_launch(folder / "run/attempts/two")
+    assert sorted(record.followed for record in records) == [False, True]
+    # From the ranks of the first node alone, nobody could tell.
+    only = [o for o in records[0].observations if o.stack]
+    assert only and all("played.py" in o.stack for o in only)
+    (folder / "run/attempts/two/node-1.json").unlink()
+    assert attempts_of(folder / "run", over=True)[0].cause == "node_lost"
