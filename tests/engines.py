@@ -48,11 +48,11 @@ class Pulled(nn.Module):
 
 
 class Even(nn.Module):
-    """Every weight is 1 at first, and its gradient is the pull."""
+    """Weights between 1 and 1.01, few of them bf16 numbers; their gradient is the pull."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(4, 3))
+        self.weight = nn.Parameter(torch.linspace(1, 1.01, 12).view(4, 3))
 
     def forward(self, pull: Tensor) -> Tensor:
         """[] -> []"""

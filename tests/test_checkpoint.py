@@ -53,10 +53,10 @@ def test_old_ones_go_and_boundaries_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "other state"])
-@pytest.mark.parametrize("part", ["ema.safetensors", "exp_avg.safetensors"])
+@pytest.mark.parametrize("part", ["ema", "exp_avg"])
 def test_a_damaged_one_is_passed_over(run: Path, damage: str, part: str) -> None:
     folder = run / "run/checkpoints"
-    file = folder / "step-000006" / part
+    file = folder / "step-000006" / f"{part}-00001-of-00001.safetensors"
     data = bytearray(file.read_bytes())
     if damage == "flip":
         data[-5] ^= 1
@@ -94,16 +94,16 @@ def test_another_seed_or_past_is_refused(run: Path) -> None:
         runs.train(run, runs.schedule(("dpo", 8)))
 
 
-def test_a_full_disk_leaves_nothing_that_looks_whole(
+def test_a_run_ends_in_one_line_where_a_save_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from echolab.training import checkpoint
+    from echolab.training import writer
 
-    def full(tensors: object, path: Path) -> None:
+    def full(path: Path, contents: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writer, "write_file", full)
     with pytest.raises(CheckpointError, match="No space left.*make room"):
         runs.train(tmp_path, runs.schedule(("sft", 2)))
     assert not any((tmp_path / "run/checkpoints").iterdir())

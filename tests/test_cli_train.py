@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,8 @@ import pytest
 
 from echolab.cli.__main__ import main
 from echolab.cli.train import CONF, compose, member_name
-from echolab.errors import ConfigError
+from echolab.cli.train_rank import train
+from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs
 from echolab.tracking.metrics import read_metrics
 
@@ -69,13 +71,48 @@ def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_bad_settings_are_one_line(
+    data: list[str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(EcholabError, match=re.escape(message)) as told:
+        train(compose([*data, f"run={tmp_path / 'run'}", *words]))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["supervise.save=0"], "supervise.save=0: must be above 0 seconds"),
+        (["supervise.save=soon"], "of the wrong kind"),
+        (["trainer.nodes=2"], "start one task on each node by srun"),
+    ],
+)
+def test_a_supervisor_that_cannot_start_says_so(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], message: str,
 ) -> None:  # fmt: skip
-    assert main(["train", *data, f"run={tmp_path / 'run'}", *words]) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert message in lines[-1] and lines[-1].startswith("echolab: error: ")
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert main(["train", *data, f"run={tmp_path / 'run'}", *words]) == exit_codes.FATAL
+    said = capsys.readouterr().err
+    assert said.startswith("echolab: error: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_rank_refuses_is_one_line_too(
+    data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["train", *data, f"run={run}", "model.dim=wide"]
+    assert main(words) == exit_codes.FATAL
+    assert capfd.readouterr().err == "echolab: error: model.dim=wide: must be a number\n"
+    assert main(["why", str(run), "format=json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["cause"], told["exit_code"], told["requeue"]) == ("config", 1, False)
+
+
+def test_the_supervisor_imports_no_torch() -> None:
+    program = "import sys, echolab.cli.train, echolab.cli.why; print('torch' in sys.modules)"
+    words = [sys.executable, "-c", program]
+    assert subprocess.run(words, capture_output=True, check=True, text=True).stdout == "False\n"
 
 
 def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:

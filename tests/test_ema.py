@@ -17,14 +17,13 @@ def test_constant_weights_are_a_fixed_point() -> None:
     before = [tensor.clone() for tensor in masters.local]
     for _ in range(5):
         ema.update(masters)
-    with ema.in_masters(masters):
-        assert all(torch.equal(a, b) for a, b in zip(before, masters.local, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, ema.flats["ema"], strict=True))
 
 
 def test_it_is_the_recursion_of_its_docstring() -> None:
     net = torch.nn.Linear(1, 1, bias=False)
     masters = masters_of(net, torch.optim.AdamW(net.parameters()))
-    ema, expected = Ema(0.3), 1.0
+    ema, expected, longer = Ema(0.3, more=(0.9,)), 1.0, 1.0
     torch.nn.init.constant_(net.weight, 1.0)
     ema.start(masters)
     for count in range(6):
@@ -32,8 +31,11 @@ def test_it_is_the_recursion_of_its_docstring() -> None:
         ema.update(masters)
         decay = min(0.3, (1 + count) / (10 + count))
         expected = decay * expected + (1 - decay) * count
-    with ema.applied(masters):
-        assert net.weight.item() == pytest.approx(expected)
+        decay = min(0.9, (1 + count) / (10 + count))
+        longer = decay * longer + (1 - decay) * count
+    for part, average in (("ema", expected), ("ema-0.9", longer)):
+        with ema.applied(masters, part):
+            assert net.weight.item() == pytest.approx(average)
     assert net.weight.item() == 5.0 and ema.updates == 6
 
 
@@ -55,3 +57,5 @@ def test_weights_come_back_bit_for_bit_even_after_an_error() -> None:
 def test_a_decay_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="ema_decay=1"):
         Ema(1.0)
+    with pytest.raises(ConfigError, match="given twice"):
+        Ema(0.9, more=(0.99, 0.99))

@@ -3,58 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
-import tiny
+from faulty import EVERY, STEPS, Once, train
+from forked import ForkServer
 
 from echolab.data.audit import audit
 from echolab.errors import DivergedError
 from echolab.training import events
 from echolab.training.checkpoint import latest_valid, saved_steps
-from echolab.training.parts import Intervals
-from echolab.training.spikes import Guards
-from echolab.types import Batch, Draws, Loss
-
-STEPS = 12
-EVERY = Intervals(log=1, save=3, replicas=2)
-
-
-class Faulty:
-    """The supervised objective, whose loss is multiplied where `bad` says so."""
-
-    def __init__(self, bad: Callable[[Batch], float]) -> None:
-        self.bad, self.plain = bad, runs.Supervised(runs.PHASES)
-
-    def __call__(self, net: Any, batch: Batch, draws: Draws) -> Loss:
-        loss = self.plain(net, batch, draws)
-        return loss._replace(value=loss.value * self.bad(batch))
-
-
-class Once:
-    """A fault of the machine: the 8th loss, and no other, comes out wrong."""
-
-    def __init__(self, factor: float) -> None:
-        self.calls, self.factor = 0, factor
-
-    def __call__(self, batch: Batch) -> float:
-        self.calls += 1
-        return self.factor if self.calls == 8 else 1.0
-
-
-def train(root: Path, bad: Callable[[Batch], float], **guards: Any) -> list[dict[str, Any]]:
-    result, rows = runs.train(
-        root,
-        runs.schedule(("sft", STEPS)),
-        objectives={"sft": Faulty(bad)},
-        every=EVERY,
-        guards=Guards(**{"warmup": 4, "window": 16, **guards}),
-        ledger=True,
-        net=tiny.net(trained=True),
-    )
-    assert result.done and result.step == STEPS
-    return rows
+from echolab.types import Batch
 
 
 def final(root: Path) -> dict[str, bytes]:
@@ -137,3 +96,19 @@ def test_a_recorded_spike_changes_nothing(tmp_path: Path) -> None:
     assert final(tmp_path / "plain") == final(tmp_path / "noted")
     assert [e.kind for e in events.read(tmp_path / "noted/run")][:1] == ["spike"]
     assert events.read(tmp_path / "plain/run") == []
+
+
+@pytest.mark.slow
+def test_one_rank_of_two_goes_wrong_and_both_go_back(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    for name, wrong in (("sound", -1), ("faulty", 1)):
+        root = tmp_path / name
+        runs.write_clips(root / "clips", 7)
+        runs.write_pairs(root / "pairs", 5)
+        arguments = {"root": str(root), "strategy": "zero3", "world": 2, "wrong": wrong}
+        fork_server.run("faulty:rank", world=2, arguments=arguments)
+    assert final(tmp_path / "faulty") == final(tmp_path / "sound")
+    kinds = [e.kind for e in events.read(tmp_path / "faulty/run") if e.kind != "straggler"]
+    assert kinds == ["recompute"]
+    assert audited(tmp_path / "faulty/run")

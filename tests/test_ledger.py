@@ -17,8 +17,8 @@ from echolab.data.micro_batches import stock
 from echolab.data.plan import Order
 from echolab.errors import DataError
 from echolab.training.datamodule import Feed, ShardDataModule
-from echolab.training.sections import Beats
 from echolab.training.parts import Intervals
+from echolab.training.sections import Beats
 
 EVERY = Intervals(log=1, save=2)
 Steps = list[list[str]]  # for each step, the keys

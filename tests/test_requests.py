@@ -101,7 +101,7 @@ def test_a_signal_ends_after_the_step(tmp_path: Path, number: signal.Signals) ->
 def test_without_time_for_a_save_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echolab.training.callbacks.SAVE_TIMES", 1e6)
+    monkeypatch.setattr("echolab.training.saving.SAVE_TIMES", 1e6)
     every = Intervals(log=0, save=1)
 
     def on_step(step: int, steps: int) -> None:

@@ -60,13 +60,14 @@ COVERING = covering(ALLOWED)
 
 
 def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
-    """Of 480 combinations: one rank cannot share a clip, and only ZeRO has masters to offload."""
+    """Of 480 combinations; one rank cannot share a clip, and only ZeRO has masters to offload."""
     for case in everything():
         why = refusal(machine_of(case))
         alone = case["strategy"] == "single" and case["sequence_parallel"] == 2
         nowhere = case["offload"] == "optimizer" and not case["strategy"].startswith("zero")
-        assert (why is not None) == (alone or nowhere), (case, why)
-    assert len(ALLOWED) == 24 + 48 + 3 * 96
+        wrong = case["strategy"] == "zero3" and case["compile"]
+        assert (why is not None) == (alone or nowhere or wrong), (case, why)
+    assert len(ALLOWED) == 24 + 48 + 96 + 96 + 48
     covered = set().union(*map(pairs_of, COVERING))
     assert covered == set().union(*map(pairs_of, ALLOWED))
 
@@ -80,6 +81,7 @@ def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
         (Machine("ddp", checkpointing="some"), "trainer.checkpointing=some: unknown; one of none"),
         (Machine("zero1", offload="all"), "trainer.offload=all: unknown; one of none, optimizer"),
         (Machine("ddp", offload="optimizer"), "trainer.offload=optimizer: ddp keeps its weights"),
+        (Machine("zero3", compile=True), "gradients come out wrong; take strategy zero2"),
         (Machine("ddp", devices=3, sequence_parallel=2), "must divide the number of ranks, 3"),
         (Machine("ddp", sequence_parallel=0), "must divide the number of ranks, 1"),
     ],
@@ -125,7 +127,7 @@ def change(folder: Path, case: Case) -> dict[str, Tensor]:
 def test_whatever_goes_together_trains_the_same(
     fork_server: ForkServer, reference: Path, alone: bool
 ) -> None:
-    """Within rounding of the sum of a gradient in fp32, of one in a hundred in bf16."""
+    """By how much weights moved, moments, average: as fp32 rounds sums, and as bf16 rounds."""
     cases = [case for case in COVERING if (case["strategy"] == "single") == alone]
     train(fork_server, reference, cases)
     plain = {key: values[0] for key, values in AXES.items()}
@@ -133,7 +135,7 @@ def test_whatever_goes_together_trains_the_same(
     for case in cases:
         found = change(reference, case)
         assert found.keys() == expected.keys()
-        limit = 1e-4 if case["precision"] == "32-true" else 0.15
+        limit = 1e-5 if case["precision"] == "32-true" else 0.05
         for part in ("master", "exp_avg", "exp_avg_sq", "ema"):
             names = [name for name in expected if name.startswith(part + "/")]
             whole = torch.cat([expected[name].flatten() for name in names])

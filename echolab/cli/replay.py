@@ -10,9 +10,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> int:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echolab-replay-")))
         start = prepare(run, out, step)
-        rows, exact = replay(config, out, step)
+        with redirect_stdout(sys.stderr):  # what training says is no answer
+            rows, exact = replay(config, out, step)
         log = int(config["every"]["log"])
         found = list(differences(run, out, (start, step), rows, log, exact=exact))
     if arguments.format == "json":

@@ -87,9 +87,9 @@ def words(told: dict[str, Any]) -> str:
     lines.append(f"  newest checkpoint: {saved}; again: {told['requeue']} ({told['decision']})")
     if told["exclude"]:
         lines.append(f"  hosts to leave out: {', '.join(told['exclude'])}")
-    lines += ["", "  attempt  began             seconds  steps       saved  ended by"]
+    lines += ["", "  attempt  began (UTC)       seconds  steps       saved  ended by"]
     for number, row in enumerate(told["history"], 1):
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["started"]))
+        began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row["started"]))
         steps = f"{max(row['first_step'], 0)}-{row['last_step']}"
         made = row["checkpoint"] if row["checkpoint"] > row["checkpoint_before"] else "-"
         where = f", rank {row['rank']} on {row['host']}" if row["rank"] >= 0 else ""

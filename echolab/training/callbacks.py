@@ -4,6 +4,7 @@ Before: the learning rate, and the reference of a preference epoch that begins.
 After:  average, vote, guard, log, validate, save; then the run goes on, goes back, or ends.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from echolab.data.ledger import LEDGER
+from echolab.errors import EcholabError
 from echolab.training import checkpoint as checkpoints
 from echolab.training import engine, ranks, recovery, resume
 from echolab.training.checkpoint import Checkpoint
@@ -27,6 +29,7 @@ from echolab.training.preference import References
 from echolab.training.recovery import Action, What
 from echolab.training.requests import Requests, asked
 from echolab.training.retention import set_aside
+from echolab.training.saving import Saving
 from echolab.training.sections import Beats
 from echolab.training.spikes import Spike
 from echolab.training.stopping import StopSignals
@@ -35,7 +38,6 @@ from echolab.training.vote import Vote, count, wait
 from echolab.training.writer import CheckpointWriter
 
 NEWEST = 2  # checkpoints that are kept beside those of epoch boundaries
-SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
 
 
 class Steps(pl.Callback):
@@ -56,13 +58,12 @@ class Steps(pl.Callback):
         self.requests = Requests(training.folder)
         self.step = 0  # optimizer steps done
         self.made = 0  # by this attempt, those included that were gone back over
+        self.skipped = 0  # of these, by DeepSpeed, before training went back
         self.reason = ""  # why the run ended early; empty while it goes on
         self.signal = 0  # its number, where a signal is the reason
         self.unsaved = False  # ended with steps that no checkpoint has
         self.resumed: Checkpoint | None = None
-        self.saved: Path | None = None
-
-    # -- the beginning ------------------------------------------------------------------------
+        self.newest: Path | None = None  # checkpoint, at the end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """All ranks make sure that they do the same, and go on from the same checkpoint."""
@@ -78,7 +79,7 @@ class Steps(pl.Callback):
 
     def _go_on_from(self, found: Checkpoint) -> None:
         """Everything but the tensors."""
-        self.resumed, self.step, self.saved = found, found.step, found.path
+        self.resumed, self.step, self.newest = found, found.step, found.path
         self.data.go_to(found.step)
         self.data.curriculum.load_state_dict(found.state["curriculum"])
         self.references.load_state_dict(found.state["objectives"])
@@ -101,12 +102,14 @@ class Steps(pl.Callback):
             self.folder, self.masters, self.ema, keep=self._keeps, newest=NEWEST
         )
         self.writer.check_start()
+        check_frozen = partial(self.guarding.check_frozen, pl_module.net)
+        self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
         replicated = 1 if self.training.machine.sharded else ranks.world()
         self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
         self.evaluation = Evaluation(self.training, self.data, pl_module, self.masters, self.ema)
         self.guarding.start(pl_module.net, self.beats.seconds)
         if not self.resumed and self.schedule.needs_reference(0):
-            self.save()
+            self.saving.now()
         self._begin_ledger()
         self.telling = Telling(self.module, self.data, self.beats, self.step)
 
@@ -136,8 +139,6 @@ class Steps(pl.Callback):
             if self.references.enter(boundary, fresh=position.within == 0, device=pl_module.device):
                 self.guarding.reference_entered()
 
-    # -- after each step ----------------------------------------------------------------------
-
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -153,7 +154,6 @@ class Steps(pl.Callback):
         self.beats.enter("vote", self.step + 1)
         self.ema.update(self.masters)
         self.step, self.made = self.step + 1, self.made + 1
-        engine.check_counts(trainer, steps=self.made, accumulation=self.data.feed.accumulation)
         loss = self.module.take_loss() / self.data.feed.accumulation
         vote = count(
             {
@@ -164,11 +164,8 @@ class Steps(pl.Callback):
                 **self._asked(),
             }
         )
-        norm = self.module.take_norm()
-        action, spike = self.guarding.judge(vote, norm, self.step - 1, self.schedule)
-        if action.what is What.GO_BACK and self._go_back(action, spike):
+        if not self._sane(trainer, vote):
             return
-        self.guarding.record(action, spike)
         if self.ledger:
             self.ledger.commit(batch.step, batch.kind)
         self._after(vote)
@@ -177,9 +174,27 @@ class Steps(pl.Callback):
         trainer.should_stop = self.reason != ""
 
     def _asked(self) -> dict[str, float]:
-        needed = SAVE_TIMES * self.writer.seconds
-        own = asked(self.signals, self.requests, job_ends=self.training.job_ends, needed=needed)
+        ends, needed = self.training.job_ends, self.saving.needed
+        own = asked(self.signals, self.requests, job_ends=ends, needed=needed)
         return own | {"memory": float(self.guarding.memory.over())}
+
+    def _sane(self, trainer: pl.Trainer, vote: Vote) -> bool:
+        """Guard the step; False where training went back.  Raises on every rank or on none."""
+        norm = self.module.take_norm()
+        try:
+            action, spike = self.guarding.judge(vote, norm, self.step - 1, self.schedule)
+        except EcholabError:
+            self.saving.publish()  # what was begun while all was well is not lost
+            raise
+        if action.what is What.GO_BACK and self._go_back(action, spike):
+            self.skipped = engine.skipped(trainer)
+            return False
+        self.guarding.record(action, spike)
+        accumulation = self.data.feed.accumulation
+        engine.check_counts(
+            trainer, steps=self.made, accumulation=accumulation, skipped=self.skipped
+        )
+        return True
 
     def _go_back(self, action: Action, spike: Spike | None) -> bool:
         """To an earlier checkpoint, to do its steps again or others instead; False: there is none.
@@ -187,9 +202,10 @@ class Steps(pl.Callback):
         Lightning asks for another loader, since the present one ends.
         """
         assert spike is not None
-        self._publish()
+        self.saving.publish()
         self.beats.enter("save")
         found = resume.newest(self.folder, action.to_step)
+        found = found or resume.newest(self.folder, spike.step)  # none is old enough
         if found is None:
             self.guarding.note(spike, recovery.without_checkpoint(spike).event)
             return False
@@ -202,6 +218,7 @@ class Steps(pl.Callback):
             self.data.place = self.schedule.place
         self._go_on_from(found)
         checkpoints.restore(found, self.module.net, self.masters, self.ema)
+        self.saving.saved = found.path
         self.module.meter = Meter()
         self._begin_ledger()
         self.telling = Telling(self.module, self.data, self.beats, self.step)
@@ -209,7 +226,7 @@ class Steps(pl.Callback):
 
     def _after(self, vote: Vote) -> None:
         last = self.step in (self.schedule.steps, self.training.until)
-        ends = vote.reason or last
+        ends = bool(vote.reason) or last
         if self._due(self.every.log) or ends:
             self._log()
         if self._due(self.every.replicas):
@@ -223,7 +240,7 @@ class Steps(pl.Callback):
             vote = wait(self._asked)
         if vote.save and ranks.rank() == 0:
             self.requests.clear("SAVE")
-        if vote.reason or last:
+        if vote.reason or last:  # also in a pause
             self._end(vote)
 
     def _due(self, every: int) -> bool:
@@ -232,38 +249,25 @@ class Steps(pl.Callback):
     def _save_if_due(self, vote: Vote, ends: bool) -> None:
         """Behind the training where it goes on; at once where it ends, or where it needs it."""
         if self.writer.pending and vote.written == ranks.world():
-            self._publish()
+            self.saving.publish()
         pruned = vote.prune and not self._keeps(self.step)
         if vote.late or pruned:
             self.unsaved = True
         elif ends or vote.pause or self.schedule.needs_reference(self.step):
-            self.save()
+            self.saving.now()
         elif self._due(self.every.save) or self._keeps(self.step) or vote.save:
-            self._begin_save()
+            self.saving.begin()
         self.beats.enter("vote")
-
-    def save(self) -> None:
-        """Write a checkpoint, and wait until it is whole; collective."""
-        self._begin_save()
-        self._publish()
-
-    def _begin_save(self) -> None:
-        self.beats.enter("save")
-        self.guarding.check_frozen(self.module.net)
-        self.writer.begin(self.state())
-
-    def _publish(self) -> None:
-        self.beats.enter("save")
-        self.saved = self.writer.finish() or self.saved
 
     def _end(self, vote: Vote) -> None:
         """Say why; a run is done once its export has been seen to be what was trained."""
         done = self.step == self.schedule.steps
         reason = "done" if done else vote.reason or "until"
-        if done and self.training.parity and self.saved:
+        if done and self.training.parity and self.saving.saved:
             self.beats.enter("eval")
-            self._tell(self.evaluation.parity(self.saved))
+            self._tell(self.evaluation.parity(self.saving.saved))
         self.writer.close()
+        self.newest = self.saving.saved
         self.reason, self.signal = reason, vote.signal if reason == "signal" else 0
         if ranks.rank() == 0:
             for name in ("STOP", "PRUNE"):
@@ -273,8 +277,6 @@ class Steps(pl.Callback):
         """Tell the supervisor."""
         self.beats.enter("teardown")
 
-    # -- what is told -------------------------------------------------------------------------
-
     def _tell(self, values: dict[str, float]) -> None:
         if self.training.log and ranks.rank() == 0:
             self.training.log(self.step, values)
@@ -283,18 +285,15 @@ class Steps(pl.Callback):
         values = self.telling.values(self.step, self.schedule)
         self._tell(values | self.guarding.look(self.step, self.beats.seconds))
 
-    # -- the state ----------------------------------------------------------------------------
-
     def state(self) -> dict[str, Any]:
         """All that the future depends on beside the tensors, as JSON."""
+        supervised = self.schedule.supervised_steps(self.step)
         return {
             "step": self.step,
             "optimizer_updates": self.masters.updates,
             "ema": self.ema.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "curriculum": self.data.curriculum.state_dict(
-                self.schedule.supervised_steps(self.step)
-            ),
+            "curriculum": self.data.curriculum.state_dict(supervised),
             "objectives": self.references.state_dict(),
             "spikes": self.guarding.detector.state_dict(),
             "origin": {"world": ranks.world(), "masters": type(self.masters).__name__},

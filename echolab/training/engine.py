@@ -181,17 +181,25 @@ def check(plan: Plan, asked: dict[str, Any]) -> None:
         )
 
 
-def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int) -> None:
+def skipped(trainer: pl.Trainer) -> int:
+    """Steps whose gradient was not finite, so that DeepSpeed left the weights as they were."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return 0
+    return int(trainer.strategy.deepspeed_engine.skipped_steps)
+
+
+def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped: int = 0) -> None:
     """EcholabError where the engine counts otherwise than `steps` optimizer steps since it began.
 
-    To be called after the last micro-batch of each step.
+    To be called after the last micro-batch of each step.  `skipped` is how many of them were gone
+    back over because their gradient was not finite.
     """
     counts = {"lightning's global_step": (trainer.global_step, steps)}
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         engine = trainer.strategy.deepspeed_engine
         counts["deepspeed's global_steps"] = (engine.global_steps, steps)
         counts["deepspeed's micro_steps"] = (engine.micro_steps, steps * accumulation)
-        counts["deepspeed's skipped_steps"] = (engine.skipped_steps, 0)
+        counts["deepspeed's skipped_steps"] = (engine.skipped_steps, skipped)
     differ = [f"{name} is {a}, not {b}" for name, (a, b) in counts.items() if a != b]
     if differ:
         raise EcholabError(

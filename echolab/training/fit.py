@@ -97,7 +97,7 @@ def fit(training: Training) -> FitResult:
         reason=steps.reason,
         stopped_by=steps.signal,
         unsaved=steps.unsaved,
-        checkpoint=steps.saved,
+        checkpoint=steps.newest,
     )
 
 

@@ -64,7 +64,7 @@ def files_of(manifest: Manifest) -> dict[str, list[str]]:
         match = FILE.fullmatch(name)
         if match and match["part"]:
             found.setdefault(match["part"], []).append(name)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _size_fault(path: Path, name: str, told: Mapping[str, Any]) -> str:

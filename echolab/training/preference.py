@@ -56,9 +56,9 @@ class References:
             raise ConfigError("schedule: preference epochs need a reference; give reference=")
         self.reference.load(load_ema_weights(self.pinned or boundary))
         self.reference.to(device)
-        self._entered = boundary
         if fresh:
             self.load_state_dict(self._fresh)
+        self._entered = boundary
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +66,12 @@ class References:
         return {kind: dict(objective.state_dict()) for kind, objective in self.stateful.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`; the reference is read again.
+
+        A run that went back trains its way to the same boundary anew, and not always to the same
+        weights.
+        """
+        self._entered = None
         for kind, objective in self.stateful.items():
             if kind in state:
                 objective.load_state_dict(state[kind])

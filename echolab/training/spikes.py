@@ -1,10 +1,10 @@
 """Finds spikes of the loss and of the gradient's norm, by what the last steps of their kind were.
 
 A value counts as a spike where it lies too many robust standard deviations (1.4826 x the median
-absolute deviation) above the median of a window, both measured on asinh(value / scale), a logarithm that
-goes through zero: losses of preferences come near zero, and some are negative.  The scale is the
-median of the absolute values, and up to ten times that where signs are mixed: values that lie on
-both sides of zero have no order of magnitude, and are to be measured linearly.
+absolute deviation) above the median of a window, both measured on asinh(value / scale): a logarithm
+that goes through zero, since losses of preferences come near zero, and some are negative.  The
+scale is the median of the absolute values, and up to ten times that where signs are mixed: values
+that lie on both sides of zero have no order of magnitude, and are to be measured linearly.
 """
 
 import math

@@ -8,12 +8,15 @@ import os
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import nn
 
 from echolab.errors import ConfigError
+from echolab.training.masters import masters_of
 from echolab.training.memory import KEPT, compiler_missing
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
@@ -96,6 +99,11 @@ def refusal(machine: Machine) -> str | None:
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
             "one; take strategy zero1, zero2 or zero3, or offload=none"
         )
+    if machine.compile and machine.strategy == "zero3":
+        return (
+            "trainer.compile=true: torch.compile traces the hooks by which zero3 gathers weights, "
+            "and gradients come out wrong; take strategy zero2, or compile=false"
+        )
     if machine.compile and (missing := compiler_missing(machine.device)):
         return f"trainer.compile=true: {missing}"
     return None
@@ -104,8 +112,9 @@ def refusal(machine: Machine) -> str | None:
 class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed, on CPUs too: over gloo, with DeepSpeed's CPU accelerator.
 
-    On GPUs every method is the parent's.  Lightning 2.6 refuses CPUs in `setup_environment`, checks
-    GPU indices in `setup_distributed`, and passes `device_rank=None` to `deepspeed.initialize`.
+    On GPUs every method is the parent's, but for the masters' first values.  Lightning 2.6 refuses
+    CPUs in `setup_environment`, checks GPU indices in `setup_distributed`, and passes
+    `device_rank=None` to `deepspeed.initialize`.
     """
 
     @property
@@ -143,6 +152,20 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         with mock.patch.object(deepspeed, "initialize", without_args):
             super().init_deepspeed()
         return None
+
+    def _setup_model_and_optimizer(self, model: nn.Module, *given: Any) -> tuple[Any, Any]:
+        """DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them."""
+        if self.precision_plugin.precision == "32-true":
+            return super()._setup_model_and_optimizer(model, *given)
+        first = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        engine, zero = super()._setup_model_and_optimizer(model, *given)
+        masters = masters_of(model, zero)
+        masters.fill(masters.local, first)
+        return engine, zero
 
 
 def strategy_of(machine: Machine) -> Strategy | str:

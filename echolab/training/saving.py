@@ -1,0 +1,46 @@
+"""Saves of a running training: at once, or begun now and published some steps later."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from echolab.training.sections import Beats
+from echolab.training.writer import CheckpointWriter
+
+SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
+
+
+class Saving:
+    """Writes what `state` says, once `check` has found nothing wrong.  All is collective."""
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        beats: Beats,
+        state: Callable[[], dict[str, Any]],
+        check: Callable[[], None],
+        saved: Path | None,
+    ) -> None:
+        self.writer, self.beats, self.state, self.check = writer, beats, state, check
+        self.saved = saved  # the newest whole one
+
+    @property
+    def needed(self) -> float:
+        """Seconds to allow for a save.  Not collective."""
+        return SAVE_TIMES * self.writer.seconds
+
+    def begin(self) -> None:
+        """Training goes on while it is written."""
+        self.beats.enter("save")
+        self.check()
+        self.writer.begin(self.state())
+
+    def publish(self) -> None:
+        """Wait for what was begun, if anything was."""
+        self.beats.enter("save")
+        self.saved = self.writer.finish() or self.saved
+
+    def now(self) -> None:
+        """Write a checkpoint, and wait until it is whole."""
+        self.begin()
+        self.publish()

@@ -1,0 +1,64 @@
+"""A small run whose loss goes wrong where it is told to, alone or as one of several ranks."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import runs
+import tiny
+
+from echolab.training.parts import ALONE, Intervals, Machine
+from echolab.training.spikes import Guards
+from echolab.types import Batch, Draws, Loss
+
+STEPS = 12
+EVERY = Intervals(log=1, save=3, replicas=2)
+
+
+class Faulty:
+    """The supervised objective, whose loss is multiplied where `bad` says so."""
+
+    def __init__(self, bad: Callable[[Batch], float]) -> None:
+        self.bad, self.plain = bad, runs.Supervised(runs.PHASES)
+
+    def __call__(self, net: Any, batch: Batch, draws: Draws) -> Loss:
+        loss = self.plain(net, batch, draws)
+        return loss._replace(value=loss.value * self.bad(batch))
+
+
+class Once:
+    """A fault of the machine: the 8th loss, and no other, comes out wrong."""
+
+    def __init__(self, factor: float) -> None:
+        self.calls, self.factor = 0, factor
+
+    def __call__(self, batch: Batch) -> float:
+        self.calls += 1
+        return self.factor if self.calls == 8 else 1.0
+
+
+def train(
+    root: Path, bad: Callable[[Batch], float], machine: Machine = ALONE, **guards: Any
+) -> list[dict[str, Any]]:
+    result, rows = runs.train(
+        root,
+        runs.schedule(("sft", STEPS)),
+        objectives={"sft": Faulty(bad)},
+        every=EVERY,
+        guards=Guards(**{"warmup": 4, "window": 16, **guards}),
+        ledger=True,
+        net=tiny.net(trained=True),
+        machine=machine,
+    )
+    assert result.done and result.step == STEPS
+    return rows
+
+
+def rank(root: str, strategy: str, world: int, wrong: int) -> int:
+    """A rank of a run that does its steps again; the loss of rank `wrong` is once not finite."""
+    own = int(os.environ["RANK"]) == wrong
+    bad = Once(float("nan")) if own else lambda batch: 1.0
+    machine = Machine(strategy, devices=world, shard_small=True)
+    train(Path(root), bad, policy="recompute", machine=machine)
+    return 0

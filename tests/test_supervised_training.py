@@ -1,0 +1,113 @@
+"""Real ranks over gloo, hurt from outside: the run ends within its bound, and the rank is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import encoded
+import pytest
+
+from echolab.cli.__main__ import main
+from echolab.launch import exit_codes
+from echolab.launch.records import NodeRecord, read_launches
+from echolab.training.sections import beats_path, read_beat
+
+pytestmark = pytest.mark.slow
+
+# Small where something was seen: steps of tiny networks on a crowded machine take up to a second.
+DEADLINES = ("supervise.floor=8", "supervise.step=20", "supervise.data_wait=20")
+BOUND = 240.0
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoded.write(tmp_path_factory.mktemp("encoded"), 12)[0]
+
+
+class Training:
+    """`echolab train` with several ranks, at work."""
+
+    def __init__(self, run: Path, clips: Path, ranks: int, *words: str) -> None:
+        self.run, self.ranks = run, ranks
+        command = [sys.executable, "-m", "echolab.cli", "train", *encoded.SETTINGS]
+        command += [f"data.clips={clips}", f"run={run}", encoded.plan(("sft", 5000)), *DEADLINES]
+        command += ["trainer.strategy=ddp", f"trainer.devices={ranks}", f"batch_size={ranks}"]
+        self.process = subprocess.Popen(
+            [*command, "every.save=5", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def at_work(self, steps: int = 8) -> NodeRecord:
+        """Its record, once every rank did so many steps."""
+        end = time.monotonic() + BOUND
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.process.communicate()[1]
+            for record in (r for launch in read_launches(self.run) for r in launch):
+                found = [read_beat(beats_path(Path(record.beats), r)) for r in record.ranks]
+                if all(beat and beat.step >= steps for beat in found):
+                    return record
+            time.sleep(0.1)
+        raise AssertionError("no steps were taken")
+
+    def end(self) -> str:
+        """What it said; it must have failed in a way that is worth another try."""
+        said = self.process.communicate(timeout=BOUND)[1]
+        assert self.process.returncode == exit_codes.RETRYABLE, said
+        return said
+
+
+def why(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["why", str(run), "format=json"]) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return told
+
+
+def send(number: int, rank: int) -> Callable[[NodeRecord], None]:
+    return lambda record: os.kill(record.pids[rank], number)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hurt", "cause", "rank"),
+    [
+        (4, send(signal.SIGKILL, 2), "killed", 2),
+        (2, send(signal.SIGSTOP, 1), "stopped_process", 1),
+    ],
+)
+def test_a_rank_that_is_killed_or_stopped(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    ranks: int, hurt: Callable[[NodeRecord], None], cause: str, rank: int,
+) -> None:  # fmt: skip
+    training = Training(tmp_path / "run", clips, ranks)
+    record = training.at_work()
+    hurt(record)
+    said = training.end()
+    told = why(training.run, capsys)
+    assert (told["cause"], told["rank"]) == (cause, rank), said
+    assert told["requeue"] and told["checkpoint"] >= 5 and told["step"] >= 8
+    assert f"rank {rank} (" in said.splitlines()[-1]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in record.pids)
+
+
+def test_a_read_that_never_ends(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One shard of the second rank becomes a pipe that nobody writes to."""
+    training = Training(tmp_path / "run", clips, 2)
+    training.at_work()
+    for shard in clips.glob("*.tar"):
+        shard.rename(shard.with_suffix(".kept"))
+        os.mkfifo(shard)
+    said = training.end()
+    told = why(training.run, capsys)
+    assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
+    assert any("/echolab/data/" in frame for frame in told["stack"])

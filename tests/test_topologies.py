@@ -1,0 +1,159 @@
+"""Killed, gone on with, moved to other ranks and stages: always the run of one process.
+
+Tolerances are of the whole of a part: the norm of the difference over the norm of what one process
+has.  Sums over ranks and micro-batches are rounded in another order, which no run can avoid; what
+is loaded is equal bit for bit.
+"""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import runs
+import torch
+from forked import ForkServer
+
+from echolab.training.checkpoint import PARTS, Checkpoint, latest_valid, open_checkpoint
+
+pytestmark = pytest.mark.slow
+
+SEED = 5
+FIRST, LAST = 8, 28  # kill and resume end at step 8; 20 further steps elsewhere
+LIMIT = 1e-6
+
+
+class Topology(NamedTuple):
+    strategy: str
+    world: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"{self.strategy}-{self.world}x{self.accumulation}"
+
+
+ALONE = Topology("single", 1, 1)
+TOPOLOGIES = [
+    Topology("single" if world == 1 and strategy == "ddp" else strategy, world, accumulation)
+    for world in (1, 2, 4)
+    for strategy in ("ddp", "zero1", "zero2", "zero3")
+    for accumulation in (1, 3)
+]
+
+
+def transitions() -> Iterator[tuple[Topology, Topology]]:
+    """Every topology is left or entered, to or from one of another world and another strategy."""
+    chooser = random.Random(SEED)
+    left = chooser.sample(TOPOLOGIES, len(TOPOLOGIES))
+    while left:
+        first = left.pop()
+        fitting = [t for t in left if t.world != first.world and t.strategy != first.strategy]
+        second = chooser.choice(fitting or left)
+        left.remove(second)
+        yield first, second
+
+
+TRANSITIONS = list(transitions())
+
+
+class Attempts:
+    """Starts attempts over datasets that are there already."""
+
+    def __init__(self, server: ForkServer, root: Path) -> None:
+        self.server, self.root = server, root
+
+    def _told(self, where: Topology, out: Path, until: int, **more: Any) -> dict[str, Any]:
+        out.mkdir(parents=True, exist_ok=True)
+        arguments = {**where._asdict(), "root": str(self.root), "out": str(out), "until": until}
+        return {"world": where.world, "arguments": {**arguments, **more}}
+
+    def run(self, where: Topology, out: Path, until: int, **more: Any) -> Checkpoint:
+        """To its end; the newest checkpoint."""
+        self.server.run("topologies:attempt", **self._told(where, out, until, **more))
+        found, rejected = latest_valid(out / "checkpoints")
+        assert found and found.step == until and not rejected
+        return found
+
+    def kill(self, where: Topology, out: Path, at: int, delay: float) -> None:
+        """SIGKILL all ranks soon after step `at`."""
+        told = self._told(where, out, LAST, kill_at=at)
+        ranks = self.server.start("topologies:attempt", **told)
+        while not (out / "reached").exists():
+            assert not any(ranks.codes()), ranks.outputs()
+            time.sleep(0.01)
+        time.sleep(delay)
+        ranks.signal(signal.SIGKILL)
+        assert ranks.wait() == [-signal.SIGKILL] * where.world
+
+
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Attempts:
+    root = tmp_path_factory.mktemp("topologies")
+    runs.write_clips(root / "clips", 13)
+    runs.write_pairs(root / "pairs", 5)
+    attempts = Attempts(fork_server, root)
+    attempts.run(ALONE, root / "alone-first", FIRST)
+    attempts.run(ALONE, root / "alone", LAST)
+    return attempts
+
+
+def check_equal(found: Checkpoint, expected: Checkpoint) -> None:
+    """Weights, moments and average, within LIMIT."""
+    for part in PARTS:
+        ours, theirs = found.tensors(part), expected.tensors(part)
+        assert set(ours) == set(theirs)
+        whole = torch.cat([theirs[name].double().flatten() for name in theirs])
+        error = torch.cat([(ours[n].double() - theirs[n].double()).flatten() for n in theirs])
+        print(f"{part} {float(error.norm() / whole.norm()):.2e} {float(error.abs().max()):.2e}")
+        assert error.norm() <= LIMIT * whole.norm(), part
+        if part in ("master", "ema"):
+            assert error.abs().max() <= LIMIT, part
+
+
+def folder(attempts: Attempts, where: Topology) -> Path:
+    return attempts.root / str(where)
+
+
+@pytest.mark.parametrize("where", TOPOLOGIES, ids=str)
+def test_killed_and_resumed_is_the_run_of_one_process(attempts: Attempts, where: Topology) -> None:
+    chooser = random.Random(f"{SEED} {where}")
+    at, delay = chooser.randint(1, FIRST - 3), chooser.uniform(0, 0.2)
+    print(f"seed {SEED}: killed {delay:.3f} s after step {at}")
+    out = folder(attempts, where)
+    attempts.kill(where, out, at, delay)
+    found = attempts.run(where, out, FIRST)
+    check_equal(
+        found, open_checkpoint(attempts.root / f"alone-first/checkpoints/{found.path.name}")
+    )
+
+
+@pytest.mark.parametrize("pair", TRANSITIONS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
+def test_what_one_saved_another_loads_bit_for_bit_and_goes_on(
+    attempts: Attempts, tmp_path: Path, pair: tuple[Topology, Topology]
+) -> None:
+    first, second = pair
+    if not folder(attempts, first).exists():
+        attempts.run(first, folder(attempts, first), FIRST)
+    shutil.copytree(folder(attempts, first), tmp_path / "run")
+    saved, _ = latest_valid(tmp_path / "run/checkpoints")
+    assert saved and saved.step == FIRST
+    before = {part: dict(saved.tensors(part)) for part in PARTS}
+    found = attempts.run(second, tmp_path / "run", LAST, again=str(tmp_path / "again"))
+    loaded, _ = latest_valid(tmp_path / "again")
+    assert loaded and loaded.state["optimizer_updates"] == saved.state["optimizer_updates"]
+    for part in PARTS:
+        for name, tensor in before[part].items():
+            assert torch.equal(
+                loaded.tensors(part)[name].view(torch.int32), tensor.view(torch.int32)
+            )
+    check_equal(found, open_checkpoint(attempts.root / f"alone/checkpoints/{found.path.name}"))
+
+
+def test_the_transitions_go_everywhere() -> None:
+    assert len(TRANSITIONS) == 12
+    assert {t for pair in TRANSITIONS for t in pair} == set(TOPOLOGIES)
+    assert all(a.world != b.world or a.strategy != b.strategy for a, b in TRANSITIONS)

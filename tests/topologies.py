@@ -1,0 +1,55 @@
+"""One attempt of a run at one topology: what the ranks of test_topologies do."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ranked
+import runs
+
+from echolab.training.fit import Machine
+from echolab.training.parts import Intervals
+
+BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches
+OPTIM = runs.Optim(clip=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step
+
+
+def attempt(
+    root: str,
+    out: str,
+    strategy: str,
+    world: int,
+    accumulation: int,
+    until: int,
+    kill_at: int = 0,
+    again: str = "",
+) -> None:
+    """Go on to step `until`, or tell in `out`/reached that `kill_at` is, and wait two steps later.
+
+    What is loaded is written again below `again`.
+    """
+    reached = Path(out) / "reached"
+
+    def on_step(step: int, steps: int) -> None:
+        if kill_at and step == kill_at:
+            reached.touch()
+        if kill_at and step == kill_at + 2:
+            time.sleep(600)
+
+    if again:
+        ranked.save_what_was_loaded(Path(again))
+    os.environ["WORLD_SIZE"] = str(world)
+    settings: dict[str, Any] = {"until": until} if until < STEPS else {}
+    runs.train(
+        Path(root),
+        runs.schedule(("sft", STEPS), lr=1e-3),
+        folder=Path(out),
+        batch_size=BATCH,
+        micro_batch_size=BATCH // world // accumulation,
+        optim=OPTIM,
+        machine=Machine(strategy, devices=world, shard_small=True),
+        every=Intervals(log=0, save=2),
+        on_step=on_step,
+        **settings,
+    )
