@@ -1,6 +1,5 @@
 """Real runs with many settings at once, one after another in the same ranks."""
 
-import json
 import os
 import time
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytorch_lightning as pl
 import runs
 import tiny
 import torch
@@ -17,9 +15,7 @@ from torch import Tensor
 
 from echolab.training import fit as fitting
 from echolab.training import memory, ranks
-from echolab.training.callbacks import Steps
 from echolab.training.checkpoint import open_checkpoint
-from echolab.training.engine import asked_for, check, check_hooks, plan_of
 from echolab.training.fit import Machine
 
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -33,23 +29,6 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(map(str, case.values()))
 
 
-def read_plan(to: Path, machine: Machine, accumulation: int) -> Any:
-    """Compare the engine with what was asked for once all is set up, and keep what it is."""
-    start = Steps.on_train_start
-
-    def and_check(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        start(self, trainer, module)
-        average = [tensor for flats in self.ema.flats.values() for tensor in flats]
-        plan = plan_of(trainer, module.net, self.masters, average)  # type: ignore[arg-type]
-        check(plan, asked_for(machine, accumulation, OPTIM.clip, plan.blocks))
-        check_hooks(module, machine)
-        if ranks.rank() == 0:
-            to.write_text(json.dumps(plan._asdict()))
-            print(*plan.lines(), sep="\n")
-
-    return mock.patch.object(Steps, "on_train_start", and_check)
-
-
 def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
     """Train, and read the last checkpoint."""
     settings = {key: value for key, value in case.items() if key != "accumulation"}
@@ -58,10 +37,7 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
     # Inductor is tried in test_memory; here it is what Dynamo makes of hooks and collectives.
     quick = partial(memory.compile_blocks, backend="aot_eager")
     os.environ["WORLD_SIZE"] = str(world)  # Lightning forgets it after a run
-    with (
-        mock.patch.object(memory, "compile_blocks", quick),
-        read_plan(root / f"{name_of(case)}.json", machine, case["accumulation"]),
-    ):
+    with mock.patch.object(memory, "compile_blocks", quick):
         result, _ = runs.train(
             root,
             runs.schedule(("sft", STEPS)),
@@ -70,6 +46,7 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
             micro_batch_size=BATCH // groups // case["accumulation"],
             optim=OPTIM,
             machine=machine,
+            say=lambda lines: (root / f"{name_of(case)}.txt").write_text("\n".join(lines)),
         )
     assert isinstance(result, fitting.FitResult) and result.checkpoint
     found = open_checkpoint(result.checkpoint)
@@ -80,7 +57,7 @@ def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
     """In a rank."""
     folder = Path(root)
     for case in cases:
-        print(time.strftime('%X'), case, flush=True)
+        print(time.strftime("%X"), case, flush=True)
         torch._dynamo.reset()
         found = one(folder, case, world)
         if ranks.rank() == 0:

@@ -59,6 +59,25 @@ class Even(nn.Module):
         return (pull * self.weight).sum()
 
 
+class Tied(nn.Module):
+    """One weight under two names, behind a frozen layer that it must not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 5)
+        self.first, self.second = nn.Linear(5, 7, bias=False), nn.Linear(5, 7)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(torch.linspace(-0.5, 0.7 + i, parameter.numel()).view_as(parameter))
+        self.frozen.requires_grad_(False)
+        self.second.weight = self.first.weight
+
+    def forward(self, pull: Tensor) -> Tensor:
+        """[] -> []"""
+        given = self.frozen(torch.linspace(0, 1, 3).to(pull.dtype) * pull)
+        return (self.first(given).tanh() * self.second(given)).sum()
+
+
 def item(pull: float, share: float = 1.0) -> MicroBatch:
     """A micro-batch of one clip that pulls so."""
     batch = tiny.batch(1)
@@ -186,29 +205,59 @@ def clip(cases: list[dict[str, Any]], accumulations: list[int], world: int, to: 
             keep(watch, Path(to) / name_of(case, accumulation))
 
 
-def sabotage(case: dict[str, Any], world: int) -> int:
-    """In a rank: the last rank does not clip; 0 where that is found out on all ranks."""
+def tied(cases: list[dict[str, Any]], world: int, to: str) -> None:
+    """In a rank: every case; the frozen layer is what it was."""
+    import deepspeed
+
+    for case in cases:
+        net, plain = Tied(), Tied()
+        steps = [[(0.5 * step, 1.0)] * world for step in range(1, 5)]
+        keep(pull(net, machine_of(case, world), steps, CLIP, RATE), Path(to) / name_of(case))
+        frozen = dict(net.frozen.named_parameters())
+        cut = case["strategy"] == "zero3"
+        with deepspeed.zero.GatheredParameters(list(frozen.values()), enabled=cut):
+            for name, parameter in frozen.items():
+                assert torch.equal(parameter, plain.frozen.get_parameter(name)), (case, name)
+
+
+def sabotaged(case: dict[str, Any], world: int, patches: list[Any], told: str) -> int:
+    """Train with `patches`; 0 where this rank is told so."""
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        try:
+            pull(Pulled(), machine_of(case, world), pulls(3 * world), CLIP, RATE)
+        except EcholabError as error:
+            print(error)
+            return int(told not in str(error))
+    return 2
+
+
+def unclipped(case: dict[str, Any], world: int) -> int:
+    """In a rank: the last rank does not clip."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     def nothing(*given: Any, **keywords: Any) -> Tensor:
         return torch.zeros(())
 
-    machine = machine_of(case, world)
-    with ExitStack() as patches:
-        if os.environ["RANK"] == str(machine.world - 1):
-            for owner, name in (
-                (DeepSpeedZeroOptimizer, "unscale_and_clip_grads"),
-                (DeepSpeedZeroOptimizer_Stage3, "unscale_and_clip_grads"),
-                (nn.utils, "clip_grad_norm_"),
-            ):
-                patches.enter_context(mock.patch.object(owner, name, nothing))
-        try:
-            pull(Pulled(), machine, pulls(machine.world), CLIP, RATE)
-        except EcholabError as error:
-            print(error)
-            return int("did not clip on all ranks" not in str(error))
-    return 2
+    places = [
+        (DeepSpeedZeroOptimizer, "unscale_and_clip_grads"),
+        (DeepSpeedZeroOptimizer_Stage3, "unscale_and_clip_grads"),
+        (nn.utils, "clip_grad_norm_"),
+    ]
+    here = os.environ["RANK"] == str(world - 1)
+    patches = [mock.patch.object(owner, name, nothing) for owner, name in places if here]
+    return sabotaged(case, world, patches, "did not clip on all ranks")
+
+
+def unaccumulated(case: dict[str, Any], world: int) -> int:
+    """In a rank: DeepSpeed steps after every micro-batch."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    patch = mock.patch.object(DeepSpeedEngine, "gradient_accumulation_steps", lambda engine: 1)
+    told = "after 1 steps of 3 micro-batches: deepspeed's global_steps is 3, not 1"
+    return sabotaged(case, world, [patch], told)
 
 
 def precision(cases: list[dict[str, Any]], world: int, to: str) -> None:

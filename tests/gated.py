@@ -17,6 +17,7 @@ import torch
 from echolab.errors import ParityError
 from echolab.training import parity, ranks
 from echolab.training.callbacks import Steps
+from echolab.training.checkpoint import latest_valid
 from echolab.training.datamodule import HeldOut
 from echolab.training.ema import Ema
 from echolab.training.fit import Machine
@@ -83,13 +84,14 @@ def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
     told: dict[str, Any] = {"values": dict(values)}
-    assert steps.saved
+    saved, _ = latest_valid(steps.folder)
+    assert saved and saved.step == 4
     for how in ("nothing", "swap of averages", "perturbed", "names"):
         with broken(how):
             try:
                 found = check_parity(
                     *subject,
-                    checkpoint=steps.saved,
+                    checkpoint=saved.path,
                     folder=out,
                     clips=parity_clips(held.clips, TASKS),
                     how=Sampling(seed=1, shift=5.0, steps=3),

@@ -37,7 +37,8 @@ def said_by(check: Callable[[], Any]) -> str:
 def compare(to: str) -> None:
     """Three ranks, each fault at one of them, in one launch."""
     dist.init_process_group("gloo")
-    rank, told = dist.get_rank(), {}
+    rank = dist.get_rank()
+    told: dict[str, Any] = {}
     named = {
         "weight": torch.arange(12.0).reshape(3, 4),
         "bias": torch.ones(5, dtype=torch.bfloat16),

@@ -92,7 +92,7 @@ def play(folder: Path, part: dict[str, Any], beats: Beats, signals: StopSignals)
     if part.get("at") == "init":
         act(part["does"], folder)
     barrier(folder, rank, world, "start")
-    for step in range(STEPS):
+    for step in range(part.get("steps", STEPS)):
         for section in ("data_wait", "forward", "backward", "optimizer"):
             at(section, step)
             time.sleep(0.004)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from echolab.training import checkpoint as checkpoints
 from echolab.training import ranks
 from echolab.training.checkpoint import latest_for_all, latest_valid, restore
 from echolab.training.ema import Ema
+from echolab.training.manifest import serialise
 from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
 from echolab.training.writer import CheckpointWriter
 
@@ -72,11 +74,18 @@ def keep_all(step: int) -> bool:
 class Saver:
     """A net on one process that can be saved."""
 
-    def __init__(self, folder: Path, *, more: tuple[float, ...] = MORE, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        more: tuple[float, ...] = MORE,
+        widths: tuple[float, ...] = (),
+        **settings: Any,
+    ) -> None:
         self.net = net()
         self.masters = masters_of(self.net, adam(self.net))
         self.masters.prepare()
-        self.ema = Ema(0.9, more)
+        self.ema = Ema(0.9, more, widths)
         self.ema.start(self.masters)
         kept = {"keep": keep_all, **settings}
         self.writer = CheckpointWriter(folder, self.masters, self.ema, **kept)
@@ -102,7 +111,7 @@ class Saver:
 
 def check(found: checkpoints.Checkpoint) -> None:
     """All of it is of its step; nothing of another's."""
-    for number, part in enumerate([MASTER, *MOMENTS, *Ema(0.9, MORE).decays]):
+    for number, part in enumerate([MASTER, *MOMENTS, *Ema(0.9, MORE).parts]):
         for tensor in found.tensors(part).values():
             assert (tensor == found.step + number / 8).all()
     assert found.state["step"] == found.state["ema"]["updates"] == found.step
@@ -223,9 +232,29 @@ def save_with_fault(out: str, at: str) -> None:
     elif at == "memory" and ranks.rank() == 1:
         writing.host_buffer = real
     saver.save(3)
+    _see_another(Path(out))
 
 
-def refuse(*given: Any) -> Any:
+def _see_another(out: Path) -> None:
+    """Rank 1's disk has another checkpoint of the same name; both are told."""
+    from echolab.errors import CheckpointError
+
+    elsewhere = Path(f"{out}-elsewhere")
+    if ranks.rank() == 1:
+        content = json.loads((out / "step-000003/manifest.json").read_bytes())
+        content.pop("sha256")
+        shutil.copytree(out, elsewhere)
+        other = serialise({**content, "tied": {}})
+        (elsewhere / "step-000003/manifest.json").write_bytes(other)
+    told = ""
+    try:
+        latest_for_all(elsewhere if ranks.rank() == 1 else out)
+    except CheckpointError as error:
+        told = str(error)
+    (out / f"saw-{ranks.rank()}").write_text(told)
+
+
+def refuse(*given: Any, **named: Any) -> Any:
     """In place of a function that fails."""
     raise RuntimeError("this rank cannot")
 

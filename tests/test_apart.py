@@ -87,3 +87,13 @@ def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_pat
     for half in ("chosen", "rejected"):
         same = [torch.equal(p[f"error/{half}"], p[f"error/reference_{half}"]) for p in seen]
         assert same[0] and not same[-1]
+
+
+def test_a_run_whose_reference_is_its_policy_does_not_start(tmp_path: Path) -> None:
+    net = tiny.net(trained=True)
+    alias = Frozen(tiny.net(trained=True))
+    for own, other in zip(net.parameters(), alias.net.parameters(), strict=True):
+        other.data = own.data
+    with pytest.raises(ConfigError, match="reference: shares .* would follow it"):
+        runs.train(tmp_path, runs.schedule(("dpo", 1)), net=net, reference=alias)
+    assert not (tmp_path / "run/checkpoints").exists()

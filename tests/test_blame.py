@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from echolab.errors import CheckpointError as Damaged
-from echolab.errors import ConfigError, DataError, DivergedError, EcholabError
+from echolab.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    EcholabError,
+    ParityError,
+    ReplicaError,
+)
 from echolab.launch.blame import Failure, Observation, culprit, in_collective
 from echolab.launch.deadlines import Deadlines, limit, overdue
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
@@ -102,6 +109,9 @@ def test_a_stack_tells_who_waits() -> None:
         (DataError("x"), "data_wait", "data", 1),
         (DivergedError("x"), "vote", "diverged", 1),
         (EcholabError("x"), "init", "config", 1),
+        (EcholabError("x"), "vote", "refused", 1),
+        (ParityError("x"), "eval", "parity", 1),
+        (ReplicaError("x"), "vote", "replicas", 77),
         (Damaged("x"), "init", "start", 1),
         (Damaged("x"), "save", "disk", 77),
         (OSError(28, "No space left"), "save", "disk", 77),
@@ -178,7 +188,7 @@ SLURM = {
 
 def test_one_task_a_rank() -> None:
     places = layout(2, 2, {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
-    assert (places.first, places.count, places.supervisors, places.node) == (3, 1, 4, 1)
+    assert (places.first, places.ranks, places.supervisors, places.node) == (3, 1, 4, 1)
     env = places.environment(0)
     assert (env["RANK"], env["LOCAL_RANK"], env["NODE_RANK"], env["WORLD_SIZE"]) == (
         "3", "1", "1", "4",
@@ -189,7 +199,7 @@ def test_one_task_a_rank() -> None:
 def test_one_task_a_node() -> None:
     env = {**SLURM, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     places = layout(4, 2, {**env, "MASTER_ADDR": "head"})
-    assert (places.first, places.count, places.supervisors) == (4, 4, 2)
+    assert (places.first, places.ranks, places.supervisors) == (4, 4, 2)
     assert [places.environment(n)["RANK"] for n in range(4)] == ["4", "5", "6", "7"]
     assert [places.environment(n)["LOCAL_RANK"] for n in range(4)] == ["0", "1", "2", "3"]
     assert places.address == "head"
@@ -218,5 +228,5 @@ def test_the_first_node(nodes: str, first: str) -> None:
 
 def test_alone() -> None:
     places = layout(3, 1, {})
-    assert (places.first, places.count, places.supervisors, places.world) == (0, 3, 1, 3)
+    assert (places.first, places.ranks, places.supervisors, places.world) == (0, 3, 1, 3)
     assert layout(3, 1, {}).launch != places.launch

@@ -40,7 +40,7 @@ def test_inspect_tells_what_was_saved(run: Path, capsys: pytest.CaptureFixture[s
     assert found["parameters"]["values"] == sum(p.numel() for p in trained)
     assert found["parameters"]["tensors"] == len(trained)
     assert found["bytes"] == sum(file.stat().st_size for file in newest.iterdir())
-    assert found["ema"] == {"decay": 0.9, "more": [0.5], "updates": 4}
+    assert found["ema"] == {"decay": 0.9, "more": [0.5], "widths": [], "updates": 4}
     assert found["schedule"] == {
         "epoch": 1, "epochs": 1, "kind": "sft", "within": 4, "epoch_steps": 10**6, "steps": 10**6,
     }  # fmt: skip

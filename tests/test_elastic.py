@@ -1,5 +1,6 @@
 """Whatever the ranks, workers and micro-batches, and wherever it dies: the same global batches."""
 
+import contextlib
 import copy
 import json
 import os
@@ -279,12 +280,14 @@ def kill_at(words: list[str], run: Path, step: int) -> None:
             break
         time.sleep(0.002)
     for pid in (process.pid, *descendants(process.pid)):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # ranks die with their supervisor
+            os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
 
 
 def losses(run: Path) -> list[float]:
-    return [row["train/loss"] for row in read_metrics(run / "metrics.jsonl")]
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 @pytest.mark.slow

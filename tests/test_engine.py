@@ -5,12 +5,21 @@ from typing import Any
 
 import engines
 import pytest
+import pytorch_lightning as pl
 import torch
 from forked import ForkServer
 from torch import Tensor
 
-from echolab.errors import EcholabError
-from echolab.training.engine import ClippedNorm, check_clipped
+from echolab.errors import ConfigError, EcholabError
+from echolab.training.engine import (
+    ClippedNorm,
+    Plan,
+    asked_for,
+    check,
+    check_clipped,
+    check_hooks,
+)
+from echolab.training.strategies import Machine
 
 CASES: list[dict[str, Any]] = [
     {"strategy": "ddp"},
@@ -75,11 +84,43 @@ def test_every_strategy_clips_and_accumulates_as_by_hand(
 
 
 @pytest.mark.slow
+def test_tied_weights_are_one_and_frozen_ones_stay(fork_server: ForkServer, tmp_path: Path) -> None:
+    """By torch's own AdamW in one process."""
+    plain = engines.Tied()
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    o = engines.CLIP
+    optimizer = torch.optim.AdamW(trained.values(), engines.RATE, o.betas, o.eps, weight_decay=0.0)
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        plain(torch.tensor(0.5 * step)).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), o.clip)
+        optimizer.step()
+    told = {"cases": CASES, "world": 2, "to": str(tmp_path)}
+    fork_server.run("engines:tied", world=2, arguments=told)
+    for case in CASES:
+        found, _ = engines.measured(tmp_path, engines.name_of(case))
+        assert {name.partition("/")[2] for name in found} == {
+            f"{part}/{name}" for part in ("master", "exp_avg", "exp_avg_sq") for name in trained
+        }
+        for name, parameter in trained.items():
+            expected = parameter.detach()
+            torch.testing.assert_close(found[f"3/master/{name}"], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case["strategy"])
 def test_a_rank_that_does_not_clip_is_found_out(
     fork_server: ForkServer, case: dict[str, Any]
 ) -> None:
-    fork_server.run("engines:sabotage", world=2, arguments={"case": case, "world": 2})
+    fork_server.run("engines:unclipped", world=2, arguments={"case": case, "world": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: case["strategy"])
+def test_accumulation_that_was_lost_is_found_out(
+    fork_server: ForkServer, case: dict[str, Any]
+) -> None:
+    fork_server.run("engines:unaccumulated", world=2, arguments={"case": case, "world": 2})
 
 
 def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
@@ -92,3 +133,58 @@ def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
     assert check_clipped(25.0, 5.0, 1) == 5
     with pytest.raises(EcholabError, match="step 7: .* is 5, over optim.clip=4.99"):
         check_clipped(25.0, 4.99, 7)
+
+
+PLAN = Plan(
+    strategy="zero2", world=4, data_parallel=2, sequence_parallel=2, accumulation=3, clip=1.0,
+    optimizer="AdamW", compute="bfloat16", parameters="bfloat16", masters="float32",
+    moments="float32", gradients="bfloat16", average="float32", offload="none", trained=7,
+    frozen=0, blocks=2, checkpointed=2, compiled=0, attention="sdpa",
+)  # fmt: skip
+MACHINE = Machine(
+    "zero2", 4, precision="bf16-mixed", checkpointing="selective", sequence_parallel=2
+)
+
+
+def test_a_plan_is_compared_with_what_was_asked_for() -> None:
+    asked = asked_for(MACHINE, accumulation=3, clip=1.0, blocks=2)
+    check(PLAN, asked)
+    wrong = {
+        "strategy": "zero1", "world": 2, "data_parallel": 4, "sequence_parallel": 1,
+        "accumulation": 1, "clip": 0.0, "compute": "float32", "parameters": "float16",
+        "masters": "bfloat16", "moments": "bfloat16", "gradients": "float16",
+        "average": "bfloat16", "offload": "optimizer", "checkpointed": 0, "compiled": 2,
+    }  # fmt: skip
+    assert wrong.keys() == asked.keys()
+    for name, value in wrong.items():
+        with pytest.raises(EcholabError, match=f"not as set: {name} is {value}, asked for"):
+            check(PLAN._replace(**{name: value}), asked)
+    assert "masters            float32" in PLAN.lines()
+
+
+class Hooked(pl.LightningModule):
+    """Two hooks that are called everywhere."""
+
+    def on_train_start(self) -> None: ...
+
+    def configure_optimizers(self) -> None: ...
+
+
+def test_a_hook_that_nobody_calls_is_an_error() -> None:
+    check_hooks(Hooked(), MACHINE)
+
+    class Mistyped(Hooked):
+        def on_before_optimzer_step(self) -> None: ...
+
+    class Clipping(Hooked):
+        def configure_gradient_clipping(self, *given: Any, **keywords: Any) -> None: ...
+
+    class Saving(Hooked):
+        def on_save_checkpoint(self, checkpoint: Any) -> None: ...
+
+    check_hooks(Clipping(), Machine("ddp"))
+    for module, machine in (
+        (Mistyped(), MACHINE), (Clipping(), MACHINE), (Saving(), MACHINE), (Saving(), Machine()),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{type(module).__name__}.* never called"):
+            check_hooks(module, machine)

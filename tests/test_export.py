@@ -128,7 +128,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     root = tmp_path_factory.mktemp("run")
     clips, _ = encoded.write(root)
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", encoded.plan(("sft", 3))]
-    assert main([*words, f"run={root / 'run'}"]) == 0
+    averages = ["optim.ema_more=[0.5]", "optim.ema_widths=[0.05,0.1]", "every.snapshot=2"]
+    assert main([*words, f"run={root / 'run'}", *averages]) == 0
     return root / "run", words
 
 
@@ -159,6 +160,30 @@ def test_a_run_is_exported_and_starts_another(
     assert main([*start, encoded.plan(("sft", 1)).replace("lr:1e-3", "lr:0.0")]) == 0
     first = open_checkpoint(last_checkpoint(tmp_path / "next")).tensors("master")
     assert bits(first) == bits(policy.state_dict())
+
+
+def test_other_averages_are_exported(
+    run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name, or of any width: one that was kept comes back as it was."""
+    checkpoint = open_checkpoint(last_checkpoint(run[0]))
+    assert checkpoint.parts[:4] == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq"]
+    for number, (word, part) in enumerate(
+        [("weights=ema-0.5", "ema-0.5"), ("ema_std=0.1", "power-0.1")]
+    ):
+        out = tmp_path / f"{number}.safetensors"
+        assert main(["export", str(run[0]), f"out={out}", "dtype=fp32", word]) == 0
+        found, kept = load_file(out), checkpoint.tensors(part)
+        torch.testing.assert_close(found, {name: kept[name] for name in found}, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    for word, answer in [
+        ("weights=mean", "weights=mean: unknown"),
+        ("weights=ema-0.25", "has no ema-0.25"),
+        ("ema_std=0.4", "must lie in"),
+    ]:
+        assert main(["export", str(run[0]), f"out={tmp_path / 'none'}", word]) == 1
+        error = capsys.readouterr().err
+        assert answer in error and error.count("\n") == 1
 
 
 def test_adapters_are_written_alone_or_added(

@@ -12,7 +12,18 @@ import runs
 
 from echolab.cli.__main__ import main
 from echolab.data.audit import audit
-from echolab.data.ledger import LEDGER, Attempt, LedgerWriter, Row, next_attempt, read_ledger
+from echolab.data.ledger import (
+    LEDGER,
+    SKIPPED,
+    Attempt,
+    LedgerWriter,
+    LeftOut,
+    Row,
+    next_attempt,
+    read_ledger,
+    read_left_out,
+    write_left_out,
+)
 from echolab.data.micro_batches import stock
 from echolab.data.plan import Order
 from echolab.errors import DataError
@@ -120,6 +131,37 @@ def test_bad_samples_in_quarantine_are_excused(tmp_path: Path) -> None:
     assert [f.key for f in audit(tmp_path / "two").missing] == [K[1]]
 
 
+def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 1, [GOOD[0], *GOOD[2:]], epochs=4)  # the second batch, K[1] and K[3], is gone
+    path = tmp_path / LEDGER / "attempt-0001-rank-00000.jsonl"
+    head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, epoch in zip(rows, (0, 1, 1), strict=True):
+        row["epochs"] = [epoch, epoch]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
+    gone = [(0, K[1]), (0, K[3])]
+    assert [(f.epoch, f.key) for f in audit(tmp_path).missing] == gone
+    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 1, [0], [0], [K[1]])])
+    skips = [("sft", 1, 1)]
+    assert [(f.epoch, f.key) for f in audit(tmp_path, skips).missing] == gone[1:]
+    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 2, [0, 1], [0, 0], [K[3], K[0]])])
+    with (tmp_path / LEDGER / SKIPPED).open("a") as file:
+        file.write('{"kind": "sft", "bat')  # killed while it wrote
+    assert [batch.batch for batch in read_left_out(tmp_path / LEDGER)] == [1, 2]
+    found = audit(tmp_path, [("sft", 1, 2)])
+    assert found.exact and found.skipped == 2  # K[0] is of another dataset
+    unasked = audit(tmp_path, skips)
+    assert "sft batch 2 was left out, and no event of the run asked for it" in unasked.lines()[0]
+    assert [f.key for f in unasked.missing] == [K[3]]
+    assert not audit(tmp_path, [("preference", 1, 2)]).exact
+
+
+def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
+    write(tmp_path, 1, GOOD)
+    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
+    told = audit(tmp_path, [("sft", 1, 1)]).lines()
+    assert len(told) == 2 and f"epoch 0: {K[1]} was to be left out (steps 1)" in told[0]
+
+
 def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a", 1, [["nobody", K[0]]])
     assert "nobody is not in the dataset (steps 0)" in found_by(tmp_path / "a", capsys)
@@ -196,7 +238,9 @@ def test_ranks_that_share_their_clips_write_once(
 ) -> None:
     clips = stock([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
     feed = Feed(clips, None, 2, 1, 0, 0, sequence_parallel=2)
-    module = ShardDataModule(feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Beats(None))
+    module = ShardDataModule(
+        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Beats(None)
+    )
     writers = []
     for rank in range(4):
         monkeypatch.setattr("echolab.training.ranks.rank", lambda rank=rank: rank)

@@ -8,10 +8,13 @@ import pytest
 import runs
 import tiny
 from forked import ForkServer
-from gated import HELD, SIGMAS, TASKS
+from gated import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
-from echolab.training.parity import TOLERANCE, Parity
+from echolab.errors import ParityError
+from echolab.training.fit import FitResult
+from echolab.training.parity import REPORT, TOLERANCE, Parity, passed_before
+from echolab.training.parts import Intervals
 
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 FAULTS = ("swap of averages", "perturbed", "names")
@@ -103,7 +106,44 @@ def test_adapters_are_compared_merged(gate: Gate, tmp_path: Path) -> None:
     assert found["unchanged"]
 
 
+def test_the_report_is_of_one_checkpoint(tmp_path: Path) -> None:
+    one, other = tmp_path / "step-000001", tmp_path / "step-000002"
+    assert passed_before(tmp_path, one) is None
+    for passed in (True, False):
+        (tmp_path / REPORT).write_text(json.dumps({"checkpoint": one.name, "passed": passed}))
+        assert passed_before(tmp_path, one) is passed
+        assert passed_before(tmp_path, other) is None
+    (tmp_path / REPORT).write_text("{")
+    assert passed_before(tmp_path, one) is None
+
+
 def test_nan_does_not_pass() -> None:
     assert not Parity(float("nan"), TOLERANCE).passed
     assert not Parity(0.0, float("nan")).passed
     assert Parity(0.0, TOLERANCE).passed
+
+
+def trained(folder: Path, plan: Any, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
+    """A run with the gate at its end."""
+    return runs.train(folder, plan, parity=True, net=tiny.net(trained=True), **changes)
+
+
+def test_a_run_is_done_only_behind_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "ARCHITECTURE", dict(tiny.SIZES))
+    plan = runs.schedule(("sft", 4), lr=1e-2)
+    settings: dict[str, Any] = {"every": Intervals(save=2), "optim": runs.Optim(ema_decay=0.9)}
+    for how in ("swap of averages", "perturbed", "names"):
+        with broken(how), pytest.raises(ParityError, match="differ by"):
+            trained(tmp_path, plan, **settings)  # and so it does when it is started again
+        assert passed_before(tmp_path / "run", tmp_path / "run/checkpoints/step-000004") is False
+    (tmp_path / "run" / REPORT).unlink()  # killed between the last save and the gate
+    result, rows = trained(tmp_path, plan, **settings)
+    assert result.done and rows[-1]["parity/difference"] <= rows[-1]["parity/bound"] == TOLERANCE
+    weights = runs.tensors_of(tmp_path / "run/checkpoints/step-000004")
+    again, more = trained(tmp_path, plan, **settings)
+    assert again.done and more == []  # what was let pass is not done again
+    assert runs.tensors_of(tmp_path / "run/checkpoints/step-000004") == weights
+    whole, _ = runs.train(tmp_path, plan, folder=tmp_path / "other", **settings)
+    assert whole.done and runs.tensors_of(tmp_path / "other/checkpoints/step-000004") == weights

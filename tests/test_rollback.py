@@ -9,6 +9,7 @@ from typing import Any
 import encoded
 import pytest
 
+from echolab.cli import replay
 from echolab.cli.__main__ import main
 from echolab.cli.train import compose
 from echolab.cli.train_rank import train
@@ -160,7 +161,8 @@ def test_any_step_comes_out_bit_for_bit_and_the_run_stays_as_it_is(
         code, lines = replayed(trained, step, capsys, out=out)
         last = lines[-1]
         assert (code, last.split(": ", 1)[1]) == (
-            0, f"steps {start + 1} to {step} are as they were (bit for bit)",
+            0, f"steps {start + 1} to {step} are as they were (bit for bit), by ledger, metrics"
+            + (", checkpoint" if step == 10 else ""),
         )  # fmt: skip
         assert min(read_ledger(out).steps) == start and max(read_ledger(out).steps) == step - 1
         assert replayed(trained, step, capsys, out=out)[0] == 1  # it is there
@@ -176,13 +178,12 @@ def test_every_difference_is_told(
     assert lines[9]["step"] == 8
     lines[9]["noise"][1] = "0" * 16
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = (run / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(row) for row in rows]
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["step"] == 10 and "train/loss" in row]
     row["train/loss"] *= 1 + 1e-15
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, told = replayed(run, 10, capsys)
-    assert code == 1 and [line.split(" (")[0].split(" was")[0] for line in told] == [
+    code, found = replayed(run, 10, capsys)
+    assert code == 1 and [line.split(" was")[0] for line in found] == [
         "step 9: noise differ from the ledger's",
         "step 10: train/loss",
     ]
@@ -192,10 +193,47 @@ def test_every_difference_is_told(
     assert main(["replay", str(run), "step=10", "format=json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["exact"] and told["first_step"] == 8
+    assert told["compared"] == ["ledger", "metrics", "checkpoint"]
     assert any("step 10: master" in line for line in told["differences"])
     for step, message in ((0, "must be 1 or more"), (11, "the run's schedule has 10 steps")):
         assert main(["replay", str(run), f"step={step}"]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_run_of_several_ranks_is_replayed_by_one_to_rounding(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["trainer"] |= {"strategy": "ddp", "devices": 2}
+    (run / "config.json").write_text(json.dumps(config))
+    code, lines = replayed(run, 9, capsys)  # a clip at a time, as two ranks had them
+    assert (code, lines[-1]) == (
+        0,
+        f"{run}: steps 9 to 9 are as they were (losses to 0.001), by ledger, metrics",
+    )
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["step"] == 9 and "train/loss" in row:
+            row["train/loss"] *= 1.01
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, lines = replayed(run, 9, capsys)
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("step 9: train/loss was ")
+
+
+def test_only_means_over_the_same_steps_are_compared() -> None:
+    def rows(*steps: tuple[int, int]) -> list[dict[str, Any]]:
+        return [{"step": step, "attempt": n, "train/loss": 1.0} for step, n in steps]
+
+    def spans(told: list[dict[str, Any]], start: int, log: int) -> list[tuple[int, int]]:
+        return [span for span, _ in replay._by_span(told, start, log)]
+
+    # The second attempt went on from some step between 20 and 25, nobody says which.
+    two = rows((10, 1), (20, 1), (25, 2), (30, 2))
+    assert spans(two, 0, 10) == [(0, 10), (10, 20), (25, 30)]
+    assert spans(rows((5, 1), (6, 2), (7, 2)), 4, 1) == [(4, 5), (5, 6), (6, 7)]
+    assert spans(rows((25, 1), (30, 1)), 22, 10) == [(22, 25), (25, 30)]
+    assert spans([{"step": 3, "attempt": 1, "val/loss": 1.0}], 0, 1) == []
 
 
 def test_rows_from_before_going_back_do_not_count(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert {row["attempt"] for row in rows} == {1, 2}
     # No step was trained twice: the signal's own checkpoint was gone on from.
-    assert len(metrics.read_text().splitlines()) == steps
+    assert metrics.read_text().count('"train/loss"') == steps
     identity = json.loads((run / "run.json").read_text())["id"]
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
     assert [a["host"] for a in attempts] == ["n1", "n1"]
@@ -111,6 +111,36 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
     newest, rejected = latest_valid(run / "checkpoints")
     assert newest and not rejected and newest.step == steps
     assert newest.state["origin"] == {"world": 2, "masters": "PartitionedMasters"}
+
+
+def test_a_rank_that_dies_on_the_second_node(
+    cluster: Cluster, data: list[str], tmp_path: Path
+) -> None:
+    """One task a node starts two ranks; the killed one is named, and the job goes on by itself."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    steps = 80
+    settings = [
+        *data, encoded.plan(("sft", steps)), f"run={run}", "every.save=5", "batch_size=4",
+        "trainer.strategy=ddp", "trainer.devices=2",
+    ]  # fmt: skip
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    script = HERE.parent / "slurm/train.sbatch"
+    job = cluster("exec", "sbatch", *options, script, *settings, cwd=tmp_path).strip()
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8, 180, log)
+    launch = next((run / "attempts").iterdir())
+    record = json.loads((launch / "node-1.json").read_text())
+    assert (record["host"], record["ranks"], record["supervisors"]) == ("n2", [2, 3], 2)
+    cluster("on", "n2", "kill", "-KILL", str(record["pids"][1]))
+    wait_for(
+        lambda: "JobState=COMPLETED" in cluster("exec", "scontrol", "show", "job", job), 300, log
+    )
+    told = cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true")
+    last = json.loads(told)
+    assert (last["cause"], last["attempts"], last["checkpoint"]) == ("done", 2, steps)
+    first = last["history"][0]
+    assert (first["cause"], first["rank"], first["host"]) == ("killed", 3, "n2")
+    assert "infrastructure failure 1 of 3 allowed" in log.read_text()
 
 
 def test_a_sweep_of_three_through_submitit(

@@ -5,6 +5,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import adapted
 import composed
 import pytest
 import runs
@@ -96,6 +97,22 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(strategies, "compiler_missing", lambda device: f"none for {device}; do so")
     assert refusal(Machine(compile=True)) == "trainer.compile=true: none for cpu; do so"
     assert refusal(Machine()) is None
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_what_dropout_drops_is_the_same_when_recomputed(tmp_path: Path, checkpointing: str) -> None:
+    lora = adapted.LORA._replace(dropout=0.3)
+    found = []
+    for kept in ("none", checkpointing):
+        result, _ = runs.train(
+            tmp_path / kept,
+            runs.schedule(("sft", 2), ("dpo", 1)),
+            machine=Machine(checkpointing=kept),
+            **adapted.settings("base", lora),
+        )
+        assert result.checkpoint
+        found.append(runs.tensors_of(result.checkpoint))
+    assert found[0] == found[1]
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,6 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
     assert code == told["exit_code"] == case.code
     assert told["host"] == "host-0" and told["next_action"]
     assert case.words in said and said.startswith(("echolab: error: ", "Traceback"))
-    # A stage that none has passed is not a step: the culprit's own is told.
     assert told["step"] == (0 if case.at == "init" else case.step)
     if case.does in ("loop", "fifo", "stop", "sleep"):
         assert any("in act" in frame for frame in told["stack"])
@@ -148,11 +147,23 @@ def test_a_signal_to_the_supervisor_is_passed_on(
 def test_ranks_that_do_not_listen_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch = Launch(folder, {"all": {"deaf": True, "at": "forward", "step": 30, "does": "sleep"}})
-    launch.pids()
+    launch = Launch(folder, {"all": {"deaf": True, "steps": 100_000}})
+    pids = launch.pids()
     launch.process.send_signal(signal.SIGTERM)
     code, _ = launch.end()
     assert code == exit_codes.RETRYABLE and why(launch.run, capsys)["cause"] == "hang"
+    assert gone(pids)
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_is_not_patient(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch = Launch(folder, {"all": {"deaf": True, "steps": 100_000}})
+    launch.pids()
+    launch.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.end() == (exit_codes.INTERRUPTED, "echolab: stopped\n")
+    assert why(launch.run, capsys)["cause"] == "interrupted"
 
 
 @pytest.mark.slow

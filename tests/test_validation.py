@@ -20,6 +20,7 @@ from echolab.training import validation
 from echolab.training.datamodule import HeldOut
 from echolab.training.ema import Ema
 from echolab.training.masters import MOMENTS, Masters, masters_of
+from echolab.training.parts import Intervals
 from echolab.training.validation import FILLS_UP, Share, places_of, read_share, validate
 
 CLIPS = 5
@@ -240,3 +241,19 @@ def test_no_clips_are_refused_in_words(clips: ShardDataset) -> None:
 def test_a_part_of_the_clips_is_the_first_of_them(clips: ShardDataset, tmp_path: Path) -> None:
     share = read_share(HeldOut(clips, at_most=2, tasks=("i2v",)))
     assert share.clips == 2 and [b.keys for b, _ in share.batches] == [list(clips.keys[:2])]
+
+
+def test_a_run_with_validation_trains_as_one_without(clips: ShardDataset, tmp_path: Path) -> None:
+    plan, found = runs.schedule(("sft", 3), ("dpo", 2)), []
+    for number, every in enumerate((0, 1)):
+        held = {"held_out": HeldOut(clips), "phases": runs.PHASES} if every else {}
+        result, rows = runs.train(
+            tmp_path, plan, folder=tmp_path / str(number),
+            every=Intervals(log=1, save=0, validate=every), **held,
+        )  # fmt: skip
+        assert result.done and result.checkpoint
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        looks = sum("val_raw/loss" in row for row in rows)
+        assert looks == 5 * every
+        found.append((losses, runs.tensors_of(result.checkpoint)))
+    assert found[0] == found[1] and len(found[0][0]) == 5

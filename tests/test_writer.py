@@ -54,7 +54,7 @@ def test_large_networks_are_written_by_all_ranks_alike() -> None:
     shapes = {f"blocks.{i}.weight": (1536, 8960) for i in range(94)}  # 1.3 B values
     files = layout(shapes, ["master", "exp_avg", "exp_avg_sq", "ema"], world=8, shard_bytes=1 << 30)
     shares = [sum(f.numel for f in files if f.writer == rank) for rank in range(8)]
-    assert max(shares) < 1.3 * min(shares)
+    assert max(shares) < 1.1 * min(shares)
     small = layout({"a": (9, 9)}, ["master", "ema"], world=8, shard_bytes=1 << 30)
     assert [file.writer for file in small] == [0, 0]
 
@@ -265,6 +265,8 @@ def test_one_rank_that_fails_is_heard_by_all(
     told = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
     assert len(told) == 1
     assert (words or "no host memory to save from (this rank cannot)") in told.pop()
+    saw = {(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)}
+    assert len(saw) == 1 and "is not the checkpoint that rank 0 found" in saw.pop()
     found, rejected = latest_valid(tmp_path)
     assert found and found.step == 3 and not rejected
     assert saved_steps(tmp_path) == [3, 1]

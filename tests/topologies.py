@@ -8,11 +8,29 @@ from typing import Any
 import ranked
 import runs
 
+from echolab.training import checkpoint as checkpoints
+from echolab.training.ema import EMA, Ema
 from echolab.training.fit import Machine
+from echolab.training.masters import Masters
 from echolab.training.parts import Intervals
 
 BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches
 OPTIM = runs.Optim(clip=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step
+
+
+def lose(part: str) -> None:
+    """A resume that takes up everything but the moments, or but the average."""
+    restore = checkpoints.restore
+
+    def and_lose(checkpoint: Any, net: Any, masters: Masters, ema: Ema) -> None:
+        restore(checkpoint, net, masters, ema)
+        if part == EMA:
+            ema.start(masters)
+        else:
+            for flat in masters.flats(part):
+                flat.zero_()
+
+    checkpoints.restore = and_lose
 
 
 def attempt(
@@ -24,10 +42,11 @@ def attempt(
     until: int,
     kill_at: int = 0,
     again: str = "",
+    forget: str = "",
 ) -> None:
     """Go on to step `until`, or tell in `out`/reached that `kill_at` is, and wait two steps later.
 
-    What is loaded is written again below `again`.
+    What is loaded is written again below `again`; of what is loaded, the part `forget` is lost.
     """
     reached = Path(out) / "reached"
 
@@ -39,6 +58,8 @@ def attempt(
 
     if again:
         ranked.save_what_was_loaded(Path(again))
+    if forget:
+        lose(forget)
     os.environ["WORLD_SIZE"] = str(world)
     settings: dict[str, Any] = {"until": until} if until < STEPS else {}
     runs.train(

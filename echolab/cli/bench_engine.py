@@ -107,7 +107,11 @@ class Bare:
         self.subject, self.net = subject, net
         self.device = torch.device(subject.device)
         self.objective = Supervised(KeepModalities(FLAT))
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, fused=True)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in net.parameters() if p.ndim >= 2]},
+            {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.01, fused=True)
         self.masters: Masters = masters_of(net, self.optimizer)
         self.masters.prepare()
         self.ema = Ema(DECAY)
@@ -115,11 +119,11 @@ class Bare:
 
     def step(self, item: MicroBatch) -> None:
         """One optimizer step."""
-        here = item._replace(batch=on_device(item.batch, self.device))  # type: ignore[arg-type]
-        draws = draws_of(here, seed=self.subject.seed, shift=5.0)
+        batch = on_device(item.batch, self.device)  # type: ignore[arg-type]
+        draws = draws_of(item._replace(batch=batch), seed=self.subject.seed, shift=5.0)
         rounded = self.subject.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
-            loss = self.objective(self.net, here.batch, draws)
+            loss = self.objective(self.net, batch, draws)
         loss.value.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), CLIP, foreach=True)
         self.optimizer.step()
@@ -190,7 +194,7 @@ class Turns:
         del steps
         now = self._now()
         if step > 1:
-            self.engine.append(Cost(*(b - a for a, b in zip(self.since, now, strict=True))))
+            self.engine.append(Cost(now[0] - self.since[0], now[1] - self.since[1]))
         self.plain.append(cost_of(self._bare_step, self.bare.device.type))
         self.since = self._now()
 

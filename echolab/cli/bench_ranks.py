@@ -5,7 +5,6 @@ python -m echolab.cli.bench_ranks SETTINGS.json    one rank; started by `strateg
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -33,6 +32,12 @@ class Found(NamedTuple):
     peak: float  # bytes: of the GPU's allocator, or of the process in main memory
 
 
+def resident_peak() -> float:
+    """Bytes of main memory that this process held at most.  getrusage would count its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
 class Clock:
     """Measures steps, and the most memory up to the last of them."""
 
@@ -48,7 +53,7 @@ class Clock:
             torch.cuda.synchronize()
             self.peaks.append(float(torch.cuda.max_memory_allocated()))
         else:
-            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)
+            self.peaks.append(resident_peak())
         self.marks.append(time.perf_counter())
 
     def found(self) -> Found:
@@ -81,7 +86,7 @@ def measured(subject: Subject, strategy: str, ranks: int, steps: int) -> Found:
         "run": run,
     }
     settings.write_text(json.dumps(told))
-    code = run_ranks([sys.executable, "-m", __name__, str(settings)], ranks)
+    code = run_ranks([sys.executable, "-W", "ignore", "-m", __name__, str(settings)], ranks)
     shutil.rmtree(subject.folder / run, ignore_errors=True)
     if code:
         raise EcholabError(f"bench step: {strategy} on {ranks} ranks ended with {code}; see above")
@@ -91,7 +96,7 @@ def measured(subject: Subject, strategy: str, ranks: int, steps: int) -> Found:
 def strategy_rows(subject: Subject, pairs: int) -> Iterator[Row]:
     """A step of each ZeRO stage beside DDP's, in turns; on two ranks, on one with one GPU."""
     ranks = min(RANKS, torch.cuda.device_count()) if subject.device == "cuda" else RANKS
-    rounds, steps = min(pairs, 3), WARM + 2 + pairs
+    rounds, steps = min(pairs, 3), WARM + 2 + min(pairs, 5)
     found: dict[str, list[Found]] = {name: [] for name in STRATEGIES}
     for number in range(rounds):
         for strategy in STRATEGIES[:: -1 if number % 2 else 1]:

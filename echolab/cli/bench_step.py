@@ -51,7 +51,7 @@ class StepArguments:
     Same weights, same inputs, both with the picture and without the sound; medians of the runs.
     Peak memory is the most that torch's allocator held in a step above what it held before it
     (activations and gradients; weights are not in it).  bf16 is autocast over fp32 weights.
-    The engine's rows, in the first precision: the average and an asynchronous save beside a step,
+    With engine=true, in the first precision: the average and an asynchronous save beside a step,
     training beside a bare loop of the same steps, and ZeRO beside DDP in processes of their own.
     """
 
@@ -79,8 +79,9 @@ class StepArguments:
         default=True,
         metadata={"help": "also sound, checkpointing, compile and each attention"},
     )
-    network: bool = field(default=True, metadata={"help": "the rows of the network"})
-    engine: bool = field(default=True, metadata={"help": "the rows of the engine"})
+    engine: bool = field(
+        default=False, metadata={"help": "the rows of the engine, instead of the network's"}
+    )
     scratch: Path | None = field(
         default=None,
         metadata={"help": "folder on the disk that is saved to; none is the system's"},
@@ -96,10 +97,10 @@ def main(argv: list[str]) -> None:
     """Measure and print."""
     arguments = parse(StepArguments, argv, command="echolab bench step")
     inputs, architecture = subject(arguments)
-    say(FORMULA)
-    rows = list(bench(arguments, architecture, inputs)) if arguments.network else []
-    if arguments.engine:
-        rows += engine_rows(arguments, architecture, inputs)
+    if not arguments.engine:
+        say(FORMULA)
+    of = engine_rows if arguments.engine else bench
+    rows = list(of(arguments, architecture, inputs))
     print(as_json(rows) if arguments.format == "json" else as_table(rows))
 
 
@@ -145,7 +146,7 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
 
 def engine_rows(
     arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
-) -> list[Row]:
+) -> Iterator[Row]:
     """What training costs beside the network's own step."""
     step = Step(arguments, inputs, torch.float32)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-step-") as folder:
@@ -160,8 +161,10 @@ def engine_rows(
         )
         write_clips(subject, inputs)
         net, pairs = net_of(subject), arguments.pairs
-        rows = [*average_rows(subject, net, pairs), *module_rows(subject, net, pairs)]
-        return [*rows, *save_rows(subject, net, pairs), *strategy_rows(subject, pairs)]
+        yield from average_rows(subject, net, pairs)
+        yield from module_rows(subject, net, pairs)
+        yield from save_rows(subject, net, pairs)
+        yield from strategy_rows(subject, pairs)
 
 
 class Step:

@@ -18,9 +18,11 @@ from echolab.models.export import write_diffusers, write_original
 from echolab.models.released import read_tensors
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import match_weights
-from echolab.training.checkpoint import EMA, open_checkpoint
+from echolab.training.checkpoint import open_checkpoint
+from echolab.training.ema import EMA, POWER
 from echolab.training.exporting import exported_weights
 from echolab.training.masters import MASTER
+from echolab.training.snapshots import average_of_width
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
 WRITERS = {"original": write_original, "diffusers": write_diffusers}
@@ -45,8 +47,12 @@ class ExportArguments:
         default=None,
         metadata={"help": "of the tensors; none: bf16 of a run, the same of released weights"},
     )
-    weights: Literal["ema", "raw", "adapters"] = field(
-        default="ema", metadata={"help": "a checkpoint's average, what it trains, its adapters"}
+    weights: str = field(
+        default="ema",
+        metadata={"help": "a checkpoint's average (ema, ema-0.9999, ...), raw, or its adapters"},
+    )
+    ema_std: float | None = field(
+        default=None, metadata={"help": "an average of this width, from a run's snapshots"}
     )
     model: str | None = field(
         default=None, metadata={"help": "of released weights: a name in conf/model"}
@@ -59,9 +65,8 @@ def main(argv: list[str]) -> int:
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
     if not 0 < arguments.shard_gb < 1e6:
         raise ConfigError(f"shard_gb={arguments.shard_gb:g}: must be above 0; 5 is usual")
+    _check_weights(arguments)
     out = arguments.out
-    if arguments.model is not None and arguments.weights != "ema":
-        raise ConfigError(f"weights={arguments.weights}: is of a run; leave it out with model=")
     if out.suffix and out.suffix != ".safetensors":
         raise ConfigError(f"out={out}: name a file .safetensors, or a folder without a suffix")
     if arguments.weights == "adapters":
@@ -81,6 +86,20 @@ def main(argv: list[str]) -> int:
         )
     _report(out, files, arguments.format)
     return 0
+
+
+def _check_weights(arguments: ExportArguments) -> None:
+    """ConfigError for weights that are not named so, or not those of the source."""
+    weights = arguments.weights
+    if weights not in ("ema", "raw", "adapters") and not weights.startswith((f"{EMA}-", POWER)):
+        raise ConfigError(
+            f"weights={weights}: unknown; ema, raw, adapters, or another average by the name that "
+            "`echolab checkpoint inspect` tells"
+        )
+    if arguments.model is not None and (weights != "ema" or arguments.ema_std is not None):
+        raise ConfigError(f"weights={weights}: is of a run; leave it out with model=")
+    if arguments.ema_std is not None and weights != "ema":
+        raise ConfigError(f"ema_std={arguments.ema_std:g}: is an average; leave out weights=")
 
 
 def _report(out: Path, files: list[Path], kind: str) -> None:
@@ -121,5 +140,11 @@ def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, 
         raise ConfigError(
             f"{checkpoint.path}: adapters are merged averaged; give weights=ema, or adapters"
         )
-    part = EMA if arguments.weights == "ema" else MASTER
+    if arguments.ema_std is not None:
+        if checkpoint.state.get("adapters"):
+            raise ConfigError(f"{checkpoint.path}: of adapters; leave out ema_std=")
+        with torch.device("meta"):
+            net = EchoTransformer(**checkpoint.state["architecture"])
+        return net, average_of_width(checkpoint, arguments.ema_std)
+    part = MASTER if arguments.weights == "raw" else arguments.weights
     return exported_weights(checkpoint, load_start, part)

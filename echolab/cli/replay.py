@@ -32,6 +32,7 @@ from echolab.training.fit import fit
 from echolab.training.parts import Intervals, Machine, Training
 
 COMPARED = ("train/loss", "train/gradient_norm")
+METRICS = "metrics.jsonl"
 NEARLY = 1e-3  # relative, where other ranks, devices or types add in another order
 Rows = list[dict[str, Any]]
 
@@ -66,14 +67,16 @@ def main(argv: list[str]) -> int:
             rows, exact = replay(config, out, step)
         log = int(config["every"]["log"])
         found = list(differences(run, out, (start, step), rows, log, exact=exact))
+    told = what_is_told(run, step, exact=exact)
     if arguments.format == "json":
         about = {"run": str(run), "first_step": start, "step": step, "exact": exact}
-        print(json.dumps({**about, "differences": found}))
+        print(json.dumps({**about, "compared": told, "differences": found}))
     elif found:
         print("\n".join(found))
     else:
         how = "bit for bit" if exact else f"losses to {NEARLY:g}"
-        print(f"{run}: steps {start + 1} to {step} are as they were ({how})")
+        by = ", ".join(told) or "nothing: the run kept no ledger, metrics or checkpoint of it"
+        print(f"{run}: steps {start + 1} to {step} are as they were ({how}), by {by}")
     return 1 if found else 0
 
 
@@ -148,20 +151,30 @@ def _micro(training: Training) -> int:
     return training.micro_batch_size or training.batch_size // groups
 
 
+def what_is_told(run: Path, step: int, *, exact: bool) -> list[str]:
+    """What there is to compare with."""
+    there = {
+        "ledger": (run / LEDGER).is_dir(),
+        "metrics": (run / METRICS).is_file(),
+        "checkpoint": exact and step in saved_steps(run / "checkpoints"),
+    }
+    return [name for name, holds in there.items() if holds]
+
+
 def differences(
     run: Path, out: Path, steps: tuple[int, int], rows: Rows, log: int, *, exact: bool
 ) -> Iterator[str]:
     """One line for each step, and the checkpoint, that is not as the run wrote it down."""
     start, end = steps
-    if (run / LEDGER).is_dir():
+    told = what_is_told(run, end, exact=exact)
+    if "ledger" in told:
         was, now = read_ledger(run).steps, read_ledger(out).steps
         for step in range(start, end):
             if step in was and (what := _rows_differ(was[step], now.get(step, []))):
                 yield f"step {step + 1}: {what} differ from the ledger's"
-    if (run / "metrics.jsonl").is_file():
-        was_told = read_metrics(run / "metrics.jsonl")
-        yield from _metrics_differ(was_told, rows, start, log, exact=exact)
-    if exact and end in saved_steps(run / "checkpoints"):
+    if "metrics" in told:
+        yield from _metrics_differ(read_metrics(run / METRICS), rows, start, log, exact=exact)
+    if "checkpoint" in told:
         one, other = (open_checkpoint(folder_of(p / "checkpoints", end)) for p in (run, out))
         for entry in state_differences(one.state, other.state):
             yield f"step {end}: {entry['key']} was {entry.get('a')}, now {entry.get('b')}"

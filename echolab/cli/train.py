@@ -8,7 +8,6 @@ This process only supervises: torch is imported by the ranks (`train_rank`).
 """
 
 import hashlib
-import importlib
 import os
 import re
 import signal
@@ -102,16 +101,17 @@ def rank(argv: list[str]) -> int:
 
 
 def _trained(config: Mapping[str, Any], beats: Beats) -> int:
-    # Imported by name: torch is not for the supervisor, whose module this is too.
-    train_rank = importlib.import_module("echolab.cli.train_rank")
-    result = train_rank.train(config, beats)
+    from echolab.cli import train_rank  # and torch, which the supervisor does without
+
+    result = train_rank.train(config, beats, lambda error: _end_at_once(error, beats))
     if folder := told.own_folder():
         end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
         told.tell_end(folder, runs.own_rank(), end)
-    return int(train_rank.exit_code(result, Path(config["run"])))
+    return train_rank.exit_code(result, Path(config["run"]))
 
 
 def _end_at_once(error: BaseException, beats: Beats) -> None:
+    """Tell of an exception and end this process, where a supervisor started it."""
     folder = told.own_folder()
     if folder is None:
         return

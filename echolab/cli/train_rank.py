@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,31 @@ from echolab.launch import exit_codes, runs
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import WandbRun
-from echolab.training.fit import FitResult, fit
+from echolab.training.fit import FitResult, Training, fit
 from echolab.training.sections import Beats, beats_from_environment
 
 
-def train(config: Mapping[str, Any], beats: Beats | None = None) -> FitResult:
+def train(
+    config: Mapping[str, Any],
+    beats: Beats | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> FitResult:
     """Train the run of these settings; rank 0 holds its folder and tells metrics.
 
-    `beats` are by default those that the environment names.
+    `beats` are by default those that the environment names.  `on_failure` is told of an exception
+    before anything is tidied up: that may take long, or hang.
     """
     beats = beats or beats_from_environment()
-    try:
-        training = training_from(config, runs.digest(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
-        ) from error
-    training = training._replace(beats=beats)
-    folder = training.folder
+    training = _training(config)._replace(beats=beats)
     if runs.own_rank() != 0:
         return fit(training)
-    with runs.claim(folder, config, may_change=("schedule",)) as run:
-        logger = config["logger"]
-        wandb_run = WandbRun(
-            folder,
-            project=logger["project"],
-            run_id=run.id,
-            name=folder.name,
-            config=config,
-            mode=logger["mode"],
-        )
+    with runs.claim(folder := training.folder, config, may_change=("schedule",)) as run:
+        wandb_run = _wandb_run(config, run)
         metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
 
         def log(step: int, values: dict[str, float]) -> None:
             metrics.log(step, values)
             wandb_run.log(step, values)
-
-        def say(lines: list[str]) -> None:
-            print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
-            write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
 
         try:
             with progress(f"training {folder}", training.schedule.steps) as advance:
@@ -60,10 +47,41 @@ def train(config: Mapping[str, Any], beats: Beats | None = None) -> FitResult:
                 def on_step(step: int, steps: int) -> None:
                     advance(step, "")
 
-                return fit(training._replace(log=log, on_step=on_step, say=say))
-        finally:
+                result = fit(training._replace(log=log, on_step=on_step, say=partial(_say, folder)))
             beats.enter("teardown")
+            return result
+        except BaseException as error:
+            if on_failure:
+                on_failure(error)
+            raise
+        finally:
             wandb_run.finish()
+
+
+def _say(folder: Path, lines: list[str]) -> None:
+    print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
+    write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+
+
+def _wandb_run(config: Mapping[str, Any], run: runs.Run) -> WandbRun:
+    logger = config["logger"]
+    return WandbRun(
+        run.folder,
+        project=logger["project"],
+        run_id=run.id,
+        name=run.folder.name,
+        config=config,
+        mode=logger["mode"],
+    )
+
+
+def _training(config: Mapping[str, Any]) -> Training:
+    try:
+        return training_from(config, runs.digest(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
+        ) from error
 
 
 def exit_code(result: FitResult, folder: Path) -> int:

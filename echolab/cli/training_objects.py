@@ -183,7 +183,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     net, own, initial = start_of(config, seed)
     pinned = None if config["reference"] == "base" else checkpoint_of(config["reference"])
     reference = reference_of(config, own, pinned) if prefers else None
-    tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more")}
+    tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more", "ema_widths")}
     return Training(
         folder=Path(config["run"]),
         agreed=agreed,

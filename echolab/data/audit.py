@@ -64,41 +64,44 @@ def audit(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     their samples may be missing in the epoch that they would have come in, and may not be there.
     """
     ledger = read_ledger(run)
-    missing: list[Finding] = []
-    doubled: list[Finding] = []
-    strange: list[Finding] = []
     faults = list(ledger.faults)
-    samples = skipped = 0
     batches = _left_out(run, skips, faults)
     quarantine = read_quarantine(run / QUARANTINE)
     last = ledger.attempts[-1]
+    found = Audit(len(ledger.steps), len(ledger.attempts), 0, [], [], [], faults, len(quarantine))
     for supervised, datasets in ((True, last.clips), (False, last.pairs)):
+        kind = "sft" if supervised else "preference"
         for number, dataset in enumerate(datasets):
             seen = _seen(ledger, supervised, number)
-            samples += sum(len(steps) for epoch in seen.values() for steps in epoch.values())
             bad = {e["key"] for e in quarantine if e["dataset"] == dataset["fingerprint"]}
-            out = _keys_left_out(batches, "sft" if supervised else "preference", number)
-            skipped += sum(map(len, out.values()))
-            faults += _trained_all_the_same(dataset["folder"], seen, out)
-            doubled += _doubled(dataset["folder"], seen, bad)
-            try:
-                keys = _keys(dataset)
-            except DataError as error:
-                faults.append(str(error))
-                continue
-            strange += _strange(dataset["folder"], seen, keys)
-            missing += _missing(dataset, seen, keys, bad, out)
-    return Audit(
-        len(ledger.steps),
-        len(ledger.attempts),
-        samples,
-        missing,
-        doubled,
-        strange,
-        faults,
-        len(quarantine),
-        skipped,
-    )
+            out = _keys_left_out(batches, kind, number)
+            found = found._replace(
+                samples=found.samples
+                + sum(len(steps) for e in seen.values() for steps in e.values()),
+                skipped=found.skipped + sum(map(len, out.values())),
+            )
+            _weigh(dataset, seen, bad, out, found)
+    return found
+
+
+def _weigh(
+    dataset: Mapping[str, Any],
+    seen: Seen,
+    bad: set[str],
+    out: dict[int, set[str]],
+    found: Audit,
+) -> None:
+    """Add to the lists of `found` what is wrong with one dataset."""
+    folder = dataset["folder"]
+    found.faults.extend(_trained_all_the_same(folder, seen, out))
+    found.doubled.extend(_doubled(folder, seen, bad))
+    try:
+        keys = _keys(dataset)
+    except DataError as error:
+        found.faults.append(str(error))
+        return
+    found.strange.extend(_strange(folder, seen, keys))
+    found.missing.extend(_missing(dataset, seen, keys, bad, out))
 
 
 def _left_out(run: Path, skips: Iterable[tuple[str, int, int]], faults: list[str]) -> list[LeftOut]:

@@ -44,7 +44,7 @@ def decide(attempts: Sequence[Attempt], infrastructure: int = 3) -> Decision:
         return Decision(False, f"{len(idle)} attempts in a row made no checkpoint", exclude)
     if last.why.budget == "preemption":
         return Decision(True, "preemption is free", exclude)
-    counts = Counter(a.why.budget for a in row if a.why)
+    counts: Counter[str] = Counter(a.why.budget for a in row if a.why)
     for budget, allowed in (("code", CODE_ERRORS), ("infrastructure", infrastructure)):
         if counts[budget] > allowed:
             return Decision(

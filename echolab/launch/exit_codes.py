@@ -10,6 +10,7 @@ from echolab.errors import (
     DivergedError,
     EcholabError,
     MediaError,
+    ParityError,
     ReplicaError,
     WeightsError,
 )  # fmt: skip
@@ -38,7 +39,7 @@ class Cause(NamedTuple):
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 BY_TYPE: dict[type[BaseException], str] = {
     ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
-    ReplicaError: "replicas",
+    ReplicaError: "replicas", ParityError: "parity",
 }  # fmt: skip
 AGAIN = "run the same command again; it goes on from the newest checkpoint"
 CAUSES = {
@@ -62,6 +63,10 @@ CAUSES = {
     "diverged": Cause(
         FATAL, "fatal", "the loss is not finite", "echolab rollback, or lower the learning rate"
     ),
+    "parity": Cause(
+        FATAL, "fatal", "the exported weights differ", "read parity.json; mend the export"
+    ),
+    "refused": Cause(FATAL, "fatal", "training refused to go on", "do what the message says"),
     "disk": Cause(
         RETRYABLE, "infrastructure", "a file could not be written", "make room there, run it again"
     ),
@@ -98,8 +103,6 @@ CAUSES = {
 
 def cause_of_exception(error: BaseException, section: str) -> str:
     """The name of a cause for an exception in a section."""
-    if section == "teardown":
-        return "teardown"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if _of_the_disk(error):
@@ -109,7 +112,9 @@ def cause_of_exception(error: BaseException, section: str) -> str:
             return cause
     if isinstance(error, CheckpointError | WeightsError):
         return "start" if section == "init" else "disk"
-    return "config" if isinstance(error, EcholabError) else "code"
+    if isinstance(error, EcholabError):
+        return "config" if section == "init" else "refused"
+    return "teardown" if section == "teardown" else "code"
 
 
 def _of_the_disk(error: BaseException | None) -> bool:

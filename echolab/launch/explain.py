@@ -20,6 +20,7 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
     goodput = account(attempts)
     return {
         "run": str(run),
+        "launch": last.launch,
         "cause": last.cause,
         "rank": None if last.rank < 0 else last.rank,
         "host": last.host,
@@ -87,8 +88,12 @@ def words(told: dict[str, Any]) -> str:
     lines.append(f"  newest checkpoint: {saved}; again: {told['requeue']} ({told['decision']})")
     if told["exclude"]:
         lines.append(f"  hosts to leave out: {', '.join(told['exclude'])}")
-    lines += ["", "  attempt  began (UTC)       seconds  steps       saved  ended by"]
-    for number, row in enumerate(told["history"], 1):
+    return "\n".join([*lines, "", *_history(told["history"]), "", *_goodput(told)])
+
+
+def _history(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["  attempt  began (UTC)       seconds  steps       saved  ended by"]
+    for number, row in enumerate(rows, 1):
         began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row["started"]))
         steps = f"{max(row['first_step'], 0)}-{row['last_step']}"
         made = row["checkpoint"] if row["checkpoint"] > row["checkpoint_before"] else "-"
@@ -97,12 +102,14 @@ def words(told: dict[str, Any]) -> str:
             f"  {number:>7}  {began}  {row['seconds']:>7.0f}  {steps:<10}  {made!s:>5}  "
             f"{row['cause']}{where}"
         )
+    return lines
+
+
+def _goodput(told: dict[str, Any]) -> list[str]:
     losses = ", ".join(f"{name} {s:.0f} s" for name, s in told["lost_seconds"].items() if s >= 0.5)
-    lines += [
-        "",
+    return [
         f"  goodput {told['goodput']:.1%} of {told['allocated_seconds']:.0f} s; lost: "
         f"{losses or 'nothing'}",
         "  a checkpoint every "
         f"{told['checkpoint_interval_seconds']:.0f} s would lose least to failures and saves",
     ]
-    return "\n".join(lines)

@@ -14,11 +14,11 @@ LAUNCH = "ECHOLAB_LAUNCH"  # in the environment of ranks: the id of their launch
 
 
 class Layout(NamedTuple):
-    """The ranks of one supervisor: `first` to `first + count - 1` of `world`."""
+    """The ranks of one supervisor: `first` to `first + ranks - 1` of `world`."""
 
     launch: str  # shared by all supervisors of a launch
     first: int
-    count: int
+    ranks: int
     local: int  # local rank of the first
     world: int
     node: int  # of the machine
@@ -46,43 +46,65 @@ def layout(devices: int, nodes: int, env: Mapping[str, str] = os.environ) -> Lay
 
     Raises ConfigError where the tasks do not fit `devices` x `nodes`.
     """
-    world = devices * nodes
     if "SLURM_PROCID" in env:
-        tasks = int(env.get("SLURM_NTASKS", "1"))
-        task, node = int(env["SLURM_PROCID"]), int(env.get("SLURM_NODEID", "0"))
-        name = "-".join(
-            env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
-        )
-        launch, address, port = f"slurm-{name}", slurm_address(env), slurm_port(env)
-        if tasks not in (world, nodes):
-            raise ConfigError(
-                f"trainer.devices={devices}, trainer.nodes={nodes}: the job has {tasks} tasks; "
-                f"give srun --ntasks={nodes} (one a node) or {world} (one a rank)"
-            )
-        local = int(env.get("SLURM_LOCALID", "0"))
-    elif "LOCAL_RANK" in env:
-        tasks, task = int(env["WORLD_SIZE"]), int(env.get("RANK", env["LOCAL_RANK"]))
-        if tasks != world:
-            raise ConfigError(
-                f"trainer.devices={devices}, trainer.nodes={nodes}: the launcher started {tasks}"
-            )
-        node, local = int(env.get("GROUP_RANK", env.get("NODE_RANK", "0"))), int(env["LOCAL_RANK"])
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        # Elastic agents count restarts; one launch is one round.
-        launch = f"torchrun-{port}-{env.get('TORCHELASTIC_RUN_ID', '0')}"
-        launch += f"-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    elif nodes > 1:
+        return _in_slurm(devices, nodes, env)
+    if "LOCAL_RANK" in env:
+        return _by_torchrun(devices, nodes, env)
+    if nodes > 1:
         raise ConfigError(
             f"trainer.nodes={nodes}: start one task on each node by srun (slurm/train.sbatch)"
         )
-    else:
-        tasks, task, node, local = 1, 0, 0, 0
-        launch, address, port = f"local-{secrets.token_hex(4)}", "127.0.0.1", free_port()
-    count = world // tasks
+    launch = f"local-{secrets.token_hex(4)}"
+    host = socket.gethostname()
+    return Layout(launch, 0, devices, 0, devices, 0, 0, 1, host, "127.0.0.1", free_port())
+
+
+def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
+    world, tasks = devices * nodes, int(env.get("SLURM_NTASKS", "1"))
+    if tasks not in (world, nodes):
+        raise ConfigError(
+            f"trainer.devices={devices}, trainer.nodes={nodes}: the job has {tasks} tasks; "
+            f"give srun --ntasks={nodes} (one a node) or {world} (one a rank)"
+        )
+    name = (env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    task, count = int(env["SLURM_PROCID"]), world // tasks
     return Layout(
-        launch, task * count, count, local if count == 1 else 0, world, node, task, tasks,
-        socket.gethostname(), address, port,
-    )  # fmt: skip
+        launch=f"slurm-{'-'.join(name)}",
+        first=task * count,
+        ranks=count,
+        local=int(env.get("SLURM_LOCALID", "0")) if count == 1 else 0,
+        world=world,
+        node=int(env.get("SLURM_NODEID", "0")),
+        supervisor=task,
+        supervisors=tasks,
+        host=socket.gethostname(),
+        address=slurm_address(env),
+        port=slurm_port(env),
+    )
+
+
+def _by_torchrun(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
+    tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if tasks != devices * nodes:
+        raise ConfigError(
+            f"trainer.devices={devices}, trainer.nodes={nodes}: the launcher started {tasks}"
+        )
+    task, port = int(env.get("RANK", local)), int(env["MASTER_PORT"])
+    # An elastic agent counts its restarts: each is a launch.
+    rounds = (env.get(f"TORCHELASTIC_{key}", "0") for key in ("RUN_ID", "RESTART_COUNT"))
+    return Layout(
+        launch=f"torchrun-{port}-{'-'.join(rounds)}",
+        first=task,
+        ranks=1,
+        local=local,
+        world=tasks,
+        node=int(env.get("GROUP_RANK", env.get("NODE_RANK", "0"))),
+        supervisor=task,
+        supervisors=tasks,
+        host=socket.gethostname(),
+        address=env["MASTER_ADDR"],
+        port=port,
+    )
 
 
 def slurm_address(env: Mapping[str, str]) -> str:

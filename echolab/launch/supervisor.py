@@ -9,11 +9,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from echolab.data.files import write_error
+from echolab.errors import DataError
 from echolab.launch import exit_codes, processes, records, told
 from echolab.launch.blame import Verdict, culprit
 from echolab.launch.deadlines import Deadlines, limit, longest_of, overdue
@@ -24,12 +27,14 @@ from echolab.launch.runs import ATTEMPTS
 from echolab.launch.telling import last_words
 from echolab.launch.watch import Rank, observe
 from echolab.training.sections import FOLDER as BEATS
+from echolab.training.sections import Beat
 from echolab.training.stopping import SIGNALS
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5  # between two looks at the sections, and at other supervisors
 GRACE_SECONDS = 2.0  # after a rank failed, for the others to tell what they saw
 KILL_SECONDS = 5.0  # for the kernel to end what was killed
+END_SECONDS = 45.0  # for the stacks, the record, and others' records
 OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to see it and write their records
 OVER = "over"  # the file by which a supervisor tells others that the launch failed
 ENDED = "ended-"  # the files by which each supervisor says that its record is whole
@@ -46,9 +51,11 @@ class Supervisor:
         self.ranks: list[Rank] = []
         self.asked = 0  # the first signal that was passed on
         self.asked_at = 0.0
+        self._steps_when_asked: dict[int, int] | None = None
         self.late: dict[int, float] = {}
         self.followed = False
         self.code = exit_codes.RETRYABLE  # until the end is known
+        self._quiet = threading.Event()  # nothing is to be told any more
 
     def watch(self) -> int:
         """Until all ranks have ended; the exit code of `exit_codes`.
@@ -62,9 +69,8 @@ class Supervisor:
         try:
             self._start()
             failed = self._until_the_end()
-            self.code = self._judge() if failed else self._finish()
-            if self.code:
-                self._wait_for_others(OTHERS_SECONDS if failed else self.deadlines.teardown)
+            self._quiet.set()
+            self._end_within_bounds(failed)
             return self.code
         finally:
             self._kill()
@@ -86,19 +92,28 @@ class Supervisor:
         layout = self.layout
         self.record = NodeRecord(
             layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
-            list(range(layout.first, layout.first + layout.count)), os.getpid(),
+            list(range(layout.first, layout.first + layout.ranks)), os.getpid(),
             records.birth(os.getpid()), time.time(), beats=str(self.beats),
             checkpoint_before=records.newest_checkpoint(self.run),
         )  # fmt: skip
         # Signals wait until a rank can take them: none is lost, and none ends it unheard.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            for number in range(layout.count):
+            for number in range(layout.ranks):
                 self._start_rank(number)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.record.pids = [rank.pid for rank in self.ranks]
         self._tell()
+        self._talker = threading.Thread(target=self._talk, name="talk", daemon=True)
+        self._talker.start()
+
+    def _talk(self) -> None:
+        """All that touches the run's folder meanwhile: a file system that hangs stops but this."""
+        while not self._quiet.wait(LOOK_SECONDS):
+            self.followed = os.access(self.folder / OVER, os.F_OK)
+            if time.time() - self.record.seen > records.SECONDS:
+                self._tell()
 
     def _start_rank(self, number: int) -> None:
         env = {**os.environ, **self.layout.environment(number)}
@@ -120,11 +135,8 @@ class Supervisor:
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self.late = self._overdue(looked)
-                self.followed = (self.folder / OVER).exists()
                 if self.late or self.followed:
                     return True
-                if time.time() - self.record.seen > records.SECONDS:
-                    self._tell()
             time.sleep(POLL_SECONDS)
         return any(not told.expected(rank.exit or 0) for rank in self.ranks)
 
@@ -136,14 +148,36 @@ class Supervisor:
     def _overdue(self, now: float) -> dict[int, float]:
         beats = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
         late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
-        if self.asked and not late:  # a stop that is not obeyed
-            stays = longest_of(beats)
-            allowed = sum(limit(self.deadlines, k, stays) for k in ("step", "save", "teardown"))
-            if now - self.asked_at > allowed:
-                late = dict.fromkeys(beats, allowed)
-        return late
+        return late or self._deaf(beats, now)
+
+    def _deaf(self, beats: dict[int, Beat], now: float) -> dict[int, float]:
+        """Ranks that were asked to stop, and went on through vote after vote."""
+        if not self.asked or not beats:
+            return {}
+        steps = {number: beat.step for number, beat in beats.items()}
+        if self._steps_when_asked is None:
+            self._steps_when_asked = steps
+        stays = longest_of(beats)
+        allowed = sum(limit(self.deadlines, k, stays) for k in ("step", "save", "teardown"))
+        votes = min(steps[number] - self._steps_when_asked[number] for number in steps)
+        return dict.fromkeys(beats, allowed) if votes > 2 and now - self.asked_at > allowed else {}
 
     # -- the end ------------------------------------------------------------------------------
+
+    def _end_within_bounds(self, failed: bool) -> None:
+        """The verdict and its record; where the run's folder does not answer, without."""
+
+        def end() -> None:
+            self._talker.join()
+            self.code = self._judge() if failed else self._finish()
+            if self.code:
+                self._wait_for_others(OTHERS_SECONDS if failed else self.deadlines.teardown)
+
+        ending = threading.Thread(target=end, name="end", daemon=True)
+        ending.start()
+        ending.join(END_SECONDS + (0.0 if failed else self.deadlines.teardown))
+        if ending.is_alive():
+            print(f"echolab: error: {self.folder}: does not answer", file=sys.stderr, flush=True)
 
     def _judge(self) -> int:
         seen = observe(self.ranks, self.folder, self.layout.host, self.late)
@@ -151,17 +185,22 @@ class Supervisor:
         verdict = culprit(seen)
         if verdict is None:  # its ranks only wait for those of another supervisor
             verdict = Verdict(self.layout.first, "node_lost", "ended with the others")
-        if not self.followed:
-            try:
-                (self.folder / OVER).touch(exist_ok=False)
-            except FileExistsError:
-                self.followed = True
+        self._declare_over()
         code = CAUSES[verdict.cause].exit_code
         self._close(verdict.cause, verdict.rank, verdict.detail, code)
         self._kill()
         if not self.followed:
             print(last_words(self.run, self.record), file=sys.stderr, flush=True)
         return code
+
+    def _declare_over(self) -> None:
+        """Tell the other supervisors, unless another was the first."""
+        try:
+            (self.folder / OVER).touch(exist_ok=False)
+        except FileExistsError:
+            self.followed = True
+        except OSError as error:
+            print(f"echolab: {write_error(self.folder / OVER, error)}", file=sys.stderr)
 
     def _finish(self) -> int:
         """All ranks ended by themselves, as planned."""
@@ -186,7 +225,10 @@ class Supervisor:
         record.section, record.stay = first.section, present[first.section]
         record.checkpoint = records.newest_checkpoint(self.run)
         record.asked = self.asked
-        record.write(self.folder)
+        try:
+            record.write(self.folder)
+        except DataError as error:  # a full disk must not end the watch
+            print(f"echolab: {error}", file=sys.stderr, flush=True)
 
     def _close(self, cause: str, rank: int, detail: str, code: int) -> None:
         record = self.record
@@ -194,7 +236,10 @@ class Supervisor:
         record.exit_code, record.followed = code, self.followed
         record.ended = time.time()
         self._tell()
-        (self.folder / f"{ENDED}{record.supervisor}").touch()
+        try:
+            (self.folder / f"{ENDED}{record.supervisor}").touch()
+        except OSError:  # full: said above
+            pass
 
     def _wait_for_others(self, seconds: float) -> None:
         """Slurm kills a step once one of its tasks ends with a code: until all have told theirs."""

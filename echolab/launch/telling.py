@@ -8,7 +8,7 @@ from echolab.launch.records import NodeRecord
 from echolab.launch.runs import ATTEMPTS
 
 # Those that the user caused: the message says it all.
-PLAIN = ("config", "data", "start")
+PLAIN = ("config", "data", "start", "refused", "diverged", "parity")
 LOG_LINES = 20
 
 

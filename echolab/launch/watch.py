@@ -1,5 +1,6 @@
 """One rank as its supervisor sees it, and the observation of all of them when a run fails."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from echolab.launch import processes
 from echolab.launch.blame import Observation
 from echolab.launch.processes import Seen
 from echolab.launch.told import failure_of
-from echolab.training.sections import Beat, beats_path, read_beat, stacks_path
+from echolab.training.sections import SECTIONS, Beat, beats_path, read_beat, stacks_path
 
 DUMP_SECONDS = 2.0  # the most that ranks are given to write their stacks
 STACK_CHARACTERS = 50_000
@@ -22,7 +23,8 @@ class Rank:
 
     def __init__(self, number: int, process: "subprocess.Popen[bytes]", beats: Path) -> None:
         self.number, self.process, self.beats = number, process, beats
-        self.begun = time.monotonic()
+        nothing = dict.fromkeys(SECTIONS, 0.0)
+        self._told = Beat("init", 0, -1, 0, time.monotonic(), nothing, nothing)
         self.exit: int | None = None
         self.died = 0.0
 
@@ -40,10 +42,8 @@ class Rank:
 
     def beat(self) -> Beat:
         """What it told last; in `init` since its start, where it has told nothing yet."""
-        nothing = dict.fromkeys(("init", "data_wait", "forward", "backward", "optimizer"), 0.0)
-        nothing |= dict.fromkeys(("vote", "eval", "save", "pause", "teardown"), 0.0)
-        told = read_beat(beats_path(self.beats, self.number))
-        return told or Beat("init", 0, -1, 0, self.begun, nothing, nothing)
+        self._told = read_beat(beats_path(self.beats, self.number)) or self._told
+        return self._told
 
 
 def observe(
@@ -67,7 +67,8 @@ def observe(
         busy = max(processes.see(rank.pid).cpu - cpu, 0.0) / took if rank in living else 0.0
         stack = stacks.get(number, "")
         if stack:
-            (folder / f"rank-{number}.stack").write_text(stack)
+            with contextlib.suppress(OSError):  # a full disk: the verdict needs no file
+                (folder / f"rank-{number}.stack").write_text(stack)
         seen.append(
             Observation(
                 rank=number, host=host, section=beat.section, step=beat.step,

@@ -37,8 +37,6 @@ from echolab.training.telling import Telling, tell_plan
 from echolab.training.vote import Vote, count, wait
 from echolab.training.writer import CheckpointWriter
 
-NEWEST = 2  # checkpoints that are kept beside those of epoch boundaries
-
 
 class Steps(pl.Callback):
     """Counts the optimizer steps of the run, over all attempts, and keeps its state."""
@@ -50,11 +48,11 @@ class Steps(pl.Callback):
         self.schedule, self.every = training.schedule, training.every or Intervals()
         self.folder = training.folder / "checkpoints"
         self.identity = training.identity(data.feed)  # what a checkpoint must agree on
-        self.ema = Ema(training.optim.ema_decay, training.optim.ema_more)
+        optim = training.optim
+        self.ema = Ema(optim.ema_decay, optim.ema_more, optim.ema_widths)
         self.references = References(
             training.objectives, training.reference, training.reference_checkpoint
         )
-        self.ledger_folder = training.folder / LEDGER if training.ledger else None
         self.requests = Requests(training.folder)
         self.step = 0  # optimizer steps done
         self.made = 0  # by this attempt, those included that were gone back over
@@ -72,7 +70,7 @@ class Steps(pl.Callback):
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
         self.data.place = self.schedule.place
-        found = resume.newest(self.folder)
+        found = resume.proven(self.folder, self.training)
         if found:
             resume.check_continues(found, self.identity, self.schedule)
             self._go_on_from(found)
@@ -98,9 +96,8 @@ class Steps(pl.Callback):
             self.ema.start(self.masters)
         average, accumulation = self.ema.flats[EMA], self.data.feed.accumulation
         tell_plan(self.training, trainer, pl_module, self.masters, average, accumulation)
-        self.writer = CheckpointWriter(
-            self.folder, self.masters, self.ema, keep=self._keeps, newest=NEWEST
-        )
+        own = (self.folder, self.masters, self.ema)
+        self.writer = CheckpointWriter(*own, keep=self._keeps, snapshot=self.every.keeps_snapshot)
         self.writer.check_start()
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
         self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
@@ -118,9 +115,9 @@ class Steps(pl.Callback):
 
     def _begin_ledger(self) -> None:
         self.ledger: StepLedger | None = None
-        if self.ledger_folder:
-            skipped = self.schedule.skipped
-            self.ledger = StepLedger(self.ledger_folder, self.data, self.step, skipped)
+        if self.training.ledger:
+            folder, skipped = self.training.folder / LEDGER, self.schedule.skipped
+            self.ledger = StepLedger(folder, self.data, self.step, skipped)
             self.module.on_draws = self.ledger.add
 
     def on_train_batch_start(
@@ -230,7 +227,7 @@ class Steps(pl.Callback):
         if self._due(self.every.log) or ends:
             self._log()
         if self._due(self.every.replicas):
-            self.guarding.check_replicas(self.module.net, self.schedule.state_dict())
+            self.guarding.check_replicas(self.module.net, self.step, self.schedule.state_dict())
         if self._due(self.every.validate) or (last and self.every.validate):
             self.beats.enter("eval")
             self._tell(self.evaluation.held_out())

@@ -229,10 +229,10 @@ def _check_parameters(checkpoint: Checkpoint, masters: Masters) -> None:
 
 def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
     there = [part for part in checkpoint.parts if part not in (MASTER, *MOMENTS)]
-    if sorted(there) != sorted(ema.decays):
+    if sorted(there) != sorted(ema.parts):
         raise CheckpointError(
             f"{checkpoint.path}: has the averages {', '.join(there)}, this run keeps "
-            f"{', '.join(ema.decays)}; give the decays as they were, or another folder"
+            f"{', '.join(ema.parts)}; give ema_more and ema_widths as they were, or another folder"
         )
 
 
@@ -251,7 +251,7 @@ def restore(checkpoint: Checkpoint, net: nn.Module, masters: Masters, ema: Ema) 
             raise CheckpointError(f"{checkpoint.path}: {part} is not whole; {REMEDY}")
         masters.fill(masters.flats(part), tensors)
     ema.start(masters)
-    for part in ema.decays:
+    for part in ema.parts:
         masters.fill(ema.flats[part], checkpoint.tensors(part))
     masters.updates = int(checkpoint.state["optimizer_updates"])
     ema.load_state_dict(checkpoint.state["ema"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
 from echolab.training import ranks
+from echolab.training.lora import AVERAGE
 from echolab.training.masters import shape
 
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -130,11 +131,14 @@ def replicated(net: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen(net: nn.Module) -> dict[str, Tensor]:
-    """What this rank holds of the parameters that are not trained, for `Unchanged`."""
+    """What this rank holds of the parameters that are not trained, for `Unchanged`.
+
+    Not of a reference's adapters: they are another set at every preference epoch.
+    """
     return {
         name: getattr(parameter, "ds_tensor", parameter).data
         for name, parameter in net.named_parameters()
-        if not parameter.requires_grad
+        if not parameter.requires_grad and f".{AVERAGE}." not in name
     }
 
 

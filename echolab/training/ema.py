@@ -13,8 +13,9 @@ from torch import Tensor
 
 from echolab.errors import ConfigError
 from echolab.training.masters import Masters
+from echolab.training.profiles import exponent_of, newest_share
 
-EMA = "ema"
+EMA, POWER = "ema", "power-"  # names of parts: the second begins those of power profiles
 
 
 def part_of(decay: float) -> str:
@@ -26,30 +27,44 @@ class Ema:
     """average <- d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)).
 
     n counts updates: a young average forgets its start quickly (TensorFlow's rule).  The average of
-    `decay` is the one that validation and sampling use; those of `more` are kept beside it.
+    `decay` is the one that validation and sampling use; those of `more` are kept beside it, and so
+    are power profiles of `widths` (`profiles`), from which others can be made later.
     """
 
-    def __init__(self, decay: float, more: Sequence[float] = ()) -> None:
+    def __init__(
+        self, decay: float, more: Sequence[float] = (), widths: Sequence[float] = ()
+    ) -> None:
         for number in (decay, *more):
             if not 0 <= number < 1:
                 raise ConfigError(f"ema_decay={number:g}: must lie in [0, 1); 0.999 is usual")
-        if len({part_of(number) for number in more}) < len(more):
-            raise ConfigError(f"ema_more={list(more)}: a decay is given twice; give each once")
-        self.decay, self.more, self.updates = decay, tuple(more), 0
-        self.decays = {EMA: decay, **{part_of(number): number for number in more}}  # by part
+        for name, numbers in (("ema_more", more), ("ema_widths", widths)):
+            if len(set(numbers)) < len(numbers):
+                raise ConfigError(f"{name}={list(numbers)}: one is given twice; give each once")
+        self.decay, self.more, self.widths = decay, tuple(more), tuple(widths)
+        self.updates = 0
+        self._decays = {EMA: decay, **{part_of(number): number for number in more}}
+        self._exponents = {f"{POWER}{width!r}": exponent_of(width) for width in widths}
         self.flats: dict[str, list[Tensor]] = {}  # by part, as `Masters.local`
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the averages, in a checkpoint too."""
+        return [*self._decays, *self._exponents]
 
     def start(self, masters: Masters) -> None:
         """Begin at the present weights."""
-        for part in self.decays:
+        for part in self.parts:
             self.flats[part] = [tensor.detach().clone() for tensor in masters.local]
 
     @torch.no_grad()
     def update(self, masters: Masters) -> None:
         """Follow the weights by one optimizer step."""
         young = (1 + self.updates) / (10 + self.updates)
-        for part, decay in self.decays.items():
-            torch._foreach_lerp_(self.flats[part], masters.local, 1 - min(decay, young))
+        shares = {part: 1 - min(decay, young) for part, decay in self._decays.items()}
+        for part, exponent in self._exponents.items():
+            shares[part] = newest_share(exponent, self.updates + 1)
+        for part, share in shares.items():
+            torch._foreach_lerp_(self.flats[part], masters.local, share)
         self.updates += 1
 
     @contextmanager
@@ -64,7 +79,8 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON; the averages themselves are parts of a checkpoint."""
-        return {"decay": self.decay, "more": list(self.more), "updates": self.updates}
+        told = {"decay": self.decay, "more": list(self.more), "widths": list(self.widths)}
+        return {**told, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from `state_dict()`."""

@@ -2,8 +2,8 @@
 
     {"id": 3, "time": 1765432100.5, "step": 950, "kind": "rollback", "to": 800, "skip": [...], ...}
 
-Kinds: spike, recompute, reproducible, rollback, straggler, host_memory, replicas.  The file only
-grows, and rank 0 (or `echolab rollback`) alone writes it.  Skips are never undone.
+Kinds: spike, recompute, reproducible, rollback, straggler.  The file only grows, and rank 0 (or
+`echolab rollback`) alone writes it.  Skips are never undone.
 """
 
 import json

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training import events
+from echolab.training.apart import check_alone, check_apart
 from echolab.training.callbacks import Steps
 from echolab.training.checkpoint import check_architecture, open_checkpoint
 from echolab.training.datamodule import ShardDataModule
@@ -116,7 +117,7 @@ def _speed_up(training: Training) -> None:
 
 
 def _module(training: Training, accumulation: int, beats: Beats) -> DiffusionModule:
-    return DiffusionModule(
+    module = DiffusionModule(
         training.net,
         training.objectives,
         optim=training.optim,
@@ -127,3 +128,7 @@ def _module(training: Training, accumulation: int, beats: Beats) -> DiffusionMod
         sequence_parallel=training.machine.sequence_parallel,
         beats=beats,
     )
+    check_alone(module, training.net)
+    reference = training.reference
+    check_apart(training.net, [("reference", reference)] if isinstance(reference, Frozen) else [])
+    return module

@@ -13,9 +13,12 @@ from echolab.training.masters import Masters, values
 WINDOW = 1 << 25  # values that travel at once: 128 MiB
 
 
-def host_buffer(file: File) -> Tensor:
-    """fp32 memory for a file's values; pinned where there are GPUs, so that copies run alone."""
-    return torch.empty(file.numel, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+def host_buffer(file: File, *, pinned: bool) -> Tensor:
+    """fp32 memory for a file's values; pinned, copies from a GPU are fast and run alone.
+
+    torch rounds pinned memory up to a power of two: files of just under one waste least.
+    """
+    return torch.empty(file.numel, dtype=torch.float32, pin_memory=pinned)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from echolab.errors import ReplicaError
 from echolab.models.frozen import Frozen
 from echolab.training import events, ranks, recovery
 from echolab.training.digests import Unchanged, check_replicas, frozen, replicated
@@ -95,9 +96,13 @@ class Guarding:
         if self._reference:
             self._reference.check(self._frozen_reference())
 
-    def check_replicas(self, net: nn.Module, state: Mapping[str, Any]) -> None:
+    def check_replicas(self, net: nn.Module, step: int, state: Mapping[str, Any]) -> None:
         """ReplicaError where ranks that should hold the same do not; collective."""
-        check_replicas(replicated(net), json.dumps(state, sort_keys=True))
+        try:
+            check_replicas(replicated(net), json.dumps(state, sort_keys=True))
+        except ReplicaError as error:
+            self.history.add(step, "replicas", words=str(error))
+            raise
 
     def look(self, step: int, seconds: Mapping[str, float]) -> dict[str, float]:
         """Values for the log; slow ranks are written down.  Collective."""

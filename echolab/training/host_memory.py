@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 GB = 1e9
-SECONDS = 10.0  # between two looks: one costs a few milliseconds
+SECONDS = 60.0  # between two looks: one costs milliseconds, and more in a process of 100 GB
 
 
 def family(pid: int, proc: Path = PROC) -> list[int]:

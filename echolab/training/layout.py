@@ -48,13 +48,16 @@ def _runs(shapes: Shapes, files: int) -> list[list[str]]:
 def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int) -> list[File]:
     """The files of a checkpoint, in the order in which all ranks fill them.
 
-    Each part is cut into files of `shard_bytes` or a little more.  As many ranks write as there are
-    such files in all, spread over the job so that several nodes write: of a small network rank 0
-    alone.  Pure: every rank finds the same.
+    Each part is cut into equal files of about `shard_bytes` or less.  As many ranks write as there
+    are `shard_bytes` in all, spread over the job so that several nodes write: of a small network
+    rank 0 alone.  Pure: every rank finds the same.
     """
     bytes_of_part = ITEM * sum(map(math.prod, shapes.values()))
-    runs = _runs(shapes, max(1, bytes_of_part // shard_bytes))
     writers = min(world, max(1, bytes_of_part * len(parts) // shard_bytes))
+    count = math.ceil(bytes_of_part / shard_bytes)
+    while count > 1 and count * len(parts) % writers:
+        count += 1  # so that each writes as much
+    runs = _runs(shapes, count)
     files: list[File] = []
     for part in parts:
         for number, names in enumerate(runs, 1):

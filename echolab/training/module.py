@@ -32,6 +32,7 @@ class Optim(NamedTuple):
     clip: float = 1.0  # limit of the gradient's norm
     ema_decay: float = 0.999
     ema_more: tuple[float, ...] = ()  # decays of further averages, kept beside the first
+    ema_widths: tuple[float, ...] = ()  # of power averages, from which others are made later
 
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:

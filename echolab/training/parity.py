@@ -160,7 +160,8 @@ def _exported(
         with unchanged(fresh, where.device):
             differences, bound = _beside(fresh, live, clips, how, where)
         told: dict[str, Any] = {"checkpoint": checkpoint.name}
-        told |= {"passed": judged(differences, bound).passed, "bound": bound}
+        found = judged(differences, bound)
+        told |= {"passed": found.passed, **found._asdict()}
         told |= {"by_task": _by_task(clips, differences)}
         _write(folder / REPORT, {**told, "dtype": NAMES[where.dtype], "sampling": how._asdict()})
         return differences, bound, ""
@@ -214,6 +215,19 @@ def check_parity(
             f"{bound:.2e} in {NAMES[dtype]}; {REMEDY}"
         )
     return found
+
+
+def passed_before(folder: Path, checkpoint: Path) -> bool | None:
+    """What the report in a run's folder says of a checkpoint; None where it says nothing of it.
+
+    A run whose schedule is behind it has no training model to sample from: what was found then
+    holds, and without it the last steps are to be done again.
+    """
+    try:
+        told = json.loads((folder / REPORT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return bool(told["passed"]) if told.get("checkpoint") == checkpoint.name else None
 
 
 def _write(path: Path, told: Mapping[str, Any]) -> None:

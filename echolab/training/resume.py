@@ -10,6 +10,8 @@ from echolab.errors import EcholabError
 from echolab.training import checkpoint as checkpoints
 from echolab.training import ranks
 from echolab.training.checkpoint import Checkpoint
+from echolab.training.parity import REPORT, passed_before
+from echolab.training.parts import Training
 from echolab.training.schedule import Schedule
 
 
@@ -29,6 +31,25 @@ def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
     for line in rejected:
         print(f"echolab: passed over: {line}", file=sys.stderr)
     return found
+
+
+def proven(folder: Path, training: Training) -> Checkpoint | None:
+    """The newest, or one before it where it ends the schedule and its export was not let pass.
+
+    Killed before the gate or refused by it, a run has no training model to sample from: its last
+    steps are done again.  Collective.
+    """
+    found, run = newest(folder), training.folder
+    if found is None or not training.parity or found.step < training.schedule.steps:
+        return found
+    passed = ranks.from_first(int(passed_before(run, found.path) is True))
+    if not passed and ranks.rank() == 0:
+        print(
+            f"echolab: {found.path}: samples of its export were not let pass yet ({run / REPORT}); "
+            "its last steps are done again, from the checkpoint before",
+            file=sys.stderr,
+        )
+    return found if passed else newest(folder, found.step - 1)
 
 
 def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Schedule) -> None:

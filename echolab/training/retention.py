@@ -23,7 +23,7 @@ def tidy(folder: Path) -> None:
     """Make the folder, and remove what a killed save left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
+    for path in [*folder.rglob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

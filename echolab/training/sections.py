@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ SECTIONS = (
 )  # fmt: skip
 FOLDER = "ECHOLAB_BEATS"  # the node-local folder, in the environment
 
-# A counter before and after, so that a reader knows half a write; then section, step, first step,
-# start of the section; seconds in all and the longest stay, by section.
-LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}dQ")
+# Switches and one more; section, step, first step, start of the section; seconds in all and the
+# longest stay, by section.  A CRC-32 follows: a reader that comes amid a write knows it.
+LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}d")
+SIZE = LAYOUT.size + 4
 _INDEX = {name: number for number, name in enumerate(SECTIONS)}
 
 
@@ -51,8 +53,8 @@ class Beats:
         self._map: mmap.mmap | None = None
         if path is not None:
             with path.open("w+b") as file:
-                file.truncate(LAYOUT.size)
-                self._map = mmap.mmap(file.fileno(), LAYOUT.size)
+                file.truncate(SIZE)
+                self._map = mmap.mmap(file.fileno(), SIZE)
         self._tell()
 
     def enter(self, section: str, step: int | None = None) -> None:
@@ -60,12 +62,12 @@ class Beats:
 
         Microseconds.  Entering the section one is in begins it anew: that is progress too.
         """
+        if section not in _INDEX:
+            raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
         here, now = _INDEX[self.section], time.monotonic()
         stay = now - self.since
         self._seconds[here] += stay
         self._longest[here] = max(self._longest[here], stay)
-        if section not in _INDEX:
-            raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
         self.section, self.since = section, now
         self.switches += 1
         if step is not None:
@@ -87,8 +89,8 @@ class Beats:
         if self._map is not None:
             count = self.switches + 1  # a file of zeros is one that nothing was told in
             values = (_INDEX[self.section], self.step, self.first, self.since)
-            # One copy of bytes: `pack_into` would write zeros first.
-            self._map[:] = LAYOUT.pack(count, *values, *self._seconds, *self._longest, count)
+            data = LAYOUT.pack(count, *values, *self._seconds, *self._longest)
+            self._map[:] = data + zlib.crc32(data).to_bytes(4, "little")
 
 
 def beats_path(folder: Path, rank: int) -> Path:
@@ -102,25 +104,22 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 
 def read_beat(path: Path) -> Beat | None:
-    """What a rank told last; None where it has told nothing yet."""
+    """What a rank told last; None where it has told nothing yet, or was stopped amid a write."""
     for _ in range(100):
         try:
-            data = path.read_bytes()
+            whole = path.read_bytes()
         except FileNotFoundError:
             return None
-        if len(data) != LAYOUT.size:
-            return None
-        first, section, step, begun, since, *rest, last = LAYOUT.unpack(data)
-        if first == last:
+        data, crc = whole[:-4], whole[-4:]
+        if len(whole) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
             break
-    else:  # a writer that died between two bytes
-        first = min(first, last)
-    if not first:
+    else:
         return None
+    told, section, step, begun, since, *rest = LAYOUT.unpack(data)
     count = len(SECTIONS)
     seconds = dict(zip(SECTIONS, rest[:count], strict=True))
     longest = dict(zip(SECTIONS, rest[count:], strict=True))
-    return Beat(SECTIONS[section], step, begun, first - 1, since, seconds, longest)
+    return Beat(SECTIONS[section], step, begun, told - 1, since, seconds, longest)
 
 
 def beats_from_environment() -> Beats:

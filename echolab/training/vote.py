@@ -60,9 +60,10 @@ def count(own: Mapping[str, float | torch.Tensor]) -> Vote:
     on_device = [name for name, value in own.items() if isinstance(value, torch.Tensor)]
     told = {name: float(value) for name, value in own.items() if name not in on_device}
     if on_device:
-        values = torch.stack(
-            [torch.as_tensor(own[name]).double().reshape(()) for name in on_device]
-        )
+        given = [torch.as_tensor(own[name]).double().reshape(()) for name in on_device]
+        # Gradients of an offloaded optimizer are on the host, the loss is not.
+        device = max((value.device for value in given), key=lambda device: device.type != "cpu")
+        values = torch.stack([value.to(device) for value in given])
         told |= dict(zip(on_device, values.tolist(), strict=True))
     return Vote(*ranks.sums(list(Vote(**told))))
 

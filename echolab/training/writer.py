@@ -24,6 +24,7 @@ from echolab.training.manifest import FORMAT, MANIFEST, STATE, serialise
 from echolab.training.masters import MASTER, MOMENTS, Masters
 from echolab.training.retention import PARTIAL, Retention, tidy
 from echolab.training.room import FACTOR, check_room
+from echolab.training.snapshots import SNAPSHOTS, keep_snapshot
 
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
 Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
@@ -57,8 +58,9 @@ class CheckpointWriter:
     """Saves by `begin` and, steps later, `finish`; both at once is a save that waits.
 
     Each rank's thread writes the files that `layout` gives it; rank 0 publishes them.  `newest`
-    valid ones stay, at least two, and those whose step `keep` is true for.  Making one is
-    collective, and removes what a killed attempt left in `folder`.
+    valid ones stay, at least two, and those whose step `keep` is true for; where `snapshot` is, the
+    power averages stay too (`snapshots`).  Making one is collective, and removes what a killed
+    attempt left in `folder`.
     """
 
     def __init__(
@@ -70,12 +72,15 @@ class CheckpointWriter:
         keep: Callable[[int], bool],
         newest: int = 2,
         shard_bytes: int = 1 << 30,
+        snapshot: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
         self.seconds = 0.0  # of the longest save so far, what went on beside the training included
-        parts = [MASTER, *MOMENTS, *ema.decays]
+        parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
         self.files = layout(self.shapes, parts, world=ranks.world(), shard_bytes=shard_bytes)
+        self._snapshot = snapshot
+        self._on_gpu = next(iter(masters.parameters.values())).is_cuda
         self._retention = Retention(folder, keep, newest)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -133,7 +138,7 @@ class CheckpointWriter:
         self._make_buffers()
         for file in self.files:
             gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
         self._spent = time.monotonic() - started
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
@@ -154,7 +159,7 @@ class CheckpointWriter:
         try:
             for file in self.files:
                 if file.writer == ranks.rank() and file.name not in self._buffers:
-                    self._buffers[file.name] = host_buffer(file)
+                    self._buffers[file.name] = host_buffer(file, pinned=self._on_gpu)
         except RuntimeError as error:  # torch has no other name for it
             fault = f"rank {ranks.rank()}: no host memory to save from ({error})".split("\n")[0]
         ranks.raise_together(CheckpointError, fault)
@@ -229,6 +234,8 @@ class CheckpointWriter:
         }
         write_file(self._partial / MANIFEST, [serialise(manifest)])
         sync(self._partial)
+        if self._snapshot(step):
+            keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
             self._path.rename(aside)

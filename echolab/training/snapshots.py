@@ -1,0 +1,81 @@
+"""Power averages of earlier steps, kept for an average of any width (`profiles`).
+
+    checkpoints/snapshots/step-000500/  the power averages of a checkpoint, its state, a manifest
+
+A snapshot is a checkpoint that has nothing else; its files are links to the checkpoint's, and stay
+when that goes.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from echolab.errors import CheckpointError
+from echolab.training.checkpoint import Checkpoint, folder_of, open_checkpoint, saved_steps
+from echolab.training.ema import POWER
+from echolab.training.manifest import MANIFEST, STATE, Manifest, files_of, serialise
+from echolab.training.profiles import Profile, coefficients, exponent_of
+
+SNAPSHOTS = "snapshots"
+
+
+def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
+    """Keep the power averages of the files in `written` below `folder`; OSError where it fails."""
+    parts = {part: names for part, names in files_of(manifest).items() if part.startswith(POWER)}
+    names = [STATE, *(name for own in parts.values() for name in own)]
+    path = folder_of(folder, manifest["step"])
+    partial = folder / f".partial-{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in names:
+        try:
+            os.link(written / name, partial / name)
+        except OSError:  # a file system without links
+            shutil.copyfile(written / name, partial / name)
+    files = {name: manifest["files"][name] for name in sorted(names)}
+    (partial / MANIFEST).write_bytes(serialise({**manifest, "files": files}))
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def _sources(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
+    """Every average that can be used for one at the newest checkpoint's step."""
+    folder = newest.path.parent / SNAPSHOTS
+    earlier = [step for step in saved_steps(folder) if step < newest.step]
+    found = []
+    for checkpoint in [*(open_checkpoint(folder_of(folder, s)) for s in earlier[::-1]), newest]:
+        for part in checkpoint.parts:
+            if part.startswith(POWER):
+                sigma = float(part.removeprefix(POWER))
+                profile = Profile(exponent_of(sigma), checkpoint.state["ema"]["updates"])
+                found.append((checkpoint, part, profile))
+    return found
+
+
+def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
+    """The average of the run's weights with this width at a checkpoint, whole, by name, in fp32.
+
+    Raises CheckpointError where the run kept no power averages, or a snapshot is damaged.
+    """
+    wanted = Profile(exponent_of(sigma), newest.state["ema"]["updates"])
+    sources = _sources(newest)
+    if not sources:
+        raise CheckpointError(
+            f"{newest.path}: this run kept no averages to make another from; train with "
+            "optim.ema_widths=[0.05,0.1] and every.snapshot"
+        )
+    shares = coefficients([profile for _, _, profile in sources], wanted)
+    opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
+    return {name: _sum(opened, shares, name) for name in opened[-1]}
+
+
+def _sum(opened: Sequence[Mapping[str, Tensor]], shares: Sequence[float], name: str) -> Tensor:
+    """In double: large shares of opposite signs take away most of each other."""
+    total = torch.zeros(opened[-1][name].shape, dtype=torch.float64)
+    for tensors, share in zip(opened, shares, strict=True):
+        total += share * tensors[name].double()
+    return total.float()
