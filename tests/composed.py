@@ -17,6 +17,7 @@ from echolab.training import fit as fitting
 from echolab.training import memory, ranks
 from echolab.training.checkpoint import open_checkpoint
 from echolab.training.fit import Machine
+from echolab.types import Batch, Draws, Loss
 
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
 BATCH, STEPS = 12, 3
@@ -27,6 +28,14 @@ OPTIM = runs.Optim(clip=0.5, eps=1e-4)
 def name_of(case: dict[str, Any]) -> str:
     """Of a file."""
     return "-".join(map(str, case.values()))
+
+
+def in_full(net: Any, batch: Batch, draws: Draws) -> Loss:
+    """Latents, noise, noise levels and the loss are in fp32 whatever the network computes in."""
+    loss = runs.Supervised(runs.PHASES)(net, batch, draws)
+    for tensor in (batch.latents, draws.noise, draws.sigmas, loss.value, *loss.parts.values()):
+        assert tensor.dtype == torch.float32, tensor.dtype
+    return loss
 
 
 def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
@@ -45,6 +54,7 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
             batch_size=BATCH,
             micro_batch_size=BATCH // groups // case["accumulation"],
             optim=OPTIM,
+            objectives={"sft": in_full},
             machine=machine,
             say=lambda lines: (root / f"{name_of(case)}.txt").write_text("\n".join(lines)),
         )

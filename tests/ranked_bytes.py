@@ -43,10 +43,13 @@ def main() -> None:
     folder, strategy, ranks, precision, lora = sys.argv[1:]
     found: dict[str, int] = {}
 
-    def after(self: Steps, signal: int) -> None:
-        found.update(count(self))
+    original = Steps._after
 
-    Steps._after = after  # type: ignore[method-assign]
+    def after(self: Steps, *told: Any) -> Any:
+        found.update(count(self))
+        return original(self, *told)
+
+    Steps._after = after  # type: ignore[assignment,method-assign]
     runs.train(
         Path(folder),
         runs.schedule(("sft", 1)),

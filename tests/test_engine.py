@@ -137,9 +137,9 @@ def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
 
 PLAN = Plan(
     strategy="zero2", world=4, data_parallel=2, sequence_parallel=2, accumulation=3, clip=1.0,
-    optimizer="AdamW", compute="bfloat16", parameters="bfloat16", masters="float32",
-    moments="float32", gradients="bfloat16", average="float32", offload="none", trained=7,
-    frozen=0, blocks=2, checkpointed=2, compiled=0, attention="sdpa",
+    optimizer="AdamW", batches="float32", compute="bfloat16", parameters="bfloat16",
+    masters="float32", moments="float32", gradients="bfloat16", average="float32",
+    offload="none", trained=7, frozen=0, blocks=2, checkpointed=2, compiled=0, attention="sdpa",
 )  # fmt: skip
 MACHINE = Machine(
     "zero2", 4, precision="bf16-mixed", checkpointing="selective", sequence_parallel=2
@@ -151,9 +151,10 @@ def test_a_plan_is_compared_with_what_was_asked_for() -> None:
     check(PLAN, asked)
     wrong = {
         "strategy": "zero1", "world": 2, "data_parallel": 4, "sequence_parallel": 1,
-        "accumulation": 1, "clip": 0.0, "compute": "float32", "parameters": "float16",
-        "masters": "bfloat16", "moments": "bfloat16", "gradients": "float16",
-        "average": "bfloat16", "offload": "optimizer", "checkpointed": 0, "compiled": 2,
+        "accumulation": 1, "clip": 0.0, "batches": "bfloat16", "compute": "float32",
+        "parameters": "float16", "masters": "bfloat16", "moments": "bfloat16",
+        "gradients": "float16", "average": "bfloat16",
+        "offload": "optimizer", "checkpointed": 0, "compiled": 2,
     }  # fmt: skip
     assert wrong.keys() == asked.keys()
     for name, value in wrong.items():

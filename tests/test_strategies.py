@@ -99,6 +99,12 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     assert refusal(Machine()) is None
 
 
+def test_a_limit_of_no_gradient_is_refused(tmp_path: Path) -> None:
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="optim.clip=.*: must be over 0"):
+            runs.train(tmp_path, runs.schedule(("sft", 1)), optim=runs.Optim(clip=clip))
+
+
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_what_dropout_drops_is_the_same_when_recomputed(tmp_path: Path, checkpointing: str) -> None:
     lora = adapted.LORA._replace(dropout=0.3)

@@ -167,6 +167,26 @@ def test_ctrl_c_twice_is_not_patient(folder: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_a_full_disk_hides_nothing(folder: Path) -> None:
+    (folder / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder / "run")]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root, to mount a small disk")
+    try:
+        launch = Launch(folder, {"1": {"at": "forward", "does": "bug", "step": 40}})
+        launch.pids()
+        with pytest.raises(OSError), (folder / "run/fill").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        code, said = launch.end()
+    finally:
+        subprocess.run(["umount", str(folder / "run")], check=True)
+    assert code == exit_codes.RETRYABLE and "could not be written (No space left" in said
+    last = said.splitlines()[-1]
+    assert "rank 1 (host-0): an exception in forward at step 40: ZeroDivisionError" in last
+
+
+@pytest.mark.slow
 def test_no_rank_outlives_its_supervisor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = Launch(folder, {})
     pids = launch.pids()

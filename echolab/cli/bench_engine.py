@@ -124,10 +124,10 @@ class Bare:
         rounded = self.subject.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
             loss = self.objective(self.net, batch, draws)
+        self.optimizer.zero_grad(set_to_none=True)  # where Lightning does: memory is used again
         loss.value.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), CLIP, foreach=True)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def average(self) -> None:
         """One update of the average."""

@@ -117,7 +117,7 @@ class Supervisor:
 
     def _start_rank(self, number: int) -> None:
         env = {**os.environ, **self.layout.environment(number)}
-        env |= {BEATS: str(self.beats), told.FOLDER: str(self.folder)}
+        env[BEATS] = str(self.beats)
         rank = self.layout.first + number
         if rank == 0:  # has the terminal
             self.ranks.append(Rank(rank, processes.start(self.command, env, None), self.beats))
@@ -204,7 +204,7 @@ class Supervisor:
 
     def _finish(self) -> int:
         """All ranks ended by themselves, as planned."""
-        ends = [told.end_of(self.folder, rank.number) for rank in self.ranks]
+        ends = [told.end_of(self.beats, rank.number) for rank in self.ranks]
         code = max(rank.exit or 0 for rank in self.ranks)
         end = next((end for end in ends if end), None)
         cause = exit_codes.cause_of_code(code)

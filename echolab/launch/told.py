@@ -1,9 +1,10 @@
-"""What ranks tell of their end, as files in the folder of their launch: `RUN/attempts/LAUNCH`.
+"""What ranks tell of their end, as files in the node-local folder of their sections.
 
 rank-N.error.json  an exception: type, message, trace, time, step, section, cause
 rank-N.end.json    how training ended by itself
-rank-N.log         what ranks but the first wrote to their terminal
-rank-N.stack       the stacks of all threads when the supervisor ended it
+
+Local, so that a file system that is full or hangs, which may be why they end, keeps none of it; the
+supervisor copies errors into the run's folder.
 """
 
 import json
@@ -24,8 +25,8 @@ from echolab.launch.exit_codes import (
     STOPPED_UNSAVED,
     cause_of_exception,
 )
+from echolab.training.sections import FOLDER
 
-FOLDER = "ECHOLAB_ATTEMPT"  # in the environment of ranks
 TRACE_CHARACTERS = 20_000  # the end of a longer one is kept
 
 
@@ -49,10 +50,15 @@ def tell_failure(folder: Path, rank: int, error: BaseException, section: str, st
     failure = Failure(type(error).__name__, str(error), cause, time.time(), trace)
     told = {**failure._asdict(), "section": section, "step": step}
     try:
-        write_whole(folder / f"rank-{rank}.error.json", json.dumps(told).encode())
-    except EcholabError:  # a full disk: the exit code still says something
+        write_whole(error_path(folder, rank), json.dumps(told).encode())
+    except EcholabError:  # the exit code still says something
         pass
     return CAUSES[cause].exit_code
+
+
+def error_path(folder: Path, rank: int) -> Path:
+    """Where the exception of a rank is told."""
+    return folder / f"rank-{rank}.error.json"
 
 
 def tell_end(folder: Path, rank: int, end: End) -> None:
@@ -62,7 +68,7 @@ def tell_end(folder: Path, rank: int, end: End) -> None:
 
 def failure_of(folder: Path, rank: int) -> Failure | None:
     """The exception that a rank told."""
-    told = read_json(folder / f"rank-{rank}.error.json")
+    told = read_json(error_path(folder, rank))
     return Failure(**{name: told[name] for name in Failure._fields}) if told else None
 
 
@@ -87,6 +93,6 @@ def expected(code: int) -> bool:
 
 
 def own_folder() -> Path | None:
-    """The folder of this rank's launch; None where no supervisor started it."""
+    """Where this rank tells; None where no supervisor started it."""
     folder = os.environ.get(FOLDER)
     return Path(folder) if folder else None

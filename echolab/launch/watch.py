@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from echolab.launch import processes
 from echolab.launch.blame import Observation
 from echolab.launch.processes import Seen
-from echolab.launch.told import failure_of
+from echolab.launch.told import error_path, failure_of
 from echolab.training.sections import SECTIONS, Beat, beats_path, read_beat, stacks_path
 
 DUMP_SECONDS = 2.0  # the most that ranks are given to write their stacks
@@ -51,7 +52,8 @@ def observe(
 ) -> list[Observation]:
     """Everything that can be seen of the ranks, with the stacks of those that live.
 
-    The stacks lie in `folder` afterwards.  Takes `DUMP_SECONDS` at most.
+    The stacks, and what ranks told of exceptions, lie in `folder` afterwards.  Takes `DUMP_SECONDS`
+    at most.
     """
     now = time.monotonic()
     beats = {rank.number: rank.beat() for rank in ranks}
@@ -66,15 +68,17 @@ def observe(
         # Where it ended meanwhile, by SIGQUIT before it could take it, it was alive all the same.
         busy = max(processes.see(rank.pid).cpu - cpu, 0.0) / took if rank in living else 0.0
         stack = stacks.get(number, "")
-        if stack:
-            with contextlib.suppress(OSError):  # a full disk: the verdict needs no file
+        with contextlib.suppress(OSError):  # a full disk: the verdict needs no file
+            if stack:
                 (folder / f"rank-{number}.stack").write_text(stack)
+            if (told := error_path(rank.beats, number)).exists():
+                shutil.copy(told, folder)
         seen.append(
             Observation(
                 rank=number, host=host, section=beat.section, step=beat.step,
                 switches=beat.switches, stay=now - beat.since, exit=rank.exit, died=rank.died,
                 state=state, busy=busy, late=late.get(number, 0.0), stack=stack,
-                failure=failure_of(folder, number),
+                failure=failure_of(rank.beats, number),
             )
         )  # fmt: skip
     return seen

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
 from echolab.training import ranks
-from echolab.training.lora import AVERAGE
 from echolab.training.masters import shape
 
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,11 +134,16 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
 
     Not of a reference's adapters: they are another set at every preference epoch.
     """
-    return {
+    still = {
         name: getattr(parameter, "ds_tensor", parameter).data
         for name, parameter in net.named_parameters()
-        if not parameter.requires_grad and f".{AVERAGE}." not in name
+        if not parameter.requires_grad
     }
+    if not still:
+        return still
+    from echolab.training.lora import AVERAGE  # peft takes seconds, and only adapters need it
+
+    return {name: tensor for name, tensor in still.items() if f".{AVERAGE}." not in name}
 
 
 class Unchanged:

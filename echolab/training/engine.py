@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     accumulation: int  # micro-batches a rank and optimizer step
     clip: float  # limit of the gradient's norm
     optimizer: str
+    batches: str  # as objectives get them: noise, targets and losses are computed in it
     compute: str  # of matrix products
     parameters: str
     masters: str
@@ -129,6 +130,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
         accumulation=accumulation,
         clip=float(wrapper.clip_grad if zero else module.optim.clip * module.clip_here),
         optimizer=type(masters.optimizer).__name__,
+        batches=_types([trainer.precision_plugin.convert_input(torch.ones(1))]),
         compute=_compute(trainer, net),
         parameters=_types(net.parameters()),
         masters=_types(masters.local),
@@ -155,6 +157,7 @@ def asked_for(machine: Machine, accumulation: int, clip: float, blocks: int) -> 
         "sequence_parallel": machine.sequence_parallel,
         "accumulation": accumulation,
         "clip": clip,
+        "batches": "float32",
         "compute": low,
         "parameters": low if machine.sharded else "float32",
         "masters": "float32",
@@ -261,7 +264,7 @@ class ClippedNorm:
 
 
 def check_clipped(squares: float, limit: float, step: int) -> float:
-    """The norm after clipping, from `ClippedNorm.take` over all ranks; EcholabError over `limit`."""
+    """The norm after clipping, from `take` summed over the ranks; EcholabError over `limit`."""
     norm = squares**0.5
     if norm > limit * (1 + CLIP_SLACK):
         raise EcholabError(

@@ -61,7 +61,7 @@ class Evaluation:
         training = self.training
         clips = training.held_out.clips if training.held_out else training.clips[0]
         steps = training.schedule.supervised_steps(training.schedule.steps)
-        learnt = training.curriculum.probabilities(max(steps - 1, 0))
+        learnt = training.curriculum.probabilities(steps)
         found = check_parity(
             self.module.net,
             self.ema,

@@ -132,6 +132,8 @@ class Training(NamedTuple):
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
+        if not self.optim.clip > 0:  # ZeRO would take 0 for no limit, others for no gradient
+            raise ConfigError(f"optim.clip={self.optim.clip:g}: must be over 0; .inf is no limit")
         if self.held_out and not self.phases:
             raise ConfigError("held_out: needs phases too")
         accelerator = self.machine.accelerator

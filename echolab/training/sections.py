@@ -113,6 +113,7 @@ def read_beat(path: Path) -> Beat | None:
         data, crc = whole[:-4], whole[-4:]
         if len(whole) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
             break
+        time.sleep(0.001)  # the writer may have lost its core amid the write
     else:
         return None
     told, section, step, begun, since, *rest = LAYOUT.unpack(data)

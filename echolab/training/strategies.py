@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.utilities.seed import reset_seed
@@ -112,9 +113,10 @@ def refusal(machine: Machine) -> str | None:
 class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed, on CPUs too: over gloo, with DeepSpeed's CPU accelerator.
 
-    On GPUs every method is the parent's, but for the masters' first values.  Lightning 2.6 refuses
-    CPUs in `setup_environment`, checks GPU indices in `setup_distributed`, and passes
-    `device_rank=None` to `deepspeed.initialize`.
+    On GPUs every method is the parent's, but for two roundings to bf16 that it does not make: of
+    the batches, and of the weights from which the masters start.  Lightning 2.6 refuses CPUs in
+    `setup_environment`, checks GPU indices in `setup_distributed`, and passes `device_rank=None` to
+    `deepspeed.initialize`.
     """
 
     @property
@@ -152,6 +154,11 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         with mock.patch.object(deepspeed, "initialize", without_args):
             super().init_deepspeed()
         return None
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """The network casts what it is given; noise, targets and losses stay in fp32."""
+        self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        super().setup(trainer)
 
     def _setup_model_and_optimizer(self, model: nn.Module, *given: Any) -> tuple[Any, Any]:
         """DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them."""
