@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from echolab.training import checkpoint as checkpoints
 from echolab.training import ranks
-from echolab.training.checkpoint import latest_for_all, latest_valid, restore
+from echolab.training.checkpoint import latest_for_all, restore
 from echolab.training.ema import Ema
 from echolab.training.manifest import serialise
 from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
@@ -284,14 +283,3 @@ def last_told(told: Path) -> int:
     """The last published step that was written down whole."""
     lines = told.read_text().splitlines(keepends=True) if told.exists() else []
     return max((int(line) for line in lines if line.endswith("\n")), default=0)
-
-
-def latest(folder: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-    """What a next attempt would go on from."""
-    checkpoints.recover(folder)
-    return latest_valid(folder)
-
-
-def as_json(value: Mapping[str, Any]) -> str:
-    """Compact."""
-    return json.dumps(value, separators=(",", ":"))

@@ -13,6 +13,7 @@ from echolab.models.attention import sdpa
 from echolab.training import memory
 from echolab.training.memory import ATTENTION, checkpoint_blocks, compile_blocks, speed_up
 from echolab.training.module import DiffusionModule, Optim
+from echolab.training.sections import Beats
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
@@ -99,7 +100,8 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
 def test_the_fused_optimiser_is_adamw() -> None:
     """What the training module takes, beside torch's plain loop over parameters."""
     nets = tiny.net(trained=True), tiny.net(trained=True)
-    fused = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0, beats=Beats(None)).configure_optimizers()
+    module = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0, beats=Beats(None))
+    fused = module.configure_optimizers()
     groups = [
         {"params": [p for p in nets[1].parameters() if p.ndim >= 2]},
         {"params": [p for p in nets[1].parameters() if p.ndim < 2], "weight_decay": 0.0},
