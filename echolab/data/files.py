@@ -24,6 +24,15 @@ def write_whole(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def append_text(path: Path, text: str) -> None:
     """Add whole lines to a file, below whatever a killed process left of one.
 

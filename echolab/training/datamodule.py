@@ -9,16 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from echolab.data.batches import collate_clips, read_clip
 from echolab.data.micro_batches import MicroBatch, MicroBatches, Place, Stock
 from echolab.data.quarantine import read_quarantine
 from echolab.data.shards import ShardDataset
-from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training import ranks
 from echolab.training.sections import Beats
 from echolab.training.stopping import ignore_signals
-from echolab.types import Batch
 
 
 @dataclass(frozen=True)
@@ -133,28 +130,3 @@ class ShardDataModule(pl.LightningDataModule):
         told = self.feed.clips.plan.progress(batch + 1)
         found |= {"data/epochs": min(e for e, _ in told), "data/dropped": sum(d for _, d in told)}
         return found
-
-    def held_out_batches(self, held_out: HeldOut) -> list[Batch]:
-        """This rank's share of the held-out clips, every clip posed as every task.
-
-        Every rank gets equally many batches of equal size, as ZeRO 3 needs; what is left over of
-        the clips is left out.
-        """
-        together = self.feed.sequence_parallel
-        world, rank = ranks.world() // together, ranks.rank() // together
-        count = min(held_out.at_most, len(held_out.clips)) // world
-        if not count:
-            raise ConfigError(
-                f"{held_out.clips.folder}: {len(held_out.clips)} held-out clips for {world} ranks; "
-                "give at least one a rank, or validate_every=0"
-            )
-        places = range(rank * count, (rank + 1) * count)
-        size = held_out.batch_size
-        return [
-            collate_clips(
-                held_out.clips,
-                [read_clip(held_out.clips, i, task) for i in places[first : first + size]],
-            )
-            for task in held_out.tasks
-            for first in range(0, count, size)
-        ]

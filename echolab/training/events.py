@@ -7,12 +7,11 @@ Kinds: spike, recompute, reproducible, rollback, straggler.  The file only grows
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_error
+from echolab.data.files import append_text, sync, write_error
 from echolab.errors import DataError
 from echolab.training import ranks
 from echolab.training.schedule import Skip
@@ -41,27 +40,15 @@ def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
     event = Event(1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, told)
     head = {name: value for name, value in event._asdict().items() if name != "told"}
     line = json.dumps({**head, **told}, allow_nan=False) + "\n"
+    new = not path.exists()
+    append_text(path, line)
     try:
-        with path.open("ab+", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
-            data = ("\n" * bool(torn) + line).encode()
-            if file.write(data) != len(data):
-                raise OSError("only a part of the line was taken; is the disk full?")
-            os.fsync(file.fileno())
-        if not end:
-            _sync(folder)
+        sync(path)
+        if new:
+            sync(folder)
     except OSError as error:
         raise write_error(path, error) from error
     return event
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(folder: Path) -> list[Event]:

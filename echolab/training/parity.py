@@ -7,7 +7,6 @@ compilation, checkpointing and sharding are on the one side only.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.batches import collate_clips, read_clip
+from echolab.data.files import write_whole
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.generation import generate
 from echolab.errors import EcholabError, ParityError
@@ -163,7 +163,8 @@ def _exported(
         found = judged(differences, bound)
         told |= {"passed": found.passed, **found._asdict()}
         told |= {"by_task": _by_task(clips, differences)}
-        _write(folder / REPORT, {**told, "dtype": NAMES[where.dtype], "sampling": how._asdict()})
+        told |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
+        write_whole(folder / REPORT, json.dumps(told, indent=1).encode())
         return differences, bound, ""
     except (EcholabError, OSError, torch.OutOfMemoryError) as error:
         return *nothing, " ".join(str(error).split()) or type(error).__name__
@@ -228,9 +229,3 @@ def passed_before(folder: Path, checkpoint: Path) -> bool | None:
     except (FileNotFoundError, ValueError):
         return None
     return bool(told["passed"]) if told.get("checkpoint") == checkpoint.name else None
-
-
-def _write(path: Path, told: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(told, indent=1))
-    os.replace(partial, path)

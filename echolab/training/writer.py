@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echolab.data.files import sync
 from echolab.errors import CheckpointError
 from echolab.training import ranks
 from echolab.training.checkpoint import REPLACED, folder_of
@@ -29,15 +30,6 @@ from echolab.training.snapshots import SNAPSHOTS, keep_snapshot
 NICENESS = 10  # of the thread that writes
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
 Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
