@@ -6,7 +6,7 @@ import runs
 import tiny
 
 from echolab.diffusion.objectives import NegativePreference
-from echolab.training.lora import (
+from echolab.training.adapters.lora import (
     AdaptersOff,
     AverageAdapters,
     Lora,

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echolab.training import fit as fitting
-from echolab.training import memory, ranks
-from echolab.training.checkpoint import open_checkpoint
+from echolab.training import ranks
+from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.engine import memory
 from echolab.training.fit import Machine
 from echolab.types import Batch, Draws, Loss
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from echolab.data.micro_batches import MicroBatch
 from echolab.errors import EcholabError
 from echolab.training import ranks
-from echolab.training.engine import ClippedNorm, check_clipped, check_counts
+from echolab.training.engine.live import ClippedNorm, check_clipped, check_counts
+from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
 from echolab.training.fit import Machine, _trainer
-from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
 from echolab.training.module import DiffusionModule, Optim
 from echolab.training.quiet import quiet
 from echolab.training.sections import Beats

@@ -8,8 +8,8 @@ from typing import Any
 import runs
 import tiny
 
+from echolab.training.guards.spikes import Guards
 from echolab.training.parts import ALONE, Intervals, Machine
-from echolab.training.spikes import Guards
 from echolab.types import Batch, Draws, Loss
 
 STEPS = 12

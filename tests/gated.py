@@ -17,9 +17,9 @@ import torch
 from echolab.errors import ParityError
 from echolab.training import parity, ranks
 from echolab.training.callbacks import Steps
-from echolab.training.checkpoint import latest_valid
+from echolab.training.checkpoints.checkpoint import latest_valid
 from echolab.training.datamodule import HeldOut
-from echolab.training.ema import Ema
+from echolab.training.engine.ema import Ema
 from echolab.training.fit import Machine
 from echolab.training.parity import Sampling, check_parity, parity_clips
 from echolab.training.validation import read_share, validate

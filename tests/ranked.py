@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import runs
 
 from echolab.training.callbacks import Steps
+from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine
 from echolab.training.parts import Intervals
-from echolab.training.writer import CheckpointWriter
 
 
 def save_what_was_loaded(to: Path) -> None:

@@ -11,8 +11,8 @@ import adapted
 import runs
 
 from echolab.training.callbacks import Steps
+from echolab.training.engine.masters import Masters
 from echolab.training.fit import Machine
-from echolab.training.masters import Masters
 from echolab.training.parts import Intervals
 
 

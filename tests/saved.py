@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from echolab.training import checkpoint as checkpoints
 from echolab.training import ranks
-from echolab.training.checkpoint import latest_for_all, restore
-from echolab.training.ema import Ema
-from echolab.training.manifest import serialise
-from echolab.training.masters import MASTER, MOMENTS, Masters, masters_of
-from echolab.training.writer import CheckpointWriter
+from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints.checkpoint import latest_for_all, restore
+from echolab.training.checkpoints.manifest import serialise
+from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
 
 MORE = (0.5,)
 # -0.0, the smallest denormal, infinity, and a NaN that carries a message
@@ -206,7 +206,7 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
 def save_with_fault(out: str, at: str) -> None:
     """Rank 1 fails where `at` says; every rank is told of it, and goes on."""
     from echolab.errors import CheckpointError
-    from echolab.training import writer as writing
+    from echolab.training.checkpoints import writer as writing
 
     dist.init_process_group("gloo")
     if ranks.rank() == 1:

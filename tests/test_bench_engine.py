@@ -15,7 +15,7 @@ from echolab.cli.bench_ranks import Clock, Found, measured, resident_peak, strat
 from echolab.cli.bench_rows import Cost
 from echolab.cli.bench_saves import Saver
 from echolab.cli.bench_subjects import draw_inputs
-from echolab.training.checkpoint import open_checkpoint
+from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.fit import fit
 
 

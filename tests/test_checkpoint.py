@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from echolab.errors import CheckpointError, ConfigError, EcholabError
-from echolab.training.checkpoint import (
+from echolab.training.checkpoints.checkpoint import (
     PARTS,
     latest_valid,
     load_ema_weights,
@@ -82,7 +82,7 @@ def test_another_network_is_refused(run: Path) -> None:
         runs.train(run, runs.schedule(("sft", 8)), net=wider)
     path = run / "run/checkpoints/step-000006"
     with pytest.raises(CheckpointError, match="num_layers is 2 there, 3 here"):
-        from echolab.training.checkpoint import check_architecture
+        from echolab.training.checkpoints.checkpoint import check_architecture
 
         check_architecture(open_checkpoint(path), {**runs.ARCHITECTURE, "num_layers": 3})
 
@@ -97,7 +97,7 @@ def test_another_seed_or_past_is_refused(run: Path) -> None:
 def test_a_run_ends_in_one_line_where_a_save_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from echolab.training import writer
+    from echolab.training.checkpoints import writer
 
     def full(path: Path, contents: object) -> None:
         path.write_bytes(b"half")

@@ -10,8 +10,8 @@ import saved
 import torch
 
 from echolab.cli.__main__ import main
-from echolab.training.checkpoint import folder_of
-from echolab.training.masters import MASTER
+from echolab.training.checkpoints.checkpoint import folder_of
+from echolab.training.engine.masters import MASTER
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from forked import ForkServer
 
 from echolab.cli.__main__ import main as echolab
 from echolab.errors import CheckpointError
-from echolab.training.checkpoint import (
+from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
     load_ema_weights,
@@ -107,7 +107,7 @@ def test_older_formats_are_refused_in_words(folder: Path) -> None:
 
 def test_files_elsewhere_are_never_read(folder: Path) -> None:
     """Not even where the manifest's own digest fits."""
-    from echolab.training.manifest import serialise
+    from echolab.training.checkpoints.manifest import serialise
 
     path = folder_of(folder, 2) / "manifest.json"
     content = json.loads(path.read_bytes())

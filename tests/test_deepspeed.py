@@ -9,7 +9,7 @@ import runs
 import torch
 from forked import ForkServer
 
-from echolab.training.checkpoint import PARTS, latest_valid
+from echolab.training.checkpoints.checkpoint import PARTS, latest_valid
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from echolab.errors import ConfigError
-from echolab.training.ema import Ema
-from echolab.training.masters import masters_of
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import masters_of
 
 
 def test_constant_weights_are_a_fixed_point() -> None:

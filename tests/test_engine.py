@@ -11,7 +11,7 @@ from forked import ForkServer
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError
-from echolab.training.engine import (
+from echolab.training.engine.live import (
     ClippedNorm,
     Plan,
     asked_for,
@@ -19,7 +19,7 @@ from echolab.training.engine import (
     check_clipped,
     check_hooks,
 )
-from echolab.training.strategies import Machine
+from echolab.training.engine.strategies import Machine
 
 CASES: list[dict[str, Any]] = [
     {"strategy": "ddp"},

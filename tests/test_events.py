@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.errors import ConfigError, DataError
-from echolab.training.events import EVENTS, Event, History, Skip, append, read, skips
+from echolab.training.guards.events import EVENTS, Event, History, Skip, append, read, skips
 
 
 @given(cut=st.integers(0, 400), again=st.booleans())

@@ -16,7 +16,7 @@ from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models import released
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.weights import released_shapes
-from echolab.training.checkpoint import open_checkpoint
+from echolab.training.checkpoints.checkpoint import open_checkpoint
 
 FP32 = {"dtype": torch.float32, "shard_bytes": 10**9}
 WRITERS = {"original": write_original, "diffusers": write_diffusers}

@@ -15,8 +15,8 @@ from echolab.cli import generate
 from echolab.cli.__main__ import main
 from echolab.data.media import decode_mp4
 from echolab.models.transformer import EchoTransformer
-from echolab.training.lora import Lora, add_adapters, base_fingerprint
-from echolab.training.lora_files import save_adapters, trained_tensors
+from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint
+from echolab.training.adapters.lora_files import save_adapters, trained_tensors
 
 SIZES = {  # of the tiny encoders
     "in_channels": 36, "out_channels": 16, "text_dim": 16, "image_dim": 32, "audio_dim": 16,

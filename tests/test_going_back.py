@@ -11,8 +11,8 @@ from forked import ForkServer
 
 from echolab.data.audit import audit
 from echolab.errors import DivergedError
-from echolab.training import events
-from echolab.training.checkpoint import latest_valid, saved_steps
+from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
+from echolab.training.guards import events
 from echolab.types import Batch
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from echolab.training.host_memory import HostMemory, family, free, used, used_by_family
+from echolab.training.guards.host_memory import HostMemory, family, free, used, used_by_family
 
 MB = 1 << 20
 LEAK = """

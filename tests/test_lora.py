@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from echolab.errors import ConfigError, WeightsError
 from echolab.models.transformer import EchoTransformer
-from echolab.training.lora import (
+from echolab.training.adapters.lora import (
     AdaptersOff,
     AverageAdapters,
     Lora,
@@ -24,7 +24,7 @@ from echolab.training.lora import (
     layers_matching,
     merge,
 )
-from echolab.training.lora_files import load_adapters, save_adapters, trained_tensors
+from echolab.training.adapters.lora_files import load_adapters, save_adapters, trained_tensors
 
 LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
 BASE = {name: value.clone() for name, value in tiny.net(trained=True).state_dict().items()}

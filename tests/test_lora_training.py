@@ -20,9 +20,9 @@ from echolab.cli.policy import last_checkpoint, load_policy
 from echolab.launch import exit_codes
 from echolab.launch.local import run_ranks
 from echolab.models.transformer import EchoTransformer
-from echolab.training.checkpoint import PARTS, latest_valid, open_checkpoint
-from echolab.training.lora import base_fingerprint
-from echolab.training.lora_files import load_adapters
+from echolab.training.adapters.lora import base_fingerprint
+from echolab.training.adapters.lora_files import load_adapters
+from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_checkpoint
 from echolab.training.parts import Intervals
 
 PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))

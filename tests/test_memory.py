@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from echolab.errors import ConfigError
 from echolab.models.attention import sdpa
-from echolab.training import memory
-from echolab.training.memory import ATTENTION, checkpoint_blocks, compile_blocks, speed_up
+from echolab.training.engine import memory
+from echolab.training.engine.memory import ATTENTION, checkpoint_blocks, compile_blocks, speed_up
 from echolab.training.module import DiffusionModule, Optim
 from echolab.training.sections import Beats
 

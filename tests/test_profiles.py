@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.errors import CheckpointError, ConfigError
-from echolab.training.checkpoint import latest_valid, open_checkpoint
-from echolab.training.ema import Ema
-from echolab.training.masters import masters_of
-from echolab.training.profiles import Profile, coefficients, exponent_of, newest_share, width
-from echolab.training.snapshots import average_of_width
+from echolab.training.checkpoints.checkpoint import latest_valid, open_checkpoint
+from echolab.training.checkpoints.snapshots import average_of_width
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import masters_of
+from echolab.training.engine.profiles import Profile, coefficients, exponent_of, newest_share, width
 
 KEPT = (0.05, 0.1)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from echolab.models.frozen import Frozen
-from echolab.training.digests import (
+from echolab.training.guards.digests import (
     CHUNK,
     MIX_1,
     Unchanged,

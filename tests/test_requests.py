@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import runs
 
-from echolab.training.checkpoint import saved_steps
+from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.fit import FitResult
 from echolab.training.parts import Intervals
 from echolab.training.stopping import StopSignals
@@ -101,7 +101,7 @@ def test_a_signal_ends_after_the_step(tmp_path: Path, number: signal.Signals) ->
 def test_without_time_for_a_save_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echolab.training.saving.SAVE_TIMES", 1e6)
+    monkeypatch.setattr("echolab.training.checkpoints.saving.SAVE_TIMES", 1e6)
     every = Intervals(log=0, save=1)
 
     def on_step(step: int, steps: int) -> None:

@@ -18,9 +18,14 @@ from echolab.data.ledger import read_ledger
 from echolab.errors import ConfigError
 from echolab.launch.runs import held
 from echolab.tracking.metrics import MetricsLog, read_metrics
-from echolab.training import events
-from echolab.training.checkpoint import folder_of, latest_valid, open_checkpoint, saved_steps
-from echolab.training.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.checkpoint import (
+    folder_of,
+    latest_valid,
+    open_checkpoint,
+    saved_steps,
+)
+from echolab.training.checkpoints.difference import state_differences, tensor_differences
+from echolab.training.guards import events
 
 PLAN = encoded.plan(("sft", 4), ("dpo", 2), ("sft", 4))
 

@@ -6,8 +6,8 @@ import pytest
 import saved
 from forked import ForkServer
 
-from echolab.training.checkpoint import latest_valid
-from echolab.training.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.checkpoint import latest_valid
+from echolab.training.checkpoints.difference import state_differences, tensor_differences
 
 pytestmark = pytest.mark.slow
 

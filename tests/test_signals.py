@@ -14,7 +14,7 @@ from forked import ForkServer
 
 from echolab.cli.train import compose
 from echolab.launch.exit_codes import DONE, STOPPED_SAVED
-from echolab.training.checkpoint import latest_valid, saved_steps
+from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
 
 pytestmark = pytest.mark.slow
 

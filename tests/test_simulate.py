@@ -14,9 +14,9 @@ from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import PHDA, KeepModalities
 from echolab.models.layers import rope_table
 from echolab.models.transformer import EchoTransformer
-from echolab.training.lora import Lora, add_adapters
-from echolab.training.memory import ATTENTION, checkpoint_blocks
-from echolab.training.simulate import Clip, Step, like_gpu, simulate
+from echolab.training.adapters.lora import Lora, add_adapters
+from echolab.training.engine.memory import ATTENTION, checkpoint_blocks
+from echolab.training.engine.simulate import Clip, Step, like_gpu, simulate
 from echolab.types import Batch, Conditions, Draws
 
 SMALL = {

@@ -14,7 +14,7 @@ import encoded
 import pytest
 
 from echolab.tracking.metrics import read_metrics
-from echolab.training.checkpoint import latest_valid
+from echolab.training.checkpoints.checkpoint import latest_valid
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

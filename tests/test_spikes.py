@@ -11,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.errors import ConfigError, DivergedError
-from echolab.training.events import Event, History
-from echolab.training.recovery import NOTHING, What, clipped, decide, told, without_checkpoint
+from echolab.training.guards.events import Event, History
+from echolab.training.guards.recovery import (
+    NOTHING,
+    What,
+    clipped,
+    decide,
+    told,
+    without_checkpoint,
+)
+from echolab.training.guards.spikes import LEAST, Guards, Spike, SpikeDetector, deviations
 from echolab.training.schedule import Skip
-from echolab.training.spikes import LEAST, Guards, Spike, SpikeDetector, deviations
 
 STEPS = 50_000
 AT_MOST = 1e-5  # false alarms a value, at the usual limit

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training import strategies
-from echolab.training.strategies import Machine, refusal, strategy_of
+from echolab.training.engine import strategies
+from echolab.training.engine.strategies import Machine, refusal, strategy_of
 
 AXES: dict[str, list[Any]] = {
     "strategy": ["single", "ddp", "zero1", "zero2", "zero3"],

@@ -18,7 +18,7 @@ import runs
 import torch
 from forked import ForkServer
 
-from echolab.training.checkpoint import PARTS, Checkpoint, latest_valid, open_checkpoint
+from echolab.training.checkpoints.checkpoint import PARTS, Checkpoint, latest_valid, open_checkpoint
 
 pytestmark = pytest.mark.slow
 

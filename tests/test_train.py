@@ -115,7 +115,7 @@ def test_looking_at_held_out_clips_changes_nothing(
 
 def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> None:
     from echolab.models.frozen import Frozen
-    from echolab.training.checkpoint import load_ema_weights
+    from echolab.training.checkpoints.checkpoint import load_ema_weights
 
     frozen = Frozen(tiny.net())
     plan = runs.schedule(("sft", 2), ("dpo", 2))
@@ -138,7 +138,7 @@ def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
     net = tiny.net()
     runs.train(tmp_path / "b", runs.schedule(("sft", 1), lr=0.0), net=net, initial=first.checkpoint)
     assert first.checkpoint
-    from echolab.training.checkpoint import load_ema_weights
+    from echolab.training.checkpoints.checkpoint import load_ema_weights
 
     average = load_ema_weights(first.checkpoint)
     assert all(torch.equal(average[k], v) for k, v in net.state_dict().items())

@@ -18,8 +18,8 @@ from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
 from echolab.training import validation
 from echolab.training.datamodule import HeldOut
-from echolab.training.ema import Ema
-from echolab.training.masters import MOMENTS, Masters, masters_of
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import MOMENTS, Masters, masters_of
 from echolab.training.parts import Intervals
 from echolab.training.validation import FILLS_UP, Share, places_of, read_share, validate
 

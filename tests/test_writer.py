@@ -17,11 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from echolab.errors import CheckpointError
-from echolab.training import room, writer
-from echolab.training.checkpoint import folder_of, latest_valid, open_checkpoint, saved_steps
-from echolab.training.layout import ITEM, layout
-from echolab.training.retention import Retention
-from echolab.training.writer import CheckpointWriter
+from echolab.training.checkpoints import room, writer
+from echolab.training.checkpoints.checkpoint import (
+    folder_of,
+    latest_valid,
+    open_checkpoint,
+    saved_steps,
+)
+from echolab.training.checkpoints.layout import ITEM, layout
+from echolab.training.checkpoints.retention import Retention
+from echolab.training.checkpoints.writer import CheckpointWriter
 
 SHAPES = st.dictionaries(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=8),

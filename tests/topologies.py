@@ -8,10 +8,10 @@ from typing import Any
 import ranked
 import runs
 
-from echolab.training import checkpoint as checkpoints
-from echolab.training.ema import EMA, Ema
+from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.engine.ema import EMA, Ema
+from echolab.training.engine.masters import Masters
 from echolab.training.fit import Machine
-from echolab.training.masters import Masters
 from echolab.training.parts import Intervals
 
 BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches

@@ -11,16 +11,21 @@ from typing import Any, NamedTuple
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
-from echolab.training.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
-from echolab.training.lora import (
+from echolab.training.adapters.lora import (
     AdaptersOff,
     AverageAdapters,
     Lora,
     add_adapters,
     base_fingerprint,
 )
-from echolab.training.lora_base import Load, Origin, base_of, on_its_base
-from echolab.training.lora_files import load_trained, read_adapters, save_adapters, trained_tensors
+from echolab.training.adapters.lora_base import Load, Origin, base_of, on_its_base
+from echolab.training.adapters.lora_files import (
+    load_trained,
+    read_adapters,
+    save_adapters,
+    trained_tensors,
+)
+from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
 from echolab.training.preference import Reference
 
 

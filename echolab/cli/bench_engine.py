@@ -24,10 +24,10 @@ from echolab.diffusion.phases import FLAT, KeepModalities
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.ema import Ema
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import Masters, masters_of
+from echolab.training.engine.memory import KEPT, checkpoint_blocks
 from echolab.training.fit import fit
-from echolab.training.masters import Masters, masters_of
-from echolab.training.memory import KEPT, checkpoint_blocks
 from echolab.training.module import draws_of
 from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.schedule import Epoch, Schedule

@@ -16,7 +16,7 @@ from echolab.diffusion.recipes import PRESETS, SOLVERS, Recipe, check_recipe
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
-from echolab.training.memory import compile_blocks
+from echolab.training.engine.memory import compile_blocks
 
 FPS = 25
 

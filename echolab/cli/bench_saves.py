@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from echolab.cli.bench_engine import STEP, WARM, Subject, bare_of, batches_of, training_of
 from echolab.cli.bench_rows import Row, cost_of, say
 from echolab.data.micro_batches import MicroBatch
-from echolab.training.masters import MASTER, MOMENTS
-from echolab.training.writer import CheckpointWriter
+from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.engine.masters import MASTER, MOMENTS
 
 BETWEEN = 3  # plain steps before each save
 AT_MOST = 200  # steps beside one save

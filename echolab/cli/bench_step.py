@@ -38,7 +38,7 @@ from echolab.cli.policy import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
 from echolab.models.flops import FORMULA, step_flops
-from echolab.training.memory import KEPT, checkpoint_blocks, compile_blocks, compiler_missing
+from echolab.training.engine.memory import KEPT, checkpoint_blocks, compile_blocks, compiler_missing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is named

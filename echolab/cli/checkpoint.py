@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from echolab.arguments import parse
 from echolab.errors import CheckpointError, ConfigError
-from echolab.training.checkpoint import (
+from echolab.training.checkpoints.checkpoint import (
     NAME,
     Checkpoint,
     folder_of,
@@ -16,9 +16,9 @@ from echolab.training.checkpoint import (
     open_verified,
     saved_steps,
 )
-from echolab.training.difference import ORIGIN, state_differences, tensor_differences
-from echolab.training.layout import ITEM
-from echolab.training.manifest import MANIFEST, faults, files_of, read_manifest
+from echolab.training.checkpoints.difference import ORIGIN, state_differences, tensor_differences
+from echolab.training.checkpoints.layout import ITEM
+from echolab.training.checkpoints.manifest import MANIFEST, faults, files_of, read_manifest
 from echolab.training.schedule import Epoch, Schedule
 
 PLACE = "a checkpoint, or a run or its folder of checkpoints: the newest"

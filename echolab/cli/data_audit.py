@@ -7,7 +7,7 @@ from typing import Literal
 
 from echolab.arguments import parse
 from echolab.data.audit import audit
-from echolab.training import events
+from echolab.training.guards import events
 
 
 @dataclass(frozen=True)

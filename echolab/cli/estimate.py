@@ -22,10 +22,17 @@ from echolab.encoders.words import TOKENS as DEMO_TEXT_TOKENS
 from echolab.errors import ConfigError
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import released_shapes
-from echolab.training.estimate import FP32, STAGES, parameters_of, state_bytes
-from echolab.training.lora import Lora, add_adapters
-from echolab.training.memory import KEPT, checkpoint_blocks
-from echolab.training.simulate import IMAGE_TOKENS, TEXT_TOKENS, Clip, Step, like_gpu, simulate
+from echolab.training.adapters.lora import Lora, add_adapters
+from echolab.training.engine.estimate import FP32, STAGES, parameters_of, state_bytes
+from echolab.training.engine.memory import KEPT, checkpoint_blocks
+from echolab.training.engine.simulate import (
+    IMAGE_TOKENS,
+    TEXT_TOKENS,
+    Clip,
+    Step,
+    like_gpu,
+    simulate,
+)
 
 GIB = 2**30
 BF16 = 2

@@ -18,11 +18,11 @@ from echolab.models.export import write_diffusers, write_original
 from echolab.models.released import read_tensors
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import match_weights
-from echolab.training.checkpoint import open_checkpoint
-from echolab.training.ema import EMA, POWER
-from echolab.training.exporting import exported_weights
-from echolab.training.masters import MASTER
-from echolab.training.snapshots import average_of_width
+from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.checkpoints.exporting import exported_weights
+from echolab.training.checkpoints.snapshots import average_of_width
+from echolab.training.engine.ema import EMA, POWER
+from echolab.training.engine.masters import MASTER
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
 WRITERS = {"original": write_original, "diffusers": write_diffusers}

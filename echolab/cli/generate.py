@@ -40,9 +40,9 @@ from echolab.launch.local import run_ranks, started_by_launcher
 from echolab.launch.runs import own_rank
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
-from echolab.training.lora import merge
-from echolab.training.lora_files import load_adapters
-from echolab.training.sequence import SequenceSplit
+from echolab.training.adapters.lora import merge
+from echolab.training.adapters.lora_files import load_adapters
+from echolab.training.engine.sequence import SequenceSplit
 
 LEAST_FRAMES = 5
 

@@ -12,8 +12,13 @@ from echolab.launch import runs
 from echolab.models import released
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
-from echolab.training.checkpoint import EMA, latest_valid, open_checkpoint, open_verified
-from echolab.training.lora_base import merged
+from echolab.training.adapters.lora_base import merged
+from echolab.training.checkpoints.checkpoint import (
+    EMA,
+    latest_valid,
+    open_checkpoint,
+    open_verified,
+)
 
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 

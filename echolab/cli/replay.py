@@ -25,10 +25,15 @@ from echolab.data.ledger import LEDGER, Row, read_ledger
 from echolab.data.quarantine import QUARANTINE
 from echolab.errors import CheckpointError, ConfigError
 from echolab.tracking.metrics import read_metrics
-from echolab.training.checkpoint import folder_of, latest_valid, open_checkpoint, saved_steps
-from echolab.training.difference import state_differences, tensor_differences
-from echolab.training.events import EVENTS
+from echolab.training.checkpoints.checkpoint import (
+    folder_of,
+    latest_valid,
+    open_checkpoint,
+    saved_steps,
+)
+from echolab.training.checkpoints.difference import state_differences, tensor_differences
 from echolab.training.fit import fit
+from echolab.training.guards.events import EVENTS
 from echolab.training.parts import Intervals, Machine, Training
 
 COMPARED = ("train/loss", "train/gradient_norm")

@@ -9,9 +9,9 @@ from echolab.arguments import parse
 from echolab.cli.training_objects import schedule_from
 from echolab.errors import ConfigError
 from echolab.launch import runs
-from echolab.training import events
-from echolab.training.checkpoint import folder_of, open_checkpoint, saved_steps
-from echolab.training.retention import set_aside
+from echolab.training.checkpoints.checkpoint import folder_of, open_checkpoint, saved_steps
+from echolab.training.checkpoints.retention import set_aside
+from echolab.training.guards import events
 from echolab.training.schedule import Schedule, Skip
 
 

@@ -29,13 +29,13 @@ from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training import ranks
-from echolab.training.checkpoint import open_checkpoint
+from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.datamodule import HeldOut
+from echolab.training.guards.spikes import Guards
 from echolab.training.module import Optim
 from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.preference import Reference
 from echolab.training.schedule import Epoch, Schedule
-from echolab.training.spikes import Guards
 from echolab.training.stopping import end_of_job
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}

@@ -13,29 +13,32 @@ import torch
 
 from echolab.data.ledger import LEDGER
 from echolab.errors import EcholabError
-from echolab.training import checkpoint as checkpoints
-from echolab.training import engine, ranks, recovery, resume
-from echolab.training.checkpoint import Checkpoint
+from echolab.training import ranks
+from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints import resume
+from echolab.training.checkpoints.checkpoint import Checkpoint
+from echolab.training.checkpoints.retention import set_aside
+from echolab.training.checkpoints.saving import Saving
+from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.ema import EMA, Ema
+from echolab.training.engine import live as engine
+from echolab.training.engine.ema import EMA, Ema
+from echolab.training.engine.masters import Masters, masters_of
 from echolab.training.evaluation import Evaluation
-from echolab.training.guarding import Guarding
+from echolab.training.guards import recovery
+from echolab.training.guards.guarding import Guarding
+from echolab.training.guards.recovery import Action, What
+from echolab.training.guards.spikes import Spike
 from echolab.training.ledger import StepLedger
-from echolab.training.masters import Masters, masters_of
 from echolab.training.meter import Meter
 from echolab.training.module import DiffusionModule
 from echolab.training.parts import Intervals, Training
 from echolab.training.preference import References
-from echolab.training.recovery import Action, What
 from echolab.training.requests import Requests, asked
-from echolab.training.retention import set_aside
-from echolab.training.saving import Saving
 from echolab.training.sections import Beats
-from echolab.training.spikes import Spike
 from echolab.training.stopping import StopSignals
 from echolab.training.telling import Telling, tell_plan
 from echolab.training.vote import Vote, count, wait
-from echolab.training.writer import CheckpointWriter
 
 
 class Steps(pl.Callback):

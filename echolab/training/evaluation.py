@@ -7,8 +7,8 @@ import torch
 from echolab.errors import ConfigError
 from echolab.training import ranks
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.ema import Ema
-from echolab.training.masters import Masters
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import Masters
 from echolab.training.module import DiffusionModule
 from echolab.training.parity import Sampling, check_parity, parity_clips
 from echolab.training.parts import Training

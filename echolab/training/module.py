@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from echolab.data.micro_batches import MicroBatch
 from echolab.diffusion.sigmas import draw
+from echolab.training.engine.sequence import SequenceSplit, neighbours
 from echolab.training.meter import Meter
 from echolab.training.sections import Beats
-from echolab.training.sequence import SequenceSplit, neighbours
 from echolab.types import Draws, Loss, PreferencePair
 
 

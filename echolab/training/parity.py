@@ -24,10 +24,10 @@ from echolab.models.released import load_released
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
 from echolab.training import ranks
-from echolab.training.checkpoint import open_checkpoint
-from echolab.training.ema import Ema
-from echolab.training.exporting import exported_weights
-from echolab.training.masters import Masters
+from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.checkpoints.exporting import exported_weights
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import Masters
 from echolab.training.validation import autocast_dtype, on_device, unchanged
 from echolab.types import Batch
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4  # relative, in fp32
 REPORT, EXPORT = "parity.json", "parity-export.safetensors"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REMEDY = (
-    "look at the swap of averages (training/ema.py), the names (models/export.py) and, with "
+    "look at the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
     "trainer.compile=true, the compiler; the checkpoint is whole, but its export is not this model"
 )
 

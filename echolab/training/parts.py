@@ -17,13 +17,13 @@ from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.datamodule import Feed, HeldOut
+from echolab.training.engine.strategies import Machine, refusal
+from echolab.training.guards.spikes import Guards
 from echolab.training.module import Objective, Optim
 from echolab.training.preference import Reference
 from echolab.training.schedule import Schedule
 from echolab.training.sections import Beats
-from echolab.training.spikes import Guards
 from echolab.training.stopping import FOREVER
-from echolab.training.strategies import Machine, refusal
 
 Sink = Callable[[int, dict[str, float]], None]
 

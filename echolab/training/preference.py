@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.checkpoint import load_ema_weights
+from echolab.training.checkpoints.checkpoint import load_ema_weights
 
 
 class Reference(Protocol):
-    """`models.frozen.Frozen`, or a network's base or earlier adapters (`training.lora`)."""
+    """`models.frozen.Frozen`, or a network's base or earlier adapters (`adapters.lora`)."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
 

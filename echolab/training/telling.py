@@ -7,9 +7,10 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from echolab.training import engine, ranks
+from echolab.training import ranks
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.masters import Masters
+from echolab.training.engine import live as engine
+from echolab.training.engine.masters import Masters
 from echolab.training.meter import means
 from echolab.training.module import DiffusionModule
 from echolab.training.parts import Training

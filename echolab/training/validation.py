@@ -24,8 +24,8 @@ from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
 from echolab.training import ranks
 from echolab.training.datamodule import HeldOut
-from echolab.training.ema import Ema
-from echolab.training.masters import Masters
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import Masters
 from echolab.types import Batch, Conditions, Draws
 
 FILLS_UP = -1

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from echolab.errors import CheckpointError
 from echolab.training import ranks
-from echolab.training.ema import EMA, Ema
-from echolab.training.manifest import (
+from echolab.training.checkpoints.manifest import (
     MANIFEST,
     REMEDY,
     STATE,
@@ -33,7 +32,8 @@ from echolab.training.manifest import (
     read_manifest,
     shallow_faults,
 )
-from echolab.training.masters import MASTER, MOMENTS, Masters
+from echolab.training.engine.ema import EMA, Ema
+from echolab.training.engine.masters import MASTER, MOMENTS, Masters
 
 PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
 NAME = re.compile(r"step-(\d{6,})")

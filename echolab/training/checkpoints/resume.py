@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import EcholabError
-from echolab.training import checkpoint as checkpoints
 from echolab.training import ranks
-from echolab.training.checkpoint import Checkpoint
+from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.parity import REPORT, passed_before
 from echolab.training.parts import Training
 from echolab.training.schedule import Schedule

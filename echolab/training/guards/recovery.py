@@ -11,9 +11,9 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from echolab.errors import DivergedError
-from echolab.training.events import Event
+from echolab.training.guards.events import Event
+from echolab.training.guards.spikes import Guards, Spike
 from echolab.training.schedule import Schedule, Skip, group_of
-from echolab.training.spikes import Guards, Spike
 
 BY = "guard"  # who wrote the event: not the command
 REMEDY = "lower the learning rate, or look at the batch with `echolab replay`"

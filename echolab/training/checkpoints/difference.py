@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from echolab.training.checkpoint import Checkpoint
+from echolab.training.checkpoints.checkpoint import Checkpoint
 
 ORIGIN = "origin"  # by how many ranks and which strategy it was written: no difference
 

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from echolab.errors import WeightsError
 from echolab.models.released import check_precision
-from echolab.training.lora import TRAINED, Lora, adapted_layers, add_adapters, base_fingerprint
+from echolab.training.adapters.lora import (
+    TRAINED,
+    Lora,
+    adapted_layers,
+    add_adapters,
+    base_fingerprint,
+)
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

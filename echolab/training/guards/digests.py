@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
 from echolab.training import ranks
-from echolab.training.masters import shape
+from echolab.training.engine.masters import shape
 
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 1 << 20  # elements at once, so that what is kept on the way stays small
@@ -141,7 +141,9 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
     }
     if not still:
         return still
-    from echolab.training.lora import AVERAGE  # peft takes seconds, and only adapters need it
+    from echolab.training.adapters.lora import (
+        AVERAGE,  # peft takes seconds, and only adapters need it
+    )
 
     return {name: tensor for name, tensor in still.items() if f".{AVERAGE}." not in name}
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from echolab.training import ranks
-from echolab.training.layout import File
-from echolab.training.masters import Masters, values
+from echolab.training.checkpoints.layout import File
+from echolab.training.engine.masters import Masters, values
 
 WINDOW = 1 << 25  # values that travel at once: 128 MiB
 

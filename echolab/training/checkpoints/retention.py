@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from echolab.errors import CheckpointError
-from echolab.training.checkpoint import (
+from echolab.training.checkpoints.checkpoint import (
     REPLACED,
     discard,
     folder_of,

@@ -17,8 +17,8 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from echolab.errors import ConfigError
-from echolab.training.masters import masters_of
-from echolab.training.memory import KEPT, compiler_missing
+from echolab.training.engine.masters import masters_of
+from echolab.training.engine.memory import KEPT, compiler_missing
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-mixed")

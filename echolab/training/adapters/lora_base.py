@@ -9,9 +9,9 @@ import torch
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
-from echolab.training.checkpoint import EMA, Checkpoint, open_checkpoint
-from echolab.training.lora import Lora, add_adapters, base_fingerprint, merge
-from echolab.training.lora_files import load_trained
+from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
+from echolab.training.adapters.lora_files import load_trained
+from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, open_checkpoint
 
 # (file or folder, architecture, seed) -> a network of released weights
 Load = Callable[[Path, Mapping[str, Any], int], EchoTransformer]

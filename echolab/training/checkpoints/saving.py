@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.sections import Beats
-from echolab.training.writer import CheckpointWriter
 
 SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
 

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from echolab.errors import CheckpointError
-from echolab.training.checkpoint import Checkpoint, folder_of, open_checkpoint, saved_steps
-from echolab.training.ema import POWER
-from echolab.training.manifest import MANIFEST, STATE, Manifest, files_of, serialise
-from echolab.training.profiles import Profile, coefficients, exponent_of
+from echolab.training.checkpoints.checkpoint import (
+    Checkpoint,
+    folder_of,
+    open_checkpoint,
+    saved_steps,
+)
+from echolab.training.checkpoints.manifest import MANIFEST, STATE, Manifest, files_of, serialise
+from echolab.training.engine.ema import POWER
+from echolab.training.engine.profiles import Profile, coefficients, exponent_of
 
 SNAPSHOTS = "snapshots"
 

@@ -13,15 +13,16 @@ from torch import nn
 
 from echolab.errors import ReplicaError
 from echolab.models.frozen import Frozen
-from echolab.training import events, ranks, recovery
-from echolab.training.digests import Unchanged, check_replicas, frozen, replicated
-from echolab.training.engine import check_clipped
-from echolab.training.host_memory import HostMemory
+from echolab.training import ranks
+from echolab.training.engine.live import check_clipped
+from echolab.training.guards import events, recovery
+from echolab.training.guards.digests import Unchanged, check_replicas, frozen, replicated
+from echolab.training.guards.host_memory import HostMemory
+from echolab.training.guards.recovery import Action, What
+from echolab.training.guards.spikes import Spike, SpikeDetector
+from echolab.training.guards.stragglers import OWN_PACE, Stragglers
 from echolab.training.parts import Training
-from echolab.training.recovery import Action, What
 from echolab.training.schedule import Schedule, Skip
-from echolab.training.spikes import Spike, SpikeDetector
-from echolab.training.stragglers import OWN_PACE, Stragglers
 from echolab.training.vote import Vote
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from echolab.errors import ConfigError, EcholabError
-from echolab.training.masters import MOMENTS, Masters
-from echolab.training.sequence import SequenceSplit
-from echolab.training.strategies import Machine
+from echolab.training.engine.masters import MOMENTS, Masters
+from echolab.training.engine.sequence import SequenceSplit
+from echolab.training.engine.strategies import Machine
 
 CLIP_SLACK = 1e-3  # by which share a norm after clipping may pass its limit
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from echolab.data.files import sync
 from echolab.errors import CheckpointError
 from echolab.training import ranks
-from echolab.training.checkpoint import REPLACED, folder_of
-from echolab.training.ema import Ema
-from echolab.training.gather import gather, host_buffer
-from echolab.training.layout import ITEM, File, layout
-from echolab.training.manifest import FORMAT, MANIFEST, STATE, serialise
-from echolab.training.masters import MASTER, MOMENTS, Masters
-from echolab.training.retention import PARTIAL, Retention, tidy
-from echolab.training.room import FACTOR, check_room
-from echolab.training.snapshots import SNAPSHOTS, keep_snapshot
+from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
+from echolab.training.checkpoints.gather import gather, host_buffer
+from echolab.training.checkpoints.layout import ITEM, File, layout
+from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialise
+from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
+from echolab.training.checkpoints.room import FACTOR, check_room
+from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.masters import MASTER, MOMENTS, Masters
 
 NICENESS = 10  # of the thread that writes
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter

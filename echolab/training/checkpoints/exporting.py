@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from echolab.models.transformer import EchoTransformer
-from echolab.training.checkpoint import EMA, Checkpoint
-from echolab.training.lora_base import Load, merged
+from echolab.training.adapters.lora_base import Load, merged
+from echolab.training.checkpoints.checkpoint import EMA, Checkpoint
 
 
 def exported_weights(

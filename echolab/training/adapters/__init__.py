@@ -1,0 +1,1 @@
+"""LoRA: adapters on a network, alone and added to it."""
