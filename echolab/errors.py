@@ -21,15 +21,27 @@ class CheckpointError(EcholabError):
     """A checkpoint that is damaged, or of another network."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that cannot be written."""
+
+
 class WeightsError(EcholabError):
     """A model file that is missing, or is not the file it claims to be."""
 
 
-class DivergedError(EcholabError):
+class SharedError(EcholabError):
+    """A fault that all ranks find together and raise alike; `rank` has it, None where unknown."""
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class DivergedError(SharedError):
     """A loss, gradient or weight that is not finite."""
 
 
-class ReplicaError(EcholabError):
+class ReplicaError(SharedError):
     """Ranks that should hold the same bits and do not."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import runs
 import tiny
 
+from echolab.errors import ReplicaError
 from echolab.training.guards.spikes import Guards
 from echolab.training.parts import ALONE, Intervals, Machine
 from echolab.types import Batch, Draws, Loss
@@ -39,13 +40,17 @@ class Once:
 
 
 def train(
-    root: Path, bad: Callable[[Batch], float], machine: Machine = ALONE, **guards: Any
+    root: Path,
+    bad: Callable[[Batch], float],
+    machine: Machine = ALONE,
+    save: int = 3,
+    **guards: Any,
 ) -> list[dict[str, Any]]:
     result, rows = runs.train(
         root,
         runs.schedule(("sft", STEPS)),
         objectives={"sft": Faulty(bad)},
-        every=EVERY,
+        every=Intervals(log=1, save=save, replicas=2),
         guards=Guards(**{"warmup": 4, "window": 16, **guards}),
         ledger=True,
         net=tiny.net(trained=True),
@@ -61,4 +66,25 @@ def rank(root: str, strategy: str, world: int, wrong: int) -> int:
     bad = Once(float("nan")) if own else lambda batch: 1.0
     machine = Machine(strategy, devices=world, shard_small=True)
     train(Path(root), bad, policy="recompute", machine=machine)
+    return 0
+
+
+def with_a_wrong_gradient(root: str) -> int:
+    """A rank of two under DDP; rank 1's gradient goes wrong after it was averaged.  3: found."""
+    from echolab.training.module import DiffusionModule
+
+    clip = DiffusionModule.on_before_optimizer_step
+
+    def wrong(self: DiffusionModule, optimizer: Any) -> None:
+        if os.environ["RANK"] == "1" and self.global_step == 4:
+            for parameter in self.net.parameters():
+                parameter.grad *= 1.5
+        clip(self, optimizer)
+
+    DiffusionModule.on_before_optimizer_step = wrong  # type: ignore[method-assign]
+    try:
+        train(Path(root), lambda batch: 1.0, machine=Machine("ddp", devices=2))
+    except ReplicaError as error:
+        print(error)
+        os._exit(3)
     return 0

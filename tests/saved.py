@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from echolab.training import ranks
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints.checkpoint import latest_for_all, restore
+from echolab.training.checkpoints.agreed import newest
+from echolab.training.checkpoints.checkpoint import restore
 from echolab.training.checkpoints.manifest import serialise
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.engine.ema import Ema
@@ -182,8 +183,8 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
     deepspeed.init_distributed("gloo")
     for strategy in strategies:
         made, masters = masters_by(strategy)
-        found, rejected = latest_for_all(Path(source))
-        assert found and not rejected
+        found = newest(Path(source))
+        assert found
         ema = Ema(0.9, MORE)
         restore(found, made, masters, ema)
         average = [found.tensors("ema")[name] for name in masters.parameters]
@@ -247,7 +248,7 @@ def _see_another(out: Path) -> None:
         (elsewhere / "step-000003/manifest.json").write_bytes(other)
     told = ""
     try:
-        latest_for_all(elsewhere if ranks.rank() == 1 else out)
+        newest(elsewhere if ranks.rank() == 1 else out)
     except CheckpointError as error:
         told = str(error)
     (out / f"saw-{ranks.rank()}").write_text(told)
@@ -262,7 +263,7 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
     """Go on from the newest, save without end, and write each published step to `told`."""
     torch.set_num_threads(1)
     saver = Saver(Path(folder), keep=lambda step: False)
-    found, _ = latest_for_all(Path(folder))
+    found = newest(Path(folder))
     step = 0
     if found:
         restore(found, saver.net, saver.masters, saver.ema)

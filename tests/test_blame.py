@@ -1,5 +1,6 @@
 """The verdict on a failed launch, the deadlines and the layout: pure functions, by tables."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,16 @@ from echolab.errors import (
     EcholabError,
     ParityError,
     ReplicaError,
+    SaveError,
+    SharedError,
 )
 from echolab.launch.blame import Failure, Observation, culprit, in_collective
 from echolab.launch.deadlines import Deadlines, limit, overdue
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
 from echolab.launch.layout import layout, slurm_address
+from echolab.launch.records import NodeRecord
+from echolab.launch.telling import last_words
+from echolab.launch.told import failure_of, tell_failure
 from echolab.training.sections import SECTIONS, Beat
 
 COLLECTIVE = """Thread 0x00007f0000000001 (most recent call first):
@@ -97,6 +103,28 @@ def test_the_culprit(observations: list[Observation], rank: int | None, cause: s
         assert (found.rank, found.cause) == (rank, cause) if found else rank is None
 
 
+@pytest.mark.parametrize("kind", [DivergedError, ReplicaError])
+@pytest.mark.parametrize(("has", "blamed"), [(None, -1), (2, 2)])
+def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
+    tmp_path: Path, kind: type[SharedError], has: int | None, blamed: int
+) -> None:
+    error = kind("step 7: not finite", rank=has)
+    assert str(error) == "step 7: not finite"
+    observations = []
+    for rank in range(3):
+        tell_failure(tmp_path, rank, error, "vote", 7)
+        failure = failure_of(tmp_path, rank)
+        assert failure and failure.rank == has
+        observations.append(seen(rank, exit=1, failure=failure))
+    found = culprit(observations)
+    assert found and found.rank == blamed and found.detail == f"{kind.__name__}: {error}"
+    record = NodeRecord("x", 0, 1, "n1", 3, [0, 1, 2], 1, "", 0.0)
+    record.observations, record.detail = observations, found.detail
+    record.cause, record.rank = found.cause, found.rank
+    words = last_words(tmp_path, record)
+    assert "step 7: not finite" in words and "rank -1" not in words
+
+
 def test_a_stack_tells_who_waits() -> None:
     assert in_collective(COLLECTIVE) and in_collective(BACKWARD)
     assert not in_collective(ELSEWHERE) and not in_collective("")
@@ -115,7 +143,8 @@ def test_a_stack_tells_who_waits() -> None:
         (Damaged("x"), "init", "start", 1),
         (Damaged("x"), "save", "disk", 77),
         (OSError(28, "No space left"), "save", "disk", 77),
-        (OSError(28, "No space left"), "init", "start", 1),
+        (OSError(28, "No space left"), "init", "disk", 77),
+        (SaveError("a checkpoint needs 9 bytes, 3 are free"), "init", "disk", 77),
         (ValueError("x"), "forward", "code", 77),
         (ValueError("x"), "teardown", "teardown", 77),
         (KeyboardInterrupt(), "forward", "interrupted", 130),
@@ -141,15 +170,29 @@ def beat(section: str, since: float, step: int = 9, **longest: float) -> Beat:
     return Beat(section, step, 0, 50, since, NOTHING, {**NOTHING, **longest})
 
 
-def test_limits_are_learnt_between_floor_and_ceiling() -> None:
+def test_the_limit_of_a_step_is_learnt_between_floor_and_ceiling() -> None:
     usual = Deadlines()
     assert limit(usual, "step", NOTHING) == 600  # nothing seen
     assert limit(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
-    assert limit(usual, "save", {**NOTHING, "save": 0.5}) == 60
-    assert limit(usual, "data_wait", {**NOTHING, "data_wait": 500.0}) == 900
-    assert limit(usual, "first_step", {**NOTHING, "forward": 1.0}) == 1800
+    assert limit(usual, "step", {**NOTHING, "vote": 0.5}) == 60
+    assert limit(usual, "step", {**NOTHING, "vote": 61.0}) == 600
     with pytest.raises(ConfigError, match=r"supervise.save=0: must be above 0"):
         Deadlines(save=0).check()
+
+
+@pytest.mark.parametrize(
+    ("section", "seconds"),
+    [("init", 1800), ("eval", 3600), ("save", 1800), ("data_wait", 900), ("teardown", 300)],
+)
+def test_what_shares_a_section_with_something_quick_has_its_whole_time(
+    section: str, seconds: float
+) -> None:
+    """The parity gate after quick validations, a whole save after copies, a reference's loading."""
+    quick = dict.fromkeys(SECTIONS, 0.01)
+    assert limit(Deadlines(), section, quick) == seconds
+    slow = {0: Beat(section, 9, 0, 50, 100.0, quick, quick)}
+    assert not overdue(slow, 100.0 + seconds - 1, Deadlines())
+    assert list(overdue(slow, 100.0 + seconds + 1, Deadlines())) == [0]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +204,7 @@ def test_limits_are_learnt_between_floor_and_ceiling() -> None:
         ([beat("vote", 30, vote=1), beat("data_wait", 30)], []),
         ([beat("vote", 30, vote=1), beat("save", 30, step=8)], []),
         # which ends when that one is late too
-        ([beat("vote", 30, vote=1), beat("data_wait", 30, data_wait=1)], [0, 1]),
+        ([beat("vote", -801, vote=1), beat("data_wait", -801)], [0, 1]),
         # not for one that is ahead, nor for one within the step
         ([beat("vote", 30, vote=1), beat("save", 30, step=10)], [0]),
         ([beat("vote", 30, vote=1), beat("forward", 95)], [0]),

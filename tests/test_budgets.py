@@ -68,6 +68,14 @@ def test_a_host_that_failed_twice_is_left_out() -> None:
     assert decide(attempts[:-2]).exclude == ()
 
 
+def test_a_fault_of_no_known_rank_leaves_no_host_out() -> None:
+    for host in ("n1", ""):
+        nobody = [saved("replicas", n, n + 1, rank=-1, host=host) for n in range(2)]
+        assert decide(nobody).exclude == ()
+    known = [saved("replicas", n, n + 1, rank=3, host="n2") for n in range(2)]
+    assert decide(known).exclude == ("n2",)
+
+
 def test_every_cause_says_what_to_do() -> None:
     for name, cause in CAUSES.items():
         assert cause.says and cause.next_action, name

@@ -1,6 +1,7 @@
 """Spikes in a running training: noted, done again, or gone back over and left out."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,37 @@ def test_a_recorded_spike_changes_nothing(tmp_path: Path) -> None:
     assert final(tmp_path / "plain") == final(tmp_path / "noted")
     assert [e.kind for e in events.read(tmp_path / "noted/run")][:1] == ["spike"]
     assert events.read(tmp_path / "plain/run") == []
+
+
+def test_what_is_gone_back_to_is_not_pruned_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from echolab.training.checkpoints import retention
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.4)
+        discard(path)
+
+    discard = retention.discard
+    monkeypatch.setattr(retention, "discard", slowly)
+    train(tmp_path, eighth_batch(), policy="rollback", back=4, skip_batches=2, save=1)
+    told = events.read(tmp_path / "run")
+    assert [(e.kind, e.told["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
+    assert saved_steps(tmp_path / "run/checkpoints")[:2] == [12, 11]
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_another_on_one_rank_ends_both(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    runs.write_clips(tmp_path / "clips", 7)
+    runs.write_pairs(tmp_path / "pairs", 5)
+    ranks = fork_server.start(
+        "faulty:with_a_wrong_gradient", world=2, arguments={"root": str(tmp_path)}
+    )
+    assert ranks.wait(120) == [3, 3], ranks.outputs()
+    for rank in (0, 1):
+        assert "norm of the gradient is not the same on all ranks" in ranks.output(rank)
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def test_stop_saves_and_the_same_call_goes_on(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "run/checkpoints") == [3]
     assert not (tmp_path / "run/STOP").exists()
     assert train(tmp_path, touch("nothing")).reason == "done"
+    again = train(tmp_path, touch("nothing"))
+    assert again.done and again.reason == "done" and again.checkpoint
 
 
 def test_save_is_done_once_and_training_goes_on(tmp_path: Path) -> None:
@@ -117,6 +119,28 @@ def test_without_time_for_a_save_there_is_none(
     )
     assert (result.reason, result.step, result.unsaved) == ("signal", 5, True)
     assert 5 not in saved_steps(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.parametrize("at", [3, 5])  # 5: the signal comes in the last step
+def test_late_means_not_done_and_what_was_begun_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr("echolab.training.checkpoints.saving.SAVE_TIMES", 1e6)
+
+    def on_step(step: int, steps: int) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result, _ = runs.train(
+        tmp_path,
+        runs.schedule(("sft", STEPS)),
+        every=Intervals(log=0, save=1),
+        on_step=on_step,
+        grace={signal.SIGTERM: 30.0},
+    )
+    assert result.step == at + 1 and result.unsaved and not result.done
+    assert result.reason == "signal"
+    assert saved_steps(tmp_path / "run/checkpoints")[0] == at
 
 
 def test_before_the_jobs_time_is_up_it_saves(tmp_path: Path) -> None:

@@ -143,6 +143,42 @@ def test_a_rank_that_dies_on_the_second_node(
     assert "infrastructure failure 1 of 3 allowed" in log.read_text()
 
 
+SCRIPTED = """#!/usr/bin/env bash
+# Ranks that fail, and a verdict that blames n2.
+case $1 in
+why)
+    echo '{"launch": "slurm-'"$SLURM_JOB_ID"'-0-0", "cause": "killed", "exit_code": 77,
+        "requeue": true, "decision": "again", "exclude": ["n2"]}'
+    ;;
+*) exit 77 ;;
+esac
+"""
+
+
+def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """With both nodes out it cannot start again: it waits, and can be looked at."""
+    echolab, log = tmp_path / "echolab", tmp_path / "log"
+    echolab.write_text(SCRIPTED)
+    echolab.chmod(0o755)
+    options = ["--parsable", "--nodes=1", "--exclude=n1", f"--output={log}"]
+    script = HERE.parent / "slurm/train.sbatch"
+    job = cluster(
+        "exec", "env", f"ECHOLAB={echolab}", "sbatch", *options, script, cwd=tmp_path
+    ).strip()
+
+    def state() -> str:
+        return cluster("exec", "scontrol", "show", "job", job)
+
+    try:
+        wait_for(lambda: "ExcNodeList=n1,n2" in state(), 120, log)
+        wait_for(lambda: "JobState=PENDING" in state(), 60, log)
+        assert "Restarts=1" in state() and "leaving out n1,n2" in log.read_text()
+    finally:
+        cluster("exec", "scancel", job)
+
+
 def test_a_sweep_of_three_through_submitit(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from echolab.training.sections import beats_path, read_beat
 
 pytestmark = pytest.mark.slow
 
-# Small where something was seen: steps of tiny networks on a crowded machine take up to a second.
+# Steps of tiny networks on a crowded machine take up to a second.
 DEADLINES = ("supervise.floor=8", "supervise.step=20", "supervise.data_wait=20")
 BOUND = 150.0
 
@@ -107,24 +107,53 @@ def test_a_rank_that_is_killed_or_stopped(
     assert not any(Path(f"/proc/{pid}").exists() for pid in record.pids)
 
 
-def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One shard of many, too many to keep open, becomes a pipe that nobody writes to."""
-    clips = tmp_path / "clips"
+def many(clips: Path) -> Path:
+    """Shards, too many to keep open."""
     with ShardWriter(clips, kind="encoded", samples_per_shard=1) as writer:
         for i in range(80):
             members = {"safetensors": save(encoded.tensors(i)), "json": b"{}"}
             writer.write(f"clip-{i:02d}", members)
+    return clips
+
+
+def block(shard: Path) -> None:
+    """Make a pipe of it that nobody writes to."""
+    shard.rename(shard.with_suffix(".kept"))
+    os.mkfifo(shard)
+
+
+def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One shard of many becomes a pipe."""
+    clips = many(tmp_path / "clips")
     shard = sorted(clips.glob("*.tar"))[7]
     with Training(tmp_path / "run", clips, 2) as training:
         training.at_work()
-        shard.rename(shard.with_suffix(".kept"))
-        os.mkfifo(shard)
+        block(shard)
         said = training.end()
     told = why(training.run, capsys)
     assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
     stacks = {p.stem: p.read_text() for p in training.run.glob("attempts/*/rank-*.stack")}
     assert [name for name in stacks if "data/stores.py" in stacks[name]] == [f"rank-{told['rank']}"]
     assert len(stacks) == 2 and any("data/stores.py" in frame for frame in told["stack"])
+
+
+def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank says itself that it was interrupted, though Lightning would make an exit 1 of it."""
+    with Training(tmp_path / "run", many(tmp_path / "clips"), 1) as training:
+        record = training.at_work()
+        block(sorted((tmp_path / "clips").glob("*.tar"))[7])
+        path, end = beats_path(Path(record.beats), 0), time.monotonic() + BOUND
+        while not ((beat := read_beat(path)) and time.monotonic() - beat.since > 3):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        for _ in range(2):  # to the rank alone: its supervisor has no part in it
+            os.kill(record.pids[0], signal.SIGINT)
+            time.sleep(0.5)
+        said = training.process.communicate(timeout=BOUND)[1]
+    assert training.process.returncode == exit_codes.INTERRUPTED, said
+    told = why(training.run, capsys)
+    assert (told["cause"], told["rank"], told["section"]) == ("interrupted", 0, "data_wait")
+    assert told["detail"].startswith("KeyboardInterrupt")
 
 
 def test_a_signal_while_ranks_start_is_kept(

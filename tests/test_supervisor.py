@@ -167,6 +167,22 @@ def test_ctrl_c_twice_is_not_patient(folder: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_ctrl_c_twice_ends_ranks_that_cannot_listen(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is stopped; the others wait for it."""
+    usual = {**DEADLINES, "step": 1000, "floor": 1000}
+    launch = Launch(folder, {"all": {"steps": 100_000}}, deadlines=usual)
+    os.kill(launch.pids()[1], signal.SIGSTOP)
+    launch.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.end() == (exit_codes.INTERRUPTED, "echolab: stopped\n")
+    told = why(launch.run, capsys)
+    assert told["cause"] == "interrupted" and told["exit_code"] == exit_codes.INTERRUPTED
+
+
+@pytest.mark.slow
 def test_a_full_disk_hides_nothing(folder: Path) -> None:
     (folder / "run").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder / "run")]

@@ -112,6 +112,24 @@ def test_the_earliest_exception_of_all_nodes(
     assert told["requeue"] and told["decision"] == "code failure 1 of 1 allowed"
 
 
+@pytest.mark.parametrize(("has", "host"), [(None, None), (3, "n2")])
+def test_replicas_that_differ_are_of_the_rank_that_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has: int | None, host: str | None
+) -> None:
+    """All ranks raise it; the first of them is on a host that is as good as any."""
+    fault = Failure("ReplicaError", "differ", "replicas", 50.0, shared=True, rank=has)
+    for number in range(2):
+        about = {"started": 2e9 + 1000 * number, "checkpoint_before": number, "rank": -1}
+        observations = [seen(rank, exit=77, failure=fault, section="vote") for rank in range(4)]
+        for node, own in enumerate((observations[:2], observations[2:])):
+            about["checkpoint"] = number + 1
+            write(tmp_path, record(f"slurm-7-{number}-0", node, observations=own, **about))
+    told = why(tmp_path, capsys)
+    assert (told["cause"], told["rank"], told["host"]) == ("replicas", has, host)
+    assert told["exclude"] == ([host] if host else []) and told["requeue"]
+    assert (told["section"], told["step"]) == ("vote", 40)
+
+
 def test_attempts_are_counted_and_budgets_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

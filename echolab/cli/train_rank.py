@@ -27,10 +27,11 @@ def train(
     """Train the run of these settings; rank 0 holds its folder and tells metrics.
 
     `beats` are by default those that the environment names.  `on_failure` is told of an exception
-    before anything is tidied up: that may take long, or hang.
+    before anything is tidied up, by Lightning too: that may take long, or hang, and makes of a
+    KeyboardInterrupt a SystemExit.
     """
     beats = beats or beats_from_environment()
-    training = _training(config)._replace(beats=beats)
+    training = _training(config)._replace(beats=beats, on_failure=on_failure)
     if runs.own_rank() != 0:
         return fit(training)
     with runs.claim(folder := training.folder, config, may_change=("schedule",)) as run:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.launch.blame import Observation, Verdict, culprit, in_collective, is_echo
+from echolab.launch.blame import (
+    Observation,
+    Verdict,
+    culprit,
+    in_collective,
+    is_echo,
+    witness,
+)  # fmt: skip
 from echolab.launch.exit_codes import CAUSES, Cause
 from echolab.launch.records import NodeRecord, alive, read_launches
 
@@ -23,7 +30,7 @@ class Attempt(NamedTuple):
     launch: str
     cause: str  # of exit_codes.CAUSES, or running
     rank: int  # to blame, -1 where nobody is
-    host: str
+    host: str  # its own, "" where it is not known
     section: str
     step: int
     detail: str
@@ -72,13 +79,13 @@ def merge(records: Sequence[NodeRecord], *, lost: Sequence[int], lives: bool) ->
     """One attempt of its supervisors' records; `lost` told no end, `lives`: some are at work."""
     seen = [o for record in records for o in record.observations]
     verdict = Verdict(-1, RUNNING, "") if lives else _verdict(records, seen, lost)
-    observed = next((o for o in seen if o.rank == verdict.rank), None)
+    observed = witness(verdict.rank, verdict.cause, seen)
     own = next((r for r in records if verdict.rank in r.ranks), records[0])
     return Attempt(
         launch=records[0].launch,
         cause=verdict.cause,
         rank=verdict.rank,
-        host=observed.host if observed else own.host,
+        host=_host(verdict, records),
         section=observed.section if observed else own.section,
         step=observed.step if observed else own.last_step,
         detail=verdict.detail,
@@ -117,9 +124,18 @@ def _verdict(
     return Verdict(-1 if worst == "done" else record.rank, worst, record.detail)
 
 
+def _host(verdict: Verdict, records: Sequence[NodeRecord]) -> str:
+    """Of the rank to blame; of an end that nobody is to blame for, that of the first."""
+    if verdict.rank < 0 and verdict.cause not in (*ENDS, RUNNING):
+        return ""
+    hosts = [record.host for record in records if verdict.rank in record.ranks or verdict.rank < 0]
+    return hosts[0] if hosts else ""
+
+
 def _only_waits(verdict: Verdict, seen: Sequence[Observation]) -> bool:
     """Whether the best that was found is a rank that missed another."""
-    one = next(o for o in seen if o.rank == verdict.rank)
+    one = witness(verdict.rank, verdict.cause, seen)
+    assert one
     echoed = one.failure is not None and is_echo(one.failure)
     return echoed or (verdict.cause == "hang" and in_collective(one.stack))
 

@@ -35,6 +35,8 @@ class Failure(NamedTuple):
     cause: str  # of exit_codes.CAUSES
     time: float  # seconds since 1970, by its own clock
     trace: str = ""
+    shared: bool = False  # found by all ranks together: who told it is not who has it
+    rank: int | None = None  # which has it, of one that is shared
 
 
 class Observation(NamedTuple):
@@ -69,7 +71,7 @@ def observation_from(told: dict[str, Any]) -> Observation:
 class Verdict(NamedTuple):
     """Who, and why."""
 
-    rank: int
+    rank: int  # -1 for a fault that is no rank's, as far as is known
     cause: str  # of exit_codes.CAUSES
     detail: str  # a few words more
 
@@ -141,8 +143,19 @@ def _unexpected(seen: Observation) -> bool:
 
 
 def _exception(seen: Observation) -> Verdict:
-    assert seen.failure
-    return Verdict(seen.rank, seen.failure.cause, f"{seen.failure.kind}: {seen.failure.message}")
+    failure = seen.failure
+    assert failure
+    rank = seen.rank
+    if failure.shared:
+        rank = -1 if failure.rank is None else failure.rank
+    return Verdict(rank, failure.cause, f"{failure.kind}: {failure.message}")
+
+
+def witness(rank: int, cause: str, seen: Sequence[Observation]) -> Observation | None:
+    """What was seen of the rank to blame; else, of a fault of all, of the first that told it."""
+    own = next((o for o in seen if o.rank == rank), None)
+    telling = [o for o in seen if o.failure and o.failure.shared and o.failure.cause == cause]
+    return own or min(telling, key=_when, default=None)
 
 
 def _behind(seen: Observation) -> tuple[bool, int, int, float, int]:

@@ -68,5 +68,5 @@ def _had_a_chance(attempt: Attempt) -> bool:
 
 def hosts_to_exclude(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Those that two or more failures of the machinery began on."""
-    blamed = Counter(a.host for a in attempts if a.cause in OF_A_HOST and a.host)
+    blamed = Counter(a.host for a in attempts if a.cause in OF_A_HOST and a.rank >= 0 and a.host)
     return tuple(sorted(host for host, count in blamed.items() if count >= HOST_FAILURES))

@@ -1,4 +1,4 @@
-"""How long a rank may stay in a section: learnt from how long it took before."""
+"""How long a rank may stay in a section; of the sections of a step, learnt from earlier ones."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,7 +11,11 @@ KINDS = ("init", "first_step", "step", "eval", "save", "data_wait", "teardown")
 
 
 class Deadlines(NamedTuple):
-    """Seconds.  A limit is `factor` times the longest stay seen, within floor and ceiling."""
+    """Seconds.  `step` is a ceiling: a step may take `factor` times the longest seen, or `floor`.
+
+    The others are not learnt.  What shares a section may take a thousand times as long as what was
+    seen of it: a validation and the parity gate, a copy and a whole save, a batch and a reference.
+    """
 
     init: float = 1800.0
     first_step: float = 1800.0
@@ -42,12 +46,9 @@ def kind_of(beat: Beat) -> str | None:
 
 
 def limit(deadlines: Deadlines, kind: str, longest: Mapping[str, float]) -> float:
-    """Seconds allowed; the ceiling where nothing of the kind was seen yet."""
+    """Seconds allowed; for a step the ceiling where none was seen yet."""
     ceiling = float(getattr(deadlines, kind))
-    if kind in ("init", "first_step", "teardown"):  # once each: nothing to learn from
-        return ceiling
-    seen = max(longest[name] for name in (STEP if kind == "step" else (kind,)))
-    if not seen:
+    if kind != "step" or not (seen := max(longest[name] for name in STEP)):
         return ceiling
     return min(max(deadlines.factor * seen, deadlines.floor), ceiling)
 

@@ -12,6 +12,7 @@ from echolab.errors import (
     MediaError,
     ParityError,
     ReplicaError,
+    SaveError,
     WeightsError,
 )  # fmt: skip
 
@@ -39,7 +40,7 @@ class Cause(NamedTuple):
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 BY_TYPE: dict[type[BaseException], str] = {
     ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
-    ReplicaError: "replicas", ParityError: "parity",
+    ReplicaError: "replicas", ParityError: "parity", SaveError: "disk",
 }  # fmt: skip
 AGAIN = "run the same command again; it goes on from the newest checkpoint"
 CAUSES = {
@@ -72,7 +73,10 @@ CAUSES = {
     ),
     "code": Cause(RETRYABLE, "code", "an exception", "read the stack; once more may be luck"),
     "replicas": Cause(
-        RETRYABLE, "infrastructure", "replicas differ: silent damage", "leave that host out"
+        RETRYABLE,
+        "infrastructure",
+        "replicas differ: silent damage",
+        "leave that host out, if it is known",
     ),
     "killed": Cause(
         RETRYABLE,
@@ -106,7 +110,7 @@ def cause_of_exception(error: BaseException, section: str) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if _of_the_disk(error):
-        return "start" if section == "init" else "disk"
+        return "disk"
     for kind, cause in BY_TYPE.items():
         if isinstance(error, kind):
             return cause

@@ -23,7 +23,7 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
         "launch": last.launch,
         "cause": last.cause,
         "rank": None if last.rank < 0 else last.rank,
-        "host": last.host,
+        "host": last.host or None,
         "section": last.section,
         "step": last.step,
         "detail": last.detail,

@@ -51,6 +51,7 @@ class Supervisor:
         self.ranks: list[Rank] = []
         self.asked = 0  # the first signal that was passed on
         self.asked_at = 0.0
+        self.impatient_since = 0.0  # the second Ctrl-C, 0 before
         self._steps_when_asked: dict[int, int] | None = None
         self.late: dict[int, float] = {}
         self.followed = False
@@ -81,6 +82,8 @@ class Supervisor:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self.asked, self.asked_at = number, time.monotonic()
+        elif self.asked == number == signal.SIGINT and "SLURM_PROCID" not in os.environ:
+            self.impatient_since = self.impatient_since or time.monotonic()
         # Slurm tells every process of a step: a second SIGINT would mean impatience.
         if number == signal.SIGINT and "SLURM_PROCID" in os.environ:
             number = signal.SIGTERM
@@ -132,6 +135,8 @@ class Supervisor:
             if any(rank.exit and not told.expected(rank.exit) for rank in self.ranks):
                 self._wait_for_words()
                 return True
+            if self.impatient_since and time.monotonic() - self.impatient_since > GRACE_SECONDS:
+                return True  # in a collective no rank can listen
             if time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self.late = self._overdue(looked)
@@ -180,9 +185,12 @@ class Supervisor:
             print(f"echolab: error: {self.folder}: does not answer", file=sys.stderr, flush=True)
 
     def _judge(self) -> int:
-        seen = observe(self.ranks, self.folder, self.layout.host, self.late)
-        self.record.observations = seen
-        verdict = culprit(seen)
+        if self.impatient_since:  # whatever the ranks were at
+            verdict: Verdict | None = Verdict(self.layout.first, "interrupted", "")
+        else:
+            seen = observe(self.ranks, self.folder, self.layout.host, self.late)
+            self.record.observations = seen
+            verdict = culprit(seen)
         if verdict is None:  # its ranks only wait for those of another supervisor
             verdict = Verdict(self.layout.first, "node_lost", "ended with the others")
         self._declare_over()

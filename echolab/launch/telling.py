@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from echolab.launch.blame import Observation
+from echolab.launch.blame import Observation, witness
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.records import NodeRecord
 from echolab.launch.runs import ATTEMPTS
@@ -14,14 +14,17 @@ LOG_LINES = 20
 
 def last_words(run: Path, record: NodeRecord) -> str:
     """One line that names rank, host, cause, section, step and what to do; what it said before."""
-    seen = next((o for o in record.observations if o.rank == record.rank), None)
+    seen = witness(record.rank, record.cause, record.observations)
     if record.cause == "interrupted":
         return "echolab: stopped"
     if seen and seen.failure and record.cause in PLAIN:
         return f"echolab: error: {seen.failure.message}"
     cause = CAUSES[record.cause]
     where = f" in {seen.section} at step {seen.step}" if seen else ""
-    who = f"rank {record.rank} ({record.host})"
+    if record.rank < 0:
+        who = "all ranks"
+    else:
+        who = f"rank {record.rank}" + (f" ({record.host})" if record.rank in record.ranks else "")
     line = (
         f"echolab: error: {run}: {who}: {cause.says}{where}: {record.detail}; "
         f"{cause.next_action} (echolab why {run})"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from echolab.data.files import write_whole
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, SharedError
 from echolab.launch.blame import Failure
 from echolab.launch.exit_codes import (
     CAUSES,
@@ -48,6 +48,8 @@ def tell_failure(folder: Path, rank: int, error: BaseException, section: str, st
     cause = cause_of_exception(error, section)
     trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
     failure = Failure(type(error).__name__, str(error), cause, time.time(), trace)
+    if isinstance(error, SharedError):
+        failure = failure._replace(shared=True, rank=error.rank)
     told = {**failure._asdict(), "section": section, "step": step}
     try:
         write_whole(error_path(folder, rank), json.dumps(told).encode())

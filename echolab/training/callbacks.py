@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+from torch import Tensor
 
 from echolab.data.ledger import LEDGER
 from echolab.errors import EcholabError
 from echolab.training import ranks
+from echolab.training.checkpoints import agreed, resume
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints import resume
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
 from echolab.training.checkpoints.saving import Saving
@@ -38,7 +38,7 @@ from echolab.training.requests import Requests, asked
 from echolab.training.sections import Beats
 from echolab.training.stopping import StopSignals
 from echolab.training.telling import Telling, tell_plan
-from echolab.training.vote import Vote, count, wait
+from echolab.training.vote import Vote, count, of_step, wait
 
 
 class Steps(pl.Callback):
@@ -68,7 +68,6 @@ class Steps(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """All ranks make sure that they do the same, and go on from the same checkpoint."""
-        del trainer, pl_module, stage
         resume.check_alike(self.training.agreed, self.identity, self.schedule.state_dict())
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
@@ -100,8 +99,11 @@ class Steps(pl.Callback):
         average, accumulation = self.ema.flats[EMA], self.data.feed.accumulation
         tell_plan(self.training, trainer, pl_module, self.masters, average, accumulation)
         own = (self.folder, self.masters, self.ema)
-        self.writer = CheckpointWriter(*own, keep=self._keeps, snapshot=self.every.keeps_snapshot)
-        self.writer.check_start()
+        self.writer = CheckpointWriter(
+            *own, keep=self.schedule.keeps, snapshot=self.every.keeps_snapshot
+        )
+        if not self.resumed:  # going on, it had its room before
+            self.writer.check_start()
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
         self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
         replicated = 1 if self.training.machine.sharded else ranks.world()
@@ -112,9 +114,6 @@ class Steps(pl.Callback):
             self.saving.now()
         self._begin_ledger()
         self.telling = Telling(self.module, self.data, self.beats, self.step)
-
-    def _keeps(self, step: int) -> bool:
-        return self.schedule.is_boundary(step) or self.schedule.needs_reference(step)
 
     def _begin_ledger(self) -> None:
         self.ledger: StepLedger | None = None
@@ -148,23 +147,15 @@ class Steps(pl.Callback):
         batch_idx: int,
     ) -> None:
         """After the last micro-batch of a step."""
-        del pl_module, outputs
         if (batch_idx + 1) % self.data.feed.accumulation:
             return
         self.beats.enter("vote", self.step + 1)
         self.ema.update(self.masters)
         self.step, self.made = self.step + 1, self.made + 1
-        loss = self.module.take_loss() / self.data.feed.accumulation
-        vote = count(
-            {
-                "loss": loss,
-                "not_finite": ~torch.isfinite(loss),
-                "clipped": self.clipped.take(),
-                "written": float(self.writer.written()),
-                **self._asked(),
-            }
-        )
-        if not self._sane(trainer, vote):
+        loss, norm = self.module.take_loss() / self.data.feed.accumulation, self.module.take_norm()
+        own = of_step(loss, norm, self.clipped.take()) | self._asked()
+        vote = count(own | {"written": float(self.writer.written())})
+        if not self._sane(trainer, vote, loss, norm):
             return
         if self.ledger:
             self.ledger.commit(batch.step, batch.kind)
@@ -178,11 +169,11 @@ class Steps(pl.Callback):
         own = asked(self.signals, self.requests, job_ends=ends, needed=needed)
         return own | {"memory": float(self.guarding.memory.over())}
 
-    def _sane(self, trainer: pl.Trainer, vote: Vote) -> bool:
+    def _sane(self, trainer: pl.Trainer, vote: Vote, loss: Tensor, norm: Tensor) -> bool:
         """Guard the step; False where training went back.  Raises on every rank or on none."""
-        norm = self.module.take_norm()
+        own = (float(loss), float(norm))
         try:
-            action, spike = self.guarding.judge(vote, norm, self.step - 1, self.schedule)
+            action, spike = self.guarding.judge(vote, own, self.step - 1, self.schedule)
         except EcholabError:
             self.saving.publish()  # what was begun while all was well is not lost
             raise
@@ -203,9 +194,9 @@ class Steps(pl.Callback):
         """
         assert spike is not None
         self.saving.publish()
-        self.beats.enter("save")
-        found = resume.newest(self.folder, action.to_step)
-        found = found or resume.newest(self.folder, spike.step)  # none is old enough
+        self.writer.close()  # or the one to go back to might still be removed
+        found = agreed.newest(self.folder, action.to_step)
+        found = found or agreed.oldest(self.folder, spike.step)  # none is old enough
         if found is None:
             self.guarding.note(spike, recovery.without_checkpoint(spike).event)
             return False
@@ -230,15 +221,17 @@ class Steps(pl.Callback):
         if self._due(self.every.log) or ends:
             self._log()
         if self._due(self.every.replicas):
-            self.guarding.check_replicas(self.module.net, self.step, self.schedule.state_dict())
-        if self._due(self.every.validate) or (last and self.every.validate):
+            held = (self.module.net, self.masters, self.ema)
+            self.guarding.check_replicas(*held, self.step, self.schedule.state_dict())
+        self._save_if_due(vote, ends)  # before it is looked at: that may take long, or hang
+        validates = self._due(self.every.validate) or (last and self.every.validate)
+        if validates and self.training.held_out and not vote.reason:
             self.beats.enter("eval")
             self._tell(self.evaluation.held_out())
-        self._save_if_due(vote, ends)
         if vote.pause and not ends:
             self.beats.enter("pause")
             vote = wait(self._asked)
-        if vote.save and ranks.rank() == 0:
+        if vote.save:
             self.requests.clear("SAVE")
         if vote.reason or last:  # also in a pause
             self._end(vote)
@@ -250,18 +243,19 @@ class Steps(pl.Callback):
         """Behind the training where it goes on; at once where it ends, or where it needs it."""
         if self.writer.pending and vote.written == ranks.world():
             self.saving.publish()
-        pruned = vote.prune and not self._keeps(self.step)
+        pruned = vote.prune and not self.schedule.keeps(self.step)
         if vote.late or pruned:
             self.unsaved = True
+            self.saving.publish()  # what is being written may still come to its end
         elif ends or vote.pause or self.schedule.needs_reference(self.step):
             self.saving.now()
-        elif self._due(self.every.save) or self._keeps(self.step) or vote.save:
+        elif self._due(self.every.save) or self.schedule.keeps(self.step) or vote.save:
             self.saving.begin()
         self.beats.enter("vote")
 
     def _end(self, vote: Vote) -> None:
         """Say why; a run is done once its export has been seen to be what was trained."""
-        done = self.step == self.schedule.steps
+        done = self.step == self.schedule.steps and not self.unsaved
         reason = "done" if done else vote.reason or "until"
         if done and self.training.parity and self.saving.saved:
             self.beats.enter("eval")
@@ -269,9 +263,14 @@ class Steps(pl.Callback):
         self.writer.close()
         self.newest = self.saving.saved
         self.reason, self.signal = reason, vote.signal if reason == "signal" else 0
-        if ranks.rank() == 0:
-            for name in ("STOP", "PRUNE"):
-                self.requests.clear(name)
+        self.requests.clear("STOP", "PRUNE")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Before Lightning tidies up, which may hang, and makes SystemExit of KeyboardInterrupt."""
+        if self.training.on_failure:
+            self.training.on_failure(exception)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell the supervisor."""

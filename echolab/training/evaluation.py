@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from echolab.errors import ConfigError
 from echolab.training import ranks
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.ema import Ema
@@ -35,8 +34,7 @@ class Evaluation:
     def held_out(self) -> dict[str, float]:
         """Errors at fixed noise, of the averaged weights and of the raw ones."""
         held_out, phases = self.training.held_out, self.training.phases
-        if held_out is None or phases is None:
-            raise ConfigError("every.validate: wants data.held_out and phases; give them, or 0")
+        assert held_out and phases  # `Training.check` has seen to it
         if self._share is None:
             together = self.training.machine.sequence_parallel
             row, rows = ranks.rank() // together, ranks.world() // together

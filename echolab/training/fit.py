@@ -13,7 +13,6 @@ from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.apart import check_alone, check_apart
 from echolab.training.engine.memory import speed_up
 from echolab.training.engine.strategies import cluster_environment, strategy_of
-from echolab.training.guards import events
 from echolab.training.module import DiffusionModule
 from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.quiet import quiet
@@ -35,8 +34,8 @@ class FitResult(NamedTuple):
 
     @property
     def done(self) -> bool:
-        """Whether the whole schedule is behind us."""
-        return self.step == self.steps
+        """Whether the whole schedule is behind us, and saved."""
+        return self.step == self.steps and not self.unsaved
 
 
 def _trainer(machine: Machine, accumulation: int, clip: float, steps: Steps) -> pl.Trainer:
@@ -83,10 +82,7 @@ def fit(training: Training) -> FitResult:
             origin = open_checkpoint(training.initial)
             check_architecture(origin, training.architecture)
             training.net.load_state_dict(origin.tensors("ema"))
-        schedule = training.schedule
-        for skip in events.skips(training.folder):  # of earlier rollbacks
-            schedule = schedule.skipping(skip, 0)
-        training, feed = training._replace(schedule=schedule), training.feed()
+        feed, schedule = training.feed(), training.schedule
         _speed_up(training)
         data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, beats)
         module = _module(training, feed.accumulation, beats)
@@ -95,7 +91,7 @@ def fit(training: Training) -> FitResult:
     return FitResult(
         step=steps.step,
         steps=schedule.steps,
-        reason=steps.reason,
+        reason=steps.reason or "done",  # a finished run has no steps to end after
         stopped_by=steps.signal,
         unsaved=steps.unsaved,
         checkpoint=steps.newest,

@@ -113,14 +113,14 @@ class DiffusionModule(pl.LightningModule):
         taken, self._loss = self._loss, None
         return taken
 
-    def take_norm(self) -> float:
-        """Of the whole gradient of the last step before clipping, the same on every rank."""
+    def take_norm(self) -> Tensor:
+        """Of the whole gradient of the last step before clipping; not yet read from the device."""
         if not self.clip_here:
             engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
             self.norm = torch.as_tensor(engine.get_global_grad_norm())
         assert self.norm is not None
         self.meter.add_value("gradient_norm", self.norm)
-        return float(self.norm)
+        return self.norm
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Tell the supervisor."""

@@ -115,6 +115,7 @@ class Training(NamedTuple):
     host_memory_gb: float | None = None  # a rank's, workers included: above, the run is saved, ends
     parity: bool = False  # before it is done, samples of an export are compared
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
+    on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     beats: Beats | None = None  # by which a supervisor sees how far this rank is
 
     @property

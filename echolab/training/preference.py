@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.checkpoints.checkpoint import load_ema_weights
+from echolab.training.checkpoints.agreed import open_alike
+from echolab.training.engine.ema import EMA
 
 
 class Reference(Protocol):
@@ -48,13 +49,13 @@ class References:
     def enter(self, boundary: Path, *, fresh: bool, device: torch.device) -> bool:
         """Make sure that the reference of the epoch that began at `boundary` is in place.
 
-        Whether it was not yet.
+        Whether it was not yet.  Collective.
         """
         if self._entered == boundary:
             return False
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give reference=")
-        self.reference.load(load_ema_weights(self.pinned or boundary))
+        self.reference.load(open_alike(self.pinned or boundary).tensors(EMA))
         self.reference.to(device)
         if fresh:
             self.load_state_dict(self._fresh)

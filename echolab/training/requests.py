@@ -33,10 +33,12 @@ class Requests:
             self._found = {name for name in REQUESTS if (self.folder / name).exists()}
         return self._found
 
-    def clear(self, name: str) -> None:
-        """It was acted upon."""
-        (self.folder / name).unlink(missing_ok=True)
-        self._found.discard(name)
+    def clear(self, *names: str) -> None:
+        """They were acted upon; rank 0 removes the files."""
+        if ranks.rank() == 0:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+                self._found.discard(name)
 
 
 def asked(

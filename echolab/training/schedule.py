@@ -182,6 +182,10 @@ class Schedule:
         """Whether a preference epoch starts at this step."""
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays: an epoch ends there, or refers to it."""
+        return self.is_boundary(step) or self.needs_reference(step)
+
     def state_dict(self) -> dict[str, Any]:
         """The epochs and the batches left out, as JSON."""
         return {

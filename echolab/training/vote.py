@@ -7,7 +7,7 @@ collective that another does not come to.
 import time
 from collections.abc import Callable, Mapping
 from signal import Signals
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +31,10 @@ class Vote(NamedTuple):
     pause: float = 0
     prune: float = 0
     written: float = 0  # this rank's part of the pending checkpoint is on disk, or failed
-    not_finite: float = 0  # this rank's loss
+    not_finite: float = 0  # this rank's loss, or the norm of its gradient
     loss: float = 0  # sum of this rank's micro-batches' means
+    norm: float = 0  # of the whole gradient before clipping, as this rank has it
+    norm_squared: float = 0
     clipped: float = 0  # this rank's sum of squares of what the optimizer was given
 
     @property
@@ -66,6 +68,17 @@ def count(own: Mapping[str, float | torch.Tensor]) -> Vote:
         values = torch.stack([value.to(device) for value in given])
         told |= dict(zip(on_device, values.tolist(), strict=True))
     return Vote(*ranks.sums(list(Vote(**told))))
+
+
+def of_step(loss: torch.Tensor, norm: torch.Tensor, clipped: torch.Tensor) -> dict[str, Any]:
+    """This rank's part about a step: its loss [], and its gradient's norm [] before clipping."""
+    return {
+        "loss": loss,
+        "norm": norm,
+        "norm_squared": norm.double().square(),
+        "not_finite": ~(torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)),
+        "clipped": clipped,
+    }
 
 
 def wait(asked: Callable[[], Mapping[str, float]]) -> Vote:

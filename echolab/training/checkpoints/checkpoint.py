@@ -21,7 +21,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from echolab.errors import CheckpointError
-from echolab.training import ranks
 from echolab.training.checkpoints.manifest import (
     MANIFEST,
     REMEDY,
@@ -153,36 +152,6 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
             return found, rejected
         rejected.append(f"{path}: is the checkpoint of step {found.step}, not of its name")
     return None, rejected
-
-
-def latest_for_all(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """`latest_valid` as rank 0 finds it, the same for all ranks; collective.
-
-    Rank 0 verifies; the others see that what they can read is the same checkpoint.  Raises
-    CheckpointError on every rank where one cannot.
-    """
-    found: Checkpoint | None = None
-    rejected: list[str] = []
-    told, fault = "", ""
-    if ranks.rank() == 0:
-        try:
-            recover(folder)
-            found, rejected = latest_valid(folder, at_most)
-        except OSError as error:
-            fault = f"{folder}: cannot be read ({error}); see to it, and run the same command again"
-        told = json.dumps([found.path.name, found.digest] if found else [])
-    ranks.raise_together(CheckpointError, fault)
-    told = ranks.gather_text(told)[0]
-    if json.loads(told) and ranks.rank() > 0:
-        name, digest = json.loads(told)
-        try:
-            found = open_verified(folder / name)
-            if found.digest != digest:
-                fault = f"{folder / name}: is not the checkpoint that rank 0 found; {REMEDY}"
-        except CheckpointError as error:
-            fault = str(error)
-    ranks.raise_together(CheckpointError, fault)
-    return found, rejected
 
 
 def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) -> None:

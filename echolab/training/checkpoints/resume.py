@@ -9,6 +9,7 @@ from typing import Any
 from echolab.errors import EcholabError
 from echolab.training import ranks
 from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints.agreed import newest
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.parity import REPORT, passed_before
 from echolab.training.parts import Training
@@ -19,18 +20,6 @@ def check_alike(agreed: str, identity: Mapping[str, Any], schedule: Mapping[str,
     """Raise EcholabError where ranks were given different settings; collective."""
     if not ranks.agree(json.dumps([agreed, identity, schedule])):
         raise EcholabError("the ranks were given different settings; start them all alike")
-
-
-def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
-    """The newest valid checkpoint, of step `at_most` or before; collective.
-
-    Rank 0 verifies it, and says which newer ones it passed over and why; the others see that it is
-    the same one.
-    """
-    found, rejected = checkpoints.latest_for_all(folder, at_most)
-    for line in rejected:
-        print(f"echolab: passed over: {line}", file=sys.stderr)
-    return found
 
 
 def proven(folder: Path, training: Training) -> Checkpoint | None:

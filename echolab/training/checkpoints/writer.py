@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from echolab.data.files import sync
-from echolab.errors import CheckpointError
+from echolab.errors import SaveError
 from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
 from echolab.training.checkpoints.gather import gather, host_buffer
@@ -100,7 +100,7 @@ class CheckpointWriter:
         return self._thread is not None and not self._thread.is_alive()
 
     def check_start(self) -> None:
-        """CheckpointError where twice a checkpoint would not fit; for the start; collective."""
+        """SaveError where twice a checkpoint would not fit; for the start; collective."""
         self._on_first(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
 
     def _on_first(self, work: Callable[[], object]) -> None:
@@ -109,16 +109,16 @@ class CheckpointWriter:
         if ranks.rank() == 0:
             try:
                 work()
-            except (OSError, CheckpointError) as error:
+            except (OSError, SaveError) as error:
                 fault = str(error)
-        ranks.raise_together(CheckpointError, fault)
+        ranks.raise_together(SaveError, fault)
 
     # -- begin --------------------------------------------------------------------------------
 
     def begin(self, state: dict[str, Any]) -> None:
         """Take `state` and a copy of all tensors, and go on in a thread; collective.
 
-        Finishes an earlier save first.  Raises CheckpointError on every rank, before anything is
+        Finishes an earlier save first.  Raises SaveError on every rank, before anything is
         written, where there is no room on the disk or in memory.
         """
         self.finish()
@@ -155,7 +155,7 @@ class CheckpointWriter:
                     self._buffers[file.name] = host_buffer(file, pinned=self._on_gpu)
         except RuntimeError as error:  # torch has no other name for it
             fault = f"rank {ranks.rank()}: no host memory to save from ({error})".split("\n")[0]
-        ranks.raise_together(CheckpointError, fault)
+        ranks.raise_together(SaveError, fault)
 
     def _flats(self, part: str) -> list[Tensor]:
         return self.ema.flats[part] if part in self.ema.flats else self.masters.flats(part)
@@ -165,9 +165,9 @@ class CheckpointWriter:
     def _write(self, state: bytes) -> None:
         """This rank's files.  The thread says what went wrong in `finish`."""
         started = time.monotonic()
-        # Linux counts niceness by thread: the steps that go on come first.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
+            # Linux counts niceness by thread: the steps that go on come first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             for file in self.files:
                 if file.writer == ranks.rank():
                     self._receipts[file.name] = self._write_tensors(file)
@@ -186,7 +186,7 @@ class CheckpointWriter:
     def finish(self) -> Path | None:
         """Wait for the pending save and publish it; None where there is none; collective.
 
-        Raises CheckpointError on every rank where one failed; earlier checkpoints are untouched.
+        Raises SaveError on every rank where one failed; earlier checkpoints are untouched.
         """
         if self._thread is None:
             return None
@@ -208,13 +208,15 @@ class CheckpointWriter:
                     f"{self._path}: could not be written ({fault}); nothing was kept of it, earlier"
                     " checkpoints are whole; make room there and run the same command again"
                 )
-        ranks.raise_together(CheckpointError, fault)
+        ranks.raise_together(SaveError, fault)
         spent = max(one["spent"] for one in told) + time.monotonic() - started
         self.seconds = max(self.seconds, spent)
         return self._path
 
     def _publish(self, receipts: dict[str, Receipt]) -> None:
         """Rank 0: see that all files are here, write the manifest, give the folder its name."""
+        if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
+            raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
         for name, receipt in receipts.items():
             size = (self._partial / name).stat().st_size
             if size != receipt["bytes"]:

@@ -85,7 +85,10 @@ def check_replicas(named: Mapping[str, Tensor], told: str = "") -> None:
         name: f"{v} {named[name].dtype} {list(named[name].shape)}" for name, v in values.items()
     }
     of_ranks = [json.loads(text) for text in ranks.gather_text(json.dumps([parts, told]))]
-    raise ReplicaError(difference([p for p, _ in of_ranks], [t for _, t in of_ranks]))
+    raise ReplicaError(
+        difference([p for p, _ in of_ranks], [t for _, t in of_ranks]),
+        rank=odd_one([json.dumps(one) for one in of_ranks]),
+    )
 
 
 def difference(parts: list[dict[str, str]], told: list[str]) -> str:
@@ -108,6 +111,21 @@ def odd(values: list[str]) -> str:
         sides = [[r for r, v in enumerate(values) if v == value] for value, _ in counts]
         return " against ".join(_ranks(side) for side in sides)
     return f"{_ranks([r for r, v in enumerate(values) if v != counts[0][0]])} against the others"
+
+
+def odd_rank(values: list[str]) -> int | None:
+    """The one rank that differs from most, where it is one."""
+    most, count = Counter(values).most_common(1)[0]
+    others = [rank for rank, value in enumerate(values) if value != most]
+    return others[0] if len(others) == 1 and count > 1 else None
+
+
+def odd_one(values: list[str]) -> int | None:
+    """The only rank that differs from all the others; None where there is none."""
+    (usual, count), *_ = Counter(values).most_common(1)
+    if len(values) < 3 or count != len(values) - 1:
+        return None
+    return next(rank for rank, value in enumerate(values) if value != usual)
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -164,8 +182,10 @@ class Unchanged:
         if not ranks.largest([len(changed)])[0]:
             return
         of_ranks = [json.loads(text) for text in ranks.gather_text(json.dumps(changed[:1]))]
-        rank, first = next((r, names[0]) for r, names in enumerate(of_ranks) if names)
+        changed_on = [rank for rank, names in enumerate(of_ranks) if names]
+        rank, first = changed_on[0], of_ranks[changed_on[0]][0]
         raise ReplicaError(
             f"{self.what} is frozen, and {first} has changed on rank {rank}; its fault lies in "
-            "code that trains it, or in memory: go on from the newest checkpoint"
+            "code that trains it, or in memory: go on from the newest checkpoint",
+            rank=rank if len(changed_on) == 1 and ranks.world() > 1 else None,
         )

@@ -11,12 +11,22 @@ from typing import Any
 
 from torch import nn
 
-from echolab.errors import ReplicaError
+from echolab.errors import DivergedError, ReplicaError
 from echolab.models.frozen import Frozen
 from echolab.training import ranks
+from echolab.training.engine.ema import Ema
 from echolab.training.engine.live import check_clipped
+from echolab.training.engine.masters import MOMENTS, Masters
 from echolab.training.guards import events, recovery
-from echolab.training.guards.digests import Unchanged, check_replicas, frozen, replicated
+from echolab.training.guards.digests import (
+    REMEDY,
+    Unchanged,
+    check_replicas,
+    frozen,
+    odd,
+    odd_rank,
+    replicated,
+)
 from echolab.training.guards.host_memory import HostMemory
 from echolab.training.guards.recovery import Action, What
 from echolab.training.guards.spikes import Spike, SpikeDetector
@@ -24,6 +34,8 @@ from echolab.training.guards.stragglers import OWN_PACE, Stragglers
 from echolab.training.parts import Training
 from echolab.training.schedule import Schedule, Skip
 from echolab.training.vote import Vote
+
+APART = 1e-5  # share by which the ranks' norms of the same gradient may differ
 
 
 class Guarding:
@@ -56,17 +68,42 @@ class Guarding:
     # -- every step ---------------------------------------------------------------------------
 
     def judge(
-        self, vote: Vote, norm: float, step: int, schedule: Schedule
+        self, vote: Vote, own: tuple[float, float], step: int, schedule: Schedule
     ) -> tuple[Action, Spike | None]:
-        """What to do about step `step` (from 0), whose gradient had `norm` before clipping.
+        """What to do about step `step` (from 0); `own` is this rank's loss and norm.
 
-        DivergedError where nothing sane is left to do, EcholabError where it was not clipped.
+        Collective.  DivergedError where nothing sane is left to do, EcholabError where the gradient
+        was not clipped, ReplicaError where the ranks' norms of the whole gradient differ.
         """
-        check_clipped(vote.clipped, self.training.optim.clip, step + 1)
+        self._check_norms(vote, own[1], step)
         loss = vote.loss / ranks.world() if not vote.not_finite else math.nan
         number, _, epoch, _ = schedule.locate(step)
-        spike = self.detector.observe(epoch.kind, loss, norm, step=step, epoch=number)
-        return recovery.decide(spike, self.guards, self.history.events, schedule), spike
+        spike = self.detector.observe(
+            epoch.kind, loss, vote.norm / ranks.world(), step=step, epoch=number
+        )
+        first = self._first_not_finite(all(map(math.isfinite, own))) if vote.not_finite else None
+        try:
+            return recovery.decide(spike, self.guards, self.history.events, schedule), spike
+        except DivergedError as error:
+            error.rank = first
+            raise
+
+    def _check_norms(self, vote: Vote, norm: float, step: int) -> None:
+        if vote.not_finite:
+            return
+        check_clipped(vote.clipped, self.training.optim.clip, step + 1)
+        spread = ranks.world() * vote.norm_squared - vote.norm**2
+        if spread > (APART * vote.norm) ** 2:
+            told = ranks.gather_text(f"{norm:.9g}")
+            raise ReplicaError(
+                f"step {step + 1}: the norm of the gradient is not the same on all ranks: "
+                f"{odd(told)} ({', '.join(dict.fromkeys(told))}); {REMEDY}",
+                rank=odd_rank(told),
+            )
+
+    def _first_not_finite(self, finite: bool) -> int | None:
+        told = ranks.gather_text("" if finite else "not")
+        return next((rank for rank, text in enumerate(told) if text), None)
 
     def note(
         self, spike: Spike, event: str, to: int | None = None, skip: Skip | None = None
@@ -97,10 +134,16 @@ class Guarding:
         if self._reference:
             self._reference.check(self._frozen_reference())
 
-    def check_replicas(self, net: nn.Module, step: int, state: Mapping[str, Any]) -> None:
+    def check_replicas(
+        self, net: nn.Module, masters: Masters, ema: Ema, step: int, state: Mapping[str, Any]
+    ) -> None:
         """ReplicaError where ranks that should hold the same do not; collective."""
+        named = replicated(net)
+        if not masters.sharded:
+            held = {part: masters.flats(part) for part in MOMENTS} | ema.flats
+            named |= {f"{part}/{i}": t for part, ts in held.items() for i, t in enumerate(ts)}
         try:
-            check_replicas(replicated(net), json.dumps(state, sort_keys=True))
+            check_replicas(named, json.dumps(state, sort_keys=True))
         except ReplicaError as error:
             self.history.add(step, "replicas", words=str(error))
             raise

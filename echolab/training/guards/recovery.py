@@ -54,18 +54,24 @@ def decide(
         return _rollback(spike, guards, history, schedule)
     if guards.policy == "recompute":
         again = any(e.kind == "recompute" and e.step == spike.step for e in history)
-        if not again:
+        if not again and _went_back(history) < guards.at_most:
             return Action(What.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
-            raise DivergedError(f"{spike.reason}, twice from the same state; {REMEDY}")
-        return Action(What.RECORD, "reproducible")
+            why = "twice from the same state" if again else f"after {guards.at_most} times back"
+            raise DivergedError(f"{spike.reason}, {why} (guards.at_most); {REMEDY}")
+        return Action(What.RECORD, "reproducible" if again else "spike")
     if not spike.finite:
         raise DivergedError(f"{spike.reason}; {REMEDY}, or set guards.policy=recompute or rollback")
     return Action(What.RECORD, "spike")
 
 
+def _went_back(history: Sequence[Event]) -> int:
+    """How often the guards of this run did, for whatever reason."""
+    return sum(e.kind in ("recompute", "rollback") and e.told.get("by") == BY for e in history)
+
+
 def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: Schedule) -> Action:
-    done = sum(e.kind == "rollback" and e.told.get("by") == BY for e in history)
+    done = _went_back(history)
     if done >= guards.at_most:
         raise DivergedError(
             f"{spike.reason}, and the run was rolled back {done} times already "

@@ -32,7 +32,7 @@ class Guards(NamedTuple):
     warmup: int = 48  # of these that must be there before anything but NaN is a spike
     back: int = 100  # steps that a rollback goes back at least
     skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
-    at_most: int = 3  # rollbacks of a run
+    at_most: int = 3  # times that a run goes back, whatever the policy
 
     def check(self) -> "Guards":
         """Itself; ConfigError for what cannot be."""
