@@ -30,7 +30,7 @@ def said_by(check: Callable[[], Any]) -> str:
     try:
         check()
     except ReplicaError as error:
-        return str(error)
+        return f"{error}; of rank {error.rank}"
     return ""
 
 

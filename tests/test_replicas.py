@@ -26,6 +26,7 @@ from echolab.training.guards.digests import (
     digests,
     frozen,
     odd,
+    odd_rank,
     replicated,
 )
 from echolab.training.preference import References
@@ -98,19 +99,23 @@ def test_layout_in_memory_does_not_matter_and_nan_is_a_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "words", "one"),
     [
-        (["a", "a", "a"], ""),
-        (["a", "b", "a"], "rank 1 against the others"),
-        (["c", "b", "a", "a"], "ranks 0, 1 against the others"),
-        (["a", "b"], "rank 0 against rank 1"),
-        (["a", "b", "a", "b"], "ranks 0, 2 against ranks 1, 3"),
-        (["a", "b", "c"], "rank 0 against rank 1 against rank 2"),
-        (["a"] * 20 + ["b"] * 10, "ranks 20, 21, 22, 23, 24, 25, 26, 27, ... against the others"),
+        (["a", "a", "a"], "", None),
+        (["a", "b", "a"], "rank 1 against the others", 1),
+        (["c", "b", "a", "a"], "ranks 0, 1 against the others", None),
+        (["a", "b"], "rank 0 against rank 1", None),
+        (["a", "b", "a", "b"], "ranks 0, 2 against ranks 1, 3", None),
+        (["a", "b", "c"], "rank 0 against rank 1 against rank 2", None),
+        (
+            ["a"] * 20 + ["b"] * 10,
+            "ranks 20, 21, 22, 23, 24, 25, 26, 27, ... against the others",
+            None,
+        ),
     ],
 )
-def test_most_ranks_are_right(values: list[str], words: str) -> None:
-    assert odd(values) == words
+def test_most_ranks_are_right(values: list[str], words: str, one: int | None) -> None:
+    assert odd(values) == words and odd_rank(values) == one
 
 
 def test_more_tensors_than_one() -> None:
@@ -177,6 +182,8 @@ def test_three_ranks_name_each_fault(fork_server: ForkServer, tmp_path: Path) ->
     for name in ("weight", "bias", "steps"):
         assert told[name].startswith(f"{name} is not the same on all ranks: rank 1 against the oth")
         assert "echolab rollback" in told[name] and "\n" not in told[name]
+    having = {"weight": 1, "bias": 1, "steps": 1, "state": 2, "less": 0, "each": None, "changed": 2}
+    assert all(told[name].endswith(f"; of rank {rank}") for name, rank in having.items())
     assert told["state"].startswith("state is not the same on all ranks: rank 2 against the others")
     assert told["less"].startswith("bias is not the same on all ranks: rank 0 against the others")
     assert "rank 0 against rank 1 against rank 2" in told["each"]

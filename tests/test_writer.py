@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from echolab.errors import CheckpointError
+from echolab.errors import CheckpointError, SaveError
 from echolab.training.checkpoints import room, writer
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
@@ -207,12 +207,12 @@ def test_room_is_asked_for_before_anything_is_written(
         (Disk(10 * size, 3), r"needs \d+ inodes, 3 are free; remove files"),
     ]:
         monkeypatch.setattr(room.os, "statvfs", lambda path, told=disk: told)
-        with pytest.raises(CheckpointError, match=words) as caught:
+        with pytest.raises(SaveError, match=words) as caught:
             saver.save(2)
         assert "\n" not in str(caught.value) and not saver.writer.pending
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     monkeypatch.setattr(room.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
-    with pytest.raises(CheckpointError, match="make room"):
+    with pytest.raises(SaveError, match="make room"):
         saver.writer.check_start()  # enough for one, not for two
     monkeypatch.setattr(room.os, "statvfs", real)
     saver.writer.check_start()

@@ -87,7 +87,7 @@ def check_replicas(named: Mapping[str, Tensor], told: str = "") -> None:
     of_ranks = [json.loads(text) for text in ranks.gather_text(json.dumps([parts, told]))]
     raise ReplicaError(
         difference([p for p, _ in of_ranks], [t for _, t in of_ranks]),
-        rank=odd_one([json.dumps(one) for one in of_ranks]),
+        rank=odd_rank([json.dumps(one) for one in of_ranks]),
     )
 
 
@@ -118,14 +118,6 @@ def odd_rank(values: list[str]) -> int | None:
     most, count = Counter(values).most_common(1)[0]
     others = [rank for rank, value in enumerate(values) if value != most]
     return others[0] if len(others) == 1 and count > 1 else None
-
-
-def odd_one(values: list[str]) -> int | None:
-    """The only rank that differs from all the others; None where there is none."""
-    (usual, count), *_ = Counter(values).most_common(1)
-    if len(values) < 3 or count != len(values) - 1:
-        return None
-    return next(rank for rank, value in enumerate(values) if value != usual)
 
 
 def _ranks(numbers: list[int]) -> str:
