@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,11 @@ def fault_at(step: int, rank: int, fault: Callable[[Guarding, nn.Module], None])
     """In place of a fault of the machine: just before the replicas of `step` are compared."""
     look, seen = Guarding.check_replicas, []
 
-    def with_fault(self: Guarding, net: nn.Module, state: Mapping[str, Any]) -> None:
+    def with_fault(self: Guarding, net: nn.Module, *others: Any) -> None:
         seen.append(1)
         if len(seen) == step and dist.get_rank() == rank:
             fault(self, net)
-        look(self, net, state)
+        look(self, net, *others)
 
     Guarding.check_replicas = with_fault  # type: ignore[method-assign]
 

@@ -13,7 +13,6 @@ from echolab.errors import CheckpointError, ConfigError, EcholabError
 from echolab.training.checkpoints.checkpoint import (
     PARTS,
     latest_valid,
-    load_ema_weights,
     open_checkpoint,
     saved_steps,
 )
@@ -43,7 +42,7 @@ def test_every_tensor_is_whole_fp32_and_named(run: Path) -> None:
         assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes
         assert all(t.dtype is torch.float32 for t in tensors.values())
     assert checkpoint.step == 6 and checkpoint.state["optimizer_updates"] == 6
-    assert set(load_ema_weights(checkpoint.path)) == set(shapes)
+    assert set(open_checkpoint(checkpoint.path).tensors("ema")) == set(shapes)
 
 
 def test_old_ones_go_and_boundaries_stay(tmp_path: Path) -> None:

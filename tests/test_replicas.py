@@ -150,11 +150,15 @@ def test_what_is_whole_on_every_rank() -> None:
 def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
 
-    def read(path: Path) -> dict[str, Tensor]:
-        reads.append(path)
-        return dict(tiny.net().named_parameters())
+    class Saved:
+        def __init__(self, path: Path) -> None:
+            reads.append(path)
 
-    monkeypatch.setattr("echolab.training.preference.load_ema_weights", read)
+        def tensors(self, part: str) -> dict[str, Tensor]:
+            assert part == "ema"
+            return dict(tiny.net().named_parameters())
+
+    monkeypatch.setattr("echolab.training.preference.open_alike", Saved)
     reference = Frozen(tiny.net())
     objective = runs.Preference(runs.PHASES, reference, 100.0)
     references = References({"dpo": objective}, reference)

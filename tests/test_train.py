@@ -115,7 +115,7 @@ def test_looking_at_held_out_clips_changes_nothing(
 
 def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> None:
     from echolab.models.frozen import Frozen
-    from echolab.training.checkpoints.checkpoint import load_ema_weights
+    from echolab.training.checkpoints.checkpoint import open_checkpoint
 
     frozen = Frozen(tiny.net())
     plan = runs.schedule(("sft", 2), ("dpo", 2))
@@ -127,7 +127,7 @@ def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> Non
         tmp_path, plan, every=EVERY, reference=frozen, objectives=objectives,
         optim=runs.Optim(ema_decay=0.0),
     )  # fmt: skip
-    average = load_ema_weights(tmp_path / "run/checkpoints/step-000002")
+    average = open_checkpoint(tmp_path / "run/checkpoints/step-000002").tensors("ema")
     assert all(torch.equal(average[k], v) for k, v in frozen.net.state_dict().items())
     # With a decay of 0 the average is the policy, which starts the epoch as its own reference.
     assert rows[2]["train/margin"] == pytest.approx(0, abs=1e-6)
@@ -138,9 +138,9 @@ def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
     net = tiny.net()
     runs.train(tmp_path / "b", runs.schedule(("sft", 1), lr=0.0), net=net, initial=first.checkpoint)
     assert first.checkpoint
-    from echolab.training.checkpoints.checkpoint import load_ema_weights
+    from echolab.training.checkpoints.checkpoint import open_checkpoint
 
-    average = load_ema_weights(first.checkpoint)
+    average = open_checkpoint(first.checkpoint).tensors("ema")
     assert all(torch.equal(average[k], v) for k, v in net.state_dict().items())
 
 

@@ -225,8 +225,3 @@ def restore(checkpoint: Checkpoint, net: nn.Module, masters: Masters, ema: Ema) 
     masters.updates = int(checkpoint.state["optimizer_updates"])
     ema.load_state_dict(checkpoint.state["ema"])
     masters.show(masters.local)
-
-
-def load_ema_weights(path: Path) -> Tensors:
-    """The averaged weights of a checkpoint by parameter name, fp32, after verifying it whole."""
-    return open_checkpoint(path).tensors(EMA)
