@@ -88,6 +88,9 @@ def _guarded(run: Callable[[], int | None]) -> int:
     except EcholabError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read our words, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno not in USERS_ERRORS:
             raise

@@ -76,6 +76,7 @@ class Steps(pl.Callback):
         if found:
             resume.check_continues(found, self.identity, self.schedule)
             self._go_on_from(found)
+        self.beats.enter("init", self.step)
 
     def _go_on_from(self, found: Checkpoint) -> None:
         """Everything but the tensors."""
@@ -88,7 +89,6 @@ class Steps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights, moments and average; the checkpoint a first preference epoch refers to."""
         assert isinstance(pl_module, DiffusionModule)
-        self.beats.enter("init", self.step)
         self.module = pl_module
         self.masters: Masters = masters_of(pl_module.net, trainer.optimizers[0])
         if self.resumed:
