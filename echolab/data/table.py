@@ -109,7 +109,7 @@ class Table:
         shards = np.searchsorted(self.shard_starts, numbers, side="right") - 1
         for sample, shard in zip(batch, shards.tolist(), strict=True):
             if shard >= len(self.shards) or sample["shard"] != self.shards[shard].name:
-                raise ValueError(f"sample {sample['key']} is not where its shard counts it")
+                raise ValueError(f"sample {sample['key']!r} is not where its shard counts it")
 
     def _columns(self, batch: list[dict[str, Any]]) -> Columns:
         keys = [sample["key"].encode() for sample in batch]
