@@ -121,6 +121,20 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_seen_in_any_section(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a read may take long: who is stopped does not read."""
+    patient = {**DEADLINES, "data_wait": 10_000.0, "step": 10_000.0}
+    does = {"1": {"at": "data_wait", "does": "stop", "step": 3}}
+    code, said = Launch(folder, does, deadlines=patient).end()
+    told = why(folder / "run", capsys)
+    found = (told["cause"], told["rank"], told["section"], told["step"])
+    assert found == ("stopped_process", 1, "data_wait", 3), said
+    assert code == exit_codes.RETRYABLE
+
+
+@pytest.mark.slow
 def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = Launch(folder, {}).end()
     told = why(folder / "run", capsys)

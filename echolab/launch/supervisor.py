@@ -54,6 +54,7 @@ class Supervisor:
         self.impatient_since = 0.0  # the second Ctrl-C, 0 before
         self._steps_when_asked: dict[int, int] | None = None
         self.late: dict[int, float] = {}
+        self.stopped_since: dict[int, float] = {}
         self.followed = False
         self.code = exit_codes.RETRYABLE  # until the end is known
         self._quiet = threading.Event()  # nothing is to be told any more
@@ -153,7 +154,15 @@ class Supervisor:
     def _overdue(self, now: float) -> dict[int, float]:
         beats = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
         late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
-        return late or self._deaf(beats, now)
+        return late or self._deaf(beats, now) or self._stopped(now)
+
+    def _stopped(self, now: float) -> dict[int, float]:
+        """Ranks that somebody stopped, and left so: in no section will they go on by themselves."""
+        floor = self.deadlines.floor
+        states = {r.number: processes.see(r.pid).state for r in self.ranks if r.exit is None}
+        stopped = [number for number, state in states.items() if state == "T"]
+        self.stopped_since = {n: self.stopped_since.get(n, now) for n in stopped}
+        return {n: floor for n, since in self.stopped_since.items() if now - since > floor}
 
     def _deaf(self, beats: dict[int, Beat], now: float) -> dict[int, float]:
         """Ranks that were asked to stop, and went on through vote after vote."""
