@@ -186,7 +186,7 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
         found = newest(Path(source))
         assert found
         ema = Ema(0.9, MORE)
-        restore(found, made, masters, ema)
+        restore(found, masters, ema)
         average = [found.tensors("ema")[name] for name in masters.parameters]
         own = [found.tensors(MASTER)[name] for name in masters.parameters]
         dtype = next(made.parameters()).dtype
@@ -266,7 +266,7 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
     found = newest(Path(folder))
     step = 0
     if found:
-        restore(found, saver.net, saver.masters, saver.ema)
+        restore(found, saver.masters, saver.ema)
         step = found.step
     chance = random.Random(seed)
     out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

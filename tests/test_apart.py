@@ -12,25 +12,8 @@ from torch import nn
 
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
-from echolab.training.engine.apart import check_alone, check_apart, inventory
+from echolab.training.engine.apart import check_alone, check_apart
 from echolab.types import Loss
-
-
-class Tied(nn.Module):
-    """A frozen encoder, and two names for one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(3, 2).requires_grad_(False)
-        self.embedding, self.head = nn.Linear(2, 4, bias=False), nn.Linear(2, 4)
-        self.head.weight = self.embedding.weight
-
-
-def test_every_parameter_is_listed_once() -> None:
-    found = inventory(Tied())
-    assert found.trained == ["embedding.weight", "head.bias"]
-    assert found.frozen == ["encoder.weight", "encoder.bias"]
-    assert found.tied == {"head.weight": "embedding.weight"}
 
 
 def test_a_copy_may_be_the_reference_and_nothing_else() -> None:

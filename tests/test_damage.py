@@ -23,7 +23,6 @@ from echolab.errors import CheckpointError
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
-    load_ema_weights,
     open_checkpoint,
     open_verified,
 )
@@ -216,7 +215,7 @@ def _used_by_all(newest: Path) -> int:
     echolab(["checkpoint", "diff", str(newest), str(checkpoints / "step-000001")])
     with suppress(CheckpointError):
         net = tiny.net()
-        net.load_state_dict(load_ema_weights(newest))
+        net.load_state_dict(dict(open_checkpoint(newest).tensors("ema")))
     found, _ = latest_valid(checkpoints)
     assert found
     return found.step

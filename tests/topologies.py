@@ -22,8 +22,8 @@ def lose(part: str) -> None:
     """A resume that takes up everything but the moments, or but the average."""
     restore = checkpoints.restore
 
-    def and_lose(checkpoint: Any, net: Any, masters: Masters, ema: Ema) -> None:
-        restore(checkpoint, net, masters, ema)
+    def and_lose(checkpoint: Any, masters: Masters, ema: Ema) -> None:
+        restore(checkpoint, masters, ema)
         if part == EMA:
             ema.start(masters)
         else:

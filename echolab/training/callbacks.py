@@ -92,7 +92,7 @@ class Steps(pl.Callback):
         self.module = pl_module
         self.masters: Masters = masters_of(pl_module.net, trainer.optimizers[0])
         if self.resumed:
-            checkpoints.restore(self.resumed, pl_module.net, self.masters, self.ema)
+            checkpoints.restore(self.resumed, self.masters, self.ema)
         else:
             self.masters.prepare()
             self.ema.start(self.masters)
@@ -208,7 +208,7 @@ class Steps(pl.Callback):
             self.schedule = self.schedule.skipping(skip, found.step)
             self.data.place = self.schedule.place
         self._go_on_from(found)
-        checkpoints.restore(found, self.module.net, self.masters, self.ema)
+        checkpoints.restore(found, self.masters, self.ema)
         self.saving.saved = found.path
         self.module.meter = Meter()
         self._begin_ledger()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.manifest import (
@@ -205,12 +205,11 @@ def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
         )
 
 
-def restore(checkpoint: Checkpoint, net: nn.Module, masters: Masters, ema: Ema) -> None:
+def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     """Set weights, moments, step counts and averages, bit for bit; collective.
 
     A rank reads only the pages of the files in which its own pieces lie.
     """
-    del net  # `masters` knows its parameters
     _check_parameters(checkpoint, masters)
     _check_averages(checkpoint, ema)
     masters.prepare()

@@ -5,36 +5,12 @@ shares weights with the policy follows it, and preference training then teaches 
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
-
-
-class Inventory(NamedTuple):
-    """Every parameter of a network, by name, in one of three lists."""
-
-    trained: list[str]
-    frozen: list[str]
-    tied: dict[str, str]  # a further name of a parameter, and the first
-
-
-def inventory(net: nn.Module) -> Inventory:
-    """Names under which `net` holds its parameters, tied ones twice."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
-        if known != name:
-            tied[name] = known
-    own = dict(net.named_parameters())
-    return Inventory(
-        [name for name, parameter in own.items() if parameter.requires_grad],
-        [name for name, parameter in own.items() if not parameter.requires_grad],
-        tied,
-    )
 
 
 def _storages(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
