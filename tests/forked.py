@@ -33,6 +33,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PRELOADED = ("torch", "pytorch_lightning", "deepspeed", "echolab.training.fit", "runs")
+# After this long a launch hangs: far more than the slowest takes on a machine with other work.
+HANGS = 900.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -52,7 +54,7 @@ class Ranks:
             if code is None and rank in (None, at):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = HANGS) -> list[int]:
         """Exit codes once all have ended.  A hang: stacks told, all killed, TimeoutError."""
         deadline = time.monotonic() + seconds
         while None in (codes := self.codes()):
@@ -127,7 +129,7 @@ class ForkServer:
         pids = self._ask({"start": told, "world": world, "environment": common})["pids"]
         return Ranks(self, pids, folder)
 
-    def run(self, function: str, *, seconds: float = 120, **how: Any) -> Ranks:
+    def run(self, function: str, *, seconds: float = HANGS, **how: Any) -> Ranks:
         """`start`, wait, and see that all ended with 0."""
         ranks = self.start(function, **how)
         codes = ranks.wait(seconds)

@@ -39,7 +39,7 @@ def start(server: ForkServer, config: Mapping[str, Any], world: int, beats: Path
         arguments={"config": config},
         environment={FOLDER: str(beats)},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list(beats.glob("*.ready"))) < world:
         assert time.monotonic() < deadline, ranks.outputs()
         time.sleep(0.005)
@@ -53,7 +53,7 @@ def signal_one(ranks: Ranks, beats: Path, world: int, chance: random.Random) -> 
         ("now", "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save")
     )
     entries = chance.randrange(1, 40)  # of sections, before it is looked for
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while wanted != "now" and time.monotonic() < deadline and ranks.codes()[victim] is None:
         beat = read_beat(beats_path(beats, victim))
         if beat and beat.section == wanted and (wanted == "init" or beat.switches >= entries):

@@ -179,7 +179,7 @@ def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
 def test_a_sweep_on_this_machine(data: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "echolab.cli", "train", "-m", *data, "seed=1,2"]
     words = [f"run={tmp_path / 'sweep'}", encoded.plan(("sft", 2))]
-    subprocess.run([*command, *words], check=True, timeout=300, env={**os.environ})
+    subprocess.run([*command, *words], check=True, timeout=900, env={**os.environ})
     configs = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/config.json")]
     assert {config["seed"] for config in configs} == {1, 2}
     for config in configs:

@@ -34,7 +34,7 @@ def demo(out: Path) -> "subprocess.Popen[str]":
 
 
 def wait_for(process: "subprocess.Popen[str]", path: Path, pattern: str) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 900
     while not list(path.glob(pattern)):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end, f"{path}/{pattern} did not come"
@@ -42,14 +42,14 @@ def wait_for(process: "subprocess.Popen[str]", path: Path, pattern: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     out = tmp_path / "demo"
 
     first = demo(out)  # Ctrl-C while the judges are fitted
     wait_for(first, out, "networks/autoencoder.safetensors")
     first.send_signal(signal.SIGINT)
-    assert first.wait(120) == 130, first.stderr and first.stderr.read()
+    assert first.wait(900) == 130, first.stderr and first.stderr.read()
 
     second = demo(out)  # killed during supervised training
     wait_for(second, out, "seed_0/sft/metrics.jsonl")
@@ -58,7 +58,7 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert not (out / "report.html").exists()
 
     third = demo(out)
-    output, errors = third.communicate(timeout=540)
+    output, errors = third.communicate(timeout=1500)
     assert third.returncode == 0, errors
     answer = json.loads(output.splitlines()[-1])
     rows = json.loads((out / "scores.json").read_text())["rows"]
@@ -75,7 +75,7 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
     before = (out / "scores.json").read_bytes()  # a fourth start has nothing left to do
     fourth = demo(out)
-    output, errors = fourth.communicate(timeout=240)
+    output, errors = fourth.communicate(timeout=900)
     assert fourth.returncode == 0, errors
     assert (out / "scores.json").read_bytes() == before
 
@@ -83,7 +83,7 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 def test_a_demo_of_other_settings_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text('{"settings": {"sft_steps": 7}, "seconds": {}}')
     process = demo(tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     assert errors.strip().count("\n") == 0
     assert str(tmp_path) in errors and "out=FOLDER" in errors

@@ -338,7 +338,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     ready = context.Event()
     holder = context.Process(target=hold, args=(path, ready))
     holder.start()
-    assert ready.wait(60)
+    assert ready.wait(600)
     with locked(path, 0.05) as held:
         assert not held
     holder.kill()

@@ -19,7 +19,7 @@ def test_load_and_save_changes_no_bit(fork_server: ForkServer, tmp_path: Path, w
     source = saved.odd_checkpoint(tmp_path / "source")
     strategies = ["single", *STRATEGIES] if world == 1 else STRATEGIES
     arguments = {"strategies": strategies, "source": str(source.parent), "out": str(tmp_path)}
-    fork_server.run("saved:load_and_save", world=world, arguments=arguments, seconds=300)
+    fork_server.run("saved:load_and_save", world=world, arguments=arguments)
     first, _ = latest_valid(source.parent)
     assert first
     for strategy in strategies:

@@ -32,7 +32,7 @@ def submit(folder: Path, code: int, *words: str) -> tuple[int, list[str]]:
         "SRUN_CODE": str(code), "ECHOLAB": str(Path(sys.executable).parent / "echolab"),
         "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1",
     }  # fmt: skip
-    done = subprocess.run(["bash", SCRIPT, *words], env=env, cwd=folder, timeout=120)
+    done = subprocess.run(["bash", SCRIPT, *words], env=env, cwd=folder, timeout=600)
     return done.returncode, calls.read_text().splitlines()
 
 

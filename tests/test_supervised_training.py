@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 # Steps of tiny networks on a crowded machine take up to a second.
 DEADLINES = ("supervise.floor=8", "supervise.step=20", "supervise.data_wait=20")
-BOUND = 150.0
+BOUND = 600.0  # seconds after which it hangs, on a machine with other work
 
 
 @pytest.fixture(scope="module")
