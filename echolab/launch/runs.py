@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 from echolab.data.files import append_text, write_whole
 from echolab.errors import ConfigError
 
-# What may differ between attempts: it changes how a run is trained, not what comes out.
+# May differ between attempts: where and how a run is trained and watched, not what is trained.
 MACHINE = (
-    "trainer", "every", "logger", "launcher", "supervise", "micro_batch_size",
+    "run", "trainer", "every", "logger", "launcher", "supervise", "micro_batch_size",
     "guards", "host_memory_gb", "parity", "grace",
-    "data.workers", "data.cache", "data.cache_gb",
+    "data.workers", "data.cache", "data.cache_gb", "data.ledger", "data.skip_budget",
+    "data.held_out", "data.held_out_clips", "data.held_out_batch_size", "data.held_out_tasks",
 )  # fmt: skip
 
 ATTEMPTS = "attempts"
