@@ -22,8 +22,8 @@ from echolab.training.engine.ema import Ema
 from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
 
 MORE = (0.5,)
-# -0.0, the smallest denormal, infinity, and a NaN that carries a message
-PATTERNS = torch.tensor([-(2**31), 1, 0x7F800000, 0x7FC12345], dtype=torch.int32)
+# -0.0, the smallest denormal, the largest number and the smallest normal one
+PATTERNS = torch.tensor([-(2**31), 1, 0x7F7FFFFF, 0x00800000], dtype=torch.int32)
 
 
 class Net(nn.Module):
@@ -63,7 +63,9 @@ def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
     told = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
     origin = {"world": ranks.world(), "masters": "test"}
     schedule = {"epochs": [["sft", 10**6, 1e-3]]}
-    return {**told, "origin": origin, "schedule": schedule, "architecture": {}, **more}
+    curriculum = {"step": step, "probabilities": {"i2v": 1.0}}
+    kept = {"curriculum": curriculum, "objectives": {}, "spikes": {}, "architecture": {}}
+    return {**told, "origin": origin, "schedule": schedule, **kept, **more}
 
 
 def keep_all(step: int) -> bool:
@@ -122,9 +124,11 @@ def odd_checkpoint(folder: Path) -> Path:
     saver = Saver(folder, shard_bytes=4096)
     generator = torch.Generator().manual_seed(5)
     flats = [saver.masters.flats(part) for part in (MASTER, *MOMENTS)]
-    for tensors in [*flats, *saver.ema.flats.values()]:
+    for number, tensors in enumerate([*flats, *saver.ema.flats.values()]):
         for tensor in tensors:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            if number == 2:  # the mean of squares
+                tensor.abs_()
             if tensor.numel() > 4:
                 tensor.view(-1)[:4].view(torch.int32).copy_(PATTERNS)
     saver.masters.updates = saver.ema.updates = 7

@@ -11,6 +11,7 @@ from echolab.errors import CheckpointError, ConfigError
 from echolab.training.checkpoints.checkpoint import (
     NAME,
     Checkpoint,
+    content_faults,
     folder_of,
     open_checkpoint,
     open_verified,
@@ -134,13 +135,7 @@ def all_faults(path: Path) -> list[str]:
         manifest = read_manifest(path)
         if found := faults(path, manifest):
             return found
-        checkpoint = Checkpoint(path, manifest)
-        shapes = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
-        for part in checkpoint.parts:
-            tensors = checkpoint.tensors(part)
-            if {name: tuple(tensors[name].shape) for name in tensors} != shapes:
-                found.append(f"{path}: {part} has other tensors than the manifest's parameters")
-        return found
+        return content_faults(Checkpoint(path, manifest))
     except CheckpointError as error:
         return [str(error)]
 

@@ -10,14 +10,17 @@ unpickled.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echolab.errors import CheckpointError
@@ -31,7 +34,8 @@ from echolab.training.checkpoints.manifest import (
     read_manifest,
     shallow_faults,
 )
-from echolab.training.engine.ema import EMA, Ema
+from echolab.training.checkpoints.schema import state_faults
+from echolab.training.engine.ema import EMA, POWER, Ema, part_names
 from echolab.training.engine.masters import MASTER, MOMENTS, Masters
 
 PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
@@ -117,9 +121,82 @@ def discard(path: Path) -> None:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of `path`; raises CheckpointError saying what is wrong."""
     manifest = read_manifest(path)
-    if found := faults(path, manifest):
+    if found := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
         raise CheckpointError(found[0])
     return Checkpoint(path, manifest)
+
+
+def content_faults(checkpoint: Checkpoint) -> list[str]:
+    """Return one line for each entry of the state, part or tensor that no training can resume from.
+
+    The bytes of all files must have been compared with the manifest before.
+    """
+    file = checkpoint.path / STATE
+    try:
+        state = checkpoint.state
+    except (ValueError, RecursionError) as error:
+        return [f"{file}: is no JSON ({error}); {REMEDY}"]
+    if found := state_faults(state, checkpoint.step):
+        return [f"{file}: {fault}; {REMEDY}" for fault in found]
+    return _part_faults(checkpoint) or _tensor_faults(checkpoint)
+
+
+def _part_faults(checkpoint: Checkpoint) -> list[str]:
+    """Compare the parts with the averages that the state names; a snapshot has those of POWER."""
+    manifest, ema = checkpoint.manifest, checkpoint.state["ema"]
+    averages = part_names(ema.get("more", []), ema.get("widths", []))
+    expected = {MASTER, *MOMENTS, *averages}
+    powers = {part for part in averages if part.startswith(POWER)}
+    if set(checkpoint.parts) not in (expected, powers):
+        wanted, there = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
+        return [f"{checkpoint.path}: has the parts {there}, its state names {wanted}; {REMEDY}"]
+    return [
+        f"{checkpoint.path / MANIFEST}: {name} shares the values of {other}, which is not there; "
+        f"{REMEDY}"
+        for name, other in manifest["tied"].items()
+        if other not in manifest["parameters"]
+    ]
+
+
+def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
+    """Compare names, shapes and dtype with the manifest; all values must be finite."""
+    shapes = {name: tuple(dims) for name, dims in checkpoint.manifest["parameters"].items()}
+    found = []
+    with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1, 8) or 1) as pool:
+        for part in checkpoint.parts:
+            try:
+                tensors = checkpoint.tensors(part)
+            except SafetensorError as error:
+                found.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
+                continue
+            if odd := sorted(set(tensors) ^ set(shapes)):
+                found.append(
+                    f"{checkpoint.path}: {part} and the manifest's parameters differ in {odd[0]}; "
+                    f"{REMEDY}"
+                )
+                continue
+            checked = pool.map(partial(_tensor_fault, part, tensors), shapes, shapes.values())
+            found += [
+                f"{checkpoint.path}: {part}: {name} {fault}; {REMEDY}"
+                for name, fault in zip(shapes, checked, strict=True)
+                if fault
+            ]
+    return found
+
+
+def _tensor_fault(
+    part: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
+) -> str:
+    tensor = tensors[name]
+    if tensor.dtype is not torch.float32 or tuple(tensor.shape) != shape:
+        found = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        return f"is {found}, must be {shape} of torch.float32"
+    # A sum needs no second tensor; where it is too large for fp32, every value is looked at.
+    finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
+    if not finite:
+        return "holds values that are not finite"
+    negative = part == MOMENTS[1] and tensor.numel() and tensor.min() < 0
+    return "holds negative squares" if negative else ""
 
 
 def open_verified(path: Path) -> Checkpoint:

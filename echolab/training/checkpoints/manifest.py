@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import CheckpointError
+from echolab.training.checkpoints import schema
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -51,6 +52,8 @@ def read_manifest(path: Path) -> Manifest:
         )
     if serialise({k: v for k, v in content.items() if k != "sha256"}) != data:
         raise CheckpointError(f"{file}: its sha256 is not that of its text; {REMEDY}")
+    if found := list(schema.MANIFEST(content, "")):
+        raise CheckpointError(f"{file}: {found[0]}; {REMEDY}")
     files = content["files"]
     if STATE not in files or not all(map(FILE.fullmatch, files)):
         raise CheckpointError(f"{file}: lists files that are of no checkpoint; {REMEDY}")

@@ -23,6 +23,11 @@ def part_of(decay: float) -> str:
     return f"{EMA}-{decay!r}"
 
 
+def part_names(more: Sequence[float], widths: Sequence[float]) -> list[str]:
+    """Return the names of all averages, in a checkpoint too."""
+    return [EMA, *map(part_of, more), *(f"{POWER}{width!r}" for width in widths)]
+
+
 class Ema:
     """average <- d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)).
 
@@ -49,7 +54,7 @@ class Ema:
     @property
     def parts(self) -> list[str]:
         """Names of the averages, in a checkpoint too."""
-        return [*self._decays, *self._exponents]
+        return part_names(self.more, self.widths)
 
     def start(self, masters: Masters) -> None:
         """Begin at the present weights."""

@@ -1,0 +1,181 @@
+"""The schema of a checkpoint: types and ranges of all entries of its manifest and its state.
+
+A new entry of the state is one line of `STATE`.  Entries that the schema does not know are allowed,
+so that an older program can read them.  A check is a function of a value and its dotted name; it
+yields one line for each fault.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from echolab.tasks.masks import TASKS
+from echolab.training.schedule import GROUPS, KINDS
+
+Check = Callable[[Any, str], Iterator[str]]
+SHOWN = 60  # characters of a wrong value in a message
+SUM_TOLERANCE = 1e-6  # of the probabilities of the tasks
+
+
+def _fault(value: Any, name: str, expected: str) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return f"{name} is {shown}, must be {expected}"
+
+
+def integer(least: int = 0) -> Check:
+    """Accept integers of `least` or more; bool is none."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            yield _fault(value, name, f"an integer of {least} or more")
+
+    return check
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Check:
+    """Accept finite numbers from `least` to `most`; bool is none."""
+    bounds = "" if math.isinf(least) else f" from {least:g} to {most:g}"
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not math.isfinite(value) or not least <= value <= most:
+            yield _fault(value, name, f"a finite number{bounds}")
+
+    return check
+
+
+def text(*choices: str) -> Check:
+    """Accept text, or one of `choices` if there are any."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, str) or (choices and value not in choices):
+            yield _fault(value, name, f"one of {', '.join(choices)}" if choices else "text")
+
+    return check
+
+
+def items(each: Check) -> Check:
+    """Accept a list whose items all pass `each`."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, list):
+            yield _fault(value, name, "a list")
+            return
+        for position, one in enumerate(value):
+            yield from each(one, f"{name}[{position}]")
+
+    return check
+
+
+def row(*columns: Check) -> Check:
+    """Accept a list that begins with one item for each of `columns`."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, list) or len(value) < len(columns):
+            yield _fault(value, name, f"a list of {len(columns)}")
+            return
+        for position, column in enumerate(columns):
+            yield from column(value[position], f"{name}[{position}]")
+
+    return check
+
+
+def mapping(values: Check, *keys: str) -> Check:
+    """Accept a mapping whose values all pass `values`; its keys are `keys` if any are given."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield _fault(value, name, "a mapping")
+            return
+        for key, one in value.items():
+            if keys and key not in keys:
+                yield f"{name} has the key {key!r}, must be one of {', '.join(keys)}"
+            yield from values(one, f"{name}.{key}")
+
+    return check
+
+
+def fields(required: Mapping[str, Check], **optional: Check) -> Check:
+    """Accept a mapping with all of `required`, and perhaps `optional` and others."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield _fault(value, name, "a mapping")
+            return
+        for key, one in {**required, **optional}.items():
+            full = f"{name}.{key}" if name else key
+            if key in value:
+                yield from one(value[key], full)
+            elif key in required:
+                yield f"{full} is missing"
+
+    return check
+
+
+def nullable(other: Check) -> Check:
+    """Accept null, and what `other` accepts."""
+    return lambda value, name: iter(()) if value is None else other(value, name)
+
+
+def anything(value: Any, name: str) -> Iterator[str]:
+    """Accept every value."""
+    return iter(())
+
+
+MANIFEST = fields({
+    "step": integer(),
+    "parameters": mapping(items(integer())),
+    "tied": mapping(text()),
+    "files": mapping(fields({"bytes": integer(), "sha256": text()})),
+})  # fmt: skip
+STATE = fields(
+    {
+        "step": integer(),
+        "optimizer_updates": integer(),
+        "ema": fields(
+            {"updates": integer()}, decay=number(0, 1), more=items(number(0, 1)),
+            widths=items(number(0, 1)),
+        ),
+        "schedule": fields(
+            {"epochs": items(row(text(*KINDS), integer(1), number(0)))},
+            skipped=items(row(text(*GROUPS), integer(), integer(1))),
+        ),
+        "curriculum": fields(
+            {"step": integer(), "probabilities": mapping(number(0, 1), *TASKS)}
+        ),
+        "objectives": mapping(mapping(number()), *KINDS),
+        "spikes": mapping(
+            fields({
+                "epoch": integer(), "loss": items(number()), "gradient_norm": items(number()),
+            }),
+            *KINDS,
+        ),
+        "architecture": mapping(anything),
+    },
+    origin=fields({}, world=integer(1), masters=text()),
+    adapters=nullable(mapping(anything)),
+    encoders=mapping(text()),
+    seed=integer(-(2**63)),
+    batch_size=integer(1),
+)  # fmt: skip
+
+
+def state_faults(state: Any, step: int) -> list[str]:
+    """Return one line for each entry of the state of step `step` that cannot be."""
+    found = list(STATE(state, ""))
+    return found or list(_contradictions(state, step))
+
+
+def _contradictions(state: Mapping[str, Any], step: int) -> Iterator[str]:
+    if state["step"] != step:
+        yield f"step is {state['step']}, the manifest says {step}"
+    planned = sum(epoch[1] for epoch in state["schedule"]["epochs"])
+    if planned < step:
+        yield f"schedule.epochs are {planned} steps, {step} are done"
+    curriculum = state["curriculum"]
+    if curriculum["step"] > step:
+        yield f"curriculum.step is {curriculum['step']}, {step} are done"
+    total = sum(curriculum["probabilities"].values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        yield f"curriculum.probabilities add up to {total:g}, must be 1"
