@@ -2,9 +2,11 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 
 from echolab.data.files import write_error
 from echolab.errors import EcholabError
+from echolab.redaction import masked_output
 
 STEPS = {
     "run": ("data_prep.run", "raw talking videos -> shards, and the reasons of what is refused"),
@@ -35,8 +37,13 @@ def main(argv: list[str]) -> int:
     if argv[0] not in STEPS:
         print(f"data_prep: error: no step {argv[0]!r}; known: {', '.join(STEPS)}", file=sys.stderr)
         return 2
+    with masked_output():
+        return _guarded(lambda: importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]))
+
+
+def _guarded(run: Callable[[], int | None]) -> int:
     try:
-        return importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]) or 0
+        return run() or 0
     except EcholabError as error:
         line = str(error)
     except OSError as error:

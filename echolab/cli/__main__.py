@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from echolab.errors import EcholabError
+from echolab.redaction import masked_output
 
 # What the user can put right; other OSErrors are our mistakes.
 USERS_ERRORS = (
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"echolab: error: no command {name!r}; known: {known}", file=sys.stderr)
         return 2
-    return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
+    with masked_output():
+        return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
 
 
 def _guarded(run: Callable[[], int | None]) -> int:

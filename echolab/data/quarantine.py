@@ -18,6 +18,7 @@ from echolab.data.fetch import FetchError
 from echolab.data.files import write_error
 from echolab.data.shards import ShardDataset
 from echolab.errors import ConfigError, DataError
+from echolab.redaction import masked
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -104,7 +105,7 @@ class Tolerant:
             "shard": sample.shard,
             "key": sample.key,
             "offset": min((place[0] for place in sample.members.values()), default=0),
-            "reason": str(error),
+            "reason": masked(str(error)),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import fsspec
 
 from echolab.errors import ConfigError
+from echolab.redaction import conceal, masked, without_secrets
 
 WEB = ("http", "https")
 HTTP_BYTES = 1 << 20  # at most, in one read; a read ends with what has come
@@ -55,15 +56,24 @@ class Reply(NamedTuple):
 
 
 def url_of(place: Path | str) -> str | None:
-    """The address that a setting names; None for a folder.  Raises ConfigError."""
+    """The address that a setting names; None for a folder.  Raises ConfigError.
+
+    Its secrets are masked from now on, wherever this process writes them.
+    """
     # A Path has lost a slash: https:/host.
-    found = re.fullmatch(r"([a-z][a-z0-9+.-]+):/(?:/(.*)|(.+))", str(place), re.DOTALL)
-    if "::" in str(place) and ":/" in str(place):
-        raise ConfigError(f"{place}: chained addresses are not read; give one address")
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/(.*)|(.+))", str(place), re.DOTALL)
+    if re.search(r"::[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
+        raise ConfigError(f"{masked(str(place))}: chained addresses are not read; give one address")
     if not found:
         return None
     rest = found[2] if found[2] is not None else found[3]
-    return f"{found[1]}://{rest}".rstrip("/")
+    url = f"{found[1].lower()}://{rest}".rstrip("/")
+    conceal(url)
+    if "@" in rest and "@" not in urlsplit(url).netloc and "***@" in masked(url):
+        raise ConfigError(
+            f"{masked(url)}: the password holds a slash, ? or #; write it as %2F, %3F or %23"
+        )
+    return url
 
 
 def joined(url: str, name: str) -> str:
@@ -76,7 +86,7 @@ def joined(url: str, name: str) -> str:
 
 def shown(url: str) -> str:
     """The address without user, password and query, which may be secrets."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url).partition("?")[0]
+    return without_secrets(url)
 
 
 def ask(url: str, start: int, tag: str | None, seconds: float) -> Reply:

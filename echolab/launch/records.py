@@ -17,6 +17,7 @@ from echolab.data.files import write_whole
 from echolab.launch.blame import Observation, observation_from
 from echolab.launch.runs import ATTEMPTS
 from echolab.launch.told import read_json
+from echolab.redaction import masked_values
 
 SECONDS = 15.0  # between two records of a supervisor at work
 SILENT = 120.0  # seconds without a record after which a supervisor on another host is lost
@@ -60,7 +61,8 @@ class NodeRecord:
         """Whole, or not at all."""
         self.seen = time.time()
         told = {**self.__dict__, "observations": [o.plain() for o in self.observations]}
-        write_whole(folder / f"node-{self.supervisor}.json", json.dumps(told, indent=1).encode())
+        text = json.dumps(masked_values(told), indent=1)
+        write_whole(folder / f"node-{self.supervisor}.json", text.encode())
 
 
 def record_from(told: dict[str, Any]) -> NodeRecord:

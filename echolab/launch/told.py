@@ -25,6 +25,7 @@ from echolab.launch.exit_codes import (
     STOPPED_UNSAVED,
     cause_of_exception,
 )
+from echolab.redaction import masked
 from echolab.training.sections import FOLDER
 
 TRACE_CHARACTERS = 20_000  # the end of a longer one is kept
@@ -43,11 +44,11 @@ class End(NamedTuple):
 def tell_failure(folder: Path, rank: int, error: BaseException, section: str, step: int) -> int:
     """Write down an exception; returns the exit code for it.
 
-    Nothing of the environment is told: there may be secrets in it.
+    Nothing of the environment is told, and secrets in the message and the trace are masked.
     """
     cause = cause_of_exception(error, section)
-    trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
-    failure = Failure(type(error).__name__, str(error), cause, time.time(), trace)
+    trace = masked("".join(traceback.format_exception(error)))[-TRACE_CHARACTERS:]
+    failure = Failure(type(error).__name__, masked(str(error)), cause, time.time(), trace)
     if isinstance(error, SharedError):
         failure = failure._replace(shared=True, rank=error.rank)
     told = {**failure._asdict(), "section": section, "step": step}

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import wandb
 
 from echolab.errors import ConfigError, MediaError
+from echolab.redaction import masked_values
 
 STEP = "trainer/step"
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-SHORTEST_SECRET = 8  # shorter values would blot out innocent words
 
 Mode = Literal["auto", "offline", "online", "disabled"]
 MODES = ("auto", "offline", "online", "disabled")
@@ -56,7 +55,7 @@ class WandbRun:
                 project=project,
                 id=run_id,
                 name=name,
-                config=without_secrets(dict(config)),
+                config=masked_values(config),
                 dir=str(folder),
                 mode=self.mode,
                 # offline, wandb takes the id as it is, and warns if it is told to resume
@@ -97,32 +96,6 @@ class WandbRun:
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-
-def without_secrets(config: Any) -> Any:
-    """The same nested value with `***` for each value of a secret environment variable.
-
-    A variable is secret if its name ends in KEY, TOKEN, SECRET, PASSWORD or the like.
-    """
-    secrets = [
-        value
-        for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
-    ]
-    return _redacted(config, secrets)
-
-
-def _redacted(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _redacted(inner, secrets) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redacted(inner, secrets) for inner in value]
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, "***")
-    return value
 
 
 def _chosen(mode: Mode) -> Literal["offline", "online", "disabled"]:

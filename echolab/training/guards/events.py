@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from echolab.data.files import append_text, sync, write_error
 from echolab.errors import DataError
+from echolab.redaction import masked_values
 from echolab.training import ranks
 from echolab.training.schedule import Skip
 
@@ -39,7 +40,7 @@ def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
     path = folder / EVENTS
     event = Event(1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, told)
     head = {name: value for name, value in event._asdict().items() if name != "told"}
-    line = json.dumps({**head, **told}, allow_nan=False) + "\n"
+    line = json.dumps(masked_values({**head, **told}), allow_nan=False) + "\n"
     new = not path.exists()
     append_text(path, line)
     try:

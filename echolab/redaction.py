@@ -1,0 +1,175 @@
+"""Keep secrets out of all that is printed, stored or sent.
+
+Three kinds of text are replaced by `***`:
+
+1. user, password and query of an address (`https://user:word@host/d?sig=x`), wherever it stands in
+   a text.  A local path keeps its `@` and `?`;
+2. values of environment variables whose names say that they are secret (`HF_TOKEN`);
+3. passwords and signatures of the addresses that this process was given (`conceal`), wherever they
+   stand by themselves: libraries put them in their messages, decoded and in pieces.
+"""
+
+import base64
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+from urllib.parse import parse_qsl, quote, unquote
+
+MASK = "***"
+SHORTEST = 8  # characters of a secret; shorter values would blot out innocent words
+LONG = 16  # a query's value of so many characters is a secret whatever its name is
+SECRET_NAME = re.compile(
+    r"(?:^|[_-])(?:PASS(?:PHRASE)?|PW|SIG|SAS|PAT|AUTH|COOKIE|KEY|TOKEN|SECRET)(?=[_\d-]|$)"
+    r"|(?:KEY|KEY_?ID|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|AUTHORIZATION)\d*$",
+    re.IGNORECASE,
+)
+LOCAL = ("file", "local")
+# pathlib turns `https://host` into `https:/host`; of other words before `:/` it is a path.
+REMOTE = (
+    "http", "https", "s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "adl", "ftp", "ftps",
+    "sftp", "ssh", "smb", "hdfs", "webhdfs", "webdav", "hf", "github", "git", "oss", "oci", "wandb",
+)  # fmt: skip
+INTERPOLATION = r"\$\{[^{}]*\}"
+ADDRESS = re.compile(
+    r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]+)(:/{1,3})"
+    rf"((?:{INTERPOLATION}|(?!::[A-Za-z][A-Za-z0-9+.-]*:/)[^\s\"<>])+)"
+)
+HOST = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
+FIRST_HELD = 0xE000
+HELD = re.compile("[\ue000-\uf8ff]+")
+PUNCTUATION = re.compile(r"[])}'`,;:.!]*$")
+
+_concealed: set[str] = set()
+
+
+def masked(text: str) -> str:
+    """Return the text with `***` in place of every secret.  Masking twice changes nothing more."""
+    text = ADDRESS.sub(_masked_address, text)
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def masked_values(value: Any) -> Any:
+    """Return nested mappings and lists as plain ones in which every text is masked."""
+    if isinstance(value, Mapping):
+        return {masked(str(key)): masked_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_values(inner) for inner in value]
+    if isinstance(value, str | os.PathLike):
+        return masked(os.fspath(value))
+    return value
+
+
+def without_secrets(address: str) -> str:
+    """Return an address without user, password and query."""
+    return masked(address).replace(f"://{MASK}@", "://").partition("?")[0].partition("#")[0]
+
+
+def conceal(address: str) -> None:
+    """From now on, mask what is secret in `address` wherever it stands by itself."""
+    found = ADDRESS.fullmatch(address)
+    if not found or found[1].lower() in LOCAL:
+        return
+    user_info, _, query = _parts(found[3])
+    user, _, password = user_info.partition(":")
+    secrets = {password or user}
+    if len(user) >= LONG:  # an access key
+        secrets.add(user)
+    if password:
+        secrets.add(base64.b64encode(unquote(user_info).encode()).decode())  # as http sends it
+    for name, value in parse_qsl(query.replace("#", "&").lstrip("?&")):
+        if SECRET_NAME.search(name) or (len(value) >= LONG and "/" not in value):
+            secrets.add(value)
+    for secret in secrets:
+        spelled = {secret, unquote(secret), quote(unquote(secret), safe="")}
+        _concealed.update(one for one in spelled if len(one) >= SHORTEST)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable or parameter of this name holds a secret."""
+    return bool(SECRET_NAME.search(name))
+
+
+def _secrets() -> set[str]:
+    named = {value for name, value in os.environ.items() if is_secret_name(name)}
+    # Some name a file that holds the secret: GOOGLE_APPLICATION_CREDENTIALS.
+    return _concealed | {v for v in named if len(v) >= SHORTEST and not os.path.exists(v)}
+
+
+def _masked_address(found: re.Match[str]) -> str:
+    scheme, slashes, rest = found.groups()
+    if scheme.lower() in LOCAL or (slashes == ":/" and scheme.lower() not in REMOTE):
+        return found[0]
+    # One private character for each interpolation: it may hold any of `:/?#@`.
+    held = re.findall(INTERPOLATION, rest)
+    numbers = iter(range(len(held)))
+    rest = re.sub(INTERPOLATION, lambda _: chr(FIRST_HELD + next(numbers)), rest)
+    tail = PUNCTUATION.search(rest)
+    end = tail.start() if tail else len(rest)
+    user_info, place, query = _parts(rest[:end])
+    user = f"{_masked_user(user_info)}@" if user_info else ""
+    clean = f"{scheme}{slashes}{user}{place}{_masked_query(query)}{rest[end:]}"
+    for number, text in enumerate(held):
+        clean = clean.replace(chr(FIRST_HELD + number), text)
+    return clean
+
+
+def _parts(rest: str) -> tuple[str, str, str]:
+    """(user and password, host and path, query and fragment) of what follows the slashes."""
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    at = host.rfind("@")
+    if at < 0 and not HOST.fullmatch(host):
+        at = rest.rfind("@")  # behind a password whose slash or question mark was not encoded
+    place = re.split("[?#]", rest[at + 1 :], maxsplit=1)[0]
+    return rest[: max(at, 0)], place, rest[at + 1 + len(place) :]
+
+
+def _masked_user(user_info: str) -> str:
+    """A password that is an interpolation is none yet, and the user's name then no secret."""
+    user, _, password = user_info.partition(":")
+    return user_info if HELD.fullmatch(password or user) else MASK
+
+
+def _masked_query(query: str) -> str:
+    if len(query) < 2:
+        return query
+    if not HELD.search(query):
+        return query[0] + MASK
+    return re.sub(rf"=(?!{HELD.pattern}(?:[&#]|$))[^&#]*", f"={MASK}", query)
+
+
+class _MaskedStream:
+    """A text stream that masks what is written; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(masked(text))
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def masked_output() -> Iterator[None]:
+    """Mask what this process writes to standard output and error, tracebacks included."""
+    sys.excepthook = _show_traceback
+    out, error = _MaskedStream(sys.stdout), _MaskedStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(error):
+        yield
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As the interpreter does for an exception that nobody caught."""
+    sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
