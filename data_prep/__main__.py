@@ -31,14 +31,18 @@ def help_text() -> str:
 
 def main(argv: list[str]) -> int:
     """Run one step; 0 done, 1 an error the user can put right, 2 no such step, 130 interrupted."""
+    with masked_output():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if argv else 2
     if argv[0] not in STEPS:
         print(f"data_prep: error: no step {argv[0]!r}; known: {', '.join(STEPS)}", file=sys.stderr)
         return 2
-    with masked_output():
-        return _guarded(lambda: importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]))
+    return _guarded(lambda: importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]))
 
 
 def _guarded(run: Callable[[], int | None]) -> int:

@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
     A command may return, or exit with, a code of its own.
     """
-    words = sys.argv[1:] if argv is None else argv
+    with masked_output():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if words else 2
@@ -80,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"echolab: error: no command {name!r}; known: {known}", file=sys.stderr)
         return 2
-    with masked_output():
-        return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
+    return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
 
 
 def _guarded(run: Callable[[], int | None]) -> int:

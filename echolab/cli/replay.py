@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from echolab.arguments import parse
 from echolab.cli.rollback import config_of
+from echolab.cli.stored_settings import hidden, resolved
 from echolab.cli.training_objects import training_from
 from echolab.data.ledger import LEDGER, Row, read_ledger
 from echolab.data.quarantine import QUARANTINE
@@ -54,6 +55,14 @@ class ReplayArguments:
     out: Path | None = field(
         default=None, metadata={"help": "new folder for what is trained; none: it is removed"}
     )
+    clips: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "addresses of the data whose secrets were not given by ${oc.env:NAME}"},
+    )
+    pairs: tuple[str, ...] = field(default=(), metadata={"help": "likewise"})
+    env: tuple[str, ...] = field(
+        default=(), metadata={"help": "variables that the run's settings may read"}
+    )
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
 
 
@@ -61,7 +70,7 @@ def main(argv: list[str]) -> int:
     """Replay, compare, and say what differs."""
     arguments = parse(ReplayArguments, argv, command="echolab replay", positional=("run", "step"))
     run, step, out = arguments.run, arguments.step, arguments.out
-    config = config_of(run)
+    config = _settings(arguments)
     if out and out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
     with ExitStack() as stack:
@@ -83,6 +92,18 @@ def main(argv: list[str]) -> int:
         by = ", ".join(told) or "nothing: the run kept no ledger, metrics or checkpoint of it"
         print(f"{run}: steps {start + 1} to {step} are as they were ({how}), by {by}")
     return 1 if found else 0
+
+
+def _settings(arguments: ReplayArguments) -> dict[str, Any]:
+    """The run's settings, with the secrets that its folder does not keep."""
+    kept = config_of(arguments.run)
+    given = {"clips": arguments.clips, "pairs": arguments.pairs}
+    kept["data"] |= {key: list(value) for key, value in given.items() if value}
+    kept["data"]["held_out"] = None  # nothing is validated
+    if missing := hidden({key: kept["data"].get(key) for key in given}):
+        words = " ".join(f"{name}=ADDRESS" for name in sorted(set(missing)))
+        raise ConfigError(f"{arguments.run}: keeps no secret of its data's address; give {words}")
+    return resolved(kept, arguments.env)
 
 
 def prepare(run: Path, out: Path, step: int) -> int:

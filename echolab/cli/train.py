@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echolab.data.transport import url_of
 from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs, told
 from echolab.launch.deadlines import Deadlines
 from echolab.launch.layout import LAUNCH, layout
 from echolab.launch.supervisor import Supervisor
+from echolab.redaction import masked
 from echolab.training.sections import Beats, beats_from_environment
 from echolab.training.stopping import SIGNALS, StopSignals
 
@@ -39,11 +41,18 @@ def main(argv: list[str]) -> int:
 
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The resolved settings as plain values; ConfigError, in one line, for what Hydra refuses."""
+    return compose_both(overrides)[0]
+
+
+def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The resolved settings, and the same without secrets, as the run's folder keeps them."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+
+    from echolab.cli.stored_settings import stored
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -51,10 +60,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
             plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
                 config, resolve=True, throw_on_missing=True
             )
+            kept = stored(config)
     except (HydraException, OmegaConfBaseException) as error:
         words = " ".join(str(error).split())
         raise ConfigError(f"{CONF}: {words}; `echolab train --help` lists the settings") from error
-    return plain
+    return plain, kept
 
 
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
@@ -62,6 +72,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
 
     Raises ConfigError before anything is written where the run's folder cannot be taken.
     """
+    if url := url_of(config["run"]):
+        raise ConfigError(f"run={masked(url)}: a run's folder lies on a disk; give a path")
     folder, trainer, told_of = Path(config["run"]), config["trainer"], dict(config["supervise"])
     told_of.pop("infrastructure")
     try:
@@ -92,7 +104,7 @@ def rank(argv: list[str]) -> int:
     StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        code = _trained(compose(argv), beats)
+        code = _trained(*compose_both(argv), beats)
     except BaseException as error:
         _end_at_once(error, beats)
         raise
@@ -100,10 +112,10 @@ def rank(argv: list[str]) -> int:
     return code
 
 
-def _trained(config: Mapping[str, Any], beats: Beats) -> int:
+def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
-    result = train_rank.train(config, beats, lambda error: _end_at_once(error, beats))
+    result = train_rank.train(config, beats, lambda error: _end_at_once(error, beats), kept)
     if folder := told.own_folder():
         end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
         told.tell_end(folder, runs.own_rank(), end)
@@ -125,6 +137,12 @@ def _with_hydra(argv: list[str]) -> int:
     """Sweeps, help and completion are Hydra's own."""
     import hydra
 
+    shown = [word for word in argv if masked(word) != word]
+    if "launcher=slurm" in argv and shown:
+        raise ConfigError(
+            f"{masked(shown[0])}: Slurm would keep its secret in files; put it into a variable and "
+            "write ${oc.env:NAME} in its place"
+        )
     before, sys.argv = sys.argv, ["echolab train", *argv]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(member)()

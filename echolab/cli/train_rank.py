@@ -13,6 +13,7 @@ from echolab.data.progress import progress
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes, runs
 from echolab.launch.exit_codes import CAUSES, cause_of_result
+from echolab.redaction import masked_values
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import WandbRun
 from echolab.training.fit import FitResult, Training, fit
@@ -23,19 +24,21 @@ def train(
     config: Mapping[str, Any],
     beats: Beats | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train the run of these settings; rank 0 holds its folder and tells metrics.
 
     `beats` are by default those that the environment names.  `on_failure` is told of an exception
     before anything is tidied up, by Lightning too: that may take long, or hang, and makes of a
-    KeyboardInterrupt a SystemExit.
+    KeyboardInterrupt a SystemExit.  `kept` are the settings to store and to send, without secrets.
     """
+    kept = masked_values(config) if kept is None else kept
     beats = beats or beats_from_environment()
     training = _training(config)._replace(beats=beats, on_failure=on_failure)
     if runs.own_rank() != 0:
         return fit(training)
-    with runs.claim(folder := training.folder, config, may_change=("schedule",)) as run:
-        wandb_run = _wandb_run(config, run)
+    with runs.claim(folder := training.folder, kept, may_change=("schedule",)) as run:
+        wandb_run = _wandb_run(config["logger"], kept, run)
         metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
 
         def log(step: int, values: dict[str, float]) -> None:
@@ -64,14 +67,13 @@ def _say(folder: Path, lines: list[str]) -> None:
     write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
 
 
-def _wandb_run(config: Mapping[str, Any], run: runs.Run) -> WandbRun:
-    logger = config["logger"]
+def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run) -> WandbRun:
     return WandbRun(
         run.folder,
         project=logger["project"],
         run_id=run.id,
         name=run.folder.name,
-        config=config,
+        config=kept,
         mode=logger["mode"],
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import wandb
 
 from echolab.errors import ConfigError, MediaError
-from echolab.redaction import masked_values
+from echolab.redaction import masked, masked_values
 
 STEP = "trainer/step"
 
@@ -52,9 +52,9 @@ class WandbRun:
         if self.mode != "disabled":
             folder.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
-                project=project,
+                project=masked(project),
                 id=run_id,
-                name=name,
+                name=masked(name),
                 config=masked_values(config),
                 dir=str(folder),
                 mode=self.mode,
@@ -84,7 +84,7 @@ class WandbRun:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table, such as the scores of several checkpoints."""
         if self._run is not None:
-            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            table = wandb.Table(columns=list(columns), data=masked_values(rows))
             self._run.log({name: table})
 
     def finish(self) -> None:
