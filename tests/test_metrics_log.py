@@ -65,6 +65,18 @@ def test_older_rows_stay_in_the_file(tmp_path: Path) -> None:
     assert series(read_metrics(path), "loss") == ([1, 2, 3, 4], [0.0, 1.0, 1.0, 1.0])
 
 
+def test_checks_that_are_repeated_leave_the_last_step_its_row(tmp_path: Path) -> None:
+    """An attempt may begin at the last step, with nothing but the checks of the end."""
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, 1).log(6, {"train/loss": 0.5})
+    MetricsLog(path, 1).log(6, {"val/loss": 0.25})
+    MetricsLog(path, 2).log(6, {"val/loss": 0.25})
+    MetricsLog(path, 2).log(6, {"parity/difference": 0.0})
+    rows = read_metrics(path)
+    for name, value in (("train/loss", 0.5), ("val/loss", 0.25), ("parity/difference", 0.0)):
+        assert series(rows, name) == ([6], [value])
+
+
 def test_a_file_that_is_no_metrics_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"a": 1}) + "\n")
     with pytest.raises(DataError, match=r"x\.jsonl"):

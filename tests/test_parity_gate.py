@@ -1,6 +1,10 @@
 """Samples of the training model beside those of its export, under every strategy."""
 
 import json
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ from gated import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
 from echolab.errors import ParityError
-from echolab.training.fit import FitResult
+from echolab.training.datamodule import HeldOut
+from echolab.training.fit import FitResult, Machine
 from echolab.training.parity import REPORT, TOLERANCE, Parity, passed_before
 from echolab.training.parts import Intervals
 
@@ -126,6 +131,81 @@ def test_nan_does_not_pass() -> None:
 def trained(folder: Path, plan: Any, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
     """A run with the gate at its end."""
     return runs.train(folder, plan, parity=True, net=tiny.net(trained=True), **changes)
+
+
+KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
+
+
+def end(folder: str, strategy: str, killed: str) -> int:
+    """In a rank: a run of two steps, which kills itself at one moment of its end ("": not)."""
+    from echolab.training import callbacks, evaluation, parity
+
+    def die(*given: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.ARCHITECTURE = dict(tiny.SIZES)
+    write = parity.write_whole
+    module, name, action = {
+        "saving": (callbacks.Saving, "publish", die),
+        "validating": (evaluation, "validate", die),
+        "sampling": (parity, "sample", die),
+        "exporting": (parity, "write_original", die),
+        "reporting": (parity, "write_whole", lambda *given: (write(*given), die())),
+        "": (parity, "STEPS", parity.STEPS),
+    }[killed]
+    setattr(module, name, action)
+    devices = RANKS[strategy]
+    held_out = HeldOut(runs.write_clips(Path(folder) / "held", 2, 50), at_most=2, batch_size=1)
+    plan, machine = runs.schedule(("sft", 2)), Machine(strategy, devices=devices, shard_small=True)
+    result, rows = trained(
+        Path(folder), plan, machine=machine, held_out=held_out, phases=runs.PHASES,
+        every=Intervals(log=1, save=100, validate=100),
+    )  # fmt: skip
+    print(json.dumps([result.step, result.done, [sorted(row) for row in rows]]))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "killed"),
+    [*(("single", killed) for killed in KILLED), ("zero2", "exporting"), ("zero3", "sampling")],
+)
+def test_killed_in_its_end_no_step_is_repeated(
+    fork_server: ForkServer, gate: Gate, tmp_path: Path, strategy: str, killed: str
+) -> None:
+    """With one checkpoint alone; what is repeated is the check."""
+    shutil.copytree(gate.data / "clips", tmp_path / "clips")
+    shutil.copytree(gate.data / "pairs", tmp_path / "pairs")
+    runs.write_clips(tmp_path / "held", 2, 50)
+    arguments = {"folder": str(tmp_path), "strategy": strategy}
+    first = fork_server.start(
+        "test_parity_gate:end", world=RANKS[strategy], arguments={**arguments, "killed": killed}
+    )
+    while -signal.SIGKILL not in first.codes():
+        assert 0 not in first.codes(), first.outputs()
+        time.sleep(0.05)
+    first.signal(signal.SIGKILL)
+    first.wait()
+    saved = {path.name: runs.tensors_of(path) for path in (tmp_path / "run/checkpoints").glob("s*")}
+    again = fork_server.run(
+        "test_parity_gate:end", world=RANKS[strategy], arguments={**arguments, "killed": ""}
+    )
+    step, done, rows = json.loads(again.output(0).splitlines()[-1])
+    assert (step, done) == (2, True) and passed_before(
+        tmp_path / "run", tmp_path / "run/checkpoints/step-000002"
+    )
+    if killed == "saving":  # nothing was published
+        assert saved == {} and "train/loss" in rows[0]
+        return
+    assert list(saved) == ["step-000002"]
+    assert not any("train/loss" in row for row in rows), rows
+    if killed == "reporting":
+        assert rows == []
+    else:
+        assert any("val/loss" in row for row in rows)
+        assert any("parity/difference" in row for row in rows)
+        assert "compared again" in again.output(0)
+    after = tmp_path / "run/checkpoints/step-000002"
+    assert runs.tensors_of(after) == saved["step-000002"]
 
 
 def test_a_run_is_done_only_behind_the_gate(

@@ -35,8 +35,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of the effective series, in step order; null is read as NaN.
 
-    A row of an older attempt is superseded from the first step of any later attempt on, and so is
-    one of the same attempt where it went back.
+    A row of an older attempt is superseded from the first step of any later attempt on (at that
+    step itself, if they share a name), and so is one of the same attempt where it went back.
     Lines that a killed process left unfinished are passed over; a file in which no line can be
     read raises DataError.
     """
@@ -46,15 +46,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = _without_what_led_nowhere(row for line in lines if (row := _row(line)) is not None)
     if lines and not rows:
         raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
-    first: dict[int, int] = {}
-    for row in rows:
-        first[row["attempt"]] = min(row["step"], first.get(row["attempt"], row["step"]))
-    ends = {
-        attempt: min((step for later, step in first.items() if later > attempt), default=math.inf)
-        for attempt in first
-    }
-    kept = [row for row in rows if row["step"] < ends[row["attempt"]]]
+    begins = _begins(rows)
+    kept = [row for row in rows if not _superseded(row, begins)]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
+
+
+def _begins(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:
+    """Return the first step of each attempt and the names that it logged there."""
+    begins: dict[int, tuple[int, set[str]]] = {}
+    for row in rows:
+        step, names = begins.get(row["attempt"], (row["step"], set()))
+        if row["step"] <= step:
+            kept = names if row["step"] == step else set()
+            begins[row["attempt"]] = row["step"], kept | _names(row)
+    return begins
+
+
+def _superseded(row: dict[str, Any], begins: dict[int, tuple[int, set[str]]]) -> bool:
+    """Return whether a later attempt repeated what a row tells.
+
+    An attempt that only repeats the checks of the last step has no new row of the step itself.
+    """
+    return any(
+        row["step"] > step or (row["step"] == step and bool(names & _names(row)))
+        for attempt, (step, names) in begins.items()
+        if attempt > row["attempt"]
+    )
+
+
+def _names(row: dict[str, Any]) -> set[str]:
+    return set(row) - {"step", "attempt", "time"}
 
 
 def _without_what_led_nowhere(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Steps(pl.Callback):
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
         self.data.place = self.schedule.place
-        found = resume.proven(self.folder, self.training)
+        found = agreed.newest(self.folder)
         if found:
             resume.check_continues(found, self.identity, self.schedule)
             self._go_on_from(found)
@@ -86,8 +86,27 @@ class Steps(pl.Callback):
         self.references.load_state_dict(found.state["objectives"])
         self.guarding.detector.load_state_dict(found.state["spikes"])
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Repeat the checks at the end of a run that was killed in them; there is no step left."""
+        if self.resumed and resume.awaits_check(self.resumed, self.training):
+            self._prepare(trainer, pl_module)
+            if self.every.validate:
+                self._validate()
+            self._end(Vote())
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights, moments and average; the checkpoint a first preference epoch refers to."""
+        self._prepare(trainer, pl_module)
+        replicated = 1 if self.training.machine.sharded else ranks.world()
+        self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
+        self.guarding.start(self.module.net, self.beats.seconds)
+        if not self.resumed and self.schedule.needs_reference(0):
+            self.saving.now()
+        self._begin_ledger()
+        self.telling = Telling(self.module, self.data, self.beats, self.step)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the weights, moments and averages; make what saves and evaluates them."""
         assert isinstance(pl_module, DiffusionModule)
         self.module = pl_module
         self.masters: Masters = masters_of(pl_module.net, trainer.optimizers[0])
@@ -106,14 +125,7 @@ class Steps(pl.Callback):
             self.writer.check_start()
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
         self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
-        replicated = 1 if self.training.machine.sharded else ranks.world()
-        self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
         self.evaluation = Evaluation(self.training, self.data, pl_module, self.masters, self.ema)
-        self.guarding.start(pl_module.net, self.beats.seconds)
-        if not self.resumed and self.schedule.needs_reference(0):
-            self.saving.now()
-        self._begin_ledger()
-        self.telling = Telling(self.module, self.data, self.beats, self.step)
 
     def _begin_ledger(self) -> None:
         self.ledger: StepLedger | None = None
@@ -225,9 +237,8 @@ class Steps(pl.Callback):
             self.guarding.check_replicas(*held, self.step, self.schedule.state_dict())
         self._save_if_due(vote, ends)  # before it is looked at: that may take long, or hang
         validates = self._due(self.every.validate) or (last and self.every.validate)
-        if validates and self.training.held_out and not vote.reason:
-            self.beats.enter("eval")
-            self._tell(self.evaluation.held_out())
+        if validates and not vote.reason:
+            self._validate()
         if vote.pause and not ends:
             self.beats.enter("pause")
             vote = wait(self._asked)
@@ -235,6 +246,11 @@ class Steps(pl.Callback):
             self.requests.clear("SAVE")
         if vote.reason or last:  # also in a pause
             self._end(vote)
+
+    def _validate(self) -> None:
+        if self.training.held_out:
+            self.beats.enter("eval")
+            self._tell(self.evaluation.held_out())
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -221,8 +221,7 @@ def check_parity(
 def passed_before(folder: Path, checkpoint: Path) -> bool | None:
     """What the report in a run's folder says of a checkpoint; None where it says nothing of it.
 
-    A run whose schedule is behind it has no training model to sample from: what was found then
-    holds, and without it the last steps are to be done again.
+    A check that passed is not repeated when its run is started again; any other is.
     """
     try:
         told = json.loads((folder / REPORT).read_bytes())

@@ -3,13 +3,11 @@
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from echolab.errors import EcholabError
 from echolab.training import ranks
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints.agreed import newest
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.parity import REPORT, passed_before
 from echolab.training.parts import Training
@@ -22,23 +20,23 @@ def check_alike(agreed: str, identity: Mapping[str, Any], schedule: Mapping[str,
         raise EcholabError("the ranks were given different settings; start them all alike")
 
 
-def proven(folder: Path, training: Training) -> Checkpoint | None:
-    """The newest, or one before it where it ends the schedule and its export was not let pass.
+def awaits_check(found: Checkpoint, training: Training) -> bool:
+    """Return whether the schedule ends at a checkpoint whose export was not let pass yet.
 
-    Killed before the gate or refused by it, a run has no training model to sample from: its last
-    steps are done again.  Collective.
+    A process that is killed between the last save and the end of the check leaves such a
+    checkpoint, and so does a check that fails.  No step is repeated, only the check.  Collective.
     """
-    found, run = newest(folder), training.folder
-    if found is None or not training.parity or found.step < training.schedule.steps:
-        return found
+    if not training.parity or found.step < training.schedule.steps:
+        return False
+    run = training.folder
     passed = ranks.from_first(int(passed_before(run, found.path) is True))
     if not passed and ranks.rank() == 0:
         print(
-            f"echolab: {found.path}: samples of its export were not let pass yet ({run / REPORT}); "
-            "its last steps are done again, from the checkpoint before",
+            f"echolab: {found.path}: all steps are done, but samples of its export were not let "
+            f"pass yet ({run / REPORT}); they are compared again",
             file=sys.stderr,
         )
-    return found if passed else newest(folder, found.step - 1)
+    return not passed
 
 
 def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Schedule) -> None:
