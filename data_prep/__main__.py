@@ -1,5 +1,10 @@
 """`python -m data_prep STEP`: finds the step's module, runs it, and turns errors into one line."""
 
+from echolab.safe_path import leave_working_folder
+
+if __name__ == "__main__":
+    leave_working_folder()  # before anything else is imported
+
 import importlib
 import sys
 from collections.abc import Callable

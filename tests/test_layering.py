@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "types": 0, "errors": 0, "arguments": 0, "redaction": 0,
+    "safe_path": 0,
     "diffusion": 1, "tasks": 1, "models": 1, "fitting": 1,
     "encoders": 2, "data": 2, "metrics": 2,
     "training": 3, "preference": 3,

@@ -1,5 +1,10 @@
 """The command `echolab`: finds the subcommand's module, runs it, and turns errors into one line."""
 
+from echolab.safe_path import leave_working_folder
+
+if __name__ == "__main__":
+    leave_working_folder()  # before anything else is imported
+
 import errno
 import importlib
 import os
@@ -65,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
     A command may return, or exit with, a code of its own.
     """
+    if argv is None:  # a process of its own
+        leave_working_folder()
     with masked_output():
         return _run(sys.argv[1:] if argv is None else argv)
 

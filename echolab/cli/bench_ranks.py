@@ -86,7 +86,7 @@ def measured(subject: Subject, strategy: str, ranks: int, steps: int) -> Found:
         "run": run,
     }
     settings.write_text(json.dumps(told))
-    code = run_ranks([sys.executable, "-W", "ignore", "-m", __name__, str(settings)], ranks)
+    code = run_ranks([sys.executable, "-P", "-W", "ignore", "-m", __name__, str(settings)], ranks)
     shutil.rmtree(subject.folder / run, ignore_errors=True)
     if code:
         raise EcholabError(f"bench step: {strategy} on {ranks} ranks ended with {code}; see above")

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     samples, frames = read_sound_of(arguments)
     frames_of(frames, recipe, arguments.long)  # says what cannot be before anything is loaded
     if arguments.devices > 1 and not started_by_launcher():
-        command = [sys.executable, "-m", "echolab.cli", "generate", *argv]
+        command = [sys.executable, "-P", "-m", "echolab.cli", "generate", *argv]
         return run_ranks(command, arguments.devices)
     with joined(arguments.devices) as device:
         models = load_models(arguments, device)

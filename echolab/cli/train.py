@@ -87,7 +87,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     if places.supervisor == 0:
         runs.check_free(folder)
     supervisor = Supervisor(
-        places, [sys.executable, "-m", "echolab.cli", "train", *argv], folder, deadlines
+        places, [sys.executable, "-P", "-m", "echolab.cli", "train", *argv], folder, deadlines
     )
     supervisor.watch()
     return supervisor
@@ -165,7 +165,7 @@ def member(config: Any) -> float:
     words.append(f"run={folder}")
     if os.environ.get("SLURM_PROCID") is None:
         code = local.run_ranks(
-            [sys.executable, "-m", "echolab.cli", "train", *words], 1, alone=True
+            [sys.executable, "-P", "-m", "echolab.cli", "train", *words], 1, alone=True
         )
         if code:
             raise SystemExit(code)
