@@ -195,13 +195,16 @@ def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
     return [*full, [(1.0, float(micro_batches))] + [(5.0, 0.0)] * (micro_batches - 1)]
 
 
-def clip(cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str) -> None:
+def clip(
+    cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str, limit: float = 1.0
+) -> None:
     """In a rank: every case with every accumulation."""
+    optim = CLIP._replace(clip=limit)
     for case in cases:
         for accumulation in accumulations:
             machine = machine_of(case, world)
             steps = pulls(machine.world * accumulation)
-            watch = pull(Pulled(), machine, steps, CLIP, RATE)
+            watch = pull(Pulled(), machine, steps, optim, RATE)
             keep(watch, Path(to) / name_of(case, accumulation))
 
 

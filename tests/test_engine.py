@@ -1,5 +1,6 @@
 """The live engine is read, counted and measured: nothing is believed because it was set."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ CASES: list[dict[str, Any]] = [
 ACCUMULATIONS = [1, 3, 5]
 
 
-def by_hand(micro_batches: int) -> list[dict[str, Tensor]]:
+def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[str, Tensor]]:
     """AdamW with clipping in float64, from its definition: Loshchilov and Hutter 2019."""
     net = engines.Pulled().double()
     direction = net.direction.double()
@@ -42,7 +43,7 @@ def by_hand(micro_batches: int) -> list[dict[str, Tensor]]:
     states = []
     for at, step in enumerate(engines.pulls(micro_batches), 1):
         gradient = direction * sum(pull * share for pull, share in step) / micro_batches
-        gradient = gradient * min(1.0, o.clip / float(gradient.norm()))
+        gradient = gradient * min(1.0, limit / float(gradient.norm()))
         first = o.betas[0] * first + (1 - o.betas[0]) * gradient
         second = o.betas[1] * second + (1 - o.betas[1]) * gradient**2
         root = (second / (1 - o.betas[1] ** at)).sqrt()
@@ -56,11 +57,18 @@ def by_hand(micro_batches: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world", "accumulations", "limit"),
+    [(1, ACCUMULATIONS, 1.0), (2, ACCUMULATIONS, 1.0), (3, ACCUMULATIONS, 1.0),
+     (1, [1], math.inf), (2, [1], math.inf)],
+)  # fmt: skip
 def test_every_strategy_clips_and_accumulates_as_by_hand(
-    fork_server: ForkServer, tmp_path: Path, world: int
+    fork_server: ForkServer, tmp_path: Path, world: int, accumulations: list[int], limit: float
 ) -> None:
-    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1; no number of ranks divides the net."""
+    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.clip=.inf).
+
+    No number of ranks divides the net.
+    """
     cases = [{"strategy": "single"}, *CASES[1:]] if world == 1 else CASES
     fork_server.run(
         "engines:clip",
@@ -68,16 +76,18 @@ def test_every_strategy_clips_and_accumulates_as_by_hand(
         seconds=300,
         arguments={
             "cases": cases,
-            "accumulations": ACCUMULATIONS,
+            "accumulations": accumulations,
             "world": world,
             "to": str(tmp_path),
+            "limit": limit,
         },
     )
     for case in cases:
-        for accumulation in ACCUMULATIONS:
+        for accumulation in accumulations:
             found, norms = engines.measured(tmp_path, engines.name_of(case, accumulation))
-            assert norms == pytest.approx([1, 0.5, 1, 1], rel=1e-5), case
-            for step, state in enumerate(by_hand(world * accumulation)):
+            clipped = [min(norm, limit) for norm in (10, 0.5, 30, 10)]
+            assert norms == pytest.approx(clipped, rel=1e-5), case
+            for step, state in enumerate(by_hand(world * accumulation, limit)):
                 for name, tensor in state.items():
                     error = (found[f"{step}/{name}"].double() - tensor).abs()
                     assert (error <= 2e-6 * tensor.abs() + 1e-9).all(), (case, step, name)

@@ -35,13 +35,6 @@ def architecture_of(model: str) -> dict[str, Any]:
     return settings
 
 
-def check_model(architecture: Mapping[str, Any]) -> None:
-    """ConfigError for settings of a network that are no numbers."""
-    for name, value in architecture.items():
-        if not isinstance(value, int | float | list | None):
-            raise ConfigError(f"model.{name}={value}: must be a number")
-
-
 def last_checkpoint(run: Path) -> Path:
     """The newest whole one of a run or its folder of checkpoints, or `run` where it is one."""
     if (run / "manifest.json").is_file():

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from echolab.arguments import parse
 from echolab.cli.rollback import config_of
+from echolab.cli.settings_check import check
 from echolab.cli.stored_settings import hidden, resolved
 from echolab.cli.training_objects import training_from
 from echolab.data.ledger import LEDGER, Row, read_ledger
@@ -103,7 +104,7 @@ def _settings(arguments: ReplayArguments) -> dict[str, Any]:
     if missing := hidden({key: kept["data"].get(key) for key in given}):
         words = " ".join(f"{name}=ADDRESS" for name in sorted(set(missing)))
         raise ConfigError(f"{arguments.run}: keeps no secret of its data's address; give {words}")
-    return resolved(kept, arguments.env)
+    return check(resolved(kept, arguments.env))
 
 
 def prepare(run: Path, out: Path, step: int) -> int:

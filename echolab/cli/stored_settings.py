@@ -75,6 +75,18 @@ def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str])
     return masked(value) if isinstance(value, str) else value
 
 
+def with_types(kept: Any, given: Any, checked: Any) -> Any:
+    """Return stored settings in which every value that hides nothing is the checked one.
+
+    `given` are the resolved settings before the check; `1e-4` given as text is kept as a number.
+    """
+    if isinstance(kept, Mapping) and isinstance(given, Mapping):
+        return {key: with_types(kept[key], given[key], checked[key]) for key in kept}
+    if isinstance(kept, list) and isinstance(given, list):
+        return [with_types(*three) for three in zip(kept, given, checked, strict=True)]
+    return checked if kept == given else kept
+
+
 def _without_defaults(written: str) -> str:
     """A secret variable's value in the absence of the variable may be a secret itself."""
 

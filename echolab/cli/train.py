@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echolab.cli.settings_check import check, missing, names, no_such_setting
 from echolab.data.transport import url_of
 from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs, told
@@ -27,6 +28,9 @@ from echolab.training.sections import Beats, beats_from_environment
 from echolab.training.stopping import SIGNALS, StopSignals
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+# What Hydra raises for overrides that it does not expect, such as data=[1].
+HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
+OPTIONAL = ("experiment", "debug")  # groups that may be null
 HYDRAS = re.compile(r"(-m|--multirun|-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
 
 
@@ -40,19 +44,22 @@ def main(argv: list[str]) -> int:
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
-    """The resolved settings as plain values; ConfigError, in one line, for what Hydra refuses."""
+    """Return the resolved and checked settings as plain values.
+
+    Raise ConfigError, in one line, for what Hydra or `settings_check.check` refuses.
+    """
     return compose_both(overrides)[0]
 
 
 def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The resolved settings, and the same without secrets, as the run's folder keeps them."""
+    """Return the settings of `compose`, and the same without secrets, for the run's folder."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    from echolab.cli.stored_settings import stored
+    from echolab.cli.stored_settings import stored, with_types
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -61,10 +68,32 @@ def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
                 config, resolve=True, throw_on_missing=True
             )
             kept = stored(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"{CONF}: {words}; `echolab train --help` lists the settings") from error
-    return plain, kept
+    except MissingMandatoryValue as error:
+        raise ConfigError(missing(tuple(str(error.full_key).split(".")))) from error
+    except (HydraException, OmegaConfBaseException, *HYDRAS_OWN) as error:
+        raise ConfigError(_refused_by_hydra(error, overrides)) from error
+    checked = check(plain)
+    return checked, with_types(kept, plain, checked)
+
+
+def _refused_by_hydra(error: Exception, overrides: list[str]) -> str:
+    """Return Hydra's message on one line; groups and unknown settings get one of ours.
+
+    Hydra advises `+key=value`, which would be refused as well.
+    """
+    words = " ".join(str(error).split())
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+        if key and choices and value not in (*choices, *(["null"] if key in OPTIONAL else [])):
+            return f"{key}={value}: must be one of {', '.join(choices)}"
+    if match := re.match(r"Could not override '([\w.]+)'", words):
+        key = match[1]
+        value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{key}=")), "")
+        if key not in names():
+            return no_such_setting(tuple(key.split(".")), value)
+    subject = getattr(error, "override", None) or CONF
+    return f"{subject}: {words}; `echolab train --help` lists the settings"
 
 
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
@@ -76,18 +105,14 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         raise ConfigError(f"run={masked(url)}: a run's folder lies on a disk; give a path")
     folder, trainer, told_of = Path(config["run"]), config["trainer"], dict(config["supervise"])
     told_of.pop("infrastructure")
-    try:
-        deadlines = Deadlines(**{key: float(value) for key, value in told_of.items()}).check()
-        places = layout(int(trainer["devices"]), int(trainer["nodes"]))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"supervise, trainer.devices or trainer.nodes is of the wrong kind ({error}); "
-            "see `echolab train --help`"
-        ) from error
+    places = layout(trainer["devices"], trainer["nodes"])
     if places.supervisor == 0:
         runs.check_free(folder)
     supervisor = Supervisor(
-        places, [sys.executable, "-P", "-m", "echolab.cli", "train", *argv], folder, deadlines
+        places,
+        [sys.executable, "-P", "-m", "echolab.cli", "train", *argv],
+        folder,
+        Deadlines(**told_of),
     )
     supervisor.watch()
     return supervisor
@@ -171,7 +196,7 @@ def member(config: Any) -> float:
             raise SystemExit(code)
         return float(code)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    supervisor = supervise(words, {**plain, "run": str(folder)})
+    supervisor = supervise(words, check({**plain, "run": str(folder)}))
     if not told.expected(supervisor.code):
         raise EcholabError(
             f"{folder}: ended with {supervisor.code}; `echolab why {folder}` says why"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from echolab.cli.adapters import Adapted, adapted, reference_of
-from echolab.cli.policy import check_model, last_checkpoint, load_policy, load_start
+from echolab.cli.policy import last_checkpoint, load_policy, load_start
 from echolab.data.plan import Order
 from echolab.data.shards import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
@@ -45,18 +45,9 @@ ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
 }
 
 
-def chosen(name: str, value: str, choices: Mapping[str, Any]) -> Any:
-    """The choice named by a setting; ConfigError where there is none."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value}: unknown; one of {', '.join(choices)}")
-    return choices[value]
-
-
 def phases_from(config: Mapping[str, Any]) -> Allocator:
     """conf/phases"""
-    schedule = chosen("phases.schedule", config["schedule"], PHASES)
-    allocator: Allocator = chosen("phases.act", config["act"], ALLOCATORS)(schedule)
-    return allocator
+    return ALLOCATORS[config["act"]](PHASES[config["schedule"]])
 
 
 def curriculum_from(config: Mapping[str, Any]) -> Curriculum:
@@ -102,7 +93,6 @@ def objectives_from(
 
 def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoTransformer:
     """conf/model, with released weights, or Wan's first values."""
-    check_model(config)
     if weights:
         return load_start(Path(weights), config, seed)
     net = EchoTransformer(**config)
@@ -155,7 +145,6 @@ def start_of(
     config: Mapping[str, Any], seed: int
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
-    check_model(config["model"])
     initial = checkpoint_of(config["initial"])
     if config["lora"]["targets"]:
         own = adapted(config, initial, load_start)

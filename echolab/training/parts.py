@@ -17,8 +17,9 @@ from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.datamodule import Feed, HeldOut
-from echolab.training.engine.strategies import Machine, refusal
+from echolab.training.engine.machine import Machine, cut
 from echolab.training.guards.spikes import Guards
+from echolab.training.intervals import Intervals
 from echolab.training.module import Objective, Optim
 from echolab.training.preference import Reference
 from echolab.training.schedule import Schedule
@@ -28,43 +29,7 @@ from echolab.training.stopping import FOREVER
 Sink = Callable[[int, dict[str, float]], None]
 
 
-class Intervals:
-    """Every how many steps; 0 is never."""
-
-    def __init__(
-        self,
-        log: int = 10,
-        save: int = 500,
-        validate: int = 0,
-        replicas: int = 100,
-        snapshot: int = 0,
-    ) -> None:
-        if snapshot and (not save or snapshot % save):
-            raise ConfigError(f"every.snapshot={snapshot}: must be a multiple of every.save={save}")
-        self.log, self.save, self.validate = log, save, validate
-        self.snapshot = snapshot  # keep the averages of optim.ema_widths
-        self.replicas = replicas  # compare what all ranks hold alike
-
-    def keeps_snapshot(self, step: int) -> bool:
-        """Whether the power averages of a checkpoint of this step stay."""
-        return self.snapshot > 0 and step % self.snapshot == 0
-
-
 ALONE, OPTIM, GUARDS = Machine(), Optim(), Guards()
-
-
-def cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
-    """Micro-batches a step and rank; raises ConfigError where it does not divide."""
-    if why := refusal(machine):
-        raise ConfigError(why)
-    world, together = machine.devices * machine.nodes, machine.sequence_parallel
-    world //= together
-    micro = micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (world * micro):
-        raise ConfigError(
-            f"batch_size={batch_size}: not a multiple of {world} ranks x micro_batch_size={micro}"
-        )
-    return batch_size // (world * micro)
 
 
 class Training(NamedTuple):

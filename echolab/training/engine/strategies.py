@@ -1,11 +1,11 @@
 """How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs.
 
-`refusal` is the whole table of what goes together: what it lets pass is trained in the tests, and
-comes to what one plain process comes to.
+`machine.conflict` is the whole table of what goes together: what it lets pass is trained in the
+tests, and comes to what one plain process comes to.
 """
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -17,94 +17,18 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from echolab.errors import ConfigError
+from echolab.training.engine.machine import Machine, conflict
 from echolab.training.engine.masters import masters_of
-from echolab.training.engine.memory import KEPT, compiler_missing
-
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
-PRECISIONS = ("32-true", "bf16-mixed")
-OFFLOADS = ("none", "optimizer")
-CHECKPOINTINGS = ("none", *KEPT)
-
-# Why a precision that Lightning knows is none of PRECISIONS.
-REFUSED = {
-    "bf16-true": "master weights in bf16 lose updates below 1/256 of a weight",
-    "16-mixed": "under DeepSpeed it is pure fp16, and small gradients of video models vanish in it",
-    "16-true": "master weights in fp16 lose updates below 1/2048 of a weight",
-}
-
-
-class Machine(NamedTuple):
-    """Where it runs.  `devices` is ranks a node; they must have been started already."""
-
-    strategy: str = "single"
-    devices: int = 1
-    nodes: int = 1
-    accelerator: str = "cpu"
-    precision: str = "32-true"
-    shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
-    attention: str = "auto"  # of attention.NAMES
-    checkpointing: str = "none"  # or of memory.KEPT
-    compile: bool = False  # the blocks
-    sequence_parallel: int = 1  # ranks that share a clip
-    offload: str = "none"  # or optimizer: fp32 masters and moments in host memory
-
-    @property
-    def world(self) -> int:
-        """Ranks in all."""
-        return self.devices * self.nodes
-
-    @property
-    def sharded(self) -> bool:
-        """Whether DeepSpeed holds the weights."""
-        return self.strategy.startswith("zero")
-
-    @property
-    def device(self) -> str:
-        """As torch names its type."""
-        return "cuda" if self.accelerator in ("gpu", "cuda") else self.accelerator
-
-
-def _unknown(machine: Machine) -> str | None:
-    known = {
-        "strategy": STRATEGIES,
-        "checkpointing": CHECKPOINTINGS,
-        "offload": OFFLOADS,
-    }
-    for key, names in known.items():
-        if (value := getattr(machine, key)) not in names:
-            return f"trainer.{key}={value}: unknown; one of {', '.join(names)}"
-    if machine.precision in PRECISIONS:
-        return None
-    why = REFUSED.get(machine.precision, "unknown")
-    return f"trainer.precision={machine.precision}: {why}; one of {', '.join(PRECISIONS)}"
+from echolab.training.engine.memory import compiler_missing
 
 
 def refusal(machine: Machine) -> str | None:
-    """Why these settings do not go together, in one line with the remedy; None where they do.
+    """Return why `machine` cannot be run here, in one line with the remedy; None if it can.
 
-    Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
-    parallelism, offload, and any accumulation.
+    These are the conflicts between settings, and a compiler that is missing on this host.
     """
-    if found := _unknown(machine):
-        return found
-    world, together = machine.world, machine.sequence_parallel
-    if world < 1 or (machine.strategy == "single" and world > 1):
-        return (
-            f"trainer.strategy={machine.strategy}: not for {world} ranks; "
-            f"take {'ddp, zero1, zero2 or zero3' if world > 1 else 'trainer.devices=1'}"
-        )
-    if together < 1 or world % together:
-        return f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}"
-    if machine.offload == "optimizer" and not machine.sharded:
-        return (
-            f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
-            "one; take strategy zero1, zero2 or zero3, or offload=none"
-        )
-    if machine.compile and machine.strategy == "zero3":
-        return (
-            "trainer.compile=true: torch.compile traces the hooks by which zero3 gathers weights, "
-            "and gradients come out wrong; take strategy zero2, or compile=false"
-        )
+    if why := conflict(machine):
+        return why
     if machine.compile and (missing := compiler_missing(machine.device)):
         return f"trainer.compile=true: {missing}"
     return None

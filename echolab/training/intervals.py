@@ -1,0 +1,27 @@
+"""How often a run logs, saves and validates.  Imports no torch."""
+
+from echolab.errors import ConfigError
+
+
+class Intervals:
+    """Every how many steps; 0 is never."""
+
+    def __init__(
+        self,
+        log: int = 10,
+        save: int = 500,
+        validate: int = 0,
+        replicas: int = 100,
+        snapshot: int = 0,
+    ) -> None:
+        if snapshot and (not save or snapshot % save):
+            raise ConfigError(
+                f"every.snapshot={snapshot}: must be a multiple of every.save={save}; change either"
+            )
+        self.log, self.save, self.validate = log, save, validate
+        self.snapshot = snapshot  # keep the averages of optim.ema_widths
+        self.replicas = replicas  # compare what all ranks hold alike
+
+    def keeps_snapshot(self, step: int) -> bool:
+        """Whether the power averages of a checkpoint of this step stay."""
+        return self.snapshot > 0 and step % self.snapshot == 0

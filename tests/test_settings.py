@@ -1,0 +1,340 @@
+"""Every setting of conf/ has a type and a range, and what breaks them never reaches a rank."""
+
+import inspect
+import math
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from echolab.cli import settings as schema
+from echolab.cli import training_objects as objects
+from echolab.cli.__main__ import main
+from echolab.cli.settings_check import check, names, shown
+from echolab.cli.train import CONF, compose
+from echolab.data.plan import REMAINDERS
+from echolab.diffusion.pair_losses import PAIR_LOSSES
+from echolab.errors import ConfigError
+from echolab.launch.deadlines import Deadlines
+from echolab.models import attention
+from echolab.models.transformer import EchoTransformer
+from echolab.preference.settings import PreferenceSettings
+from echolab.tasks.masks import TASKS
+from echolab.tracking.wandb_run import MODES
+from echolab.training.adapters.lora import Lora
+from echolab.training.engine import machine
+from echolab.training.engine.memory import KEPT
+from echolab.training.engine.profiles import WIDEST
+from echolab.training.guards.spikes import Guards
+from echolab.training.intervals import Intervals
+from echolab.training.module import Optim
+from echolab.training.schedule import KINDS
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+GROUPS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "debug")
+)
+NEEDED = ["data.clips=x", "data.pairs=y"]
+BASE = compose(NEEDED)
+Where = tuple[str | int, ...]
+
+
+# -- wrong values, made from the types ------------------------------------------------------------
+
+
+def limits(metadata: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in metadata:
+        found |= limits(one.metadata) if isinstance(one, FieldInfo) else {}
+        found |= {n: getattr(one, n) for n in dir(one) if n in ("ge", "gt", "le", "lt")}
+        found |= {n: getattr(one, n) for n in dir(one) if n in ("min_length", "max_length")}
+        found |= {"inf": True} if getattr(one, "allow_inf_nan", False) else {}
+    return found
+
+
+def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
+    """Values of another kind, out of range, of the wrong length, or not finite."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return wrong(inner[0], [*inner[1:], *metadata])
+    if origin in (types.UnionType, typing.Union):
+        first, *others = [wrong(part) for part in inner if part is not type(None)]
+        found = [v for v in first if all(any(v is w or v == w for w in o) for o in others)]
+        return [v for v in found if v is not None or type(None) not in inner]
+    bound = limits(metadata)
+    if annotation in (int, float):
+        return [*numbers(annotation, bound), "abc", "", True, False, [1], [], {"a": 1}, {}, None]
+    if annotation is bool:
+        return ["abc", "", 2, -1, 2.5, math.nan, [True], [], {"a": True}, {}, None]
+    if annotation is str:
+        return ["", "a\0b", "a\nb", 2.5, math.nan, True, ["a"], [], {"a": "b"}, {}, None]
+    if origin is Literal:
+        return ["nonsense", "", 1, 2.5, True, [inner[0]], [], {"a": inner[0]}, {}, None]
+    if origin is list:
+        good = right(inner[0])
+        found = ["abc", 1, 2.5, True, {}, {"a": 1}, None]
+        found += [[bad] * bound.get("min_length", 1) for bad in wrong(inner[0])]
+        found += [[good] * (bound["min_length"] - 1)] if bound.get("min_length") else []
+        return found + ([[good] * (bound["max_length"] + 1)] if "max_length" in bound else [])
+    if origin is dict:
+        good = right(inner[0])
+        return ["abc", 1, True, [], None, {}, {"nonsense": 1}] + [
+            {good: v} for v in wrong(inner[1])
+        ]
+    assert issubclass(annotation, BaseModel)
+    return ["abc", 1, True, [], None, {"nonsense": 1}]
+
+
+def numbers(kind: type, bound: dict[str, Any]) -> list[Any]:
+    found: list[Any] = [math.nan, "nan", ".nan", -math.inf, "-.inf"]
+    found += [] if bound.get("inf") else [math.inf, ".inf", "1e999"]
+    found += [10**30] if kind is int or "le" in bound or "lt" in bound else []
+    found += [2.5, "2.5"] if kind is int else []
+    step = 1 if kind is int else 1e-9
+    found += [bound["ge"] - step] if "ge" in bound else []
+    found += [bound["le"] + step * 1e6] if "le" in bound else []
+    return found + [bound[name] for name in ("gt", "lt") if name in bound]
+
+
+def right(annotation: Any, metadata: Any = ()) -> Any:
+    """One value that may stand there."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return right(inner[0], [*inner[1:], *metadata])
+    if origin is Literal:
+        return inner[0]
+    if annotation is str:
+        return "x"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {n: right(f.annotation, f.metadata) for n, f in annotation.model_fields.items()}
+    if origin is dict:
+        return {right(inner[0]): right(inner[1])}
+    bound = limits(metadata)
+    return max(bound.get("ge", 0), 1) if annotation is int else bound.get("ge", 0.25)
+
+
+def fields(section: type[BaseModel] = schema.Settings, at: Where = ()) -> Iterator[Any]:
+    """(where, field) of every setting, those of the items of lists too."""
+    for name, field in section.model_fields.items():
+        where = (*at, field.alias or name)
+        yield where, field
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from fields(inner, where)
+        elif where == ("schedule", "epochs"):
+            yield from fields(schema.Epoch, (*where, 0))
+        elif where == ("tasks", "stages"):
+            yield from fields(schema.Stage, (*where, 0))
+
+
+def changed(config: Any, where: Where, value: Any) -> Any:
+    """A copy with another value at a place; None in its way becomes what is needed."""
+    if not where:
+        return value
+    if where[0] == 0:
+        return [changed((config or [{"steps": 1, "targets": {"t2v": 1.0}}])[0], where[1:], value)]
+    return {**config, where[0]: changed(config.get(where[0]), where[1:], value)}
+
+
+def dotted(where: Where) -> str:
+    return ".".join(map(str, where)).replace(".0", "[0]")
+
+
+@pytest.mark.parametrize(
+    ("where", "field"), [pytest.param(w, f, id=dotted(w)) for w, f in fields()]
+)
+def test_every_setting_has_a_type_and_a_range(where: Where, field: FieldInfo) -> None:
+    assert field.description
+    values = wrong(field.annotation, field.metadata)
+    assert len(values) > 3
+    for value in values:
+        with pytest.raises(ConfigError) as told:
+            check(changed(BASE, where, value))
+        line = str(told.value)
+        assert line.startswith(dotted(where)) and "; " in line, (value, line)
+        assert line.isprintable() and len(line) < 600, line
+
+
+def test_the_values_of_the_issue_are_refused_by_the_parent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for word in (
+        "batch_size=abc", "batch_size=0", "every.save=abc", "every.save=-1", "every.save=2.5",
+        "optim.clip=abc", "optim.clip=nan", "optim.betas=[2,0.9]", "optim.betas=[0.9]",
+        "schedule.warmup=-5", "schedule.warmup=abc", "shift=-1", "shift=0", "seed=-1", "seed=null",
+        "micro_batch_size=0", "+foo=1", "+data.foo=1", "trainer.devices=two", "~seed", "sede=1",
+        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.workers=true",
+        "data=[1]", "model=nothing", "run=2.5", "supervise.save=soon", "logger.mode=loud",
+    ):  # fmt: skip
+        assert main(["train", *NEEDED, f"run={run}", word]) == 1, word
+        said = capsys.readouterr().err
+        key = word.lstrip("+~").partition("=")[0]
+        assert said.startswith(f"echolab: error: {key}") and said.count("\n") == 1, said
+        assert not run.exists()
+
+
+def test_refusing_takes_no_torch_and_no_rank() -> None:
+    program = (
+        "import sys; from echolab.cli.__main__ import main\n"
+        "code = main(['train', 'data.clips=x', 'batch_size=0'])\n"
+        "print(code, sorted({'torch', 'numpy', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "1 []\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["batch_size=6", "micro_batch_size=4"], "batch_size=6: not a multiple of 1 ranks x micro"),
+        (["every.save=4", "every.snapshot=6"], "every.snapshot=6: must be a multiple of"),
+        (["data.pairs=null", "schedule=dpo"], "data.pairs=null: ndpo and dpo epochs need"),
+        (["data.weights=[1,2]"], "data.weights=[1.0,2.0]: 2 weights for 1 datasets"),
+        (["data.clips=[x,y]", "data.weights=[0,0]"], "data.weights=[0.0,0.0]: all are 0"),
+        (["guards.warmup=200"], "guards.warmup=200: must be 2 or more and at most guards.window"),
+        (["tasks.floor=0.2"], "tasks.floor=0.2: times 5 tasks must stay below 1"),
+        (["tasks.stages=[{steps:1,targets:{t2v:0}}]"], 'tasks.stages[0].targets={"t2v":0.0}'),
+        (["trainer=ddp", "trainer.strategy=single"], "trainer.strategy=single: not for 8 ranks"),
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: under DeepSpeed it is pure"),
+        (["trainer.precision=32"], "trainer.precision=32: unknown; one of 32-true"),
+        (["trainer.offload=optimizer"], "trainer.offload=optimizer: single keeps"),
+        (["trainer=zero3", "trainer.compile=true"], "trainer.compile=true: torch.compile traces"),
+        (["trainer=ddp", "trainer.sequence_parallel=8", "batch_size=8"],
+         "trainer.sequence_parallel=8: must divide model.num_heads=4"),
+        (["model.num_heads=3"], "model.dim=256: must be a multiple of 2 x model.num_heads=3"),
+        (["model.in_channels=20"], "model.in_channels=20: must be model.out_channels=16, or 36"),
+        (["reference=base"], "reference=base: means adapters"),
+        (["lora.start=folder"], "lora.start=folder: this run has no adapters"),
+        (["optim.ema_more=[0.9,0.9]"], "optim.ema_more=[0.9,0.9]: one is given twice"),
+        (["preference.loss_type=exo_pair"], "preference.loss_type=exo_pair: infinite at"),
+        (["data.clips=???"], "data.clips: is missing; give text"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        compose([*NEEDED, *words])
+    assert str(told.value).startswith(message) and "\n" not in str(told.value)
+
+
+def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RATE", "1e-4")
+    config = compose(
+        [
+            *NEEDED, "optim.eps='1e-4'", "optim.clip=.inf", "batch_size='16'", "every.save=1e3",
+            "schedule.epochs=[{kind:sft,steps:'5',lr:'${oc.env:RATE}'}]", "shift=3", "run=2027",
+        ]
+    )  # fmt: skip
+    assert config["optim"]["eps"] == 1e-4 and config["optim"]["clip"] == math.inf
+    assert config["batch_size"] == 16 and config["schedule"]["epochs"][0]["lr"] == 1e-4
+    assert config["every"]["save"] == 1000 and type(config["every"]["save"]) is int
+    assert type(config["shift"]) is float and config["run"] == "2027"
+
+
+# -- the shipped settings -------------------------------------------------------------------------
+
+
+def leaves(config: Any, at: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}"
+
+
+def test_what_ships_has_all_settings_and_no_others() -> None:
+    optional = {"model.audio_layers", "model.eps", "model.patch_size"}  # the network has them
+    assert set(leaves(BASE)) | optional == set(names())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_of_every_group_passes(group: str) -> None:
+    compose([*NEEDED, group, *(["lora=attention"] if "lora" not in group else [])])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("trainer", sorted(p.stem for p in (CONF / "trainer").glob("*.yaml")))
+def test_every_experiment_passes_with_every_trainer(experiment: str, trainer: str) -> None:
+    config = compose([f"experiment={experiment}", f"trainer={trainer}", "batch_size=64", *NEEDED])
+    assert check(config) == config, "what passed passes again as it is"
+
+
+def choices(section: type[BaseModel], name: str) -> tuple[str, ...]:
+    return typing.get_args(section.model_fields[name].annotation)
+
+
+def test_the_choices_are_those_of_the_code() -> None:
+    assert typing.get_args(schema.Task) == TASKS
+    assert choices(schema.Epoch, "kind") == KINDS
+    assert choices(schema.Data, "remainder") == REMAINDERS
+    assert choices(schema.PreferenceLoss, "loss_type") == tuple(PAIR_LOSSES)
+    assert choices(schema.Phases, "schedule") == tuple(objects.PHASES)
+    assert choices(schema.Phases, "act") == tuple(objects.ALLOCATORS)
+    assert choices(schema.Logger, "mode") == MODES
+    assert choices(schema.Trainer, "attention") == attention.NAMES
+    assert choices(schema.Trainer, "strategy") == machine.STRATEGIES
+    assert choices(schema.Trainer, "offload") == machine.OFFLOADS
+    assert set(choices(schema.Trainer, "checkpointing")) == {"none", *KEPT}
+    assert set(machine.CHECKPOINTINGS) == {"none", *KEPT}
+    assert limits([schema.Optim.model_fields["ema_widths"]]) or WIDEST > 0.2886
+
+
+def test_the_settings_are_those_that_the_code_takes() -> None:
+    def keys(section: type[BaseModel]) -> set[str]:
+        return {field.alias or name for name, field in section.model_fields.items()}
+
+    assert keys(schema.Model) == set(inspect.signature(EchoTransformer).parameters)
+    assert keys(schema.Trainer) == set(machine.Machine._fields)
+    assert keys(schema.Guards) == set(Guards._fields)
+    assert keys(schema.Optim) == set(Optim._fields)
+    assert keys(schema.Lora) == {*Lora._fields, "start"}
+    assert keys(schema.Supervise) == {*Deadlines._fields, "infrastructure"}
+    assert keys(schema.Every) == set(inspect.signature(Intervals).parameters)
+    assert keys(schema.PreferenceLoss) == set(PreferenceSettings.__dataclass_fields__)
+
+
+# -- what passes is understood --------------------------------------------------------------------
+
+WHOLE = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
+REAL = st.one_of(st.floats(), st.integers(-2, 10**6), st.sampled_from(["1e-4", ".inf", "x", None]))
+EPOCH = st.fixed_dictionaries({"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr": REAL})
+STAGE = st.fixed_dictionaries(
+    {"steps": WHOLE, "targets": st.dictionaries(st.sampled_from(TASKS), REAL, max_size=3)}
+)
+
+
+@given(
+    epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
+    stages=st.none() | st.lists(STAGE, max_size=3), momentum=REAL, floor=REAL,
+)  # fmt: skip
+def test_what_passes_is_understood_below(
+    epochs: Any, warmup: Any, cycles: Any, stages: Any, momentum: Any, floor: Any
+) -> None:
+    schedule = {"epochs": epochs, "warmup": warmup, "cycles": cycles, "decay": "cosine"}
+    tasks = {**BASE["tasks"], "stages": stages, "momentum": momentum, "floor": floor}
+    try:
+        config = check({**BASE, "schedule": schedule, "tasks": tasks})
+    except ConfigError:
+        return
+    planned = objects.schedule_from(config["schedule"])
+    assert planned.steps > 0 and all(math.isfinite(planned.lr(step)) for step in (0, 1))
+    shares = objects.curriculum_from(config["tasks"]).probabilities(1)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000, "\x1b[31m", {"a": [{}] * 99}])
+def test_a_value_is_shown_in_one_short_line(value: Any) -> None:
+    assert len(shown(value)) <= 100 and shown(value).isprintable()
