@@ -106,7 +106,7 @@ def test_what_is_interpolated_stays_so(server: fault_server.FaultServer, tmp_pat
     assert any("oc.env:DATA_PASSWORD" in one for one in seen)
     kept = json.loads((tmp_path / "run/config.json").read_text())
     assert kept["data"]["clips"] == url.replace("X-Amz-Date=1&", "")
-    assert kept["seed"] == "7"  # what was trained can be read
+    assert kept["seed"] == 7  # what was trained can be read
     replay = ["replay", "run", "step=2", "env=DATA_PASSWORD,DATA_SIG"]
     assert run(replay, tmp_path).returncode == 0
 
