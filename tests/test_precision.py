@@ -9,7 +9,8 @@ import torch
 from forked import ForkServer
 
 from echolab.errors import ConfigError
-from echolab.training.engine.strategies import PRECISIONS, STRATEGIES, Machine, strategy_of
+from echolab.training.engine.machine import PRECISIONS, STRATEGIES, Machine
+from echolab.training.engine.strategies import strategy_of
 
 CASES: list[dict[str, Any]] = [
     {"strategy": strategy, "precision": precision, "offload": offload}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from echolab.errors import ConfigError
 from echolab.training.engine import strategies
-from echolab.training.engine.strategies import Machine, refusal, strategy_of
+from echolab.training.engine.machine import Machine
+from echolab.training.engine.strategies import refusal, strategy_of
 
 AXES: dict[str, list[Any]] = {
     "strategy": ["single", "ddp", "zero1", "zero2", "zero3"],
