@@ -9,6 +9,14 @@ class ConfigError(EcholabError):
     """A setting that is unknown, missing or out of range."""
 
 
+class BusyError(EcholabError):
+    """A run folder in which another process is at work; later the same command may do."""
+
+
+class FencedError(EcholabError):
+    """A run that a later launch has taken from this process, which must write nothing any more."""
+
+
 class DataError(EcholabError):
     """A shard, sample or dataset that does not keep the contract."""
 

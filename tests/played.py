@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from echolab.errors import ConfigError, DataError
+from echolab.errors import BusyError, ConfigError, DataError
 from echolab.launch import told
 from echolab.launch.deadlines import Deadlines
+from echolab.launch.exit_codes import RETRYABLE
 from echolab.launch.layout import Layout
 from echolab.launch.supervisor import Supervisor
 from echolab.training.sections import Beats, beats_from_environment
@@ -138,7 +139,12 @@ def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
     )  # fmt: skip
     command = [sys.executable, __file__, "rank", str(folder), parts]
     deadlines = Deadlines(**about["deadlines"])
-    sys.exit(Supervisor(places, command, folder / "run", deadlines).watch())
+    try:
+        code = Supervisor(places, command, folder / "run", deadlines).watch()
+    except BusyError as error:
+        print(f"echolab: error: {error}", file=sys.stderr)
+        code = RETRYABLE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

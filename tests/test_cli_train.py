@@ -15,7 +15,7 @@ import pytest
 from echolab.cli.__main__ import main
 from echolab.cli.train import CONF, compose, member_name
 from echolab.cli.train_rank import train
-from echolab.errors import ConfigError, EcholabError
+from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs
 from echolab.tracking.metrics import read_metrics
 
@@ -121,7 +121,7 @@ def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
     with runs.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
         with (
-            pytest.raises(ConfigError, match="another process is at work there"),
+            pytest.raises(BusyError, match="is at work there"),
             runs.claim(tmp_path / "run", config),
         ):
             pass
@@ -146,8 +146,8 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
         try:
             with runs.claim(tmp_path / "run", {"seed": 1}) as run:
                 return run.id
-        except ConfigError as error:
-            assert "another process" in str(error)
+        except BusyError as error:
+            assert "at work there" in str(error)
             return ""
 
     with ThreadPoolExecutor(16) as pool:

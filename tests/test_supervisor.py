@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.launch import exit_codes
+from echolab.launch import exit_codes, lease
 from echolab.launch.attempts import attempts_of
 from echolab.launch.records import read_launch
 
@@ -28,12 +28,17 @@ BOUND = 300.0  # seconds after which it hangs, on a machine with other work
 class Launch:
     """A supervisor at work, as a process."""
 
-    def __init__(self, folder: Path, parts: dict[str, Any], **about: Any) -> None:
+    def __init__(
+        self, folder: Path, parts: dict[str, Any], env: dict[str, str] | None = None, **about: Any
+    ) -> None:
         self.folder, self.run = folder, folder / "run"
         told = json.dumps({"ranks": 3, "deadlines": DEADLINES, **about})
         words = ["supervise", str(folder), json.dumps(parts), told]
         self.process = subprocess.Popen(
-            [sys.executable, str(PLAYED), *words], stderr=subprocess.PIPE, text=True
+            [sys.executable, str(PLAYED), *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
         )
 
     def end(self) -> tuple[int, str]:
@@ -248,3 +253,72 @@ def test_of_two_nodes_the_one_behind_is_named(
     assert only and all("played.py" in o.stack for o in only)
     (folder / "run/attempts/two/node-1.json").unlink()
     assert attempts_of(folder / "run", over=True)[0].cause == "node_lost"
+
+
+# -- two launches in one folder ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_of_two_starts_at_once_one_trains_and_the_other_leaves_no_trace(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [Launch(folder, {}, launch=f"start-{number}") for number in range(2)]
+    ended = sorted(launch.end() for launch in both)
+    assert [code for code, _ in ended] == [0, exit_codes.RETRYABLE]
+    assert ended[0][1] == ""
+    assert "is at work there; wait for its end" in ended[1][1] and ended[1][1].count("\n") == 1
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["attempts"], told["exit_code"]) == ("done", 1, 0)
+    assert len(list((folder / "run/attempts").iterdir())) == 1
+
+
+def written(run: Path) -> dict[str, tuple[int, bytes]]:
+    paths = (path for path in run.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+@pytest.mark.slow
+def test_a_later_start_of_the_job_fences_the_one_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though its processes live: it leaves, writes nothing any more, and the later one trains."""
+    job = {"SLURM_JOB_ID": "7"}
+    first = Launch(folder, {"all": {"steps": 100_000}}, job, launch="slurm-7-0-0")
+    pids = first.pids()
+    for path in folder.glob("*-[0-9]"):  # the barriers of the first
+        path.unlink()
+    second = Launch(
+        folder, {}, {**job, "SLURM_RESTART_COUNT": "1"}, launch="slurm-7-1-0"
+    )  # fmt: skip
+    code, said = first.end()
+    assert code == exit_codes.RETRYABLE and "a later launch has taken the run" in said
+    assert gone(pids)
+    before = written(folder / "run/attempts/slurm-7-0-0")
+    code, said = second.end()
+    assert code == 0 and "waits for launch slurm-7-0-0 of Slurm job 7" in said, said
+    assert written(folder / "run/attempts/slurm-7-0-0") == before
+    record = read_launch(folder / "run/attempts/slurm-7-0-0")[0]
+    assert record.ended is None
+    assert read_launch(folder / "run/attempts/slurm-7-1-0")[0].waited > 0
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["attempts"]) == ("done", 2)
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_waits_is_not_lost(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before never leaves: a process elsewhere that does not see the fence."""
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    zombie = lease.Holder("slurm-7-0-0", "7", 0, "n9", "other", 1, "x")
+    held = lease.take(folder / "run", zombie)
+    launch = Launch(folder, {}, env, launch="slurm-7-1-0")
+    end = time.monotonic() + BOUND
+    while not held.fenced():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    launch.process.send_signal(signal.SIGUSR1)
+    code, said = launch.end()
+    assert code == exit_codes.STOPPED_UNSAVED and "waits for launch slurm-7-0-0" in said
+    assert not (folder / "run/attempts").exists()
+    assert Launch(folder, {}, {**env, "SLURM_RESTART_COUNT": "2"}, launch="l").end()[0] == 0

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 
-from echolab.errors import EcholabError
+from echolab.errors import BusyError, EcholabError, FencedError
+from echolab.launch.exit_codes import RETRYABLE
 from echolab.redaction import masked_output
 
 # What the user can put right; other OSErrors are our mistakes.
@@ -66,7 +67,8 @@ def help_text() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 done, 1 an error the user can put right, 130 interrupted.
+    """Run one command; 0 done, 1 an error the user can put right, 77 a run that another process
+    is at work in, 130 interrupted.
 
     A command may return, or exit with, a code of its own.
     """
@@ -99,7 +101,7 @@ def _guarded(run: Callable[[], int | None]) -> int:
         return run() or 0
     except EcholabError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
-        return 1
+        return RETRYABLE if isinstance(error, BusyError | FencedError) else 1
     except BrokenPipeError:  # whoever read our words, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

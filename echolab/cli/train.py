@@ -99,7 +99,8 @@ def _refused_by_hydra(error: Exception, overrides: list[str]) -> str:
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     """Start the ranks of this machine and wait for their end, which the supervisor then tells.
 
-    Raises ConfigError before anything is written where the run's folder cannot be taken.
+    Raises ConfigError or BusyError before anything is written where the run's folder cannot be
+    taken.
     """
     if url := url_of(config["run"]):
         raise ConfigError(f"run={masked(url)}: a run's folder lies on a disk; give a path")
@@ -107,7 +108,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     told_of.pop("infrastructure")
     places = layout(trainer["devices"], trainer["nodes"])
     if places.supervisor == 0:
-        runs.check_free(folder)
+        runs.check_ours(folder)
     supervisor = Supervisor(
         places,
         [sys.executable, "-P", "-m", "echolab.cli", "train", *argv],

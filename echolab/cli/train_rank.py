@@ -42,16 +42,16 @@ def train(
         metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
 
         def log(step: int, values: dict[str, float]) -> None:
+            run.lease.check()
             metrics.log(step, values)
             wandb_run.log(step, values)
 
         try:
             with progress(f"training {folder}", training.schedule.steps) as advance:
-
-                def on_step(step: int, steps: int) -> None:
-                    advance(step, "")
-
-                result = fit(training._replace(log=log, on_step=on_step, say=partial(_say, folder)))
+                ours = training._replace(
+                    fenced=run.lease.fenced, log=log, say=partial(_say, folder)
+                )
+                result = fit(ours._replace(on_step=lambda step, _: advance(step, "")))
             beats.enter("teardown")
             return result
         except BaseException as error:

@@ -4,11 +4,13 @@ import errno
 from typing import Literal, NamedTuple
 
 from echolab.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
     DataError,
     DivergedError,
     EcholabError,
+    FencedError,
     MediaError,
     ParityError,
     ReplicaError,
@@ -41,6 +43,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 BY_TYPE: dict[type[BaseException], str] = {
     ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
     ReplicaError: "replicas", ParityError: "parity", SaveError: "disk",
+    BusyError: "busy", FencedError: "fenced",
 }  # fmt: skip
 AGAIN = "run the same command again; it goes on from the newest checkpoint"
 CAUSES = {
@@ -56,6 +59,12 @@ CAUSES = {
     "stop": Cause(STOPPED_SAVED, "none", "a STOP file asked for it, saved", AGAIN),
     "pruned": Cause(PRUNED, "none", "given up by the sweep", "nothing"),
     "interrupted": Cause(INTERRUPTED, "none", "Ctrl-C twice", AGAIN),
+    "busy": Cause(
+        RETRYABLE, "none", "another launch is at work in the run's folder", "wait for its end"
+    ),
+    "fenced": Cause(
+        RETRYABLE, "none", "a later launch has taken the run", "nothing; the later launch goes on"
+    ),
     "config": Cause(FATAL, "fatal", "a setting is wrong", "correct the setting"),
     "data": Cause(FATAL, "fatal", "the data are damaged", "echolab data verify, then mend them"),
     "start": Cause(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from echolab.errors import ConfigError
+from echolab.launch import slurm
 from echolab.launch.local import free_port
 
 LAUNCH = "ECHOLAB_LAUNCH"  # in the environment of ranks: the id of their launch
@@ -66,10 +67,9 @@ def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
             f"trainer.devices={devices}, trainer.nodes={nodes}: the job has {tasks} tasks; "
             f"give srun --ntasks={nodes} (one a node) or {world} (one a rank)"
         )
-    name = (env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     task, count = int(env["SLURM_PROCID"]), world // tasks
     return Layout(
-        launch=f"slurm-{'-'.join(name)}",
+        launch=slurm.launch_of(env),
         first=task * count,
         ranks=count,
         local=int(env.get("SLURM_LOCALID", "0")) if count == 1 else 0,

@@ -56,6 +56,17 @@ def see(pid: int) -> Seen:
     return Seen(fields[0].upper(), ticks / os.sysconf("SC_CLK_TCK"))
 
 
+def birth(pid: int) -> str:
+    """Tells a process from another that has its pid: boot and start time; "" where it is gone."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else f"{boot}-{fields[19]}"
+
+
 def ended(pid: int) -> bool:
     """Whether a child is no more, without reaping it: its group is still its own."""
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from echolab.data.files import write_whole
 from echolab.launch.blame import Observation, observation_from
+from echolab.launch.processes import birth
 from echolab.launch.runs import ATTEMPTS
 from echolab.launch.told import read_json
 from echolab.redaction import masked_values
@@ -43,6 +44,7 @@ class NodeRecord:
     pids: list[int] = field(default_factory=list)
     checkpoint_before: int = -1  # step of the newest checkpoint, -1 without
     checkpoint: int = -1
+    waited: float = 0.0  # seconds before the ranks began, for the launch before to leave
     asked: int = 0  # the signal that was passed on
     cause: str = ""  # of exit_codes.CAUSES, as this supervisor saw it
     rank: int = -1
@@ -82,17 +84,6 @@ def read_launches(run: Path) -> list[list[NodeRecord]]:
     folders = [path for path in (run / ATTEMPTS).glob("*") if path.is_dir()]
     launches = [records for path in folders if (records := read_launch(path))]
     return sorted(launches, key=lambda records: min(record.started for record in records))
-
-
-def birth(pid: int) -> str:
-    """Tells a process from another that has its pid: boot and start time; "" where it is gone."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else f"{boot}-{fields[19]}"
 
 
 def alive(record: NodeRecord, host: str, now: float) -> bool:

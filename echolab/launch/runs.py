@@ -7,7 +7,6 @@ attempts/       what supervisors and ranks told of each launch
 checkpoints/    metrics.jsonl    wandb/
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,13 +16,15 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from echolab.data.files import append_text, write_whole
 from echolab.errors import ConfigError
+from echolab.launch import lease
+from echolab.launch.lease import Lease
 
 # May differ between attempts: where and how a run is trained and watched, not what is trained.
 MACHINE = (
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     folder: Path
     id: str
     attempt: int  # from 1
+    lease: Lease
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -122,17 +124,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; ConfigError where one is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{folder}: another process is at work there; wait, or give another folder"
-            ) from error
-        yield
+def held(folder: Path) -> Iterator[Lease]:
+    """Make the folder and keep other processes out of it; BusyError where one is in it."""
+    with lease.held(folder, f"local-{secrets.token_hex(4)}") as own:
+        yield own
 
 
 def check_ours(folder: Path) -> None:
@@ -143,25 +138,20 @@ def check_ours(folder: Path) -> None:
         raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
 
 
-def check_free(folder: Path) -> None:
-    """Raise ConfigError where a folder holds other things than a run, or a run at work."""
-    check_ours(folder)
-    if (folder / ".lock").exists():
-        with held(folder):
-            pass
-
-
 @contextmanager
 def claim(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> Iterator[Run]:
     """Make or go on with the run in `folder`; for rank 0 alone, held until the block ends.
 
-    Raises ConfigError where the folder is another run's, where another process trains in it, or
-    where it holds other things.
+    Its supervisor holds the folder; without one it is taken here.  Raises ConfigError where the
+    folder is another run's or holds other things, BusyError where another process is at work in it,
+    and FencedError where a later launch has taken it.
     """
     check_ours(folder)
-    with held(folder):
+    supervised = lease.of_environment(folder)
+    with nullcontext(supervised) if supervised else held(folder) as own:
+        own.check()
         if not (folder / "run.json").exists():  # asked under the lock: one of many makes it
             _create(folder, config)
         identity = _read(folder / "run.json")
@@ -173,7 +163,8 @@ def claim(
             "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
             "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),
         }  # fmt: skip
+        own.check()  # git and the versions took their time
         append_text(path, json.dumps(about) + "\n")
         if may_change and not attempt == 1:
             write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
-        yield Run(folder, str(identity["id"]), attempt)
+        yield Run(folder, str(identity["id"]), attempt, own)

@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from echolab.data.files import write_error
-from echolab.errors import DataError
-from echolab.launch import exit_codes, processes, records, told
+from echolab.errors import BusyError, DataError
+from echolab.launch import exit_codes, lease, processes, records, told
 from echolab.launch.blame import Verdict, culprit
 from echolab.launch.deadlines import Deadlines, limit, longest_of, overdue
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.layout import Layout
+from echolab.launch.lease import Lease
 from echolab.launch.records import NodeRecord
 from echolab.launch.runs import ATTEMPTS
 from echolab.launch.telling import last_words
@@ -36,6 +37,7 @@ GRACE_SECONDS = 2.0  # after a rank failed, for the others to tell what they saw
 KILL_SECONDS = 5.0  # for the kernel to end what was killed
 END_SECONDS = 45.0  # for the stacks, the record, and others' records
 OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to see it and write their records
+JOIN_SECONDS = 600.0  # that the first supervisor of a launch may take to take the run
 OVER = "over"  # the file by which a supervisor tells others that the launch failed
 ENDED = "ended-"  # the files by which each supervisor says that its record is whole
 
@@ -56,6 +58,10 @@ class Supervisor:
         self.late: dict[int, float] = {}
         self.stopped_since: dict[int, float] = {}
         self.followed = False
+        self.lease: Lease | None = None
+        self.fenced = False  # a later launch has taken the run
+        self._beaten = time.monotonic()
+        self.waited = 0.0  # seconds, for the launch before to leave
         self.code = exit_codes.RETRYABLE  # until the end is known
         self._quiet = threading.Event()  # nothing is to be told any more
 
@@ -63,22 +69,61 @@ class Supervisor:
         """Until all ranks have ended; the exit code of `exit_codes`.
 
         SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on.  However it ends, no rank is left.
+        Raises BusyError, before anything is written, while another launch is at work in the run.
         """
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            if self._take_the_run():
+                self._run_ranks()
+            return self.code
+        finally:
+            if self.lease and self.layout.supervisor == 0:
+                self.lease.leave()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run_ranks(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.beats = Path(tempfile.mkdtemp(prefix="echolab-beats-", dir=shared))
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             self._start()
             failed = self._until_the_end()
             self._quiet.set()
             self._end_within_bounds(failed)
-            return self.code
         finally:
             self._kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
             shutil.rmtree(self.beats, ignore_errors=True)
+
+    def _take_the_run(self) -> bool:
+        """Hold the run, once the launch before has left it; False where a signal came meanwhile."""
+        began = time.monotonic()
+        if self.layout.supervisor == 0:
+            self.lease = lease.take(self.run, lease.this_process(self.layout.launch))
+        while self.lease is None and not self.asked:
+            self.lease = lease.joined(self.run, self.layout.launch)
+            if time.monotonic() - began > JOIN_SECONDS:
+                raise BusyError(f"{self.run}: the launch's first supervisor did not take the run")
+            time.sleep(POLL_SECONDS)
+        wait = lease.leaving(self.lease) if self.lease else None
+        if wait and not wait.over() and self.layout.supervisor == 0:
+            who = lease.described(wait.before)
+            print(f"echolab: {self.run}: waits for {who} to leave", file=sys.stderr, flush=True)
+        while wait and not self.asked and not wait.over():
+            self._keep_the_run()
+            time.sleep(POLL_SECONDS)
+        self.waited = time.monotonic() - began
+        if self.asked:
+            self.code = exit_codes.STOPPED_UNSAVED
+        return not self.asked
+
+    def _keep_the_run(self) -> None:
+        """Beat, where this supervisor is the first; and see whether a later launch came."""
+        assert self.lease
+        self.fenced = self.lease.fenced()
+        if self.layout.supervisor == 0 and time.monotonic() - self._beaten > lease.BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self.lease.beat()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
@@ -88,17 +133,20 @@ class Supervisor:
         # Slurm tells every process of a step: a second SIGINT would mean impatience.
         if number == signal.SIGINT and "SLURM_PROCID" in os.environ:
             number = signal.SIGTERM
+        self._send(number)
+
+    def _send(self, number: int) -> None:
         for rank in self.ranks:
             if rank.exit is None:
                 processes.send(rank.pid, number)
 
     def _start(self) -> None:
-        layout = self.layout
+        layout, early = self.layout, self.asked
         self.record = NodeRecord(
             layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
             list(range(layout.first, layout.first + layout.ranks)), os.getpid(),
-            records.birth(os.getpid()), time.time(), beats=str(self.beats),
-            checkpoint_before=records.newest_checkpoint(self.run),
+            processes.birth(os.getpid()), time.time(), beats=str(self.beats),
+            checkpoint_before=records.newest_checkpoint(self.run), waited=self.waited,
         )  # fmt: skip
         # Signals wait until a rank can take them: none is lost, and none ends it unheard.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -107,6 +155,8 @@ class Supervisor:
                 self._start_rank(number)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if early:  # it came when there were no ranks to pass it on to
+            self._send(early)
         self.record.pids = [rank.pid for rank in self.ranks]
         self._tell()
         self._talker = threading.Thread(target=self._talk, name="talk", daemon=True)
@@ -115,13 +165,18 @@ class Supervisor:
     def _talk(self) -> None:
         """All that touches the run's folder meanwhile: a file system that hangs stops but this."""
         while not self._quiet.wait(LOOK_SECONDS):
+            self._keep_the_run()
+            if self.fenced:
+                return
             self.followed = os.access(self.folder / OVER, os.F_OK)
-            if time.time() - self.record.seen > records.SECONDS:
+            news = self.asked != self.record.asked
+            if news or time.time() - self.record.seen > records.SECONDS:
                 self._tell()
 
     def _start_rank(self, number: int) -> None:
         env = {**os.environ, **self.layout.environment(number)}
-        env[BEATS] = str(self.beats)
+        assert self.lease
+        env |= {BEATS: str(self.beats), lease.EPOCH: str(self.lease.epoch)}
         rank = self.layout.first + number
         if rank == 0:  # has the terminal
             self.ranks.append(Rank(rank, processes.start(self.command, env, None), self.beats))
@@ -135,6 +190,8 @@ class Supervisor:
         while any(rank.look() is None for rank in self.ranks):
             if any(rank.exit and not told.expected(rank.exit) for rank in self.ranks):
                 self._wait_for_words()
+                return True
+            if self.fenced:
                 return True
             if self.impatient_since and time.monotonic() - self.impatient_since > GRACE_SECONDS:
                 return True  # in a collective no rank can listen
@@ -183,6 +240,12 @@ class Supervisor:
 
         def end() -> None:
             self._talker.join()
+            self._keep_the_run()
+            if self.fenced:
+                self._kill()
+                self.code = CAUSES["fenced"].exit_code
+                print(f"echolab: {self.run}: {CAUSES['fenced'].says}", file=sys.stderr, flush=True)
+                return
             self.code = self._judge() if failed else self._finish()
             if self.code:
                 self._wait_for_others(OTHERS_SECONDS if failed else self.deadlines.teardown)

@@ -56,7 +56,7 @@ class Steps(pl.Callback):
         self.references = References(
             training.objectives, training.reference, training.reference_checkpoint
         )
-        self.requests = Requests(training.folder)
+        self.requests = Requests(training.folder, training.fenced)
         self.step = 0  # optimizer steps done
         self.made = 0  # by this attempt, those included that were gone back over
         self.skipped = 0  # of these, by DeepSpeed, before training went back
@@ -119,8 +119,9 @@ class Steps(pl.Callback):
         tell_plan(self.training, trainer, pl_module, self.masters, average, accumulation)
         own = (self.folder, self.masters, self.ema)
         self.writer = CheckpointWriter(
-            *own, keep=self.schedule.keeps, snapshot=self.every.keeps_snapshot
-        )
+            *own, keep=self.schedule.keeps, snapshot=self.every.keeps_snapshot,
+            check=self.training.check_ours,
+        )  # fmt: skip
         if not self.resumed:  # going on, it had its room before
             self.writer.check_start()
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
@@ -167,6 +168,8 @@ class Steps(pl.Callback):
         loss, norm = self.module.take_loss() / self.data.feed.accumulation, self.module.take_norm()
         own = of_step(loss, norm, self.clipped.take()) | self._asked()
         vote = count(own | {"written": float(self.writer.written())})
+        if vote.fenced:
+            raise self.training.taken()
         if not self._sane(trainer, vote, loss, norm):
             return
         if self.ledger:
@@ -242,6 +245,8 @@ class Steps(pl.Callback):
         if vote.pause and not ends:
             self.beats.enter("pause")
             vote = wait(self._asked)
+            if vote.fenced:
+                raise self.training.taken()
         if vote.save:
             self.requests.clear("SAVE")
         if vote.reason or last:  # also in a pause
@@ -271,6 +276,7 @@ class Steps(pl.Callback):
 
     def _end(self, vote: Vote) -> None:
         """Say why; a run is done once its export has been seen to be what was trained."""
+        self.training.check_ours()  # a validation before may have taken long
         done = self.step == self.schedule.steps and not self.unsaved
         reason = "done" if done else vote.reason or "until"
         if done and self.training.parity and self.saving.saved:

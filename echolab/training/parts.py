@@ -14,7 +14,7 @@ from echolab.data.plan import ORDER, Order
 from echolab.data.quarantine import QUARANTINE, Tolerant
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, FencedError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.datamodule import Feed, HeldOut
 from echolab.training.engine.machine import Machine, cut
@@ -81,12 +81,22 @@ class Training(NamedTuple):
     parity: bool = False  # before it is done, samples of an export are compared
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
+    fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
     beats: Beats | None = None  # by which a supervisor sees how far this rank is
 
     @property
     def quarantine(self) -> Path | None:
         """Where bad samples are listed, if any are borne with."""
         return self.folder / QUARANTINE if self.skip_budget else None
+
+    def check_ours(self) -> None:
+        """Raise FencedError where another process has taken the run; on rank 0, before writing."""
+        if self.fenced and self.fenced():
+            raise self.taken()
+
+    def taken(self) -> FencedError:
+        """Return the error of a process from which another has taken the run."""
+        return FencedError(f"{self.folder}: a later launch has taken the run; this one leaves")
 
     @property
     def sharded(self) -> bool:

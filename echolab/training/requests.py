@@ -8,6 +8,7 @@ They are looked for by rank 0, about once a second, and removed once acted upon,
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from echolab.training import ranks
@@ -21,16 +22,18 @@ MARGIN_SECONDS = 60.0  # before a job's end: for the step that goes on, and for 
 class Requests:
     """What is asked for in one run folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, fenced: Callable[[], bool] | None = None) -> None:
+        """`fenced` says whether another process has taken the run: looked at as often."""
+        self.folder, self._fenced = folder, fenced or (lambda: False)
         self._looked = float("-inf")
         self._found: set[str] = set()
 
     def pending(self) -> set[str]:
-        """Names of REQUESTS that are there."""
+        """Names of REQUESTS that are there, and FENCED where the run is not ours any more."""
         if time.monotonic() - self._looked >= SECONDS:
             self._looked = time.monotonic()
             self._found = {name for name in REQUESTS if (self.folder / name).exists()}
+            self._found |= {"FENCED"} if self._fenced() else set()
         return self._found
 
     def clear(self, *names: str) -> None:

@@ -19,6 +19,7 @@ PAUSE_SECONDS = 1.0  # between two looks whether PAUSE is still there
 class Vote(NamedTuple):
     """What one rank says, and, summed over the ranks, what is decided."""
 
+    fenced: float = 0  # another process has taken the run
     sigint: float = 0  # this rank was told to stop by a signal
     sigterm: float = 0
     sigusr1: float = 0
@@ -86,5 +87,5 @@ def wait(asked: Callable[[], Mapping[str, float]]) -> Vote:
     while True:
         time.sleep(PAUSE_SECONDS)
         vote = count(asked())
-        if vote.reason or not vote.pause:
+        if vote.fenced or vote.reason or not vote.pause:
             return vote

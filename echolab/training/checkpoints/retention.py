@@ -28,10 +28,20 @@ def tidy(folder: Path) -> None:
 
 
 class Retention:
-    """The newest valid ones stay, and those that `keep` is true for."""
+    """The newest valid ones stay, and those that `keep` is true for.
 
-    def __init__(self, folder: Path, keep: Callable[[int], bool], newest: int = 2) -> None:
+    `check` raises where nothing may be removed any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: Callable[[int], bool],
+        newest: int = 2,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.keep, self.newest = folder, keep, max(newest, NEVER_FEWER)
+        self.check = check
         self.valid: dict[int, bool] = {}  # what was found, or written by us
 
     def _is_valid(self, step: int) -> bool:
@@ -52,6 +62,7 @@ class Retention:
         for step in [step for step in saved_steps(self.folder) if step <= last]:
             if newer >= self.newest:
                 if not self.keep(step):
+                    self.check()
                     discard(folder_of(self.folder, step))
             elif self._is_valid(step):
                 newer += 1

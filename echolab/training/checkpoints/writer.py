@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echolab.data.files import sync
-from echolab.errors import SaveError
+from echolab.errors import FencedError, SaveError
 from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
 from echolab.training.checkpoints.gather import gather, host_buffer
@@ -53,7 +54,7 @@ class CheckpointWriter:
     Each rank's thread writes the files that `layout` gives it; rank 0 publishes them.  `newest`
     valid ones stay, at least two, and those whose step `keep` is true for; where `snapshot` is, the
     power averages stay too (`snapshots`).  Making one is collective, and removes what a killed
-    attempt left in `folder`.
+    attempt left in `folder`.  `check` raises where rank 0 must write nothing any more.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class CheckpointWriter:
         newest: int = 2,
         shard_bytes: int = 1 << 30,
         snapshot: Callable[[int], bool] = lambda step: False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
         self.seconds = 0.0  # of the longest save so far, what went on beside the training included
@@ -74,7 +76,11 @@ class CheckpointWriter:
         self.files = layout(self.shapes, parts, world=ranks.world(), shard_bytes=shard_bytes)
         self._snapshot = snapshot
         self._on_gpu = next(iter(masters.parameters.values())).is_cuda
-        self._retention = Retention(folder, keep, newest)
+        self._check = check
+        # No two attempts write into one folder; a later one removes those of the earlier, so that
+        # what is left of an attempt that was given up finds nothing to publish.
+        self._own = ranks.gather_text(secrets.token_hex(4))[0]
+        self._retention = Retention(folder, keep, newest, check)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._pruning = threading.Thread()
@@ -83,7 +89,11 @@ class CheckpointWriter:
         self._fault = ""
         self._spent = 0.0
         masters.check_complete()
-        self._on_first(lambda: tidy(folder))
+        self._on_first(self._tidy)
+
+    def _tidy(self) -> None:
+        self._check()
+        tidy(self.folder)
 
     @property
     def size(self) -> int:
@@ -139,9 +149,10 @@ class CheckpointWriter:
 
     @property
     def _partial(self) -> Path:
-        return self.folder / f"{PARTIAL}{self._path.name}"
+        return self.folder / f"{PARTIAL}{self._own}-{self._path.name}"
 
     def _make_room(self, state_bytes: int) -> None:
+        self._check()
         shutil.rmtree(self._partial, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_room(self.folder, self.size + state_bytes, len(self.files) + 3)
@@ -215,6 +226,7 @@ class CheckpointWriter:
 
     def _publish(self, receipts: dict[str, Receipt]) -> None:
         """Rank 0: see that all files are here, write the manifest, give the folder its name."""
+        self._check()
         if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
             raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
         for name, receipt in receipts.items():
@@ -233,6 +245,7 @@ class CheckpointWriter:
         sync(self._partial)
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
+        self._check()  # the snapshot took its time
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
             self._path.rename(aside)
@@ -246,6 +259,8 @@ class CheckpointWriter:
     def _prune(self, step: int) -> None:
         try:
             self._retention.prune(step)
+        except FencedError:  # what is there is another's
+            pass
         except OSError as error:  # the next save says whether there is room all the same
             print(f"echolab: an old checkpoint could not be removed: {error}", file=sys.stderr)
 

@@ -1,0 +1,300 @@
+"""One launch at a time writes into a run folder, whatever became of those before it."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from echolab.errors import BusyError, FencedError, SaveError
+from echolab.launch import lease
+from echolab.launch.lease import LEASE, Holder, Lease, held, leaving, newest, take, this_process
+from echolab.training.checkpoints import retention
+from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.parts import Intervals
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from echolab.errors import FencedError
+from echolab.launch import lease
+lease.BEAT_SECONDS = 0.1
+with lease.held(Path(sys.argv[1]), "local-other") as own:
+    print("holds", flush=True)
+    while True:
+        time.sleep(0.05)
+        try:
+            own.check()
+        except FencedError as error:
+            sys.exit(f"left: {error}")
+"""
+
+
+def elsewhere(**changes: Any) -> Holder:
+    """A holder on another machine."""
+    about = {"host": "n9", "machine": "other", "pid": 1, "born": "x", "taken": time.time()}
+    return Holder(**{"launch": "local-elsewhere", **about, **changes})
+
+
+def older(own: Lease, seconds: float) -> None:
+    """Make its last heartbeat older."""
+    then = time.time() - seconds
+    os.utime(own.path, (then, then))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process of this machine that holds tmp_path/run."""
+    words = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "holds\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "OBSERVE_SECONDS", 0.5)
+
+
+def test_one_after_the_other(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        with held(run, f"local-{number}") as own:
+            assert own.epoch == number and not own.fenced()
+            with pytest.raises(BusyError, match=f"launch local-{number} on .* is at work there"):
+                take(run, this_process("local-x"))
+    assert newest(run) == Lease(run, 3)
+
+
+def test_of_many_at_once_one_holds(tmp_path: Path) -> None:
+    def start(number: int) -> int:
+        try:
+            return take(tmp_path, this_process(f"local-{number}")).epoch
+        except BusyError:
+            return 0
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sorted(pool.map(start, range(32))) == [0] * 31 + [1]
+
+
+def test_no_lock_of_the_file_system_matters(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert take(tmp_path, this_process("local-1")).epoch == 1
+
+
+def test_a_killed_process_of_this_machine_holds_nothing(
+    tmp_path: Path, other: "subprocess.Popen[str]"
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(BusyError, match=f"process {other.pid}"):
+        take(run, this_process("local-1"))
+    other.kill()
+    other.wait()
+    own = take(run, this_process("local-1"))
+    assert own.epoch == 2 and leaving(own) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_frozen_holder_finds_itself_fenced(
+    tmp_path: Path, other: "subprocess.Popen[str]"
+) -> None:
+    run = tmp_path / "run"
+    os.kill(other.pid, signal.SIGSTOP)
+    time.sleep(1.1)
+    own = take(run, this_process("local-1"))
+    assert own.epoch == 2
+    beaten = Lease(run, 1).beaten()
+    os.kill(other.pid, signal.SIGCONT)
+    said = other.communicate(timeout=300)[1]
+    assert "left: " in said and "launch local-1" in said and other.returncode == 1
+    assert Lease(run, 1).beaten() == beaten  # the fenced one does not even beat
+    assert not own.fenced()
+
+
+def test_a_later_start_of_the_same_job_fences_the_earlier(tmp_path: Path) -> None:
+    first = take(tmp_path, elsewhere(launch="slurm-7-0-0", job="7"))
+    second = take(tmp_path, elsewhere(launch="slurm-7-1-0", job="7", restart=1))
+    assert second.epoch == 2 and first.fenced() and not second.fenced()
+    with pytest.raises(FencedError, match="slurm-7-1-0 of Slurm job 7 on n9"):
+        first.check()
+    with pytest.raises(BusyError):  # the zombie cannot come back
+        take(tmp_path, elsewhere(launch="slurm-7-0-1", job="7"))
+
+
+def test_the_one_before_is_waited_for_until_it_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = take(tmp_path, elsewhere(launch="slurm-7-0-0", job="7"))
+    wait = leaving(take(tmp_path, elsewhere(launch="slurm-7-1-0", job="7", restart=1)))
+    assert wait and not wait.over()
+    first.leave()
+    assert wait.over()
+    third = take(tmp_path, elsewhere(launch="slurm-7-2-0", job="7", restart=2))
+    older(Lease(tmp_path, 2), lease.QUIET_SECONDS + 1)  # dead for long: no time is lost
+    wait = leaving(third)
+    assert wait and wait.over()
+    # One that goes on beating, since it sees nothing of us, is waited for so long and no longer.
+    os.utime(Lease(tmp_path, 2).path)
+    wait = leaving(third)
+    assert wait and not wait.over()
+    monkeypatch.setattr(lease, "LEAVE_SECONDS", 0.0)
+    assert wait.over()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("age", "beats", "taken"), [(0, False, False), (9, False, True),
+    (9, True, False), (-9, False, True), (-9, True, False)])  # fmt: skip
+def test_silence_elsewhere(tmp_path: Path, age: float, beats: bool, taken: bool) -> None:
+    """A clock that goes wrong makes nobody dead."""
+    first = take(tmp_path, elsewhere())
+    older(first, age)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(take, tmp_path, this_process("local-1"))
+        for n in range(10 if beats else 0):
+            time.sleep(0.1)
+            older(first, age + n)
+        if taken:
+            assert found.result(300).epoch == 2
+        else:
+            with pytest.raises(BusyError):
+                found.result(300)
+
+
+def commands(folder: Path, scontrol: str, squeue: str = "true") -> None:
+    for name, does in {"scontrol": scontrol, "squeue": squeue}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (folder / name).chmod(0o755)
+
+
+RUNNING = "echo 'JobId=7 JobState=RUNNING Reason=None Restarts=0 BatchFlag=1'"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "squeue", "taken"),
+    [
+        (RUNNING, "echo 7.0", False),
+        (RUNNING, "true", True),  # its step is over
+        (RUNNING.replace("Restarts=0", "Restarts=1"), "true", False),  # it may come any moment
+        (RUNNING.replace("RUNNING", "CANCELLED"), "echo 7.0", True),
+        (RUNNING.replace("RUNNING", "PENDING"), "echo 7.0", True),
+        (RUNNING.replace("RUNNING", "COMPLETING"), "echo 7.0", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "true", True),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "exit 1", False),
+    ],
+)
+def test_of_another_job_slurm_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str, squeue: str, taken: bool
+) -> None:
+    commands(tmp_path, scontrol, squeue)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    take(tmp_path / "run", elsewhere(launch="slurm-7-0-0", job="7"))
+    me = elsewhere(launch="slurm-8-0-0", job="8")
+    if taken:
+        assert take(tmp_path / "run", me).epoch == 2
+    else:
+        with pytest.raises(BusyError, match="Slurm job 7 on n9"):
+            take(tmp_path / "run", me)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_died_within_its_first_word_is_silent(tmp_path: Path) -> None:
+    own = take(tmp_path, elsewhere())
+    own.path.write_text("{")
+    with pytest.raises(BusyError):
+        take(tmp_path, this_process("local-1"))
+    older(own, 9)
+    assert take(tmp_path, this_process("local-1")).epoch == 2
+
+
+# -- what a fenced process writes: nothing ----------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All but what is no part of the run yet: a save that goes on in a thread."""
+    own = sorted(path for path in folder.rglob("*") if LEASE not in path.parts)
+    paths = (path for path in own if "/.partial-" not in str(path))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+PLAN = runs.schedule(("sft", 6))
+
+
+class Moment:
+    """Another launch takes the run at a moment; what the run's folder holds from then on."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.before: dict[str, bytes | None] | None = None
+
+    def fenced(self) -> bool:
+        return self.before is not None
+
+    def comes(self) -> None:
+        if self.before is None:
+            self.before = contents(self.run)
+
+
+@pytest.mark.parametrize("moment", ["a step", "before a save", "amid a save", "amid the removal"])
+def test_a_fenced_training_leaves_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    later = Moment(tmp_path / "run")
+    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    if moment == "before a save":
+        begin = CheckpointWriter.begin
+        monkeypatch.setattr(
+            CheckpointWriter, "begin",
+            lambda self, state: (state["step"] < 4 or later.comes(), begin(self, state))[1],
+        )  # fmt: skip
+    if moment == "amid a save":
+        write = CheckpointWriter._write
+
+        def written(self: CheckpointWriter, state: bytes) -> None:
+            write(self, state)
+            if self._path.name == "step-000004":
+                later.comes()
+
+        monkeypatch.setattr(CheckpointWriter, "_write", written)
+    if moment == "amid the removal":
+        monkeypatch.setattr(
+            retention, "saved_steps", lambda folder: (later.comes(), [4, 3, 2, 1])[1]
+        )
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 4 and moment == "a step":
+            later.comes()
+
+    every = Intervals(log=1, save=0 if moment == "a step" else 1)
+    with pytest.raises(FencedError, match="a later launch has taken the run"):
+        runs.train(tmp_path, PLAN, every=every, fenced=later.fenced, on_step=on_step)
+    assert contents(tmp_path / "run") == later.before
+
+
+def test_a_save_that_a_later_launch_put_away_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen after its last look: the later launch tidied up, so there is nothing to rename."""
+    publish = CheckpointWriter._publish
+
+    def frozen(self: CheckpointWriter, receipts: Any) -> None:
+        retention.tidy(self.folder)
+        (self.folder / ".partial-later-step-000002").mkdir()
+        publish(self, receipts)
+
+    monkeypatch.setattr(CheckpointWriter, "_publish", frozen)
+    with pytest.raises(SaveError):
+        runs.train(tmp_path, PLAN, every=Intervals(save=2))
+    left = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert left == [".partial-later-step-000002"]
