@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 
 from echolab.data.files import write_error
-from echolab.errors import EcholabError
+from echolab.errors import BusyError, EcholabError, PassingError
 from echolab.redaction import masked_output
+
+RETRYABLE = 77  # the exit code for what another try may cure, as of `echolab train`
 
 STEPS = {
     "run": ("data_prep.run", "raw talking videos -> shards, and the reasons of what is refused"),
@@ -35,7 +37,10 @@ def help_text() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run one step; 0 done, 1 an error the user can put right, 2 no such step, 130 interrupted."""
+    """Run one step and return its exit code.
+
+    0 done, 1 an error of the user's, 2 no such step, 77 a passing failure, 130 interrupted.
+    """
     with masked_output():
         return _run(argv)
 
@@ -53,6 +58,9 @@ def _run(argv: list[str]) -> int:
 def _guarded(run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
+    except (BusyError, PassingError) as error:
+        print(f"data_prep: error: {error}", file=sys.stderr)
+        return RETRYABLE
     except EcholabError as error:
         line = str(error)
     except OSError as error:

@@ -64,7 +64,7 @@ def frame_reasons(grid: Grid, sounding: Flags, subject: Subject, least_pixels: f
         elif grid.missing[k]:
             reasons[k] = "no picture: the frames are more than 0.2 s apart here"
         elif not sounding[k]:
-            reasons[k] = "no sound: the sound track does not cover this"
+            reasons[k] = "no sound: the sound track does not cover this, or is damaged"
         elif subject.track[k] < 0:
             reasons[k] = "no face: none that is sure (YuNet 0.9)"
         elif subject.rival[k] >= RIVAL:

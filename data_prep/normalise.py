@@ -59,8 +59,11 @@ def sound_of(sound: Sound, grid: Grid, first: int, last: int) -> NDArray[np.floa
 
 
 def heard(sound: Sound, grid: Grid) -> NDArray[np.bool_]:
-    """[K] where the sound track covers the frame; at its edges one frame may be cut short."""
+    """[K] where sound was decoded for the frame; at the track's edges one may be cut short."""
     begin = (grid.start - sound.start_seconds) * RATE_HZ
     begins = begin + np.arange(len(grid.numbers)) * SAMPLES_PER_FRAME
     covered = (begins > -SAMPLES_PER_FRAME) & (begins < len(sound.samples))
+    at = grid.start + np.arange(len(grid.numbers)) / FPS
+    for first, last in sound.damaged:
+        covered &= (at + 1 / FPS <= first) | (at >= last)
     return np.asarray(covered, bool)

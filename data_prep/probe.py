@@ -11,6 +11,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from echolab.data.decoding import Advance, decoded, ignore, opened, picture_stream
 from echolab.errors import MediaError
 
 LONGEST_SECONDS = 24 * 3600.0
@@ -26,6 +27,7 @@ class Probe(NamedTuple):
     width: int  # as seen: square pixels, turned upright
     height: int
     rotation: int  # quarter turns to the left that set the coded picture upright
+    interlaced: bool  # some frames hold two moments, in alternate rows
     damaged: list[tuple[float, float]]  # seconds that cannot be trusted
     has_sound: bool
 
@@ -33,29 +35,31 @@ class Probe(NamedTuple):
 class _Reading(NamedTuple):
     times: list[float]
     damaged: list[tuple[float, float]]
+    size: tuple[int, int]  # coded pixels
     rotation: int  # degrees, of the first frame
-    aspect: float  # of a pixel, of the first frame
+    interlaced: bool
 
 
-def probe(path: Path) -> Probe:
-    """Decode the picture track of `path` once; raises MediaError where there is none to use."""
+def probe(path: Path, advance: Advance = ignore) -> Probe:
+    """Decode the picture track of `path` once; raise MediaError if there is none to use.
+
+    Raises OSError if the file cannot be read, and MemoryError.
+    """
     try:
-        with av.open(str(path)) as container:
-            streams = [s for s in container.streams.video if not _is_cover(s)]
-            if not streams:
-                raise MediaError("no picture: the file holds no video track")
-            stream = streams[0]
-            stream.thread_type = "AUTO"
-            reading = _read(container, stream)
+        with opened(path) as container:
+            stream = picture_stream(container)
+            reading = _read(container, stream, advance)
             has_sound = bool(container.streams.audio)
-            coded = stream.codec_context.width, stream.codec_context.height
+            aspect = _pixel_aspect(stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
-            length = _stated_end(container, stream)
-    except (av.FFmpegError, OSError, ValueError) as error:
+            length = _stated_end(stream)
+    except (MemoryError, OSError):
+        raise
+    except (av.FFmpegError, ValueError) as error:
         raise MediaError(f"damaged: cannot be opened as a video ({_line(error)})") from error
     if not reading.times:
         raise MediaError("damaged: not one frame can be decoded")
-    times = np.unique(np.array(reading.times))
+    times = np.array(reading.times)
     if times[-1] - times[0] > LONGEST_SECONDS:
         raise MediaError(f"damaged: the time stamps span {(times[-1] - times[0]) / 3600:.0f} hours")
     step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
@@ -65,73 +69,52 @@ def probe(path: Path) -> Probe:
         damaged.append((end, length))
     turns = round(reading.rotation / 90) % 4
     # Widen narrow pixels and never shrink a side; even sides are what the coders want.
-    width = coded[0] * max(reading.aspect, 1)
-    height = coded[1] / min(reading.aspect, 1)
+    width = reading.size[0] * max(aspect, 1)
+    height = reading.size[1] / min(aspect, 1)
     seen = (height, width) if turns % 2 else (width, height)
     even = [max(2, round(side / 2) * 2) for side in seen]
-    return Probe(path, times, end, even[0], even[1], turns, damaged, has_sound)
+    interlaced = reading.interlaced
+    return Probe(path, times, end, even[0], even[1], turns, interlaced, damaged, has_sound)
 
 
-def _read(container: Any, stream: Any) -> _Reading:
+def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
     times: list[float] = []
     damaged: list[tuple[float, float]] = []
-    rotation, aspect = 0, 1.0
+    size, rotation, interlaced = (0, 0), 0, False
     fault: float | None = None  # since when the picture cannot be trusted: until a key frame
-    for packet in _packets(container, stream, damaged):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            fault = _time(packet, times) if fault is None else fault
+    for time, frame in decoded(container, stream, advance):
+        if frame is None:
+            fault = time if fault is None else fault
             continue
-        for frame in frames:
-            if not times:
-                rotation = int(frame.rotation)
-                aspect = _pixel_aspect(frame, stream)
-            time = _time(frame, times)
-            if frame.is_corrupt and fault is None:
-                fault = time
-            elif fault is not None and frame.key_frame and not frame.is_corrupt:
-                damaged.append((fault, time))
-                fault = None
-            times.append(time)
+        if not times:
+            size, rotation = (frame.width, frame.height), int(frame.rotation)
+        if (frame.width, frame.height) != size:
+            raise MediaError(
+                f"picture size: it changes from {size[0]}x{size[1]} to "
+                f"{frame.width}x{frame.height} at {time:.2f} s; cut the file there"
+            )
+        if frame.is_corrupt and fault is None:
+            fault = time
+        elif fault is not None and frame.key_frame and not frame.is_corrupt:
+            damaged.append((fault, time))
+            fault = None
+        interlaced |= frame.interlaced_frame
+        times.append(time)
     if fault is not None:
         damaged.append((fault, times[-1] + 0.04 if times else fault))
-    return _Reading(times, damaged, rotation, aspect)
+    return _Reading(times, damaged, size, rotation, interlaced)
 
 
-def _packets(container: Any, stream: Any, damaged: list[tuple[float, float]]) -> Any:
-    """The packets of a stream up to the first that cannot be read."""
-    last = 0.0
-    try:
-        for packet in container.demux(stream):
-            last = float(packet.pts * packet.time_base) if packet.pts is not None else last
-            yield packet
-    except av.FFmpegError:
-        damaged.append((last, max(last, _stated_end(container, stream))))
-
-
-def _time(stamped: Any, times: list[float]) -> float:
-    """Time of a frame or packet; one without a stamp follows the last."""
-    if stamped.pts is not None and stamped.time_base is not None:
-        return float(stamped.pts * stamped.time_base)
-    return times[-1] + 0.04 if times else 0.0
-
-
-def _stated_end(container: Any, stream: Any) -> float:
-    """Where the header says that the picture ends."""
+def _stated_end(stream: Any) -> float:
+    """Return where the header says that the picture ends, in seconds."""
     if stream.duration is not None:
         return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     return 0.0
 
 
-def _pixel_aspect(frame: Any, stream: Any) -> float:
+def _pixel_aspect(stream: Any) -> float:
     aspect = float(stream.sample_aspect_ratio or 1)
     return aspect if 0.1 < aspect < 10 else 1.0
-
-
-def _is_cover(stream: Any) -> bool:
-    """Music files carry their cover as a video track of one picture."""
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _line(error: BaseException) -> str:

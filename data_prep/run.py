@@ -4,6 +4,7 @@ Each file's clips are kept in OUT/.work until all are done, so that the same com
 where it was stopped; then come the shards, refused.jsonl and, last, dataset.json.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,21 +13,27 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.filter import Refusal
 from data_prep.options import RunOptions
+from data_prep.pack import caption_of
 from data_prep.summary import Watch, summarise
 from data_prep.weights import LANDMARKER, YUNET, find_weight
-from data_prep.workers import Failed, Finished, Progressed, work
+from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
 from echolab.arguments import parse
 from echolab.data.files import write_error, write_whole
 from echolab.data.index import INDEX
 from echolab.data.shards import ShardWriter, open_dataset
-from echolab.errors import ConfigError, DataError, MediaError
+from echolab.errors import ConfigError, DataError, MediaError, PassingError
+
+if TYPE_CHECKING:
+    from data_prep.source import Models
 
 WORK = ".work"
 DONE = "done.json"
+FAILED = "failed.json"  # of a file whose work was stopped by something else
+TRIES = 3  # runs in which a file may be stopped so, before it is refused
 REFUSED = "refused.jsonl"
 
 
@@ -36,6 +43,7 @@ class Job(NamedTuple):
     path: Path
     name: str  # its path within the source
     folder: Path  # where its clips go
+    caption: str
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +65,13 @@ def prepare(options: RunOptions) -> dict[str, Any]:
             )
         return _figures(options, files, read_refused(options.out / REFUSED))
     jobs = [
-        Job(path, name, options.out / WORK / _identity(path, name, options)) for path, name in files
+        Job(
+            path,
+            name,
+            options.out / WORK / _identity(path, name, options),
+            caption_of(options.caption, path),
+        )
+        for path, name in files
     ]
     _work_through(jobs, options)
     _write_dataset(jobs, options, request)
@@ -109,13 +123,17 @@ def _hash(content: Any) -> str:
 
 
 def _work_through(jobs: list[Job], options: RunOptions) -> None:
-    """Leave a folder with clips and done.json behind for every file."""
+    """Leave a folder with clips and done.json behind for every file.
+
+    Raises PassingError, at the end, if files were stopped by something else than themselves.
+    """
     todo = [job for job in jobs if not (job.folder / DONE).is_file()]
     if not todo:
         return
     yunet = find_weight(YUNET, options.weights)
     landmarker = find_weight(LANDMARKER, options.weights)
     setup = partial(_setup, options, yunet, landmarker)
+    stopped: list[tuple[Job, str]] = []
     with Watch(len(jobs), len(jobs) - len(todo)) as watch:
         for report in work(setup, todo, options.workers, options.stall_seconds):
             job: Job = report.job
@@ -125,14 +143,34 @@ def _work_through(jobs: list[Job], options: RunOptions) -> None:
                 case Finished(_, (clips, refused)):
                     watch.finish(job.name, clips, refused)
                 case Failed(_, what):
-                    _keep_failure(job, what)
+                    _keep_refusal(job, what)
                     watch.finish(job.name, 0, [what])
+                case Unfinished(_, what):
+                    if not _is_given_up(job, what):
+                        stopped.append((job, what))
+                    watch.finish(job.name, 0, [what])
+    if stopped:
+        job, what = stopped[0]
+        raise PassingError(
+            f"{job.path}: {what}; {len(stopped)} of {len(jobs)} files were stopped so, and "
+            "none was refused for it; give the same command again, with fewer workers= if memory "
+            "is short"
+        )
 
 
-def _keep_failure(job: Job, what: str) -> None:
+def _is_given_up(job: Job, what: str) -> bool:
+    """Count a file that was stopped; whether that is once too often, so that it is refused."""
+    path = job.folder.with_name(f"{job.folder.name}.{FAILED}")
+    tries = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
+    write_whole(path, json.dumps({"tries": tries, "reason": what}).encode())
+    if tries >= TRIES:
+        _keep_refusal(job, f"{what}; in {tries} runs")
+    return tries >= TRIES
+
+
+def _keep_refusal(job: Job, what: str) -> None:
     _make_empty(job.folder)
-    refusal = Refusal(0.0, 0.0, what)
-    _write_done(job, [], [refusal])
+    _write_done(job, [], [Refusal(0.0, 0.0, what)])
 
 
 def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., Any]:
@@ -140,36 +178,65 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     import cv2
 
     from data_prep.faces import FaceMesh
-    from data_prep.source import Clip, Models, read_source
+    from data_prep.source import Models
 
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))
 
     def task(job: Job, progress: Callable[[float], None]) -> tuple[int, list[str]]:
-        _make_empty(job.folder)
-        digest = _digest(job)
-        clips: list[str] = []
-        refused: list[Refusal] = []
-        for part in read_source(job.path, job.name, digest, options, models, progress):
-            if isinstance(part, Clip):
-                for member, data in part.members.items():
-                    write_whole(job.folder / f"{part.key}.{member}", data)
-                clips.append(part.key)
-            else:
-                refused.append(part)
+        sha256 = _sha256(job.path, progress)
+        try:
+            clips, refused = _read(job, sha256, options, models, progress)
+        except OSError:
+            # A decoder calls some damage an error of the disk: read once more, if the bytes can be.
+            _check_unchanged(job, sha256, progress)
+            try:
+                clips, refused = _read(job, sha256, options, models, progress)
+            except OSError as error:
+                what = f"damaged: the decoder cannot read it ({error.strerror or error})"
+                clips, refused = [], [Refusal(0.0, 0.0, what)]
+        if any(refusal.reason.startswith("damaged") for refusal in refused):
+            _check_unchanged(job, sha256, progress)
         _write_done(job, clips, refused)
         return len(clips), [refusal.reason for refusal in refused]
 
     return task
 
 
-def _digest(job: Job) -> str:
-    """sha256 of the file's name and content: the same file in two places gives two keys."""
-    digest = hashlib.sha256(job.name.encode())
-    with job.path.open("rb") as file:
+def _read(
+    job: Job, sha256: str, options: RunOptions, models: "Models", progress: Callable[[float], None]
+) -> tuple[list[str], list[Refusal]]:
+    """Write the clips of one file into its folder; return their keys and the refusals."""
+    from data_prep.source import Clip, Source, read_source
+
+    _make_empty(job.folder)
+    clips: list[str] = []
+    refused: list[Refusal] = []
+    source = Source(job.path, job.name, sha256, job.caption)
+    for part in read_source(source, options, models, progress):
+        if isinstance(part, Clip):
+            for member, data in part.members.items():
+                write_whole(job.folder / f"{part.key}.{member}", data)
+            clips.append(part.key)
+        else:
+            refused.append(part)
+    return clips, refused
+
+
+def _sha256(path: Path, progress: Callable[[float], None]) -> str:
+    digest, done, size = hashlib.sha256(), 0, max(1, path.stat().st_size)
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            done += len(block)
+            progress(0.05 * min(1.0, done / size))
     return digest.hexdigest()
+
+
+def _check_unchanged(job: Job, sha256: str, progress: Callable[[float], None]) -> None:
+    """Raise OSError unless the bytes that seem damaged can be read again and are the same."""
+    if _sha256(job.path, progress) != sha256:
+        raise OSError(errno.EAGAIN, "it changed while it was read")
 
 
 def _make_empty(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """One raw file to its clips: every second of it ends in a clip or in a refusal with its reason."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,6 @@ from data_prep.filter import (
 from data_prep.normalise import Grid, heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.pack import (
-    caption_of,
     cut_out,
     encode_members,
     frame_head,
@@ -40,6 +40,10 @@ from echolab.data.media import FPS, RATE_HZ, Sound, read_sound
 from echolab.errors import MediaError
 
 DETECT_PIXELS = 640  # longer side of the picture that the detector sees
+# Shares of the work on one file, the first for its hash.
+HASHING, PROBING, LISTENING, TRACKING, CUTTING = (
+    (0.0, 0.05), (0.05, 0.25), (0.25, 0.3), (0.3, 0.65), (0.65, 1.0),
+)  # fmt: skip
 
 Progress = Callable[[float], None]  # share of a file that is done
 
@@ -49,6 +53,20 @@ class Models(NamedTuple):
 
     yunet: Path
     mesh: FaceMesh
+
+
+class Source(NamedTuple):
+    """One raw file."""
+
+    path: Path
+    name: str  # its path in the source folder
+    sha256: str
+    caption: str
+
+    def key(self) -> str:
+        """Return what the keys of its clips begin with: the same file in two places has two."""
+        digest = hashlib.sha256(f"{self.name}\0{self.sha256}".encode()).hexdigest()
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.path.stem)[:48]}-{digest[:12]}"
 
 
 class Clip(NamedTuple):
@@ -78,18 +96,18 @@ class Opened(NamedTuple):
 
 
 def read_source(
-    path: Path, name: str, digest: str, options: RunOptions, models: Models, progress: Progress
+    source: Source, options: RunOptions, models: Models, progress: Progress
 ) -> Iterator[Clip | Refusal]:
-    """All clips and refusals of one file; `name` is how it is called, `digest` its hash."""
+    """All clips and refusals of one file; raises OSError if it cannot be read, and MemoryError."""
     try:
-        found = probe(path)
+        found = probe(source.path, _between(progress, *PROBING))
     except MediaError as error:
         yield Refusal(0.0, 0.0, str(error))
         return
     try:
-        facts = {"source": name, "source_sha256": digest, "rate": RATE_HZ, "fps": FPS}
-        facts["caption"] = caption_of(options.caption, path)
-        sound = _sound_of(found)
+        facts = {"source": source.name, "source_sha256": source.sha256, "rate": RATE_HZ, "fps": FPS}
+        facts["caption"] = source.caption
+        sound = _sound_of(found, _between(progress, *LISTENING))
         opened = Opened(found, make_grid(found), sound, options, models, facts)
         for first, last in found.damaged:
             if last > found.end:
@@ -98,26 +116,32 @@ def read_source(
         if refused_whole:
             yield from refused_whole
             return
-        scenes, tracks = _track(opened, progress)
+        scenes, tracks = _track(opened, _between(progress, *TRACKING))
         spans: list[Span] = []
         for part in _spans(opened, scenes, tracks):
             if isinstance(part, Refusal):
                 yield part
             else:
                 spans.append(part)
-        key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:48]}-{digest[:12]}"
-        yield from _clips(opened, spans, key, progress)
+        yield from _clips(opened, spans, source.key(), _between(progress, *CUTTING))
     except MediaError as error:
         yield Refusal(float(found.times[0]), found.end, str(error))
 
 
-def _sound_of(found: Probe) -> Sound | None:
+def _between(progress: Progress, first: float, last: float) -> Progress:
+    """Return the progress of a part of the work that goes from share `first` to `last`."""
+    return lambda share: progress(first + share * (last - first))
+
+
+def _sound_of(found: Probe, advance: Progress) -> Sound | None:
     if not found.has_sound:
         return None
     try:
-        return read_sound(found.path, RATE_HZ)
+        return read_sound(found.path, RATE_HZ, advance)
     except MediaError as error:
-        raise MediaError(f"damaged: {str(error).removeprefix(f'{found.path}: ')}") from error
+        what = str(error).removeprefix(f"{found.path}: ")
+        kind = "no sound" if what.startswith("the sound track is empty") else "damaged"
+        raise MediaError(f"{kind}: {what}") from error
 
 
 def _refused_whole(opened: Opened) -> list[Refusal]:
@@ -154,7 +178,7 @@ def _track(opened: Opened, progress: Progress) -> tuple[NDArray[np.int64], list[
         scenes[k] = scene
         if begins or k % every == 0:
             tracker.add(k, detector.detect(picture))
-        progress(0.6 * k / len(numbers))
+        progress(k / len(numbers))
     back = np.array([found.width / width, found.height / height] * 7 + [1], np.float32)
     tracks = tracker.finish(len(numbers), every)
     return scenes, [track._replace(rows=track.rows * back) for track in tracks]
@@ -181,9 +205,10 @@ def _spans(
 def _clips(
     opened: Opened, spans: list[Span], key: str, progress: Progress
 ) -> Iterator[Clip | Refusal]:
-    number, options, found = 0, opened.options, opened.probe
+    number, options, found, shown = 0, opened.options, opened.probe, 0.0
     least = options.min_frames or options.frames
-    reader = VideoReader(found, found.width, found.height)
+    # Decoding up to the next clip is progress too, though its share is not known.
+    reader = VideoReader(found, found.width, found.height, lambda _: progress(shown))
     for done, span in enumerate(spans):
         cut, rest = cut_span(span.first, span.last, options.frames, least)
         for first, last in cut:
@@ -194,7 +219,8 @@ def _clips(
                 yield Clip(f"{key}-{number:04d}", made)
                 number += 1
             share = (last - span.first) / (span.last - span.first)
-            progress(0.6 + 0.4 * (done + share) / len(spans))
+            shown = (done + share) / len(spans)
+            progress(shown)
         if rest < span.last:
             yield _too_short(opened.grid, rest, span.last, least, bool(cut))
 
@@ -240,7 +266,6 @@ def _clip(
         "width": framing.width,
         "height": framing.height,
         "crop": [round(v, 2) for v in framing.box],
-        "decoder": reader.decoder,
         "scores": clip_scores(rows, opening, samples),
     }
     tracks = in_frame(faces, framing), in_frame(lips, framing), opening

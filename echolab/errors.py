@@ -17,6 +17,10 @@ class FencedError(EcholabError):
     """A run that a later launch has taken from this process, which must write nothing any more."""
 
 
+class PassingError(EcholabError):
+    """A failure that may be over when the same command is given again; exit code 77."""
+
+
 class DataError(EcholabError):
     """A shard, sample or dataset that does not keep the contract."""
 

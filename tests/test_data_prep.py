@@ -1,10 +1,16 @@
 """Preparation: one clock, 4n+1 frames, every second in a clip or refused, and no file ends it."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,13 +24,21 @@ from data_prep.normalise import heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
 from data_prep.probe import probe
-from data_prep.source import Models, read_source
+from data_prep.run import Job, _make_empty, _write_done, prepare, read_refused
+from data_prep.source import Models, Source, read_source
 from data_prep.track import SceneCuts, Tracker
 from data_prep.video import VideoReader
 from data_prep.weights import YUNET, find_weight
-from data_prep.workers import Failed, Finished, work
+from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
 from echolab.data.media import read_sound
-from echolab.errors import ConfigError, DataError, EcholabError, MediaError, WeightsError
+from echolab.errors import (
+    ConfigError,
+    DataError,
+    EcholabError,
+    MediaError,
+    PassingError,
+    WeightsError,
+)
 
 FLASH = 7  # number of the source frame that is white and sounds
 
@@ -98,15 +112,15 @@ def test_every_source_frame_at_25_fps_is_kept_once(tmp_path: Path) -> None:
     assert make_grid(probe(tmp_path / "a.mkv")).numbers.tolist() == list(range(40))
 
 
-def test_decord_and_pyav_see_the_same_frames(tmp_path: Path) -> None:
+def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mp4", even(30))
     found = probe(tmp_path / "a.mp4")
+    whole = np.stack(list(VideoReader(found, 128, 128).read(np.arange(40))))
     reader = VideoReader(found, 128, 128)
-    assert reader.decoder == "decord"
-    for numbers in ([0, 1, 2], [3, 3, 9], [20, 31, 39]):
-        one = list(reader.read(np.array(numbers)))
-        other = list(reader._read_av(np.array(numbers)))
-        assert np.abs(np.stack(one).astype(int) - np.stack(other)).max() <= 2
+    for numbers in ([0, 1, 2], [2, 3, 3, 9], [20, 31, 39], [5, 39], []):
+        pictures = list(reader.read(np.array(numbers, np.int64)))
+        assert len(pictures) == len(numbers)
+        assert all(np.array_equal(p, whole[n]) for p, n in zip(pictures, numbers, strict=True))
 
 
 def test_sound_shorter_than_the_picture_is_refused_there(tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
     assert first <= found.end + 0.05 and abs(last - 3) < 0.1
     unused = Models(tmp_path, None)  # type: ignore[arg-type]
     options = RunOptions(cut, tmp_path, size=64)
-    parts = read_source(cut, cut.name, "0" * 64, options, unused, lambda _: None)
+    parts = read_source(Source(cut, cut.name, "0" * 64, ""), options, unused, lambda _: None)
     assert next(parts).reason.startswith("damaged: the file ends before")  # type: ignore[union-attr]
     for size in (0, 10, 300):
         cut.write_bytes(whole.read_bytes()[:size])
@@ -261,21 +275,112 @@ def offline(*_: object, **__: object) -> None:
 
 
 @pytest.mark.slow
-def test_no_job_ends_the_run() -> None:
-    jobs = ["one", "crash", "raise", "hang", "two"]
-    ended = {r.job: r for r in work(unruly.setup, jobs, 2, 2.0) if isinstance(r, Finished | Failed)}
-    assert {job: r.result for job, r in ended.items() if isinstance(r, Finished)} == {
+def test_no_job_ends_the_run(tmp_path: Path) -> None:
+    once = f"crash once in {tmp_path}"
+    jobs = ["one", "crash", "raise", "hang", "killed", "exit", once, "memory", "stale", "slow"]
+    reports = [r for r in work(unruly.setup, jobs, 2, 3.0) if not isinstance(r, Progressed)]
+    assert {r.job: r.result for r in reports if isinstance(r, Finished)} == {
         "one": "ONE",
-        "two": "TWO",
+        "slow": "SLOW",  # for twice as long as a worker may be silent
+        once: once.upper(),
     }
-    failed = {job: r.what for job, r in ended.items() if isinstance(r, Failed)}
-    assert set(failed) == {"crash", "raise", "hang"}
-    assert "signal 11" in failed["crash"] and "hangs" in failed["hang"]
+    failed = {r.job: r.what for r in reports if isinstance(r, Failed)}
+    assert set(failed) == {"crash", "raise", "hang"} and len(reports) == len(jobs)
+    assert "twice (signal 11)" in failed["crash"] and "hangs" in failed["hang"]
     assert failed["raise"].startswith("unreadable: ValueError")
+    stopped = {r.job: r.what for r in reports if isinstance(r, Unfinished)}
+    assert stopped["killed"].startswith("killed: ") and "signal 9" in stopped["killed"]
+    assert "exit code 3" in stopped["exit"] and stopped["memory"].startswith("memory:")
+    assert stopped["stale"] == "cannot be read: Stale file handle"
+    assert not any("damaged" in what for what in (*stopped.values(), failed["hang"]))
     with pytest.raises(DataError, match="disk: full"):
         list(work(unruly.setup, ["disk"], 1, 9.0))
     with pytest.raises(EcholabError, match="cannot start"):
         list(work(unruly.broken_setup, ["one"], 1, 9.0))
+
+
+@pytest.mark.slow
+def test_a_stopped_process_does_not_hang(tmp_path: Path) -> None:
+    def go_on() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.1)
+        time.sleep(4)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    reports = list(work(unruly.setup, [f"stop in {tmp_path}"], 1, 1.0))
+    thread.join()
+    assert isinstance(reports[-1], Finished)
+
+
+def test_time_in_which_the_machine_slept_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.5, 1.0, 4000.0, 4000.5])
+    monkeypatch.setattr("data_prep.workers.time.monotonic", lambda: next(now))
+    clock = Clock()
+    for _ in range(4):
+        clock.tick()
+    assert 1.5 <= clock.seconds <= 4
+
+
+def stopping(kinds: dict[str, type]) -> Callable[..., Iterator[Any]]:
+    """Stands for `work`: a clip of every file, but for those that end in another way."""
+
+    def work_on(_: object, jobs: Sequence[Job], *__: object) -> Iterator[Any]:
+        for job in jobs:
+            if job.name in kinds:
+                yield kinds[job.name](job, "killed: its process was ended from outside (signal 9)")
+                continue
+            _make_empty(job.folder)
+            facts = {"source": job.name, "frames": 5, "caption": job.caption}
+            for member in ("mp4", "flac", "tracks.npz"):
+                (job.folder / f"{job.name[0]}.{member}").write_bytes(b"0")
+            (job.folder / f"{job.name[0]}.json").write_text(json.dumps(facts))
+            _write_done(job, [job.name[0]], [])
+            yield Finished(job, (1, []))
+
+    return work_on
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source of three files of which no model need see anything."""
+    monkeypatch.setattr("data_prep.run.find_weight", lambda *_: tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (source / name).write_bytes(name.encode())
+    return source
+
+
+def test_a_killed_worker_costs_no_file(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")
+    monkeypatch.setattr("data_prep.run.work", stopping({}))
+    prepare(RunOptions(three, whole))
+    monkeypatch.setattr("data_prep.run.work", stopping({"b.mp4": Unfinished}))
+    with pytest.raises(PassingError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
+        prepare(options)
+    assert not (options.out / "dataset.json").exists()
+    monkeypatch.setattr("data_prep.run.work", stopping({}))
+    assert prepare(options)["clips"] == 3
+    for path in whole.iterdir():
+        assert path.read_bytes() == (options.out / path.name).read_bytes()
+
+
+def test_a_file_that_is_stopped_in_every_run_is_refused_for_what_it_is(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RunOptions(three, tmp_path / "out")
+    monkeypatch.setattr("data_prep.run.work", stopping({"b.mp4": Unfinished}))
+    for _ in range(2):
+        with pytest.raises(PassingError):
+            prepare(options)
+    assert prepare(options)["clips"] == 2
+    (row,) = read_refused(options.out / "refused.jsonl")
+    assert row["source"] == "b.mp4" and row["reason"].startswith("killed: ")
+    assert row["reason"].endswith("in 3 runs")
 
 
 def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]":

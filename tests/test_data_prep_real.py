@@ -14,7 +14,7 @@ from data_prep.filter import Refusal
 from data_prep.options import RunOptions
 from data_prep.probe import probe
 from data_prep.run import find_files, prepare
-from data_prep.source import Models, read_source
+from data_prep.source import Models, Source, read_source
 from data_prep.video import VideoReader
 from data_prep.weights import YUNET, find_weight
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
@@ -70,7 +70,9 @@ def test_a_turned_picture_is_set_upright(media: Path) -> None:
 def test_every_second_is_in_a_clip_or_refused(media: Path, weights: Path) -> None:
     path = media / "video" / "offset_hamilton.mp4"
     options = RunOptions(path, path, frames=33, min_frames=17, size=64)
-    parts = list(read_source(path, path.name, "0" * 64, options, models(weights), lambda _: None))
+    both = models(weights)
+    source = Source(path, path.name, "0" * 64, "")
+    parts = list(read_source(source, options, both, lambda _: None))
     spans = []
     for part in parts:
         if isinstance(part, Refusal):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from echolab.arguments import parse
 from echolab.cli.colours import match_colours
-from echolab.cli.footage import footage_of
+from echolab.cli.footage import footage_of, open_source
 from echolab.cli.generate_arguments import GenerateArguments
 from echolab.cli.policy import (
     architecture_of,
@@ -110,7 +110,8 @@ def read_sound_of(arguments: GenerateArguments) -> tuple[Samples | None, int]:
         assert arguments.seconds is not None
         samples, length, name = None, round(16_000 * arguments.seconds), Path("seconds=")
     else:
-        samples, name = read_audio(arguments.audio), arguments.audio
+        samples = read_audio(arguments.audio, since=_picture_start(arguments))
+        name = arguments.audio
         if arguments.seconds is not None:
             samples = samples[: round(16_000 * arguments.seconds)]
         length = len(samples)
@@ -119,6 +120,16 @@ def read_sound_of(arguments: GenerateArguments) -> tuple[Samples | None, int]:
         raise MediaError(f"{name}: {length / 16_000:.2f} s of sound, need "
                          f"{LEAST_FRAMES / 25} s or more; give a longer file")  # fmt: skip
     return samples, frames
+
+
+def _picture_start(arguments: GenerateArguments) -> float | None:
+    """Return the time of the first picture if the sound is that of the video to make anew."""
+    source, audio = arguments.source, arguments.audio
+    if arguments.task == "continuation" or source is None or audio is None:
+        return None
+    if not (source.exists() and audio.exists() and source.samefile(audio)):
+        return None
+    return float(open_source(source).times[0])
 
 
 def load_models(arguments: GenerateArguments, device: torch.device) -> Models:

@@ -7,6 +7,7 @@ Shapes: T frames, Y, X pixels, n sound samples.  Frames are RGB uint8, sound is 
 import io
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,17 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from echolab.data.decoding import (
+    BACK_SECONDS,
+    Advance,
+    decoded,
+    frames_of,
+    ignore,
+    opened,
+    packets,
+    picture_stream,
+    upright,
+)
 from echolab.data.files import write_whole
 from echolab.errors import MediaError
 
@@ -27,6 +39,8 @@ RATE_HZ = 16000
 KEYFRAME_INTERVAL = 12  # short, so that a random frame is near: see decord's timings
 LONGEST_GAP_SECONDS = 3600.0
 GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a hole in the sound
+ALIKE = 2.0  # mean difference of one picture from two decoders, of 255
+BLOCK_SECONDS = 10  # of sound joined at once
 AUDIO_FRAME = 1024  # samples handed to an encoder at once
 
 Frames = NDArray[np.uint8]
@@ -42,6 +56,7 @@ class Sound(NamedTuple):
     samples: Samples  # [n] mono
     start_seconds: float  # time of the first sample
     rate: int
+    damaged: list[tuple[float, float]]  # seconds whose packets cannot be decoded: silence here
 
 
 class Tracks(NamedTuple):
@@ -59,15 +74,60 @@ def encode_mp4(frames: Frames, fps: int = FPS, crf: int = 12) -> bytes:
 
 
 def decode_mp4(data: bytes) -> Frames:
-    """Frames [T, Y, X, 3] of a video held in memory, decoded by decord."""
+    """Frames [T, Y, X, 3] of a video held in memory, decoded by decord if PyAV sees the same.
+
+    The first, the middle and the last picture and their number are compared: of what is not written
+    by `encode_mp4`, such as edit lists and open groups of pictures, decord shows other frames.
+    """
     try:
-        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-        frames = np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
-    except (decord.DECORDError, RuntimeError) as error:
+        frames = _decord_frames(data)
+    except (decord.DECORDError, RuntimeError):
+        frames = np.zeros((0, 0, 0, 3), np.uint8)
+    try:
+        return frames if _is_seen_by_pyav(data, frames) else _av_frames(data)
+    except (av.FFmpegError, OSError, ValueError, MediaError) as error:
         raise MediaError(
             f"a video of {len(data)} bytes cannot be decoded: {_line(error)}"
         ) from error
-    return frames
+
+
+def _decord_frames(data: bytes) -> Frames:
+    reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+    return np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
+
+
+def _is_seen_by_pyav(data: bytes, frames: Frames) -> bool:
+    """Whether PyAV decodes as many frames, and the first, middle and last one alike."""
+    compared = {0, len(frames) // 2, len(frames) - 1}
+    number = -1
+    for number, frame in enumerate(_av_pictures(data)):
+        if number >= len(frames):
+            return False
+        if number in compared:
+            picture = upright(frame)
+            if picture.shape != frames[number].shape or _distance(picture, frames[number]) > ALIKE:
+                return False
+    return number + 1 == len(frames)
+
+
+def _av_frames(data: bytes) -> Frames:
+    frames = [upright(frame) for frame in _av_pictures(data)]
+    if not frames:
+        raise MediaError("not one frame can be decoded")
+    return np.stack(frames)
+
+
+def _av_pictures(data: bytes) -> Iterator[Any]:
+    """Yield the decoded frames of a video held in memory; MediaError if one is damaged."""
+    with opened(io.BytesIO(data)) as container:
+        for time, frame in decoded(container, picture_stream(container), ignore):
+            if frame is None or frame.is_corrupt:
+                raise MediaError(f"the picture is damaged at {time:.2f} s")
+            yield frame
+
+
+def _distance(one: Frames, other: Frames) -> float:
+    return float(np.abs(one.astype(np.int16) - other).mean())
 
 
 def _picture(decoded: Frames) -> Frames:
@@ -151,55 +211,115 @@ def decode_flac(data: bytes) -> Samples:
     return np.asarray(samples, np.float32)
 
 
-def read_audio(path: Path, rate: int = RATE_HZ) -> Samples:
-    """The first sound track of any file, mono [n] at `rate`, from its first sample on."""
-    return read_sound(path, rate).samples
+def read_audio(path: Path, rate: int = RATE_HZ, since: float | None = None) -> Samples:
+    """The first sound track of any file, mono [n] at `rate`.
+
+    From its first sample on, or from `since` seconds on the file's clock: silence before the first.
+    """
+    sound = read_sound(path, rate)
+    end = sound.start_seconds + len(sound.samples) / rate
+    holes = [first for first, last in sound.damaged if first < last and first < end - GAP_SECONDS]
+    if holes:
+        raise MediaError(f"{path}: the sound is damaged at {holes[0]:.2f} s; repair it")
+    begin = 0 if since is None else round((since - sound.start_seconds) * rate)
+    return np.concatenate([np.zeros(max(-begin, 0), np.float32), sound.samples[max(begin, 0) :]])
 
 
-def read_sound(path: Path, rate: int = RATE_HZ) -> Sound:
-    """As read_audio, with the time of the first sample; holes in the track become silence."""
+def read_sound(path: Path, rate: int = RATE_HZ, advance: Advance = ignore) -> Sound:
+    """As read_audio, with the time of the first sample; holes in the track become silence.
+
+    Holes of packets that cannot be decoded are listed.  Raises MediaError if there is no sound to
+    use, OSError if the file cannot be read, and MemoryError.
+    """
+    damaged: list[tuple[float, float]] = []
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: has no sound track; give a file with sound")
-            pieces = list(_resampled(container, rate))
+            blocks = deque(_blocks(container, rate, damaged, advance))
     except FileNotFoundError as error:
         raise MediaError(f"{path}: not there; check the name") from error
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, ValueError) as error:
+        if isinstance(error, OSError | MemoryError):
+            raise
         raise MediaError(f"{path}: the sound is damaged ({_line(error)}); repair it") from error
-    if not pieces:
-        raise MediaError(f"{path}: the sound track is empty; give a file with sound")
-    start = min(at for at, _ in pieces)
-    end = max(at + len(piece) / rate for at, piece in pieces)
-    heard = sum(len(piece) for _, piece in pieces) / rate
-    if end - start > heard + LONGEST_GAP_SECONDS:
+    if not blocks:
+        what = "not one packet of the sound track can be decoded" if damaged else "is empty"
+        raise MediaError(f"{path}: the sound track is empty ({what}); give a file with sound")
+    start = blocks[0][0]
+    ends = [round((at - start) * rate) + offset + len(piece) for at, offset, piece in blocks]
+    heard = sum(len(piece) for _, _, piece in blocks)
+    if max(ends) > heard + LONGEST_GAP_SECONDS * rate:
         raise MediaError(f"{path}: the time stamps of the sound jump by hours; repair it")
-    samples = np.zeros(round((end - start) * rate), np.float32)
-    for at, piece in pieces:
-        first = round((at - start) * rate)
+    samples = np.zeros(max(ends), np.float32)
+    while blocks:  # one after another, so that the sound is in memory once
+        at, offset, piece = blocks.popleft()
+        first = max(0, round((at - start) * rate) + offset)
         samples[first : first + len(piece)] = piece[: len(samples) - first]
-    if not np.isfinite(samples).all():
-        raise MediaError(f"{path}: the sound holds values that are no numbers; repair it")
-    return Sound(samples, start, rate)
+    return Sound(samples, start, rate, damaged)
 
 
-def _resampled(container: Any, rate: int) -> Iterator[tuple[float, Samples]]:
-    """Unbroken stretches of sound: (time of the first sample, samples)."""
+def _blocks(
+    container: Any, rate: int, damaged: list[tuple[float, float]], advance: Advance
+) -> Iterator[tuple[float, int, Samples]]:
+    """Yield blocks of sound: time at which its unbroken stretch began, offset in it, samples."""
+    start, offset, pieces = 0.0, 0, list[Samples]()
+    for at, piece in _resampled(container, rate, damaged, advance):
+        if pieces and (at != start or sum(map(len, pieces)) > BLOCK_SECONDS * rate):
+            block = np.concatenate(pieces)
+            yield start, offset, block
+            offset, pieces = offset + len(block), []
+        if at != start:
+            start, offset = at, 0
+        if len(piece):
+            pieces.append(piece)
+    if pieces:
+        yield start, offset, np.concatenate(pieces)
+
+
+def _resampled(
+    container: Any, rate: int, damaged: list[tuple[float, float]], advance: Advance
+) -> Iterator[tuple[float, Samples]]:
+    """Yield (time at which its unbroken stretch began, following samples) for each frame."""
+    stream = container.streams.audio[0]
     resampler: Any = None
-    pieces: list[Any] = []
     start = end = 0.0
-    for frame in container.decode(container.streams.audio[0]):
-        time = end if frame.time is None else float(frame.time)
-        if resampler is None or abs(time - end) > GAP_SECONDS:
-            if resampler is not None:
-                yield start, _joined(pieces + resampler.resample(None))
-            resampler, pieces = av.AudioResampler("s32", "mono", rate), []
-            start = end = time
-        frame.pts = None  # the stretch is unbroken: counting samples is exact
-        end += frame.samples / frame.sample_rate
-        pieces += resampler.resample(frame)
+    form: tuple[Any, ...] = ()
+    for packet in packets(container, stream, advance):
+        for frame in frames_of(packet) if packet is not None else [None]:
+            if frame is None or not _is_finite(frame):
+                damaged.append(_span(packet, end))
+                continue
+            time = end if frame.time is None else float(frame.time)
+            if resampler is not None and time < end - BACK_SECONDS:
+                raise MediaError(
+                    f"{container.name}: the time stamps of the sound go back from {end:.2f} s to "
+                    f"{time:.2f} s; give each recording as a file of its own"
+                )
+            changed = form != (form := (frame.format.name, frame.layout.name, frame.sample_rate))
+            if resampler is None or changed or abs(time - end) > GAP_SECONDS:
+                if resampler is not None:
+                    yield start, _joined(resampler.resample(None))
+                resampler, start, end = av.AudioResampler("s32", "mono", rate), time, time
+            frame.pts = None  # the stretch is unbroken: counting samples is exact
+            end += frame.samples / frame.sample_rate
+            yield start, _joined(resampler.resample(frame))
     if resampler is not None:
-        yield start, _joined(pieces + resampler.resample(None))
+        yield start, _joined(resampler.resample(None))
+
+
+def _is_finite(frame: Any) -> bool:
+    """Whether all samples of an audio frame are numbers."""
+    is_float = frame.format.name.startswith(("flt", "dbl"))
+    return not is_float or bool(np.isfinite(frame.to_ndarray()).all())
+
+
+def _span(packet: Any, end: float) -> tuple[float, float]:
+    """Return the seconds of a packet that cannot be decoded; without a stamp it follows `end`."""
+    if packet is None or packet.pts is None:
+        return end, end
+    first = float(packet.pts * packet.time_base)
+    return first, first + float((packet.duration or 0) * packet.time_base)
 
 
 def _joined(frames: list[Any]) -> Samples:

@@ -1,0 +1,171 @@
+"""Decoded frames of a media file in order, each with its time; PyAV decodes.
+
+Whoever numbers pictures reads this sequence from the first packet on, without a seek: a seek lands
+before, on or behind the wanted frame as the container has it (MPEG program and transport streams,
+open groups of pictures), while a sequence that is read twice is the same twice.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from echolab.errors import MediaError
+
+THREADS = 4  # of one decoder: each keeps some pictures in memory
+USUAL_STEP = 0.04  # seconds between frames of a file that does not say
+MEMORY_PROBE_BYTES = 2**28
+BACK_SECONDS = 0.5  # a time stamp that goes back by more begins another recording
+
+Advance = Callable[[float], None]  # share of the file that is read
+
+
+@contextmanager
+def opened(source: Path | BinaryIO) -> Iterator[Any]:
+    """Open a file as a PyAV container; tags in any text encoding are no damage."""
+    file = os.fspath(source) if isinstance(source, Path) else source
+    try:
+        container = av.open(file, metadata_errors="replace")
+    except MemoryError:
+        if _is_memory_short():
+            raise
+        raise ValueError("its sizes are impossible") from None
+    with container:
+        yield container
+
+
+def _is_memory_short() -> bool:
+    """Tell a lack of memory from a damaged size, which asks for more than any machine has."""
+    try:
+        bytearray(MEMORY_PROBE_BYTES)
+    except MemoryError:
+        return True
+    return False
+
+
+def picture_stream(container: Any) -> Any:
+    """Return the first video stream that is no cover; raise MediaError if there is none."""
+    streams = [s for s in container.streams.video if not _is_cover(s)]
+    if not streams:
+        raise MediaError("no picture: the file holds no video track")
+    streams[0].thread_type = "AUTO"
+    streams[0].codec_context.thread_count = THREADS
+    return streams[0]
+
+
+def decoded(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds, frame) with ascending times; the frame is None for a packet that is damaged.
+
+    A frame without a time stamp follows the one before it by its duration, and one with the stamp
+    of another is left out.  Raises MediaError if the time stamps begin again, MemoryError and, if
+    the file itself cannot be read, OSError.
+    """
+    step = _step(stream)
+    last: float | None = None
+    for time, frame in _stamped(container, stream, advance):
+        if frame is None:
+            yield (0.0 if last is None else last), None
+            continue
+        if time is None:
+            time = 0.0 if last is None else last + _duration(frame, step)
+        if last is not None and time < last - BACK_SECONDS:
+            raise MediaError(
+                f"time stamps: they go back from {last:.2f} s to {time:.2f} s, as in recordings "
+                "that were joined; give each as a file of its own"
+            )
+        if last is None or time > last:
+            last = time
+            yield time, frame
+
+
+def _stamped(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[float | None, Any]]:
+    """Yield (seconds or None, frame or None) as the container stamps them.
+
+    AVI knows the order of its packets alone, one each tick, and what PyAV reports for reordered
+    frames is a guess: the n-th frame seen gets the time of the n-th packet.
+    """
+    ordered = container.format.name == "avi"
+    ticks: deque[float] = deque()
+    for packet in packets(container, stream, advance):
+        if ordered and packet is not None and packet.size and packet.dts is not None:
+            ticks.append(float(packet.dts * packet.time_base))
+        for frame in frames_of(packet) if packet is not None else [None]:
+            if not ordered:
+                yield _time(frame), frame
+            elif frame is None:
+                yield (ticks.pop() if ticks else None), None
+            else:
+                yield (ticks.popleft() if ticks else None), frame
+
+
+def packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]:
+    """Yield the packets of a stream; None, at the end, for one that cannot be read.
+
+    Raises OSError if the file itself cannot be read, and MemoryError.
+    """
+    size = container.size
+    try:
+        for packet in container.demux(stream):
+            if size and packet.pos:
+                advance(min(1.0, packet.pos / size))
+            yield packet
+    except MemoryError:
+        if _is_memory_short():
+            raise
+        yield None
+    except OSError:
+        raise
+    except (av.FFmpegError, ValueError, IndexError):
+        yield None
+
+
+def ignore(share: float) -> None:
+    """Take no note of progress."""
+
+
+def frames_of(packet: Any) -> list[Any]:
+    """Return the frames that a packet completes; [None] if it cannot be decoded."""
+    try:
+        return list(packet.decode())
+    except MemoryError:
+        if _is_memory_short():
+            raise
+        return [None]
+    except (av.FFmpegError, ValueError, IndexError):
+        return [None]
+
+
+def upright(frame: Any) -> NDArray[np.uint8]:
+    """Return the picture [Y, X, 3] of a frame, turned as the file asks."""
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    return np.ascontiguousarray(picture)
+
+
+def _time(frame: Any) -> float | None:
+    if frame is None or frame.pts is None or frame.time_base is None:
+        return None
+    return float(frame.pts * frame.time_base)
+
+
+def _duration(frame: Any, step: float) -> float:
+    duration = float(frame.duration * frame.time_base) if frame.duration else 0.0
+    return duration if 0.001 < duration < 10 else step
+
+
+def _step(stream: Any) -> float:
+    """Return the seconds between two frames as the file states them."""
+    for rate in (stream.average_rate, stream.guessed_rate):
+        if rate and 1 <= rate <= 1000:
+            return float(1 / rate)
+    return USUAL_STEP
+
+
+def _is_cover(stream: Any) -> bool:
+    """Music files carry their cover as a video track of one picture."""
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)

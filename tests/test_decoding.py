@@ -1,0 +1,248 @@
+"""Each picture at its time beside its sound, in every container; what decord shows is compared."""
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import coded
+import numpy as np
+import pytest
+from coded import flashes, number_of, write_coded
+
+from data_prep.normalise import heard, make_grid, sound_of
+from data_prep.probe import probe
+from data_prep.video import VideoReader
+from echolab.cli.footage import source_given
+from echolab.cli.generate import read_sound_of
+from echolab.cli.generate_arguments import GenerateArguments
+from echolab.data.clips import to_frames
+from echolab.data.decoding import decoded, ignore, opened, picture_stream
+from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_sound
+from echolab.errors import MediaError
+
+EVEN = [k / 25 for k in range(40)]
+NTSC = [k * 1001 / 30000 for k in range(45)]
+UNEVEN = list(np.cumsum([0.033, 0.067, 0.033, 0.033] * 10))
+OPEN = {"bf": "3", "x264-params": "open-gop=1"}
+QUIET = {"x265-params": "log-level=none:pools=1:open-gop=1"}
+
+
+class Case(NamedTuple):
+    """How one file is written."""
+
+    name: str  # of the file
+    codec: str
+    times: list[float] = EVEN
+    more: dict[str, Any] = {}
+
+
+CASES = [
+    Case("h264.mp4", "libx264"),
+    Case("b_frames.mp4", "libx264", EVEN, {"b_frames": 3}),
+    Case("no_edit_list.mp4", "libx264", EVEN, {"b_frames": 3, "mux": {"use_editlist": "0"}}),
+    Case("fragments.mp4", "libx264", EVEN,
+         {"b_frames": 2, "mux": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}}),
+    Case("one_group.mp4", "libx264", EVEN, {"b_frames": 3, "gop": 300}),
+    Case("before_zero.mp4", "libx264", [t - 0.2 for t in EVEN], {"audio_from": -0.2}),
+    Case("late_audio.mp4", "libx264", EVEN, {"b_frames": 2, "audio_from": 0.4}),
+    Case("late_picture.mp4", "libx264", [t + 0.6 for t in EVEN], {"b_frames": 2}),
+    Case("uneven.mp4", "libx264", UNEVEN, {"b_frames": 2}),
+    Case("ntsc.mp4", "libx264", NTSC, {"b_frames": 2, "fps": Fraction(30000, 1001)}),
+    Case("hevc.mp4", "libx265", EVEN, {"b_frames": 3, "options": QUIET}),
+    Case("vp9.mp4", "libvpx-vp9"),
+    Case("asp.mp4", "mpeg4", EVEN, {"b_frames": 2}),
+    Case("h264.mov", "libx264", EVEN, {"b_frames": 3}),
+    Case("jpeg.mov", "mjpeg", EVEN, {"audio": "pcm_s16le"}),
+    Case("open.mkv", "libx264", EVEN, {"b_frames": 3, "options": OPEN}),
+    Case("hevc.mkv", "libx265", EVEN, {"b_frames": 3, "options": QUIET}),
+    Case("from_100_s.mkv", "libx264", [t + 100 for t in EVEN], {"audio_from": 100.0}),
+    Case("before_zero.mkv", "libx264", [t - 0.2 for t in EVEN], {"audio_from": -0.2}),
+    Case("ffv1.mkv", "ffv1", EVEN, {"audio": "flac"}),
+    Case("vp8.webm", "libvpx", EVEN, {"audio": "libopus"}),
+    Case("uneven.webm", "libvpx-vp9", UNEVEN, {"audio": "libopus"}),
+    Case("mpeg1.mpg", "mpeg1video", EVEN, {"audio": "mp2", "b_frames": 2}),
+    Case("mpeg2.mpg", "mpeg2video", EVEN, {"audio": "mp2", "b_frames": 2}),
+    Case("late_audio.mpg", "mpeg2video", EVEN, {"audio": "mp2", "b_frames": 2, "audio_from": 0.4}),
+    Case("ntsc.mpg", "mpeg2video", NTSC,
+         {"audio": "mp2", "b_frames": 2, "fps": Fraction(30000, 1001)}),
+    Case("mpeg2.vob", "mpeg2video", EVEN, {"audio": "ac3", "b_frames": 2}),
+    Case("h264.mpg", "libx264", EVEN, {"audio": "mp2", "b_frames": 2}),
+    Case("mpeg2.ts", "mpeg2video", EVEN, {"audio": "mp2", "b_frames": 2}),
+    Case("open.ts", "libx264", EVEN, {"b_frames": 3, "options": OPEN}),
+    Case("hevc.ts", "libx265", EVEN, {"b_frames": 3, "options": QUIET}),
+    Case("late_audio.ts", "libx264", EVEN, {"b_frames": 2, "audio_from": 0.4}),
+    Case("from_100_s.ts", "libx264", [t + 100 for t in EVEN], {"audio_from": 100.0}),
+    Case("h264.m2ts", "libx264", EVEN, {"b_frames": 3, "mux": {"mpegts_m2ts_mode": "1"}}),
+    Case("h264.flv", "libx264", EVEN, {"b_frames": 2}),
+    Case("sorenson.flv", "flv", EVEN, {"audio": "libmp3lame", "rate": 44100}),
+    Case("h264.avi", "libx264", EVEN, {"audio": "pcm_s16le", "b_frames": 2}),
+    Case("asp.avi", "mpeg4", EVEN, {"audio": "pcm_s16le", "b_frames": 2}),
+    Case("jpeg.avi", "mjpeg", EVEN, {"audio": "pcm_s16le"}),
+    Case("vp8.ogv", "libvpx", EVEN, {"audio": "libopus"}),
+    Case("h263.3gp", "h263"),
+    Case("asp.3gp", "mpeg4"),
+    Case("surround.mkv", "libx264", EVEN, {"audio": "ac3", "layout": "5.1"}),
+    Case("telephone.mkv", "libx264", EVEN, {"audio": "pcm_s16le", "rate": 8000}),
+]  # fmt: skip
+
+
+def pictures_of(path: Path) -> tuple[np.ndarray, list[int]]:
+    """The pictures of the 25 fps grid, and the numbers burnt into them."""
+    found = probe(path)
+    grid = make_grid(found)
+    pictures = np.stack(list(VideoReader(found, coded.WIDTH, coded.HEIGHT).read(grid.numbers)))
+    return pictures, [number_of(picture) for picture in pictures]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pictures_and_sound_are_at_their_times(tmp_path: Path, case: Case) -> None:
+    path = tmp_path / case.name
+    write_coded(path, case.codec, case.times, **case.more)
+    # What lies before the zero of an mp4 is cut off by its edit list.
+    shown = [n for n, t in enumerate(case.times) if t >= 0 or path.suffix != ".mp4"]
+    pictures, numbers = pictures_of(path)
+    times = np.array(case.times) - case.times[shown[0]]
+    step = max(np.diff(times))
+    assert abs(len(numbers) - round((times[-1] + times[-1] - times[-2]) * 25)) <= 1
+    for k, number in enumerate(numbers):
+        assert abs(times[number] - k / 25) <= step / 2 + 0.002
+    assert set(numbers) >= set(shown) if step >= 0.04 and case.times is EVEN else True
+    found = probe(path)
+    grid = make_grid(found)
+    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
+    flash = times[numbers[int(np.argmax([flashes(picture) for picture in pictures]))]]
+    tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
+    assert abs(tone - flash) <= 0.02
+
+
+def test_the_reader_sees_what_grid_files_hold(media: Path) -> None:
+    """The lip-reading corpus is MPEG-1 program streams: frame k of the reader is frame k."""
+    for path in sorted((media / "video").glob("grid_*.mpg")):
+        with opened(path) as container:
+            frames = [f for _, f in decoded(container, picture_stream(container), ignore)]
+            first = [frame.to_ndarray(format="rgb24") for frame in frames[:3]]
+        found = probe(path)
+        seen = list(VideoReader(found, found.width, found.height).read(np.arange(3)))
+        assert len(found.times) == len(frames) == 75
+        assert all(np.array_equal(one, other) for one, other in zip(first, seen, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mpeg2.ts", "late_audio.mpg", "hevc.ts", "late_picture.mp4"])
+def test_generate_is_given_the_same_pictures_and_sound(tmp_path: Path, name: str) -> None:
+    case, path = next(case for case in CASES if case.name == name), tmp_path / name
+    write_coded(path, case.codec, case.times, **case.more)
+    arguments = GenerateArguments(
+        tmp_path / "out.mp4", task="lip_sync", source=path, audio=path, box=(40, 100, 100, 130),
+        width=coded.WIDTH, height=coded.HEIGHT,
+    )  # fmt: skip
+    numbers = [number_of(picture) for picture in to_frames(source_given(arguments, 33).pixels)]
+    assert numbers == list(range(33))
+    samples, _ = read_sound_of(arguments)
+    assert samples is not None
+    assert abs(int(np.argmax(np.abs(samples) > 0.1)) / 16000 - 20 / 25) <= 0.02
+
+
+@pytest.mark.parametrize(
+    "name", [case.name for case in CASES if case.name.endswith(".mp4") and case.times[1] < 1]
+)
+def test_clips_of_any_writer_come_back_in_order(tmp_path: Path, name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    write_coded(tmp_path / name, case.codec, case.times, **case.more)
+    numbers = [number_of(picture) for picture in decode_mp4((tmp_path / name).read_bytes())]
+    assert numbers == [n for n, t in enumerate(case.times) if t >= 0]
+
+
+def test_decord_is_not_believed_when_pyav_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_mp4(np.stack([coded.picture_of(n, 20) for n in range(25)]))
+    truth = decode_mp4(data)
+    for wrong in (np.roll(truth, 1, 0), truth[:-1], truth[..., ::-1][:, ::-1], truth[:0]):
+        monkeypatch.setattr("echolab.data.media._decord_frames", lambda _, wrong=wrong: wrong)
+        assert np.abs(decode_mp4(data).astype(int) - truth).max() <= 2
+    monkeypatch.undo()
+    assert [number_of(picture) for picture in truth] == list(range(25))
+
+
+def test_joined_recordings_are_refused_in_words(tmp_path: Path) -> None:
+    write_coded(tmp_path / "one.mpg", "mpeg2video", EVEN, audio="mp2")
+    (tmp_path / "two.mpg").write_bytes((tmp_path / "one.mpg").read_bytes() * 2)
+    with pytest.raises(MediaError, match=r"time stamps: they go back from .* give each"):
+        probe(tmp_path / "two.mpg")
+    with pytest.raises(MediaError, match=r"time stamps of the sound go back"):
+        read_sound(tmp_path / "two.mpg")
+
+
+def test_sound_that_cannot_be_decoded_is_no_silence(tmp_path: Path) -> None:
+    """A stretch of damaged packets is refused for clips, and ends the reading of a sound."""
+    path = tmp_path / "a.mkv"
+    write_coded(path, "libx264", EVEN, audio="ac3", flash=0)
+    data = bytearray(path.read_bytes())
+    with opened(path) as container:
+        packets = [bytes(p) for p in container.demux(audio=0) if p.size]
+    for packet in packets[15:20]:  # 32 ms each
+        at = data.index(packet)
+        data[at : at + len(packet)] = bytes(len(packet))
+    path.write_bytes(data)
+    sound, grid = read_sound(path), make_grid(probe(path))
+    first, last = min(sound.damaged)[0], max(sound.damaged)[1]
+    assert abs(first - 15 * 0.032) < 0.04 and abs(last - 20 * 0.032) < 0.04
+    covered = heard(sound, grid)
+    assert not covered[math.ceil(first * 25) : math.floor(last * 25)].any()
+    assert covered[:10].all() and covered[18:35].all()
+    with pytest.raises(MediaError, match=r"a\.mkv: the sound is damaged at 0\.4"):
+        read_audio(path)
+
+
+def test_sound_may_change_its_form_on_the_way(tmp_path: Path) -> None:
+    """Broadcasts go from mono to stereo: two transport streams, one after the other in time."""
+    write_coded(tmp_path / "mono.ts", "mpeg2video", EVEN, audio="mp2", flash=0)
+    later = [t + 1.6 for t in EVEN]
+    write_coded(tmp_path / "stereo.ts", "mpeg2video", later, audio="mp2", flash=0,
+                audio_from=1.8, layout="stereo")  # fmt: skip
+    joined = b"".join((tmp_path / f"{name}.ts").read_bytes() for name in ("mono", "stereo"))
+    (tmp_path / "both.ts").write_bytes(joined)
+    sound = read_sound(tmp_path / "both.ts")
+    assert abs(len(sound.samples) / 16000 - 3.36) < 0.1
+    quiet = np.abs(sound.samples.reshape(-1, 16)[200:3000]).max(1) < 0.05
+    assert quiet.mean() < 0.05
+
+
+def test_tags_in_another_encoding_are_no_damage(tmp_path: Path) -> None:
+    write_coded(tmp_path / "a.mkv", "libx264", EVEN, audio="flac")
+    data = (tmp_path / "a.mkv").read_bytes()
+    at = data.index(b"Lavf")
+    (tmp_path / "a.mkv").write_bytes(data[:at] + b"\xe9\xe8\xff\xfe" + data[at + 4 :])
+    assert len(probe(tmp_path / "a.mkv").times) == 40
+    assert len(read_audio(tmp_path / "a.mkv")) > 16000
+
+
+def test_a_size_that_changes_is_refused_in_words(tmp_path: Path) -> None:
+    write_coded(tmp_path / "one.ts", "mpeg2video", EVEN, audio=None)
+    with av.open(str(tmp_path / "two.ts"), "w") as container:
+        video = container.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.pix_fmt = 320, 240, "yuv420p"
+        for k in range(10):
+            frame = av.VideoFrame.from_ndarray(np.zeros((240, 320, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 40 + k, Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    joined = (tmp_path / "one.ts").read_bytes() + (tmp_path / "two.ts").read_bytes()
+    (tmp_path / "both.ts").write_bytes(joined)
+    with pytest.raises(MediaError, match=r"picture size: it changes from 176x144 to 320x240"):
+        probe(tmp_path / "both.ts")
+
+
+def test_interlaced_frames_become_full_pictures_at_their_numbers(tmp_path: Path) -> None:
+    """Alternate rows of two moments: no row pattern is left, every number stays in its place."""
+    path = tmp_path / "a.mpg"
+    options = {"flags": "+ilme+ildct", "top": "1"}
+    write_coded(path, "mpeg2video", EVEN, audio="mp2", options=options, combed=True)
+    found = probe(path)
+    assert found.interlaced
+    pictures, numbers = pictures_of(path)
+    assert numbers == list(range(40))
+    reader = VideoReader(found, coded.WIDTH, coded.HEIGHT)
+    assert np.array_equal(next(reader.read(np.array([17]))), pictures[17])
+    rows = pictures[10:30, coded.HEIGHT // 2 + 20 : -20].astype(float).mean((2, 3))
+    assert np.abs(np.diff(rows, axis=1)).mean() < 8
