@@ -1,8 +1,27 @@
 """Errors that a user can cause.  Each message names file, key, number and remedy in one line."""
 
+import re
+
+# Control characters, lone surrogates, line separators, and marks that reverse reading direction.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def printable(text: str) -> str:
+    """Return the text with escapes for characters that would steer a terminal, such as ESC.
+
+    Names and messages from files and servers go through this before they are shown.  Line ends and
+    tabs stay.
+    """
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class EcholabError(Exception):
     """Something the user can put right; the command line prints its message alone and exits 1."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__()).replace("\n", "\\n")
 
 
 class ConfigError(EcholabError):

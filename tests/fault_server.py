@@ -113,6 +113,24 @@ def trickle(answer: Answer) -> None:
             return
 
 
+def endless(answer: Answer) -> None:
+    """What is there, and then for ever more; no length is announced."""
+    answer.send_response(200)
+    answer.end_headers()
+    answer.wfile.write(answer.data or b"")
+    while not answer.server.released.is_set():
+        answer.wfile.write(bytes(2**16))
+
+
+def announces(size: int) -> Fault:
+    """A length, whatever there is."""
+    return lambda answer: answer.head(200, size)
+
+
+def sent_to(place: str) -> Fault:
+    return lambda answer: answer.head(302, 0, Location=place)
+
+
 def slow(answer: Answer) -> None:
     data = answer.body()
     for start in range(0, len(data), 4096):

@@ -1,14 +1,22 @@
 """Files of strangers: none is executed, none writes or is read elsewhere, none fills the memory."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import encoded
+import fault_server
 import pytest
 
-from echolab.data.shards import ShardWriter
+from echolab.data import fetch
+from echolab.data.fetch import Expected, FetchError, Patience
+from echolab.data.index import fingerprint
+from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.errors import DataError, EcholabError
 
 # Modules that the interpreter, the libraries and the packages import, and some that they look for.
 SHADOWS = (
@@ -90,3 +98,112 @@ def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stay
     done = run(["-c", program], tmp_path, PYTHONPATH=named, ME=str(tmp_path / "program"))
     first, second = done.stdout.splitlines()
     assert (first, second) == (f"{stays} False", f"{stays} True"), done.stderr
+
+
+def reindexed(folder: Path, change: Any) -> None:
+    """Alter what dataset.json says, with the fingerprint that goes with it."""
+    path = folder / "dataset.json"
+    index = json.loads(path.read_text())
+    change(index)
+    head = index["kind"], index["encoders"], index["shards"]
+    index["fingerprint"] = fingerprint(*head, index["samples"])
+    path.write_text(json.dumps(index, separators=(",", ":")))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    with ShardWriter(folder, kind="raw", samples_per_shard=2) as writer:
+        for i in range(3):
+            writer.write(f"clip-{i}", {"json": b'{"caption": "x"}', "mp4": bytes(500)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "key", ["../../x", "/etc/x", "a/b", "..", "", "a.b", "a\0b", "\x1b[31m", "a" * 81, "é", 3, None]
+)
+def test_a_key_of_a_stranger_is_checked_by_the_reader(foreign: Path, key: Any) -> None:
+    reindexed(foreign, lambda index: index["samples"][0].update(key=key))
+    with pytest.raises(DataError, match=r"dataset\.json: cannot be read") as told:
+        open_dataset(foreign)
+    assert str(told.value).isprintable()
+    assert len(verify(foreign)) == 1
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/x"])
+def test_keys_with_folders_stay_below_theirs(foreign: Path, key: str) -> None:
+    def change(index: dict[str, Any]) -> None:
+        index["kind"] = "foreign"
+        index["samples"][0]["key"] = key
+
+    reindexed(foreign, change)
+    with pytest.raises(DataError, match="relative path"):
+        open_dataset(foreign)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda i: i["samples"][0]["members"].update(mp4=[-512, 500, 0]), "outside its shard"),
+        (lambda i: i["samples"][0]["members"].update(mp4=[0, 2**60, 0]), "outside its shard"),
+        (lambda i: i["samples"][0]["members"].update(mp4=[2**62, 2**62, 0]), "outside its shard"),
+        (lambda i: i["samples"][0]["members"].update(mp4=[2**70, 1, 0]), "cannot be read"),
+        (lambda i: i["samples"][0]["members"].update(mp4=["a", 1, 0]), "cannot be read"),
+        (lambda i: i["shards"][0].update(bytes=-1), "is no shard"),
+        (lambda i: i["shards"][0].update(samples=-1), "is no shard"),
+        (lambda i: i["shards"][0].update(name="../x.tar"), "is no shard"),
+        (lambda i: i.update(kind=["raw"]), "is no word"),
+        (lambda i: i.update(encoders=["a"]), "encoders is no object"),
+        (lambda i: i.update(description=1), "description is no object"),
+    ],
+)
+def test_places_of_a_stranger_are_checked_by_the_reader(
+    foreign: Path, change: Any, what: str
+) -> None:
+    reindexed(foreign, change)
+    with pytest.raises(DataError, match=what):
+        open_dataset(foreign)
+
+
+QUICK = Patience(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool) -> None:
+    data = os.urandom(100_000)
+    (tmp_path / "a.tar").write_bytes(data)
+    expected = Expected(len(data), hashlib.sha256(data if right else b"").hexdigest())
+    with fault_server.serving(tmp_path) as server, (tmp_path / "got").open("w+b") as file:
+        server.always["a.tar"] = fault_server.endless
+        if right:  # the first bytes are those that are wanted
+            fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+        else:
+            with pytest.raises(FetchError, match="wrong bytes"):
+                fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+    assert (tmp_path / "got").stat().st_size == len(data)
+
+
+@pytest.mark.parametrize("fault", [fault_server.endless, fault_server.announces(2**40)])
+def test_an_index_that_never_ends_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: fault_server.Fault
+) -> None:
+    monkeypatch.setattr(fetch, "LARGEST", 2**20)
+    with fault_server.serving(tmp_path) as server:
+        server.always["dataset.json"] = fault
+        with pytest.raises(FetchError, match=r"dataset\.json: .*1048576"):
+            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+        assert server.asked["dataset.json"] == 1
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "/loop"])
+def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) -> None:
+    with fault_server.serving(tmp_path) as server:
+        server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
+        with pytest.raises(FetchError) as told:
+            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+    assert str(told.value).isprintable() and "root:" not in str(told.value)
+
+
+def test_an_error_steers_no_terminal() -> None:
+    error = EcholabError("a\x1b]0;x\x07\n\r\x9b1m\u202eb \udc80 é\xa0ü")
+    assert str(error) == "a\\x1b]0;x\\x07\\n\\r\\x9b1m\\u202eb \\udc80 é\xa0ü"

@@ -13,7 +13,7 @@ from echolab.data.index import fingerprint
 from echolab.data.table import parse_index
 from echolab.errors import DataError
 
-places = st.tuples(st.integers(0, 2**62), st.integers(0, 2**62), st.integers(0, 2**32 - 1))
+places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(0, 2**32 - 1))
 members = st.dictionaries(st.sampled_from(["mp4", "json", "tracks.npz", "ü.png"]), places)
 
 
@@ -22,10 +22,14 @@ def datasets(draw: Any, most: int = 12) -> dict[str, Any]:
     """What dataset.json holds, as dictionaries."""
     counts = draw(st.lists(st.integers(0, 4), max_size=most // 3))
     shards = [
-        {"name": f"a-{i:06d}.tar", "sha256": f"{i:064x}", "bytes": 7 * i, "samples": count}
+        {"name": f"a-{i:06d}.tar", "sha256": f"{i:064x}", "bytes": 2**61 + i, "samples": count}
         for i, count in enumerate(counts)
     ]
-    texts = st.text(st.characters(codec="utf-8", exclude_characters="."), min_size=1, max_size=9)
+    texts = st.text(
+        st.characters(codec="utf-8", exclude_characters="./", exclude_categories=("C", "Z")),
+        min_size=1,
+        max_size=9,
+    )
     keys = draw(st.lists(texts, min_size=sum(counts), max_size=sum(counts), unique=True))
     names = [shard["name"] for shard in shards for _ in range(shard["samples"])]
     samples = [

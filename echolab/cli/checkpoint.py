@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import parse
-from echolab.errors import CheckpointError, ConfigError
+from echolab.errors import CheckpointError, ConfigError, printable
 from echolab.training.checkpoints.checkpoint import (
     NAME,
     Checkpoint,
@@ -125,7 +125,7 @@ def inspect(argv: list[str]) -> int:
         f"{at['epochs']} ({at['kind']}), {at['within']} of its {at['epoch_steps']} steps done",
         f"  sha256      {found['sha256']}",
     ]
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
     return 0
 
 
@@ -149,7 +149,7 @@ def verify(argv: list[str]) -> int:
     if arguments.format == "json":
         print(json.dumps({"path": str(path), "valid": not found, "faults": found}))
     else:
-        print("\n".join(found) if found else f"{path}: whole")
+        print(printable("\n".join(found)) if found else f"{path}: whole")
     return 1 if found else 0
 
 
@@ -168,12 +168,13 @@ def diff(argv: list[str]) -> int:
         print(json.dumps({**told, "tensors": differing, "state": state}))
         return 0 if same else 1
     for side, one in (("a", a), ("b", b)):
-        print(f"{side}: {one.path}, step {one.step}, written by {_told(origins[side])}")
+        line = f"{side}: {one.path}, step {one.step}, written by {_told(origins[side])}"
+        print(printable(line))
     for found in tensors:
-        print(found.line())
+        print(printable(found.line()))
     for entry in state:
         values = (json.dumps(entry[side]) if side in entry else "missing" for side in "ab")
-        print(f"state {entry['key']}: {' | '.join(values)}")
+        print(printable(f"state {entry['key']}: {' | '.join(values)}"))
     counts = f"{len(tensors)} tensors and {len(state)} entries of the state differ"
     print("bit-equal" if same else counts)
     return 0 if same else 1

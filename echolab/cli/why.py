@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import parse
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, printable
 from echolab.launch.attempts import attempts_of
 from echolab.launch.explain import figures, words
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as run="
         )
     told = figures(arguments.run, attempts, _infrastructure(arguments.run))
-    print(json.dumps(told) if arguments.format == "json" else words(told))
+    print(json.dumps(told) if arguments.format == "json" else printable(words(told)))
     return 0
 
 

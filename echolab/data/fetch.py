@@ -12,11 +12,12 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from echolab.data.transport import Interrupted, Refused, Reply, ask, shown, silence
+from echolab.data.transport import PLACE, Interrupted, Refused, Reply, ask, shown, silence
 from echolab.errors import DataError
 
 Result = TypeVar("Result")
 
+LARGEST = 2**31  # bytes of an object of which no size is expected: it is kept in memory
 INDEXED = "the object is not the one that was indexed; upload the whole dataset again"
 
 # Pauses must differ between processes, and must not move the seeded generators.
@@ -145,9 +146,9 @@ def _attempt(
         reply = watched.call(lambda: ask(url, body.count, body.tag, wait), wait)
         close = reply.close
         _begin(body, reply, expected)
-        whole = expected.bytes if expected else None
-        while body.count != whole and (data := watched.call(reply.read, seconds())):
-            body.add(data)
+        limit = _most(reply, expected)
+        while body.count < limit and (data := watched.call(reply.read, seconds())):
+            body.add(data[: limit - body.count])  # a server may send for ever
         _check(body, reply, expected)
     finally:
         watched.end(close)
@@ -166,7 +167,18 @@ def _begin(body: _Body, reply: Reply, expected: Expected | None) -> None:
         raise Interrupted(what, remedy=INDEXED, lost=True)
 
 
+def _most(reply: Reply, expected: Expected | None) -> int:
+    """How many bytes are read and kept at most."""
+    if expected:
+        return expected.bytes
+    if reply.size is not None and reply.size > LARGEST:
+        raise Refused(f"{reply.size} bytes, at most {LARGEST} are read", PLACE)
+    return LARGEST + 1 if reply.size is None else reply.size
+
+
 def _check(body: _Body, reply: Reply, expected: Expected | None) -> None:
+    if body.count > LARGEST and not expected:
+        raise Refused(f"does not end after {LARGEST} bytes", PLACE)
     whole = expected.bytes if expected else reply.size
     if whole is not None and body.count < whole:
         raise Interrupted(f"cut at byte {body.count} of {whole}")

@@ -30,6 +30,8 @@ def key_fault(kind: str, key: str) -> str | None:
     base = key.rpartition("/")[2]
     if not base or "." in base or not key.isprintable():
         return "a key has no dots, and nothing that cannot be printed"
+    if key.startswith("/") or ".." in key.split("/"):
+        return "a key is a relative path without .."
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 
 from echolab.data.index import BATCH, FORMAT, Members, Shard, fingerprint
-from echolab.data.names import SHARD_FILE
+from echolab.data.names import SHARD_FILE, key_fault
 from echolab.errors import DataError
 
 # Of some samples: keys, lengths of keys, numbers of members; names and places of members.
@@ -88,6 +88,7 @@ class Table:
         while batch := list(islice(rest, BATCH)):
             self._check_shards(batch, count)
             self._parts.append(self._columns(batch))
+            self._check_places(*self._parts[-1][2::2], count)
             count += len(batch)
             yield from batch
         if count != self.shard_starts[-1]:
@@ -110,6 +111,14 @@ class Table:
         for sample, shard in zip(batch, shards.tolist(), strict=True):
             if shard >= len(self.shards) or sample["shard"] != self.shards[shard].name:
                 raise ValueError(f"sample {sample['key']!r} is not where its shard counts it")
+
+    def _check_places(self, counts: np.ndarray, places: np.ndarray, first: int) -> None:
+        """Members must lie within their shards."""
+        numbers = np.arange(first, first + len(counts))
+        shards = np.searchsorted(self.shard_starts, numbers, side="right") - 1
+        ends = np.repeat(np.array([shard.bytes for shard in self.shards])[shards], counts)
+        if (places < 0).any() or (places[:, 0] > ends - places[:, 1]).any():
+            raise ValueError("a member lies outside its shard")
 
     def _columns(self, batch: list[dict[str, Any]]) -> Columns:
         keys = [sample["key"].encode() for sample in batch]
@@ -141,16 +150,32 @@ def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], Table]:
             raise DataError(f"{path}: format {index['format']}, this program reads {FORMAT}")
         table = Table([_shard(**shard) for shard in index["shards"]])
         head = index["kind"], index["encoders"], index["shards"]
-        if fingerprint(*head, table.add(samples)) != index["fingerprint"]:
+        if not isinstance(index["kind"], str):
+            raise ValueError(f"kind {index['kind']!r} is no word")
+        for name in ("encoders", "description"):
+            if not isinstance(index[name], dict):
+                raise ValueError(f"{name} is no object")
+        checked = table.add(_with_good_keys(index["kind"], samples))
+        if fingerprint(*head, checked) != index["fingerprint"]:
             raise DataError(f"{path}: was changed after it was written; make the dataset again")
     except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error}); make the dataset again") from error
     return index, table
 
 
+def _with_good_keys(kind: str, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Hand samples on; ValueError for a key that must not become part of a file's name."""
+    for sample in samples:
+        if why := key_fault(kind, sample["key"]):
+            raise ValueError(f"key {sample['key']!r}: {why}")
+        yield sample
+
+
 def _shard(name: str, sha256: str, bytes: int, samples: int) -> Shard:
     if not SHARD_FILE.fullmatch(name) or not SHA256.fullmatch(sha256):
         raise ValueError(f"{name!r} with sha256 {sha256!r} is no shard")
+    if bytes < 0 or samples < 0:
+        raise ValueError(f"{name} of {bytes} bytes and {samples} samples is no shard")
     return Shard(name, sha256, int(bytes), int(samples))
 
 

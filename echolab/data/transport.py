@@ -89,6 +89,16 @@ def shown(url: str) -> str:
     return without_secrets(url)
 
 
+# Without those for ftp:, file: and data:, to which a server could send us on.
+_WEB = urllib.request.OpenerDirector()
+for _handler in (
+    urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+    urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler,
+):  # fmt: skip
+    _WEB.add_handler(_handler())
+
+
 def ask(url: str, start: int, tag: str | None, seconds: float) -> Reply:
     """Begin to read `url` at byte `start` of the object that bears `tag`.
 
@@ -116,7 +126,7 @@ def _request(url: str, start: int, tag: str | None) -> urllib.request.Request:
 
 def _ask_http(url: str, start: int, tag: str | None, seconds: float) -> Reply:
     try:
-        response = urllib.request.urlopen(_request(url, start, tag), timeout=seconds)
+        response = _WEB.open(_request(url, start, tag), timeout=seconds)
     except urllib.error.HTTPError as error:
         error.close()
         raise _status(error.code, error.reason) from error

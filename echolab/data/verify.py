@@ -15,12 +15,12 @@ from typing import BinaryIO, NamedTuple
 
 from echolab.data.contents import content_fault
 from echolab.data.index import INDEX, Shard
-from echolab.data.names import PARTIAL, dotted, key_fault, split_file
+from echolab.data.names import PARTIAL, dotted, split_file
 from echolab.data.progress import Advance
 from echolab.data.spread import processes, spread
 from echolab.data.table import Table, parse_index
 from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
-from echolab.errors import DataError
+from echolab.errors import DataError, printable
 
 Place = tuple[int, int, int]  # offset, size, crc32
 Name = tuple[str, str]  # key, member
@@ -41,7 +41,8 @@ class Fault(NamedTuple):
         """For people."""
         byte = "" if self.byte is None else f"byte {self.byte}: "
         sample = "" if self.sample is None else f"sample {self.sample}: "
-        return f"{folder / self.file}: {byte}{sample}{self.what}"
+        line = printable(f"{folder / self.file}: {byte}{sample}{self.what}")
+        return line.replace("\n", "\\n")
 
 
 class _Shard:
@@ -98,7 +99,7 @@ def find_faults(
     except OSError as error:
         why = "not there" if isinstance(error, FileNotFoundError) else error.strerror
         return [Fault(INDEX, f"{why}; the folder is no whole dataset")]
-    found = _key_faults(index["kind"], table.keys)
+    found = _doubled_keys(table.keys)
     found += _other_files(folder, {shard.name for shard in table.shards})
     count = processes(workers, [shard.bytes for shard in table.shards])
     results: dict[int, list[Fault]] = {}
@@ -110,15 +111,9 @@ def find_faults(
     return found + [fault for number in sorted(results) for fault in results[number]]
 
 
-def _key_faults(kind: str, keys: Sequence[str]) -> list[Fault]:
-    found: list[Fault] = []
-    seen: set[str] = set()
-    for key in keys:
-        why = "is listed twice" if key in seen else key_fault(kind, key)
-        seen.add(key)
-        if why:
-            found.append(Fault(INDEX, why, None, key))
-    return found
+def _doubled_keys(keys: Sequence[str]) -> list[Fault]:
+    counts = Counter(keys)
+    return [Fault(INDEX, "is listed twice", None, key) for key, n in counts.items() if n > 1]
 
 
 def _shards(table: Table, foreign: bool) -> Iterator[_Shard]:
