@@ -25,7 +25,7 @@ for line in sys.stdin:
 def test_a_leak_in_a_child_of_a_child_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", LEAK, "parent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "LEAK": LEAK}, text=True, start_new_session=True,
+        env={**os.environ, "LEAK": LEAK}, text=True, process_group=0,
     )  # fmt: skip
     assert child.stdin and child.stdout
 
@@ -105,6 +105,15 @@ def test_cgroups_of_version_1(proc: Path, tmp_path: Path) -> None:
     put(proc / "self", cgroup="4:memory:/docker/0123\n")
     put(groups / "memory", memory__limit_in_bytes="5000", memory__usage_in_bytes="4000")
     assert free(proc, groups) == 1000
+
+
+def test_a_process_with_a_session_of_its_own_is_not_counted(tmp_path: Path) -> None:
+    """The tracker's: however large it grows, the run goes on."""
+    put(tmp_path / "7", statm="1 1 1", stat="7 (rank) S 1 7 7")
+    put(tmp_path / "8", statm="1 1 1", stat="8 (worker) S 7 7 7")
+    put(tmp_path / "9", statm="1 99999 1", stat="9 (tracker) S 7 9 9")
+    put(tmp_path / "10", statm="1 99999 1", stat="10 (wandb-core) S 9 10 10")
+    assert family(7, tmp_path) == [7, 8]
 
 
 def test_kernels_that_tell_no_shares(tmp_path: Path) -> None:

@@ -141,11 +141,16 @@ def rank(argv: list[str]) -> int:
 def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
-    result = train_rank.train(config, beats, lambda error: _end_at_once(error, beats), kept)
+    result = train_rank.train(
+        config, beats, lambda error: _end_at_once(error, beats), _tell_end, kept
+    )
+    return train_rank.exit_code(result, Path(config["run"]))
+
+
+def _tell_end(result: Any) -> None:
     if folder := told.own_folder():
         end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
         told.tell_end(folder, runs.own_rank(), end)
-    return train_rank.exit_code(result, Path(config["run"]))
 
 
 def _end_at_once(error: BaseException, beats: Beats) -> None:

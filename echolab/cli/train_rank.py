@@ -15,7 +15,7 @@ from echolab.launch import exit_codes, runs
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.redaction import masked_values
 from echolab.tracking.metrics import MetricsLog
-from echolab.tracking.wandb_run import WandbRun
+from echolab.tracking.wandb_run import FINISH_SECONDS, WandbRun
 from echolab.training.fit import FitResult, Training, fit
 from echolab.training.sections import Beats, beats_from_environment
 
@@ -24,19 +24,23 @@ def train(
     config: Mapping[str, Any],
     beats: Beats | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
+    on_end: Callable[[FitResult], None] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train the run of these settings; rank 0 holds its folder and tells metrics.
 
     `beats` are by default those that the environment names.  `on_failure` is told of an exception
     before anything is tidied up, by Lightning too: that may take long, or hang, and makes of a
-    KeyboardInterrupt a SystemExit.  `kept` are the settings to store and to send, without secrets.
+    KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited for.
+    `kept` are the settings to store and to send, without secrets.
     """
     kept = masked_values(config) if kept is None else kept
     beats = beats or beats_from_environment()
     training = _training(config)._replace(beats=beats, on_failure=on_failure)
+    on_end = on_end or (lambda result: None)
     if runs.own_rank() != 0:
-        return fit(training)
+        on_end(result := fit(training))
+        return result
     with runs.claim(folder := training.folder, kept, may_change=("schedule",)) as run:
         wandb_run = _wandb_run(config["logger"], kept, run)
         metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
@@ -52,7 +56,10 @@ def train(
                     fenced=run.lease.fenced, log=log, say=partial(_say, folder)
                 )
                 result = fit(ours._replace(on_step=lambda step, _: advance(step, "")))
+            on_end(result)
             beats.enter("teardown")
+            # a signal leaves little time until the kill
+            wandb_run.finish(FINISH_SECONDS / 2 if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
             if on_failure:

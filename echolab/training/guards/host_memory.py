@@ -14,15 +14,21 @@ SECONDS = 60.0  # between two looks: one costs milliseconds, and more in a proce
 
 
 def family(pid: int, proc: Path = PROC) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and its descendants in the same session.
+
+    A process with a session of its own, such as the tracker's, is not part of the training: its
+    memory must not end a run.
+    """
     children: dict[int, list[int]] = {}
+    sessions: dict[int, int] = {}
     for folder in proc.iterdir():
         if folder.name.isdecimal() and (stat := _text(folder / "stat")):
-            parent = int(stat.rpartition(")")[2].split()[1])  # a name may hold anything
-            children.setdefault(parent, []).append(int(folder.name))
+            _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
+            children.setdefault(int(parent), []).append(int(folder.name))
+            sessions[int(folder.name)] = int(session)
     found = [pid]
     for one in found:
-        found += children.get(one, [])
+        found += [child for child in children.get(one, []) if sessions[child] == sessions.get(pid)]
     return found
 
 

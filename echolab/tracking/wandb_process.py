@@ -1,0 +1,220 @@
+"""The process that speaks to wandb for `wandb_run.WandbRun`; nothing else in echolab imports wandb.
+
+wandb starts a service, threads and exit handlers, waits on servers and raises in whoever logs.  All
+of that stays in this process.  It reads JSON lines from stdin: first how to open the run, then one
+record a line, then `{"finish": 0}`.  It writes JSON lines to stdout: one when the run is open, one
+when it ends.  It ends when its parent does.
+"""
+
+import json
+import os
+import select
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+STEP = "trainer/step"
+INIT_SECONDS = 30.0  # for a server to answer; wandb's own limit is 90 s
+LEAVE_SECONDS = 20.0  # to finish in, once the parent asked for it or is gone
+POLL_SECONDS = 1.0  # between two checks that the parent is still there
+BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with heads of 7 bytes, in blocks
+HEAD = struct.Struct("<IHB")  # checksum, length, kind
+FULL, LAST = 1, 4  # kinds of a fragment that ends a record
+
+
+def main() -> None:
+    """Mirror one run until the parent asks to finish or ends."""
+    parent = os.getppid()
+    answers = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # wandb and its service print there
+        os.dup2(null, stream)
+    lines = _lines(parent)
+    about = json.loads(next(lines, "null"))
+    if about is None:
+        return
+    opening: dict[str, Any] = {}
+    if about["previous"]:
+        opening["recorded"] = recorded_rows(Path(about["previous"]))
+    try:
+        opening["mode"] = mode = _mode(about["mode"])
+        _answer(answers, opening)
+        run = _open(about, mode)
+    except BaseException as error:  # wandb.init also raises SystemExit and KeyboardInterrupt
+        _leave(answers, {"fault": _words(error)})
+    _answer(answers, {"folder": str(Path(run.dir).parent), "service": _children()})
+    _Mirror(run, answers).mirror(lines)
+
+
+class _Mirror:
+    """Writes records to an open run."""
+
+    def __init__(self, run: Any, answers: Any) -> None:
+        self.run, self.answers = run, answers
+        self.failed, self.fault = 0, ""  # records that wandb refused; why it refused the first
+        self.finishing = False
+
+    def mirror(self, lines: Iterator[str]) -> NoReturn:
+        """Write records until one says `finish`, or the parent ends; then finish the run."""
+        threading.Thread(target=self._watch_service, daemon=True).start()
+        exit_code = 1
+        for line in lines:
+            record = json.loads(line)
+            if "finish" in record:
+                exit_code = record["finish"]
+                break
+            self._write(record)
+        self.finishing = True
+        threading.Timer(LEAVE_SECONDS, os._exit, [1]).start()
+        folder = Path(self.run.dir).parent
+        try:
+            self.run.finish(exit_code=exit_code)
+            import wandb
+
+            wandb.teardown()  # waits until the service has written its file
+        except BaseException as error:
+            self.fault = self.fault or _words(error)
+        _leave(self.answers, self._end() | {"recorded": recorded_rows(folder), "finished": True})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        import wandb
+
+        try:
+            row: dict[str, Any] = dict(record["row"])
+            # wandb.Video turns arrays into video by moviepy, but takes mp4 files as they are
+            for name, path in record.get("videos", {}).items():
+                row[name] = wandb.Video(path, format="mp4")
+            for name, table in record.get("tables", {}).items():
+                row[name] = wandb.Table(**table)
+            self.run.log(row)
+        except Exception as error:
+            self.failed += 1
+            self.fault = self.fault or _words(error)
+
+    def _watch_service(self) -> None:
+        """End this process when wandb's service ends: no record reaches it any more."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if not self.finishing:
+            self.fault = "its service process ended"
+            _leave(self.answers, self._end())
+
+    def _end(self) -> dict[str, Any]:
+        return {"failed": self.failed, "fault": self.fault}
+
+
+def _mode(asked: str) -> str:
+    """Return `online` or `offline`; `auto` is online when logged in."""
+    import wandb
+
+    if asked == "auto":
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    return asked
+
+
+def _open(about: dict[str, Any], mode: Any) -> Any:
+    import wandb
+
+    run = wandb.init(
+        project=about["project"],
+        id=about["run_id"],
+        name=about["name"],
+        config=about["config"],
+        dir=about["folder"],
+        mode=mode,
+        # offline, wandb takes the id as it is, and warns if it is told to resume
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=INIT_SECONDS,
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,  # holds the command line
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        ),
+    )
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP)
+    return run
+
+
+def recorded_rows(folder: Path) -> int:
+    """Return how many history rows the .wandb file in a run's folder holds, a cut end left out."""
+    return sum(
+        record.WhichOneof("record_type") == "history"
+        for path in folder.glob("*.wandb")
+        for record in read_records(path)
+    )
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a .wandb file up to its end, or to the first that is damaged."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), HEAD.size, b""  # the file's own head has the same size
+    while at + HEAD.size <= len(data):
+        left = BLOCK - at % BLOCK
+        _, length, kind = HEAD.unpack_from(data, at)
+        if left < HEAD.size or kind == 0:  # filled up to the end of the block
+            at += left
+            continue
+        end = at + HEAD.size + length
+        if end > len(data):
+            return  # still being written, or cut
+        whole += data[at + HEAD.size : end]
+        at = end
+        if kind in (FULL, LAST):
+            record = Record()
+            try:
+                record.ParseFromString(whole)
+            except Exception:  # protobuf's DecodeError
+                return
+            whole = b""
+            yield record
+
+
+def _lines(parent: int) -> Iterator[str]:
+    """Yield whole lines of stdin until it is closed or the parent has ended."""
+    kept = b""
+    while os.getppid() == parent:  # a fork of the parent may hold the pipe open
+        if not select.select([0], [], [], POLL_SECONDS)[0]:
+            continue
+        if not (data := os.read(0, 1 << 16)):
+            return
+        *lines, kept = (kept + data).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def _children() -> list[int]:
+    """Return the processes that this thread started: wandb's service."""
+    path = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _answer(answers: Any, told: dict[str, Any]) -> None:
+    answers.write(json.dumps(told) + "\n")
+    answers.flush()
+
+
+def _leave(answers: Any, told: dict[str, Any]) -> NoReturn:
+    """Answer and end at once: wandb's exit handlers wait for servers."""
+    try:
+        _answer(answers, told)
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
