@@ -191,6 +191,7 @@ class _Mirror:
         self._lost = 0  # that were handed over and are not on disk
         self._fault = ""  # what lost the first record, or made the run be recorded offline
         self._offline_instead = self._said = False
+        self._impatience = ""  # why `finish` did not wait for a server any longer
         self._over = False  # no process is started any more
         self._process: _Process | None = None
         self._opened, self._ended = threading.Event(), threading.Event()
@@ -209,7 +210,7 @@ class _Mirror:
         self._queue.put(None)
         if not self._ended.wait(seconds / 2) and (self.mode == "offline") == self._opened.is_set():
             # a server or a process that hangs: the next process records offline
-            self._fault = self._fault or f"no answer after {seconds / 2:g} s"
+            self._impatience = f"no answer after {seconds / 2:g} s"
             self._kill()
         if not self._ended.wait(seconds / 2):
             self._over = True
@@ -262,7 +263,7 @@ class _Mirror:
         opened = process.receive()
         if "folder" not in opened:
             process.kill()
-            self._not_opened(opened.get("fault") or first.get("fault") or "its process died")
+            self._not_opened(opened.get("fault") or first.get("fault") or self._impatience)
             return False
         self._folder = opened["folder"]
         self._opened.set()
@@ -291,8 +292,13 @@ class _Mirror:
         self._recent, self._sent, self._folder = deque(again, maxlen=KEPT), len(again), ""
 
     def _not_opened(self, fault: str) -> None:
-        """Go on offline where a server was the reason; OSError where there was none."""
-        self._fault = self._fault or fault
+        """Go on offline if a server was the reason; OSError if there was none.
+
+        A process that was killed told no fault: the next one may do better.
+        """
+        self._fault = self._fault or fault or "its process died"
+        if not fault:
+            return
         if self.mode == "offline":
             raise OSError(fault)
         self.mode, self._offline_instead = "offline", True

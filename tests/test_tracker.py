@@ -1,0 +1,251 @@
+"""Whatever happens to wandb, nobody who logs notices, and nothing is lost without a word."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_wandb_run import records, small_mp4
+
+from echolab.tracking import wandb_run
+from echolab.tracking.wandb_run import WandbRun
+
+STEPS = 8
+HANGS = 300.0
+KEY = "0123456789abcdef" * 3
+
+
+def processes(parent: int) -> list[int]:
+    """The child processes of a process, whichever thread started them."""
+    told = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True)
+    lines = [line.split() for line in told.stdout.decode().splitlines()]
+    return [int(pid) for pid, name in lines if name.startswith(("python", "wandb"))]
+
+
+def tracker(of: int | None = None) -> tuple[list[int], list[int]]:
+    """The tracker's processes of a process, and wandb's services of these."""
+    ours = [
+        pid for pid in processes(of or os.getpid())
+        if b"wandb_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]  # fmt: skip
+    return ours, [service for pid in ours for service in processes(pid)]
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + HANGS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def begin(folder: Path, mode: str = "offline") -> WandbRun:
+    folder.mkdir(exist_ok=True)
+    return WandbRun(folder, project="tests", run_id="r-1", name="a run", config={}, mode=mode)  # type: ignore[arg-type]
+
+
+def log_all(run: WandbRun, folder: Path, steps: range = range(STEPS)) -> None:
+    """Scalars, a video and a table."""
+    for step in steps:
+        run.log(step, {"loss": step / 2})
+    run.log_videos(steps[-1], {"clip": small_mp4(folder / "clip.mp4")})
+    run.log_table("scores", ["name", "value"], [["a", 1.0]])
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Of all wandb runs in a folder, those included that were cut short."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+        for path in files
+        for record in records(path)
+        if (items := record.history.item)
+    ]
+
+
+def recorded(folder: Path) -> list[float]:
+    """The logged losses, and that a video and a table are among the rows."""
+    rows = rows_of(folder)
+    assert sum("clip._type" in row for row in rows) == 1
+    assert sum("scores._type" in row for row in rows) == 1
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+ALL = [step / 2 for step in range(2 * STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "victim"),
+    [
+        ("opening", signal.SIGTERM, "both"), ("opening", signal.SIGKILL, "tracker"),
+        ("logging", signal.SIGTERM, "both"), ("logging", signal.SIGKILL, "service"),
+        ("logging", signal.SIGKILL, "tracker"), ("logging", signal.SIGSTOP, "both"),
+    ],
+)  # fmt: skip
+def test_a_tracker_that_is_killed_is_started_again_and_told_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], when: str, number: int, victim: str
+) -> None:
+    run = begin(tmp_path)
+    if when == "logging":
+        log_all(run, tmp_path, range(STEPS))
+        wait_until(lambda: list(tmp_path.glob("wandb/offline-run-*/files/media")))
+    else:
+        wait_until(lambda: tracker()[0])
+    ours, services = tracker()
+    for pid in {"both": ours + services, "service": services, "tracker": ours}[victim]:
+        os.kill(pid, number)
+    if when == "opening":
+        log_all(run, tmp_path, range(STEPS))
+    for step in range(STEPS, 2 * STEPS):
+        run.log(step, {"loss": step / 2})
+    run.finish(10 if number == signal.SIGSTOP else 60)  # half of it for one that is stopped
+    losses = sorted(recorded(tmp_path))
+    assert losses == ALL
+    assert capfd.readouterr().err == ""  # nothing was lost
+
+
+def silent(server: socket.socket, kept: list[socket.socket]) -> None:
+    while True:
+        try:
+            kept.append(server.accept()[0])
+        except OSError:
+            return
+
+
+@contextmanager
+def never_answers() -> Iterator[str]:
+    """A server that accepts connections, and says nothing."""
+    kept: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=silent, args=(server, kept), daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+
+
+@contextmanager
+def closed_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    yield address
+
+
+@pytest.mark.parametrize(("mode", "server"), [("online", never_answers), ("auto", closed_port)])
+def test_without_a_server_the_run_is_recorded_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    mode: str, server: Callable[[], Iterator[str]],
+) -> None:  # fmt: skip
+    """Also where it ends before anybody knows that the server will not answer."""
+    for name in ("WANDB_MODE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with server() as address:  # type: ignore[attr-defined]
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        run = begin(tmp_path, mode)
+        log_all(run, tmp_path)
+        wait_until(lambda: run.mode == "online")
+        run.finish(12)
+    assert run.mode == "offline" and recorded(tmp_path) == ALL[:STEPS]
+    told = capfd.readouterr().err.splitlines()
+    folder = next(tmp_path.glob("wandb/offline-run-*"))
+    assert len(told) == 1 and f"`wandb sync {folder}`" in told[0] and KEY not in told[0]
+
+
+def test_a_wrong_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "too-short-a-key")
+    run = begin(tmp_path, "online")
+    log_all(run, tmp_path)
+    run.finish(60)
+    assert recorded(tmp_path) == ALL[:STEPS]
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1 and "WANDB_API_KEY" in told[0] and "wandb sync" in told[0]
+    assert "too-short-a-key" not in told[0]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 40])
+def test_a_full_disk_is_told_with_what_is_missing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kilobytes: int
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    (disk := tmp_path / "wandb").mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        run = begin(tmp_path)
+        for step in range(500):
+            run.log(step, {f"loss/{i}": step + i / 7 for i in range(20)})
+        run.finish(60)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "of 500 records are missing there" in told, told
+
+
+def test_in_a_slurm_job_auto_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    run = begin(tmp_path, "auto")
+    assert run.mode == "offline"
+    run.finish(60)
+    assert run.mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_run._chosen("auto") == "online"  # who asks for it gets it
+
+
+def test_a_tracker_that_takes_nothing_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """More records than any pipe or queue holds; and what cannot be started is told in a line."""
+    stuck = tmp_path / "stuck"
+    stuck.write_text("#!/bin/sh\nexec sleep 1000\n")
+    stuck.chmod(0o755)
+    monkeypatch.setattr(wandb_run, "PROCESS", (str(stuck),))
+    run = begin(tmp_path / "a")
+    for step in range(2 * wandb_run.QUEUED):
+        run.log(step, {"loss": 1.0, "a/long/name/of/a/metric": 2.0})
+    run.finish(0.2)
+    run = begin(tmp_path / "b")
+    run.finish(0.2)
+    monkeypatch.setattr(wandb_run, "PROCESS", (str(tmp_path / "missing"),))
+    run = begin(tmp_path / "c")
+    run.log(1, {"loss": 1.0})
+    run.finish(60)
+    told = capfd.readouterr().err.splitlines()
+    assert ["not finished" in line for line in told] == [True, True, False]
+    assert "missing" in told[2] and "nothing more reaches it" in told[2]
+    wait_until(lambda: not processes(os.getpid()))
+
+
+def test_the_tracker_ends_with_the_process_that_logs(tmp_path: Path) -> None:
+    """Which is killed: what it logged is on the disk all the same."""
+    program = (
+        "import os, sys, time; from pathlib import Path; sys.path[:0] = sys.argv[2:];"
+        "from test_tracker import begin, log_all; folder = Path(sys.argv[1]);"
+        "log_all(begin(folder), folder);"
+        "[time.sleep(0.01) for _ in iter(lambda: list(folder.glob('wandb/*/files/media')), [])];"
+        "time.sleep(1000)"
+    )
+    done = subprocess.Popen(
+        [os.sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]  # type: ignore[attr-defined]
+    )
+    wait_until(lambda: list(tmp_path.glob("wandb/*/files/media")))
+    ours, services = tracker(done.pid)
+    assert len(ours) == len(services) == 1
+    done.kill()
+    done.wait()
+    wait_until(lambda: len(rows_of(tmp_path)) == STEPS + 2)
+    assert recorded(tmp_path) == ALL[:STEPS]
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours + services))
