@@ -41,22 +41,10 @@ def train(
     if runs.own_rank() != 0:
         on_end(result := fit(training))
         return result
-    with runs.claim(folder := training.folder, kept, may_change=("schedule",)) as run:
+    with runs.claim(training.folder, kept, may_change=("schedule",)) as run:
         wandb_run = _wandb_run(config["logger"], kept, run)
-        metrics = MetricsLog(folder / "metrics.jsonl", run.attempt)
-
-        def log(step: int, values: dict[str, float]) -> None:
-            run.lease.check()
-            metrics.log(step, values)
-            wandb_run.log(step, values)
-
         try:
-            with progress(f"training {folder}", training.schedule.steps) as advance:
-                ours = training._replace(
-                    fenced=run.lease.fenced, log=log, say=partial(_say, folder)
-                )
-                result = fit(ours._replace(on_step=lambda step, _: advance(step, "")))
-            on_end(result)
+            on_end(result := _fit(training, run, wandb_run))
             beats.enter("teardown")
             # a signal leaves little time until the kill
             wandb_run.finish(FINISH_SECONDS / 2 if result.stopped_by else FINISH_SECONDS)
@@ -67,6 +55,20 @@ def train(
             raise
         finally:
             wandb_run.finish()
+
+
+def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
+    """Train as the rank that logs and shows the progress."""
+    metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        run.lease.check()
+        metrics.log(step, values)
+        wandb_run.log(step, values)
+
+    with progress(f"training {run.folder}", training.schedule.steps) as advance:
+        ours = training._replace(fenced=run.lease.fenced, log=log, say=partial(_say, run.folder))
+        return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
 
 
 def _say(folder: Path, lines: list[str]) -> None:
