@@ -30,7 +30,7 @@ def test_every_second_is_somewhere() -> None:
     found = account([FIRST, SECOND, THIRD])
     assert found.allocated == 150 + 112 + 190  # the queue between them is nobody's
     assert found.losses == pytest.approx({
-        "init": 90, "data_wait": 5, "eval": 8, "save": 12, "pause": 0,
+        "waiting": 0, "init": 90, "data_wait": 5, "eval": 8, "save": 12, "pause": 0,
         "rework": 0.4 * 100 + 20,  # steps 7 to 10 of the first, both of the second
         "hang": 60,
         "other": 10 + 2 + 5,
@@ -38,6 +38,10 @@ def test_every_second_is_somewhere() -> None:
     assert found.useful == pytest.approx(60 + 140)
     assert found.useful + sum(found.losses.values()) == pytest.approx(found.allocated)
     assert found.share == pytest.approx(200 / 452)
+    # A wait for the launch before is part of an attempt's time.
+    later = account([FIRST, SECOND, THIRD._replace(ended=620.0, waited=30.0)])
+    assert later.losses == pytest.approx(found.losses | {"waiting": 30})
+    assert later.useful == found.useful and later.allocated == found.allocated + 30
 
 
 def test_what_no_checkpoint_has_is_lost_at_once() -> None:

@@ -320,5 +320,7 @@ def test_a_signal_while_it_waits_is_not_lost(
     launch.process.send_signal(signal.SIGUSR1)
     code, said = launch.end()
     assert code == exit_codes.STOPPED_UNSAVED and "waits for launch slurm-7-0-0" in said
-    assert not (folder / "run/attempts").exists()
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["requeue"]) == ("preempted_unsaved", True)
+    assert told["detail"] == "SIGUSR1 before the ranks began" and told["exit_code"] == 76
     assert Launch(folder, {}, {**env, "SLURM_RESTART_COUNT": "2"}, launch="l").end()[0] == 0

@@ -3,8 +3,9 @@
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -182,6 +183,172 @@ def test_ranks_that_ended_by_themselves(tmp_path: Path, capsys: pytest.CaptureFi
         told = why(tmp_path, capsys)
         assert (told["cause"], told["exit_code"]) == (cause, code)
         assert told["requeue"] is (cause != "done")
+
+
+# -- launches that told no end ------------------------------------------------------------------
+
+
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **does: str) -> None:
+    """Slurm's commands, as far as they are given; else none answers."""
+    for name in ("scontrol", "squeue", "sinfo", "sacct"):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{does.get(name, 'exit 1')}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+NO_END = {"ended": None, "host": "n1"}
+SCONTROL = "echo 'JobId=7 JobState={} Restarts={}'"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "squeue", "running"),
+    [
+        ("exit 1", "exit 1", True),  # it wrote lately, and nobody knows better
+        (SCONTROL.format("RUNNING", 0), "echo 7.0", True),
+        (SCONTROL.format("RUNNING", 0), "true", False),
+        (SCONTROL.format("RUNNING", 1), "echo 7.0", False),
+        (SCONTROL.format("PENDING", 1), "true", False),
+        (SCONTROL.format("FAILED", 0), "true", False),
+        ("echo 'Invalid job id specified' >&2; exit 1", "true", False),
+    ],
+)
+def test_slurm_proves_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    scontrol: str, squeue: str, running: bool,
+) -> None:  # fmt: skip
+    commands(tmp_path, monkeypatch, scontrol=scontrol, squeue=squeue)
+    write(tmp_path / "run", record("slurm-7-0-0", 0, supervisors=1, **NO_END))
+    assert (why(tmp_path / "run", capsys)["cause"] == "running") is running
+
+
+def test_a_later_launch_proves_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, record("slurm-7-0-0", 0, supervisors=1, **NO_END))
+    own = {"ended": None, "host": socket.gethostname(), "pid": os.getpid(), "started": 2e9}
+    write(tmp_path, record("slurm-7-1-0", 0, supervisors=1, born=birth(os.getpid()), **own))
+    told = why(tmp_path, capsys)
+    assert [row["cause"] for row in told["history"]] == ["node_lost", "running"]
+
+
+class Lost(NamedTuple):
+    """Two nodes of a launch that Slurm killed; what it said of it, and who is to blame."""
+
+    asked: tuple[int, int]  # the signal that each heard
+    evidence: dict[str, Any] | None
+    cause: str
+    host: str | None
+
+
+ENDED = {"down": [], "state": "", "job_ended": True}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # without Slurm's word: who did not hear what the other heard
+        Lost((15, 0), None, "node_lost", "n2"),
+        Lost((0, 15), None, "node_lost", "n1"),
+        Lost((15, 15), None, "preempted_unsaved", None),
+        # it names the node, whatever was heard
+        Lost((15, 0), {**ENDED, "down": ["n2"]}, "node_lost", "n2"),
+        Lost((0, 0), {**ENDED, "down": ["n1"], "state": "NODE_FAIL"}, "node_lost", "n1"),
+        # all nodes are well: the job was killed, with a signal before or without
+        Lost((0, 0), ENDED, "preempted_unsaved", None),
+        Lost((15, 15), {**ENDED, "state": "REQUEUED"}, "preempted_unsaved", None),
+        # the job went on without its step: its nodes told no end, and nobody killed them
+        Lost((0, 0), {**ENDED, "job_ended": False}, "node_lost", "n1"),
+    ],
+)
+def test_a_killed_job_and_a_lost_node_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: Lost
+) -> None:
+    for number in range(2):  # what happens twice to a host leaves it out
+        launch, later = f"slurm-7-{number}-0", {"started": 1e9 + 1000 * number, "ended": None}
+        steps = {"checkpoint_before": number, "checkpoint": number + 1, **later}
+        both = [record(launch, n, asked=case.asked[n], **steps) for n in range(2)]
+        write(tmp_path, *both)
+        if case.evidence:
+            (tmp_path / "attempts" / launch / "slurm.json").write_text(json.dumps(case.evidence))
+    told = why(tmp_path, capsys, "over=true")
+    assert told["cause"] == case.cause and told["requeue"]
+    assert told["exclude"] == ([case.host] if case.host else [])
+    if case.host:
+        assert told["host"] == case.host
+    else:
+        assert (told["rank"], told["exit_code"]) == (None, 76)
+
+
+def test_ranks_that_waited_for_a_node_that_slurm_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both told their end: from their stacks alone rank 0 would be to blame."""
+    waits = [replace(HANG[0]), replace(HANG[1], observations=[seen(2), seen(3)])]
+    write(tmp_path, *waits)
+    assert why(tmp_path, capsys)["cause"] == "hang"
+    found = {"down": ["n2"], "state": "", "job_ended": False}
+    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(found))
+    told = why(tmp_path, capsys)
+    assert (told["cause"], told["rank"], told["host"]) == ("node_lost", 2, "n2")
+    # Who knows why it failed is believed all the same.
+    bug = seen(1, exit=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
+    write(tmp_path, replace(HANG[0], observations=[seen(0), bug]))
+    assert why(tmp_path, capsys)["cause"] == "code"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_job_asks_slurm_once_its_step_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:  # fmt: skip
+    commands(
+        tmp_path, monkeypatch, sinfo="printf 'n1 mixed\nn2 down*\nn2 down*\n'",
+        sacct="printf 'NODE_FAIL\nCANCELLED by 0\n'",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    write(run, *(record("slurm-7-1-0", node, ended=None) for node in range(2)))
+    kept = run / "attempts/slurm-7-1-0/slurm.json"
+    words = ["over=true", f"stopped={str(stopped).lower()}"]
+    why(run, capsys, *words)
+    assert not kept.exists()  # not in its job: too late to know
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    told = why(run, capsys, *words)
+    assert (told["cause"], told["host"]) == ("node_lost", "n2")
+    found = {"down": ["n2"], "state": "CANCELLED", "job_ended": stopped}
+    assert json.loads(kept.read_text()) == found
+    commands(tmp_path, monkeypatch, sinfo="printf 'n1 idle\nn2 idle\n'")  # it was healed
+    assert why(run, capsys, "over=true")["host"] == "n2"
+
+
+# -- what is told is so now ---------------------------------------------------------------------
+
+
+def test_one_supervisor_that_failed_is_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = {"cause": "done", "exit_code": 0, "observations": []}
+    failed = {**done, "cause": "node_lost", "exit_code": 77, "followed": True, "rank": 2}
+    for causes in ((done, failed), (failed, done)):
+        write(tmp_path, *(record("a", n, **cause) for n, cause in enumerate(causes)))
+        told = why(tmp_path, capsys)
+        assert (told["cause"], told["exit_code"]) == ("node_lost", 77)
+
+
+def test_the_checkpoints_are_those_on_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last words of a lost supervisor are older than they are."""
+    write(tmp_path, record("a", 0, supervisors=1, ended=None, checkpoint=-1))
+    for step in (20, 40):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    told = why(tmp_path, capsys, "over=true")
+    assert told["checkpoint"] == told["history"][0]["checkpoint"] == 40
+    assert told["decision"] == "infrastructure failure 1 of 3 allowed"
+    # Rolled back, a finished run has steps to do.
+    done = {"cause": "done", "exit_code": 0, "checkpoint": 40, "last_step": 40}
+    write(tmp_path, record("a", 0, supervisors=1, **done))
+    assert why(tmp_path, capsys)["next_action"].startswith("nothing")
+    (tmp_path / "checkpoints/step-000040").rename(tmp_path / "elsewhere")
+    told = why(tmp_path, capsys)
+    assert told["checkpoint"] == 20 and "run the same command again" in told["next_action"]
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

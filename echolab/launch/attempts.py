@@ -1,11 +1,13 @@
 """What the records of all supervisors of a launch come to: one attempt, with one verdict."""
 
+import signal
 import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from echolab.launch import slurm
 from echolab.launch.blame import (
     Observation,
     Verdict,
@@ -14,8 +16,9 @@ from echolab.launch.blame import (
     is_echo,
     witness,
 )  # fmt: skip
+from echolab.launch.evidence import Evidence, read_evidence
 from echolab.launch.exit_codes import CAUSES, Cause
-from echolab.launch.records import NodeRecord, alive, read_launches
+from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
 
 RUNNING = "running"
 # Of several supervisors' words on an end without failure, the first here counts.
@@ -44,6 +47,7 @@ class Attempt(NamedTuple):
     checkpoint: int
     seconds: dict[str, float]  # of the first rank, by section
     save_seconds: float  # the longest save
+    waited: float  # seconds, for the launch before to leave
     last_section: str  # of the first rank
     last_stay: float  # of the first rank in it
     stack: str
@@ -65,20 +69,42 @@ def attempts_of(run: Path, *, over: bool = False) -> list[Attempt]:
 
     With `over` no supervisor works any more: who told no end is lost.
     """
-    host, now = socket.gethostname(), time.time()
+    launches = read_launches(run)
     merged = []
-    for records in read_launches(run):
+    for number, records in enumerate(launches):
         lost = [r.supervisor for r in records if r.ended is None]
-        lives = not over and any(alive(r, host, now) for r in records)
         missing = set(range(records[0].supervisors)) - {r.supervisor for r in records}
-        merged.append(merge(records, lost=[*lost, *sorted(missing)], lives=lives))
+        told_none = [*lost, *sorted(missing)]
+        later = launches[number + 1 :]
+        lives = not over and not later and _lives(records)
+        evidence = read_evidence(run, records[0].launch)
+        one = merge(records, lost=told_none, lives=lives, evidence=evidence)
+        if told_none:  # their last words may be older than the last checkpoint
+            seen = min(r.checkpoint_before for r in later[0]) if later else newest_checkpoint(run)
+            one = one._replace(checkpoint=max(one.checkpoint, seen))
+        merged.append(one)
     return merged
 
 
-def merge(records: Sequence[NodeRecord], *, lost: Sequence[int], lives: bool) -> Attempt:
+def _lives(records: Sequence[NodeRecord]) -> bool:
+    """Whether a supervisor of the last launch is at work, where it is seen or Slurm sees it."""
+    host, now = socket.gethostname(), time.time()
+    living = [record for record in records if alive(record, host, now)]
+    if not living or any(record.host == host for record in living):
+        return bool(living)
+    return slurm.state_of(records[0].launch) not in ("over", "anew")
+
+
+def merge(
+    records: Sequence[NodeRecord],
+    *,
+    lost: Sequence[int],
+    lives: bool,
+    evidence: Evidence | None = None,
+) -> Attempt:
     """One attempt of its supervisors' records; `lost` told no end, `lives`: some are at work."""
     seen = [o for record in records for o in record.observations]
-    verdict = Verdict(-1, RUNNING, "") if lives else _verdict(records, seen, lost)
+    verdict = Verdict(-1, RUNNING, "") if lives else _verdict(records, seen, lost, evidence)
     observed = witness(verdict.rank, verdict.cause, seen)
     own = next((r for r in records if verdict.rank in r.ranks), records[0])
     return Attempt(
@@ -99,6 +125,7 @@ def merge(records: Sequence[NodeRecord], *, lost: Sequence[int], lives: bool) ->
         checkpoint=max(r.checkpoint for r in records),
         seconds=records[0].seconds,
         save_seconds=max(r.longest.get("save", 0.0) for r in records),
+        waited=max(r.waited for r in records),
         last_section=records[0].section,
         last_stay=records[0].stay,
         stack=observed.stack if observed else "",
@@ -107,21 +134,58 @@ def merge(records: Sequence[NodeRecord], *, lost: Sequence[int], lives: bool) ->
 
 
 def _verdict(
-    records: Sequence[NodeRecord], seen: Sequence[Observation], lost: Sequence[int]
+    records: Sequence[NodeRecord],
+    seen: Sequence[Observation],
+    lost: Sequence[int],
+    evidence: Evidence | None,
 ) -> Verdict:
     found = culprit(seen)
-    if lost and (found is None or _only_waits(found, seen)):
-        told = {record.supervisor: record for record in records}
-        gone = next((told[number] for number in lost if number in told), None)
-        rank = gone.ranks[0] if gone else -1
-        which = ", ".join(told[n].host if n in told else f"supervisor {n}" for n in lost)
-        return Verdict(rank, "node_lost", f"no end was told by {which}")
+    if found is None or _only_waits(found, seen):
+        if verdict := _of_a_node(records, found, lost, evidence):
+            return verdict
     if found:
         return found
     causes = [record.cause for record in records]
-    worst = next((cause for cause in ENDS if cause in causes), causes[0])
+    failed = [cause for cause in causes if cause and cause not in ENDS]
+    worst = failed[0] if failed else next((c for c in ENDS if c in causes), causes[0])
     record = records[causes.index(worst)]
     return Verdict(-1 if worst == "done" else record.rank, worst, record.detail)
+
+
+def _of_a_node(
+    records: Sequence[NodeRecord],
+    found: Verdict | None,
+    lost: Sequence[int],
+    evidence: Evidence | None,
+) -> Verdict | None:
+    """A node that was lost, or a job that was killed before it could save; None for neither.
+
+    Of nodes that told no end those are lost which Slurm does not reach, or which alone did not hear
+    its signal.  Where it reaches all, and ended the job, it was a preemption.
+    """
+    if not lost and not found:
+        return None
+    down = evidence.down if evidence else ()
+    if gone := [record for record in records if record.host in down]:
+        state = f" ({evidence.state})" if evidence and evidence.state else ""
+        names = ", ".join(dict.fromkeys(record.host for record in gone))
+        return Verdict(gone[0].ranks[0], "node_lost", f"Slurm lost {names}{state}")
+    if not lost:
+        return None
+    silent = [record for record in records if record.supervisor in lost]
+    deaf = [record for record in silent if not record.asked]
+    asked = next((record.asked for record in records if record.asked), 0)
+    preempted = evidence is not None and evidence.job_ended and len(deaf) in (0, len(records))
+    if preempted or (asked and not deaf):
+        how = signal.Signals(asked).name if asked else "killed by Slurm without a signal before"
+        return Verdict(-1, "preempted_unsaved", how)
+    if asked:
+        names = ", ".join(dict.fromkeys(record.host for record in deaf))
+        return Verdict(deaf[0].ranks[0], "node_lost", f"{names} did not hear the signal to stop")
+    told = {record.supervisor: record for record in silent}
+    rank = silent[0].ranks[0] if silent else -1
+    which = ", ".join(told[n].host if n in told else f"supervisor {n}" for n in lost)
+    return Verdict(rank, "node_lost", f"no end was told by {which}")
 
 
 def _host(verdict: Verdict, records: Sequence[NodeRecord]) -> str:
@@ -144,7 +208,8 @@ def _exit_code(records: Sequence[NodeRecord], cause: str) -> int:
     if cause == RUNNING:
         return -1
     if cause in ENDS:  # ranks chose it themselves
-        return max(r.exit_code for r in records if r.cause == cause)
+        own = CAUSES[cause].exit_code
+        return max((r.exit_code for r in records if r.cause == cause), default=own)
     return CAUSES[cause].exit_code
 
 

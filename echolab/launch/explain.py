@@ -10,6 +10,7 @@ from echolab.launch.blame import main_thread
 from echolab.launch.budgets import Decision, decide
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.goodput import account, checkpoint_interval
+from echolab.launch.records import newest_checkpoint
 
 FRAMES = 8  # of the stack, in words
 
@@ -18,6 +19,8 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
     """Of the last attempt, and of all; JSON."""
     last, decision = attempts[-1], decide(attempts, infrastructure)
     goodput = account(attempts)
+    # What is on the disk now, whatever was told of it then.
+    saved = newest_checkpoint(run) if (run / "checkpoints").is_dir() else last.checkpoint
     return {
         "run": str(run),
         "launch": last.launch,
@@ -28,12 +31,12 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
         "step": last.step,
         "detail": last.detail,
         "exit_code": None if last.exit_code < 0 else last.exit_code,
-        "next_action": next_action(last, decision),
+        "next_action": next_action(last, decision, saved),
         "requeue": decision.go_on,
         "decision": decision.why,
         "exclude": list(decision.exclude),
         "attempts": len(attempts),
-        "checkpoint": None if last.checkpoint < 0 else last.checkpoint,
+        "checkpoint": None if saved < 0 else saved,
         "earliest_error": last.earliest or None,
         "stack": main_thread(last.stack),
         "goodput": round(goodput.share, 4),
@@ -45,10 +48,15 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
     }
 
 
-def next_action(last: Attempt, decision: Decision) -> str:
-    """What to do; where starting again would be in vain, that first."""
+def next_action(last: Attempt, decision: Decision, saved: int) -> str:
+    """What to do; where starting again would be in vain, that first.
+
+    `saved` is the step of the newest checkpoint now.
+    """
     if last.cause == RUNNING:
         return "wait; STOP, SAVE or PAUSE in its folder steer it"
+    if last.cause == "done" and saved < last.last_step:
+        return f"run the same command again: it is back at its checkpoint of step {max(saved, 0)}"
     says = CAUSES[last.cause].next_action
     idle = last.why and last.why.budget in ("infrastructure", "code", "preemption")
     if idle and not decision.go_on:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from echolab.launch.attempts import Attempt
 from echolab.launch.deadlines import STEP
 
-LOSSES = ("init", "data_wait", "eval", "save", "pause", "rework", "hang", "other")
+LOSSES = ("waiting", "init", "data_wait", "eval", "save", "pause", "rework", "hang", "other")
 PRIOR_SECONDS = 24 * 3600.0  # between failures, before any was seen
 SHORTEST, LONGEST = 300.0, 4 * 3600.0  # seconds between checkpoints
 
@@ -44,9 +44,10 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
         again = steps * lost_share(attempt, attempts[number + 1 :])
         for name in ("init", "data_wait", "eval", "save", "pause"):
             losses[name] += seconds.get(name, 0.0)
+        losses["waiting"] += attempt.waited
         losses["rework"] += again
         losses["hang"] += hang
-        known = sum(seconds.values()) - seconds.get("teardown", 0.0) + hang
+        known = sum(seconds.values()) - seconds.get("teardown", 0.0) + hang + attempt.waited
         losses["other"] += max(whole - known, 0.0)
         useful += steps - again
         allocated += max(whole, known)

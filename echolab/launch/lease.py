@@ -186,7 +186,7 @@ def is_over(lease: Lease, me: Holder) -> bool:
     holder = holder_of(lease)
     if holder and holder.job and holder.job == me.job and holder.restart != me.restart:
         return holder.restart < me.restart
-    if holder and holder.job and slurm.launch_is_over(holder.launch):
+    if holder and holder.job and slurm.state_of(holder.launch) == "over":
         return True
     return _is_silent(lease)
 

@@ -21,7 +21,7 @@ from echolab.launch.told import read_json
 from echolab.redaction import masked_values
 
 SECONDS = 15.0  # between two records of a supervisor at work
-SILENT = 120.0  # seconds without a record after which a supervisor on another host is lost
+SILENT = 60.0  # seconds without a record after which a supervisor on another host is lost
 CHECKPOINT = re.compile(r"step-(\d+)")
 
 

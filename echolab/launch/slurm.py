@@ -3,7 +3,7 @@
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 SECONDS = 15.0  # that a command may take: a busy controller answers late
 OVER = (
@@ -57,21 +57,21 @@ def job_of(job: str) -> Job | None:
     return Job(state[1], int(restarts[1]))
 
 
-def launch_is_over(launch: str) -> bool:
-    """Return whether Slurm says that no process of a launch should be at work any more.
+def state_of(launch: str) -> Literal["at work", "over", "anew", "unknown"]:
+    """Return what Slurm says of a launch; unknown where it is not Slurm's, or has no answer.
 
-    False also where the job has begun anew: its next launch may come at any moment.
+    `anew`: it is over, and its job runs again, whose next launch may come at any moment.
     """
     about = parsed(launch)
-    if about is None:
-        return False
+    seen = job_of(about[0]) if about else None
+    if about is None or seen is None:
+        return "unknown"
     job, restart, step = about
-    seen = job_of(job)
-    if seen is None:
-        return False
     if seen.state in OVER or seen.state in WAITING or seen.state == "UNKNOWN":
-        return True
-    return seen.restarts == restart and step != BATCH and _step_is_over(job, step)
+        return "over"
+    if seen.restarts != restart:
+        return "anew"
+    return "over" if step != BATCH and _step_is_over(job, step) else "at work"
 
 
 def _step_is_over(job: str, step: str) -> bool:
@@ -89,3 +89,14 @@ def lost_nodes(hosts: Iterable[str]) -> tuple[str, ...] | None:
     if code or not rows:
         return None
     return tuple(sorted({name for name, state in rows if LOST.search(state)}))
+
+
+def account_of(launch: str) -> str:
+    """Return how a start of a job ended, by Slurm's accounting: NODE_FAIL, say; "" without any."""
+    about = parsed(launch)
+    if about is None:
+        return ""
+    words = ["--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State"]
+    code, told, _ = _ask(["sacct", f"--jobs={about[0]}", *words])
+    states = told.split("\n")[:-1]
+    return states[about[1]].split()[0] if not code and about[1] < len(states) else ""

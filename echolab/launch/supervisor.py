@@ -17,7 +17,7 @@ from types import FrameType
 
 from echolab.data.files import write_error
 from echolab.errors import BusyError, DataError
-from echolab.launch import exit_codes, lease, processes, records, told
+from echolab.launch import evidence, exit_codes, lease, processes, records, told
 from echolab.launch.blame import Verdict, culprit
 from echolab.launch.deadlines import Deadlines, limit, longest_of, overdue
 from echolab.launch.exit_codes import CAUSES
@@ -61,7 +61,6 @@ class Supervisor:
         self.lease: Lease | None = None
         self.fenced = False  # a later launch has taken the run
         self._beaten = time.monotonic()
-        self.waited = 0.0  # seconds, for the launch before to leave
         self.code = exit_codes.RETRYABLE  # until the end is known
         self._quiet = threading.Event()  # nothing is to be told any more
 
@@ -74,7 +73,13 @@ class Supervisor:
         before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             if self._take_the_run():
-                self._run_ranks()
+                self._begin_record()
+                if self._wait_for_the_one_before():
+                    self._run_ranks()
+                else:
+                    self._give_up()
+            else:
+                self.code = exit_codes.STOPPED_UNSAVED
             return self.code
         finally:
             if self.lease and self.layout.supervisor == 0:
@@ -83,7 +88,6 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run_ranks(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.beats = Path(tempfile.mkdtemp(prefix="echolab-beats-", dir=shared))
         try:
@@ -96,26 +100,61 @@ class Supervisor:
             shutil.rmtree(self.beats, ignore_errors=True)
 
     def _take_the_run(self) -> bool:
-        """Hold the run, once the launch before has left it; False where a signal came meanwhile."""
-        began = time.monotonic()
+        """Hold the run, or join the first supervisor in it; False where a signal came meanwhile."""
+        began, launch = time.monotonic(), self.layout.launch
         if self.layout.supervisor == 0:
-            self.lease = lease.take(self.run, lease.this_process(self.layout.launch))
+            self.lease = lease.take(self.run, lease.this_process(launch))
         while self.lease is None and not self.asked:
-            self.lease = lease.joined(self.run, self.layout.launch)
+            self.lease = lease.joined(self.run, launch)
             if time.monotonic() - began > JOIN_SECONDS:
                 raise BusyError(f"{self.run}: the launch's first supervisor did not take the run")
             time.sleep(POLL_SECONDS)
-        wait = lease.leaving(self.lease) if self.lease else None
+        return self.lease is not None
+
+    def _begin_record(self) -> None:
+        """From here on `echolab why` knows of this launch."""
+        assert self.lease
+        layout = self.layout
+        if layout.launch.startswith("torchrun"):  # which gives every start the same name
+            layout = self.layout = layout._replace(launch=f"{layout.launch}-{self.lease.epoch}")
+        self.folder = self.run.absolute() / ATTEMPTS / layout.launch
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record = NodeRecord(
+            layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
+            list(range(layout.first, layout.first + layout.ranks)), os.getpid(),
+            processes.birth(os.getpid()), time.time(),
+            checkpoint_before=records.newest_checkpoint(self.run),
+        )  # fmt: skip
+        self._write_record()
+        if layout.supervisor == 0:
+            evidence.note_earlier(self.run, layout.launch)
+
+    def _wait_for_the_one_before(self) -> bool:
+        """Until the launch from which the run was taken has left; False where a signal came."""
+        assert self.lease
+        began, wait = time.monotonic(), lease.leaving(self.lease)
         if wait and not wait.over() and self.layout.supervisor == 0:
             who = lease.described(wait.before)
             print(f"echolab: {self.run}: waits for {who} to leave", file=sys.stderr, flush=True)
-        while wait and not self.asked and not wait.over():
+        while wait and not wait.over():
             self._keep_the_run()
+            if self.asked or self.fenced:
+                return False
             time.sleep(POLL_SECONDS)
-        self.waited = time.monotonic() - began
-        if self.asked:
-            self.code = exit_codes.STOPPED_UNSAVED
-        return not self.asked
+        self.record.waited = time.monotonic() - began
+        self.record.checkpoint_before = records.newest_checkpoint(self.run)
+        return True
+
+    def _give_up(self) -> None:
+        """End before any rank was started."""
+        if self.fenced:
+            self.code = CAUSES["fenced"].exit_code
+            return
+        self.code = self.record.exit_code = exit_codes.STOPPED_UNSAVED
+        self.record.cause, self.record.asked = "preempted_unsaved", self.asked
+        self.record.detail = f"{signal.Signals(self.asked).name} before the ranks began"
+        self.record.ended = time.time()
+        self._write_record()
 
     def _keep_the_run(self) -> None:
         """Beat, where this supervisor is the first; and see whether a later launch came."""
@@ -142,12 +181,7 @@ class Supervisor:
 
     def _start(self) -> None:
         layout, early = self.layout, self.asked
-        self.record = NodeRecord(
-            layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
-            list(range(layout.first, layout.first + layout.ranks)), os.getpid(),
-            processes.birth(os.getpid()), time.time(), beats=str(self.beats),
-            checkpoint_before=records.newest_checkpoint(self.run), waited=self.waited,
-        )  # fmt: skip
+        self.record.beats = str(self.beats)
         # Signals wait until a rank can take them: none is lost, and none ends it unheard.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -305,8 +339,11 @@ class Supervisor:
         record.section, record.stay = first.section, present[first.section]
         record.checkpoint = records.newest_checkpoint(self.run)
         record.asked = self.asked
+        self._write_record()
+
+    def _write_record(self) -> None:
         try:
-            record.write(self.folder)
+            self.record.write(self.folder)
         except DataError as error:  # a full disk must not end the watch
             print(f"echolab: {error}", file=sys.stderr, flush=True)
 
