@@ -1,5 +1,6 @@
 """The verdict on a failed launch, the deadlines and the layout: pure functions, by tables."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from echolab.errors import (
 from echolab.launch.blame import Failure, Observation, culprit, in_collective
 from echolab.launch.deadlines import Deadlines, limit, overdue
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
-from echolab.launch.layout import layout, slurm_address
+from echolab.launch.layout import cpu_warning, layout, slurm_address
 from echolab.launch.records import NodeRecord
 from echolab.launch.telling import last_words
 from echolab.launch.told import failure_of, tell_failure
@@ -250,6 +251,21 @@ def test_one_task_a_node() -> None:
     assert other.launch == places.launch and other.port == places.port
     again = layout(4, 2, {**env, "SLURM_RESTART_COUNT": "1"})
     assert again.launch != places.launch
+
+
+def test_ranks_on_too_few_cpus_are_warned_of() -> None:
+    """Slurm 22.05's srun gives a task one CPU, whatever sbatch was told."""
+    env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+    one, before = layout(2, 2, env), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert "1 CPUs for 1 ranks with 2 loader workers" in cpu_warning(one, 2, env)
+        assert "--cpus-per-task=3" in cpu_warning(one, 2, env)
+        assert not cpu_warning(one, 0, env)
+        assert cpu_warning(layout(2, 2, {**env, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}), 0, env)
+        assert not cpu_warning(one, 2, {})  # on one's own machine one knows
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:

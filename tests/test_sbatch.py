@@ -1,6 +1,7 @@
 """slurm/train.sbatch without a cluster: what it asks `echolab why`, and when it queues again."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,38 +12,62 @@ from echolab.launch.blame import Observation
 from echolab.launch.records import NodeRecord
 
 SCRIPT = Path(__file__).parents[1] / "slurm/train.sbatch"
+ECHOLAB = Path(sys.executable).parent / "echolab"
 COMMANDS = {
-    "srun": 'exit "$SRUN_CODE"',
+    "srun": 'printf "%s\\n" "$@" >"$SRUN_WORDS"; exit "$SRUN_CODE"',
     "squeue": "echo RUNNING",
-    "scontrol": 'echo "$*" >>"$CALLS"',
+    "scontrol": 'echo "$*" >>"$CALLS"; [[ $* != *"show job"* ]] || echo "$SHOWN"',
     "sleep": ":",
 }
 
 
-def submit(folder: Path, code: int, *words: str) -> tuple[int, list[str]]:
-    """The script's exit code and its calls of scontrol; the ranks end with `code`."""
-    commands = folder / "commands"
-    commands.mkdir()
-    for name, does in COMMANDS.items():
-        (commands / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
-        (commands / name).chmod(0o755)
-    calls = folder / "calls"
-    env = {
-        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls),
-        "SRUN_CODE": str(code), "ECHOLAB": str(Path(sys.executable).parent / "echolab"),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1",
-    }  # fmt: skip
-    done = subprocess.run(["bash", SCRIPT, *words], env=env, cwd=folder, timeout=600)
-    return done.returncode, calls.read_text().splitlines()
+class Job:
+    """A job whose batch script is run here, with stubs of Slurm's commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls = folder, folder / "calls"
+        commands = folder / "commands"
+        commands.mkdir()
+        for name, does in COMMANDS.items():
+            write_command(commands / name, does)
+        self.env = {
+            "PATH": f"{commands}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"),
+            "CALLS": str(self.calls), "SRUN_WORDS": str(folder / "srun"), "SHOWN": "",
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1",
+        }  # fmt: skip
+
+    def run(
+        self, code: int, *words: str, script: Path = SCRIPT, **env: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run the script; the ranks end with `code`."""
+        return subprocess.run(
+            ["bash", script, *words], env={**self.env, "SRUN_CODE": str(code), **env},
+            cwd=self.folder, timeout=600, capture_output=True, text=True,
+        )  # fmt: skip
+
+    def ranks(self) -> list[str]:
+        """The words of srun."""
+        return (self.folder / "srun").read_text().splitlines()
 
 
-def write_attempt(run: Path, cause: str) -> None:
+def write_command(path: Path, does: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{does}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes: object) -> None:
     seen = Observation(0, "n1", "forward", 7, 40, 1.0, exit=-9, died=9.0)
-    folder = run / "attempts/slurm-7-0-0"
+    folder = run / "attempts" / launch
     folder.mkdir(parents=True)
-    record = NodeRecord("slurm-7-0-0", 0, 1, "n1", 1, [0], 1, "", 1.0, ended=2.0, rank=0)
+    record = NodeRecord(launch, 0, 1, "n1", 1, [0], 1, "", 1.0, ended=2.0, rank=0)
     record.cause, record.exit_code = cause, 77
     record.observations = [seen] if cause == "killed" else []
+    record.__dict__.update(changes)
     record.write(folder)
 
 
@@ -54,17 +79,106 @@ def write_attempt(run: Path, cause: str) -> None:
         ("runs/train", []),
     ],
 )
-def test_the_verdict_is_that_of_the_composed_run(
-    tmp_path: Path, run: str, words: list[str]
-) -> None:
-    write_attempt(tmp_path / run, "killed")
-    code, calls = submit(tmp_path, 137, *words)
-    assert code == 77 and "requeue 7" in calls
+def test_the_verdict_is_that_of_the_composed_run(job: Job, run: str, words: list[str]) -> None:
+    write_attempt(job.folder / run, "killed")
+    done = job.run(137, *words, ECHOLAB=str(ECHOLAB))
+    assert done.returncode == 77 and "requeue 7" in job.calls.read_text()
 
 
 @pytest.mark.parametrize(("code", "again"), [(75, True), (76, True), (77, False), (1, False)])
 def test_without_a_verdict_those_that_were_stopped_are_queued_again(
-    tmp_path: Path, code: int, again: bool
+    job: Job, code: int, again: bool
 ) -> None:
-    ended, calls = submit(tmp_path, code, "experiment=sft")
-    assert ended == code and ("requeue 7" in calls) is again
+    done = job.run(code, "experiment=sft", ECHOLAB=str(ECHOLAB))
+    assert done.returncode == code and ("requeue 7" in job.calls.read_text()) is again
+
+
+def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
+    write_attempt(job.folder / "runs/sft", "", launch="slurm-5-0-0", ended=None, host="elsewhere")
+    done = job.run(77, "experiment=sft", ECHOLAB=str(ECHOLAB))
+    assert done.returncode == 77 and "job 5 is at work in runs/sft" in done.stdout
+    calls = job.calls.read_text()
+    assert "requeue 7" in calls and "update JobId=7 Dependency=afterany:5" in calls
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, told: bool) -> None:
+    """Both leave no end: only the second is a failure."""
+    write_attempt(job.folder / "runs/sft", "", ended=None, asked=0)
+    write_command(job.folder / "commands/sinfo", "echo n1 mixed")
+    signal = "kill -TERM $PPID; " if told else ""
+    write_command(job.folder / "commands/srun", f"{signal}exit 137")
+    done = job.run(137, "experiment=sft", ECHOLAB=str(ECHOLAB))
+    cause = "preempted_unsaved: preemption is free" if told else "node_lost: infrastructure"
+    assert cause in done.stdout and done.returncode == (76 if told else 77)
+
+
+# -- which echolab --------------------------------------------------------------------------------
+
+
+def checkout(folder: Path, name: str) -> Path:
+    """A folder with this script, and a command that says which it is."""
+    made = folder / name
+    (made / "slurm").mkdir(parents=True)
+    shutil.copy(SCRIPT, made / "slurm")
+    (made / ".venv/bin").mkdir(parents=True)
+    write_command(made / ".venv/bin/echolab", f"echo '{name}'")
+    return made / "slurm/train.sbatch"
+
+
+def spooled(folder: Path) -> Path:
+    """The copy that Slurm makes of it."""
+    (folder / "spool/job00007").mkdir(parents=True)
+    return Path(shutil.copy(SCRIPT, folder / "spool/job00007/slurm_script"))
+
+
+@pytest.mark.parametrize("name", ["checkout", "a check out"])
+@pytest.mark.parametrize("words", [[], ["experiment=sft", "run=my runs/a"]])
+def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
+    job: Job, name: str, words: list[str]
+) -> None:
+    """Though Slurm runs a copy of the script, and nothing of the environment was exported."""
+    script = checkout(job.folder, name)
+    shown = f"JobId=7 JobName=a Command={' '.join([str(script), *words])} WorkDir=/x StdErr=/y"
+    done = job.run(0, *words, script=spooled(job.folder), SHOWN=shown)
+    assert done.returncode == 0, done.stderr
+    ranks = job.ranks()
+    assert ranks[ranks.index("train") - 1] == str(script.parents[1] / ".venv/bin/echolab")
+    assert ranks[-1 - len(words) : -1] == words
+
+
+def test_else_it_is_that_of_the_folder_of_the_submission_or_on_the_path(job: Job) -> None:
+    here, script = checkout(job.folder, "here").parents[1], spooled(job.folder)
+    told = f"JobId=7 Command={job.folder}/copied.sbatch WorkDir={here}"
+    job.run(0, script=script, SHOWN=told, SLURM_SUBMIT_DIR=str(here))
+    assert str(here / ".venv/bin/echolab") in job.ranks()
+    write_command(job.folder / "commands/echolab", "true")
+    job.run(0, script=script, SHOWN=told, SLURM_SUBMIT_DIR="/")
+    assert "echolab" in job.ranks()
+
+
+def test_none_at_all_is_said_in_one_line_before_the_ranks(job: Job) -> None:
+    done = job.run(0, script=spooled(job.folder), SLURM_SUBMIT_DIR="/")
+    assert done.returncode == 1 and not (job.folder / "srun").exists()
+    assert done.stderr.count("\n") == 1
+    assert "no echolab" in done.stderr and "ECHOLAB=" in done.stderr
+
+
+@pytest.mark.parametrize("spaces", [False, True])
+def test_it_may_be_several_words_or_a_path_with_spaces(job: Job, spaces: bool) -> None:
+    command = job.folder / "my tools" / "echolab"
+    command.parent.mkdir()
+    write_command(command, "true")
+    given = str(command) if spaces else f"{sys.executable} -P -m echolab.cli"
+    job.run(0, ECHOLAB=given)
+    ranks = job.ranks()
+    words = [given] if spaces else given.split()
+    assert ranks[ranks.index("train") - len(words) : ranks.index("train")] == words
+
+
+@pytest.mark.parametrize("cpus", ["", "4"])
+def test_the_cpus_of_a_task_are_passed_on_with_the_environment(job: Job, cpus: str) -> None:
+    job.run(0, ECHOLAB="true", **({"SLURM_CPUS_PER_TASK": cpus} if cpus else {}))
+    given = [word for word in job.ranks() if word.startswith("--cpus-per-task")]
+    assert given == ([f"--cpus-per-task={cpus}"] if cpus else [])
+    assert "--export=ALL" in job.ranks()

@@ -174,7 +174,7 @@ def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
     try:
         wait_for(lambda: "ExcNodeList=n1,n2" in state(), 120, log)
         wait_for(lambda: "JobState=PENDING" in state(), 60, log)
-        assert "Restarts=1" in state() and "leaving out n1,n2" in log.read_text()
+        assert "Restarts=1" in state() and "ExcNodeList=n1,n2" in log.read_text()
     finally:
         cluster("exec", "scancel", job)
 

@@ -21,7 +21,7 @@ from echolab.data.transport import url_of
 from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs, told
 from echolab.launch.deadlines import Deadlines
-from echolab.launch.layout import LAUNCH, layout
+from echolab.launch.layout import LAUNCH, cpu_warning, layout
 from echolab.launch.supervisor import Supervisor
 from echolab.redaction import masked
 from echolab.training.sections import Beats, beats_from_environment
@@ -109,6 +109,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     places = layout(trainer["devices"], trainer["nodes"])
     if places.supervisor == 0:
         runs.check_ours(folder)
+    if warning := cpu_warning(places, int(config["data"]["workers"])):
+        print(warning, file=sys.stderr, flush=True)
     supervisor = Supervisor(
         places,
         [sys.executable, "-P", "-m", "echolab.cli", "train", *argv],

@@ -60,6 +60,20 @@ def layout(devices: int, nodes: int, env: Mapping[str, str] = os.environ) -> Lay
     return Layout(launch, 0, devices, 0, devices, 0, 0, 1, host, "127.0.0.1", free_port())
 
 
+def cpu_warning(places: Layout, workers: int, env: Mapping[str, str] = os.environ) -> str:
+    """Return what to say where a Slurm task has fewer CPUs than processes; "" where it is enough.
+
+    `workers` are the loader processes of a rank.
+    """
+    cpus, wanted = len(os.sched_getaffinity(0)), places.ranks * (1 + workers)
+    if "SLURM_PROCID" not in env or cpus >= wanted:
+        return ""
+    return (
+        f"echolab: {places.host}: {cpus} CPUs for {places.ranks} ranks with {workers} loader "
+        f"workers each; give sbatch --cpus-per-task={wanted}, and srun too, or less data.workers"
+    )
+
+
 def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
     world, tasks = devices * nodes, int(env.get("SLURM_NTASKS", "1"))
     if tasks not in (world, nodes):
