@@ -1,6 +1,7 @@
 """The verdict on a failed launch, the deadlines and the layout: pure functions, by tables."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,13 @@ def test_ranks_on_too_few_cpus_are_warned_of() -> None:
         assert not cpu_warning(one, 2, {})  # on one's own machine one knows
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_node_has_the_name_that_slurm_knows() -> None:
+    """Which is not always its hostname: hosts to leave out must mean something to it."""
+    env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+    assert layout(2, 2, {**env, "SLURMD_NODENAME": "gpu-17"}).host == "gpu-17"
+    assert layout(2, 2, env).host == socket.gethostname()
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:

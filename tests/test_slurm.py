@@ -1,80 +1,29 @@
 """On a real Slurm cluster: two nodes, made of namespaces on this machine.  Needs root and Slurm."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import encoded
 import pytest
+from clusters import BATCH, ECHOLAB, Cluster, started, wait_for
 
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import latest_valid
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-HERE = Path(__file__).parent
-CLUSTER = HERE / "slurm_cluster.sh"
-ECHOLAB = Path(sys.executable).parent / "echolab"
-
-
-class Cluster:
-    def __init__(self, folder: Path) -> None:
-        self.environment = {
-            **os.environ,
-            "ECHOLAB_SLURM_DIR": str(folder),
-            # submitit asks sacct whether a member died; without it a sweep may wait for ever
-            "ECHOLAB_SLURM_ACCOUNTING": "1",
-            "ECHOLAB": str(ECHOLAB),
-            "OMP_NUM_THREADS": "1",
-            "WANDB_MODE": "offline",
-        }
-
-    def __call__(self, *words: str | Path, timeout: float = 300, cwd: Path | None = None) -> str:
-        done = subprocess.run(
-            ["bash", CLUSTER, *words], env=self.environment, cwd=cwd, timeout=timeout,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to make namespaces")
-    missing = [
-        tool for tool in ("slurmctld", "slurmd", "munged", "slurmdbd", "mariadbd", "ip", "unshare")
-        if not shutil.which(tool)
-    ]  # fmt: skip
-    if missing:
-        pytest.skip(f"no {missing[0]}: ECHOLAB_SLURM_ACCOUNTING=1 {CLUSTER} install")
-    folder = Path(tempfile.mkdtemp(prefix="echolab-slurm-"))
-    folder.chmod(0o755)  # munge wants its socket where every user may go
-    made = Cluster(folder)
-    made("start", "2")
-    yield made
-    made("stop")
-    shutil.rmtree(folder)
+    with started(2) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
     return [*encoded.SETTINGS, f"data.clips={clips}"]
-
-
-def wait_for(what: Callable[[], bool], seconds: float, log: Path) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        told = log.read_text()[-4000:] if log.exists() else "no log"
-        assert time.monotonic() < end, f"waited {seconds} s; {told}"
-        time.sleep(0.5)
 
 
 def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
@@ -87,8 +36,7 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
         "trainer=zero2", "trainer.accelerator=cpu", "trainer.precision=32-true",
     ]  # fmt: skip
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
-    script = HERE.parent / "slurm/train.sbatch"
-    job = cluster("exec", "sbatch", *options, script, *settings, cwd=tmp_path).strip()
+    job = cluster("exec", "sbatch", *options, BATCH, *settings, cwd=tmp_path).strip()
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 120, log)
     cluster("exec", "scancel", "--signal=USR1", job)
@@ -124,8 +72,7 @@ def test_a_rank_that_dies_on_the_second_node(
         "trainer.strategy=ddp", "trainer.devices=2",
     ]  # fmt: skip
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
-    script = HERE.parent / "slurm/train.sbatch"
-    job = cluster("exec", "sbatch", *options, script, *settings, cwd=tmp_path).strip()
+    job = cluster("exec", "sbatch", *options, BATCH, *settings, cwd=tmp_path).strip()
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8, 180, log)
     launch = next((run / "attempts").iterdir())
@@ -163,9 +110,8 @@ def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
     echolab.write_text(SCRIPTED)
     echolab.chmod(0o755)
     options = ["--parsable", "--nodes=1", "--exclude=n1", f"--output={log}"]
-    script = HERE.parent / "slurm/train.sbatch"
     job = cluster(
-        "exec", "env", f"ECHOLAB={echolab}", "sbatch", *options, script, cwd=tmp_path
+        "exec", "env", f"ECHOLAB={echolab}", "sbatch", *options, BATCH, cwd=tmp_path
     ).strip()
 
     def state() -> str:

@@ -1,7 +1,6 @@
 """What the records of all supervisors of a launch come to: one attempt, with one verdict."""
 
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from echolab.launch.blame import (
 )  # fmt: skip
 from echolab.launch.evidence import Evidence, read_evidence
 from echolab.launch.exit_codes import CAUSES, Cause
+from echolab.launch.layout import this_host
 from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
 
 RUNNING = "running"
@@ -88,7 +88,7 @@ def attempts_of(run: Path, *, over: bool = False) -> list[Attempt]:
 
 def _lives(records: Sequence[NodeRecord]) -> bool:
     """Whether a supervisor of the last launch is at work, where it is seen or Slurm sees it."""
-    host, now = socket.gethostname(), time.time()
+    host, now = this_host(), time.time()
     living = [record for record in records if alive(record, host, now)]
     if not living or any(record.host == host for record in living):
         return bool(living)

@@ -74,6 +74,11 @@ def cpu_warning(places: Layout, workers: int, env: Mapping[str, str] = os.enviro
     )
 
 
+def this_host(env: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this machine: the one by which Slurm knows it, in one of its tasks."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
     world, tasks = devices * nodes, int(env.get("SLURM_NTASKS", "1"))
     if tasks not in (world, nodes):
@@ -91,7 +96,7 @@ def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
         node=int(env.get("SLURM_NODEID", "0")),
         supervisor=task,
         supervisors=tasks,
-        host=socket.gethostname(),
+        host=this_host(env),
         address=slurm_address(env),
         port=slurm_port(env),
     )

@@ -13,7 +13,6 @@ have none.
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 from echolab.data.files import write_error
 from echolab.errors import BusyError, FencedError
 from echolab.launch import slurm
+from echolab.launch.layout import this_host
 from echolab.launch.processes import birth
 
 LEASE = ".lease"
@@ -55,7 +55,7 @@ def this_process(launch: str) -> Holder:
         launch=launch,
         job=os.environ.get("SLURM_JOB_ID", ""),
         restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        host=socket.gethostname(),
+        host=this_host(),
         machine=_machine(),
         pid=os.getpid(),
         born=birth(os.getpid()),

@@ -83,7 +83,7 @@ def lost_nodes(hosts: Iterable[str]) -> tuple[str, ...] | None:
     """Return those that are down or do not answer the controller; None where Slurm says nothing."""
     wanted = sorted(set(hosts))
     code, told, _ = _ask(
-        ["sinfo", "--noheader", "--Node", f"--nodes={','.join(wanted)}", "--format=%n %T"]
+        ["sinfo", "--noheader", "--Node", f"--nodes={','.join(wanted)}", "--format=%N %T"]
     )
     rows = [line.split() for line in told.splitlines() if len(line.split()) == 2]
     if code or not rows:
