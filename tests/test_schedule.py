@@ -3,6 +3,7 @@
 import itertools
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import runs
@@ -131,3 +132,52 @@ def test_a_checkpoint_without_skips_is_of_a_run_without_skips() -> None:
         Schedule(plan.epochs, skipped=[Skip("sft", 4, 2)]).check_continues(state, 5)
     with pytest.raises(ConfigError, match="batches 1 or more"):
         Schedule(plan.epochs, skipped=[Skip("sft", 4, 0)])
+
+
+RATES = st.lists(
+    st.builds(Epoch, st.just("sft"), st.integers(1, 4), st.sampled_from([1e-3, 2e-3])),
+    min_size=1,
+    max_size=3,
+)
+SHAPES = st.fixed_dictionaries(
+    {"warmup": st.integers(0, 3), "decay": st.sampled_from(["constant", "cosine"])}
+)
+
+
+@given(RATES, SHAPES, RATES, SHAPES, RATES, SHAPES, st.data())
+def test_a_run_keeps_the_rates_that_it_was_trained_with(
+    first: list[Epoch], a: dict[str, Any], second: list[Epoch], b: dict[str, Any],
+    third: list[Epoch], c: dict[str, Any], data: st.DataObject,
+) -> None:  # fmt: skip
+    """Over any changes that are let pass, lr(step) is what the step had when it was trained."""
+    run = Schedule(first, **a)
+    trained: list[float] = []
+    for epochs, shape in ((first, a), (second, b), (third, c)):
+        given = Schedule(epochs, **shape)
+        if trained:
+            state = json.loads(json.dumps(run.state_dict()))
+            try:
+                given.check_continues(state, len(trained))
+            except ConfigError:
+                continue
+            run = given.continuing(state, len(trained))
+        stop = data.draw(st.integers(len(trained), run.steps))
+        trained += [run.lr(step) for step in range(len(trained), stop)]
+        assert [given.lr(step) for step in range(stop, given.steps)] == [
+            run.lr(step) for step in range(stop, run.steps)
+        ]
+        assert [run.lr(step) for step in range(stop)] == trained
+
+
+@given(RATES, SHAPES, RATES, SHAPES)
+def test_nothing_but_an_extension_is_let_pass_once_all_steps_are_done(
+    old: list[Epoch], a: dict[str, Any], new: list[Epoch], b: dict[str, Any]
+) -> None:
+    before, after = Schedule(old, **a), Schedule(new, **b)
+    state = json.loads(json.dumps(before.state_dict()))
+    try:
+        after.check_continues(state, before.steps)
+    except ConfigError:
+        return
+    same = (before.epochs, before.rates) == (after.epochs, after.rates)
+    assert same or after.steps > before.steps

@@ -1,9 +1,10 @@
 """`echolab replay RUN step=N`: train the steps up to N once more, and see that they come out alike.
 
 They are trained in a folder of their own, by one process, from the newest checkpoint before N and
-the run's own settings.  What the run wrote down is compared: keys and noise of each step (the
-ledger), losses (metrics.jsonl), and the checkpoint of step N, if there is one.  A run that was
-trained by one rank, on the CPU and in fp32, comes out bit for bit; others nearly, in their losses.
+the settings under which the run trained each step: an attempt may have changed them.  What the run
+wrote down is compared: keys and noise of each step (the ledger), losses (metrics.jsonl), and the
+checkpoint of step N, if there is one.  A run that was trained by one rank, on the CPU and in fp32,
+comes out bit for bit; others nearly, in their losses.
 """
 
 import json
@@ -12,20 +13,22 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from echolab.arguments import parse
+from echolab.cli.origins import checkpoint_of, recorded
 from echolab.cli.rollback import config_of
 from echolab.cli.settings_check import check
 from echolab.cli.stored_settings import hidden, resolved
-from echolab.cli.training_objects import training_from
+from echolab.cli.training_objects import schedule_from, training_from
 from echolab.data.ledger import LEDGER, Row, read_ledger
 from echolab.data.quarantine import QUARANTINE
 from echolab.errors import CheckpointError, ConfigError
+from echolab.launch import runs
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
@@ -71,7 +74,9 @@ def main(argv: list[str]) -> int:
     """Replay, compare, and say what differs."""
     arguments = parse(ReplayArguments, argv, command="echolab replay", positional=("run", "step"))
     run, step, out = arguments.run, arguments.step, arguments.out
-    config = _settings(arguments)
+    config = _settings(arguments, config_of(run))
+    if step > (steps := schedule_from(config["schedule"]).steps):
+        raise ConfigError(f"step={step}: the run's schedule has {steps} steps")
     if out and out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
     with ExitStack() as stack:
@@ -79,7 +84,7 @@ def main(argv: list[str]) -> int:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echolab-replay-")))
         start = prepare(run, out, step)
         with redirect_stdout(sys.stderr):  # what training says is no answer
-            rows, exact = replay(config, out, step)
+            rows, exact = replay(pieces_of(arguments, start), out)
         log = int(config["every"]["log"])
         found = list(differences(run, out, (start, step), rows, log, exact=exact))
     told = what_is_told(run, step, exact=exact)
@@ -95,9 +100,8 @@ def main(argv: list[str]) -> int:
     return 1 if found else 0
 
 
-def _settings(arguments: ReplayArguments) -> dict[str, Any]:
-    """The run's settings, with the secrets that its folder does not keep."""
-    kept = config_of(arguments.run)
+def _settings(arguments: ReplayArguments, kept: dict[str, Any]) -> dict[str, Any]:
+    """The run's settings `kept`, with the secrets that its folder does not keep."""
     given = {"clips": arguments.clips, "pairs": arguments.pairs}
     kept["data"] |= {key: list(value) for key, value in given.items() if value}
     kept["data"]["held_out"] = None  # nothing is validated
@@ -141,12 +145,59 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def replay(config: Mapping[str, Any], out: Path, step: int) -> tuple[Rows, bool]:
-    """Train up to `step` in `out`; what was logged, and whether it should be alike bit for bit."""
-    training = training_from({**config, "run": str(out)}, "")
-    if step > training.schedule.steps:
-        raise ConfigError(f"step={step}: the run's schedule has {training.schedule.steps} steps")
-    machine, rows = training.machine, Rows()
+class Piece(NamedTuple):
+    """Steps that one attempt of the run trained, under its settings."""
+
+    attempt: int  # counted among the pieces
+    stop: int  # the last of its steps, counted from 1
+    config: dict[str, Any]
+
+
+def pieces_of(arguments: ReplayArguments, start: int) -> list[Piece]:
+    """Return what trained the steps from `start` (from 0) up to the one asked for, in order."""
+    run, step = arguments.run, arguments.step
+    told = runs.settings_by_step(run)
+    told[0] = (0, told[0][1])  # of a run from before its settings were kept by step
+    initial = recorded(run).get("initial")
+    pieces: list[Piece] = []
+    for (first, kept), stop in zip(told, [*(one[0] for one in told[1:]), step], strict=True):
+        if stop <= start or first >= step:
+            continue
+        config = _settings(arguments, kept)
+        config["initial"] = _initial(config["initial"], initial)
+        if first < start or first == 0:  # it met the data of the checkpoint that it goes on from
+            config["data"]["changed"] = "refuse"
+        if pieces and _alike(pieces[-1].config, config):
+            pieces[-1] = pieces[-1]._replace(stop=min(stop, step))
+        else:
+            pieces.append(Piece(len(pieces) + 1, min(stop, step), config))
+    return pieces
+
+
+def _initial(place: str | None, was: dict[str, Any] | None) -> str | None:
+    """Return the checkpoint that the run started from, though its run was trained on since."""
+    found = checkpoint_of(place, was)
+    return str(found) if found else None
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether settings differ in nothing that replay heeds; `data.changed` may bring other data."""
+    ignored = ("run", "every", "logger", "launcher", "supervise", "guards", "grace")
+    a, b = ({k: v for k, v in config.items() if k not in ignored} for config in (one, other))
+    return a == b and b["data"].get("changed") != "accept"
+
+
+def replay(pieces: Sequence[Piece], out: Path) -> tuple[Rows, bool]:
+    """Train in `out`; what was logged, and whether it should be alike bit for bit."""
+    rows, exact = Rows(), True
+    for piece in pieces:
+        exact = _replay(piece, out, rows) and exact
+    return rows, exact
+
+
+def _replay(piece: Piece, out: Path, rows: Rows) -> bool:
+    training = training_from({**piece.config, "run": str(out)}, "")
+    machine = training.machine
     exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
     alone = Machine(
         accelerator=machine.accelerator,
@@ -164,11 +215,11 @@ def replay(config: Mapping[str, Any], out: Path, step: int) -> tuple[Rows, bool]
             held_out=None,
             parity=False,
             ledger=True,
-            until=step,
-            log=lambda at, values: rows.append({"step": at, **values}),
+            until=piece.stop,
+            log=lambda at, values: rows.append({"step": at, "attempt": piece.attempt, **values}),
         )
     )
-    return rows, exact
+    return exact
 
 
 def _micro(training: Training) -> int:
@@ -223,7 +274,7 @@ def _rows_differ(was: list[Row], now: list[Row]) -> str:
 def _metrics_differ(was: Rows, now: Rows, start: int, log: int, *, exact: bool) -> Iterator[str]:
     """Rows are means since the row before; those that begin and end with the same step compare."""
     old = dict(_by_span(was, 0, log))
-    for span, row in _by_span([{**row, "attempt": 1} for row in now], start, log):
+    for span, row in _by_span(now, start, log):
         for name in COMPARED:
             a, b = old.get(span, {}).get(name, math.nan), row.get(name, math.nan)
             if math.isnan(a) or math.isnan(b):

@@ -111,6 +111,9 @@ class Data(Section):
     skip_budget: Fraction = Field(
         description="share of samples, of each shard and of all, that may be bad"
     )
+    changed: Literal["refuse", "accept"] = Field(
+        description="whether the run goes on with other clips or pairs than it was trained on"
+    )
     cache: Text | None = Field(
         description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
     )

@@ -41,7 +41,8 @@ def train(
     if runs.own_rank() != 0:
         on_end(result := fit(training))
         return result
-    with runs.claim(training.folder, kept, may_change=("schedule",)) as run:
+    with runs.claim(training.folder, kept, may_change=may_change(config)) as run:
+        training = training._replace(on_begin=partial(runs.begin, run, kept))
         wandb_run = _wandb_run(config["logger"], kept, run)
         try:
             on_end(result := _fit(training, run, wandb_run))
@@ -69,6 +70,12 @@ def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(fenced=run.lease.fenced, log=log, say=partial(_say, run.folder))
         return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
+
+
+def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings that a run may go on with others of, where its past allows it."""
+    accepted = config["data"]["changed"] == "accept"
+    return ("schedule", *(("data.weights", "data.pair_weights") if accepted else ()))
 
 
 def _say(folder: Path, lines: list[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from echolab.cli.adapters import Adapted, adapted, reference_of
-from echolab.cli.policy import last_checkpoint, load_policy, load_start
+from echolab.cli.origins import checkpoint_of, origins_from, recorded
+from echolab.cli.policy import load_policy, load_start
 from echolab.data.plan import Order
 from echolab.data.shards import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
@@ -39,6 +40,7 @@ from echolab.training.schedule import Epoch, Schedule
 from echolab.training.stopping import end_of_job
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
+CHANGED = {"refuse": False, "accept": True}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
     "keep": KeepModalities,
     "scale": ScaleModalities,
@@ -100,11 +102,6 @@ def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoT
     return net
 
 
-def checkpoint_of(place: str | None) -> Path | None:
-    """The checkpoint that a setting names, or the newest of the run that it names."""
-    return last_checkpoint(Path(place)) if place else None
-
-
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     """No dataset, one or several, opened: those that `key` of conf/data names."""
     places: str | Sequence[str] = config[key] or []
@@ -125,6 +122,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "ledger": config["ledger"],
         "skip_budget": float(config["skip_budget"]),
+        "accepts_changed_data": chosen("data.changed", config["changed"], CHANGED),
         "workers": config["workers"],
     }
 
@@ -142,10 +140,9 @@ def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
 
 
 def start_of(
-    config: Mapping[str, Any], seed: int
+    config: Mapping[str, Any], initial: Path | None, seed: int
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
-    initial = checkpoint_of(config["initial"])
     if config["lora"]["targets"]:
         own = adapted(config, initial, load_start)
         return own.net, own, None
@@ -169,8 +166,12 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     prefers = any(epoch.kind != "sft" for epoch in schedule.epochs)
     if prefers and not data["pairs"]:
         raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
-    net, own, initial = start_of(config, seed)
-    pinned = None if config["reference"] == "base" else checkpoint_of(config["reference"])
+    was = recorded(Path(config["run"]))
+    origin = checkpoint_of(config["initial"], was.get("initial"))
+    net, own, initial = start_of(config, origin, seed)
+    pinned = None
+    if config["reference"] != "base":
+        pinned = checkpoint_of(config["reference"], was.get("reference"))
     reference = reference_of(config, own, pinned) if prefers else None
     tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more", "ema_widths")}
     return Training(
@@ -186,6 +187,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         reference=reference,
         reference_checkpoint=pinned,
         initial=initial,
+        origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
         held_out=held_out_from(data),
         optim=Optim(**{**config["optim"], **tuples}),

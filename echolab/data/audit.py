@@ -1,10 +1,19 @@
 """Does a ledger prove that every sample was trained on exactly once an epoch?"""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.ledger import LEDGER, SKIPPED, Ledger, LeftOut, read_ledger, read_left_out
+from echolab.data.ledger import (
+    LEDGER,
+    SKIPPED,
+    Attempt,
+    Ledger,
+    LeftOut,
+    read_ledger,
+    read_left_out,
+)
 from echolab.data.quarantine import QUARANTINE, read_quarantine
 from echolab.data.shards import open_dataset
 from echolab.errors import DataError
@@ -62,6 +71,8 @@ def audit(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     Bad samples in the run's quarantine may be missing, and as many others come once more.
     `skips` are the batches that events of the run left out, (sft or preference, first, count):
     their samples may be missing in the epoch that they would have come in, and may not be there.
+    Where the run went on with other samples (data.changed=accept), those before are a fault: they
+    cannot be weighed.
     """
     ledger = read_ledger(run)
     faults = list(ledger.faults)
@@ -71,17 +82,51 @@ def audit(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     found = Audit(len(ledger.steps), len(ledger.attempts), 0, [], [], [], faults, len(quarantine))
     for supervised, datasets in ((True, last.clips), (False, last.pairs)):
         kind = "sft" if supervised else "preference"
+        begun = _drawn_since(ledger, supervised)
+        if begun:
+            faults.append(
+                f"{run / LEDGER}: from step {begun} on the run trained on other {kind} data "
+                "(data.changed=accept); what it trained on before cannot be weighed against these"
+            )
         for number, dataset in enumerate(datasets):
-            seen = _seen(ledger, supervised, number)
-            bad = {e["key"] for e in quarantine if e["dataset"] == dataset["fingerprint"]}
+            seen = _seen(ledger, supervised, number, begun)
+            prints = _fingerprints(ledger, supervised, number, begun)
+            bad = {e["key"] for e in quarantine if e["dataset"] in prints}
             out = _keys_left_out(batches, kind, number)
             found = found._replace(
                 samples=found.samples
                 + sum(len(steps) for e in seen.values() for steps in e.values()),
                 skipped=found.skipped + sum(map(len, out.values())),
             )
-            _weigh(dataset, seen, bad, out, found)
+            _weigh(dataset, seen, bad, out, found, cut=begun > 0)
     return found
+
+
+def _orders(attempt: Attempt, supervised: bool) -> list[str]:
+    """Return what the order of each dataset depended on in an attempt."""
+    datasets = attempt.clips if supervised else attempt.pairs
+    return [dataset.get("order", dataset["fingerprint"]) for dataset in datasets]
+
+
+def _drawn_since(ledger: Ledger, supervised: bool) -> int:
+    """Return the first step of the attempts whose samples came in the order of the last one's.
+
+    Data that were encoded again keep their order.  0 where nothing was drawn before.
+    """
+    led: list[tuple[int, list[str]]] = []  # to the run's state: (first step, orders)
+    for attempt in ledger.attempts:
+        led = [one for one in led if one[0] < attempt.first_step]
+        led.append((attempt.first_step, _orders(attempt, supervised)))
+    alike = itertools.takewhile(lambda one: one[1] == led[-1][1], reversed(led))
+    begun = min(first for first, _ in alike)
+    before = [row for step in range(begun) for row in ledger.steps.get(step, [])]
+    return begun if any((row.kind == "sft") == supervised for row in before) else 0
+
+
+def _fingerprints(ledger: Ledger, supervised: bool, number: int, begun: int) -> set[str]:
+    """Return those of one dataset in the attempts since step `begun`."""
+    named = [a.clips if supervised else a.pairs for a in ledger.attempts if a.first_step >= begun]
+    return {datasets[number]["fingerprint"] for datasets in named if number < len(datasets)}
 
 
 def _weigh(
@@ -90,8 +135,13 @@ def _weigh(
     bad: set[str],
     out: dict[int, set[str]],
     found: Audit,
+    *,
+    cut: bool,
 ) -> None:
-    """Add to the lists of `found` what is wrong with one dataset."""
+    """Add to the lists of `found` what is wrong with one dataset.
+
+    With `cut` its first epoch began with other data.
+    """
     folder = dataset["folder"]
     found.faults.extend(_trained_all_the_same(folder, seen, out))
     found.doubled.extend(_doubled(folder, seen, bad))
@@ -101,7 +151,8 @@ def _weigh(
         found.faults.append(str(error))
         return
     found.strange.extend(_strange(folder, seen, keys))
-    found.missing.extend(_missing(dataset, seen, keys, bad, out))
+    first = min(seen, default=0) + 1 if cut else 0
+    found.missing.extend(_missing(dataset, seen, keys, bad, out, first))
 
 
 def _left_out(run: Path, skips: Iterable[tuple[str, int, int]], faults: list[str]) -> list[LeftOut]:
@@ -135,10 +186,10 @@ def _trained_all_the_same(folder: str, seen: Seen, out: dict[int, set[str]]) -> 
             yield f"{folder}: epoch {epoch}: {key} was to be left out (steps {steps})"
 
 
-def _seen(ledger: Ledger, supervised: bool, number: int) -> Seen:
+def _seen(ledger: Ledger, supervised: bool, number: int, begun: int) -> Seen:
     seen: Seen = {}
     for step, rows in sorted(ledger.steps.items()):
-        for row in rows:
+        for row in rows if step >= begun else []:
             if (row.kind == "sft") == supervised:
                 for source, epoch, key in zip(row.sources, row.epochs, row.keys, strict=True):
                     if source == number:
@@ -177,10 +228,11 @@ def _missing(
     keys: set[str],
     bad: set[str],
     out: dict[int, set[str]],
+    first: int,
 ) -> Iterator[Finding]:
-    """In every epoch before the last, which may still be under way."""
+    """In every epoch from `first` on before the last, which may still be under way."""
     unused = max(0, len(keys) - dataset["span"])
-    for epoch in range(max(seen, default=0)):
+    for epoch in range(first, max(seen, default=0)):
         lacking = keys - set(seen.get(epoch, {})) - bad - out.get(epoch, set())
         if len(lacking) > unused:
             for key in sorted(lacking):

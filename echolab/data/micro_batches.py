@@ -81,11 +81,13 @@ def stock(
     order: Order = ORDER,
     skip_budget: float = 0.0,
     quarantine: Path | None = None,
+    order_names: Sequence[str] = (),
 ) -> Stock:
     """Plan the batches of some datasets; raises DataError and ConfigError where that cannot be.
 
     The clips of one dataset have one size: clips of several sizes are several datasets.
     `skip_budget` is the share of samples that may be bad; `quarantine` the file to list them in.
+    `order_names` are what the order of each dataset depends on, by default its fingerprint.
     """
     for dataset in datasets:
         if dataset.kind != kind:
@@ -105,6 +107,7 @@ def stock(
             dataset.samples_by_shard,
             _size(readers[i]) if sized else (1, 1, 1),
             None if weights is None else float(weights[i]),
+            order_names[i] if order_names else "",
         )
         for i, dataset in enumerate(datasets)
     ]

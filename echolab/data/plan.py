@@ -29,6 +29,12 @@ class Source(NamedTuple):
     samples_by_shard: Sequence[int] | np.ndarray
     size: Size = (1, 1, 1)
     weight: float | None = None  # share of all clips; None: the number of its samples
+    order_name: str = ""  # what the order depends on; "": the fingerprint
+
+    @property
+    def named(self) -> str:
+        """Return what the order of its samples depends on: data encoded again may keep theirs."""
+        return self.order_name or self.fingerprint
 
     @property
     def samples(self) -> int:
@@ -93,7 +99,7 @@ class Stream:
             self._orders = dict(last)
             self._orders[number] = EpochOrder(
                 self.source.samples_by_shard,
-                self.source.fingerprint,
+                self.source.named,
                 seed=self.seed,
                 epoch=number,
                 block=self.order.block,
@@ -138,7 +144,7 @@ class Bucket:
         self.streams = [Stream(i, s, order, seed, self.batch) for i, s in sources.items()]
         self.weight = sum(weights_of(list(sources.values())))
         # Named by what is in it: another bucket beside it changes nothing here.
-        self.name = "+".join(source.fingerprint for source in sources.values())
+        self.name = "+".join(source.named for source in sources.values())
         self._mixing = Mixing(weights_of(list(sources.values())), self.name, seed)
 
     def places(self, number: int) -> list[tuple[Stream, int, int]]:
@@ -215,7 +221,7 @@ class Plan:
         return {
             "version": VERSION,
             **self.order._asdict(),
-            "datasets": [[s.fingerprint, list(s.size), s.weight] for s in self.sources],
+            "datasets": [[s.named, list(s.size), s.weight] for s in self.sources],
         }
 
     def datasets(self) -> list[dict[str, Any]]:
@@ -225,6 +231,7 @@ class Plan:
             {
                 "folder": source.name,
                 "fingerprint": source.fingerprint,
+                "order": source.named,
                 "samples": source.samples,
                 "span": spans.get(number, 0),
             }

@@ -127,8 +127,9 @@ class Tolerant:
             if bad > allowed(samples, self.skip_budget):
                 raise DataError(
                     f"{place}: {bad} of {samples} samples are bad, skip_budget={self.skip_budget} "
-                    f"allows {allowed(samples, self.skip_budget)}; see {path}, then mend the "
-                    f"dataset and remove that file, or raise the budget; last: {entry['reason']}"
+                    f"allows {allowed(samples, self.skip_budget)}; see {path}, then raise "
+                    f"data.skip_budget, or encode those again and go on with data.changed=accept; "
+                    f"last: {entry['reason']}"
                 )
 
 

@@ -11,9 +11,12 @@ members' [offset, size, crc32]; its fingerprint is the hash of all that.  Nothin
 The folder may also lie behind an address: http(s)://, s3://, or what else fsspec knows.
 """
 
+import hashlib
 import io
+import json
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +62,14 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    @cached_property
+    def keys_digest(self) -> str:
+        """Return a hash of the keys and of the numbers of samples: equal where order can be."""
+        digest = hashlib.sha256(json.dumps(self.samples_by_shard).encode())
+        for key in self.keys:
+            digest.update(f"{key}\n".encode())
+        return digest.hexdigest()
 
     @property
     def samples_by_shard(self) -> list[int]:

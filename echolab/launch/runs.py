@@ -1,7 +1,8 @@
 """Run folders: made once, by rank 0, with an identity that outlives every attempt.
 
 run.json        id, wandb id, when and by what it was made; never changed
-config.json     the resolved settings
+config.json     the resolved settings of the last attempt that trained
+configs.jsonl   those of every attempt that trained, and the step that it went on from
 attempts.jsonl  one line for each start: when, where, versions, git state
 attempts/       what supervisors and ranks told of each launch
 checkpoints/    metrics.jsonl    wandb/
@@ -31,10 +32,14 @@ MACHINE = (
     "run", "trainer", "every", "logger", "launcher", "supervise", "micro_batch_size",
     "guards", "host_memory_gb", "parity", "grace",
     "data.workers", "data.cache", "data.cache_gb", "data.ledger", "data.skip_budget",
+    "data.changed",
     "data.held_out", "data.held_out_clips", "data.held_out_batch_size", "data.held_out_tasks",
 )  # fmt: skip
 
-ATTEMPTS = "attempts"
+# Compared by content, against what the checkpoints record (`training.lineage`).
+BY_CONTENT = ("data.clips", "data.pairs", "initial", "weights", "reference", "lora.start")
+
+ATTEMPTS, CONFIG, CONFIGS = "attempts", "config.json", "configs.jsonl"
 JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "ECHOLAB_LAUNCH")
 
 
@@ -72,7 +77,7 @@ def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] =
     saved = json.loads((folder / "config.json").read_text())
     old, new = flat(saved), flat(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
-        if {key, key.split(".")[0]} & {*MACHINE, *extra}:
+        if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *extra}:
             continue
         if old.get(key) != new.get(key):
             raise ConfigError(
@@ -165,6 +170,29 @@ def claim(
         }  # fmt: skip
         own.check()  # git and the versions took their time
         append_text(path, json.dumps(about) + "\n")
-        if may_change and not attempt == 1:
-            write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
         yield Run(folder, str(identity["id"]), attempt, own)
+
+
+def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
+    """Record that this attempt trains from `step` on, with these settings."""
+    run.lease.check()
+    line = {"attempt": run.attempt, "step": step, "config": config}
+    append_text(run.folder / CONFIGS, json.dumps(line) + "\n")
+    write_whole(run.folder / CONFIG, json.dumps(config, indent=1).encode())
+
+
+def settings_by_step(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the settings that led to a run's state, each with the first step trained under it.
+
+    An attempt that went on from a checkpoint takes the place of all that were trained beyond it.
+    """
+    path, found = folder / CONFIGS, list[tuple[int, dict[str, Any]]]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue  # its writer was killed within the line
+        found = [one for one in found if one[0] < told["step"]]
+        found.append((told["step"], told["config"]))
+    last = _read(folder / CONFIG)
+    return [*found[:-1], (found[-1][0] if found else 0, last)]

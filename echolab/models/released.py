@@ -107,6 +107,16 @@ def _file_of(path: Path) -> Path:
     raise WeightsError(f"{folder}: no .safetensors or {', '.join(PICKLES)} in it; give another")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that `read_tensors(path)` reads tensors from, and their index if any."""
+    file = _file_of(path)
+    if not file.name.endswith(INDEX):
+        return [file]
+    places = _read_json(file).get("weight_map")
+    shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    return [file, *(file.parent / shard for shard in shards if Path(shard).name == shard)]
+
+
 def _check_config(config: Path) -> None:
     """Refuse a diffusers folder of something else, such as a VAE."""
     if not config.is_file():

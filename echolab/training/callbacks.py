@@ -4,6 +4,7 @@ Before: the learning rate, and the reference of a preference epoch that begins.
 After:  average, vote, guard, log, validate, save; then the run goes on, goes back, or ends.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from echolab.data.ledger import LEDGER
 from echolab.errors import EcholabError
-from echolab.training import ranks
+from echolab.training import lineage, ranks
 from echolab.training.checkpoints import agreed, resume
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
@@ -68,6 +69,8 @@ class Steps(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """All ranks make sure that they do the same, and go on from the same checkpoint."""
+        told = ranks.gather_text(json.dumps(dict(self.training.origins)))[0]
+        self.identity["origins"] = json.loads(told)
         resume.check_alike(self.training.agreed, self.identity, self.schedule.state_dict())
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
@@ -75,12 +78,29 @@ class Steps(pl.Callback):
         found = agreed.newest(self.folder)
         if found:
             resume.check_continues(found, self.identity, self.schedule)
+            self._go_on_with_data(found)
             self._go_on_from(found)
+        if self.training.on_begin and ranks.rank() == 0 and self.step < self.schedule.steps:
+            self.training.on_begin(self.step)
         self.beats.enter("init", self.step)
+
+    def _go_on_with_data(self, found: Checkpoint) -> None:
+        """Draw from the data that are given now; other data than before are an event."""
+        self.data.feed = resume.going_on_with(found, self.training, self.data.feed, self.schedule)
+        identity = self.training.identity(self.data.feed)
+        self.identity = {**identity, "origins": found.state.get("origins", identity["origins"])}
+        was, now = lineage.saved_data(found.state)[-1], identity["data"][0]
+        changed = lineage.changed_data(was, now)
+        if changed and found.step < self.schedule.steps:
+            told = {key: {"was": was[key], "now": now[key]} for key in changed}
+            self.guarding.history.add(found.step, "data", **told)
 
     def _go_on_from(self, found: Checkpoint) -> None:
         """Everything but the tensors."""
         self.resumed, self.step, self.newest = found, found.step, found.path
+        self.schedule = self.schedule.continuing(found.state["schedule"], found.step)
+        data = lineage.continued(found.state, self.identity["data"][-1], found.step)
+        self.identity = {**self.identity, "data": data}
         self.data.go_to(found.step)
         self.data.curriculum.load_state_dict(found.state["curriculum"])
         self.references.load_state_dict(found.state["objectives"])

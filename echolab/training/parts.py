@@ -20,6 +20,7 @@ from echolab.training.datamodule import Feed, HeldOut
 from echolab.training.engine.machine import Machine, cut
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
+from echolab.training.lineage import data_of
 from echolab.training.module import Objective, Optim
 from echolab.training.preference import Reference
 from echolab.training.schedule import Schedule
@@ -30,6 +31,7 @@ Sink = Callable[[int, dict[str, float]], None]
 
 
 ALONE, OPTIM, GUARDS = Machine(), Optim(), Guards()
+EMPTY: Mapping[str, Any] = {}
 
 
 class Training(NamedTuple):
@@ -59,9 +61,11 @@ class Training(NamedTuple):
     order: Order = ORDER
     ledger: bool = False  # whether `folder/ledger` tells the samples of each step
     skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
+    accepts_changed_data: bool = False  # goes on with other data than it was trained on so far
     reference: Reference | None = None
     reference_checkpoint: Path | None = None
     initial: Path | None = None
+    origins: Mapping[str, Any] = EMPTY  # what it starts from and refers to, by content; rank 0's
     adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
     held_out: HeldOut | None = None
     phases: Allocator | None = None  # for the held-out error
@@ -79,6 +83,7 @@ class Training(NamedTuple):
     guards: Guards = GUARDS
     host_memory_gb: float | None = None  # a rank's, workers included: above, the run is saved, ends
     parity: bool = False  # before it is done, samples of an export are compared
+    on_begin: Callable[[int], None] | None = None  # (step), on rank 0, where training goes on
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
@@ -129,17 +134,26 @@ class Training(NamedTuple):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
 
-    def feed(self) -> Feed:
-        """The batches, planned; raises EcholabError where that cannot be."""
+    def feed(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> Feed:
+        """The batches, planned; raises EcholabError where that cannot be.
+
+        `order_names` are what the order of "clips" and "pairs" depends on, by default their
+        fingerprints.
+        """
+        names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         shared |= {"skip_budget": self.skip_budget, "quarantine": self.quarantine}
-        clips = stock(self.clips, kind="encoded", weights=self.weights, order=self.order, **shared)
+        clips = stock(
+            self.clips, kind="encoded", weights=self.weights, order=self.order,
+            order_names=names["clips"], **shared,
+        )  # fmt: skip
         pairs = None
         if self.pairs:  # few and met often: their epochs always run on into each other
             order = self.order._replace(remainder="carry")
             pairs = stock(
-                self.pairs, kind="preference", weights=self.pair_weights, order=order, **shared
-            )
+                self.pairs, kind="preference", weights=self.pair_weights, order=order,
+                order_names=names["pairs"], **shared,
+            )  # fmt: skip
         accumulation = cut(self.batch_size, self.micro_batch_size, self.machine)
         together = self.machine.sequence_parallel
         return Feed(
@@ -162,6 +176,8 @@ class Training(NamedTuple):
             "encoders": dict(self.clips[0].encoders),
             "pairs": [pairs.fingerprint for pairs in self.pairs],
             "order": feed.clips.plan.state(),
+            "data": [{"first": 0, **data_of(feed)}],
+            "origins": dict(self.origins),
             "seed": self.seed,
             "batch_size": self.batch_size,
         }

@@ -4,8 +4,9 @@ Batches of the datasets can be left out (`Skip`): the steps stay as many, and ta
 """
 
 import copy
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from echolab.data.micro_batches import Place
@@ -54,6 +55,25 @@ class Skip(NamedTuple):
         return self
 
 
+class Rates(NamedTuple):
+    """The settings that fix the learning rate of the steps from `first` on."""
+
+    first: int
+    epochs: tuple[Epoch, ...]
+    warmup: int
+    decay: str
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        ends = itertools.accumulate(epoch.steps for epoch in self.epochs)
+        epoch = next((e for e, end in zip(self.epochs, ends, strict=True) if step < end), None)
+        rate = (epoch or self.epochs[-1]).lr * min(1.0, (step + 1) / max(self.warmup, 1))
+        if self.decay == "cosine":
+            steps = sum(epoch.steps for epoch in self.epochs)
+            rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rate
+
+
 def group_of(kind: str) -> str:
     """Which datasets an epoch of this kind draws from."""
     return "sft" if kind == "sft" else "preference"
@@ -75,7 +95,8 @@ class Schedule:
     """The whole run as a function of the step; holds no state.
 
     The learning rate is the epoch's, times a linear warm-up over the run's first `warmup` steps,
-    times (with decay="cosine") half a cosine from 1 to 0 over the run.
+    times (with decay="cosine") half a cosine from 1 to 0 over the run.  Steps that were trained
+    under other settings keep the rate that they had: `rates` holds the settings by first step.
     """
 
     def __init__(
@@ -99,7 +120,7 @@ class Schedule:
             raise ConfigError(f"schedule.decay={decay}: unknown; constant or cosine")
         self.one_cycle = len(epochs)
         self.epochs = [Epoch(*epoch) for epoch in epochs] * cycles
-        self.warmup, self.decay = warmup, decay
+        self.rates: tuple[Rates, ...] = (Rates(0, tuple(self.epochs), warmup, decay),)
         self.skipped = tuple(Skip(*skip).check() for skip in skipped)
         self._spans = {group: merged(self.skipped, group) for group in GROUPS}
         self.starts = [0]
@@ -169,10 +190,7 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
-        rate = self.locate(step).epoch.lr * min(1.0, (step + 1) / max(self.warmup, 1))
-        if self.decay == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return rate
+        return next(rates for rates in reversed(self.rates) if rates.first <= step).lr(step)
 
     def is_boundary(self, step: int) -> bool:
         """Whether an epoch ends at this step."""
@@ -187,20 +205,43 @@ class Schedule:
         return self.is_boundary(step) or self.needs_reference(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs and the batches left out, as JSON."""
+        """The epochs, the batches left out, and the rates by first step, as JSON."""
         return {
             "epochs": [list(epoch) for epoch in self.epochs],
             "skipped": [list(skip) for skip in self.skipped],
+            "rates": [
+                {**rates._asdict(), "epochs": [list(epoch) for epoch in rates.epochs]}
+                for rates in self.rates
+            ],
         }
 
-    def check_continues(self, state: dict[str, Any], step: int) -> None:
+    def continuing(self, state: Mapping[str, Any], step: int) -> "Schedule":
+        """Return the same schedule with the saved rates for the first `step` steps."""
+        other, own = copy.copy(self), self.rates[-1]
+        before = [rates for rates in self._saved_rates(state) if rates.first < step]
+        same = bool(before) and before[-1][1:] == own[1:]
+        other.rates = (*before, *([] if same else [own._replace(first=step if before else 0)]))
+        return other
+
+    def _saved_rates(self, state: Mapping[str, Any]) -> list[Rates]:
+        """Return the rates of a saved state; one from before they were saved had this warm-up."""
+        if "rates" not in state:
+            epochs = tuple(Epoch(*epoch) for epoch in state["epochs"])
+            return [self.rates[-1]._replace(first=0, epochs=epochs)]
+        return [
+            Rates(**{**rates, "epochs": tuple(Epoch(*epoch) for epoch in rates["epochs"])})
+            for rates in state["rates"]
+        ]
+
+    def check_continues(self, state: Mapping[str, Any], step: int) -> None:
         """Raise ConfigError unless the steps done under the saved schedule are this one's too."""
-        saved = [Epoch(*epoch) for epoch in state["epochs"]]
-        self._check_epochs(saved, step)
+        saved = self._saved_rates(state)[-1]
+        self._check_epochs(saved.epochs, step)
+        self._check_rates(saved, step)
         before = [Skip(*skip) for skip in state.get("skipped", [])]
         for group in GROUPS:
             # What was left out before the last batch trained on is history; the rest may change.
-            begun = Schedule(saved, skipped=before).begun(group, step)
+            begun = Schedule(saved.epochs, skipped=before).begun(group, step)
             was, now = merged(before, group, begun), merged(self.skipped, group, begun)
             if was != now:
                 raise ConfigError(
@@ -208,7 +249,8 @@ class Schedule:
                     "back its events.jsonl as it was, or go back to a checkpoint before them"
                 )
 
-    def _check_epochs(self, saved: list[Epoch], step: int) -> None:
+    def _check_epochs(self, saved: Sequence[Epoch], step: int) -> None:
+        """Raise ConfigError where kind, length or rate of what was trained is another one."""
         done = 0
         for number, old in enumerate(saved):
             if done >= step:
@@ -217,9 +259,27 @@ class Schedule:
             used = min(old.steps, step - done)
             passed = step > done + used  # later epochs have begun: its length is history
             short = new is None or new.kind != old.kind or new.steps < used
-            if short or (passed and new and new.steps != old.steps):
+            over = new is not None and new.steps <= used  # nothing of it is still to come
+            if short or (passed and new and new.steps != old.steps) or (
+                new and over and new.lr != old.lr
+            ):  # fmt: skip
                 raise ConfigError(
                     f"schedule.epochs[{number}]: {new and tuple(new)}, but the run trained "
-                    f"{tuple(old)} up to step {step}; only what is still to come may change"
+                    f"{tuple(old)} up to step {step}; only what is still to come may change: give "
+                    "this epoch as it was, or train another run with initial= this one"
                 )
             done += old.steps
+
+    def _check_rates(self, saved: Rates, step: int) -> None:
+        """Raise ConfigError where a warm-up that is over, or a finished run's decay, is changed."""
+        own = self.rates[-1]
+        for key, over in (
+            ("warmup", step >= min(saved.warmup, self.steps)),
+            ("decay", step >= self.steps),
+        ):
+            was, now = getattr(saved, key), getattr(own, key)
+            if step and over and was != now:
+                raise ConfigError(
+                    f"schedule.{key}={now}: it was {was} and is over at step {step}; "
+                    f"give schedule.{key}={was}, or train another run with initial= this one"
+                )

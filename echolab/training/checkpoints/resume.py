@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from echolab.errors import EcholabError
-from echolab.training import ranks
+from echolab.training import lineage, ranks
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
+from echolab.training.datamodule import Feed
 from echolab.training.parity import REPORT, passed_before
 from echolab.training.parts import Training
 from echolab.training.schedule import Schedule
@@ -44,9 +45,44 @@ def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Sc
     checkpoints.check_architecture(found, identity["architecture"])
     checkpoints.check_adapters(found, identity.get("adapters"))
     schedule.check_continues(found.state["schedule"], found.step)
-    for key in ("clips", "seed", "batch_size", "order"):
-        if (was := found.state.get(key)) != identity[key]:
+    if "origins" in found.state:
+        lineage.check_origins(found.state["origins"], identity["origins"], str(found.path))
+    for key in ("seed", "batch_size", "order"):
+        was, now = found.state[key], identity[key]
+        if key == "order":  # its datasets are compared by `going_on_with`
+            was, now = {**was, "datasets": []}, {**now, "datasets": []}
+        if was != now:
             raise EcholabError(
-                f"{found.path}: {key} was {was}, now {identity[key]}; "
-                "give the old value, or a new run folder"
+                f"{found.path}: {key} was {was}, now {now}; give the old value, or a new run folder"
             )
+
+
+def going_on_with(found: Checkpoint, training: Training, feed: Feed, schedule: Schedule) -> Feed:
+    """Return the batches of a run that goes on: those that were planned, or of accepted data.
+
+    Raises EcholabError where the datasets are not those that were trained on, and nobody accepted
+    that.
+    """
+    was, now = lineage.saved_data(found.state)[-1], lineage.data_of(feed)
+    changed = [
+        key
+        for key in lineage.changed_data(was, now)
+        if schedule.begun(lineage.GROUPS[key], found.step)  # else nothing of it was trained on
+    ]
+    if changed and not training.accepts_changed_data:
+        key = changed[0]
+        names = ", ".join(str(dataset.folder) for dataset in getattr(training, key)) or "nothing"
+        told = [[row[0][:12] for row in each[key]] for each in (was, now)]
+        raise EcholabError(
+            f"data.{key}: {names} is not what the run was trained on up to step {found.step} "
+            f"(fingerprints {told[0]} then, {told[1]} now); put that back, or give "
+            "data.changed=accept to go on with this, which events.jsonl then records"
+        )
+    names_of = lineage.order_names(was, now)
+    kept = all([row[2] for row in now[key]] == names_of[key] for key in lineage.GROUPS)
+    feed = feed if kept else training.feed(names_of)
+    if not changed and (old := found.state["order"]) != (new := feed.clips.plan.state()):
+        raise EcholabError(
+            f"{found.path}: order was {old}, now {new}; give the old value, or a new run folder"
+        )
+    return feed

@@ -140,6 +140,10 @@ STATE = fields(
         "schedule": fields(
             {"epochs": items(row(text(*KINDS), integer(1), number(0)))},
             skipped=items(row(text(*GROUPS), integer(), integer(1))),
+            rates=items(fields({
+                "first": integer(), "epochs": items(row(text(*KINDS), integer(1), number(0))),
+                "warmup": integer(), "decay": text("constant", "cosine"),
+            })),
         ),
         "curriculum": fields(
             {"step": integer(), "probabilities": mapping(number(0, 1), *TASKS)}
@@ -156,6 +160,11 @@ STATE = fields(
     origin=fields({}, world=integer(1), masters=text()),
     adapters=nullable(mapping(anything)),
     encoders=mapping(text()),
+    data=items(fields({
+        "first": integer(),
+        "clips": items(row(text(), text(), text())), "pairs": items(row(text(), text(), text())),
+    })),
+    origins=mapping(fields({"content": text()}, step=integer(), run=nullable(text()))),
     seed=integer(-(2**63)),
     batch_size=integer(1),
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
     {"id": 3, "time": 1765432100.5, "step": 950, "kind": "rollback", "to": 800, "skip": [...], ...}
 
-Kinds: spike, recompute, reproducible, rollback, straggler.  The file only grows, and rank 0 (or
+Kinds: spike, recompute, reproducible, rollback, straggler, replicas, data (the run goes on with
+other data than before).  The file only grows, and rank 0 (or
 `echolab rollback`) alone writes it.  Skips are never undone.
 """
 
