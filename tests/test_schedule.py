@@ -161,6 +161,8 @@ def test_a_run_keeps_the_rates_that_it_was_trained_with(
             except ConfigError:
                 continue
             run = given.continuing(state, len(trained))
+        else:
+            run = given
         stop = data.draw(st.integers(len(trained), run.steps))
         trained += [run.lr(step) for step in range(len(trained), stop)]
         assert [given.lr(step) for step in range(stop, given.steps)] == [
