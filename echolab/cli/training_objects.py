@@ -40,7 +40,6 @@ from echolab.training.schedule import Epoch, Schedule
 from echolab.training.stopping import end_of_job
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
-CHANGED = {"refuse": False, "accept": True}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
     "keep": KeepModalities,
     "scale": ScaleModalities,
@@ -122,7 +121,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "ledger": config["ledger"],
         "skip_budget": float(config["skip_budget"]),
-        "accepts_changed_data": chosen("data.changed", config["changed"], CHANGED),
+        "accepts_changed_data": config["changed"] == "accept",
         "workers": config["workers"],
     }
 
