@@ -48,6 +48,15 @@ def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Pa
     return last_checkpoint(Path(place))
 
 
+def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+    """Return the checkpoints that `initial` and `reference` mean for a run that may have begun."""
+    was, reference = recorded(Path(config["run"])), config["reference"]
+    return (
+        checkpoint_of(config["initial"], was.get("initial")),
+        checkpoint_of(None if reference == "base" else reference, was.get("reference")),
+    )
+
+
 def origins_from(
     config: Mapping[str, Any], initial: Path | None, reference: Path | None
 ) -> dict[str, Any]:

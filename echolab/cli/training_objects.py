@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from echolab.cli.adapters import Adapted, adapted, reference_of
-from echolab.cli.origins import checkpoint_of, origins_from, recorded
+from echolab.cli.origins import checkpoints_from, origins_from
 from echolab.cli.policy import load_policy, load_start
 from echolab.data.plan import Order
 from echolab.data.shards import ShardDataset, open_dataset
@@ -165,12 +165,8 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     prefers = any(epoch.kind != "sft" for epoch in schedule.epochs)
     if prefers and not data["pairs"]:
         raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
-    was = recorded(Path(config["run"]))
-    origin = checkpoint_of(config["initial"], was.get("initial"))
+    origin, pinned = checkpoints_from(config)
     net, own, initial = start_of(config, origin, seed)
-    pinned = None
-    if config["reference"] != "base":
-        pinned = checkpoint_of(config["reference"], was.get("reference"))
     reference = reference_of(config, own, pinned) if prefers else None
     tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more", "ema_widths")}
     return Training(

@@ -48,8 +48,8 @@ def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Sc
     if "origins" in found.state:
         lineage.check_origins(found.state["origins"], identity["origins"], str(found.path))
     for key in ("seed", "batch_size", "order"):
-        was, now = found.state[key], identity[key]
-        if key == "order":  # its datasets are compared by `going_on_with`
+        was, now = found.state.get(key), identity[key]
+        if was and key == "order":  # its datasets are compared by `going_on_with`
             was, now = {**was, "datasets": []}, {**now, "datasets": []}
         if was != now:
             raise EcholabError(
@@ -81,7 +81,7 @@ def going_on_with(found: Checkpoint, training: Training, feed: Feed, schedule: S
     names_of = lineage.order_names(was, now)
     kept = all([row[2] for row in now[key]] == names_of[key] for key in lineage.GROUPS)
     feed = feed if kept else training.feed(names_of)
-    if not changed and (old := found.state["order"]) != (new := feed.clips.plan.state()):
+    if not changed and (old := found.state.get("order")) != (new := feed.clips.plan.state()):
         raise EcholabError(
             f"{found.path}: order was {old}, now {new}; give the old value, or a new run folder"
         )
