@@ -150,6 +150,12 @@ def start_of(
     return net_from(config["model"], config["weights"], seed), None, initial
 
 
+def optim_from(config: Mapping[str, Any]) -> Optim:
+    """conf/optim"""
+    tuples = {key: tuple(config[key]) for key in ("betas", "ema_more", "ema_widths")}
+    return Optim(**{**config, **tuples})
+
+
 def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
     """Seconds from a signal to the kill, by its number; outside of Slurm nobody kills."""
     if "SLURM_JOB_ID" not in os.environ:
@@ -161,14 +167,12 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
     schedule = schedule_from(config["schedule"])
     phases = phases_from(config["phases"])
-    data, seed = config["data"], int(config["seed"])
-    prefers = any(epoch.kind != "sft" for epoch in schedule.epochs)
+    data, seed, prefers = config["data"], int(config["seed"]), schedule.prefers
     if prefers and not data["pairs"]:
         raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
     origin, pinned = checkpoints_from(config)
     net, own, initial = start_of(config, origin, seed)
     reference = reference_of(config, own, pinned) if prefers else None
-    tuples = {key: tuple(config["optim"][key]) for key in ("betas", "ema_more", "ema_widths")}
     return Training(
         folder=Path(config["run"]),
         agreed=agreed,
@@ -185,7 +189,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
         held_out=held_out_from(data),
-        optim=Optim(**{**config["optim"], **tuples}),
+        optim=optim_from(config["optim"]),
         machine=Machine(**config["trainer"]),
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],

@@ -128,6 +128,11 @@ class Schedule:
             self.starts.append(self.starts[-1] + epoch.steps)
 
     @property
+    def prefers(self) -> bool:
+        """Return whether there are preference epochs, which need pairs and a reference."""
+        return any(epoch.kind != "sft" for epoch in self.epochs)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.starts[-1]
