@@ -71,6 +71,15 @@ def _size(reader: Tolerant) -> tuple[int, int, int]:
     return frames, height, width
 
 
+def _check_kind(datasets: Sequence[ShardDataset], kind: str) -> None:
+    """Raise DataError for a dataset of another kind, or an empty one."""
+    for dataset in datasets:
+        if dataset.kind != kind:
+            raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}")
+        if not len(dataset):
+            raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
+
+
 def stock(
     datasets: Sequence[ShardDataset],
     *,
@@ -89,11 +98,7 @@ def stock(
     `skip_budget` is the share of samples that may be bad; `quarantine` the file to list them in.
     `order_names` are what the order of each dataset depends on, by default its fingerprint.
     """
-    for dataset in datasets:
-        if dataset.kind != kind:
-            raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}")
-        if not len(dataset):
-            raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
+    _check_kind(datasets, kind)
     if weights is not None and len(weights) != len(datasets):
         raise ConfigError(
             f"{len(weights)} weights for {len(datasets)} datasets; give one for each, or null"
