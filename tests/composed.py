@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import adapted
 import runs
 import tiny
 import torch
@@ -21,7 +22,9 @@ from echolab.training.fit import Machine
 from echolab.types import Batch, Draws, Loss
 
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
-BATCH, STEPS = 12, 3
+BATCH = 12
+EPOCHS = {"sft": (("sft", 3),), "dpo": (("sft", 1), ("dpo", 2), ("ndpo", 1))}
+LORA = adapted.LORA._replace(targets=("blocks",))
 # eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
 OPTIM = runs.Optim(clip=0.5, eps=1e-4)
 
@@ -39,10 +42,25 @@ def in_full(net: Any, batch: Batch, draws: Draws) -> Loss:
     return loss
 
 
+def parts_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The network, its reference and the objectives."""
+    if case["adapters"] == "none":
+        return {"objectives": {"sft": in_full}} if case["epochs"] == "sft" else {}
+    made = adapted.settings(case["epochs"].removeprefix("dpo-").replace("sft", "base"), LORA)
+    made["objectives"]["sft"] = in_full
+    return made
+
+
+def trained(case: dict[str, Any]) -> dict[str, Tensor]:
+    """First values of what is trained."""
+    net = parts_of(case).get("net") or tiny.net(trained=True)
+    return {k: p.detach().clone() for k, p in net.named_parameters() if p.requires_grad}
+
+
 def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
     """Train, and read the last checkpoint."""
-    settings = {key: value for key, value in case.items() if key != "accumulation"}
-    machine = Machine(**settings, devices=world, shard_small=True)
+    settings = {key: value for key, value in case.items() if key in Machine._fields}
+    machine = Machine(**settings, devices=world)
     groups = world // machine.sequence_parallel
     # Inductor is tried in test_memory; here it is what Dynamo makes of hooks and collectives.
     quick = partial(memory.compile_blocks, backend="aot_eager")
@@ -50,14 +68,14 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
     with mock.patch.object(memory, "compile_blocks", quick):
         result, _ = runs.train(
             root,
-            runs.schedule(("sft", STEPS)),
+            runs.schedule(*EPOCHS[case["epochs"].split("-")[0]]),
             folder=root / name_of(case),
             batch_size=BATCH,
             micro_batch_size=BATCH // groups // case["accumulation"],
             optim=OPTIM,
-            objectives={"sft": in_full},
             machine=machine,
             say=lambda lines: (root / f"{name_of(case)}.txt").write_text("\n".join(lines)),
+            **parts_of(case),
         )
     assert isinstance(result, fitting.FitResult) and result.checkpoint
     found = open_checkpoint(result.checkpoint)
@@ -74,6 +92,9 @@ def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
         if ranks.rank() == 0:
             save_file(found, folder / f"{name_of(case)}.safetensors")
     if ranks.rank() == 0:
-        weights = {k: p.detach().clone() for k, p in tiny.net(trained=True).named_parameters()}
-        start = {f"{part}/{k}": t.clone() for part in ("master", "ema") for k, t in weights.items()}
-        save_file(start, folder / "start.safetensors")
+        for case in {case["adapters"]: case for case in cases}.values():
+            start = trained(case)
+            both = {
+                f"{part}/{k}": t.clone() for part in ("master", "ema") for k, t in start.items()
+            }
+            save_file(both, folder / f"start-{case['adapters']}.safetensors")

@@ -194,6 +194,14 @@ def test_adapters_are_written_alone_or_added(
     assert main([*words, "lora=attention", f"initial={base}", f"run={adapted}"]) == 0
     assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    beside = {"peft.safetensors", "peft.audio.safetensors"}
+    assert {path.name for path in tmp_path.glob("peft*.safetensors")} == beside
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 1
+    single = tmp_path / "single.safetensors"
+    assert main(["export", str(adapted), f"out={single}", "weights=adapters", "dtype=bf16"]) == 0
+    assert {tensor.dtype for tensor in load_file(single).values()} == {
+        torch.bfloat16, torch.float32,  # the alphas
+    }  # fmt: skip
     assert main(["export", str(adapted), f"out={tmp_path / 'whole'}", "dtype=fp32"]) == 0
     told = load_policy(last_checkpoint(adapted)).state_dict()
     assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(told)

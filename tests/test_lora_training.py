@@ -21,7 +21,7 @@ from echolab.launch import exit_codes
 from echolab.launch.local import run_ranks
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import base_fingerprint
-from echolab.training.adapters.lora_files import load_adapters
+from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_checkpoint
 from echolab.training.parts import Intervals
 
@@ -155,7 +155,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (
         main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "weights=adapters"]) == 0
     )
-    load_adapters(other, tmp_path / "folder")
+    merge_adapters(other, read_adapters(tmp_path / "folder", other))
     torch.testing.assert_close(velocities(merged), velocities(other), rtol=1e-5, atol=1e-5)
     assert not torch.equal(velocities(load_policy(b)), velocities(merged))
 
@@ -166,7 +166,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     refused = {
         "reference=base: means adapters": ["reference=base"],
         "rank is 2 there, 3 here": ["initial=" + str(tmp_path / "a"), *lora, "lora.rank=3"],
-        "rank is 2, here 5; set lora.rank=2":
+        "is 2, here 5; set lora.rank=2":
             [*first, "lora.rank=5", f"lora.start={tmp_path / 'folder'}"],
         "names none of the network's": [*first, "lora.targets=[nothing]"],
         "adapters of another base": [*lora, f"lora.start={tmp_path / 'folder'}"],

@@ -4,14 +4,19 @@ A checkpoint of adapters tells where their base came from and its fingerprint, s
 that takes a checkpoint takes one of adapters too.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import (
+    TRAINED,
     AdaptersOff,
     AverageAdapters,
     Lora,
@@ -20,11 +25,13 @@ from echolab.training.adapters.lora import (
 )
 from echolab.training.adapters.lora_base import Load, Origin, base_of, on_its_base
 from echolab.training.adapters.lora_files import (
+    audio_file_of,
     load_trained,
-    read_adapters,
     save_adapters,
+    save_single_file,
     trained_tensors,
 )
+from echolab.training.adapters.lora_reader import Adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
 from echolab.training.preference import Reference
 
@@ -48,42 +55,61 @@ def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adap
     if adapters:
         origin = Origin(**adapters["origin"])
     net = base_of(config["model"], origin, load)
+    start = config["lora"]["start"]
+    given = read_adapters(Path(start), net) if start else None
     add_adapters(net, lora, int(config["seed"]))
     base = base_fingerprint(net)
     record = {**lora._asdict(), "base": base, "origin": origin._asdict()}
     if first and adapters:
         check_adapters(first, record)
         load_trained(net, first.tensors(EMA), str(first.path))
-    if config["lora"]["start"]:
-        _start(net, lora, base, Path(config["lora"]["start"]))
+    if given:
+        load_trained(net, _start(given, lora), str(given.source))
     return Adapted(net, lora, record)
 
 
-def _start(net: EchoTransformer, lora: Lora, base: str, folder: Path) -> None:
-    found = read_adapters(folder)
-    for key, there, here in (
-        ("rank", found.lora.rank, lora.rank),
-        ("alpha", found.lora.alpha, lora.alpha),
-    ):
-        if there != here:
-            raise WeightsError(
-                f"{folder}: {key} is {there:g}, here {here:g}; set lora.{key}={there:g}"
-            )
-    if found.base not in (None, base):
+def _start(given: Adapters, lora: Lora) -> dict[str, Tensor]:
+    """Return the adapters of a file by parameter name; WeightsError if they are not as `lora`."""
+    if given.changes:
         raise WeightsError(
-            f"{folder}: adapters of another base: {found.base} there, {base} here; "
-            "give the weights= or initial= that they were trained on"
+            f"{given.source}: also changes {next(iter(given.changes))}, which is no adapter; "
+            "merge it into the weights that the run starts from"
         )
-    load_trained(net, found.tensors, str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, layer in given.layers.items():
+        alpha = layer.scale * layer.rank
+        for key, there, here in (("rank", layer.rank, lora.rank), ("alpha", alpha, lora.alpha)):
+            if not math.isclose(there, here, rel_tol=1e-6):
+                raise WeightsError(
+                    f"{given.source}: {key} of {name} is {there:g}, here {here:g}; "
+                    f"set lora.{key}={there:g}, and give adapters of one {key} in all layers"
+                )
+        tensors[f"{name}.lora_A.{TRAINED}.weight"] = layer.down
+        tensors[f"{name}.lora_B.{TRAINED}.weight"] = layer.up
+    return tensors
 
 
-def export_adapters(checkpoint: Checkpoint, folder: Path, load: Load) -> None:
-    """Write the averaged adapters of a checkpoint as a folder in peft's format."""
+def export_adapters(
+    checkpoint: Checkpoint, out: Path, load: Load, dtype: torch.dtype
+) -> list[Path]:
+    """Write the averaged adapters of a checkpoint and return the files.
+
+    A folder `out` is peft's, and beside it comes `out`.safetensors for diffusers and ComfyUI; an
+    `out` that ends in .safetensors is the latter alone.
+    """
     if not checkpoint.state.get("adapters"):
         raise CheckpointError(f"{checkpoint.path}: has no adapters; give a run with lora=attention")
-    net, lora, told = on_its_base(checkpoint, load)
+    alone = out.suffix == ".safetensors"
+    single = out if alone else out.with_name(f"{out.name}.safetensors")
+    for path in (single, audio_file_of(single)):
+        if path.exists():
+            raise ConfigError(f"{path}: already there; give another out=, or remove it")
+    net, lora, record = on_its_base(checkpoint, load)
     tensors, layers = trained_tensors(net)
-    save_adapters(folder, lora, tensors, layers, told["base"])
+    base = record["base"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = [] if alone else save_adapters(out, lora, tensors, layers, base, dtype)
+    return files + save_single_file(single, lora, tensors, base, dtype)
 
 
 def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | None) -> Reference:

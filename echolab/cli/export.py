@@ -34,8 +34,10 @@ class ExportArguments:
 
     The source is a run, one of its checkpoints, or released weights with `model=`.  What is written
     can start a training (`weights=`).  diffusers has no sound; it loads networks without.  Of a run
-    with adapters the network is written with them added, or, with weights=adapters, a folder of
-    them alone, as peft reads it.
+    with adapters the network is written with them added.  With weights=adapters they are written
+    alone: out=FOLDER as peft's folder and FOLDER.safetensors for diffusers and ComfyUI,
+    out=NAME.safetensors as the latter alone; layers of the audio branch, which those programs
+    lack, get a file NAME.audio.safetensors of their own.
     """
 
     source: Path = field(metadata={"help": "a run, a checkpoint, or released weights"})
@@ -45,7 +47,10 @@ class ExportArguments:
     )
     dtype: Literal["bf16", "fp32", "same"] | None = field(
         default=None,
-        metadata={"help": "of the tensors; none: bf16 of a run, the same of released weights"},
+        metadata={
+            "help": "of the tensors; none: bf16 of a run, fp32 of adapters, the same of released "
+            "weights"
+        },
     )
     weights: str = field(
         default="ema",
@@ -73,8 +78,8 @@ def main(argv: list[str]) -> int:
         if out.exists():
             raise ConfigError(f"out={out}: already there; name another, or remove it")
         checkpoint = open_checkpoint(last_checkpoint(arguments.source))
-        export_adapters(checkpoint, out, load_start)
-        files = sorted(out.iterdir())
+        dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+        files = export_adapters(checkpoint, out, load_start, dtype)
     else:
         net, tensors = read_source(arguments)
         files = WRITERS[arguments.names](
@@ -96,6 +101,8 @@ def _check_weights(arguments: ExportArguments) -> None:
             f"weights={weights}: unknown; ema, raw, adapters, or another average by the name that "
             "`echolab checkpoint inspect` tells"
         )
+    if weights == "adapters" and arguments.names != "original":
+        raise ConfigError("names=diffusers: is of networks; leave it out with weights=adapters")
     if arguments.model is not None and (weights != "ema" or arguments.ema_std is not None):
         raise ConfigError(f"weights={weights}: is of a run; leave it out with model=")
     if arguments.ema_std is not None and weights != "ema":

@@ -40,8 +40,7 @@ from echolab.launch.local import run_ranks, started_by_launcher
 from echolab.launch.runs import own_rank
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
-from echolab.training.adapters.lora import merge
-from echolab.training.adapters.lora_files import load_adapters
+from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 from echolab.training.engine.sequence import SequenceSplit
 
 LEAST_FRAMES = 5
@@ -141,8 +140,7 @@ def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
         architecture = architecture_of(arguments.model)
         net = load_released(arguments.checkpoint, architecture, dtype)
         if arguments.lora:
-            load_adapters(net, arguments.lora)
-            merge(net)
+            merge_adapters(net, read_adapters(arguments.lora, net))
         return Models(net, encoders)
     checkpoint = last_checkpoint(arguments.checkpoint)
     net = load_policy(checkpoint)

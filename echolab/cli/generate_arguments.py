@@ -70,7 +70,11 @@ class GenerateArguments:
         default=None, metadata={"help": "name of a released model, such as echomimicv3_preview"}
     )
     lora: Path | None = field(
-        default=None, metadata={"help": "adapters to add to a released model: a folder of peft's"}
+        default=None,
+        metadata={
+            "help": "adapters to add to a released model: a folder of peft or diffusers, or a "
+            "file of diffusers, kohya or ComfyUI"
+        },
     )
     encoders: Path | None = field(
         default=None, metadata={"help": "folder of the released encoders (with model)"}

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    _CachedTorchDispatchMode,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -40,6 +41,24 @@ def speed_up(
         compile_blocks(net, device)
 
 
+class Recomputing(_CachedTorchDispatchMode):
+    """Give the kept outputs again and run every other operator anew.
+
+    torch's own mode wants the operators of the forward pass, one by one.  Under ZeRO 3 they differ:
+    hooks within the block gather the weights that are not there at that moment.
+    """
+
+    def __init__(self, keep: Sequence[str], storage: Any) -> None:
+        super().__init__(None, storage)
+        self.keep = keep
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return what `func` returns, or returned before."""
+        if any(part in str(func) for part in self.keep):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
 def _policy(keep: Sequence[str], _: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
     kept = any(part in str(operator) for part in keep)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -49,7 +68,8 @@ def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
     """A block's `forward`.  Plain functions throughout: Dynamo does not look into a partial."""
 
     def contexts() -> Any:
-        return create_selective_checkpoint_contexts(partial(_policy, keep))
+        keeping, cached = create_selective_checkpoint_contexts(partial(_policy, keep))
+        return keeping, Recomputing(keep, cached.storage)
 
     def kept(block: nn.Module, *given: Any) -> Any:
         forward = type(block).forward
