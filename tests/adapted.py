@@ -13,7 +13,6 @@ from echolab.training.adapters.lora import (
     add_adapters,
     base_fingerprint,
 )
-from echolab.training.ranks import mean
 
 LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
 
@@ -27,10 +26,8 @@ def settings(reference: str, lora: Lora = LORA, **base: Any) -> dict[str, Any]:
     )
     objectives: dict[str, Any] = {
         "sft": runs.Supervised(runs.PHASES),
-        "ndpo": NegativePreference(runs.PHASES, frozen, 100.0, 0.2, mean),
-        "dpo": runs.Preference(
-            runs.PHASES, frozen, 100.0, anchor=0.5, target_gradient_factor=0.2, across_ranks=mean
-        ),
+        "ndpo": NegativePreference(runs.PHASES, frozen, 100.0, 0.2),
+        "dpo": runs.Preference(runs.PHASES, frozen, 100.0, anchor=0.5, target_gradient_factor=0.2),
     }
     record = {**lora._asdict(), "base": base_fingerprint(net)}
     return {"net": net, "adapters": record, "reference": frozen, "objectives": objectives}

@@ -16,7 +16,6 @@ from echolab.tasks.curriculum import Curriculum, hard_to_easy
 from echolab.tasks.masks import TASKS
 from echolab.training.fit import FitResult, Training, fit
 from echolab.training.module import Optim
-from echolab.training.ranks import mean
 from echolab.training.schedule import Epoch, Schedule
 
 __all__ = ["Optim", "Preference", "Supervised"]
@@ -87,10 +86,9 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
         "reference": reference,
         "objectives": {
             "sft": Supervised(PHASES),
-            "ndpo": NegativePreference(PHASES, reference, 100.0, 0.2, mean),
+            "ndpo": NegativePreference(PHASES, reference, 100.0, 0.2),
             "dpo": Preference(
                 PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
-                across_ranks=mean,
             ),
         },
         "batch_size": 4,

@@ -63,7 +63,6 @@ def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_pat
         objectives={
             "dpo": Watched(
                 runs.PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
-                across_ranks=lambda value: value,
             )
         },
     )  # fmt: skip

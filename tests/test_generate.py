@@ -319,3 +319,20 @@ def test_faces_of_real_videos_are_followed(
         assert code == 1 and told in capsys.readouterr().err and not out.exists()
     else:
         assert code == 0 and frames_in(out).shape == (20, 64, 64, 3)
+
+
+@pytest.mark.parametrize("long", ["windows", "chunks"])
+@pytest.mark.parametrize("task", ["lip_sync", "avatar_sync"])
+def test_what_lies_outside_of_a_local_task_is_the_source(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, long: str
+) -> None:
+    """But for the codec; without pasting it is what the network made of it."""
+    source = frames_in(given.source)[:37].astype(int)
+    errors = []
+    for paste in ("true", "false"):
+        out = tmp_path / f"{paste}.mp4"
+        words = [*words_for(task, given), f"long={long}", "seconds=1.5", f"paste_known={paste}"]
+        assert generate(made, *words, "crop=whole", f"out={out}") == 0
+        frames = frames_in(out).astype(int)
+        errors.append(np.abs(frames - source)[:, :6].mean())  # far above head and mouth
+    assert errors[0] < 2 and errors[1] > 2 * errors[0]

@@ -92,7 +92,7 @@ COVERING += [c for c in ALLOWED if c | GATHERING == c and c["precision"] == "32-
 
 
 def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
-    """Of 480 combinations of machines; one rank cannot share a clip, and only ZeRO has masters to offload."""
+    """Of 480 machines; one rank cannot share a clip, and only ZeRO has masters to offload."""
     for case in everything():
         why = refusal(machine_of(case))
         alone = case["strategy"] == "single" and case["sequence_parallel"] == 2

@@ -17,6 +17,7 @@ from echolab.arguments import parse
 from echolab.cli.colours import match_colours
 from echolab.cli.footage import footage_of, open_source
 from echolab.cli.generate_arguments import GenerateArguments
+from echolab.cli.paste import LOCAL_TASKS, paste_known
 from echolab.cli.policy import (
     architecture_of,
     check_encoders,
@@ -188,4 +189,9 @@ def generate(
         render = render_chunks if long == "chunks" else render_windows
         pixels = render(renderer, scene, advance)
     pictures = to_frames(pixels[:, :frames].float().cpu())
-    return match_colours(pictures) if arguments.match_colours else pictures
+    if arguments.match_colours:
+        pictures = match_colours(pictures)
+    if arguments.paste_known and arguments.task in LOCAL_TASKS:
+        source, known = to_frames(footage.pixels[:, :frames]), footage.known[:frames, 0].numpy()
+        pictures = paste_known(pictures, source, known)
+    return pictures

@@ -140,6 +140,13 @@ class GenerateArguments:
     match_colours: bool = field(
         default=False, metadata={"help": "give every frame the first one's colours"}
     )
+    paste_known: bool = field(
+        default=True,
+        metadata={
+            "help": "lip_sync, avatar_sync: the source's own pixels outside of what is made anew, "
+            "with a feathered edge; false: all pixels as generated"
+        },
+    )
     seconds: float | None = field(default=None, metadata={"help": "of the sound to use"})
     seed: int = field(default=0, metadata={"help": "of the noise"})
     weights: Path | None = field(default=None, metadata={"help": "folder of the face models"})

@@ -29,7 +29,6 @@ from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
-from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.datamodule import HeldOut
 from echolab.training.guards.spikes import Guards
@@ -76,9 +75,7 @@ def objectives_from(
         whole = of_preferences(phases)
         wanted = checked(PreferenceSettings(**config))
         factor = wanted.target_gradient_factor
-        objectives["ndpo"] = NegativePreference(
-            whole, reference, wanted.beta, factor, across_ranks=ranks.mean
-        )
+        objectives["ndpo"] = NegativePreference(whole, reference, wanted.beta, factor)
         objectives["dpo"] = Preference(
             whole,
             reference,
@@ -87,7 +84,6 @@ def objectives_from(
             label_smoothing=wanted.label_smoothing,
             anchor=wanted.anchor,
             target_gradient_factor=factor,
-            across_ranks=ranks.mean,
         )
     return objectives
 

@@ -74,10 +74,10 @@ class Beta:
         logit = math.log(1 / self.target - 1)
         return min(max(2 * logit * self._weight / self._sum, self.limit / 10), self.limit)
 
-    def observe(self, margin: Tensor) -> None:
-        """Take a mean margin [] into the running mean; only a step that trains counts."""
-        if self.target is not None and torch.is_grad_enabled():
-            self._sum = MEMORY * self._sum + (1 - MEMORY) * float(margin.detach())
+    def observe(self, margin: float) -> None:
+        """Take the mean margin of an optimizer step into the running mean."""
+        if self.target is not None:
+            self._sum = MEMORY * self._sum + (1 - MEMORY) * margin
             self._weight = MEMORY * self._weight + (1 - MEMORY)
 
     def state_dict(self) -> dict[str, float]:
@@ -89,14 +89,11 @@ class Beta:
         self._sum, self._weight = state["margin_sum"], state["margin_weight"]
 
 
-def _here(margin: Tensor) -> Tensor:
-    return margin
-
-
 class _AgainstReference:
     """What both preference objectives hold: phases, the frozen reference, and beta's state.
 
-    `across_ranks` averages a scalar over the ranks, so that beta is the same on all of them.
+    A call leaves the state alone.  After an optimizer step the training gives `observe` the mean
+    margin of all its clips, so that beta depends on neither micro-batches nor ranks.
     """
 
     def __init__(
@@ -105,10 +102,13 @@ class _AgainstReference:
         reference: Net,
         beta: float,
         target_gradient_factor: float | None = None,
-        across_ranks: Callable[[Tensor], Tensor] = _here,
     ):
-        self.phases, self.reference, self.across_ranks = phases, reference, across_ranks
+        self.phases, self.reference = phases, reference
         self.beta = Beta(beta, target_gradient_factor)
+
+    def observe(self, margin: float) -> None:
+        """Take the mean margin of an optimizer step; beta follows it from the next step on."""
+        self.beta.observe(margin)
 
     def state_dict(self) -> dict[str, float]:
         """The running margin that beta follows; plain floats."""
@@ -168,9 +168,8 @@ class Preference(_AgainstReference):
         label_smoothing: float = 0.0,
         anchor: float = 0.0,
         target_gradient_factor: float | None = None,
-        across_ranks: Callable[[Tensor], Tensor] = _here,
     ):
-        super().__init__(phases, reference, beta, target_gradient_factor, across_ranks)
+        super().__init__(phases, reference, beta, target_gradient_factor)
         if loss_type not in PAIR_LOSSES:
             raise ConfigError(f"loss_type={loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}")
         if not 0 <= label_smoothing < 0.5:
@@ -187,7 +186,6 @@ class Preference(_AgainstReference):
         beta = self.beta.value
         loss = PAIR_LOSSES[self.loss_type](errors, beta / 2, self.label_smoothing)
         value = loss.mean() * error_units(self.loss_type, beta / 2)
-        self.beta.observe(self.across_ranks(errors.margin.mean().detach()))
         parts = {"preference": loss.detach(), **self._parts(errors.margin, beta)}
         parts |= {f"error/{name}": error.detach() for name, error in errors._asdict().items()}
         return Loss(value + self.anchor * errors.chosen.mean(), parts)
@@ -206,7 +204,6 @@ class NegativePreference(_AgainstReference):
         policy, reference = self._errors(net, batch, draws)
         margin, beta = policy - reference, self.beta.value
         loss = smoothed(beta / 2 * margin, 0.0)
-        self.beta.observe(self.across_ranks(margin.mean().detach()))
         parts = {"preference": loss.detach(), **self._parts(margin, beta)}
         parts |= {"error/rejected": policy.detach(), "error/reference_rejected": reference}
         return Loss(loss.mean() * 2 / beta, parts)

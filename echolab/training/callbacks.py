@@ -186,12 +186,13 @@ class Steps(pl.Callback):
         self.ema.update(self.masters)
         self.step, self.made = self.step + 1, self.made + 1
         loss, norm = self.module.take_loss() / self.data.feed.accumulation, self.module.take_norm()
-        own = of_step(loss, norm, self.clipped.take()) | self._asked()
+        own = of_step(loss, norm, self.clipped.take()) | self.module.take_margin() | self._asked()
         vote = count(own | {"written": float(self.writer.written())})
         if vote.fenced:
             raise self.training.taken()
         if not self._sane(trainer, vote, loss, norm):
             return
+        self.references.observe(batch.kind, vote.margin, vote.margin_share)
         if self.ledger:
             self.ledger.commit(batch.step, batch.kind)
         self._after(vote)

@@ -79,6 +79,7 @@ class DiffusionModule(pl.LightningModule):
         self.meter = Meter()
         self.beats = beats
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
+        self._margins: list[tuple[Tensor, float]] = []  # of preferences: mean and share of each
         self.norm: Tensor | None = None  # of the last gradient before clipping
         self.on_draws: Callable[[MicroBatch, Draws], None] | None = None  # the ledger listens
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
@@ -99,6 +100,8 @@ class DiffusionModule(pl.LightningModule):
         loss = self.objectives[item.kind](self.net, item.batch, draws)
         value = loss.value * item.share
         if item.share:
+            if "margin" in loss.parts:
+                self._margins.append((loss.parts["margin"].mean(), item.share))
             self.meter.add(loss._replace(value=value), item.batch.tasks)
         else:  # these clips are not in the batch: ranks must name the same values all the same
             nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
@@ -112,6 +115,14 @@ class DiffusionModule(pl.LightningModule):
         assert self._loss is not None
         taken, self._loss = self._loss, None
         return taken
+
+    def take_margin(self) -> dict[str, Tensor | float]:
+        """Return this rank's part of the vote on the step's mean margin; nothing without pairs."""
+        taken, self._margins = self._margins, []
+        if not taken:
+            return {}
+        means = torch.stack([margin.double() * share for margin, share in taken])
+        return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
 
     def take_norm(self) -> Tensor:
         """Of the whole gradient of the last step before clipping; not yet read from the device."""

@@ -62,6 +62,11 @@ class References:
         self._entered = boundary
         return True
 
+    def observe(self, kind: str, margin: float, share: float) -> None:
+        """Tell the objective of a step its mean margin: `margin` / `share`, summed over ranks."""
+        if share:
+            self.stateful[kind].observe(margin / share)
+
     def state_dict(self) -> dict[str, Any]:
         """Of every objective that has a state, by kind."""
         return {kind: dict(objective.state_dict()) for kind, objective in self.stateful.items()}

@@ -4,7 +4,6 @@ from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def world() -> int:
@@ -78,12 +77,3 @@ def from_first(value: int) -> int:
     tensor = torch.tensor(value, dtype=torch.int64, device=device())
     dist.broadcast(tensor, 0)
     return int(tensor)
-
-
-def mean(value: Tensor) -> Tensor:
-    """Of a tensor over the ranks; for `across_ranks` of the preference objectives."""
-    if world() == 1:
-        return value
-    total = value.detach().clone().to(device())
-    dist.all_reduce(total)
-    return total.to(value.device) / world()

@@ -36,6 +36,8 @@ class Vote(NamedTuple):
     loss: float = 0  # sum of this rank's micro-batches' means
     norm: float = 0  # of the whole gradient before clipping, as this rank has it
     norm_squared: float = 0
+    margin: float = 0  # of preferences: sum of micro-batches' means, each times its share
+    margin_share: float = 0  # sum of these shares
     clipped: float = 0  # this rank's sum of squares of what the optimizer was given
 
     @property
