@@ -1,7 +1,9 @@
 """The report as its reader meets it: in a real browser, from one file, with sound."""
 
+import html.parser
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,125 @@ def test_seeds_are_averaged_with_their_spread() -> None:
 
 def test_no_scores_no_table() -> None:
     assert score_table([], {}) == ""
+
+
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path.with_name(f"{tmp_path.name}-outside")
+    folder.mkdir(exist_ok=True)
+    (folder / "secret.mp4").write_bytes(b"\0\0\0\x18ftypSECRET")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "train/loss": 1}\n')
+    return folder
+
+
+@pytest.mark.parametrize("way", ["absolute", "relative", "link"])
+@pytest.mark.parametrize("what", ["videos", "runs"])
+def test_a_stranger_s_report_embeds_nothing_from_elsewhere(
+    tmp_path: Path, report: dict[str, Any], way: str, what: str
+) -> None:
+    write_report(tmp_path / "report.html", **report)
+    name = {"videos": "secret.mp4", "runs": "metrics.jsonl"}[what]
+    place = outside(tmp_path) / name
+    (tmp_path / f"link-{name}").symlink_to(place)
+    told = {"absolute": str(place), "relative": f"samples/../../{place.parent.name}/{name}",
+            "link": f"link-{name}"}[way]  # fmt: skip
+    given = json.loads((tmp_path / "report.json").read_text())
+    if what == "videos":
+        given["videos"][0]["path"] = told
+    else:
+        given["runs"]["sft"] = told
+    (tmp_path / "report.json").write_text(json.dumps(given))
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(DataError, match=r"report\.json: .*lies outside.*delete it"):
+        write_again(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_a_stranger_s_samples_are_no_links_and_are_videos(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    write_metrics(tmp_path / "run" / "metrics.jsonl", range(3))
+    (tmp_path / "run" / "samples").mkdir()
+    clip = tmp_path / "run" / "samples" / "a.mp4"
+    clip.symlink_to(outside(tmp_path) / "secret.mp4")
+    with pytest.raises(DataError, match="a link out of the run folder"):
+        command.main([str(tmp_path / "run")])
+    clip.unlink()
+    for content in (b"root:x:0:0", b""):
+        clip.write_bytes(content)
+        with pytest.raises(MediaError, match=r"a\.mp4: no mp4"):
+            command.main([str(tmp_path / "run")])
+    clip.unlink()
+    os.mkfifo(clip)  # would be read for ever
+    with pytest.raises(MediaError, match=r"a\.mp4: not there"):
+        command.main([str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_report_writes_through_no_link(tmp_path: Path, report: dict[str, Any]) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("report.html", "report.json", "report.html.partial", "report.json.partial"):
+        (tmp_path / name).symlink_to(victim)
+    write_report(tmp_path / "report.html", **report)
+    assert victim.read_text() == "mine" and not (tmp_path / "report.html").is_symlink()
+
+
+WORDS = ["title", "run", "checkpoint", "measure", "video", "caption", "group", "summary", "metric"]
+
+
+def test_no_word_of_a_stranger_becomes_markup(tmp_path: Path, report: dict[str, Any]) -> None:
+    """In no field: text, attribute or the numbers of a chart."""
+    evil = {word: f"{HOSTILE}<img src=x onerror=1>\"'><b>{word}" for word in WORDS}
+    write_report(tmp_path / "report.html", **report)
+    given = json.loads((tmp_path / "report.json").read_text())
+    metrics = tmp_path / "m" / "metrics.jsonl"
+    names = (evil["metric"], "train/error/" + evil["metric"], "val/error/sigma_" + evil["metric"],
+             "tasks/probability/" + evil["metric"])  # fmt: skip
+    for step in range(3):
+        MetricsLog(metrics, 1).log(step, dict.fromkeys(names, 1.0 + step))
+    given |= {"title": evil["title"], "runs": {evil["run"]: "m/metrics.jsonl"}}
+    row = {"checkpoint": evil["checkpoint"], "scores": {evil["measure"]: 1, "sync_c": 2.5}}
+    given["scores"] = [row, {"checkpoint": "sft", "scores": {"sync_c": 1}}]
+    given["videos"][0] |= {
+        "title": evil["video"],
+        "caption": evil["caption"],
+        "group": evil["group"],
+    }
+    given["summary"] = {evil["summary"]: evil["summary"], "about": evil["summary"]}
+    (tmp_path / "report.json").write_text(json.dumps(given))
+    write_again(tmp_path / "report.html")
+
+    class Tags(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, found: list[tuple[str, str | None]]) -> None:
+            assert tag != "img" and not any(name.startswith("on") for name, _ in found), (
+                tag,
+                found,
+            )
+            assert tag != "b" or not found
+
+    page = (tmp_path / "report.html").read_text()
+    Tags().feed(page)
+    for word in WORDS:
+        assert f"<b>{word}" not in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": [{"checkpoint": "a", "scores": {"sync_c": "<b>"}}]},
+        {"scores": [{"checkpoint": "a", "scores": ["x"]}]},
+        {"scores": [3]},
+        {"runs": {"a": 3}},
+        {"videos": [{"path": "samples/sft.mp4"}]},
+        {"videos": 3},
+        {"summary": ["x"]},
+    ],
+)
+def test_a_report_of_the_wrong_form_is_named(
+    tmp_path: Path, report: dict[str, Any], change: dict[str, Any]
+) -> None:
+    write_report(tmp_path / "report.html", **report)
+    given = json.loads((tmp_path / "report.json").read_text()) | change
+    (tmp_path / "report.json").write_text(json.dumps(given))
+    with pytest.raises(DataError, match=r"report\.json: not what a report was made from"):
+        write_again(tmp_path / "report.html")

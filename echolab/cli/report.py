@@ -7,7 +7,7 @@ from pathlib import Path
 from echolab.arguments import parse
 from echolab.errors import DataError
 from echolab.tracking.metrics import read_metrics
-from echolab.tracking.report import Video, write_again, write_report
+from echolab.tracking.report import Video, checked, inside, write_again, write_report
 
 
 @dataclass
@@ -39,7 +39,7 @@ def _first(run: Path, out: Path) -> None:
     rows = read_metrics(run / "metrics.jsonl")
     clips = sorted((run / "samples").rglob("*.mp4"))
     videos = [
-        Video(clip, clip.stem.replace("_", " "), group="" if top == "samples" else top)
+        Video(_own(run, clip), clip.stem.replace("_", " "), group="" if top == "samples" else top)
         for clip in clips
         if (top := clip.parent.name)
     ]
@@ -58,10 +58,17 @@ def _first(run: Path, out: Path) -> None:
     )
 
 
+def _own(run: Path, clip: Path) -> Path:
+    try:
+        return inside(run, clip.relative_to(run))
+    except ValueError as error:
+        raise DataError(f"{clip}: a link out of the run folder; remove it") from error
+
+
 def _scores(path: Path) -> list[dict[str, object]]:
     if not path.is_file():
         return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
-    except (ValueError, KeyError, TypeError) as error:
+        return checked(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a table of scores ({error}); score the run again") from error

@@ -14,6 +14,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        if partial.is_symlink():  # in a stranger's folder: it would be followed
+            partial.unlink()
         with partial.open("wb") as file:
             file.write(data)
             file.flush()

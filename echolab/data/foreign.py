@@ -154,6 +154,8 @@ def index_folder(
     differs stays unless `replace`.  Raises DataError.
     """
     paths = _tars(folder)
+    if (folder / PARTIAL).is_symlink():  # it came with the tars: what it points to is not ours
+        remove_quietly(folder / PARTIAL)
     scans = _scans(folder, paths, compounds, workers, advance)
     misfits = _first_misfits(scans)
     if kind in misfits:

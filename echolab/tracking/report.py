@@ -73,17 +73,46 @@ def write_report(
 
 
 def write_again(out: Path) -> None:
-    """Write the page anew, with what has been logged since, from the json file beside it."""
+    """Write the page anew, with what has been logged since, from the json file beside it.
+
+    That file may be a stranger's: it can name nothing outside its folder.
+    """
     kept = out.with_suffix(".json")
     try:
         given = json.loads(kept.read_text(encoding="utf-8"))
-        runs = {name: out.parent / path for name, path in given["runs"].items()}
-        videos = [Video(**{**v, "path": out.parent / v["path"]}) for v in given["videos"]]
-        title, scores, summary = given["title"], given["scores"], given["summary"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        runs = {name: inside(out.parent, path) for name, path in given["runs"].items()}
+        videos = [
+            Video(
+                inside(out.parent, v["path"]), *(str(v[k]) for k in ("title", "caption", "group"))
+            )
+            for v in given["videos"]
+        ]
+        title, scores, summary = str(given["title"]), checked(given["scores"]), given["summary"]
+        summary = {name: str(value) for name, value in summary.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{kept}: not what a report was made from ({type(error).__name__}: {error})"
         raise DataError(f"{problem}; delete it to start from the run folder") from error
     write_report(out, title=title, runs=runs, scores=scores, videos=videos, summary=summary)
+
+
+def inside(folder: Path, name: Path | str) -> Path:
+    """Return a file in `folder`; ValueError for one that lies elsewhere, be it by a link."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} lies outside {folder}")
+    return path
+
+
+def checked(rows: Any) -> list[dict[str, Any]]:
+    """Return rows of scores as they must be; raises ValueError or the like for others."""
+    return [
+        {
+            **row,
+            "checkpoint": str(row["checkpoint"]),
+            "scores": {n: None if v is None else float(v) for n, v in row["scores"].items()},
+        }
+        for row in rows
+    ]
 
 
 def _from(folder: Path, path: Path) -> str:
@@ -116,9 +145,13 @@ def _samples(videos: Sequence[Video]) -> str:
 
 def _clip(video: Video) -> str:
     try:
-        data = base64.b64encode(video.path.read_bytes()).decode("ascii")
+        content = video.path.read_bytes() if video.path.is_file() else None
     except OSError as error:
         raise MediaError(f"{video.path}: {error.strerror}; the report embeds it") from error
+    if content is None or content[4:8] != b"ftyp":
+        what = "not there" if content is None else "no mp4"
+        raise MediaError(f"{video.path}: {what}; the report embeds it")
+    data = base64.b64encode(content).decode("ascii")
     caption = f"<small>{escape(video.caption)}</small>" if video.caption else ""
     return (
         f'<figure class="clip"><div class="frame"><video controls loop muted playsinline '
