@@ -6,6 +6,7 @@ Deep: videos, sounds and pictures are decoded, and tensors hold finite numbers.
 
 import io
 import json
+import lzma
 import math
 import struct
 import zipfile
@@ -18,7 +19,9 @@ import numpy as np
 Read = Callable[[int, int], bytes]  # (offset within the member, size)
 
 LONGEST_HEADER = 100 * 10**6  # bytes, as safetensors has it
-LARGEST_ARRAYS = 2**30  # bytes unpacked
+LARGEST_ARRAYS = 2**28  # bytes unpacked
+LARGEST_PICTURE = 2**27  # pixels: four times 8K
+LONGEST_SOUND = 2**28  # values: of one channel at 16 kHz, 4.6 hours
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -105,23 +108,34 @@ def _json(data: bytes) -> Any:
         raise Undecodable(f"{type(error).__name__}: {error}") from error
 
 
-def _array(data: bytes) -> None:
+def array_of(data: bytes) -> np.ndarray:
+    """Return the array of an npy file; Undecodable unless it is as long as its header says."""
+    file = io.BytesIO(data)
     try:
-        np.load(io.BytesIO(data), allow_pickle=False, max_header_size=1000)
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file, max_header_size=1000)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+            raise Undecodable(f"an array {shape} of {dtype} in {len(data)} bytes")
+        return np.load(io.BytesIO(data), allow_pickle=False, max_header_size=1000)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, RecursionError) as error:
         raise Undecodable(str(error).split("\n")[0] or type(error).__name__) from error
 
 
-def _arrays(data: bytes) -> None:
+def arrays_of(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file by name, `LARGEST_ARRAYS` bytes at most, or Undecodable."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
+            # zipfile reads no more of a file than is written here, however it is packed.
             unpacked = sum(info.file_size for info in file.infolist())
             if unpacked > LARGEST_ARRAYS:
-                raise Undecodable(f"arrays of {unpacked} bytes")
-            for name in file.namelist():
-                _array(file.read(name))
+                raise Undecodable(f"arrays of {unpacked} bytes, at most {LARGEST_ARRAYS} are read")
+            return {n.removesuffix(".npy"): array_of(file.read(n)) for n in file.namelist()}
     except (
         OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error,
+        lzma.LZMAError,
     ) as error:  # fmt: skip
         raise Undecodable(str(error).split("\n")[0] or type(error).__name__) from error
 
@@ -129,8 +143,10 @@ def _arrays(data: bytes) -> None:
 def _video(data: bytes) -> None:
     import av  # decoders are slow to load, and few ask for them
 
+    from echolab.data.decoding import opened
+
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with opened(io.BytesIO(data)) as container:
             told = container.streams.video[0].frames
             count = sum(1 for _ in container.decode(video=0))
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
@@ -139,13 +155,23 @@ def _video(data: bytes) -> None:
         raise Undecodable(f"{count} of {told} frames")
 
 
-def _sound(data: bytes) -> None:
+def sound_of(data: bytes) -> np.ndarray:
+    """Return samples [n] or [n, channels] of a sound, float32, or raise Undecodable.
+
+    A few bytes of FLAC can stand for hours: `LONGEST_SOUND` values are read at most.
+    """
     import soundfile
 
     try:
-        soundfile.read(io.BytesIO(data), dtype="float32")
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if not 0 <= file.frames * file.channels <= LONGEST_SOUND:
+                raise Undecodable(f"{file.frames} samples, at most {LONGEST_SOUND} are read")
+            samples: np.ndarray = file.read(dtype="float32")
+            return samples
     except soundfile.LibsndfileError as error:
         raise Undecodable(error.error_string) from error
+    except RuntimeError as error:
+        raise Undecodable(str(error).split("\n")[0]) from error
 
 
 def _picture(data: bytes) -> None:
@@ -153,13 +179,15 @@ def _picture(data: bytes) -> None:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise Undecodable(f"{image.width} x {image.height} pixels")
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Undecodable(str(error).split("\n")[0]) from error
 
 
-STRUCTURED: dict[str, Callable[[bytes], Any]] = {"json": _json, "npy": _array, "npz": _arrays}
+STRUCTURED: dict[str, Callable[[bytes], Any]] = {"json": _json, "npy": array_of, "npz": arrays_of}
 DEEP: dict[str, Callable[[bytes], Any]] = {
-    "mp4": _video, "flac": _sound, "jpg": _picture, "jpeg": _picture, "png": _picture,
+    "mp4": _video, "flac": sound_of, "jpg": _picture, "jpeg": _picture, "png": _picture,
     "webp": _picture,
 }  # fmt: skip

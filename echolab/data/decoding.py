@@ -16,6 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from echolab.data.contents import LARGEST_PICTURE
 from echolab.errors import MediaError
 
 THREADS = 4  # of one decoder: each keeps some pictures in memory
@@ -23,20 +24,40 @@ USUAL_STEP = 0.04  # seconds between frames of a file that does not say
 MEMORY_PROBE_BYTES = 2**28
 BACK_SECONDS = 0.5  # a time stamp that goes back by more begins another recording
 
+# Containers and plain streams.  FFmpeg reads playlists too (hls, concat, dash, sdp): a stranger's
+# `clip.mp4` could name any file or address.
+FORMATS = ",".join((
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264",
+    "hevc", "vvc", "av1", "obu", "ivf", "flv", "live_flv", "asf", "ogg", "rm", "mxf", "gxf", "dv",
+    "nut", "wtv", "swf", "nsv", "pva", "ty", "yuv4mpegpipe", "mjpeg", "mpjpeg", "gif", "apng",
+    "vc1", "dirac", "cavsvideo", "wav", "w64", "aiff", "au", "caf", "flac", "mp3", "aac", "ac3",
+    "eac3", "dts", "dtshd", "amr", "amrnb", "amrwb", "ape", "tta", "wv", "mpc", "mpc8", "oma",
+    "voc", "truehd", "mlp", "loas", "latm", "qcp", "gsm", "dsf", "tak", "xwma",
+    "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe",
+))  # fmt: skip
+
 Advance = Callable[[float], None]  # share of the file that is read
 
 
 @contextmanager
 def opened(source: Path | BinaryIO) -> Iterator[Any]:
-    """Open a file as a PyAV container; tags in any text encoding are no damage."""
+    """Open a file as a PyAV container; tags in any text encoding are no damage.
+
+    Raises ValueError for what is no container, such as a playlist, and for absurd sizes.
+    """
     file = os.fspath(source) if isinstance(source, Path) else source
     try:
-        container = av.open(file, metadata_errors="replace")
+        container = av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
+    except av.ArgumentError:
+        raise ValueError("a kind of file that is not read here") from None
     except MemoryError:
         if _is_memory_short():
             raise
         raise ValueError("its sizes are impossible") from None
     with container:
+        for stream in container.streams.video:
+            if (stream.width or 0) * (stream.height or 0) > LARGEST_PICTURE:
+                raise ValueError(f"pictures of {stream.width} x {stream.height} pixels")
         yield container
 
 

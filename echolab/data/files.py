@@ -14,8 +14,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        if partial.is_symlink():  # in a stranger's folder: it would be followed
-            partial.unlink()
+        if partial.is_symlink() and (partial.is_file() or not partial.exists()):
+            partial.unlink()  # in a stranger's folder: it would be written through
         with partial.open("wb") as file:
             file.write(data)
             file.flush()

@@ -5,8 +5,6 @@ Shapes: T frames, Y, X pixels, n sound samples.  Frames are RGB uint8, sound is 
 """
 
 import io
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,6 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from echolab.data.contents import LARGEST_PICTURE, Undecodable, arrays_of, sound_of
 from echolab.data.decoding import (
     BACK_SECONDS,
     Advance,
@@ -41,6 +40,8 @@ LONGEST_GAP_SECONDS = 3600.0
 GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a hole in the sound
 ALIKE = 2.0  # mean difference of one picture from two decoders, of 255
 BLOCK_SECONDS = 10  # of sound joined at once
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # that an mp4 may begin with
+LARGEST_VIDEO = 2**31  # bytes of decoded frames of one sample
 AUDIO_FRAME = 1024  # samples handed to an encoder at once
 
 Frames = NDArray[np.uint8]
@@ -79,6 +80,8 @@ def decode_mp4(data: bytes) -> Frames:
     The first, the middle and the last picture and their number are compared: of what is not written
     by `encode_mp4`, such as edit lists and open groups of pictures, decord shows other frames.
     """
+    if data[4:8] not in BOXES:  # decord would follow a playlist
+        raise MediaError(f"a video of {len(data)} bytes cannot be decoded: it is no mp4")
     try:
         frames = _decord_frames(data)
     except (decord.DECORDError, RuntimeError):
@@ -93,7 +96,18 @@ def decode_mp4(data: bytes) -> Frames:
 
 def _decord_frames(data: bytes) -> Frames:
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-    return np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
+    frames: list[Frames] = []
+    for _ in range(len(reader)):
+        frames.append(_picture(reader.next().asnumpy()))
+        _check_size(len(reader), frames[0])
+    return np.stack(frames)
+
+
+def _check_size(count: int, frame: Frames) -> None:
+    """A few bytes can stand for hours of a picture that stays as it is."""
+    if count * frame.size > LARGEST_VIDEO:
+        shown = " x ".join(map(str, frame.shape[:2]))
+        raise MediaError(f"a video of {count} frames of {shown} is too large for a sample; cut it")
 
 
 def _is_seen_by_pyav(data: bytes, frames: Frames) -> bool:
@@ -111,7 +125,10 @@ def _is_seen_by_pyav(data: bytes, frames: Frames) -> bool:
 
 
 def _av_frames(data: bytes) -> Frames:
-    frames = [upright(frame) for frame in _av_pictures(data)]
+    frames: list[Frames] = []
+    for frame in _av_pictures(data):
+        frames.append(upright(frame))
+        _check_size(len(frames), frames[0])
     if not frames:
         raise MediaError("not one frame can be decoded")
     return np.stack(frames)
@@ -203,8 +220,8 @@ def encode_flac(samples: Samples, rate: int = RATE_HZ) -> bytes:
 def decode_flac(data: bytes) -> Samples:
     """Samples [n] of a mono sound held in memory."""
     try:
-        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+        samples = sound_of(data)
+    except Undecodable as error:
         raise MediaError(f"a sound of {len(data)} bytes cannot be decoded: {error}") from error
     if samples.ndim != 1:
         raise MediaError(f"a sound of {samples.shape[1]} channels; shards hold mono")
@@ -331,8 +348,10 @@ def _joined(frames: list[Any]) -> Samples:
 def read_image(path: Path) -> Frames:
     """A picture [Y, X, 3] the way round it is meant to be seen; transparency goes over white."""
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(path) as picture:
+            if picture.width * picture.height > LARGEST_PICTURE:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            image = ImageOps.exif_transpose(picture)
             if image.mode in ("RGBA", "LA", "PA", "P"):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -366,15 +385,9 @@ def encode_tracks(
 def decode_tracks(data: bytes) -> Tracks:
     """The inverse of encode_tracks; nothing is unpickled."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            arrays = {
-                name.removesuffix(".npy"): np.load(
-                    io.BytesIO(file.read(name)), allow_pickle=False, max_header_size=1000
-                )
-                for name in file.namelist()
-            }
+        arrays = arrays_of(data)
         face, lips = arrays.pop("face"), arrays.pop("lips")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (Undecodable, KeyError) as error:
         raise MediaError(f"tracks of {len(data)} bytes cannot be read: {_line(error)}") from error
     return Tracks(face, lips, arrays.pop("person", None), arrays)
 

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
 
 from echolab.errors import WeightsError
-from echolab.models.released import check_precision, read_pickle, read_safetensors
+from echolab.models.released import (
+    check_archive,
+    check_precision,
+    read_pickle,
+    read_safetensors,
+)
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
@@ -36,7 +41,11 @@ def weights_in(folder: Path) -> list[Path]:
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            places = read_json(index).get("weight_map")
+            shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+            for shard in shards or [""]:
+                if Path(shard).name != shard or not shard:
+                    raise WeightsError(f"{index}: {shard!r} is no file beside it; copy it again")
             return [need(folder / shard, f"a shard that {index.name} names") for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
@@ -63,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: not there; download or copy it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object; copy it again")
@@ -137,7 +146,8 @@ def from_folder(
     The libraries draw missing tensors at random and warn.  `unused` names those without effect.
     """
     need(folder / CONFIG, f"what {network.__name__} is made by")
-    weights_in(folder)
+    for file in weights_in(folder):
+        check_archive(file)
     try:
         with _quiet():
             net, told = network.from_pretrained(

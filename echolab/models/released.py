@@ -131,7 +131,7 @@ def _check_config(config: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object; {AGAIN}")
@@ -169,8 +169,28 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_archive(path: Path) -> None:
+    """WeightsError for a `.pth` whose parts are packed, or together longer than the file.
+
+    torch stores each part as it is; what is packed, or listed twice, may unpack to anything.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
+    packed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
+    size = sum(part.file_size for part in parts)
+    if packed or size > path.stat().st_size:
+        what = f"{packed.filename} is packed" if packed else f"parts of {size} bytes overlap"
+        raise WeightsError(f"{path}: {what}, as torch never does; give a .safetensors file")
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` by name, mapped into memory; WeightsError where there is more."""
+    check_archive(path)
     try:
         # Files of torch before 1.6 are no archives, and cannot be mapped.
         content = torch.load(
@@ -197,10 +217,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Whether it is a tensor with values, dense, by a name."""
-    if not isinstance(name, str) or not isinstance(value, Tensor):
+    """Whether it is a tensor with values, dense, by a name.
+
+    A view that shows the same bytes many times may be of any size: there must be a byte for each.
+    """
+    if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
         return False
-    return value.layout == torch.strided and not value.is_meta
+    if value.layout != torch.strided or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:

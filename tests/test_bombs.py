@@ -1,0 +1,224 @@
+"""Small files that unpack to a lot, and files that name others: refused, in bounded memory."""
+
+import io
+import json
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import av
+import fault_server
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from echolab.data import contents, media
+from echolab.data.contents import content_fault
+from echolab.data.decoding import opened
+from echolab.encoders.files import weights_in
+from echolab.errors import MediaError, WeightsError
+from echolab.models.released import read_tensors
+
+
+def npy(shape: tuple[int, ...], data: bytes, dtype: str = "<f4") -> bytes:
+    file = io.BytesIO()
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + data
+
+
+def npz(method: int = zipfile.ZIP_DEFLATED, **arrays: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+BOXES = npy((2, 4), bytes(32))
+ZEROS = npy((2**22,), bytes(2**24))
+
+
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["zip", "bz2", "xz"]
+)
+def test_tracks_unpack_to_no_more_than_a_bound(
+    method: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = npz(method, face=BOXES, lips=BOXES, extra=ZEROS)
+    assert len(bomb) < 2**16 and len(media.decode_tracks(bomb).extra["extra"]) == 2**22
+    monkeypatch.setattr(contents, "LARGEST_ARRAYS", 2**20)
+    with pytest.raises(MediaError, match=r"arrays of \d+ bytes, at most 1048576"):
+        media.decode_tracks(bomb)
+    fault = content_fault("tracks.npz", lambda at, n: bomb[at : at + n], len(bomb))
+    assert fault and "at most" in fault
+
+
+def test_many_entries_on_the_same_bytes_are_counted_each() -> None:
+    """The directory names one packed entry a thousand times."""
+    one = npz(face=npy((2**18,), bytes(2**20)))
+    end = one.rfind(b"PK\x05\x06")
+    size, offset = struct.unpack("<II", one[end + 12 : end + 20])
+    entry = one[offset : offset + size]
+    tail = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1000, 1000, size * 1000, offset, 0)
+    with pytest.raises(MediaError, match="at most"):
+        media.decode_tracks(one[:offset] + entry * 1000 + tail)
+
+
+def test_a_directory_that_lies_of_sizes_is_found_out() -> None:
+    bomb = npz(face=BOXES, lips=BOXES, extra=ZEROS)
+    at = bomb.rfind(b"PK\x01\x02")
+    lying = bomb[: at + 24] + struct.pack("<I", 1000) + bomb[at + 28 :]
+    with pytest.raises(MediaError, match="tracks of"):
+        media.decode_tracks(lying)
+
+
+@pytest.mark.parametrize("shape", [(2**40,), (2**31, 2**31), (2**20, 2**20), (3,), ()])
+def test_an_array_is_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
+    for data in (npy(shape, bytes(8)), npy(shape, bytes(8), "|O")):
+        with pytest.raises(MediaError):
+            media.decode_tracks(npz(face=data, lips=data))
+        assert content_fault("npy", lambda at, n, d=data: d[at : at + n], len(data))
+
+
+def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "LONGEST_SOUND", 16000 * 60)
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16000 * 61, np.int16), 16000, format="FLAC")
+    with pytest.raises(MediaError, match="samples, at most 960000"):
+        media.decode_flac(file.getvalue())
+
+
+@pytest.mark.parametrize("samples", [0, 2**35, 2**36 - 1])
+def test_sound_whose_header_lies_is_refused(samples: int) -> None:
+    data = bytearray(media.encode_flac(np.zeros(16000, np.float32)))
+    at = 8 + 10 + 3  # magic, block header; then 36 bits that count samples end 5 bytes on
+    count = int.from_bytes(data[at : at + 5], "big") >> 36 << 36 | samples
+    data[at : at + 5] = count.to_bytes(5, "big")
+
+    with pytest.raises(MediaError, match="samples, at most"):  # 0: not known
+        media.decode_flac(bytes(data))
+
+
+def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size < 2**20
+
+    with pytest.raises(MediaError, match=r"a\.png: not a readable picture .13000 x 13000"):
+        media.read_image(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert content_fault("png", lambda at, n: data[at : at + n], len(data), deep=True)
+
+
+def test_a_video_of_hours_in_few_bytes_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "LARGEST_VIDEO", 16 * 16 * 3 * 10)
+    assert len(media.decode_mp4(media.encode_mp4(np.zeros((10, 16, 16, 3), np.uint8)))) == 10
+    with pytest.raises(MediaError, match="too large for a sample"):
+        media.decode_mp4(media.encode_mp4(np.zeros((11, 16, 16, 3), np.uint8)))
+
+
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile {}\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    "m=video 5004 RTP/AVP 96\n",
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011">'
+    "<BaseURL>{}</BaseURL></MPD>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("where", ["beside", "address", "absolute"])
+def test_a_playlist_is_no_video(tmp_path: Path, kind: str, where: str) -> None:
+    """In a file or a shard; nothing is asked for over the network."""
+    (tmp_path / "victim.mp4").write_bytes(media.encode_mp4(np.zeros((5, 16, 16, 3), np.uint8)))
+    with fault_server.serving(tmp_path) as server:
+        place = {"beside": "victim.mp4", "address": f"{server.url}/victim.mp4",
+                 "absolute": str(tmp_path / "victim.mp4")}[where]  # fmt: skip
+        text = PLAYLISTS[kind].format(place).encode()
+        evil = tmp_path / "evil.mp4"
+        evil.write_bytes(text)
+        with pytest.raises((ValueError, av.FFmpegError)), opened(evil):
+            pass
+        with pytest.raises(MediaError):
+            media.decode_mp4(text)
+        with pytest.raises(MediaError):
+            media.read_sound(evil)
+        assert content_fault("mp4", lambda at, n: text[at : at + n], len(text), deep=True)
+        assert not server.asked
+
+
+def test_what_holds_pictures_or_sound_is_still_opened(tmp_path: Path) -> None:
+    media.write_video(
+        tmp_path / "a.mp4", np.zeros((5, 16, 16, 3), np.uint8), np.zeros(3200, np.float32)
+    )
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16000)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    for name in ("a.mp4", "a.wav", "a.png"):
+        with opened(tmp_path / name) as container:
+            assert container.streams
+
+
+def saved(tmp_path: Path, tensors: object) -> Path:
+    torch.save(tensors, tmp_path / "a.pth")
+    return tmp_path / "a.pth"
+
+
+def test_a_pth_is_neither_packed_nor_longer_than_its_file(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(2**20)})
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(WeightsError, match=r"a\.pth: \S+ is packed"):
+        read_tensors(path)
+    one = saved(tmp_path, {"a": torch.zeros(2**10)}).read_bytes()
+    end = one.rfind(b"PK\x05\x06")
+    count, size, offset = struct.unpack("<HII", one[end + 10 : end + 20])
+    tail = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 9 * count, 9 * count, 9 * size, offset, 0)
+    path.write_bytes(one[:offset] + one[offset : offset + size] * 9 + tail)
+    with pytest.raises(WeightsError, match="overlap"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(2**50),
+        torch.zeros(1).expand(2**20, 2**20),
+        torch.zeros(4).expand(2**30, 4),
+    ],
+)
+def test_a_tensor_has_bytes_for_all_its_values(tmp_path: Path, tensor: torch.Tensor) -> None:
+    path = saved(tmp_path, {"patch_embedding.weight": tensor})
+    assert path.stat().st_size < 10_000
+    with pytest.raises(WeightsError, match=r"patch_embedding.weight is no plain tensor"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../a.safetensors", "/etc/passwd", "", ".", "x/../../a", 3, None]
+)
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, shard: object) -> None:
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    index = {"weight_map": {"a": shard}}
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        (folder / f"{name}.index.json").write_text(json.dumps(index))
+        with pytest.raises(WeightsError, match=r"index\.json"):
+            weights_in(folder)
+        with pytest.raises(WeightsError, match=r"index\.json"):
+            read_tensors(folder / f"{name}.index.json")
+
+
+def test_json_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="cannot be read as JSON"):
+        read_tensors(tmp_path / "a.safetensors.index.json")
