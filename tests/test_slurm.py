@@ -1,6 +1,7 @@
 """On a real Slurm cluster: two nodes, made of namespaces on this machine.  Needs root and Slurm."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,32 @@ def test_a_sweep_of_three_through_submitit(
         seeds.add(json.loads((folder / "config.json").read_text())["seed"])
         jobs.add(attempt["SLURM_JOB_ID"])
     assert len(jobs) == 3 and seeds == {1, 2, 3}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_ranks_have_the_cpus_that_were_asked_for_and_find_their_checkout(tmp_path: Path) -> None:
+    """Bound by Slurm; without an environment that names echolab, or any environment at all."""
+    conf, command = tmp_path / "slurm.conf", tmp_path / "my echolab"
+    conf.write_text("TaskPlugin=task/affinity\n")
+    says = "import os; print('CPUs', len(os.sched_getaffinity(0)))"
+    command.write_text(
+        f'#!/usr/bin/env bash\n[[ $* != *trainer.nodes=* ]] || python3 -c "{says}"\n'
+    )
+    command.chmod(0o755)
+    settings = {"ECHOLAB_SLURM_CPUS": "2", "ECHOLAB_SLURM_EXTRA_CONF": str(conf)}
+    with started(1, **settings, ECHOLAB_SLURM_ACCOUNTING="0") as small:
+
+        def submit(number: int, env: list[str], *options: str, cwd: Path = tmp_path) -> str:
+            log = tmp_path / f"log-{number}"
+            words = ["--parsable", "--cpus-per-task=2", f"--output={log}", *options]
+            job = small("exec", "env", *env, "sbatch", *words, cwd=cwd).strip()
+            wait_for(lambda: "EndTime=Unknown" not in small.job(job), 120, log)
+            wait_for(lambda: "JobState=RUNNING" not in small.job(job), 120, log)
+            return log.read_text()
+
+        assert "CPUs 2" in submit(1, [f"ECHOLAB={command}"], str(BATCH))
+        bare = ["-u", "ECHOLAB", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
+        found = "nonsense=1: there is no such setting"  # it is echolab that says so
+        assert found in submit(2, bare, "--export=NONE", str(BATCH), "nonsense=1")
+        there = BATCH.parent
+        assert found in submit(3, bare, BATCH.name, "run=a b", "nonsense=1", cwd=there)

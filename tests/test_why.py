@@ -318,6 +318,17 @@ def test_the_job_asks_slurm_once_its_step_is_over(
     assert why(run, capsys, "over=true")["host"] == "n2"
 
 
+def test_killed_once_it_had_saved_it_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm's patience ended between the save and the record of it."""
+    write(tmp_path, *(record("slurm-7-0-0", n, ended=None, asked=15) for n in range(2)))
+    assert why(tmp_path, capsys, "over=true")["cause"] == "preempted_unsaved"
+    (tmp_path / "checkpoints/step-000041").mkdir(parents=True)
+    told = why(tmp_path, capsys, "over=true")
+    assert (told["cause"], told["exit_code"], told["checkpoint"]) == ("preempted", 75, 41)
+
+
 # -- what is told is so now ---------------------------------------------------------------------
 
 

@@ -81,9 +81,17 @@ def attempts_of(run: Path, *, over: bool = False) -> list[Attempt]:
         one = merge(records, lost=told_none, lives=lives, evidence=evidence)
         if told_none:  # their last words may be older than the last checkpoint
             seen = min(r.checkpoint_before for r in later[0]) if later else newest_checkpoint(run)
-            one = one._replace(checkpoint=max(one.checkpoint, seen))
+            one = _with_its_last_save(one, seen)
         merged.append(one)
     return merged
+
+
+def _with_its_last_save(attempt: Attempt, newest: int) -> Attempt:
+    """The checkpoint that one published after its last words; then it was stopped, saved."""
+    found = attempt._replace(checkpoint=max(attempt.checkpoint, newest))
+    if attempt.cause == "preempted_unsaved" and newest >= max(attempt.last_step, 1):
+        return found._replace(cause="preempted", exit_code=CAUSES["preempted"].exit_code)
+    return found
 
 
 def _lives(records: Sequence[NodeRecord]) -> bool:
