@@ -2,7 +2,7 @@
 
 Whatever happens, the run goes on in its folder from where it was saved, its last weights are those
 of a run that was never disturbed, and `echolab why` names the cause and the node.  Four drills are
-always done, three at a time; all by ECHOLAB_DRILLS=all, some by ECHOLAB_DRILLS=cut-n1-save,term-step.
+always done, three at a time; all by ECHOLAB_DRILLS=all, some by ECHOLAB_DRILLS=cut-n1-save,...
 """
 
 import json
