@@ -123,8 +123,8 @@ def write(folder: Path, **changes: torch.Tensor) -> ShardDataset:
     ("change", "words"),
     [
         ({"text": torch.zeros(0)}, ["clip-1", "'text'", "encode"]),
-        ({"text": torch.zeros(9, 10)}, ["text", "(9, 10)", "one size"]),
-        ({"latents": torch.zeros(4, 2, 4, 6)}, ["clip-1", "(4, 2, 4, 6)", "encode"]),
+        ({"text": torch.zeros(9, 10)}, ["clip-1", "text [9, 10]", "[5, 10]", "encode"]),
+        ({"latents": torch.zeros(4, 2, 4, 6)}, ["clip-1", "[4, 2, 4, 6]", "encode"]),
     ],
 )
 def test_a_bad_sample_is_named(

@@ -17,7 +17,7 @@ class VerifyArguments:
     folder: Path = field(metadata={"help": "the dataset's folder"})
     deep: bool = field(
         default=False,
-        metadata={"help": "also decode videos, sounds and pictures, and look at every number"},
+        metadata={"help": "also decode videos, sounds and pictures, and check shapes and values"},
     )
     workers: int | None = field(default=None, metadata={"help": "processes; none is one a core"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})

@@ -7,23 +7,29 @@ Sample members (safetensors; read as fp32):
                  known_latents.<task> [C, F, H, W]
     preference   chosen and rejected in place of latents; known, known_latents of the one task that
                  the json member names
+
+`samples` says what they must be.
 """
 
-import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from echolab.data.contents import Undecodable
+from echolab.data.fetch import FetchError
 from echolab.data.pieces import Pieces
+from echolab.data.samples import COMPARED, TRIED, Shapes, shapes_of, take_about, usual
 from echolab.data.shards import ShardDataset
-from echolab.data.tensors import take_fp32
+from echolab.data.tensors import take_fp32, take_sample
 from echolab.errors import DataError
 from echolab.types import Batch, Conditions, PreferencePair
 
 KNOWN_WEIGHT = 0.1  # the known region is nearly given by the input: it teaches little
 FEATURES = ("text", "image", "audio", "face")
+
+Taken = TypeVar("Taken")
 
 
 def place_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_WEIGHT) -> Tensor:
@@ -36,30 +42,75 @@ def place_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_WEIG
 def read_fp32(
     dataset: ShardDataset, i: int, wanted: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of sample `i` in fp32, by default all; raises DataError."""
+    """Tensors of sample `i` in fp32, by default all; raises DataError.
+
+    What they must be to be trained on is not looked at: see `read_sample`.
+    """
+    return _take(dataset, i, "safetensors", lambda pieces: take_fp32(pieces, wanted))
+
+
+def read_sample(
+    dataset: ShardDataset, i: int, wanted: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Return tensors of sample `i` in fp32; raise DataError for one that cannot be trained on.
+
+    All shapes are checked, and the values of what is read.
+    """
+    like = form_of(dataset)
+
+    def take(pieces: Pieces) -> dict[str, Tensor]:
+        return take_sample(pieces, dataset.kind, like, wanted)
+
+    return _take(dataset, i, "safetensors", take)
+
+
+def form_of(dataset: ShardDataset) -> Shapes:
+    """Return the shapes by name that all samples must have: those of most of the first good ones.
+
+    Raises DataError for the first sample if none of the first hundred is good.
+    """
+    if dataset.form is None:
+        dataset.form = usual(_first_good(dataset))
+    return dataset.form
+
+
+def _first_good(dataset: ShardDataset) -> list[Shapes]:
+    found: list[Shapes] = []
+    faults = []
+    for i in range(min(len(dataset), TRIED)):
+        try:
+            found.append(_take(dataset, i, "safetensors", lambda p: shapes_of(p, dataset.kind)))
+        except FetchError:
+            raise  # of a server, not of a sample
+        except DataError as error:
+            faults.append(error)
+        if len(found) == COMPARED:
+            break
+    if not found and faults:
+        raise faults[0]
+    return found
+
+
+def _take(dataset: ShardDataset, i: int, member: str, use: Callable[[Pieces], Taken]) -> Taken:
+    """Return what `use` makes of a member of sample `i`; raise DataError."""
     key = dataset.keys[i]
     try:
-        return dataset.take(i, "safetensors", lambda pieces: take_fp32(pieces, wanted))
+        return dataset.take(i, member, use)
     except KeyError as error:
         raise DataError(
             f"{dataset.folder}: sample {key} has no member {error}; "
             "make the dataset with `python -m data_prep encode`"
         ) from error
     except Undecodable as error:
-        raise DataError(f"{dataset.folder}: sample {key}: {error}; make it again") from error
+        raise DataError(f"{dataset.folder}: sample {key}: {error}; encode it again") from error
 
 
 def read_tensors(dataset: ShardDataset, i: int) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors in fp32 and the json member of sample `i`; raises DataError."""
-    tensors = read_fp32(dataset, i)
-    try:
-        data = dataset.take(i, "json", Pieces.rest)
-        return tensors, json.loads(data)
-    except KeyError:  # it may have none
+    """Tensors in fp32 and the json member of sample `i`; raises DataError as `read_sample`."""
+    tensors = read_sample(dataset, i)
+    if "json" not in dataset.sample(i).members:
         return tensors, {}
-    except ValueError as error:
-        key = dataset.keys[i]
-        raise DataError(f"{dataset.folder}: sample {key}: {error}; make it again") from error
+    return tensors, _take(dataset, i, "json", take_about)
 
 
 def pick(dataset: ShardDataset, i: int, tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -80,15 +131,8 @@ def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     """Sample `i` as a batch without its batch dimension, posed as `task`."""
     needed = ("latents", "weight", *FEATURES)
     posed = () if task == "t2v" else (f"known.{task}", f"known_latents.{task}")
-    tensors = read_fp32(dataset, i, (*needed, *posed))
-    for name in needed:
-        pick(dataset, i, tensors, name)
+    tensors = read_sample(dataset, i, (*needed, *posed))
     latents = tensors["latents"]
-    if tensors["weight"].shape != (1, *latents.shape[1:]):
-        raise DataError(
-            f"{dataset.folder}: sample {dataset.keys[i]}: latents {tuple(latents.shape)} with a "
-            f"weight of {tuple(tensors['weight'].shape)}; encode the dataset again"
-        )
     if task == "t2v":  # given words (and sound), no picture at all
         known = latents.new_zeros(4, *latents.shape[1:])
         tensors["image"] = torch.zeros_like(tensors["image"])
@@ -103,8 +147,6 @@ def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
 def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
     """Sample `i` of a preference dataset, without batch dimension."""
     tensors, about = read_tensors(dataset, i)
-    for name in ("chosen", "rejected", "weight", "known", "known_latents", *FEATURES):
-        pick(dataset, i, tensors, name)
     conditions = _one(tensors, tensors["known"], tensors["known_latents"])
     weight = place_weight(tensors["weight"], tensors["known"])
     task, key = str(about.get("task", "i2v")), dataset.keys[i]

@@ -18,6 +18,7 @@ from echolab.data.files import append_text, remove_quietly, write_whole
 from echolab.data.index import INDEX, MEMBERS, Members, Sample, Shard, encoded_index
 from echolab.data.names import PARTIAL, SHARD_FILE, dotted, key_fault, split_file
 from echolab.data.progress import Advance
+from echolab.data.samples import TENSORS
 from echolab.data.spread import processes, spread
 from echolab.data.tars import Passing, TarFault, TarMember, walk
 from echolab.errors import DataError
@@ -29,11 +30,6 @@ NEEDED = {
     "preference": ("safetensors",),
     "foreign": (),
 }  # members
-CONDITIONS = ("text", "image", "audio", "face", "weight")
-TENSORS = {
-    "encoded": ("latents", *CONDITIONS),
-    "preference": ("chosen", "rejected", "known", "known_latents", *CONDITIONS),
-}
 
 
 class Scan(NamedTuple):

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, get_worker_info
 from echolab.data.batches import (
     collate_clips,
     collate_pairs,
+    form_of,
     read_clip,
     read_pair,
-    read_tensors,
     rejected_half,
 )
 from echolab.data.plan import ORDER, Drawn, Order, Plan, Source
@@ -57,17 +57,10 @@ def uniform(seed: int, epoch: int, key: str, what: str) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _size(reader: Tolerant) -> tuple[int, int, int]:
-    """(frames, height, width) of its clips' latents, as its first sample has them."""
-    dataset = reader.dataset
-    tensors, _ = reader.read(0, partial(read_tensors, dataset))
-    latents = tensors.get("latents", tensors.get("chosen"))
-    if latents is None or latents.ndim != 4:
-        raise DataError(
-            f"{dataset.folder}: sample {dataset.keys[0]} holds no latents [C, F, H, W]; "
-            "encode the dataset again"
-        )
-    frames, height, width = latents.shape[1:]
+def _size(dataset: ShardDataset) -> tuple[int, int, int]:
+    """(frames, height, width) of its clips' latents."""
+    form = form_of(dataset)
+    _, frames, height, width = form["latents"] if "latents" in form else form["chosen"]
     return frames, height, width
 
 
@@ -110,7 +103,7 @@ def stock(
             str(dataset.folder),
             dataset.fingerprint,
             dataset.samples_by_shard,
-            _size(readers[i]) if sized else (1, 1, 1),
+            _size(dataset) if sized else (1, 1, 1),
             None if weights is None else float(weights[i]),
             order_names[i] if order_names else "",
         )

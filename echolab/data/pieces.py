@@ -45,6 +45,10 @@ class Pieces:
             filled += count  # one call reads 2 GiB at most
         return piece[:filled]
 
+    def at(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset within the member, which do not count as passed."""
+        return os.pread(self._file, size, self._offset + offset)
+
     def rest(self) -> bytes:
         """All that is left, to keep; fewer bytes where the file ends."""
         if self._small is not None:

@@ -21,6 +21,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.redaction import masked
 
 QUARANTINE = "quarantine.jsonl"
+ALLOWED = "data.skip_budget=0.01"  # the budget that an error recommends
 
 Read = TypeVar("Read")
 
@@ -84,7 +85,7 @@ class Tolerant:
         DataError comes when the budget of the shard or of the dataset is exceeded.
         """
         if not self.skip_budget or self.quarantine is None:
-            return read(i)
+            return self._read_all(i, read)
         stand_ins = self.stand_ins or following(len(self.dataset))
         for j in chain([i], stand_ins(i)):
             try:
@@ -96,6 +97,15 @@ class Tolerant:
         raise DataError(
             f"{self.dataset.folder}: sample {self.dataset.keys[i]} has no good stand-in"
         )
+
+    def _read_all(self, i: int, read: Callable[[int], Read]) -> Read:
+        """`read(i)`; a bad sample ends it, with a word on the budget."""
+        try:
+            return read(i)
+        except FetchError:
+            raise
+        except DataError as error:
+            raise DataError(f"{error}, or go on without it by {ALLOWED}") from error
 
     def _put_down(self, i: int, error: DataError, path: Path) -> None:
         """Write a bad sample down, and stop where there are too many of them."""

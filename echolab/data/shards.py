@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,7 @@ class ShardDataset:
         self.description: dict[str, Any] = index["description"]
         self.fingerprint: str = index["fingerprint"]
         self.shards, self.keys = table.shards, table.keys
+        self.form: Mapping[str, Sequence[int]] | None = None  # shapes of its samples, once known
         self._table, self._store = table, store
 
     def __len__(self) -> int:

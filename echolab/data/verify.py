@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from echolab.data.contents import content_fault
+from echolab.data.contents import Undecodable, content_fault
 from echolab.data.index import INDEX, Shard
 from echolab.data.names import PARTIAL, dotted, split_file
+from echolab.data.pieces import Pieces
 from echolab.data.progress import Advance
+from echolab.data.samples import COMPARED, TENSORS, TRIED, Shapes, shapes_of, take_about, usual
 from echolab.data.spread import processes, spread
 from echolab.data.table import Table, parse_index
 from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
@@ -43,6 +45,14 @@ class Fault(NamedTuple):
         sample = "" if self.sample is None else f"sample {self.sample}: "
         line = printable(f"{folder / self.file}: {byte}{sample}{self.what}")
         return line.replace("\n", "\\n")
+
+
+class _Look(NamedTuple):
+    """How closely to look."""
+
+    deep: bool
+    kind: str  # of the dataset
+    form: Shapes  # that all samples of it must have
 
 
 class _Shard:
@@ -89,7 +99,7 @@ def find_faults(
     """All faults of a dataset, shard by shard.
 
     `workers` processes share the shards, None is one a core; `deep` also decodes videos, sounds
-    and pictures and looks for tensors with values that are not finite.
+    and pictures, and looks whether tensors can be trained on: shapes that fit, finite values.
     """
     path = folder / INDEX
     try:
@@ -99,12 +109,14 @@ def find_faults(
     except OSError as error:
         why = "not there" if isinstance(error, FileNotFoundError) else error.strerror
         return [Fault(INDEX, f"{why}; the folder is no whole dataset")]
+    kind = index["kind"]
     found = _doubled_keys(table.keys)
     found += _other_files(folder, {shard.name for shard in table.shards})
     count = processes(workers, [shard.bytes for shard in table.shards])
     results: dict[int, list[Fault]] = {}
-    shards = _shards(table, index["kind"] == "foreign")
-    for number, result in spread(partial(_shard_faults, folder, deep), shards, count):
+    look = _Look(deep, kind, _form(folder, table, kind) if deep and kind in TENSORS else {})
+    shards = _shards(table, kind == "foreign")
+    for number, result in spread(partial(_shard_faults, folder, look), shards, count):
         results[number] = result
         if advance is not None:
             advance(len(results), "")
@@ -132,16 +144,32 @@ def _other_files(folder: Path, named: set[str]) -> list[Fault]:
     return [Fault(name, f"not listed in {INDEX}", 0) for name in extra]
 
 
-def _shard_faults(folder: Path, deep: bool, shard: _Shard) -> list[Fault]:
+def _form(folder: Path, table: Table, kind: str) -> Shapes:
+    """Return the shapes that all samples must have, as training finds them."""
+    found: list[Shapes] = []
+    for i in range(min(len(table), TRIED)):
+        place = table.members(i).get("safetensors")
+        try:
+            with (folder / table.shards[table.shard_of(i)].name).open("rb") as file:
+                if place:
+                    found.append(shapes_of(Pieces(file.fileno(), *place[:2]), kind))
+        except (OSError, Undecodable):
+            continue
+        if len(found) == COMPARED:
+            break
+    return usual(found)
+
+
+def _shard_faults(folder: Path, look: _Look, shard: _Shard) -> list[Fault]:
     try:
         with (folder / shard.name).open("rb") as file:
-            return list(_tar_faults(file, shard, deep))
+            return list(_tar_faults(file, shard, look))
     except OSError as error:
         first = min((place[0] for place in shard.expected.values()), default=0)
         return [shard.fault(first, error.strerror or str(error))]
 
 
-def _tar_faults(file: BinaryIO, shard: _Shard, deep: bool) -> Iterator[Fault]:
+def _tar_faults(file: BinaryIO, shard: _Shard, look: _Look) -> Iterator[Fault]:
     size = file.seek(0, 2)
     file.seek(0)
     if size != shard.bytes:
@@ -153,7 +181,7 @@ def _tar_faults(file: BinaryIO, shard: _Shard, deep: bool) -> Iterator[Fault]:
         members += walk(tar)
     except TarFault as fault:
         found.append(shard.fault(fault.offset, fault.what))
-    found += _member_faults(file, members, shard, deep)
+    found += _member_faults(file, members, shard, look)
     yield from found
     if not found and size == shard.bytes and tar.sha256.hexdigest() != shard.sha256:
         # Not in the data, the padding or the end: those were compared.
@@ -162,7 +190,7 @@ def _tar_faults(file: BinaryIO, shard: _Shard, deep: bool) -> Iterator[Fault]:
 
 
 def _member_faults(
-    file: BinaryIO, members: list[TarMember], shard: _Shard, deep: bool
+    file: BinaryIO, members: list[TarMember], shard: _Shard, look: _Look
 ) -> Iterator[Fault]:
     found: set[Name] = set()
     closed: set[str] = set()
@@ -182,14 +210,14 @@ def _member_faults(
         if name in found:
             yield shard.fault(member.header, f"a second {kind}", key)
         found.add(name)
-        yield from _content_faults(file, member, shard, name, deep)
+        yield from _content_faults(file, member, shard, name, look)
     for (key, kind), (offset, _, _) in shard.expected.items():
         if (key, kind) not in found:
             yield shard.fault(offset, f"{kind} is missing", key)
 
 
 def _content_faults(
-    file: BinaryIO, member: TarMember, shard: _Shard, name: Name, deep: bool
+    file: BinaryIO, member: TarMember, shard: _Shard, name: Name, look: _Look
 ) -> Iterator[Fault]:
     (key, kind), expected = name, shard.expected.get(name)
     if expected is None:
@@ -202,14 +230,24 @@ def _content_faults(
         )
     elif member.crc32 != expected[2]:
         yield shard.fault(member.offset, f"{kind} does not match its checksum", key)
-    else:
+    elif what := _fault_within(Pieces(file.fileno(), member.offset, member.size), kind, look):
+        yield shard.fault(member.offset, f"{kind} {what}", key)
 
-        def read(offset: int, size: int) -> bytes:
-            return os.pread(file.fileno(), size, member.offset + offset)
 
-        what = content_fault(kind, read, member.size, deep=deep)
-        if what:
-            yield shard.fault(member.offset, f"{kind} {what}", key)
+def _fault_within(pieces: Pieces, member: str, look: _Look) -> str | None:
+    """Why a member cannot be used; where it is trained on, by the rule of training itself."""
+    if not (look.deep and look.kind in TENSORS and member in ("safetensors", "json")):
+        return content_fault(member, pieces.at, pieces.size, deep=look.deep)
+    try:
+        if member == "json":
+            take_about(pieces)
+        else:
+            from echolab.data.tensors import take_sample  # and torch, only for a deep look
+
+            take_sample(pieces, look.kind, look.form)
+    except Undecodable as error:
+        return f"cannot be trained on ({error})"
+    return None
 
 
 def _odd_header(file: BinaryIO, members: list[TarMember]) -> int:

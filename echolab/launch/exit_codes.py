@@ -66,7 +66,12 @@ CAUSES = {
         RETRYABLE, "none", "a later launch has taken the run", "nothing; the later launch goes on"
     ),
     "config": Cause(FATAL, "fatal", "a setting is wrong", "correct the setting"),
-    "data": Cause(FATAL, "fatal", "the data are damaged", "echolab data verify, then mend them"),
+    "data": Cause(
+        FATAL,
+        "fatal",
+        "the data are damaged",
+        "echolab data verify FOLDER deep=true; encode what it names again",
+    ),
     "start": Cause(
         FATAL, "fatal", "a file it starts from cannot be used", "name another, or mend it"
     ),

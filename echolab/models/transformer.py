@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, DataError
 from echolab.models.attention import Attend, sdpa
 from echolab.models.audio import FLASH, PREVIEW, AudioTokens, FlashAudioTokens, Hearing
 from echolab.models.layers import (
@@ -240,9 +240,11 @@ class EchoTransformer(nn.Module):
     ) -> Tensor:
         """Velocity [B, C, F, H, W] of noisy latents [B, C, F, H, W] at timesteps [B] in 0..1000.
 
-        `weights` scale the three cross-attention outputs; None is 1 everywhere.
+        `weights` scale the three cross-attention outputs; None is 1 everywhere.  Raises DataError
+        for audio features of another number of frames.
         """
         latents = noisy_latents
+        self._check_audio(conditions.audio, 4 * (latents.shape[2] - 1) + 1)
         if self.takes_known:
             latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
         p, q, r = self.patch_size
@@ -262,6 +264,21 @@ class EchoTransformer(nn.Module):
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=rows, w=columns, p=p, q=q, r=r,
         )  # fmt: skip
+
+    def _check_audio(self, audio: Tensor, frames: int) -> None:
+        """Raise DataError unless the audio features are those of so many video frames.
+
+        Windows would be cut from any number of them, and the wrong audio be heard without a word.
+        """
+        layers = self.audio_injection is not None
+        wanted = frames if layers else 2 * frames
+        heard = layers or self.audio2token is not None
+        if heard and (audio.ndim != 3 + layers or audio.shape[1] != wanted):
+            kind = "[B, frames, layers, width]" if layers else "[B, 2 x frames, width]"
+            raise DataError(
+                f"audio features {list(audio.shape)}: a clip of {frames} frames needs {wanted} of "
+                f"them, {kind}; encode the audio for the clip's own length"
+            )
 
     def told(
         self, conditions: Conditions, weights: ModalityWeights | None, dtype: torch.dtype

@@ -147,6 +147,8 @@ class Steps(pl.Callback):
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
         self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
         self.evaluation = Evaluation(self.training, self.data, pl_module, self.masters, self.ema)
+        if self.training.held_out and self.every.validate:
+            self.evaluation.prepare()
 
     def _begin_ledger(self) -> None:
         self.ledger: StepLedger | None = None

@@ -31,14 +31,20 @@ class Evaluation:
         self.dtype = torch.bfloat16 if low else torch.float32
         self._share: Share | None = None
 
+    def prepare(self) -> None:
+        """Read this rank's held-out clips, so that bad ones are found before the first step."""
+        held_out, together = self.training.held_out, self.training.machine.sequence_parallel
+        assert held_out
+        row, rows = ranks.rank() // together, ranks.world() // together
+        self._share = read_share(held_out, row, rows, self.training.reader_of(held_out.clips))
+
     def held_out(self) -> dict[str, float]:
         """Errors at fixed noise, of the averaged weights and of the raw ones."""
         held_out, phases = self.training.held_out, self.training.phases
         assert held_out and phases  # `Training.check` has seen to it
         if self._share is None:
-            together = self.training.machine.sequence_parallel
-            row, rows = ranks.rank() // together, ranks.world() // together
-            self._share = read_share(held_out, row, rows)
+            self.prepare()
+        assert self._share
         return dict(
             validate(
                 self.module.net,
@@ -66,7 +72,9 @@ class Evaluation:
             self.masters,
             checkpoint=checkpoint,
             folder=training.folder,
-            clips=parity_clips(clips, [task for task, share in learnt.items() if share > 0]),
+            clips=parity_clips(
+                training.reader_of(clips), [task for task, share in learnt.items() if share > 0]
+            ),
             how=Sampling(training.seed, training.shift),
             device=self.module.device,
             dtype=self.dtype,

@@ -8,6 +8,7 @@ compilation, checkpointing and sharding are on the one side only.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from echolab.data.batches import collate_clips, read_clip
 from echolab.data.files import write_whole
-from echolab.data.shards import ShardDataset
+from echolab.data.quarantine import Tolerant
 from echolab.diffusion.generation import generate
 from echolab.errors import EcholabError, ParityError
 from echolab.models.export import write_original
@@ -65,9 +66,11 @@ class Parity(NamedTuple):
         return {"parity/difference": self.difference, "parity/bound": self.bound}
 
 
-def parity_clips(clips: ShardDataset, tasks: Sequence[str]) -> list[Batch]:
-    """The first clip of a dataset, posed as each of the tasks."""
-    return [collate_clips(clips, [read_clip(clips, 0, task)]) for task in tasks]
+def parity_clips(reader: Tolerant, tasks: Sequence[str]) -> list[Batch]:
+    """The first clip of a dataset, or its stand-in, posed as each of the tasks."""
+    clips = reader.dataset
+    one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
+    return [collate_clips(clips, [clip]) for clip in one]
 
 
 def sample(

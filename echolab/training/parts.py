@@ -1,20 +1,19 @@
 """Everything a training run is made of, and whether the parts fit each other."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from echolab.data.batches import read_tensors
+from echolab.data.batches import form_of
 from echolab.data.micro_batches import stock
 from echolab.data.plan import ORDER, Order
 from echolab.data.quarantine import QUARANTINE, Tolerant
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
-from echolab.errors import ConfigError, FencedError
+from echolab.errors import ConfigError, DataError, FencedError
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.datamodule import Feed, HeldOut
 from echolab.training.engine.machine import Machine, cut
@@ -32,6 +31,52 @@ Sink = Callable[[int, dict[str, float]], None]
 
 ALONE, OPTIM, GUARDS = Machine(), Optim(), Guards()
 EMPTY: Mapping[str, Any] = {}
+
+
+def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, Any]) -> None:
+    """Raise DataError for a dataset of another kind, ConfigError if the network cannot read it."""
+    if dataset.kind != kind:
+        raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}; give another dataset")
+    if not len(dataset):
+        raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
+    form = form_of(dataset)
+    latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
+    found: dict[str, Any] = {
+        "text_dim": form["text"][-1],
+        "image_dim": form["image"][-1],
+        "audio_dim": audio[-1],
+        "audio_layers": audio[1] if len(audio) == 3 else None,
+        "out_channels": latents[0],
+    }
+    heard = architecture.get("audio_dim") is not None
+    for name, there in found.items():
+        here = architecture.get(name)
+        differs = here is not None and here != there
+        if name == "audio_layers":
+            differs = heard and here != there
+        if differs:
+            raise ConfigError(
+                f"model.{name}={'null' if here is None else here}: the clips of {dataset.folder} "
+                f"have {'null' if there is None else there}; take the model= that fits their "
+                "encoders"
+            )
+    for size, step in zip(latents[1:], architecture.get("patch_size") or (), strict=False):
+        if size % step:
+            raise ConfigError(
+                f"model.patch_size={list(architecture['patch_size'])}: does not divide the latents "
+                f"{list(latents[1:])} of {dataset.folder}; take the model= that fits them"
+            )
+
+
+def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> None:
+    """Raise ConfigError for a task that the samples of an encoded dataset have no tensors for."""
+    posed = {name.partition(".")[2] for name in form_of(dataset) if name.startswith("known.")}
+    for task in tasks:
+        if task not in ("t2v", *posed):
+            raise ConfigError(
+                f"{setting}: task {task}, for which the clips of {dataset.folder} have no tensor "
+                f"known.{task}; leave it out, or encode the dataset again"
+            )
 
 
 class Training(NamedTuple):
@@ -120,19 +165,27 @@ class Training(NamedTuple):
         accelerator = self.machine.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
-        for clips in self.clips:
-            reader = Tolerant(clips, skip_budget=self.skip_budget, quarantine=self.quarantine)
-            first = reader.read(0, partial(read_tensors, clips))[0] if len(clips) else {}
-            for name in ("text", "image", "audio"):
-                wanted = self.architecture.get(f"{name}_dim")
-                if wanted and name in first and first[name].shape[-1] != wanted:
-                    raise ConfigError(
-                        f"model.{name}_dim={wanted}: the clips of {clips.folder} have "
-                        f"{first[name].shape[-1]}; take the model= that fits their encoders"
-                    )
+        self._check_datasets()
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
+
+    def _check_datasets(self) -> None:
+        """Look at the first good sample of each dataset, before weights are read."""
+        for dataset in self.clips:
+            check_dataset(dataset, "encoded", self.architecture)
+            check_tasks(dataset, self.curriculum.tasks, "tasks.order")
+        for dataset in self.pairs:
+            check_dataset(dataset, "preference", self.architecture)
+        if self.held_out:
+            check_dataset(self.held_out.clips, "encoded", self.architecture)
+            check_tasks(self.held_out.clips, self.held_out.tasks, "data.held_out_tasks")
+            if self.parity:  # samples of the export are compared on held-out clips
+                check_tasks(self.held_out.clips, self.curriculum.tasks, "tasks.order")
+
+    def reader_of(self, dataset: ShardDataset) -> Tolerant:
+        """What reads single samples of a dataset, within the budget for bad ones."""
+        return Tolerant(dataset, skip_budget=self.skip_budget, quarantine=self.quarantine)
 
     def feed(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> Feed:
         """The batches, planned; raises EcholabError where that cannot be.

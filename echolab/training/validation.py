@@ -11,6 +11,7 @@ same order everywhere.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.batches import collate_clips, read_clip
+from echolab.data.quarantine import Tolerant
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw
@@ -46,11 +48,15 @@ def places_of(clips: int, row: int, rows: int) -> list[int]:
     return [place if place < clips else FILLS_UP for place in range(row * each, (row + 1) * each)]
 
 
-def read_share(held_out: HeldOut, row: int = 0, rows: int = 1) -> Share:
+def read_share(
+    held_out: HeldOut, row: int = 0, rows: int = 1, reader: Tolerant | None = None
+) -> Share:
     """Row `row` of the held-out clips, every clip posed as every task, on the CPU.
 
-    Rows are ranks, or the groups of ranks that share a clip.  ConfigError where there is no clip.
+    Rows are ranks, or the groups of ranks that share a clip.  `reader` may pass over bad clips.
+    ConfigError where there is no clip.
     """
+    reader = reader or Tolerant(held_out.clips)
     clips = min(held_out.at_most, len(held_out.clips))
     if clips < 1:
         raise ConfigError(
@@ -62,7 +68,8 @@ def read_share(held_out: HeldOut, row: int = 0, rows: int = 1) -> Share:
     for number, task in enumerate(held_out.tasks):
         for first in range(0, len(places), size):
             part = places[first : first + size]
-            read = [read_clip(held_out.clips, max(place, 0), task) for place in part]
+            one = partial(read_clip, held_out.clips, task=task)
+            read = [reader.read(max(place, 0), one) for place in part]
             rows_of = [number * clips + p if p != FILLS_UP else FILLS_UP for p in part]
             batches.append((collate_clips(held_out.clips, read), rows_of))
     return Share(held_out.tasks, clips, batches)
