@@ -8,6 +8,7 @@ from typing import Literal
 
 from data_prep.talker import FPS, Talker, draw_talker
 from echolab.arguments import parse
+from echolab.data.files import prove_writable
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
 from echolab.data.progress import progress
 from echolab.data.shards import ShardWriter
@@ -24,8 +25,8 @@ class DrawOptions:
 
     out: Path = field(metadata={"help": "the new dataset's folder"})
     clips: int = field(default=64, metadata={"help": "how many clips"})
-    seed: int = field(default=0, metadata={"help": "another seed, other talkers"})
-    first: int = field(default=0, metadata={"help": "number of the first clip"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "another seed, other talkers"})
+    first: int = field(default=0, metadata={"ge": 0, "help": "number of the first clip"})
     frames: int = field(default=25, metadata={"help": "frames a clip, 4n+1"})
     size: int = field(default=64, metadata={"help": "height and width in pixels, times 16"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
@@ -34,6 +35,7 @@ class DrawOptions:
 def main(argv: list[str]) -> int:
     """The command; prints a summary to standard output."""
     options = parse(DrawOptions, argv, command="data_prep draw", positional=("out",))
+    prove_writable(options.out, folder=True)
     with progress("drawing talkers", options.clips) as advance:
         draw_dataset(options, lambda done: advance(done, ""))
     seconds = options.clips * options.frames / FPS

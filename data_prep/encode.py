@@ -22,6 +22,7 @@ from data_prep.raw import (
 )
 from data_prep.stages import encode_in_stages, stored
 from echolab.arguments import parse
+from echolab.data.files import prove_writable
 from echolab.data.progress import progress
 from echolab.data.shards import ShardWriter, open_dataset
 from echolab.encoders.autoencoder import CausalAutoencoder
@@ -75,6 +76,7 @@ class EncodeOptions:
 def main(argv: list[str]) -> int:
     """The command; prints a summary to standard output."""
     options = parse(EncodeOptions, argv, command="data_prep encode", positional=("source", "out"))
+    prove_writable(options.out, folder=True)
     if options.encoders == "released":
         encoders = _released(options)
         settings: dict[str, str | bool] = {"dtype": options.dtype, "tiling": options.tiling}

@@ -22,7 +22,7 @@ from data_prep.summary import Watch, summarise
 from data_prep.weights import LANDMARKER, YUNET, find_weight
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
 from echolab.arguments import parse
-from echolab.data.files import write_error, write_whole
+from echolab.data.files import prove_writable, write_error, write_whole
 from echolab.data.index import INDEX
 from echolab.data.shards import ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError, MediaError, PassingError
@@ -49,6 +49,7 @@ class Job(NamedTuple):
 def main(argv: list[str]) -> int:
     """The command; prints a summary to standard output."""
     options = parse(RunOptions, argv, command="data_prep run", positional=("source", "out"))
+    prove_writable(options.out, folder=True)
     print(summarise(prepare(options), options.format))
     return 0
 

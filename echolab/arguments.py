@@ -9,13 +9,17 @@
     parse(Draw, ["talkers", "clips=8"], command="data_prep draw", positional=("out",))
 
 Types: str, int, float, bool, Path, Literal, tuples of these (`1,2,3`), and `X | None` (`none`).
+Numbers are finite, and `ge`, `gt`, `le` and `lt` in a field's metadata are limits of them.
 """
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
 import types
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +30,12 @@ Schema = TypeVar("Schema")
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True}
 BOOLEANS |= {"false": False, "no": False, "0": False, "off": False}
 NOTHING = ("none", "null")
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
 # An argument is key=value only if its start reads as a key, so that paths may hold `=`.
 KEY_VALUE = re.compile(r"(?P<key>-{0,2}[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 
@@ -45,7 +55,10 @@ def parse(
     fields = {field.name: field for field in dataclasses.fields(schema) if field.init}  # type: ignore[arg-type]
     words = _words_by_key(argv, list(fields), positional, command)
     hints = typing.get_type_hints(schema)
-    values = {key: _convert(word, hints[key], key, command) for key, word in words.items()}
+    values = {
+        key: _convert(word, hints[key], fields[key].metadata, key, command)
+        for key, word in words.items()
+    }
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
         wanted = " ".join(f"{name}=..." for name in missing)
@@ -104,12 +117,26 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}=...?" if near else f"; known: {', '.join(known)}"
 
 
-def _convert(word: str, hint: Any, key: str, command: str) -> Any:
+def _convert(word: str, hint: Any, limits: Mapping[str, Any], key: str, command: str) -> Any:
     try:
-        return _value(word, hint)
+        value = _value(word, hint)
+        _check_limits(value, limits)
     except ValueError:
-        problem = f"{command}: {key}={word} is not {_described(hint)}"
+        words = [f"{LIMITS[name][0]} {limits[name]}" for name in LIMITS if name in limits]
+        what = ", ".join([_described(hint), " and ".join(words)] if words else [_described(hint)])
+        problem = f"{command}: {key}={word} is not {what}"
         raise ConfigError(f"{problem} (see {command} --help)") from None
+    return value
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number, or one of several, that is not within its limits."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if isinstance(number, int | float) and not all(
+            holds(number, limits[name]) for name, (_, holds) in LIMITS.items() if name in limits
+        ):
+            raise ValueError(number)
 
 
 def _value(word: str, hint: Any) -> Any:
@@ -131,7 +158,12 @@ def _value(word: str, hint: Any) -> Any:
         if not word:
             raise ValueError(word)
         return Path(word).expanduser()
-    if hint in (str, int, float):
+    if hint is float:
+        number = float(word)
+        if not math.isfinite(number):
+            raise ValueError(word)
+        return number
+    if hint in (str, int):
         return hint(word)
     raise TypeError(f"arguments cannot have the type {hint}")
 

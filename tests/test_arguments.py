@@ -24,6 +24,8 @@ class Draw:
     prompt: str | None = None
     format: Literal["text", "json"] = "text"
     names: tuple[str, ...] = field(default_factory=tuple)
+    scales: tuple[float, ...] = field(default=(1.0,), metadata={"ge": 0, "lt": 10})
+    steps: int | None = field(default=None, metadata={"ge": 1})
 
 
 def draw(*words: str) -> Draw:
@@ -42,7 +44,7 @@ def test_defaults_stay_and_a_place_may_be_named() -> None:
     assert draw("x", "sizes=").sizes == ()
 
 
-@given(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text())
+@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
 def test_what_is_written_is_read(clips: int, rate: float, loop: bool, prompt: str) -> None:
     words = [f"clips={clips}", f"rate={rate!r}", f"loop={loop}", f"prompt={prompt}"]
     read = draw("x", *words)
@@ -66,6 +68,11 @@ def test_what_is_written_is_read(clips: int, rate: float, loop: bool, prompt: st
         (["x", "span=1"], "span=1 is not 2 values with commas between"),
         (["x", "sizes=1,b"], "sizes=1,b is not a list of int with commas between"),
         (["out="], "out= is not a path"),
+        (["x", "rate=nan"], "rate=nan is not a number"),
+        (["x", "rate=-inf"], "rate=-inf is not a number"),
+        (["x", "scales=1,-1"], "scales=1,-1 is not a list of float with commas between, at least"),
+        (["x", "scales=10"], "scales=10 is not a list of float with commas between, at least 0"),
+        (["x", "steps=0"], "steps=0 is not a whole number or none, at least 1"),
     ],
 )
 def test_bad_words_give_one_line_with_the_remedy(words: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import soundfile
 from PIL import Image
 
 from data_prep.talker import draw_talker
+from echolab.cli import generate as module
 from echolab.cli.__main__ import main
 from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
@@ -336,3 +338,81 @@ def test_what_lies_outside_of_a_local_task_is_the_source(
         frames = frames_in(out).astype(int)
         errors.append(np.abs(frames - source)[:, :6].mean())  # far above head and mouth
     assert errors[0] < 2 and errors[1] > 2 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "place", ["missing/deep/v.mp4", "file/v.mp4", "folder.mp4", f"{'x' * 260}.mp4"]
+)
+def test_the_place_is_tried_before_the_work(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, place: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    done: list[str] = []
+    monkeypatch.setattr(module, "load_models", lambda *_: done.append("weights") or sys.exit(9))
+    if place.startswith("missing"):  # it is made
+        with pytest.raises(SystemExit):
+            generate(made, *words_for("i2v", given), f"out={tmp_path / place}")
+        assert done == ["weights"] and (tmp_path / place).parent.is_dir()
+        return
+    assert generate(made, *words_for("i2v", given), f"out={tmp_path / place}") == 1
+    said = capsys.readouterr().err
+    assert done == [] and said.count("\n") == 1 and f"{tmp_path / place}: " in said
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("i2v", "image={folder}/none.png"),
+        ("i2v", "image={folder}/voice.wav"),
+        ("flf2v", "last={folder}/none.png"),
+        ("lip_sync", "source={folder}/none.mp4"),
+        ("continuation", "source={folder}/image.png"),
+        ("i2v", "audio={folder}/none.wav"),
+        ("i2v", "audio={folder}/image.png"),
+        ("i2v", "face=1,1,0,0"),
+        ("i2v", "steps=0"),
+        ("i2v", "shift=0"),
+        ("i2v", "shift=-1"),
+        ("i2v", "seed=-1"),
+        ("i2v", "audio_scale=nan"),
+        ("i2v", "negative=ugly"),
+        ("i2v", "negative_steps=3"),
+        ("i2v", "wav2vec=folder"),
+        ("t2v", "face=0,0,9,9"),
+    ],
+)
+def test_what_is_given_is_looked_at_before_weights_are_read(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, change: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def no_weights(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(module, "load_models", no_weights)
+    words = [*words_for(task, given), "seconds=0.5", change.format(folder=given.image.parent)]
+    assert generate(made, *words, f"out={tmp_path / 'v.mp4'}") == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "v.mp4").exists()
+
+
+def test_a_face_is_looked_for_before_weights_are_read(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, weights: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "load_models", lambda *_: sys.exit(9))
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "blue.png")
+    words = [f"image={tmp_path / 'blue.png'}", f"audio={given.audio}", f"weights={weights}"]
+    assert generate(made, *words, f"out={tmp_path / 'v.mp4'}") == 1
+    assert "no face found, need 1; give another picture, or face=" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_needs_guidance_by_words(
+    made: small_run.SmallRun, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words_for("i2v", given), "seconds=0.3", f"out={tmp_path / 'v.mp4'}", "negative=ugly"]
+    assert generate(made, *words) == 1
+    said = capsys.readouterr().err
+    assert "negative=ugly: does nothing without guidance by words" in said
+    assert "give text_scale=4" in said
+    assert generate(made, *words, "text_scale=4") == 0

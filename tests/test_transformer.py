@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from echolab.cli.policy import architecture_of
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, DataError
 from echolab.models.attention import sdpa
 from echolab.models.audio import (
     FLASH,
@@ -264,3 +264,29 @@ def test_sizes_that_cannot_be_are_refused() -> None:
 
 def test_there_is_no_state_besides_parameters() -> None:
     assert list(tiny.net().buffers()) == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "fits"),
+    [
+        (None, 18, True), (None, 24, True), *((None, n, False) for n in (5, 9, 16, 17, 20, 26, 36)),
+        (3, 9, True), *((3, n, False) for n in (2, 5, 8, 10, 12, 18)),
+    ],
+)  # fmt: skip
+def test_the_network_takes_audio_of_the_clips_own_length(
+    layers: int | None, count: int, fits: bool
+) -> None:
+    """For 9 frames: 18 tokens (24 in a window of a longer video), or 9 of Flash's."""
+    net = tiny.net(audio_layers=layers)
+    told = tiny.conditions(1, layers=layers)
+    audio = torch.zeros(1, count, *told.audio.shape[2:])
+    given = (tiny.latents(1), torch.tensor([500.0]), told._replace(audio=audio))
+    if fits:
+        assert net(*given).shape == tiny.latents(1).shape
+        return
+    with pytest.raises(DataError, match="a clip of 9 frames needs") as error:
+        net(*given)
+    assert "\n" not in str(error.value)
+    swapped = told._replace(audio=tiny.conditions(1, layers=None if layers else 3).audio)
+    with pytest.raises(DataError, match="audio features"):
+        net(given[0], given[1], swapped)

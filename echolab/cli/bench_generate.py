@@ -44,7 +44,7 @@ class GenerateArguments:
     solvers: tuple[str, ...] = field(
         default=tuple(SOLVERS), metadata={"help": "of " + ", ".join(SOLVERS)}
     )
-    steps: tuple[int, ...] = field(default=(8,), metadata={"help": "numbers of steps"})
+    steps: tuple[int, ...] = field(default=(8,), metadata={"ge": 1, "help": "numbers of steps"})
     windows: tuple[int, ...] | None = field(
         default=None, metadata={"help": "frames at once, 4n+1; none is 25,49, on a GPU 81,125"}
     )
@@ -57,7 +57,7 @@ class GenerateArguments:
     )
     attention: str = field(default="auto", metadata={"help": "of " + ", ".join(NAMES)})
     compile: bool = field(default=False, metadata={"help": "the blocks"})
-    seed: int = field(default=0, metadata={"help": "of weights and inputs"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of weights and inputs"})
     format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
 
 

@@ -87,9 +87,10 @@ class StepArguments:
         metadata={"help": "folder on the disk that is saved to; none is the system's"},
     )
     peak_tflops: float | None = field(
-        default=None, metadata={"help": "of the GPU in bf16, for MFU; none is the known one"}
+        default=None,
+        metadata={"gt": 0, "help": "of the GPU in bf16, for MFU; none is the known one"},
     )
-    seed: int = field(default=0, metadata={"help": "of weights and inputs"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of weights and inputs"})
     format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
 
 

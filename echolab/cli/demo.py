@@ -37,7 +37,7 @@ class DemoArguments(DemoSettings):
     """
 
     out: Path = field(default=Path("runs/demo"), metadata={"help": "the demo's folder"})
-    seeds: int = field(default=1, metadata={"help": "trainings, each from another seed"})
+    seeds: int = field(default=1, metadata={"ge": 1, "help": "trainings, each from another seed"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
 
 

@@ -53,7 +53,7 @@ class EstimateArguments:
 
     model: str = field(metadata={"help": "a name in conf/model"})
     stage: int = field(default=0, metadata={"help": "of ZeRO; 0 is one process, or DDP"})
-    world: int = field(default=1, metadata={"help": "ranks"})
+    world: int = field(default=1, metadata={"ge": 1, "help": "ranks"})
     precision: Literal["bf16-mixed", "32-true"] = field(
         default="bf16-mixed", metadata={"help": "of the trainer"}
     )
@@ -68,13 +68,13 @@ class EstimateArguments:
     lora: Literal["none", "attention", "all"] = field(
         default="none", metadata={"help": "layers with adapters"}
     )
-    rank: int = field(default=16, metadata={"help": "of the adapters"})
+    rank: int = field(default=16, metadata={"ge": 1, "help": "of the adapters"})
     encoders: Literal["none", "largest", "all"] = field(
         default="none", metadata={"help": "that are in memory beside it; training needs none"}
     )
     kernels: Literal["gpu", "cpu"] = field(default="gpu", metadata={"help": "what runs the step"})
     memory: float | None = field(
-        default=None, metadata={"help": "GiB of one GPU: also say what fits into it"}
+        default=None, metadata={"gt": 0, "help": "GiB of one GPU: also say what fits into it"}
     )
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
 

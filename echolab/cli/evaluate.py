@@ -48,11 +48,15 @@ class EvaluateArguments:
         default=Path("runs/demo/networks"), metadata={"help": "fitted networks of `echolab fit`"}
     )
     task: Literal[TASKS] = field(default="i2v", metadata={"help": "what is given"})  # type: ignore[valid-type]
-    count: int = field(default=64, metadata={"help": "how many clips"})
-    steps: int = field(default=10, metadata={"help": "of the sampler"})
-    shift: float = field(default=3.0, metadata={"help": "of the sampler's noise levels"})
-    audio_scale: float = field(default=2.0, metadata={"help": "guidance by sound; 1 is none"})
-    seed: int = field(default=0, metadata={"help": "of the clips' noise"})
+    count: int = field(default=64, metadata={"ge": 1, "help": "how many clips"})
+    steps: int = field(default=10, metadata={"ge": 1, "help": "of the sampler"})
+    shift: float = field(
+        default=3.0, metadata={"gt": 0, "le": 1000, "help": "of the sampler's noise levels"}
+    )
+    audio_scale: float = field(
+        default=2.0, metadata={"ge": 0, "help": "guidance by sound; 1 is none"}
+    )
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of the clips' noise"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
 
 
@@ -61,12 +65,12 @@ def main(argv: list[str]) -> int:
         EvaluateArguments, argv, command="echolab evaluate", positional=("checkpoint",)
     )
     checkpoint = last_checkpoint(arguments.checkpoint)
-    net = load_policy(checkpoint)
     truth, dataset = load_clips(arguments.raw, arguments.count), open_dataset(arguments.clips)
     check_same_clips(truth, dataset)
     sampling = Sampling(arguments.steps, arguments.shift, arguments.audio_scale, arguments.seed)
     video, numbers = load_autoencoder(arguments.networks), range(len(truth.keys))
     check_encoders(checkpoint, demo_encoders(video).fingerprints)
+    net = load_policy(checkpoint)
     with progress("sampling", len(numbers)) as advance:
         pixels = sample_pixels(net, video, dataset, numbers, str(arguments.task), sampling,
                                lambda done: advance(done, ""))  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from echolab.arguments import parse
 from echolab.cli.adapters import export_adapters
 from echolab.cli.policy import architecture_of, last_checkpoint, load_start
+from echolab.data.files import prove_writable
 from echolab.errors import ConfigError
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.released import read_tensors
@@ -57,7 +58,7 @@ class ExportArguments:
         metadata={"help": "a checkpoint's average (ema, ema-0.9999, ...), raw, or its adapters"},
     )
     ema_std: float | None = field(
-        default=None, metadata={"help": "an average of this width, from a run's snapshots"}
+        default=None, metadata={"gt": 0, "help": "an average of this width, from a run's snapshots"}
     )
     model: str | None = field(
         default=None, metadata={"help": "of released weights: a name in conf/model"}
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     out = arguments.out
     if out.suffix and out.suffix != ".safetensors":
         raise ConfigError(f"out={out}: name a file .safetensors, or a folder without a suffix")
+    prove_writable(out, folder=not out.suffix)
     if arguments.weights == "adapters":
         if out.exists():
             raise ConfigError(f"out={out}: already there; name another, or remove it")

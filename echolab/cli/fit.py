@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from echolab.arguments import parse
 from echolab.data.clips import load_clips
+from echolab.data.files import prove_writable
 from echolab.data.progress import progress
 from echolab.encoders.fit_autoencoder import WIDTH, fit_autoencoder
 from echolab.errors import ConfigError, DataError
@@ -40,7 +41,7 @@ class FitArguments:
     data: Path = field(metadata={"help": "a dataset of the raw kind"})
     out: Path = field(metadata={"help": "the network's file, .safetensors"})
     steps: int = field(default=800, metadata={"help": "optimizer steps"})
-    seed: int = field(default=0, metadata={"help": "of first values and batches"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of first values and batches"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
 
 
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
                       positional=("what", "data", "out"))  # fmt: skip
     if arguments.steps < 1:
         raise ConfigError(f"steps={arguments.steps}: must be 1 or more")
+    prove_writable(arguments.out)
     clips = load_clips(arguments.data)
     last = fit_network(arguments.what, clips, arguments.out, steps=arguments.steps,
                        seed=arguments.seed)  # fmt: skip

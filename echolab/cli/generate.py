@@ -5,17 +5,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from echolab.arguments import parse
 from echolab.cli.colours import match_colours
-from echolab.cli.footage import footage_of, open_source
+from echolab.cli.footage import Footage, footage_of, open_source
 from echolab.cli.generate_arguments import GenerateArguments
 from echolab.cli.paste import LOCAL_TASKS, paste_known
 from echolab.cli.policy import (
@@ -28,6 +28,7 @@ from echolab.cli.policy import (
 from echolab.cli.rendering import Renderer, frames_of, render_chunks, render_windows, steps_of
 from echolab.cli.scene import encode_scene
 from echolab.data.clips import to_frames
+from echolab.data.files import prove_writable
 from echolab.data.media import Frames, Samples, read_audio, write_video
 from echolab.data.progress import progress
 from echolab.diffusion.caching import IDENTITY, WAN_1B3
@@ -42,6 +43,7 @@ from echolab.launch.runs import own_rank
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.engine.sequence import SequenceSplit
 
 LEAST_FRAMES = 5
@@ -57,20 +59,23 @@ class Models(NamedTuple):
 def main(argv: list[str]) -> int:
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
+    prove_writable(arguments.out)
     recipe, began = arguments.recipe(), time.monotonic()
     samples, frames = read_sound_of(arguments)
     frames_of(frames, recipe, arguments.long)  # says what cannot be before anything is loaded
     if arguments.devices > 1 and not started_by_launcher():
         command = [sys.executable, "-P", "-m", "echolab.cli", "generate", *argv]
         return run_ranks(command, arguments.devices)
+    check_network(architecture_asked(arguments), arguments)
     with joined(arguments.devices) as device:
+        # What is given is looked at before weights are read.
+        footage = footage_of(arguments, frames)
         models = load_models(arguments, device)
-        check_network(models.net, arguments)
         use_attention(models.net, attention_from("auto", device))
         if arguments.devices > 1:
             SequenceSplit(models.net)
         with redirect_stderr(io.StringIO()) if own_rank() else nullcontext():
-            pictures = generate(arguments, models, samples, frames, device)
+            pictures = generate(arguments, models, footage, samples, frames, device)
     if own_rank():
         return 0
     sound = None if samples is None else samples[: frames * SAMPLES_PER_FRAME]
@@ -150,15 +155,25 @@ def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
     return Models(net, encoders)
 
 
-def check_network(net: EchoTransformer, arguments: GenerateArguments) -> None:
+def architecture_asked(arguments: GenerateArguments) -> Mapping[str, Any]:
+    """The settings of the network, without its weights."""
+    if arguments.model is not None:
+        return architecture_of(arguments.model)
+    checkpoint = open_checkpoint(last_checkpoint(arguments.checkpoint))
+    architecture: dict[str, Any] = checkpoint.state["architecture"]
+    return architecture
+
+
+def check_network(architecture: Mapping[str, Any], arguments: GenerateArguments) -> None:
     """ConfigError where the network is asked for what it has no branch for."""
-    if not net.takes_known and arguments.task != "t2v":
+    channels = architecture.get("in_channels", 36), architecture.get("out_channels", 16)
+    if channels[0] <= channels[1] and arguments.task != "t2v":
         raise ConfigError(
             f"{arguments.checkpoint}: the network takes no known pixels, task={arguments.task} "
             "needs them; use task=t2v, or another checkpoint"
         )
     scale = arguments.recipe().audio_scale
-    deaf = net.audio2token is None and net.audio_injection is None
+    deaf = architecture.get("audio_dim", 768) is None
     if deaf and (scale != 1 or arguments.task != "t2v"):
         raise ConfigError(
             f"{arguments.checkpoint}: the network hears no sound; use task=t2v with audio_scale=1 "
@@ -169,6 +184,7 @@ def check_network(net: EchoTransformer, arguments: GenerateArguments) -> None:
 def generate(
     arguments: GenerateArguments,
     models: Models,
+    footage: Footage,
     samples: Samples | None,
     frames: int,
     device: torch.device,
@@ -176,7 +192,7 @@ def generate(
     """The video's frames [T, Y, X, 3], uint8."""
     recipe, long = arguments.recipe(), arguments.long
     made = frames_of(frames, recipe, long)
-    footage = footage_of(arguments, frames).extended(made)
+    footage = footage.extended(made)
     negative = recipe.negative if recipe.text_scale != 1 else None
     sound = None if samples is None else torch.from_numpy(samples)
     scene = encode_scene(models.encoders, footage, sound, arguments.prompt, negative)

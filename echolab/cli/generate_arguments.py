@@ -124,9 +124,12 @@ class GenerateArguments:
     long: Literal["windows", "chunks"] = field(
         default="windows", metadata={"help": "joint windows, or one chunk after another"}
     )
-    window: int | None = field(default=None, metadata={"help": "frames made at once, 4n+1"})
+    window: int | None = field(
+        default=None, metadata={"ge": 5, "help": "frames made at once, 4n+1"}
+    )
     overlap: int | None = field(
-        default=None, metadata={"help": "latent frames that windows share; frames of chunks (8)"}
+        default=None,
+        metadata={"ge": 0, "help": "latent frames that windows share; frames of chunks (8)"},
     )
     branches: Literal["batch", "sequence"] = field(
         default="batch", metadata={"help": "of guidance; in sequence they need less memory"}
@@ -148,7 +151,7 @@ class GenerateArguments:
         },
     )
     seconds: float | None = field(default=None, metadata={"help": "of the sound to use"})
-    seed: int = field(default=0, metadata={"help": "of the noise"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of the noise"})
     weights: Path | None = field(default=None, metadata={"help": "folder of the face models"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
 
@@ -189,6 +192,10 @@ class GenerateArguments:
                 raise ConfigError(f"task={self.task}: takes no {name}=; it is given {takes}")
         if self.audio is None and self.seconds is None:
             raise ConfigError("without audio= the length is not known; give seconds=")
+        if self.face is not None and self.task == "t2v":
+            raise ConfigError("task=t2v: takes no face=; it is given no picture, leave it out")
+        if self.wav2vec is not None and self.model is None:
+            raise ConfigError(f"wav2vec={self.wav2vec}: is for model=; leave it out with a run")
         if self.box is not None and self.task not in ("avatar_sync", "lip_sync"):
             raise ConfigError(f"task={self.task}: takes no box=; that is for avatar_sync, lip_sync")
         if (self.model is None) != (self.encoders is None):
@@ -217,4 +224,11 @@ class GenerateArguments:
         changes = {name: value for name, value in asked.items() if value is not None}
         if self.long == "chunks" and self.overlap is None:
             changes["overlap"] = CHUNK_OVERLAP
-        return check_recipe(PRESETS[self.preset_name]._replace(**changes))
+        recipe = check_recipe(PRESETS[self.preset_name]._replace(**changes))
+        without = [name for name in changes if name.startswith("negative")]
+        if without and recipe.text_scale == 1:
+            raise ConfigError(
+                f"{without[0]}={changes[without[0]]}: does nothing without guidance by words "
+                "(text_scale=1); give text_scale=4, or leave it out"
+            )
+        return recipe

@@ -10,6 +10,7 @@ from echolab.arguments import parse
 from echolab.cli.judging import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
 from echolab.cli.policy import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips
+from echolab.data.files import prove_writable
 from echolab.data.progress import progress
 from echolab.data.shards import open_dataset
 from echolab.encoders.autoencoder import CausalAutoencoder
@@ -40,16 +41,23 @@ class PairsArguments:
     raw: Path | None = field(default=None, metadata={"help": "the same clips, raw"})
     networks: Path | None = field(default=None, metadata={"help": "fitted networks of `fit`"})
     out: Path | None = field(default=None, metadata={"help": "the new preference dataset"})
-    prompts: int = field(default=128, metadata={"help": "how many clips to sample for"})
-    candidates: int = field(default=4, metadata={"help": "samples a prompt"})
-    steps: int = field(default=10, metadata={"help": "of the sampler"})
-    shift: float = field(default=5.0, metadata={"help": "of the sampler's noise levels"})
+    prompts: int = field(default=128, metadata={"ge": 1, "help": "how many clips to sample for"})
+    candidates: int = field(default=4, metadata={"ge": 1, "help": "samples a prompt"})
+    steps: int = field(default=10, metadata={"ge": 1, "help": "of the sampler"})
+    shift: float = field(
+        default=5.0, metadata={"gt": 0, "le": 1000, "help": "of the sampler's noise levels"}
+    )
     audio_scales: tuple[float, ...] = field(
         default=(0.0, 1.0, 2.0, 4.0),
-        metadata={"help": "guidance by sound of the candidates, in turn; 1 is none, 0 no sound"},
+        metadata={
+            "ge": 0,
+            "help": "guidance by sound of the candidates, in turn; 1 is none, 0 no sound",
+        },
     )
-    seed: int = field(default=0, metadata={"help": "of the candidates' noise"})
-    least_margin: float = field(default=0.5, metadata={"help": "standard deviations of a pair"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of the candidates' noise"})
+    least_margin: float = field(
+        default=0.5, metadata={"ge": 0, "help": "standard deviations of a pair"}
+    )
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
 
     def needed(self, name: str) -> Path:
@@ -62,6 +70,7 @@ class PairsArguments:
 def main(argv: list[str]) -> int:
     arguments = parse(PairsArguments, argv, command="echolab pairs",
                       positional=("step", "folder"))  # fmt: skip
+    prove_writable(arguments.folder, folder=True)
     made = {"sample": sample, "score": score, "pack": pack}[arguments.step](arguments)
     figures = {"folder": str(arguments.folder), "step": arguments.step, "made": made}
     noun = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}[arguments.step]
@@ -105,8 +114,9 @@ def pack(arguments: PairsArguments) -> int:
     verdicts = read_verdicts(arguments.folder / VERDICTS)
     if not verdicts:
         raise DataError(f"{arguments.folder / VERDICTS}: no verdicts; run `echolab pairs score`")
-    dataset = open_dataset(arguments.needed("clips"))
-    return pack_pairs(arguments.folder, verdicts, dataset, arguments.needed("out"),
+    dataset, out = open_dataset(arguments.needed("clips")), arguments.needed("out")
+    prove_writable(out, folder=True)
+    return pack_pairs(arguments.folder, verdicts, dataset, out,
                       least_margin=arguments.least_margin)  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from echolab.cli.rollback import config_of
 from echolab.cli.settings_check import check
 from echolab.cli.stored_settings import hidden, resolved
 from echolab.cli.training_objects import schedule_from, training_from
+from echolab.data.files import prove_writable
 from echolab.data.ledger import LEDGER, Row, read_ledger
 from echolab.data.quarantine import QUARANTINE
 from echolab.errors import CheckpointError, ConfigError
@@ -79,6 +80,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"step={step}: the run's schedule has {steps} steps")
     if out and out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
+    if out:
+        prove_writable(out, folder=True)
     with ExitStack() as stack:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echolab-replay-")))

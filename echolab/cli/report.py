@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echolab.arguments import parse
+from echolab.data.files import prove_writable
 from echolab.errors import DataError
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.report import Video, checked, inside, write_again, write_report
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder")
     out = run / "report.html"
+    prove_writable(out)
     if out.with_suffix(".json").is_file():
         write_again(out)
     else:

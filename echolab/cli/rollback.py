@@ -25,7 +25,7 @@ class RollbackArguments:
     """
 
     run: Path = field(metadata={"help": "the run's folder; nobody may be training it"})
-    to: int = field(metadata={"help": "step of the checkpoint"})
+    to: int = field(metadata={"ge": 0, "help": "step of the checkpoint"})
     skip: str | None = field(
         default=None, metadata={"help": "A:B leaves out global batches A to B - 1 of its datasets"}
     )

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from echolab.errors import DataError
+from echolab.errors import ConfigError, DataError
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -24,6 +24,28 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         remove_quietly(partial)
         raise write_error(path, error) from error
+
+
+def prove_writable(out: Path, *, folder: bool = False) -> None:
+    """Make the folder that `out` is to be written in, and write and remove a small file there.
+
+    For the start of a command, so that no work is done for what cannot be kept.  With `folder`,
+    `out` is to be a folder itself.  Raises ConfigError.
+    """
+    if not folder and out.is_dir():
+        raise ConfigError(f"{out}: is a folder; name a file in it")
+    if folder and out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; name a folder")
+    probe = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.trial"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            remove_quietly(probe)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise ConfigError(f"{out}: cannot be written ({what}); give another place") from error
 
 
 def sync(path: Path) -> None:

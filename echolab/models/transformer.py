@@ -244,7 +244,7 @@ class EchoTransformer(nn.Module):
         for audio features of another number of frames.
         """
         latents = noisy_latents
-        self._check_audio(conditions.audio, 4 * (latents.shape[2] - 1) + 1)
+        self._check_audio(conditions.audio, latents.shape[2])
         if self.takes_known:
             latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
         p, q, r = self.patch_size
@@ -265,19 +265,20 @@ class EchoTransformer(nn.Module):
             f=frames, h=rows, w=columns, p=p, q=q, r=r,
         )  # fmt: skip
 
-    def _check_audio(self, audio: Tensor, frames: int) -> None:
-        """Raise DataError unless the audio features are those of so many video frames.
+    def _check_audio(self, audio: Tensor, latent_frames: int) -> None:
+        """Raise DataError unless the audio features are those of so many latent frames.
 
         Windows would be cut from any number of them, and the wrong audio be heard without a word.
+        The preview's may also fill up the last latent frame, in a window of a longer video.
         """
-        layers = self.audio_injection is not None
-        wanted = frames if layers else 2 * frames
+        frames, layers = 4 * (latent_frames - 1) + 1, self.audio_injection is not None
+        allowed = (frames,) if layers else (2 * frames, 8 * latent_frames)
         heard = layers or self.audio2token is not None
-        if heard and (audio.ndim != 3 + layers or audio.shape[1] != wanted):
+        if heard and (audio.ndim != 3 + layers or audio.shape[1] not in allowed):
             kind = "[B, frames, layers, width]" if layers else "[B, 2 x frames, width]"
             raise DataError(
-                f"audio features {list(audio.shape)}: a clip of {frames} frames needs {wanted} of "
-                f"them, {kind}; encode the audio for the clip's own length"
+                f"audio features {list(audio.shape)}: a clip of {frames} frames needs {allowed[0]} "
+                f"of them, {kind}; encode the audio for the clip's own length"
             )
 
     def told(
