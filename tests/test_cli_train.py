@@ -1,7 +1,6 @@
 """`echolab train`: one command starts a run and goes on with it; bad settings are one line."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import CONF, compose, member_name
+from echolab.cli.overrides import CONF
+from echolab.cli.train import compose
 from echolab.cli.train_rank import train
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.launch import exit_codes, local, runs
@@ -154,15 +154,6 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
         assert len(set(pool.map(start, range(32))) - {""}) == 1
 
 
-def test_a_member_is_named_by_what_is_swept() -> None:
-    assert member_name(["experiment=sft", "run=a", "seed=1", "optim.eps=1e-8"]) == (
-        "optim.eps-1e-8_seed-1"
-    )
-    assert member_name(["run=a"]) == "member"
-    long = [member_name([f"model.name={'x' * 200}{n}"]) for n in range(2)]
-    assert len(set(long)) == 2 and max(map(len, long)) < 100
-
-
 @pytest.mark.slow
 def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
     program = "import os, sys, time; r = os.environ['RANK']; {}"
@@ -174,14 +165,3 @@ def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
         local.GRACE_SECONDS = before
     fine = program.format("assert os.environ['WORLD_SIZE'] == '2'")
     assert local.run_ranks([sys.executable, "-c", fine], 2) == 0
-
-
-@pytest.mark.slow
-def test_a_sweep_on_this_machine(data: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "echolab.cli", "train", "-m", *data, "seed=1,2"]
-    words = [f"run={tmp_path / 'sweep'}", encoded.plan(("sft", 2))]
-    subprocess.run([*command, *words], check=True, timeout=900, env={**os.environ})
-    configs = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/config.json")]
-    assert {config["seed"] for config in configs} == {1, 2}
-    for config in configs:
-        assert read_metrics(Path(config["run"]) / "metrics.jsonl")[-1]["step"] == 2

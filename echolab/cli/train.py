@@ -1,13 +1,12 @@
 """`echolab train`: starts the ranks of a run and watches them; Hydra's settings to plain values.
 
 echolab train [experiment=NAME] [key=value ...]    one run; the same command goes on with it
-echolab train -m key=a,b,c [launcher=slurm]        a sweep; each member is its own process
+echolab train -m key=a,b,c [launcher=slurm]        a sweep; each member is its own process, or job
 echolab train --help                               groups and settings
 
 This process only supervises: torch is imported by the ranks (`train_rank`).
 """
 
-import hashlib
 import os
 import re
 import signal
@@ -16,28 +15,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echolab.cli.settings_check import check, missing, names, no_such_setting
+from echolab.cli import sweep
+from echolab.cli.members import members
+from echolab.cli.overrides import CONF, as_hydra, hydra_config
+from echolab.cli.settings_check import check
 from echolab.data.transport import url_of
-from echolab.errors import ConfigError, EcholabError
-from echolab.launch import exit_codes, local, runs, told
+from echolab.errors import BusyError, ConfigError, EcholabError
+from echolab.launch import exit_codes, job_array, runs, told
 from echolab.launch.deadlines import Deadlines
 from echolab.launch.layout import LAUNCH, cpu_warning, layout
 from echolab.launch.supervisor import Supervisor
-from echolab.redaction import masked
+from echolab.redaction import masked, masked_output
 from echolab.training.sections import Beats, beats_from_environment
 from echolab.training.stopping import SIGNALS, StopSignals
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-# What Hydra raises for overrides that it does not expect, such as data=[1].
-HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
-OPTIONAL = ("experiment", "debug")  # groups that may be null
-HYDRAS = re.compile(r"(-m|--multirun|-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HYDRAS = re.compile(r"(-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+SWEEP = ("-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
+    if any(word in SWEEP for word in argv):
+        words = [word for word in argv if word not in SWEEP]
+        return sweep.run(members(words, compose_both), command, job)
     if LAUNCH in os.environ:
         return rank(argv)
     return supervise(argv, compose(argv)).code
@@ -54,46 +56,23 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of `compose`, and the same without secrets, for the run's folder."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     from echolab.cli.stored_settings import stored, with_types
 
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra_compose("train", overrides)
-            plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-                config, resolve=True, throw_on_missing=True
-            )
-            kept = stored(config)
-    except MissingMandatoryValue as error:
-        raise ConfigError(missing(tuple(str(error.full_key).split(".")))) from error
-    except (HydraException, OmegaConfBaseException, *HYDRAS_OWN) as error:
-        raise ConfigError(_refused_by_hydra(error, overrides)) from error
+    with hydra_config(overrides):
+        config = hydra_compose("train", as_hydra(overrides))
+        plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            config, resolve=True, throw_on_missing=True
+        )
+        kept = stored(config)
     checked = check(plain)
     return checked, with_types(kept, plain, checked)
 
 
-def _refused_by_hydra(error: Exception, overrides: list[str]) -> str:
-    """Return Hydra's message on one line; groups and unknown settings get one of ours.
-
-    Hydra advises `+key=value`, which would be refused as well.
-    """
-    words = " ".join(str(error).split())
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-        if key and choices and value not in (*choices, *(["null"] if key in OPTIONAL else [])):
-            return f"{key}={value}: must be one of {', '.join(choices)}"
-    if match := re.match(r"Could not override '([\w.]+)'", words):
-        key = match[1]
-        value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{key}=")), "")
-        if key not in names():
-            return no_such_setting(tuple(key.split(".")), value)
-    subject = getattr(error, "override", None) or CONF
-    return f"{subject}: {words}; `echolab train --help` lists the settings"
+def command(words: list[str]) -> list[str]:
+    """Return the command line of `echolab train` with these words."""
+    return [sys.executable, "-P", "-m", "echolab.cli", "train", *words]
 
 
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
@@ -111,12 +90,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         runs.check_ours(folder)
     if warning := cpu_warning(places, int(config["data"]["workers"])):
         print(warning, file=sys.stderr, flush=True)
-    supervisor = Supervisor(
-        places,
-        [sys.executable, "-P", "-m", "echolab.cli", "train", *argv],
-        folder,
-        Deadlines(**told_of),
-    )
+    supervisor = Supervisor(places, command(argv), folder, Deadlines(**told_of))
     supervisor.watch()
     return supervisor
 
@@ -167,59 +141,37 @@ def _end_at_once(error: BaseException, beats: Beats) -> None:
 
 
 def _with_hydra(argv: list[str]) -> int:
-    """Sweeps, help and completion are Hydra's own."""
+    """Help, completion and --cfg are Hydra's own."""
     import hydra
 
-    shown = [word for word in argv if masked(word) != word]
-    if "launcher=slurm" in argv and shown:
-        raise ConfigError(
-            f"{masked(shown[0])}: Slurm would keep its secret in files; put it into a variable and "
-            "write ${oc.env:NAME} in its place"
-        )
-    before, sys.argv = sys.argv, ["echolab train", *argv]
+    before, sys.argv = sys.argv, ["echolab train", *as_hydra(argv)]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(member)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_refuse)()
     finally:
         sys.argv = before
     return exit_codes.DONE
 
 
-def member(config: Any) -> float:
-    """One member of a sweep; its folder is named by what it was told.
+def _refuse(config: object) -> None:
+    raise ConfigError("train: of Hydra's options -m, --help and --cfg alone are for training")
 
-    On this machine it is a process of its own.  In a Slurm job it is here, with its supervisor.
+
+def job(words: list[str]) -> None:
+    """Train one member of a sweep, in its Slurm job, as the supervisor of this task's ranks.
+
+    The job goes back to the queue after a stop that nobody asked for; else it ends with the
+    supervisor's exit code.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    told_words = list(HydraConfig.get().overrides.task)
-    folder = Path(config.run) / member_name(told_words)
-    words = [word for word in told_words if not word.startswith(("run=", "launcher="))]
-    words.append(f"run={folder}")
-    if os.environ.get("SLURM_PROCID") is None:
-        code = local.run_ranks(
-            [sys.executable, "-P", "-m", "echolab.cli", "train", *words], 1, alone=True
-        )
-        if code:
-            raise SystemExit(code)
-        return float(code)
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    supervisor = supervise(words, check({**plain, "run": str(folder)}))
-    if not told.expected(supervisor.code):
-        raise EcholabError(
-            f"{folder}: ended with {supervisor.code}; `echolab why {folder}` says why"
-        )
-    if supervisor.code and supervisor.asked:
-        # submitit waits for this signal: it queues the member again, which then goes on.
-        signal.raise_signal(supervisor.asked)
-    return float(supervisor.code)
-
-
-def member_name(told: list[str]) -> str:
-    """A folder's name from a member's overrides, the same whenever it is run again."""
-    common = r"(experiment|run|launcher|debug|data\.\w+|trainer|logger|schedule\.epochs)="
-    words = sorted(word for word in told if not re.match(common, word))
-    name = re.sub(r"[^\w.+-]+", "-", "_".join(words)) or "member"
-    if len(name) > 100:  # cut names must still differ
-        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return name
+    with masked_output():
+        try:
+            supervisor = supervise(words, compose(words))
+        except EcholabError as error:
+            print(f"echolab: error: {error}", file=sys.stderr, flush=True)
+            busy = isinstance(error, BusyError)
+            raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
+    cause = exit_codes.CAUSES.get(supervisor.record.cause)
+    by_hand = supervisor.asked in (signal.SIGTERM, signal.SIGINT)  # scancel
+    if cause and cause.budget == "preemption" and not by_hand:
+        job_array.queue_again()
+    if supervisor.code:
+        raise SystemExit(supervisor.code)

@@ -1,4 +1,4 @@
-"""Starts the ranks of one machine, and ends with the exit code that tells what happened."""
+"""Start processes on this machine and pass signals on: the ranks of a command, or one command."""
 
 import os
 import signal
@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from types import FrameType
+from typing import Any, Self
 
 from echolab.launch.exit_codes import STOPPED_SAVED
+from echolab.training.stopping import SIGNALS
 
 GRACE_SECONDS = 30.0  # between one rank's failure and the end of the others
 
@@ -27,10 +29,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(command: list[str], count: int, *, alone: bool = False) -> int:
+def run_ranks(command: list[str], count: int) -> int:
     """Run `command` as ranks 0 to count - 1; forward signals; the first failure ends all.
 
-    With `alone` it is one process and no rank, which may start ranks of its own.
     Returns 0, or the exit code of the rank that failed first (128 + n for signal n).
     """
     common = {
@@ -52,9 +53,8 @@ def run_ranks(command: list[str], count: int, *, alone: bool = False) -> int:
     try:
         for number in range(count):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            environment = dict(os.environ) if alone else {**common, **own}
             # A session of its own: Ctrl-C reaches the ranks once, through us.
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            ranks.append(subprocess.Popen(command, env={**common, **own}, start_new_session=True))
         return _wait(ranks)
     finally:
         for rank in ranks:
@@ -79,3 +79,45 @@ def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
         time.sleep(0.05)
     first = first or next((rank.returncode for rank in ranks if rank.returncode), 0)
     return 128 - first if first < 0 else first
+
+
+class SignalRelay:
+    """Remember that this process was asked to stop, and pass signals on to the command it runs.
+
+    The handlers before it come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._relay) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _relay(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self._child and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def run(self, command: list[str]) -> int:
+        """Run a command; return its exit code, which is 128 + n for signal n."""
+        before = len(self.received)
+        # In a session of its own, so that Ctrl-C reaches it once, through this process.
+        child = subprocess.Popen(command, start_new_session=True)
+        self._child = child
+        try:
+            for number in self.received[before:]:  # it came while the command started
+                child.send_signal(number)
+            code = child.wait()
+        finally:
+            self._child = None
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        return 128 - code if code < 0 else code

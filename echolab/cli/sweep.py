@@ -1,0 +1,288 @@
+"""A sweep: its members one after another, or in a Slurm job each, and how each of them ended.
+
+No member stops another.  The same command goes on with the sweep: members that are done, pruned or
+diverged stay as they are, the others are started again.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from echolab.cli.members import Member
+from echolab.cli.overrides import launcher_of
+from echolab.errors import ConfigError, EcholabError
+from echolab.launch import exit_codes, job_array
+from echolab.launch.attempts import RUNNING, Attempt, attempts_of
+from echolab.launch.exit_codes import CAUSES
+from echolab.launch.local import SignalRelay
+from echolab.launch.records import newest_checkpoint
+from echolab.redaction import masked
+from echolab.training.guards import events
+
+POLL_SECONDS = 5.0  # between two looks at Slurm's queue
+RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
+JOB_FILE = ".job"  # in a member's folder: the Slurm job that it waits or trains in
+HELPERS = 2  # processors of a rank beside those of its loader workers
+# Exit codes of a sweep, the first that a member ended with: stopped by hand, to be run again for
+# the rest, worth another try, a fault to correct.
+WORST = (
+    exit_codes.INTERRUPTED, exit_codes.STOPPED_UNSAVED, exit_codes.STOPPED_SAVED,
+    exit_codes.RETRYABLE, exit_codes.FATAL,
+)  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """How a member of a sweep ended, or why it was not started."""
+
+    member: Member
+    code: int  # of launch.exit_codes
+    says: str
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing is left to do, or to correct."""
+        return self.code in (exit_codes.DONE, exit_codes.PRUNED)
+
+
+def run(
+    members: Sequence[Member],
+    command: Callable[[list[str]], list[str]],
+    job: Callable[[list[str]], None],
+) -> int:
+    """Run all members that are not settled; print how each ended; return an exit code.
+
+    `command` gives the command line of a member's words, `job` trains a member within a Slurm job.
+    """
+    launchers = [launcher_of(member.overrides) for member in members]
+    kinds = {str(launcher.pop("_target_")).rpartition(".")[2] for launcher in launchers}
+    if kinds not in ({"BasicLauncher"}, {"SlurmLauncher"}):
+        raise ConfigError(f"hydra/launcher: {', '.join(kinds)}; give launcher=local or slurm")
+    ended: dict[str, Ended] = {}
+    for member in members:
+        if before := settled(member):
+            ended[member.name] = before
+    todo = [member for member in members if member.name not in ended]
+    if kinds == {"BasicLauncher"}:
+        finished = here(todo, command)
+    else:
+        refuse_secrets(members)
+        pairs = zip(members, launchers, strict=True)
+        parameters = [slurm_parameters(member.config, own) for member, own in pairs]
+        named = dict(zip((member.name for member in members), parameters, strict=True))
+        finished = in_slurm(todo, named, job)
+    for one in finished:
+        print(f"echolab: {one.member.name}: {one.says}", flush=True)
+        ended[one.member.name] = one
+    return report([ended[member.name] for member in members])
+
+
+def refuse_secrets(members: Sequence[Member]) -> None:
+    """Raise ConfigError if a member's words hold a secret: Slurm would keep them in files."""
+    for member in members:
+        for word in member.words:
+            if masked(word) != word:
+                raise ConfigError(
+                    f"{masked(word)}: Slurm would keep its secret in files; put it into a variable "
+                    "and write ${oc.env:NAME} in its place"
+                )
+
+
+def report(ended: Sequence[Ended]) -> int:
+    """Print a table of all members, those that failed last; return the sweep's exit code."""
+    rows = sorted(ended, key=lambda one: -1 if one.well else WORST.index(code_of(one)))
+    width = max(len(one.member.name) for one in rows)
+    print(f"echolab: a sweep of {len(rows)}:")
+    for one in rows:
+        print(f"  {one.member.name:<{width}}  {one.says}  {one.member.folder}")
+    bad = [one for one in rows if not one.well]
+    sys.stdout.flush()
+    if bad:
+        print(
+            f"echolab: error: {len(bad)} of {len(rows)} members are not done: "
+            f"{', '.join(one.member.name for one in bad)}; `echolab why FOLDER` says why, the same "
+            "command goes on with what can be tried again",
+            file=sys.stderr,
+        )
+    codes = {code_of(one) for one in bad}
+    return next((code for code in WORST if code in codes), exit_codes.DONE)
+
+
+def code_of(ended: Ended) -> int:
+    """Return a member's exit code; what is none of echolab's is worth another try."""
+    return ended.code if ended.code in WORST else exit_codes.RETRYABLE
+
+
+# -- how a member ended ---------------------------------------------------------------------------
+
+
+def settled(member: Member) -> Ended | None:
+    """Return how a member ended if starting it again would change nothing."""
+    attempts = known_attempts(member.folder)
+    if not attempts or attempts[-1].cause not in ("done", "pruned", "diverged"):
+        return None
+    last = attempts[-1]
+    if newest_checkpoint(member.folder) != last.checkpoint or rolled_back(member.folder, last):
+        return None
+    ended = ended_with(member, last)
+    return ended._replace(says=f"{ended.says} (not started again)")
+
+
+def rolled_back(folder: Path, last: Attempt) -> bool:
+    """Return whether `echolab rollback` changed a run after its last attempt."""
+    return any(e.kind == "rollback" and e.time > last.ended for e in events.read(folder))
+
+
+def known_attempts(folder: Path, *, over: bool = False) -> list[Attempt]:
+    """Return the attempts of a run, none if their records cannot be read."""
+    try:
+        return attempts_of(folder, over=over)
+    except EcholabError:
+        return []
+
+
+def ended_with(member: Member, last: Attempt) -> Ended:
+    """Return how the last attempt of a member ended."""
+    code = last.exit_code if last.exit_code >= 0 else CAUSES[last.cause].exit_code
+    step = f" at step {last.step}" if last.step > 0 and last.cause != "done" else ""
+    return Ended(member, code, f"{last.cause}: {CAUSES[last.cause].says}{step}")
+
+
+def ended_since(
+    member: Member, launches: set[str], otherwise: Ended, seconds: float = 0.0
+) -> Ended:
+    """Return how a member ended in a launch that is not among `launches`.
+
+    Its record is waited for up to `seconds`; without a launch it is `otherwise`.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        over = time.monotonic() >= end
+        new = [a for a in known_attempts(member.folder, over=over) if a.launch not in launches]
+        if new and new[-1].cause != RUNNING:
+            return ended_with(member, new[-1])
+        if over:
+            return otherwise
+        time.sleep(1.0)
+
+
+def launches_of(member: Member) -> set[str]:
+    """Return the ids of a member's launches until now."""
+    return {attempt.launch for attempt in known_attempts(member.folder)}
+
+
+# -- on this machine ------------------------------------------------------------------------------
+
+
+def here(todo: Sequence[Member], command: Callable[[list[str]], list[str]]) -> Iterator[Ended]:
+    """Run the members one after another; after a signal, which the running one gets, no more."""
+    with SignalRelay() as relay:
+        for member in todo:
+            if relay.received:
+                yield Ended(member, exit_codes.STOPPED_SAVED, "not started")
+                continue
+            print(f"echolab: {member.name}: starts in {member.folder}", flush=True)
+            launches = launches_of(member)
+            code = relay.run(command(member.words))
+            otherwise = Ended(member, code, f"ended with {code} before it began")
+            if relay.received and code:
+                otherwise = Ended(member, exit_codes.STOPPED_SAVED, "stopped before it began")
+            yield ended_since(member, launches, otherwise)
+
+
+# -- in Slurm -------------------------------------------------------------------------------------
+
+
+def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hydra.launcher with the GPUs and processors that a member's ranks need.
+
+    What the user gave stays; gpus_per_node=0 asks for none.
+    """
+    filled, trainer = dict(launcher), config["trainer"]
+    devices = int(trainer["devices"])
+    more = {str(key).replace("-", "_") for key in filled.get("additional_parameters") or {}}
+    given = more | {key for key, value in filled.items() if value is not None}
+    if trainer["accelerator"] in ("gpu", "cuda") and not given & {
+        "gpus_per_node", "gpus_per_task", "gres", "gpus",
+    }:  # fmt: skip
+        filled["gpus_per_node"] = devices
+    if not given & {"cpus_per_task", "cpus_per_gpu"}:
+        ranks = max(1, devices // int(filled["tasks_per_node"]))  # that one task starts
+        filled["cpus_per_task"] = ranks * (int(config["data"]["workers"]) + HELPERS)
+    if filled.get("gpus_per_node") == 0:
+        filled["gpus_per_node"] = None
+    return filled
+
+
+def in_slurm(
+    todo: Sequence[Member],
+    parameters: Mapping[str, Mapping[str, Any]],
+    job: Callable[[list[str]], None],
+) -> Iterator[Ended]:
+    """Run the members as job arrays, one for all that ask for the same; wait for their ends.
+
+    Jobs that an earlier start of the sweep queued are waited for, and not queued again.  Ctrl-C or
+    SIGTERM cancels all jobs, which save; twice leaves them to themselves.
+    """
+    launches = {member.name: launches_of(member) for member in todo}
+    with SignalRelay() as relay:
+        jobs = {number: member for member in todo if (number := job_of(member))}
+        known = job_array.queued(list(jobs)) or set()
+        jobs = {number: member for number, member in jobs.items() if number in known}
+        jobs |= submitted([m for m in todo if m not in jobs.values()], parameters, job)
+        stopping = False
+        while jobs:
+            pause(relay, stopping)
+            if len(relay.received) > 1 and stopping:
+                break
+            if relay.received and not stopping:
+                stopping = True
+                job_array.cancel(list(jobs))
+            alive = job_array.queued(list(jobs))
+            for number in [] if alive is None else set(jobs) - alive:
+                member = jobs.pop(number)
+                (member.folder / JOB_FILE).unlink(missing_ok=True)
+                log = job_array.log_of(str(parameters[member.name]["submitit_folder"]), number)
+                code = exit_codes.STOPPED_SAVED if stopping else exit_codes.RETRYABLE
+                otherwise = Ended(member, code, f"job {number} ended before it began; see {log}")
+                yield ended_since(member, launches[member.name], otherwise, RECORD_SECONDS)
+        for number, member in jobs.items():
+            yield Ended(member, exit_codes.STOPPED_UNSAVED, f"left in job {number}")
+
+
+def submitted(
+    todo: Sequence[Member],
+    parameters: Mapping[str, Mapping[str, Any]],
+    job: Callable[[list[str]], None],
+) -> dict[str, Member]:
+    """Queue the members; return them by the ids of their jobs, which their folders keep."""
+    groups: dict[str, list[Member]] = {}
+    for member in todo:
+        groups.setdefault(json.dumps(parameters[member.name], sort_keys=True), []).append(member)
+    jobs: dict[str, Member] = {}
+    for group in groups.values():
+        own = parameters[group[0].name]
+        numbers = job_array.submit(job, [member.words for member in group], own)
+        for number, member in zip(numbers, group, strict=True):
+            jobs[number] = member
+            member.folder.mkdir(parents=True, exist_ok=True)
+            (member.folder / JOB_FILE).write_text(number)
+            print(f"echolab: {member.name}: job {number}, in {member.folder}", flush=True)
+    return jobs
+
+
+def job_of(member: Member) -> str:
+    """Return the job that an earlier start of the sweep queued for a member; "" if none."""
+    try:
+        return (member.folder / JOB_FILE).read_text().strip()
+    except OSError:
+        return ""
+
+
+def pause(relay: SignalRelay, stopping: bool) -> None:
+    """Wait for POLL_SECONDS, or until a signal that is not acted upon yet."""
+    end = time.monotonic() + POLL_SECONDS
+    while time.monotonic() < end and len(relay.received) == int(stopping):
+        time.sleep(0.2)

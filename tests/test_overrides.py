@@ -1,0 +1,128 @@
+"""A path or free text is taken as typed; all else on the command line is Hydra's."""
+
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from echolab.cli.members import members
+from echolab.cli.overrides import DATASETS, TEXTS, as_hydra, quoted
+from echolab.cli.train import command, compose, compose_both
+
+TYPED = (
+    "runs/a=b#c", "/d/(x)/~y/ü", "~/x", "a b", " a ", "a:b@c", "it's", 'say "x"', "'a'b", '"',
+    "a$b", "$HOME/x", "a\\b", "a\\=b", "C:\\x\\", "{a}", "a{b}c", "x[1]", "a,b", "(1,2)", "1e3",
+    "2024", "007", "1_000", "true", "nan", "-x", "--x", "=x", "a=", "a;b&c|d<e>f", "界/模型",
+    "a${b", "${", "a\tb", "a\nb", "!x`y`", "*?", "%j", "str(1)", "nul", "base",
+)  # fmt: skip
+
+
+def setting(config: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+@pytest.mark.parametrize("key", TEXTS)
+def test_text_is_taken_as_typed(key: str) -> None:
+    """Composing takes a quarter of a second: one odd text for each setting, and all below."""
+    start = "" if key in ("lora.start", "data.clips") else "data.clips=x"
+    text = TYPED[TEXTS.index(key)]
+    config = compose([word for word in (start, "lora=all", f"{key}={text}") if word] + (
+        ["data.clips=x"] if key == "lora.start" else []
+    ))  # fmt: skip
+    assert setting(config, key) == text
+
+
+def read(word: str) -> Any:
+    """What Hydra and OmegaConf make of an override, without composing."""
+    value = OverridesParser.create().parse_override(word).value()
+    return OmegaConf.to_container(OmegaConf.create({"key": value}), resolve=True)["key"]
+
+
+@pytest.mark.parametrize("key", ["run", "+weights", "data.clips", "logger.project"])
+def test_every_text_reads_back(key: str) -> None:
+    for text in TYPED:
+        assert read(as_hydra([f"{key}={text}"])[0]) == text, text
+    chance = random.Random(0)
+    letters = "ab=#()~ü ,:@'\"$\\{[]!;&<>^`\t\n|?*%+-.1e0_/界"
+    for _ in range(1500):  # without }: no ${...}
+        text = "".join(chance.choice(letters) for _ in range(chance.randrange(2, 9)))
+        if re.fullmatch(r"'.*'|\".*\"", text, re.DOTALL) or text.startswith("["):
+            continue
+        assert read(as_hydra([f"{key}={text}"])[0]) == text, text
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("weights='a'", "a"),
+        ('run="a b"', "a b"),
+        ("weights=null", None),
+        ("initial='null'", "null"),
+        ("data.clips=[a=b, 'c,d',/e#(1)]", ["a=b", "c,d", "/e#(1)"]),
+        ("data.pairs=[]", []),
+        ("run=[a]", "[a]"),
+        ("seed=3", 3),
+        ("optim.betas=[0.9,0.95]", [0.9, 0.95]),
+        ("schedule.epochs=[{kind:sft,steps:2,lr:1e-3}]", [{"kind": "sft", "steps": 2, "lr": 1e-3}]),
+    ],
+)
+def test_what_remains_hydras(word: str, value: Any) -> None:
+    assert read(as_hydra([word])[0]) == value
+
+
+def test_interpolations_remain() -> None:
+    config = compose(["data.clips=x", "seed=7", "run=runs/a=b (${seed})"])
+    assert config["run"] == "runs/a=b (7)"
+    assert as_hydra(["--cfg", "job", "-m", "~optim.clip", "seed"]) == [
+        "--cfg", "job", "-m", "~optim.clip", "seed",
+    ]  # fmt: skip
+
+
+def test_in_a_sweep_a_comma_separates_and_quotes_keep_it() -> None:
+    typed = ["/d/(x)/~y/ü", "a=b#c", "$x{y}", "it's", "a\\b", "2024"]
+    found = members([f"data.clips={','.join(typed)},'p,q',[r=s,t]"], compose_both)
+    values = [compose(member.words)["data"]["clips"] for member in found]
+    assert values == [*typed, "p,q", ["r=s", "t"]]
+    chosen = members(["data.clips=x", "weights=choice(/a/(x),b#c)"], compose_both)
+    assert [member.config["weights"] for member in chosen] == ["/a/(x)", "b#c"]
+
+
+def test_words_pass_through_the_command_of_a_rank() -> None:
+    """And the folder of a member, whatever it is called."""
+    words = [f"weights={text}" for text in TYPED]
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    given = [sys.executable, "-c", program, *command(words)[4:]]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == words
+    for text in (*TYPED, "\\${", "${seed}", "\\\\${a}\\", "'a'", "null"):
+        assert read(as_hydra([f"run={quoted(text)}"])[0]) == text
+
+
+def test_all_settings_that_hold_paths_or_text_are_known() -> None:
+    """A setting whose value is text or null is one of TEXTS, or one of few words or numbers."""
+    choices = {
+        "data.remainder", "data.weights", "data.pair_weights", "data.token_budget", "tasks.stages",
+        "phases.schedule", "phases.act", "schedule.decay", "preference.loss_type",
+        "preference.target_gradient_factor", "trainer.strategy", "trainer.accelerator",
+        "trainer.precision", "trainer.attention", "trainer.checkpointing", "trainer.offload",
+        "logger.mode", "launcher.kind", "micro_batch_size", "guards.policy", "host_memory_gb",
+    }  # fmt: skip
+
+    def leaves(config: Any, name: str = "") -> list[tuple[str, Any]]:
+        if isinstance(config, dict):
+            return [*itertools.chain(*(leaves(v, f"{name}.{k}") for k, v in config.items()))]
+        return [(name[1:], config)]
+
+    config = compose(["data.clips=x", "lora=all"])
+    held = {key for key, value in leaves(config) if value is None or isinstance(value, str)}
+    assert set(DATASETS) < set(TEXTS) <= {key for key, _ in leaves(config)}
+    assert held - choices == set(TEXTS)

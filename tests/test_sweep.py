@@ -1,0 +1,278 @@
+"""A sweep: every member has its own folder, none stops another, and the same command goes on."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import encoded
+import pytest
+
+from echolab.cli import sweep
+from echolab.cli.__main__ import main
+from echolab.cli.members import Member, members, name_of, without_signature
+from echolab.cli.train import compose, compose_both
+from echolab.errors import ConfigError
+from echolab.launch import exit_codes
+from echolab.tracking.metrics import read_metrics
+from echolab.training.guards import events
+
+CLIPS = "data.clips=x"
+EPOCHS = "schedule.epochs=[{kind:sft,steps:STEPS,lr:1e-3}]"
+SHORT, LONG = (EPOCHS.replace("STEPS", steps) for steps in ("1", "2"))
+
+
+def made(*words: str) -> list[Member]:
+    return members([CLIPS, *words], compose_both)
+
+
+def names(*words: str) -> list[str]:
+    return [member.name for member in made(*words)]
+
+
+@pytest.mark.parametrize(
+    ("swept", "count"),
+    [
+        ("seed=0,1", 2),
+        ("seed=range(0,3)", 3),
+        ("seed=choice(4,5)", 2),
+        (f"{SHORT},{LONG.partition('=')[2]}", 2),
+        ("data.clips=a,b", 2),
+        ("data.clips=[a,b],[a],c", 3),
+        ("weights=a/b,a-b", 2),
+        ("weights=a/b,a_b,null,'a,b'", 4),
+        ("experiment=sft,dpo", 2),
+        ("trainer=ddp,zero2", 2),
+        ("trainer.devices=1,2", 2),
+        ("data.workers=0,2", 2),
+        ("data.cache=/a/b,/a-b", 2),
+        ("logger=none,wandb", 2),
+        ("logger.project=a/b,a-b", 2),
+        ("supervise.save=1,2", 2),
+        ("model=glob(wan*)", 2),
+        ("+model.more={a:1},{a:2}", 2),
+        ("++seed=1,2", 2),
+        ("phases=phda,flat", 2),
+        ("run=runs/a,runs/b", 2),
+        ("weights=${oc.env:HOME}/a,${oc.env:HOME}/b", 2),
+        ("weights=" + ",".join("/data" + "/long" * 50 + end for end in "ab"), 2),
+    ],
+)
+def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
+    found = made("batch_size=2", "~optim.clip", "optim.eps=1e-8", swept)
+    key = swept.partition("=")[0].lstrip("+")
+    assert len({member.name for member in found}) == len(found) == count
+    assert len({member.folder for member in found}) == count
+    for member in found:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{10}", member.name)
+        assert member.name.startswith(f"{key}-") and len(member.name) < 120
+        assert "batch_size" not in member.name and "optim" not in member.name
+        config = compose(member.words)
+        assert Path(config.pop("run")) == member.folder
+        assert config == {k: v for k, v in member.config.items() if k != "run"}
+
+
+def test_a_member_keeps_its_name() -> None:
+    once = names("seed=0,1", "trainer=cpu,ddp")
+    assert names("trainer=cpu,ddp", "seed=0,1") != once  # another order of members
+    assert set(names("trainer=cpu,ddp", "seed=0,1")) == set(once)
+    assert set(once) < set(names("seed=0,1,7", "trainer=zero2,cpu,ddp"))
+    # Not of the run: where it is kept, and how it is watched.
+    again = names("seed=0,1", "trainer=cpu,ddp", "every.log=3", "logger=none", "run=elsewhere")
+    assert again == once
+    assert not set(names("seed=0,1", "trainer=cpu,ddp", "batch_size=3")) & set(once)
+
+
+def test_the_ends_of_long_values_are_shown() -> None:
+    long = "/data/" + "common/" * 40
+    found = names("optim.eps=1e-8,1e-7", f"weights={long}first.pth,{long}second.pth")
+    assert ["first.pth" in name for name in found] == [True, False] * 2
+    assert all("optim.eps-1e-0" in name for name in found)
+    many = [f"model.{key}=64,128" for key in ("dim", "ffn_dim", "text_dim", "image_dim")]
+    assert all(name.count("-64") + name.count("-128") == 4 for name in names(*many))
+
+
+def test_two_spellings_of_a_path_are_one_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enc").mkdir()
+    (tmp_path / "link").symlink_to("enc")
+    spelled = ["enc", "enc/", "./enc", str(tmp_path / "enc"), "link", "[enc]"]
+    found = [members([f"data.clips={path}", "seed=0,1"], compose_both) for path in spelled]
+    assert len({member.name for one in found[:-1] for member in one}) == 2
+    with pytest.raises(ConfigError, match=r"data.clips.*: two members have these settings"):
+        members(["data.clips=enc,enc/"], compose_both)
+
+
+SECRETS = (
+    "https://user:PASSWORD@host/d/a?X-Amz-Signature=SECRET&X-Amz-Credential=WHO",
+    "https://user:PASSWORD@host/d/b?X-Amz-Signature=SECRET&X-Amz-Credential=WHO",
+)
+
+
+def test_a_name_holds_no_secret() -> None:
+    found = names(f"data.held_out={SECRETS[0]},{SECRETS[1]}")
+    assert found[0].startswith("data.held_out-host-d-a-")
+    assert not [name for name in found if re.search("PASSWORD|SECRET|WHO|user", name)]
+    renewed = [address.replace("SECRET", "OTHER") for address in SECRETS]
+    assert names(f"data.held_out={renewed[0]},{renewed[1]}") == found
+    assert without_signature("s3://a/b?part=1") == "s3://a/b?part=1"
+    assert "hunter" not in name_of(made()[0].config, {"+logger.api_key": "hunter2"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sede=1,2"], "sede"),
+        (["seed=1,2", "optim.epps=1"], "epps"),
+        (["model=demo,nothing"], "model/nothing"),
+        (["experiment=nothing", "seed=1,2"], "experiment/nothing"),
+        (["seed=1,1"], "seed=1,1"),
+        (["optim.eps=1e-8,0.00000001"], "optim.eps=1e-8"),
+        (["seed=interval(0,1)"], "seed=interval(0,1)"),
+        (["seed=(1,2"], "seed=(1,2"),
+        (["seed"], "seed"),
+        (["launcher=slurm,local"], "launcher"),
+        (["hydra.launcher.partition=a,b", "launcher=slurm"], "hydra.launcher.partition"),
+        (["seed=1,2", "--config-dir=x"], "--config-dir"),
+        (["data.clips=???", "seed=1,2"], "data.clips"),
+    ],
+)
+def test_a_sweep_is_refused_before_the_first_member_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", CLIPS, *words]) == exit_codes.FATAL
+    said = capsys.readouterr()
+    assert said.err.startswith("echolab: error: ") and said.err.count("\n") == 1
+    assert message in said.err and not said.out and not list(tmp_path.iterdir())
+
+
+# -- how members end, with a command that stands for `echolab train` ------------------------------
+
+PROGRAM = """
+import json, os, signal, sys, time
+code = dict(word.split("=", 1) for word in sys.argv[1:])["seed"]
+open(code, "a").close()
+if code == "60":
+    stopped = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: stopped.append(n))
+    open("ready", "a").close()
+    while not stopped:
+        time.sleep(0.05)
+    sys.exit(75)
+if code == "9":
+    os.kill(os.getpid(), 9)
+sys.exit(int(code))
+"""
+
+
+def swept(*words: str) -> int:
+    return sweep.run(made(*words), lambda own: [sys.executable, "-c", PROGRAM, *own], print)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ("0,78", exit_codes.DONE),
+        ("1,0,78", exit_codes.FATAL),
+        ("77,1,0", exit_codes.RETRYABLE),
+        ("9,0", exit_codes.RETRYABLE),
+        ("0,75,1,77", exit_codes.STOPPED_SAVED),
+        ("3,0", exit_codes.RETRYABLE),
+    ],
+)
+def test_no_member_stops_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    codes: str, expected: int,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert swept(f"seed={codes}") == expected
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(codes.split(","))
+    said = capfd.readouterr()
+    table = said.out.partition(f"a sweep of {codes.count(',') + 1}:\n")[2].splitlines()
+    well = [line.split("-")[1] in ("0", "78") for line in table]
+    assert len(table) == codes.count(",") + 1 and well == sorted(well, reverse=True)
+    assert ("are not done" in said.err) == (expected != 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_running_member_and_the_sweep(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_sweep
+sys.exit(test_sweep.swept("seed=0,60,1"))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == exit_codes.STOPPED_SAVED
+    assert not (tmp_path / "1").exists() and "not started" in out.splitlines()[-1]
+
+
+# -- real members ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
+    return [*encoded.SETTINGS, f"data.clips={clips}"]
+
+
+def attempts(member: Member) -> int:
+    path = member.folder / "attempts.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
+    data: list[str], tmp_path: Path
+) -> None:
+    """And again: done, diverged and pruned members stay, one that was rolled back goes on."""
+    rates = ",".join(f"[{{kind:sft,steps:3,lr:{lr}}}]" for lr in ("1e30", "1e-3", "1e-4"))
+    words = [*data, f"run='{tmp_path}/a sweep, #1 (x=y)'", f"schedule.epochs={rates}"]
+    found = members(words, compose_both)
+    diverging, plain, pruned = found
+    pruned.folder.mkdir(parents=True)
+    (pruned.folder / "PRUNE").touch()
+    (pruned.folder / "run.json").write_text(json.dumps({"id": "pruned", "made": 0.0}))
+    (pruned.folder / "config.json").write_text(
+        json.dumps({**pruned.config, "run": str(pruned.folder)})
+    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "echolab.cli", "train", "-m", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+    first = run()
+    assert first.returncode == exit_codes.FATAL
+    assert first.stdout.splitlines()[-1].split()[:2] == [diverging.name, "diverged:"]
+    assert f"{pruned.name}  pruned:" in re.sub(" +", "  ", first.stdout)
+    assert read_metrics(plain.folder / "metrics.jsonl")[-1]["step"] == 3
+    configs = [json.loads((member.folder / "config.json").read_text()) for member in found]
+    assert [config["run"] for config in configs] == [str(member.folder) for member in found]
+    made_now = [attempts(member) for member in found]
+    again = run()
+    assert again.returncode == exit_codes.FATAL and again.stdout.count("not started again") == 3
+    assert [attempts(member) for member in found] == made_now
+    assert sweep.settled(diverging) and sweep.settled(plain)
+    events.append(diverging.folder, 3, "rollback", by="command", to=0, skip=None)
+    shutil.rmtree(plain.folder / "checkpoints")
+    assert not sweep.settled(diverging) and not sweep.settled(plain)
