@@ -100,7 +100,7 @@ def test_words_pass_through_the_command_of_a_rank() -> None:
     """And the folder of a member, whatever it is called."""
     words = [f"weights={text}" for text in TYPED]
     program = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    given = [sys.executable, "-c", program, *command(words)[4:]]
+    given = [sys.executable, "-c", program, *command(words)[-len(words) :]]
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == words
     for text in (*TYPED, "\\${", "${seed}", "\\\\${a}\\", "'a'", "null"):

@@ -47,30 +47,30 @@ def names(*words: str) -> list[str]:
         ("weights=a/b,a_b,null,'a,b'", 4),
         ("experiment=sft,dpo", 2),
         ("trainer=ddp,zero2", 2),
-        ("trainer.devices=1,2", 2),
+        ("trainer.precision=32-true,bf16-mixed", 2),
         ("data.workers=0,2", 2),
         ("data.cache=/a/b,/a-b", 2),
         ("logger=none,wandb", 2),
         ("logger.project=a/b,a-b", 2),
-        ("supervise.save=1,2", 2),
+        ("supervise.save=700,800", 2),
         ("model=glob(wan*)", 2),
-        ("+model.more={a:1},{a:2}", 2),
+        ("+model.eps=1e-6,1e-5", 2),
         ("++seed=1,2", 2),
         ("phases=phda,flat", 2),
         ("run=runs/a,runs/b", 2),
-        ("weights=${oc.env:HOME}/a,${oc.env:HOME}/b", 2),
+        ("weights=${oc.env:HOME,x}/a,${oc.env:HOME,x}/b", 2),
         ("weights=" + ",".join("/data" + "/long" * 50 + end for end in "ab"), 2),
     ],
 )
 def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
-    found = made("batch_size=2", "~optim.clip", "optim.eps=1e-8", swept)
+    found = made("shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
     key = swept.partition("=")[0].lstrip("+")
     assert len({member.name for member in found}) == len(found) == count
     assert len({member.folder for member in found}) == count
     for member in found:
         assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{10}", member.name)
         assert member.name.startswith(f"{key}-") and len(member.name) < 120
-        assert "batch_size" not in member.name and "optim" not in member.name
+        assert "shift" not in member.name and "optim" not in member.name
         config = compose(member.words)
         assert Path(config.pop("run")) == member.folder
         assert config == {k: v for k, v in member.config.items() if k != "run"}
@@ -84,7 +84,7 @@ def test_a_member_keeps_its_name() -> None:
     # Not of the run: where it is kept, and how it is watched.
     again = names("seed=0,1", "trainer=cpu,ddp", "every.log=3", "logger=none", "run=elsewhere")
     assert again == once
-    assert not set(names("seed=0,1", "trainer=cpu,ddp", "batch_size=3")) & set(once)
+    assert not set(names("seed=0,1", "trainer=cpu,ddp", "shift=4")) & set(once)
 
 
 def test_the_ends_of_long_values_are_shown() -> None:
@@ -130,8 +130,8 @@ def test_a_name_holds_no_secret() -> None:
     [
         (["sede=1,2"], "sede"),
         (["seed=1,2", "optim.epps=1"], "epps"),
-        (["model=demo,nothing"], "model/nothing"),
-        (["experiment=nothing", "seed=1,2"], "experiment/nothing"),
+        (["model=demo,nothing"], "model=nothing: must be one of"),
+        (["experiment=nothing", "seed=1,2"], "experiment=nothing: must be one of"),
         (["seed=1,1"], "seed=1,1"),
         (["optim.eps=1e-8,0.00000001"], "optim.eps=1e-8"),
         (["seed=interval(0,1)"], "seed=interval(0,1)"),

@@ -31,9 +31,12 @@ QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 OF_HYDRA = re.compile(rf"{QUOTED}|null|", re.DOTALL | re.IGNORECASE)
 CHOICE = re.compile(r"choice\((?P<values>.*)\)", re.DOTALL)
 FUNCTION = re.compile(r"(range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
-# One of several values with commas between: quoted, a list, or characters without a comma.
+# One of several values with commas between: quoted, a list, or characters without a comma but in
+# ${...}.
 ITEM = re.compile(
-    rf"\s*(?:{QUOTED})\s*(?=,|$)|\s*\[(?:{QUOTED}|[^\]])*\]\s*(?=,|$)|[^,]*", re.DOTALL
+    rf"\s*(?:{QUOTED})\s*(?=,|$)|\s*\[(?:{QUOTED}|[^\]])*\]\s*(?=,|$)"
+    r"|(?:\$\{(?:[^{}]|\{[^{}]*\})*\}|[^,])*",
+    re.DOTALL,
 )
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 
@@ -159,7 +162,9 @@ def expanded(words: Sequence[str]) -> list[Swept]:
     with hydra_config():
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(as_hydra(words, sweep=True))
-        one = [str(override.input_line) for override in given if not override.is_sweep_override()]
+    one = [str(override.input_line) for override in given if not override.is_sweep_override()]
+    with hydra_config(one):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
         for override in [*parser.parse_overrides(more), *given]:

@@ -20,7 +20,6 @@ from echolab.launch.exit_codes import CAUSES
 from echolab.launch.local import SignalRelay
 from echolab.launch.records import newest_checkpoint
 from echolab.redaction import masked
-from echolab.training.guards import events
 
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue
 RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
@@ -124,7 +123,9 @@ def settled(member: Member) -> Ended | None:
     if not attempts or attempts[-1].cause not in ("done", "pruned", "diverged"):
         return None
     last = attempts[-1]
-    if newest_checkpoint(member.folder) != last.checkpoint or rolled_back(member.folder, last):
+    if newest_checkpoint(member.folder) != last.checkpoint:
+        return None
+    if last.cause == "diverged" and rolled_back(member.folder, last):
         return None
     ended = ended_with(member, last)
     return ended._replace(says=f"{ended.says} (not started again)")
@@ -132,6 +133,8 @@ def settled(member: Member) -> Ended | None:
 
 def rolled_back(folder: Path, last: Attempt) -> bool:
     """Return whether `echolab rollback` changed a run after its last attempt."""
+    from echolab.training.guards import events  # and torch
+
     return any(e.kind == "rollback" and e.time > last.ended for e in events.read(folder))
 
 
@@ -224,32 +227,44 @@ def in_slurm(
     """Run the members as job arrays, one for all that ask for the same; wait for their ends.
 
     Jobs that an earlier start of the sweep queued are waited for, and not queued again.  Ctrl-C or
-    SIGTERM cancels all jobs, which save; twice leaves them to themselves.
+    SIGTERM stops all jobs, which save; the second leaves them to themselves.
     """
-    launches = {member.name: launches_of(member) for member in todo}
     with SignalRelay() as relay:
         jobs = {number: member for member in todo if (number := job_of(member))}
-        known = job_array.queued(list(jobs)) or set()
+        known = job_array.states(list(jobs)) or {}
         jobs = {number: member for number, member in jobs.items() if number in known}
-        jobs |= submitted([m for m in todo if m not in jobs.values()], parameters, job)
-        stopping = False
+        new = [member for member in todo if member not in jobs.values()]
+        launches = {member.name: launches_of(member) for member in new}
+        jobs |= submitted(new, parameters, job)
+        stopped: set[str] = set()
         while jobs:
-            pause(relay, stopping)
-            if len(relay.received) > 1 and stopping:
+            pause(relay, bool(stopped))
+            if stopped and len(relay.received) > 1:
                 break
-            if relay.received and not stopping:
-                stopping = True
-                job_array.cancel(list(jobs))
-            alive = job_array.queued(list(jobs))
-            for number in [] if alive is None else set(jobs) - alive:
+            alive = job_array.states(list(jobs))
+            if alive is None:
+                continue
+            if relay.received:
+                stopped |= job_array.stop(alive, stopped)
+            for number in set(jobs) - set(alive):
                 member = jobs.pop(number)
-                (member.folder / JOB_FILE).unlink(missing_ok=True)
-                log = job_array.log_of(str(parameters[member.name]["submitit_folder"]), number)
-                code = exit_codes.STOPPED_SAVED if stopping else exit_codes.RETRYABLE
-                otherwise = Ended(member, code, f"job {number} ended before it began; see {log}")
-                yield ended_since(member, launches[member.name], otherwise, RECORD_SECONDS)
+                before, own = launches.get(member.name, set()), parameters[member.name]
+                yield ended_in_job(member, number, before, own, stopped=bool(relay.received))
         for number, member in jobs.items():
             yield Ended(member, exit_codes.STOPPED_UNSAVED, f"left in job {number}")
+
+
+def ended_in_job(
+    member: Member, job: str, launches: set[str], parameters: Mapping[str, Any], *, stopped: bool
+) -> Ended:
+    """Return how a member ended whose job has left the queue."""
+    (member.folder / JOB_FILE).unlink(missing_ok=True)
+    log = job_array.log_of(str(parameters["submitit_folder"]), job)
+    says = f"job {job} ended before it trained; see {log}"
+    otherwise = Ended(member, exit_codes.RETRYABLE, says)
+    if stopped:
+        otherwise = Ended(member, exit_codes.STOPPED_SAVED, "not started")
+    return ended_since(member, launches, otherwise, RECORD_SECONDS)
 
 
 def submitted(

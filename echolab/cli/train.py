@@ -21,7 +21,7 @@ from echolab.cli.overrides import CONF, as_hydra, hydra_config
 from echolab.cli.settings_check import check
 from echolab.data.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, job_array, runs, told
+from echolab.launch import exit_codes, job_array, local, runs, told
 from echolab.launch.deadlines import Deadlines
 from echolab.launch.layout import LAUNCH, cpu_warning, layout
 from echolab.launch.supervisor import Supervisor
@@ -162,16 +162,20 @@ def job(words: list[str]) -> None:
     The job goes back to the queue after a stop that nobody asked for; else it ends with the
     supervisor's exit code.
     """
-    with masked_output():
+    supervisor = None
+    with local.SignalRelay() as relay, masked_output():
         try:
-            supervisor = supervise(words, compose(words))
+            config = compose(words)
+            if not relay.received:
+                supervisor = supervise(words, config)
         except EcholabError as error:
             print(f"echolab: error: {error}", file=sys.stderr, flush=True)
             busy = isinstance(error, BusyError)
             raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
-    cause = exit_codes.CAUSES.get(supervisor.record.cause)
-    by_hand = supervisor.asked in (signal.SIGTERM, signal.SIGINT)  # scancel
-    if cause and cause.budget == "preemption" and not by_hand:
+    asked = supervisor.asked if supervisor else relay.received[0]
+    code = supervisor.code if supervisor else exit_codes.STOPPED_SAVED
+    cause = exit_codes.CAUSES[supervisor.record.cause if supervisor else "preempted"]
+    if cause.budget == "preemption" and asked not in (signal.SIGTERM, signal.SIGINT):
         job_array.queue_again()
-    if supervisor.code:
-        raise SystemExit(supervisor.code)
+    if code:
+        raise SystemExit(code)

@@ -3,7 +3,8 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,26 +68,38 @@ def submit(
     return [job.job_id for job in jobs]
 
 
-def queued(jobs: Sequence[str]) -> set[str] | None:
-    """Return which of the jobs wait or run; None if Slurm does not answer."""
+def states(jobs: Sequence[str]) -> dict[str, str] | None:
+    """Return the states of those jobs that wait or run, by id; None if Slurm does not answer."""
     if not jobs:
-        return set()
+        return {}
     try:
         answer = subprocess.run(
-            ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(jobs)}"],
+            ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(jobs)}"],
             capture_output=True, text=True, timeout=SQUEUE_SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode and "Invalid job id" not in answer.stderr:
         return None
-    return set(answer.stdout.split()) & set(jobs)
+    found = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip())
+    return {job: state for job, state in found.items() if job in jobs}
 
 
-def cancel(jobs: Sequence[str]) -> None:
-    """Cancel the jobs: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
-    if jobs:
-        subprocess.run(["scancel", *jobs], timeout=SQUEUE_SECONDS)
+def stop(jobs: Mapping[str, str], before: Set[str]) -> set[str]:
+    """Cancel the jobs that wait, and send SIGTERM to the tasks of the others, which are returned.
+
+    `jobs` has states; those in `before` got their signal already.  Slurm kills none of them: they
+    have the time that a save takes.
+    """
+    waiting = [job for job, state in jobs.items() if state == "PENDING"]
+    at_work = [job for job in jobs if job not in waiting and job not in before]
+    for options, chosen in ((["--state=PENDING"], waiting), (["--signal=TERM"], at_work)):
+        if chosen:
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    ["scancel", "--quiet", *options, *chosen], timeout=SQUEUE_SECONDS, check=False
+                )
+    return set(at_work)
 
 
 def log_of(folder: str, job: str) -> Path:
