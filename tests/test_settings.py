@@ -176,7 +176,7 @@ def test_the_values_of_the_issue_are_refused_by_the_parent(
         "schedule.warmup=-5", "schedule.warmup=abc", "shift=-1", "shift=0", "seed=-1", "seed=null",
         "micro_batch_size=0", "+foo=1", "+data.foo=1", "trainer.devices=two", "~seed", "sede=1",
         "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.workers=true",
-        "data=[1]", "model=nothing", "run=2.5", "supervise.save=soon", "logger.mode=loud",
+        "data=[1]", "model=nothing", "supervise.save=soon", "logger.mode=loud",
     ):  # fmt: skip
         assert main(["train", *NEEDED, f"run={run}", word]) == 1, word
         said = capsys.readouterr().err
