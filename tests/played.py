@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import BusyError, ConfigError, DataError
-from echolab.launch import told
+from echolab.launch import lease, told
 from echolab.launch.deadlines import Deadlines
 from echolab.launch.exit_codes import RETRYABLE
 from echolab.launch.layout import Layout
@@ -126,6 +126,9 @@ def rank(folder: Path, parts: dict[str, Any]) -> None:
     except BaseException as error:
         os._exit(told.tell_failure(to, number, error, beats.section, beats.step))
     told.tell_end(to, number, told.End(reason, signals.received, False, step, STEPS))
+    if part.get("does") == "late term":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Python does before it ends
+        os.kill(os.getpid(), signal.SIGTERM)
     sys.exit(0 if reason == "done" else 75)
 
 
@@ -139,6 +142,8 @@ def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
     )  # fmt: skip
     command = [sys.executable, __file__, "rank", str(folder), parts]
     deadlines = Deadlines(**about["deadlines"])
+    for name, value in about.get("lease", {}).items():
+        setattr(lease, name, value)
     try:
         code = Supervisor(places, command, folder / "run", deadlines).watch()
     except BusyError as error:

@@ -17,6 +17,7 @@ import runs
 from echolab.errors import BusyError, FencedError, SaveError
 from echolab.launch import lease
 from echolab.launch.lease import LEASE, Holder, Lease, held, leaving, newest, take, this_process
+from echolab.launch.runs import begin, claim
 from echolab.training.checkpoints import retention
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.parts import Intervals
@@ -216,6 +217,22 @@ def test_a_holder_that_died_within_its_first_word_is_silent(tmp_path: Path) -> N
         take(tmp_path, this_process("local-1"))
     older(own, 9)
     assert take(tmp_path, this_process("local-1")).epoch == 2
+
+
+def test_a_rank_of_a_fenced_launch_claims_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = take(tmp_path / "run", elsewhere(launch="slurm-7-0-0", job="7"))
+    monkeypatch.setenv(lease.EPOCH, str(first.epoch))
+    with claim(tmp_path / "run", {"seed": 1}) as run:
+        assert run.lease == first
+        take(tmp_path / "run", elsewhere(launch="slurm-7-1-0", job="7", restart=1))
+        before = contents(tmp_path / "run")
+        with pytest.raises(FencedError):
+            begin(run, {"seed": 1}, 0)
+    with pytest.raises(FencedError), claim(tmp_path / "run", {"seed": 1}):
+        pass
+    assert contents(tmp_path / "run") == before
 
 
 # -- what a fenced process writes: nothing ----------------------------------------------------

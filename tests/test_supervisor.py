@@ -163,6 +163,19 @@ def test_a_signal_to_the_supervisor_is_passed_on(
 
 
 @pytest.mark.slow
+def test_a_second_signal_after_the_end_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm sends TERM twice: the second may meet a process that tidies up, and kill it."""
+    launch = Launch(folder, {"all": {"does": "late term"}})
+    launch.pids()
+    launch.process.send_signal(signal.SIGTERM)
+    code, said = launch.end()
+    told = why(launch.run, capsys)
+    assert (code, told["cause"]) == (exit_codes.STOPPED_SAVED, "preempted"), said
+
+
+@pytest.mark.slow
 def test_ranks_that_do_not_listen_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,3 +337,31 @@ def test_a_signal_while_it_waits_is_not_lost(
     assert (told["cause"], told["requeue"]) == ("preempted_unsaved", True)
     assert told["detail"] == "SIGUSR1 before the ranks began" and told["exit_code"] == 76
     assert Launch(folder, {}, {**env, "SLURM_RESTART_COUNT": "2"}, launch="l").end()[0] == 0
+
+
+@pytest.mark.slow
+def test_a_launch_that_was_frozen_finds_itself_fenced(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {"BEAT_SECONDS": 0.2, "SILENT_SECONDS": 3.0, "OBSERVE_SECONDS": 1.0}
+    first = Launch(folder, {"all": {"steps": 100_000}}, launch="first", lease=quick)
+    pids = [first.process.pid, *first.pids()]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for path in folder.glob("*-[0-9]"):  # the barriers of the first
+        path.unlink()
+    before = written(folder / "run/attempts/first")
+    code, said = Launch(folder, {}, launch="second", lease=quick).end()
+    assert code == exit_codes.RETRYABLE and "is at work there" in said  # it beat just now
+    time.sleep(3)
+    second = Launch(folder, {}, launch="second", lease=quick)
+    assert second.end()[0] == 0
+    done = written(folder / "run/checkpoints")
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    code, said = first.end()
+    assert code == exit_codes.RETRYABLE and "a later launch has taken the run" in said
+    assert written(folder / "run/attempts/first") == before
+    assert written(folder / "run/checkpoints") == done
+    told = why(folder / "run", capsys)
+    assert (told["cause"], told["attempts"]) == ("done", 2)

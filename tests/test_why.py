@@ -329,6 +329,20 @@ def test_killed_once_it_had_saved_it_is_saved(
     assert (told["cause"], told["exit_code"], told["checkpoint"]) == ("preempted", 75, 41)
 
 
+def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its daemon was dead and its ranks were not: they saved at the signal to the others."""
+    saved = {"cause": "preempted", "exit_code": 75, "asked": 15, "detail": "SIGTERM"}
+    write(tmp_path, *(record("slurm-7-0-0", n, observations=[], **saved) for n in range(2)))
+    assert why(tmp_path, capsys)["cause"] == "preempted"
+    found = {"down": ["n2"], "state": "NODE_FAIL", "job_ended": True}
+    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(found))
+    told = why(tmp_path, capsys)
+    assert (told["cause"], told["host"], told["requeue"]) == ("node_lost", "n2", True)
+    assert told["detail"] == "Slurm lost n2 (NODE_FAIL), saved"
+
+
 # -- what is told is so now ---------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from echolab.launch.layout import this_host
 from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
 
 RUNNING = "running"
+STOPPED = ("preempted", "preempted_unsaved")  # by a signal
 # Of several supervisors' words on an end without failure, the first here counts.
 ENDS = (
     "interrupted", "preempted_unsaved", "pruned", "stop", "memory", "time", "preempted", "done",
@@ -148,7 +149,7 @@ def _verdict(
     evidence: Evidence | None,
 ) -> Verdict:
     found = culprit(seen)
-    if found is None or _only_waits(found, seen):
+    if found is None or found.cause in STOPPED or _only_waits(found, seen):
         if verdict := _of_a_node(records, found, lost, evidence):
             return verdict
     if found:
@@ -168,17 +169,20 @@ def _of_a_node(
 ) -> Verdict | None:
     """A node that was lost, or a job that was killed before it could save; None for neither.
 
-    Of nodes that told no end those are lost which Slurm does not reach, or which alone did not hear
-    its signal.  Where it reaches all, and ended the job, it was a preemption.
+    Those nodes are lost which Slurm does not reach: that is then why it stopped the job, were there
+    time to save or not.  Of those that told no end also which alone did not hear its signal.  Where
+    it reaches all, and ended the job, it was a preemption.
     """
-    if not lost and not found:
+    stopped = any(record.cause in STOPPED for record in records)
+    if not (lost or found or stopped):
         return None
     down = evidence.down if evidence else ()
     if gone := [record for record in records if record.host in down]:
         state = f" ({evidence.state})" if evidence and evidence.state else ""
         names = ", ".join(dict.fromkeys(record.host for record in gone))
-        return Verdict(gone[0].ranks[0], "node_lost", f"Slurm lost {names}{state}")
-    if not lost:
+        saved = ", saved" if any(record.cause == "preempted" for record in records) else ""
+        return Verdict(gone[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
+    if not lost or (found and found.cause in STOPPED):
         return None
     silent = [record for record in records if record.supervisor in lost]
     deaf = [record for record in silent if not record.asked]

@@ -17,6 +17,7 @@ from echolab.launch.runs import ATTEMPTS
 from echolab.launch.told import read_json
 
 FILE = "slurm.json"
+BY_SIGNAL = ("preempted", "preempted_unsaved")
 RECENT = 3  # launches before, that may not have been asked about
 
 
@@ -35,12 +36,12 @@ def read_evidence(run: Path, launch: str) -> Evidence | None:
 
 
 def note(run: Path, records: Sequence[NodeRecord], *, job_ended: bool) -> None:
-    """Ask Slurm about a launch that told no end, and write down what it says.
+    """Ask Slurm about a launch that a signal or nothing ended, and write down what it says.
 
     It may see only later that a node is down.  Raises DataError where it cannot be written.
     """
     launch = records[0].launch
-    if stopped(records) and not any(record.followed for record in records):
+    if stopped(records) and not any(r.followed or r.cause in BY_SIGNAL for r in records):
         return
     known = read_evidence(run, launch)
     if slurm.parsed(launch) is None or (known and known.down):

@@ -5,9 +5,11 @@
     RUN/.lease/000007.left    its holder has left
 
 A number is taken by making its file, which every file system lets one process do.  A launch whose
-number is not the highest is fenced: it leaves, and writes nothing any more.  No lock of the file
-system takes part: a process on a node that was cut off may hold one for ever, and some file systems
-have none.
+number is not the highest is fenced: it leaves, and writes nothing any more.  A shared file system
+may show it the later file only after a while: so the later launch waits until the earlier has left
+or is silent, and a checkpoint that was not published by then never is (`writer`).  No lock of the
+file system takes part: a process on a node that was cut off may hold one for ever, and some file
+systems have none.
 """
 
 import json

@@ -4,6 +4,7 @@ run.json        id, wandb id, when and by what it was made; never changed
 config.json     the resolved settings of the last attempt that trained
 configs.jsonl   those of every attempt that trained, and the step that it went on from
 attempts.jsonl  one line for each start: when, where, versions, git state
+.lease/         which launch may write here (`lease`)
 attempts/       what supervisors and ranks told of each launch
 checkpoints/    metrics.jsonl    wandb/
 """

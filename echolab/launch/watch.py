@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echolab.launch import processes
-from echolab.launch.blame import Observation
+from echolab.launch.blame import STOPPING, Observation
+from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.launch.processes import Seen
-from echolab.launch.told import error_path, failure_of
+from echolab.launch.told import end_of, error_path, failure_of
 from echolab.training.sections import SECTIONS, Beat, beats_path, read_beat, stacks_path
 
 DUMP_SECONDS = 2.0  # the most that ranks are given to write their stacks
@@ -39,6 +40,10 @@ class Rank:
         if self.exit is None and processes.ended(self.pid):
             processes.kill_group(self.pid)
             self.exit, self.died = self.process.wait(), time.time()
+            if -self.exit in STOPPING and (end := end_of(self.beats, self.number)):
+                # A second signal while Python tidied up: training had ended before.
+                cause = cause_of_result(end.reason, unsaved=end.unsaved)
+                self.exit = CAUSES[cause].exit_code
         return self.exit
 
     def beat(self) -> Beat:

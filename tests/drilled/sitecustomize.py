@@ -1,7 +1,7 @@
 """On PYTHONPATH of the drills' ranks: a validation and a save take as long as those of real runs.
 
-ECHOLAB_DRILL_EVAL and ECHOLAB_DRILL_SAVE are the seconds that a batch of held-out clips, and a file
-of a checkpoint, take longer.  The sections last long enough to be hit by a signal.
+ECHOLAB_DRILL_EVAL, ECHOLAB_DRILL_SAVE and ECHOLAB_DRILL_STEP are the seconds that a batch of
+held-out clips, a file of a checkpoint and a step take longer: long enough to be hit by a signal.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from typing import Any
 SLOWED = {
     "echolab.training.checkpoints.writer": ("write_file", "ECHOLAB_DRILL_SAVE"),
     "echolab.training.validation": ("on_device", "ECHOLAB_DRILL_EVAL"),
+    "echolab.training.vote": ("of_step", "ECHOLAB_DRILL_STEP"),
 }
 
 
