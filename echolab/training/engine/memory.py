@@ -7,7 +7,7 @@ parameters.  Apply `checkpoint_blocks` first, so that what is compiled is the ch
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -41,6 +41,17 @@ def speed_up(
         compile_blocks(net, device)
 
 
+@cache
+def _is_kept(operator: Any, keep: tuple[str, ...]) -> bool:
+    """Return whether an operator's output is kept.  Asked of every operator of every block."""
+    return any(part in str(operator) for part in keep)
+
+
+def _policy(keep: tuple[str, ...], _: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    kept = _is_kept(operator, keep)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Recomputing(_CachedTorchDispatchMode):
     """Give the kept outputs again and run every other operator anew.
 
@@ -48,20 +59,15 @@ class Recomputing(_CachedTorchDispatchMode):
     hooks within the block gather the weights that are not there at that moment.
     """
 
-    def __init__(self, keep: Sequence[str], storage: Any) -> None:
-        super().__init__(None, storage)
+    def __init__(self, keep: tuple[str, ...], storage: Any) -> None:
+        super().__init__(partial(_policy, keep), storage, False)
         self.keep = keep
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return what `func` returns, or returned before."""
-        if any(part in str(func) for part in self.keep):
+        if _is_kept(func, self.keep):
             return super().__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
-
-
-def _policy(keep: Sequence[str], _: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-    kept = any(part in str(operator) for part in keep)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
