@@ -165,3 +165,43 @@ def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
         local.GRACE_SECONDS = before
     fine = program.format("assert os.environ['WORLD_SIZE'] == '2'")
     assert local.run_ranks([sys.executable, "-c", fine], 2) == 0
+
+
+@pytest.mark.parametrize("experiment", ["dpo", "ndpo"])
+def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
+    data: list[str], tmp_path: Path, experiment: str
+) -> None:
+    """The shipped settings of sft to its end, then those of `experiment` from it, without steps."""
+    from echolab.cli import training_objects as objects
+
+    sft = compose(["experiment=sft", "data.clips=x"])
+    steps = objects.schedule_from(sft["schedule"]).steps
+    finished = objects.curriculum_from(sft["tasks"])
+    assert main(["train", *data, f"run={tmp_path / 'sft'}", encoded.plan(("sft", 1))]) == 0
+    path = next((tmp_path / "sft/checkpoints").glob("step-*"))
+    seal_curriculum(path, finished.state_dict(steps))
+    words = [*data, f"experiment={experiment}", "debug=cpu", "model=demo", "model.dim=64"]
+    words += ["model.ffn_dim=64", "model.num_layers=1", f"run={tmp_path / 'run'}"]
+    config = compose([*words, f"initial={tmp_path / 'sft'}"])
+    assert config["tasks"] == sft["tasks"]
+    training = objects.training_from(config, "")
+    for step in range(training.schedule.steps):
+        if training.schedule.locate(step).epoch.kind == "sft" and step % 50 == 0:
+            counted = training.schedule.supervised_steps(step)
+            found = training.curriculum.probabilities(counted)
+            assert found["t2v"] < 0.3 and found["lip_sync"] > 0.15
+    again = objects.training_from({**config, "tasks": {**config["tasks"], "restart": True}}, "")
+    assert again.curriculum.probabilities(0)["t2v"] == 1.0
+
+
+def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
+    """Let a checkpoint say that its curriculum was so far."""
+    from echolab.training.checkpoints.manifest import serialise
+    from echolab.training.checkpoints.writer import write_file
+
+    content = json.loads((path / "state.json").read_text())
+    text = json.dumps({**content, "curriculum": {**state, "step": 0, "before": state["step"]}})
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("sha256")
+    manifest["files"]["state.json"] = write_file(path / "state.json", [text.encode()])
+    (path / "manifest.json").write_bytes(serialise(manifest))

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from echolab.errors import ConfigError
 from echolab.tasks.curriculum import Curriculum, Stage, draw_task, hard_to_easy
@@ -109,3 +111,33 @@ def test_draws_have_the_probabilities() -> None:
 def test_a_curriculum_that_cannot_be_followed_is_refused(stages, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Curriculum(stages, **settings)
+
+
+def soup(steps: int, **more: float) -> Curriculum:
+    return Curriculum(hard_to_easy(steps), **{"momentum": 0.9, "floor": 0.02, **more})
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 60))
+def test_a_run_that_starts_from_another_goes_on_where_that_was(
+    stop: int, steps: int, more: int
+) -> None:
+    """One run of all steps, and two or three of which each starts from the one before."""
+    unbroken, second = soup(steps), soup(steps).following(soup(steps).state_dict(stop))
+    assert second.probabilities(more) == unbroken.probabilities(stop + more)
+    state = json.loads(json.dumps(second.state_dict(more)))
+    third, resumed = soup(steps).following(state), soup(steps)
+    resumed.load_state_dict(state)
+    assert third.probabilities(7) == unbroken.probabilities(stop + more + 7)
+    assert resumed.probabilities(more + 7) == unbroken.probabilities(stop + more + 7)
+
+
+def test_a_curriculum_that_is_done_stays_done_whatever_the_stages_lengths() -> None:
+    done = soup(2).state_dict(200)
+    before = soup(2).probabilities(200)
+    long = soup(1000).following(done)
+    assert all(long.probabilities(k) == pytest.approx(before, abs=1e-6) for k in (0, 1, 4000))
+    assert Curriculum([Stage(1, {"continuation": 1.0})]).following(done).probabilities(0) == {
+        "continuation": 1.0
+    }
+    joins = Curriculum([*hard_to_easy(1000), Stage(1000, {"continuation": 1.0})], momentum=0.9)
+    assert joins.following(done).probabilities(300)["continuation"] == pytest.approx(1.0)

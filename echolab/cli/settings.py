@@ -112,7 +112,8 @@ class Data(Section):
         description="share of samples, of each shard and of all, that may be bad"
     )
     changed: Literal["refuse", "accept"] = Field(
-        description="whether the run goes on with other clips or pairs than it was trained on"
+        default="refuse",
+        description="whether the run goes on with other clips or pairs than it was trained on",
     )
     cache: Text | None = Field(
         description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
@@ -146,6 +147,10 @@ class Curriculum(Section):
     steps_per_stage: Count = Field(description="supervised steps of each stage of tasks.order")
     momentum: Fraction = Field(description="of the average by which shares follow their targets")
     floor: Fraction = Field(description="least share of a task that was introduced")
+    restart: bool = Field(
+        default=False,
+        description="whether a run with initial= begins with the first stage again",
+    )
 
 
 class Phases(Section):

@@ -74,7 +74,7 @@ def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run may go on with others of, where its past allows it."""
-    accepted = config["data"]["changed"] == "accept"
+    accepted = config["data"].get("changed") == "accept"
     return ("schedule", *(("data.weights", "data.pair_weights") if accepted else ()))
 
 

@@ -29,7 +29,7 @@ from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
-from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verified
 from echolab.training.datamodule import HeldOut
 from echolab.training.guards.spikes import Guards
 from echolab.training.module import Optim
@@ -50,14 +50,17 @@ def phases_from(config: Mapping[str, Any]) -> Allocator:
     return ALLOCATORS[config["act"]](PHASES[config["schedule"]])
 
 
-def curriculum_from(config: Mapping[str, Any]) -> Curriculum:
-    """conf/tasks"""
+def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
+    """conf/tasks; the curriculum of the checkpoint `origin` goes on unless it is to restart."""
     stages = (
         [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
         if config["stages"]
         else hard_to_easy(config["steps_per_stage"], config["order"])
     )
-    return Curriculum(stages, config["momentum"], config["floor"])
+    curriculum = Curriculum(stages, config["momentum"], config["floor"])
+    if origin is None or config.get("restart"):
+        return curriculum
+    return curriculum.following(open_verified(origin).state["curriculum"])
 
 
 def schedule_from(config: Mapping[str, Any]) -> Schedule:
@@ -117,7 +120,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "ledger": config["ledger"],
         "skip_budget": float(config["skip_budget"]),
-        "accepts_changed_data": config["changed"] == "accept",
+        "accepts_changed_data": config.get("changed") == "accept",
         "workers": config["workers"],
     }
 
@@ -176,7 +179,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         architecture=config["model"],
         **reading_from(data),
         schedule=schedule,
-        curriculum=curriculum_from(config["tasks"]),
+        curriculum=curriculum_from(config["tasks"], origin),
         objectives=objectives_from(config["preference"], phases, reference),
         phases=phases,
         reference=reference,

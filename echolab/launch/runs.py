@@ -80,6 +80,8 @@ def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] =
     for key in sorted(set(old) | set(new)):
         if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *extra}:
             continue
+        if key not in old:
+            continue  # of a run from before there was such a setting: its default is what was
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{folder}: is a run with {key}={old.get(key)}, now {key}={new.get(key)}; "

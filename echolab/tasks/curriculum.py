@@ -5,6 +5,8 @@ floor keeps old tasks from being forgotten.  (EchoMimicV3's "counter-intuitive t
 ratios and lengths are not published.)
 """
 
+import bisect
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,12 +91,11 @@ class Curriculum:
                 ]
             )
         self._origin = self._latest = (0, self._targets[0])
+        self.before = 0  # steps of the run that this one started from: the stages count them too
 
-    def _target(self, step: int) -> list[float]:
-        for end, target in zip(self._ends, self._targets, strict=True):
-            if step < end:
-                return target
-        return self._targets[-1]
+    def _stage(self, step: int) -> int:
+        """Return the number of the stage that a step is in."""
+        return min(bisect.bisect(self._ends, self.before + step), len(self._ends) - 1)
 
     def probabilities(self, step: int) -> dict[str, float]:
         """Of each task that some stage wants, hard to easy; they sum to 1.
@@ -110,14 +111,39 @@ class Curriculum:
             )
         keep = self.momentum
         for number in range(at, step):
-            target = self._target(number)
+            target = self._targets[self._stage(number)]
             live = [keep * p + (1 - keep) * t for p, t in zip(live, target, strict=True)]
         self._latest = (step, live)
         return dict(zip(self.tasks, live, strict=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """All that the future depends on, as JSON: the step and its probabilities."""
-        return {"step": step, "probabilities": self.probabilities(step)}
+        """All that the future depends on, as JSON: the step and its probabilities.
+
+        `stages_left` tells a run that starts from this one whether any task is still to join.
+        """
+        return {
+            "step": step,
+            "probabilities": self.probabilities(step),
+            "before": self.before,
+            "stages_left": len(self._ends) - 1 - self._stage(step),
+        }
+
+    def following(self, state: Mapping[str, Any]) -> "Curriculum":
+        """Return the curriculum of a run that starts from another's weights at `state_dict()`.
+
+        Its step 0 has the probabilities and the stage that the other had reached; the last stage of
+        one is the last of the other, whatever their lengths.  Runs without a task in common have
+        nothing to follow.
+        """
+        other = copy.copy(self)
+        done = int(state.get("before", 0)) + int(state["step"])
+        last = self._ends[-2] if len(self._ends) > 1 else 0
+        try:
+            other.load_state_dict({**state, "step": 0})
+        except ConfigError:
+            return self
+        other.before = max(done, last) if state.get("stages_left") == 0 else done
+        return other
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, bit for bit.
@@ -134,3 +160,4 @@ class Curriculum:
         if set(state["probabilities"]) - set(self.tasks):  # else dividing would cost a bit
             saved = [share / sum(saved) for share in saved]
         self._origin = self._latest = (int(state["step"]), saved)
+        self.before = int(state.get("before", 0))

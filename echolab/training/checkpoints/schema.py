@@ -146,7 +146,8 @@ STATE = fields(
             })),
         ),
         "curriculum": fields(
-            {"step": integer(), "probabilities": mapping(number(0, 1), *TASKS)}
+            {"step": integer(), "probabilities": mapping(number(0, 1), *TASKS)},
+            before=integer(), stages_left=integer(),
         ),
         "objectives": mapping(mapping(number()), *KINDS),
         "spikes": mapping(
