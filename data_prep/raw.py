@@ -24,8 +24,11 @@ def open_raw(source: Path) -> ShardDataset:
 
 
 def caption_of(members: Members) -> str:
-    """What is seen, in words."""
-    return str(json.loads(members["json"])["caption"])
+    """What is seen, in words; DataError where the sample does not say."""
+    try:
+        return str(json.loads(members["json"])["caption"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"json holds no caption ({error!r}); make the sample again") from error
 
 
 def sound_of(members: Members) -> Tensor:

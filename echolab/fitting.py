@@ -149,9 +149,14 @@ def load_net(path: Path, network: type[Net]) -> Net:
         found = metadata.get("network", "no network of echolab's")
         raise WeightsError(f"{path}: holds {found}, need {network.__name__}; give another file")
     try:
-        net = network(**json.loads(metadata["config"]))
+        config = json.loads(metadata["config"])
+        with torch.device("meta"):  # what a stranger asks for may be of any size
+            shapes = {k: v.shape for k, v in network(**config).state_dict().items()}
+        if shapes != {k: v.shape for k, v in tensors.items()}:
+            raise ValueError("its tensors are not those of its config")
+        net = network(**config)
         net.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         line = str(error).splitlines()[0]
         raise WeightsError(f"{path}: of another version ({line}); fit it again") from error
     return net.eval().requires_grad_(False)

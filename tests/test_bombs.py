@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data_prep.raw import caption_of
 from echolab.data import contents, media
 from echolab.data.contents import content_fault
 from echolab.data.decoding import opened
 from echolab.encoders.files import weights_in
-from echolab.errors import MediaError, WeightsError
+from echolab.errors import DataError, MediaError, WeightsError
+from echolab.fitting import load_net
 from echolab.models.released import read_tensors
+from echolab.preference.candidates import read_candidates
+from echolab.preference.pack import read_verdicts
 
 
 def npy(shape: tuple[int, ...], data: bytes, dtype: str = "<f4") -> bytes:
@@ -222,3 +226,47 @@ def test_json_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="cannot be read as JSON"):
         read_tensors(tmp_path / "a.safetensors.index.json")
+
+
+def test_a_network_s_settings_are_compared_with_its_tensors_before_it_is_made(
+    tmp_path: Path,
+) -> None:
+    """What is asked for could be of any size."""
+    config = {"width": 2**20}
+    metadata = {"network": "Wide", "config": json.dumps(config)}
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors", metadata)
+    made: list[torch.device] = []
+
+    class Wide(torch.nn.Linear):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width, bias=False)
+            made.append(self.weight.device)
+
+    with pytest.raises(WeightsError, match="its tensors are not those of its config"):
+        load_net(tmp_path / "a.safetensors", Wide)
+    assert made == [torch.device("meta")]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"3", b'"x"', b"{}", b"[" * 100_000, b"\xff", b'{"caption"']
+)
+def test_a_sample_without_a_caption_is_a_data_error(text: bytes) -> None:
+    with pytest.raises(DataError, match="json holds no caption"):
+        caption_of({"json": text})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "3", "{}", '{"key": "a", "candidate": 0, "sync": "x", "identity": 1, "flicker": 1}'],
+)
+def test_a_verdict_of_another_form_is_a_data_error(tmp_path: Path, line: str) -> None:
+    (tmp_path / "verdicts.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"verdicts\.jsonl: no verdict"):
+        read_verdicts(tmp_path / "verdicts.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a", "a/x", "/0", "a/-1"])
+def test_a_candidate_of_another_name_is_a_data_error(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.zeros(1, 1, 1, 1)}, tmp_path / "candidates-000000.safetensors")
+    with pytest.raises(DataError, match="is no candidate"):
+        list(read_candidates(tmp_path))

@@ -110,7 +110,9 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise DataError(f"{path}: damaged ({error}); remove it and sample again") from error
         by_prompt: dict[str, dict[int, Tensor]] = {}
         for name, clip in tensors.items():
-            key, number = name.rsplit("/", 1)
+            key, _, number = name.rpartition("/")
+            if not key or not number.isdecimal():
+                raise DataError(f"{path}: {name!r} is no candidate; remove it and sample again")
             by_prompt.setdefault(key, {})[int(number)] = clip.float()
         for key in sorted(by_prompt):
             found = by_prompt[key]

@@ -102,8 +102,13 @@ def read_verdicts(path: Path) -> Verdicts:
                 row = json.loads(line)
             except ValueError:
                 continue
-            verdict = Verdict(row["sync"], row["identity"], row["flicker"])
-            found[row["key"], row["candidate"]] = verdict
+            try:
+                verdict = Verdict(*(float(row[name]) for name in Verdict._fields))
+                found[str(row["key"]), int(row["candidate"])] = verdict
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: no verdict ({error!r}): {line[:80]}; score again"
+                ) from error
     return found
 
 

@@ -159,7 +159,7 @@ def _config_of(file: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not an object")
         float(config["lora_alpha"]), int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{file}: no adapters that can be read ({error!r}); {REMEDY}") from error
     if config.get("peft_type", "LORA") != "LORA" or int(config["r"]) < 1:
         kind = config.get("peft_type", "LORA")
@@ -180,7 +180,9 @@ def _read(file: Path, config: dict[str, Any] | None) -> tuple[_Content, str | No
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         if config is None:
             config = _diffusers_config(metadata)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError,
+    ) as error:  # fmt: skip
         raise WeightsError(f"{file}: no adapters that can be read ({error}); {REMEDY}") from error
     if not tensors:
         raise WeightsError(f"{file}: 0 tensors; {REMEDY}")
