@@ -10,6 +10,7 @@ Three kinds of text are replaced by `***`:
 """
 
 import base64
+import io
 import os
 import re
 import sys
@@ -163,8 +164,15 @@ class _MaskedStream:
 
 @contextmanager
 def masked_output() -> Iterator[None]:
-    """Mask what this process writes to standard output and error, tracebacks included."""
+    """Mask what this process writes to standard output and error, tracebacks included.
+
+    What their encoding has no character for is written as an escape: a path with accents must not
+    end a command in the line that names its result.
+    """
     sys.excepthook = _show_traceback
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     out, error = _MaskedStream(sys.stdout), _MaskedStream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(error):
         yield

@@ -69,7 +69,8 @@ def write_report(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out.with_suffix(".json"), json.dumps(given, indent=1).encode())
-    write_whole(out, page.encode())
+    # A file name that is no UTF-8 holds surrogates, which UTF-8 has no bytes for.
+    write_whole(out, page.encode(errors="backslashreplace"))
 
 
 def write_again(out: Path) -> None:
