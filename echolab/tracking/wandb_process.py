@@ -11,6 +11,7 @@ import os
 import select
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,7 +44,8 @@ def main() -> None:
         _answer(answers, opening)
         run = _open(about, mode)
     except BaseException as error:  # wandb.init also raises SystemExit and KeyboardInterrupt
-        _leave(answers, {"fault": _words(error)})
+        # a service that was killed is no fault that the next process would meet again
+        _leave(answers, {"fault": "" if _service_ended() else _words(error)})
     _answer(answers, {"folder": str(Path(run.dir).parent), "service": _children()})
     _Mirror(run, answers).mirror(lines)
 
@@ -197,6 +199,18 @@ def _children() -> list[int]:
     """Return the processes that this thread started: wandb's service."""
     path = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def _service_ended() -> bool:
+    """Return whether a child process ended within the last moment or does so in the next."""
+    for _ in range(10):
+        try:
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                return True
+        except ChildProcessError:
+            return False
+        time.sleep(0.05)
+    return False
 
 
 def _words(error: BaseException) -> str:

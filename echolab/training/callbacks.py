@@ -1,10 +1,12 @@
 """What happens around a step, in one place because the order matters.
 
 Before: the learning rate, and the reference of a preference epoch that begins.
-After:  average, vote, guard, log, validate, save; then the run goes on, goes back, or ends.
+After:  average, vote, guard, save, log, validate; then the run goes on, goes back, or ends.
+A save comes before all that may take long, hang or fail without it.
 """
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from echolab.data.ledger import LEDGER
-from echolab.errors import EcholabError
+from echolab.errors import EcholabError, FencedError
 from echolab.training import lineage, ranks
 from echolab.training.checkpoints import agreed, resume
 from echolab.training.checkpoints import checkpoint as checkpoints
@@ -39,7 +41,7 @@ from echolab.training.requests import Requests, asked
 from echolab.training.sections import Beats
 from echolab.training.stopping import StopSignals
 from echolab.training.telling import Telling, tell_plan
-from echolab.training.vote import Vote, count, of_step, wait
+from echolab.training.vote import CutShort, Vote, count, of_step, wait
 
 
 class Steps(pl.Callback):
@@ -64,6 +66,7 @@ class Steps(pl.Callback):
         self.reason = ""  # why the run ended early; empty while it goes on
         self.signal = 0  # its number, where a signal is the reason
         self.unsaved = False  # ended with steps that no checkpoint has
+        self.unlogged: Exception | None = None  # what kept rank 0 from logging
         self.resumed: Checkpoint | None = None
         self.newest: Path | None = None  # checkpoint, at the end
 
@@ -110,9 +113,8 @@ class Steps(pl.Callback):
         """Repeat the checks at the end of a run that was killed in them; there is no step left."""
         if self.resumed and resume.awaits_check(self.resumed, self.training):
             self._prepare(trainer, pl_module)
-            if self.every.validate:
-                self._validate()
-            self._end(Vote())
+            cut = self._validate() if self.every.validate else None
+            self._end(cut or Vote())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights, moments and average; the checkpoint a first preference epoch refers to."""
@@ -197,6 +199,9 @@ class Steps(pl.Callback):
         self.references.observe(batch.kind, vote.margin, vote.margin_share)
         if self.ledger:
             self.ledger.commit(batch.step, batch.kind)
+        if vote.unlogged:
+            self.saving.now()
+            self._raise_unlogged()
         self._after(vote)
         if self.training.on_step and ranks.rank() == 0:
             self.training.on_step(self.step, self.schedule.steps)
@@ -205,7 +210,18 @@ class Steps(pl.Callback):
     def _asked(self) -> dict[str, float]:
         ends, needed = self.training.job_ends, self.saving.needed
         own = asked(self.signals, self.requests, job_ends=ends, needed=needed)
+        own["unlogged"] = float(self.unlogged is not None)
         return own | {"memory": float(self.guarding.memory.over())}
+
+    def _poll(self) -> None:
+        """Raise CutShort on every rank if one is asked to end the run; called between batches.
+
+        Memory can wait for the next step: ended for it, a last check would never come to its end.
+        """
+        vote = count(self._asked() | {"memory": 0.0})
+        if vote.fenced or vote.reason:
+            raise CutShort(vote)
+        self.beats.enter("eval")
 
     def _sane(self, trainer: pl.Trainer, vote: Vote, loss: Tensor, norm: Tensor) -> bool:
         """Guard the step; False where training went back.  Raises on every rank or on none."""
@@ -256,15 +272,18 @@ class Steps(pl.Callback):
     def _after(self, vote: Vote) -> None:
         last = self.step in (self.schedule.steps, self.training.until)
         ends = bool(vote.reason) or last
-        if self._due(self.every.log) or ends:
-            self._log()
+        logs = self._due(self.every.log) or ends
+        values = self.telling.values(self.step, self.schedule) if logs else {}
         if self._due(self.every.replicas):
             held = (self.module.net, self.masters, self.ema)
             self.guarding.check_replicas(*held, self.step, self.schedule.state_dict())
-        self._save_if_due(vote, ends)  # before it is looked at: that may take long, or hang
+        self._save_if_due(vote, ends)
+        if logs:
+            self._tell(values | self.guarding.look(self.step, self.beats.seconds))
         validates = self._due(self.every.validate) or (last and self.every.validate)
-        if validates and not vote.reason:
-            self._validate()
+        if validates and not vote.reason and (cut := self._validate()):
+            vote = cut
+            self._save_if_due(vote, ends=True)
         if vote.pause and not ends:
             self.beats.enter("pause")
             vote = wait(self._asked)
@@ -275,10 +294,29 @@ class Steps(pl.Callback):
         if vote.reason or last:  # also in a pause
             self._end(vote)
 
-    def _validate(self) -> None:
-        if self.training.held_out:
-            self.beats.enter("eval")
-            self._tell(self.evaluation.held_out())
+    def _validate(self) -> Vote | None:
+        """Log the held-out errors; return the vote that cut this short, if one did."""
+        if not self.training.held_out:
+            return None
+        self.saving.publish()  # this may take long, and leave no time for it later
+        self.beats.enter("eval")
+        try:
+            self._tell(self.evaluation.held_out(self._poll))
+        except CutShort as cut:
+            self._say_cut("validation", cut.vote, "its errors are not recorded for this step")
+            return cut.vote
+        return None
+
+    def _say_cut(self, what: str, vote: Vote, result: str) -> None:
+        if vote.fenced:
+            raise self.training.taken()
+        if ranks.rank() == 0:
+            print(
+                f"echolab: {self.training.folder}: {what} at step {self.step} was cut short "
+                f"({vote.reason}); {result}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -288,7 +326,9 @@ class Steps(pl.Callback):
         if self.writer.pending and vote.written == ranks.world():
             self.saving.publish()
         pruned = vote.prune and not self.schedule.keeps(self.step)
-        if vote.late or pruned:
+        if self.saving.has_saved(self.step):
+            pass
+        elif vote.late or pruned:
             self.unsaved = True
             self.saving.publish()  # what is being written may still come to its end
         elif ends or vote.pause or self.schedule.needs_reference(self.step):
@@ -301,13 +341,19 @@ class Steps(pl.Callback):
         """Say why; a run is done once its export has been seen to be what was trained."""
         self.training.check_ours()  # a validation before may have taken long
         done = self.step == self.schedule.steps and not self.unsaved
-        reason = "done" if done else vote.reason or "until"
         if done and self.training.parity and self.saving.saved:
             self.beats.enter("eval")
-            self._tell(self.evaluation.parity(self.saving.saved))
+            try:
+                self._tell(self.evaluation.parity(self.saving.saved, self._poll))
+            except CutShort as cut:
+                self._say_cut("the check of the export", cut.vote, "the next start repeats it")
+                vote, done = cut.vote, False
+        if self.unlogged:
+            self._raise_unlogged()
         self.writer.close()
         self.newest = self.saving.saved
-        self.reason, self.signal = reason, vote.signal if reason == "signal" else 0
+        self.reason = "done" if done else vote.reason or "until"
+        self.signal = vote.signal if self.reason == "signal" else 0
         self.requests.clear("STOP", "PRUNE")
 
     def on_exception(
@@ -322,12 +368,19 @@ class Steps(pl.Callback):
         self.beats.enter("teardown")
 
     def _tell(self, values: dict[str, float]) -> None:
+        """Log on rank 0.  What goes wrong there is raised once all ranks have saved."""
         if self.training.log and ranks.rank() == 0:
-            self.training.log(self.step, values)
+            try:
+                self.training.log(self.step, values)
+            except (FencedError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                self.unlogged = error
 
-    def _log(self) -> None:
-        values = self.telling.values(self.step, self.schedule)
-        self._tell(values | self.guarding.look(self.step, self.beats.seconds))
+    def _raise_unlogged(self) -> None:
+        """Raise on rank 0; the supervisor ends the others, which know nothing of it."""
+        if self.unlogged:
+            raise self.unlogged
 
     def state(self) -> dict[str, Any]:
         """All that the future depends on beside the tensors, as JSON."""

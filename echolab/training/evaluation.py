@@ -11,7 +11,7 @@ from echolab.training.engine.masters import Masters
 from echolab.training.module import DiffusionModule
 from echolab.training.parity import Sampling, check_parity, parity_clips
 from echolab.training.parts import Training
-from echolab.training.validation import Share, read_share, validate
+from echolab.training.validation import Poll, Share, read_share, validate
 
 
 class Evaluation:
@@ -38,8 +38,11 @@ class Evaluation:
         row, rows = ranks.rank() // together, ranks.world() // together
         self._share = read_share(held_out, row, rows, self.training.reader_of(held_out.clips))
 
-    def held_out(self) -> dict[str, float]:
-        """Errors at fixed noise, of the averaged weights and of the raw ones."""
+    def held_out(self, poll: Poll) -> dict[str, float]:
+        """Errors at fixed noise, of the averaged weights and of the raw ones.
+
+        `poll` is called before each batch, on all ranks alike.
+        """
         held_out, phases = self.training.held_out, self.training.phases
         assert held_out and phases  # `Training.check` has seen to it
         if self._share is None:
@@ -57,11 +60,15 @@ class Evaluation:
                 device=self.module.device,
                 dtype=self.dtype,
                 counts=self.data.writer is not None,
+                poll=poll,
             )
         )
 
-    def parity(self, checkpoint: Path) -> dict[str, float]:
-        """How far samples of the export of `checkpoint` are off; ParityError where too far."""
+    def parity(self, checkpoint: Path, poll: Poll) -> dict[str, float]:
+        """How far samples of the export of `checkpoint` are off; ParityError where too far.
+
+        `poll` is called after each step of the sampler, on all ranks alike.
+        """
         training = self.training
         clips = training.held_out.clips if training.held_out else training.clips[0]
         steps = training.schedule.supervised_steps(training.schedule.steps)
@@ -78,5 +85,6 @@ class Evaluation:
             how=Sampling(training.seed, training.shift),
             device=self.module.device,
             dtype=self.dtype,
+            poll=poll,
         )
         return found.values()

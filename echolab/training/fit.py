@@ -34,8 +34,8 @@ class FitResult(NamedTuple):
 
     @property
     def done(self) -> bool:
-        """Whether the whole schedule is behind us, and saved."""
-        return self.step == self.steps and not self.unsaved
+        """Whether the whole schedule is behind us, saved, and its export checked."""
+        return self.reason == "done"
 
 
 def _trainer(machine: Machine, accumulation: int, clip: float, steps: Steps) -> pl.Trainer:

@@ -29,7 +29,7 @@ from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.checkpoints.exporting import exported_weights
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.masters import Masters
-from echolab.training.validation import autocast_dtype, on_device, unchanged
+from echolab.training.validation import Poll, autocast_dtype, on_device, unchanged
 from echolab.types import Batch
 
 STEPS = 4  # of Euler's method
@@ -80,8 +80,12 @@ def sample(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    poll: Poll = lambda: None,
 ) -> list[Tensor]:
-    """Latents [B, C, F, H, W] of each batch, on the CPU in fp32; the noise is of the keys alone."""
+    """Latents [B, C, F, H, W] of each batch, on the CPU in fp32; the noise is of the keys alone.
+
+    `poll` is called after each step of the sampler.
+    """
     found = []
     for clip in clips:
         latents = generate(
@@ -93,6 +97,7 @@ def sample(
             audio_scale=1.0,
             seed=how.seed,
             dtype=autocast_dtype(net, dtype),
+            on_step=lambda step, latents: poll(),
         )
         found.append(latents.float().cpu())
     return found
@@ -130,6 +135,7 @@ def _beside(
     clips: Sequence[Batch],
     how: Sampling,
     where: _Where,
+    poll: Poll,
 ) -> tuple[list[float], float]:
     """Differences by batch, and the bound.
 
@@ -137,13 +143,39 @@ def _beside(
     measured to be, so they may be twice that apart.
     """
     device, dtype, cast = where
-    exact = own = sample(fresh.to(device), clips, how, device=device, dtype=torch.float32)
+    shared: dict[str, Any] = {"device": device, "poll": poll}
+    exact = own = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
     bound = TOLERANCE
     if dtype != torch.float32:
-        own = sample(fresh.to(dtype) if cast else fresh, clips, how, device=device, dtype=dtype)
+        own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
         apart = [relative(a, b) for a, b in zip(own, exact, strict=True)]
         bound = max(bound, 2 * max(apart))
     return [relative(a, b) for a, b in zip(live, own, strict=True)], bound
+
+
+def _compare(
+    checkpoint: Path,
+    folder: Path,
+    live: Sequence[Tensor],
+    clips: Sequence[Batch],
+    how: Sampling,
+    where: _Where,
+    poll: Poll,
+) -> tuple[list[float], float]:
+    """Return differences by batch and the bound, and write them to the report in `folder`."""
+    try:
+        fresh = exported_net(checkpoint, folder / EXPORT)
+        with unchanged(fresh, where.device):
+            differences, bound = _beside(fresh, live, clips, how, where, poll)
+    finally:
+        (folder / EXPORT).unlink(missing_ok=True)
+    told: dict[str, Any] = {"checkpoint": checkpoint.name}
+    found = judged(differences, bound)
+    told |= {"passed": found.passed, **found._asdict()}
+    told |= {"by_task": _by_task(clips, differences)}
+    told |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
+    write_whole(folder / REPORT, json.dumps(told, indent=1).encode())
+    return differences, bound
 
 
 def _exported(
@@ -153,26 +185,22 @@ def _exported(
     clips: Sequence[Batch],
     how: Sampling,
     where: _Where,
+    poll: Poll,
 ) -> tuple[list[float], float, str]:
-    """Differences by batch, the bound, and what went wrong; nothing on ranks other than 0."""
-    nothing = [0.0] * len(clips), 0.0
-    if ranks.rank() > 0:
-        return *nothing, ""
-    try:
-        fresh = exported_net(checkpoint, folder / EXPORT)
-        with unchanged(fresh, where.device):
-            differences, bound = _beside(fresh, live, clips, how, where)
-        told: dict[str, Any] = {"checkpoint": checkpoint.name}
-        found = judged(differences, bound)
-        told |= {"passed": found.passed, **found._asdict()}
-        told |= {"by_task": _by_task(clips, differences)}
-        told |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
-        write_whole(folder / REPORT, json.dumps(told, indent=1).encode())
-        return differences, bound, ""
-    except (EcholabError, OSError, torch.OutOfMemoryError) as error:
-        return *nothing, " ".join(str(error).split()) or type(error).__name__
-    finally:
-        (folder / EXPORT).unlink(missing_ok=True)
+    """Differences by batch, the bound, and what went wrong; zeros on ranks other than 0."""
+    differences, bound, fault = [0.0] * len(clips), 0.0, ""
+    passes = 1 if where.dtype == torch.float32 else 2
+    polls = iter([poll] * (passes * len(clips) * how.steps))  # one a step of the sampler
+    if ranks.rank() == 0:
+        try:
+            differences, bound = _compare(
+                checkpoint, folder, live, clips, how, where, lambda: next(polls)()
+            )
+        except (EcholabError, OSError, torch.OutOfMemoryError) as error:
+            fault = " ".join(str(error).split()) or type(error).__name__
+    for left in polls:  # the other ranks, or a rank 0 that failed, come to as many
+        left()
+    return differences, bound, fault
 
 
 def judged(differences: Sequence[float], bound: float) -> Parity:
@@ -195,17 +223,19 @@ def check_parity(
     how: Sampling,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    poll: Poll = lambda: None,
 ) -> Parity:
     """Compare the training model with the export of `checkpoint`, the one it has just saved.
 
     Collective: all ranks sample, with the same clips; rank 0 exports into `folder`, reads that back
     and writes `parity.json`.  Raises ParityError on every rank where the samples are too far apart,
     or where the export cannot be made.  Needs memory for one more copy of the weights on rank 0.
+    `poll` is called on all ranks after each step of the sampler, here and on rank 0.
     """
     with unchanged(net, device), ema.applied(masters):
-        live = sample(net, clips, how, device=device, dtype=dtype)
+        live = sample(net, clips, how, device=device, dtype=dtype, poll=poll)
     where = _Where(device, dtype, autocast_dtype(net, dtype) != dtype)
-    differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where)
+    differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where, poll)
     *differences, bound, failed = ranks.sums([*differences, bound, float(bool(fault))])
     found = judged(differences, bound)
     if failed:  # any rank knows that it did; rank 0 knows why

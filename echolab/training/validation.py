@@ -9,7 +9,7 @@ same order everywhere.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from echolab.training.engine.ema import Ema
 from echolab.training.engine.masters import Masters
 from echolab.types import Batch, Conditions, Draws
 
+Poll = Callable[[], None]  # called on all ranks at the same places; what it raises ends the work
 FILLS_UP = -1
 AVERAGED, RAW = "val", "val_raw"
 
@@ -133,11 +134,13 @@ def _table(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    poll: Poll,
 ) -> Tensor:
     """[tasks x clips, levels] in fp64 on the CPU, zero where other ranks know the error."""
     table = torch.zeros(len(share.tasks) * share.clips, len(sigmas), dtype=torch.float64)
     cast = autocast_dtype(net, dtype)
     for batch, places in share.batches:
+        poll()
         with torch.autocast(device.type, cast, enabled=cast != torch.float32):
             found = held_out_errors(net, on_device(batch, device), phases, sigmas, seed)
         own = [i for i, place in enumerate(places) if place != FILLS_UP]
@@ -170,13 +173,15 @@ def validate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     counts: bool = True,
+    poll: Poll = lambda: None,
 ) -> Mapping[str, float]:
     """Held-out errors of the averaged weights (`val/...`) and of the raw ones (`val_raw/...`).
 
     Collective: every rank calls it with its share and gets the same values.  The network computes
-    in `dtype`, as in training.  `counts` is false on ranks whose clips another one has too.
+    in `dtype`, as in training.  `counts` is false on ranks whose clips another one has too.  `poll`
+    is called before each batch, of which all ranks have equally many.
     """
-    shared: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
+    shared: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype, "poll": poll}
     with unchanged(net, device):
         with ema.applied(masters):
             averaged = _table(net, share, phases, sigmas, **shared)

@@ -31,6 +31,7 @@ class Vote(NamedTuple):
     save: float = 0
     pause: float = 0
     prune: float = 0
+    unlogged: float = 0  # metrics could not be written
     written: float = 0  # this rank's part of the pending checkpoint is on disk, or failed
     not_finite: float = 0  # this rank's loss, or the norm of its gradient
     loss: float = 0  # sum of this rank's micro-batches' means
@@ -58,6 +59,14 @@ class Vote(NamedTuple):
         """The number of a signal that was received; 0 where none was."""
         names = ("sigint", "sigterm", "sigusr1", "sigusr2")
         return next((Signals[name.upper()].value for name in names if getattr(self, name)), 0)
+
+
+class CutShort(Exception):
+    """Raised on every rank alike, amid a validation or a check, by a vote to end the run."""
+
+    def __init__(self, vote: Vote) -> None:
+        super().__init__(vote.reason)
+        self.vote = vote
 
 
 def count(own: Mapping[str, float | torch.Tensor]) -> Vote:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from echolab.training.checkpoints.checkpoint import folder_of
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.sections import Beats
 
@@ -28,6 +29,10 @@ class Saving:
     def needed(self) -> float:
         """Seconds to allow for a save.  Not collective."""
         return SAVE_TIMES * self.writer.seconds
+
+    def has_saved(self, step: int) -> bool:
+        """Return whether the checkpoint of a step was published.  Not collective."""
+        return self.saved is not None and self.saved.name == folder_of(Path(), step).name
 
     def begin(self) -> None:
         """Training goes on while it is written."""

@@ -1,0 +1,137 @@
+"""Asked to end amid a validation or the last check: nothing is lost, nothing false is recorded."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import interrupted
+import pytest
+import runs
+from forked import ForkServer
+from interrupted import HELD, STEPS, restored  # noqa: F401 - a fixture
+
+from echolab.training.checkpoints.checkpoint import saved_steps
+from echolab.training.parts import Intervals
+
+# devices, ranks that share a clip
+KINDS = {"single": (1, 1), "ddp": (2, 1), "zero2": (2, 1), "zero3": (2, 1), "ddp-shared": (2, 2)}
+
+
+class Starts:
+    """Starts `interrupted.main` over the clips of `data`."""
+
+    def __init__(self, server: ForkServer, data: Path) -> None:
+        self.server, self.data = server, data
+
+    def __call__(self, kind: str, run: str, place: str = "", count: int = 0) -> dict[str, Any]:
+        devices, together = KINDS[kind]
+        told = {
+            "root": str(self.data), "run": run, "strategy": kind.removesuffix("-shared"),
+            "devices": devices, "together": together, "place": place, "count": count,
+            "victim": 0 if place == "export" else devices - 1,
+        }  # fmt: skip
+        self.server.run("interrupted:main", world=devices, arguments=told)
+        found: dict[str, Any] = json.loads((self.data / f"{run}.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Starts:
+    folder = tmp_path_factory.mktemp("interrupted")
+    runs.write_clips(folder / "clips", 7)
+    runs.write_pairs(folder / "pairs", 5)
+    runs.write_clips(folder / "held", HELD, 50)
+    return Starts(fork_server, folder)
+
+
+SIGNALED = ["signal", signal.SIGTERM, False, False]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "single", "ddp",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero2", "zero3", "ddp-shared")),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_stopped_in_each_look(starts: Starts, kind: str) -> None:
+    """5 held-out clips on 2 ranks are uneven; one rank alone is signaled."""
+    whole = starts(kind, f"{kind}-whole")
+    assert whole["result"] == [STEPS, "done", 0, True, False]
+    assert whole["val"] == [2, STEPS] and whole["parity"] == [STEPS]
+
+    run = f"{kind}-run"
+    found = starts(kind, run, "validation", 2)
+    assert found["result"] == [2, *SIGNALED]
+    assert found["saved"] == [2], "the save is published before the validation begins"
+    assert found["val"] == [] and found["trained"] == [1, 2]
+    found = starts(kind, run, "validation", 5)
+    assert found["result"] == [STEPS, *SIGNALED]
+    assert found["saved"] == [STEPS, 2]
+    assert found["val"] == [] and found["trained"] == [3, STEPS]
+    for place in ("sampling", "export"):
+        found = starts(kind, run, place, 1)
+        assert found["result"] == [STEPS, *SIGNALED]
+        assert found["val"] == [STEPS] and found["trained"] == found["parity"] == []
+        assert not (starts.data / run / "parity.json").exists()
+    found = starts(kind, run)
+    assert found["result"] == [STEPS, "done", 0, True, False]
+    assert found["parity"] == [STEPS] and found["trained"] == []
+    last = f"checkpoints/step-{STEPS:06d}"
+    unbroken, broken = (runs.tensors_of(starts.data / r / last) for r in (f"{kind}-whole", run))
+    assert unbroken == broken
+
+
+def test_stop_and_the_clock_end_a_validation_too(
+    tmp_path: Path,
+    restored: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Between two saves: the steps since the last are saved then."""
+    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    run = tmp_path / "run"
+    interrupted.act_at("validation", 2, (run / "STOP").touch)
+    every = Intervals(log=1, save=3, validate=2)
+    result, rows = interrupted.train(tmp_path, every=every)
+    assert (result.step, result.reason, result.unsaved) == (2, "stop", False)
+    assert saved_steps(run / "checkpoints") == [2] and not (run / "STOP").exists()
+    assert not any("val/loss" in row for row in rows)
+    told = capfd.readouterr().err
+    assert "validation at step 2 was cut short (stop)" in told
+    result, rows = interrupted.train(tmp_path, every=every)
+    assert result.done and [row["step"] for row in rows if "val/loss" in row] == [STEPS]
+
+
+def test_memory_waits_for_the_next_step(tmp_path: Path) -> None:
+    """Or a check at the end, which needs memory too, would never come to its end."""
+    result, rows = interrupted.train(tmp_path, host_memory_gb=1e-3)
+    while not result.done:
+        assert (result.reason, result.unsaved) == ("memory", False)
+        result, rows = interrupted.train(tmp_path, host_memory_gb=1e-3)
+    assert [row["step"] for row in rows if "parity/difference" in row] == [STEPS]
+
+
+class Full(Exception):
+    """What a log raises."""
+
+
+@pytest.mark.parametrize("at", [1, 2, STEPS - 1, STEPS])
+def test_a_log_that_fails_loses_no_step(tmp_path: Path, at: int) -> None:
+    """The checkpoint is there before the log is written; what was begun is published."""
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step == STEPS:
+            assert saved_steps(tmp_path / "run/checkpoints")[0] == STEPS
+        if step == at:
+            raise Full
+
+    with pytest.raises(Full):
+        interrupted.train(tmp_path, log=log, every=Intervals(log=1, save=2))
+    saved = saved_steps(tmp_path / "run/checkpoints")
+    assert saved[0] == min(at + 1, STEPS)
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "kept")
+    result, _ = interrupted.train(tmp_path, every=Intervals(log=1, save=2))
+    assert result.done and result.step == STEPS

@@ -1,0 +1,153 @@
+"""Whatever happens to the tracker amid a run, the run is as one without a tracker."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import encoded
+import pytest
+import runs
+from test_tracker import KEY, closed_port, never_answers, rows_of, tracker
+
+from echolab.cli import train_rank
+from echolab.cli.train import compose
+from echolab.cli.train_rank import exit_code, train
+from echolab.launch.exit_codes import DONE
+from echolab.training.checkpoints.checkpoint import saved_steps
+from echolab.training.sections import Beats
+
+STEPS = 4
+Fault = Callable[[pytest.MonkeyPatch, Path], Any]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
+    return [
+        *encoded.SETTINGS, encoded.plan(("sft", STEPS)), f"data.clips={clips}",
+        f"data.held_out={clips}", "data.held_out_clips=2", "every.validate=2", "parity=true",
+    ]  # fmt: skip
+
+
+def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[int], Any, Any]:
+    """Exit code, saved steps, the last checkpoint's tensors, and what metrics.jsonl says."""
+    result = train(compose([*settings, f"run={folder}", f"logger={logger}"]), Beats(None))
+    steps = saved_steps(folder / "checkpoints")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [
+        {k: value for k, value in json.loads(line).items() if k != "time" and k[:5] != "perf/"}
+        for line in lines
+    ]  # fmt: skip
+    tensors = runs.tensors_of(folder / f"checkpoints/step-{steps[0]:06d}")
+    return exit_code(result, folder), steps, tensors, rows
+
+
+@pytest.fixture(scope="module")
+def expected(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Without a tracker."""
+    return trained(tmp_path_factory.mktemp("without") / "run", settings, "none")
+
+
+def killed(number: int, section: str) -> Fault:
+    """All processes of the tracker get a signal when a section begins at the second step."""
+
+    @contextmanager
+    def fault(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
+        enter, hit = Beats.enter, []
+
+        def enter_and_kill(beats: Beats, entered: str, step: int | None = None) -> None:
+            enter(beats, entered, step)
+            if entered == section and beats.step == 2 and not hit:
+                while not list(run.glob("wandb/offline-run-*/run-*.wandb")):
+                    time.sleep(0.01)  # it is open
+                ours, services = tracker()
+                hit.extend(ours + services)
+                for pid in hit:
+                    os.kill(pid, number)
+
+        patch.setattr(Beats, "enter", enter_and_kill)
+        yield
+        assert hit
+
+    return fault
+
+
+def without_server(server: Callable[[], Any]) -> Fault:
+    @contextmanager
+    def fault(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
+        with server() as address:
+            patch.setenv("WANDB_BASE_URL", address)
+            patch.setenv("WANDB_API_KEY", KEY)
+            patch.setenv("WANDB_MODE", "online")
+            yield
+
+    return fault
+
+
+@contextmanager
+def wrong_key(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
+    patch.setenv("WANDB_API_KEY", "too-short-a-key")
+    patch.setenv("WANDB_MODE", "online")
+    yield
+
+
+@contextmanager
+def full_disk(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
+    """The run's folder takes all, but for what is below wandb/."""
+    make, disk = train_rank._wandb_run, run / "wandb"
+
+    def on_small_disk(*given: Any) -> Any:
+        disk.mkdir()
+        small = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+        subprocess.run(small, check=True)
+        return make(*given)
+
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    patch.setattr(train_rank, "_wandb_run", on_small_disk)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+FAULTS: dict[str, tuple[Fault, bool, str]] = {  # fault, whether wandb has all, what is said
+    "TERM in a step": (killed(signal.SIGTERM, "forward"), True, ""),
+    "KILL in a validation": (killed(signal.SIGKILL, "eval"), True, ""),
+    "TERM in a save": (killed(signal.SIGTERM, "save"), True, ""),
+    "no server": (without_server(closed_port), True, "recorded offline instead, `wandb sync"),
+    "silent server": (without_server(never_answers), True, "recorded offline instead, `wandb sync"),
+    "wrong key": (wrong_key, True, "recorded offline instead, `wandb sync"),
+    "full disk": (full_disk, False, "records are missing there"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_it_trains_saves_and_ends_as_without(
+    settings: list[str], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], name: str,
+) -> None:  # fmt: skip
+    fault, complete, said = FAULTS[name]
+    run = tmp_path / "run"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("echolab.cli.train_rank.FINISH_SECONDS", 40.0)  # for a busy machine
+    if "server" in name:
+        monkeypatch.setattr("echolab.cli.train_rank.FINISH_SECONDS", 12.0)
+    with ExitStack() as stack:
+        stack.enter_context(fault(monkeypatch, run))
+        found = trained(run, settings, "wandb")
+        assert found == expected and found[0] == DONE
+        rows = rows_of(run) if complete else []
+    told = [line for line in capfd.readouterr().err.splitlines() if "echolab: wandb" in line]
+    assert len(told) == bool(said) and all("metrics.jsonl has every number" in t for t in told)
+    if "server" in name and "not finished" in told[0]:  # the machine was too busy
+        return
+    assert all(said in line for line in told), told
+    if complete:
+        assert [row["trainer/step"] for row in rows] == [row["step"] for row in expected[3]]
