@@ -72,7 +72,8 @@ def test_signals_at_any_moment(
             print(f"{done}: {told}: {codes[0]}, step {step}", flush=True)
             assert codes in ([DONE] * WORLD, [STOPPED_SAVED] * WORLD), told + ranks.outputs()
             saved = saved_steps(run / "checkpoints")
-            assert saved and saved[0] >= step + (codes[0] == STOPPED_SAVED), told
+            # stopped in its last checks, a run has no step left to do
+            assert saved and saved[0] >= min(step + (codes[0] == STOPPED_SAVED), STEPS), told
             step = saved[0]
             identity = identity or json.loads((run / "run.json").read_text())["id"]
             assert json.loads((run / "run.json").read_text())["id"] == identity
