@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 from echolab.errors import ConfigError, MediaError
 from echolab.tracking.wandb_run import WandbRun
 
+PATIENT = 300.0  # seconds for a busy machine
 BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with 7-byte heads, in blocks
 
 
@@ -90,7 +91,7 @@ def test_scalars_config_video_and_table_are_recorded(tmp_path: Path) -> None:
     run.log(10, {"train/loss": 2.0, "tasks/probability/t2v": 0.25})
     run.log_videos(10, {"samples/clip": small_mp4(tmp_path / "clip.mp4")})
     run.log_table("scores", ["checkpoint", "sync_c_demo"], [["sft", 1.5], ["dpo", None]])
-    run.finish()
+    run.finish(PATIENT)
     run.finish()
     rows, runs = read(tmp_path)
     assert rows[0]["trainer/step"] == 10 and rows[0]["train/loss"] == 2.0
@@ -109,7 +110,7 @@ def test_every_attempt_goes_on_in_the_same_run(tmp_path: Path) -> None:
     for attempt in range(2):
         run = start(tmp_path)
         run.log(5 - attempt, {"loss": float(attempt)})  # resumed at a step that was there before
-        run.finish()
+        run.finish(PATIENT)
     rows, runs = read(tmp_path)
     assert {run.run_id for run in runs} == {"r-1"}
     assert [(row["trainer/step"], row["loss"]) for row in rows] == [(5, 0.0), (4, 1.0)]
@@ -119,8 +120,8 @@ def test_two_runs_can_be_open_at_once(tmp_path: Path) -> None:
     one, two = start(tmp_path / "1", run_id="one"), start(tmp_path / "2", run_id="two")
     one.log(1, {"loss": 1.0})
     two.log(1, {"loss": 2.0})
-    one.finish()
-    two.finish()
+    one.finish(PATIENT)
+    two.finish(PATIENT)
     losses = {n: [row["loss"] for row in read(tmp_path / n)[0]] for n in ("1", "2")}
     assert losses == {"1": [1.0], "2": [2.0]}
 
@@ -131,7 +132,7 @@ def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.argv", ["echolab", f"token={canary}"])
     run = start(tmp_path, config={"url": f"https://user:{canary}@host", "list": [canary]})
     run.log(1, {"loss": 1.0})
-    run.finish()
+    run.finish(PATIENT)
     assert read(tmp_path)[0], "the file is whole before it is searched"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if canary.encode() in path.read_bytes()]
@@ -141,7 +142,7 @@ def test_the_environment_can_switch_it_off(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run = start(tmp_path / "run", mode="auto")
     run.log(1, {"loss": 1.0})
-    run.finish()
+    run.finish(PATIENT)
     assert not (tmp_path / "run").exists()
 
 
@@ -150,7 +151,7 @@ def test_without_a_login_auto_is_offline(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     run = start(tmp_path / "run", mode="auto")
-    run.finish()
+    run.finish(PATIENT)
     assert run.mode == "offline"
 
 

@@ -15,7 +15,7 @@ from echolab.launch import exit_codes, runs
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.redaction import masked_values
 from echolab.tracking.metrics import MetricsLog
-from echolab.tracking.wandb_run import FINISH_SECONDS, WandbRun
+from echolab.tracking.wandb_run import FINISH_SECONDS, HURRY_SECONDS, WandbRun
 from echolab.training.fit import FitResult, Training, fit
 from echolab.training.sections import Beats, beats_from_environment
 
@@ -47,8 +47,7 @@ def train(
         try:
             on_end(result := _fit(training, run, wandb_run))
             beats.enter("teardown")
-            # a signal leaves little time until the kill
-            wandb_run.finish(FINISH_SECONDS / 2 if result.stopped_by else FINISH_SECONDS)
+            wandb_run.finish(HURRY_SECONDS if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
             if on_failure:

@@ -31,7 +31,8 @@ STARTS = 4  # of the process in one attempt: after these, the rest is lost to wa
 QUEUED = 10_000  # records that wait for the process; those above are lost to wandb
 KEPT = 2_000  # newest records to send again, should the process die before they are on disk
 POLL_SECONDS = 0.5  # between two checks that an idle process is alive
-FINISH_SECONDS = 10.0  # for what is queued to be recorded or sent
+FINISH_SECONDS = 20.0  # for what is queued to be recorded or sent
+HURRY_SECONDS = 5.0  # the same after a signal, which leaves little time until the kill
 KILL_SECONDS = 1.0  # for the kernel to end what was killed
 
 Mode = Literal["auto", "offline", "online", "disabled"]
