@@ -50,7 +50,8 @@ class FaceDetector:
     def detect(self, picture: Picture) -> Rows:
         """All faces of score 0.7 or more."""
         rows = self.net.detect(np.ascontiguousarray(picture[..., ::-1]))[1]
-        return np.zeros((0, 15), np.float32) if rows is None else np.asarray(rows, np.float32)
+        # A copy: OpenCV's own array keeps the memory of all that it worked with.
+        return np.zeros((0, 15), np.float32) if rows is None else np.array(rows, np.float32)
 
 
 class FaceMesh:

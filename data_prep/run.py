@@ -22,7 +22,13 @@ from data_prep.summary import Watch, summarise
 from data_prep.weights import LANDMARKER, YUNET, find_weight
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
 from echolab.arguments import parse
-from echolab.data.files import prove_writable, write_error, write_whole
+from echolab.data.files import (
+    exclusive,
+    make_folder,
+    prove_writable,
+    write_error,
+    write_whole,
+)
 from echolab.data.index import INDEX
 from echolab.data.shards import ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError, MediaError, PassingError
@@ -58,13 +64,20 @@ def prepare(options: RunOptions) -> dict[str, Any]:
     """Make the dataset; figures of the summary.  Raises an EcholabError when nothing comes out."""
     files = find_files(options.source, options.out)
     request = _request(options, files)
-    if (options.out / INDEX).exists():
-        dataset = open_dataset(options.out)
-        if dataset.description.get("request") != request:
-            raise DataError(
-                f"{options.out}: holds a dataset of other files or options; choose another folder"
-            )
-        return _figures(options, files, read_refused(options.out / REFUSED))
+    if not (options.out / INDEX).exists():
+        make_folder(options.out)
+        with exclusive(options.out):
+            if not (options.out / INDEX).exists():  # by another run that has just ended
+                _make(options, files, request)
+    dataset = open_dataset(options.out)
+    if dataset.description.get("request") != request:
+        raise DataError(
+            f"{options.out}: holds a dataset of other files or options; choose another folder"
+        )
+    return _figures(options, files, read_refused(options.out / REFUSED))
+
+
+def _make(options: RunOptions, files: list[tuple[Path, str]], request: str) -> None:
     jobs = [
         Job(
             path,
@@ -77,7 +90,6 @@ def prepare(options: RunOptions) -> dict[str, Any]:
     _work_through(jobs, options)
     _write_dataset(jobs, options, request)
     shutil.rmtree(options.out / WORK, ignore_errors=True)
-    return _figures(options, files, read_refused(options.out / REFUSED))
 
 
 def find_files(source: Path, out: Path) -> list[tuple[Path, str]]:

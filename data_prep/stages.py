@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_prep.raw import Members, boxes_of, caption_of, open_raw, pixels_of, sound_of
-from echolab.data.files import write_error, write_whole
+from echolab.data.files import exclusive, make_folder, write_whole
 from echolab.data.index import INDEX
 from echolab.data.progress import progress
 from echolab.data.shards import ShardDataset, ShardWriter
@@ -34,8 +34,17 @@ def encode_in_stages(
     `settings` are what changes the values besides the encoders, such as their precision.
     """
     dataset = open_raw(source)
-    if (out / INDEX).exists():
-        raise DataError(f"{out}: already holds a dataset; choose another folder")
+    make_folder(out)
+    with exclusive(out):
+        if (out / INDEX).exists():
+            raise DataError(f"{out}: already holds a dataset; choose another folder")
+        _encode(dataset, out, encoders, settings)
+    return len(dataset)
+
+
+def _encode(
+    dataset: ShardDataset, out: Path, encoders: Encoders, settings: dict[str, str | bool]
+) -> None:
     work = out / WORK / _identity(dataset, encoders, settings)
     for name, stage in stages_of(encoders).items():
         _run(dataset, work / name, stage, f"encoding {name}")
@@ -53,7 +62,6 @@ def encode_in_stages(
             writer.write(key, {"safetensors": save(tensors), "json": dataset.read(i)["json"]})
             advance(i + 1, "")
     shutil.rmtree(out / WORK, ignore_errors=True)
-    return len(dataset)
 
 
 def stages_of(encoders: Encoders) -> dict[str, Stage]:
@@ -83,10 +91,7 @@ def stored(key: str, tensors: dict[str, Tensor]) -> bytes:
 
 def _run(dataset: ShardDataset, folder: Path, stage: Stage, title: str) -> None:
     """Make what is not there yet of one stage; an error names the sample."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
+    make_folder(folder)
     with progress(title, len(dataset)) as advance:
         for i, key in enumerate(dataset.keys):
             path = _file(folder, key)

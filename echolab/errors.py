@@ -29,7 +29,7 @@ class ConfigError(EcholabError):
 
 
 class BusyError(EcholabError):
-    """A run folder in which another process is at work; later the same command may do."""
+    """A folder in which another process is at work; later the same command may do."""
 
 
 class FencedError(EcholabError):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 import unruly
 
+from data_prep.__main__ import main
 from data_prep.cut import cut_span, is_clip_length
+from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.faces import boxes
 from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
 from data_prep.normalise import heard, make_grid, sound_of
@@ -30,7 +33,9 @@ from data_prep.track import SceneCuts, Tracker
 from data_prep.video import VideoReader
 from data_prep.weights import YUNET, find_weight
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
+from echolab.data.files import exclusive
 from echolab.data.media import read_sound
+from echolab.encoders.autoencoder import CausalAutoencoder
 from echolab.errors import (
     ConfigError,
     DataError,
@@ -39,6 +44,7 @@ from echolab.errors import (
     PassingError,
     WeightsError,
 )
+from echolab.fitting import save_net
 
 FLASH = 7  # number of the source frame that is white and sounds
 
@@ -251,10 +257,10 @@ def test_framing_stays_inside_and_boxes_follow(width: int, height: int) -> None:
     "bad", ["frames=80", "frames=1", "size=100", "min_frames=85", "detect_every=9", "crop=x"]
 )
 def test_options_out_of_range_are_told(bad: str, tmp_path: Path) -> None:
-    from data_prep.run import main
+    from data_prep.run import main as run_step
 
     with pytest.raises(ConfigError, match=bad.partition("=")[0]):
-        main([str(tmp_path), str(tmp_path / "out"), bad])
+        run_step([str(tmp_path), str(tmp_path / "out"), bad])
 
 
 def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +373,25 @@ def test_a_killed_worker_costs_no_file(
     assert prepare(options)["clips"] == 3
     for path in whole.iterdir():
         assert path.read_bytes() == (options.out / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("step", ["run", "draw", "encode"])
+def test_a_folder_at_work_is_not_written_to(
+    three: Path, tmp_path: Path, step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, video = tmp_path / "out", tmp_path / "video.safetensors"
+    out.mkdir()
+    save_net(video, CausalAutoencoder(width=8), {"width": 8})
+    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=5, size=32), lambda _: None)
+    words = {
+        "run": ["run", str(three), str(out)],
+        "draw": ["draw", str(out), "clips=1"],
+        "encode": ["encode", str(tmp_path / "raw"), str(out), f"video={video}"],
+    }[step]
+    with exclusive(out), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, words).result() == 77
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert f"out: process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_a_file_that_is_stopped_in_every_run_is_refused_for_what_it_is(

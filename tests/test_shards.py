@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 import webdataset
 
 from echolab.data import writing
+from echolab.data.files import exclusive
+from echolab.data.foreign import index_folder
+from echolab.data.index import INDEX, MEMBERS, REQUIRED
 from echolab.data.shards import ShardWriter, open_dataset, verify
-from echolab.errors import DataError
+from echolab.errors import BusyError, DataError
 
 RNG = np.random.default_rng(0)
 
@@ -149,7 +153,7 @@ def test_names_outside_the_contract_are_refused(tmp_path: Path, key: str, member
 
 def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, kind="raw") as writer:
-        writer.write("a", {"mp4": b"1"})
+        writer.write("a", SAMPLES["clip-000"])
         raise KeyboardInterrupt
     with pytest.raises(DataError, match="no whole dataset"):
         open_dataset(tmp_path)
@@ -161,8 +165,8 @@ def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
 
 def test_a_sample_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="written before"), ShardWriter(tmp_path, kind="raw") as w:
-        w.write("a", {"mp4": b"1"})
-        w.write("a", {"mp4": b"1"})
+        w.write("a", SAMPLES["clip-000"])
+        w.write("a", SAMPLES["clip-000"])
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +175,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(DataError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
         monkeypatch.setattr(writing._Partial, "write", full)
-        writer.write("a", {"mp4": bytes(100_000)})
+        writer.write("a", {**SAMPLES["clip-000"], "mp4": bytes(100_000)})
     monkeypatch.undo()
     message = str(caught.value)
     assert "No space left" in message and "raw-000000.tar" in message and "\n" not in message
@@ -186,9 +190,9 @@ from echolab.data.shards import ShardWriter
 from echolab.errors import DataError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    with ShardWriter(Path({str(tmp_path)!r}), kind="raw") as writer:
+    with ShardWriter(Path({str(tmp_path)!r}), kind="encoded") as writer:
         for i in range(100):
-            writer.write(f"clip{{i}}", {{"mp4": bytes(5000)}})
+            writer.write(f"clip{{i}}", {{"safetensors": bytes(5000)}})
 except DataError as error:
     sys.exit(str(error))
 """
@@ -196,6 +200,67 @@ except DataError as error:
     assert done.returncode == 1 and "could not be written" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", sorted(REQUIRED))
+def test_a_sample_has_what_its_kind_requires(tmp_path: Path, kind: str) -> None:
+    for name in REQUIRED[kind]:
+        members = {other: b"{}" for other in MEMBERS if other != name}
+        with (
+            pytest.raises(DataError, match=f"sample a has no {name}, which {kind} samples have"),
+            ShardWriter(tmp_path / name, kind=kind) as writer,
+        ):
+            writer.write("a", members)
+        assert not (tmp_path / name / INDEX).exists()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    """Drivers in other processes are refused, and the one at work ends as if alone."""
+    alone = write(tmp_path / "alone")
+    script = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_shards import SAMPLES, ShardWriter
+with ShardWriter(Path({str(tmp_path / "out")!r}), kind="raw", samples_per_shard=2) as writer:
+    for number, (key, members) in enumerate(SAMPLES.items()):
+        writer.write(key, members)
+        print(number, flush=True)
+        sys.stdin.readline()
+"""
+    command = [sys.executable, "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        who = rf"out: process {process.pid} on \S+ is writing there; wait"
+        with pytest.raises(BusyError, match=who):
+            write(tmp_path / "out")
+        with pytest.raises(BusyError, match=who):
+            index_folder(tmp_path / "out")
+        process.kill()
+    assert not (tmp_path / "out" / INDEX).exists()
+    write(tmp_path / "out")  # the lock went with its holder
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}.keys() == {
+        path.name for path in alone.iterdir()
+    }
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_lock_is_for_other_threads_too(tmp_path: Path) -> None:
+    with exclusive(tmp_path), exclusive(tmp_path):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError):
+            pool.submit(write, tmp_path).result()
+    write(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_is_a_link_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".lock").symlink_to(tmp_path / "mine")
+    write(tmp_path / "d")
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_an_empty_dataset_is_whole(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_run_executes_no_module_of_the_working_folder(trap: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_nor_do_workers_that_are_spawned(trap: Path, tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "data", kind="raw", samples_per_shard=1) as writer:
+    with ShardWriter(tmp_path / "data", kind="foreign", samples_per_shard=1) as writer:
         for i in range(2):
             writer.write(f"clip-{i}", {"json": b"{}"})
     done = run([ECHOLAB, "data", "verify", str(tmp_path / "data"), "workers=2"], trap)

@@ -188,7 +188,7 @@ def test_sizes_that_the_network_cannot_take_are_refused(
 
 def test_clips_of_other_kinds_and_sizes_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "encoded", kind="encoded") as writer:
-        writer.write("a", {"json": b"{}"})
+        writer.write("a", {"safetensors": b""})
     with pytest.raises(DataError, match="raw kind"):
         load_clips(tmp_path / "encoded")
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save
 
 from echolab.cli.__main__ import main
-from echolab.data.index import Sample, Shard, fingerprint
+from echolab.data.index import REQUIRED, Sample, Shard, fingerprint
 from echolab.data.media import encode_flac, encode_mp4
 from echolab.data.shards import ShardWriter
 from echolab.data.tars import read_tar
@@ -238,13 +238,15 @@ def test_pickled_arrays_are_not_loaded(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.savez(file, face=np.array([print], object))
     with ShardWriter(tmp_path / "d", kind="raw") as writer:
-        writer.write("a", {"tracks.npz": (tmp_path / "a.npz").read_bytes()})
+        arrays = (tmp_path / "a.npz").read_bytes()
+        writer.write("a", {**SAMPLES["clip-000"], "tracks.npz": arrays})
     assert "cannot be decoded" in verify(tmp_path / "d")[0]
 
 
 def test_deep_decodes_media_and_values(tmp_path: Path) -> None:
     frames = np.zeros((5, 32, 32, 3), np.uint8)
-    good = {"mp4": encode_mp4(frames), "flac": encode_flac(np.zeros(3200, np.float32))}
+    good = {**SAMPLES["clip-000"], "mp4": encode_mp4(frames)}
+    good["flac"] = encode_flac(np.zeros(3200, np.float32))
     bad = save({"a": np.array([1, np.nan], np.float16)})
     with ShardWriter(tmp_path, kind="raw") as writer:
         writer.write("good", good)
@@ -255,21 +257,37 @@ def test_deep_decodes_media_and_values(tmp_path: Path) -> None:
     assert [f.sample for f in find_faults(tmp_path, deep=True)] == ["video", "sound", "values"]
 
 
-def foreign_dataset(folder: Path, path: Path) -> None:
+def foreign_dataset(folder: Path, path: Path, kind: str = "foreign") -> None:
     """dataset.json by hand: what `echolab data index` writes is another test's subject."""
     members, sha256, size = read_tar(path)
     samples: dict[str, Any] = {}
     for m in members:
         if not m.name.endswith("/"):
-            key, _, kind = m.name.partition(".")
-            samples.setdefault(key, {})[kind] = (m.offset, m.size, m.crc32)
+            key, _, member = m.name.partition(".")
+            samples.setdefault(key, {})[member] = (m.offset, m.size, m.crc32)
     shards = [Shard(path.name, sha256, size, len(samples))._asdict()]
     listed = [Sample(key, path.name, found)._asdict() for key, found in samples.items()]
     index = {
-        "format": 1, "kind": "foreign", "encoders": {}, "description": {}, "shards": shards,
-        "samples": listed, "fingerprint": fingerprint("foreign", {}, shards, listed),
+        "format": 1, "kind": kind, "encoders": {}, "description": {}, "shards": shards,
+        "samples": listed, "fingerprint": fingerprint(kind, {}, shards, listed),
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", sorted(REQUIRED))
+def test_a_sample_that_lacks_a_member_is_seen(tmp_path: Path, kind: str) -> None:
+    """As two drivers on one folder once wrote it: json alone, and dataset.json agrees."""
+    whole = foreign.raw_samples(3)
+    for name in REQUIRED[kind]:
+        folder = tmp_path / name
+        folder.mkdir()
+        kept = {member: data for member, data in whole["clip-001"].items() if member != name}
+        path = folder / "raw-000000.tar"
+        foreign.pack(path, foreign.files({**whole, "clip-001": kept}))
+        foreign_dataset(folder, path, kind)
+        (fault,) = find_faults(folder)
+        assert (fault.file, fault.sample) == (path.name, "clip-001")
+        assert fault.what == f"has no {name}, which {kind} samples have"
 
 
 @pytest.mark.parametrize("form", ["pax", "gnu", "ustar", "tar gnu", "tar pax", "tar v7"])

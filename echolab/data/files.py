@@ -1,10 +1,19 @@
 """Files that are whole or not there, and files that only grow."""
 
 import errno
+import fcntl
 import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from echolab.errors import ConfigError, DataError
+from echolab.errors import BusyError, ConfigError, DataError
+
+LOCK = ".lock"
+_HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds each
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -46,6 +55,67 @@ def prove_writable(out: Path, *, folder: bool = False) -> None:
     except OSError as error:
         what = error.strerror or str(error)
         raise ConfigError(f"{out}: cannot be written ({what}); give another place") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raise DataError, in one line, if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep all other writers out of a folder while the block runs.
+
+    The lock is the kernel's, so that it goes with its holder however that ends.  The thread that
+    holds a folder may take it again.  Raises BusyError, which names the holder, and DataError if
+    the folder is not there or cannot be written.
+    """
+    path = folder.resolve() / LOCK
+    if _HELD.get(path) == threading.get_ident():
+        yield
+        return
+    file = _locked(path)
+    _HELD[path] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _HELD[path]
+        remove_quietly(path)  # while it is held: whoever waits sees that it is another file
+        file.close()
+
+
+def _locked(path: Path) -> TextIO:
+    """Open and lock the file of a lock, and write into it who holds it."""
+    while True:
+        if path.is_symlink():  # it came with a stranger's files: what it points to is not ours
+            remove_quietly(path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
+            file.close()
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise BusyError(
+                f"{path.parent}: {holder} is writing there; wait until it is done, or give another "
+                "folder"
+            ) from error
+        except OSError as error:
+            file.close()
+            raise write_error(path, error) from error
 
 
 def sync(path: Path) -> None:

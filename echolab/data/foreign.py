@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from echolab.data.contents import Undecodable, tensor_header
-from echolab.data.files import append_text, remove_quietly, write_whole
-from echolab.data.index import INDEX, MEMBERS, Members, Sample, Shard, encoded_index
+from echolab.data.files import append_text, exclusive, remove_quietly, write_whole
+from echolab.data.index import (
+    INDEX,
+    MEMBERS,
+    Members,
+    Sample,
+    Shard,
+    encoded_index,
+    missing_members,
+)
 from echolab.data.names import PARTIAL, SHARD_FILE, dotted, key_fault, split_file
 from echolab.data.progress import Advance
 from echolab.data.samples import TENSORS
@@ -24,12 +32,6 @@ from echolab.data.tars import Passing, TarFault, TarMember, walk
 from echolab.errors import DataError
 
 KINDS = ("raw", "encoded", "preference", "foreign")
-NEEDED = {
-    "raw": ("mp4", "flac", "tracks.npz", "json"),
-    "encoded": ("safetensors",),
-    "preference": ("safetensors",),
-    "foreign": (),
-}  # members
 
 
 class Scan(NamedTuple):
@@ -122,8 +124,8 @@ def _misfits(key: str, members: Members, file: BinaryIO, path: Path) -> Iterator
             raise DataError(
                 f"{path}: byte {offset}: sample {key}: safetensors cannot be decoded ({error})"
             ) from error
-    for kind, needed in NEEDED.items():
-        missing = [name for name in needed if name not in members]
+    for kind in KINDS:
+        missing = missing_members(kind, members)
         unknown = [name for name in TENSORS.get(kind, ()) if name not in tensors]
         if missing:
             yield kind, f"has no {missing[0]}"
@@ -147,24 +149,26 @@ def index_folder(
     """Write `folder`/dataset.json; tars read before a kill are not read again.
 
     `kind` none takes the kind whose contract all samples keep.  A dataset.json that is there and
-    differs stays unless `replace`.  Raises DataError.
+    differs stays unless `replace`.  Raises DataError, and BusyError while another process writes.
     """
-    paths = _tars(folder)
-    if (folder / PARTIAL).is_symlink():  # it came with the tars: what it points to is not ours
+    with exclusive(folder):
+        paths = _tars(folder)
+        if (folder / PARTIAL).is_symlink():  # it came with the tars: what it points to is not ours
+            remove_quietly(folder / PARTIAL)
+        scans = _scans(folder, paths, compounds, workers, advance)
+        misfits = _first_misfits(scans)
+        if kind in misfits:
+            raise DataError(f"{folder}: not of kind {kind}: {misfits[kind]}; give kind=foreign")
+        _refuse_doubles(folder, scans)
+        shards = [one.shard for one in scans]
+        samples = [sample for one in scans for sample in one.samples]
+        fitting = [one for one in KINDS if one not in misfits] if samples else ["foreign"]
+        data = encoded_index(
+            kind or fitting[0], dict(encoders or {}), dict(description or {}), shards, samples
+        )
+        content = json.loads(data)
+        written = _written(folder / INDEX, data, content, replace)
         remove_quietly(folder / PARTIAL)
-    scans = _scans(folder, paths, compounds, workers, advance)
-    misfits = _first_misfits(scans)
-    if kind in misfits:
-        raise DataError(f"{folder}: not of kind {kind}: {misfits[kind]}; give kind=foreign")
-    _refuse_doubles(folder, scans)
-    shards = [one.shard for one in scans]
-    samples = [sample for one in scans for sample in one.samples]
-    fitting = [one for one in KINDS if one not in misfits] if samples else ["foreign"]
-    chosen = kind or fitting[0]
-    data = encoded_index(chosen, dict(encoders or {}), dict(description or {}), shards, samples)
-    content = json.loads(data)
-    written = _written(folder / INDEX, data, content, replace)
-    remove_quietly(folder / PARTIAL)
     return Indexed(content, misfits, [n for one in scans for n in one.left_out], written)
 
 

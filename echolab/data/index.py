@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,6 +12,12 @@ from echolab.errors import DataError
 FORMAT = 1
 INDEX = "dataset.json"
 MEMBERS = ("mp4", "flac", "tracks.npz", "json", "safetensors")
+# Members that every sample of a kind has; other kinds ask for none.
+REQUIRED = {
+    "raw": ("mp4", "flac", "tracks.npz", "json"),
+    "encoded": ("safetensors",),
+    "preference": ("safetensors",),
+}
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # fits a plain tar header with any member name
 SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
 
@@ -73,6 +79,11 @@ def encoded_index(
         "samples": samples,
     }
     return json.dumps(index, separators=(",", ":")).encode()
+
+
+def missing_members(kind: str, members: Collection[str]) -> list[str]:
+    """Return the required members that a sample of this kind lacks."""
+    return [name for name in REQUIRED.get(kind, ()) if name not in members]
 
 
 def split_name(name: str) -> tuple[str, str]:

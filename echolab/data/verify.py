@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from echolab.data.contents import Undecodable, content_fault
-from echolab.data.index import INDEX, Shard
+from echolab.data.index import INDEX, Shard, missing_members
 from echolab.data.names import PARTIAL, dotted, split_file
 from echolab.data.pieces import Pieces
 from echolab.data.progress import Advance
@@ -110,7 +110,7 @@ def find_faults(
         why = "not there" if isinstance(error, FileNotFoundError) else error.strerror
         return [Fault(INDEX, f"{why}; the folder is no whole dataset")]
     kind = index["kind"]
-    found = _doubled_keys(table.keys)
+    found = _doubled_keys(table.keys) + _lacking(kind, table)
     found += _other_files(folder, {shard.name for shard in table.shards})
     count = processes(workers, [shard.bytes for shard in table.shards])
     results: dict[int, list[Fault]] = {}
@@ -126,6 +126,20 @@ def find_faults(
 def _doubled_keys(keys: Sequence[str]) -> list[Fault]:
     counts = Counter(keys)
     return [Fault(INDEX, "is listed twice", None, key) for key, n in counts.items() if n > 1]
+
+
+def _lacking(kind: str, table: Table) -> list[Fault]:
+    """Samples without a member that their kind requires."""
+    return [
+        Fault(
+            table.shards[table.shard_of(i)].name,
+            f"has no {name}, which {kind} samples have",
+            None,
+            table.keys[i],
+        )
+        for i in range(len(table))
+        for name in missing_members(kind, table.members(i))
+    ]
 
 
 def _shards(table: Table, foreign: bool) -> Iterator[_Shard]:

@@ -2,13 +2,14 @@
 
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import webdataset
 
-from echolab.data.files import remove_quietly, write_error, write_whole
+from echolab.data.files import exclusive, make_folder, remove_quietly, write_error, write_whole
 from echolab.data.index import (
     INDEX,
     SHARD,
@@ -16,6 +17,7 @@ from echolab.data.index import (
     Sample,
     Shard,
     encoded_index,
+    missing_members,
     split_name,
 )
 from echolab.data.tars import read_tar
@@ -58,7 +60,8 @@ class ShardWriter:
     """Writes samples into a new dataset folder; it is whole once the `with` block ends well.
 
     Each tar is written under a temporary name, read back, and renamed; dataset.json comes last.
-    After an exception there is no dataset.json, and the next writer clears what was left.
+    After an exception there is no dataset.json, and the next writer clears what was left.  Other
+    writers are kept out of the folder meanwhile: they raise BusyError.
     """
 
     def __init__(
@@ -82,23 +85,32 @@ class ShardWriter:
         self._tars: Any = None
 
     def __enter__(self) -> Self:
-        if (self.folder / INDEX).exists():
-            raise DataError(f"{self.folder}: already holds a dataset; choose another folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                if SHARD.fullmatch(path.name.removesuffix(".partial")):
-                    path.unlink()
-        except OSError as error:
-            raise write_error(self.folder, error) from error
+        make_folder(self.folder)
+        with ExitStack() as stack:
+            stack.enter_context(exclusive(self.folder))
+            if (self.folder / INDEX).exists():
+                raise DataError(f"{self.folder}: already holds a dataset; choose another folder")
+            try:
+                for path in self.folder.iterdir():
+                    if SHARD.fullmatch(path.name.removesuffix(".partial")):
+                        path.unlink()
+            except OSError as error:
+                raise write_error(self.folder, error) from error
+            self._held = stack.pop_all()
         return self
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Add one sample; its members are named as in MEMBERS."""
+        """Add one sample; its members are named as in MEMBERS, and none that its kind has lacks."""
         for name in members:
             split_name(f"{key}.{name}")
         if key in self._keys or not members:
             raise DataError(f"{self.folder}: sample {key} is empty or was written before")
+        missing = missing_members(self.kind, members)
+        if missing:
+            raise DataError(
+                f"{self.folder}: sample {key} has no {missing[0]}, which {self.kind} samples have; "
+                "remove the folder and make it again"
+            )
         try:
             if self._tars is None:
                 self._tars = webdataset.ShardWriter(
@@ -126,8 +138,9 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            if self._output:
-                self._output.abandon()
+            with self._held:
+                if self._output:
+                    self._output.abandon()
 
     def _finish(self) -> None:
         try:
