@@ -59,7 +59,7 @@ def _guarded(run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
     except (BusyError, PassingError) as error:
-        print(f"data_prep: error: {error}", file=sys.stderr)
+        _say(str(error))
         return RETRYABLE
     except EcholabError as error:
         line = str(error)
@@ -70,8 +70,13 @@ def _guarded(run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("data_prep: stopped; give the same command again", file=sys.stderr)
         return 130
-    print(f"data_prep: error: {line}", file=sys.stderr)
+    _say(line)
     return 1
+
+
+def _say(line: str) -> None:
+    """Print an error in one line, whatever the names in it hold."""
+    print("data_prep: error:", "\\n".join(line.splitlines()), file=sys.stderr)
 
 
 if __name__ == "__main__":

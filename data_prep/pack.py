@@ -1,7 +1,6 @@
 """One accepted clip: cropped around the head, scaled, and encoded as the members of a sample."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -76,17 +75,6 @@ def in_frame(boxes: NDArray[np.float32], framing: Framing) -> NDArray[np.float32
     moved = (boxes - np.array([x0, y0, x0, y0], np.float32)) * scale
     edges = np.array([framing.width, framing.height] * 2, np.float32)
     return np.clip(moved, 0, edges).astype(np.float32)
-
-
-def caption_of(template: str, source: Path) -> str:
-    """The caption of a clip: the text beside the file if there is one, else the template.
-
-    In the template {stem} and {folder} stand for the name of the file and of its folder.
-    """
-    text = source.with_suffix(".txt")
-    if text.is_file():
-        return " ".join(text.read_text("utf-8", "replace").split())[:2000]
-    return template.replace("{stem}", source.stem).replace("{folder}", source.parent.name)
 
 
 def encode_members(

@@ -7,7 +7,6 @@ where it was stopped; then come the shards, refused.jsonl and, last, dataset.jso
 import errno
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.filter import Refusal
+from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
-from data_prep.pack import caption_of
 from data_prep.summary import Watch, summarise
 from data_prep.weights import LANDMARKER, YUNET, find_weight
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
@@ -30,8 +29,8 @@ from echolab.data.files import (
     write_whole,
 )
 from echolab.data.index import INDEX
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.errors import ConfigError, DataError, MediaError, PassingError
+from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.errors import DataError, MediaError, PassingError
 
 if TYPE_CHECKING:
     from data_prep.source import Models
@@ -50,6 +49,7 @@ class Job(NamedTuple):
     name: str  # its path within the source
     folder: Path  # where its clips go
     caption: str
+    fault: str  # why its caption cannot be used, or ""
 
 
 def main(argv: list[str]) -> int:
@@ -62,73 +62,57 @@ def main(argv: list[str]) -> int:
 
 def prepare(options: RunOptions) -> dict[str, Any]:
     """Make the dataset; figures of the summary.  Raises an EcholabError when nothing comes out."""
-    files = find_files(options.source, options.out)
-    request = _request(options, files)
+    listing = list_source(options.source, options.out)
+    jobs = [_job(path, name, options) for path, name in listing.files]
     if not (options.out / INDEX).exists():
         make_folder(options.out)
         with exclusive(options.out):
             if not (options.out / INDEX).exists():  # by another run that has just ended
-                _make(options, files, request)
+                _work_through(jobs, options)
+                _write_dataset(jobs, listing.left_out, options)
+                shutil.rmtree(options.out / WORK, ignore_errors=True)
     dataset = open_dataset(options.out)
-    if dataset.description.get("request") != request:
-        raise DataError(
-            f"{options.out}: holds a dataset of other files or options; choose another folder"
-        )
-    return _figures(options, files, read_refused(options.out / REFUSED))
+    _check_request(dataset, jobs, options)
+    return _figures(dataset, len(jobs), read_refused(options.out / REFUSED))
 
 
-def _make(options: RunOptions, files: list[tuple[Path, str]], request: str) -> None:
-    jobs = [
-        Job(
-            path,
-            name,
-            options.out / WORK / _identity(path, name, options),
-            caption_of(options.caption, path),
-        )
-        for path, name in files
-    ]
-    _work_through(jobs, options)
-    _write_dataset(jobs, options, request)
-    shutil.rmtree(options.out / WORK, ignore_errors=True)
+def _job(path: Path, name: str, options: RunOptions) -> Job:
+    """Return the work on one file, in a folder named by all that decides its outcome."""
+    caption, fault = "", ""
+    try:
+        caption = caption_of(options.caption, path, options.source)
+    except MediaError as error:
+        fault = str(error)
+    stat = path.stat()
+    content = [options.of_the_result(), name, stat.st_size, stat.st_mtime_ns, caption, fault]
+    return Job(path, name, options.out / WORK / _hash(content)[:24], caption, fault)
 
 
-def find_files(source: Path, out: Path) -> list[tuple[Path, str]]:
-    """The files of a source and their names, in order; hidden ones and OUT's are left out."""
-    if source.is_file():
-        return [(source, source.name)]
-    if source.resolve() == out.resolve():
-        raise ConfigError(f"out={out}: is the source itself; give another folder")
-    if not source.is_dir():
-        raise MediaError(f"{source}: not there; give a video or a folder of videos")
-    found = []
-    for folder, folders, names in os.walk(source):
-        inside = Path(folder)
-        folders[:] = sorted(
-            f for f in folders if f[0] != "." and (inside / f).resolve() != out.resolve()
-        )
-        # A text beside a video is its caption, no source of its own.
-        stems = {Path(name).stem for name in names if not name.endswith(".txt")}
-        for name in sorted(names):
-            is_caption = name.endswith(".txt") and Path(name).stem in stems
-            if name[0] != "." and not is_caption and (inside / name).is_file():
-                path = inside / name
-                # A name that is no Unicode can be opened but not printed.
-                shown = str(path.relative_to(source)).encode("utf-8", "replace").decode()
-                found.append((path, shown))
-    if not found:
-        raise MediaError(f"{source}: holds no files; give a video or a folder of videos")
-    return found
-
-
-def _request(options: RunOptions, files: list[tuple[Path, str]]) -> str:
+def _request(jobs: list[Job], options: RunOptions) -> str:
     """A hash of what was asked for: the files and the options that decide the result."""
-    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in files]
+    stats = [(job.name, job.path.stat().st_size, job.path.stat().st_mtime_ns) for job in jobs]
     return _hash([options.of_the_result(), stats])
 
 
-def _identity(path: Path, name: str, options: RunOptions) -> str:
-    stat = path.stat()
-    return _hash([options.of_the_result(), name, stat.st_size, stat.st_mtime_ns])[:24]
+def _captions(jobs: list[Job]) -> dict[str, str]:
+    """What was said of each file: its caption, or why that cannot be used."""
+    return {job.name: _hash([job.caption, job.fault])[:16] for job in jobs}
+
+
+def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) -> None:
+    """Raise DataError if a dataset is of other files, options or captions."""
+    asked = dataset.description
+    if asked.get("request") != _request(jobs, options):
+        raise DataError(
+            f"{options.out}: holds a dataset of other files or options; choose another folder"
+        )
+    before, now = asked.get("captions", {}), _captions(jobs)
+    edited = [name for name in now if before.get(name) != now[name]]
+    if edited:
+        raise DataError(
+            f"{options.out}: holds a dataset with other captions: {len(edited)} were edited since, "
+            f"such as that of {edited[0]}; choose another folder, or remove this one"
+        )
 
 
 def _hash(content: Any) -> str:
@@ -140,6 +124,8 @@ def _work_through(jobs: list[Job], options: RunOptions) -> None:
 
     Raises PassingError, at the end, if files were stopped by something else than themselves.
     """
+    for refused in (job for job in jobs if job.fault):
+        _keep_refusal(refused, refused.fault)
     todo = [job for job in jobs if not (job.folder / DONE).is_file()]
     if not todo:
         return
@@ -265,31 +251,27 @@ def _write_done(job: Job, clips: list[str], refused: list[Refusal]) -> None:
     write_whole(job.folder / DONE, json.dumps(content).encode())
 
 
-def _write_dataset(jobs: list[Job], options: RunOptions, request: str) -> None:
+def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: RunOptions) -> None:
     """Shards, then refused.jsonl, then dataset.json."""
     done = [json.loads((job.folder / DONE).read_bytes()) for job in jobs]
-    lines = [
-        json.dumps(
-            {
-                "source": job.name,
-                "start_seconds": round(start, 3),
-                "end_seconds": round(end, 3),
-                "reason": reason,
-            },
-            ensure_ascii=False,
-        )
+    rows = [
+        (job.name, *refusal)
         for job, content in zip(jobs, done, strict=True)
-        for start, end, reason in sorted(content["refused"])
+        for refusal in sorted(content["refused"])
     ]
-    refused = "".join(line + "\n" for line in lines).encode()
+    rows += [(name, 0.0, 0.0, reason) for name, reason in left_out]
+    refused = "".join(_refused_line(*row) for row in rows).encode("utf-8", "backslashreplace")
     if not any(content["clips"] for content in done):
         write_whole(options.out / REFUSED, refused)
-        reason = json.loads(lines[0])["reason"]
         raise MediaError(
             f"{options.source}: no clip could be made of {len(jobs)} file(s); the first reason: "
-            f"{reason}; all are in {options.out / REFUSED}"
+            f"{rows[0][3]}; all are in {options.out / REFUSED}"
         )
-    description = {"request": request, "options": options.of_the_result()}
+    description = {
+        "request": _request(jobs, options),
+        "captions": _captions(jobs),
+        "options": options.of_the_result(),
+    }
     with ShardWriter(
         options.out,
         kind="raw",
@@ -303,15 +285,22 @@ def _write_dataset(jobs: list[Job], options: RunOptions, request: str) -> None:
         write_whole(options.out / REFUSED, refused)
 
 
+def _refused_line(source: str, start: float, end: float, reason: str) -> str:
+    row = {
+        "source": source,
+        "start_seconds": round(start, 3),
+        "end_seconds": round(end, 3),
+        "reason": reason,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def read_refused(path: Path) -> list[dict[str, Any]]:
     """The rows of refused.jsonl."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _figures(
-    options: RunOptions, files: list[tuple[Path, str]], refused: list[dict[str, Any]]
-) -> dict[str, Any]:
-    dataset = open_dataset(options.out)
+def _figures(dataset: ShardDataset, files: int, refused: list[dict[str, Any]]) -> dict[str, Any]:
     kinds: dict[str, dict[str, float]] = {}
     for row in refused:
         kind = kinds.setdefault(row["reason"].partition(":")[0], {"spans": 0, "seconds": 0.0})
@@ -319,8 +308,8 @@ def _figures(
         kind["seconds"] = round(kind["seconds"] + row["end_seconds"] - row["start_seconds"], 3)
     sources = [json.loads(dataset.read(i)["json"]) for i in range(len(dataset))]
     return {
-        "out": str(options.out),
-        "files": len(files),
+        "out": str(dataset.folder),
+        "files": files,
         "files_used": len({source["source"] for source in sources}),
         "clips": len(dataset),
         "shards": len(dataset.shards),

@@ -60,7 +60,8 @@ class Watch:
         self.say(f"[{self.done}/{self.files}] {name}: {clips} clips{refused}")
 
     def say(self, line: str) -> None:
-        """One line, over the bar if there is one."""
+        """One line, over the bar if there is one, whatever the names in it hold."""
+        line = "\\n".join(line.splitlines())
         self.console.print(line, markup=False, soft_wrap=True)
 
 

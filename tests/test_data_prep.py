@@ -1,17 +1,15 @@
 """Preparation: one clock, 4n+1 frames, every second in a clip or refused, and no file ends it."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +25,7 @@ from data_prep.normalise import heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
 from data_prep.probe import probe
-from data_prep.run import Job, _make_empty, _write_done, prepare, read_refused
+from data_prep.run import prepare, read_refused
 from data_prep.source import Models, Source, read_source
 from data_prep.track import SceneCuts, Tracker
 from data_prep.video import VideoReader
@@ -329,25 +327,6 @@ def test_time_in_which_the_machine_slept_does_not_count(monkeypatch: pytest.Monk
     assert 1.5 <= clock.seconds <= 4
 
 
-def stopping(kinds: dict[str, type]) -> Callable[..., Iterator[Any]]:
-    """Stands for `work`: a clip of every file, but for those that end in another way."""
-
-    def work_on(_: object, jobs: Sequence[Job], *__: object) -> Iterator[Any]:
-        for job in jobs:
-            if job.name in kinds:
-                yield kinds[job.name](job, "killed: its process was ended from outside (signal 9)")
-                continue
-            _make_empty(job.folder)
-            facts = {"source": job.name, "frames": 5, "caption": job.caption}
-            for member in ("mp4", "flac", "tracks.npz"):
-                (job.folder / f"{job.name[0]}.{member}").write_bytes(b"0")
-            (job.folder / f"{job.name[0]}.json").write_text(json.dumps(facts))
-            _write_done(job, [job.name[0]], [])
-            yield Finished(job, (1, []))
-
-    return work_on
-
-
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source of three files of which no model need see anything."""
@@ -363,13 +342,13 @@ def test_a_killed_worker_costs_no_file(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")
-    monkeypatch.setattr("data_prep.run.work", stopping({}))
+    monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
     prepare(RunOptions(three, whole))
-    monkeypatch.setattr("data_prep.run.work", stopping({"b.mp4": Unfinished}))
+    monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
     with pytest.raises(PassingError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
         prepare(options)
     assert not (options.out / "dataset.json").exists()
-    monkeypatch.setattr("data_prep.run.work", stopping({}))
+    monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
     assert prepare(options)["clips"] == 3
     for path in whole.iterdir():
         assert path.read_bytes() == (options.out / path.name).read_bytes()
@@ -398,7 +377,7 @@ def test_a_file_that_is_stopped_in_every_run_is_refused_for_what_it_is(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(three, tmp_path / "out")
-    monkeypatch.setattr("data_prep.run.work", stopping({"b.mp4": Unfinished}))
+    monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
     for _ in range(2):
         with pytest.raises(PassingError):
             prepare(options)

@@ -11,9 +11,10 @@ import pytest
 
 from data_prep.cut import is_clip_length
 from data_prep.filter import Refusal
+from data_prep.listing import list_source
 from data_prep.options import RunOptions
 from data_prep.probe import probe
-from data_prep.run import find_files, prepare
+from data_prep.run import prepare
 from data_prep.source import Models, Source, read_source
 from data_prep.video import VideoReader
 from data_prep.weights import YUNET, find_weight
@@ -164,7 +165,7 @@ def test_a_source_without_a_clip_is_an_error(media: Path, weights: Path, tmp_pat
         prepare(RunOptions(path, tmp_path / "out", weights=weights))
     assert (tmp_path / "out" / "refused.jsonl").exists()
     assert not (tmp_path / "out" / "dataset.json").exists()
-    assert find_files(path, tmp_path) == [(path, path.name)]
+    assert list_source(path, tmp_path).files == [(path, path.name)]
 
 
 # What each sample file must come to; None: some clips, whatever else is refused.

@@ -1,6 +1,7 @@
 """Each picture at its time beside its sound, in every container; what decord shows is compared."""
 
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,3 +247,12 @@ def test_interlaced_frames_become_full_pictures_at_their_numbers(tmp_path: Path)
     assert np.array_equal(next(reader.read(np.array([17]))), pictures[17])
     rows = pictures[10:30, coded.HEIGHT // 2 + 20 : -20].astype(float).mean((2, 3))
     assert np.abs(np.diff(rows, axis=1)).mean() < 8
+
+
+@pytest.mark.parametrize("name", [b"\xe9.mp4", b"http:x.mp4", b"%03d.mp4", b"line\nbreak.mp4"])
+def test_a_file_is_read_whatever_its_name(tmp_path: Path, name: bytes) -> None:
+    write_coded(tmp_path / "a.mp4", "libx264", EVEN, b_frames=2)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    (tmp_path / "a.mp4").rename(path)
+    assert pictures_of(path)[1] == list(range(40))
+    assert len(read_audio(path)) > 16000

@@ -1,12 +1,17 @@
-"""Jobs for the worker processes of test_data_prep: some of them behave as bad files do."""
+"""Jobs for the worker processes of the preparation: some of them behave as bad files do."""
 
 import errno
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from data_prep.run import Job, _make_empty, _write_done
+from data_prep.source import Source
+from data_prep.workers import Finished, Unfinished
 from echolab.errors import DataError
 
 
@@ -50,3 +55,23 @@ def behave(job: str, progress: Callable[[float], None]) -> str:
         raise DataError("disk: full")
     progress(0.5)
     return job.upper()
+
+
+def stand_in(stopped: Collection[str]) -> Callable[..., Iterator[Any]]:
+    """Stands for `work`: makes a clip of every file, but for those that are stopped."""
+
+    def work_on(_: object, jobs: Sequence[Job], *__: object) -> Iterator[Any]:
+        for job in jobs:
+            if job.name in stopped:
+                yield Unfinished(job, "killed: its process was ended from outside (signal 9)")
+                continue
+            _make_empty(job.folder)
+            key = Source(job.path, job.name, "0" * 64, job.caption).key()
+            facts = {"source": job.name, "frames": 5, "caption": job.caption}
+            for member in ("mp4", "flac", "tracks.npz"):
+                (job.folder / f"{key}.{member}").write_bytes(b"0")
+            (job.folder / f"{key}.json").write_text(json.dumps(facts))
+            _write_done(job, [key], [])
+            yield Finished(job, (1, []))
+
+    return work_on

@@ -8,7 +8,7 @@ open groups of pictures), while a sequence that is read twice is the same twice.
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,20 +45,28 @@ def opened(source: Path | BinaryIO) -> Iterator[Any]:
 
     Raises ValueError for what is no container, such as a playlist, and for absurd sizes.
     """
-    file = os.fspath(source) if isinstance(source, Path) else source
+    with ExitStack() as stack:
+        file: Any = source
+        if isinstance(source, Path):
+            file = os.path.abspath(source)  # no name is taken for an address
+            if not file.isprintable():  # FFmpeg takes UTF-8 alone
+                file = stack.enter_context(source.open("rb"))
+        container = stack.enter_context(_open(file))
+        for stream in container.streams.video:
+            if (stream.width or 0) * (stream.height or 0) > LARGEST_PICTURE:
+                raise ValueError(f"pictures of {stream.width} x {stream.height} pixels")
+        yield container
+
+
+def _open(file: Any) -> Any:
     try:
-        container = av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
+        return av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
     except av.ArgumentError:
         raise ValueError("a kind of file that is not read here") from None
     except MemoryError:
         if _is_memory_short():
             raise
         raise ValueError("its sizes are impossible") from None
-    with container:
-        for stream in container.streams.video:
-            if (stream.width or 0) * (stream.height or 0) > LARGEST_PICTURE:
-                raise ValueError(f"pictures of {stream.width} x {stream.height} pixels")
-        yield container
 
 
 def _is_memory_short() -> bool:
