@@ -93,8 +93,9 @@ def test_a_rank_that_dies_on_the_second_node(
 
 SCRIPTED = """#!/usr/bin/env bash
 # Ranks that fail, and a verdict that blames n2.
-case $1 in
-why)
+case "$*" in
+*--cfg*) echo runs/train ;;
+why*)
     echo '{"launch": "slurm-'"$SLURM_JOB_ID"'-0-0", "cause": "killed", "exit_code": 77,
         "requeue": true, "decision": "again", "exclude": ["n2"]}'
     ;;
