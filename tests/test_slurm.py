@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import encoded
 import pytest
 from clusters import BATCH, ECHOLAB, Cluster, started, wait_for
 
+from echolab.launch import exit_codes
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import latest_valid
 
@@ -127,25 +129,74 @@ def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
         cluster("exec", "scancel", job)
 
 
-def test_a_sweep_of_three_through_submitit(
+def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
+    """In a folder of any name; members on GPUs, of which there are none, end in words."""
     words = [
-        *data, encoded.plan(("sft", 3)), f"run={tmp_path / 'sweep'}", "launcher=slurm",
-        "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1", "seed=1,2,3",
+        *data, encoded.plan(("sft", 3)), f"run={tmp_path / 'a=b #c (d)~ü'}", "launcher=slurm",
+        "hydra.launcher.timeout_min=5", "data.workers=1", "trainer=gpu,cpu", "seed=1,2",
     ]  # fmt: skip
-    cluster("exec", str(ECHOLAB), "train", "-m", *words, cwd=tmp_path)
-    folders = sorted(path.parent for path in (tmp_path / "sweep").glob("*/run.json"))
-    assert len(folders) == 3
-    jobs = set()
-    seeds = set()
-    for folder in folders:
-        assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
-        attempt = json.loads((folder / "attempts.jsonl").read_text())
-        assert attempt["host"] in ("n1", "n2")
-        seeds.add(json.loads((folder / "config.json").read_text())["seed"])
-        jobs.add(attempt["SLURM_JOB_ID"])
-    assert len(jobs) == 3 and seeds == {1, 2, 3}
+    script = f'{ECHOLAB} train -m "$@" 2>&1; echo "code $?"'
+
+    def sweep() -> str:
+        out = cluster("exec", "bash", "-c", script, "bash", *words, cwd=tmp_path, timeout=600)
+        assert out.splitlines()[-1] == f"code {exit_codes.FATAL}", out
+        return out
+
+    first = sweep()
+    table = [line.split()[:2] for line in first.partition("a sweep of 4:\n")[2].splitlines()[:4]]
+    assert [says for _, says in table] == ["done:", "done:", "config:", "config:"]
+    numbers = dict(re.findall(r"^echolab: (\S+): job (\S+),", first, re.MULTILINE))
+    hosts = set()
+    for name, _ in table:
+        folder = tmp_path / "a=b #c (d)~ü" / name
+        job = cluster("exec", "scontrol", "show", "job", numbers[name])
+        assert "CPUs/Task=3" in job and ("gres/gpu=1" in job) == ("trainer-gpu" in name)
+        if "trainer-cpu" in name:
+            done = cluster("exec", "sacct", "-nPj", numbers[name], "--format=JobID,AllocCPUS")
+            assert f"{numbers[name]}.0|3" in done.split()  # of the task, by srun
+            assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
+            assert json.loads((folder / "config.json").read_text())["run"] == str(folder)
+            hosts.add(json.loads((folder / "attempts.jsonl").read_text())["SLURM_JOB_ID"])
+    assert len(hosts) == 2
+    again = sweep()
+    assert again.count("not started again") == 2 and again.count(": job ") == 2
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
+    cluster: Cluster, data: list[str], tmp_path: Path
+) -> None:
+    """Its driver killed, a member queued again by Slurm, and SIGTERM: all saved, nothing twice."""
+    words = [
+        *data, encoded.plan(("sft", 20000)), f"run={tmp_path / 'sweep'}", "launcher=slurm",
+        "hydra.launcher.timeout_min=10",
+    ]  # fmt: skip
+    script = f"""
+        {ECHOLAB} train -m "$@" seed=1,2 >first.log 2>&1 & pid=$!
+        until [ "$(ls sweep/*/metrics.jsonl | wc -l)" = 2 ]; do sleep 0.5; done
+        kill -KILL $pid
+        scontrol requeue "$(cat sweep/seed-1-*/.job)"
+        {ECHOLAB} train -m "$@" seed=1,2,3 >second.log 2>&1 & pid=$!
+        until [ "$(ls sweep/*/metrics.jsonl | wc -l)" = 3 ] &&
+            [ "$(wc -l <"$(ls sweep/seed-1-*/attempts.jsonl)")" = 2 ]; do sleep 0.5; done
+        sleep 5
+        kill -TERM $pid
+        wait $pid
+        echo "code $?"
+        squeue --noheader
+    """
+    out = cluster("exec", "bash", "-c", script, "bash", *words, cwd=tmp_path, timeout=600)
+    log = (tmp_path / "second.log").read_text()
+    assert out.split() == ["code", str(exit_codes.STOPPED_SAVED)], out + log
+    assert log.count(": job ") == 1  # of seed=3 alone
+    assert log.count("preempted: stopped by a signal, saved") == 2 * 3
+    for folder in (tmp_path / "sweep").glob("seed-*"):
+        newest, rejected = latest_valid(folder / "checkpoints")
+        steps = [
+            row["step"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row
+        ]
+        assert newest and not rejected and steps == list(range(1, newest.step + 1))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")

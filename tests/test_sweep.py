@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import encoded
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from echolab.cli import sweep
 from echolab.cli.__main__ import main
 from echolab.cli.members import Member, members, name_of, without_signature
+from echolab.cli.overrides import launcher_of
 from echolab.cli.train import compose, compose_both
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
@@ -225,6 +227,61 @@ sys.exit(test_sweep.swept("seed=0,60,1"))
     out = process.communicate(timeout=120)[0]
     assert process.returncode == exit_codes.STOPPED_SAVED
     assert not (tmp_path / "1").exists() and "not started" in out.splitlines()[-1]
+
+
+# -- in Slurm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("trainer=ddp", {"gpus_per_node": 8, "cpus_per_task": 2, "tasks_per_node": 8}),
+        ("trainer=ddp data.workers=4 trainer.nodes=2", {"cpus_per_task": 6, "nodes": 2}),
+        ("trainer=gpu data.workers=4", {"gpus_per_node": 1, "cpus_per_task": 6}),
+        ("trainer=cpu", {"gpus_per_node": None, "cpus_per_task": 2}),
+        # One task a node starts all ranks of it.
+        (
+            "trainer=ddp hydra.launcher.tasks_per_node=1 data.workers=1",
+            {"gpus_per_node": 8, "cpus_per_task": 24, "tasks_per_node": 1},
+        ),
+        # What the user gives stays.
+        ("trainer=ddp hydra.launcher.gpus_per_node=4", {"gpus_per_node": 4}),
+        ("trainer=ddp hydra.launcher.gpus_per_node=0", {"gpus_per_node": None}),
+        ("trainer=ddp hydra.launcher.gres=gpu:a100:8", {"gpus_per_node": None}),
+        ("trainer=ddp hydra.launcher.gpus_per_task=1", {"gpus_per_node": None}),
+        ("trainer=ddp +hydra.launcher.additional_parameters.gpus=8", {"gpus_per_node": None}),
+        ("trainer=ddp hydra.launcher.cpus_per_task=9", {"cpus_per_task": 9, "gpus_per_node": 8}),
+        ("trainer=ddp hydra.launcher.cpus_per_gpu=9", {"cpus_per_task": None}),
+    ],
+)
+def test_a_job_asks_for_the_gpus_and_cpus_of_its_ranks(
+    words: str, expected: dict[str, Any]
+) -> None:
+    overrides = [CLIPS, "launcher=slurm", *words.split()]
+    asked = sweep.slurm_parameters(compose(overrides), launcher_of(overrides))
+    assert {key: asked[key] for key in expected} == expected
+    assert asked["additional_parameters"]["requeue"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra/launcher=submitit_slurm"], "give launcher=local or launcher=slurm"),
+        (["hydra/launcher=submitit_local"], "give launcher=local or launcher=slurm"),
+        (["launcher=slurm", "weights=https://a:PASSWORD1@host/w"], "Slurm would keep its secret"),
+    ],
+)
+def test_launchers_that_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        swept("seed=1,2", *words)
+    assert "PASSWORD1" not in str(told.value)
+
+
+def test_without_slurm_it_is_said_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="launcher=slurm: .*srun.*; start the sweep where"):
+        swept("seed=1,2", "launcher=slurm")
 
 
 # -- real members ---------------------------------------------------------------------------------

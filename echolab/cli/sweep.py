@@ -33,6 +33,9 @@ WORST = (
 )  # fmt: skip
 
 
+Launch = tuple[str, float]  # its id, and when it started
+
+
 class Ended(NamedTuple):
     """How a member of a sweep ended, or why it was not started."""
 
@@ -55,27 +58,35 @@ def run(
 
     `command` gives the command line of a member's words, `job` trains a member within a Slurm job.
     """
-    launchers = [launcher_of(member.overrides) for member in members]
-    kinds = {str(launcher.pop("_target_")).rpartition(".")[2] for launcher in launchers}
-    if kinds not in ({"BasicLauncher"}, {"SlurmLauncher"}):
-        raise ConfigError(f"hydra/launcher: {', '.join(kinds)}; give launcher=local or slurm")
+    launcher = kind_of_launcher(members)
     ended: dict[str, Ended] = {}
     for member in members:
         if before := settled(member):
             ended[member.name] = before
     todo = [member for member in members if member.name not in ended]
-    if kinds == {"BasicLauncher"}:
+    if launcher == "local":
         finished = here(todo, command)
     else:
-        refuse_secrets(members)
-        pairs = zip(members, launchers, strict=True)
-        parameters = [slurm_parameters(member.config, own) for member, own in pairs]
-        named = dict(zip((member.name for member in members), parameters, strict=True))
-        finished = in_slurm(todo, named, job)
+        refuse_secrets(todo)
+        parameters = {m.name: slurm_parameters(m.config, launcher_of(m.overrides)) for m in todo}
+        finished = in_slurm(todo, parameters, job)
     for one in finished:
         print(f"echolab: {one.member.name}: {one.says}", flush=True)
         ended[one.member.name] = one
     return report([ended[member.name] for member in members])
+
+
+def kind_of_launcher(members: Sequence[Member]) -> str:
+    """Return local or slurm; raise ConfigError if members differ, or for others of Hydra's."""
+    kinds = {str(member.config["launcher"]["kind"]) for member in members}
+    plugin = str(launcher_of(members[0].overrides)["_target_"]).rpartition(".")[2]
+    kind = {"BasicLauncher": "local", "SlurmLauncher": "slurm"}.get(plugin, plugin)
+    if kinds != {kind}:
+        raise ConfigError(
+            f"launcher={', '.join(sorted(kinds))} with {plugin}: give launcher=local or "
+            "launcher=slurm for all members, and no hydra/launcher"
+        )
+    return kind
 
 
 def refuse_secrets(members: Sequence[Member]) -> None:
@@ -154,7 +165,7 @@ def ended_with(member: Member, last: Attempt) -> Ended:
 
 
 def ended_since(
-    member: Member, launches: set[str], otherwise: Ended, seconds: float = 0.0
+    member: Member, launches: set[Launch], otherwise: Ended, seconds: float = 0.0
 ) -> Ended:
     """Return how a member ended in a launch that is not among `launches`.
 
@@ -163,7 +174,7 @@ def ended_since(
     end = time.monotonic() + seconds
     while True:
         over = time.monotonic() >= end
-        new = [a for a in known_attempts(member.folder, over=over) if a.launch not in launches]
+        new = [a for a in known_attempts(member.folder, over=over) if launch_of(a) not in launches]
         if new and new[-1].cause != RUNNING:
             return ended_with(member, new[-1])
         if over:
@@ -171,9 +182,14 @@ def ended_since(
         time.sleep(1.0)
 
 
-def launches_of(member: Member) -> set[str]:
-    """Return the ids of a member's launches until now."""
-    return {attempt.launch for attempt in known_attempts(member.folder)}
+def launch_of(attempt: Attempt) -> Launch:
+    """Return what tells an attempt from others; two starts in one job step share its id."""
+    return attempt.launch, attempt.started
+
+
+def launches_of(member: Member) -> set[Launch]:
+    """Return the launches of a member until now."""
+    return {launch_of(attempt) for attempt in known_attempts(member.folder)}
 
 
 # -- on this machine ------------------------------------------------------------------------------
@@ -203,7 +219,8 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
 
     What the user gave stays; gpus_per_node=0 asks for none.
     """
-    filled, trainer = dict(launcher), config["trainer"]
+    filled = {key: value for key, value in launcher.items() if key != "_target_"}
+    trainer = config["trainer"]
     devices = int(trainer["devices"])
     more = {str(key).replace("-", "_") for key in filled.get("additional_parameters") or {}}
     given = more | {key for key, value in filled.items() if value is not None}
@@ -255,7 +272,7 @@ def in_slurm(
 
 
 def ended_in_job(
-    member: Member, job: str, launches: set[str], parameters: Mapping[str, Any], *, stopped: bool
+    member: Member, job: str, launches: set[Launch], parameters: Mapping[str, Any], *, stopped: bool
 ) -> Ended:
     """Return how a member ended whose job has left the queue."""
     (member.folder / JOB_FILE).unlink(missing_ok=True)
