@@ -6,12 +6,14 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from echolab.cli import train
 from echolab.cli.members import members
 from echolab.cli.overrides import DATASETS, TEXTS, as_hydra, quoted
 from echolab.cli.train import command, compose, compose_both
@@ -105,6 +107,28 @@ def test_words_pass_through_the_command_of_a_rank() -> None:
     assert json.loads(done.stdout) == words
     for text in (*TYPED, "\\${", "${seed}", "\\\\${a}\\", "'a'", "null"):
         assert read(as_hydra([f"run={quoted(text)}"])[0]) == text
+
+
+@pytest.mark.parametrize("run", ["runs/${now:%H%M%S%f}", "runs/a=b#c (d)", "'x,y'", "2024"])
+def test_ranks_get_the_folder_of_their_supervisor(
+    run: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They compose the settings again, later."""
+    commands: list[list[str]] = []
+
+    class Recorded:
+        def __init__(self, places: object, command: list[str], folder: Path, _: object) -> None:
+            commands.append([*command, str(folder)])
+
+        def watch(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "Supervisor", Recorded)
+    monkeypatch.chdir(tmp_path)
+    words = ["data.clips=x", f"run={run}"]
+    train.supervise(words, compose(words))
+    *command, folder = commands[0]
+    assert compose(command[command.index("train") + 1 :])["run"] == folder
 
 
 def test_all_settings_that_hold_paths_or_text_are_known() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from echolab.cli import sweep
 from echolab.cli.members import members
-from echolab.cli.overrides import CONF, as_hydra, hydra_config
+from echolab.cli.overrides import CONF, as_hydra, hydra_config, quoted
 from echolab.cli.settings_check import check
 from echolab.data.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
@@ -90,7 +90,9 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         runs.check_ours(folder)
     if warning := cpu_warning(places, int(config["data"]["workers"])):
         print(warning, file=sys.stderr, flush=True)
-    supervisor = Supervisor(places, command(argv), folder, Deadlines(**told_of))
+    # The ranks compose again: a folder that is named by the time must not be named twice.
+    words = [*argv, f"run={quoted(config['run'])}"]
+    supervisor = Supervisor(places, command(words), folder, Deadlines(**told_of))
     supervisor.watch()
     return supervisor
 
