@@ -24,8 +24,9 @@ MASK = "***"
 SHORTEST = 8  # characters of a secret; shorter values would blot out innocent words
 LONG = 16  # a query's value of so many characters is a secret whatever its name is
 SECRET_NAME = re.compile(
+    r"^(?!.*_(?:BUDGET|LIMIT|LENGTH|COUNT|SIZE|FILE|PATH|DIR|SOCK)$).*?(?:"
     r"(?:^|[_-])(?:PASS(?:PHRASE)?|PW|SIG|SAS|PAT|AUTH|COOKIE|KEY|TOKEN|SECRET)(?=[_\d-]|$)"
-    r"|(?:KEY|KEY_?ID|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|AUTHORIZATION)\d*$",
+    r"|(?:KEY|KEY_?ID|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|AUTHORIZATION)\d*$)",
     re.IGNORECASE,
 )
 LOCAL = ("file", "local")
@@ -42,7 +43,7 @@ ADDRESS = re.compile(
 HOST = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::\d*)?")
 FIRST_HELD = 0xE000
 HELD = re.compile("[\ue000-\uf8ff]+")
-PUNCTUATION = re.compile(r"[])}'`,;:.!]*$")
+PUNCTUATION = "])}'`,;:.!"  # of the text around an address
 
 _concealed: set[str] = set()
 
@@ -110,8 +111,7 @@ def _masked_address(found: re.Match[str]) -> str:
     held = re.findall(INTERPOLATION, rest)
     numbers = iter(range(len(held)))
     rest = re.sub(INTERPOLATION, lambda _: chr(FIRST_HELD + next(numbers)), rest)
-    tail = PUNCTUATION.search(rest)
-    end = tail.start() if tail else len(rest)
+    end = len(rest.rstrip(PUNCTUATION))
     user_info, place, query = _parts(rest[:end])
     user = f"{_masked_user(user_info)}@" if user_info else ""
     clean = f"{scheme}{slashes}{user}{place}{_masked_query(query)}{rest[end:]}"

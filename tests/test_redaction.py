@@ -71,7 +71,9 @@ def test_what_is_no_secret_stays(text: str) -> None:
         ("AWS_ACCESS_KEY_ID", True), ("APIKEY", True), ("DB_PASSWORD", True), ("MY_PW", True),
         ("AZURE_STORAGE_SAS_TOKEN", True), ("HF_TOKEN_2", True), ("sig", True), ("DATA_SIG", True),
         ("PATH", False), ("PWD", False), ("TOKENIZERS_PARALLELISM", False), ("HOME", False),
-        ("KEYBOARD", False), ("SIGNAL", False), ("PASSAGE", False),
+        ("KEYBOARD", False), ("SECRET_CANARY", True), ("TOKEN_BUDGET", False),
+        ("SSH_AUTH_SOCK", False), ("KEY_FILE", False), ("data.token_budget", False),
+        ("SIGNAL", False), ("PASSAGE", False),
     ],
 )  # fmt: skip
 def test_which_variables_are_secret(

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from echolab.cli.overrides import PATHS, expanded, quoted
 from echolab.errors import ConfigError
 from echolab.launch import runs
-from echolab.redaction import is_secret_name, without_secrets
+from echolab.redaction import is_secret_name, masked, without_secrets
 
 PREFIX = 100  # characters of a name that show what is swept
 HASH = 10  # hexadecimal digits
@@ -124,7 +124,7 @@ def prefix(values: Mapping[str, str]) -> str:
     room = max(1, PREFIX // max(1, len(keys)))
     parts = []
     for key, name in keys.items():
-        value = "" if is_secret_name(key.rpartition(".")[2]) else clean(shown(values[key]))
+        value = "" if is_secret_name(key.rpartition(".")[2]) else clean(masked(shown(values[key])))
         parts.append(f"{clean(name)}-{value[-max(8, room - len(name) - 1) :].lstrip('-')}")
     return "_".join(parts)[:PREFIX].strip("-_.")
 
