@@ -69,7 +69,9 @@ class SharedError(EcholabError):
 
 
 class DivergedError(SharedError):
-    """A loss, gradient or weight that is not finite."""
+    """A loss, gradient or weight that is not finite; `step` (from 0) has it, None if unknown."""
+
+    step: int | None = None
 
 
 class ReplicaError(SharedError):

@@ -26,9 +26,9 @@ from echolab.cli.settings_check import check
 from echolab.cli.stored_settings import hidden, resolved
 from echolab.cli.training_objects import schedule_from, training_from
 from echolab.data.files import prove_writable
-from echolab.data.ledger import LEDGER, Row, read_ledger
+from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
 from echolab.data.quarantine import QUARANTINE
-from echolab.errors import CheckpointError, ConfigError
+from echolab.errors import CheckpointError, ConfigError, DivergedError
 from echolab.launch import runs
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import (
@@ -39,8 +39,10 @@ from echolab.training.checkpoints.checkpoint import (
 )
 from echolab.training.checkpoints.difference import state_differences, tensor_differences
 from echolab.training.fit import fit
-from echolab.training.guards.events import EVENTS
+from echolab.training.guards.events import EVENTS, skips
+from echolab.training.ledger import left_out
 from echolab.training.parts import Intervals, Machine, Training
+from echolab.training.schedule import Skip, group_of
 
 COMPARED = ("train/loss", "train/gradient_norm")
 METRICS = "metrics.jsonl"
@@ -86,8 +88,11 @@ def main(argv: list[str]) -> int:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echolab-replay-")))
         start = prepare(run, out, step)
-        with redirect_stdout(sys.stderr):  # what training says is no answer
-            rows, exact = replay(pieces_of(arguments, start), out)
+        try:
+            with redirect_stdout(sys.stderr):  # what training says is no answer
+                rows, exact = replay(pieces_of(arguments, start), out)
+        except DivergedAgain as diverged:
+            return _say_diverged(arguments, diverged)
         log = int(config["every"]["log"])
         found = list(differences(run, out, (start, step), rows, log, exact=exact))
     told = what_is_told(run, step, exact=exact)
@@ -101,6 +106,33 @@ def main(argv: list[str]) -> int:
         by = ", ".join(told) or "nothing: the run kept no ledger, metrics or checkpoint of it"
         print(f"{run}: steps {start + 1} to {step} are as they were ({how}), by {by}")
     return 1 if found else 0
+
+
+class DivergedAgain(Exception):
+    """The replay came to a value that is not finite; `met` are the clips of that step (from 0)."""
+
+    def __init__(self, reason: str, step: int, met: LeftOut) -> None:
+        super().__init__(reason)
+        self.step, self.met = step, met
+
+
+def _say_diverged(arguments: ReplayArguments, diverged: DivergedAgain) -> int:
+    """Name the clips of the step; return 1 if the run itself was finite there."""
+    step, met, run = diverged.step + 1, diverged.met, arguments.run
+    logged = [row for row in read_metrics(run / METRICS) if row["step"] == step]
+    finite = [row for row in logged if math.isfinite(row.get("train/loss", math.nan))]
+    if arguments.format == "json":
+        about = {"run": str(run), "step": step, "diverged": True, "reproduced": not finite}
+        clips = {"kind": met.kind, "batch": met.batch, "clips": met.keys}
+        print(json.dumps({**about, **clips, "reason": str(diverged)}))
+    else:
+        again = "was finite in the run" if finite else "here as in the run"
+        print(
+            f"{run}: {diverged}, {again}; clips of its {met.kind} batch {met.batch}: "
+            f"{', '.join(met.keys)}; leave them out by `echolab rollback {run} to=STEP "
+            f"skip={met.batch}:{met.batch + 1}`, or lower the learning rate before it"
+        )
+    return 1 if finite else 0
 
 
 def _settings(arguments: ReplayArguments, kept: dict[str, Any]) -> dict[str, Any]:
@@ -209,19 +241,25 @@ def _replay(piece: Piece, out: Path, rows: Rows) -> bool:
         checkpointing=machine.checkpointing,
     )
     every = training.every or Intervals()
-    fit(
-        training._replace(
-            machine=machine if exact else alone,
-            micro_batch_size=_micro(training),
-            every=Intervals(log=every.log, save=0, validate=0),
-            guards=training.guards._replace(policy="record", limit=math.inf),
-            held_out=None,
-            parity=False,
-            ledger=True,
-            until=piece.stop,
-            log=lambda at, values: rows.append({"step": at, "attempt": piece.attempt, **values}),
-        )
+    again = training._replace(
+        machine=machine if exact else alone,
+        micro_batch_size=_micro(training),
+        every=Intervals(log=every.log, save=0, validate=0),
+        guards=training.guards._replace(policy="record", limit=math.inf),
+        held_out=None,
+        parity=False,
+        ledger=True,
+        until=piece.stop,
+        log=lambda at, values: rows.append({"step": at, "attempt": piece.attempt, **values}),
     )
+    try:
+        fit(again)
+    except DivergedError as error:
+        if error.step is None:
+            raise
+        place = again.schedule.leaving_out(skips(out)).place(error.step)
+        met = next(left_out(again.feed(), [Skip(group_of(place.kind), place.batch, 1)]))
+        raise DivergedAgain(str(error).partition(";")[0], error.step, met) from error
     return exact
 
 

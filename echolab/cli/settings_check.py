@@ -54,8 +54,6 @@ def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
     if kind == "missing":
         return missing(path)
     given, takes = _value_at(config, path), described(field)
-    if isinstance(given, float) and takes.startswith("text"):
-        takes = f"{takes}; quote it twice: \"{dotted(path)}='...'\""
     return f"{dotted(path)}={shown(given)}: must be {takes}; {field.description}"
 
 

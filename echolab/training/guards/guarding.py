@@ -85,7 +85,7 @@ class Guarding:
         try:
             return recovery.decide(spike, self.guards, self.history.events, schedule), spike
         except DivergedError as error:
-            error.rank = first
+            error.rank, error.step = first, step
             raise
 
     def _check_norms(self, vote: Vote, norm: float, step: int) -> None:

@@ -16,7 +16,17 @@ from echolab.training.guards.spikes import Guards, Spike
 from echolab.training.schedule import Schedule, Skip, group_of
 
 BY = "guard"  # who wrote the event: not the command
-REMEDY = "lower the learning rate, or look at the batch with `echolab replay`"
+
+
+def remedy(spike: Spike) -> str:
+    """Return what a user does about a value that is not finite.
+
+    The weights may have been spoilt by the steps before, and so may the newest checkpoint.
+    """
+    return (
+        "lower the learning rate, from an earlier checkpoint by `echolab rollback RUN to=STEP` if "
+        f"the newest is spoilt; `echolab replay RUN step={spike.step + 1}` names the clips"
+    )
 
 
 class What(Enum):
@@ -58,10 +68,13 @@ def decide(
             return Action(What.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
             why = "twice from the same state" if again else f"after {guards.at_most} times back"
-            raise DivergedError(f"{spike.reason}, {why} (guards.at_most); {REMEDY}")
+            raise DivergedError(f"{spike.reason}, {why} (guards.at_most); {remedy(spike)}")
         return Action(What.RECORD, "reproducible" if again else "spike")
     if not spike.finite:
-        raise DivergedError(f"{spike.reason}; {REMEDY}, or set guards.policy=recompute or rollback")
+        raise DivergedError(
+            f"{spike.reason}; {remedy(spike)}; guards.policy=recompute or rollback goes back by "
+            "itself"
+        )
     return Action(What.RECORD, "spike")
 
 
@@ -75,7 +88,7 @@ def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: 
     if done >= guards.at_most:
         raise DivergedError(
             f"{spike.reason}, and the run was rolled back {done} times already "
-            f"(guards.at_most={guards.at_most}); {REMEDY}"
+            f"(guards.at_most={guards.at_most}); {remedy(spike)}"
         )
     skip = None
     if guards.skip_batches:
@@ -90,8 +103,8 @@ def without_checkpoint(spike: Spike) -> Action:
     """The decision where there is nothing to go back to; DivergedError for what is not finite."""
     if not spike.finite:
         raise DivergedError(
-            f"{spike.reason}, and there is no checkpoint before it to go back to; {REMEDY}, or "
-            "save more often (every.save)"
+            f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
+            "learning rate, or save more often (every.save)"
         )
     return Action(What.RECORD, "spike")
 
