@@ -8,6 +8,7 @@ from pathlib import Path
 
 import encoded
 import pytest
+import runs
 from clusters import BATCH, ECHOLAB, Cluster, started, wait_for
 
 from echolab.launch import exit_codes
@@ -62,6 +63,38 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
     newest, rejected = latest_valid(run / "checkpoints")
     assert newest and not rejected and newest.step == steps
     assert newest.state["origin"] == {"world": 2, "masters": "PartitionedMasters"}
+
+
+def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
+    cluster: Cluster, data: list[str], tmp_path: Path
+) -> None:
+    """`scancel` reaches the tracker and its service too; the next job goes on from that step."""
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    settings = [*data, encoded.plan(("sft", 60)), "every.save=1000", "trainer.strategy=ddp"]
+
+    def submit(folder: Path, *words: str) -> str:
+        options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+        words = (*settings, f"run={folder}", *words)
+        return cluster("exec", "sbatch", *options, BATCH, *words, cwd=tmp_path).strip()
+
+    def state(job: str) -> str:
+        return cluster("exec", "scontrol", "show", "job", job)
+
+    job, metrics = submit(run, "logger=wandb"), run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 120, log)
+    cluster("exec", "scancel", job)
+    wait_for(lambda: "JobState=CANCELLED" in state(job), 120, log)
+    record = json.loads(next((run / "attempts").glob("*/node-0.json")).read_text())
+    assert (record["cause"], record["exit_code"]) == ("preempted", 75), log.read_text()
+    newest, _ = latest_valid(run / "checkpoints")
+    assert newest and 5 < newest.step < 60
+    jobs = [submit(run, "logger=wandb"), submit(whole, "logger=none")]
+    wait_for(lambda: all("JobState=COMPLETED" in state(job) for job in jobs), 240, log)
+    rows = [row for row in read_metrics(metrics) if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["attempt"] for row in rows].count(1) == newest.step
+    last = [folder / "checkpoints/step-000060" for folder in (run, whole)]
+    assert runs.tensors_of(last[0]) == runs.tensors_of(last[1])
 
 
 def test_a_rank_that_dies_on_the_second_node(

@@ -30,9 +30,9 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, sig
 STARTS = 4  # of the process in one attempt: after these, the rest is lost to wandb
 QUEUED = 10_000  # records that wait for the process; those above are lost to wandb
 KEPT = 2_000  # newest records to send again, should the process die before they are on disk
-POLL_SECONDS = 0.5  # between two checks that an idle process is alive
+POLL_SECONDS = 0.1  # between two checks that an idle process is alive
 FINISH_SECONDS = 20.0  # for what is queued to be recorded or sent
-HURRY_SECONDS = 5.0  # the same after a signal, which leaves little time until the kill
+HURRY_SECONDS = 2.0  # the same after a signal, which leaves little time until the kill
 KILL_SECONDS = 1.0  # for the kernel to end what was killed
 
 Mode = Literal["auto", "offline", "online", "disabled"]
@@ -209,11 +209,16 @@ class _Mirror:
     def finish(self, seconds: float) -> None:
         """Wait until all is recorded, for `seconds` at most; say what is not."""
         self._queue.put(None)
-        if not self._ended.wait(seconds / 2) and (self.mode == "offline") == self._opened.is_set():
+        half = seconds / 2 if seconds > HURRY_SECONDS else 0.0
+        if (
+            half
+            and not self._ended.wait(half)
+            and (self.mode == "offline") == self._opened.is_set()
+        ):
             # a server or a process that hangs: the next process records offline
-            self._impatience = f"no answer after {seconds / 2:g} s"
+            self._impatience = f"no answer after {half:g} s"
             self._kill()
-        if not self._ended.wait(seconds / 2):
+        if not self._ended.wait(seconds - half):
             self._over = True
             self._kill()
             rest = "some records may be missing there"
