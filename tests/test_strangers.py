@@ -16,7 +16,8 @@ from echolab.data import fetch
 from echolab.data.fetch import Expected, FetchError, Patience
 from echolab.data.index import fingerprint
 from echolab.data.shards import ShardWriter, open_dataset, verify
-from echolab.errors import DataError, EcholabError
+from echolab.errors import ConfigError, DataError, EcholabError
+from echolab.launch import job_array
 
 # Modules that the interpreter, the libraries and the packages import, and some that they look for.
 SHADOWS = (
@@ -207,3 +208,39 @@ def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) ->
 def test_an_error_steers_no_terminal() -> None:
     error = EcholabError("a\x1b]0;x\x07\n\r\x9b1m\u202eb \udc80 é\xa0ü")
     assert str(error) == "a\\x1b]0;x\\x07\\n\\r\\x9b1m\\u202eb \\udc80 é\xa0ü"
+
+
+def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As submitit writes their script."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    scripts: list[str] = []
+
+    def refuse(executor: Any, command: str) -> None:
+        scripts.append(executor._make_submission_file_text(command, "x"))
+        raise RuntimeError("no Slurm here")
+
+    monkeypatch.setattr(SlurmExecutor, "_submit_command", refuse)
+    monkeypatch.setattr(SlurmExecutor, "affinity", classmethod(lambda _: 1))
+    with pytest.raises(ConfigError, match="no Slurm here"):
+        job_array.submit(print, [["a"]], {"submitit_folder": str(trap / "%j"), "timeout_min": 1})
+    lines = scripts[0].splitlines()
+    start = next(i for i, line in enumerate(lines) if "submitit.core._submit" in line)
+    assert any("PYTHONSAFEPATH=1" in line for line in lines[:start])
+
+
+def test_a_password_is_not_sent_on_to_another_server(tmp_path: Path) -> None:
+    """Nor the query, which may be a signature."""
+    seen: list[tuple[str, str | None]] = []
+
+    def listen(answer: fault_server.Answer) -> None:
+        seen.append((answer.path, answer.headers["Authorization"]))
+        fault_server.whole(answer)
+
+    with fault_server.serving(tmp_path) as one, fault_server.serving(tmp_path) as other:
+        other.always["dataset.json"] = listen
+        one.always["dataset.json"] = fault_server.sent_to(f"{other.url}/dataset.json")
+        url = one.url.replace("://", "://user:password@")
+        with pytest.raises(FetchError, match="HTTP 404"):
+            open_dataset(f"{url}?sig=x", cache=tmp_path / "cache", patience=QUICK)
+    assert seen == [("/dataset.json", None)]

@@ -19,6 +19,8 @@ GENERAL = (
 CPUS_FOR_SRUN = (
     '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
 )
+# submitit starts `python -m`: without this a module of the working folder would be executed.
+NO_WORKING_FOLDER = "export PYTHONSAFEPATH=1"
 SQUEUE_SECONDS = 60.0  # until an answer of Slurm is given up
 
 
@@ -53,7 +55,7 @@ def submit(
 
     settings = {key: value for key, value in parameters.items() if value is not None}
     folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout", 0)
-    settings["setup"] = [CPUS_FOR_SRUN, *settings.get("setup", ())]
+    settings["setup"] = [CPUS_FOR_SRUN, NO_WORKING_FOLDER, *settings.get("setup", ())]
     named = {key if key in GENERAL else f"slurm_{key}": value for key, value in settings.items()}
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
