@@ -141,6 +141,20 @@ def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_at_work_is_refused_without_a_trace(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another time the same command may do: it is no fault of a setting."""
+    run = tmp_path / "run"
+    with runs.held(run):
+        before = sorted(run.rglob("*"))
+        assert main(["train", *data, f"run={run}"]) == exit_codes.RETRYABLE
+        assert sorted(run.rglob("*")) == before
+    said = capsys.readouterr().err
+    assert said.startswith("echolab: error: ") and said.count("\n") == 1
+    assert "is at work there; wait for its end" in said
+
+
 def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
     def start(_: int) -> str:
         try:

@@ -15,13 +15,12 @@ from echolab.launch.blame import (
     is_echo,
     witness,
 )  # fmt: skip
-from echolab.launch.evidence import Evidence, read_evidence
+from echolab.launch.evidence import BY_SIGNAL, Evidence, read_evidence
 from echolab.launch.exit_codes import CAUSES, Cause
 from echolab.launch.layout import this_host
 from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
 
 RUNNING = "running"
-STOPPED = ("preempted", "preempted_unsaved")  # by a signal
 # Of several supervisors' words on an end without failure, the first here counts.
 ENDS = (
     "interrupted", "preempted_unsaved", "pruned", "stop", "memory", "time", "preempted", "done",
@@ -149,7 +148,7 @@ def _verdict(
     evidence: Evidence | None,
 ) -> Verdict:
     found = culprit(seen)
-    if found is None or found.cause in STOPPED or _only_waits(found, seen):
+    if found is None or found.cause in BY_SIGNAL or _only_waits(found, seen):
         if verdict := _of_a_node(records, found, lost, evidence):
             return verdict
     if found:
@@ -173,7 +172,7 @@ def _of_a_node(
     time to save or not.  Of those that told no end also which alone did not hear its signal.  Where
     it reaches all, and ended the job, it was a preemption.
     """
-    stopped = any(record.cause in STOPPED for record in records)
+    stopped = any(record.cause in BY_SIGNAL for record in records)
     if not (lost or found or stopped):
         return None
     down = evidence.down if evidence else ()
@@ -182,7 +181,7 @@ def _of_a_node(
         names = ", ".join(dict.fromkeys(record.host for record in gone))
         saved = ", saved" if any(record.cause == "preempted" for record in records) else ""
         return Verdict(gone[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
-    if not lost or (found and found.cause in STOPPED):
+    if not lost or (found and found.cause in BY_SIGNAL):
         return None
     silent = [record for record in records if record.supervisor in lost]
     deaf = [record for record in silent if not record.asked]

@@ -17,7 +17,7 @@ from echolab.launch.runs import ATTEMPTS
 from echolab.launch.told import read_json
 
 FILE = "slurm.json"
-BY_SIGNAL = ("preempted", "preempted_unsaved")
+BY_SIGNAL = ("preempted", "preempted_unsaved")  # causes
 RECENT = 3  # launches before, that may not have been asked about
 
 
