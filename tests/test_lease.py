@@ -1,5 +1,6 @@
 """One launch at a time writes into a run folder, whatever became of those before it."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -122,6 +123,23 @@ def test_a_frozen_holder_finds_itself_fenced(
     assert "left: " in said and "launch local-1" in said and other.returncode == 1
     assert Lease(run, 1).beaten() == beaten  # the fenced one does not even beat
     assert not own.fenced()
+
+
+def test_a_passing_error_of_the_disk_fences_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = take(tmp_path, elsewhere())
+
+    def stale(path: object, **how: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        for function in ("stat", "utime", "listdir"):
+            patch.setattr(os, function, stale)
+        own.check()
+        own.beat()
+        assert not own.has_left() and lease.joined(tmp_path, "local-elsewhere") is None
+    assert lease.joined(tmp_path, "local-elsewhere") == own
 
 
 def test_a_later_start_of_the_same_job_fences_the_earlier(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ class Lease(NamedTuple):
         return self.path.with_suffix(".left")
 
     def fenced(self) -> bool:
-        """Return whether a later launch has taken the run."""
-        return Lease(self.run, self.epoch + 1).path.exists()
+        """Return whether a later launch has taken the run; one that cannot be seen has not."""
+        return os.path.exists(Lease(self.run, self.epoch + 1).path)  # False where it cannot look
 
     def check(self) -> None:
         """Raise FencedError where a later launch has taken the run."""
@@ -111,7 +111,7 @@ class Lease(NamedTuple):
 
     def has_left(self) -> bool:
         """Return whether its holder told so, or is a process of this machine that has ended."""
-        if self._left.exists():
+        if os.path.exists(self._left):
             return True
         holder = holder_of(self)
         return holder is not None and holder.machine == _machine() and _gone(holder)
@@ -242,7 +242,10 @@ def leaving(lease: Lease) -> Leaving | None:
 
 def joined(run: Path, launch: str) -> Lease | None:
     """Return the lease that the first supervisor of `launch` took; None while it has not."""
-    lease = newest(run)
+    try:
+        lease = newest(run)
+    except OSError:  # asked again
+        return None
     holder = holder_of(lease) if lease else None
     return lease if lease and holder and holder.launch == launch and not lease.has_left() else None
 
