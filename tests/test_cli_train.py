@@ -97,6 +97,25 @@ def test_a_supervisor_that_cannot_start_says_so(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cfg", "job", "sede=1"], "sede=1: there is no such setting; did you mean seed?"),
+        (["--help", "model=nothing"], "model=nothing: must be one of demo"),
+        (["--config-dir=x", "seed=1"], "train: no option --config-dir=x"),
+        (["-m", "-x", "seed=1,2"], "train: no option -x"),
+        (["seed"], "seed: "),
+    ],
+)
+def test_options_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["train", "data.clips=x", *words]) == exit_codes.FATAL
+    said = capsys.readouterr()
+    assert said.err.startswith(f"echolab: error: {message}") and said.err.count("\n") == 1
+    assert not said.out
+
+
 def test_what_a_rank_refuses_is_one_line_too(
     data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,8 +37,12 @@ def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
-    if any(word in SWEEP for word in argv):
-        words = [word for word in argv if word not in SWEEP]
+    words = [word for word in argv if word not in SWEEP]
+    if options := [word for word in words if word.startswith("-")]:
+        raise ConfigError(
+            f"train: no option {options[0]}; -m, --help and --cfg are, and settings are key=value"
+        )
+    if len(words) < len(argv):
         return sweep.run(members(words, compose_both), command, job)
     if LAUNCH in os.environ:
         return rank(argv)
@@ -143,9 +147,12 @@ def _end_at_once(error: BaseException, beats: Beats) -> None:
 
 
 def _with_hydra(argv: list[str]) -> int:
-    """Help, completion and --cfg are Hydra's own."""
+    """Help, completion and --cfg are Hydra's own; raise ConfigError for what it would refuse."""
     import hydra
 
+    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+    with hydra_config(overrides):
+        hydra.compose("train", as_hydra(overrides))
     before, sys.argv = sys.argv, ["echolab train", *as_hydra(argv)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_refuse)()
