@@ -44,6 +44,22 @@ class DataError(EcholabError):
     """A shard, sample or dataset that does not keep the contract."""
 
 
+class StorageError(EcholabError):
+    """A file system or server that fails, also when it is asked again; the data may be whole."""
+
+
+class DiskFullError(StorageError):
+    """A file that cannot be written for want of room, for a quota, or on a read-only disk."""
+
+
+class SharedMemoryError(EcholabError):
+    """/dev/shm is too full for the batches of the loader's workers."""
+
+
+class WorkerError(EcholabError):
+    """A worker process of the data loader that ended, or was killed."""
+
+
 class MediaError(EcholabError):
     """A picture, video or sound that cannot be used."""
 

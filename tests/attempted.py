@@ -16,7 +16,7 @@ def attempt(cause: str, **changes: Any) -> Attempt:
         "save_seconds": 0.0, "waited": 0.0, "last_section": "vote", "last_stay": 0.0, "stack": "",
         "earliest": "", **changes,
     }  # fmt: skip
-    return Attempt(**told)
+    return Attempt(**{"elapsed": told["ended"] - told["started"], **told})
 
 
 def saved(cause: str, before: int, after: int, **changes: Any) -> Attempt:

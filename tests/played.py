@@ -106,7 +106,8 @@ def play(folder: Path, part: dict[str, Any], beats: Beats, signals: StopSignals)
         if step % 10 == 9 or asked:
             at("save", step + 1)
             if rank == 0:
-                (folder / f"run/checkpoints/step-{step + 1:06d}").mkdir(parents=True)
+                saved = folder / f"run/checkpoints/step-{step + 1:06d}"
+                saved.mkdir(parents=True, exist_ok=True)  # the launch before may have made it
         if asked:
             return "signal", step + 1
     at("teardown", STEPS)
@@ -145,7 +146,8 @@ def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
     for name, value in about.get("lease", {}).items():
         setattr(lease, name, value)
     try:
-        code = Supervisor(places, command, folder / "run", deadlines).watch()
+        grace = {int(number): seconds for number, seconds in about.get("grace", {}).items()}
+        code = Supervisor(places, command, folder / "run", deadlines, grace).watch()
     except BusyError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
         code = RETRYABLE

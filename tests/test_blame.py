@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 
+from echolab.data.fetch import FetchError, UnreachableError
 from echolab.errors import CheckpointError as Damaged
 from echolab.errors import (
     ConfigError,
     DataError,
+    DiskFullError,
     DivergedError,
     EcholabError,
     ParityError,
     ReplicaError,
     SaveError,
     SharedError,
+    SharedMemoryError,
+    StorageError,
+    WorkerError,
 )
 from echolab.launch.blame import Failure, Observation, culprit, in_collective
 from echolab.launch.deadlines import Deadlines, limit, overdue
@@ -146,6 +151,42 @@ def test_a_stack_tells_who_waits() -> None:
         (Damaged("x"), "save", "disk", 77),
         (OSError(28, "No space left"), "save", "disk", 77),
         (OSError(28, "No space left"), "init", "disk", 77),
+        (OSError(30, "Read-only file system"), "vote", "disk", 77),
+        (OSError(5, "Input/output error"), "save", "storage", 77),
+        (OSError(116, "Stale file handle"), "init", "storage", 77),
+        (PermissionError(13, "Permission denied"), "vote", "storage", 77),
+        (StorageError("x"), "init", "storage", 77),
+        (DiskFullError("x"), "data_wait", "disk", 77),
+        (UnreachableError("x"), "data_wait", "storage", 77),
+        (FetchError("x"), "data_wait", "data", 1),
+        (SharedMemoryError("x"), "data_wait", "shared_memory", 77),
+        (WorkerError("x"), "data_wait", "worker", 77),
+        (
+            RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "),
+            "backward",
+            "worker",
+            77,
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible"
+                " that dataloader's workers are out of shared memory"
+            ),
+            "vote",
+            "shared_memory",
+            77,
+        ),
+        (
+            RuntimeError(
+                "unable to write to file </torch_1_2>: No space left on device (28): shared"
+                " memory(shm)"
+            ),
+            "vote",
+            "shared_memory",
+            77,
+        ),
+        (ConnectionResetError(104, "Connection reset by peer"), "vote", "code", 77),
+        (FileNotFoundError(2, "No such file"), "vote", "code", 77),
         (SaveError("a checkpoint needs 9 bytes, 3 are free"), "init", "disk", 77),
         (ValueError("x"), "forward", "code", 77),
         (ValueError("x"), "teardown", "teardown", 77),

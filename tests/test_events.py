@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.errors import ConfigError, DataError
+from echolab.errors import ConfigError, DataError, StorageError
 from echolab.training.guards.events import EVENTS, Event, History, Skip, append, read, skips
 
 
@@ -52,7 +52,7 @@ def test_what_is_no_event_is_one_line(tmp_path: Path) -> None:
     (tmp_path / EVENTS).write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"events.jsonl: line 1 is no event .*put back"):
         read(tmp_path)
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(StorageError, match="could not be written"):
         append(tmp_path / "nowhere", 1, "spike")
     with pytest.raises(ValueError):
         append(tmp_path / "none", 1, "spike", value=float("nan"))

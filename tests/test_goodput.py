@@ -1,11 +1,15 @@
 """Goodput on a scripted timeline: every second is somewhere."""
 
 import math
+from pathlib import Path
 
 import pytest
 from attempted import attempt, saved
 
+from echolab.launch.attempts import attempts_of
+from echolab.launch.explain import figures
 from echolab.launch.goodput import account, checkpoint_interval
+from echolab.launch.records import NodeRecord
 
 # 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. goes on at 6, hangs at 8 for 60 s;
 # 3. goes on at 6 again (no checkpoint was made) and ends at 20.
@@ -39,7 +43,7 @@ def test_every_second_is_somewhere() -> None:
     assert found.useful + sum(found.losses.values()) == pytest.approx(found.allocated)
     assert found.share == pytest.approx(200 / 452)
     # A wait for the launch before is part of an attempt's time.
-    later = account([FIRST, SECOND, THIRD._replace(ended=620.0, waited=30.0)])
+    later = account([FIRST, SECOND, THIRD._replace(elapsed=220.0, waited=30.0)])
     assert later.losses == pytest.approx(found.losses | {"waiting": 30})
     assert later.useful == found.useful and later.allocated == found.allocated + 30
 
@@ -60,3 +64,25 @@ def test_the_interval_between_checkpoints() -> None:
     assert found == pytest.approx(math.sqrt(2 * 40 * week)) and 1.8 < found / 3600 < 2.0
     assert checkpoint_interval([attempt("done")]) == 300
     assert checkpoint_interval([attempt("done", save_seconds=3600.0)]) == 4 * 3600
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0, 30 * 365 * 86_400.0, -1e9])
+def test_a_clock_that_is_set_moves_no_figure(tmp_path: Path, jump: float) -> None:
+    """Of the first of two launches, in its middle; the order of both stays too."""
+
+    def record(name: str, epoch: int, started: float, ended: float) -> None:
+        told = NodeRecord(
+            name, 0, 1, "host", 1, [0], 1, "", started, epoch=epoch, ran=100.0, ended=ended,
+            cause="done", exit_code=0, seconds={"forward": 90.0}, last_step=epoch,
+        )  # fmt: skip
+        (tmp_path / "attempts" / name).mkdir(parents=True)
+        told.write(tmp_path / "attempts" / name)
+
+    record("first", 1, 1e9, 1e9 + 100 + jump)
+    record("second", 2, 1e9 + 200 + jump, 1e9 + 300 + jump)
+    attempts = attempts_of(tmp_path)
+    assert [attempt.launch for attempt in attempts] == ["first", "second"]
+    found = account(attempts)
+    assert (found.allocated, found.useful) == (200.0, 180.0)
+    rows = figures(tmp_path, attempts, 3)["history"]
+    assert [row["seconds"] for row in rows] == [100.0, 100.0]

@@ -21,7 +21,7 @@ from echolab.data.media import (
     read_sound,
     write_video,
 )
-from echolab.errors import DataError, MediaError
+from echolab.errors import DiskFullError, MediaError
 
 
 def ramp(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")
     (tmp_path / "a.mp4.partial").symlink_to("/dev/full")
-    with pytest.raises(DataError, match=r"a\.mp4.*No space left") as caught:
+    with pytest.raises(DiskFullError, match=r"a\.mp4.*No space left") as caught:
         write_video(path, ramp(), None)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and path.read_bytes() == b"old"

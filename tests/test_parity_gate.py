@@ -15,7 +15,7 @@ from forked import ForkServer
 from gated import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
-from echolab.errors import ParityError
+from echolab.errors import ConfigError, DiskFullError, ParityError, StorageError
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import FitResult, Machine
 from echolab.training.parity import REPORT, TOLERANCE, Parity, passed_before
@@ -206,6 +206,29 @@ def test_killed_in_its_end_no_step_is_repeated(
         assert "compared again" in again.output(0)
     after = tmp_path / "run/checkpoints/step-000002"
     assert runs.tensors_of(after) == saved["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), DiskFullError),
+        (OSError(116, "Stale file handle"), StorageError),
+        (StorageError("x: could not be written"), StorageError),
+        (ConfigError("x"), ParityError),
+    ],
+)
+def test_a_disk_says_nothing_of_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(runs, "ARCHITECTURE", dict(tiny.SIZES))
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(kind, match="cannot be compared"):
+        patch.setattr("echolab.training.parity.write_original", fail)
+        trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))
+    assert trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))[0].done
 
 
 def test_a_run_is_done_only_behind_the_gate(

@@ -19,7 +19,7 @@ from echolab.data.files import exclusive
 from echolab.data.foreign import index_folder
 from echolab.data.index import INDEX, MEMBERS, REQUIRED
 from echolab.data.shards import ShardWriter, open_dataset, verify
-from echolab.errors import BusyError, DataError
+from echolab.errors import BusyError, DataError, DiskFullError
 
 RNG = np.random.default_rng(0)
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(self: object, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DataError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
+    with pytest.raises(DiskFullError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
         monkeypatch.setattr(writing._Partial, "write", full)
         writer.write("a", {**SAMPLES["clip-000"], "mp4": bytes(100_000)})
     monkeypatch.undo()
@@ -187,13 +187,12 @@ def test_a_real_limit_leaves_nothing_behind(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from echolab.data.shards import ShardWriter
-from echolab.errors import DataError
+from echolab.errors import DiskFullError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     with ShardWriter(Path({str(tmp_path)!r}), kind="encoded") as writer:
         for i in range(100):
-            writer.write(f"clip{{i}}", {{"safetensors": bytes(5000)}})
-except DataError as error:
+from echolab.errors import BusyError, DataError, DiskFullError
     sys.exit(str(error))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

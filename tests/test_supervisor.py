@@ -176,6 +176,86 @@ def test_a_second_signal_after_the_end_changes_nothing(
 
 
 @pytest.mark.slow
+def test_a_terminal_that_is_closed_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGHUP, with a terminal that is gone by then: nothing fails for writing to it."""
+    ours, theirs = os.openpty()
+    launch = Launch(folder, {}, stderr=theirs)
+    os.close(theirs)
+    launch.pids()
+    os.close(ours)  # hangs up
+    launch.process.send_signal(signal.SIGHUP)
+    assert launch.process.wait(BOUND) == exit_codes.STOPPED_SAVED
+    told = why(launch.run, capsys)
+    assert (told["cause"], told["detail"]) == ("preempted", "SIGHUP") and told["requeue"]
+
+
+@pytest.mark.slow
+def test_under_nohup_a_closed_terminal_is_nothing(folder: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launch = Launch(folder, {})
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launch.pids()
+    launch.process.send_signal(signal.SIGHUP)
+    assert launch.end()[0] == exit_codes.DONE
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
+    """Stopped as a whole for longer than any deadline, in a section of any rank."""
+    deadlines = {**dict.fromkeys(DEADLINES, 6.0), "factor": 10}
+    launch = Launch(folder, {"all": {"steps": 300}}, deadlines=deadlines)
+    pids = [launch.process.pid, *launch.pids()]
+    for _ in range(2):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(9)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+    code, said = launch.end()
+    assert code == exit_codes.DONE, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grace", [3.0, None])
+def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
+    folder: Path, capsys: pytest.CaptureFixture[str], grace: float | None
+) -> None:
+    """As for a batch that never comes, though its deadline is far away."""
+    patient = {**dict.fromkeys(DEADLINES, 10_000.0), "step": 3.0, "factor": 10, "floor": 3.0}
+    does = {"1": {"at": "data_wait", "does": "sleep", "step": 8}}
+    about = {"grace": {signal.SIGTERM: grace}} if grace else {}
+    launch = Launch(folder, does, deadlines=patient, **about)
+    pids = launch.pids()
+    while not list(folder.glob("step-7-*")):
+        time.sleep(0.05)
+    launch.process.send_signal(signal.SIGTERM)
+    code, said = launch.end()
+    told = why(launch.run, capsys)
+    assert code == told["exit_code"] == exit_codes.STOPPED_UNSAVED, said
+    assert (told["cause"], told["rank"], told["section"]) == ("preempted_unsaved", 1, "data_wait")
+    assert "SIGTERM, and no step ended within 3 s: blocked, in data_wait" in told["detail"]
+    assert gone(pids)
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_killed_leaves_nothing_in_memory(folder: Path) -> None:
+    launch = Launch(folder, {"all": {"steps": 100_000}})
+    pids = launch.pids()
+    beats = Path(read_launch(launch.run / "attempts/played")[0].beats)
+    assert (beats / "rank-0.beats").exists()
+    launch.process.kill()
+    launch.process.wait()
+    assert gone(pids)
+    end = time.monotonic() + 20
+    while beats.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not beats.exists()
+
+
+@pytest.mark.slow
 def test_ranks_that_do_not_listen_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 
-from echolab.errors import BusyError, EcholabError, FencedError
+from echolab.errors import BusyError, DiskFullError, EcholabError, FencedError, StorageError
 from echolab.launch.exit_codes import RETRYABLE
 from echolab.redaction import masked_output
 
@@ -101,7 +101,8 @@ def _guarded(run: Callable[[], int | None]) -> int:
         return run() or 0
     except EcholabError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
-        return RETRYABLE if isinstance(error, BusyError | FencedError) else 1
+        passing = isinstance(error, StorageError) and not isinstance(error, DiskFullError)
+        return RETRYABLE if passing or isinstance(error, BusyError | FencedError) else 1
     except BrokenPipeError:  # whoever read our words, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -27,7 +27,7 @@ from echolab.launch.layout import LAUNCH, cpu_warning, layout
 from echolab.launch.supervisor import Supervisor
 from echolab.redaction import masked, masked_output
 from echolab.training.sections import Beats, beats_from_environment
-from echolab.training.stopping import SIGNALS, StopSignals
+from echolab.training.stopping import SIGNALS, StopSignals, grace_from
 
 HYDRAS = re.compile(r"(-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
 SWEEP = ("-m", "--multirun")
@@ -96,7 +96,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
     words = [*argv, f"run={quoted(config['run'])}"]
-    supervisor = Supervisor(places, command(words), folder, Deadlines(**told_of))
+    deadlines, grace = Deadlines(**told_of), grace_from(config["grace"])
+    supervisor = Supervisor(places, command(words), folder, deadlines, grace)
     supervisor.watch()
     return supervisor
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from echolab.cli.training_objects import training_from
 from echolab.data.files import write_whole
 from echolab.data.progress import progress
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, StorageError
 from echolab.launch import exit_codes, runs
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.redaction import masked_values
@@ -62,13 +63,17 @@ def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
     def log(step: int, values: dict[str, float]) -> None:
-        run.lease.check()
+        with suppress(OSError):  # a file system that fails does not tell who has the run
+            run.lease.check()
         metrics.log(step, values)
         wandb_run.log(step, values)
 
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(fenced=run.lease.fenced, log=log, say=partial(_say, run.folder))
-        return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
+        try:
+            return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
+        finally:
+            metrics.close()
 
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,7 +84,10 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _say(folder: Path, lines: list[str]) -> None:
     print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
-    write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+    try:
+        write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+    except StorageError as error:  # it was said above
+        print(f"echolab: {error}", file=sys.stderr, flush=True)
 
 
 def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run) -> WandbRun:

@@ -1,7 +1,5 @@
 """From the plain settings of conf/train.yaml to the objects that `fit` takes."""
 
-import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from echolab.training.module import Optim
 from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.preference import Reference
 from echolab.training.schedule import Epoch, Schedule
-from echolab.training.stopping import end_of_job
+from echolab.training.stopping import end_of_job, grace_from
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
@@ -153,13 +151,6 @@ def optim_from(config: Mapping[str, Any]) -> Optim:
     """conf/optim"""
     tuples = {key: tuple(config[key]) for key in ("betas", "ema_more", "ema_widths")}
     return Optim(**{**config, **tuples})
-
-
-def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
-    """Seconds from a signal to the kill, by its number; outside of Slurm nobody kills."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return {}
-    return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}
 
 
 def training_from(config: Mapping[str, Any], agreed: str) -> Training:

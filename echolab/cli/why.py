@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import parse
-from echolab.errors import ConfigError, DataError, printable
+from echolab.errors import ConfigError, StorageError, printable
 from echolab.launch import slurm
 from echolab.launch.attempts import attempts_of
 from echolab.launch.evidence import note
@@ -57,7 +57,7 @@ def _note(run: Path, *, stopped: bool) -> None:
     if about and about[0] == os.environ.get("SLURM_JOB_ID"):
         try:
             note(run, launches[-1], job_ended=stopped)
-        except DataError as error:  # a full disk: the verdict does without
+        except StorageError as error:  # a full disk: the verdict does without
             print(f"echolab: {error}", file=sys.stderr)
 
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from echolab.data.fetch import Expected, FetchError, Patience, fetch
-from echolab.data.files import remove_quietly, write_error
+from echolab.data.fetch import Expected, Patience, UnreachableError, fetch
+from echolab.data.files import remove_quietly, retried, write_error
 from echolab.data.index import Shard
 from echolab.data.transport import shown
 from echolab.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit_bytes: int, patience: Patience) -> None:
         self.folder, self.limit_bytes, self.patience = folder, limit_bytes, patience
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            retried(lambda: folder.mkdir(parents=True, exist_ok=True))
             self._clear_leftovers()
         except OSError as error:
             raise write_error(folder, error) from error
@@ -130,19 +130,23 @@ class ShardCache:
         return file
 
     def _fetched(self, shard: Shard, url: str) -> int:
-        seconds = self.patience.deadline_seconds
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.patience.deadline_seconds
         try:
-            with locked(self.folder / f"{shard.sha256}.lock", seconds) as held:
-                if not held:
-                    raise FetchError(
-                        f"{shown(url)}: another process has been fetching it for {seconds:.3g} s; "
-                        "check the server and the network"
-                    )
-                file = self._cached(shard)  # another process was faster
-                return self._fetch(shard, url, deadline) if file is None else file
+            return retried(lambda: self._fetched_alone(shard, url, deadline))
         except OSError as error:
             raise write_error(self._path(shard), error) from error
+
+    def _fetched_alone(self, shard: Shard, url: str, deadline: float) -> int:
+        """Fetch it while no other process does, or wait for the one that does."""
+        seconds = max(deadline - time.monotonic(), 0.0)
+        with locked(self.folder / f"{shard.sha256}.lock", seconds) as held:
+            if not held:
+                raise UnreachableError(
+                    f"{shown(url)}: another process has been fetching it for {seconds:.3g} s; "
+                    "check the server and the network"
+                )
+            file = self._cached(shard)  # another process was faster
+            return self._fetch(shard, url, deadline) if file is None else file
 
     def _fetch(self, shard: Shard, url: str, deadline: float) -> int:
         partial = self.folder / f"{shard.sha256}.partial"

@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from echolab.data.transport import PLACE, Interrupted, Refused, Reply, ask, shown, silence
-from echolab.errors import DataError
+from echolab.errors import DataError, StorageError
 
 Result = TypeVar("Result")
 
@@ -26,6 +26,10 @@ _CHANCE = random.SystemRandom()
 
 class FetchError(DataError):
     """A remote object that could not be had: the network's or server's fault, not a sample's."""
+
+
+class UnreachableError(FetchError, StorageError):
+    """A server or network that did not answer in time; it may later."""
 
 
 class Patience(NamedTuple):
@@ -105,7 +109,8 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, patience: Patienc
     """Write the object at `url` to `file` from its start.
 
     With `expected` None it is whole if it is as long as the server said.  Raises FetchError, in one
-    line that names the address, what was wrong and what to do.
+    line that names the address, what was wrong and what to do; UnreachableError where the same
+    request may succeed later.
     """
     began = time.monotonic()
     deadline = began + patience.deadline_seconds
@@ -124,7 +129,8 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, patience: Patienc
             last = error
             if error.lost:
                 body.restart()
-    raise FetchError(
+    kind = FetchError if last.remedy is INDEXED else UnreachableError
+    raise kind(
         f"{shown(url)}: {last}; gave up after {attempts} attempts and "
         f"{time.monotonic() - began:.3g} s; {last.remedy}"
     ) from last

@@ -1,28 +1,89 @@
-"""Files that are whole or not there, and files that only grow."""
+"""Files that are whole or not there, files that only grow, and errors that pass.
+
+Three things can be wrong with a file: its bytes, which are the caller's to check; the room on its
+disk (`FULL`); and everything else that the operating system reports, such as ESTALE, ETIMEDOUT,
+ENOTCONN, EACCES or EIO of a shared file system.  The last may pass: it is tried again, for about
+half a minute, and then raised as StorageError.
+"""
 
 import errno
 import fcntl
 import os
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
-from echolab.errors import BusyError, ConfigError, DataError
+from echolab.errors import BusyError, ConfigError, DiskFullError, StorageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each further attempt
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no such file
+NEVER: tuple[float, ...] = ()  # pauses of what is tried once
+WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
 LOCK = ".lock"
 _HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds each
 
+Result = TypeVar("Result")
 
-def write_whole(path: Path, data: bytes) -> None:
+
+def retried(
+    action: Callable[[], Result],
+    *,
+    pauses: Sequence[float] | None = None,
+    final: tuple[type[OSError], ...] = ABSENT,
+) -> Result:
+    """Return `action()`; after an OSError that may pass, wait and try again.
+
+    Raise the OSError of the last attempt, and at once one of `FULL` or of the types `final`.
+    """
+    for pause in PAUSES if pauses is None else pauses:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in FULL or isinstance(error, final):
+                raise
+        time.sleep(pause)
+    return action()
+
+
+def described(error: OSError) -> str:
+    """Return the words and the number of an OSError: "Stale file handle, errno 116"."""
+    return f"{error.strerror or error}, errno {error.errno}"
+
+
+def read_error(path: Path | str, error: OSError) -> StorageError:
+    """Return the one line for a file that the operating system does not let us read."""
+    return StorageError(
+        f"{path}: could not be read ({described(error)}); its bytes may be whole: check the file "
+        "system and its permissions, then run the same command again"
+    )
+
+
+def read_whole(path: Path) -> bytes:
+    """Return the bytes of a file; raise StorageError, or one of `ABSENT` where there is none."""
+    try:
+        return retried(path.read_bytes)
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
+def write_whole(path: Path, data: bytes, *, patient: bool = False) -> None:
     """Write to a temporary name beside `path`, then rename: no reader ever sees half a file.
 
-    Raises DataError, in one line, when the disk is full or the folder cannot be written.
+    Raise DiskFullError or StorageError, in one line, if it cannot be written; `patient` waits for
+    an error to pass before.
     """
     partial = path.with_name(path.name + ".partial")
-    try:
+
+    def write() -> None:
         if partial.is_symlink() and (partial.is_file() or not partial.exists()):
             partial.unlink()  # in a stranger's folder: it would be written through
         with partial.open("wb") as file:
@@ -30,6 +91,9 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+    try:
+        retried(write, pauses=None if patient else NEVER)
     except OSError as error:
         remove_quietly(partial)
         raise write_error(path, error) from error
@@ -58,7 +122,7 @@ def prove_writable(out: Path, *, folder: bool = False) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; raise DataError, in one line, if that cannot be done."""
+    """Make a folder and those above it; raise StorageError, in one line, if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,7 +134,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Keep all other writers out of a folder while the block runs.
 
     The lock is the kernel's, so that it goes with its holder however that ends.  The thread that
-    holds a folder may take it again.  Raises BusyError, which names the holder, and DataError if
+    holds a folder may take it again.  Raises BusyError, which names the holder, and StorageError if
     the folder is not there or cannot be written.
     """
     path = folder.resolve() / LOCK
@@ -127,30 +191,82 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_text(path: Path, text: str) -> None:
+def append_text(path: Path, text: str, *, patient: bool = False) -> None:
     """Add whole lines to a file, below whatever a killed process left of one.
 
-    Raises DataError, in one line, when the disk is full or the folder cannot be written; what was
-    there stays.
+    Raise DiskFullError or StorageError, in one line, if they cannot be written; `patient` waits for
+    an error to pass before.  What was there stays.
     """
-    try:
+
+    def append() -> None:
         with path.open("ab+") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                text = "\n" + text
-            file.write(text.encode())
+            end = file.tell()
+            torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+            file.write(("\n" + text if torn else text).encode())
+
+    try:
+        retried(append, pauses=None if patient else NEVER)
     except OSError as error:
         raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: OSError) -> DataError:
-    """The one line for a file that could not be written."""
+class LineLog:
+    """A log that never stops its writer: lines that cannot be written now are written later.
+
+    At most `limit` lines wait; then the oldest are dropped.  It says when it cannot be written, and
+    what became of the lines.
+    """
+
+    def __init__(self, path: Path, limit: int = WAITING_LINES) -> None:
+        self.path = path
+        self._waiting: deque[str] = deque(maxlen=limit)
+        self._failing, self._dropped = False, 0
+
+    def add(self, line: str) -> None:
+        """Write a line, which ends in a line break, after all that wait."""
+        self._dropped += len(self._waiting) == self._waiting.maxlen
+        self._waiting.append(line)
+        self._write(patient=False)
+
+    def close(self) -> None:
+        """Write what waits, with patience, and say what cannot be written."""
+        if self._waiting:
+            self._write(patient=True)
+        if self._waiting:
+            lost = len(self._waiting) + self._dropped
+            self._say(f"{self.path}: {lost} lines are lost: it could not be written to the end")
+
+    def _write(self, *, patient: bool) -> None:
+        """Line by line, so that none that is there already is written again."""
+        written = 0
+        while self._waiting:
+            try:
+                append_text(self.path, self._waiting[0], patient=patient)
+            except StorageError as error:
+                if not self._failing:
+                    self._say(f"{error}; lines are kept in memory meanwhile, and written later")
+                self._failing = True
+                return
+            self._waiting.popleft()
+            written += 1
+        if self._failing:
+            self._say(f"{self.path}: {written} lines written late, {self._dropped} dropped")
+        self._failing, self._dropped = False, 0
+
+    def _say(self, words: str) -> None:
+        print(f"echolab: {words}", file=sys.stderr, flush=True)
+
+
+def write_error(path: Path, error: OSError) -> StorageError:
+    """Return the one line for a file that could not be written."""
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some of your quota or choose another folder",
         errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+        errno.EROFS: "mount it for writing or choose another folder",
     }.get(error.errno or 0, "check that the folder exists and can be written")
-    what = error.strerror or str(error)
-    return DataError(f"{path}: could not be written ({what}); {remedy}")
+    kind = DiskFullError if error.errno in FULL else StorageError
+    return kind(f"{path}: could not be written ({described(error)}); {remedy}")
 
 
 def remove_quietly(path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import append_text
+from echolab.data.files import LineLog, append_text, retried, write_error
 from echolab.errors import DataError
 
 LEDGER = "ledger"
@@ -62,19 +62,26 @@ class LedgerWriter:
     """Appends to one rank's file of one attempt."""
 
     def __init__(self, folder: Path, attempt: Attempt, rank: int) -> None:
-        """Raises DataError where the folder cannot be written, or the attempt is there already."""
+        """Raises StorageError where the folder cannot be written, DataError where the attempt is
+        there already."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            retried(lambda: folder.mkdir(parents=True, exist_ok=True))
         except OSError as error:
-            raise DataError(f"{folder}: cannot be made ({error.strerror})") from error
+            raise write_error(folder, error) from error
         self.path = folder / f"attempt-{attempt.attempt:04d}-rank-{rank:05d}.jsonl"
         if self.path.exists():
             raise DataError(f"{self.path}: is there already; do two processes train in this run?")
-        append_text(self.path, _line({"format": FORMAT, "rank": rank, **attempt._asdict()}))
+        head = _line({"format": FORMAT, "rank": rank, **attempt._asdict()})
+        append_text(self.path, head, patient=True)
+        self._lines = LineLog(self.path)
 
     def write(self, row: Row) -> None:
-        """What this rank trained on in one step."""
-        append_text(self.path, _line(row._asdict()))
+        """Write what this rank trained on in one step, now or, if it cannot be, later."""
+        self._lines.add(_line(row._asdict()))
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._lines.close()
 
 
 class Ledger(NamedTuple):
@@ -86,10 +93,10 @@ class Ledger(NamedTuple):
 
 
 def write_left_out(folder: Path, batches: Iterable[LeftOut]) -> None:
-    """Add to what the ledger in `folder` says was left out; DataError where that cannot be."""
+    """Add to what the ledger in `folder` says was left out; StorageError where that cannot be."""
     text = "".join(_line(batch._asdict()) for batch in batches)
     if text:
-        append_text(folder / SKIPPED, text)
+        append_text(folder / SKIPPED, text, patient=True)
 
 
 def read_left_out(folder: Path) -> list[LeftOut]:

@@ -1,9 +1,9 @@
 """Going on past a bad sample, within a budget by rate; by default there is none, and one stops all.
 
-A bad sample is one whose bytes or content break the contract; a server or network that fails is
-none.  It is replaced by the next good one of its kind, a pure function of the data, so that every
-rank keeps its number of steps and every run its batches.  Each is written down once, in a file that
-all ranks and workers of the run share: the budget is over the samples of the file.
+A bad sample is one whose bytes or content break the contract; a file system, server or network
+that fails is none.  It is replaced by the next good one of its kind, a pure function of the data,
+so that every rank keeps its number of steps and every run its batches.  Each is written down once,
+in a file that all ranks and workers of the run share: the budget is over the samples of the file.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from echolab.data.fetch import FetchError
-from echolab.data.files import write_error
+from echolab.data.files import ABSENT, read_whole, retried, write_error
 from echolab.data.shards import ShardDataset
 from echolab.errors import ConfigError, DataError
 from echolab.redaction import masked
@@ -34,8 +34,8 @@ def allowed(samples: int, skip_budget: float) -> int:
 def read_quarantine(path: Path) -> list[dict[str, Any]]:
     """The bad samples of a run: dataset (fingerprint), shard, key, offset, reason; each once."""
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+        lines = read_whole(path).splitlines()
+    except ABSENT:
         return []
     return _entries(lines)
 
@@ -118,10 +118,7 @@ class Tolerant:
             "reason": masked(str(error)),
         }
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
-                entries = _add(file, entry)
+            entries = retried(lambda: _listed(path, entry))
         except OSError as fault:
             raise write_error(path, fault) from fault
         self._count([e for e in entries if e["dataset"] == entry["dataset"]], entry, path)
@@ -141,6 +138,14 @@ class Tolerant:
                     f"data.skip_budget, or encode those again and go on with data.changed=accept; "
                     f"last: {entry['reason']}"
                 )
+
+
+def _listed(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all entries of a file, once this one is among them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
+        return _add(file, entry)
 
 
 def _add(file: BinaryIO, entry: dict[str, Any]) -> list[dict[str, Any]]:

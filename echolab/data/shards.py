@@ -14,6 +14,7 @@ The folder may also lie behind an address: http(s)://, s3://, or what else fsspe
 import hashlib
 import io
 import json
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 
 from echolab.data.cache import ShardCache, cache_folder
 from echolab.data.fetch import Patience, fetch, pause
+from echolab.data.files import ABSENT, read_error, read_whole, retried
 from echolab.data.index import INDEX, Sample
 from echolab.data.pieces import Pieces
 from echolab.data.stores import LocalStore, RemoteStore, Store
@@ -46,7 +48,7 @@ class ShardDataset:
     """A dataset, read sample by sample at random.  May be copied into workers, forked or not.
 
     Every read is checked against dataset.json; what does not match is a DataError that names
-    shard, sample and byte offset.
+    shard, sample and byte offset.  A file system that fails, and not in passing, is a StorageError.
     """
 
     def __init__(
@@ -114,23 +116,38 @@ class ShardDataset:
     def _take(
         self, i: int, name: str, place: tuple[int, int, int], use: Callable[[Pieces], Result]
     ) -> Result:
-        shard, (offset, size, crc32) = self._table.shard_of(i), place
+        """Bear with errors of the file system that pass; they say nothing of the bytes."""
+        shard = self._table.shard_of(i)
+
+        def attempt() -> Result:
+            try:
+                return self._take_once(i, name, place, use)
+            except OSError:
+                self._store.release(shard)
+                raise
+
         try:
-            with self._store.open(shard) as file:
-                pieces = Pieces(file, offset, size)
-                try:
-                    return use(pieces)
-                finally:
-                    pieces.skip(size - pieces.passed)
-                    if pieces.crc32 != crc32 or pieces.passed != size:
-                        cut = f"is cut at {pieces.passed}"
-                        what = "does not match its checksum" if pieces.passed == size else cut
-                        raise Damaged(
-                            f"{self._where(i)}, byte {offset}: {name} of {size} bytes {what}; run "
-                            f"`echolab data verify {self.folder}`"
-                        )
+            return retried(attempt, final=())
         except OSError as error:
-            raise DataError(f"{self._where(i)}: {error.strerror}") from error
+            raise read_error(self._where(i), error) from error
+
+    def _take_once(
+        self, i: int, name: str, place: tuple[int, int, int], use: Callable[[Pieces], Result]
+    ) -> Result:
+        offset, size, crc32 = place
+        with self._store.open(self._table.shard_of(i)) as file:
+            pieces = Pieces(file, offset, size)
+            try:
+                return use(pieces)
+            finally:
+                pieces.skip(size - pieces.passed)
+                if pieces.crc32 != crc32 or pieces.passed != size:
+                    cut = f"is cut at {pieces.passed}"
+                    what = "does not match its checksum" if pieces.passed == size else cut
+                    raise Damaged(
+                        f"{self._where(i)}, byte {offset}: {name} of {size} bytes {what}; run "
+                        f"`echolab data verify {self.folder}`"
+                    )
 
     def _where(self, i: int) -> str:
         return f"{self._store.place(self._table.shard_of(i))}: sample {self.keys[i]}"
@@ -148,7 +165,7 @@ def open_dataset(
     Remote shards are fetched whole into the folder `cache` ($ECHOLAB_CACHE, ~/.cache/echolab), at
     most `cache_gb` GB (1e9 bytes) of them, which all processes of the machine share.
     Raises DataError when dataset.json or a shard is missing or cut, FetchError where a server is at
-    fault, ConfigError for a bad address or cache.
+    fault, StorageError where a file system is, ConfigError for a bad address or cache.
     """
     url = url_of(place)
     if url:
@@ -159,14 +176,12 @@ def open_dataset(
 def _open_local(folder: Path) -> ShardDataset:
     path = folder / INDEX
     try:
-        index, table = parse_index(path.read_bytes(), path)
-    except FileNotFoundError as error:
+        index, table = parse_index(read_whole(path), path)
+    except ABSENT as error:
         raise DataError(f"{path}: not there; the folder is no whole dataset") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for shard in table.shards:
         path = folder / shard.name
-        size = path.stat().st_size if path.is_file() else None
+        size = _size(path)
         if size != shard.bytes:
             found = "is not there" if size is None else f"has {size} bytes"
             raise DataError(
@@ -175,6 +190,17 @@ def _open_local(folder: Path) -> ShardDataset:
             )
     store = LocalStore(folder, [shard.name for shard in table.shards])
     return ShardDataset(folder, index, table, store)
+
+
+def _size(path: Path) -> int | None:
+    """Return the bytes of a file, None where there is none."""
+    try:
+        status = retried(path.stat)
+    except ABSENT:
+        return None
+    except OSError as error:
+        raise read_error(path, error) from error
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _open_remote(url: str, cache: Path, cache_gb: float, patience: Patience) -> ShardDataset:

@@ -28,6 +28,9 @@ class Store(Protocol):
     def forget(self, shard: int) -> bool:
         """Drop a copy whose bytes are wrong; False where there is only the original."""
 
+    def release(self, shard: int) -> None:
+        """Close the file, so that the next read opens it anew: a stale handle stays stale."""
+
     def expect(self, shards: Iterable[int]) -> None:
         """These will be read next, in this order."""
 
@@ -78,6 +81,11 @@ class LocalStore:
     def forget(self, shard: int) -> bool:
         return False
 
+    def release(self, shard: int) -> None:
+        if self._owner == os.getpid():
+            with self._lock:
+                self._files.pop(shard, None)
+
     def expect(self, shards: Iterable[int]) -> None:
         pass  # the disk is near
 
@@ -98,6 +106,9 @@ class RemoteStore:
     def forget(self, shard: int) -> bool:
         self.cache.discard(self.shards[shard])
         return True
+
+    def release(self, shard: int) -> None:
+        pass  # the cache opens it for each read
 
     def expect(self, shards: Iterable[int]) -> None:
         self.ahead.expect(shards)

@@ -40,6 +40,7 @@ class Attempt(NamedTuple):
     exit_code: int  # -1 while running
     started: float
     ended: float  # or when a record was written last
+    elapsed: float  # seconds between the two, though the clock was set meanwhile
     hosts: tuple[str, ...]
     first_step: int  # the first that was told, -1 where none was
     last_step: int
@@ -126,6 +127,7 @@ def merge(
         exit_code=_exit_code(records, verdict.cause),
         started=min(r.started for r in records),
         ended=max(r.ended or r.seen for r in records),
+        elapsed=_elapsed(records),
         hosts=tuple(dict.fromkeys(r.host for r in records)),
         first_step=records[0].first_step,
         last_step=max(r.last_step for r in records),
@@ -141,6 +143,18 @@ def merge(
     )
 
 
+def _elapsed(records: Sequence[NodeRecord]) -> float:
+    """Return the seconds from the first start to the last word.
+
+    The starts of several nodes are compared by their clocks, which are seconds apart at most; where
+    it is more, a clock was set.  Records of older versions tell no more than clocks.
+    """
+    first = min(r.started for r in records)
+    apart = {r.supervisor: r.started - first for r in records}
+    known = [r.ran + (apart[r.supervisor] if apart[r.supervisor] < r.ran else 0.0) for r in records]
+    return max(known) or max(max(r.ended or r.seen for r in records) - first, 0.0)
+
+
 def _verdict(
     records: Sequence[NodeRecord],
     seen: Sequence[Observation],
@@ -152,6 +166,9 @@ def _verdict(
         if verdict := _of_a_node(records, found, lost, evidence):
             return verdict
     if found:
+        asked = next((r for r in records if r.cause == "preempted_unsaved"), None)
+        if found.cause == "hang" and asked:  # it was given no more time than the signal left
+            return Verdict(found.rank, asked.cause, asked.detail)
         return found
     causes = [record.cause for record in records]
     failed = [cause for cause in causes if cause and cause not in ENDS]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from echolab.launch.exit_codes import DONE, PRUNED, STOPPED_SAVED, STOPPED_UNSAVED
+from echolab.training.stopping import SIGNALS as STOPPING
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SPINNING = 0.5  # of one core, while the stacks were dumped
 CROWDED = 0.05  # of one core that many processes want, of one that is running
 # What is left in a rank whose peer went away, or never came: never the beginning of a failure.

@@ -1,12 +1,14 @@
 """How long a rank may stay in a section; of the sections of a step, learnt from earlier ones."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from echolab.errors import ConfigError
 from echolab.training.sections import Beat
 
 STEP = ("forward", "backward", "optimizer", "vote")  # the sections of a step: one deadline
+TICK_SECONDS = 2.0  # that may pass between two looks of a supervisor that is run
 KINDS = ("init", "first_step", "step", "eval", "save", "data_wait", "teardown")
 
 
@@ -89,3 +91,48 @@ def overdue(
         )
 
     return {rank: allowed for rank, allowed in late.items() if not excused(rank)}
+
+
+def unheard_limit(deadlines: Deadlines, grace: float | None, beats: Iterable[Beat]) -> float | None:
+    """Return the seconds after a signal within which a step must end; None: none must.
+
+    `grace` is the time until the ranks are killed, None where nobody will.  Then a step may take
+    its usual time, and other sections have deadlines of their own.  Nobody waits for the vote of
+    ranks that save or end already.
+    """
+    told = dict(enumerate(beats))
+    sections = {beat.section for beat in told.values()}
+    if sections & {"save", "teardown"}:
+        return None
+    if grace is not None:
+        return grace
+    if sections - {*STEP, "data_wait"}:
+        return None
+    stays = longest_of(told)
+    waits = min(deadlines.factor * stays["data_wait"], deadlines.data_wait)
+    return max(limit(deadlines, "step", stays), waits)
+
+
+class RunningClock:
+    """Measures the time in which this process was run.
+
+    While a job is frozen or stopped as a whole, or the machine sleeps, nothing ticks; such a gap is
+    no time in which anybody could have made progress.
+    """
+
+    def __init__(self) -> None:
+        self._ticked = time.monotonic()
+        self._gaps: list[tuple[float, float]] = []
+
+    def tick(self) -> float:
+        """Return time.monotonic(); to be called often."""
+        now = time.monotonic()
+        if now - self._ticked > TICK_SECONDS:
+            self._gaps.append((self._ticked + TICK_SECONDS, now))
+        self._ticked = now
+        return now
+
+    def ran(self, since: float) -> float:
+        """Return the seconds from `since`, of time.monotonic(), to the last tick, without gaps."""
+        lost = sum(max(end - max(begin, since), 0.0) for begin, end in self._gaps)
+        return self._ticked - since - lost

@@ -1,13 +1,15 @@
 """How a run ended: causes, the exit codes that a batch script acts on, and what to do next."""
 
-import errno
+import re
 from typing import Literal, NamedTuple
 
+from echolab.data.files import FULL
 from echolab.errors import (
     BusyError,
     CheckpointError,
     ConfigError,
     DataError,
+    DiskFullError,
     DivergedError,
     EcholabError,
     FencedError,
@@ -15,7 +17,10 @@ from echolab.errors import (
     ParityError,
     ReplicaError,
     SaveError,
+    SharedMemoryError,
+    StorageError,
     WeightsError,
+    WorkerError,
 )  # fmt: skip
 
 DONE = 0
@@ -39,12 +44,24 @@ class Cause(NamedTuple):
     next_action: str  # what the user does now
 
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+# In this order: the first type that an exception is an instance of counts.
+OF_THE_SYSTEM: dict[type[BaseException], str] = {
+    DiskFullError: "disk", StorageError: "storage", SharedMemoryError: "shared_memory",
+    WorkerError: "worker",
+}  # fmt: skip
 BY_TYPE: dict[type[BaseException], str] = {
     ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
     ReplicaError: "replicas", ParityError: "parity", SaveError: "disk",
     BusyError: "busy", FencedError: "fenced",
 }  # fmt: skip
+# OSErrors that say nothing of a file: a process or a peer is gone, or a path is wrong.
+OF_NO_FILE = (
+    ConnectionError, ChildProcessError, ProcessLookupError,
+    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
+# How PyTorch and NCCL report that /dev/shm is full, and that a loader's worker was killed.
+SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|\(shm\)|Bus error", re.IGNORECASE)
+WORKER = re.compile(r"DataLoader worker \(pid")
 AGAIN = "run the same command again; it goes on from the newest checkpoint"
 CAUSES = {
     "done": Cause(DONE, "none", "all steps done", "nothing; evaluate or export it"),
@@ -85,6 +102,24 @@ CAUSES = {
     "disk": Cause(
         RETRYABLE, "infrastructure", "a file could not be written", "make room there, run it again"
     ),
+    "storage": Cause(
+        RETRYABLE,
+        "infrastructure",
+        "a file system or server failed",
+        "check that file system or server, run it again",
+    ),
+    "worker": Cause(
+        RETRYABLE,
+        "infrastructure",
+        "a worker of the data loader was killed",
+        "SIGKILL: it is memory; lower data.workers or ask for more (--mem), run it again",
+    ),
+    "shared_memory": Cause(
+        RETRYABLE,
+        "infrastructure",
+        "/dev/shm is full",
+        "make room in /dev/shm (in a container: --shm-size), or lower data.workers; run it again",
+    ),
     "code": Cause(RETRYABLE, "code", "an exception", "read the stack; once more may be luck"),
     "replicas": Cause(
         RETRYABLE,
@@ -123,8 +158,8 @@ def cause_of_exception(error: BaseException, section: str) -> str:
     """The name of a cause for an exception in a section."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if _of_the_disk(error):
-        return "disk"
+    if found := _of_the_system(error):
+        return found
     for kind, cause in BY_TYPE.items():
         if isinstance(error, kind):
             return cause
@@ -135,12 +170,23 @@ def cause_of_exception(error: BaseException, section: str) -> str:
     return "teardown" if section == "teardown" else "code"
 
 
-def _of_the_disk(error: BaseException | None) -> bool:
+def _of_the_system(error: BaseException | None) -> str:
+    """Return the cause of an exception that began as an error of the operating system; else ""."""
+    for kind, cause in OF_THE_SYSTEM.items():
+        if isinstance(error, kind):
+            return cause
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK:
-            return True
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL:
+            return "disk"
+        if number and not isinstance(error, OF_NO_FILE):
+            return "storage"
+        if isinstance(error, RuntimeError) and WORKER.search(str(error)):
+            return "shared_memory" if SHARED_MEMORY.search(str(error)) else "worker"
+        if isinstance(error, RuntimeError) and SHARED_MEMORY.search(str(error)):
+            return "shared_memory"
         error = error.__cause__
-    return False
+    return ""
 
 
 def cause_of_result(reason: str, *, unsaved: bool = False) -> str:

@@ -68,7 +68,7 @@ def _row(attempt: Attempt) -> dict[str, Any]:
     return {
         "launch": attempt.launch, "cause": attempt.cause, "rank": attempt.rank,
         "host": attempt.host, "started": attempt.started,
-        "seconds": round(attempt.ended - attempt.started, 3), "first_step": attempt.first_step,
+        "seconds": round(attempt.elapsed, 3), "first_step": attempt.first_step,
         "last_step": attempt.last_step, "checkpoint_before": attempt.checkpoint_before,
         "checkpoint": attempt.checkpoint,
     }  # fmt: skip

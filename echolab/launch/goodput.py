@@ -34,7 +34,7 @@ def account(attempts: Sequence[Attempt]) -> Goodput:
     useful, allocated = 0.0, 0.0
     losses = dict.fromkeys(LOSSES, 0.0)
     for number, attempt in enumerate(attempts):
-        whole = max(attempt.ended - attempt.started, 0.0)
+        whole = attempt.elapsed
         seconds = dict(attempt.seconds)
         hang = 0.0
         if attempt.cause in ("hang", "stopped_process"):
@@ -77,6 +77,6 @@ def checkpoint_interval(attempts: Sequence[Attempt]) -> float:
     """
     save = max((a.save_seconds for a in attempts), default=0.0)
     failures = sum(1 for a in attempts if a.why and a.why.budget == "infrastructure")
-    allocated = sum(max(a.ended - a.started, 0.0) for a in attempts)
+    allocated = sum(a.elapsed for a in attempts)
     between = (allocated + PRIOR_SECONDS) / (failures + 1)
     return min(max(math.sqrt(2 * save * between), SHORTEST), LONGEST)

@@ -29,6 +29,11 @@ class Layout(NamedTuple):
     address: str
     port: int
 
+    @property
+    def numbers(self) -> range:
+        """The ranks of this supervisor."""
+        return range(self.first, self.first + self.ranks)
+
     def environment(self, number: int) -> dict[str, str]:
         """What rank `first + number` is told."""
         return {

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, Self
 
 from echolab.launch.exit_codes import STOPPED_SAVED
-from echolab.training.stopping import SIGNALS
+from echolab.training.stopping import caught
 
 GRACE_SECONDS = 30.0  # between one rank's failure and the end of the others
 
@@ -48,8 +48,7 @@ def run_ranks(command: list[str], count: int) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in caught}
+    before = {number: signal.signal(number, forward) for number in caught()}
     try:
         for number in range(count):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -93,7 +92,7 @@ class SignalRelay:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._relay) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._relay) for number in caught()}
         return self
 
     def __exit__(self, *error: object) -> None:

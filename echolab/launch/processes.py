@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,46 @@ def birth(pid: int) -> str:
         return ""
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else f"{boot}-{fields[19]}"
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for a signal, which would end it otherwise."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def remove_after(folder: Path) -> tuple[int, int]:
+    """Remove a folder once this process has ended, be it by SIGKILL.
+
+    Return what `removed` takes: a process that waits for the end of this one, and its pipe.
+    """
+    reader, writer = os.pipe()
+    if pid := os.fork():
+        os.close(reader)
+        return pid, writer
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        os.closerange(3, reader)
+        os.closerange(reader + 1, os.sysconf("SC_OPEN_MAX"))
+        os.read(reader, 1)  # ends when the last writer is closed
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os._exit(0)
+
+
+def removed(pid: int, writer: int) -> None:
+    """Let the process of `remove_after` remove its folder, and wait for it."""
+    os.close(writer)
+    os.waitpid(pid, 0)
 
 
 def ended(pid: int) -> bool:

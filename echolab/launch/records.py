@@ -38,6 +38,8 @@ class NodeRecord:
     pid: int
     born: str  # of the supervisor, so that its pid is not mistaken for another's
     started: float  # time.time()
+    epoch: int = 0  # of the lease: launches in their order, whatever the clocks were
+    ran: float = 0.0  # seconds from `started` to `seen`, by a clock that nobody sets
     seen: float = 0.0  # when this was written
     ended: float | None = None
     beats: str = ""  # folder on that host
@@ -83,7 +85,7 @@ def read_launches(run: Path) -> list[list[NodeRecord]]:
     """Of all launches of a run, the oldest first."""
     folders = [path for path in (run / ATTEMPTS).glob("*") if path.is_dir()]
     launches = [records for path in folders if (records := read_launch(path))]
-    return sorted(launches, key=lambda records: min(record.started for record in records))
+    return sorted(launches, key=lambda records: min((r.epoch, r.started) for r in records))
 
 
 def alive(record: NodeRecord, host: str, now: float) -> bool:

@@ -23,7 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import append_text, write_whole
+from echolab.data.files import ABSENT, append_text, read_whole, write_whole
 from echolab.errors import ConfigError
 from echolab.launch import lease
 from echolab.launch.lease import Lease
@@ -75,7 +75,7 @@ def flat(config: Any, name: str = "") -> dict[str, Any]:
 
 def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] = ()) -> None:
     """Raise ConfigError naming the first setting that differs from the folder's own."""
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads(read_whole(folder / "config.json"))
     old, new = flat(saved), flat(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
         if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *extra}:
@@ -120,13 +120,13 @@ def _create(folder: Path, config: Mapping[str, Any]) -> None:
     for name, content in files.items():
         if (folder / name).exists():  # settings of a start that died here, or another program's
             continue
-        write_whole(folder / name, json.dumps(content, indent=1).encode())
+        write_whole(folder / name, json.dumps(content, indent=1).encode(), patient=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content: dict[str, Any] = json.loads(read_whole(path))
+    except (*ABSENT, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); choose another by run=...") from error
     return content
 
@@ -172,7 +172,7 @@ def claim(
             "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),
         }  # fmt: skip
         own.check()  # git and the versions took their time
-        append_text(path, json.dumps(about) + "\n")
+        append_text(path, json.dumps(about) + "\n", patient=True)
         yield Run(folder, str(identity["id"]), attempt, own)
 
 
@@ -180,8 +180,8 @@ def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
     """Record that this attempt trains from `step` on, with these settings."""
     run.lease.check()
     line = {"attempt": run.attempt, "step": step, "config": config}
-    append_text(run.folder / CONFIGS, json.dumps(line) + "\n")
-    write_whole(run.folder / CONFIG, json.dumps(config, indent=1).encode())
+    append_text(run.folder / CONFIGS, json.dumps(line) + "\n", patient=True)
+    write_whole(run.folder / CONFIG, json.dumps(config, indent=1).encode(), patient=True)
 
 
 def settings_by_step(folder: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -5,21 +5,27 @@ in no collective.  So whatever happens to a rank, it is there to say what, and t
 """
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from echolab.data.files import write_error
-from echolab.errors import BusyError, DataError
+from echolab.data.files import retried, write_error
+from echolab.errors import BusyError, StorageError
 from echolab.launch import evidence, exit_codes, lease, processes, records, told
 from echolab.launch.blame import Verdict, culprit
-from echolab.launch.deadlines import Deadlines, limit, longest_of, overdue
+from echolab.launch.deadlines import (
+    Deadlines,
+    RunningClock,
+    limit,
+    longest_of,
+    overdue,
+    unheard_limit,
+)
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.layout import Layout
 from echolab.launch.lease import Lease
@@ -29,7 +35,7 @@ from echolab.launch.telling import last_words
 from echolab.launch.watch import Rank, observe
 from echolab.training.sections import FOLDER as BEATS
 from echolab.training.sections import Beat
-from echolab.training.stopping import SIGNALS
+from echolab.training.stopping import SIGNALS, caught, leave_terminal
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5  # between two looks at the sections, and at other supervisors
@@ -46,15 +52,24 @@ class Supervisor:
     """One launch, on one machine."""
 
     def __init__(
-        self, layout: Layout, command: Sequence[str], run: Path, deadlines: Deadlines
+        self,
+        layout: Layout,
+        command: Sequence[str],
+        run: Path,
+        deadlines: Deadlines,
+        grace: Mapping[int, float] | None = None,
     ) -> None:
+        """`grace` is how many seconds a signal leaves until Slurm kills all, by its number."""
         self.layout, self.command, self.run, self.deadlines = layout, command, run, deadlines
+        self.grace = dict(grace or {})
+        self.clock = RunningClock()
         self.folder = run.absolute() / ATTEMPTS / layout.launch
         self.ranks: list[Rank] = []
         self.asked = 0  # the first signal that was passed on
         self.asked_at = 0.0
         self.impatient_since = 0.0  # the second Ctrl-C, 0 before
         self._steps_when_asked: dict[int, int] | None = None
+        self.unheard = 0.0  # seconds after a signal in which no step ended, if that is the end
         self.late: dict[int, float] = {}
         self.stopped_since: dict[int, float] = {}
         self.followed = False
@@ -67,10 +82,10 @@ class Supervisor:
     def watch(self) -> int:
         """Until all ranks have ended; the exit code of `exit_codes`.
 
-        SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on.  However it ends, no rank is left.
+        SIGNALS are passed on.  However it ends, no rank is left.
         Raises BusyError, before anything is written, while another launch is at work in the run.
         """
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        before = {number: signal.signal(number, self._pass_on) for number in caught()}
         try:
             if self._take_the_run():
                 self._begin_record()
@@ -88,8 +103,8 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run_ranks(self) -> None:
-        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.beats = Path(tempfile.mkdtemp(prefix="echolab-beats-", dir=shared))
+        self.beats = told.make_folder(self.layout.numbers)
+        remover = processes.remove_after(self.beats)
         try:
             self._start()
             failed = self._until_the_end()
@@ -97,7 +112,7 @@ class Supervisor:
             self._end_within_bounds(failed)
         finally:
             self._kill()
-            shutil.rmtree(self.beats, ignore_errors=True)
+            processes.removed(*remover)
 
     def _take_the_run(self) -> bool:
         """Hold the run, or join the first supervisor in it; False where a signal came meanwhile."""
@@ -118,13 +133,17 @@ class Supervisor:
         if layout.launch.startswith("torchrun"):  # which gives every start the same name
             layout = self.layout = layout._replace(launch=f"{layout.launch}-{self.lease.epoch}")
         self.folder = self.run.absolute() / ATTEMPTS / layout.launch
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            retried(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        except OSError as error:
+            raise write_error(self.folder, error) from error
         self.record = NodeRecord(
             layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
-            list(range(layout.first, layout.first + layout.ranks)), os.getpid(),
+            list(layout.numbers), os.getpid(),
             processes.birth(os.getpid()), time.time(),
-            checkpoint_before=records.newest_checkpoint(self.run),
+            epoch=self.lease.epoch, checkpoint_before=records.newest_checkpoint(self.run),
         )  # fmt: skip
+        self._began = self._written = time.monotonic()
         self._write_record()
         if layout.supervisor == 0:
             evidence.note_earlier(self.run, layout.launch)
@@ -159,12 +178,15 @@ class Supervisor:
     def _keep_the_run(self) -> None:
         """Beat, where this supervisor is the first; and see whether a later launch came."""
         assert self.lease
-        self.fenced = self.lease.fenced()
+        with suppress(OSError):  # the next look may succeed
+            self.fenced = self.lease.fenced()
         if self.layout.supervisor == 0 and time.monotonic() - self._beaten > lease.BEAT_SECONDS:
             self._beaten = time.monotonic()
             self.lease.beat()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not self.asked:
             self.asked, self.asked_at = number, time.monotonic()
         elif self.asked == number == signal.SIGINT and "SLURM_PROCID" not in os.environ:
@@ -204,7 +226,7 @@ class Supervisor:
                 return
             self.followed = os.access(self.folder / OVER, os.F_OK)
             news = self.asked != self.record.asked
-            if news or time.time() - self.record.seen > records.SECONDS:
+            if news or time.monotonic() - self._written > records.SECONDS:
                 self._tell()
 
     def _start_rank(self, number: int) -> None:
@@ -229,8 +251,8 @@ class Supervisor:
                 return True
             if self.impatient_since and time.monotonic() - self.impatient_since > GRACE_SECONDS:
                 return True  # in a collective no rank can listen
-            if time.monotonic() - looked >= LOOK_SECONDS:
-                looked = time.monotonic()
+            if self.clock.tick() - looked >= LOOK_SECONDS:
+                looked = self.clock.tick()
                 self.late = self._overdue(looked)
                 if self.late or self.followed:
                     return True
@@ -243,9 +265,12 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _overdue(self, now: float) -> dict[int, float]:
-        beats = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
+        told = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
+        beats = {
+            n: beat._replace(since=now - self.clock.ran(beat.since)) for n, beat in told.items()
+        }
         late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
-        return late or self._deaf(beats, now) or self._stopped(now)
+        return late or self._deaf(beats) or self._unheard(beats) or self._stopped(now)
 
     def _stopped(self, now: float) -> dict[int, float]:
         """Ranks that somebody stopped, and left so: in no section will they go on by themselves."""
@@ -253,19 +278,36 @@ class Supervisor:
         states = {r.number: processes.see(r.pid).state for r in self.ranks if r.exit is None}
         stopped = [number for number, state in states.items() if state == "T"]
         self.stopped_since = {n: self.stopped_since.get(n, now) for n in stopped}
-        return {n: floor for n, since in self.stopped_since.items() if now - since > floor}
+        return {
+            n: floor for n, since in self.stopped_since.items() if self.clock.ran(since) > floor
+        }
 
-    def _deaf(self, beats: dict[int, Beat], now: float) -> dict[int, float]:
-        """Ranks that were asked to stop, and went on through vote after vote."""
-        if not self.asked or not beats:
-            return {}
+    def _votes(self, beats: Mapping[int, Beat]) -> int:
+        """Return how many steps have ended on all ranks since they were asked to stop."""
         steps = {number: beat.step for number, beat in beats.items()}
         if self._steps_when_asked is None:
             self._steps_when_asked = steps
+        return min(steps[number] - self._steps_when_asked[number] for number in steps)
+
+    def _deaf(self, beats: Mapping[int, Beat]) -> dict[int, float]:
+        """Ranks that were asked to stop, and went on through vote after vote."""
+        if not self.asked or not beats:
+            return {}
         stays = longest_of(beats)
         allowed = sum(limit(self.deadlines, k, stays) for k in ("step", "save", "teardown"))
-        votes = min(steps[number] - self._steps_when_asked[number] for number in steps)
-        return dict.fromkeys(beats, allowed) if votes > 2 and now - self.asked_at > allowed else {}
+        late = self._votes(beats) > 2 and self.clock.ran(self.asked_at) > allowed
+        return dict.fromkeys(beats, allowed) if late else {}
+
+    def _unheard(self, beats: Mapping[int, Beat]) -> dict[int, float]:
+        """Return ranks that were asked to stop and come to no vote in which they could hear it."""
+        if not self.asked or not beats or self._votes(beats):
+            return {}
+        number = signal.SIGTERM if self.asked == signal.SIGINT else self.asked
+        allowed = unheard_limit(self.deadlines, self.grace.get(number), beats.values())
+        if allowed is None or self.clock.ran(self.asked_at) <= allowed:
+            return {}
+        self.unheard = allowed
+        return dict.fromkeys(beats, allowed)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -297,6 +339,10 @@ class Supervisor:
             seen = observe(self.ranks, self.folder, self.layout.host, self.late)
             self.record.observations = seen
             verdict = culprit(seen)
+        if verdict and self.unheard and verdict.cause == "hang":
+            name = signal.Signals(self.asked).name
+            words = f"{name}, and no step ended within {self.unheard:.0f} s: {verdict.detail}"
+            verdict = verdict._replace(cause="preempted_unsaved", detail=words)
         if verdict is None:  # its ranks only wait for those of another supervisor
             verdict = Verdict(self.layout.first, "node_lost", "ended with the others")
         self._declare_over()
@@ -342,9 +388,11 @@ class Supervisor:
         self._write_record()
 
     def _write_record(self) -> None:
+        self._written = time.monotonic()
+        self.record.ran = self._written - self._began
         try:
             self.record.write(self.folder)
-        except DataError as error:  # a full disk must not end the watch
+        except StorageError as error:  # a full disk must not end the watch
             print(f"echolab: {error}", file=sys.stderr, flush=True)
 
     def _close(self, cause: str, rank: int, detail: str, code: int) -> None:
@@ -362,9 +410,10 @@ class Supervisor:
         """Slurm kills a step once one of its tasks ends with a code: until all have told theirs."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            ended = sum(name.startswith(ENDED) for name in os.listdir(self.folder))
-            if ended >= self.layout.supervisors:
-                return
+            with suppress(OSError):
+                ended = sum(name.startswith(ENDED) for name in os.listdir(self.folder))
+                if ended >= self.layout.supervisors:
+                    return
             time.sleep(LOOK_SECONDS)
 
     def _kill(self) -> None:

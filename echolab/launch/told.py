@@ -9,13 +9,15 @@ supervisor copies errors into the run's folder.
 
 import json
 import os
+import shutil
+import tempfile
 import time
 import traceback
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_whole
-from echolab.errors import EcholabError, SharedError
+from echolab.errors import SharedError
 from echolab.launch.blame import Failure
 from echolab.launch.exit_codes import (
     CAUSES,
@@ -26,9 +28,11 @@ from echolab.launch.exit_codes import (
     cause_of_exception,
 )
 from echolab.redaction import masked
-from echolab.training.sections import FOLDER
+from echolab.training.sections import FOLDER, keep_room, reserve
 
+PREFIX = "echolab-beats-"
 TRACE_CHARACTERS = 20_000  # the end of a longer one is kept
+WORDS_ROOM = 1 << 17  # bytes that are kept free for what a rank tells of its end
 
 
 class End(NamedTuple):
@@ -53,8 +57,8 @@ def tell_failure(folder: Path, rank: int, error: BaseException, section: str, st
         failure = failure._replace(shared=True, rank=error.rank)
     told = {**failure._asdict(), "section": section, "step": step}
     try:
-        write_whole(error_path(folder, rank), json.dumps(told).encode())
-    except EcholabError:  # the exit code still says something
+        _write(error_path(folder, rank), told)
+    except OSError:  # the exit code still says something
         pass
     return CAUSES[cause].exit_code
 
@@ -64,9 +68,48 @@ def error_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.error.json"
 
 
+def end_path(folder: Path, rank: int) -> Path:
+    """Where a rank tells how training ended."""
+    return folder / f"rank-{rank}.end.json"
+
+
+def make_folder(ranks: Iterable[int]) -> Path:
+    """Make the node-local folder of these ranks, in memory if there is room, else on disk.
+
+    Room is kept for all that they may tell later.  Raise OSError if there is none anywhere.
+    """
+    numbers = list(ranks)
+    places = ["/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
+    for place in (*places, tempfile.gettempdir()):
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        try:
+            for rank in numbers:
+                reserve(folder, rank)
+                for path in (error_path(folder, rank), end_path(folder, rank)):
+                    keep_room(_partial(path), WORDS_ROOM)
+            return folder
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            full = error
+    raise full
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole, into the room that was kept for it."""
+    partial = _partial(path)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(json.dumps(content).encode())
+    partial.replace(path)
+
+
 def tell_end(folder: Path, rank: int, end: End) -> None:
     """Write down how training ended."""
-    write_whole(folder / f"rank-{rank}.end.json", json.dumps(end._asdict()).encode())
+    _write(end_path(folder, rank), end._asdict())
 
 
 def failure_of(folder: Path, rank: int) -> Failure | None:
@@ -77,7 +120,7 @@ def failure_of(folder: Path, rank: int) -> Failure | None:
 
 def end_of(folder: Path, rank: int) -> End | None:
     """The end that a rank told."""
-    told = read_json(folder / f"rank-{rank}.end.json")
+    told = read_json(end_path(folder, rank))
     return End(**told) if told else None
 
 

@@ -1,7 +1,6 @@
 """One rank as its supervisor sees it, and the observation of all of them when a run fails."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -14,9 +13,11 @@ from echolab.launch.blame import STOPPING, Observation
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.launch.processes import Seen
 from echolab.launch.told import end_of, error_path, failure_of
+from echolab.training.guards.host_memory import family
 from echolab.training.sections import SECTIONS, Beat, beats_path, read_beat, stacks_path
 
 DUMP_SECONDS = 2.0  # the most that ranks are given to write their stacks
+WORKERS_SECONDS = 0.5  # for the workers of ranks to write theirs
 STACK_CHARACTERS = 50_000
 
 
@@ -72,7 +73,8 @@ def observe(
         state, cpu = before.get(number, Seen("", 0.0))
         # Where it ended meanwhile, by SIGQUIT before it could take it, it was alive all the same.
         busy = max(processes.see(rank.pid).cpu - cpu, 0.0) / took if rank in living else 0.0
-        stack = stacks.get(number, "")
+        # A worker or rank that a fault killed has written its stack by itself.
+        stack = stacks.get(number) or _written(stacks_path(rank.beats, number))
         with contextlib.suppress(OSError):  # a full disk: the verdict needs no file
             if stack:
                 (folder / f"rank-{number}.stack").write_text(stack)
@@ -90,28 +92,40 @@ def observe(
 
 
 def dump(ranks: Sequence[Rank], seen: dict[int, Seen]) -> dict[int, str]:
-    """Stacks of all threads by rank, of those that can write them.
+    """Stacks of all threads by rank, of those that can write them, below those of its workers.
 
     A stopped process writes them as soon as it goes on, so it is made to.
     """
     paths = {rank.number: stacks_path(rank.beats, rank.number) for rank in ranks}
-    asked = [rank for rank in ranks if paths[rank.number].exists()]  # else SIGQUIT would end it
+    asked = [rank for rank in ranks if processes.catches(rank.pid, signal.SIGQUIT)]
     before = {rank.number: paths[rank.number].stat().st_size for rank in asked}
+    workers = [pid for rank in asked for pid in family(rank.pid) if pid != rank.pid]
+    for pid in workers:
+        if processes.catches(pid, signal.SIGQUIT):
+            processes.send(pid, signal.SIGQUIT)
+    if workers:
+        time.sleep(WORKERS_SECONDS)  # the rank's own stack is the last
+    own = {rank.number: paths[rank.number].stat().st_size for rank in asked}
     for rank in asked:
         processes.send(rank.pid, signal.SIGQUIT)
         if seen[rank.number].state == "T":
             processes.send(rank.pid, signal.SIGCONT)
-    end, sizes = time.monotonic() + DUMP_SECONDS, before
+    end, sizes = time.monotonic() + DUMP_SECONDS, own
     while time.monotonic() < end:
         time.sleep(0.2)
         now = {rank.number: paths[rank.number].stat().st_size for rank in asked}
-        if now == sizes and all(now[number] > before[number] for number in now):
+        if now == sizes and all(now[number] > own[number] for number in now):
             break
         sizes = now
-    found = {}
-    for rank in asked:
-        with paths[rank.number].open("rb") as file:
-            os.lseek(file.fileno(), before[rank.number], os.SEEK_SET)
-            # The main thread is the last.
-            found[rank.number] = file.read().decode(errors="replace")[-STACK_CHARACTERS:]
-    return found
+    # The main thread of the rank is the last.
+    return {rank.number: _written(paths[rank.number], before[rank.number]) for rank in asked}
+
+
+def _written(path: Path, start: int = 0) -> str:
+    """What stands in a file of stacks from byte `start` on, "" where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read().decode(errors="replace")[-STACK_CHARACTERS:]
+    except OSError:
+        return ""

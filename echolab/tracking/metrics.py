@@ -12,24 +12,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echolab.data.files import append_text
+from echolab.data.files import LineLog
 from echolab.errors import DataError
 
 
 class MetricsLog:
-    """Appends rows to a file; each is on its way to disk when `log` returns."""
+    """Appends rows to a file; each is on its way to disk when `log` returns.
+
+    A file that cannot be written stops no run: rows wait for the next time (`LineLog`).
+    """
 
     def __init__(self, path: Path, attempt: int) -> None:
         """`attempt` counts from 0 (or 1): higher is later."""
-        self.path, self.attempt = path, attempt
+        self.attempt = attempt
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = LineLog(path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One row.  Values that are not finite are written as null, which JSON has, unlike NaN."""
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
         for name, value in values.items():
             row[name] = float(value) if math.isfinite(value) else None
-        append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
+        self._lines.add(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

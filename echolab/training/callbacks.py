@@ -68,6 +68,7 @@ class Steps(pl.Callback):
         self.unsaved = False  # ended with steps that no checkpoint has
         self.unlogged: Exception | None = None  # what kept rank 0 from logging
         self.resumed: Checkpoint | None = None
+        self.ledger: StepLedger | None = None
         self.newest: Path | None = None  # checkpoint, at the end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -153,7 +154,6 @@ class Steps(pl.Callback):
             self.evaluation.prepare()
 
     def _begin_ledger(self) -> None:
-        self.ledger: StepLedger | None = None
         if self.training.ledger:
             folder, skipped = self.training.folder / LEDGER, self.schedule.skipped
             self.ledger = StepLedger(folder, self.data, self.step, skipped)
@@ -351,6 +351,8 @@ class Steps(pl.Callback):
         if self.unlogged:
             self._raise_unlogged()
         self.writer.close()
+        if self.ledger:
+            self.ledger.close()
         self.newest = self.saving.saved
         self.reason = "done" if done else vote.reason or "until"
         self.signal = vote.signal if self.reason == "signal" else 0

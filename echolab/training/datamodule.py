@@ -15,7 +15,14 @@ from echolab.data.shards import ShardDataset
 from echolab.tasks.curriculum import Curriculum
 from echolab.training import ranks
 from echolab.training.sections import Beats
-from echolab.training.stopping import ignore_signals
+from echolab.training.workers import (
+    as_it_is,
+    begin_worker,
+    check_room,
+    in_shared_memory,
+    reported,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Feed(NamedTuple):
     workers: int
     seed: int
     sequence_parallel: int = 1  # ranks in a row that get the same clips
+    ranks_of_node: int = 1
     quarantine: Path | None = None  # where bad samples are listed, if any are borne with
 
 
@@ -49,11 +57,13 @@ class TimedLoader(DataLoader[MicroBatch]):
     ended = False  # no more items: training goes on elsewhere
 
     def __iter__(self) -> Any:
-        """The loader's own items."""
-        items = super().__iter__()
+        """The loader's own items; raises errors of its workers as the workers raised them."""
+        with reported():
+            items = super().__iter__()
         while not self.ended:
             self.beats.enter("data_wait")
-            item = next(items, None)
+            with reported():
+                item = next(items, None)
             if item is None:
                 return
             yield item
@@ -105,16 +115,30 @@ class ShardDataModule(pl.LightningDataModule):
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
             items.plan(self.first_step)
+        if feed.workers and not self.loader:
+            self._check_room(items)
         self.loader = TimedLoader(
             items,
             batch_size=None,
             sampler=range(self.first_step * feed.accumulation, self.steps * feed.accumulation),
             num_workers=feed.workers,
-            worker_init_fn=ignore_signals if feed.workers else None,
+            collate_fn=in_shared_memory if feed.workers else as_it_is,
+            worker_init_fn=begin_worker if feed.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         self.loader.beats = self.beats
         return self.loader
+
+    def _check_room(self, items: MicroBatches) -> None:
+        """See that the workers' batches fit in shared memory, by the first batch of each kind."""
+        firsts: dict[str, int] = {}
+        for step in range(self.first_step, self.steps):
+            firsts.setdefault(self.place(step).kind, step)
+        sizes = [
+            sum(tensor.nbytes for tensor in tensors_of(items[step * self.feed.accumulation]))
+            for step in firsts.values()
+        ]
+        check_room(max(sizes, default=0), self.feed.workers, self.feed.ranks_of_node)
 
     def progress(self, step: int) -> dict[str, float]:
         """How far the clips were gone through after `step` steps, and what remainder=drop cost.

@@ -71,7 +71,7 @@ def _trainer(machine: Machine, accumulation: int, clip: float, steps: Steps) -> 
 def fit(training: Training) -> FitResult:
     """Train through the rest of the schedule; raises EcholabError for what a user can mend.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 on any rank, the end of the job's time and files in the run
+    SIGNALS on any rank, the end of the job's time and files in the run
     folder (`requests`) end the run after the step, with a checkpoint; the result says why.
     Handlers and global state are afterwards as they were before.
     """

@@ -98,3 +98,8 @@ class StepLedger:
                 noise=[noise for _, hashes in items for noise in hashes],
             )
             self._writer.write(row)
+
+    def close(self) -> None:
+        """Write the rows that could not be written when their steps were made."""
+        if self._writer:
+            self._writer.close()

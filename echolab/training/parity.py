@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.batches import collate_clips, read_clip
-from echolab.data.files import write_whole
+from echolab.data.files import ABSENT, FULL, read_whole, write_whole
 from echolab.data.quarantine import Tolerant
 from echolab.diffusion.generation import generate
-from echolab.errors import EcholabError, ParityError
+from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
 from echolab.models.export import write_original
 from echolab.models.released import load_released
 from echolab.models.transformer import EchoTransformer
@@ -35,6 +35,7 @@ from echolab.types import Batch
 STEPS = 4  # of Euler's method
 TOLERANCE = 1e-4  # relative, in fp32
 REPORT, EXPORT = "parity.json", "parity-export.safetensors"
+FAILURES = (ParityError, ParityError, StorageError, DiskFullError)  # by number; 0 is none
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REMEDY = (
     "look at the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
@@ -174,7 +175,7 @@ def _compare(
     told |= {"passed": found.passed, **found._asdict()}
     told |= {"by_task": _by_task(clips, differences)}
     told |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
-    write_whole(folder / REPORT, json.dumps(told, indent=1).encode())
+    write_whole(folder / REPORT, json.dumps(told, indent=1).encode(), patient=True)
     return differences, bound
 
 
@@ -186,9 +187,10 @@ def _exported(
     how: Sampling,
     where: _Where,
     poll: Poll,
-) -> tuple[list[float], float, str]:
+) -> tuple[list[float], float, Exception | None]:
     """Differences by batch, the bound, and what went wrong; zeros on ranks other than 0."""
-    differences, bound, fault = [0.0] * len(clips), 0.0, ""
+    fault: Exception | None = None
+    differences, bound = [0.0] * len(clips), 0.0
     passes = 1 if where.dtype == torch.float32 else 2
     polls = iter([poll] * (passes * len(clips) * how.steps))  # one a step of the sampler
     if ranks.rank() == 0:
@@ -197,10 +199,22 @@ def _exported(
                 checkpoint, folder, live, clips, how, where, lambda: next(polls)()
             )
         except (EcholabError, OSError, torch.OutOfMemoryError) as error:
-            fault = " ".join(str(error).split()) or type(error).__name__
+            fault = error
     for left in polls:  # the other ranks, or a rank 0 that failed, come to as many
         left()
     return differences, bound, fault
+
+
+def _failure(fault: BaseException | None) -> int:
+    """Return which of FAILURES an exception is, 0 for none: a disk says nothing of an export."""
+    kind = int(fault is not None)
+    while fault is not None:
+        if isinstance(fault, DiskFullError) or (isinstance(fault, OSError) and fault.errno in FULL):
+            return FAILURES.index(DiskFullError)
+        if isinstance(fault, StorageError | OSError):
+            return FAILURES.index(StorageError)
+        fault = fault.__cause__
+    return kind
 
 
 def judged(differences: Sequence[float], bound: float) -> Parity:
@@ -229,17 +243,20 @@ def check_parity(
 
     Collective: all ranks sample, with the same clips; rank 0 exports into `folder`, reads that back
     and writes `parity.json`.  Raises ParityError on every rank where the samples are too far apart,
-    or where the export cannot be made.  Needs memory for one more copy of the weights on rank 0.
+    or where the export cannot be made; StorageError where a disk is at fault.  Needs memory for one
+    more copy of the weights on rank 0.
     `poll` is called on all ranks after each step of the sampler, here and on rank 0.
     """
     with unchanged(net, device), ema.applied(masters):
         live = sample(net, clips, how, device=device, dtype=dtype, poll=poll)
     where = _Where(device, dtype, autocast_dtype(net, dtype) != dtype)
     differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where, poll)
-    *differences, bound, failed = ranks.sums([*differences, bound, float(bool(fault))])
+    *differences, bound, failed = ranks.sums([*differences, bound, float(_failure(fault))])
     found = judged(differences, bound)
-    if failed:  # any rank knows that it did; rank 0 knows why
-        raise ParityError(f"{checkpoint}: its export cannot be compared: {fault or 'see rank 0'}")
+    if failed:  # any rank knows how; rank 0 knows why
+        why = " ".join(str(fault or "see rank 0").split()) or type(fault).__name__
+        kind = FAILURES[int(failed)]
+        raise kind(f"{checkpoint}: its export cannot be compared: {why}")
     if not found.passed:
         by_task = _by_task(clips, differences).items()
         differing = ", ".join(f"{task} {value:.2e}" for task, value in by_task)
@@ -257,7 +274,7 @@ def passed_before(folder: Path, checkpoint: Path) -> bool | None:
     A check that passed is not repeated when its run is started again; any other is.
     """
     try:
-        told = json.loads((folder / REPORT).read_bytes())
-    except (FileNotFoundError, ValueError):
+        told = json.loads(read_whole(folder / REPORT))
+    except (*ABSENT, ValueError):
         return None
     return bool(told["passed"]) if told.get("checkpoint") == checkpoint.name else None

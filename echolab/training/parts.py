@@ -217,6 +217,7 @@ class Training(NamedTuple):
             self.workers,
             self.seed,
             together,
+            self.machine.devices,
             self.quarantine,
         )
 

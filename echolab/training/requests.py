@@ -3,14 +3,19 @@
 STOP   save, and end; the same command goes on later        SAVE   save at this step, and go on
 PAUSE  save, and wait until the file is removed             PRUNE  end: a sweep has seen enough
 
-They are looked for by rank 0, about once a second, and removed once acted upon, PAUSE apart.
+They are looked for by rank 0, about once a second, and removed once acted upon, PAUSE apart.  One
+that cannot be looked for is not there; one that cannot be removed, such as a folder that is not
+empty or a file that must not be changed, is acted upon once.
 """
 
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from echolab.data.files import described
 from echolab.training import ranks
 from echolab.training.stopping import StopSignals
 
@@ -27,21 +32,42 @@ class Requests:
         self.folder, self._fenced = folder, fenced or (lambda: False)
         self._looked = float("-inf")
         self._found: set[str] = set()
+        self._done: dict[str, float] = {}  # ctime of those that cannot be removed
 
     def pending(self) -> set[str]:
-        """Names of REQUESTS that are there, and FENCED where the run is not ours any more."""
+        """Return the names of REQUESTS that are there, and FENCED if another has taken the run."""
         if time.monotonic() - self._looked >= SECONDS:
             self._looked = time.monotonic()
-            self._found = {name for name in REQUESTS if (self.folder / name).exists()}
-            self._found |= {"FENCED"} if self._fenced() else set()
+            made = {name: self._made(name) for name in REQUESTS}
+            self._found = {n for n, at in made.items() if at and self._done.get(n) != at}
+            with suppress(OSError):  # the next look may succeed
+                self._found |= {"FENCED"} if self._fenced() else set()
         return self._found
 
+    def _made(self, name: str) -> float:
+        """Return when a request was made or changed last; 0 where there is none."""
+        try:
+            return (self.folder / name).lstat().st_ctime
+        except OSError:
+            return 0.0
+
     def clear(self, *names: str) -> None:
-        """They were acted upon; rank 0 removes the files."""
-        if ranks.rank() == 0:
-            for name in names:
-                (self.folder / name).unlink(missing_ok=True)
-                self._found.discard(name)
+        """They were acted upon; rank 0 removes them."""
+        if ranks.rank() > 0:
+            return
+        for name in names:
+            path, made = self.folder / name, self._made(name)
+            self._found.discard(name)
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                if self._done.get(name) != made:
+                    words = f"was acted upon, but cannot be removed ({described(error)})"
+                    print(f"echolab: {path}: {words}; remove it", file=sys.stderr, flush=True)
+                self._done[name] = made
 
 
 def asked(

@@ -5,6 +5,8 @@ write to memory that another process of the node reads.  Nothing heavy is import
 before torch is.
 """
 
+import ctypes
+import errno
 import faulthandler
 import mmap
 import os
@@ -52,9 +54,13 @@ class Beats:
         self._seconds, self._longest = [0.0] * len(SECTIONS), [0.0] * len(SECTIONS)
         self._map: mmap.mmap | None = None
         if path is not None:
-            with path.open("w+b") as file:
-                file.truncate(SIZE)
-                self._map = mmap.mmap(file.fileno(), SIZE)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                # Room that is not there is an OSError here, and would be a bus error later.
+                os.posix_fallocate(descriptor, 0, SIZE)
+                self._map = mmap.mmap(descriptor, SIZE)
+            finally:
+                os.close(descriptor)
         self._tell()
 
     def enter(self, section: str, step: int | None = None) -> None:
@@ -110,6 +116,8 @@ def read_beat(path: Path) -> Beat | None:
             whole = path.read_bytes()
         except FileNotFoundError:
             return None
+        if not any(whole):  # reserved, and nothing told
+            return None
         data, crc = whole[:-4], whole[-4:]
         if len(whole) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
             break
@@ -123,16 +131,57 @@ def read_beat(path: Path) -> Beat | None:
     return Beat(SECTIONS[section], step, begun, told - 1, since, seconds, longest)
 
 
+STACKS_ROOM = 1 << 18  # bytes that are kept free for the stacks of a rank and its workers
+KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
+
+
+def reserve(folder: Path, rank: int) -> None:
+    """Make the files of a rank, with room on the disk for all that is written to them later.
+
+    So a /dev/shm that is full later neither kills the rank nor hides why it ended.  Raise OSError
+    if there is no room now.
+    """
+    Beats(beats_path(folder, rank))
+    keep_room(stacks_path(folder, rank), STACKS_ROOM)
+
+
+def keep_room(path: Path, size: int) -> None:
+    """Make an empty file that can grow to `size` bytes on a full disk; raise OSError if it cannot.
+
+    File systems that keep no room are taken as they are.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if libc.fallocate(descriptor, KEEP_SIZE, 0, size) and ctypes.get_errno() == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
 def beats_from_environment() -> Beats:
     """Those of this rank, in the folder that its supervisor named; else such as tell nobody.
 
     SIGQUIT then makes this process write the stacks of all its threads, even where Python is
-    blocked in C.
+    blocked in C; so does a fault that kills it.  Both hold for processes that are forked from it.
     """
+    stacks = stacks_of_environment()
+    if stacks is None:
+        return Beats(None)
+    faulthandler.register(signal.SIGQUIT, file=stacks, all_threads=True, chain=False)
+    faulthandler.enable(stacks)
+    return Beats(beats_path(Path(os.environ[FOLDER]), _rank()))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def stacks_of_environment() -> int | None:
+    """Open the file of this rank's stacks, for it and its workers; None without a supervisor."""
     folder = os.environ.get(FOLDER)
     if not folder:
-        return Beats(None)
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    stacks = os.open(stacks_path(Path(folder), rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    faulthandler.register(signal.SIGQUIT, file=stacks, all_threads=True, chain=False)
-    return Beats(beats_path(Path(folder), rank))
+        return None
+    path = stacks_path(Path(folder), _rank())
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

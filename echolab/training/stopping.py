@@ -2,14 +2,30 @@
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FOREVER = float("inf")
+
+
+def caught() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop: not SIGHUP under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
+def leave_terminal() -> None:
+    """Write to nothing instead of a terminal, for one that was closed: writing there would fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(null, stream)
+    os.close(null)
 
 
 class StopSignals:
@@ -30,6 +46,8 @@ class StopSignals:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not self.received:
             self.received, self._at = number, time.monotonic()
 
@@ -42,8 +60,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
-            for number in SIGNALS:
+            self._before = {number: signal.getsignal(number) for number in caught()}
+            for number in self._before:
                 signal.signal(number, self._remember)
             outer = getattr(self._before[signal.SIGTERM], "__self__", None)
             if isinstance(outer, StopSignals) and outer.received:
@@ -72,3 +90,10 @@ def end_of_job() -> float:
         return float(os.environ["SLURM_JOB_END_TIME"])
     except (KeyError, ValueError):
         return FOREVER
+
+
+def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
+    """Seconds from a signal to the kill, by its number; outside of Slurm nobody kills."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}

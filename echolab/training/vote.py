@@ -22,6 +22,7 @@ class Vote(NamedTuple):
     fenced: float = 0  # another process has taken the run
     sigint: float = 0  # this rank was told to stop by a signal
     sigterm: float = 0
+    sighup: float = 0
     sigusr1: float = 0
     sigusr2: float = 0
     late: float = 0  # a save would take longer than what is left of the signal's grace
@@ -57,7 +58,7 @@ class Vote(NamedTuple):
     @property
     def signal(self) -> int:
         """The number of a signal that was received; 0 where none was."""
-        names = ("sigint", "sigterm", "sigusr1", "sigusr2")
+        names = ("sigint", "sigterm", "sighup", "sigusr1", "sigusr2")
         return next((Signals[name.upper()].value for name in names if getattr(self, name)), 0)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that all ranks open: rank 0 verifies every byte, the others see that it is the same.
 
-All functions are collective, and raise CheckpointError on every rank or on none.
+All functions are collective, and raise CheckpointError or StorageError on every rank or on none.
 """
 
 import json
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from echolab.errors import CheckpointError
+from echolab.data.files import read_error
+from echolab.errors import CheckpointError, StorageError
 from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import (
     Checkpoint,
@@ -55,16 +56,19 @@ def oldest(folder: Path, at_most: int) -> Checkpoint | None:
 def _alike(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """What `find` returns on rank 0: one in `folder`, which other ranks may see later or not."""
     found: Checkpoint | None = None
-    fault, told = "", "[]"
+    fault, broken, told = "", "", "[]"
     if ranks.rank() == 0:
         try:
             found = find()
         except CheckpointError as error:
             fault = str(error)
+        except StorageError as error:
+            broken = str(error)
         except OSError as error:
-            fault = f"{folder}: cannot be read ({error}); see to it, and run the same command again"
+            broken = str(read_error(folder, error))
         told = json.dumps([found.path.name, found.digest] if found else [])
     ranks.raise_together(CheckpointError, fault)
+    ranks.raise_together(StorageError, broken)
     told = ranks.gather_text(told)[0]
     if json.loads(told) and ranks.rank() > 0:
         name, digest = json.loads(told)
@@ -74,5 +78,8 @@ def _alike(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | 
                 fault = f"{folder / name}: is not the checkpoint that rank 0 found; {REMEDY}"
         except CheckpointError as error:
             fault = str(error)
+        except StorageError as error:
+            broken = str(error)
     ranks.raise_together(CheckpointError, fault)
+    ranks.raise_together(StorageError, broken)
     return found

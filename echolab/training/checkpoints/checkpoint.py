@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from echolab.data.files import ABSENT, read_error, read_whole, retried
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.manifest import (
     MANIFEST,
@@ -49,7 +50,7 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = {}
         for path in files:
-            opened = safe_open(path, "pt")
+            opened = _opened(path)
             for name in opened.keys():
                 self._files[name] = opened
 
@@ -64,6 +65,16 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def _opened(path: Path) -> Any:
+    """Map a safetensors file into memory; raise StorageError where the file system fails."""
+    try:
+        return retried(lambda: safe_open(path, "pt"))
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
 class Checkpoint:
     """A whole checkpoint on disk."""
 
@@ -73,7 +84,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the future depends on beside the tensors."""
-        found: dict[str, Any] = json.loads((self.path / STATE).read_bytes())
+        found: dict[str, Any] = json.loads(read_whole(self.path / STATE))
         return found
 
     @property
@@ -209,12 +220,20 @@ def open_verified(path: Path) -> Checkpoint:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of all folders that look like checkpoints, newest first."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        names = retried(lambda: os.listdir(folder))
+    except ABSENT:
+        names = []
+    except OSError as error:
+        raise read_error(folder, error) from error
     return sorted((int(m[1]) for m in map(NAME.fullmatch, names) if m), reverse=True)
 
 
 def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, of step `at_most` or before, and one line for each rejected."""
+    """The newest whole checkpoint, of step `at_most` or before, and one line for each rejected.
+
+    Raise StorageError where one cannot be read: it may be whole, and an older one is no substitute.
+    """
     rejected: list[str] = []
     for step in saved_steps(folder):
         if at_most is not None and step > at_most:

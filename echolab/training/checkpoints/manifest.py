@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from echolab.data.files import ABSENT, read_error, read_whole, retried
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints import schema
 
@@ -34,14 +36,17 @@ def serialise(content: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Of the checkpoint at `path`; CheckpointError where it is missing, damaged or of old."""
+    """Of the checkpoint at `path`; CheckpointError where it is missing, damaged or of old.
+
+    Raise StorageError where the file system fails: that says nothing of the checkpoint.
+    """
     file = path / MANIFEST
     try:
-        data = file.read_bytes()
+        data = read_whole(file)
         content = json.loads(data)
-    except FileNotFoundError as error:
+    except ABSENT as error:
         raise CheckpointError(f"{path}: no whole checkpoint, no {file}; {REMEDY}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); {REMEDY}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: is no manifest; {REMEDY}")
@@ -72,7 +77,12 @@ def files_of(manifest: Manifest) -> dict[str, list[str]]:
 
 def _size_fault(path: Path, name: str, told: Mapping[str, Any]) -> str:
     file = path / name
-    size = file.stat().st_size if file.is_file() else None
+    try:
+        status = file.stat()
+    except ABSENT:
+        size = None
+    else:
+        size = status.st_size if stat.S_ISREG(status.st_mode) else None
     if size == told["bytes"]:
         return ""
     found = "missing" if size is None else f"{size} bytes"
@@ -88,10 +98,15 @@ def _content_fault(path: Path, name: str, told: Mapping[str, Any]) -> str:
 
 
 def _fault(path: Path, name: str, told: Mapping[str, Any], deep: bool) -> str:
-    try:
+    def fault() -> str:
         return _size_fault(path, name, told) or (deep and _content_fault(path, name, told)) or ""
+
+    try:
+        return retried(fault)
+    except ABSENT:
+        return f"{path / name}: missing; {REMEDY}"
     except OSError as error:
-        return f"{path / name}: cannot be read ({error.strerror}); {REMEDY}"
+        raise read_error(path / name, error) from error
 
 
 def shallow_faults(path: Path, manifest: Manifest) -> list[str]:

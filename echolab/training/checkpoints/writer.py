@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from echolab.data.files import sync
-from echolab.errors import FencedError, SaveError
+from echolab.data.files import FULL, described, retried, sync
+from echolab.errors import FencedError, SaveError, StorageError
 from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
 from echolab.training.checkpoints.gather import gather, host_buffer
@@ -33,8 +33,39 @@ CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpr
 Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
 
 
+class Fault(NamedTuple):
+    """What went wrong on one rank ("": nothing), to be raised on all; JSON."""
+
+    words: str
+    passing: str  # "yes": the file system may be well again
+
+    @property
+    def remedy(self) -> str:
+        """What the user does."""
+        place = "see to that file system" if self.passing else "make room there"
+        return f"{place} and run the same command again"
+
+    def raise_together(self) -> None:
+        """Raise the first rank's fault on every rank; collective."""
+        for kind, raised in ((SaveError, not self.passing), (StorageError, self.passing)):
+            ranks.raise_together(kind, self.words if raised else "")
+
+
+def fault_of(error: Exception) -> Fault:
+    """Tell a disk that is full from a file system that fails."""
+    if isinstance(error, OSError) and error.errno and error.errno not in FULL:
+        place = f"{error.filename}: " if error.filename else ""
+        return Fault(f"{place}{described(error)}", "yes")
+    return Fault(str(error), "")
+
+
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
-    """Write and fsync; the hash is of what was meant to be written."""
+    """Write and fsync, again where an error passes; the hash is of what was meant to be written."""
+    parts = list(contents)
+    return retried(lambda: _write_once(path, parts))
+
+
+def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for content in contents:
@@ -86,7 +117,7 @@ class CheckpointWriter:
         self._pruning = threading.Thread()
         self._path = folder
         self._receipts: dict[str, Receipt] = {}
-        self._fault = ""
+        self._fault = Fault("", "")
         self._spent = 0.0
         masters.check_complete()
         self._on_first(self._tidy)
@@ -115,13 +146,13 @@ class CheckpointWriter:
 
     def _on_first(self, work: Callable[[], object]) -> None:
         """Let rank 0 do it; what goes wrong is raised on every rank."""
-        fault = ""
+        fault = Fault("", "")
         if ranks.rank() == 0:
             try:
-                work()
+                retried(work)
             except (OSError, SaveError) as error:
-                fault = str(error)
-        ranks.raise_together(SaveError, fault)
+                fault = fault_of(error)
+        fault.raise_together()
 
     # -- begin --------------------------------------------------------------------------------
 
@@ -135,7 +166,7 @@ class CheckpointWriter:
         self.close()
         started = time.monotonic()
         self._path = folder_of(self.folder, state["step"])
-        self._receipts, self._fault = {}, ""
+        self._receipts, self._fault = {}, Fault("", "")
         text = json.dumps(state, indent=1).encode()
         self._on_first(lambda: self._make_room(len(text)))
         self._make_buffers()
@@ -185,7 +216,8 @@ class CheckpointWriter:
             if ranks.rank() == 0:
                 self._receipts[STATE] = write_file(self._partial / STATE, [state])
         except Exception as error:
-            self._fault = f"rank {ranks.rank()}: {error}"
+            found = fault_of(error)
+            self._fault = found._replace(words=f"rank {ranks.rank()}: {found.words}")
         self._spent += time.monotonic() - started
 
     def _write_tensors(self, file: File) -> Receipt:
@@ -206,20 +238,20 @@ class CheckpointWriter:
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
         told = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
-        fault = next((one["fault"] for one in told if one["fault"]), "")
+        fault = next((f for one in told if (f := Fault(*one["fault"])).words), Fault("", ""))
         if ranks.rank() == 0:
             try:
-                if not fault:
+                if not fault.words:
                     self._publish({name: r for one in told for name, r in one["files"].items()})
             except OSError as error:
-                fault = str(error)
-            if fault:
+                fault = fault_of(error)
+            if fault.words:
                 shutil.rmtree(self._partial, ignore_errors=True)
-                fault = (
-                    f"{self._path}: could not be written ({fault}); nothing was kept of it, earlier"
-                    " checkpoints are whole; make room there and run the same command again"
+                fault = fault._replace(
+                    words=f"{self._path}: could not be written ({fault.words}); nothing was kept of"
+                    f" it, earlier checkpoints are whole; {fault.remedy}"
                 )
-        ranks.raise_together(SaveError, fault)
+        fault.raise_together()
         spent = max(one["spent"] for one in told) + time.monotonic() - started
         self.seconds = max(self.seconds, spent)
         return self._path
@@ -242,15 +274,15 @@ class CheckpointWriter:
             "files": dict(sorted(receipts.items())),
         }
         write_file(self._partial / MANIFEST, [serialise(manifest)])
-        sync(self._partial)
+        retried(lambda: sync(self._partial))
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
-        self._check()  # the snapshot took its time
+        retried(self._check)  # the snapshot took its time
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
-            self._path.rename(aside)
-        self._partial.rename(self._path)
-        sync(self.folder)
+            retried(lambda: self._path.rename(aside))
+        retried(lambda: self._partial.rename(self._path))
+        retried(lambda: sync(self.folder))
         shutil.rmtree(aside, ignore_errors=True)
         self._retention.valid[step] = True
         self._pruning = threading.Thread(target=self._prune, args=(step,), daemon=True)

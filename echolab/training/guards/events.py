@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import append_text, sync, write_error
+from echolab.data.files import ABSENT, append_text, read_whole, retried, sync, write_error
 from echolab.errors import DataError
 from echolab.redaction import masked_values
 from echolab.training import ranks
@@ -34,7 +34,9 @@ class Event(NamedTuple):
 
 
 def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
-    """Add an event to the run in `folder`; it is on disk on return.  DataError where it cannot be.
+    """Add an event to the run in `folder`; it is on disk on return.
+
+    Raise StorageError, after some patience, where it cannot be: what a run does next depends on it.
 
     What a killed writer left of a line stays where it is, and stays unread.
     """
@@ -43,11 +45,11 @@ def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
     head = {name: value for name, value in event._asdict().items() if name != "told"}
     line = json.dumps(masked_values({**head, **told}), allow_nan=False) + "\n"
     new = not path.exists()
-    append_text(path, line)
+    append_text(path, line, patient=True)
     try:
-        sync(path)
+        retried(lambda: sync(path))
         if new:
-            sync(folder)
+            retried(lambda: sync(folder))
     except OSError as error:
         raise write_error(path, error) from error
     return event
@@ -59,10 +61,12 @@ def read(folder: Path) -> list[Event]:
     Raises DataError for a line that is not an event, but for one that was cut off.
     """
     path = folder / EVENTS
-    if not path.is_file():
+    try:
+        text = read_whole(path).decode()
+    except ABSENT:
         return []
     events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             told = json.loads(line)
         except ValueError:
