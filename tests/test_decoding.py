@@ -2,6 +2,8 @@
 
 import math
 import os
+import struct
+import wave
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +14,11 @@ import numpy as np
 import pytest
 from coded import flashes, number_of, write_coded
 
+from data_prep.filter import Refusal
 from data_prep.normalise import heard, make_grid, sound_of
+from data_prep.options import RunOptions
 from data_prep.probe import probe
+from data_prep.source import Models, Source, read_source
 from data_prep.video import VideoReader
 from echolab.cli.footage import source_given
 from echolab.cli.generate import read_sound_of
@@ -256,3 +261,51 @@ def test_a_file_is_read_whatever_its_name(tmp_path: Path, name: bytes) -> None:
     (tmp_path / "a.mp4").rename(path)
     assert pictures_of(path)[1] == list(range(40))
     assert len(read_audio(path)) > 16000
+
+
+def test_a_track_without_a_decoder_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_coded(path, "libx264", EVEN)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    with pytest.raises(MediaError, match="no picture: no decoder is known"):
+        probe(path)
+    assert len(read_audio(path)) > 16000
+
+
+def test_an_absurd_rate_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 67_156_864, 0, "NONE", ""))
+        file.writeframes(bytes(200_000))
+    with pytest.raises(MediaError, match=r"a\.wav: the sound is damaged \(67156864 samples"):
+        read_sound(path)
+
+
+def test_a_track_of_no_sound_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.mov"
+    write_coded(path, "libx264", EVEN, audio="pcm_s16le", audio_until=0.0)
+    options, unused = RunOptions(path, tmp_path), Models(tmp_path, None)  # type: ignore[arg-type]
+    source = Source(path, path.name, "0" * 64, "")
+    (row,) = read_source(source, options, unused, ignore)
+    assert isinstance(row, Refusal) and row.reason.startswith("no sound: ")
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_turned_picture_is_upright(tmp_path: Path, turns: int) -> None:
+    """By the matrix of the track's header, as telephones write it."""
+    path = tmp_path / "a.mp4"
+    write_coded(path, "libx264", EVEN)
+    a, b, c, d = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][turns]
+    matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
+    turned = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 2**30)
+    data = path.read_bytes()
+    at = data.index(matrix, data.index(b"tkhd"))  # the first track is the picture
+    path.write_bytes(data[:at] + turned + data[at + len(matrix) :])
+    found = probe(path)
+    flat = (coded.WIDTH, coded.HEIGHT)
+    assert (found.width, found.height) == (flat if turns % 2 == 0 else flat[::-1])
+    for number, picture in enumerate(VideoReader(found, *flat[:: -1 if turns % 2 else 1]).read(
+        np.arange(3)
+    )):  # fmt: skip
+        assert number_of(np.rot90(picture, turns)) == number
+    assert number_of(np.rot90(decode_mp4(path.read_bytes())[2], turns)) == 2

@@ -53,8 +53,9 @@ def opened(source: Path | BinaryIO) -> Iterator[Any]:
                 file = stack.enter_context(source.open("rb"))
         container = stack.enter_context(_open(file))
         for stream in container.streams.video:
-            if (stream.width or 0) * (stream.height or 0) > LARGEST_PICTURE:
-                raise ValueError(f"pictures of {stream.width} x {stream.height} pixels")
+            coded = stream.codec_context  # none if no decoder is known
+            if coded is not None and coded.width * coded.height > LARGEST_PICTURE:
+                raise ValueError(f"pictures of {coded.width} x {coded.height} pixels")
         yield container
 
 
@@ -83,6 +84,8 @@ def picture_stream(container: Any) -> Any:
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
         raise MediaError("no picture: the file holds no video track")
+    if streams[0].codec_context is None:
+        raise MediaError("no picture: no decoder is known for the video track")
     streams[0].thread_type = "AUTO"
     streams[0].codec_context.thread_count = THREADS
     return streams[0]

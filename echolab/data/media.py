@@ -39,6 +39,7 @@ KEYFRAME_INTERVAL = 12  # short, so that a random frame is near: see decord's ti
 LONGEST_GAP_SECONDS = 3600.0
 GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a hole in the sound
 ALIKE = 2.0  # mean difference of one picture from two decoders, of 255
+RATES = (1000, 1_000_000)  # samples a second that a file may have
 BLOCK_SECONDS = 10  # of sound joined at once
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # that an mp4 may begin with
 LARGEST_VIDEO = 2**31  # bytes of decoded frames of one sample
@@ -83,64 +84,55 @@ def decode_mp4(data: bytes) -> Frames:
     if data[4:8] not in BOXES:  # decord would follow a playlist
         raise MediaError(f"a video of {len(data)} bytes cannot be decoded: it is no mp4")
     try:
-        frames = _decord_frames(data)
-    except (decord.DECORDError, RuntimeError):
-        frames = np.zeros((0, 0, 0, 3), np.uint8)
-    try:
-        return frames if _is_seen_by_pyav(data, frames) else _av_frames(data)
+        seen = _av_frames(data)
     except (av.FFmpegError, OSError, ValueError, MediaError) as error:
         raise MediaError(
             f"a video of {len(data)} bytes cannot be decoded: {_line(error)}"
         ) from error
+    try:
+        frames = _decord_frames(data)
+    except (decord.DECORDError, RuntimeError):
+        frames = np.zeros((0, 0, 0, 3), np.uint8)
+    return frames if _is_alike(frames, seen) else np.stack([upright(frame) for frame in seen])
 
 
-def _decord_frames(data: bytes) -> Frames:
-    reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-    frames: list[Frames] = []
-    for _ in range(len(reader)):
-        frames.append(_picture(reader.next().asnumpy()))
-        _check_size(len(reader), frames[0])
-    return np.stack(frames)
+def _av_frames(data: bytes) -> list[Any]:
+    """Decode a video held in memory by PyAV; MediaError if a frame is damaged.
 
-
-def _check_size(count: int, frame: Frames) -> None:
-    """A few bytes can stand for hours of a picture that stays as it is."""
-    if count * frame.size > LARGEST_VIDEO:
-        shown = " x ".join(map(str, frame.shape[:2]))
-        raise MediaError(f"a video of {count} frames of {shown} is too large for a sample; cut it")
-
-
-def _is_seen_by_pyav(data: bytes, frames: Frames) -> bool:
-    """Whether PyAV decodes as many frames, and the first, middle and last one alike."""
-    compared = {0, len(frames) // 2, len(frames) - 1}
-    number = -1
-    for number, frame in enumerate(_av_pictures(data)):
-        if number >= len(frames):
-            return False
-        if number in compared:
-            picture = upright(frame)
-            if picture.shape != frames[number].shape or _distance(picture, frames[number]) > ALIKE:
-                return False
-    return number + 1 == len(frames)
-
-
-def _av_frames(data: bytes) -> Frames:
-    frames: list[Frames] = []
-    for frame in _av_pictures(data):
-        frames.append(upright(frame))
-        _check_size(len(frames), frames[0])
-    if not frames:
-        raise MediaError("not one frame can be decoded")
-    return np.stack(frames)
-
-
-def _av_pictures(data: bytes) -> Iterator[Any]:
-    """Yield the decoded frames of a video held in memory; MediaError if one is damaged."""
+    PyAV comes first, for damaged bytes crash decord.
+    """
+    frames: list[Any] = []
     with opened(io.BytesIO(data)) as container:
         for time, frame in decoded(container, picture_stream(container), ignore):
             if frame is None or frame.is_corrupt:
                 raise MediaError(f"the picture is damaged at {time:.2f} s")
-            yield frame
+            frames.append(frame)
+            _check_size(len(frames), frame.height, frame.width)
+    if not frames:
+        raise MediaError("not one frame can be decoded")
+    return frames
+
+
+def _decord_frames(data: bytes) -> Frames:
+    reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+    return np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
+
+
+def _check_size(count: int, height: int, width: int) -> None:
+    """A few bytes can stand for hours of a picture that stays as it is."""
+    if 3 * count * height * width > LARGEST_VIDEO:
+        raise MediaError(
+            f"a video of {count} or more frames of {height} x {width} is too large for a sample; "
+            "cut it"
+        )
+
+
+def _is_alike(frames: Frames, seen: list[Any]) -> bool:
+    """Whether pictures are as many as the frames of PyAV, and the first, middle and last alike."""
+    if len(frames) != len(seen):
+        return False
+    pairs = [(frames[n], upright(seen[n])) for n in (0, len(seen) // 2, len(seen) - 1)]
+    return all(a.shape == b.shape and _distance(a, b) <= ALIKE for a, b in pairs)
 
 
 def _distance(one: Frames, other: Frames) -> float:
@@ -307,6 +299,8 @@ def _resampled(
             if frame is None or not _is_finite(frame):
                 damaged.append(_span(packet, end))
                 continue
+            if not RATES[0] <= frame.sample_rate <= RATES[1]:
+                raise ValueError(f"{frame.sample_rate} samples a second")
             time = end if frame.time is None else float(frame.time)
             if resampler is not None and time < end - BACK_SECONDS:
                 raise MediaError(
