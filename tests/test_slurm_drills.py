@@ -126,7 +126,8 @@ def chosen() -> list[Drill]:
 
 
 def submit(cluster: Cluster, folder: Path, clips: Path, log: Path) -> str:
-    words = [*SETTINGS, f"data.clips={clips}", f"data.held_out={clips}", f"run={folder / 'run'}"]
+    words = [*SETTINGS, f"data.clips={clips}", f"run={folder / 'run'}"]
+    words += [f"data.held_out={clips}", "data.held_out_overlaps=accept"]
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
     return cluster("exec", "sbatch", *options, BATCH, *words, cwd=folder).strip()
 

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(arguments.steps, arguments.shift, arguments.audio_scale, arguments.seed)
     video, numbers = load_autoencoder(arguments.networks), range(len(truth.keys))
     check_encoders(checkpoint, demo_encoders(video).fingerprints)
+    check_encoders(checkpoint, dataset.encoders)
     net = load_policy(checkpoint)
     with progress("sampling", len(numbers)) as advance:
         pixels = sample_pixels(net, video, dataset, numbers, str(arguments.task), sampling,

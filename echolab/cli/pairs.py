@@ -12,15 +12,23 @@ from echolab.cli.policy import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips
 from echolab.data.files import prove_writable
 from echolab.data.progress import progress
+from echolab.data.provenance import check_same_encoders
 from echolab.data.shards import open_dataset
 from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError
 from echolab.fitting import load_net, work_dtype
 from echolab.metrics.networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
-from echolab.preference.candidates import read_candidates, sample_candidates
+from echolab.preference.candidates import read_candidates, read_request, sample_candidates
 from echolab.preference.judge import judge
-from echolab.preference.pack import append_verdicts, pack_pairs, read_verdicts
+from echolab.preference.pack import (
+    append_verdicts,
+    check_judges,
+    judges_of,
+    pack_pairs,
+    read_verdicts,
+)
 from echolab.types import Clips
 
 VERDICTS = "verdicts.jsonl"
@@ -125,6 +133,10 @@ def judge_candidates(folder: Path, clips: Clips, video: CausalAutoencoder, sync:
     """Append a verdict for each candidate to verdicts.jsonl; those that are there stay."""
     place, cepstra = {key: number for number, key in enumerate(clips.keys)}, cepstra_of(clips)
     known = read_verdicts(folder / VERDICTS)
+    judges = {"video": fingerprint(video), "sync": fingerprint(sync), "frame": fingerprint(frame)}
+    encoders = read_request(folder).get("encoders") or {}
+    check_same_encoders("networks", {"video": judges["video"]}, f"the clips of {folder}", encoders)
+    check_judges(folder / VERDICTS, judges_of(folder / VERDICTS), judges)
     for done, (key, candidates) in enumerate(read_candidates(folder), start=1):
         report(done)
         count = len(candidates)
@@ -138,4 +150,4 @@ def judge_candidates(folder: Path, clips: Clips, video: CausalAutoencoder, sync:
             clips.float_pixels(own)[:, :, 0].expand(count, -1, -1, -1),
             clips.lips[own, 0].expand(count, -1), cepstra[own].expand(count, -1, -1),
         )  # fmt: skip
-        append_verdicts(folder / VERDICTS, key, verdicts)
+        append_verdicts(folder / VERDICTS, key, verdicts, judges)

@@ -123,6 +123,10 @@ class Data(Section):
     held_out_clips: Count = Field(description="held-out clips that are used")
     held_out_batch_size: Count = Field(description="held-out clips a forward")
     held_out_tasks: Tasks = Field(description="tasks of the held-out error")
+    held_out_overlaps: Literal["refuse", "accept"] = Field(
+        default="refuse",
+        description="whether held-out clips may be trained on; a trial of the program may",
+    )
     workers: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(
         description="loader processes a rank; 0: the rank reads by itself"
     )

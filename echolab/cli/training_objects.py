@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from echolab.cli.adapters import Adapted, adapted, reference_of
+from echolab.cli.data_checks import check_base, check_checkpoints, check_held_out
 from echolab.cli.origins import checkpoints_from, origins_from
 from echolab.cli.policy import load_policy, load_start
 from echolab.data.plan import Order
@@ -135,11 +136,26 @@ def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
     )
 
 
+def check_together(
+    data: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    held_out: HeldOut | None,
+    checkpoints: Sequence[Path | None],
+) -> None:
+    """Raise DataError for datasets and checkpoints that must not meet in one run."""
+    clips, pairs = reading["clips"], reading["pairs"]
+    check_checkpoints(checkpoints, clips[0])
+    if held_out:
+        accepted = data.get("held_out_overlaps") == "accept"
+        check_held_out(held_out.clips, clips, pairs, accepted)
+
+
 def start_of(
     config: Mapping[str, Any], initial: Path | None, seed: int
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
     if config["lora"]["targets"]:
+        check_base(config["weights"], initial)
         own = adapted(config, initial, load_start)
         return own.net, own, None
     if initial and open_checkpoint(initial).state.get("adapters"):
@@ -155,12 +171,13 @@ def optim_from(config: Mapping[str, Any]) -> Optim:
 
 def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
-    schedule = schedule_from(config["schedule"])
-    phases = phases_from(config["phases"])
+    schedule, phases = schedule_from(config["schedule"]), phases_from(config["phases"])
     data, seed, prefers = config["data"], int(config["seed"]), schedule.prefers
     if prefers and not data["pairs"]:
         raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
     origin, pinned = checkpoints_from(config)
+    reading, held_out = reading_from(data), held_out_from(data)
+    check_together(data, reading, held_out, (origin, pinned))
     net, own, initial = start_of(config, origin, seed)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(
@@ -168,7 +185,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         agreed=agreed,
         net=net,
         architecture=config["model"],
-        **reading_from(data),
+        **reading,
         schedule=schedule,
         curriculum=curriculum_from(config["tasks"], origin),
         objectives=objectives_from(config["preference"], phases, reference),
@@ -178,7 +195,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         initial=initial,
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
-        held_out=held_out_from(data),
+        held_out=held_out,
         optim=optim_from(config["optim"]),
         machine=Machine(**config["trainer"]),
         batch_size=config["batch_size"],

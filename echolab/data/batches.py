@@ -147,6 +147,11 @@ def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
 def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
     """Sample `i` of a preference dataset, without batch dimension."""
     tensors, about = read_tensors(dataset, i)
+    if torch.equal(tensors["chosen"], tensors["rejected"]):
+        raise DataError(
+            f"{dataset.folder}: sample {dataset.keys[i]}: chosen and rejected are the same clip, "
+            "which teaches nothing; pack the pairs again without it"
+        )
     conditions = _one(tensors, tensors["known"], tensors["known_latents"])
     weight = place_weight(tensors["weight"], tensors["known"])
     task, key = str(about.get("task", "i2v")), dataset.keys[i]

@@ -35,6 +35,7 @@ MACHINE = (
     "data.workers", "data.cache", "data.cache_gb", "data.ledger", "data.skip_budget",
     "data.changed",
     "data.held_out", "data.held_out_clips", "data.held_out_batch_size", "data.held_out_tasks",
+    "data.held_out_overlaps",
 )  # fmt: skip
 
 # Compared by content, against what the checkpoints record (`training.lineage`).

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +59,7 @@ def sample_candidates(
     request = {
         "prompts": prompts, "candidates": candidates, "batch": batch, "steps": steps,
         "shift": shift, "audio_scales": list(audio_scales), "seed": seed,
-        "clips": dataset.fingerprint, "weights": weights,
+        "clips": dataset.fingerprint, "weights": weights, "encoders": dict(dataset.encoders),
     }  # fmt: skip
     keep_request(folder / REQUEST, request)
     one_each = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
@@ -91,11 +92,23 @@ def keep_request(path: Path, request: dict[str, object]) -> None:
         return
     kept = json.loads(path.read_text())
     for name, value in request.items():
+        if name == "encoders" and name not in kept:
+            continue  # sampled before they were noted; the dataset's fingerprint covers them
         if kept.get(name) != value:
             raise ConfigError(
                 f"{path.parent}: its candidates were sampled with {name}={kept.get(name)}, not "
                 f"{value}; give another folder"
             )
+
+
+def read_request(folder: Path) -> dict[str, Any]:
+    """Return what the candidates of a folder were sampled with; {} if nothing says so."""
+    path = folder / REQUEST
+    try:
+        request: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); sample in another folder") from error
+    return request
 
 
 def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:

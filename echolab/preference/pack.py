@@ -1,17 +1,20 @@
 """Pairs to shards of the preference kind: best and worst candidate of each prompt."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from echolab.data.batches import FEATURES, read_tensors
 from echolab.data.files import append_text
+from echolab.data.provenance import check_same_encoders
 from echolab.data.shards import ShardDataset, ShardWriter
 from echolab.errors import DataError
-from echolab.preference.candidates import TASK, read_candidates
+from echolab.preference.candidates import TASK, read_candidates, read_request
 from echolab.preference.judge import Verdict, best_and_worst, totals
 
 Verdicts = dict[tuple[str, int], Verdict]  # by prompt and number of the candidate
@@ -65,6 +68,7 @@ def pack_pairs(
     candidates: Path, verdicts: Verdicts, dataset: ShardDataset, out: Path, *, least_margin: float
 ) -> int:
     """Write a preference dataset from prompts of an encoded one; the number of pairs."""
+    _check_prompts(candidates, dataset)
     number_of = {key: number for number, key in enumerate(dataset.keys)}
     made_from, pairs = {"prompts": dataset.fingerprint}, 0
     encoders = dataset.encoders
@@ -74,6 +78,11 @@ def pack_pairs(
                 raise DataError(
                     f"{candidates}: prompt {key} is not in {dataset.folder}; "
                     "give clips= the dataset that was sampled from"
+                )
+            if torch.equal(clips[best].half(), clips[worst].half()):
+                raise DataError(
+                    f"{candidates}: prompt {key}: candidates {best} and {worst} are the same clip; "
+                    "sample with other audio_scales, or raise least_margin"
                 )
             tensors, about = read_tensors(dataset, number_of[key])
             members = pair_members(tensors, clips[best], clips[worst])
@@ -93,29 +102,75 @@ def pack_pairs(
     return pairs
 
 
+def _check_prompts(candidates: Path, dataset: ShardDataset) -> None:
+    """Raise DataError unless the candidates were sampled from this dataset."""
+    request = read_request(candidates)
+    check_same_encoders(dataset.folder, dataset.encoders, candidates, request.get("encoders") or {})
+    if request.get("clips", dataset.fingerprint) != dataset.fingerprint:
+        raise DataError(
+            f"{candidates}: sampled from the dataset {request['clips'][:12]}, {dataset.folder} is "
+            f"{dataset.fingerprint[:12]}; give clips= the dataset that was sampled from"
+        )
+
+
 def read_verdicts(path: Path) -> Verdicts:
-    """Verdicts of a jsonl file; a line whose writing was cut short is left out."""
+    """Verdicts of a jsonl file; a line whose writing was cut short is left out.
+
+    Raises DataError for a line that is no verdict, and where they are of two judges: their numbers
+    cannot be compared.
+    """
     found = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            try:
-                verdict = Verdict(*(float(row[name]) for name in Verdict._fields))
-                found[str(row["key"]), int(row["candidate"])] = verdict
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}: no verdict ({error!r}): {line[:80]}; score again"
-                ) from error
+    for row in _rows(path):
+        try:
+            verdict = Verdict(*(float(row[name]) for name in Verdict._fields))
+            found[str(row["key"]), int(row["candidate"])] = verdict
+        except (KeyError, TypeError, ValueError) as error:
+            line = json.dumps(row)[:80]
+            raise DataError(f"{path}: no verdict ({error!r}): {line}; score again") from error
     return found
 
 
-def append_verdicts(path: Path, key: str, verdicts: list[Verdict]) -> None:
-    """Add a prompt's verdicts, one line each."""
+def judges_of(path: Path) -> dict[str, str]:
+    """Return the fingerprints of the networks that made the verdicts, by name; {} if unknown."""
+    return next((_judges(row) for row in _rows(path) if _judges(row)), {})
+
+
+def _judges(row: Any) -> dict[str, str]:
+    judges = row.get("judges") if isinstance(row, dict) else None
+    return judges if isinstance(judges, dict) else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = list[dict[str, Any]]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    judges = [_judges(row) for row in rows if _judges(row)]
+    for other in judges[1:]:
+        check_judges(path, judges[0], other)
+    return rows
+
+
+def check_judges(path: Path, one: Mapping[str, str], other: Mapping[str, str]) -> None:
+    """Raise DataError naming the first network in which two judges differ."""
+    for name in sorted(one.keys() & other.keys()):
+        if one[name] != other[name]:
+            raise DataError(
+                f"{path}: verdicts by the {name} network {one[name][:12]}, and by "
+                f"{other[name][:12]}; give the networks that judged the first, or remove the file "
+                "and score all of them again"
+            )
+
+
+def append_verdicts(
+    path: Path, key: str, verdicts: list[Verdict], judges: Mapping[str, str] | None = None
+) -> None:
+    """Add a prompt's verdicts, one line each, with the fingerprints of who judged."""
+    told = {"judges": dict(judges)} if judges else {}
     lines = [
-        json.dumps({"key": key, "candidate": number, **verdict._asdict()}) + "\n"
+        json.dumps({"key": key, "candidate": number, **verdict._asdict(), **told}) + "\n"
         for number, verdict in enumerate(verdicts)
     ]
     append_text(path, "".join(lines))

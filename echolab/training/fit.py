@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
+from echolab.data.provenance import check_same_encoders
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training.callbacks import Steps
@@ -81,6 +82,8 @@ def fit(training: Training) -> FitResult:
         if training.initial:
             origin = open_checkpoint(training.initial)
             check_architecture(origin, training.architecture)
+            encoders, clips = origin.state.get("encoders") or {}, training.clips[0]
+            check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
             training.net.load_state_dict(origin.tensors("ema"))
         feed, schedule = training.feed(), training.schedule
         _speed_up(training)

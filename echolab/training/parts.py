@@ -10,6 +10,7 @@ from torch import nn
 from echolab.data.batches import form_of
 from echolab.data.micro_batches import stock
 from echolab.data.plan import ORDER, Order
+from echolab.data.provenance import check_same_encoders
 from echolab.data.quarantine import QUARANTINE, Tolerant
 from echolab.data.shards import ShardDataset
 from echolab.diffusion.phases import Allocator
@@ -169,6 +170,9 @@ class Training(NamedTuple):
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
+        first = self.clips[0]
+        for dataset in (*self.pairs, *([self.held_out.clips] if self.held_out else [])):
+            check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
 
     def _check_datasets(self) -> None:
         """Look at the first good sample of each dataset, before weights are read."""

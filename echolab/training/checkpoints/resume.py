@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from echolab.data.provenance import check_same_encoders
 from echolab.errors import EcholabError
 from echolab.training import lineage, ranks
 from echolab.training.checkpoints import checkpoint as checkpoints
@@ -45,6 +46,8 @@ def check_continues(found: Checkpoint, identity: Mapping[str, Any], schedule: Sc
     checkpoints.check_architecture(found, identity["architecture"])
     checkpoints.check_adapters(found, identity.get("adapters"))
     schedule.check_continues(found.state["schedule"], found.step)
+    encoders = found.state.get("encoders") or {}
+    check_same_encoders(found.path, encoders, "data.clips", identity["encoders"])
     if "origins" in found.state:
         lineage.check_origins(found.state["origins"], identity["origins"], str(found.path))
     for key in ("seed", "batch_size", "order"):
