@@ -156,10 +156,10 @@ def test_adapters_need_a_trained_base(made: dict[str, Path], tmp_path: Path) -> 
         train_on(tmp_path / "run", {"data.clips": made["one/clips"]}, "lora=attention")
 
 
-def candidates(folder: Path, clips: list[torch.Tensor], **request: Any) -> Path:
+def candidates(folder: Path, found: list[torch.Tensor], **request: Any) -> Path:
     """A folder of candidates of one prompt."""
     folder.mkdir()
-    tensors = {f"key-0/{number}": clip.contiguous() for number, clip in enumerate(clips)}
+    tensors = {f"key-0/{number}": clip.clone() for number, clip in enumerate(found)}
     save_file(tensors, folder / "candidates-000000.safetensors")
     (folder / "request.json").write_text(json.dumps(request))
     return folder

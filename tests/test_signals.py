@@ -32,7 +32,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return compose(
         [
             *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}",
-            f"data.held_out={clips}", "data.held_out_overlaps=accept", "data.held_out_clips=4", "data.workers=1",
+            f"data.held_out={clips}", "data.held_out_overlaps=accept",
+            "data.held_out_clips=4", "data.workers=1",
             encoded.plan(("sft", STEPS // 2), ("ndpo", 4), ("sft", STEPS // 2 - 4)),
             "trainer=zero1", f"trainer.devices={WORLD}", "trainer.accelerator=cpu",
             "trainer.precision=32-true", "trainer.checkpointing=none", "batch_size=4",
