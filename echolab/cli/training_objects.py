@@ -155,8 +155,8 @@ def start_of(
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
     if config["lora"]["targets"]:
+        own = adapted(config, initial, load_start)  # says it of a base that is not lora.start's
         check_base(config["weights"], initial)
-        own = adapted(config, initial, load_start)
         return own.net, own, None
     if initial and open_checkpoint(initial).state.get("adapters"):
         return load_policy(initial).requires_grad_(True), None, None
