@@ -1,7 +1,9 @@
 """What asks a running training to end, save or wait: files, the clock, signals, memory."""
 
+import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import runs
 from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.fit import FitResult
 from echolab.training.parts import Intervals
+from echolab.training.requests import REQUESTS
 from echolab.training.stopping import StopSignals
 
 STEPS = 6
@@ -56,6 +59,50 @@ def test_save_is_done_once_and_training_goes_on(tmp_path: Path) -> None:
     assert train(tmp_path, touch("SAVE")).done
     assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
     assert not (tmp_path / "run/SAVE").exists()
+
+
+@pytest.mark.parametrize("how", ["empty folder", "folder", "link", "immutable"])
+def test_a_request_of_any_kind_is_acted_upon_once(
+    tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be removed ends no run, and saves no second time."""
+    path = tmp_path / "run/SAVE"
+
+    def make(run: Path) -> None:
+        if how == "link":
+            path.symlink_to("nowhere")
+        elif how == "immutable":
+            path.touch()
+            if subprocess.run(["chattr", "+i", str(path)], capture_output=True).returncode:
+                pytest.skip("this file system has no immutable files, or this user may not")
+        else:
+            path.mkdir()
+            if how == "folder":
+                (path / "file").touch()
+
+    try:
+        assert train(tmp_path, make).done
+    finally:
+        subprocess.run(["chattr", "-i", str(path)], capture_output=True)
+    assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
+    said = capfd.readouterr().err
+    stays = how in ("folder", "immutable")
+    assert path.exists() is stays and ("cannot be removed" in said) is stays
+    assert said.count("cannot be removed") <= 1
+
+
+def test_requests_that_cannot_be_looked_for_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.lstat
+
+    def lstat(self: Path) -> os.stat_result:
+        if self.name in REQUESTS:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(self)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert train(tmp_path, touch("STOP")).done
 
 
 def test_prune_ends_without_a_checkpoint(tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     with ShardWriter(Path({str(tmp_path)!r}), kind="encoded") as writer:
         for i in range(100):
-from echolab.errors import BusyError, DataError, DiskFullError
+            writer.write(f"clip{{i}}", {{"safetensors": bytes(5000)}})
+except DiskFullError as error:
     sys.exit(str(error))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
