@@ -1,6 +1,7 @@
 """The umT5 text encoder, on tiny checkpoints in the released file formats."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,11 @@ def test_a_text_is_cut_so_that_its_end_is_kept(pipeline: Path, words: int) -> No
     ours = load_text_encoder(pipeline / "text_encoder", pipeline / "tokenizer", CPU, FP32)
     given = []
     ours.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0][0].tolist()))
-    states = ours(" ".join(["blue"] * words))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        states = ours(" ".join(["blue"] * words))
+    cut = [str(one.message) for one in told if "tokens is cut" in str(one.message)]
+    assert len(cut) == (words + 1 > LENGTH)
     assert len(given[0]) == min(words + 1, LENGTH) and given[0][-1] == 1
     assert int(states.any(dim=1).sum()) == len(given[0])
 

@@ -5,6 +5,7 @@ Shapes: L = 512 text tokens, D = 4096.
 
 import html
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,8 +68,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
-        """What is longer than 512 tokens is cut; the last token is always the end of the text."""
-        tokens = self.tokenizer.encode(self.clean(text)).ids
+        """What is over 512 tokens is cut, with a warning; the last token is the end of the text."""
+        encoded = self.tokenizer.encode(self.clean(text))
+        tokens = encoded.ids
+        if encoded.overflowing:
+            warnings.warn(f"a text of over {LENGTH} tokens is cut: {text[:60]!r}...", stacklevel=2)
         # The release pads to 512, masks the padding and drops its states: the same, but slower.
         states = self.net(torch.tensor([tokens], device=self.net.device)).last_hidden_state[0]
         return functional.pad(states.float().cpu(), (0, 0, 0, LENGTH - len(tokens)))
