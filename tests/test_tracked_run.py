@@ -31,7 +31,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
     return [
         *encoded.SETTINGS, encoded.plan(("sft", STEPS)), f"data.clips={clips}",
-        f"data.held_out={clips}", "data.held_out_clips=2", "every.validate=2", "parity=true",
+        f"data.held_out={clips}", "data.held_out_overlaps=accept", "data.held_out_clips=2",
+        "every.validate=2", "parity=true",
     ]  # fmt: skip
 
 
