@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ def log_all(run: WandbRun, folder: Path, steps: range = range(STEPS)) -> None:
     run.log_table("scores", ["name", "value"], [["a", 1.0]])
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
+def rows_of(folder: Path, kind: str = "offline-run-*") -> list[dict[str, Any]]:
     """Of all wandb runs in a folder, those included that were cut short."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    files = sorted(folder.glob(f"wandb/{kind}/*.wandb"))
     return [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
         for path in files
+        if path.stat().st_size  # it may only just have been made
         for record in records(path)
         if (items := record.history.item)
     ]
@@ -157,6 +159,53 @@ def test_without_a_server_the_run_is_recorded_on_the_disk(
     told = capfd.readouterr().err.splitlines()
     folder = next(tmp_path.glob("wandb/offline-run-*"))
     assert len(told) == 1 and f"`wandb sync {folder}`" in told[0] and KEY not in told[0]
+
+
+RUN = {"id": "r", "name": "r-1", "project": {"name": "tests", "entity": {"name": "somebody"}}}
+
+
+class FallsSilent(BaseHTTPRequestHandler):
+    """Answers what wandb asks to begin a run, and nothing after that."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["content-length"])).decode()
+        if "RunResumeStatus" in asked:
+            answer: dict[str, Any] = {"model": {"id": "p", "name": "tests", "bucket": None}}
+        elif "UpsertBucket" in asked:
+            answer = {"upsertBucket": {"bucket": RUN, "inserted": True}}
+        else:
+            time.sleep(HANGS)
+        body = json.dumps({"data": answer}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_server_that_falls_silent_amid_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All is on the disk, the end is not waited for, and the line says how to send it."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        run = begin(tmp_path, "online")
+        log_all(run, tmp_path)
+        wait_until(lambda: len(rows_of(tmp_path, "run-*")) >= STEPS)
+        ours, services = tracker()
+        run.finish(8)
+        assert run.mode == "online"
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours + services))
+        server.shutdown()
+    (told,) = [line for line in capfd.readouterr().err.splitlines() if "echolab" in line]
+    folder = next(tmp_path.glob("wandb/run-*"))
+    assert "not finished after 8 s" in told and f"`wandb sync {folder}`" in told
+    assert [row["loss"] for row in rows_of(tmp_path, "run-*") if "loss" in row] == ALL[:STEPS]
 
 
 def test_a_wrong_key(

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 STEP = "trainer/step"
 INIT_SECONDS = 30.0  # for a server to answer; wandb's own limit is 90 s
 LEAVE_SECONDS = 20.0  # to finish in, once the parent asked for it or is gone
+FLUSH_SECONDS = 2.0  # between two writes to the disk of what the service was sent; 15 by default
 POLL_SECONDS = 1.0  # between two checks that the parent is still there
 BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with heads of 7 bytes, in blocks
 HEAD = struct.Struct("<IHB")  # checksum, length, kind
@@ -141,6 +142,7 @@ def _open(about: dict[str, Any], mode: Any) -> Any:
             x_disable_machine_info=True,
             x_disable_stats=True,
             x_save_requirements=False,
+            x_transaction_log_flush_interval=FLUSH_SECONDS,
         ),
     )
     run.define_metric(STEP)
