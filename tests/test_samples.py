@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import encoded
 import pytest
 import runs
 import tiny
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from echolab.cli import training_objects
+from echolab.cli.train import compose
 from echolab.data.batches import form_of, read_clip, read_pair
 from echolab.data.quarantine import read_quarantine
 from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
@@ -265,3 +268,36 @@ def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> N
     with pytest.raises(DataError, match="few: kind encoded, need preference"):
         check(tmp_path, pairs=[few])
     assert json.loads((tmp_path / "few/dataset.json").read_text())["kind"] == "encoded"
+
+
+def test_data_are_looked_at_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_weights(*_: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(training_objects, "start_of", no_weights)
+    clips, _ = encoded.write(tmp_path)
+    words = [*encoded.SETTINGS, f"data.clips={clips}", f"run={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="model.text_dim=8: the clips of"):
+        training_objects.training_from(compose([*words, "model.text_dim=8"]), "")
+    with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
+        training_objects.training_from(compose([*words, "data.held_out=nowhere"]), "")
+    with pytest.raises(AssertionError, match="weights are read"):
+        training_objects.training_from(compose(words), "")
+
+
+def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "other", kind="encoded") as writer:
+        for i in range(3):
+            tensors = longer("image", 0)(runs.clip_tensors(i))
+            writer.write(f"clip-{i}", {"safetensors": save(tensors), "json": b"{}"})
+    clips = [runs.write_clips(tmp_path / "clips", 3), open_dataset(tmp_path / "other")]
+    with pytest.raises(ConfigError, match=r"have clips of one size, but image of \[3, 12\] and"):
+        runs.train(tmp_path, runs.schedule(("sft", 1)), clips=clips)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+def test_a_flow_shift_is_above_0(tmp_path: Path, shift: float) -> None:
+    with pytest.raises(ConfigError, match="shift=.*: must be above 0"):
+        check(tmp_path, shift=shift)

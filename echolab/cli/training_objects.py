@@ -23,7 +23,6 @@ from echolab.diffusion.phases import (
     ScaleModalities,
     of_preferences,
 )
-from echolab.errors import ConfigError
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
 from echolab.preference.settings import PreferenceSettings, checked
@@ -32,7 +31,7 @@ from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verifi
 from echolab.training.datamodule import HeldOut
 from echolab.training.guards.spikes import Guards
 from echolab.training.module import Optim
-from echolab.training.parts import Intervals, Machine, Training
+from echolab.training.parts import Intervals, Machine, Training, check_data
 from echolab.training.preference import Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.stopping import end_of_job, grace_from
@@ -169,15 +168,25 @@ def optim_from(config: Mapping[str, Any]) -> Optim:
     return Optim(**{**config, **tuples})
 
 
+def data_from(
+    config: Mapping[str, Any], origin: Path | None, pinned: Path | None
+) -> dict[str, Any]:
+    """What is trained on and validated, and the curriculum over it, seen to fit the network."""
+    reading, held_out = reading_from(config["data"]), held_out_from(config["data"])
+    check_together(config["data"], reading, held_out, (origin, pinned))
+    curriculum = curriculum_from(config["tasks"], origin)
+    datasets = (reading["clips"], reading["pairs"], held_out)
+    check_data(*datasets, config["model"], curriculum, config["parity"])
+    return {**reading, "curriculum": curriculum, "held_out": held_out}
+
+
 def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
-    schedule, phases = schedule_from(config["schedule"]), phases_from(config["phases"])
-    data, seed, prefers = config["data"], int(config["seed"]), schedule.prefers
-    if prefers and not data["pairs"]:
-        raise ConfigError("data.pairs=null: ndpo and dpo epochs need a preference dataset")
+    schedule = schedule_from(config["schedule"])
+    phases = phases_from(config["phases"])
+    seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    reading, held_out = reading_from(data), held_out_from(data)
-    check_together(data, reading, held_out, (origin, pinned))
+    parts = data_from(config, origin, pinned)  # before weights are read
     net, own, initial = start_of(config, origin, seed)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(
@@ -185,9 +194,8 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         agreed=agreed,
         net=net,
         architecture=config["model"],
-        **reading,
+        **parts,
         schedule=schedule,
-        curriculum=curriculum_from(config["tasks"], origin),
         objectives=objectives_from(config["preference"], phases, reference),
         phases=phases,
         reference=reference,
@@ -195,7 +203,6 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         initial=initial,
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
-        held_out=held_out,
         optim=optim_from(config["optim"]),
         machine=Machine(**config["trainer"]),
         batch_size=config["batch_size"],

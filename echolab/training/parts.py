@@ -1,6 +1,8 @@
 """Everything a training run is made of, and whether the parts fit each other."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +80,38 @@ def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> No
                 f"{setting}: task {task}, for which the clips of {dataset.folder} have no tensor "
                 f"known.{task}; leave it out, or encode the dataset again"
             )
+
+
+def check_data(
+    clips: Sequence[ShardDataset],
+    pairs: Sequence[ShardDataset],
+    held_out: HeldOut | None,
+    architecture: Mapping[str, Any],
+    curriculum: Curriculum,
+    parity: bool,
+) -> None:
+    """Look at the first good samples of each dataset, which takes no weights.
+
+    Raises DataError, or ConfigError if they do not fit the network, the tasks or each other.
+    """
+    for dataset in clips:
+        check_dataset(dataset, "encoded", architecture)
+        check_tasks(dataset, curriculum.tasks, "tasks.order")
+    for one, other in combinations(clips, 2):
+        a, b = form_of(one), form_of(other)
+        for name in ("text", "image", "audio"):
+            if tuple(a["latents"]) == tuple(b["latents"]) and tuple(a[name]) != tuple(b[name]):
+                raise ConfigError(
+                    f"data.clips: {one.folder} and {other.folder} have clips of one size, but "
+                    f"{name} of {list(a[name])} and {list(b[name])}; encode them alike"
+                )
+    for dataset in pairs:
+        check_dataset(dataset, "preference", architecture)
+    if held_out:
+        check_dataset(held_out.clips, "encoded", architecture)
+        check_tasks(held_out.clips, held_out.tasks, "data.held_out_tasks")
+        if parity:  # samples of the export are compared on held-out clips
+            check_tasks(held_out.clips, curriculum.tasks, "tasks.order")
 
 
 class Training(NamedTuple):
@@ -166,26 +200,17 @@ class Training(NamedTuple):
         accelerator = self.machine.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
-        self._check_datasets()
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"shift={self.shift:g}: must be above 0; 5 is usual")
+        check_data(
+            self.clips, self.pairs, self.held_out, self.architecture, self.curriculum, self.parity
+        )
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
         first = self.clips[0]
         for dataset in (*self.pairs, *([self.held_out.clips] if self.held_out else [])):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
-
-    def _check_datasets(self) -> None:
-        """Look at the first good sample of each dataset, before weights are read."""
-        for dataset in self.clips:
-            check_dataset(dataset, "encoded", self.architecture)
-            check_tasks(dataset, self.curriculum.tasks, "tasks.order")
-        for dataset in self.pairs:
-            check_dataset(dataset, "preference", self.architecture)
-        if self.held_out:
-            check_dataset(self.held_out.clips, "encoded", self.architecture)
-            check_tasks(self.held_out.clips, self.held_out.tasks, "data.held_out_tasks")
-            if self.parity:  # samples of the export are compared on held-out clips
-                check_tasks(self.held_out.clips, self.curriculum.tasks, "tasks.order")
 
     def reader_of(self, dataset: ShardDataset) -> Tolerant:
         """What reads single samples of a dataset, within the budget for bad ones."""
