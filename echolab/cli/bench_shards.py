@@ -36,10 +36,12 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     places = ((frames + 3) // 4, height // 8, width // 8)
     shapes: dict[str, tuple[int, ...]] = {"latents": (16, *places), "weight": (1, *places)}
     shapes |= {"text": TEXT, "image": IMAGE, "audio": (2 * frames, AUDIO)}
-    shapes["face"] = (places[0] * places[1] * places[2] // 4,)
+    shapes["face"] = (places[1] * places[2] // 4,)
     for task in (task for task in TASKS if task != "t2v"):
         shapes |= {f"known.{task}": (4, *places), f"known_latents.{task}": (16, *places)}
-    return {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
+    made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
+    shares = (name for name in made if name == "weight" or name.startswith("known."))
+    return made | {name: made[name].abs().clamp(max=1) for name in shares}
 
 
 def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) -> None:
