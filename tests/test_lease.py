@@ -289,10 +289,14 @@ def test_a_fenced_training_leaves_without_writing(
     monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
     if moment == "before a save":
         begin = CheckpointWriter.begin
-        monkeypatch.setattr(
-            CheckpointWriter, "begin",
-            lambda self, state: (state["step"] < 4 or later.comes(), begin(self, state))[1],
-        )  # fmt: skip
+
+        def begun(self: CheckpointWriter, state: dict[str, Any]) -> None:
+            if state["step"] == 4:
+                self.close()  # what was being removed by then is gone
+                later.comes()
+            begin(self, state)
+
+        monkeypatch.setattr(CheckpointWriter, "begin", begun)
     if moment == "amid a save":
         write = CheckpointWriter._write
 
