@@ -339,24 +339,21 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
 
 def train_with_workers(root: str, how: str) -> int:
     """In a rank: a run with two workers, of which one dies; print the cause, exit with its code."""
-    from echolab.data import batches
-    from echolab.data.batches import read_fp32 as read
     from echolab.launch.told import tell_failure
 
     files.PAUSES = (0.0, 0.0)
-    parent, calls = os.getpid(), 0
+    parent, calls, preadv = os.getpid(), 0, os.preadv
 
-    def read_fp32(*given: Any) -> Any:
+    def read_in_worker(*given: Any) -> int:
         nonlocal calls
         calls += 1
         if os.getpid() != parent and calls > 3:
             if how == "stale":
-                os.preadv = Failing(os.preadv, errno.ESTALE, float("inf"))  # type: ignore[assignment]
-            else:
-                os.kill(os.getpid(), getattr(signal, how))
-        return read(*given)
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            os.kill(os.getpid(), getattr(signal, how))
+        return preadv(*given)
 
-    batches.read_fp32 = read_fp32  # type: ignore[assignment]
+    os.preadv = read_in_worker  # type: ignore[assignment]
 
     def on_failure(error: BaseException) -> None:
         code = tell_failure(Path(root), 0, error, "data_wait", 3)
@@ -387,7 +384,7 @@ def test_the_end_of_a_worker_has_a_cause(
     assert told["cause"] == cause and words in told["message"], told
     assert "\n" not in told["message"].strip()
     if how in ("SIGSEGV", "SIGBUS"):  # with the stack of the worker
-        assert "read_fp32" in ranks.output(0)
+        assert "read_in_worker" in ranks.output(0)
 
 
 # -- shared memory ------------------------------------------------------------------------------
