@@ -34,7 +34,7 @@ from echolab.training.parts import Intervals
 from echolab.types import PreferencePair
 
 PLAN = runs.schedule(("sft", 4), ("dpo", 2), ("sft", 5))
-SMALL, LARGE = (1, 2, 2), (2, 2, 3)
+SMALL, LARGE = (1, 2, 2), (3, 2, 2)  # latent frames, height, width
 ECHOLAB = (sys.executable, "-m", "echolab.cli")
 CLIPS = [("a", 11, LARGE), ("b", 7, LARGE), ("c", 9, SMALL)]
 
@@ -42,7 +42,8 @@ CLIPS = [("a", 11, LARGE), ("b", 7, LARGE), ("c", 9, SMALL)]
 def tensors(seed: int, size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
     """As little as a clip may hold."""
     latents = torch.full((1, *size), float(seed))
-    made = {name: torch.zeros(1, 1) for name in ("text", "image", "audio")}
+    made = {name: torch.zeros(1, 1) for name in ("text", "image")}
+    made |= {"audio": torch.zeros(2 * (4 * (size[0] - 1) + 1), 1)}
     made |= {"face": torch.ones(1), "weight": torch.ones(1, *size), "latents": latents}
     for task in TASKS:
         if task != "t2v":
