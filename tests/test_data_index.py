@@ -193,7 +193,7 @@ def test_folders_without_plain_tars_are_refused(
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=says):
         index_folder(tmp_path)
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such folder"):
         index_folder(tmp_path / "nowhere")
 
 

@@ -308,12 +308,12 @@ def test_a_stopped_process_does_not_hang(tmp_path: Path) -> None:
     def go_on() -> None:
         while not (tmp_path / "pid").exists():
             time.sleep(0.1)
-        time.sleep(4)
+        time.sleep(7)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    reports = list(work(unruly.setup, [f"stop in {tmp_path}"], 1, 1.0))
+    reports = list(work(unruly.setup, [f"stop in {tmp_path}"], 1, 5.0))
     thread.join()
     assert isinstance(reports[-1], Finished)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import runs
 
-from echolab.errors import BusyError, FencedError, SaveError
+from echolab.errors import BusyError, FencedError, StorageError
 from echolab.launch import lease
 from echolab.launch.lease import LEASE, Holder, Lease, held, leaving, newest, take, this_process
 from echolab.launch.runs import begin, claim
@@ -333,7 +333,7 @@ def test_a_save_that_a_later_launch_put_away_is_never_published(
         publish(self, receipts)
 
     monkeypatch.setattr(CheckpointWriter, "_publish", frozen)
-    with pytest.raises(SaveError):
+    with pytest.raises(StorageError):
         runs.train(tmp_path, PLAN, every=Intervals(save=2))
     left = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert left == [".partial-later-step-000002"]

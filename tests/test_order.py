@@ -140,4 +140,4 @@ def test_the_command_measures_a_dataset(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["data", "shuffle-report", str(one.folder)]) == 1  # every epoch is the same
     assert "in two epochs 100.00%" in capsys.readouterr().out
     assert main(["data", "shuffle-report", str(many.folder), "epochs=1"]) == 1
-    assert "epochs=1: must be 2 or more" in capsys.readouterr().err
+    assert "epochs=1 is not a whole number, at least 2" in capsys.readouterr().err

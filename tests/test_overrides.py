@@ -120,7 +120,7 @@ def test_ranks_get_the_folder_of_their_supervisor(
     commands: list[list[str]] = []
 
     class Recorded:
-        def __init__(self, places: object, command: list[str], folder: Path, _: object) -> None:
+        def __init__(self, _: object, command: list[str], folder: Path, *more: object) -> None:
             commands.append([*command, str(folder)])
 
         def watch(self) -> None:

@@ -151,6 +151,8 @@ def index_folder(
     `kind` none takes the kind whose contract all samples keep.  A dataset.json that is there and
     differs stays unless `replace`.  Raises DataError, and BusyError while another process writes.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give one of tars")
     with exclusive(folder):
         paths = _tars(folder)
         if (folder / PARTIAL).is_symlink():  # it came with the tars: what it points to is not ours
