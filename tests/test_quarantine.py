@@ -30,7 +30,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     folder = tmp_path_factory.mktemp("dataset")
     with ShardWriter(folder, kind="encoded", samples_per_shard=PER_SHARD) as writer:
         for i in range(COUNT):
-            writer.write(f"clip-{i:03d}", {"json": json.dumps({"number": i}).encode()})
+            members = {"json": json.dumps({"number": i}).encode(), "safetensors": b""}
+            writer.write(f"clip-{i:03d}", members)
     return open_dataset(folder)
 
 

@@ -116,7 +116,8 @@ def foreign(tmp_path: Path) -> Path:
     folder = tmp_path / "set"
     with ShardWriter(folder, kind="raw", samples_per_shard=2) as writer:
         for i in range(3):
-            writer.write(f"clip-{i}", {"json": b'{"caption": "x"}', "mp4": bytes(500)})
+            members = {"json": b'{"caption": "x"}', "mp4": bytes(500)}
+            writer.write(f"clip-{i}", members | {"flac": b"", "tracks.npz": b""})
     return folder
 
 
