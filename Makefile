@@ -8,6 +8,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+# Processes that share the test files: some tests start four ranks, or a cluster.
+TEST_WORKERS ?= 2
 SOURCES := echolab data_prep tests
 
 .PHONY: demo test lint format packages lock
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/echolab demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

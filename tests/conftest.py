@@ -19,6 +19,12 @@ settings.load_profile("echolab")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker ends long after the others."""
+    slurm = {item.path for item in items if item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.path not in slurm)
+
+
 def _folder(variable: str, beside: str) -> Path:
     """The folder an environment variable names, else the one beside the repository, or skip."""
     folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / beside)
