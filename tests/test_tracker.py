@@ -24,11 +24,16 @@ HANGS = 300.0
 KEY = "0123456789abcdef" * 3
 
 
-def processes(parent: int) -> list[int]:
-    """The child processes of a process, whichever thread started them."""
+def children(parent: int) -> dict[int, str]:
+    """The child processes of a process by pid, whichever thread started them, with their names."""
     told = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True)
-    lines = [line.split() for line in told.stdout.decode().splitlines()]
-    return [int(pid) for pid, name in lines if name.startswith(("python", "wandb"))]
+    lines = [line.split(maxsplit=1) for line in told.stdout.decode().splitlines()]
+    return {int(pid): name for pid, name in lines if name != "ps"}
+
+
+def processes(parent: int) -> list[int]:
+    """Those of them that run Python or wandb."""
+    return [p for p, name in children(parent).items() if name.startswith(("python", "wandb"))]
 
 
 def tracker(of: int | None = None) -> tuple[list[int], list[int]]:
@@ -258,7 +263,7 @@ def test_a_tracker_that_takes_nothing_holds_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """More records than any pipe or queue holds; and what cannot be started is told in a line."""
-    stuck = tmp_path / "stuck"
+    before, stuck = children(os.getpid()), tmp_path / "stuck"
     stuck.write_text("#!/bin/sh\nexec sleep 1000\n")
     stuck.chmod(0o755)
     monkeypatch.setattr(wandb_run, "PROCESS", (str(stuck),))
@@ -275,7 +280,7 @@ def test_a_tracker_that_takes_nothing_holds_up_nobody(
     told = capfd.readouterr().err.splitlines()
     assert ["not finished" in line for line in told] == [True, True, False]
     assert "missing" in told[2] and "nothing more reaches it" in told[2]
-    wait_until(lambda: not processes(os.getpid()))
+    wait_until(lambda: children(os.getpid()).keys() <= before.keys())
 
 
 def test_the_tracker_ends_with_the_process_that_logs(tmp_path: Path) -> None:
