@@ -152,7 +152,7 @@ def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_signal_to_the_supervisor_is_passed_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch = Launch(folder, {})
+    launch = Launch(folder, {"all": {"steps": 100_000}})
     launch.pids()
     assert why(launch.run, capsys)["cause"] == "running"
     launch.process.send_signal(signal.SIGUSR1)
@@ -167,7 +167,7 @@ def test_a_second_signal_after_the_end_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Slurm sends TERM twice: the second may meet a process that tidies up, and kill it."""
-    launch = Launch(folder, {"all": {"does": "late term"}})
+    launch = Launch(folder, {"all": {"does": "late term", "steps": 100_000}})
     launch.pids()
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
@@ -179,7 +179,7 @@ def test_a_second_signal_after_the_end_changes_nothing(
 def test_a_terminal_that_is_closed_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGHUP, with a terminal that is gone by then: nothing fails for writing to it."""
     ours, theirs = os.openpty()
-    launch = Launch(folder, {}, stderr=theirs)
+    launch = Launch(folder, {"all": {"steps": 100_000}}, stderr=theirs)
     os.close(theirs)
     launch.pids()
     os.close(ours)  # hangs up
@@ -316,7 +316,7 @@ def test_a_full_disk_hides_nothing(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_no_rank_outlives_its_supervisor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launch = Launch(folder, {})
+    launch = Launch(folder, {"all": {"steps": 100_000}})
     pids = launch.pids()
     launch.process.kill()
     launch.process.wait()
