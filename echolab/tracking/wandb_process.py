@@ -93,6 +93,8 @@ class _Mirror:
                 row[name] = wandb.Table(**table)
             self.run.log(row)
         except Exception as error:
+            if _service_ended():  # the record is not at fault: the next process gets it again
+                self._leave_without_service()
             self.failed += 1
             self.fault = self.fault or _words(error)
 
@@ -103,8 +105,11 @@ class _Mirror:
         except ChildProcessError:
             return
         if not self.finishing:
-            self.fault = "its service process ended"
-            _leave(self.answers, self._end())
+            self._leave_without_service()
+
+    def _leave_without_service(self) -> NoReturn:
+        self.fault = "its service process ended"
+        _leave(self.answers, self._end())
 
     def _end(self) -> dict[str, Any]:
         return {"failed": self.failed, "fault": self.fault}
