@@ -50,7 +50,7 @@ COMMANDS: list[tuple[Callable[[list[str]], int], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("command", "words"), COMMANDS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("command", "words"), COMMANDS, ids=[words[0] for _, words in COMMANDS])
 def test_every_command_tries_its_place_first(
     command: Callable[[list[str]], int], words: list[str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
