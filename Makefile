@@ -47,6 +47,8 @@ packages:
 	wanted=""; \
 	command -v chromium >/dev/null || wanted="$$wanted chromium fonts-dejavu-core"; \
 	command -v git >/dev/null || wanted="$$wanted git"; \
+	command -v ps >/dev/null || wanted="$$wanted procps"; \
+	command -v chattr >/dev/null || wanted="$$wanted e2fsprogs"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || wanted="$$wanted python3.11-venv"; \
 	if [ -n "$$wanted" ]; then \
 	    apt-get update -qq; \
