@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import runs
-import tiny
 import torch
 
 from echolab.data.quarantine import Tolerant
@@ -116,7 +115,6 @@ def main(
     lora: bool = False,
 ) -> None:
     """A run of four steps; each rank writes what it found to `out`/rank-N.json."""
-    runs.ARCHITECTURE = dict(tiny.SIZES)
     held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
     end = Steps.on_train_end
 

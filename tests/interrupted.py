@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import runs
-import tiny
 
 from echolab.training import parity, ranks, validation
 from echolab.training.checkpoints.checkpoint import saved_steps
@@ -41,7 +40,6 @@ def act_at(place: str, count: int, act: Callable[[], object]) -> None:
 
 def train(root: Path, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
     """A run with a save and a validation at the same steps, and a check at its end."""
-    runs.ARCHITECTURE = dict(tiny.SIZES)
     settings: dict[str, Any] = {
         "every": Intervals(log=1, save=2, validate=2),
         "held_out": HeldOut(runs.write_clips(root / "held", HELD, 50), HELD, 2),

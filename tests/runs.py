@@ -20,7 +20,7 @@ from echolab.training.schedule import Epoch, Schedule
 
 __all__ = ["Optim", "Preference", "Supervised"]
 
-ARCHITECTURE = {"dim": 48, "num_layers": 2}
+ARCHITECTURE = dict(tiny.SIZES)
 PHASES = KeepModalities(PHDA)
 
 

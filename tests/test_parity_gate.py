@@ -143,7 +143,6 @@ def end(folder: str, strategy: str, killed: str) -> int:
     def die(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.ARCHITECTURE = dict(tiny.SIZES)
     write = parity.write_whole
     module, name, action = {
         "saving": (callbacks.Saving, "publish", die),
@@ -224,8 +223,6 @@ def test_killed_in_its_end_no_step_is_repeated(
 def test_a_disk_says_nothing_of_an_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
-    monkeypatch.setattr(runs, "ARCHITECTURE", dict(tiny.SIZES))
-
     def fail(*given: Any, **named: Any) -> None:
         raise error
 
@@ -235,10 +232,7 @@ def test_a_disk_says_nothing_of_an_export(
     assert trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))[0].done
 
 
-def test_a_run_is_done_only_behind_the_gate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runs, "ARCHITECTURE", dict(tiny.SIZES))
+def test_a_run_is_done_only_behind_the_gate(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 4), lr=1e-2)
     settings: dict[str, Any] = {"every": Intervals(save=2), "optim": runs.Optim(ema_decay=0.9)}
     for how in ("swap of averages", "perturbed", "names"):
