@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from echolab.data.files import write_error
+from echolab.atomic_io import write_error
 from echolab.errors import BusyError, EcholabError, PassingError
 from echolab.redaction import masked_output
 

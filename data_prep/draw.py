@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_prep.talker import FPS, Talker, draw_talker
+from data_prep.synthetic_face import FPS, Talker, draw_talker
 from echolab.arguments import parse
-from echolab.data.files import prove_writable
+from echolab.atomic_io import prove_writable
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
-from echolab.data.progress import progress
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_reader import ShardWriter
 from echolab.errors import ConfigError
+from echolab.progress import progress
 
 
 @dataclass(frozen=True)

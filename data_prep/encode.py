@@ -22,15 +22,15 @@ from data_prep.raw import (
 )
 from data_prep.stages import encode_in_stages, stored
 from echolab.arguments import parse
-from echolab.data.files import prove_writable
-from echolab.data.progress import progress
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.atomic_io import prove_writable
+from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders, encode_clip
-from echolab.encoders.released import find_released, released_encoders
+from echolab.encoders.loading import find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
 from echolab.errors import ConfigError
 from echolab.fitting import load_net
+from echolab.progress import progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CLEAN = {"no": as_written, "wan": cleaned}

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.faces import Rows
-from data_prep.normalise import SAMPLES_PER_FRAME, Grid
-from data_prep.track import Track
+from data_prep.normalize import SAMPLES_PER_FRAME, Grid
+from echolab.vision.faces import Rows
+from echolab.vision.track import Track
 
 AUDIBLE_DBFS = -50.0  # of the 40 ms of one frame
 AUDIBLE_SHARE = 0.2  # of a clip's frames: people pause

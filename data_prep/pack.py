@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.faces import Picture
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
+from echolab.vision.faces import Picture
 
 HEAD = 2.0  # side of the square around all face boxes of a clip, in their larger side
 MULTIPLE = 16  # pixels: 8 of the video encoder times 2 of the patches

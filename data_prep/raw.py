@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
-from echolab.data.shards import ShardDataset, open_dataset
+from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.errors import DataError
 
 Members = dict[str, bytes]

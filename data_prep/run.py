@@ -18,10 +18,9 @@ from data_prep.filter import Refusal
 from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
 from data_prep.summary import Watch, summarise
-from data_prep.weights import LANDMARKER, YUNET, find_weight
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
 from echolab.arguments import parse
-from echolab.data.files import (
+from echolab.atomic_io import (
     exclusive,
     make_folder,
     prove_writable,
@@ -29,8 +28,9 @@ from echolab.data.files import (
     write_whole,
 )
 from echolab.data.index import INDEX
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.errors import DataError, MediaError, PassingError
+from echolab.vision.face_models import LANDMARKER, YUNET, find_weight
 
 if TYPE_CHECKING:
     from data_prep.source import Models
@@ -176,8 +176,8 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     """Runs in a worker: load the models and return the task."""
     import cv2
 
-    from data_prep.faces import FaceMesh
     from data_prep.source import Models
+    from echolab.vision.faces import FaceMesh
 
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.cut import cut_span
-from data_prep.faces import FaceDetector, FaceMesh, boxes, mouth_from_corners
 from data_prep.filter import (
     CUT_SHORT,
     DAMAGED,
@@ -24,7 +23,7 @@ from data_prep.filter import (
     silence,
     still_lips,
 )
-from data_prep.normalise import Grid, heard, make_grid, sound_of
+from data_prep.normalize import Grid, heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.pack import (
     cut_out,
@@ -33,11 +32,12 @@ from data_prep.pack import (
     frame_whole,
     in_frame,
 )
-from data_prep.probe import Probe, probe
-from data_prep.track import SceneCuts, Track, Tracker
-from data_prep.video import VideoReader
 from echolab.data.media import FPS, RATE_HZ, Sound, read_sound
 from echolab.errors import MediaError
+from echolab.vision.faces import FaceDetector, FaceMesh, boxes, mouth_from_corners
+from echolab.vision.probe import Probe, probe
+from echolab.vision.track import SceneCuts, Track, Tracker
+from echolab.vision.video_reader import VideoReader
 
 DETECT_PIXELS = 640  # longer side of the picture that the detector sees
 # Shares of the work on one file, the first for its hash.

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_prep.raw import Members, boxes_of, caption_of, open_raw, pixels_of, sound_of
-from echolab.data.files import exclusive, make_folder, write_whole
+from echolab.atomic_io import exclusive, make_folder, write_whole
 from echolab.data.index import INDEX
-from echolab.data.progress import progress
-from echolab.data.shards import ShardDataset, ShardWriter
+from echolab.data.shard_reader import ShardDataset, ShardWriter
 from echolab.encoders.encode import Encoders, encode_pixels
 from echolab.errors import DataError, EcholabError
+from echolab.progress import progress
 
 WORK = ".work"
 

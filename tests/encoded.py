@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.cli.demo_settings import ARCHITECTURE
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_reader import ShardWriter
+from echolab.demo.settings import ARCHITECTURE
 from echolab.tasks.masks import TASKS
 
 CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from echolab.data.micro_batches import MicroBatch
+from echolab.data.train_dataset import MicroBatch
 from echolab.errors import EcholabError
-from echolab.training import ranks
-from echolab.training.engine.live import ClippedNorm, check_clipped, check_counts
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
+from echolab.heartbeat import Beats
+from echolab.training import distributed
+from echolab.training.engine.engine_report import ClippedNorm, check_clipped, check_counts
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
 from echolab.training.fit import Machine, _trainer
 from echolab.training.module import DiffusionModule, Optim
 from echolab.training.quiet import quiet
-from echolab.training.sections import Beats
 from echolab.types import Loss
 
 RATE = 1e-3
@@ -94,7 +94,7 @@ class Items(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in self.steps:
-            for pull, share in step[ranks.rank() :: ranks.world()]:
+            for pull, share in step[distributed.rank() :: distributed.world()]:
                 yield item(pull, share)
 
 
@@ -111,7 +111,7 @@ class Watch(pl.Callback):
         self.masters = masters_of(pl_module.net, trainer.optimizers[0])  # type: ignore[arg-type]
         self.masters.prepare()
         sharded = type(self.masters) is not Masters
-        replicated = 1 if sharded else ranks.world()
+        replicated = 1 if sharded else distributed.world()
         self.norm = ClippedNorm(self.masters.optimizer, replicated=replicated)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = self.rate
@@ -121,7 +121,7 @@ class Watch(pl.Callback):
             return
         self.step += 1
         check_counts(trainer, steps=self.step, accumulation=self.accumulation)
-        squares = ranks.sums([float(self.norm.take())])[0]
+        squares = distributed.sums([float(self.norm.take())])[0]
         self.norms.append(check_clipped(squares, self.clip, self.step))
         self.states.append(
             {
@@ -168,7 +168,7 @@ def machine_of(case: Mapping[str, Any], world: int) -> Machine:
 
 def keep(watch: Watch, to: Path) -> None:
     """What was measured, to be read by `measured`."""
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         states = {f"{i}/{k}": t for i, state in enumerate(watch.states) for k, t in state.items()}
         save_file(states, to.with_suffix(".safetensors"))
         to.with_suffix(".json").write_text(json.dumps(watch.norms))

@@ -13,15 +13,15 @@ import pytorch_lightning as pl
 import runs
 import torch
 
-from echolab.data.quarantine import Tolerant
+from echolab.data.bad_samples import Tolerant
 from echolab.errors import ParityError
-from echolab.training import parity, ranks
+from echolab.training import distributed, export_check
 from echolab.training.callbacks import Steps
 from echolab.training.checkpoints.checkpoint import latest_valid
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
+from echolab.training.export_check import Sampling, check_parity, parity_clips
 from echolab.training.fit import Machine
-from echolab.training.parity import Sampling, check_parity, parity_clips
 from echolab.training.validation import read_share, validate
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
@@ -52,9 +52,9 @@ def broken(how: str) -> Iterator[None]:
             change: Callable[[Tensors], Tensors] = {
                 "perturbed": perturbed, "names": swapped
             }[how]  # fmt: skip
-            write = parity.write_original
+            write = export_check.write_original
             patch.setattr(
-                parity,
+                export_check,
                 "write_original",
                 lambda out, net, tensors, **given: write(out, net, change(tensors), **given),
             )
@@ -80,7 +80,7 @@ def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str
     subject = (steps.module.net, steps.ema, steps.masters)
     device = torch.device("cpu")
     before = held_bits(steps)
-    share = read_share(held, ranks.rank(), ranks.world())
+    share = read_share(held, distributed.rank(), distributed.world())
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
     told: dict[str, Any] = {"values": dict(values)}
@@ -100,7 +100,7 @@ def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str
                 told[how] = found._asdict()
             except ParityError as error:
                 told[how] = str(error)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             told[f"{how}/report"] = json.loads((out / "parity.json").read_text())
     told["unchanged"] = held_bits(steps) == before
     return told
@@ -121,7 +121,7 @@ def main(
     def and_gate(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         end(self, trainer, module)
         told = gate(self, Path(out), held, DTYPES[precision])
-        (Path(out) / f"rank-{ranks.rank()}.json").write_text(json.dumps(told))
+        (Path(out) / f"rank-{distributed.rank()}.json").write_text(json.dumps(told))
 
     Steps.on_train_end = and_gate  # type: ignore[method-assign]
     settings: dict[str, Any] = {}

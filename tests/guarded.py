@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
+from echolab.heartbeat import Beats
+from echolab.training.config import Intervals
 from echolab.training.fit import Machine
-from echolab.training.guards.digests import Unchanged, check_replicas, replicated
 from echolab.training.guards.events import History
-from echolab.training.guards.guarding import Guarding
+from echolab.training.guards.monitor import Guarding
+from echolab.training.guards.replica_check import Unchanged, check_replicas, replicated
 from echolab.training.guards.stragglers import Stragglers
-from echolab.training.parts import Intervals
-from echolab.training.sections import Beats
 
 
 def flip(tensor: Tensor, bit: int) -> None:

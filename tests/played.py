@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import BusyError, ConfigError, DataError
-from echolab.launch import lease, told
-from echolab.launch.deadlines import Deadlines
+from echolab.heartbeat import Beats, beats_from_environment
+from echolab.launch import error_files, lease
 from echolab.launch.exit_codes import RETRYABLE
-from echolab.launch.layout import Layout
+from echolab.launch.section_timeouts import Deadlines
 from echolab.launch.supervisor import Supervisor
-from echolab.training.sections import Beats, beats_from_environment
-from echolab.training.stopping import SIGNALS, StopSignals
+from echolab.launch.topology import Layout
+from echolab.training.signals import SIGNALS, StopSignals
 
 STEPS = 60
 # A file whose path says that it is a collective, as that of torch's own does.
@@ -119,14 +119,14 @@ def rank(folder: Path, parts: dict[str, Any]) -> None:
     beats, signals = beats_from_environment(), StopSignals()
     signals.__enter__()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    number, to = int(os.environ["RANK"]), told.own_folder()
+    number, to = int(os.environ["RANK"]), error_files.own_folder()
     assert to
     try:
         part = parts.get(str(number), parts.get("all", {}))
         reason, step = play(folder, part, beats, signals)
     except BaseException as error:
-        os._exit(told.tell_failure(to, number, error, beats.section, beats.step))
-    told.tell_end(to, number, told.End(reason, signals.received, False, step, STEPS))
+        os._exit(error_files.tell_failure(to, number, error, beats.section, beats.step))
+    error_files.tell_end(to, number, error_files.End(reason, signals.received, False, step, STEPS))
     if part.get("does") == "late term":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Python does before it ends
         os.kill(os.getpid(), signal.SIGTERM)

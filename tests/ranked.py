@@ -11,9 +11,9 @@ import runs
 
 from echolab.training.callbacks import Steps
 from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine
-from echolab.training.parts import Intervals
 
 
 def save_what_was_loaded(to: Path) -> None:

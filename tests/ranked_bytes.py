@@ -11,9 +11,9 @@ import adapted
 import runs
 
 from echolab.training.callbacks import Steps
-from echolab.training.engine.masters import Masters
+from echolab.training.config import Intervals
+from echolab.training.engine.master_weights import Masters
 from echolab.training.fit import Machine
-from echolab.training.parts import Intervals
 
 
 def held(tensors: Iterable[Any]) -> int:

@@ -8,7 +8,7 @@ import tiny
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import PHDA, KeepModalities
 from echolab.models.frozen import Frozen

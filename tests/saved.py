@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints.agreed import newest
 from echolab.training.checkpoints.checkpoint import restore
+from echolab.training.checkpoints.collective_open import newest
 from echolab.training.checkpoints.manifest import serialise
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
 
 MORE = (0.5,)
 # -0.0, the smallest denormal, the largest number and the smallest normal one
@@ -61,7 +61,7 @@ def adam(made: nn.Module) -> torch.optim.AdamW:
 def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
     """What a run would save beside the tensors, so far as readers need it."""
     told = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
-    origin = {"world": ranks.world(), "masters": "test"}
+    origin = {"world": distributed.world(), "masters": "test"}
     schedule = {"epochs": [["sft", 10**6, 1e-3]]}
     curriculum = {"step": step, "probabilities": {"i2v": 1.0}}
     kept = {"curriculum": curriculum, "objectives": {}, "spikes": {}, "architecture": {}}
@@ -199,10 +199,10 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
         with ema.applied(masters):
             assert same_bits(weights(made), [tensor.to(dtype) for tensor in average])
         assert same_bits(weights(made), before) and masters.updates == 7
-        folder = Path(out) / f"{strategy}-{ranks.world()}"
+        folder = Path(out) / f"{strategy}-{distributed.world()}"
         writer = CheckpointWriter(folder, masters, ema, keep=keep_all, shard_bytes=4096)
         writers = {file.writer for file in writer.files}
-        assert writers == set(range(ranks.world())), writers
+        assert writers == set(range(distributed.world())), writers
         writer.check_start()
         writer.begin(state(7, ema))
         writer.finish()
@@ -214,15 +214,15 @@ def save_with_fault(out: str, at: str) -> None:
     from echolab.training.checkpoints import writer as writing
 
     dist.init_process_group("gloo")
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         time.time = lambda: 0.0  # a clock that is off by decades
         time.time_ns = lambda: 0
     saver = Saver(Path(out), shard_bytes=4096)
     saver.save(1)
     if at == "write":
-        if ranks.rank() == 1:
+        if distributed.rank() == 1:
             real, writing.write_file = writing.write_file, refuse
-    elif at == "memory" and ranks.rank() == 1:
+    elif at == "memory" and distributed.rank() == 1:
         saver.writer._buffers.clear()
         real, writing.host_buffer = writing.host_buffer, refuse
     told = ""
@@ -230,10 +230,10 @@ def save_with_fault(out: str, at: str) -> None:
         saver.save(2)
     except CheckpointError as error:
         told = str(error)
-    (Path(out) / f"told-{ranks.rank()}").write_text(told)
-    if at == "write" and ranks.rank() == 1:
+    (Path(out) / f"told-{distributed.rank()}").write_text(told)
+    if at == "write" and distributed.rank() == 1:
         writing.write_file = real
-    elif at == "memory" and ranks.rank() == 1:
+    elif at == "memory" and distributed.rank() == 1:
         writing.host_buffer = real
     saver.save(3)
     _see_another(Path(out))
@@ -244,7 +244,7 @@ def _see_another(out: Path) -> None:
     from echolab.errors import CheckpointError
 
     elsewhere = Path(f"{out}-elsewhere")
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         content = json.loads((out / "step-000003/manifest.json").read_bytes())
         content.pop("sha256")
         shutil.copytree(out, elsewhere)
@@ -252,10 +252,10 @@ def _see_another(out: Path) -> None:
         (elsewhere / "step-000003/manifest.json").write_bytes(other)
     told = ""
     try:
-        newest(elsewhere if ranks.rank() == 1 else out)
+        newest(elsewhere if distributed.rank() == 1 else out)
     except CheckpointError as error:
         told = str(error)
-    (out / f"saw-{ranks.rank()}").write_text(told)
+    (out / f"saw-{distributed.rank()}").write_text(told)
 
 
 def refuse(*given: Any, **named: Any) -> Any:

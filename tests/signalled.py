@@ -10,9 +10,9 @@ from typing import Any
 
 from forked import ForkServer, Ranks
 
+from echolab.heartbeat import FOLDER, beats_path, read_beat
 from echolab.launch.exit_codes import DONE, STOPPED_SAVED, STOPPED_UNSAVED
-from echolab.training.sections import FOLDER, beats_path, read_beat
-from echolab.training.stopping import StopSignals
+from echolab.training.signals import StopSignals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 

@@ -10,10 +10,10 @@ from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.encode import encode_dataset
 from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.diffusion.objectives import Supervised
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders import demo_audio, demo_image, demo_text
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
 from echolab.models.transformer import EchoTransformer
@@ -23,7 +23,7 @@ from echolab.training.fit import Training, fit
 
 ARCHITECTURE = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
-    "text_dim": words.SIZE, "image_dim": picture.SIZE, "audio_dim": sound.SIZE,
+    "text_dim": demo_text.SIZE, "image_dim": demo_image.SIZE, "audio_dim": demo_audio.SIZE,
 }  # fmt: skip
 
 

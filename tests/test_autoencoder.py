@@ -6,8 +6,8 @@ import drawn
 import pytest
 import torch
 
-from echolab.encoders.autoencoder import CausalAutoencoder, from_patches, to_patches
-from echolab.encoders.fit_autoencoder import LIP_WEIGHT, lip_weight, set_normalisation
+from echolab.encoders.demo_vae import CausalAutoencoder, from_patches, to_patches
+from echolab.encoders.demo_vae_training import LIP_WEIGHT, lip_weight, set_normalisation
 from echolab.metrics.scores import psnr
 
 WIDTH = 16
@@ -134,7 +134,7 @@ def test_the_loss_weighs_the_lips_more() -> None:
 
 
 def test_a_few_steps_lower_the_error_of_the_basis(tmp_path: Path) -> None:
-    from echolab.encoders import fit_autoencoder as fitting
+    from echolab.encoders import demo_vae_training as fitting
 
     clips = drawn.clips(8, frames=5, size=32)
     losses: list[float] = []

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
-from echolab.data.batches import place_weight
-from echolab.data.micro_batches import MicroBatch, MicroBatches, stock
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.collate import place_weight
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.train_dataset import MicroBatch, MicroBatches, stock
 from echolab.errors import ConfigError, DataError
 from echolab.types import Batch, PreferencePair
 

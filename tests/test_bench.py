@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from echolab.cli import bench, bench_rows, bench_step
-from echolab.cli.bench_rows import Row, measure, peak_of
-from echolab.cli.bench_subjects import (
+from echolab.bench import rows, training_step
+from echolab.bench.models import (
     diffusers_net,
     draw_inputs,
     ours_net,
@@ -21,6 +20,8 @@ from echolab.cli.bench_subjects import (
     shapes_of,
     with_audio,
 )
+from echolab.bench.rows import Row, measure, peak_of
+from echolab.cli import bench
 from echolab.errors import ConfigError
 from echolab.models.flops import Shapes, forward_flops, step_flops
 
@@ -88,7 +89,7 @@ def test_the_peak_is_what_was_held_at_once() -> None:
 def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     wall = [0.0, 3.0, 10.0, 14.0, 20.0, 28.0, 30.0, 31.0, 40.0, 42.0, 50.0, 60.0]
     clock, processor, order = iter(wall), iter(range(12)), []
-    monkeypatch.setattr(bench_rows, "peak_of", lambda run, device: 2**20)
+    monkeypatch.setattr(rows, "peak_of", lambda run, device: 2**20)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(time, "process_time", lambda: next(processor))
     pair = measure(lambda: order.append("a"), lambda: order.append("b"), 3, "cpu")
@@ -108,20 +109,20 @@ def test_both_networks_are_the_same() -> None:
 
 def test_rows_as_json_and_as_a_table() -> None:
     rows = [Row("a", 1.0, "s", "b", 4.0), Row("c", 2.0, "s")]
-    first, second = json.loads(bench_rows.as_json(rows))
+    first, second = json.loads(rows.as_json(rows))
     assert first == {
         "name": "a", "value": 1.0, "unit": "s", "baseline": "b", "baseline_value": 4.0,
         "ratio": 0.25,
     }  # fmt: skip
     assert second["ratio"] is second["baseline"] is None
-    assert bench_rows.as_table(rows).splitlines()[1].split() == ["a", "1", "s", "b", "4", "0.25"]
+    assert rows.as_table(rows).splitlines()[1].split() == ["a", "1", "s", "b", "4", "0.25"]
 
 
 def test_a_step_by_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_step, "SMALL", SIZES)
-    monkeypatch.setattr(bench_step, "compiler_missing", lambda device: "no compiler")
+    monkeypatch.setattr(training_step, "SMALL", SIZES)
+    monkeypatch.setattr(training_step, "compiler_missing", lambda device: "no compiler")
     bench.main(["step", *TINY, "format=json", "precision=fp32"])
     shown = capsys.readouterr()
     rows = {row["name"]: row for row in json.loads(shown.out)}

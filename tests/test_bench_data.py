@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from echolab.cli import bench_data, bench_shards
-from echolab.cli.__main__ import main
-from echolab.cli.bench_shards import (
+from echolab.bench import data, shards
+from echolab.bench.shards import (
     WANTED,
     decode_encoded,
     decode_raw,
@@ -26,8 +25,9 @@ from echolab.cli.bench_shards import (
     write_encoded,
     write_raw,
 )
-from echolab.data.batches import read_clip
-from echolab.data.shards import ShardDataset, open_dataset
+from echolab.cli.__main__ import main
+from echolab.data.collate import read_clip
+from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
 from echolab.errors import ConfigError
 
@@ -37,9 +37,9 @@ SIZE = (5, 32, 32)
 @pytest.fixture
 def encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardDataset:
     # Features of the released encoders' sizes are most of a clip this small.
-    monkeypatch.setattr(bench_shards, "TEXT", (4, 8))
-    monkeypatch.setattr(bench_shards, "IMAGE", (3, 8))
-    monkeypatch.setattr(bench_shards, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "TEXT", (4, 8))
+    monkeypatch.setattr(shards, "IMAGE", (3, 8))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     write_encoded(tmp_path / "encoded", SIZE, 600_000)
     assert verify(tmp_path / "encoded") == []
     return open_dataset(tmp_path / "encoded")
@@ -70,7 +70,7 @@ def test_every_way_goes_through_the_same_samples(encoded: ShardDataset) -> None:
     for wanted in (WANTED, None):
         theirs = webdataset_of(encoded, partial(decode_encoded, wanted=wanted))
         assert total(tensors_of(encoded, wanted)) == pytest.approx(total(theirs), rel=1e-9)
-    assert bench_data.difference(encoded) == 0
+    assert data.difference(encoded) == 0
     size = sum(shard.bytes for shard in encoded.shards)
     assert sum(sequentially(encoded)) == size
 
@@ -98,9 +98,9 @@ def test_all_rows_are_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench_data, "alone", lambda work, *given: work(*given))
-    monkeypatch.setattr(bench_data, "PLANNED", 10**5)
-    monkeypatch.setattr(bench_data, "PLANNED_SHARDS", 100)
+    monkeypatch.setattr(data, "alone", lambda work, *given: work(*given))
+    monkeypatch.setattr(data, "PLANNED", 10**5)
+    monkeypatch.setattr(data, "PLANNED_SHARDS", 100)
     words = [f"clips={encoded.folder}", f"raw={raw.folder}", "rounds=1", "format=json"]
     assert main(["bench", "data", *words]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -125,4 +125,4 @@ def test_what_cannot_be_is_refused(word: str, capsys: pytest.CaptureFixture[str]
 
 def test_datasets_of_another_kind_are_refused(raw: ShardDataset) -> None:
     with pytest.raises(ConfigError, match="3 raw samples; need encoded"):
-        bench_data.opened(Path(raw.folder), "encoded")
+        data.opened(Path(raw.folder), "encoded")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echolab.cli import bench, bench_engine, bench_ranks, bench_step
-from echolab.cli.bench_engine import SMALLEST, Subject, Turns, bare_of, batches_of, net_of
-from echolab.cli.bench_ranks import Clock, Found, measured, resident_peak, strategy_rows
-from echolab.cli.bench_rows import Cost
-from echolab.cli.bench_saves import Saver
-from echolab.cli.bench_subjects import draw_inputs
+from echolab.bench import engine, ranks, training_step
+from echolab.bench.engine import SMALLEST, Subject, Turns, bare_of, batches_of, net_of
+from echolab.bench.models import draw_inputs
+from echolab.bench.ranks import Clock, Found, measured, resident_peak, strategy_rows
+from echolab.bench.rows import Cost
+from echolab.bench.saves import Saver
+from echolab.cli import bench
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.fit import fit
 
@@ -24,7 +25,7 @@ from echolab.training.fit import fit
 def subject(tmp_path: Path) -> Subject:
     """The smallest network, with its clips."""
     made = Subject(SMALLEST, tmp_path, "cpu", "fp32", "none", "auto", 0)
-    bench_engine.write_clips(made, draw_inputs(SMALLEST, (5, 32, 32), 0, "cpu"))
+    engine.write_clips(made, draw_inputs(SMALLEST, (5, 32, 32), 0, "cpu"))
     return made
 
 
@@ -33,7 +34,7 @@ def test_the_bare_loop_does_what_the_engine_does(subject: Subject) -> None:
     net, steps = net_of(subject), 6
     bare = bare_of(subject, net)
     start = [parameter.detach().clone() for parameter in net.parameters()]
-    training = bench_engine.training_of(subject, net, "run", steps, subject.machine())
+    training = engine.training_of(subject, net, "run", steps, subject.machine())
     for item in batches_of(training):
         bare.step(item)
         bare.average()
@@ -71,13 +72,13 @@ def test_turns_measure_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cost.seconds for cost in turns.engine] == [2, 3, 4, 5]  # before the first is start-up
     assert [cost.seconds for cost in turns.plain] == [11] * 5
     assert turns.engine[0].processor_seconds == 4
-    counted = bench_engine.medians([Cost(99, 99)] * bench_engine.WARM + turns.engine[:3])
+    counted = engine.medians([Cost(99, 99)] * engine.WARM + turns.engine[:3])
     assert counted.seconds == 3 and counted.processor_seconds == 6
 
 
 def test_a_save_goes_on_beside_the_steps(subject: Subject) -> None:
     net = net_of(subject)
-    item = next(batches_of(bench_engine.training_of(subject, net, "run", 1, subject.machine())))
+    item = next(batches_of(engine.training_of(subject, net, "run", 1, subject.machine())))
     saver = Saver(subject, net, item)
     saver.save()
     kept = [host.clone() for host in saver.hosts]
@@ -102,7 +103,7 @@ def test_strategies_take_turns(subject: Subject, monkeypatch: pytest.MonkeyPatch
         slow = 100.0 if len(order) <= 4 else 1.0  # whatever disturbed the first round
         return Found(slow * seconds[strategy], 2**20 * ranks)
 
-    monkeypatch.setattr(bench_ranks, "measured", fake)
+    monkeypatch.setattr(ranks, "measured", fake)
     rows = {row.name: row for row in strategy_rows(subject, 3)}
     assert order == [*seconds, *reversed(seconds), *seconds]
     assert [rows[f"engine/{n}/time"].ratio for n in ("zero1", "zero2", "zero3")] == [1.5, 2.0, 4.0]
@@ -114,7 +115,7 @@ def test_a_clock_leaves_out_start_and_end(monkeypatch: pytest.MonkeyPatch) -> No
     marks = iter([50.0, 90.0, 99.0, 101.0, 104.0, 105.0, 205.0])
     peaks = iter(range(7))
     monkeypatch.setattr(time, "perf_counter", lambda: next(marks))
-    monkeypatch.setattr(bench_ranks, "resident_peak", lambda: float(next(peaks)))
+    monkeypatch.setattr(ranks, "resident_peak", lambda: float(next(peaks)))
     clock = Clock("cpu")
     for step in range(7):
         clock(step, 7)
@@ -138,8 +139,8 @@ WORDS = ["engine=true", "frames=5", "height=32", "width=32", "pairs=1", "precisi
 def test_the_rows_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_step, "SMALL", SMALLEST)
-    monkeypatch.setattr(bench_step, "strategy_rows", lambda subject, pairs: iter([]))
+    monkeypatch.setattr(training_step, "SMALL", SMALLEST)
+    monkeypatch.setattr(training_step, "strategy_rows", lambda subject, pairs: iter([]))
     rows = rows_of([*WORDS, f"scratch={tmp_path}"], capsys.readouterr)
     timed = ["ema/time", "module/time", "module/short_step", "module/added"]
     timed += [f"save/{part}" for part in ("begin", "copy", "stall", "finish", "whole")]
@@ -158,14 +159,14 @@ def _of(folder: Path) -> Subject:
 
 @pytest.mark.slow
 def test_a_strategy_is_measured_in_ranks_of_its_own(subject: Subject) -> None:
-    found = measured(subject, "zero2", 2, bench_engine.WARM + 3)
+    found = measured(subject, "zero2", 2, engine.WARM + 3)
     assert found.seconds > 0 and found.peak > 2**27
     assert not (subject.folder / "run-zero2").exists()
 
 
 def test_a_launch_that_fails_is_told(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ranks, "run_ranks", lambda command, count: 3)
-    with pytest.raises(bench_ranks.EcholabError, match="zero1 on 2 ranks ended with 3; see above"):
+    monkeypatch.setattr(ranks, "run_ranks", lambda command, count: 3)
+    with pytest.raises(ranks.EcholabError, match="zero1 on 2 ranks ended with 3; see above"):
         measured(subject, "zero1", 2, 5)
 
 

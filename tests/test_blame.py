@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from echolab.data.fetch import FetchError, UnreachableError
+from echolab.data.remote.download import FetchError, UnreachableError
 from echolab.errors import CheckpointError as Damaged
 from echolab.errors import (
     ConfigError,
@@ -23,14 +23,14 @@ from echolab.errors import (
     StorageError,
     WorkerError,
 )
-from echolab.launch.blame import Failure, Observation, culprit, in_collective
-from echolab.launch.deadlines import Deadlines, limit, overdue
+from echolab.heartbeat import SECTIONS, Beat
+from echolab.launch.diagnosis import Failure, Observation, culprit, in_collective
+from echolab.launch.error_files import failure_of, tell_failure
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
-from echolab.launch.layout import cpu_warning, layout, slurm_address
-from echolab.launch.records import NodeRecord
-from echolab.launch.telling import last_words
-from echolab.launch.told import failure_of, tell_failure
-from echolab.training.sections import SECTIONS, Beat
+from echolab.launch.launch_records import NodeRecord
+from echolab.launch.messages import last_words
+from echolab.launch.section_timeouts import Deadlines, limit, overdue
+from echolab.launch.topology import cpu_warning, layout, slurm_address
 
 COLLECTIVE = """Thread 0x00007f0000000001 (most recent call first):
   File "/lib/threading.py", line 324 in wait

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.raw import caption_of
-from echolab.data import contents, media
-from echolab.data.contents import content_fault
+from echolab.data import media, validate_member
 from echolab.data.decoding import opened
+from echolab.data.validate_member import content_fault
 from echolab.encoders.files import weights_in
 from echolab.errors import DataError, MediaError, WeightsError
 from echolab.fitting import load_net
-from echolab.models.released import read_tensors
+from echolab.models.loading import read_tensors
 from echolab.preference.candidates import read_candidates
 from echolab.preference.pack import read_verdicts
 
@@ -55,7 +55,7 @@ def test_tracks_unpack_to_no_more_than_a_bound(
 ) -> None:
     bomb = npz(method, face=BOXES, lips=BOXES, extra=ZEROS)
     assert len(bomb) < 2**16 and len(media.decode_tracks(bomb).extra["extra"]) == 2**22
-    monkeypatch.setattr(contents, "LARGEST_ARRAYS", 2**20)
+    monkeypatch.setattr(validate_member, "LARGEST_ARRAYS", 2**20)
     with pytest.raises(MediaError, match=r"arrays of \d+ bytes, at most 1048576"):
         media.decode_tracks(bomb)
     fault = content_fault("tracks.npz", lambda at, n: bomb[at : at + n], len(bomb))
@@ -90,7 +90,7 @@ def test_an_array_is_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
 
 
 def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "LONGEST_SOUND", 16000 * 60)
+    monkeypatch.setattr(validate_member, "LONGEST_SOUND", 16000 * 60)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * 61, np.int16), 16000, format="FLAC")
     with pytest.raises(MediaError, match="samples, at most 960000"):

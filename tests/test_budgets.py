@@ -4,8 +4,8 @@ import pytest
 from attempted import attempt, saved
 
 from echolab.launch.attempts import Attempt
-from echolab.launch.budgets import decide
 from echolab.launch.exit_codes import CAUSES
+from echolab.launch.restart_policy import decide
 
 LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
 

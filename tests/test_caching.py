@@ -4,7 +4,11 @@ import pytest
 import tiny
 import torch
 
-from echolab.diffusion.caching import (
+from echolab.diffusion.guidance import RUNS, guided
+from echolab.diffusion.long_video import sample_windows
+from echolab.diffusion.pipeline import DEMO, sigmas_of, timesteps_of
+from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.teacache import (
     IDENTITY,
     WAN_1B3,
     CachedBlocks,
@@ -12,10 +16,6 @@ from echolab.diffusion.caching import (
     movement,
     step_cached,
 )
-from echolab.diffusion.guidance import RUNS, guided
-from echolab.diffusion.long_video import sample_windows
-from echolab.diffusion.recipes import DEMO, sigmas_of, timesteps_of
-from echolab.diffusion.sampling import sample_euler
 
 STEPS = 12
 RECIPE = DEMO._replace(

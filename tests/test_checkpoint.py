@@ -16,7 +16,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 EVERY = Intervals(log=1, save=2)
 

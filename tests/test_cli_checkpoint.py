@@ -11,7 +11,7 @@ import torch
 
 from echolab.cli.__main__ import main
 from echolab.training.checkpoints.checkpoint import folder_of
-from echolab.training.engine.masters import MASTER
+from echolab.training.engine.master_weights import MASTER
 
 
 @pytest.fixture

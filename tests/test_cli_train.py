@@ -12,11 +12,11 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.cli.overrides import CONF
 from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.overrides import CONF
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, local, runs
+from echolab.launch import exit_codes, local, run_dir
 from echolab.tracking.metrics import read_metrics
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("debug", [[], ["debug=cpu"]])
 def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
-    from echolab.cli import training_objects as objects
+    from echolab.config import build as objects
 
     config = compose([f"experiment={experiment}", "data.clips=x", "data.pairs=y", *debug])
     assert objects.schedule_from(config["schedule"]).steps > 0
@@ -137,25 +137,25 @@ def test_the_supervisor_imports_no_torch() -> None:
 
 def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
     config: dict[str, Any] = {"seed": 1, "optim": {"eps": 1e-8}, "trainer": {"devices": 1}}
-    with runs.claim(tmp_path / "run", config) as run:
+    with run_dir.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
         with (
             pytest.raises(BusyError, match="is at work there"),
-            runs.claim(tmp_path / "run", config),
+            run_dir.claim(tmp_path / "run", config),
         ):
             pass
-    with runs.claim(tmp_path / "run", {**config, "trainer": {"devices": 8}}) as again:
+    with run_dir.claim(tmp_path / "run", {**config, "trainer": {"devices": 8}}) as again:
         assert again.id == run.id and again.attempt == 2
     with (
         pytest.raises(ConfigError, match=r"optim.eps=1e-08, now optim.eps=0.1"),
-        runs.claim(tmp_path / "run", {**config, "optim": {"eps": 0.1}}),
+        run_dir.claim(tmp_path / "run", {**config, "optim": {"eps": 0.1}}),
     ):
         pass
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
     with (
         pytest.raises(ConfigError, match="holds files, and no run"),
-        runs.claim(tmp_path / "mine", config),
+        run_dir.claim(tmp_path / "mine", config),
     ):
         pass
 
@@ -165,7 +165,7 @@ def test_a_run_at_work_is_refused_without_a_trace(
 ) -> None:
     """Another time the same command may do: it is no fault of a setting."""
     run = tmp_path / "run"
-    with runs.held(run):
+    with run_dir.held(run):
         before = sorted(run.rglob("*"))
         assert main(["train", *data, f"run={run}"]) == exit_codes.RETRYABLE
         assert sorted(run.rglob("*")) == before
@@ -177,7 +177,7 @@ def test_a_run_at_work_is_refused_without_a_trace(
 def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
     def start(_: int) -> str:
         try:
-            with runs.claim(tmp_path / "run", {"seed": 1}) as run:
+            with run_dir.claim(tmp_path / "run", {"seed": 1}) as run:
                 return run.id
         except BusyError as error:
             assert "at work there" in str(error)
@@ -205,7 +205,7 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
     data: list[str], tmp_path: Path, experiment: str
 ) -> None:
     """The shipped settings of sft to its end, then those of `experiment` from it, without steps."""
-    from echolab.cli import training_objects as objects
+    from echolab.config import build as objects
 
     sft = compose(["experiment=sft", "data.clips=x"])
     steps = objects.schedule_from(sft["schedule"]).steps

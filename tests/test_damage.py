@@ -26,7 +26,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     open_verified,
 )
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 
 class Tiny(saved.Saver):

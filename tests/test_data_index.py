@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data import foreign as module
-from echolab.data.foreign import TENSORS, index_folder
+from echolab.data import index_tars as module
+from echolab.data.index_tars import TENSORS, index_folder
 from echolab.data.names import PARTIAL
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.data.verify import verify
 from echolab.errors import DataError
 

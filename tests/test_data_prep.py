@@ -19,21 +19,16 @@ import unruly
 from data_prep.__main__ import main
 from data_prep.cut import cut_span, is_clip_length
 from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.faces import boxes
 from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
-from data_prep.normalise import heard, make_grid, sound_of
+from data_prep.normalize import heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
-from data_prep.probe import probe
 from data_prep.run import prepare, read_refused
 from data_prep.source import Models, Source, read_source
-from data_prep.track import SceneCuts, Tracker
-from data_prep.video import VideoReader
-from data_prep.weights import YUNET, find_weight
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
-from echolab.data.files import exclusive
+from echolab.atomic_io import exclusive
 from echolab.data.media import read_sound
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.errors import (
     ConfigError,
     DataError,
@@ -43,6 +38,11 @@ from echolab.errors import (
     WeightsError,
 )
 from echolab.fitting import save_net
+from echolab.vision.face_models import YUNET, find_weight
+from echolab.vision.faces import boxes
+from echolab.vision.probe import probe
+from echolab.vision.track import SceneCuts, Tracker
+from echolab.vision.video_reader import VideoReader
 
 FLASH = 7  # number of the source frame that is white and sounds
 
@@ -262,8 +262,8 @@ def test_options_out_of_range_are_told(bad: str, tmp_path: Path) -> None:
 
 
 def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.weights.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("data_prep.weights.urllib.request.urlopen", offline)
+    monkeypatch.setattr("echolab.vision.face_models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("echolab.vision.face_models.urllib.request.urlopen", offline)
     monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
     with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*weights=FOLDER"):
         find_weight(YUNET, tmp_path)

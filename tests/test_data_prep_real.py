@@ -13,14 +13,14 @@ from data_prep.cut import is_clip_length
 from data_prep.filter import Refusal
 from data_prep.listing import list_source
 from data_prep.options import RunOptions
-from data_prep.probe import probe
 from data_prep.run import prepare
 from data_prep.source import Models, Source, read_source
-from data_prep.video import VideoReader
-from data_prep.weights import YUNET, find_weight
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
-from echolab.data.shards import open_dataset, verify
+from echolab.data.shard_reader import open_dataset, verify
 from echolab.errors import MediaError
+from echolab.vision.face_models import YUNET, find_weight
+from echolab.vision.probe import probe
+from echolab.vision.video_reader import VideoReader
 
 pytestmark = pytest.mark.media
 
@@ -32,15 +32,15 @@ def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]
 
 
 def models(weights: Path) -> Models:
-    from data_prep.faces import FaceMesh
-    from data_prep.weights import LANDMARKER
+    from echolab.vision.face_models import LANDMARKER
+    from echolab.vision.faces import FaceMesh
 
     return Models(find_weight(YUNET, weights), FaceMesh(find_weight(LANDMARKER, weights)))
 
 
 def test_lips_are_found_where_they_are(media: Path, weights: Path) -> None:
     """The mesh's lips hold the detector's own mouth corners, and lie in the lower face."""
-    from data_prep.faces import FaceDetector
+    from echolab.vision.faces import FaceDetector
 
     found = probe(media / "video" / "th_may5s.mp4")
     picture = next(VideoReader(found, found.width, found.height).read(np.array([30])))

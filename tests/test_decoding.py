@@ -15,18 +15,18 @@ import pytest
 from coded import flashes, number_of, write_coded
 
 from data_prep.filter import Refusal
-from data_prep.normalise import heard, make_grid, sound_of
+from data_prep.normalize import heard, make_grid, sound_of
 from data_prep.options import RunOptions
-from data_prep.probe import probe
 from data_prep.source import Models, Source, read_source
-from data_prep.video import VideoReader
-from echolab.cli.footage import source_given
 from echolab.cli.generate import read_sound_of
-from echolab.cli.generate_arguments import GenerateArguments
 from echolab.data.clips import to_frames
 from echolab.data.decoding import decoded, ignore, opened, picture_stream
 from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_sound
 from echolab.errors import MediaError
+from echolab.inference.inputs import source_given
+from echolab.inference.options import GenerateArguments
+from echolab.vision.probe import probe
+from echolab.vision.video_reader import VideoReader
 
 EVEN = [k / 25 for k in range(40)]
 NTSC = [k * 1001 / 30000 for k in range(45)]

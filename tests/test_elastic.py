@@ -22,15 +22,15 @@ from safetensors.torch import save
 
 from echolab.cli.__main__ import main
 from echolab.data.audit import audit
+from echolab.data.batch_sampler import Order, Remainder
 from echolab.data.ledger import LEDGER, Attempt, LedgerWriter, Row, next_attempt, read_ledger
-from echolab.data.micro_batches import MicroBatch, MicroBatches, Stock, stock
-from echolab.data.plan import Order, Remainder
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.train_dataset import MicroBatch, MicroBatches, Stock, stock
 from echolab.tasks.masks import TASKS
 from echolab.tracking.metrics import read_metrics
+from echolab.training.config import Intervals
 from echolab.training.ledger import noise_hashes
 from echolab.training.module import draws_of
-from echolab.training.parts import Intervals
 from echolab.types import PreferencePair
 
 PLAN = runs.schedule(("sft", 4), ("dpo", 2), ("sft", 5))

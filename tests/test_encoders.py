@@ -9,11 +9,14 @@ import torch
 
 from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.data.batches import read_clip
+from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.encoders import demo_audio, demo_image, demo_text
+from echolab.encoders.demo_audio import MELS, NEIGHBOURS, encode_sound
+from echolab.encoders.demo_image import encode_picture
+from echolab.encoders.demo_text import encode_words
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import (
     FACE_EMPHASIS,
     LIP_EMPHASIS,
@@ -24,9 +27,6 @@ from echolab.encoders.encode import (
     encode_clip,
     fingerprint,
 )
-from echolab.encoders.picture import encode_picture
-from echolab.encoders.sound import MELS, NEIGHBOURS, encode_sound
-from echolab.encoders.words import encode_words
 from echolab.errors import DataError, MediaError
 from echolab.tasks.masks import TASKS
 
@@ -47,7 +47,7 @@ def centre(tokens: torch.Tensor) -> torch.Tensor:
 def test_two_tokens_of_sound_a_frame_whatever_follows(frames: int) -> None:
     samples = torch.randn(frames * 640 + 1234, generator=torch.Generator().manual_seed(0)) * 0.1
     tokens = encode_sound(samples, frames)
-    assert tokens.shape == (2 * frames, sound.SIZE)
+    assert tokens.shape == (2 * frames, demo_audio.SIZE)
     assert torch.equal(tokens, encode_sound(samples[: frames * 640], frames))
 
 
@@ -76,7 +76,7 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
         for hertz in (200, 500, 1000, 2000, 4000)
     ]
     assert peaks == sorted(set(peaks))
-    filters = sound.mel_filters()
+    filters = demo_audio.mel_filters()
     assert filters.min() == 0 and filters.max() <= 1 and bool((filters.sum(1) > 0).all())
 
 
@@ -93,7 +93,7 @@ def test_silent_tokens_still_know_their_place() -> None:
 
 def test_a_caption_becomes_pairs_of_words() -> None:
     tokens = encode_words("A man, with blue eyes; in a blue shirt.")
-    assert tokens.shape == (words.TOKENS, words.SIZE)
+    assert tokens.shape == (demo_text.TOKENS, demo_text.SIZE)
     assert torch.equal(tokens, encode_words("a man with blue eyes in a BLUE shirt"))
     count = 9
     assert bool((tokens[:count].abs().sum(1) > 0).all()) and not tokens[count:].any()
@@ -108,10 +108,10 @@ def test_a_picture_becomes_patches_in_order() -> None:
     still = torch.zeros(3, 64, 96)
     still[:, :16, 24:48] = 1  # the second patch of the first row
     tokens = encode_picture(still)
-    assert tokens.shape == (picture.TOKENS, picture.SIZE)
-    lit = tokens[:, : -picture.TOKENS].mean(1)
+    assert tokens.shape == (demo_image.TOKENS, demo_image.SIZE)
+    lit = tokens[:, : -demo_image.TOKENS].mean(1)
     assert lit[1] == 1 and lit.sum() == 1
-    assert torch.equal(tokens[:, -picture.TOKENS :], torch.eye(picture.TOKENS))
+    assert torch.equal(tokens[:, -demo_image.TOKENS :], torch.eye(demo_image.TOKENS))
 
 
 def test_what_boxes_cover_is_counted_in_frames() -> None:
@@ -142,7 +142,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
                           clips.lips[0])  # fmt: skip
     grid = (3, SIZE // 8, SIZE // 8)
     assert tensors["latents"].shape == (16, *grid)
-    assert tensors["audio"].shape == (2 * FRAMES, sound.SIZE)
+    assert tensors["audio"].shape == (2 * FRAMES, demo_audio.SIZE)
     assert tensors["face"].shape == (SIZE // 16 * (SIZE // 16),)
     assert float(tensors["weight"].mean()) == pytest.approx(1, rel=1e-5)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
     assert dataset.encoders == encoders.fingerprints
     for task in TASKS:
         batch = read_clip(dataset, 1, task)
-        assert batch.conditions.audio.shape == (2 * FRAMES, sound.SIZE)
+        assert batch.conditions.audio.shape == (2 * FRAMES, demo_audio.SIZE)
         assert bool(batch.latents.isfinite().all())
     with pytest.raises(DataError, match="raw kind"):
         encode_dataset(out, tmp_path / "twice", encoders, told.append)

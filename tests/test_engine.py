@@ -12,7 +12,7 @@ from forked import ForkServer
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError
-from echolab.training.engine.live import (
+from echolab.training.engine.engine_report import (
     ClippedNorm,
     Plan,
     asked_for,

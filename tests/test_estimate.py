@@ -17,9 +17,9 @@ from echolab.cli.__main__ import main
 from echolab.encoders.sizes import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
 from echolab.launch.local import run_ranks
+from echolab.training.config import Intervals
+from echolab.training.engine.activation_memory import Clip, simulate
 from echolab.training.engine.estimate import BUCKET, STAGES, Parameter, parameters_of, state_bytes
-from echolab.training.engine.simulate import Clip, simulate
-from echolab.training.parts import Intervals
 
 HERE = Path(__file__).parent
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}

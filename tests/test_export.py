@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echolab.cli.__main__ import main
-from echolab.cli.policy import last_checkpoint, load_policy, load_released
+from echolab.config.networks import last_checkpoint, load_policy, load_released
 from echolab.errors import CheckpointError, ConfigError, WeightsError
-from echolab.models import released
+from echolab.models import loading
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.weights import released_shapes
 from echolab.training.checkpoints.checkpoint import open_checkpoint
@@ -42,7 +42,7 @@ def test_in_out_in_is_the_identity(
     kept = [load_file(file) for file in weights]
     sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in kept]
     assert all(s <= shard_bytes or len(k) == 1 for s, k in zip(sizes, kept, strict=True))
-    loaded = released.load_released(tmp_path / "out", tiny.architecture(model))
+    loaded = loading.load_released(tmp_path / "out", tiny.architecture(model))
     assert bits(loaded.net.state_dict()) == bits(before)
     again = WRITERS[names](
         tmp_path / "again", loaded.net, loaded.net.state_dict(), dtype=torch.float32,
@@ -89,7 +89,7 @@ def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
     theirs, info = WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     theirs.save_pretrained(tmp_path / "theirs")
-    back = released.load_released(tmp_path / "theirs", tiny.architecture(model)).net
+    back = loading.load_released(tmp_path / "theirs", tiny.architecture(model)).net
     assert bits(back.state_dict()) == bits(net.state_dict())
 
 

@@ -36,11 +36,11 @@ from fault_server import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echolab.data import cache as caches
-from echolab.data.cache import ShardCache, locked
-from echolab.data.fetch import FetchError, Patience, fetch
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
-from echolab.data.transport import joined, shown, url_of
+from echolab.data.remote import cache as caches
+from echolab.data.remote.cache import ShardCache, locked
+from echolab.data.remote.download import FetchError, Patience, fetch
+from echolab.data.remote.transport import joined, shown, url_of
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError
 
 # Where nothing stalls, time must not matter: these machines are busy.

@@ -13,7 +13,7 @@ import small_run
 import soundfile
 from PIL import Image
 
-from data_prep.talker import draw_talker
+from data_prep.synthetic_face import draw_talker
 from echolab.cli import generate as module
 from echolab.cli.__main__ import main
 from echolab.cli.fit import fit_network

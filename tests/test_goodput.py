@@ -9,7 +9,7 @@ from attempted import attempt, saved
 from echolab.launch.attempts import attempts_of
 from echolab.launch.explain import figures
 from echolab.launch.goodput import account, checkpoint_interval
-from echolab.launch.records import NodeRecord
+from echolab.launch.launch_records import NodeRecord
 
 # 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. goes on at 6, hangs at 8 for 60 s;
 # 3. goes on at 6 again (no checkpoint was made) and ends at 20.

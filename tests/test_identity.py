@@ -17,7 +17,7 @@ from echolab.cli.__main__ import main
 from echolab.cli.train import compose
 from echolab.cli.train_rank import train
 from echolab.data.audit import audit
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.errors import EcholabError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import latest_valid

@@ -18,10 +18,10 @@ import runs
 from echolab.errors import BusyError, FencedError, StorageError
 from echolab.launch import lease
 from echolab.launch.lease import LEASE, Holder, Lease, held, leaving, newest, take, this_process
-from echolab.launch.runs import begin, claim
+from echolab.launch.run_dir import begin, claim
 from echolab.training.checkpoints import retention
 from echolab.training.checkpoints.writer import CheckpointWriter
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 HOLDS = """
 import sys, time
@@ -286,7 +286,7 @@ def test_a_fenced_training_leaves_without_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     later = Moment(tmp_path / "run")
-    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     if moment == "before a save":
         begin = CheckpointWriter.begin
 

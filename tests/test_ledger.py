@@ -12,6 +12,7 @@ import runs
 
 from echolab.cli.__main__ import main
 from echolab.data.audit import audit
+from echolab.data.batch_sampler import Order
 from echolab.data.ledger import (
     LEDGER,
     SKIPPED,
@@ -24,12 +25,11 @@ from echolab.data.ledger import (
     read_left_out,
     write_left_out,
 )
-from echolab.data.micro_batches import stock
-from echolab.data.plan import Order
+from echolab.data.train_dataset import stock
 from echolab.errors import DataError
+from echolab.heartbeat import Beats
+from echolab.training.config import Intervals
 from echolab.training.datamodule import Feed, ShardDataModule
-from echolab.training.parts import Intervals
-from echolab.training.sections import Beats
 
 EVERY = Intervals(log=1, save=2)
 Steps = list[list[str]]  # for each step, the keys
@@ -243,7 +243,7 @@ def test_ranks_that_share_their_clips_write_once(
     )
     writers = []
     for rank in range(4):
-        monkeypatch.setattr("echolab.training.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("echolab.training.distributed.rank", lambda rank=rank: rank)
         writers.append(module.writer)
     assert writers == [0, None, 1, None]
 

@@ -13,7 +13,7 @@ from data_prep.__main__ import main
 from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
 from data_prep.run import prepare, read_refused
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, MediaError
 
 TEXT = "Elle dit « déjà vu » — 你好"

@@ -19,7 +19,7 @@ from test_parity import net_of, theirs_of
 from torch import Tensor, nn
 
 from echolab.errors import WeightsError
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
 from echolab.training.adapters.lora_files import (
@@ -275,7 +275,7 @@ def test_the_folder_and_the_file_say_the_same(dtype: torch.dtype, tmp_path: Path
 
 
 def test_a_weight_keeps_its_dtype_and_a_mapped_file_its_bytes(tmp_path: Path) -> None:
-    from echolab.models.released import load_released
+    from echolab.models.loading import load_released
 
     save_file(tiny.net(trained=True).bfloat16().state_dict(), tmp_path / "base.safetensors")
     before = (tmp_path / "base.safetensors").read_bytes()

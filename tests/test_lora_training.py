@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from echolab.cli.__main__ import main
-from echolab.cli.policy import last_checkpoint, load_policy
+from echolab.config.networks import last_checkpoint, load_policy
 from echolab.launch import exit_codes
 from echolab.launch.local import run_ranks
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import base_fingerprint
 from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_checkpoint
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))
 EVERY = Intervals(log=1, save=1)

@@ -9,11 +9,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echolab.errors import ConfigError
+from echolab.heartbeat import Beats
 from echolab.models.attention import sdpa
-from echolab.training.engine import memory
-from echolab.training.engine.memory import ATTENTION, checkpoint_blocks, compile_blocks, speed_up
+from echolab.training.engine import activation_checkpointing
+from echolab.training.engine.activation_checkpointing import (
+    ATTENTION,
+    checkpoint_blocks,
+    compile_blocks,
+    speed_up,
+)
 from echolab.training.module import DiffusionModule, Optim
-from echolab.training.sections import Beats
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
@@ -131,7 +136,7 @@ def test_settings_by_name() -> None:
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.shutil, "which", lambda name: None)
+    monkeypatch.setattr(activation_checkpointing.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"compile=true: no C\+\+ compiler .*; install one"):
         compile_blocks(tiny.net())
 

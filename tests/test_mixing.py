@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.data.mixing import Mixing, floor_sum
-from echolab.data.plan import Drawn, Order, Plan, Source
+from echolab.data.batch_sampler import Drawn, Order, Plan, Source
+from echolab.data.mixture import Mixing, floor_sum
 from echolab.errors import ConfigError
 
 WEIGHTS = st.lists(st.sampled_from([0, 0.1, 1, 2, 3.5]), min_size=1, max_size=5).filter(sum)

@@ -17,8 +17,8 @@ from echolab.diffusion.objectives import (
     stacked,
     velocity_error,
 )
-from echolab.diffusion.pair_losses import PAIR_LOSSES
 from echolab.diffusion.phases import FLAT, PHDA, KeepModalities, ScaleModalities
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from echolab.cli.__main__ import main
-from echolab.data.order import EpochOrder, epoch_order
-from echolab.data.shuffling import Shuffling, shuffling, uniformity
+from echolab.data.shuffle import EpochOrder, epoch_order
+from echolab.data.shuffle_quality import Shuffling, shuffling, uniformity
 
 SHARDS = st.lists(st.integers(0, 40), max_size=12)
 

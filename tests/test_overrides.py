@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from echolab.cli import train
-from echolab.cli.members import members
-from echolab.cli.overrides import DATASETS, TEXTS, as_hydra, quoted
-from echolab.cli.settings import Settings
 from echolab.cli.train import command, compose, compose_both
-from echolab.launch import runs
+from echolab.config.overrides import DATASETS, TEXTS, as_hydra, quoted
+from echolab.config.schema import Settings
+from echolab.config.sweep_members import members
+from echolab.launch import run_dir
 
 TYPED = (
     "runs/a=b#c", "/d/(x)/~y/ü", "~/x", "a b", " a ", "a:b@c", "it's", 'say "x"', "'a'b", '"',
@@ -151,7 +151,7 @@ def test_all_settings_that_hold_paths_or_text_are_known() -> None:
         return True
 
     config = compose(["data.clips=x", "lora=all"])
-    keys = [tuple(key.split(".")) for key in runs.flat(config)]
+    keys = [tuple(key.split(".")) for key in run_dir.flat(config)]
     found = {".".join(key) for key in keys if takes_text(config, key)}
     assert found - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
     assert set(DATASETS) < set(TEXTS)

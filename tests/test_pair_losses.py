@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echolab.diffusion.pair_losses import PAIR_LOSSES, PairErrors
+from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors
 
 warnings.filterwarnings("ignore")
 trl = pytest.importorskip("trl")

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.data.batches import collate_clips, read_clip, read_pair, read_tensors
-from echolab.data.shards import ShardDataset, open_dataset
+from echolab.data.collate import collate_clips, read_clip, read_pair, read_tensors
+from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
 from echolab.diffusion.generation import generate
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders import demo_audio, demo_image, demo_text
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import ConfigError, DataError
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialise
@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 def net() -> EchoTransformer:
     made = EchoTransformer(
         dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16,
-        text_dim=words.SIZE, image_dim=picture.SIZE, audio_dim=sound.SIZE,
+        text_dim=demo_text.SIZE, image_dim=demo_image.SIZE, audio_dim=demo_audio.SIZE,
     )  # fmt: skip
     initialise(made, torch.Generator().manual_seed(0))
     with torch.no_grad():  # Wan's head begins at zero

@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
 

@@ -16,10 +16,10 @@ from gated import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
 from echolab.errors import ConfigError, DiskFullError, ParityError, StorageError
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
+from echolab.training.export_check import REPORT, TOLERANCE, Parity, passed_before
 from echolab.training.fit import FitResult, Machine
-from echolab.training.parity import REPORT, TOLERANCE, Parity, passed_before
-from echolab.training.parts import Intervals
 
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 FAULTS = ("swap of averages", "perturbed", "names")
@@ -138,23 +138,23 @@ KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
 
 def end(folder: str, strategy: str, killed: str) -> int:
     """In a rank: a run of two steps, which kills itself at one moment of its end ("": not)."""
-    from echolab.training import callbacks, evaluation, parity
+    from echolab.training import callbacks, evaluation, export_check
 
     def die(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write = parity.write_whole
+    write = export_check.write_whole
     module, name, action = {
         "saving": (callbacks.Saving, "publish", die),
         "validating": (evaluation, "validate", die),
-        "sampling": (parity, "sample", die),
-        "exporting": (parity, "write_original", die),
+        "sampling": (export_check, "sample", die),
+        "exporting": (export_check, "write_original", die),
         "reporting": (
-            parity,
+            export_check,
             "write_whole",
             lambda *given, **named: (write(*given, **named), die()),
         ),
-        "": (parity, "STEPS", parity.STEPS),
+        "": (export_check, "STEPS", export_check.STEPS),
     }[killed]
     setattr(module, name, action)
     devices = RANKS[strategy]
@@ -227,7 +227,7 @@ def test_a_disk_says_nothing_of_an_export(
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(kind, match="cannot be compared"):
-        patch.setattr("echolab.training.parity.write_original", fail)
+        patch.setattr("echolab.training.export_check.write_original", fail)
         trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))
     assert trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))[0].done
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from echolab.data import pieces as module
+from echolab.data import member_reader as module
 from echolab.data import tensors as tensors_module
-from echolab.data.batches import read_fp32
-from echolab.data.contents import Undecodable
-from echolab.data.pieces import Pieces
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.collate import read_fp32
+from echolab.data.member_reader import Pieces
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.tensors import DTYPES, take_fp32
+from echolab.data.validate_member import Undecodable
 from echolab.errors import DataError
 
 TENSORS = {

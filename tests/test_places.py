@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main as prepare
+from echolab.atomic_io import prove_writable
 from echolab.cli.__main__ import main
-from echolab.data.files import prove_writable
 from echolab.errors import ConfigError
 
 

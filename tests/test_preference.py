@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from echolab.diffusion.objectives import Preference
-from echolab.diffusion.pair_losses import PAIR_LOSSES
 from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
 from echolab.preference.settings import PreferenceSettings, checked

@@ -14,13 +14,13 @@ from safetensors.torch import load, save, save_file
 from echolab.cli.pairs import VERDICTS, judge_candidates
 from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.batches import read_pair
+from echolab.data.collate import read_pair
 from echolab.data.provenance import check_same_encoders, shared_samples
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError, EcholabError
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.preference.judge import Verdict
 from echolab.preference.pack import append_verdicts, pack_pairs, read_verdicts
 

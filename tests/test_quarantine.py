@@ -13,13 +13,13 @@ from fault_server import serving, status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echolab.data.fetch import FetchError, Patience
-from echolab.data.micro_batches import MicroBatches, Place, stock
-from echolab.data.quarantine import Tolerant, allowed, read_quarantine
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.bad_samples import Tolerant, allowed, read_quarantine
+from echolab.data.remote.download import FetchError, Patience
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.train_dataset import MicroBatches, Place, stock
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 PER_SHARD, SHARDS = 20, 5
 COUNT = PER_SHARD * SHARDS

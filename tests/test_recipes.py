@@ -9,7 +9,7 @@ from torch import Tensor
 
 from echolab.diffusion.guidance import guided
 from echolab.diffusion.long_video import sample_windows, window_latents
-from echolab.diffusion.recipes import (
+from echolab.diffusion.pipeline import (
     DEMO,
     FLASH,
     PRESETS,

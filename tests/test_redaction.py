@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from echolab import redaction
-from echolab.data.transport import shown, url_of
+from echolab.data.remote.transport import shown, url_of
 from echolab.errors import ConfigError
 from echolab.redaction import conceal, masked, masked_values
 

@@ -10,10 +10,10 @@ import torch
 from data_prep import encode, stages
 from data_prep.draw import DrawOptions, draw_dataset
 from data_prep.raw import boxes_of, caption_of, open_raw, pixels_of, sound_of
-from echolab.data.batches import read_clip
-from echolab.data.shards import open_dataset
+from echolab.data.collate import read_clip
+from echolab.data.shard_reader import open_dataset
 from echolab.encoders.encode import Encoders, encode_clip
-from echolab.encoders.released import Resident, find_released, released_encoders
+from echolab.encoders.loading import Resident, find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
 from echolab.errors import ConfigError, DataError, WeightsError
 from echolab.tasks.masks import TASKS

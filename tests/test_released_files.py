@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echolab.errors import CheckpointError, EcholabError, WeightsError
-from echolab.models.names import to_diffusers
-from echolab.models.released import load_released, read_tensors
+from echolab.models.loading import load_released, read_tensors
+from echolab.models.state_dict import to_diffusers
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, released_shapes
 
 PREVIEW = tiny.architecture("echomimicv3_preview")
@@ -246,7 +246,7 @@ def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from echolab.models.released import load_released
+from echolab.models.loading import load_released
 architecture = dict(dim=768, ffn_dim=3072, num_heads=6, num_layers=6, text_dim=64, image_dim=None,
                     audio_dim=None, in_channels=16)
 def peak():  # of this program alone; ru_maxrss would also know its parent's

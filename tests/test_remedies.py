@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 from echolab.cli.__main__ import main
 from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError, DivergedError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import saved_steps

@@ -8,12 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_prep.talker import draw_talker
-from echolab.cli.colours import match_colours
-from echolab.cli.footage import Footage, footage_of
-from echolab.cli.found_faces import face_around, lips_in
-from echolab.cli.generate_arguments import GenerateArguments
-from echolab.cli.rendering import (
+from data_prep.synthetic_face import draw_talker
+from echolab.data.clips import to_frames, to_pixels
+from echolab.data.media import write_video
+from echolab.diffusion.pipeline import DEMO, PREVIEW
+from echolab.encoders.encode import Encoders
+from echolab.inference.colors import match_colours
+from echolab.inference.conditions import CHANNELS, conditions_of, encode_scene
+from echolab.inference.faces import face_around, lips_in
+from echolab.inference.inputs import Footage, footage_of
+from echolab.inference.options import GenerateArguments
+from echolab.inference.render import (
     Renderer,
     frames_of,
     render_chunks,
@@ -21,11 +26,6 @@ from echolab.cli.rendering import (
     spans_of,
     steps_of,
 )
-from echolab.cli.scene import CHANNELS, conditions_of, encode_scene
-from echolab.data.clips import to_frames, to_pixels
-from echolab.data.media import write_video
-from echolab.diffusion.recipes import DEMO, PREVIEW
-from echolab.encoders.encode import Encoders
 from echolab.tasks.masks import TASKS
 from echolab.types import Conditions
 

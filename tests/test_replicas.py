@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from echolab.models.frozen import Frozen
-from echolab.training.guards.digests import (
+from echolab.training.guards.replica_check import (
     CHUNK,
     MIX_1,
     Unchanged,
@@ -29,7 +29,7 @@ from echolab.training.guards.digests import (
     odd_rank,
     replicated,
 )
-from echolab.training.preference import References
+from echolab.training.reference_model import References
 
 BITS = 1 << 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -158,7 +158,7 @@ def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPa
             assert part == "ema"
             return dict(tiny.net().named_parameters())
 
-    monkeypatch.setattr("echolab.training.preference.open_alike", Saved)
+    monkeypatch.setattr("echolab.training.reference_model.open_alike", Saved)
     reference = Frozen(tiny.net())
     objective = runs.Preference(runs.PHASES, reference, 100.0)
     references = References({"dpo": objective}, reference)

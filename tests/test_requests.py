@@ -13,18 +13,18 @@ import pytest
 import runs
 
 from echolab.training.checkpoints.checkpoint import saved_steps
+from echolab.training.config import Intervals
+from echolab.training.control_files import REQUESTS
 from echolab.training.fit import FitResult
-from echolab.training.parts import Intervals
-from echolab.training.requests import REQUESTS
-from echolab.training.stopping import StopSignals
+from echolab.training.signals import StopSignals
 
 STEPS = 6
 
 
 @pytest.fixture(autouse=True)
 def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
-    monkeypatch.setattr("echolab.training.vote.PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.step_sync.PAUSE_SECONDS", 0.02)
 
 
 def train(root: Path, at_two: Any, **changes: Any) -> FitResult:

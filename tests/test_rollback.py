@@ -17,7 +17,7 @@ from echolab.data.audit import audit
 from echolab.data.ledger import read_ledger
 from echolab.errors import ConfigError
 from echolab.launch.lease import LEASE
-from echolab.launch.runs import held
+from echolab.launch.run_dir import held
 from echolab.tracking.metrics import MetricsLog, read_metrics
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
@@ -25,7 +25,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.checkpoints.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.diff import state_differences, tensor_differences
 from echolab.training.guards import events
 
 PLAN = encoded.plan(("sft", 4), ("dpo", 2), ("sft", 4))

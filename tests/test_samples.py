@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.cli import training_objects
 from echolab.cli.train import compose
-from echolab.data.batches import form_of, read_clip, read_pair
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.config import build
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.collate import form_of, read_clip, read_pair
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.masks import TASKS
+from echolab.training.config import Intervals, Training
 from echolab.training.datamodule import HeldOut
-from echolab.training.parts import Intervals, Training
 from echolab.training.validation import read_share
 
 Tensors = dict[str, Tensor]
@@ -276,15 +276,15 @@ def test_data_are_looked_at_before_weights_are_read(
     def no_weights(*_: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(training_objects, "start_of", no_weights)
+    monkeypatch.setattr(build, "start_of", no_weights)
     clips, _ = encoded.write(tmp_path)
     words = [*encoded.SETTINGS, f"data.clips={clips}", f"run={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match="model.text_dim=8: the clips of"):
-        training_objects.training_from(compose([*words, "model.text_dim=8"]), "")
+        build.training_from(compose([*words, "model.text_dim=8"]), "")
     with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
-        training_objects.training_from(compose([*words, "data.held_out=nowhere"]), "")
+        build.training_from(compose([*words, "data.held_out=nowhere"]), "")
     with pytest.raises(AssertionError, match="weights are read"):
-        training_objects.training_from(compose(words), "")
+        build.training_from(compose(words), "")
 
 
 def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> None:

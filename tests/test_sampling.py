@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from echolab.diffusion.recipes import DEMO, FLASH, PREVIEW, SOLVERS, sigmas_of, timesteps_of
+from echolab.diffusion.pipeline import DEMO, FLASH, PREVIEW, SOLVERS, sigmas_of, timesteps_of
 from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from echolab.launch.blame import Observation
-from echolab.launch.records import NodeRecord
+from echolab.launch.diagnosis import Observation
+from echolab.launch.launch_records import NodeRecord
 
 SCRIPT = Path(__file__).parents[1] / "slurm/train.sbatch"
 ECHOLAB = Path(sys.executable).parent / "echolab"

@@ -19,7 +19,7 @@ from echolab.training.checkpoints.checkpoint import folder_of, latest_valid, ope
 from echolab.training.checkpoints.manifest import serialise
 from echolab.training.checkpoints.schema import STATE, state_faults
 from echolab.training.checkpoints.writer import write_file
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 State = dict[str, Any]
 
@@ -280,7 +280,7 @@ def see_newest(folder: str, out: str) -> None:
 
     import torch.distributed as dist
 
-    from echolab.training.checkpoints.agreed import newest
+    from echolab.training.checkpoints.collective_open import newest
 
     dist.init_process_group("gloo")
     found = newest(Path(folder))

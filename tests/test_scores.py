@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from echolab.errors import DataError
-from echolab.metrics.fit_networks import (
-    contrast,
-    fit_clip_features,
-    fit_frame_features,
-    fit_sync,
-    talker_labels,
-)
-from echolab.metrics.networks import (
+from echolab.metrics.demo_networks import (
     CROP_HEIGHT,
     CROP_MARGIN,
     CROP_WIDTH,
@@ -25,6 +18,13 @@ from echolab.metrics.networks import (
     correlation,
     crop_lips,
     mouth_darkness,
+)
+from echolab.metrics.demo_networks_training import (
+    contrast,
+    fit_clip_features,
+    fit_frame_features,
+    fit_sync,
+    talker_labels,
 )
 from echolab.metrics.scores import (
     PERFECT_PSNR,

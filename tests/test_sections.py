@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from echolab.training.sections import (
+from echolab.heartbeat import (
     FOLDER,
     SECTIONS,
     SIZE,
@@ -21,7 +21,7 @@ from echolab.training.sections import (
 )
 
 WRITER = """
-from echolab.training.sections import SECTIONS, beats_from_environment
+from echolab.heartbeat import SECTIONS, beats_from_environment
 beats = beats_from_environment()
 print("ready", flush=True)
 while True:
@@ -29,7 +29,7 @@ while True:
 """
 BLOCKED = """
 import sys
-from echolab.training.sections import beats_from_environment
+from echolab.heartbeat import beats_from_environment
 beats = beats_from_environment()
 beats.enter("data_wait", 7)
 def read_for_ever():

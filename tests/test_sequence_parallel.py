@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from echolab.errors import ConfigError
 from echolab.launch.local import run_ranks
-from echolab.training.engine.sequence import SequenceSplit
+from echolab.training.engine.sequence_parallel import SequenceSplit
 
 HERE = Path(__file__).parent
 

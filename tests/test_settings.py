@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from echolab.cli import settings as schema
-from echolab.cli import training_objects as objects
 from echolab.cli.__main__ import main
-from echolab.cli.settings_check import check, names, shown
 from echolab.cli.train import CONF, compose
-from echolab.data.plan import REMAINDERS
-from echolab.diffusion.pair_losses import PAIR_LOSSES
+from echolab.config import build as objects
+from echolab.config import schema as schema
+from echolab.config.check import check, names, shown
+from echolab.data.batch_sampler import REMAINDERS
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
-from echolab.launch.deadlines import Deadlines
+from echolab.launch.section_timeouts import Deadlines
 from echolab.models import attention
 from echolab.models.transformer import EchoTransformer
 from echolab.preference.settings import PreferenceSettings
@@ -32,8 +32,8 @@ from echolab.tasks.masks import TASKS
 from echolab.tracking.wandb_run import MODES
 from echolab.training.adapters.lora import Lora
 from echolab.training.engine import machine
-from echolab.training.engine.memory import KEPT
-from echolab.training.engine.profiles import WIDEST
+from echolab.training.engine.activation_checkpointing import KEPT
+from echolab.training.engine.posthoc_ema import WIDEST
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
 from echolab.training.module import Optim

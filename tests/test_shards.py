@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from echolab.data import writing
-from echolab.data.files import exclusive
-from echolab.data.foreign import index_folder
+from echolab.atomic_io import exclusive
+from echolab.data import shard_writer
 from echolab.data.index import INDEX, MEMBERS, REQUIRED
-from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.data.index_tars import index_folder
+from echolab.data.shard_reader import ShardWriter, open_dataset, verify
 from echolab.errors import BusyError, DataError, DiskFullError
 
 RNG = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(DiskFullError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
-        monkeypatch.setattr(writing._Partial, "write", full)
+        monkeypatch.setattr(shard_writer._Partial, "write", full)
         writer.write("a", {**SAMPLES["clip-000"], "mp4": bytes(100_000)})
     monkeypatch.undo()
     message = str(caught.value)
@@ -186,7 +186,7 @@ def test_a_real_limit_leaves_nothing_behind(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_reader import ShardWriter
 from echolab.errors import DiskFullError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:

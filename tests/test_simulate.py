@@ -15,8 +15,8 @@ from echolab.diffusion.phases import PHDA, KeepModalities
 from echolab.models.layers import rope_table
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters
-from echolab.training.engine.memory import ATTENTION, checkpoint_blocks
-from echolab.training.engine.simulate import Clip, Step, like_gpu, simulate
+from echolab.training.engine.activation_checkpointing import ATTENTION, checkpoint_blocks
+from echolab.training.engine.activation_memory import Clip, Step, like_gpu, simulate
 from echolab.types import Batch, Conditions, Draws
 
 SMALL = {

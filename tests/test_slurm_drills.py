@@ -39,7 +39,7 @@ SLOW = {
 WAITS = """
 import sys, time
 from pathlib import Path
-from echolab.training.sections import read_beat
+from echolab.heartbeat import read_beat
 wanted, least = sys.argv[1].split(","), int(sys.argv[2])
 end = time.monotonic() + 400
 while time.monotonic() < end:

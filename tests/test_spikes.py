@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from echolab.errors import ConfigError, DivergedError
 from echolab.training.guards.events import Event, History
-from echolab.training.guards.recovery import (
+from echolab.training.guards.spike_policy import (
     NOTHING,
     What,
     clipped,

@@ -17,18 +17,18 @@ import runs
 import saved
 from forked import ForkServer
 
-from echolab.data import files
-from echolab.data.files import LineLog, append_text, retried, write_whole
+from echolab import atomic_io
+from echolab.atomic_io import LineLog, append_text, retried, write_whole
+from echolab.data.bad_samples import Tolerant, read_quarantine
 from echolab.data.ledger import read_ledger
-from echolab.data.pieces import Pieces
-from echolab.data.quarantine import Tolerant, read_quarantine
-from echolab.data.shards import open_dataset
+from echolab.data.member_reader import Pieces
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, DiskFullError, SaveError, StorageError
 from echolab.launch.exit_codes import CAUSES, FATAL, RETRYABLE, cause_of_exception
 from echolab.tracking.metrics import MetricsLog, read_metrics, series
 from echolab.training.checkpoints.checkpoint import folder_of, latest_valid, open_checkpoint
+from echolab.training.config import Intervals
 from echolab.training.guards import events
-from echolab.training.parts import Intervals
 
 PASSING = [
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EACCES, errno.EIO, errno.EPERM,
@@ -40,7 +40,7 @@ FULL = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.0, 0.01, 0.0))
+    monkeypatch.setattr(atomic_io, "PAUSES", (0.0, 0.01, 0.0))
 
 
 class Failing:
@@ -179,7 +179,7 @@ class Outages:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range, number: int) -> None:
         self.count, self.calls, self.number = 0, calls, number
-        monkeypatch.setattr(files, "append_text", self)
+        monkeypatch.setattr(atomic_io, "append_text", self)
 
     def __call__(self, path: Path, text: str, *, patient: bool = False) -> None:
         self.count += 1
@@ -188,7 +188,7 @@ class Outages:
             return
         if self.count % 2:  # half of it came to the disk
             append_text(path, text[: len(text) // 2])
-        raise files.write_error(path, OSError(self.number, os.strerror(self.number)))
+        raise atomic_io.write_error(path, OSError(self.number, os.strerror(self.number)))
 
 
 @pytest.mark.parametrize("number", [*PASSING[:6], *FULL], ids=errno.errorcode.get)
@@ -339,9 +339,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
 
 def train_with_workers(root: str, how: str) -> int:
     """In a rank: a run with two workers, of which one dies; print the cause, exit with its code."""
-    from echolab.launch.told import tell_failure
+    from echolab.launch.error_files import tell_failure
 
-    files.PAUSES = (0.0, 0.0)
+    atomic_io.PAUSES = (0.0, 0.0)
     parent, calls, preadv = os.getpid(), 0, os.preadv
 
     def read_in_worker(*given: Any) -> int:
@@ -409,7 +409,7 @@ def fill_shared(leave: int) -> None:
 
 def train_in_little_memory(root: str, when: str) -> int:
     """In a rank: a run with two workers and little /dev/shm, that others fill at some moment."""
-    from echolab.launch.told import tell_failure
+    from echolab.launch.error_files import tell_failure
 
     mount_shared(WHOLE if when != "too small" else 1 << 16)
     if when == "before":
@@ -455,23 +455,23 @@ def test_shared_memory_that_is_full_is_named(
 
 def tell_from_a_full_memory(root: str) -> int:
     """In a process: everything that a rank tells still comes, once /dev/shm is full."""
-    from echolab.launch import told
-    from echolab.training.sections import Beats, beats_path, read_beat, stacks_path
+    from echolab.heartbeat import Beats, beats_path, read_beat, stacks_path
+    from echolab.launch import error_files
 
     mount_shared(WHOLE)
-    folder = told.make_folder(range(2))
+    folder = error_files.make_folder(range(2))
     assert str(folder).startswith("/dev/shm")
     fill_shared(0)
     beats = Beats(beats_path(folder, 1))
     beats.enter("data_wait", 3)
     seen = read_beat(beats_path(folder, 1))
     assert seen and (seen.section, seen.step) == ("data_wait", 3)
-    told.tell_failure(folder, 1, ValueError("x" * 20_000), "vote", 3)
-    failure = told.failure_of(folder, 1)
+    error_files.tell_failure(folder, 1, ValueError("x" * 20_000), "vote", 3)
+    failure = error_files.failure_of(folder, 1)
     assert failure and failure.message == "x" * 20_000
     with stacks_path(folder, 1).open("ab") as file:
         file.write(b"stack\n" * 10_000)
-    other = told.make_folder([0])  # a start on a node that is full
+    other = error_files.make_folder([0])  # a start on a node that is full
     assert not str(other).startswith("/dev/shm")
     shutil.rmtree(other)
     return 0

@@ -12,10 +12,10 @@ import encoded
 import fault_server
 import pytest
 
-from echolab.data import fetch
-from echolab.data.fetch import Expected, FetchError, Patience
 from echolab.data.index import fingerprint
-from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.data.remote import download
+from echolab.data.remote.download import Expected, FetchError, Patience
+from echolab.data.shard_reader import ShardWriter, open_dataset, verify
 from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.launch import job_array
 
@@ -178,10 +178,10 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
     with fault_server.serving(tmp_path) as server, (tmp_path / "got").open("w+b") as file:
         server.always["a.tar"] = fault_server.endless
         if right:  # the first bytes are those that are wanted
-            fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+            download.fetch(f"{server.url}/a.tar", file, expected, QUICK)
         else:
             with pytest.raises(FetchError, match="wrong bytes"):
-                fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+                download.fetch(f"{server.url}/a.tar", file, expected, QUICK)
     assert (tmp_path / "got").stat().st_size == len(data)
 
 
@@ -189,7 +189,7 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
 def test_an_index_that_never_ends_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: fault_server.Fault
 ) -> None:
-    monkeypatch.setattr(fetch, "LARGEST", 2**20)
+    monkeypatch.setattr(download, "LARGEST", 2**20)
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = fault
         with pytest.raises(FetchError, match=r"dataset\.json: .*1048576"):

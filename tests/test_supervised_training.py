@@ -15,10 +15,10 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_reader import ShardWriter
+from echolab.heartbeat import beats_path, read_beat
 from echolab.launch import exit_codes
-from echolab.launch.records import NodeRecord, read_launches
-from echolab.training.sections import beats_path, read_beat
+from echolab.launch.launch_records import NodeRecord, read_launches
 
 pytestmark = pytest.mark.slow
 
@@ -133,8 +133,10 @@ def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = why(training.run, capsys)
     assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
     stacks = {p.stem: p.read_text() for p in training.run.glob("attempts/*/rank-*.stack")}
-    assert [name for name in stacks if "data/stores.py" in stacks[name]] == [f"rank-{told['rank']}"]
-    assert len(stacks) == 2 and any("data/stores.py" in frame for frame in told["stack"])
+    assert [name for name in stacks if "data/remote/stores.py" in stacks[name]] == [
+        f"rank-{told['rank']}"
+    ]
+    assert len(stacks) == 2 and any("data/remote/stores.py" in frame for frame in told["stack"])
 
 
 def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from echolab.cli.__main__ import main
 from echolab.launch import exit_codes, lease
 from echolab.launch.attempts import attempts_of
-from echolab.launch.records import read_launch
+from echolab.launch.launch_records import read_launch
 
 PLAYED = Path(__file__).parent / "played.py"
 DEADLINES = {

@@ -15,9 +15,9 @@ import pytest
 
 from echolab.cli import sweep
 from echolab.cli.__main__ import main
-from echolab.cli.members import Member, members, name_of, without_signature
-from echolab.cli.overrides import launcher_of
 from echolab.cli.train import compose, compose_both
+from echolab.config.overrides import launcher_of
+from echolab.config.sweep_members import Member, members, name_of, without_signature
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
 from echolab.tracking.metrics import read_metrics

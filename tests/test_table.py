@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echolab.data.index import fingerprint
-from echolab.data.table import parse_index
+from echolab.data.sample_index import parse_index
 from echolab.errors import DataError
 
 places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(0, 2**32 - 1))

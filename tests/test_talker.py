@@ -6,9 +6,9 @@ import drawn
 import numpy as np
 import pytest
 
-from data_prep import voice
+from data_prep import synthetic_voice
 from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.talker import (
+from data_prep.synthetic_face import (
     MOUTH_CENTRE,
     Look,
     Motion,
@@ -19,10 +19,10 @@ from data_prep.talker import (
     draw_motion,
     draw_talker,
 )
-from data_prep.voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesise
+from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesise
 from echolab.data.clips import load_clips
 from echolab.data.media import encode_flac
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError
 
 
@@ -86,7 +86,9 @@ def test_a_closed_mouth_has_no_voice() -> None:
 
 @pytest.mark.parametrize("name", ["a", "i", "u"])
 def test_a_vowel_sounds_where_its_formants_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)])
+    monkeypatch.setattr(
+        synthetic_voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)]
+    )
     power = np.mean(
         [np.abs(np.fft.rfft(synthesise(np.random.default_rng(n), 1.0).samples)) ** 2
          for n in range(8)], axis=0,
@@ -102,7 +104,7 @@ def test_glide_keeps_constants_steps_sides_and_length() -> None:
     assert len(smooth) == 100 and np.all(np.diff(smooth) >= -1e-12)
     np.testing.assert_allclose(smooth, 1 - smooth[::-1], atol=1e-12)  # no delay
     np.testing.assert_allclose(glide(np.full(30, 0.4)), 0.4)
-    reach = int(voice.GLIDE_SECONDS * CONTROL_HZ)
+    reach = int(synthetic_voice.GLIDE_SECONDS * CONTROL_HZ)
     assert smooth[49 - reach] == 0 and smooth[50 + reach] == pytest.approx(1)
 
 

@@ -12,15 +12,15 @@ import tiny
 import torch
 from torch import nn
 
-from echolab.data.shards import ShardDataset
+from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.flow import interpolate, velocity_target
 from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
 from echolab.training import validation
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MOMENTS, Masters, masters_of
-from echolab.training.parts import Intervals
+from echolab.training.engine.master_weights import MOMENTS, Masters, masters_of
 from echolab.training.validation import FILLS_UP, Share, places_of, read_share, validate
 
 CLIPS = 5

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from echolab.errors import CheckpointError
-from echolab.models.names import from_diffusers, to_diffusers
+from echolab.models.state_dict import from_diffusers, to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import (
     AUDIO_PARTS,

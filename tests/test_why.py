@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.launch.blame import Failure, Observation
+from echolab.launch.diagnosis import Failure, Observation
+from echolab.launch.launch_records import NodeRecord
 from echolab.launch.processes import birth
-from echolab.launch.records import NodeRecord
 
 WAITS = """Current thread 0x00007f0000000000 (most recent call first):
   File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce

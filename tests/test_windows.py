@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from echolab.diffusion.guidance import guided
-from echolab.diffusion.recipes import SOLVERS
+from echolab.diffusion.pipeline import SOLVERS
 from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
 from echolab.diffusion.windows import blend_weights, window_conditions, windowed, windows

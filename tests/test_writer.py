@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from echolab.errors import CheckpointError, SaveError
-from echolab.training.checkpoints import room, writer
+from echolab.training.checkpoints import disk_space, writer
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.checkpoints.layout import ITEM, layout
 from echolab.training.checkpoints.retention import Retention
+from echolab.training.checkpoints.shard_plan import ITEM, layout
 from echolab.training.checkpoints.writer import CheckpointWriter
 
 SHAPES = st.dictionaries(
@@ -206,15 +206,15 @@ def test_room_is_asked_for_before_anything_is_written(
         (Disk(size, 99), rf"needs [\d,]+ bytes, {size // 512 * 512:,} are free; make room"),
         (Disk(10 * size, 3), r"needs \d+ inodes, 3 are free; remove files"),
     ]:
-        monkeypatch.setattr(room.os, "statvfs", lambda path, told=disk: told)
+        monkeypatch.setattr(disk_space.os, "statvfs", lambda path, told=disk: told)
         with pytest.raises(SaveError, match=words) as caught:
             saver.save(2)
         assert "\n" not in str(caught.value) and not saver.writer.pending
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    monkeypatch.setattr(room.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
+    monkeypatch.setattr(disk_space.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
     with pytest.raises(SaveError, match="make room"):
         saver.writer.check_start()  # enough for one, not for two
-    monkeypatch.setattr(room.os, "statvfs", real)
+    monkeypatch.setattr(disk_space.os, "statvfs", real)
     saver.writer.check_start()
     saver.save(2)
 

@@ -5,9 +5,9 @@ import importlib
 from echolab.errors import ConfigError
 
 BENCHES = {
-    "step": ("echolab.cli.bench_step", "a training step beside diffusers' network"),
-    "generate": ("echolab.cli.bench_generate", "a video by solver, steps and window"),
-    "data": ("echolab.cli.bench_data", "shards read beside plain webdataset and the disk"),
+    "step": ("echolab.bench.training_step", "a training step beside diffusers' network"),
+    "generate": ("echolab.bench.generate", "a video by solver, steps and window"),
+    "data": ("echolab.bench.data", "shards read beside plain webdataset and the disk"),
 }
 
 

@@ -17,9 +17,9 @@ from echolab.training.checkpoints.checkpoint import (
     open_verified,
     saved_steps,
 )
-from echolab.training.checkpoints.difference import ORIGIN, state_differences, tensor_differences
-from echolab.training.checkpoints.layout import ITEM
+from echolab.training.checkpoints.diff import ORIGIN, state_differences, tensor_differences
 from echolab.training.checkpoints.manifest import MANIFEST, faults, files_of, read_manifest
+from echolab.training.checkpoints.shard_plan import ITEM
 from echolab.training.schedule import Epoch, Schedule
 
 PLACE = "a checkpoint, or a run or its folder of checkpoints: the newest"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import parse
-from echolab.data.foreign import Indexed, index_folder
 from echolab.data.index import INDEX
-from echolab.data.progress import progress
+from echolab.data.index_tars import Indexed, index_folder
 from echolab.errors import DataError
+from echolab.progress import progress
 
 LISTED = 3  # names shown of what was left out
 

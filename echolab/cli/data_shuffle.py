@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 
 from echolab.arguments import parse
-from echolab.data.order import BLOCK, BUFFER, epoch_order
-from echolab.data.plan import Order
-from echolab.data.shards import ShardDataset, open_dataset
-from echolab.data.shuffling import shuffling, uniformity
+from echolab.data.batch_sampler import Order
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shuffle import BLOCK, BUFFER, epoch_order
+from echolab.data.shuffle_quality import shuffling, uniformity
 from echolab.errors import ConfigError, DataError
 
 UNLIKELY = 0.001  # of the test of uniformity: below it, something is wrong

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import parse
-from echolab.data.progress import progress
 from echolab.data.verify import find_faults
+from echolab.progress import progress
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from echolab.arguments import parse
-from echolab.cli.demo_judges import draw_talkers, encode_talkers, fit_judges
-from echolab.cli.demo_pages import sample_tasks, write_pages
-from echolab.cli.demo_runs import make_pairs, score, train
-from echolab.cli.demo_settings import DemoSettings, Folder
-from echolab.data.files import write_whole
+from echolab.atomic_io import write_whole
+from echolab.demo.judges import draw_talkers, encode_talkers, fit_judges
+from echolab.demo.pages import sample_tasks, write_pages
+from echolab.demo.runs import make_pairs, score, train
+from echolab.demo.settings import DemoSettings, Folder
 from echolab.errors import ConfigError
-from echolab.launch.runs import held
+from echolab.launch.run_dir import held
 
 STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")

@@ -13,19 +13,18 @@ from rich.table import Table
 from torch import nn
 
 from echolab.arguments import parse
-from echolab.cli.policy import architecture_of
-from echolab.encoders.autoencoder import CausalAutoencoder
-from echolab.encoders.picture import TOKENS as DEMO_IMAGE_TOKENS
+from echolab.config.networks import architecture_of
+from echolab.encoders.demo_image import TOKENS as DEMO_IMAGE_TOKENS
+from echolab.encoders.demo_text import TOKENS as DEMO_TEXT_TOKENS
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.sizes import RELEASED
 from echolab.encoders.sizes import parameters_of as encoder_parameters
-from echolab.encoders.words import TOKENS as DEMO_TEXT_TOKENS
 from echolab.errors import ConfigError
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import released_shapes
 from echolab.training.adapters.lora import Lora, add_adapters
-from echolab.training.engine.estimate import FP32, STAGES, parameters_of, state_bytes
-from echolab.training.engine.memory import KEPT, checkpoint_blocks
-from echolab.training.engine.simulate import (
+from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
+from echolab.training.engine.activation_memory import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
     Clip,
@@ -33,6 +32,7 @@ from echolab.training.engine.simulate import (
     like_gpu,
     simulate,
 )
+from echolab.training.engine.estimate import FP32, STAGES, parameters_of, state_bytes
 
 GIB = 2**30
 BF16 = 2

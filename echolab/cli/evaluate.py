@@ -9,19 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from echolab.arguments import parse
-from echolab.cli.judging import (
+from echolab.config.networks import check_encoders, last_checkpoint, load_policy
+from echolab.data.clips import load_clips
+from echolab.data.shard_reader import open_dataset
+from echolab.encoders.encode import demo_encoders
+from echolab.inference.judging import (
     Sampling,
     check_same_clips,
     load_autoencoder,
     load_judges,
     sample_pixels,
 )
-from echolab.cli.policy import check_encoders, last_checkpoint, load_policy
-from echolab.data.clips import load_clips
-from echolab.data.progress import progress
-from echolab.data.shards import open_dataset
-from echolab.encoders.encode import demo_encoders
 from echolab.metrics.scores import cepstra_of, score_clips
+from echolab.progress import progress
 from echolab.tasks.masks import TASKS
 
 

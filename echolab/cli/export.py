@@ -11,19 +11,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from echolab.arguments import parse
-from echolab.cli.adapters import export_adapters
-from echolab.cli.policy import architecture_of, last_checkpoint, load_start
-from echolab.data.files import prove_writable
+from echolab.atomic_io import prove_writable
+from echolab.config.build_adapters import export_adapters
+from echolab.config.networks import architecture_of, last_checkpoint, load_start
 from echolab.errors import ConfigError
 from echolab.models.export import write_diffusers, write_original
-from echolab.models.released import read_tensors
+from echolab.models.loading import read_tensors
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import match_weights
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.checkpoints.exporting import exported_weights
 from echolab.training.checkpoints.snapshots import average_of_width
 from echolab.training.engine.ema import EMA, POWER
-from echolab.training.engine.masters import MASTER
+from echolab.training.engine.master_weights import MASTER
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
 WRITERS = {"original": write_original, "diffusers": write_diffusers}

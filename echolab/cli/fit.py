@@ -10,19 +10,19 @@ from typing import Literal
 from torch import Tensor, nn
 
 from echolab.arguments import parse
+from echolab.atomic_io import prove_writable
 from echolab.data.clips import load_clips
-from echolab.data.files import prove_writable
-from echolab.data.progress import progress
-from echolab.encoders.fit_autoencoder import WIDTH, fit_autoencoder
+from echolab.encoders.demo_vae_training import WIDTH, fit_autoencoder
 from echolab.errors import ConfigError, DataError
 from echolab.fitting import Report, save_net
-from echolab.metrics.fit_networks import (
+from echolab.metrics.demo_networks_training import (
     fit_clip_features,
     fit_frame_features,
     fit_sync,
     talker_labels,
 )
 from echolab.metrics.scores import cepstra_of
+from echolab.progress import progress
 from echolab.types import Clips
 
 

@@ -14,37 +14,37 @@ import torch
 import torch.distributed as dist
 
 from echolab.arguments import parse
-from echolab.cli.colours import match_colours
-from echolab.cli.footage import Footage, footage_of, open_source
-from echolab.cli.generate_arguments import GenerateArguments
-from echolab.cli.paste import LOCAL_TASKS, paste_known
-from echolab.cli.policy import (
+from echolab.atomic_io import prove_writable
+from echolab.config.networks import (
     architecture_of,
     check_encoders,
     last_checkpoint,
     load_policy,
     load_released,
 )
-from echolab.cli.rendering import Renderer, frames_of, render_chunks, render_windows, steps_of
-from echolab.cli.scene import encode_scene
 from echolab.data.clips import to_frames
-from echolab.data.files import prove_writable
 from echolab.data.media import Frames, Samples, read_audio, write_video
-from echolab.data.progress import progress
-from echolab.diffusion.caching import IDENTITY, WAN_1B3
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.diffusion.teacache import IDENTITY, WAN_1B3
+from echolab.encoders.demo_audio import SAMPLES_PER_FRAME
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders
-from echolab.encoders.released import find_released, released_encoders
-from echolab.encoders.sound import SAMPLES_PER_FRAME
+from echolab.encoders.loading import find_released, released_encoders
 from echolab.errors import ConfigError, MediaError
 from echolab.fitting import load_net, work_dtype
+from echolab.inference.colors import match_colours
+from echolab.inference.conditions import encode_scene
+from echolab.inference.inputs import Footage, footage_of, open_source
+from echolab.inference.options import GenerateArguments
+from echolab.inference.paste import LOCAL_TASKS, paste_known
+from echolab.inference.render import Renderer, frames_of, render_chunks, render_windows, steps_of
 from echolab.launch.local import run_ranks, started_by_launcher
-from echolab.launch.runs import own_rank
+from echolab.launch.run_dir import own_rank
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
+from echolab.progress import progress
 from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.engine.sequence import SequenceSplit
+from echolab.training.engine.sequence_parallel import SequenceSplit
 
 LEAST_FRAMES = 5
 

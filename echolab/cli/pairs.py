@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import parse
-from echolab.cli.judging import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
-from echolab.cli.policy import check_encoders, last_checkpoint, load_policy
+from echolab.atomic_io import prove_writable
+from echolab.config.networks import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips
-from echolab.data.files import prove_writable
-from echolab.data.progress import progress
 from echolab.data.provenance import check_same_encoders
-from echolab.data.shards import open_dataset
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.data.shard_reader import open_dataset
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError
 from echolab.fitting import load_net, work_dtype
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.inference.judging import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
 from echolab.preference.candidates import read_candidates, read_request, sample_candidates
 from echolab.preference.judge import judge
@@ -29,6 +28,7 @@ from echolab.preference.pack import (
     pack_pairs,
     read_verdicts,
 )
+from echolab.progress import progress
 from echolab.types import Clips
 
 VERDICTS = "verdicts.jsonl"

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from echolab.arguments import parse
-from echolab.cli.origins import checkpoint_of, recorded
+from echolab.atomic_io import prove_writable
 from echolab.cli.rollback import config_of
-from echolab.cli.settings_check import check
-from echolab.cli.stored_settings import hidden, resolved
-from echolab.cli.training_objects import schedule_from, training_from
-from echolab.data.files import prove_writable
+from echolab.config.build import schedule_from, training_from
+from echolab.config.check import check
+from echolab.config.origins import checkpoint_of, recorded
+from echolab.config.stored import hidden, resolved
+from echolab.data.bad_samples import QUARANTINE
 from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
-from echolab.data.quarantine import QUARANTINE
 from echolab.errors import CheckpointError, ConfigError, DivergedError
-from echolab.launch import runs
+from echolab.launch import run_dir
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
@@ -37,11 +37,11 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.checkpoints.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.diff import state_differences, tensor_differences
+from echolab.training.config import Intervals, Machine, Training
 from echolab.training.fit import fit
 from echolab.training.guards.events import EVENTS, skips
 from echolab.training.ledger import left_out
-from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.schedule import Skip, group_of
 
 COMPARED = ("train/loss", "train/gradient_norm")
@@ -191,7 +191,7 @@ class Piece(NamedTuple):
 def pieces_of(arguments: ReplayArguments, start: int) -> list[Piece]:
     """Return what trained the steps from `start` (from 0) up to the one asked for, in order."""
     run, step = arguments.run, arguments.step
-    told = runs.settings_by_step(run)
+    told = run_dir.settings_by_step(run)
     told[0] = (0, told[0][1])  # of a run from before its settings were kept by step
     initial = recorded(run).get("initial")
     pieces: list[Piece] = []

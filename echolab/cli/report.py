@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echolab.arguments import parse
-from echolab.data.files import prove_writable
+from echolab.atomic_io import prove_writable
 from echolab.errors import DataError
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.report import Video, checked, inside, write_again, write_report

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import parse
-from echolab.cli.training_objects import schedule_from
+from echolab.config.build import schedule_from
 from echolab.errors import ConfigError
-from echolab.launch import runs
+from echolab.launch import run_dir
 from echolab.training.checkpoints.checkpoint import folder_of, open_checkpoint, saved_steps
 from echolab.training.checkpoints.retention import set_aside
 from echolab.training.guards import events
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     skip = parse_skip(arguments.skip, arguments.kind) if arguments.skip else None
     config = config_of(run)
     folder = run / "checkpoints"
-    with runs.held(run):
+    with run_dir.held(run):
         steps = saved_steps(folder)
         if to not in steps:
             there = ", ".join(map(str, sorted(steps))) or "none"

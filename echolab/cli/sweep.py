@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.cli.members import Member
-from echolab.cli.overrides import launcher_of
+from echolab.config.overrides import launcher_of
+from echolab.config.sweep_members import Member
 from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, job_array
 from echolab.launch.attempts import RUNNING, Attempt, attempts_of
 from echolab.launch.exit_codes import CAUSES
+from echolab.launch.launch_records import newest_checkpoint
 from echolab.launch.local import SignalRelay
-from echolab.launch.records import newest_checkpoint
 from echolab.redaction import masked
 
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from echolab.cli import sweep
-from echolab.cli.members import members
-from echolab.cli.overrides import CONF, as_hydra, hydra_config, quoted
-from echolab.cli.settings_check import check
-from echolab.data.transport import url_of
+from echolab.config.check import check
+from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
+from echolab.config.sweep_members import members
+from echolab.data.remote.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, job_array, local, runs, told
-from echolab.launch.deadlines import Deadlines
-from echolab.launch.layout import LAUNCH, cpu_warning, layout
+from echolab.heartbeat import Beats, beats_from_environment
+from echolab.launch import error_files, exit_codes, job_array, local, run_dir
+from echolab.launch.section_timeouts import Deadlines
 from echolab.launch.supervisor import Supervisor
+from echolab.launch.topology import LAUNCH, cpu_warning, layout
 from echolab.redaction import masked, masked_output
-from echolab.training.sections import Beats, beats_from_environment
-from echolab.training.stopping import SIGNALS, StopSignals, grace_from
+from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
 HYDRAS = re.compile(r"(-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
 SWEEP = ("-m", "--multirun")
@@ -62,7 +62,7 @@ def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     from hydra import compose as hydra_compose
     from omegaconf import OmegaConf
 
-    from echolab.cli.stored_settings import stored, with_types
+    from echolab.config.stored import stored, with_types
 
     with hydra_config(overrides):
         config = hydra_compose("train", as_hydra(overrides))
@@ -91,7 +91,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     told_of.pop("infrastructure")
     places = layout(trainer["devices"], trainer["nodes"])
     if places.supervisor == 0:
-        runs.check_ours(folder)
+        run_dir.check_ours(folder)
     if warning := cpu_warning(places, int(config["data"]["workers"])):
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
@@ -131,17 +131,19 @@ def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -
 
 
 def _tell_end(result: Any) -> None:
-    if folder := told.own_folder():
-        end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
-        told.tell_end(folder, runs.own_rank(), end)
+    if folder := error_files.own_folder():
+        end = error_files.End(
+            result.reason, result.stopped_by, result.unsaved, result.step, result.steps
+        )
+        error_files.tell_end(folder, run_dir.own_rank(), end)
 
 
 def _end_at_once(error: BaseException, beats: Beats) -> None:
     """Tell of an exception and end this process, where a supervisor started it."""
-    folder = told.own_folder()
+    folder = error_files.own_folder()
     if folder is None:
         return
-    code = told.tell_failure(folder, runs.own_rank(), error, beats.section, beats.step)
+    code = error_files.tell_failure(folder, run_dir.own_rank(), error, beats.section, beats.step)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

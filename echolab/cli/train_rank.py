@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from echolab.cli.training_objects import training_from
-from echolab.data.files import write_whole
-from echolab.data.progress import progress
+from echolab.atomic_io import write_whole
+from echolab.config.build import training_from
 from echolab.errors import ConfigError, StorageError
-from echolab.launch import exit_codes, runs
+from echolab.heartbeat import Beats, beats_from_environment
+from echolab.launch import exit_codes, run_dir
 from echolab.launch.exit_codes import CAUSES, cause_of_result
+from echolab.progress import progress
 from echolab.redaction import masked_values
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import FINISH_SECONDS, HURRY_SECONDS, WandbRun
 from echolab.training.fit import FitResult, Training, fit
-from echolab.training.sections import Beats, beats_from_environment
 
 
 def train(
@@ -39,11 +39,11 @@ def train(
     beats = beats or beats_from_environment()
     training = _training(config)._replace(beats=beats, on_failure=on_failure)
     on_end = on_end or (lambda result: None)
-    if runs.own_rank() != 0:
+    if run_dir.own_rank() != 0:
         on_end(result := fit(training))
         return result
-    with runs.claim(training.folder, kept, may_change=may_change(config)) as run:
-        training = training._replace(on_begin=partial(runs.begin, run, kept))
+    with run_dir.claim(training.folder, kept, may_change=may_change(config)) as run:
+        training = training._replace(on_begin=partial(run_dir.begin, run, kept))
         wandb_run = _wandb_run(config["logger"], kept, run)
         try:
             on_end(result := _fit(training, run, wandb_run))
@@ -58,7 +58,7 @@ def train(
             wandb_run.finish()
 
 
-def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
+def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult:
     """Train as the rank that logs and shows the progress."""
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
@@ -90,7 +90,7 @@ def _say(folder: Path, lines: list[str]) -> None:
         print(f"echolab: {error}", file=sys.stderr, flush=True)
 
 
-def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run) -> WandbRun:
+def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: run_dir.Run) -> WandbRun:
     return WandbRun(
         run.folder,
         project=logger["project"],
@@ -103,7 +103,7 @@ def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run
 
 def _training(config: Mapping[str, Any]) -> Training:
     try:
-        return training_from(config, runs.digest(config))
+        return training_from(config, run_dir.digest(config))
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
@@ -113,7 +113,7 @@ def _training(config: Mapping[str, Any]) -> Training:
 def exit_code(result: FitResult, folder: Path) -> int:
     """Say how the run ended, and which code tells it."""
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
-    if runs.own_rank() == 0:
+    if run_dir.own_rank() == 0:
         if result.done:
             print(f"echolab: {folder}: all {result.steps} steps done; newest {result.checkpoint}")
         else:

@@ -13,7 +13,7 @@ from echolab.launch import slurm
 from echolab.launch.attempts import attempts_of
 from echolab.launch.evidence import note
 from echolab.launch.explain import figures, words
-from echolab.launch.records import read_launches
+from echolab.launch.launch_records import read_launches
 
 
 @dataclass(frozen=True)

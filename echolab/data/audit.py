@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from echolab.data.bad_samples import QUARANTINE, read_quarantine
 from echolab.data.ledger import (
     LEDGER,
     SKIPPED,
@@ -14,8 +15,7 @@ from echolab.data.ledger import (
     read_ledger,
     read_left_out,
 )
-from echolab.data.quarantine import QUARANTINE, read_quarantine
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echolab.data.media import Frames, decode_flac, decode_mp4, decode_tracks
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError
 from echolab.types import Clips
 

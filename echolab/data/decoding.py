@@ -16,7 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.contents import LARGEST_PICTURE
+from echolab.data.validate_member import LARGEST_PICTURE
 from echolab.errors import MediaError
 
 THREADS = 4  # of one decoder: each keeps some pictures in memory

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import LineLog, append_text, retried, write_error
+from echolab.atomic_io import LineLog, append_text, retried, write_error
 from echolab.errors import DataError
 
 LEDGER = "ledger"

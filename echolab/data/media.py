@@ -18,7 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from echolab.data.contents import LARGEST_PICTURE, Undecodable, arrays_of, sound_of
+from echolab.atomic_io import write_whole
 from echolab.data.decoding import (
     BACK_SECONDS,
     Advance,
@@ -30,7 +30,7 @@ from echolab.data.decoding import (
     picture_stream,
     upright,
 )
-from echolab.data.files import write_whole
+from echolab.data.validate_member import LARGEST_PICTURE, Undecodable, arrays_of, sound_of
 from echolab.errors import MediaError
 
 FPS = 25

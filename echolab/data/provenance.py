@@ -7,7 +7,7 @@ image, audio); what carries none, such as a foreign dataset, is taken on trust.
 
 from collections.abc import Mapping
 
-from echolab.data.shards import ShardDataset
+from echolab.data.shard_reader import ShardDataset
 from echolab.errors import DataError
 
 

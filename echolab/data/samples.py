@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from echolab.data.contents import Undecodable, tensor_header
-from echolab.data.pieces import Pieces
+from echolab.data.member_reader import Pieces
+from echolab.data.validate_member import Undecodable, tensor_header
 
 CONDITIONS = ("text", "image", "audio", "face", "weight")
 TENSORS = {

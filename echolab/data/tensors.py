@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echolab.data.contents import Undecodable
-from echolab.data.pieces import CHUNK, Pieces
+from echolab.data.member_reader import CHUNK, Pieces
 from echolab.data.samples import Header, Shapes, check_like, check_shapes, header_of
+from echolab.data.validate_member import Undecodable
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

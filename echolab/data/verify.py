@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from echolab.data.contents import Undecodable, content_fault
 from echolab.data.index import INDEX, Shard, missing_members
+from echolab.data.member_reader import Pieces
 from echolab.data.names import PARTIAL, dotted, split_file
-from echolab.data.pieces import Pieces
-from echolab.data.progress import Advance
+from echolab.data.parallel import processes, spread
+from echolab.data.sample_index import Table, parse_index
 from echolab.data.samples import COMPARED, TENSORS, TRIED, Shapes, shapes_of, take_about, usual
-from echolab.data.spread import processes, spread
-from echolab.data.table import Table, parse_index
 from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
+from echolab.data.validate_member import Undecodable, content_fault
 from echolab.errors import DataError, printable
+from echolab.progress import Advance
 
 Place = tuple[int, int, int]  # offset, size, crc32
 Name = tuple[str, str]  # key, member

@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from echolab.diffusion.caching import Net, branch_of
 from echolab.diffusion.flow import to_timesteps
+from echolab.diffusion.teacache import Net, branch_of
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 

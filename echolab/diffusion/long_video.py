@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from echolab.diffusion.caching import Net, branch_of
-from echolab.diffusion.recipes import SOLVERS, Recipe, sigmas_of, velocity_of
+from echolab.diffusion.pipeline import SOLVERS, Recipe, sigmas_of, velocity_of
 from echolab.diffusion.sampling import OnStep
+from echolab.diffusion.teacache import Net, branch_of
 from echolab.diffusion.windows import window_conditions, windowed, windows
 from echolab.types import Conditions
 

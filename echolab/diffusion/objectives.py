@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.flow import interpolate, to_timesteps, velocity_target
-from echolab.diffusion.pair_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
 from echolab.diffusion.phases import Allocator
+from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
 from echolab.errors import ConfigError
 from echolab.types import Batch, Conditions, Draws, Loss, ModalityWeights, PreferencePair
 

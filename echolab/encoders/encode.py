@@ -9,10 +9,10 @@ from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.encoders.autoencoder import CausalAutoencoder
-from echolab.encoders.picture import encode_picture
-from echolab.encoders.sound import encode_sound
-from echolab.encoders.words import encode_words
+from echolab.encoders.demo_audio import encode_sound
+from echolab.encoders.demo_image import encode_picture
+from echolab.encoders.demo_text import encode_words
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
 
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there

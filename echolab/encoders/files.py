@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
 
 from echolab.errors import WeightsError
-from echolab.models.released import (
+from echolab.models.loading import (
     check_archive,
     check_precision,
     read_pickle,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from echolab.launch import slurm
-from echolab.launch.blame import (
+from echolab.launch.diagnosis import (
     Observation,
     Verdict,
     culprit,
@@ -17,8 +17,8 @@ from echolab.launch.blame import (
 )  # fmt: skip
 from echolab.launch.evidence import BY_SIGNAL, Evidence, read_evidence
 from echolab.launch.exit_codes import CAUSES, Cause
-from echolab.launch.layout import this_host
-from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
+from echolab.launch.launch_records import NodeRecord, alive, newest_checkpoint, read_launches
+from echolab.launch.topology import this_host
 
 RUNNING = "running"
 # Of several supervisors' words on an end without failure, the first here counts.

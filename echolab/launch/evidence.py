@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.data.files import write_whole
+from echolab.atomic_io import write_whole
 from echolab.launch import slurm
-from echolab.launch.records import NodeRecord, read_launches, stopped
-from echolab.launch.runs import ATTEMPTS
-from echolab.launch.told import read_json
+from echolab.launch.error_files import read_json
+from echolab.launch.launch_records import NodeRecord, read_launches, stopped
+from echolab.launch.run_dir import ATTEMPTS
 
 FILE = "slurm.json"
 BY_SIGNAL = ("preempted", "preempted_unsaved")  # causes

@@ -3,7 +3,7 @@
 import re
 from typing import Literal, NamedTuple
 
-from echolab.data.files import FULL
+from echolab.atomic_io import FULL
 from echolab.errors import (
     BusyError,
     CheckpointError,

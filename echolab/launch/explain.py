@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from echolab.launch.attempts import RUNNING, Attempt
-from echolab.launch.blame import main_thread
-from echolab.launch.budgets import Decision, decide
+from echolab.launch.diagnosis import main_thread
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.goodput import account, checkpoint_interval
-from echolab.launch.records import newest_checkpoint
+from echolab.launch.launch_records import newest_checkpoint
+from echolab.launch.restart_policy import Decision, decide
 
 FRAMES = 8  # of the stack, in words
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from echolab.launch.attempts import Attempt
-from echolab.launch.deadlines import STEP
+from echolab.launch.section_timeouts import STEP
 
 LOSSES = ("waiting", "init", "data_wait", "eval", "save", "pause", "rework", "hang", "other")
 PRIOR_SECONDS = 24 * 3600.0  # between failures, before any was seen

@@ -22,11 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_error
+from echolab.atomic_io import write_error
 from echolab.errors import BusyError, FencedError
 from echolab.launch import slurm
-from echolab.launch.layout import this_host
 from echolab.launch.processes import birth
+from echolab.launch.topology import this_host
 
 LEASE = ".lease"
 EPOCH = "ECHOLAB_EPOCH"  # in the environment of ranks: the number that their launch holds

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, Self
 
 from echolab.launch.exit_codes import STOPPED_SAVED
-from echolab.training.stopping import caught
+from echolab.training.signals import caught
 
 GRACE_SECONDS = 30.0  # between one rank's failure and the end of the others
 

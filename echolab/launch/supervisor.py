@@ -14,11 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from echolab.data.files import retried, write_error
+from echolab.atomic_io import retried, write_error
 from echolab.errors import BusyError, StorageError
-from echolab.launch import evidence, exit_codes, lease, processes, records, told
-from echolab.launch.blame import Verdict, culprit
-from echolab.launch.deadlines import (
+from echolab.heartbeat import FOLDER as BEATS
+from echolab.heartbeat import Beat
+from echolab.launch import error_files, evidence, exit_codes, launch_records, lease, processes
+from echolab.launch.diagnosis import Verdict, culprit
+from echolab.launch.exit_codes import CAUSES
+from echolab.launch.launch_records import NodeRecord
+from echolab.launch.lease import Lease
+from echolab.launch.messages import last_words
+from echolab.launch.rank_process import Rank, observe
+from echolab.launch.run_dir import ATTEMPTS
+from echolab.launch.section_timeouts import (
     Deadlines,
     RunningClock,
     limit,
@@ -26,16 +34,8 @@ from echolab.launch.deadlines import (
     overdue,
     unheard_limit,
 )
-from echolab.launch.exit_codes import CAUSES
-from echolab.launch.layout import Layout
-from echolab.launch.lease import Lease
-from echolab.launch.records import NodeRecord
-from echolab.launch.runs import ATTEMPTS
-from echolab.launch.telling import last_words
-from echolab.launch.watch import Rank, observe
-from echolab.training.sections import FOLDER as BEATS
-from echolab.training.sections import Beat
-from echolab.training.stopping import SIGNALS, caught, leave_terminal
+from echolab.launch.topology import Layout
+from echolab.training.signals import SIGNALS, caught, leave_terminal
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5  # between two looks at the sections, and at other supervisors
@@ -103,7 +103,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run_ranks(self) -> None:
-        self.beats = told.make_folder(self.layout.numbers)
+        self.beats = error_files.make_folder(self.layout.numbers)
         remover = processes.remove_after(self.beats)
         try:
             self._start()
@@ -141,7 +141,7 @@ class Supervisor:
             layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
             list(layout.numbers), os.getpid(),
             processes.birth(os.getpid()), time.time(),
-            epoch=self.lease.epoch, checkpoint_before=records.newest_checkpoint(self.run),
+            epoch=self.lease.epoch, checkpoint_before=launch_records.newest_checkpoint(self.run),
         )  # fmt: skip
         self._began = self._written = time.monotonic()
         self._write_record()
@@ -161,7 +161,7 @@ class Supervisor:
                 return False
             time.sleep(POLL_SECONDS)
         self.record.waited = time.monotonic() - began
-        self.record.checkpoint_before = records.newest_checkpoint(self.run)
+        self.record.checkpoint_before = launch_records.newest_checkpoint(self.run)
         return True
 
     def _give_up(self) -> None:
@@ -226,7 +226,7 @@ class Supervisor:
                 return
             self.followed = os.access(self.folder / OVER, os.F_OK)
             news = self.asked != self.record.asked
-            if news or time.monotonic() - self._written > records.SECONDS:
+            if news or time.monotonic() - self._written > launch_records.SECONDS:
                 self._tell()
 
     def _start_rank(self, number: int) -> None:
@@ -244,7 +244,7 @@ class Supervisor:
         """Whether the launch failed; otherwise all ranks have ended by themselves."""
         looked = 0.0
         while any(rank.look() is None for rank in self.ranks):
-            if any(rank.exit and not told.expected(rank.exit) for rank in self.ranks):
+            if any(rank.exit and not error_files.expected(rank.exit) for rank in self.ranks):
                 self._wait_for_words()
                 return True
             if self.fenced:
@@ -257,7 +257,7 @@ class Supervisor:
                 if self.late or self.followed:
                     return True
             time.sleep(POLL_SECONDS)
-        return any(not told.expected(rank.exit or 0) for rank in self.ranks)
+        return any(not error_files.expected(rank.exit or 0) for rank in self.ranks)
 
     def _wait_for_words(self) -> None:
         end = time.monotonic() + GRACE_SECONDS
@@ -265,9 +265,9 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _overdue(self, now: float) -> dict[int, float]:
-        told = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
+        written = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
         beats = {
-            n: beat._replace(since=now - self.clock.ran(beat.since)) for n, beat in told.items()
+            n: beat._replace(since=now - self.clock.ran(beat.since)) for n, beat in written.items()
         }
         late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
         return late or self._deaf(beats) or self._unheard(beats) or self._stopped(now)
@@ -364,7 +364,7 @@ class Supervisor:
 
     def _finish(self) -> int:
         """All ranks ended by themselves, as planned."""
-        ends = [told.end_of(self.beats, rank.number) for rank in self.ranks]
+        ends = [error_files.end_of(self.beats, rank.number) for rank in self.ranks]
         code = max(rank.exit or 0 for rank in self.ranks)
         end = next((end for end in ends if end), None)
         cause = exit_codes.cause_of_code(code)
@@ -383,7 +383,7 @@ class Supervisor:
         record.longest = longest_of({rank.number: rank.beat() for rank in self.ranks})
         record.first_step, record.last_step = first.first, first.step
         record.section, record.stay = first.section, present[first.section]
-        record.checkpoint = records.newest_checkpoint(self.run)
+        record.checkpoint = launch_records.newest_checkpoint(self.run)
         record.asked = self.asked
         self._write_record()
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from echolab.errors import DataError
-from echolab.metrics.frechet import frechet_distance
-from echolab.metrics.mfcc import mfcc
-from echolab.metrics.networks import (
+from echolab.metrics.demo_networks import (
     ClipFeatures,
     FrameFeatures,
     SyncNetDemo,
@@ -22,6 +20,8 @@ from echolab.metrics.networks import (
     crop_lips,
     mouth_darkness,
 )
+from echolab.metrics.frechet import frechet_distance
+from echolab.metrics.mfcc import mfcc
 from echolab.metrics.sync import Sync, sync_score, unpadded_distances
 from echolab.types import Clips
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echolab.errors import CheckpointError, ConfigError, WeightsError
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import DEAD_PART, released_shapes
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from echolab.data.batches import collate_clips, read_clip
-from echolab.data.files import write_whole
-from echolab.data.shards import ShardDataset
+from echolab.atomic_io import write_whole
+from echolab.data.collate import collate_clips, read_clip
+from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.generation import generate
 from echolab.diffusion.guidance import Net
 from echolab.errors import ConfigError, DataError

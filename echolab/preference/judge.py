@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import sync_of
 
 WEIGHTS = {"sync": 1.0, "identity": 0.25, "flicker": -0.25}

@@ -11,7 +11,7 @@ tests.
 import tempfile
 from dataclasses import dataclass
 
-from echolab.diffusion.pair_losses import PAIR_LOSSES
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echolab.data.files import LineLog
+from echolab.atomic_io import LineLog
 from echolab.errors import DataError
 
 

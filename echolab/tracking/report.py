@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_whole
+from echolab.atomic_io import write_whole
 from echolab.errors import DataError, MediaError
 from echolab.tracking.curve_sections import colours_of, curve_sections
 from echolab.tracking.metrics import read_metrics

@@ -16,32 +16,32 @@ from torch import Tensor
 
 from echolab.data.ledger import LEDGER
 from echolab.errors import EcholabError, FencedError
-from echolab.training import lineage, ranks
-from echolab.training.checkpoints import agreed, resume
+from echolab.heartbeat import Beats
+from echolab.training import distributed, lineage
 from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints import collective_open, resume
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
 from echolab.training.checkpoints.saving import Saving
 from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.config import Intervals, Training
+from echolab.training.control_files import Requests, asked
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.engine import live as engine
+from echolab.training.engine import engine_report as engine
 from echolab.training.engine.ema import EMA, Ema
-from echolab.training.engine.masters import Masters, masters_of
+from echolab.training.engine.master_weights import Masters, masters_of
 from echolab.training.evaluation import Evaluation
-from echolab.training.guards import recovery
-from echolab.training.guards.guarding import Guarding
-from echolab.training.guards.recovery import Action, What
+from echolab.training.guards import spike_policy
+from echolab.training.guards.monitor import Guarding
+from echolab.training.guards.spike_policy import Action, What
 from echolab.training.guards.spikes import Spike
 from echolab.training.ledger import StepLedger
 from echolab.training.meter import Meter
+from echolab.training.metrics_logger import Telling, tell_plan
 from echolab.training.module import DiffusionModule
-from echolab.training.parts import Intervals, Training
-from echolab.training.preference import References
-from echolab.training.requests import Requests, asked
-from echolab.training.sections import Beats
-from echolab.training.stopping import StopSignals
-from echolab.training.telling import Telling, tell_plan
-from echolab.training.vote import CutShort, Vote, count, of_step, wait
+from echolab.training.reference_model import References
+from echolab.training.signals import StopSignals
+from echolab.training.step_sync import CutShort, Vote, count, of_step, wait
 
 
 class Steps(pl.Callback):
@@ -73,18 +73,18 @@ class Steps(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """All ranks make sure that they do the same, and go on from the same checkpoint."""
-        told = ranks.gather_text(json.dumps(dict(self.training.origins)))[0]
+        told = distributed.gather_text(json.dumps(dict(self.training.origins)))[0]
         self.identity["origins"] = json.loads(told)
         resume.check_alike(self.training.agreed, self.identity, self.schedule.state_dict())
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
         self.data.place = self.schedule.place
-        found = agreed.newest(self.folder)
+        found = collective_open.newest(self.folder)
         if found:
             resume.check_continues(found, self.identity, self.schedule)
             self._go_on_with_data(found)
             self._go_on_from(found)
-        if self.training.on_begin and ranks.rank() == 0 and self.step < self.schedule.steps:
+        if self.training.on_begin and distributed.rank() == 0 and self.step < self.schedule.steps:
             self.training.on_begin(self.step)
         self.beats.enter("init", self.step)
 
@@ -120,7 +120,7 @@ class Steps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights, moments and average; the checkpoint a first preference epoch refers to."""
         self._prepare(trainer, pl_module)
-        replicated = 1 if self.training.machine.sharded else ranks.world()
+        replicated = 1 if self.training.machine.sharded else distributed.world()
         self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
         self.guarding.start(self.module.net, self.beats.seconds)
         if not self.resumed and self.schedule.needs_reference(0):
@@ -203,7 +203,7 @@ class Steps(pl.Callback):
             self.saving.now()
             self._raise_unlogged()
         self._after(vote)
-        if self.training.on_step and ranks.rank() == 0:
+        if self.training.on_step and distributed.rank() == 0:
             self.training.on_step(self.step, self.schedule.steps)
         trainer.should_stop = self.reason != ""
 
@@ -249,14 +249,14 @@ class Steps(pl.Callback):
         assert spike is not None
         self.saving.publish()
         self.writer.close()  # or the one to go back to might still be removed
-        found = agreed.newest(self.folder, action.to_step)
-        found = found or agreed.oldest(self.folder, spike.step)  # none is old enough
+        found = collective_open.newest(self.folder, action.to_step)
+        found = found or collective_open.oldest(self.folder, spike.step)  # none is old enough
         if found is None:
-            self.guarding.note(spike, recovery.without_checkpoint(spike).event)
+            self.guarding.note(spike, spike_policy.without_checkpoint(spike).event)
             return False
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             set_aside(self.folder, found.step)
-        skip = action.skip and recovery.clipped(action.skip, self.schedule, found.step)
+        skip = action.skip and spike_policy.clipped(action.skip, self.schedule, found.step)
         self.guarding.note(spike, action.event, found.step, skip)
         if skip:
             self.schedule = self.schedule.skipping(skip, found.step)
@@ -310,7 +310,7 @@ class Steps(pl.Callback):
     def _say_cut(self, what: str, vote: Vote, result: str) -> None:
         if vote.fenced:
             raise self.training.taken()
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             print(
                 f"echolab: {self.training.folder}: {what} at step {self.step} was cut short "
                 f"({vote.reason}); {result}",
@@ -323,7 +323,7 @@ class Steps(pl.Callback):
 
     def _save_if_due(self, vote: Vote, ends: bool) -> None:
         """Behind the training where it goes on; at once where it ends, or where it needs it."""
-        if self.writer.pending and vote.written == ranks.world():
+        if self.writer.pending and vote.written == distributed.world():
             self.saving.publish()
         pruned = vote.prune and not self.schedule.keeps(self.step)
         if self.saving.has_saved(self.step):
@@ -371,7 +371,7 @@ class Steps(pl.Callback):
 
     def _tell(self, values: dict[str, float]) -> None:
         """Log on rank 0.  What goes wrong there is raised once all ranks have saved."""
-        if self.training.log and ranks.rank() == 0:
+        if self.training.log and distributed.rank() == 0:
             try:
                 self.training.log(self.step, values)
             except (FencedError, KeyboardInterrupt):
@@ -395,6 +395,6 @@ class Steps(pl.Callback):
             "curriculum": self.data.curriculum.state_dict(supervised),
             "objectives": self.references.state_dict(),
             "spikes": self.guarding.detector.state_dict(),
-            "origin": {"world": ranks.world(), "masters": type(self.masters).__name__},
+            "origin": {"world": distributed.world(), "masters": type(self.masters).__name__},
             **self.identity,
         }

@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from echolab.data.micro_batches import MicroBatch, MicroBatches, Place, Stock
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardDataset
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.shard_reader import ShardDataset
+from echolab.data.train_dataset import MicroBatch, MicroBatches, Place, Stock
+from echolab.heartbeat import Beats
 from echolab.tasks.curriculum import Curriculum
-from echolab.training import ranks
-from echolab.training.sections import Beats
+from echolab.training import distributed
 from echolab.training.workers import (
     as_it_is,
     begin_worker,
@@ -89,7 +89,7 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def writer(self) -> int | None:
         """This rank's number in the ledger; None where another rank has the same clips."""
-        row, within = divmod(ranks.rank(), self.feed.sequence_parallel)
+        row, within = divmod(distributed.rank(), self.feed.sequence_parallel)
         return None if within else row
 
     def go_to(self, step: int) -> None:
@@ -110,8 +110,8 @@ class ShardDataModule(pl.LightningDataModule):
             accumulation=feed.accumulation,
             seed=feed.seed,
             steps=self.steps,
-            rank=ranks.rank() // feed.sequence_parallel,
-            world=ranks.world() // feed.sequence_parallel,
+            rank=distributed.rank() // feed.sequence_parallel,
+            world=distributed.world() // feed.sequence_parallel,
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
             items.plan(self.first_step)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from echolab.training import ranks
+from echolab.training import distributed
+from echolab.training.config import Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import Masters
+from echolab.training.engine.master_weights import Masters
+from echolab.training.export_check import Sampling, check_parity, parity_clips
 from echolab.training.module import DiffusionModule
-from echolab.training.parity import Sampling, check_parity, parity_clips
-from echolab.training.parts import Training
 from echolab.training.validation import Poll, Share, read_share, validate
 
 
@@ -35,7 +35,7 @@ class Evaluation:
         """Read this rank's held-out clips, so that bad ones are found before the first step."""
         held_out, together = self.training.held_out, self.training.machine.sequence_parallel
         assert held_out
-        row, rows = ranks.rank() // together, ranks.world() // together
+        row, rows = distributed.rank() // together, distributed.world() // together
         self._share = read_share(held_out, row, rows, self.training.reader_of(held_out.clips))
 
     def held_out(self, poll: Poll) -> dict[str, float]:

@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 
 from echolab.data.provenance import check_same_encoders
+from echolab.heartbeat import Beats
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training.callbacks import Steps
 from echolab.training.checkpoints.checkpoint import check_architecture, open_checkpoint
+from echolab.training.config import Intervals, Machine, Training
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.engine.apart import check_alone, check_apart
-from echolab.training.engine.memory import speed_up
+from echolab.training.engine.activation_checkpointing import speed_up
+from echolab.training.engine.frozen_checks import check_alone, check_apart
 from echolab.training.engine.strategies import cluster_environment, strategy_of
 from echolab.training.module import DiffusionModule
-from echolab.training.parts import Intervals, Machine, Training
 from echolab.training.quiet import quiet
-from echolab.training.sections import Beats
-from echolab.training.stopping import StopSignals
+from echolab.training.signals import StopSignals
 
 __all__ = ["FitResult", "Intervals", "Machine", "Training", "fit"]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from echolab.data.batch_sampler import Plan
 from echolab.data.ledger import (
     Attempt,
     LedgerWriter,
@@ -13,9 +14,8 @@ from echolab.data.ledger import (
     read_left_out,
     write_left_out,
 )
-from echolab.data.micro_batches import MicroBatch
-from echolab.data.plan import Plan
-from echolab.training import ranks
+from echolab.data.train_dataset import MicroBatch
+from echolab.training import distributed
 from echolab.training.datamodule import Feed, ShardDataModule
 from echolab.training.schedule import Skip
 from echolab.types import Draws
@@ -65,17 +65,17 @@ class StepLedger:
     ) -> None:
         """Begins an attempt; collective.  `skipped` is the schedule's."""
         feed = data.feed
-        number = ranks.from_first(next_attempt(folder) if ranks.rank() == 0 else 0)
+        number = distributed.from_first(next_attempt(folder) if distributed.rank() == 0 else 0)
         attempt = Attempt(
             attempt=number,
-            world=ranks.world() // feed.sequence_parallel,
+            world=distributed.world() // feed.sequence_parallel,
             first_step=first_step,
             clips=datasets_of(feed.clips.plan),
             pairs=datasets_of(feed.pairs.plan) if feed.pairs else [],
         )
         self._items: list[tuple[MicroBatch, list[str]]] = []
         self._writer = None if data.writer is None else LedgerWriter(folder, attempt, data.writer)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             known = {(batch.kind, batch.batch) for batch in read_left_out(folder)}
             news = (b for b in left_out(feed, skipped) if (b.kind, b.batch) not in known)
             write_left_out(folder, news)

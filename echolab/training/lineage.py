@@ -11,7 +11,7 @@ path is spelled, is no part of what a run is.  A checkpoint's state holds
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from echolab.data.micro_batches import Stock
+from echolab.data.train_dataset import Stock
 from echolab.errors import EcholabError
 from echolab.training.datamodule import Feed
 

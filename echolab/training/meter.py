@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from echolab.tasks.masks import TASKS
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.types import Loss
 
 
@@ -47,6 +47,6 @@ class Meter:
 def means(totals: dict[str, tuple[float, int]]) -> dict[str, float]:
     """(sum, count) by name to means over all ranks; names nobody met are left out.  Collective."""
     names = sorted(totals)
-    flat = ranks.sums([float(x) for name in names for x in totals[name]])
+    flat = distributed.sums([float(x) for name in names for x in totals[name]])
     pairs = zip(names, flat[::2], flat[1::2], strict=True)
     return {name: total / count for name, total, count in pairs if count}

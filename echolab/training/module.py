@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from echolab.data.micro_batches import MicroBatch
+from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.sigmas import draw
-from echolab.training.engine.sequence import SequenceSplit, neighbours
+from echolab.heartbeat import Beats
+from echolab.training.engine.sequence_parallel import SequenceSplit, neighbours
 from echolab.training.meter import Meter
-from echolab.training.sections import Beats
 from echolab.types import Draws, Loss, PreferencePair
 
 

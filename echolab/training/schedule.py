@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from echolab.data.micro_batches import Place
+from echolab.data.train_dataset import Place
 from echolab.errors import ConfigError
 
 KINDS = ("sft", "ndpo", "dpo")

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echolab.data.batches import collate_clips, read_clip
-from echolab.data.quarantine import Tolerant
+from echolab.data.bad_samples import Tolerant
+from echolab.data.collate import collate_clips, read_clip
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import Masters
+from echolab.training.engine.master_weights import Masters
 from echolab.types import Batch, Conditions, Draws
 
 Poll = Callable[[], None]  # called on all ranks at the same places; what it raises ends the work
@@ -189,7 +189,9 @@ def validate(
     both = torch.stack([averaged, raw])
     if not counts:
         both = torch.zeros_like(both)
-    whole = torch.tensor(ranks.sums(both.flatten().tolist()), dtype=torch.float64).view_as(both)
+    whole = torch.tensor(distributed.sums(both.flatten().tolist()), dtype=torch.float64).view_as(
+        both
+    )
     return means_of(whole[0], share.tasks, sigmas, AVERAGED) | means_of(
         whole[1], share.tasks, sigmas, RAW
     )

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError, SharedMemoryError, WorkerError
-from echolab.training.sections import stacks_of_environment
-from echolab.training.stopping import ignore_signals
+from echolab.heartbeat import stacks_of_environment
+from echolab.training.signals import ignore_signals
 
 SHARED = Path("/dev/shm")
 PREFETCHED = 2  # batches that a worker makes ahead: PyTorch's default

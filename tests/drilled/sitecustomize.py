@@ -16,7 +16,7 @@ from typing import Any
 SLOWED = {
     "echolab.training.checkpoints.writer": ("write_file", "ECHOLAB_DRILL_SAVE"),
     "echolab.training.validation": ("on_device", "ECHOLAB_DRILL_EVAL"),
-    "echolab.training.vote": ("of_step", "ECHOLAB_DRILL_STEP"),
+    "echolab.training.step_sync": ("of_step", "ECHOLAB_DRILL_STEP"),
 }
 
 

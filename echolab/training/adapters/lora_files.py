@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.data.files import write_whole
+from echolab.atomic_io import write_whole
 from echolab.errors import WeightsError
 from echolab.models.weights import AUDIO_PARTS
 from echolab.training.adapters.lora import TRAINED, Lora, adapted_layers

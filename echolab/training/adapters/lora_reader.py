@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from echolab.errors import WeightsError
-from echolab.models.names import to_diffusers
-from echolab.models.released import check_precision
+from echolab.models.loading import check_precision
+from echolab.models.state_dict import to_diffusers
 from echolab.training.adapters.lora import base_fingerprint
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

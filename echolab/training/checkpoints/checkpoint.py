@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from echolab.data.files import ABSENT, read_error, read_whole, retried
+from echolab.atomic_io import ABSENT, read_error, read_whole, retried
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.manifest import (
     MANIFEST,
@@ -37,7 +37,7 @@ from echolab.training.checkpoints.manifest import (
 )
 from echolab.training.checkpoints.schema import state_faults
 from echolab.training.engine.ema import EMA, POWER, Ema, part_names
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
 PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
 NAME = re.compile(r"step-(\d{6,})")

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from echolab.training import ranks
-from echolab.training.checkpoints.layout import File
-from echolab.training.engine.masters import Masters, values
+from echolab.training import distributed
+from echolab.training.checkpoints.shard_plan import File
+from echolab.training.engine.master_weights import Masters, values
 
 WINDOW = 1 << 25  # values that travel at once: 128 MiB
 
@@ -42,7 +42,7 @@ def _reduce(
     """The values first, first + 1, ... of a file: every rank adds its own to zeros."""
     last = min(first + WINDOW, file.numel)
     # As integers: 0 + x keeps every bit, of -0.0 and NaN too.
-    bits = torch.zeros(last - first, dtype=torch.int32, device=ranks.device())
+    bits = torch.zeros(last - first, dtype=torch.int32, device=distributed.device())
     for name, start in file.starts.items():
         for piece in masters.pieces_of(name):
             begin = start + piece.start
@@ -50,7 +50,7 @@ def _reduce(
             if low < high:
                 own = values(flats, piece)[low - begin : high - begin]
                 bits[low - first : high - first].copy_(own.view(torch.int32), non_blocking=True)
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         dist.reduce(bits, dst=file.writer)
     if into is not None:
         into[first:last].copy_(bits.view(torch.float32), non_blocking=True)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from echolab.data.files import ABSENT, read_error, read_whole, retried
+from echolab.atomic_io import ABSENT, read_error, read_whole, retried
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints import schema
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from echolab.data.provenance import check_same_encoders
 from echolab.errors import EcholabError
-from echolab.training import lineage, ranks
+from echolab.training import distributed, lineage
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
+from echolab.training.config import Training
 from echolab.training.datamodule import Feed
-from echolab.training.parity import REPORT, passed_before
-from echolab.training.parts import Training
+from echolab.training.export_check import REPORT, passed_before
 from echolab.training.schedule import Schedule
 
 
 def check_alike(agreed: str, identity: Mapping[str, Any], schedule: Mapping[str, Any]) -> None:
     """Raise EcholabError where ranks were given different settings; collective."""
-    if not ranks.agree(json.dumps([agreed, identity, schedule])):
+    if not distributed.agree(json.dumps([agreed, identity, schedule])):
         raise EcholabError("the ranks were given different settings; start them all alike")
 
 
@@ -31,8 +31,8 @@ def awaits_check(found: Checkpoint, training: Training) -> bool:
     if not training.parity or found.step < training.schedule.steps:
         return False
     run = training.folder
-    passed = ranks.from_first(int(passed_before(run, found.path) is True))
-    if not passed and ranks.rank() == 0:
+    passed = distributed.from_first(int(passed_before(run, found.path) is True))
+    if not passed and distributed.rank() == 0:
         print(
             f"echolab: {found.path}: all steps are done, but samples of its export were not let "
             f"pass yet ({run / REPORT}); they are compared again",

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from echolab.heartbeat import Beats
 from echolab.training.checkpoints.checkpoint import folder_of
 from echolab.training.checkpoints.writer import CheckpointWriter
-from echolab.training.sections import Beats
 
 SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
 

@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from echolab.data.files import FULL, described, retried, sync
+from echolab.atomic_io import FULL, described, retried, sync
 from echolab.errors import FencedError, SaveError, StorageError
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
+from echolab.training.checkpoints.disk_space import FACTOR, check_room
 from echolab.training.checkpoints.gather import gather, host_buffer
-from echolab.training.checkpoints.layout import ITEM, File, layout
 from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialise
 from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
-from echolab.training.checkpoints.room import FACTOR, check_room
+from echolab.training.checkpoints.shard_plan import ITEM, File, layout
 from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
 NICENESS = 10  # of the thread that writes
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
@@ -48,7 +48,7 @@ class Fault(NamedTuple):
     def raise_together(self) -> None:
         """Raise the first rank's fault on every rank; collective."""
         for kind, raised in ((SaveError, not self.passing), (StorageError, self.passing)):
-            ranks.raise_together(kind, self.words if raised else "")
+            distributed.raise_together(kind, self.words if raised else "")
 
 
 def fault_of(error: Exception) -> Fault:
@@ -104,13 +104,13 @@ class CheckpointWriter:
         self.seconds = 0.0  # of the longest save so far, what went on beside the training included
         parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
-        self.files = layout(self.shapes, parts, world=ranks.world(), shard_bytes=shard_bytes)
+        self.files = layout(self.shapes, parts, world=distributed.world(), shard_bytes=shard_bytes)
         self._snapshot = snapshot
         self._on_gpu = next(iter(masters.parameters.values())).is_cuda
         self._check = check
         # No two attempts write into one folder; a later one removes those of the earlier, so that
         # what is left of an attempt that was given up finds nothing to publish.
-        self._own = ranks.gather_text(secrets.token_hex(4))[0]
+        self._own = distributed.gather_text(secrets.token_hex(4))[0]
         self._retention = Retention(folder, keep, newest, check)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -147,7 +147,7 @@ class CheckpointWriter:
     def _on_first(self, work: Callable[[], object]) -> None:
         """Let rank 0 do it; what goes wrong is raised on every rank."""
         fault = Fault("", "")
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             try:
                 retried(work)
             except (OSError, SaveError) as error:
@@ -193,11 +193,13 @@ class CheckpointWriter:
         fault = ""
         try:
             for file in self.files:
-                if file.writer == ranks.rank() and file.name not in self._buffers:
+                if file.writer == distributed.rank() and file.name not in self._buffers:
                     self._buffers[file.name] = host_buffer(file, pinned=self._on_gpu)
         except RuntimeError as error:  # torch has no other name for it
-            fault = f"rank {ranks.rank()}: no host memory to save from ({error})".split("\n")[0]
-        ranks.raise_together(SaveError, fault)
+            fault = f"rank {distributed.rank()}: no host memory to save from ({error})".split("\n")[
+                0
+            ]
+        distributed.raise_together(SaveError, fault)
 
     def _flats(self, part: str) -> list[Tensor]:
         return self.ema.flats[part] if part in self.ema.flats else self.masters.flats(part)
@@ -211,13 +213,13 @@ class CheckpointWriter:
             # Linux counts niceness by thread: the steps that go on come first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             for file in self.files:
-                if file.writer == ranks.rank():
+                if file.writer == distributed.rank():
                     self._receipts[file.name] = self._write_tensors(file)
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 self._receipts[STATE] = write_file(self._partial / STATE, [state])
         except Exception as error:
             found = fault_of(error)
-            self._fault = found._replace(words=f"rank {ranks.rank()}: {found.words}")
+            self._fault = found._replace(words=f"rank {distributed.rank()}: {found.words}")
         self._spent += time.monotonic() - started
 
     def _write_tensors(self, file: File) -> Receipt:
@@ -237,9 +239,9 @@ class CheckpointWriter:
         self._thread = None
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
-        told = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+        told = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
         fault = next((f for one in told if (f := Fault(*one["fault"])).words), Fault("", ""))
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             try:
                 if not fault.words:
                     self._publish({name: r for one in told for name, r in one["files"].items()})

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.engine.masters import Masters
-from echolab.training.engine.profiles import exponent_of, newest_share
+from echolab.training.engine.master_weights import Masters
+from echolab.training.engine.posthoc_ema import exponent_of, newest_share
 
 EMA, POWER = "ema", "power-"  # names of parts: the second begins those of power profiles
 

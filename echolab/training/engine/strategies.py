@@ -17,9 +17,9 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from echolab.errors import ConfigError
+from echolab.training.engine.activation_checkpointing import compiler_missing
 from echolab.training.engine.machine import Machine, conflict
-from echolab.training.engine.masters import masters_of
-from echolab.training.engine.memory import compiler_missing
+from echolab.training.engine.master_weights import masters_of
 
 
 def refusal(machine: Machine) -> str | None:

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import ABSENT, append_text, read_whole, retried, sync, write_error
+from echolab.atomic_io import ABSENT, append_text, read_whole, retried, sync, write_error
 from echolab.errors import DataError
 from echolab.redaction import masked_values
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.schedule import Skip
 
 __all__ = ["EVENTS", "Event", "History", "Skip", "append", "read", "skips"]
@@ -87,8 +87,8 @@ class History:
     def __init__(self, folder: Path) -> None:
         """As rank 0 reads them: a shared disk shows a new line to some ranks late.  Collective."""
         self.folder = folder
-        own = read(folder) if ranks.rank() == 0 else []
-        told = ranks.gather_text(json.dumps([list(event) for event in own]))[0]
+        own = read(folder) if distributed.rank() == 0 else []
+        told = distributed.gather_text(json.dumps([list(event) for event in own]))[0]
         self.events = [Event(*event) for event in json.loads(told)]
 
     @property
@@ -98,7 +98,7 @@ class History:
 
     def add(self, step: int, kind: str, **told: Any) -> None:
         """An event that every rank knows of; every rank says it."""
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             self.events.append(append(self.folder, step, kind, **told))
         else:
             self.events.append(Event(len(self.events) + 1, time.time(), step, kind, told))

@@ -6,7 +6,7 @@ Only sections without collectives are compared: in the others the fast ranks wai
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from echolab.training import ranks
+from echolab.training import distributed
 
 OWN_PACE = ("data_wait", "forward")  # sections in which no rank waits for another
 STEP = ("data_wait", "forward", "backward", "optimizer", "vote")
@@ -74,12 +74,12 @@ class Stragglers:
         """
         own = [seconds[name] - self._last[name] for name in STEP]
         self.start(seconds)
-        world, rank, width = ranks.world(), ranks.rank(), len(STEP)
+        world, rank, width = distributed.world(), distributed.rank(), len(STEP)
         if world == 1:
             return {}, []
         flat = [0.0] * (world * width)
         flat[rank * width : (rank + 1) * width] = own
-        flat = ranks.sums(flat)
+        flat = distributed.sums(flat)
         rows = [flat[first : first + width] for first in range(0, len(flat), width)]
         return self.judge([dict(zip(STEP, row, strict=True)) for row in rows])
 

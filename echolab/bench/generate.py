@@ -1,0 +1,148 @@
+"""`echolab bench generate`: how long a video takes, by solver, steps and window."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from echolab.arguments import parse
+from echolab.bench.models import Inputs, draw_inputs, ours_net
+from echolab.bench.rows import Row, as_json, as_table, cost_of, peak_of, say
+from echolab.config.networks import architecture_of
+from echolab.diffusion.long_video import sample_windows
+from echolab.diffusion.pipeline import PRESETS, SOLVERS, Recipe, check_recipe
+from echolab.errors import ConfigError
+from echolab.models.attention import NAMES, attention_from, use_attention
+from echolab.models.transformer import EchoTransformer
+from echolab.training.engine.activation_checkpointing import compile_blocks
+
+FPS = 25
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Denoise a video with random weights, once for each solver, number of steps and window.
+
+    Encoders and the decoder are not in it.  Beside each time stands the length of the video, so
+    that the ratio tells how many times longer than the video its making takes.
+    """
+
+    model: str | None = field(
+        default=None, metadata={"help": "name of conf/model; none is demo, on a GPU the preview's"}
+    )
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where"})
+    recipe: Literal["demo", "preview", "flash"] | None = field(
+        default=None, metadata={"help": "guidance and levels; none is demo, on a GPU preview"}
+    )
+    frames: int | None = field(
+        default=None, metadata={"help": "4n+1; none is 49, on a GPU 125 (5 s)"}
+    )
+    height: int | None = field(default=None, metadata={"help": "none is 48, on a GPU 480"})
+    width: int | None = field(default=None, metadata={"help": "none is 48, on a GPU 832"})
+    solvers: tuple[str, ...] = field(
+        default=tuple(SOLVERS), metadata={"help": "of " + ", ".join(SOLVERS)}
+    )
+    steps: tuple[int, ...] = field(default=(8,), metadata={"ge": 1, "help": "numbers of steps"})
+    windows: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "frames at once, 4n+1; none is 25,49, on a GPU 81,125"}
+    )
+    precision: Literal["fp32", "bf16"] | None = field(
+        default=None, metadata={"help": "none is fp32, on a GPU bf16"}
+    )
+    branches: Literal["batch", "sequence"] = field(
+        default="batch",
+        metadata={"help": "of guidance: at once, or one by one"},
+    )
+    attention: str = field(default="auto", metadata={"help": "of " + ", ".join(NAMES)})
+    compile: bool = field(default=False, metadata={"help": "the blocks"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "of weights and inputs"})
+    format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    arguments = parse(GenerateArguments, argv, command="echolab bench generate")
+    rows = list(bench(arguments))
+    print(as_json(rows) if arguments.format == "json" else as_table(rows))
+
+
+def bench(arguments: GenerateArguments) -> Iterator[Row]:
+    """A row of time for each combination, one of memory for each window."""
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: no GPU here; take device=cpu")
+    wanted = recipes(arguments)
+    architecture = architecture_of(arguments.model or ("echomimicv3_preview" if on_gpu else "demo"))
+    usual = (125, 480, 832) if on_gpu else (49, 48, 48)
+    given = (arguments.frames, arguments.height, arguments.width)
+    size = tuple(u if g is None else g for g, u in zip(given, usual, strict=True))
+    inputs = draw_inputs(architecture, size, arguments.seed, arguments.device)
+    net = network(arguments, architecture)
+    half = (arguments.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
+    measured: set[int] = set()
+    for recipe in wanted:
+        name = f"{recipe.solver}/steps={recipe.steps}/window={recipe.window}"
+        say(f"measuring {name}")
+        run = Denoising(net, inputs, recipe, arguments.branches, half)
+        if recipe.window not in measured:  # solvers differ by a few copies of the latents
+            measured.add(recipe.window)
+            peak = peak_of(run.one_step, arguments.device)
+            yield Row(f"window={recipe.window}/peak_memory", peak / 2**20, "MiB")
+        length = size[0] / FPS
+        yield Row(f"{name}/time", cost_of(run, arguments.device).seconds, "s", "the video", length)
+
+
+def recipes(arguments: GenerateArguments) -> list[Recipe]:
+    """Every combination; ConfigError for those that cannot be."""
+    on_gpu = arguments.device == "cuda"
+    for solver in arguments.solvers:
+        if solver not in SOLVERS:
+            raise ConfigError(f"solvers={solver}: unknown; one of {', '.join(SOLVERS)}")
+    preset = PRESETS[arguments.recipe or ("preview" if on_gpu else "demo")]
+    windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
+    for window in windows:
+        if window // 4 + 1 <= preset.overlap:
+            least = 4 * preset.overlap + 1
+            raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
+    combinations = itertools.product(arguments.solvers, arguments.steps, windows)
+    return [
+        check_recipe(preset._replace(solver=solver, steps=steps, window=window))
+        for solver, steps, window in combinations
+    ]
+
+
+def network(arguments: GenerateArguments, architecture: dict[str, Any]) -> EchoTransformer:
+    """With first values, frozen; in bf16 on a GPU, as the release runs it."""
+    net = ours_net(architecture, arguments.seed, arguments.device).eval().requires_grad_(False)
+    if arguments.device == "cuda" and arguments.precision != "fp32":
+        net = net.bfloat16()
+    use_attention(net, attention_from(arguments.attention, arguments.device))
+    if arguments.compile:
+        compile_blocks(net, arguments.device)
+    return net
+
+
+class Denoising:
+    """One video by one recipe: a call makes it whole."""
+
+    def __init__(
+        self, net: EchoTransformer, inputs: Inputs, recipe: Recipe, branches: str, half: bool
+    ):
+        self.net, self.inputs, self.recipe, self.branches = net, inputs, recipe, branches
+        self.dtype = torch.bfloat16 if half else torch.float32
+
+    def _sample(self, recipe: Recipe) -> None:
+        told = self.inputs.told
+        sample_windows(
+            self.net, told, recipe, self.inputs.latents, negative=torch.zeros_like(told.text),
+            branches=self.branches, dtype=self.dtype,
+        )  # fmt: skip
+
+    def one_step(self) -> None:
+        """Its memory is that of any number; it also warms up."""
+        self._sample(self.recipe._replace(steps=1))
+
+    def __call__(self) -> None:
+        self._sample(self.recipe)

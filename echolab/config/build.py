@@ -1,0 +1,218 @@
+"""From the plain settings of conf/train.yaml to the objects that `fit` takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echolab.config.build_adapters import Adapted, adapted, reference_of
+from echolab.config.data_checks import check_base, check_checkpoints, check_held_out
+from echolab.config.networks import load_policy, load_start
+from echolab.config.origins import checkpoints_from, origins_from
+from echolab.data.batch_sampler import Order
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
+from echolab.diffusion.phases import (
+    FLAT,
+    PHDA,
+    PHDA_BY_PROGRESS,
+    Allocator,
+    KeepModalities,
+    PhaseSchedule,
+    ScaleModalities,
+    of_preferences,
+)
+from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import initialise
+from echolab.preference.settings import PreferenceSettings, checked
+from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
+from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verified
+from echolab.training.config import Intervals, Machine, Training, check_data
+from echolab.training.datamodule import HeldOut
+from echolab.training.guards.spikes import Guards
+from echolab.training.module import Optim
+from echolab.training.reference_model import Reference
+from echolab.training.schedule import Epoch, Schedule
+from echolab.training.signals import end_of_job, grace_from
+
+PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
+ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
+    "keep": KeepModalities,
+    "scale": ScaleModalities,
+}
+
+
+def phases_from(config: Mapping[str, Any]) -> Allocator:
+    """conf/phases"""
+    return ALLOCATORS[config["act"]](PHASES[config["schedule"]])
+
+
+def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
+    """conf/tasks; the curriculum of the checkpoint `origin` goes on unless it is to restart."""
+    stages = (
+        [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
+        if config["stages"]
+        else hard_to_easy(config["steps_per_stage"], config["order"])
+    )
+    curriculum = Curriculum(stages, config["momentum"], config["floor"])
+    if origin is None or config.get("restart"):
+        return curriculum
+    return curriculum.following(open_verified(origin).state["curriculum"])
+
+
+def schedule_from(config: Mapping[str, Any]) -> Schedule:
+    """conf/schedule"""
+    epochs = [Epoch(str(e["kind"]), int(e["steps"]), float(e["lr"])) for e in config["epochs"]]
+    return Schedule(epochs, cycles=config["cycles"], warmup=config["warmup"], decay=config["decay"])
+
+
+def objectives_from(
+    config: Mapping[str, Any], phases: Allocator, reference: Reference | None
+) -> dict[str, Any]:
+    """conf/preference; preference objectives only where there is a reference."""
+    objectives: dict[str, Any] = {"sft": Supervised(phases)}
+    if reference:
+        whole = of_preferences(phases)
+        wanted = checked(PreferenceSettings(**config))
+        factor = wanted.target_gradient_factor
+        objectives["ndpo"] = NegativePreference(whole, reference, wanted.beta, factor)
+        objectives["dpo"] = Preference(
+            whole,
+            reference,
+            wanted.beta,
+            loss_type=wanted.loss_type,
+            label_smoothing=wanted.label_smoothing,
+            anchor=wanted.anchor,
+            target_gradient_factor=factor,
+        )
+    return objectives
+
+
+def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoTransformer:
+    """conf/model, with released weights, or Wan's first values."""
+    if weights:
+        return load_start(Path(weights), config, seed)
+    net = EchoTransformer(**config)
+    initialise(net, torch.Generator().manual_seed(seed))
+    return net
+
+
+def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
+    """No dataset, one or several, opened: those that `key` of conf/data names."""
+    places: str | Sequence[str] = config[key] or []
+    named = [places] if isinstance(places, str) else places
+    cache, cache_gb = config["cache"], float(config["cache_gb"])
+    return [open_dataset(place, cache=cache, cache_gb=cache_gb) for place in named]
+
+
+def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
+    """conf/data, less what is held out: what `Training` takes of it."""
+    return {
+        "clips": datasets_from(config, "clips"),
+        "pairs": datasets_from(config, "pairs"),
+        "weights": config["weights"],
+        "pair_weights": config["pair_weights"],
+        "order": Order(
+            config["block"], config["buffer"], config["remainder"], config["token_budget"]
+        ),
+        "ledger": config["ledger"],
+        "skip_budget": float(config["skip_budget"]),
+        "accepts_changed_data": config.get("changed") == "accept",
+        "workers": config["workers"],
+    }
+
+
+def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
+    """The held-out part of conf/data."""
+    if not config["held_out"]:
+        return None
+    return HeldOut(
+        datasets_from(config, "held_out")[0],
+        at_most=config["held_out_clips"],
+        batch_size=config["held_out_batch_size"],
+        tasks=tuple(config["held_out_tasks"]),
+    )
+
+
+def check_together(
+    data: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    held_out: HeldOut | None,
+    checkpoints: Sequence[Path | None],
+) -> None:
+    """Raise DataError for datasets and checkpoints that must not meet in one run."""
+    clips, pairs = reading["clips"], reading["pairs"]
+    check_checkpoints(checkpoints, clips[0])
+    if held_out:
+        accepted = data.get("held_out_overlaps") == "accept"
+        check_held_out(held_out.clips, clips, pairs, accepted)
+
+
+def start_of(
+    config: Mapping[str, Any], initial: Path | None, seed: int
+) -> tuple[EchoTransformer, Adapted | None, Path | None]:
+    """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
+    if config["lora"]["targets"]:
+        own = adapted(config, initial, load_start)  # says it of a base that is not lora.start's
+        check_base(config["weights"], initial)
+        return own.net, own, None
+    if initial and open_checkpoint(initial).state.get("adapters"):
+        return load_policy(initial).requires_grad_(True), None, None
+    return net_from(config["model"], config["weights"], seed), None, initial
+
+
+def optim_from(config: Mapping[str, Any]) -> Optim:
+    """conf/optim"""
+    tuples = {key: tuple(config[key]) for key in ("betas", "ema_more", "ema_widths")}
+    return Optim(**{**config, **tuples})
+
+
+def data_from(
+    config: Mapping[str, Any], origin: Path | None, pinned: Path | None
+) -> dict[str, Any]:
+    """What is trained on and validated, and the curriculum over it, seen to fit the network."""
+    reading, held_out = reading_from(config["data"]), held_out_from(config["data"])
+    check_together(config["data"], reading, held_out, (origin, pinned))
+    curriculum = curriculum_from(config["tasks"], origin)
+    datasets = (reading["clips"], reading["pairs"], held_out)
+    check_data(*datasets, config["model"], curriculum, config["parity"])
+    return {**reading, "curriculum": curriculum, "held_out": held_out}
+
+
+def training_from(config: Mapping[str, Any], agreed: str) -> Training:
+    """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
+    schedule = schedule_from(config["schedule"])
+    phases = phases_from(config["phases"])
+    seed, prefers = int(config["seed"]), schedule.prefers
+    origin, pinned = checkpoints_from(config)
+    parts = data_from(config, origin, pinned)  # before weights are read
+    net, own, initial = start_of(config, origin, seed)
+    reference = reference_of(config, own, pinned) if prefers else None
+    return Training(
+        folder=Path(config["run"]),
+        agreed=agreed,
+        net=net,
+        architecture=config["model"],
+        **parts,
+        schedule=schedule,
+        objectives=objectives_from(config["preference"], phases, reference),
+        phases=phases,
+        reference=reference,
+        reference_checkpoint=pinned,
+        initial=initial,
+        origins=origins_from(config, origin, pinned),
+        adapters=own.record if own else None,
+        optim=optim_from(config["optim"]),
+        machine=Machine(**config["trainer"]),
+        batch_size=config["batch_size"],
+        micro_batch_size=config["micro_batch_size"],
+        shift=float(config["shift"]),
+        seed=seed,
+        every=Intervals(**config["every"]),
+        guards=Guards(**config["guards"]).check(),
+        host_memory_gb=config["host_memory_gb"],
+        parity=config["parity"],
+        grace=grace_from(config["grace"]),
+        job_ends=end_of_job(),
+    )

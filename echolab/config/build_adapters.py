@@ -1,0 +1,133 @@
+"""Adapted networks of the commands: built on a base that can be found again, and references on it.
+
+A checkpoint of adapters tells where their base came from and its fingerprint, so that every command
+that takes a checkpoint takes one of adapters too.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from echolab.errors import CheckpointError, ConfigError, WeightsError
+from echolab.models.frozen import Frozen
+from echolab.models.transformer import EchoTransformer
+from echolab.training.adapters.lora import (
+    TRAINED,
+    AdaptersOff,
+    AverageAdapters,
+    Lora,
+    add_adapters,
+    base_fingerprint,
+)
+from echolab.training.adapters.lora_base import Load, Origin, base_of, on_its_base
+from echolab.training.adapters.lora_files import (
+    audio_file_of,
+    load_trained,
+    save_adapters,
+    save_single_file,
+    trained_tensors,
+)
+from echolab.training.adapters.lora_reader import Adapters, read_adapters
+from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
+from echolab.training.reference_model import Reference
+
+
+class Adapted(NamedTuple):
+    """A network to train, and what its checkpoints tell of its adapters."""
+
+    net: EchoTransformer
+    lora: Lora
+    record: dict[str, Any]
+
+
+def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adapted:
+    """The network of conf/lora on the base of `weights` or `initial`, which may have adapters."""
+    told = {key: value for key, value in config["lora"].items() if key != "start"}
+    lora = Lora(**{**told, "targets": tuple(told["targets"])})
+    first = open_checkpoint(initial) if initial else None
+    weights = str(Path(config["weights"]).resolve()) if config["weights"] else None
+    origin = Origin(weights, str(initial.resolve()) if initial else None, int(config["seed"]))
+    adapters = first.state.get("adapters") if first else None
+    if adapters:
+        origin = Origin(**adapters["origin"])
+    net = base_of(config["model"], origin, load)
+    start = config["lora"]["start"]
+    given = read_adapters(Path(start), net) if start else None
+    add_adapters(net, lora, int(config["seed"]))
+    base = base_fingerprint(net)
+    record = {**lora._asdict(), "base": base, "origin": origin._asdict()}
+    if first and adapters:
+        check_adapters(first, record)
+        load_trained(net, first.tensors(EMA), str(first.path))
+    if given:
+        load_trained(net, _start(given, lora), str(given.source))
+    return Adapted(net, lora, record)
+
+
+def _start(given: Adapters, lora: Lora) -> dict[str, Tensor]:
+    """Return the adapters of a file by parameter name; WeightsError if they are not as `lora`."""
+    if given.changes:
+        raise WeightsError(
+            f"{given.source}: also changes {next(iter(given.changes))}, which is no adapter; "
+            "merge it into the weights that the run starts from"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, layer in given.layers.items():
+        alpha = layer.scale * layer.rank
+        for key, there, here in (("rank", layer.rank, lora.rank), ("alpha", alpha, lora.alpha)):
+            if not math.isclose(there, here, rel_tol=1e-6):
+                raise WeightsError(
+                    f"{given.source}: {key} of {name} is {there:g}, here {here:g}; "
+                    f"set lora.{key}={there:g}, and give adapters of one {key} in all layers"
+                )
+        tensors[f"{name}.lora_A.{TRAINED}.weight"] = layer.down
+        tensors[f"{name}.lora_B.{TRAINED}.weight"] = layer.up
+    return tensors
+
+
+def export_adapters(
+    checkpoint: Checkpoint, out: Path, load: Load, dtype: torch.dtype
+) -> list[Path]:
+    """Write the averaged adapters of a checkpoint and return the files.
+
+    A folder `out` is peft's, and beside it comes `out`.safetensors for diffusers and ComfyUI; an
+    `out` that ends in .safetensors is the latter alone.
+    """
+    if not checkpoint.state.get("adapters"):
+        raise CheckpointError(f"{checkpoint.path}: has no adapters; give a run with lora=attention")
+    alone = out.suffix == ".safetensors"
+    single = out if alone else out.with_name(f"{out.name}.safetensors")
+    for path in (single, audio_file_of(single)):
+        if path.exists():
+            raise ConfigError(f"{path}: already there; give another out=, or remove it")
+    net, lora, record = on_its_base(checkpoint, load)
+    tensors, layers = trained_tensors(net)
+    base = record["base"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = [] if alone else save_adapters(out, lora, tensors, layers, base, dtype)
+    return files + save_single_file(single, lora, tensors, base, dtype)
+
+
+def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | None) -> Reference:
+    """The reference of preference epochs, without a second copy of a base that is in memory.
+
+    For adapters: the base itself (`reference=base`), an earlier average or a checkpoint of adapters
+    on the same base; otherwise a network of its own.
+    """
+    state = open_checkpoint(pinned).state if pinned else {}
+    if own is None and (config["reference"] == "base" or state.get("adapters")):
+        raise ConfigError(
+            f"reference={config['reference']}: means adapters, and this run trains all weights; "
+            "give lora=attention as there, or a run without adapters"
+        )
+    if own and config["reference"] == "base":
+        return AdaptersOff(own.net)
+    if own and (pinned is None or state.get("adapters")):
+        if pinned:
+            check_adapters(open_checkpoint(pinned), own.record)
+        return AverageAdapters(own.net, own.lora)
+    return Frozen(EchoTransformer(**config["model"]))
