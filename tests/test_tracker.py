@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -303,3 +304,31 @@ def test_the_tracker_ends_with_the_process_that_logs(tmp_path: Path) -> None:
     wait_until(lambda: len(rows_of(tmp_path)) == STEPS + 2)
     assert recorded(tmp_path) == ALL[:STEPS]
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours + services))
+
+
+def test_a_tracker_that_still_opens_a_run_ends_with_the_process_that_logs(tmp_path: Path) -> None:
+    """`wandb.init` may hang for long, and would write into the folder of the next launch."""
+    (tmp_path / "wandb.py").write_text(
+        "import os, time\nfrom pathlib import Path\n"
+        "class Settings:\n    def __init__(self, **values): pass\n"
+        "def init(**values):\n"
+        "    Path(os.environ['OPENING']).write_text(str(os.getpid()))\n    time.sleep(1000)\n"
+    )
+    (tmp_path / "run").mkdir()
+    opening = tmp_path / "opening"
+    program = (
+        "import sys, time; from pathlib import Path; "
+        "from echolab.tracking.wandb_run import WandbRun; folder = Path(sys.argv[1]);"
+        "WandbRun(folder, project='tests', run_id='r-1', name='a', config={}, mode='offline');"
+        "time.sleep(1000)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OPENING": str(opening)},
+    )
+    wait_until(lambda: opening.exists() and opening.read_text())
+    process = Path("/proc", opening.read_text())
+    assert process.exists()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not process.exists())

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 
 STEP = "trainer/step"
 INIT_SECONDS = 30.0  # for a server to answer; wandb's own limit is 90 s
-LEAVE_SECONDS = 20.0  # to finish in, once the parent asked for it or is gone
+FINISH_SECONDS = 20.0  # to finish in, once the parent asked for it
+ORPHAN_SECONDS = 5.0  # to finish in, once the parent is gone: another launch may begin soon
 FLUSH_SECONDS = 2.0  # between two writes to the disk of what the service was sent; 15 by default
 POLL_SECONDS = 1.0  # between two checks that the parent is still there
 BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with heads of 7 bytes, in blocks
@@ -33,6 +34,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # wandb and its service print there
         os.dup2(null, stream)
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     lines = _lines(parent)
     about = json.loads(next(lines, "null"))
     if about is None:
@@ -70,7 +72,7 @@ class _Mirror:
                 break
             self._write(record)
         self.finishing = True
-        threading.Timer(LEAVE_SECONDS, os._exit, [1]).start()
+        threading.Timer(FINISH_SECONDS, os._exit, [1]).start()
         folder = Path(self.run.dir).parent
         try:
             self.run.finish(exit_code=exit_code)
@@ -113,6 +115,14 @@ class _Mirror:
 
     def _end(self) -> dict[str, Any]:
         return {"failed": self.failed, "fault": self.fault}
+
+
+def _exit_after(parent: int) -> None:
+    """Wait for the end of the parent, then end this process even if wandb still opens a run."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
 
 
 def _mode(asked: str) -> str:
