@@ -1,5 +1,7 @@
 """Spans to clips of 4n+1 frames: the length that the video encoder groups by fours."""
 
+from echolab.geometry import WAN
+
 
 def cut_span(first: int, last: int, frames: int, least: int) -> tuple[list[tuple[int, int]], int]:
     """Clips (first, after-last) of `frames` from the start of a span, and where they end.
@@ -10,7 +12,7 @@ def cut_span(first: int, last: int, frames: int, least: int) -> tuple[list[tuple
     while last - first >= frames:
         clips.append((first, first + frames))
         first += frames
-    rest = (last - first - 1) // 4 * 4 + 1
+    rest = WAN.frames(WAN.latent_frames(last - first))
     if last > first and rest >= least:
         clips.append((first, first + rest))
         first += rest
@@ -19,4 +21,4 @@ def cut_span(first: int, last: int, frames: int, least: int) -> tuple[list[tuple
 
 def is_clip_length(frames: int) -> bool:
     """4n+1, and long enough for one latent frame beside the first."""
-    return frames >= 5 and frames % 4 == 1
+    return frames > 1 and WAN.is_clip_length(frames)

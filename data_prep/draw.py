@@ -12,6 +12,7 @@ from echolab.atomic_io import prove_writable
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
 from echolab.data.shard_reader import ShardWriter
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 from echolab.progress import progress
 
 
@@ -49,10 +50,14 @@ def draw_dataset(options: DrawOptions, report: Callable[[int], None]) -> None:
     """Write the dataset; ConfigError for sizes that the network cannot take."""
     if options.clips < 1:
         raise ConfigError(f"clips={options.clips}: must be 1 or more")
-    if options.frames < 5 or options.frames % 4 != 1:
-        raise ConfigError(f"frames={options.frames}: must be 4n+1 and 5 or more, such as 25")
-    if options.size < 32 or options.size % 16:
-        raise ConfigError(f"size={options.size}: must be a multiple of 16 and 32 or more")
+    if options.frames < 5 or not WAN.is_clip_length(options.frames):
+        raise ConfigError(
+            f"frames={options.frames}: must be {WAN.clip_lengths} and 5 or more, such as 25"
+        )
+    if options.size < 32 or options.size % WAN.token_pixels:
+        raise ConfigError(
+            f"size={options.size}: must be a multiple of {WAN.token_pixels} and 32 or more"
+        )
     with ShardWriter(
         options.out, kind="raw", description={"source": "drawn", "seed": options.seed}
     ) as writer:

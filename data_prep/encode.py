@@ -132,6 +132,7 @@ def encode_dataset(
         out,
         kind="encoded",
         encoders=encoders.fingerprints,
+        geometry=encoders.geometry,
         description={"source": dataset.fingerprint},
     ) as writer:
         for i, key in enumerate(dataset.keys):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from data_prep.cut import is_clip_length
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 
 # What changes how the work is done or shown, and not what comes out.
 NOT_OF_THE_RESULT = ("source", "out", "weights", "workers", "stall_seconds", "format")
@@ -41,8 +42,9 @@ class RunOptions:
         for name, frames in (("frames", self.frames), ("min_frames", least)):
             if not is_clip_length(frames) or frames > self.frames:
                 raise ConfigError(f"{name}={frames}: give 4n+1, at least 5 and at most frames")
-        if self.size < 16 or self.size % 16:
-            raise ConfigError(f"size={self.size}: give a multiple of 16")
+        side = WAN.token_pixels
+        if self.size < side or self.size % side:
+            raise ConfigError(f"size={self.size}: give a multiple of {side}")
         if not 0 <= self.crf <= 51:
             raise ConfigError(f"crf={self.crf}: give 0 (lossless) to 51 (worst)")
         for name in ("detect_every", "samples_per_shard", "workers", "stall_seconds"):

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
+from echolab.geometry import WAN
 from echolab.vision.faces import Picture
 
 HEAD = 2.0  # side of the square around all face boxes of a clip, in their larger side
-MULTIPLE = 16  # pixels: 8 of the video encoder times 2 of the patches
+MULTIPLE = WAN.token_pixels  # of the sides of a clip
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in source pixels
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.errors import DataError
+from echolab.geometry import WAN
 
 Members = dict[str, bytes]
-
-SIDE = 16  # pixels of a token
 
 
 def open_raw(source: Path) -> ShardDataset:
@@ -46,9 +45,10 @@ def pixels_of(members: Members) -> Tensor:
     """[3, T, Y, X] in [-1, 1]; DataError where an encoder would drop frames or cut edges."""
     frames = torch.from_numpy(decode_mp4(members["mp4"]))
     count, height, width = frames.shape[:3]
-    if count % 4 != 1 or height % SIDE or width % SIDE:
+    side = WAN.token_pixels
+    if not WAN.is_clip_length(count) or height % side or width % side:
         raise DataError(
-            f"{count} frames of {height} x {width}; need 4n+1 frames and sides that are multiples "
-            f"of {SIDE}; cut the source again with `python -m data_prep run`"
+            f"{count} frames of {height} x {width}; need {WAN.clip_lengths} frames and sides that "
+            f"are multiples of {side}; cut the source again with `python -m data_prep run`"
         )
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1

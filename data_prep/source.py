@@ -34,6 +34,7 @@ from data_prep.pack import (
 )
 from echolab.data.media import FPS, RATE_HZ, Sound, read_sound
 from echolab.errors import MediaError
+from echolab.geometry import WAN
 from echolab.vision.faces import FaceDetector, FaceMesh, boxes, mouth_from_corners
 from echolab.vision.probe import Probe, probe
 from echolab.vision.track import SceneCuts, Track, Tracker
@@ -228,7 +229,9 @@ def _clips(
 def _too_short(grid: Grid, first: int, last: int, least: int, is_rest: bool) -> Refusal:
     count = last - first
     what = "what is left after the last clip" if is_rest else "a stretch with one sure face"
-    hint = f"; min_frames={(count - 1) // 4 * 4 + 1} would take it" if count >= 5 else ""
+    hint = (
+        f"; min_frames={WAN.frames(WAN.latent_frames(count))} would take it" if count >= 5 else ""
+    )
     reason = f"too short: {what} has {count} frames, a clip needs {least}{hint}"
     return Refusal(grid.seconds(first), grid.seconds(last), reason)
 

@@ -51,7 +51,11 @@ def _encode(
     description = {"source": dataset.fingerprint, **settings}
     with (
         ShardWriter(
-            out, kind="encoded", encoders=encoders.fingerprints, description=description
+            out,
+            kind="encoded",
+            encoders=encoders.fingerprints,
+            geometry=encoders.geometry,
+            description=description,
         ) as writer,
         progress("writing shards", len(dataset)) as advance,
     ):
@@ -74,9 +78,7 @@ def stages_of(encoders: Encoders) -> dict[str, Stage]:
         "text": lambda members: {"text": encoders.text(caption_of(members))},
         "image": lambda members: {"image": encoders.image(pixels_of(members)[:, 0])},
         "sound": sound,
-        "video": lambda members: encode_pixels(
-            encoders.video, pixels_of(members), *boxes_of(members)
-        ),
+        "video": lambda members: encode_pixels(encoders, pixels_of(members), *boxes_of(members)),
     }
 
 

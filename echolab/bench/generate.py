@@ -14,6 +14,7 @@ from echolab.config.networks import architecture_of
 from echolab.diffusion.long_video import sample_windows
 from echolab.diffusion.pipeline import PRESETS, SOLVERS, Recipe, check_recipe
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 from echolab.models.attention import NAMES, attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.training.engine.activation_checkpointing import compile_blocks
@@ -103,8 +104,8 @@ def recipes(arguments: GenerateArguments) -> list[Recipe]:
     preset = PRESETS[arguments.recipe or ("preview" if on_gpu else "demo")]
     windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
     for window in windows:
-        if window // 4 + 1 <= preset.overlap:
-            least = 4 * preset.overlap + 1
+        if WAN.latent_frames(window) <= preset.overlap:
+            least = WAN.frames(preset.overlap + 1)
             raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
     combinations = itertools.product(arguments.solvers, arguments.steps, windows)
     return [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError
+from echolab.geometry import geometry_of
 from echolab.models.flops import Shapes
 from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
@@ -38,25 +39,27 @@ def draw_inputs(
 ) -> Inputs:
     """Random inputs for (frames, height, width); raises ConfigError for sizes that cannot be."""
     frames, height, width = size
-    if frames < 1 or frames % 4 != 1:
-        raise ConfigError(f"frames={frames}: must be 4n+1; {max(frames // 4, 1) * 4 + 1} is one")
+    geometry = geometry_of(architecture)
+    if not geometry.is_clip_length(frames):
+        near = geometry.near_clip_length(frames)
+        raise ConfigError(f"frames={frames}: must be {geometry.clip_lengths}; {near} is one")
     for name, pixels in (("height", height), ("width", width)):
-        if pixels < 16 or pixels % 16:
-            raise ConfigError(f"{name}={pixels}: must be a multiple of 16 pixels")
+        if pixels < 1 or pixels % geometry.token_pixels:
+            side = geometry.token_pixels
+            raise ConfigError(f"{name}={pixels}: must be a multiple of {side} pixels")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    channels = architecture["out_channels"]
-    grid = ((frames - 1) // 4 + 1, height // 8, width // 8)
-    known = torch.zeros(1, 4, *grid, device=device)
+    channels, grid = geometry.channels, geometry.latent_grid(frames, height, width)
+    known = torch.zeros(1, geometry.time_stride, *grid, device=device)
     known[:, :, 0] = 1
     told = Conditions(
         text=draw(1, TEXT_TOKENS, architecture["text_dim"]),
         image=draw(1, IMAGE_TOKENS, architecture["image_dim"] or 1),
         audio=draw(1, *audio_shape(architecture, frames)),
-        face=torch.ones(1, height // 16 * (width // 16), device=device),
+        face=torch.ones(1, geometry.tokens(*grid[1:]), device=device),
         known=known,
         known_latents=draw(1, channels, *grid),
     )
@@ -102,7 +105,7 @@ def diffusers_net(net: EchoTransformer, architecture: Mapping[str, Any]) -> nn.M
     device = next(net.parameters()).device
     with torch.device(device):
         theirs: nn.Module = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=a["num_heads"],
+            patch_size=net.patch_size, num_attention_heads=a["num_heads"],
             attention_head_dim=a["dim"] // a["num_heads"], text_dim=a["text_dim"],
             in_channels=a["in_channels"], out_channels=a["out_channels"], freq_dim=a["freq_dim"],
             ffn_dim=a["ffn_dim"], num_layers=a["num_layers"], image_dim=a["image_dim"],

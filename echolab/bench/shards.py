@@ -18,6 +18,7 @@ from echolab.data.media import encode_tracks as encode_boxes
 from echolab.data.shard_reader import ShardDataset, ShardWriter
 from echolab.data.shuffle import epoch_order
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 from echolab.tasks.masks import TASKS
 
 TASK = "i2v"
@@ -30,15 +31,21 @@ CHUNK = 2**20
 def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     """One random encoded clip in fp16 of (frames, height, width) pixels."""
     frames, height, width = size
-    if frames % 4 != 1 or height % 16 or width % 16 or min(size) < 1:
-        raise ConfigError(f"{frames} frames of {width}x{height}: need 4n+1, and sides of 16")
+    side = WAN.token_pixels
+    if not WAN.is_clip_length(frames) or height % side or width % side or min(size) < 1:
+        lengths = WAN.clip_lengths
+        raise ConfigError(f"{frames} frames of {width}x{height}: need {lengths}, sides of {side}")
     generator = torch.Generator().manual_seed(seed)
-    places = ((frames + 3) // 4, height // 8, width // 8)
-    shapes: dict[str, tuple[int, ...]] = {"latents": (16, *places), "weight": (1, *places)}
+    places = WAN.latent_grid(frames, height, width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (WAN.channels, *places),
+        "weight": (1, *places),
+    }
     shapes |= {"text": TEXT, "image": IMAGE, "audio": (2 * frames, AUDIO)}
-    shapes["face"] = (places[1] * places[2] // 4,)
+    shapes["face"] = (WAN.tokens(*places[1:]),)
     for task in (task for task in TASKS if task != "t2v"):
-        shapes |= {f"known.{task}": (4, *places), f"known_latents.{task}": (16, *places)}
+        shapes |= {f"known.{task}": (WAN.time_stride, *places)}
+        shapes |= {f"known_latents.{task}": (WAN.channels, *places)}
     made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
     shares = (name for name in made if name == "weight" or name.startswith("known."))
     return made | {name: made[name].abs().clamp(max=1) for name in shares}

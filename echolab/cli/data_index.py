@@ -9,6 +9,7 @@ from echolab.arguments import parse
 from echolab.data.index import INDEX
 from echolab.data.index_tars import Indexed, index_folder
 from echolab.errors import DataError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.progress import progress
 
 LISTED = 3  # names shown of what was left out
@@ -31,7 +32,9 @@ class IndexArguments:
     )
     about: Path | None = field(
         default=None,
-        metadata={"help": "JSON with `encoders` and `description`, such as a dataset.json"},
+        metadata={
+            "help": "JSON with `encoders`, `geometry` and `description`, such as a dataset.json"
+        },
     )
     replace: bool = field(default=False, metadata={"help": "a dataset.json that differs"})
     workers: int | None = field(default=None, metadata={"help": "processes; none is one a core"})
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> int:
     """Index, and say what was found."""
     command = "echolab data index"
     arguments = parse(IndexArguments, argv, command=command, positional=("folder",))
-    encoders, description = told(arguments.about)
+    encoders, geometry, description = told(arguments.about)
     tars = sum(1 for _ in arguments.folder.glob("*.tar"))
     with progress("indexing shards", tars) as advance:
         found = index_folder(
@@ -50,6 +53,7 @@ def main(argv: list[str]) -> int:
             kind=arguments.kind,
             compounds=frozenset(member.lower() for member in arguments.members),
             encoders=encoders,
+            geometry=geometry,
             description=description,
             replace=arguments.replace,
             workers=arguments.workers,
@@ -62,19 +66,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def told(about: Path | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Encoders' fingerprints and the description, from a JSON file; raises DataError."""
+def told(about: Path | None) -> tuple[dict[str, str], LatentGeometry, dict[str, Any]]:
+    """Return encoders' fingerprints, geometry and description of a JSON file; raise DataError."""
     if about is None:
-        return {}, {}
+        return {}, WAN, {}
     try:
         content = json.loads(about.read_bytes())
         encoders, description = content.get("encoders", {}), content.get("description", {})
         named = all(isinstance(name, str) for name in encoders.values())
         if not named or not isinstance(description, dict):
             raise ValueError("encoders are name to fingerprint, description is an object")
-    except (OSError, ValueError, AttributeError) as error:
+        geometry = WAN._replace(**content.get("geometry", {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"about={about}: cannot be read ({error}); give a dataset.json") from error
-    return encoders, description
+    return encoders, geometry, description
 
 
 def summary(folder: Path, found: Indexed) -> dict[str, Any]:

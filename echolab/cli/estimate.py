@@ -20,6 +20,7 @@ from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.sizes import RELEASED
 from echolab.encoders.sizes import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
+from echolab.geometry import geometry_of
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import released_shapes
 from echolab.training.adapters.lora import Lora, add_adapters
@@ -84,16 +85,19 @@ class EstimateArguments:
         sides = {"height": self.height or (64 if demo else 480)}
         sides["width"] = self.width or (64 if demo else 832)
         frames = self.frames or (25 if demo else 81)
+        geometry = geometry_of(architecture_of(self.model))
         for name, pixels in sides.items():
-            if pixels < 16 or pixels % 16:
-                raise ConfigError(f"{name}={pixels}: must be a multiple of 16")
-        if frames < 1 or frames % 4 != 1:
-            raise ConfigError(f"frames={frames}: must be 4n + 1, such as 81")
+            if pixels < 1 or pixels % geometry.token_pixels:
+                side = geometry.token_pixels
+                raise ConfigError(f"{name}={pixels}: must be a multiple of {side}")
+        if not geometry.is_clip_length(frames):
+            near = geometry.near_clip_length(frames)
+            raise ConfigError(f"frames={frames}: must be {geometry.clip_lengths}, such as {near}")
         if clips < 1:
             raise ConfigError(f"micro_batch={clips}: must be 1 or more")
         tokens = (DEMO_TEXT_TOKENS, DEMO_IMAGE_TOKENS) if demo else (TEXT_TOKENS, IMAGE_TOKENS)
-        rows, columns = sides["height"] // 8, sides["width"] // 8
-        return Clip(clips, (frames - 1) // 4 + 1, rows, columns, *tokens)
+        grid = geometry.latent_grid(frames, sides["height"], sides["width"])
+        return Clip(clips, *grid, *tokens)
 
 
 class Plan(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from echolab.geometry import WAN
+
 MANY = 10**9  # more steps, clips or samples than any run has
 SPELLED = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's floats
 
@@ -68,7 +70,7 @@ class Model(Section):
     num_heads: Size = Field(description="heads of attention; twice as many must divide dim")
     num_layers: Size = Field(description="blocks")
     in_channels: Size = Field(
-        description="channels of the input: out_channels, or twice that and 4 with known pixels"
+        description="channels of the input: out_channels; with known pixels 2 x that + time_stride"
     )
     out_channels: Size = Field(description="channels of the latents")
     text_dim: Size = Field(description="width of the text features")
@@ -82,7 +84,13 @@ class Model(Section):
     )
     eps: Positive = Field(default=1e-6, description="added to variances by the norms")
     patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] = Field(
-        default=[1, 2, 2], description="latents of a token: frames, height, width"
+        default=[1, WAN.patch, WAN.patch], description="latents of a token: frames, height, width"
+    )
+    time_stride: Size = Field(
+        default=WAN.time_stride, description="frames of a latent frame, by the video autoencoder"
+    )
+    space_stride: Size = Field(
+        default=WAN.space_stride, description="pixels of a latent, by the video autoencoder"
     )
 
 

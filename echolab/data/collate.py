@@ -59,7 +59,7 @@ def read_sample(
     like = form_of(dataset)
 
     def take(pieces: Pieces) -> dict[str, Tensor]:
-        return take_sample(pieces, dataset.kind, like, wanted)
+        return take_sample(pieces, dataset.kind, like, wanted, dataset.geometry)
 
     return _take(dataset, i, "safetensors", take)
 
@@ -75,11 +75,14 @@ def form_of(dataset: ShardDataset) -> Shapes:
 
 
 def _first_good(dataset: ShardDataset) -> list[Shapes]:
+    def shapes(pieces: Pieces) -> Shapes:
+        return shapes_of(pieces, dataset.kind, dataset.geometry)
+
     found: list[Shapes] = []
     faults = []
     for i in range(min(len(dataset), TRIED)):
         try:
-            found.append(_take(dataset, i, "safetensors", lambda p: shapes_of(p, dataset.kind)))
+            found.append(_take(dataset, i, "safetensors", shapes))
         except FetchError:
             raise  # of a server, not of a sample
         except DataError as error:
@@ -134,7 +137,7 @@ def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     tensors = read_sample(dataset, i, (*needed, *posed))
     latents = tensors["latents"]
     if task == "t2v":  # given words (and sound), no picture at all
-        known = latents.new_zeros(4, *latents.shape[1:])
+        known = latents.new_zeros(dataset.geometry.time_stride, *latents.shape[1:])
         tensors["image"] = torch.zeros_like(tensors["image"])
         conditions = _one(tensors, known, torch.zeros_like(latents))
     else:

@@ -8,8 +8,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from echolab.errors import DataError
+from echolab.geometry import WAN, LatentGeometry
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)  # that are read; in 1 all latents are Wan's, and no geometry is named
 INDEX = "dataset.json"
 MEMBERS = ("mp4", "flac", "tracks.npz", "json", "safetensors")
 # Members that every sample of a kind has; other kinds ask for none.
@@ -18,6 +20,7 @@ REQUIRED = {
     "encoded": ("safetensors",),
     "preference": ("safetensors",),
 }
+LATENT_KINDS = ("encoded", "preference")  # whose dataset.json names a geometry
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # fits a plain tar header with any member name
 SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
 
@@ -44,15 +47,36 @@ class Sample(NamedTuple):
     members: Members
 
 
-def fingerprint(
-    kind: str, encoders: dict[str, str], shards: list[Any], samples: Iterable[Any]
-) -> str:
-    """Identity of a dataset: a hash of everything in dataset.json that decides what is read.
+def geometry_in(index: dict[str, Any]) -> LatentGeometry:
+    """Return the latents' geometry of a dataset.json, Wan's if it need not name one.
 
-    It is the sha256 of [FORMAT, kind, encoders, shards, samples] as JSON with sorted keys and no
-    spaces; samples are taken a few at a time, for there may be millions.
+    Raises LookupError, TypeError or ValueError if it is missing or is no geometry.
     """
-    digest = hashlib.sha256(_CANONICAL.encode([FORMAT, kind, encoders, shards, []])[:-2].encode())
+    if index["format"] == 1 or index["kind"] not in LATENT_KINDS:
+        return WAN
+    geometry = LatentGeometry(**index["geometry"])
+    if not all(type(size) is int and size >= 1 for size in geometry):
+        raise ValueError(f"geometry {index['geometry']}: sizes must be whole numbers above 0")
+    return geometry
+
+
+def fingerprint(
+    kind: str,
+    encoders: dict[str, str],
+    shards: list[Any],
+    samples: Iterable[Any],
+    geometry: LatentGeometry = WAN,
+) -> str:
+    """Return the identity of a dataset: a hash of all in dataset.json that decides what is read.
+
+    It is the sha256 of [1, kind, encoders, shards, samples] as JSON with sorted keys and no
+    spaces; samples are taken a few at a time, because there may be millions.  A geometry other than
+    Wan's stands before the kind, so that datasets of format 1 keep their identity and their order.
+    """
+    head = [1, kind, encoders, shards, []]
+    if geometry != WAN:
+        head.insert(1, geometry._asdict())
+    digest = hashlib.sha256(_CANONICAL.encode(head)[:-2].encode())
     between, rest = b"", iter(samples)
     while batch := list(islice(rest, BATCH)):
         digest.update(between + _CANONICAL.encode(batch)[1:-1].encode())
@@ -67,14 +91,19 @@ def encoded_index(
     description: dict[str, Any],
     shards: list[Any],
     samples: list[Any],
+    geometry: LatentGeometry = WAN,
 ) -> bytes:
-    """What dataset.json holds; shards and samples as dictionaries."""
+    """Return the bytes of dataset.json; shards and samples are dictionaries."""
+    has_latents = kind in LATENT_KINDS
     index = {
         "format": FORMAT,
         "kind": kind,
         "encoders": encoders,
+        **({"geometry": geometry._asdict()} if has_latents else {}),
         "description": description,
-        "fingerprint": fingerprint(kind, encoders, shards, samples),
+        "fingerprint": fingerprint(
+            kind, encoders, shards, samples, geometry if has_latents else WAN
+        ),
         "shards": shards,
         "samples": samples,
     }

@@ -29,6 +29,7 @@ from echolab.data.samples import TENSORS
 from echolab.data.tars import Passing, TarFault, TarMember, walk
 from echolab.data.validate_member import Undecodable, tensor_header
 from echolab.errors import DataError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.progress import Advance
 
 KINDS = ("raw", "encoded", "preference", "foreign")
@@ -141,6 +142,7 @@ def index_folder(
     kind: str | None = None,
     compounds: frozenset[str] = frozenset(),
     encoders: dict[str, str] | None = None,
+    geometry: LatentGeometry = WAN,
     description: dict[str, Any] | None = None,
     replace: bool = False,
     workers: int | None = 1,
@@ -166,7 +168,12 @@ def index_folder(
         samples = [sample for one in scans for sample in one.samples]
         fitting = [one for one in KINDS if one not in misfits] if samples else ["foreign"]
         data = encoded_index(
-            kind or fitting[0], dict(encoders or {}), dict(description or {}), shards, samples
+            kind or fitting[0],
+            dict(encoders or {}),
+            dict(description or {}),
+            shards,
+            samples,
+            geometry,
         )
         content = json.loads(data)
         written = _written(folder / INDEX, data, content, replace)

@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from echolab.data.index import BATCH, FORMAT, Members, Shard, fingerprint
+from echolab.data.index import BATCH, FORMATS, Members, Shard, fingerprint, geometry_in
 from echolab.data.names import SHARD_FILE, key_fault
 from echolab.errors import DataError
 
@@ -146,8 +146,11 @@ def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], Table]:
         text = data.decode()
         del data  # it may be large
         index, samples = _samples_apart(text)
-        if index["format"] != FORMAT:
-            raise DataError(f"{path}: format {index['format']}, this program reads {FORMAT}")
+        if index["format"] not in FORMATS:
+            raise DataError(
+                f"{path}: format {index['format']}, this program reads "
+                f"{' and '.join(map(str, FORMATS))}; make the dataset again"
+            )
         table = Table([_shard(**shard) for shard in index["shards"]])
         head = index["kind"], index["encoders"], index["shards"]
         if not isinstance(index["kind"], str):
@@ -156,7 +159,7 @@ def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], Table]:
             if not isinstance(index[name], dict):
                 raise ValueError(f"{name} is no object")
         checked = table.add(_with_good_keys(index["kind"], samples))
-        if fingerprint(*head, checked) != index["fingerprint"]:
+        if fingerprint(*head, checked, geometry_in(index)) != index["fingerprint"]:
             raise DataError(f"{path}: was changed after it was written; make the dataset again")
     except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error}); make the dataset again") from error

@@ -2,11 +2,13 @@
 
     encoded      latents [C, F, H, W]; for each task but t2v known.<task>, known_latents.<task>
     preference   chosen, rejected, known_latents [C, F, H, W]; known
-    both         text [L, D], image [N, D], face [P], weight [1, F, H, W], known [4, F, H, W],
+    both         text [L, D], image [N, D], face [P], weight [1, F, H, W], known [S, F, H, W],
                  audio [2 T, D], or Flash's [T, layers, D]
 
-F latent frames are T = 4 (F - 1) + 1 video frames, and P = (H / 2) (W / 2).  Batches are stacked,
-so all samples of a dataset have the shapes of its first ones.  `tensors.take_sample` checks values.
+F latent frames are T = S (F - 1) + 1 video frames, and P = (H / p) (W / p) tokens; the time
+stride S and the patch p are those of the dataset's geometry, 4 and 2 for Wan.  Batches are
+stacked, so all samples of a dataset have the shapes of its first ones.  `tensors.take_sample`
+checks values.
 """
 
 import json
@@ -16,23 +18,25 @@ from typing import Any
 
 from echolab.data.member_reader import Pieces
 from echolab.data.validate_member import Undecodable, tensor_header
+from echolab.geometry import WAN, LatentGeometry
 
 CONDITIONS = ("text", "image", "audio", "face", "weight")
 TENSORS = {
     "encoded": ("latents", *CONDITIONS),
     "preference": ("chosen", "rejected", "known", "known_latents", *CONDITIONS),
 }
-KNOWN_CHANNELS = 4
 TRIED, COMPARED = 100, 3  # of the first samples, at most; and the good ones that are enough
 
 Shapes = Mapping[str, Sequence[int]]
 Header = Mapping[str, tuple[str, list[int], int, int]]  # as `tensor_header` gives it
 
 
-def shapes_of(pieces: Pieces, kind: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(
+    pieces: Pieces, kind: str, geometry: LatentGeometry = WAN
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a sample's tensors by name; raise Undecodable if they do not fit."""
     shapes = {name: tuple(shape) for name, (_, shape, _, _) in header_of(pieces).items()}
-    check_shapes(kind, shapes)
+    check_shapes(kind, shapes, geometry)
     return shapes
 
 
@@ -58,7 +62,7 @@ def take_about(pieces: Pieces) -> dict[str, Any]:
     return about
 
 
-def check_shapes(kind: str, shapes: Shapes) -> None:
+def check_shapes(kind: str, shapes: Shapes, geometry: LatentGeometry = WAN) -> None:
     """Raise Undecodable unless the tensors of a sample of this kind are there and fit each other.
 
     Other kinds hold what they like.
@@ -70,9 +74,12 @@ def check_shapes(kind: str, shapes: Shapes) -> None:
         return
     main = "latents" if kind == "encoded" else "chosen"
     latents = tuple(shapes[main])
-    if len(latents) != 4 or min(latents) < 1 or latents[2] % 2 or latents[3] % 2:
-        raise Undecodable(f"tensor {main} {list(latents)}: must be [C, F, H, W], H and W even")
-    for name, wanted in _wanted(kind, latents, shapes):
+    patch = geometry.patch
+    if len(latents) != 4 or min(latents) < 1 or latents[2] % patch or latents[3] % patch:
+        raise Undecodable(
+            f"tensor {main} {list(latents)}: must be [C, F, H, W], H and W multiples of {patch}"
+        )
+    for name, wanted in _wanted(kind, latents, shapes, geometry):
         if name not in shapes:
             raise Undecodable(f"no tensor {name!r}")
         if tuple(shapes[name]) != wanted:
@@ -83,30 +90,25 @@ def check_shapes(kind: str, shapes: Shapes) -> None:
     for name in ("text", "image"):
         if len(shapes[name]) != 2 or min(shapes[name]) < 1:
             raise Undecodable(f"tensor {name} {list(shapes[name])}: must be [tokens, width]")
-    _check_audio(shapes["audio"], frames_of(latents[1]), main, latents)
-
-
-def frames_of(latent_frames: int) -> int:
-    """Return how many video frames so many latent frames are."""
-    return 4 * (latent_frames - 1) + 1
+    _check_audio(shapes["audio"], geometry.frames(latents[1]), main, latents)
 
 
 def _wanted(
-    kind: str, latents: tuple[int, ...], names: Collection[str]
+    kind: str, latents: tuple[int, ...], names: Collection[str], geometry: LatentGeometry
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield each tensor whose shape follows from that of the latents, and this shape."""
-    places = latents[1:]
-    yield "face", (places[1] // 2 * (places[2] // 2),)
+    places, mask_channels = latents[1:], geometry.time_stride
+    yield "face", (geometry.tokens(*places[1:]),)
     yield "weight", (1, *places)
     if kind == "preference":
         yield "rejected", latents
-        yield "known", (KNOWN_CHANNELS, *places)
+        yield "known", (mask_channels, *places)
         yield "known_latents", latents
     if "lips" in names:
         yield "lips", (1, *places)
     tasks = {name.partition(".")[2] for name in names if name.startswith(("known.", "known_lat"))}
     for task in sorted(tasks - {""}):
-        yield f"known.{task}", (KNOWN_CHANNELS, *places)
+        yield f"known.{task}", (mask_channels, *places)
         yield f"known_latents.{task}", latents
 
 

@@ -5,8 +5,9 @@ A key names a sample and has no dots; a sample is its members, each named by wha
     raw      mp4 (H.264, 25 fps, 4n+1 frames), flac (16 kHz mono), tracks.npz (boxes), json
     encoded  the same json, and safetensors in place of what it was made from
 
-dataset.json holds for each shard its sha256, bytes and number of samples, and for each sample its
-members' [offset, size, crc32]; its fingerprint is the hash of all that.  Nothing is unpickled.
+dataset.json holds the geometry of the latents, for each shard its sha256, bytes and number of
+samples, and for each sample its members' [offset, size, crc32]; its fingerprint is the hash of all
+that.  Nothing is unpickled.
 
 The folder may also lie behind an address: http(s)://, s3://, or what else fsspec knows.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from echolab.atomic_io import ABSENT, read_error, read_whole, retried
-from echolab.data.index import INDEX, Sample
+from echolab.data.index import INDEX, Sample, geometry_in
 from echolab.data.member_reader import Pieces
 from echolab.data.remote.cache import ShardCache, cache_folder
 from echolab.data.remote.download import Patience, fetch, pause
@@ -57,6 +58,7 @@ class ShardDataset:
         self.folder = folder
         self.kind: str = index["kind"]
         self.encoders: dict[str, str] = index["encoders"]
+        self.geometry = geometry_in(index)
         self.description: dict[str, Any] = index["description"]
         self.fingerprint: str = index["fingerprint"]
         self.shards, self.keys = table.shards, table.keys

@@ -22,6 +22,7 @@ from echolab.data.index import (
 )
 from echolab.data.tars import read_tar
 from echolab.errors import DataError
+from echolab.geometry import WAN, LatentGeometry
 
 MAX_SHARD_BYTES = 2 * 1024**3
 
@@ -70,6 +71,7 @@ class ShardWriter:
         *,
         kind: str,
         encoders: dict[str, str] | None = None,
+        geometry: LatentGeometry = WAN,
         samples_per_shard: int = 64,
         description: dict[str, Any] | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class ShardWriter:
             raise DataError(f"{folder}: kind {kind!r} x {samples_per_shard}: need a word and >= 1")
         self.folder, self.kind = Path(folder), kind
         self.encoders, self.description = dict(encoders or {}), dict(description or {})
+        self.geometry = geometry  # noted for kinds that hold latents
         self.samples_per_shard = samples_per_shard
         self._keys: set[str] = set()
         self._shards: list[Shard] = []
@@ -150,7 +153,9 @@ class ShardWriter:
             raise write_error(self._path(), error) from error
         shards = [shard._asdict() for shard in self._shards]
         samples = [sample._asdict() for sample in self._samples]
-        index = encoded_index(self.kind, self.encoders, self.description, shards, samples)
+        index = encoded_index(
+            self.kind, self.encoders, self.description, shards, samples, self.geometry
+        )
         write_whole(self.folder / INDEX, index)
 
     def _open(self, name: str) -> _Partial:

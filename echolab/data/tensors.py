@@ -10,6 +10,7 @@ from torch import Tensor
 from echolab.data.member_reader import CHUNK, Pieces
 from echolab.data.samples import Header, Shapes, check_like, check_shapes, header_of
 from echolab.data.validate_member import Undecodable
+from echolab.geometry import WAN, LatentGeometry
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,7 +29,11 @@ def take_fp32(pieces: Pieces, wanted: Collection[str] | None = None) -> dict[str
 
 
 def take_sample(
-    pieces: Pieces, kind: str, like: Shapes, wanted: Collection[str] | None = None
+    pieces: Pieces,
+    kind: str,
+    like: Shapes,
+    wanted: Collection[str] | None = None,
+    geometry: LatentGeometry = WAN,
 ) -> dict[str, Tensor]:
     """Return the tensors of a sample in fp32, by default all.
 
@@ -37,7 +42,7 @@ def take_sample(
     """
     header = header_of(pieces)
     shapes = {name: tuple(shape) for name, (_, shape, _, _) in header.items()}
-    check_shapes(kind, shapes)
+    check_shapes(kind, shapes, geometry)
     check_like(shapes, like)
     tensors = take_listed(pieces, header, wanted)
     for name, tensor in tensors.items():

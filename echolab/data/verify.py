@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from echolab.data.index import INDEX, Shard, missing_members
+from echolab.data.index import INDEX, Shard, geometry_in, missing_members
 from echolab.data.member_reader import Pieces
 from echolab.data.names import PARTIAL, dotted, split_file
 from echolab.data.parallel import processes, spread
@@ -22,6 +22,7 @@ from echolab.data.samples import COMPARED, TENSORS, TRIED, Shapes, shapes_of, ta
 from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
 from echolab.data.validate_member import Undecodable, content_fault
 from echolab.errors import DataError, printable
+from echolab.geometry import WAN, LatentGeometry
 from echolab.progress import Advance
 
 Place = tuple[int, int, int]  # offset, size, crc32
@@ -53,6 +54,7 @@ class _Look(NamedTuple):
     deep: bool
     kind: str  # of the dataset
     form: Shapes  # that all samples of it must have
+    geometry: LatentGeometry = WAN  # of its latents
 
 
 class _Shard:
@@ -114,7 +116,9 @@ def find_faults(
     found += _other_files(folder, {shard.name for shard in table.shards})
     count = processes(workers, [shard.bytes for shard in table.shards])
     results: dict[int, list[Fault]] = {}
-    look = _Look(deep, kind, _form(folder, table, kind) if deep and kind in TENSORS else {})
+    geometry = geometry_in(index)
+    form = _form(folder, table, kind, geometry) if deep and kind in TENSORS else {}
+    look = _Look(deep, kind, form, geometry)
     shards = _shards(table, kind == "foreign")
     for number, result in spread(partial(_shard_faults, folder, look), shards, count):
         results[number] = result
@@ -158,7 +162,7 @@ def _other_files(folder: Path, named: set[str]) -> list[Fault]:
     return [Fault(name, f"not listed in {INDEX}", 0) for name in extra]
 
 
-def _form(folder: Path, table: Table, kind: str) -> Shapes:
+def _form(folder: Path, table: Table, kind: str, geometry: LatentGeometry) -> Shapes:
     """Return the shapes that all samples must have, as training finds them."""
     found: list[Shapes] = []
     for i in range(min(len(table), TRIED)):
@@ -166,7 +170,8 @@ def _form(folder: Path, table: Table, kind: str) -> Shapes:
         try:
             with (folder / table.shards[table.shard_of(i)].name).open("rb") as file:
                 if place:
-                    found.append(shapes_of(Pieces(file.fileno(), *place[:2]), kind))
+                    pieces = Pieces(file.fileno(), *place[:2])
+                    found.append(shapes_of(pieces, kind, geometry))
         except (OSError, Undecodable):
             continue
         if len(found) == COMPARED:
@@ -258,7 +263,7 @@ def _fault_within(pieces: Pieces, member: str, look: _Look) -> str | None:
         else:
             from echolab.data.tensors import take_sample  # and torch, only for a deep look
 
-            take_sample(pieces, look.kind, look.form)
+            take_sample(pieces, look.kind, look.form, geometry=look.geometry)
     except Undecodable as error:
         return f"cannot be trained on ({error})"
     return None

@@ -10,23 +10,33 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
+from echolab.geometry import WAN, LatentGeometry
 
 
-def chunk_spans(frames: int, size: int, overlap: int, fill: bool = False) -> list[tuple[int, int]]:
+def chunk_spans(
+    frames: int, size: int, overlap: int, fill: bool = False, geometry: LatentGeometry = WAN
+) -> list[tuple[int, int]]:
     """(start, stop) in frames of chunks that cover a video; each is 4n + 1 frames long.
 
     All are `size` long but the last, which ends with the video or up to three frames later, and is
     `size` long too where `fill`.  chunk_spans(229, 113, 8) = [(0, 113), (105, 218), (210, 231)].
     """
-    if size % 4 != 1:
-        raise ConfigError(f"window={size}: must be 4n+1 frames; {size // 4 * 4 + 1} is one")
+    check_clip_length("window", size, geometry)
     if not 1 <= overlap < size:
         raise ConfigError(f"overlap={overlap}: must be 1 or more and below the window's {size}")
     starts = [0]
     while starts[-1] + size < frames:
         starts.append(starts[-1] + size - overlap)
-    last = size if fill else -(-(frames - starts[-1] - 1) // 4) * 4 + 1
+    left = geometry.covering_latent_frames(frames - starts[-1])
+    last = size if fill else geometry.frames(left)
     return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]
+
+
+def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
+    """Raise ConfigError unless a setting in frames fills its latent frames."""
+    if not geometry.is_clip_length(frames):
+        near = geometry.near_clip_length(frames)
+        raise ConfigError(f"{name}={frames}: must be {geometry.clip_lengths} frames; {near} is one")
 
 
 def cross_fade(before: Tensor, after: Tensor, overlap: int) -> Tensor:

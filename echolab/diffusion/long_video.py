@@ -9,12 +9,13 @@ from echolab.diffusion.pipeline import SOLVERS, Recipe, sigmas_of, velocity_of
 from echolab.diffusion.sampling import OnStep
 from echolab.diffusion.teacache import Net, branch_of
 from echolab.diffusion.windows import window_conditions, windowed, windows
+from echolab.geometry import WAN, LatentGeometry
 from echolab.types import Conditions
 
 
-def window_latents(recipe: Recipe) -> int:
-    """Latent frames of a window."""
-    return (recipe.window - 1) // 4 + 1
+def window_latents(recipe: Recipe, geometry: LatentGeometry = WAN) -> int:
+    """Return the latent frames of a window."""
+    return geometry.latent_frames(recipe.window)
 
 
 @torch.no_grad()
@@ -36,7 +37,8 @@ def sample_windows(
     negative text; `branches` is a key of `guidance.RUNS`; `told` gives the conditions of latent
     frames [start, stop).
     """
-    spans = windows(noise.shape[2], window_latents(recipe), recipe.overlap)
+    geometry = WAN._replace(time_stride=conditions.known.shape[1])
+    spans = windows(noise.shape[2], window_latents(recipe, geometry), recipe.overlap)
     velocities = [
         velocity_of(
             branch_of(net, f"window {start}"), told(conditions, start, stop),

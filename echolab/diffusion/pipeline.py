@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from echolab.diffusion.chunks import check_clip_length
 from echolab.diffusion.flow import to_timesteps
 from echolab.diffusion.guidance import (
     RUNS,
@@ -21,6 +22,7 @@ from echolab.diffusion.sigmas import GRIDS
 from echolab.diffusion.solvers import sample_dpmpp, sample_unipc
 from echolab.diffusion.teacache import Net
 from echolab.errors import ConfigError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.types import Conditions
 
 SOLVERS: dict[str, Solver] = {
@@ -75,7 +77,7 @@ FLASH = Recipe(
 PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
 
-def check_recipe(recipe: Recipe) -> Recipe:
+def check_recipe(recipe: Recipe, geometry: LatentGeometry = WAN) -> Recipe:
     """The recipe itself; ConfigError where a number of it cannot be."""
     if recipe.steps < 1:
         raise ConfigError(f"steps={recipe.steps}: must be 1 or more")
@@ -84,9 +86,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
     for name in ("text_scale", "audio_scale", "negative_scale"):
         if not math.isfinite(getattr(recipe, name)):
             raise ConfigError(f"{name}={getattr(recipe, name)}: must be a number")
-    if recipe.window % 4 != 1:
-        near = recipe.window // 4 * 4 + 1
-        raise ConfigError(f"window={recipe.window}: must be 4n+1 frames; {near} is one")
+    check_clip_length("window", recipe.window, geometry)
     if recipe.text_scale < 0 or recipe.audio_scale < 0 or recipe.negative_steps < 0:
         raise ConfigError(
             f"text_scale={recipe.text_scale}, audio_scale={recipe.audio_scale}, "

@@ -57,10 +57,12 @@ def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditio
     is three frames more than the window has, but its last latent frame hears them; one entry a
     frame (Flash) is cut to the window's 4 (n - 1) + 1 frames.
     """
-    count, latent_frames = stop - start, conditions.known.shape[2]
-    per_frame = conditions.audio.shape[1] // (4 * (latent_frames - 1) + 1)
-    frames = 4 * count if per_frame > 1 else 4 * (count - 1) + 1
-    first = 4 * start * per_frame
+    # A mask has one channel for each frame of a latent frame.
+    stride, latent_frames = conditions.known.shape[1:3]
+    count = stop - start
+    per_frame = conditions.audio.shape[1] // (stride * (latent_frames - 1) + 1)
+    frames = stride * count if per_frame > 1 else stride * (count - 1) + 1
+    first = stride * start * per_frame
     own = conditions.known.transpose(0, 2).flatten(1).any(1)  # [F] which frames hold known pixels
     # More than one known frame at the beginning, such as a clip to go on from, stays there.
     takes_own = own[start:stop] | own[:count]

@@ -16,7 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-FRAMES, SIDE = 4, 8  # a patch, in frames and in pixels
+from echolab.geometry import WAN, LatentGeometry
+
+FRAMES, SIDE = WAN.time_stride, WAN.space_stride  # a patch, in frames and in pixels
 PATCH_VALUES = 3 * FRAMES * SIDE**2
 
 
@@ -74,6 +76,11 @@ class CausalAutoencoder(nn.Module):
                 nn.init.zeros_(parameter)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+
+    @property
+    def geometry(self) -> LatentGeometry:
+        """Wan's strides, with the channels of this network."""
+        return WAN._replace(channels=len(self.mean))
 
     @torch.no_grad()
     def fit_basis(self, pixels: Tensor) -> None:

@@ -13,6 +13,7 @@ from echolab.encoders.demo_audio import encode_sound
 from echolab.encoders.demo_image import encode_picture
 from echolab.encoders.demo_text import encode_words
 from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.geometry import WAN, LatentGeometry
 from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
 
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there
@@ -34,6 +35,7 @@ class Encoders(NamedTuple):
     image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without a picture
     audio: Callable[[Tensor, int], Tensor]  # samples, frames -> [2 T, D]; Flash: [T, layers, D]
     fingerprints: dict[str, str]
+    geometry: LatentGeometry = WAN
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -47,19 +49,22 @@ def demo_encoders(video: CausalAutoencoder) -> Encoders:
     """The stand-ins around a fitted autoencoder."""
     names = {"text": "word-pairs-32", "image": "patches-16", "audio": "log-mel-5x40"}
     return Encoders(
-        video, encode_words, encode_picture, encode_sound, {"video": fingerprint(video), **names}
-    )
+        video, encode_words, encode_picture, encode_sound,
+        {"video": fingerprint(video), **names}, video.geometry,
+    )  # fmt: skip
 
 
-def covered(boxes: Tensor, height: int, width: int) -> Tensor:
-    """The share of each latent's four frames in which boxes [T, 4] touch it: [1, F, H, W]."""
-    rows, columns = torch.arange(height) * 8 + 4, torch.arange(width) * 8 + 4  # centres in pixels
+def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
+    """Return the share of each latent's frames in which boxes [T, 4] touch it: [1, F, H, W]."""
+    side, stride = geometry.space_stride, geometry.time_stride
+    half = side // 2
+    rows, columns = torch.arange(height) * side + half, torch.arange(width) * side + half  # centers
     x0, y0, x1, y1 = (boxes[:, None, k] for k in range(4))
-    inside_y = ((rows >= y0 - 4) & (rows <= y1 + 4)).float()  # [T, H]
-    inside_x = ((columns >= x0 - 4) & (columns <= x1 + 4)).float()  # [T, W]
+    inside_y = ((rows >= y0 - half) & (rows <= y1 + half)).float()  # [T, H]
+    inside_x = ((columns >= x0 - half) & (columns <= x1 + half)).float()  # [T, W]
     frames = inside_y[:, :, None] * inside_x[:, None, :]
-    fours = torch.cat([frames[:1].expand(4, -1, -1), frames[1:]])
-    return rearrange(fours, "(f k) h w -> f k h w", k=4).mean(1)[None]
+    groups = torch.cat([frames[:1].expand(stride, -1, -1), frames[1:]])
+    return rearrange(groups, "(f k) h w -> f k h w", k=stride).mean(1)[None]
 
 
 def emphasis(face: Tensor, lips: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ def encode_clip(
 ) -> dict[str, Tensor]:
     """The tensors of one encoded sample: pixels [3, T, Y, X] in [-1, 1], sound at 16 kHz."""
     return {
-        **encode_pixels(encoders.video, pixels, face, lips),
+        **encode_pixels(encoders, pixels, face, lips),
         "text": encoders.text(caption),
         "image": encoders.image(pixels[:, 0]),
         "audio": encoders.audio(samples, pixels.shape[1]),
@@ -83,7 +88,7 @@ def encode_clip(
 
 @torch.no_grad()
 def encode_pixels(
-    video: Autoencoder, pixels: Tensor, face: Tensor, lips: Tensor
+    encoders: Encoders, pixels: Tensor, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
     """What is seen of a clip [3, T, Y, X]: latents, known latents a task, face, weight and lips.
 
@@ -97,15 +102,17 @@ def encode_pixels(
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
     views = torch.stack([moving, *(grey_out(moving, known[task]) for task in tasks)])
-    latents = video.encode(rearrange(views, "n t c y x -> n c t y x"))
-    lip_cover = covered(lips, height // 8, width // 8)
+    latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
+    geometry = encoders.geometry
+    size = geometry.latent_size(height, width)
+    lip_cover = covered(lips, *size, geometry)
     tensors = {
         "latents": latents[0],
-        "face": face_tokens(face, height // 8, width // 8),
-        "weight": emphasis(covered(face, height // 8, width // 8), lip_cover),
+        "face": face_tokens(face, *size, geometry),
+        "weight": emphasis(covered(face, *size, geometry), lip_cover),
         "lips": lip_cover,
     }
     for place, task in enumerate(tasks, start=1):
-        tensors[f"known.{task}"] = latent_known(known[task])
+        tensors[f"known.{task}"] = latent_known(known[task], geometry)
         tensors[f"known_latents.{task}"] = latents[place]
     return tensors

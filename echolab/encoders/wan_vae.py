@@ -21,9 +21,10 @@ from echolab.encoders.files import (
     take_over,
 )
 from echolab.errors import WeightsError
+from echolab.geometry import WAN
 
-CHANNELS = 16
-WHAT = "the VAE of Wan 2.1 (16 channels)"
+CHANNELS = WAN.channels
+WHAT = f"the VAE of Wan 2.1 ({CHANNELS} channels)"
 
 _TOP = {
     "conv1.": "quant_conv.",

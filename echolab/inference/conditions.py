@@ -12,8 +12,6 @@ from echolab.inference.inputs import Footage
 from echolab.tasks.masks import face_tokens, grey_out, latent_known
 from echolab.types import Conditions
 
-CHANNELS = 16  # of the latents, of the Wan VAE and its stand-in
-
 
 class Scene(NamedTuple):
     """Everything that a video of T = 4n + 1 frames, or a chunk of it, is made from."""
@@ -49,6 +47,7 @@ def encode_scene(
 ) -> Scene:
     """The features of a whole video, encoded at once; None for no sound and for no negative."""
     _, frames, height, width = footage.pixels.shape
+    geometry = encoders.geometry
     # One encoder after another: where memory is short each makes room for the next.
     said = encoders.text(prompt)
     unsaid = None if negative is None else encoders.text(negative)[None]
@@ -63,7 +62,7 @@ def encode_scene(
         image=image,
         audio=torch.zeros_like(audio) if samples is None else audio,
         samples=None if samples is None else padded,
-        face=face_tokens(footage.face, height // 8, width // 8),
+        face=face_tokens(footage.face, *geometry.latent_size(height, width), geometry),
         pixels=footage.pixels,
         known=footage.known,
     )
@@ -76,12 +75,12 @@ def conditions_of(encoders: Encoders, scene: Scene, device: torch.device) -> Con
     Where no pixel is known the known latents are zeros, not those of a grey video (the released
     pipeline, 629-633).
     """
-    known = latent_known(scene.known)
+    known = latent_known(scene.known, encoders.geometry)
     if scene.known.any():
         moving = grey_out(rearrange(scene.pixels, "c t y x -> t c y x"), scene.known)
         latents = encoders.video.encode(rearrange(moving, "t c y x -> 1 c t y x"))
     else:
-        latents = known.new_zeros(1, CHANNELS, *known.shape[1:])
+        latents = known.new_zeros(1, encoders.geometry.channels, *known.shape[1:])
     told = Conditions(
         text=scene.text[None], image=scene.image[None], audio=scene.audio[None],
         face=scene.face[None], known=known[None], known_latents=latents,
@@ -97,6 +96,7 @@ def heard_alone(encoders: Encoders, scene: Scene, start: int, stop: int) -> Tens
     """
     if scene.samples is None:
         return None
-    frames = 4 * (stop - start - 1) + 1
-    part = scene.samples[4 * start * SAMPLES_PER_FRAME :][: frames * SAMPLES_PER_FRAME]
+    frames = encoders.geometry.frames(stop - start)
+    first = encoders.geometry.time_stride * start
+    part = scene.samples[first * SAMPLES_PER_FRAME :][: frames * SAMPLES_PER_FRAME]
     return encoders.audio(part, frames)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from echolab.diffusion.pipeline import PRESETS, Recipe, check_recipe
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 from echolab.tasks.masks import TASKS
 
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
@@ -170,8 +171,10 @@ class GenerateArguments:
             raise ConfigError("width= and height= go together; give both, or size=")
         for name in ("size", "width", "height"):
             side = getattr(self, name)
-            if side is not None and (side < 32 or side % 16):
-                raise ConfigError(f"{name}={side}: must be a multiple of 16, and 32 or more")
+            if side is not None and (side < 32 or side % WAN.token_pixels):
+                raise ConfigError(
+                    f"{name}={side}: must be a multiple of {WAN.token_pixels}, and 32 or more"
+                )
         for name in ("face", "box"):
             box = getattr(self, name)
             if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):

@@ -14,7 +14,8 @@ from echolab.diffusion.sigmas import draw
 from echolab.diffusion.teacache import WAN_1B3, CachePlan, Net, step_cached
 from echolab.diffusion.windows import window_conditions, windows
 from echolab.encoders.encode import Encoders
-from echolab.inference.conditions import CHANNELS, Scene, conditions_of, heard_alone
+from echolab.geometry import WAN, LatentGeometry
+from echolab.inference.conditions import Scene, conditions_of, heard_alone
 from echolab.types import Conditions
 
 
@@ -35,24 +36,27 @@ class Renderer(NamedTuple):
 Advance = Callable[[int, str], None]
 
 
-def spans_of(frames: int, recipe: Recipe, long: str) -> list[tuple[int, int]]:
+def spans_of(
+    frames: int, recipe: Recipe, long: str, geometry: LatentGeometry = WAN
+) -> list[tuple[int, int]]:
     """The windows (in latent frames) or the chunks (in frames) of a video."""
     if long == "chunks":
-        return chunk_spans(frames, recipe.window, recipe.overlap, recipe.by_clip)
-    size, needed = window_latents(recipe), -(-(frames - 1) // 4) + 1
+        return chunk_spans(frames, recipe.window, recipe.overlap, recipe.by_clip, geometry)
+    size = window_latents(recipe, geometry)
+    needed = geometry.covering_latent_frames(frames)
     spans = windows(needed, size, recipe.overlap)
     return windows(spans[-1][0] + size, size, recipe.overlap) if recipe.by_clip else spans
 
 
-def frames_of(frames: int, recipe: Recipe, long: str) -> int:
+def frames_of(frames: int, recipe: Recipe, long: str, geometry: LatentGeometry = WAN) -> int:
     """How many frames are made for a video of `frames`: 4n + 1, and what `by_clip` adds."""
-    stop = spans_of(frames, recipe, long)[-1][1]
-    return stop if long == "chunks" else 4 * (stop - 1) + 1
+    stop = spans_of(frames, recipe, long, geometry)[-1][1]
+    return stop if long == "chunks" else geometry.frames(stop)
 
 
-def steps_of(frames: int, recipe: Recipe, long: str) -> int:
+def steps_of(frames: int, recipe: Recipe, long: str, geometry: LatentGeometry = WAN) -> int:
     """Steps to show progress by."""
-    chunks = len(spans_of(frames, recipe, long)) if long == "chunks" else 1
+    chunks = len(spans_of(frames, recipe, long, geometry)) if long == "chunks" else 1
     return chunks * recipe.steps
 
 
@@ -72,7 +76,7 @@ def render_part(
 ) -> Tensor:
     """Pixels [3, T, Y, X] of one scene or chunk; `number` tells their noises apart."""
     told = conditions_of(renderer.encoders, scene, renderer.device)
-    shape = (CHANNELS, *told.known.shape[2:])
+    shape = (renderer.encoders.geometry.channels, *told.known.shape[2:])
     noise = draw(["clip"], shape, seed=renderer.seed, epoch=0, draw_index=number).noise
 
     def told_alone(whole: Conditions, start: int, stop: int) -> Conditions:
@@ -104,7 +108,8 @@ def render_chunks(renderer: Renderer, scene: Scene, advance: Advance) -> Tensor:
     def on_step(step: int) -> None:
         advance(len(chunks) * recipe.steps + step + 1, "")
 
-    for start, stop in chunk_spans(len(scene.known), recipe.window, recipe.overlap, recipe.by_clip):
+    geometry = renderer.encoders.geometry
+    for start, stop in spans_of(len(scene.known), recipe, "chunks", geometry):
         before = chunks[-1][:, -recipe.overlap :] if chunks else None
         part = scene.chunk(start, stop, before)
         chunks.append(render_part(renderer, single, part, len(chunks), on_step))

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echolab.geometry import WAN
+
 WINDOW = 17  # tokens that a latent frame hears
-STRIDE = 8  # tokens of a latent frame
+TOKENS_PER_FRAME = 2  # of a video frame
 LEAD = 11  # tokens heard before the first of latent frame 0
 
 REACH = 2  # Flash: video frames heard before the first and after the last of a latent frame
@@ -29,7 +31,8 @@ class Hearing(NamedTuple):
 
     biases: bool  # of the projections to keys and values
     masked: bool  # faces alone let the sound in
-    windows: Callable[[Tensor], Tensor]  # keys or values of a clip -> of its latent frames
+    windows: Callable[[Tensor, int], Tensor]  # keys or values of a clip -> of its latent frames
+    time_stride: int = WAN.time_stride
 
 
 class AudioTokens(nn.Module):
@@ -45,16 +48,17 @@ class AudioTokens(nn.Module):
         return self.norm(self.proj(features))
 
 
-def audio_windows(tokens: Tensor) -> Tensor:
+def audio_windows(tokens: Tensor, time_stride: int = WAN.time_stride) -> Tensor:
     """The window of every latent frame: [B, 2 T, D] -> [B, F, 17, D], zeros beyond the clip's ends.
 
     Zero keys take part in the softmax, as in the released model (it computes the true lengths and
     does not use them).  It puts the zeros last; attention does not know the order of its keys.
     """
-    frames = (tokens.shape[1] // 2 - 1) // 4 + 1
-    tail = STRIDE * (frames - 1) + WINDOW - LEAD - tokens.shape[1]
+    stride = TOKENS_PER_FRAME * time_stride
+    frames = (tokens.shape[1] // TOKENS_PER_FRAME - 1) // time_stride + 1
+    tail = stride * (frames - 1) + WINDOW - LEAD - tokens.shape[1]
     padded = F.pad(tokens, (0, 0, LEAD, tail))
-    return padded.unfold(1, WINDOW, STRIDE).transpose(2, 3)
+    return padded.unfold(1, WINDOW, stride).transpose(2, 3)
 
 
 # Neither projection has a bias, so padding after it is padding before it, at half the cost.
@@ -67,37 +71,38 @@ class FlashAudioTokens(nn.Module):
     The first latent frame, one video frame, has a first layer of its own.
     """
 
-    def __init__(self, audio_dim: int, layers: int, dim: int):
+    def __init__(self, audio_dim: int, layers: int, dim: int, time_stride: int = WAN.time_stride):
         super().__init__()
+        self.time_stride = time_stride
         self.proj1 = nn.Linear((1 + 2 * REACH) * layers * audio_dim, FLASH_HIDDEN)
-        self.proj1_vf = nn.Linear((4 + 2 * REACH) * layers * audio_dim, FLASH_HIDDEN)
+        self.proj1_vf = nn.Linear((time_stride + 2 * REACH) * layers * audio_dim, FLASH_HIDDEN)
         self.proj2 = nn.Linear(FLASH_HIDDEN, FLASH_HIDDEN)
         self.proj3 = nn.Linear(FLASH_HIDDEN, FLASH_TOKENS * dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """Silence (zeros) becomes what the biases make of it."""
-        first, later = flash_windows(features)
+        first, later = flash_windows(features, self.time_stride)
         hidden = torch.cat([self.proj1(first.flatten(-3)), self.proj1_vf(later.flatten(-3))], 1)
         tokens = self.proj3(self.proj2(hidden.relu()).relu())
         return self.norm(tokens.unflatten(-1, (FLASH_TOKENS, -1)))
 
 
-def flash_windows(features: Tensor) -> tuple[Tensor, Tensor]:
+def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple[Tensor, Tensor]:
     """[B, T, ...] -> [B, 1, 5, ...] and [B, F - 1, 8, ...]: the frames heard, ends repeated.
 
     Latent frame 0 hears video frames -2..2, latent frame i its own 4i-3..4i and two on each side.
     (The release gathers five frames around each video frame, and then keeps these.)
     """
     last = features.shape[1] - 1
-    around = torch.arange(4 + 2 * REACH, device=features.device) - REACH
-    starts = 1 + 4 * torch.arange(last // 4, device=features.device)
+    around = torch.arange(time_stride + 2 * REACH, device=features.device) - REACH
+    starts = 1 + time_stride * torch.arange(last // time_stride, device=features.device)
     first = around[None, : 1 + 2 * REACH].clamp(0, last)
     later = (starts[:, None] + around).clamp(0, last)
     return features[:, first], features[:, later]
 
 
-def _as_they_are(tokens: Tensor) -> Tensor:
+def _as_they_are(tokens: Tensor, time_stride: int) -> Tensor:
     return tokens
 
 

@@ -10,6 +10,7 @@ Shapes: B clips, S = F P tokens of a clip, P tokens of a latent frame, D width, 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError, DataError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.models.attention import Attend, sdpa
-from echolab.models.audio import FLASH, PREVIEW, AudioTokens, FlashAudioTokens, Hearing
+from echolab.models.audio import (
+    FLASH,
+    PREVIEW,
+    TOKENS_PER_FRAME,
+    AudioTokens,
+    FlashAudioTokens,
+    Hearing,
+)
 from echolab.models.layers import (
     ImageEmbedding,
     Linear32,
@@ -116,8 +125,10 @@ class CrossAttention(nn.Module):
 
         [B, S, N, d], [B, 2 T, D] or [B, F, W, D], [B, 1, P, 1] -> [B, S, D].
         """
-        keys = hearing.windows(self.norm_k_audio(self.k_audio(audio)))  # [B, F, W, D]
-        values = hearing.windows(self.v_audio(audio))
+        keys = hearing.windows(
+            self.norm_k_audio(self.k_audio(audio)), hearing.time_stride
+        )  # [B, F, W, D]
+        values = hearing.windows(self.v_audio(audio), hearing.time_stride)
         clips, frames = keys.shape[:2]
         framewise = queries.unflatten(1, (frames, -1)).flatten(0, 1)  # [B F, P, N, d]
         sound = self.read(framewise, keys.flatten(0, 1), values.flatten(0, 1))  # [B F, P, D]
@@ -173,11 +184,14 @@ class Head(nn.Module):
         return self.head(modulated(tokens, shift, scale, self.eps))
 
 
-def _check_sizes(dim: int, num_heads: int, in_channels: int, out_channels: int) -> None:
+def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeometry) -> None:
     if dim % (2 * num_heads):
         raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
-    if in_channels not in (out_channels, 2 * out_channels + 4):
-        wanted = f"{out_channels}, or {2 * out_channels + 4} with the known mask and latents"
+    out_channels, mask_channels = geometry.channels, geometry.time_stride
+    if in_channels not in (out_channels, 2 * out_channels + mask_channels):
+        wanted = (
+            f"{out_channels}, or {2 * out_channels + mask_channels} with the known mask and latents"
+        )
         raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
 
 
@@ -199,19 +213,23 @@ class EchoTransformer(nn.Module):
         num_heads: int,
         num_layers: int,
         in_channels: int = 36,
-        out_channels: int = 16,
+        out_channels: int = WAN.channels,
         text_dim: int = 4096,
         image_dim: int | None = 1280,
         audio_dim: int | None = 768,
         audio_layers: int | None = None,
         freq_dim: int = 256,
-        patch_size: tuple[int, int, int] = (1, 2, 2),
+        patch_size: Sequence[int] = (1, WAN.patch, WAN.patch),
+        time_stride: int = WAN.time_stride,
+        space_stride: int = WAN.space_stride,
         eps: float = 1e-6,
     ):
         super().__init__()
-        _check_sizes(dim, num_heads, in_channels, out_channels)
+        patch = patch_size[1]
+        self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch)
+        _check_sizes(dim, num_heads, in_channels, self.geometry)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
-        self.patch_size = patch_size
+        self.patch_size: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
         self.takes_known = in_channels > out_channels
         self.patch_embedding = PatchEmbedding(in_channels, dim, self.patch_size)
         self.text_embedding = nn.Sequential(
@@ -225,8 +243,9 @@ class EchoTransformer(nn.Module):
         if audio_dim is not None and audio_layers is None:
             self.audio2token = AudioTokens(audio_dim, dim)
         elif audio_dim is not None and audio_layers is not None:
-            self.audio_injection = FlashAudioTokens(audio_dim, audio_layers, dim)
+            self.audio_injection = FlashAudioTokens(audio_dim, audio_layers, dim, time_stride)
         hearing = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
+        hearing = hearing and hearing._replace(time_stride=time_stride)
         like = (dim, ffn_dim, num_heads, eps, image_dim is not None, hearing)
         self.blocks = nn.ModuleList(Block(*like) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
@@ -271,8 +290,9 @@ class EchoTransformer(nn.Module):
         Windows would be cut from any number of them, and the wrong audio be heard without a word.
         The preview's may also fill up the last latent frame, in a window of a longer video.
         """
-        frames, layers = 4 * (latent_frames - 1) + 1, self.audio_injection is not None
-        allowed = (frames,) if layers else (2 * frames, 8 * latent_frames)
+        frames, layers = self.geometry.frames(latent_frames), self.audio_injection is not None
+        filled = TOKENS_PER_FRAME * self.geometry.time_stride * latent_frames
+        allowed = (frames,) if layers else (TOKENS_PER_FRAME * frames, filled)
         heard = layers or self.audio2token is not None
         if heard and (audio.ndim != 3 + layers or audio.shape[1] not in allowed):
             kind = "[B, frames, layers, width]" if layers else "[B, 2 x frames, width]"

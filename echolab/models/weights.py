@@ -98,7 +98,8 @@ def match_weights(
     absent = _may_be_absent(parameters, tensors, fresh)
     _check_names(parameters, set(tensors) - set(unused), absent, source)
     present = [name for name in parameters if name in tensors]
-    widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n])]
+    masks = net.geometry.time_stride
+    widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n], masks)]
     for name in present:
         have, need = list(tensors[name].shape), list(parameters[name].shape)
         if have != need and name not in widened:
@@ -142,12 +143,12 @@ def _check_names(
     )
 
 
-def _widens(name: str, parameter: Tensor, tensor: Tensor) -> bool:
+def _widens(name: str, parameter: Tensor, tensor: Tensor, mask_channels: int) -> bool:
     """Whether a file's patch embedding lacks the channels of the mask and the known latents."""
     have, need = tensor.shape, parameter.shape
     if name != "patch_embedding.weight" or len(have) != len(need):
         return False
-    return 2 * have[1] + 4 == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
+    return 2 * have[1] + mask_channels == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
 
 
 def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -71,8 +71,13 @@ def pack_pairs(
     _check_prompts(candidates, dataset)
     number_of = {key: number for number, key in enumerate(dataset.keys)}
     made_from, pairs = {"prompts": dataset.fingerprint}, 0
-    encoders = dataset.encoders
-    with ShardWriter(out, kind="preference", encoders=encoders, description=made_from) as writer:
+    with ShardWriter(
+        out,
+        kind="preference",
+        encoders=dataset.encoders,
+        geometry=dataset.geometry,
+        description=made_from,
+    ) as writer:
         for key, clips, best, worst in best_against_worst(candidates, verdicts, least_margin):
             if key not in number_of:
                 raise DataError(

@@ -15,12 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from echolab.errors import ConfigError, DataError
+from echolab.geometry import WAN, LatentGeometry
 
 HEAD_MARGIN = 0.35  # of the face box's size, added on each side: hair and chin move with the head
 LIP_MARGIN = 1.5  # the disc's diameter, in sizes of the largest lip box
 TOKEN_MARGIN = 0.15  # of the union face box, added on each side before it is cut into tokens
-SPACE = 8  # pixels of a latent, in both directions
-TOKEN = 16  # pixels of a token, in both directions
 
 
 class Clip(NamedTuple):
@@ -144,8 +143,8 @@ def grey_out(pixels: Tensor, known: Tensor) -> Tensor:
     return pixels * known.to(pixels.dtype)
 
 
-def latent_known(known: Tensor) -> Tensor:
-    """Known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
+def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
+    """Return known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
 
     The four channels are the four frames of a latent frame: channel c of latent frame i is frame
     4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
@@ -153,16 +152,18 @@ def latent_known(known: Tensor) -> Tensor:
     `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the other sign before that.)
     """
     frames, _, height, width = known.shape
-    if (frames - 1) % 4:
-        raise DataError(f"{frames} frames: latent frames need 4n+1; trim the clip")
-    if height % SPACE or width % SPACE:
-        raise DataError(f"{height}x{width} pixels: need multiples of {SPACE}; resize the clip")
-    small = F.interpolate(known.float(), (height // SPACE, width // SPACE), mode="bilinear")
-    fours = torch.cat([small[:1].expand(4, -1, -1, -1), small[1:]])
-    return rearrange(fours, "(f c) 1 h w -> c f h w", c=4)
+    stride, space = geometry.time_stride, geometry.space_stride
+    if not geometry.is_clip_length(frames):
+        lengths = geometry.clip_lengths
+        raise DataError(f"{frames} frames: latent frames need {lengths}; trim the clip")
+    if height % space or width % space:
+        raise DataError(f"{height}x{width} pixels: need multiples of {space}; resize the clip")
+    small = F.interpolate(known.float(), geometry.latent_size(height, width), mode="bilinear")
+    groups = torch.cat([small[:1].expand(stride, -1, -1, -1), small[1:]])
+    return rearrange(groups, "(f c) 1 h w -> c f h w", c=stride)
 
 
-def face_tokens(face: Tensor, height: int, width: int) -> Tensor:
+def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
     """Where sound may act: float [P], 1 on the tokens that the face ever touches.
 
     `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The union over the clip,
@@ -171,7 +172,8 @@ def face_tokens(face: Tensor, height: int, width: int) -> Tensor:
     """
     face = _boxes(face, "face", len(face))
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
-    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / TOKEN).tolist()
-    rows, columns = torch.arange(height // 2)[:, None], torch.arange(width // 2)
+    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
+    patch = geometry.patch
+    rows, columns = torch.arange(height // patch)[:, None], torch.arange(width // patch)
     inside = (rows + 1 > y0) & (rows < y1) & (columns + 1 > x0) & (columns < x1)
     return inside.float().flatten()

@@ -17,6 +17,7 @@ from echolab.data.shard_reader import ShardDataset
 from echolab.data.train_dataset import stock
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError, DataError, FencedError
+from echolab.geometry import geometry_of
 from echolab.heartbeat import Beats
 from echolab.tasks.curriculum import Curriculum
 from echolab.training.datamodule import Feed, HeldOut
@@ -62,6 +63,14 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
                 f"model.{name}={'null' if here is None else here}: the clips of {dataset.folder} "
                 f"have {'null' if there is None else there}; take the model= that fits their "
                 "encoders"
+            )
+    theirs, ours = dataset.geometry, geometry_of(architecture)
+    for name in ("time_stride", "space_stride", "patch"):
+        if getattr(theirs, name) != getattr(ours, name):
+            setting = "patch_size" if name == "patch" else name
+            raise ConfigError(
+                f"model.{setting}: {name} is {getattr(ours, name)}, the clips of {dataset.folder} "
+                f"have {getattr(theirs, name)}; take the model= that fits their encoders"
             )
     for size, step in zip(latents[1:], architecture.get("patch_size") or (), strict=False):
         if size % step:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.geometry import geometry_of
 from echolab.models.attention import use_attention
 from echolab.models.layers import RMSNorm, rope_table
 from echolab.models.transformer import EchoTransformer
@@ -138,8 +139,8 @@ def like_gpu(net: nn.Module) -> None:
 
 
 def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
-    size, rows, columns = clip.clips, clip.height // 2, clip.width // 2
-    frames = 4 * (clip.frames - 1) + 1
+    geometry, size = geometry_of(architecture), clip.clips
+    frames = geometry.frames(clip.frames)
     layers, audio_dim = architecture.get("audio_layers"), architecture["audio_dim"] or 1
     audio = (frames, layers, audio_dim) if layers else (2 * frames, audio_dim)
     grid = (clip.frames, clip.height, clip.width)
@@ -147,9 +148,9 @@ def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
         text=torch.empty(size, clip.text, architecture["text_dim"]),
         image=torch.empty(size, clip.image, architecture["image_dim"] or 1),
         audio=torch.empty(size, *audio),
-        face=torch.empty(size, rows * columns),
-        known=torch.empty(size, 4, *grid),
-        known_latents=torch.empty(size, architecture["out_channels"], *grid),
+        face=torch.empty(size, geometry.tokens(clip.height, clip.width)),
+        known=torch.empty(size, geometry.time_stride, *grid),
+        known_latents=torch.empty(size, geometry.channels, *grid),
     )
 
 
