@@ -13,8 +13,9 @@ from echolab.data.clips import to_frames, to_pixels
 from echolab.data.media import write_video
 from echolab.diffusion.pipeline import DEMO, PREVIEW
 from echolab.encoders.encode import Encoders
+from echolab.geometry import WAN
 from echolab.inference.colors import match_colours
-from echolab.inference.conditions import CHANNELS, conditions_of, encode_scene
+from echolab.inference.conditions import conditions_of, encode_scene
 from echolab.inference.faces import face_around, lips_in
 from echolab.inference.inputs import Footage, footage_of
 from echolab.inference.options import GenerateArguments
@@ -44,7 +45,7 @@ class Notes:
     def encode(self, pixels: Tensor) -> Tensor:
         self.seen.append(pixels)
         small = torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
-        return torch.cat([small, small.new_zeros(1, CHANNELS - 3, *small.shape[2:])], 1)
+        return torch.cat([small, small.new_zeros(1, WAN.channels - 3, *small.shape[2:])], 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         frames = 4 * (latents.shape[2] - 1) + 1
@@ -158,7 +159,7 @@ def test_t2v_is_told_of_no_picture_at_all(given: dict[str, Path]) -> None:
     for part in (told.known, told.known_latents, told.image, told.audio):
         assert not part.any()
     assert not video.seen, "zeros, not an encoded grey video"
-    assert told.face.all() and told.known_latents.shape == (1, CHANNELS, 6, 8, 8)
+    assert told.face.all() and told.known_latents.shape == (1, WAN.channels, 6, 8, 8)
 
 
 def test_unknown_pixels_are_grey_when_they_are_encoded(given: dict[str, Path]) -> None:

@@ -166,15 +166,9 @@ def index_folder(
         _refuse_doubles(folder, scans)
         shards = [one.shard for one in scans]
         samples = [sample for one in scans for sample in one.samples]
-        fitting = [one for one in KINDS if one not in misfits] if samples else ["foreign"]
-        data = encoded_index(
-            kind or fitting[0],
-            dict(encoders or {}),
-            dict(description or {}),
-            shards,
-            samples,
-            geometry,
-        )
+        kind = kind or next(k for k in (KINDS if samples else KINDS[-1:]) if k not in misfits)
+        about = dict(encoders or {}), dict(description or {})
+        data = encoded_index(kind, *about, shards, samples, geometry)
         content = json.loads(data)
         written = _written(folder / INDEX, data, content, replace)
         remove_quietly(folder / PARTIAL)

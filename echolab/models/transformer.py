@@ -56,6 +56,13 @@ def weighed(values: Tensor, weight: Tensor | None) -> Tensor:
     return values if weight is None else values * weight.to(values.dtype)[:, None, None]
 
 
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return two linear layers with an approximate GELU between them."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs)
+    )
+
+
 class SelfAttention(nn.Module):
     """Every token of the clip looks at every other; positions turn queries and keys."""
 
@@ -153,9 +160,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, image, hearing)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
-        )
+        self.ffn = _mlp(dim, ffn_dim, dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, tokens: Tensor, time: Tensor, told: Told, rope: Tensor) -> Tensor:
@@ -195,6 +200,17 @@ def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeo
         raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
 
 
+def _audio_proj(
+    audio_dim: int | None, audio_layers: int | None, dim: int, time_stride: int
+) -> AudioTokens | FlashAudioTokens | None:
+    """Return what makes tokens of audio features: the preview's, Flash's, or None without audio."""
+    if audio_dim is None:
+        return None
+    if audio_layers is None:
+        return AudioTokens(audio_dim, dim)
+    return FlashAudioTokens(audio_dim, audio_layers, dim, time_stride)
+
+
 class EchoTransformer(nn.Module):
     """Noisy latents, timesteps and conditions in; velocity out.
 
@@ -225,25 +241,19 @@ class EchoTransformer(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        patch = patch_size[1]
-        self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch)
+        self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch_size[1])
         _check_sizes(dim, num_heads, in_channels, self.geometry)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
         self.patch_size: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
         self.takes_known = in_channels > out_channels
         self.patch_embedding = PatchEmbedding(in_channels, dim, self.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = _mlp(text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear32(freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.img_emb = None if image_dim is None else ImageEmbedding(image_dim, dim)
-        self.audio2token: AudioTokens | None = None
-        self.audio_injection: FlashAudioTokens | None = None
-        if audio_dim is not None and audio_layers is None:
-            self.audio2token = AudioTokens(audio_dim, dim)
-        elif audio_dim is not None and audio_layers is not None:
-            self.audio_injection = FlashAudioTokens(audio_dim, audio_layers, dim, time_stride)
+        audio = _audio_proj(audio_dim, audio_layers, dim, time_stride)
+        self.audio2token = audio if isinstance(audio, AudioTokens) else None
+        self.audio_injection = audio if isinstance(audio, FlashAudioTokens) else None
         hearing = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
         hearing = hearing and hearing._replace(time_stride=time_stride)
         like = (dim, ffn_dim, num_heads, eps, image_dim is not None, hearing)

@@ -70,14 +70,11 @@ def pack_pairs(
     """Write a preference dataset from prompts of an encoded one; the number of pairs."""
     _check_prompts(candidates, dataset)
     number_of = {key: number for number, key in enumerate(dataset.keys)}
-    made_from, pairs = {"prompts": dataset.fingerprint}, 0
+    pairs = 0
     with ShardWriter(
-        out,
-        kind="preference",
-        encoders=dataset.encoders,
-        geometry=dataset.geometry,
-        description=made_from,
-    ) as writer:
+        out, kind="preference", encoders=dataset.encoders, geometry=dataset.geometry,
+        description={"prompts": dataset.fingerprint},
+    ) as writer:  # fmt: skip
         for key, clips, best, worst in best_against_worst(candidates, verdicts, least_margin):
             if key not in number_of:
                 raise DataError(

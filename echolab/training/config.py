@@ -64,19 +64,25 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
                 f"have {'null' if there is None else there}; take the model= that fits their "
                 "encoders"
             )
-    theirs, ours = dataset.geometry, geometry_of(architecture)
-    for name in ("time_stride", "space_stride", "patch"):
-        if getattr(theirs, name) != getattr(ours, name):
-            setting = "patch_size" if name == "patch" else name
-            raise ConfigError(
-                f"model.{setting}: {name} is {getattr(ours, name)}, the clips of {dataset.folder} "
-                f"have {getattr(theirs, name)}; take the model= that fits their encoders"
-            )
+    check_geometry(dataset, architecture)
     for size, step in zip(latents[1:], architecture.get("patch_size") or (), strict=False):
         if size % step:
             raise ConfigError(
                 f"model.patch_size={list(architecture['patch_size'])}: does not divide the latents "
                 f"{list(latents[1:])} of {dataset.folder}; take the model= that fits them"
+            )
+
+
+def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the network divides clips otherwise than the dataset's encoders."""
+    clips, network = dataset.geometry, geometry_of(architecture)
+    for name in ("time_stride", "space_stride", "patch"):  # channels: see the tensors themselves
+        if getattr(clips, name) != getattr(network, name):
+            setting = "patch_size" if name == "patch" else name
+            raise ConfigError(
+                f"model.{setting}: {name} is {getattr(network, name)}, the clips of "
+                f"{dataset.folder} have {getattr(clips, name)}; take the model= that fits their "
+                "encoders"
             )
 
 
