@@ -17,7 +17,7 @@ from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.tasks.curriculum import Curriculum, Stage
 from echolab.training.fit import Training, fit
 
@@ -42,7 +42,7 @@ def make(root: Path) -> SmallRun:
     encoders = demo_encoders(load_net(made.video, CausalAutoencoder))
     encode_dataset(made.raw, made.encoded, encoders, lambda done: None)
     net = EchoTransformer(**ARCHITECTURE)  # type: ignore[arg-type]
-    initialise(net, torch.Generator().manual_seed(0))
+    initialize(net, torch.Generator().manual_seed(0))
     fit(Training(
         net, ARCHITECTURE, folder=made.run, clips=[open_dataset(made.encoded)],
         schedule=runs.schedule(("sft", 2)), curriculum=Curriculum([Stage(1, {"i2v": 1.0})]),

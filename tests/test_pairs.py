@@ -22,7 +22,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates
 from echolab.preference.judge import Verdict, best_and_worst, judge, totals
 from echolab.preference.pack import ELSEWHERE, append_verdicts, pack_pairs, read_verdicts
@@ -46,7 +46,7 @@ def net() -> EchoTransformer:
         dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16,
         text_dim=demo_text.SIZE, image_dim=demo_image.SIZE, audio_dim=demo_audio.SIZE,
     )  # fmt: skip
-    initialise(made, torch.Generator().manual_seed(0))
+    initialize(made, torch.Generator().manual_seed(0))
     with torch.no_grad():  # Wan's head begins at zero
         made.head.head.weight.normal_(std=0.1)
     return made.eval()

@@ -18,7 +18,7 @@ from echolab.models.audio import (
 )
 from echolab.models.layers import RMSNorm, rope_split, rope_table, sinusoid, turn
 from echolab.models.transformer import CrossAttention, EchoTransformer, Told
-from echolab.models.weights import initialise, released_shapes
+from echolab.models.weights import initialize, released_shapes
 from echolab.types import Conditions, ModalityWeights
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
@@ -247,7 +247,7 @@ def test_the_same_generator_gives_the_same_network() -> None:
     one, other = tiny.net(), tiny.net()
     for (name, left), right in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right), name
-    initialise(other, torch.Generator().manual_seed(1))
+    initialize(other, torch.Generator().manual_seed(1))
     assert not torch.equal(one.blocks[0].ffn[0].weight, other.blocks[0].ffn[0].weight)
     for name, parameter in one.named_parameters():
         zero = "_audio.weight" in name and "norm" not in name or name == "head.head.weight"

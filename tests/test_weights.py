@@ -11,7 +11,7 @@ from echolab.models.weights import (
     AUDIO_PARTS,
     IMAGE_PARTS,
     MARKS,
-    initialise,
+    initialize,
     load_weights,
     model_of,
     released_shapes,
@@ -154,7 +154,7 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
     net = tiny.net(trained=True)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     part = {name for name in before if any(piece in name for piece in AUDIO_PARTS)}
-    initialise(net, torch.Generator().manual_seed(3), only=part)
+    initialize(net, torch.Generator().manual_seed(3), only=part)
     changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
     assert changed == part
     for block in net.blocks:
@@ -165,7 +165,7 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
 def test_first_values_by_kind_of_parameter() -> None:
     """Wan's `init_weights`: Xavier but for text and time (0.02), modulations, and what is zero."""
     net = EchoTransformer(dim=96, ffn_dim=128, num_heads=2, num_layers=1, text_dim=64, freq_dim=64)
-    initialise(net.requires_grad_(False), torch.Generator().manual_seed(0))
+    initialize(net.requires_grad_(False), torch.Generator().manual_seed(0))
     bound = (6 / (96 + 128)) ** 0.5
     ffn = net.blocks[0].ffn[0].weight
     assert ffn.abs().max() <= bound and ffn.std() == pytest.approx(bound / 3**0.5, rel=0.05)

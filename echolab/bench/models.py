@@ -11,7 +11,7 @@ from echolab.geometry import geometry_of
 from echolab.models.flops import Shapes
 from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.types import Conditions
 
 # Wan's proportions (heads of 128 channels, ffn 5.83 D) at a size that a CPU core does in seconds.
@@ -91,7 +91,7 @@ def ours_net(architecture: Mapping[str, Any], seed: int, device: str) -> EchoTra
     """First values as Wan has them, but for the head, whose zeros would stop all gradients."""
     net = EchoTransformer(**architecture)
     generator = torch.Generator().manual_seed(seed)
-    initialise(net, generator)
+    initialize(net, generator)
     with torch.no_grad():
         net.head.head.weight.normal_(0, 0.02, generator=generator)
     return net.to(device)

@@ -24,7 +24,7 @@ from echolab.diffusion.phases import (
     of_preferences,
 )
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verified
@@ -94,7 +94,7 @@ def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoT
     if weights:
         return load_start(Path(weights), config, seed)
     net = EchoTransformer(**config)
-    initialise(net, torch.Generator().manual_seed(seed))
+    initialize(net, torch.Generator().manual_seed(seed))
     return net
 
 

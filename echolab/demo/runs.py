@@ -41,7 +41,7 @@ from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import Judges, cepstra_of, score_clips
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.preference.candidates import sample_candidates
 from echolab.preference.pack import pack_pairs, read_verdicts
 from echolab.preference.settings import checked
@@ -81,7 +81,7 @@ def training_of(settings: DemoSettings, out: Folder, name: str, seed: int) -> Tr
     """The run that makes checkpoint `name`; all but `sft` go on from that one."""
     first, schedule = name == "sft", schedule_of(settings, name)
     net = EchoTransformer(**ARCHITECTURE)
-    initialise(net, torch.Generator().manual_seed(seed))
+    initialize(net, torch.Generator().manual_seed(seed))
     reference = None if "sft" in name else Frozen(EchoTransformer(**ARCHITECTURE))
     return Training(
         net,

@@ -19,7 +19,7 @@ from torch import Tensor
 from echolab.errors import WeightsError
 from echolab.models.state_dict import from_diffusers
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import LoadReport, initialise, load_weights, model_of
+from echolab.models.weights import LoadReport, initialize, load_weights, model_of
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 INDEX = ".safetensors.index.json"
@@ -55,7 +55,7 @@ def load_released(
     parameters = dict(net.named_parameters())
     made = {name: torch.empty(parameters[name].shape, dtype=dtype) for name in report.fresh}
     net.load_state_dict(made, strict=False, assign=True)
-    initialise(net, torch.Generator().manual_seed(seed), only=set(made))
+    initialize(net, torch.Generator().manual_seed(seed), only=set(made))
     return Loaded(net, report)
 
 

@@ -170,7 +170,7 @@ def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
     return shapes
 
 
-def initialise(
+def initialize(
     net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
 ) -> None:
     """Wan's first values, in the order of the parameters: the same net for the same generator.

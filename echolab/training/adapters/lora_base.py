@@ -8,7 +8,7 @@ import torch
 
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
+from echolab.models.weights import initialize
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
 from echolab.training.adapters.lora_files import load_trained
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, open_checkpoint
@@ -30,7 +30,7 @@ def base_of(architecture: Mapping[str, Any], origin: Origin, load: Load) -> Echo
     if origin.weights:
         return load(Path(origin.weights), architecture, origin.seed)
     net = EchoTransformer(**architecture)
-    initialise(net, torch.Generator().manual_seed(origin.seed))
+    initialize(net, torch.Generator().manual_seed(origin.seed))
     if origin.checkpoint:
         net.load_state_dict(open_checkpoint(Path(origin.checkpoint)).tensors(EMA))
     return net
