@@ -17,7 +17,7 @@ FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 # `echolab train` on these: a small network, few steps, nothing told to wandb but on request.
 SETTINGS = (
     "debug=cpu", "model.dim=64", "model.ffn_dim=64", "model.num_layers=1",
-    "preference.anchor=0.5", "every.save=2",
+    "objective.sft_weight=0.5", "save_every=2",
 )  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def test_the_limit_of_a_step_is_learnt_between_floor_and_ceiling() -> None:
     assert limit(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
     assert limit(usual, "step", {**NOTHING, "vote": 0.5}) == 60
     assert limit(usual, "step", {**NOTHING, "vote": 61.0}) == 600
-    with pytest.raises(ConfigError, match=r"supervise.save=0: must be above 0"):
+    with pytest.raises(ConfigError, match=r"timeouts.save=0: must be above 0"):
         Deadlines(save=0).check()
 
 
@@ -320,7 +320,7 @@ def test_a_node_has_the_name_that_slurm_knows() -> None:
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="the job has 3 tasks"):
         layout(2, 2, {**SLURM, "SLURM_NTASKS": "3", "SLURM_PROCID": "0"})
-    with pytest.raises(ConfigError, match="trainer.nodes=2"):
+    with pytest.raises(ConfigError, match="trainer.num_nodes=2"):
         layout(2, 2, {})
     with pytest.raises(ConfigError, match="the launcher started 3"):
         layout(2, 1, {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "a"})

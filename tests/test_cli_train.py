@@ -37,13 +37,13 @@ def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
     assert objects.schedule_from(config["schedule"]).steps > 0
     assert objects.curriculum_from(config["tasks"]).tasks
     assert objects.phases_from(config["phases"])
-    assert objects.Machine(**config["trainer"]).devices == (1 if debug else 8) or (
+    assert objects.machine_from(config["trainer"]).devices == (1 if debug else 8) or (
         experiment == "real_smoke"
     )
 
 
 def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
-    words = ["train", *data, f"run={tmp_path / 'run'}"]
+    words = ["train", *data, f"run_dir={tmp_path / 'run'}"]
     assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2))]) == exit_codes.DONE
     first = json.loads((tmp_path / "run/run.json").read_text())
     assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2), ("dpo", 1))]) == exit_codes.DONE
@@ -63,18 +63,18 @@ def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
         (["model=nothing"], "nothing"),
         (["data.clips=nowhere"], "nowhere/dataset.json: not there"),
         (["data.pairs=null", "schedule=dpo"], "data.pairs=null"),
-        (["phases.act=sing"], "phases.act=sing: must be one of keep, scale"),
+        (["phases.mode=sing"], "phases.mode=sing: must be one of dropout, scale"),
         (["model.dim=wide"], "model.dim=wide: must be a whole number"),
-        (["preference.beta=-1", "schedule=dpo"], "beta"),
+        (["objective.beta=-1", "schedule=dpo"], "beta"),
         (["trainer.strategy=zero9", "schedule.epochs=[{kind:sft,steps:1,lr:0}]"], "zero9"),
-        (["initial=nowhere"], "nowhere: no whole checkpoint"),
+        (["init_from=nowhere"], "nowhere: no whole checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line(
     data: list[str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     with pytest.raises(EcholabError, match=re.escape(message)) as told:
-        train(compose([*data, f"run={tmp_path / 'run'}", *words]))
+        train(compose([*data, f"run_dir={tmp_path / 'run'}", *words]))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -82,16 +82,16 @@ def test_bad_settings_are_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["supervise.save=0"], "supervise.save=0: must be a number, above 0"),
-        (["supervise.save=soon"], "supervise.save=soon: must be a number, above 0"),
-        (["trainer.strategy=ddp", "trainer.nodes=2"], "start one task on each node by srun"),
+        (["timeouts.save=0"], "timeouts.save=0: must be a number, above 0"),
+        (["timeouts.save=soon"], "timeouts.save=soon: must be a number, above 0"),
+        (["trainer.strategy=ddp", "trainer.num_nodes=2"], "start one task on each node by srun"),
     ],
 )
 def test_a_supervisor_that_cannot_start_says_so(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], message: str,
 ) -> None:  # fmt: skip
-    assert main(["train", *data, f"run={tmp_path / 'run'}", *words]) == exit_codes.FATAL
+    assert main(["train", *data, f"run_dir={tmp_path / 'run'}", *words]) == exit_codes.FATAL
     said = capsys.readouterr().err
     assert said.startswith("echolab: error: ") and message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -120,7 +120,7 @@ def test_what_a_rank_refuses_is_one_line_too(
     data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    words = ["train", *data, f"run={run}", "initial=nowhere"]
+    words = ["train", *data, f"run_dir={run}", "init_from=nowhere"]
     assert main(words) == exit_codes.FATAL
     said = capfd.readouterr().err
     assert said.startswith("echolab: error: nowhere: no whole checkpoint") and said.count("\n") == 1
@@ -167,7 +167,7 @@ def test_a_run_at_work_is_refused_without_a_trace(
     run = tmp_path / "run"
     with run_dir.held(run):
         before = sorted(run.rglob("*"))
-        assert main(["train", *data, f"run={run}"]) == exit_codes.RETRYABLE
+        assert main(["train", *data, f"run_dir={run}"]) == exit_codes.RETRYABLE
         assert sorted(run.rglob("*")) == before
     said = capsys.readouterr().err
     assert said.startswith("echolab: error: ") and said.count("\n") == 1
@@ -210,12 +210,12 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
     sft = compose(["experiment=sft", "data.clips=x"])
     steps = objects.schedule_from(sft["schedule"]).steps
     finished = objects.curriculum_from(sft["tasks"])
-    assert main(["train", *data, f"run={tmp_path / 'sft'}", encoded.plan(("sft", 1))]) == 0
+    assert main(["train", *data, f"run_dir={tmp_path / 'sft'}", encoded.plan(("sft", 1))]) == 0
     path = next((tmp_path / "sft/checkpoints").glob("step-*"))
     seal_curriculum(path, finished.state_dict(steps))
     words = [*data, f"experiment={experiment}", "debug=cpu", "model=demo", "model.dim=64"]
-    words += ["model.ffn_dim=64", "model.num_layers=1", f"run={tmp_path / 'run'}"]
-    config = compose([*words, f"initial={tmp_path / 'sft'}"])
+    words += ["model.ffn_dim=64", "model.num_layers=1", f"run_dir={tmp_path / 'run'}"]
+    config = compose([*words, f"init_from={tmp_path / 'sft'}"])
     assert config["tasks"] == sft["tasks"]
     training = objects.training_from(config, "")
     for step in range(training.schedule.steps):

@@ -255,7 +255,7 @@ def command(run: Path, clips: Path, devices: int, *words: str) -> list[str]:
     """The words of `echolab` that train with so many gloo ranks."""
     return [
         "train", *encoded.SETTINGS, f"data.clips={clips}",
-        encoded.plan(("sft", 8)), "batch_size=6", "data.ledger=true", f"run={run}",
+        encoded.plan(("sft", 8)), "batch_size=6", "data.log_samples=true", f"run_dir={run}",
         "trainer.strategy=ddp", f"trainer.devices={devices}", *words,
     ]  # fmt: skip
 
@@ -299,7 +299,7 @@ def test_killed_and_gone_on_with_on_other_ranks(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(whole, clips, 1, "trainer.strategy=single")) == 0
     step = random.SystemRandom().randint(1, 6)
-    words = command(killed, clips, 3, "data.workers=1", "micro_batch_size=1")
+    words = command(killed, clips, 3, "data.num_workers=1", "micro_batch_size=1")
     kill_at(words, killed, step)
     subprocess.run([*ECHOLAB, *command(killed, clips, 2)], check=True, timeout=900)
 

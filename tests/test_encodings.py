@@ -81,7 +81,7 @@ def test_errors_and_summaries_name_what_they_are_about(tmp_path: Path, name: str
         lambda: main(["data", "verify", str(there)]),
         lambda: main(["data", "verify", str(none)]),
         lambda: main(["why", str(none)]),
-        lambda: main(["train", f"run='{none}'", "data.clips=x", "batch_size=0"]),
+        lambda: main(["train", f"run_dir='{none}'", "data.clips=x", "batch_size=0"]),
         lambda: main(["export", str(none), f"out={none}.safetensors"]),
         lambda: main(["report", str(none)]),
     )

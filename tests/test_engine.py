@@ -65,7 +65,7 @@ def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[s
 def test_every_strategy_clips_and_accumulates_as_by_hand(
     fork_server: ForkServer, tmp_path: Path, world: int, accumulations: list[int], limit: float
 ) -> None:
-    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.clip=.inf).
+    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.max_grad_norm=.inf).
 
     No number of ranks divides the net.
     """
@@ -141,7 +141,7 @@ def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
     optimizer.step()
     assert float(norm.take()) == 25 and float(norm.take()) == 0
     assert check_clipped(25.0, 5.0, 1) == 5
-    with pytest.raises(EcholabError, match="step 7: .* is 5, over optim.clip=4.99"):
+    with pytest.raises(EcholabError, match="step 7: .* is 5, over optim.max_grad_norm=4.99"):
         check_clipped(25.0, 4.99, 7)
 
 

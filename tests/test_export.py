@@ -128,8 +128,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     root = tmp_path_factory.mktemp("run")
     clips, _ = encoded.write(root)
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", encoded.plan(("sft", 3))]
-    averages = ["optim.ema_more=[0.5]", "optim.ema_widths=[0.05,0.1]", "every.snapshot=2"]
-    assert main([*words, f"run={root / 'run'}", *averages]) == 0
+    averages = [
+        "optim.extra_ema_decays=[0.5]",
+        "optim.posthoc_ema_stds=[0.05,0.1]",
+        "snapshot_every=2",
+    ]
+    assert main([*words, f"run_dir={root / 'run'}", *averages]) == 0
     return root / "run", words
 
 
@@ -156,7 +160,7 @@ def test_a_run_is_exported_and_starts_another(
     assert bits(again.state_dict()) == bits(policy.state_dict())
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
-    start = [*words, f"weights={tmp_path / 'ema.safetensors'}", f"run={tmp_path / 'next'}"]
+    start = [*words, f"pretrained={tmp_path / 'ema.safetensors'}", f"run_dir={tmp_path / 'next'}"]
     assert main([*start, encoded.plan(("sft", 1)).replace("lr:1e-3", "lr:0.0")]) == 0
     first = open_checkpoint(last_checkpoint(tmp_path / "next")).tensors("master")
     assert bits(first) == bits(policy.state_dict())
@@ -191,7 +195,7 @@ def test_adapters_are_written_alone_or_added(
 ) -> None:
     base, words = run
     adapted = tmp_path / "adapted"
-    assert main([*words, "lora=attention", f"initial={base}", f"run={adapted}"]) == 0
+    assert main([*words, "lora=attention", f"init_from={base}", f"run_dir={adapted}"]) == 0
     assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
     beside = {"peft.safetensors", "peft.audio.safetensors"}

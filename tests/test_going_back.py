@@ -86,7 +86,7 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match="step 7 .*not finite.*guards.policy=recompute"):
+    with pytest.raises(DivergedError, match="step 7 .*not finite.*loss_spike.policy=recompute"):
         train(tmp_path, Once(float("nan")))
     assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
 

@@ -25,14 +25,15 @@ from echolab.training.fit import FitResult
 from echolab.training.guards import events
 
 SETTINGS = (
-    *encoded.SETTINGS, "batch_size=2", "every.log=1", "parity=false", "data.ledger=true",
+    *encoded.SETTINGS, "batch_size=2", "log_every=1", "verify_export=false",
+    "data.log_samples=true",
     "optim.ema_decay=0.5", "tasks=i2v",
 )  # fmt: skip
 
 
 def run_of(root: Path, *words: str) -> FitResult:
     """Train in the folder `root`, by the command's words; later words win."""
-    return train(compose([*SETTINGS, f"run={root}", *words]))
+    return train(compose([*SETTINGS, f"run_dir={root}", *words]))
 
 
 def plan(*epochs: tuple[str, int, float], **more: Any) -> list[str]:
@@ -69,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begun(data: Path) -> Path:
     """A run of sft and dpo steps from `first`, with `second` as its reference."""
     words = [f"data.clips={data / 'clips'}", f"data.pairs={data / 'pairs'}"]
-    words += [f"initial={data / 'first'}", f"reference={data / 'second'}"]
+    words += [f"init_from={data / 'first'}", f"ref_model={data / 'second'}"]
     assert run_of(data / "begun", *words, *plan(("sft", 2, 1e-3), ("dpo", 2, 1e-3))).done
     return data / "begun"
 
@@ -119,9 +120,9 @@ def test_what_does_not_alter_what_is_trained_may_change(
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
     words = [f"{name}={data / path}" for name, path in NAMED.items()]
-    held = [f"data.held_out={data / 'other/clips'}", "data.held_out_clips=2"]
-    other = ["data.ledger=false", "data.skip_budget=0.5", "every.save=1", "every.validate=1"]
-    assert run_of(run, *words, *MORE, *held, *other, "data.held_out_tasks=[i2v]").step == 5
+    held = [f"data.val_clips={data / 'other/clips'}", "data.val_num_clips=2"]
+    other = ["data.log_samples=false", "data.max_bad_fraction=0.5", "save_every=1", "val_every=1"]
+    assert run_of(run, *words, *MORE, *held, *other, "data.val_tasks=[i2v]").step == 5
     assert read_metrics(run / "metrics.jsonl")[-1]["val/loss"] > 0
 
 
@@ -139,13 +140,13 @@ def same_keys(data: Path, out: Path) -> Path:
         ("data.clips", "other/clips", "data.clips: .*other/clips is not what the run was trained"),
         ("data.clips", "again", "data.clips: .*again is not what .* give data.changed=accept"),
         ("data.pairs", "other/pairs", "data.pairs: .*other/pairs is not what the run was trained"),
-        ("initial", "second", "initial= was step 2, sha256 .*, now step 2"),
-        ("reference", "first", "reference= was step 2, sha256"),
-        ("reference", "null", "reference= was step 2, sha256 .* now not given"),
-        ("lora.start", "first", "lora"),
+        ("initial", "second", "init_from= was step 2, sha256 .*, now step 2"),
+        ("reference", "first", "ref_model= was step 2, sha256"),
+        ("reference", "null", "ref_model= was step 2, sha256 .* now not given"),
+        ("lora.init_from", "first", "lora"),
         ("optim.eps", "0.5", "optim.eps=1e-08, now optim.eps=0.5"),
-        ("shift", "2", "shift=5.0, now shift=2"),
-        ("preference.beta", "7", "preference.beta=300.0, now preference.beta=7"),
+        ("shift", "2", "flow_shift=5.0, now shift=2"),
+        ("objective.beta", "7", "objective.beta=300.0, now objective.beta=7"),
     ],
 )  # fmt: skip
 def test_other_content_is_refused_and_nothing_is_written(
@@ -156,7 +157,7 @@ def test_other_content_is_refused_and_nothing_is_written(
     if place == "again":
         places[word] = str(same_keys(data, tmp_path / "again"))
     else:
-        is_path = word in (*NAMED, "lora.start") and place != "null"
+        is_path = word in (*NAMED, "lora.init_from") and place != "null"
         places[word] = str(data / place) if is_path else place
     before = files(run)
     with pytest.raises(EcholabError, match=message) as told:
@@ -179,7 +180,7 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     saved = state_of(run)["step"]
     # A budget bears with it; so does the run that had none.
     went_on = shutil.copytree(run, tmp_path / "budget")
-    assert run_of(went_on, *words, "data.skip_budget=0.5").done
+    assert run_of(went_on, *words, "data.max_bad_fraction=0.5").done
     # Encoded again it has another fingerprint: that takes a word, and the order stays.
     shutil.rmtree(clips)
     same_keys(data, clips)
@@ -205,7 +206,7 @@ def test_other_samples_are_accepted_and_what_cannot_be_proven_is_said(
     places = {name: str(data / path) for name, path in NAMED.items()}
     places["data.clips"] = f"[{data / 'clips'},{data / 'other/clips'}]"
     words = [f"{name}={place}" for name, place in places.items()]
-    accept = ["data.changed=accept", "data.weights=[1,2]", *MORE]
+    accept = ["data.changed=accept", "data.clip_weights=[1,2]", *MORE]
     assert run_of(run, *words, *accept).done
     assert [event.kind for event in events.read(run)] == ["data"]
     capsys.readouterr()
@@ -252,7 +253,7 @@ def stopped(data: Path) -> Path:
         if step == 3:  # the run ends after the next one
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    config = compose([*SETTINGS, f"run={run}", f"data.clips={data / 'clips'}", *TWO])
+    config = compose([*SETTINGS, f"run_dir={run}", f"data.clips={data / 'clips'}", *TWO])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("echolab.cli.train_rank.progress", lambda *_: _Advance(stop))
         assert train(config).step == 4
@@ -351,7 +352,7 @@ def test_going_back_to_before_a_change_trains_what_comes_anew(
         ({"decay": True}, "schedule.decay"),
         ({"steps": 3}, r"schedule.epochs\[0\]"),
         ({"words": ["optim.weight_decay=0.5"]}, "optim.weight_decay"),
-        ({"words": ["trainer.precision=bf16-mixed", "every.save=1"]}, ""),
+        ({"words": ["trainer.precision=bf16-mixed", "save_every=1"]}, ""),
     ],
 )
 def test_a_finished_run_is_not_rewritten(

@@ -177,7 +177,7 @@ def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "audit", str(tmp_path)]) == 1
-    assert "a run with data.ledger=true writes one" in capsys.readouterr().err
+    assert "a run with data.log_samples=true writes one" in capsys.readouterr().err
     assert main(["data", "adit"]) == 1
     assert "one of verify, index, audit, shuffle-report" in capsys.readouterr().err
 
@@ -251,11 +251,11 @@ def test_ranks_that_share_their_clips_write_once(
 def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Path) -> None:
     a, b = encoded.write(tmp_path / "a", 5)[0], encoded.write(tmp_path / "b", 3)[0]
     words = [
-        "train", *encoded.SETTINGS, f"data.clips=[{a},{b}]", "data.weights=[3,1]",
-        "data.ledger=true", "batch_size=4", f"run={tmp_path / 'run'}",
+        "train", *encoded.SETTINGS, f"data.clips=[{a},{b}]", "data.clip_weights=[3,1]",
+        "data.log_samples=true", "batch_size=4", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert main([*words, encoded.plan(("sft", 2))]) == 0
-    assert main([*words, "data.workers=1", "micro_batch_size=2", encoded.plan(("sft", 4))]) == 0
+    assert main([*words, "data.num_workers=1", "micro_batch_size=2", encoded.plan(("sft", 4))]) == 0
     found = audit(tmp_path / "run")
     assert found.exact and (found.steps, found.attempts, found.samples) == (4, 2, 16)
     sources = [s for rows in read_ledger(tmp_path / "run").steps.values() for s in rows[0].sources]

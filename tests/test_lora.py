@@ -75,8 +75,8 @@ def test_a_target_that_names_no_linear_layer_is_refused(target: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rank": 0}, "lora.rank=0: must be 1 or more"),
-        ({"alpha": 0.0}, "lora.alpha=0: must be above 0"),
+        ({"rank": 0}, "lora.r=0: must be 1 or more"),
+        ({"alpha": 0.0}, "lora.lora_alpha=0: must be above 0"),
         ({"dropout": 1.0}, "lora.dropout=1: must lie in"),
     ],
 )
@@ -187,7 +187,7 @@ def test_an_earlier_average_shares_the_base() -> None:
 
 
 def test_a_network_without_adapters_has_no_base_to_refer_to() -> None:
-    with pytest.raises(ConfigError, match="reference=base: the network has no adapters"):
+    with pytest.raises(ConfigError, match="ref_model=base: the network has no adapters"):
         AdaptersOff(tiny.net())
 
 

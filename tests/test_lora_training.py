@@ -79,7 +79,7 @@ def test_the_base_as_reference_is_what_a_frozen_copy_of_it_is(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("lora", "base", "message"),
     [
-        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.rank=3"),
+        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.r=3"),
         (adapted.LORA._replace(alpha=1.0), {}, "alpha is 6.0 there, 1.0 here"),
         (adapted.LORA, {"trained": False}, "of other adapters: base is [0-9a-f]{32} there"),
         (None, {}, "of other adapters: targets is .* there, None here"),
@@ -135,16 +135,16 @@ def velocities(net: EchoTransformer) -> torch.Tensor:
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips, pairs = encoded.write(tmp_path / "data")
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}"]
-    lora = ["lora=attention", "lora.rank=2", "lora.alpha=4"]
+    lora = ["lora=attention", "lora.r=2", "lora.lora_alpha=4"]
 
     def train(name: str, *more: str, plan: str = encoded.plan(("sft", 2))) -> int:
-        return main([*words, f"run={tmp_path / name}", plan, *more])
+        return main([*words, f"run_dir={tmp_path / name}", plan, *more])
 
     assert train("base") == exit_codes.DONE
-    first = ["initial=" + str(tmp_path / "base"), *lora]
+    first = ["init_from=" + str(tmp_path / "base"), *lora]
     dpo = encoded.plan(("sft", 1), ("dpo", 2))
-    assert train("a", *first, "reference=base", plan=dpo) == exit_codes.DONE
-    assert train("b", f"initial={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
+    assert train("a", *first, "ref_model=base", plan=dpo) == exit_codes.DONE
+    assert train("b", f"init_from={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
     base, a, b = (last_checkpoint(tmp_path / name) for name in ("base", "a", "b"))
     told = [open_checkpoint(path).state["adapters"] for path in (a, b)]
     assert told[0] == told[1] and told[0]["origin"]["checkpoint"] == str(base)
@@ -160,16 +160,16 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not torch.equal(velocities(load_policy(b)), velocities(merged))
 
     # Full training from adapters starts from the merged network; adapters from a folder, from it.
-    assert train("c", f"initial={tmp_path / 'a'}", plan=encoded.plan(("sft", 1))) == 0
-    assert train("d", *first, f"lora.start={tmp_path / 'folder'}") == 0
+    assert train("c", f"init_from={tmp_path / 'a'}", plan=encoded.plan(("sft", 1))) == 0
+    assert train("d", *first, f"lora.init_from={tmp_path / 'folder'}") == 0
     capsys.readouterr()
     refused = {
-        "reference=base: means adapters": ["reference=base"],
-        "rank is 2 there, 3 here": ["initial=" + str(tmp_path / "a"), *lora, "lora.rank=3"],
-        "is 2, here 5; set lora.rank=2":
-            [*first, "lora.rank=5", f"lora.start={tmp_path / 'folder'}"],
-        "names none of the network's": [*first, "lora.targets=[nothing]"],
-        "adapters of another base": [*lora, f"lora.start={tmp_path / 'folder'}"],
+        "ref_model=base: means adapters": ["ref_model=base"],
+        "rank is 2 there, 3 here": ["init_from=" + str(tmp_path / "a"), *lora, "lora.r=3"],
+        "is 2, here 5; set lora.r=2":
+            [*first, "lora.r=5", f"lora.init_from={tmp_path / 'folder'}"],
+        "names none of the network's": [*first, "lora.target_modules=[nothing]"],
+        "adapters of another base": [*lora, f"lora.init_from={tmp_path / 'folder'}"],
     }  # fmt: skip
     for message, more in refused.items():
         assert train("refused", *more, plan=encoded.plan(("dpo", 1))) == 1

@@ -158,8 +158,8 @@ def test_remainders(samples: list[int]) -> None:
     [
         ([("a", [3], 1), ("b", [3], 1)], Order(remainder="drop"), "a, b are mixed in one batch"),
         ([("a", [3], None)], Order(remainder="drop"), "less than one global batch of 4"),
-        ([("a", [3], None)], Order(remainder="keep"), "data.remainder=keep"),  # type: ignore[arg-type]
-        ([("a", [3], None)], Order(block=0), "data.block=0"),
+        ([("a", [3], None)], Order(remainder="keep"), "data.last_batch=keep"),  # type: ignore[arg-type]
+        ([("a", [3], None)], Order(block=0), "data.shuffle_block_size=0"),
         ([("a", [3], None)], Order(token_budget=5), "token_budget=5: the largest clips have 32"),
         ([("a", [3], 1), ("b", [3], None)], Order(), "one for each dataset, or none"),
     ],

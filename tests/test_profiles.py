@@ -125,7 +125,7 @@ def test_a_run_without_them_says_how_to_have_them(tmp_path: Path) -> None:
     saved.Saver(tmp_path).save(1)
     newest, _ = latest_valid(tmp_path)
     assert newest
-    with pytest.raises(CheckpointError, match="train with optim.ema_widths"):
+    with pytest.raises(CheckpointError, match="train with optim.posthoc_ema_stds"):
         average_of_width(newest, 0.08)
 
 

@@ -35,8 +35,8 @@ PLAN = encoded.plan(("sft", 4), ("dpo", 2), ("sft", 4))
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, pairs = encoded.write(tmp_path_factory.mktemp("encoded"), 7)
     return [
-        *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}", "data.ledger=true",
-        "batch_size=2", "every.log=1", "parity=false", PLAN,
+        *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}", "data.log_samples=true",
+        "batch_size=2", "log_every=1", "verify_export=false", PLAN,
     ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def trained(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps, with checkpoints of 4, 6, 8 and 10."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    assert train(compose([*words, f"run={run}"])).done
+    assert train(compose([*words, f"run_dir={run}"])).done
     return run
 
 
@@ -90,7 +90,7 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
     said = capsys.readouterr().out
     assert f"{a}: goes on from step 6, without sft batches 5:7 (event 1)" in said
     for run in (a, b, fresh):
-        train(compose([*words, f"run={run}"]))
+        train(compose([*words, f"run_dir={run}"]))
     assert same_end(a, b) and same_end(a, fresh) and not same_end(a, trained)
     # Steps 6 to 9 are supervised steps 4 to 7.
     assert keys(a) == keys(b) == keys(fresh)
@@ -106,7 +106,7 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
     assert main(["data", "audit", str(a)]) == 1
     assert "sft batch 5 was left out, and no event" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give back its events.jsonl"):
-        train(compose([*words, f"run={a}"]))
+        train(compose([*words, f"run_dir={a}"]))
 
 
 @pytest.mark.parametrize(

@@ -255,9 +255,9 @@ def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> N
             members = {"safetensors": save(lacking(runs.clip_tensors(i))), "json": b"{}"}
             writer.write(f"clip-{i}", members)
     few = open_dataset(tmp_path / "few")
-    with pytest.raises(ConfigError, match="tasks.order: task lip_sync, for which the clips of"):
+    with pytest.raises(ConfigError, match="tasks.tasks: task lip_sync, for which the clips of"):
         check(tmp_path, clips=few)
-    with pytest.raises(ConfigError, match="data.held_out_tasks: task lip_sync"):
+    with pytest.raises(ConfigError, match="data.val_tasks: task lip_sync"):
         check(tmp_path, held_out=HeldOut(few))
     check(tmp_path, held_out=HeldOut(few, tasks=("t2v", "i2v")))
     pairs = runs.write_pairs(tmp_path / "pairs", 2)
@@ -278,11 +278,11 @@ def test_data_are_looked_at_before_weights_are_read(
 
     monkeypatch.setattr(build, "start_of", no_weights)
     clips, _ = encoded.write(tmp_path)
-    words = [*encoded.SETTINGS, f"data.clips={clips}", f"run={tmp_path / 'run'}"]
+    words = [*encoded.SETTINGS, f"data.clips={clips}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match="model.text_dim=8: the clips of"):
         build.training_from(compose([*words, "model.text_dim=8"]), "")
     with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
-        build.training_from(compose([*words, "data.held_out=nowhere"]), "")
+        build.training_from(compose([*words, "data.val_clips=nowhere"]), "")
     with pytest.raises(AssertionError, match="weights are read"):
         build.training_from(compose(words), "")
 
@@ -299,5 +299,5 @@ def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
 def test_a_flow_shift_is_above_0(tmp_path: Path, shift: float) -> None:
-    with pytest.raises(ConfigError, match="shift=.*: must be above 0"):
+    with pytest.raises(ConfigError, match="flow_shift=.*: must be above 0"):
         check(tmp_path, shift=shift)

@@ -75,7 +75,7 @@ def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes:
     ("run", "words"),
     [
         ("runs/sft", ["experiment=sft"]),  # which names it
-        ("runs/mine", ["experiment=sft", "run=runs/mine"]),
+        ("runs/mine", ["experiment=sft", "run_dir=runs/mine"]),
         ("runs/train", []),
     ],
 )
@@ -133,7 +133,7 @@ def spooled(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["checkout", "a check out"])
-@pytest.mark.parametrize("words", [[], ["experiment=sft", "run=my runs/a"]])
+@pytest.mark.parametrize("words", [[], ["experiment=sft", "run_dir=my runs/a"]])
 def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
     job: Job, name: str, words: list[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Every setting of conf/ has a type and a range, and what breaks them never reaches a rank."""
 
+import dataclasses
 import inspect
 import math
 import subprocess
@@ -19,24 +20,19 @@ from pydantic.fields import FieldInfo
 from echolab.cli.__main__ import main
 from echolab.cli.train import CONF, compose
 from echolab.config import build as objects
-from echolab.config import schema as schema
+from echolab.config import parts, schema
+from echolab.config.build_adapters import lora_from
 from echolab.config.check import check, names, shown
 from echolab.data.batch_sampler import REMAINDERS
 from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
-from echolab.launch.section_timeouts import Deadlines
 from echolab.models import attention
 from echolab.models.transformer import EchoTransformer
-from echolab.preference.settings import PreferenceSettings
 from echolab.tasks.masks import TASKS
 from echolab.tracking.wandb_run import MODES
-from echolab.training.adapters.lora import Lora
 from echolab.training.engine import machine
 from echolab.training.engine.activation_checkpointing import KEPT
 from echolab.training.engine.posthoc_ema import WIDEST
-from echolab.training.guards.spikes import Guards
-from echolab.training.intervals import Intervals
-from echolab.training.module import Optim
 from echolab.training.schedule import KINDS
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -171,14 +167,16 @@ def test_the_values_of_the_issue_are_refused_by_the_parent(
 ) -> None:
     run = tmp_path / "run"
     for word in (
-        "batch_size=abc", "batch_size=0", "every.save=abc", "every.save=-1", "every.save=2.5",
-        "optim.clip=abc", "optim.clip=nan", "optim.betas=[2,0.9]", "optim.betas=[0.9]",
-        "schedule.warmup=-5", "schedule.warmup=abc", "shift=-1", "shift=0", "seed=-1", "seed=null",
+        "batch_size=abc", "batch_size=0", "save_every=abc", "save_every=-1", "save_every=2.5",
+        "optim.max_grad_norm=abc", "optim.max_grad_norm=nan", "optim.betas=[2,0.9]",
+        "optim.betas=[0.9]",
+        "schedule.warmup=-5", "schedule.warmup=abc", "flow_shift=-1", "flow_shift=0", "seed=-1",
+        "seed=null",
         "micro_batch_size=0", "+foo=1", "+data.foo=1", "trainer.devices=two", "~seed", "sede=1",
-        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.workers=true",
-        "data=[1]", "model=nothing", "supervise.save=soon", "logger.mode=loud",
+        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.num_workers=true",
+        "data=[1]", "model=nothing", "timeouts.save=soon", "logger.mode=loud",
     ):  # fmt: skip
-        assert main(["train", *NEEDED, f"run={run}", word]) == 1, word
+        assert main(["train", *NEEDED, f"run_dir={run}", word]) == 1, word
         said = capsys.readouterr().err
         key = word.lstrip("+~").partition("=")[0]
         assert said.startswith(f"echolab: error: {key}") and said.count("\n") == 1, said
@@ -199,12 +197,13 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
     ("words", "message"),
     [
         (["batch_size=6", "micro_batch_size=4"], "batch_size=6: not a multiple of 1 ranks x micro"),
-        (["every.save=4", "every.snapshot=6"], "every.snapshot=6: must be a multiple of"),
+        (["save_every=4", "snapshot_every=6"], "snapshot_every=6: must be a multiple of"),
         (["data.pairs=null", "schedule=dpo"], "data.pairs=null: ndpo and dpo epochs need"),
-        (["data.weights=[1,2]"], "data.weights=[1.0,2.0]: 2 weights for 1 datasets"),
-        (["data.clips=[x,y]", "data.weights=[0,0]"], "data.weights=[0.0,0.0]: all are 0"),
-        (["guards.warmup=200"], "guards.warmup=200: must be 2 or more and at most guards.window"),
-        (["tasks.floor=0.2"], "tasks.floor=0.2: times 5 tasks must stay below 1"),
+        (["data.clip_weights=[1,2]"], "data.clip_weights=[1.0,2.0]: 2 weights for 1 datasets"),
+        (["data.clips=[x,y]", "data.clip_weights=[0,0]"], "data.clip_weights=[0.0,0.0]: all are 0"),
+        (["loss_spike.min_history=200"],
+         "loss_spike.min_history=200: must be 2 or more and at most loss_spike.window"),
+        (["tasks.min_prob=0.2"], "tasks.min_prob=0.2: times 5 tasks must stay below 1"),
         (["tasks.stages=[{steps:1,targets:{t2v:0}}]"], 'tasks.stages[0].targets={"t2v":0.0}'),
         (["trainer=ddp", "trainer.strategy=single"], "trainer.strategy=single: not for 8 ranks"),
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: under DeepSpeed it is pure"),
@@ -215,10 +214,11 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
          "trainer.sequence_parallel=8: must divide model.num_heads=4"),
         (["model.num_heads=3"], "model.dim=256: must be a multiple of 2 x model.num_heads=3"),
         (["model.in_channels=20"], "model.in_channels=20: must be model.out_channels=16, or 36"),
-        (["reference=base"], "reference=base: means adapters"),
-        (["lora.start=folder"], "lora.start=folder: this run has no adapters"),
-        (["optim.ema_more=[0.9,0.9]"], "optim.ema_more=[0.9,0.9]: one is given twice"),
-        (["preference.loss_type=exo_pair"], "preference.loss_type=exo_pair: infinite at"),
+        (["ref_model=base"], "ref_model=base: means adapters"),
+        (["lora.init_from=folder"], "lora.init_from=folder: this run has no adapters"),
+        (["optim.extra_ema_decays=[0.9,0.9]"],
+         "optim.extra_ema_decays=[0.9,0.9]: one is given twice"),
+        (["objective.loss_type=exo_pair"], "objective.loss_type=exo_pair: infinite at"),
         (["data.clips=???"], "data.clips: is missing; give text"),
     ],
 )  # fmt: skip
@@ -234,14 +234,16 @@ def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
     monkeypatch.setenv("RATE", "1e-4")
     config = compose(
         [
-            *NEEDED, "optim.eps='1e-4'", "optim.clip=.inf", "batch_size='16'", "every.save=1e3",
-            "schedule.epochs=[{kind:sft,steps:'5',lr:'${oc.env:RATE}'}]", "shift=3", "run=2027",
+            *NEEDED, "optim.eps='1e-4'", "optim.max_grad_norm=.inf", "batch_size='16'",
+            "save_every=1e3",
+            "schedule.epochs=[{kind:sft,steps:'5',lr:'${oc.env:RATE}'}]", "flow_shift=3",
+            "run_dir=2027",
         ]
     )  # fmt: skip
-    assert config["optim"]["eps"] == 1e-4 and config["optim"]["clip"] == math.inf
+    assert config["optim"]["eps"] == 1e-4 and config["optim"]["max_grad_norm"] == math.inf
     assert config["batch_size"] == 16 and config["schedule"]["epochs"][0]["lr"] == 1e-4
-    assert config["every"]["save"] == 1000 and type(config["every"]["save"]) is int
-    assert type(config["shift"]) is float and config["run"] == "2027"
+    assert config["save_every"] == 1000 and type(config["save_every"]) is int
+    assert type(config["flow_shift"]) is float and config["run_dir"] == "2027"
 
 
 # -- the shipped settings -------------------------------------------------------------------------
@@ -279,31 +281,43 @@ def choices(section: type[BaseModel], name: str) -> tuple[str, ...]:
 def test_the_choices_are_those_of_the_code() -> None:
     assert typing.get_args(schema.Task) == TASKS
     assert choices(schema.Epoch, "kind") == KINDS
-    assert choices(schema.Data, "remainder") == REMAINDERS
-    assert choices(schema.PreferenceLoss, "loss_type") == tuple(PAIR_LOSSES)
+    assert choices(schema.Data, "last_batch") == REMAINDERS
+    assert choices(schema.Objective, "loss_type") == tuple(PAIR_LOSSES)
     assert choices(schema.Phases, "schedule") == tuple(objects.PHASES)
-    assert choices(schema.Phases, "act") == tuple(objects.ALLOCATORS)
+    assert choices(schema.Phases, "mode") == tuple(objects.ALLOCATORS)
     assert choices(schema.Logger, "mode") == MODES
     assert choices(schema.Trainer, "attention") == attention.NAMES
     assert choices(schema.Trainer, "strategy") == machine.STRATEGIES
     assert choices(schema.Trainer, "offload") == machine.OFFLOADS
-    assert set(choices(schema.Trainer, "checkpointing")) == {"none", *KEPT}
+    assert set(choices(schema.Trainer, "activation_checkpointing")) == {"none", *KEPT}
     assert set(machine.CHECKPOINTINGS) == {"none", *KEPT}
-    assert limits([schema.Optim.model_fields["ema_widths"]]) or WIDEST > 0.2886
+    assert limits([schema.Optim.model_fields["posthoc_ema_stds"]]) or WIDEST > 0.2886
 
 
 def test_the_settings_are_those_that_the_code_takes() -> None:
-    def keys(section: type[BaseModel]) -> set[str]:
-        return {field.alias or name for name, field in section.model_fields.items()}
+    """Every setting reaches an argument, and every argument has a setting."""
+    assert set(schema.Model.model_fields) == set(inspect.signature(EchoTransformer).parameters)
 
-    assert keys(schema.Model) == set(inspect.signature(EchoTransformer).parameters)
-    assert keys(schema.Trainer) == set(machine.Machine._fields)
-    assert keys(schema.Guards) == set(Guards._fields)
-    assert keys(schema.Optim) == set(Optim._fields)
-    assert keys(schema.Lora) == {*Lora._fields, "start"}
-    assert keys(schema.Supervise) == {*Deadlines._fields, "infrastructure"}
-    assert keys(schema.Every) == set(inspect.signature(Intervals).parameters)
-    assert keys(schema.PreferenceLoss) == set(PreferenceSettings.__dataclass_fields__)
+    def distinct(section: type[BaseModel], **given: Any) -> dict[str, Any]:
+        numbers = {name: 2.0 + i for i, name in enumerate(section.model_fields)}
+        return {**numbers, **given}
+
+    def reach(part: tuple[Any, ...], settings: dict[str, Any]) -> bool:
+        return sorted(map(str, part)) == sorted(map(str, settings.values()))
+
+    trainer, timeouts = distinct(schema.Trainer), distinct(schema.Timeouts)
+    assert reach(parts.machine_from(trainer), trainer)
+    assert reach(parts.deadlines_from(timeouts), timeouts)
+    spike = distinct(schema.LossSpike, policy="record", min_history=2, window=99)
+    assert reach(parts.guards_from(spike), spike)
+    intervals = dict(zip(parts.INTERVALS, (1, 2, 3, 5, 4), strict=True))
+    assert reach(tuple(vars(parts.intervals_from(intervals)).values()), intervals)
+    optim = distinct(schema.Optim, betas=(0.1, 0.2), extra_ema_decays=(), posthoc_ema_stds=(0.3,))
+    assert reach(objects.optim_from(optim), optim)
+    lora = distinct(schema.Lora, target_modules=("a",))
+    assert reach((*lora_from(lora), lora["init_from"]), lora)
+    objective = distinct(schema.Objective)
+    assert reach(dataclasses.astuple(objects.preference_from(objective)), objective)
 
 
 # -- what passes is understood --------------------------------------------------------------------
@@ -318,13 +332,13 @@ STAGE = st.fixed_dictionaries(
 
 @given(
     epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
-    stages=st.none() | st.lists(STAGE, max_size=3), momentum=REAL, floor=REAL,
+    stages=st.none() | st.lists(STAGE, max_size=3), ema_decay=REAL, min_prob=REAL,
 )  # fmt: skip
 def test_what_passes_is_understood_below(
-    epochs: Any, warmup: Any, cycles: Any, stages: Any, momentum: Any, floor: Any
+    epochs: Any, warmup: Any, cycles: Any, stages: Any, ema_decay: Any, min_prob: Any
 ) -> None:
     schedule = {"epochs": epochs, "warmup": warmup, "cycles": cycles, "decay": "cosine"}
-    tasks = {**BASE["tasks"], "stages": stages, "momentum": momentum, "floor": floor}
+    tasks = {**BASE["tasks"], "stages": stages, "ema_decay": ema_decay, "min_prob": min_prob}
     try:
         config = check({**BASE, "schedule": schedule, "tasks": tasks})
     except ConfigError:

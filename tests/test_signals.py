@@ -32,12 +32,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return compose(
         [
             *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}",
-            f"data.held_out={clips}", "data.held_out_overlaps=accept",
-            "data.held_out_clips=4", "data.workers=1",
+            f"data.val_clips={clips}", "data.val_overlaps=accept",
+            "data.val_num_clips=4", "data.num_workers=1",
             encoded.plan(("sft", STEPS // 2), ("ndpo", 4), ("sft", STEPS // 2 - 4)),
             "trainer=zero1", f"trainer.devices={WORLD}", "trainer.accelerator=cpu",
-            "trainer.precision=32-true", "trainer.checkpointing=none", "batch_size=4",
-            "every.save=3", "every.validate=5", "every.log=1",
+            "trainer.precision=32-true", "trainer.activation_checkpointing=none", "batch_size=4",
+            "save_every=3", "val_every=5", "log_every=1",
         ]
     )  # fmt: skip
 

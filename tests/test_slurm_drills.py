@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 STEPS = 60
 SETTINGS = (
     *encoded.SETTINGS, encoded.plan(("sft", STEPS)), "batch_size=4", "trainer.strategy=ddp",
-    "logger=wandb", "every.save=20", "every.validate=15", "data.held_out_batch_size=2",
+    "logger=wandb", "save_every=20", "val_every=15", "data.val_batch_size=2",
 )  # fmt: skip
 # Preemption as Slurm does it by itself: TERM, and KILL when the partition's grace is over.
 CONF = "SlurmctldParameters=idle_on_node_suspend\n"
@@ -126,8 +126,8 @@ def chosen() -> list[Drill]:
 
 
 def submit(cluster: Cluster, folder: Path, clips: Path, log: Path) -> str:
-    words = [*SETTINGS, f"data.clips={clips}", f"run={folder / 'run'}"]
-    words += [f"data.held_out={clips}", "data.held_out_overlaps=accept"]
+    words = [*SETTINGS, f"data.clips={clips}", f"run_dir={folder / 'run'}"]
+    words += [f"data.val_clips={clips}", "data.val_overlaps=accept"]
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
     return cluster("exec", "sbatch", *options, BATCH, *words, cwd=folder).strip()
 

@@ -171,7 +171,7 @@ def test_record_goes_on_but_not_with_nan() -> None:
     guards = Guards("record")
     assert decide(None, guards, [], PLAN) == NOTHING
     assert decide(HIGH, guards, [], PLAN)[:2] == (What.RECORD, "spike")
-    with pytest.raises(DivergedError, match="step 700 .*not finite; .*guards.policy=recompute"):
+    with pytest.raises(DivergedError, match="step 700 .*not finite; .*loss_spike.policy=recompute"):
         decide(BROKEN, guards, [], PLAN)
 
 
@@ -237,12 +237,12 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"policy": "hope"}, "guards.policy=hope: unknown"),
-        ({"limit": 0}, "guards.limit=0: must be above 0"),
-        ({"limit": math.nan}, "guards.limit=nan"),
-        ({"warmup": 1}, "guards.warmup=1"),
-        ({"window": 10}, "at most guards.window=10"),
-        ({"at_most": -1}, "guards.at_most=-1: must be 0 or more"),
+        ({"policy": "hope"}, "loss_spike.policy=hope: unknown"),
+        ({"limit": 0}, "loss_spike.threshold=0: must be above 0"),
+        ({"limit": math.nan}, "loss_spike.threshold=nan"),
+        ({"warmup": 1}, "loss_spike.min_history=1"),
+        ({"window": 10}, "at most loss_spike.window=10"),
+        ({"at_most": -1}, "loss_spike.max_rollbacks=-1: must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

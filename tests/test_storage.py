@@ -433,7 +433,7 @@ def train_in_little_memory(root: str, when: str) -> int:
     ("when", "code", "cause", "words"),
     [
         ("never", 0, "", ""),
-        ("too small", FATAL, "config", "data.workers=2: 1 ranks x 6 batches of .* bytes need"),
+        ("too small", FATAL, "config", "data.num_workers=2: 1 ranks x 6 batches of .* bytes need"),
         ("before", RETRYABLE, "shared_memory", "free of 4,194,304; make room there"),
         ("meanwhile", RETRYABLE, "shared_memory", "/dev/shm: no room for a batch of"),
     ],
@@ -450,7 +450,7 @@ def test_shared_memory_that_is_full_is_named(
     if cause:
         told = json.loads((tmp_path / "rank-0.error.json").read_text())
         assert told["cause"] == cause and re.search(words, told["message"]), told
-        assert "/dev/shm" in told["message"] and "data.workers" in told["message"]
+        assert "/dev/shm" in told["message"] and "data.num_workers" in told["message"]
 
 
 def tell_from_a_full_memory(root: str) -> int:

@@ -57,8 +57,13 @@ ECHOLAB = str(Path(sys.executable).parent / "echolab")
 def test_a_run_executes_no_module_of_the_working_folder(trap: Path, tmp_path: Path) -> None:
     """Neither its ranks, nor their loader workers, nor wandb's service."""
     clips, _ = encoded.write(tmp_path / "data")
-    words = [*encoded.SETTINGS, encoded.plan(("sft", 1)), f"data.clips={clips}", "data.workers=1"]
-    done = run([ECHOLAB, "train", *words, "logger=wandb", f"run={tmp_path / 'run'}"], trap)
+    words = [
+        *encoded.SETTINGS,
+        encoded.plan(("sft", 1)),
+        f"data.clips={clips}",
+        "data.num_workers=1",
+    ]
+    done = run([ECHOLAB, "train", *words, "logger=wandb", f"run_dir={tmp_path / 'run'}"], trap)
     check_nothing_ran(done, tmp_path)
 
 

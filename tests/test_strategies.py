@@ -110,7 +110,10 @@ def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
         (Machine("zero4"), "trainer.strategy=zero4: unknown; one of single, ddp"),
         (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; take ddp"),
         (Machine("ddp", devices=0), "trainer.strategy=ddp: not for 0 ranks"),
-        (Machine("ddp", checkpointing="some"), "trainer.checkpointing=some: unknown; one of none"),
+        (
+            Machine("ddp", checkpointing="some"),
+            "trainer.activation_checkpointing=some: unknown; one of none",
+        ),
         (Machine("zero1", offload="all"), "trainer.offload=all: unknown; one of none, optimizer"),
         (Machine("ddp", offload="optimizer"), "trainer.offload=optimizer: ddp keeps its weights"),
         (Machine("zero3", compile=True), "gradients come out wrong; take strategy zero2"),
@@ -132,7 +135,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_limit_of_no_gradient_is_refused(tmp_path: Path) -> None:
     for clip in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="optim.clip=.*: must be over 0"):
+        with pytest.raises(ConfigError, match="optim.max_grad_norm=.*: must be over 0"):
             runs.train(tmp_path, runs.schedule(("sft", 1)), optim=runs.Optim(clip=clip))
 
 

@@ -23,7 +23,7 @@ from echolab.launch.launch_records import NodeRecord, read_launches
 pytestmark = pytest.mark.slow
 
 # Steps of tiny networks on a crowded machine take up to a second.
-DEADLINES = ("supervise.floor=8", "supervise.step=20", "supervise.data_wait=20")
+DEADLINES = ("timeouts.min_step_timeout=8", "timeouts.step=20", "timeouts.data_wait=20")
 BOUND = 600.0  # seconds after which it hangs, on a machine with other work
 
 
@@ -38,10 +38,15 @@ class Training:
     def __init__(self, run: Path, clips: Path, ranks: int, *words: str) -> None:
         self.run, self.ranks = run, ranks
         command = [sys.executable, "-m", "echolab.cli", "train", *encoded.SETTINGS]
-        command += [f"data.clips={clips}", f"run={run}", encoded.plan(("sft", 5000)), *DEADLINES]
+        command += [
+            f"data.clips={clips}",
+            f"run_dir={run}",
+            encoded.plan(("sft", 5000)),
+            *DEADLINES,
+        ]
         command += ["trainer.strategy=ddp", f"trainer.devices={ranks}", f"batch_size={ranks}"]
         self.process = subprocess.Popen(
-            [*command, "every.save=5", *words],
+            [*command, "save_every=5", *words],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -31,14 +31,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
     return [
         *encoded.SETTINGS, encoded.plan(("sft", STEPS)), f"data.clips={clips}",
-        f"data.held_out={clips}", "data.held_out_overlaps=accept", "data.held_out_clips=2",
-        "every.validate=2", "parity=true",
+        f"data.val_clips={clips}", "data.val_overlaps=accept", "data.val_num_clips=2",
+        "val_every=2", "verify_export=true",
     ]  # fmt: skip
 
 
 def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[int], Any, Any]:
     """Exit code, saved steps, the last checkpoint's tensors, and what metrics.jsonl says."""
-    result = train(compose([*settings, f"run={folder}", f"logger={logger}"]), Beats(None))
+    result = train(compose([*settings, f"run_dir={folder}", f"logger={logger}"]), Beats(None))
     steps = saved_steps(folder / "checkpoints")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [

@@ -234,7 +234,7 @@ def test_autocast_is_used_where_the_weights_are_fp32(clips: ShardDataset) -> Non
 
 
 def test_no_clips_are_refused_in_words(clips: ShardDataset) -> None:
-    with pytest.raises(ConfigError, match="held_out_clips=0; give at least one, or every.validate"):
+    with pytest.raises(ConfigError, match="held_out_clips=0; give at least one, or val_every"):
         read_share(HeldOut(clips, at_most=0))
 
 

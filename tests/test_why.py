@@ -147,7 +147,7 @@ def test_attempts_are_counted_and_budgets_kept(
     assert not told["requeue"] and told["exclude"] == ["n2"]
     assert told["next_action"].startswith("stop: 2 attempts in a row made no checkpoint; ")
     assert [row["cause"] for row in told["history"]] == ["killed", "killed"]
-    (tmp_path / "config.json").write_text(json.dumps({"supervise": {"infrastructure": 0}}))
+    (tmp_path / "config.json").write_text(json.dumps({"max_infra_restarts": 0}))
     assert not why(tmp_path, capsys)["requeue"]
 
 

@@ -14,9 +14,9 @@ from echolab.training.guards import events
 class AuditArguments:
     """Weigh a run's ledger against its datasets; one line a fault, exit code 1 if any.
 
-    The run must have been trained with data.ledger=true.  Steps that an attempt trained and a later
-    one, going on from a checkpoint, trained again count once.  Batches that events of the run say
-    were skipped may be missing.
+    The run must have been trained with data.log_samples=true.  Steps that an attempt trained and a
+    later one, going on from a checkpoint, trained again count once.  Batches that events of the run
+    say were skipped may be missing.
     """
 
     run: Path = field(metadata={"help": "the run's folder"})

@@ -27,8 +27,8 @@ class ShuffleArguments:
     folder: str = field(metadata={"help": "the dataset's folder or address"})
     epochs: int = field(default=20, metadata={"ge": 2, "help": "how many to work out, 2 or more"})
     seed: int = field(default=0, metadata={"ge": 0, "help": "as of the run"})
-    block: int = field(default=BLOCK, metadata={"ge": 1, "help": "as data.block"})
-    buffer: int = field(default=BUFFER, metadata={"ge": 0, "help": "as data.buffer"})
+    block: int = field(default=BLOCK, metadata={"ge": 1, "help": "as data.shuffle_block_size"})
+    buffer: int = field(default=BUFFER, metadata={"ge": 0, "help": "as data.shuffle_buffer"})
     format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
 
 

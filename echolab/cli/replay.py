@@ -25,6 +25,7 @@ from echolab.cli.rollback import config_of
 from echolab.config.build import schedule_from, training_from
 from echolab.config.check import check
 from echolab.config.origins import checkpoint_of, recorded
+from echolab.config.parts import INTERVALS
 from echolab.config.stored import hidden, resolved
 from echolab.data.bad_samples import QUARANTINE
 from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
                 rows, exact = replay(pieces_of(arguments, start), out)
         except DivergedAgain as diverged:
             return _say_diverged(arguments, diverged)
-        log = int(config["every"]["log"])
+        log = int(config["log_every"])
         found = list(differences(run, out, (start, step), rows, log, exact=exact))
     told = what_is_told(run, step, exact=exact)
     if arguments.format == "json":
@@ -139,7 +140,7 @@ def _settings(arguments: ReplayArguments, kept: dict[str, Any]) -> dict[str, Any
     """The run's settings `kept`, with the secrets that its folder does not keep."""
     given = {"clips": arguments.clips, "pairs": arguments.pairs}
     kept["data"] |= {key: list(value) for key, value in given.items() if value}
-    kept["data"]["held_out"] = None  # nothing is validated
+    kept["data"]["val_clips"] = None  # nothing is validated
     if missing := hidden({key: kept["data"].get(key) for key in given}):
         words = " ".join(f"{name}=ADDRESS" for name in sorted(set(missing)))
         raise ConfigError(f"{arguments.run}: keeps no secret of its data's address; give {words}")
@@ -193,13 +194,13 @@ def pieces_of(arguments: ReplayArguments, start: int) -> list[Piece]:
     run, step = arguments.run, arguments.step
     told = run_dir.settings_by_step(run)
     told[0] = (0, told[0][1])  # of a run from before its settings were kept by step
-    initial = recorded(run).get("initial")
+    initial = recorded(run).get("init_from")
     pieces: list[Piece] = []
     for (first, kept), stop in zip(told, [*(one[0] for one in told[1:]), step], strict=True):
         if stop <= start or first >= step:
             continue
         config = _settings(arguments, kept)
-        config["initial"] = _initial(config["initial"], initial)
+        config["init_from"] = _initial(config["init_from"], initial)
         if first < start or first == 0:  # it met the data of the checkpoint that it goes on from
             config["data"]["changed"] = "refuse"
         if pieces and _alike(pieces[-1].config, config):
@@ -217,7 +218,15 @@ def _initial(place: str | None, was: dict[str, Any] | None) -> str | None:
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether settings differ in nothing that replay heeds; `data.changed` may bring other data."""
-    ignored = ("run", "every", "logger", "launcher", "supervise", "guards", "grace")
+    ignored = (
+        "run_dir",
+        *INTERVALS,
+        "logger",
+        "launcher",
+        "timeouts",
+        "loss_spike",
+        "signal_grace_seconds",
+    )
     a, b = ({k: v for k, v in config.items() if k not in ignored} for config in (one, other))
     return a == b and b["data"].get("changed") != "accept"
 
@@ -231,7 +240,7 @@ def replay(pieces: Sequence[Piece], out: Path) -> tuple[Rows, bool]:
 
 
 def _replay(piece: Piece, out: Path, rows: Rows) -> bool:
-    training = training_from({**piece.config, "run": str(out)}, "")
+    training = training_from({**piece.config, "run_dir": str(out)}, "")
     machine = training.machine
     exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
     alone = Machine(

@@ -230,7 +230,7 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
         filled["gpus_per_node"] = devices
     if not given & {"cpus_per_task", "cpus_per_gpu"}:
         ranks = max(1, devices // int(filled["tasks_per_node"]))  # that one task starts
-        filled["cpus_per_task"] = ranks * (int(config["data"]["workers"]) + HELPERS)
+        filled["cpus_per_task"] = ranks * (int(config["data"]["num_workers"]) + HELPERS)
     if filled.get("gpus_per_node") == 0:
         filled["gpus_per_node"] = None
     return filled

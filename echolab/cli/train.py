@@ -18,12 +18,12 @@ from typing import Any
 from echolab.cli import sweep
 from echolab.config.check import check
 from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
+from echolab.config.parts import deadlines_from
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.heartbeat import Beats, beats_from_environment
 from echolab.launch import error_files, exit_codes, job_array, local, run_dir
-from echolab.launch.section_timeouts import Deadlines
 from echolab.launch.supervisor import Supervisor
 from echolab.launch.topology import LAUNCH, cpu_warning, layout
 from echolab.redaction import masked, masked_output
@@ -85,18 +85,20 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     Raises ConfigError or BusyError before anything is written where the run's folder cannot be
     taken.
     """
-    if url := url_of(config["run"]):
-        raise ConfigError(f"run={masked(url)}: a run's folder lies on a disk; give a path")
-    folder, trainer, told_of = Path(config["run"]), config["trainer"], dict(config["supervise"])
-    told_of.pop("infrastructure")
-    places = layout(trainer["devices"], trainer["nodes"])
+    if url := url_of(config["run_dir"]):
+        raise ConfigError(f"run_dir={masked(url)}: a run's folder lies on a disk; give a path")
+    folder, trainer = Path(config["run_dir"]), config["trainer"]
+    places = layout(trainer["devices"], trainer["num_nodes"])
     if places.supervisor == 0:
         run_dir.check_ours(folder)
-    if warning := cpu_warning(places, int(config["data"]["workers"])):
+    if warning := cpu_warning(places, int(config["data"]["num_workers"])):
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
-    words = [*argv, f"run={quoted(config['run'])}"]
-    deadlines, grace = Deadlines(**told_of), grace_from(config["grace"])
+    words = [*argv, f"run_dir={quoted(config['run_dir'])}"]
+    deadlines, grace = (
+        deadlines_from(config["timeouts"]),
+        grace_from(config["signal_grace_seconds"]),
+    )
     supervisor = Supervisor(places, command(words), folder, deadlines, grace)
     supervisor.watch()
     return supervisor
@@ -127,7 +129,7 @@ def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -
     result = train_rank.train(
         config, beats, lambda error: _end_at_once(error, beats), _tell_end, kept
     )
-    return train_rank.exit_code(result, Path(config["run"]))
+    return train_rank.exit_code(result, Path(config["run_dir"]))
 
 
 def _tell_end(result: Any) -> None:

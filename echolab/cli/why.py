@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     attempts = attempts_of(arguments.run, over=arguments.over)
     if not attempts:
         raise ConfigError(
-            f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as run="
+            f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as "
+            "run_dir="
         )
     told = figures(arguments.run, attempts, _infrastructure(arguments.run))
     print(json.dumps(told) if arguments.format == "json" else printable(words(told)))
@@ -67,4 +68,4 @@ def _infrastructure(run: Path) -> int:
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
     except (OSError, ValueError):  # it ended before its settings were written
         config = {}
-    return int(config.get("supervise", {}).get("infrastructure", 3))
+    return int(config.get("max_infra_restarts", 3))

@@ -10,6 +10,7 @@ from echolab.config.build_adapters import Adapted, adapted, reference_of
 from echolab.config.data_checks import check_base, check_checkpoints, check_held_out
 from echolab.config.networks import load_policy, load_start
 from echolab.config.origins import checkpoints_from, origins_from
+from echolab.config.parts import guards_from, intervals_from, machine_from
 from echolab.data.batch_sampler import Order
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
@@ -28,9 +29,8 @@ from echolab.models.weights import initialize
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verified
-from echolab.training.config import Intervals, Machine, Training, check_data
+from echolab.training.config import Training, check_data
 from echolab.training.datamodule import HeldOut
-from echolab.training.guards.spikes import Guards
 from echolab.training.module import Optim
 from echolab.training.reference_model import Reference
 from echolab.training.schedule import Epoch, Schedule
@@ -38,14 +38,14 @@ from echolab.training.signals import end_of_job, grace_from
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
-    "keep": KeepModalities,
+    "dropout": KeepModalities,
     "scale": ScaleModalities,
 }
 
 
 def phases_from(config: Mapping[str, Any]) -> Allocator:
     """conf/phases"""
-    return ALLOCATORS[config["act"]](PHASES[config["schedule"]])
+    return ALLOCATORS[config["mode"]](PHASES[config["schedule"]])
 
 
 def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
@@ -53,9 +53,9 @@ def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Cu
     stages = (
         [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
         if config["stages"]
-        else hard_to_easy(config["steps_per_stage"], config["order"])
+        else hard_to_easy(config["steps_per_stage"], config["tasks"])
     )
-    curriculum = Curriculum(stages, config["momentum"], config["floor"])
+    curriculum = Curriculum(stages, config["ema_decay"], config["min_prob"])
     if origin is None or config.get("restart"):
         return curriculum
     return curriculum.following(open_verified(origin).state["curriculum"])
@@ -67,14 +67,25 @@ def schedule_from(config: Mapping[str, Any]) -> Schedule:
     return Schedule(epochs, cycles=config["cycles"], warmup=config["warmup"], decay=config["decay"])
 
 
+def preference_from(config: Mapping[str, Any]) -> PreferenceSettings:
+    """Return the settings of the preference losses, from conf/objective."""
+    return PreferenceSettings(
+        beta=config["beta"],
+        loss_type=config["loss_type"],
+        label_smoothing=config["label_smoothing"],
+        anchor=config["sft_weight"],
+        target_gradient_factor=config["target_grad_factor"],
+    )
+
+
 def objectives_from(
     config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
-    """conf/preference; preference objectives only where there is a reference."""
+    """conf/objective; preference objectives only where there is a reference."""
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
         whole = of_preferences(phases)
-        wanted = checked(PreferenceSettings(**config))
+        wanted = checked(preference_from(config))
         factor = wanted.target_gradient_factor
         objectives["ndpo"] = NegativePreference(whole, reference, wanted.beta, factor)
         objectives["dpo"] = Preference(
@@ -102,7 +113,7 @@ def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     """No dataset, one or several, opened: those that `key` of conf/data names."""
     places: str | Sequence[str] = config[key] or []
     named = [places] if isinstance(places, str) else places
-    cache, cache_gb = config["cache"], float(config["cache_gb"])
+    cache, cache_gb = config["cache_dir"], float(config["cache_gb"])
     return [open_dataset(place, cache=cache, cache_gb=cache_gb) for place in named]
 
 
@@ -111,27 +122,30 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "clips": datasets_from(config, "clips"),
         "pairs": datasets_from(config, "pairs"),
-        "weights": config["weights"],
+        "weights": config["clip_weights"],
         "pair_weights": config["pair_weights"],
         "order": Order(
-            config["block"], config["buffer"], config["remainder"], config["token_budget"]
+            config["shuffle_block_size"],
+            config["shuffle_buffer"],
+            config["last_batch"],
+            config["token_budget"],
         ),
-        "ledger": config["ledger"],
-        "skip_budget": float(config["skip_budget"]),
+        "ledger": config["log_samples"],
+        "skip_budget": float(config["max_bad_fraction"]),
         "accepts_changed_data": config.get("changed") == "accept",
-        "workers": config["workers"],
+        "workers": config["num_workers"],
     }
 
 
 def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
     """The held-out part of conf/data."""
-    if not config["held_out"]:
+    if not config["val_clips"]:
         return None
     return HeldOut(
-        datasets_from(config, "held_out")[0],
-        at_most=config["held_out_clips"],
-        batch_size=config["held_out_batch_size"],
-        tasks=tuple(config["held_out_tasks"]),
+        datasets_from(config, "val_clips")[0],
+        at_most=config["val_num_clips"],
+        batch_size=config["val_batch_size"],
+        tasks=tuple(config["val_tasks"]),
     )
 
 
@@ -145,7 +159,7 @@ def check_together(
     clips, pairs = reading["clips"], reading["pairs"]
     check_checkpoints(checkpoints, clips[0])
     if held_out:
-        accepted = data.get("held_out_overlaps") == "accept"
+        accepted = data.get("val_overlaps") == "accept"
         check_held_out(held_out.clips, clips, pairs, accepted)
 
 
@@ -153,19 +167,26 @@ def start_of(
     config: Mapping[str, Any], initial: Path | None, seed: int
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
-    if config["lora"]["targets"]:
-        own = adapted(config, initial, load_start)  # says it of a base that is not lora.start's
-        check_base(config["weights"], initial)
+    if config["lora"]["target_modules"]:
+        own = adapted(config, initial, load_start)  # says it of a base that is not lora.init_from's
+        check_base(config["pretrained"], initial)
         return own.net, own, None
     if initial and open_checkpoint(initial).state.get("adapters"):
         return load_policy(initial).requires_grad_(True), None, None
-    return net_from(config["model"], config["weights"], seed), None, initial
+    return net_from(config["model"], config["pretrained"], seed), None, initial
 
 
 def optim_from(config: Mapping[str, Any]) -> Optim:
     """conf/optim"""
-    tuples = {key: tuple(config[key]) for key in ("betas", "ema_more", "ema_widths")}
-    return Optim(**{**config, **tuples})
+    return Optim(
+        betas=tuple(config["betas"]),
+        eps=config["eps"],
+        weight_decay=config["weight_decay"],
+        clip=config["max_grad_norm"],
+        ema_decay=config["ema_decay"],
+        ema_more=tuple(config["extra_ema_decays"]),
+        ema_widths=tuple(config["posthoc_ema_stds"]),
+    )
 
 
 def data_from(
@@ -176,7 +197,7 @@ def data_from(
     check_together(config["data"], reading, held_out, (origin, pinned))
     curriculum = curriculum_from(config["tasks"], origin)
     datasets = (reading["clips"], reading["pairs"], held_out)
-    check_data(*datasets, config["model"], curriculum, config["parity"])
+    check_data(*datasets, config["model"], curriculum, config["verify_export"])
     return {**reading, "curriculum": curriculum, "held_out": held_out}
 
 
@@ -190,13 +211,13 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     net, own, initial = start_of(config, origin, seed)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(
-        folder=Path(config["run"]),
+        folder=Path(config["run_dir"]),
         agreed=agreed,
         net=net,
         architecture=config["model"],
         **parts,
         schedule=schedule,
-        objectives=objectives_from(config["preference"], phases, reference),
+        objectives=objectives_from(config["objective"], phases, reference),
         phases=phases,
         reference=reference,
         reference_checkpoint=pinned,
@@ -204,15 +225,15 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
         optim=optim_from(config["optim"]),
-        machine=Machine(**config["trainer"]),
+        machine=machine_from(config["trainer"]),
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],
-        shift=float(config["shift"]),
+        shift=float(config["flow_shift"]),
         seed=seed,
-        every=Intervals(**config["every"]),
-        guards=Guards(**config["guards"]).check(),
-        host_memory_gb=config["host_memory_gb"],
-        parity=config["parity"],
-        grace=grace_from(config["grace"]),
+        every=intervals_from(config),
+        guards=guards_from(config["loss_spike"]),
+        host_memory_gb=config["max_host_memory_gb"],
+        parity=config["verify_export"],
+        grace=grace_from(config["signal_grace_seconds"]),
         job_ends=end_of_job(),
     )

@@ -44,18 +44,27 @@ class Adapted(NamedTuple):
     record: dict[str, Any]
 
 
+def lora_from(config: Mapping[str, Any]) -> Lora:
+    """Return which layers are adapted, and how, from conf/lora."""
+    return Lora(
+        targets=tuple(config["target_modules"]),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config["dropout"],
+    )
+
+
 def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adapted:
     """The network of conf/lora on the base of `weights` or `initial`, which may have adapters."""
-    told = {key: value for key, value in config["lora"].items() if key != "start"}
-    lora = Lora(**{**told, "targets": tuple(told["targets"])})
+    lora = lora_from(config["lora"])
     first = open_checkpoint(initial) if initial else None
-    weights = str(Path(config["weights"]).resolve()) if config["weights"] else None
+    weights = str(Path(config["pretrained"]).resolve()) if config["pretrained"] else None
     origin = Origin(weights, str(initial.resolve()) if initial else None, int(config["seed"]))
     adapters = first.state.get("adapters") if first else None
     if adapters:
         origin = Origin(**adapters["origin"])
     net = base_of(config["model"], origin, load)
-    start = config["lora"]["start"]
+    start = config["lora"]["init_from"]
     given = read_adapters(Path(start), net) if start else None
     add_adapters(net, lora, int(config["seed"]))
     base = base_fingerprint(net)
@@ -78,11 +87,14 @@ def _start(given: Adapters, lora: Lora) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in given.layers.items():
         alpha = layer.scale * layer.rank
-        for key, there, here in (("rank", layer.rank, lora.rank), ("alpha", alpha, lora.alpha)):
+        for key, setting, there, here in (
+            ("rank", "r", layer.rank, lora.rank),
+            ("alpha", "lora_alpha", alpha, lora.alpha),
+        ):
             if not math.isclose(there, here, rel_tol=1e-6):
                 raise WeightsError(
                     f"{given.source}: {key} of {name} is {there:g}, here {here:g}; "
-                    f"set lora.{key}={there:g}, and give adapters of one {key} in all layers"
+                    f"set lora.{setting}={there:g}, and give adapters of one {key} in all layers"
                 )
         tensors[f"{name}.lora_A.{TRAINED}.weight"] = layer.down
         tensors[f"{name}.lora_B.{TRAINED}.weight"] = layer.up
@@ -115,16 +127,16 @@ def export_adapters(
 def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | None) -> Reference:
     """The reference of preference epochs, without a second copy of a base that is in memory.
 
-    For adapters: the base itself (`reference=base`), an earlier average or a checkpoint of adapters
+    For adapters: the base itself (`ref_model=base`), an earlier average or a checkpoint of adapters
     on the same base; otherwise a network of its own.
     """
     state = open_checkpoint(pinned).state if pinned else {}
-    if own is None and (config["reference"] == "base" or state.get("adapters")):
+    if own is None and (config["ref_model"] == "base" or state.get("adapters")):
         raise ConfigError(
-            f"reference={config['reference']}: means adapters, and this run trains all weights; "
+            f"ref_model={config['ref_model']}: means adapters, and this run trains all weights; "
             "give lora=attention as there, or a run without adapters"
         )
-    if own and config["reference"] == "base":
+    if own and config["ref_model"] == "base":
         return AdaptersOff(own.net)
     if own and (pinned is None or state.get("adapters")):
         if pinned:

@@ -14,13 +14,52 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from echolab.config.parts import deadlines_from, guards_from, intervals_from, machine_from
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
-from echolab.launch.section_timeouts import Deadlines
-from echolab.training.engine.machine import Machine, conflict, cut
-from echolab.training.guards.spikes import Guards
-from echolab.training.intervals import Intervals
+from echolab.training.engine.machine import conflict, cut
 
+# Earlier names of settings and groups, by section; a name that begins with "/" is of no section.
+RENAMED = {
+    "": {
+        "run": "run_dir", "initial": "init_from", "weights": "pretrained",
+        "reference": "ref_model", "shift": "flow_shift", "parity": "verify_export",
+        "grace": "signal_grace_seconds", "host_memory_gb": "max_host_memory_gb",
+        "preference": "objective", "guards": "loss_spike", "supervise": "timeouts",
+    },
+    "every": {
+        "log": "/log_every", "save": "/save_every", "validate": "/val_every",
+        "replicas": "/replica_check_every", "snapshot": "/snapshot_every",
+    },
+    "loss_spike": {
+        "limit": "threshold", "warmup": "min_history", "back": "rollback_steps",
+        "at_most": "max_rollbacks",
+    },
+    "timeouts": {
+        "factor": "safety_factor", "floor": "min_step_timeout",
+        "infrastructure": "/max_infra_restarts",
+    },
+    "optim": {
+        "clip": "max_grad_norm", "ema_more": "extra_ema_decays", "ema_widths": "posthoc_ema_stds",
+    },
+    "data": {
+        "block": "shuffle_block_size", "buffer": "shuffle_buffer", "remainder": "last_batch",
+        "workers": "num_workers", "cache": "cache_dir", "skip_budget": "max_bad_fraction",
+        "ledger": "log_samples", "weights": "clip_weights", "held_out": "val_clips",
+        "held_out_clips": "val_num_clips", "held_out_batch_size": "val_batch_size",
+        "held_out_tasks": "val_tasks", "held_out_overlaps": "val_overlaps",
+    },
+    "trainer": {
+        "checkpointing": "activation_checkpointing", "nodes": "num_nodes",
+        "shard_small": "zero3_shard_small",
+    },
+    "objective": {"anchor": "sft_weight", "target_gradient_factor": "target_grad_factor"},
+    "lora": {
+        "targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "start": "init_from",
+    },
+    "phases": {"act": "mode"},
+    "tasks": {"order": "tasks", "momentum": "ema_decay", "floor": "min_prob"},
+}  # fmt: skip
 LONGEST_VALUE = 80  # characters of a value in a message
 Location = tuple[str | int, ...]
 
@@ -67,10 +106,22 @@ def missing(path: Location) -> str:
 def no_such_setting(path: Location, value: Any) -> str:
     """Return one line on a setting that does not exist, with the nearest that does."""
     section = _field_at(path[:-1])[1] if len(path) > 1 else None
-    near = difflib.get_close_matches(dotted(path), names(), n=1, cutoff=0.6)
+    near = [new] if (new := renamed(dotted(path))) else []
+    near = near or difflib.get_close_matches(dotted(path), names(), n=1, cutoff=0.6)
     known = ", ".join(_fields(_section_of(section.annotation) if section else Settings))
     remedy = f"did you mean {near[0]}?" if near else f"there are {known}"
     return f"{dotted(path)}={shown(value)}: there is no such setting; {remedy}"
+
+
+def renamed(name: str) -> str | None:
+    """Return the present name of a setting or group that had another one, else None."""
+    group, _, rest = name.partition(".")
+    section = RENAMED[""].get(group, group)
+    if not rest:
+        return section if section != group else None
+    new = RENAMED.get(section, {}).get(rest, rest)
+    present = new[1:] if new.startswith("/") else f"{section}.{new}"
+    return present if present != name else None
 
 
 def names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -196,19 +247,19 @@ def _number(kind: str, limits: Mapping[str, Any]) -> str:
 
 def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each conflict between settings that have the right kinds and ranges."""
-    yield from filter(None, [conflict(Machine(**config["trainer"]))])
+    yield from filter(None, [conflict(machine_from(config["trainer"]))])
     yield from _of_the_network(config["model"], config["trainer"], config["lora"])
     yield from _of_the_data(config["data"], config["schedule"]["epochs"])
     yield from _of_the_tasks(config["tasks"])
-    loss = config["preference"]
+    loss = config["objective"]
     if loss["loss_type"] == "exo_pair" and not loss["label_smoothing"]:
-        yield "preference.loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3"
-    if config["reference"] == "base" and not config["lora"]["targets"]:
+        yield "objective.loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3"
+    if config["ref_model"] == "base" and not config["lora"]["target_modules"]:
         yield (
-            "reference=base: means adapters, and this run trains all weights; give lora=attention, "
-            "or reference=null"
+            "ref_model=base: means adapters, and this run trains all weights; give lora=attention, "
+            "or ref_model=null"
         )
-    for name in ("ema_more", "ema_widths"):
+    for name in ("extra_ema_decays", "posthoc_ema_stds"):
         values = config["optim"][name]
         if len(set(values)) < len(values):
             yield f"optim.{name}={shown(values)}: one is given twice; give each once"
@@ -217,12 +268,11 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _refusal_of(config: Mapping[str, Any]) -> str | None:
     """Return what the parts that these settings go to say against them."""
-    deadlines = {k: v for k, v in config["supervise"].items() if k != "infrastructure"}
     try:
-        cut(config["batch_size"], config["micro_batch_size"], Machine(**config["trainer"]))
-        Intervals(**config["every"])
-        Guards(**config["guards"]).check()
-        Deadlines(**deadlines).check()
+        cut(config["batch_size"], config["micro_batch_size"], machine_from(config["trainer"]))
+        intervals_from(config)
+        guards_from(config["loss_spike"])
+        deadlines_from(config["timeouts"])
     except ConfigError as error:
         return str(error)
     return None
@@ -245,10 +295,11 @@ def _of_the_network(
             f"trainer.sequence_parallel={together}: must divide model.num_heads={heads}; "
             "take 1, or a divisor of both heads and ranks"
         )
-    if lora["start"] and not lora["targets"]:
+    if lora["init_from"] and not lora["target_modules"]:
         yield (
-            f"lora.start={lora['start']}: this run has no adapters; give lora=attention too, "
-            "or lora.start=null"
+            f"lora.init_from={lora['init_from']}: this run has no adapters; give "
+            "lora=attention too, "
+            "or lora.init_from=null"
         )
 
 
@@ -256,8 +307,8 @@ def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -
     prefers = {epoch["kind"] for epoch in epochs} - {"sft"}
     if prefers and not data["pairs"]:
         yield "data.pairs=null: ndpo and dpo epochs need a preference dataset; give one"
-    for key, places in (("weights", data["clips"]), ("pair_weights", data["pairs"])):
-        weights, name = data[key], "clips" if key == "weights" else "pairs"
+    for key, places in (("clip_weights", data["clips"]), ("pair_weights", data["pairs"])):
+        weights, name = data[key], "clips" if key == "clip_weights" else "pairs"
         if weights is None:
             continue
         count = 0 if places is None else 1 if isinstance(places, str) else len(places)
@@ -271,7 +322,7 @@ def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -
 
 
 def _of_the_tasks(tasks: Mapping[str, Any]) -> Iterator[str]:
-    stages = tasks["stages"] or [{"targets": dict.fromkeys(tasks["order"], 1.0)}]
+    stages = tasks["stages"] or [{"targets": dict.fromkeys(tasks["tasks"], 1.0)}]
     for number, stage in enumerate(stages):
         if not any(stage["targets"].values()):
             yield (
@@ -279,8 +330,8 @@ def _of_the_tasks(tasks: Mapping[str, Any]) -> Iterator[str]:
                 "give one above 0"
             )
     count = len({task for stage in stages for task in stage["targets"]})
-    if tasks["floor"] * count >= 1:
+    if tasks["min_prob"] * count >= 1:
         yield (
-            f"tasks.floor={tasks['floor']:g}: times {count} tasks must stay below 1; take a "
+            f"tasks.min_prob={tasks['min_prob']:g}: times {count} tasks must stay below 1; take a "
             f"smaller one"
         )

@@ -10,7 +10,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.launch.run_dir import own_rank
 from echolab.training.checkpoints.checkpoint import open_verified
 
-ACCEPT = "data.held_out_overlaps=accept"
+ACCEPT = "data.val_overlaps=accept"
 
 
 def check_checkpoints(checkpoints: Sequence[Path | None], clips: ShardDataset) -> None:
@@ -33,11 +33,13 @@ def check_held_out(
     """
     for dataset in clips:
         if dataset.fingerprint == held_out.fingerprint:
-            _say(f"data.held_out: {held_out.folder} is the training set {dataset.folder}", accepted)
+            _say(
+                f"data.val_clips: {held_out.folder} is the training set {dataset.folder}", accepted
+            )
         elif shared := shared_samples(held_out, dataset):
             few = shared < len(held_out)
             words = f"{shared} of its {len(held_out)} samples are in the training set"
-            _say(f"data.held_out: {held_out.folder}: {words} {dataset.folder}", accepted or few)
+            _say(f"data.val_clips: {held_out.folder}: {words} {dataset.folder}", accepted or few)
     for dataset in pairs:
         if dataset.description.get("prompts") == held_out.fingerprint:
             words = f"data.pairs: {dataset.folder} was sampled from the held-out clips"
@@ -59,6 +61,7 @@ def check_base(weights: str | None, initial: Path | None) -> None:
     """Raise ConfigError for adapters on a network of random values, whose gradients are all 0."""
     if not weights and not initial:
         raise ConfigError(
-            "lora.targets: adapters need a trained base, and without one all their gradients are "
-            "0; give weights= or initial="
+            "lora.target_modules: adapters need a trained base, and without one all their "
+            "gradients are "
+            "0; give pretrained= or init_from="
         )

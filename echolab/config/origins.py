@@ -49,11 +49,12 @@ def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Pa
 
 
 def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the checkpoints that `initial` and `reference` mean for a run that may have begun."""
-    was, reference = recorded(Path(config["run"])), config["reference"]
+    """Return the checkpoints that `init_from` and `ref_model` mean for a run that may have "
+    "begun."""
+    was, reference = recorded(Path(config["run_dir"])), config["ref_model"]
     return (
-        checkpoint_of(config["initial"], was.get("initial")),
-        checkpoint_of(None if reference == "base" else reference, was.get("reference")),
+        checkpoint_of(config["init_from"], was.get("init_from")),
+        checkpoint_of(None if reference == "base" else reference, was.get("ref_model")),
     )
 
 
@@ -63,15 +64,15 @@ def origins_from(
     """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
     if run_dir.own_rank():
         return {}
-    found = {"initial": initial, "reference": reference}
+    found = {"init_from": initial, "ref_model": reference}
     origins: dict[str, Any] = {key: _checkpoint(path) for key, path in found.items() if path}
-    if config["weights"]:
-        origins["weights"] = {"content": _digest(weight_files(Path(config["weights"])))}
-    if config["lora"]["start"]:
-        start = Path(config["lora"]["start"])
+    if config["pretrained"]:
+        origins["pretrained"] = {"content": _digest(weight_files(Path(config["pretrained"])))}
+    if config["lora"]["init_from"]:
+        start = Path(config["lora"]["init_from"])
         inside = start.iterdir() if start.is_dir() else [start]
         files = sorted(path for path in inside if path.suffix in (".json", ".safetensors"))
-        origins["lora.start"] = {"content": _digest(files)}
+        origins["lora.init_from"] = {"content": _digest(files)}
     return origins
 
 

@@ -22,8 +22,16 @@ HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, R
 OPTIONAL = ("experiment", "debug")  # groups that may be null
 
 # Settings that hold a list of paths, or one.
-DATASETS = ("data.clips", "data.pairs", "data.held_out")
-PATHS = (*DATASETS, "data.cache", "run", "initial", "weights", "reference", "lora.start")
+DATASETS = ("data.clips", "data.pairs", "data.val_clips")
+PATHS = (
+    *DATASETS,
+    "data.cache_dir",
+    "run_dir",
+    "init_from",
+    "pretrained",
+    "ref_model",
+    "lora.init_from",
+)
 TEXTS = (*PATHS, "logger.project")
 
 WORD = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)

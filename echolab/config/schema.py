@@ -34,7 +34,7 @@ def as_number(value: Any) -> Any:
 
 
 def as_text(value: Any) -> Any:
-    """Return a whole number as text, since the command line reads `run=2027` as a number."""
+    """Return a whole number as text, since the command line reads `run_dir=2027` as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -98,7 +98,7 @@ class Data(Section):
     """conf/data: what is trained on, in which order, and what is held out."""
 
     clips: Datasets = Field(description="dataset of encoded clips, or a list of them")
-    weights: Weights | None = Field(
+    clip_weights: Weights | None = Field(
         description="how often a clip comes from each of data.clips; null: as many as each holds"
     )
     pairs: Datasets | None = Field(
@@ -107,35 +107,41 @@ class Data(Section):
     pair_weights: Weights | None = Field(
         description="how often a pair comes from each of data.pairs; null: as many as each holds"
     )
-    block: Count = Field(description="neighboring samples in a shard that are read together")
-    buffer: CountOrZero = Field(description="places that the shuffle above blocks moves a sample")
-    remainder: Literal["carry", "drop", "pad"] = Field(
+    shuffle_block_size: Count = Field(
+        description="neighboring samples in a shard that are read together"
+    )
+    shuffle_buffer: CountOrZero = Field(
+        description="places that the shuffle above blocks moves a sample"
+    )
+    last_batch: Literal["carry", "drop", "pad"] = Field(
         description="what becomes of an epoch's samples that batch_size does not divide"
     )
     token_budget: Count | None = Field(
         description="latent places that one clip of batch_size may take; null: the largest clip's"
     )
-    ledger: bool = Field(description="record the samples of every step, for `echolab data audit`")
-    skip_budget: Fraction = Field(
+    log_samples: bool = Field(
+        description="record the samples of every step, for `echolab data audit`"
+    )
+    max_bad_fraction: Fraction = Field(
         description="share of samples, of each shard and of all, that may be bad"
     )
     changed: Literal["refuse", "accept"] = Field(
         default="refuse",
         description="whether the run goes on with other clips or pairs than it was trained on",
     )
-    cache: Text | None = Field(
+    cache_dir: Text | None = Field(
         description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
     )
-    cache_gb: Positive = Field(description="size of data.cache in GB")
-    held_out: Text | None = Field(description="dataset of encoded clips for the held-out error")
-    held_out_clips: Count = Field(description="held-out clips that are used")
-    held_out_batch_size: Count = Field(description="held-out clips a forward")
-    held_out_tasks: Tasks = Field(description="tasks of the held-out error")
-    held_out_overlaps: Literal["refuse", "accept"] = Field(
+    cache_gb: Positive = Field(description="size of data.cache_dir in GB")
+    val_clips: Text | None = Field(description="dataset of encoded clips for the held-out error")
+    val_num_clips: Count = Field(description="held-out clips that are used")
+    val_batch_size: Count = Field(description="held-out clips a forward")
+    val_tasks: Tasks = Field(description="tasks of the held-out error")
+    val_overlaps: Literal["refuse", "accept"] = Field(
         default="refuse",
         description="whether held-out clips may be trained on; a trial of the program may",
     )
-    workers: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(
+    num_workers: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(
         description="loader processes a rank; 0: the rank reads by itself"
     )
 
@@ -153,15 +159,15 @@ class Curriculum(Section):
     """conf/tasks: how often each task is trained."""
 
     stages: Annotated[list[Stage], Field(min_length=1)] | None = Field(
-        description="stages of the curriculum; null: one for each task of tasks.order"
+        description="stages of the curriculum; null: one for each task of tasks.tasks"
     )
-    order: Tasks = Field(description="tasks from hard to easy; each stage adds the next")
-    steps_per_stage: Count = Field(description="supervised steps of each stage of tasks.order")
-    momentum: Fraction = Field(description="of the average by which shares follow their targets")
-    floor: Fraction = Field(description="least share of a task that was introduced")
+    tasks: Tasks = Field(description="tasks from hard to easy; each stage adds the next")
+    steps_per_stage: Count = Field(description="supervised steps of each stage of tasks.tasks")
+    ema_decay: Fraction = Field(description="of the average by which shares follow their targets")
+    min_prob: Fraction = Field(description="least share of a task that was introduced")
     restart: bool = Field(
         default=False,
-        description="whether a run with initial= begins with the first stage again",
+        description="whether a run with init_from= begins with the first stage again",
     )
 
 
@@ -169,8 +175,8 @@ class Phases(Section):
     """conf/phases: how much each modality counts at a noise level."""
 
     schedule: Literal["phda", "phda_by_progress", "flat"] = Field(description="curve of weights")
-    act: Literal["keep", "scale"] = Field(
-        description="keep: weights are probabilities to keep a modality; scale: factors on it"
+    mode: Literal["dropout", "scale"] = Field(
+        description="dropout: the curve is the chance to keep a modality; scale: a factor on it"
     )
 
 
@@ -193,8 +199,8 @@ class Schedule(Section):
     decay: Literal["constant", "cosine"] = Field(description="of the learning rate over the run")
 
 
-class PreferenceLoss(Section):
-    """conf/preference: the objectives of ndpo and dpo epochs, in trl's words."""
+class Objective(Section):
+    """conf/objective: the objectives of ndpo and dpo epochs, in trl's words."""
 
     beta: Positive = Field(description="strength of the preference")
     loss_type: Literal[
@@ -204,8 +210,10 @@ class PreferenceLoss(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), NUMBER] = Field(
         description="share of labels taken to be wrong"
     )
-    anchor: PositiveOrZero = Field(description="factor of the chosen clip's own error in the loss")
-    target_gradient_factor: Annotated[float, Field(gt=0, lt=0.5), NUMBER] | None = Field(
+    sft_weight: PositiveOrZero = Field(
+        description="factor of the chosen clip's own error in the loss"
+    )
+    target_grad_factor: Annotated[float, Field(gt=0, lt=0.5), NUMBER] | None = Field(
         description="gradient factor that beta follows; null: beta is constant"
     )
 
@@ -218,12 +226,12 @@ class Optim(Section):
     )
     eps: Positive = Field(description="added to the root of AdamW's second moment")
     weight_decay: PositiveOrZero = Field(description="AdamW's decay of matrices")
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=True), NUMBER] = Field(
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), NUMBER] = Field(
         description="limit of the gradient's norm; .inf: no limit"
     )
     ema_decay: Fraction = Field(description="decay of the average that is evaluated and exported")
-    ema_more: list[Fraction] = Field(description="decays of further averages")
-    ema_widths: list[Annotated[float, Field(ge=1e-4, lt=0.2886), NUMBER]] = Field(
+    extra_ema_decays: list[Fraction] = Field(description="decays of further averages")
+    posthoc_ema_stds: list[Annotated[float, Field(ge=1e-4, lt=0.2886), NUMBER]] = Field(
         description="widths of power averages, from which export makes one of any width"
     )
 
@@ -231,11 +239,13 @@ class Optim(Section):
 class Lora(Section):
     """conf/lora: adapters."""
 
-    targets: list[Text] = Field(description="layers that get adapters; []: all weights are trained")
-    rank: Size = Field(description="of the adapters")
-    alpha: Positive = Field(description="the adapters' product is scaled by alpha / rank")
+    target_modules: list[Text] = Field(
+        description="layers that get adapters; []: all weights are trained"
+    )
+    r: Size = Field(description="rank of the adapters")
+    lora_alpha: Positive = Field(description="the adapters' product is scaled by lora_alpha / r")
     dropout: Fraction = Field(description="share of the adapters' inputs that are dropped")
-    start: Text | None = Field(description="adapters in peft's format to start from")
+    init_from: Text | None = Field(description="adapters in peft's format to start from")
 
 
 class Trainer(Section):
@@ -245,14 +255,14 @@ class Trainer(Section):
         description="how ranks share weights, gradients and moments"
     )
     devices: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(description="ranks a node")
-    nodes: Annotated[int, Field(ge=1, le=10**5), NUMBER] = Field(description="nodes")
+    num_nodes: Annotated[int, Field(ge=1, le=10**5), NUMBER] = Field(description="nodes")
     accelerator: Literal["cpu", "gpu", "cuda"] = Field(description="device of every rank")
     precision: Text = Field(description="32-true, or bf16-mixed")  # `machine.conflict` has reasons
-    shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
+    zero3_shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
         description="kernel of attention; auto: the fastest here"
     )
-    checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
         description="recomputation of the blocks' activations"
     )
     compile: bool = Field(description="compile the blocks by torch.compile")
@@ -279,37 +289,25 @@ class Launcher(Section):
     kind: Literal["local", "slurm"] = Field(description="local: one after the other; or as jobs")
 
 
-class Every(Section):
-    """Intervals in steps; 0 is never."""
-
-    log: CountOrZero = Field(description="steps between lines of metrics.jsonl; 0: never")
-    save: CountOrZero = Field(description="steps between checkpoints; 0: only where an epoch ends")
-    validate_: CountOrZero = Field(
-        alias="validate", description="steps between held-out errors; 0: never"
-    )
-    replicas: CountOrZero = Field(description="steps between comparisons of replicas; 0: never")
-    snapshot: CountOrZero = Field(
-        description="steps between kept averages of optim.ema_widths; a multiple of every.save"
-    )
-
-
-class Guards(Section):
+class LossSpike(Section):
     """Spikes of the loss and of the gradient's norm."""
 
     policy: Literal["record", "recompute", "rollback"] = Field(description="what a spike causes")
-    limit: Positive = Field(description="robust standard deviations above the median of a spike")
+    threshold: Positive = Field(
+        description="robust standard deviations above the median of a spike"
+    )
     window: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
         description="steps of the same kind that a step is compared with"
     )
-    warmup: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
-        description="steps that must be in the window first; at most guards.window"
+    min_history: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
+        description="steps that must be in the window first; at most loss_spike.window"
     )
-    back: CountOrZero = Field(description="steps that a rollback goes back at least")
+    rollback_steps: CountOrZero = Field(description="steps that a rollback goes back at least")
     skip_batches: CountOrZero = Field(description="batches around a spike that a rollback skips")
-    at_most: CountOrZero = Field(description="how often a run goes back")
+    max_rollbacks: CountOrZero = Field(description="how often a run goes back")
 
 
-class Grace(Section):
+class SignalGrace(Section):
     """Seconds from a signal of Slurm to the kill."""
 
     TERM: PositiveOrZero = Field(description="seconds from SIGTERM to the kill (KillWait)")
@@ -317,7 +315,7 @@ class Grace(Section):
     USR2: PositiveOrZero = Field(description="seconds from SIGUSR2 to the kill")
 
 
-class Supervise(Section):
+class Timeouts(Section):
     """Seconds after which a rank that stays in a section is taken to hang."""
 
     init: Seconds = Field(description="seconds for imports, data, weights and the first meeting")
@@ -327,47 +325,62 @@ class Supervise(Section):
     save: Seconds = Field(description="seconds for a checkpoint")
     data_wait: Seconds = Field(description="seconds for the next batch")
     teardown: Seconds = Field(description="seconds for the end of the process")
-    factor: Positive = Field(description="times the longest step seen that a step may take")
-    floor: Seconds = Field(description="seconds that a step may always take")
-    infrastructure: CountOrZero = Field(description="failures of machines to start again after")
+    safety_factor: Positive = Field(description="times the longest step seen that a step may take")
+    min_step_timeout: Seconds = Field(description="seconds that a step may always take")
 
 
 class Settings(Section):
     """conf/train.yaml: a run."""
 
-    run: Text = Field(description="folder of the run; of all members of a sweep")
+    run_dir: Text = Field(description="folder of the run; of all members of a sweep")
     seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="of all randomness")
     batch_size: Count = Field(description="clips an optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
         description="clips a forward; null: all of a rank's share"
     )
-    shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
+    flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
         description="flow shift of the training noise levels"
     )
-    initial: Text | None = Field(
+    init_from: Text | None = Field(
         description="run or checkpoint whose averaged weights training starts from"
     )
-    weights: Text | None = Field(description="released weights that training starts from")
-    reference: Text | None = Field(
+    pretrained: Text | None = Field(description="released weights that training starts from")
+    ref_model: Text | None = Field(
         description="run or checkpoint of the reference of preference epochs; base: the adapters' "
         "base; null: the average at the start of each epoch"
     )
-    host_memory_gb: Positive | None = Field(
+    max_host_memory_gb: Positive | None = Field(
         description="GB of a rank and its loader workers above which the run saves and restarts"
     )
-    parity: bool = Field(description="compare samples of the export before the run is done")
+    verify_export: bool = Field(description="compare samples of the export before the run is done")
     model: Model = Field(description="sizes of the network")
     data: Data = Field(description="datasets and their order")
     tasks: Curriculum = Field(description="how often each task is trained")
     phases: Phases = Field(description="how much each modality counts at a noise level")
     schedule: Schedule = Field(description="epochs and learning rates")
-    preference: PreferenceLoss = Field(description="objectives of ndpo and dpo epochs")
+    objective: Objective = Field(description="objectives of ndpo and dpo epochs")
     optim: Optim = Field(description="optimizer and averages")
     lora: Lora = Field(description="adapters")
     trainer: Trainer = Field(description="devices, and how they share the work")
     logger: Logger = Field(description="Weights & Biases")
     launcher: Launcher = Field(description="where members of a sweep are started")
-    every: Every = Field(description="intervals in steps")
-    guards: Guards = Field(description="spikes of the loss and of the gradient's norm")
-    grace: Grace = Field(description="seconds from a signal of Slurm to the kill")
-    supervise: Supervise = Field(description="deadlines of sections, in seconds")
+    log_every: CountOrZero = Field(description="steps between lines of metrics.jsonl; 0: never")
+    save_every: CountOrZero = Field(
+        description="steps between checkpoints; 0: only where an epoch ends"
+    )
+    val_every: CountOrZero = Field(description="steps between validations; 0: never")
+    replica_check_every: CountOrZero = Field(
+        description="steps between comparisons of the replicas of all ranks; 0: never"
+    )
+    snapshot_every: CountOrZero = Field(
+        description="steps between kept averages of optim.posthoc_ema_stds, a multiple of "
+        "save_every; 0: never"
+    )
+    max_infra_restarts: CountOrZero = Field(
+        description="restarts after failures of machines (slurm/train.sbatch)"
+    )
+    loss_spike: LossSpike = Field(description="spikes of the loss and of the gradient's norm")
+    signal_grace_seconds: SignalGrace = Field(
+        description="seconds from a signal of Slurm to the kill"
+    )
+    timeouts: Timeouts = Field(description="deadlines of sections, in seconds")

@@ -34,7 +34,7 @@ class Member(NamedTuple):
     @property
     def words(self) -> list[str]:
         """What `echolab train` gets."""
-        return [*self.overrides, f"run={quoted(str(self.folder))}"]
+        return [*self.overrides, f"run_dir={quoted(str(self.folder))}"]
 
 
 def members(
@@ -53,7 +53,7 @@ def members(
                 raise ConfigError(f"{key}: cannot be swept, it is the sweep's own; give one value")
         config, kept = compose(own)
         name = name_of(kept, values)
-        folder = Path(config["run"]) / name
+        folder = Path(config["run_dir"]) / name
         if folder in made:
             same = " ".join(f"{key}={value}" for key, value in values.items())
             raise ConfigError(
@@ -102,7 +102,7 @@ def plain(key: str, value: Any) -> Any:
     if isinstance(value, list):
         return [plain(key, item) for item in value]
     is_path = key in PATHS and isinstance(value, str) and "://" not in value
-    return os.path.realpath(value) if is_path and (key, value) != ("reference", "base") else value
+    return os.path.realpath(value) if is_path and (key, value) != ("ref_model", "base") else value
 
 
 def without_signature(address: str) -> str:

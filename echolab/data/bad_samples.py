@@ -21,7 +21,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.redaction import masked
 
 QUARANTINE = "quarantine.jsonl"
-ALLOWED = "data.skip_budget=0.01"  # the budget that an error recommends
+ALLOWED = "data.max_bad_fraction=0.01"  # the budget that an error recommends
 
 Read = TypeVar("Read")
 
@@ -135,7 +135,8 @@ class Tolerant:
                 raise DataError(
                     f"{place}: {bad} of {samples} samples are bad, skip_budget={self.skip_budget} "
                     f"allows {allowed(samples, self.skip_budget)}; see {path}, then raise "
-                    f"data.skip_budget, or encode those again and go on with data.changed=accept; "
+                    "data.max_bad_fraction, or encode those again and go on with "
+                    "data.changed=accept; "
                     f"last: {entry['reason']}"
                 )
 

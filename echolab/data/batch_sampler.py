@@ -54,11 +54,12 @@ class Order(NamedTuple):
         """ConfigError for what cannot be."""
         if self.block < 1 or self.buffer < 0:
             raise ConfigError(
-                f"data.block={self.block}, data.buffer={self.buffer}: need 1 or more, and 0 or more"
+                f"data.shuffle_block_size={self.block}, data.shuffle_buffer={self.buffer}: "
+                "need 1 or more, and 0 or more"
             )
         if self.remainder not in REMAINDERS:
             raise ConfigError(
-                f"data.remainder={self.remainder}: unknown; one of {', '.join(REMAINDERS)}"
+                f"data.last_batch={self.remainder}: unknown; one of {', '.join(REMAINDERS)}"
             )
 
 
@@ -87,7 +88,7 @@ class Stream:
         self.span = whole.get(order.remainder, -(-self.samples // batch) * batch)
         if not self.span:
             raise ConfigError(
-                f"data.remainder=drop: {source.name} has {self.samples} samples, less than one "
+                f"data.last_batch=drop: {source.name} has {self.samples} samples, less than one "
                 f"global batch of {batch}; take carry or pad"
             )
         self._orders: dict[int, EpochOrder] = {}
@@ -137,7 +138,7 @@ class Bucket:
         if len(sources) > 1 and order.remainder != "carry":
             names = ", ".join(source.name for source in sources.values())
             raise ConfigError(
-                f"data.remainder={order.remainder}: {names} are mixed in one batch, whose epochs "
+                f"data.last_batch={order.remainder}: {names} are mixed in one batch, whose epochs "
                 "end apart; take carry, or put them into one folder"
             )
         self.together, self.batch, self.seed = together, batch_size * together, seed
@@ -168,7 +169,7 @@ def weights_of(sources: Sequence[Source]) -> list[float]:
     """Given weights, or the numbers of samples; ConfigError for a mixture of both."""
     given = [source.weight for source in sources if source.weight is not None]
     if given and len(given) < len(sources):
-        raise ConfigError("data.weights: give one for each dataset, or none")
+        raise ConfigError("data.clip_weights: give one for each dataset, or none")
     return given or [float(source.samples) for source in sources]
 
 

@@ -123,7 +123,7 @@ def read_ledger(run: Path) -> Ledger:
             continue  # killed before its first line was whole: it trained nothing
         files.setdefault(lines[0]["attempt"], {})[lines[0]["rank"]] = lines
     if not files:
-        raise DataError(f"{folder}: holds no ledger; a run with data.ledger=true writes one")
+        raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
     attempts: list[Attempt] = []
     steps: dict[int, list[Row]] = {}
     faults: list[str] = []

@@ -112,13 +112,14 @@ CAUSES = {
         RETRYABLE,
         "infrastructure",
         "a worker of the data loader was killed",
-        "SIGKILL: it is memory; lower data.workers or ask for more (--mem), run it again",
+        "SIGKILL: it is memory; lower data.num_workers or ask for more (--mem), run it again",
     ),
     "shared_memory": Cause(
         RETRYABLE,
         "infrastructure",
         "/dev/shm is full",
-        "make room in /dev/shm (in a container: --shm-size), or lower data.workers; run it again",
+        "make room in /dev/shm (in a container: --shm-size), or lower data.num_workers; run "
+        "it again",
     ),
     "code": Cause(RETRYABLE, "code", "an exception", "read the stack; once more may be luck"),
     "replicas": Cause(

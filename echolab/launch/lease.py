@@ -170,7 +170,7 @@ def take(run: Path, me: Holder) -> Lease:
             if last and not is_over(last, me):
                 raise BusyError(
                     f"{run}: {described(last)} is at work there; wait for its end, or give "
-                    "another folder by run=..."
+                    "another folder by run_dir=..."
                 )
             lease = Lease(run, last.epoch + 1 if last else 1)
             with suppress(FileExistsError):  # another was faster: look who

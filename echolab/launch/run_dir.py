@@ -30,16 +30,19 @@ from echolab.launch.lease import Lease
 
 # May differ between attempts: where and how a run is trained and watched, not what is trained.
 MACHINE = (
-    "run", "trainer", "every", "logger", "launcher", "supervise", "micro_batch_size",
-    "guards", "host_memory_gb", "parity", "grace",
-    "data.workers", "data.cache", "data.cache_gb", "data.ledger", "data.skip_budget",
+    "run_dir", "trainer", "logger", "launcher", "timeouts", "micro_batch_size",
+    "log_every", "save_every", "val_every", "replica_check_every", "snapshot_every",
+    "loss_spike", "max_host_memory_gb", "verify_export", "signal_grace_seconds",
+    "max_infra_restarts",
+    "data.num_workers", "data.cache_dir", "data.cache_gb", "data.log_samples",
+    "data.max_bad_fraction",
     "data.changed",
-    "data.held_out", "data.held_out_clips", "data.held_out_batch_size", "data.held_out_tasks",
-    "data.held_out_overlaps",
+    "data.val_clips", "data.val_num_clips", "data.val_batch_size", "data.val_tasks",
+    "data.val_overlaps",
 )  # fmt: skip
 
 # Compared by content, against what the checkpoints record (`training.lineage`).
-BY_CONTENT = ("data.clips", "data.pairs", "initial", "weights", "reference", "lora.start")
+BY_CONTENT = ("data.clips", "data.pairs", "init_from", "pretrained", "ref_model", "lora.init_from")
 
 ATTEMPTS, CONFIG, CONFIGS = "attempts", "config.json", "configs.jsonl"
 JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "ECHOLAB_LAUNCH")
@@ -77,6 +80,11 @@ def flat(config: Any, name: str = "") -> dict[str, Any]:
 def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] = ()) -> None:
     """Raise ConfigError naming the first setting that differs from the folder's own."""
     saved = json.loads(read_whole(folder / "config.json"))
+    if "run_dir" not in saved and "run" in saved:
+        raise ConfigError(
+            f"{folder}: its settings have the names of an earlier version (run=, now run_dir=); "
+            "train it with that version, or give another folder by run_dir=..."
+        )
     old, new = flat(saved), flat(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
         if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *extra}:
@@ -86,7 +94,7 @@ def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] =
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{folder}: is a run with {key}={old.get(key)}, now {key}={new.get(key)}; "
-                "give the old value, or another folder by run=..."
+                "give the old value, or another folder by run_dir=..."
             )
 
 
@@ -128,7 +136,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(read_whole(path))
     except (*ABSENT, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); choose another by run=...") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); choose another by run_dir=..."
+        ) from error
     return content
 
 
@@ -144,7 +154,7 @@ def check_ours(folder: Path) -> None:
     seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = [name for name in seen if not name.startswith(".") and not name.endswith(".partial")]
     if set(others) - {ATTEMPTS} and not seen & {"run.json", "config.json"}:
-        raise ConfigError(f"{folder}: holds files, and no run; give another by run=...")
+        raise ConfigError(f"{folder}: holds files, and no run; give another by run_dir=...")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Deadlines(NamedTuple):
         """Itself; ConfigError for what is not positive."""
         for name, value in self._asdict().items():
             if not value > 0:
-                raise ConfigError(f"supervise.{name}={value:g}: must be above 0 seconds")
+                raise ConfigError(f"timeouts.{name}={value:g}: must be above 0 seconds")
         return self
 
 

@@ -58,7 +58,7 @@ def layout(devices: int, nodes: int, env: Mapping[str, str] = os.environ) -> Lay
         return _by_torchrun(devices, nodes, env)
     if nodes > 1:
         raise ConfigError(
-            f"trainer.nodes={nodes}: start one task on each node by srun (slurm/train.sbatch)"
+            f"trainer.num_nodes={nodes}: start one task on each node by srun (slurm/train.sbatch)"
         )
     launch = f"local-{secrets.token_hex(4)}"
     host = socket.gethostname()
@@ -75,7 +75,8 @@ def cpu_warning(places: Layout, workers: int, env: Mapping[str, str] = os.enviro
         return ""
     return (
         f"echolab: {places.host}: {cpus} CPUs for {places.ranks} ranks with {workers} loader "
-        f"workers each; give sbatch --cpus-per-task={wanted}, and srun too, or less data.workers"
+        f"workers each; give sbatch --cpus-per-task={wanted}, and srun too, or less "
+        "data.num_workers"
     )
 
 
@@ -88,7 +89,7 @@ def _in_slurm(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
     world, tasks = devices * nodes, int(env.get("SLURM_NTASKS", "1"))
     if tasks not in (world, nodes):
         raise ConfigError(
-            f"trainer.devices={devices}, trainer.nodes={nodes}: the job has {tasks} tasks; "
+            f"trainer.devices={devices}, trainer.num_nodes={nodes}: the job has {tasks} tasks; "
             f"give srun --ntasks={nodes} (one a node) or {world} (one a rank)"
         )
     task, count = int(env["SLURM_PROCID"]), world // tasks
@@ -111,7 +112,7 @@ def _by_torchrun(devices: int, nodes: int, env: Mapping[str, str]) -> Layout:
     tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if tasks != devices * nodes:
         raise ConfigError(
-            f"trainer.devices={devices}, trainer.nodes={nodes}: the launcher started {tasks}"
+            f"trainer.devices={devices}, trainer.num_nodes={nodes}: the launcher started {tasks}"
         )
     task, port = int(env.get("RANK", local)), int(env["MASTER_PORT"])
     # An elastic agent counts its restarts: each is a launch.

@@ -32,14 +32,15 @@ def checked(settings: PreferenceSettings) -> PreferenceSettings:
 
     if settings.loss_type not in PAIR_LOSSES:
         raise ConfigError(
-            f"preference.loss_type={settings.loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}"
+            f"objective.loss_type={settings.loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}"
         )
     for name in ("beta", "label_smoothing", "anchor"):
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"preference.{name}={value}: must be a number")  # trl takes any
+            key = "sft_weight" if name == "anchor" else name
+            raise ConfigError(f"objective.{key}={value}: must be a number")  # trl takes any
     if not 0 <= settings.anchor:
-        raise ConfigError(f"preference.anchor={settings.anchor:g}: must be 0 or more")
+        raise ConfigError(f"objective.sft_weight={settings.anchor:g}: must be 0 or more")
     try:
         with tempfile.TemporaryDirectory() as folder:
             DPOConfig(
@@ -52,5 +53,5 @@ def checked(settings: PreferenceSettings) -> PreferenceSettings:
                 label_smoothing=settings.label_smoothing,
             )
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"preference: trl refuses these settings: {error}") from error
+        raise ConfigError(f"objective: trl refuses these settings: {error}") from error
     return settings

@@ -46,10 +46,10 @@ def _checked(stages: Sequence[Stage], momentum: float, floor: float) -> None:
     if not stages:
         raise ConfigError("tasks.stages: empty; give at least one stage")
     if not 0 <= momentum < 1:
-        raise ConfigError(f"tasks.momentum={momentum:g}: must lie in [0, 1)")
+        raise ConfigError(f"tasks.ema_decay={momentum:g}: must lie in [0, 1)")
     named = {task for stage in stages for task in stage.targets}
     if not 0 <= floor * len(named) < 1:
-        raise ConfigError(f"tasks.floor={floor:g}: times {len(named)} tasks must stay below 1")
+        raise ConfigError(f"tasks.min_prob={floor:g}: times {len(named)} tasks must stay below 1")
     for number, stage in enumerate(stages):
         unknown = [task for task in stage.targets if task not in TASKS]
         if unknown:

@@ -111,7 +111,7 @@ def check_data(
     """
     for dataset in clips:
         check_dataset(dataset, "encoded", architecture)
-        check_tasks(dataset, curriculum.tasks, "tasks.order")
+        check_tasks(dataset, curriculum.tasks, "tasks.tasks")
     for one, other in combinations(clips, 2):
         a, b = form_of(one), form_of(other)
         for name in ("text", "image", "audio"):
@@ -124,9 +124,9 @@ def check_data(
         check_dataset(dataset, "preference", architecture)
     if held_out:
         check_dataset(held_out.clips, "encoded", architecture)
-        check_tasks(held_out.clips, held_out.tasks, "data.held_out_tasks")
+        check_tasks(held_out.clips, held_out.tasks, "data.val_tasks")
         if parity:  # samples of the export are compared on held-out clips
-            check_tasks(held_out.clips, curriculum.tasks, "tasks.order")
+            check_tasks(held_out.clips, curriculum.tasks, "tasks.tasks")
 
 
 class Training(NamedTuple):
@@ -209,14 +209,16 @@ class Training(NamedTuple):
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
         if not self.optim.clip > 0:  # ZeRO would take 0 for no limit, others for no gradient
-            raise ConfigError(f"optim.clip={self.optim.clip:g}: must be over 0; .inf is no limit")
+            raise ConfigError(
+                f"optim.max_grad_norm={self.optim.clip:g}: must be over 0; .inf is no limit"
+            )
         if self.held_out and not self.phases:
             raise ConfigError("held_out: needs phases too")
         accelerator = self.machine.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
         if not 0 < self.shift < math.inf:
-            raise ConfigError(f"shift={self.shift:g}: must be above 0; 5 is usual")
+            raise ConfigError(f"flow_shift={self.shift:g}: must be above 0; 5 is usual")
         check_data(
             self.clips, self.pairs, self.held_out, self.architecture, self.curriculum, self.parity
         )

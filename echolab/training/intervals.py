@@ -16,10 +16,10 @@ class Intervals:
     ) -> None:
         if snapshot and (not save or snapshot % save):
             raise ConfigError(
-                f"every.snapshot={snapshot}: must be a multiple of every.save={save}; change either"
+                f"snapshot_every={snapshot}: must be a multiple of save_every={save}; change either"
             )
         self.log, self.save, self.validate = log, save, validate
-        self.snapshot = snapshot  # keep the averages of optim.ema_widths
+        self.snapshot = snapshot  # keep the averages of optim.posthoc_ema_stds
         self.replicas = replicas  # compare what all ranks hold alike
 
     def keeps_snapshot(self, step: int) -> bool:

@@ -5,7 +5,7 @@ path is spelled, is no part of what a run is.  A checkpoint's state holds
 
     "data": [{"first": 0, "clips": [[fingerprint, hash of the keys, order name], ...],
               "pairs": [...]}, {"first": 400, ...}]
-    "origins": {"initial": {"content": ..., "step": ..., "run": ...}, "weights": {...}, ...}
+    "origins": {"init_from": {"content": ..., "step": ..., "run": ...}, "pretrained": {...}, ...}
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,7 @@ def check_origins(was: Mapping[str, Any], now: Mapping[str, Any], place: str) ->
         if not _same_origin(key, was.get(key), now.get(key)):
             raise EcholabError(
                 f"{place}: {key}= was {_words(was.get(key))}, now {_words(now.get(key))}; give "
-                "what the run began with, or a new run folder by run=..."
+                "what the run began with, or a new run folder by run_dir=..."
             )
 
 
@@ -88,7 +88,7 @@ def _same_origin(key: str, was: Any, now: Any) -> bool:
     if was is None or now is None:
         return was is now
     # The run that this one started from may have been trained on since: its weights are past.
-    moved_on = key == "initial" and was.get("run") and was["run"] == now.get("run")
+    moved_on = key == "init_from" and was.get("run") and was["run"] == now.get("run")
     return bool(was["content"] == now["content"] or (moved_on and now["step"] >= was["step"]))
 
 

@@ -54,7 +54,7 @@ class References:
         if self._entered == boundary:
             return False
         if self.reference is None:
-            raise ConfigError("schedule: preference epochs need a reference; give reference=")
+            raise ConfigError("schedule: preference epochs need a reference; give ref_model=")
         self.reference.load(open_alike(self.pinned or boundary).tensors(EMA))
         self.reference.to(device)
         if fresh:

@@ -271,7 +271,7 @@ class Schedule:
                 raise ConfigError(
                     f"schedule.epochs[{number}]: {new and tuple(new)}, but the run trained "
                     f"{tuple(old)} up to step {step}; only what is still to come may change: give "
-                    "this epoch as it was, or train another run with initial= this one"
+                    "this epoch as it was, or train another run with init_from= this one"
                 )
             done += old.steps
 
@@ -286,5 +286,5 @@ class Schedule:
             if step and over and was != now:
                 raise ConfigError(
                     f"schedule.{key}={now}: it was {was} and is over at step {step}; "
-                    f"give schedule.{key}={was}, or train another run with initial= this one"
+                    f"give schedule.{key}={was}, or train another run with init_from= this one"
                 )

@@ -62,7 +62,7 @@ def read_share(
     if clips < 1:
         raise ConfigError(
             f"{held_out.clips.folder}: {len(held_out.clips)} held-out clips, held_out_clips="
-            f"{held_out.at_most}; give at least one, or every.validate=0"
+            f"{held_out.at_most}; give at least one, or val_every=0"
         )
     places, size = places_of(clips, row, rows), held_out.batch_size
     batches = []

@@ -27,7 +27,7 @@ SHARED = Path("/dev/shm")
 PREFETCHED = 2  # batches that a worker makes ahead: PyTorch's default
 IN_USE = 2  # batches that a rank holds: it trains on one, and Lightning has the next
 SENDING_FAILED = 74  # exit code of a worker that cannot send a batch
-REMEDY = "make room there (in a container: --shm-size), or lower data.workers"
+REMEDY = "make room there (in a container: --shm-size), or lower data.num_workers"
 
 DIED = re.compile(r"DataLoader worker \(pid")
 
@@ -81,7 +81,7 @@ def check_room(size: int, workers: int, ranks: int) -> None:
     found = os.statvfs(SHARED)
     whole, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
     words = (
-        f"data.workers={workers}: {ranks} ranks x {batches} batches of {size:,} bytes need "
+        f"data.num_workers={workers}: {ranks} ranks x {batches} batches of {size:,} bytes need "
         f"{needed:,} bytes of {SHARED}, which has"
     )
     if needed > whole:
@@ -141,4 +141,4 @@ def _death(error: RuntimeError) -> EcholabError:
     line = " ".join(signalled.split())
     if "Bus error" in line:  # a page of shared memory that there is no room for
         return SharedMemoryError(f"{SHARED}: {line}; {REMEDY}")
-    return WorkerError(f"{line}; if it was memory, lower data.workers or ask for more of it")
+    return WorkerError(f"{line}; if it was memory, lower data.num_workers or ask for more of it")

@@ -34,9 +34,9 @@ class Lora(NamedTuple):
     def check(self) -> "Lora":
         """Itself; ConfigError for values that cannot be."""
         if self.rank < 1:
-            raise ConfigError(f"lora.rank={self.rank}: must be 1 or more; 8 to 128 is usual")
+            raise ConfigError(f"lora.r={self.rank}: must be 1 or more; 8 to 128 is usual")
         if self.alpha <= 0:
-            raise ConfigError(f"lora.alpha={self.alpha:g}: must be above 0; the rank is usual")
+            raise ConfigError(f"lora.lora_alpha={self.alpha:g}: must be above 0; the rank is usual")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout={self.dropout:g}: must lie in [0, 1); 0 is usual")
         return self
@@ -69,7 +69,8 @@ def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
         if not matching:
             near = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise ConfigError(
-                f"lora.targets={target}: names none of the network's {len(linear)} linear layers; "
+                f"lora.target_modules={target}: names none of the network's {len(linear)} "
+                "linear layers; "
                 f"take blocks.*.self_attn, cross_attn, ffn, or one of {near}"
             )
         found |= matching
@@ -146,7 +147,7 @@ class AdaptersOff:
         self.net = net
         self.layers = [layer for _, layer in adapted_layers(net)]
         if not self.layers:
-            raise ConfigError("reference=base: the network has no adapters; give lora=attention")
+            raise ConfigError("ref_model=base: the network has no adapters; give lora=attention")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """The base stays what it is, whatever was trained since."""

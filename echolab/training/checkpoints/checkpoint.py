@@ -264,9 +264,12 @@ def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) 
 def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -> None:
     """Raise CheckpointError where one has adapters and the other not, or others on another base."""
     saved, given = checkpoint.state.get("adapters") or {}, json.loads(json.dumps(adapters or {}))
-    for key in ("targets", "rank", "alpha", "base"):
+    settings = {"targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "base": ""}
+    for key, setting in settings.items():
         if saved.get(key) != given.get(key):
-            remedy = "weights= or initial=" if key == "base" else f"lora.{key}={saved.get(key)}"
+            remedy = (
+                "pretrained= or init_from=" if key == "base" else f"lora.{setting}={saved.get(key)}"
+            )
             raise CheckpointError(
                 f"{checkpoint.path}: of other adapters: {key} is {saved.get(key)} there, "
                 f"{given.get(key)} here; give {remedy} as it was, or another folder"

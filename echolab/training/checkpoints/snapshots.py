@@ -71,7 +71,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
     if not sources:
         raise CheckpointError(
             f"{newest.path}: this run kept no averages to make another from; train with "
-            "optim.ema_widths=[0.05,0.1] and every.snapshot"
+            "optim.posthoc_ema_stds=[0.05,0.1] and snapshot_every"
         )
     shares = coefficients([profile for _, _, profile in sources], wanted)
     opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]

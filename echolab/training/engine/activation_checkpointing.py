@@ -33,7 +33,9 @@ def speed_up(
     """conf/trainer's `attention`, `checkpointing` and `compile`; ConfigError for unknown ones."""
     if checkpointing not in ("none", *KEPT):
         known = ", ".join(("none", *KEPT))
-        raise ConfigError(f"trainer.checkpointing={checkpointing}: unknown; one of {known}")
+        raise ConfigError(
+            f"trainer.activation_checkpointing={checkpointing}: unknown; one of {known}"
+        )
     use_attention(net, attention_from(attention, device))
     if checkpointing != "none":
         checkpoint_blocks(net, KEPT[checkpointing])

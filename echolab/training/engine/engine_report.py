@@ -269,7 +269,7 @@ def check_clipped(squares: float, limit: float, step: int) -> float:
     if norm > limit * (1 + CLIP_SLACK):
         raise EcholabError(
             f"step {step}: the gradient's norm after clipping is {norm:.6g}, over "
-            f"optim.clip={limit:g}: the engine did not clip on all ranks; "
+            f"optim.max_grad_norm={limit:g}: the engine did not clip on all ranks; "
             "go on from the last checkpoint with another trainer.strategy"
         )
     return norm

@@ -59,7 +59,8 @@ def _unknown(machine: Machine) -> str | None:
     }
     for key, names in known.items():
         if (value := getattr(machine, key)) not in names:
-            return f"trainer.{key}={value}: unknown; one of {', '.join(names)}"
+            setting = "activation_checkpointing" if key == "checkpointing" else key
+            return f"trainer.{setting}={value}: unknown; one of {', '.join(names)}"
     if machine.precision in PRECISIONS:
         return None
     why = REFUSED.get(machine.precision, "unknown")

@@ -68,11 +68,14 @@ def decide(
             return Action(What.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
             why = "twice from the same state" if again else f"after {guards.at_most} times back"
-            raise DivergedError(f"{spike.reason}, {why} (guards.at_most); {remedy(spike)}")
+            raise DivergedError(
+                f"{spike.reason}, {why} (loss_spike.max_rollbacks); {remedy(spike)}"
+            )
         return Action(What.RECORD, "reproducible" if again else "spike")
     if not spike.finite:
         raise DivergedError(
-            f"{spike.reason}; {remedy(spike)}; guards.policy=recompute or rollback goes back by "
+            f"{spike.reason}; {remedy(spike)}; loss_spike.policy=recompute or rollback goes "
+            "back by "
             "itself"
         )
     return Action(What.RECORD, "spike")
@@ -88,7 +91,7 @@ def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: 
     if done >= guards.at_most:
         raise DivergedError(
             f"{spike.reason}, and the run was rolled back {done} times already "
-            f"(guards.at_most={guards.at_most}); {remedy(spike)}"
+            f"(loss_spike.max_rollbacks={guards.at_most}); {remedy(spike)}"
         )
     skip = None
     if guards.skip_batches:
@@ -104,7 +107,7 @@ def without_checkpoint(spike: Spike) -> Action:
     if not spike.finite:
         raise DivergedError(
             f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
-            "learning rate, or save more often (every.save)"
+            "learning rate, or save more often (save_every)"
         )
     return Action(What.RECORD, "spike")
 

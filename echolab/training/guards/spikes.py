@@ -38,18 +38,24 @@ class Guards(NamedTuple):
         """Itself; ConfigError for what cannot be."""
         if self.policy not in ("record", "recompute", "rollback"):
             raise ConfigError(
-                f"guards.policy={self.policy}: unknown; record, recompute or rollback"
+                f"loss_spike.policy={self.policy}: unknown; record, recompute or rollback"
             )
         if not self.limit > 0:
-            raise ConfigError(f"guards.limit={self.limit}: must be above 0; 8 is usual")
+            raise ConfigError(f"loss_spike.threshold={self.limit}: must be above 0; 8 is usual")
         if not 2 <= self.warmup <= self.window:
             raise ConfigError(
-                f"guards.warmup={self.warmup}: must be 2 or more and at most guards.window="
+                f"loss_spike.min_history={self.warmup}: must be 2 or more and at most "
+                "loss_spike.window="
                 f"{self.window}; 48 and 128 are usual"
             )
-        for name in ("back", "skip_batches", "at_most"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"guards.{name}={value}: must be 0 or more")
+        counts = {
+            "rollback_steps": self.back,
+            "skip_batches": self.skip_batches,
+            "max_rollbacks": self.at_most,
+        }
+        for setting, value in counts.items():
+            if value < 0:
+                raise ConfigError(f"loss_spike.{setting}={value}: must be 0 or more")
         return self
 
 
