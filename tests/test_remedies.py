@@ -118,7 +118,9 @@ def finite(folder: Path) -> bool:
 def test_a_limit_of_the_gradient_may_be_left_out(words: Words, tmp_path: Path) -> None:
     plan = encoded.plan(("sft", 2))
     assert run(words(plan, "optim.max_grad_norm=.inf")).done and finite(tmp_path / "run")
-    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["max_grad_norm"] == math.inf
+    assert (
+        json.loads((tmp_path / "run/config.json").read_text())["optim"]["max_grad_norm"] == math.inf
+    )
     assert run(words(plan, "optim.max_grad_norm=inf")).done, "it is the same limit"
     assert main(["replay", str(tmp_path / "run"), "step=2"]) == 0
 
