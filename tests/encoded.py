@@ -9,7 +9,7 @@ from torch import Tensor
 
 from echolab.data.shard_reader import ShardWriter
 from echolab.demo.settings import ARCHITECTURE
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import KNOWN_TASKS
 
 CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4
 FRAMES = 4 * (LATENT_FRAMES - 1) + 1
@@ -35,10 +35,10 @@ def tensors(seed: int) -> dict[str, Tensor]:
         "image": (3, ARCHITECTURE["image_dim"]),
         "audio": (2 * FRAMES, ARCHITECTURE["audio_dim"]),
         "latents": shape,
-        **{f"known_latents.{task}": shape for task in TASKS if task != "t2v"},
+        **{f"known_latents.{task}": shape for task in KNOWN_TASKS},
     }
     made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    made |= {f"known.{task}": torch.zeros(4, *shape[1:]) for task in TASKS if task != "t2v"}
+    made |= {f"known.{task}": torch.zeros(4, *shape[1:]) for task in KNOWN_TASKS}
     return made | {"face": torch.ones(SIDE * SIDE // 4), "weight": torch.ones(1, *shape[1:])}
 
 

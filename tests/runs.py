@@ -13,7 +13,7 @@ from echolab.diffusion.objectives import NegativePreference, Preference, Supervi
 from echolab.diffusion.phases import PHDA, KeepModalities
 from echolab.models.frozen import Frozen
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training.fit import FitResult, Training, fit
 from echolab.training.module import Optim
 from echolab.training.schedule import Epoch, Schedule

@@ -26,7 +26,7 @@ from echolab.data.batch_sampler import Order, Remainder
 from echolab.data.ledger import LEDGER, Attempt, LedgerWriter, Row, next_attempt, read_ledger
 from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.train_dataset import MicroBatch, MicroBatches, Stock, stock
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.tracking.metrics import read_metrics
 from echolab.training.config import Intervals
 from echolab.training.ledger import noise_hashes

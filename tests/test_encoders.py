@@ -28,7 +28,7 @@ from echolab.encoders.encode import (
     fingerprint,
 )
 from echolab.errors import DataError, MediaError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE = 9, 32
 

@@ -175,7 +175,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["model=nobody"], "model=nobody: unknown"),
         (["model=demo", "height=50"], "height=50: must be a multiple of 16"),
-        (["model=demo", "frames=8"], "frames=8: must be 4n + 1"),
+        (["model=demo", "frames=8"], "frames=8: must be 4n+1"),
         (["model=demo", "micro_batch=0"], "micro_batch=0"),
         (["model=demo", "stage=5"], "stage=5: unknown"),
     ):

@@ -19,7 +19,7 @@ from echolab.cli.__main__ import main
 from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
 from echolab.data.media import write_video
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from echolab.errors import ConfigError, DataError
-from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.masks import face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE = 9, 64
 # The head moves to the right by a pixel a frame; the mouth opens and closes.

@@ -16,7 +16,7 @@ from echolab.encoders.encode import Encoders, encode_clip
 from echolab.encoders.loading import Resident, find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
 from echolab.errors import ConfigError, DataError, WeightsError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE, CLIPS = 13, 32, 2
 

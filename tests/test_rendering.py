@@ -27,7 +27,7 @@ from echolab.inference.render import (
     spans_of,
     steps_of,
 )
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.types import Conditions
 
 FRAMES, CPU = 21, torch.device("cpu")

@@ -21,7 +21,7 @@ from echolab.data.collate import form_of, read_clip, read_pair
 from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training.config import Intervals, Training
 from echolab.training.datamodule import HeldOut
 from echolab.training.validation import read_share

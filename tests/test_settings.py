@@ -28,7 +28,7 @@ from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 from echolab.models import attention
 from echolab.models.transformer import EchoTransformer
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.tracking.wandb_run import MODES
 from echolab.training.engine import machine
 from echolab.training.engine.activation_checkpointing import KEPT
@@ -258,7 +258,8 @@ def leaves(config: Any, at: str = "") -> Iterator[str]:
 
 
 def test_what_ships_has_all_settings_and_no_others() -> None:
-    optional = {"model.audio_layers", "model.eps", "model.patch_size"}  # the network has them
+    given = ("audio_layers", "eps", "patch_size", "time_stride", "space_stride")
+    optional = {f"model.{name}" for name in given}  # the network has defaults of them
     assert set(leaves(BASE)) | optional == set(names())
 
 

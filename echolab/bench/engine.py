@@ -24,6 +24,7 @@ from echolab.diffusion.phases import FLAT, KeepModalities
 from echolab.heartbeat import Beats
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
+from echolab.tasks.table import DEFAULT_TASK
 from echolab.training.config import Intervals, Machine, Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
@@ -35,7 +36,7 @@ from echolab.training.schedule import Epoch, Schedule
 from echolab.training.validation import on_device
 
 BARE, STEP = "bare loop", "training step"
-CLIPS, TASK, RATE, CLIP, DECAY = 4, "i2v", 1e-6, 1.0, 0.999
+CLIPS, TASK, RATE, CLIP, DECAY = 4, DEFAULT_TASK, 1e-6, 1.0, 0.999
 WARM = 3  # steps before the first that counts
 SMALLEST: dict[str, Any] = {  # its step is short, so that what surrounds it is seen
     "dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 1, "in_channels": 36,

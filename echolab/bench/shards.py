@@ -19,9 +19,9 @@ from echolab.data.shard_reader import ShardDataset, ShardWriter
 from echolab.data.shuffle import epoch_order
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import DEFAULT_TASK, KNOWN_TASKS
 
-TASK = "i2v"
+TASK = DEFAULT_TASK
 WANTED = ("latents", "weight", *FEATURES, f"known.{TASK}", f"known_latents.{TASK}")
 SHARD_BYTES = 2**28
 TEXT, IMAGE, AUDIO = (512, 4096), (257, 1280), 768  # as the released encoders give them
@@ -43,7 +43,7 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     }
     shapes |= {"text": TEXT, "image": IMAGE, "audio": (2 * frames, AUDIO)}
     shapes["face"] = (WAN.tokens(*places[1:]),)
-    for task in (task for task in TASKS if task != "t2v"):
+    for task in KNOWN_TASKS:
         shapes |= {f"known.{task}": (WAN.time_stride, *places)}
         shapes |= {f"known_latents.{task}": (WAN.channels, *places)}
     made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}

@@ -22,7 +22,7 @@ from echolab.inference.judging import (
 )
 from echolab.metrics.scores import cepstra_of, score_clips
 from echolab.progress import progress
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import DEFAULT_TASK, TASKS
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EvaluateArguments:
     networks: Path = field(
         default=Path("runs/demo/networks"), metadata={"help": "fitted networks of `echolab fit`"}
     )
-    task: Literal[TASKS] = field(default="i2v", metadata={"help": "what is given"})  # type: ignore[valid-type]
+    task: Literal[TASKS] = field(default=DEFAULT_TASK, metadata={"help": "what is given"})  # type: ignore[valid-type]
     count: int = field(default=64, metadata={"ge": 1, "help": "how many clips"})
     steps: int = field(default=10, metadata={"ge": 1, "help": "of the sampler"})
     shift: float = field(

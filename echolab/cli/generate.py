@@ -35,13 +35,14 @@ from echolab.inference.colors import match_colours
 from echolab.inference.conditions import encode_scene
 from echolab.inference.inputs import Footage, footage_of, open_source
 from echolab.inference.options import GenerateArguments
-from echolab.inference.paste import LOCAL_TASKS, paste_known
+from echolab.inference.paste import paste_known
 from echolab.inference.render import Renderer, frames_of, render_chunks, render_windows, steps_of
 from echolab.launch.local import run_ranks, started_by_launcher
 from echolab.launch.run_dir import own_rank
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.progress import progress
+from echolab.tasks.table import LOCAL_TASKS
 from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.engine.sequence_parallel import SequenceSplit

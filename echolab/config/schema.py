@@ -5,11 +5,12 @@ there.  `settings_check.check` compares a resolved configuration with it.  Every
 so a setting that is missing here or in conf/ is refused by name.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from echolab.geometry import WAN
+from echolab.tasks.table import TASKS
 
 MANY = 10**9  # more steps, clips or samples than any run has
 SPELLED = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's floats
@@ -50,7 +51,10 @@ Seconds = Positive
 Text = Annotated[
     str, BeforeValidator(as_text), StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
-Task = Literal["t2v", "i2v", "flf2v", "avatar_sync", "lip_sync", "continuation"]
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[TASKS]
 Tasks = Annotated[list[Task], Field(min_length=1)]
 Weights = Annotated[list[PositiveOrZero], Field(min_length=1)]
 Datasets = Text | Annotated[list[Text], Field(min_length=1)]

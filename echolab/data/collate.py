@@ -24,6 +24,7 @@ from echolab.data.shard_reader import ShardDataset
 from echolab.data.tensors import take_fp32, take_sample
 from echolab.data.validate_member import Undecodable
 from echolab.errors import DataError
+from echolab.tasks.table import DEFAULT_TASK, TASK_TABLE
 from echolab.types import Batch, Conditions, PreferencePair
 
 KNOWN_WEIGHT = 0.1  # the known region is nearly given by the input: it teaches little
@@ -133,10 +134,11 @@ def _one(tensors: dict[str, Tensor], known: Tensor, known_latents: Tensor) -> Co
 def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     """Sample `i` as a batch without its batch dimension, posed as `task`."""
     needed = ("latents", "weight", *FEATURES)
-    posed = () if task == "t2v" else (f"known.{task}", f"known_latents.{task}")
+    has_known = TASK_TABLE[task].has_known
+    posed = (f"known.{task}", f"known_latents.{task}") if has_known else ()
     tensors = read_sample(dataset, i, (*needed, *posed))
     latents = tensors["latents"]
-    if task == "t2v":  # given words (and sound), no picture at all
+    if not has_known:  # given words (and sound), no picture at all
         known = latents.new_zeros(dataset.geometry.time_stride, *latents.shape[1:])
         tensors["image"] = torch.zeros_like(tensors["image"])
         conditions = _one(tensors, known, torch.zeros_like(latents))
@@ -157,7 +159,7 @@ def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
         )
     conditions = _one(tensors, tensors["known"], tensors["known_latents"])
     weight = place_weight(tensors["weight"], tensors["known"])
-    task, key = str(about.get("task", "i2v")), dataset.keys[i]
+    task, key = str(about.get("task", DEFAULT_TASK)), dataset.keys[i]
     return PreferencePair(tensors["chosen"], tensors["rejected"], conditions, weight, [task], [key])
 
 

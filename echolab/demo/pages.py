@@ -15,6 +15,7 @@ from echolab.data.shard_reader import open_dataset
 from echolab.demo.settings import DemoSettings, Folder
 from echolab.inference.judging import load_autoencoder, sample_pixels
 from echolab.progress import progress
+from echolab.tasks.table import DEFAULT_TASK, TASK_TABLE, TASKS
 from echolab.tracking.report import Video, write_report
 from echolab.tracking.wandb_run import WandbRun
 from echolab.types import Clips
@@ -28,13 +29,7 @@ TITLES = {
     "ndpo": "After negative preference",
     "dpo": "After paired preference",
 }
-TASKS = {
-    "t2v": "text and sound alone",
-    "flf2v": "first and last frame given",
-    "avatar_sync": "all but the head given",
-    "lip_sync": "all but the lips given",
-    "continuation": "first eight frames given",
-}
+OTHER_TASKS = tuple(task for task in TASKS if task != DEFAULT_TASK)  # one sample of each
 ABOUT = (
     "Talking faces drawn by the program, with a synthesised voice. The network has seen none of "
     "these talkers: it is given the first frame, the sound and a caption, and makes the rest. "
@@ -64,12 +59,12 @@ def write_sheet(out: Folder, seed: int) -> None:
 
 def sample_tasks(settings: DemoSettings, out: Folder, seed: int) -> None:
     """One clip of each task, from the last checkpoint."""
-    truth, dataset = load_clips(out.raw_held_out, len(TASKS) + 1), open_dataset(out.held_out)
+    truth, dataset = load_clips(out.raw_held_out, len(OTHER_TASKS) + 1), open_dataset(out.held_out)
     net, video = load_policy(last_checkpoint(out.run("dpo", seed))), load_autoencoder(out.networks)
     folder = out.samples / f"seed_{seed}" / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
-    with progress("sampling every task", len(TASKS)) as advance:
-        for number, task in enumerate(TASKS):
+    with progress("sampling every task", len(OTHER_TASKS)) as advance:
+        for number, task in enumerate(OTHER_TASKS):
             pixels = sample_pixels(net, video, dataset, range(number, number + 1), task,
                                    settings.sampling(), lambda done: None)  # fmt: skip
             samples = truth.samples[number].numpy()
@@ -85,7 +80,8 @@ def videos_of(out: Folder, seed: int) -> list[Video]:
         paths = sorted(base.glob("*.mp4"))
         found += [Video(path, path.stem.replace("_", " "), group=title) for path in paths]
     tasks = out.samples / f"seed_{seed}" / "tasks"
-    for task, given in TASKS.items():
+    for task in OTHER_TASKS:
+        given = TASK_TABLE[task].given
         found.append(Video(tasks / f"{task}.mp4", task, given, "The other tasks"))
     return found
 

@@ -9,6 +9,7 @@ from echolab.errors import ConfigError
 from echolab.inference.judging import Sampling
 from echolab.preference.settings import PreferenceSettings
 from echolab.tasks.curriculum import Curriculum, Stage
+from echolab.tasks.table import DEFAULT_TASK, TASKS
 from echolab.training.schedule import Epoch, Schedule
 
 SHIFT = 3.0  # of the noise levels: a second at 64 pixels wants less noise than 5 s at 480
@@ -88,14 +89,13 @@ def curriculum_of(steps: int) -> Curriculum:
 
     Text to video with sound is learnt slowest and helps the others least, so its stage is short.
     """
-    joining = ("t2v", "i2v", "flf2v", "avatar_sync", "lip_sync", "continuation")
     lengths = (0.06, 0.44, 0.1, 0.1, 0.1, 0.2)
     stages = []
     for count, length in enumerate(lengths, start=1):
-        targets = dict.fromkeys(joining[:count], 1.0)
+        targets = dict.fromkeys(TASKS[:count], 1.0)
         targets["t2v"] = 1.0 if count == 1 else 0.25
         if count > 1:
-            targets["i2v"] = 2.0
+            targets[DEFAULT_TASK] = 2.0
         stages.append(Stage(max(1, round(length * steps)), targets))
     return Curriculum(stages, momentum=1 - 20 / max(steps, 40), floor=0.03)
 

@@ -14,7 +14,8 @@ from echolab.encoders.demo_image import encode_picture
 from echolab.encoders.demo_text import encode_words
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.geometry import WAN, LatentGeometry
-from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.masks import face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.table import KNOWN_TASKS
 
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there
 
@@ -95,13 +96,12 @@ def encode_pixels(
     `t2v` is given nothing, so it has no known latents: the network gets zeros.
     """
     _, frames, height, width = pixels.shape
-    tasks = [task for task in TASKS if task != "t2v"]
     known = {
         task: known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
-        for task in tasks
+        for task in KNOWN_TASKS
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
-    views = torch.stack([moving, *(grey_out(moving, known[task]) for task in tasks)])
+    views = torch.stack([moving, *(grey_out(moving, known[task]) for task in KNOWN_TASKS)])
     latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
     geometry = encoders.geometry
     size = geometry.latent_size(height, width)
@@ -112,7 +112,7 @@ def encode_pixels(
         "weight": emphasis(covered(face, *size, geometry), lip_cover),
         "lips": lip_cover,
     }
-    for place, task in enumerate(tasks, start=1):
+    for place, task in enumerate(KNOWN_TASKS, start=1):
         tensors[f"known.{task}"] = latent_known(known[task], geometry)
         tensors[f"known_latents.{task}"] = latents[place]
     return tensors

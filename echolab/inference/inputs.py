@@ -15,6 +15,7 @@ from echolab.errors import MediaError
 from echolab.inference.faces import Boxes, face_around, find_face, follow_face, lips_in
 from echolab.inference.options import CROPS, SIZES, GenerateArguments
 from echolab.tasks.masks import known_pixels
+from echolab.tasks.table import TASK_TABLE
 from echolab.vision.probe import Probe, probe
 from echolab.vision.video_reader import VideoReader
 
@@ -151,6 +152,6 @@ def source_given(arguments: GenerateArguments, frames: int) -> Footage:
 
 def footage_of(arguments: GenerateArguments, frames: int) -> Footage:
     """What the task is given, for a video of `frames` frames."""
-    if arguments.task == "t2v":
+    if not TASK_TABLE[arguments.task].has_known:
         return nothing_given(arguments, frames)
     return (pictures_given if arguments.source is None else source_given)(arguments, frames)

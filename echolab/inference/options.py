@@ -7,7 +7,7 @@ from typing import Literal
 from echolab.diffusion.pipeline import PRESETS, Recipe, check_recipe
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
 
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
 DEMO_VIDEO = Path("runs/demo/networks/autoencoder.safetensors")
@@ -16,15 +16,6 @@ CROPS = {"demo": "head", "preview": "whole", "flash": "whole"}
 CHUNK_OVERLAP = 8  # known frames of a chunk, as released
 WAV2VEC = {"preview": "wav2vec2-base-960h", "flash": "chinese-wav2vec2-base"}
 PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}  # of a model; the preview's for the rest
-# Which files a task is given: those it needs, and those it may have besides.
-NEEDS = {
-    "t2v": ((), ("audio",)),
-    "i2v": (("image", "audio"), ()),
-    "flf2v": (("image", "last", "audio"), ()),
-    "avatar_sync": (("source", "audio"), ()),
-    "lip_sync": (("source", "audio"), ()),
-    "continuation": (("source", "audio"), ()),
-}
 WHY = {
     "image": "the picture that speaks", "last": "the picture that it ends with",
     "source": "a video", "audio": "the sound to speak",
@@ -50,15 +41,13 @@ class GenerateArguments:
     """
 
     out: Path = field(metadata={"help": "the mp4 file to write"})
-    task: str = field(default="i2v", metadata={"help": f"one of {', '.join(TASKS)}"})
+    task: str = field(default=DEFAULT_TASK, metadata={"help": f"one of {', '.join(TASKS)}"})
     image: Path | None = field(default=None, metadata={"help": "a picture with one face"})
     audio: Path | None = field(
         default=None, metadata={"help": "speech, any format that FFmpeg reads"}
     )
     last: Path | None = field(default=None, metadata={"help": "flf2v: the last picture"})
-    source: Path | None = field(
-        default=None, metadata={"help": "avatar_sync, lip_sync, continuation: a video"}
-    )
+    source: Path | None = field(default=None, metadata={"help": f"{tasks_with('source')}: a video"})
     prompt: str = field(default="a talking person", metadata={"help": "what is to be seen"})
     negative: str | None = field(
         default=None, metadata={"help": "what is not to be seen; matters where text_scale is not 1"}
@@ -185,7 +174,7 @@ class GenerateArguments:
     def _check_files(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"task={self.task}: unknown; one of {', '.join(TASKS)}")
-        needed, allowed = NEEDS[self.task]
+        needed, allowed = TASK_TABLE[self.task].inputs, TASK_TABLE[self.task].optional_inputs
         for name in WHY:
             given = getattr(self, name) is not None
             if name in needed and not given:
@@ -195,12 +184,16 @@ class GenerateArguments:
                 raise ConfigError(f"task={self.task}: takes no {name}=; it is given {takes}")
         if self.audio is None and self.seconds is None:
             raise ConfigError("without audio= the length is not known; give seconds=")
-        if self.face is not None and self.task == "t2v":
-            raise ConfigError("task=t2v: takes no face=; it is given no picture, leave it out")
+        if self.face is not None and not TASK_TABLE[self.task].has_known:
+            raise ConfigError(
+                f"task={self.task}: takes no face=; it is given no picture, leave it out"
+            )
         if self.wav2vec is not None and self.model is None:
             raise ConfigError(f"wav2vec={self.wav2vec}: is for model=; leave it out with a run")
-        if self.box is not None and self.task not in ("avatar_sync", "lip_sync"):
-            raise ConfigError(f"task={self.task}: takes no box=; that is for avatar_sync, lip_sync")
+        if self.box is not None and self.task not in LOCAL_TASKS:
+            raise ConfigError(
+                f"task={self.task}: takes no box=; that is for {', '.join(LOCAL_TASKS)}"
+            )
         if (self.model is None) != (self.encoders is None):
             raise ConfigError("model= and encoders= go together: a released model and its encoders")
         if self.lora is not None and self.model is None:

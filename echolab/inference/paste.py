@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from echolab.data.media import Frames
 
-LOCAL_TASKS = ("lip_sync", "avatar_sync")
 FEATHER = 8.0  # pixels, the side of a latent: the mask that the network sees is that coarse
 FEATHER_SHARE = 0.25  # of the radius of the generated part, if that is less: its middle stays
 

@@ -26,10 +26,11 @@ from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.generation import generate
 from echolab.diffusion.guidance import Net
 from echolab.errors import ConfigError, DataError
+from echolab.tasks.table import DEFAULT_TASK
 from echolab.types import Batch
 
 REQUEST = "request.json"
-TASK = "i2v"  # what the candidates are asked for: a picture and its sound
+TASK = DEFAULT_TASK  # what the candidates are asked for: a picture and its sound
 
 
 def sample_candidates(

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from echolab.errors import ConfigError
-from echolab.tasks.masks import TASKS
-
-SOUP = tuple(task for task in TASKS if task != "continuation")
+from echolab.tasks.table import CURRICULUM_TASKS, TASKS
 
 
 class Stage(NamedTuple):
@@ -23,7 +21,7 @@ class Stage(NamedTuple):
     targets: dict[str, float]
 
 
-def hard_to_easy(steps: int, tasks: Sequence[str] = SOUP) -> list[Stage]:
+def hard_to_easy(steps: int, tasks: Sequence[str] = CURRICULUM_TASKS) -> list[Stage]:
     """One stage for each task, of `steps` steps; each adds the next task, all equally likely."""
     return [
         Stage(steps, dict.fromkeys(tasks[:count], 1 / count)) for count in range(1, len(tasks) + 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from echolab.errors import ConfigError, DataError
 from echolab.geometry import WAN, LatentGeometry
+from echolab.tasks.table import TASK_TABLE, TASKS
 
 HEAD_MARGIN = 0.35  # of the face box's size, added on each side: hair and chin move with the head
 LIP_MARGIN = 1.5  # the disc's diameter, in sizes of the largest lip box
@@ -85,15 +86,15 @@ def outside_the_lips(clip: Clip) -> Tensor:
     return (across.square() + down.square() > radius.square())[:, None]
 
 
-RULES: dict[str, Callable[[Clip], Tensor]] = {
-    "t2v": nothing,
-    "i2v": lambda clip: first_frames(clip, 1),
-    "flf2v": first_and_last,
-    "avatar_sync": outside_the_head,
-    "lip_sync": outside_the_lips,
-    "continuation": lambda clip: first_frames(clip, clip.known_frames),
+# The names are those of `table.Task.mask`.
+MASK_RULES: dict[str, Callable[[Clip], Tensor]] = {
+    "nothing": nothing,
+    "first_frame": lambda clip: first_frames(clip, 1),
+    "first_frames": lambda clip: first_frames(clip, clip.known_frames),
+    "first_and_last_frame": first_and_last,
+    "outside_head": outside_the_head,
+    "outside_lips": outside_the_lips,
 }
-TASKS = tuple(RULES)  # from hard to easy, by what is to be generated; then continuation
 
 
 def centres(boxes: Tensor) -> Tensor:
@@ -132,10 +133,10 @@ def known_pixels(
     `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
     chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
     """
-    if task not in RULES:
+    if task not in TASK_TABLE:
         raise ConfigError(f"task={task}: unknown; one of {', '.join(TASKS)}")
     face, lips = _boxes(face, "face", frames), _boxes(lips, "lip", frames)
-    return RULES[task](Clip(frames, height, width, face, lips, known_frames))
+    return MASK_RULES[TASK_TABLE[task].mask](Clip(frames, height, width, face, lips, known_frames))
 
 
 def grey_out(pixels: Tensor, known: Tensor) -> Tensor:

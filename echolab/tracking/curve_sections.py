@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from echolab.tasks.table import TASK_TABLE, TASKS
 from echolab.tracking.curves import Series, area_chart, line_chart
 from echolab.tracking.metrics import series
 from echolab.tracking.score_table import CHECKPOINTS
@@ -13,11 +14,7 @@ COLOURS = {
     "sft": "run-0", "sft_longer": "run-1", "ndpo": "run-2", "dpo": "run-3",
 }  # fmt: skip
 FREE_COLOURS = ("run-4", "run-5", "run-6", "run-7")
-TASKS = ("t2v", "i2v", "flf2v", "avatar_sync", "lip_sync", "continuation")
-TASK_TITLES = {
-    "t2v": "Text to video", "i2v": "Image to video", "flf2v": "First and last frame",
-    "avatar_sync": "Avatar sync", "lip_sync": "Lip sync", "continuation": "Continuation",
-}  # fmt: skip
+TASK_TITLES = {name: task.title for name, task in TASK_TABLE.items()}
 
 TITLES = {
     "train/loss": "Training loss", "val/loss": "Held-out loss",

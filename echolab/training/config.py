@@ -20,6 +20,7 @@ from echolab.errors import ConfigError, DataError, FencedError
 from echolab.geometry import geometry_of
 from echolab.heartbeat import Beats
 from echolab.tasks.curriculum import Curriculum
+from echolab.tasks.table import TASK_TABLE
 from echolab.training.datamodule import Feed, HeldOut
 from echolab.training.engine.machine import Machine, cut
 from echolab.training.guards.spikes import Guards
@@ -90,7 +91,7 @@ def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> No
     """Raise ConfigError for a task that the samples of an encoded dataset have no tensors for."""
     posed = {name.partition(".")[2] for name in form_of(dataset) if name.startswith("known.")}
     for task in tasks:
-        if task not in ("t2v", *posed):
+        if TASK_TABLE[task].has_known and task not in posed:
             raise ConfigError(
                 f"{setting}: task {task}, for which the clips of {dataset.folder} have no tensor "
                 f"known.{task}; leave it out, or encode the dataset again"

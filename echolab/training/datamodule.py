@@ -14,6 +14,7 @@ from echolab.data.shard_reader import ShardDataset
 from echolab.data.train_dataset import MicroBatch, MicroBatches, Place, Stock
 from echolab.heartbeat import Beats
 from echolab.tasks.curriculum import Curriculum
+from echolab.tasks.table import VALIDATION_TASKS
 from echolab.training import distributed
 from echolab.training.workers import (
     as_it_is,
@@ -32,7 +33,7 @@ class HeldOut:
     clips: ShardDataset
     at_most: int = 32  # clips
     batch_size: int = 16
-    tasks: tuple[str, ...] = ("i2v", "lip_sync")
+    tasks: tuple[str, ...] = VALIDATION_TASKS
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training import distributed
 from echolab.types import Loss
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training.schedule import GROUPS, KINDS
 
 Check = Callable[[Any, str], Iterator[str]]
