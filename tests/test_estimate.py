@@ -19,7 +19,18 @@ from echolab.errors import ConfigError
 from echolab.launch.local import run_ranks
 from echolab.training.config import Intervals
 from echolab.training.engine.activation_memory import Clip, simulate
-from echolab.training.engine.estimate import BUCKET, STAGES, Parameter, parameters_of, state_bytes
+from echolab.training.engine.estimate import (
+    BUCKET,
+    GIB,
+    STAGES,
+    Needed,
+    Parameter,
+    bytes_needed,
+    check_memory,
+    parameters_of,
+    state_bytes,
+)
+from echolab.training.engine.machine import Machine
 
 HERE = Path(__file__).parent
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
@@ -194,3 +205,46 @@ def test_what_fits_is_what_is_said_to_fit(capsys: pytest.CaptureFixture[str]) ->
         assert (total <= limit * 2**30) is fits
     micro = [r["micro_batch"] for r in rows if r["stage"] == 3]
     assert micro == sorted(micro)  # more ranks, more room
+
+
+BILLION = [Parameter(10**9, 2, True)]
+
+
+def test_a_node_holds_the_state_of_all_its_ranks_and_a_gpu_that_of_one() -> None:
+    """AdamW in fp32 is 20 bytes a parameter with the average; saves copy 16 of them for all."""
+    cpu = bytes_needed(BILLION, Machine("ddp", devices=4))
+    assert cpu.gpu == 0 and cpu.host == pytest.approx(4 * 20e9 + 16e9, rel=1e-6)
+    gpu = bytes_needed(BILLION, Machine("ddp", devices=4, accelerator="gpu"))
+    assert gpu == pytest.approx((20e9, 16e9), rel=1e-6)
+    two = bytes_needed(BILLION, Machine("ddp", devices=4, nodes=2, accelerator="gpu"))
+    assert two == pytest.approx((20e9, 8e9), rel=1e-6)
+    more = bytes_needed(BILLION, Machine("ddp", devices=4), averages=3, reference=True)
+    assert more.host == pytest.approx(4 * (20e9 + 8e9 + 4e9) + 24e9, rel=1e-6)
+
+
+def test_offload_moves_the_optimizer_to_the_node() -> None:
+    zero = Machine("zero2", devices=4, accelerator="gpu", precision="bf16-mixed")
+    on_gpu, offloaded = (
+        bytes_needed(BILLION, machine) for machine in (zero, zero._replace(offload="optimizer"))
+    )
+    assert offloaded.host - on_gpu.host == pytest.approx(12e9, rel=1e-6)  # 3e9 of each rank
+    assert on_gpu.gpu - offloaded.gpu > 0
+    # Even so, the fp32 weights that the masters start from lie beside the rounded ones.
+    assert offloaded.gpu >= 4e9 + 2e9 + 1e9
+
+
+@pytest.mark.parametrize(
+    ("needed", "message"),
+    [
+        (Needed(20 * GIB, 0), "need 20.0 GiB, a GPU has 20.0 GiB, .* take trainer.strategy=zero2"),
+        (Needed(0, 99 * GIB), "need 99.0 GiB, this node has 100.0 GiB, .* fewer trainer.devices"),
+    ],
+)
+def test_a_run_that_can_never_fit_is_refused(needed: Needed, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_memory(needed, gpu=20 * GIB, host=100 * GIB)
+
+
+def test_a_run_that_may_fit_and_memory_of_unknown_size_are_let_pass() -> None:
+    check_memory(Needed(19 * GIB, 95 * GIB), gpu=20 * GIB, host=100 * GIB)
+    check_memory(Needed(99 * GIB, 999 * GIB), gpu=None, host=None)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from echolab.training.guards.host_memory import HostMemory, family, free, used, used_by_family
+from echolab.training.guards.host_memory import (
+    HostMemory,
+    capacity,
+    family,
+    free,
+    used,
+    used_by_family,
+)
 
 MB = 1 << 20
 LEAK = """
@@ -74,6 +81,8 @@ def proc(tmp_path: Path) -> Path:
 
 def test_the_node_alone(proc: Path, tmp_path: Path) -> None:
     assert free(proc, tmp_path / "none") == 800 * 1024
+    assert capacity(proc, tmp_path / "none") == 900 * 1024
+    assert capacity(tmp_path / "no-proc") is None
     put(proc / "self", cgroup="0::/not/there\n")
     assert free(proc, tmp_path / "none") == 800 * 1024
 
@@ -89,6 +98,7 @@ def test_cgroups_of_version_2(proc: Path, tmp_path: Path) -> None:
     assert free(proc, groups) == 2500
     put(groups / "job/step", memory__max="6000\n")
     assert free(proc, groups) == 1000
+    assert capacity(proc, groups) == 6000
     put(groups / "job/step", memory__current="7000\n")
     assert free(proc, groups) == 0
 
@@ -101,6 +111,7 @@ def test_cgroups_of_version_1(proc: Path, tmp_path: Path) -> None:
     put(groups / "memory/slurm/job", memory__limit_in_bytes="7000", memory__usage_in_bytes="6000")
     put(groups / "memory/slurm/job", memory__stat="inactive_file 1\ntotal_inactive_file 300\n")
     assert free(proc, groups) == 1300
+    assert capacity(proc, groups) == 7000
     # In a container the path is the host's, and the group's files lie at the root.
     put(proc / "self", cgroup="4:memory:/docker/0123\n")
     put(groups / "memory", memory__limit_in_bytes="5000", memory__usage_in_bytes="4000")

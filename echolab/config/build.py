@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from echolab.config.build_adapters import Adapted, adapted, reference_of
-from echolab.config.data_checks import check_base, check_checkpoints, check_held_out
-from echolab.config.networks import load_policy, load_start
+from echolab.config.build_adapters import reference_of
+from echolab.config.data_checks import check_checkpoints, check_held_out
+from echolab.config.networks import check_fits, start_of
 from echolab.config.origins import checkpoints_from, origins_from
 from echolab.config.parts import guards_from, intervals_from, machine_from
 from echolab.data.batch_sampler import Order
@@ -24,13 +22,12 @@ from echolab.diffusion.phases import (
     ScaleModalities,
     of_preferences,
 )
-from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
-from echolab.training.checkpoints.checkpoint import open_checkpoint, open_verified
+from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
 from echolab.training.datamodule import HeldOut
+from echolab.training.engine.placement import check_device, placement_of
 from echolab.training.module import Optim
 from echolab.training.reference_model import Reference
 from echolab.training.schedule import Epoch, Schedule
@@ -100,15 +97,6 @@ def objectives_from(
     return objectives
 
 
-def net_from(config: Mapping[str, Any], weights: str | None, seed: int) -> EchoTransformer:
-    """conf/model, with released weights, or Wan's first values."""
-    if weights:
-        return load_start(Path(weights), config, seed)
-    net = EchoTransformer(**config)
-    initialize(net, torch.Generator().manual_seed(seed))
-    return net
-
-
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     """No dataset, one or several, opened: those that `key` of conf/data names."""
     places: str | Sequence[str] = config[key] or []
@@ -163,19 +151,6 @@ def check_together(
         check_held_out(held_out.clips, clips, pairs, accepted)
 
 
-def start_of(
-    config: Mapping[str, Any], initial: Path | None, seed: int
-) -> tuple[EchoTransformer, Adapted | None, Path | None]:
-    """The network to train, its adapters, and the checkpoint whose weights it still has to get."""
-    if config["lora"]["target_modules"]:
-        own = adapted(config, initial, load_start)  # says it of a base that is not lora.init_from's
-        check_base(config["pretrained"], initial)
-        return own.net, own, None
-    if initial and open_checkpoint(initial).state.get("adapters"):
-        return load_policy(initial).requires_grad_(True), None, None
-    return net_from(config["model"], config["pretrained"], seed), None, initial
-
-
 def optim_from(config: Mapping[str, Any]) -> Optim:
     """conf/optim"""
     return Optim(
@@ -207,8 +182,13 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     phases = phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    parts = data_from(config, origin, pinned)  # before weights are read
-    net, own, initial = start_of(config, origin, seed)
+    # What can be wrong is checked before weights are read: data, devices, memory.
+    parts = data_from(config, origin, pinned)
+    machine = machine_from(config["trainer"])
+    check_device(machine)
+    placement = placement_of(machine)
+    check_fits(config, machine, placement, prefers=prefers)
+    net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(
         folder=Path(config["run_dir"]),
@@ -225,7 +205,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
         optim=optim_from(config["optim"]),
-        machine=machine_from(config["trainer"]),
+        machine=machine,
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],
         shift=float(config["flow_shift"]),

@@ -15,6 +15,7 @@ from torch import Tensor
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.frozen import Frozen
 from echolab.models.transformer import EchoTransformer
+from echolab.models.weights import meta_network
 from echolab.training.adapters.lora import (
     TRAINED,
     AdaptersOff,
@@ -33,6 +34,7 @@ from echolab.training.adapters.lora_files import (
 )
 from echolab.training.adapters.lora_reader import Adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
+from echolab.training.engine.placement import HOST, Placement
 from echolab.training.reference_model import Reference
 
 
@@ -54,7 +56,9 @@ def lora_from(config: Mapping[str, Any]) -> Lora:
     )
 
 
-def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adapted:
+def adapted(
+    config: Mapping[str, Any], initial: Path | None, load: Load, placement: Placement = HOST
+) -> Adapted:
     """The network of conf/lora on the base of `weights` or `initial`, which may have adapters."""
     lora = lora_from(config["lora"])
     first = open_checkpoint(initial) if initial else None
@@ -63,7 +67,7 @@ def adapted(config: Mapping[str, Any], initial: Path | None, load: Load) -> Adap
     adapters = first.state.get("adapters") if first else None
     if adapters:
         origin = Origin(**adapters["origin"])
-    net = base_of(config["model"], origin, load)
+    net = base_of(config["model"], origin, load, placement)
     start = config["lora"]["init_from"]
     given = read_adapters(Path(start), net) if start else None
     add_adapters(net, lora, int(config["seed"]))
@@ -142,4 +146,4 @@ def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | 
         if pinned:
             check_adapters(open_checkpoint(pinned), own.record)
         return AverageAdapters(own.net, own.lora)
-    return Frozen(EchoTransformer(**config["model"]))
+    return Frozen(meta_network(config["model"]))  # filled when its first epoch begins

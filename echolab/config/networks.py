@@ -2,16 +2,21 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from echolab.config.build_adapters import Adapted, adapted, lora_from
+from echolab.config.data_checks import check_base
 from echolab.errors import CheckpointError, ConfigError
 from echolab.launch import run_dir
 from echolab.models import loading
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
+from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
+from echolab.training.adapters.lora import add_adapters
 from echolab.training.adapters.lora_base import merged
 from echolab.training.checkpoints.checkpoint import (
     EMA,
@@ -19,6 +24,16 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     open_verified,
 )
+from echolab.training.engine.estimate import bytes_needed, check_memory, parameters_of
+from echolab.training.engine.machine import Machine
+from echolab.training.engine.placement import (
+    HOST,
+    Placement,
+    initialized_network,
+    place_shared,
+    share_on_node,
+)
+from echolab.training.guards.host_memory import capacity
 
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 
@@ -53,8 +68,7 @@ def load_policy(checkpoint: Path) -> EchoTransformer:
     if opened.state.get("adapters"):
         return merged(opened, load_start).eval().requires_grad_(False)
     architecture: dict[str, Any] = opened.state["architecture"]
-    with torch.device("meta"):
-        net = EchoTransformer(**architecture)
+    net = meta_network(architecture)
     net.load_state_dict(opened.tensors(EMA), assign=True)
     return net.eval().requires_grad_(False)
 
@@ -68,11 +82,17 @@ def load_released(
     return loaded.net.eval().requires_grad_(False)
 
 
-def load_start(path: Path, architecture: Mapping[str, Any], seed: int) -> EchoTransformer:
-    """A network to train, in fp32, from a released file that may lack pictures or sound."""
-    loaded = loading.load_released(path, architecture, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed)
-    _tell(path, loaded.report.lines())
-    return loaded.net
+def load_start(
+    path: Path, architecture: Mapping[str, Any], seed: int, placement: Placement = HOST
+) -> EchoTransformer:
+    """Load a network to train, in fp32, from a released file that may lack image or audio parts."""
+    net = meta_network(architecture)
+    report, values = loading.released_values(
+        net, path, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed, device=placement.device
+    )
+    _tell(path, report.lines())
+    place_shared(net, values, placement, "pretrained")
+    return net
 
 
 def _tell(path: Path, lines: list[str]) -> None:
@@ -80,6 +100,61 @@ def _tell(path: Path, lines: list[str]) -> None:
     if run_dir.own_rank() == 0:
         for line in lines:
             print(f"{path}: {line}", file=sys.stderr)
+
+
+def net_from(
+    config: Mapping[str, Any], pretrained: str | None, seed: int, placement: Placement = HOST
+) -> EchoTransformer:
+    """Build the network of conf/model, with released weights or Wan's initialization."""
+    if pretrained:
+        return load_start(Path(pretrained), config, seed, placement)
+    return initialized_network(config, seed, placement)
+
+
+def check_fits(
+    config: Mapping[str, Any], machine: Machine, placement: Placement, *, prefers: bool
+) -> None:
+    """Raise ConfigError if a run can never fit into the memory here; builds no network."""
+    net = meta_network(config["model"])
+    adapters = bool(config["lora"]["target_modules"])
+    if adapters:
+        add_adapters(net, lora_from(config["lora"]), seed=0)
+    optim = config["optim"]
+    needed = bytes_needed(
+        parameters_of(net),
+        machine,
+        averages=1 + len(optim["extra_ema_decays"]) + len(optim["posthoc_ema_stds"]),
+        reference=prefers and not adapters,
+    )
+    gpu = None
+    if placement.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(placement.device).total_memory
+    check_memory(needed, gpu=gpu, host=capacity())
+
+
+def start_of(
+    config: Mapping[str, Any], initial: Path | None, seed: int, placement: Placement = HOST
+) -> tuple[EchoTransformer, Adapted | None, Path | None]:
+    """Build the network to train; also return its adapters, and a checkpoint still to be loaded."""
+    if config["lora"]["target_modules"]:
+        # Refuses a base that is not the one of lora.init_from.
+        own = adapted(config, initial, load_start, placement)
+        check_base(config["pretrained"], initial)
+        return own.net, own, None
+    if initial and open_checkpoint(initial).state.get("adapters"):
+        net = meta_network(config["model"])
+        # Merged on the CPU by one rank of each node: a GPU would round sums differently.
+        merged_once = share_on_node(net, partial(_merged_values, initial), placement, "merged")
+        place(net, merged_once, placement.device)
+        return net, None, None
+    if initial:  # its weights are loaded by `fit`, which sees that it is of this network
+        return meta_network(config["model"]), None, initial
+    return net_from(config["model"], config["pretrained"], seed, placement), None, None
+
+
+def _merged_values(checkpoint: Path) -> list[tuple[str, Tensor]]:
+    """Return the weights of a checkpoint of adapters, merged into their base."""
+    return [(name, p.detach()) for name, p in load_policy(checkpoint).named_parameters()]
 
 
 def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:

@@ -18,8 +18,12 @@ class Frozen:
         self.net = net.eval().requires_grad_(False)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights by parameter name, all of them."""
-        self.net.load_state_dict(weights)
+        """Set all weights by parameter name; a network on the meta device uses the tensors given.
+
+        Those of a mapped file are then shared by all ranks of a node, or moved to each rank's GPU.
+        """
+        on_meta = any(parameter.is_meta for parameter in self.net.parameters())
+        self.net.load_state_dict(weights, assign=on_meta)
 
     def to(self, device: torch.device | str) -> "Frozen":
         """Move it; nobody else will."""

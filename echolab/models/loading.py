@@ -1,14 +1,15 @@
 """Released weights from their files: safetensors, sharded or not, diffusers folders, and `.pth`.
 
-Files are mapped into memory, and a network takes the mapped tensors over as its parameters: there
-is no second copy.  Nothing is ever executed: a pickle is read in torch's weights-only way.
+Files are mapped into memory, and a network uses the mapped tensors as its parameters, or copies
+them straight to a GPU: there is no second copy in host memory.  Nothing is ever executed: a pickle
+is read in torch's weights-only way.
 """
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,15 @@ from torch import Tensor
 from echolab.errors import WeightsError
 from echolab.models.state_dict import from_diffusers
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import LoadReport, initialize, load_weights, model_of
+from echolab.models.weights import (
+    LoadReport,
+    fitted_tensors,
+    initial_values,
+    match_weights,
+    meta_network,
+    model_of,
+    place,
+)
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 INDEX = ".safetensors.index.json"
@@ -29,7 +38,7 @@ AGAIN = "download or copy it again"
 
 
 class Loaded(NamedTuple):
-    """A network made of a file, and what became of the file's tensors."""
+    """A network with the weights of a file, and a report on the file's tensors."""
 
     net: EchoTransformer
     report: LoadReport
@@ -43,20 +52,40 @@ def load_released(
     fresh: Sequence[Sequence[str]] = (),
     seed: int = 0,
 ) -> Loaded:
-    """The network of `architecture` with the weights of a file or folder, in `dtype`.
+    """Return the network of `architecture` with the weights of a file or folder, in `dtype`.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack: they get Wan's first
-    values, drawn from `seed`; so new keys and values of sound are zero, and the network computes
-    what its base does.  Raises WeightsError or CheckpointError in one line.
+    Raise WeightsError or CheckpointError in one line; see `released_values` for `fresh` and `seed`.
     """
-    with torch.device("meta"):
-        net = EchoTransformer(**architecture).to(dtype)
-    report = load_weights(net, read_tensors(path), fresh=fresh, source=str(path))
-    parameters = dict(net.named_parameters())
-    made = {name: torch.empty(parameters[name].shape, dtype=dtype) for name in report.fresh}
-    net.load_state_dict(made, strict=False, assign=True)
-    initialize(net, torch.Generator().manual_seed(seed), only=set(made))
+    net = meta_network(architecture).to(dtype)
+    report, values = released_values(net, path, fresh=fresh, seed=seed)
+    place(net, values())
     return Loaded(net, report)
+
+
+def released_values(
+    net: EchoTransformer,
+    path: Path,
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> tuple[LoadReport, Callable[[], Iterator[tuple[str, Tensor]]]]:
+    """Return a report and a reader of all values of `net`, which may be on meta, from `path`.
+
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack: they get Wan's
+    initialization, drawn from `seed`; so new keys and values of audio are zero, and the network
+    computes what its base does.  The reader yields (parameter name, tensor) pairs, one at a time,
+    converted on `device`.  Raise WeightsError or CheckpointError before any value is read.
+    """
+    tensors = read_tensors(path)
+    report = match_weights(net, tensors, fresh=fresh, source=str(path))
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        yield from fitted_tensors(net, tensors, report, device)
+        generator = torch.Generator().manual_seed(seed)
+        yield from initial_values(net, generator, only=set(report.fresh))
+
+    return report, values
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""The network's parameters: which of a file's tensors they are, and their first values."""
+"""A network's parameters: matching them to a file's tensors, initialization, placement."""
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +64,28 @@ def load_weights(
 ) -> LoadReport:
     """Make `tensors`, by original names, the parameters of `net`; see `match_weights`.
 
-    Tensors of the parameters' dtype are taken over as they are, not copied, so that a network on
-    the meta device and a memory-mapped file need no second copy; others are converted.
-    Where it raises CheckpointError, `net` is unchanged.
+    Tensors of the parameters' dtype are used as they are, not copied, so that a network on the
+    meta device and a memory-mapped file need no second copy; others are converted.
+    If CheckpointError is raised, `net` is unchanged.
     """
     report = match_weights(net, tensors, fresh=fresh, source=source)
-    parameters = dict(net.named_parameters())
-    values = {
-        name: _fitted(tensors[name].detach(), parameters[name])
-        for name in [*report.loaded, *report.widened]
-    }
-    net.load_state_dict(values, strict=False, assign=True)
+    place(net, fitted_tensors(net, tensors, report))
     return report
+
+
+def fitted_tensors(
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    report: LoadReport,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a file's tensors by parameter name, in the parameters' shapes and dtypes.
+
+    A tensor is converted on `device`, where it is the rank's own; None converts it where it is.
+    """
+    parameters = dict(net.named_parameters())
+    for name in [*report.loaded, *report.widened]:
+        yield name, _fitted(tensors[name].detach(), parameters[name], device)
 
 
 def match_weights(
@@ -151,13 +161,14 @@ def _widens(name: str, parameter: Tensor, tensor: Tensor, mask_channels: int) ->
     return 2 * have[1] + mask_channels == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
 
 
-def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A file's tensor in the parameter's dtype and shape: zeros for missing input channels."""
+def _fitted(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> Tensor:
+    """Return a file's tensor in the parameter's dtype and shape; missing channels are zeros."""
     if tensor.shape != parameter.shape:
         wide = torch.zeros(parameter.shape, dtype=parameter.dtype)
         wide[:, : tensor.shape[1]] = tensor
         return wide
-    return tensor.to(parameter.dtype).contiguous()
+    # Moved first: a conversion in host memory would be a private copy of every rank.
+    return tensor.to(device).to(parameter.dtype).contiguous()
 
 
 def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
@@ -170,20 +181,52 @@ def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
     return shapes
 
 
+def meta_network(architecture: Mapping[str, Any]) -> EchoTransformer:
+    """Return a network whose parameters have shapes and no values yet; see `place`."""
+    with torch.device("meta"):
+        return EchoTransformer(**architecture)
+
+
+@torch.no_grad()
+def place(
+    net: nn.Module, values: Iterable[tuple[str, Tensor]], device: torch.device | None = None
+) -> None:
+    """Make the tensors of (parameter name, tensor) pairs the parameters of `net`, on `device`.
+
+    None leaves each tensor where it is.  Each is moved as it comes, so that host memory holds one
+    at a time if the source makes them one at a time.
+    """
+    moved = {name: tensor.to(device) for name, tensor in values}
+    net.load_state_dict(moved, strict=False, assign=True)
+
+
+@torch.no_grad()
+def initial_values(
+    net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield Wan's initialization by parameter name, one tensor at a time, in host memory.
+
+    Xavier for linear layers, normal (0.02) for text and time, normal (1 / sqrt(D)) for
+    modulations, zero for the head and for the audio keys and values.  `only` names the parameters
+    to draw, None is all.  `net` may be on any device, meta too: values are drawn on the CPU, in the
+    order of the parameters, and depend on the generator's state alone.
+    """
+    # The modulations last: what a seed gives must not depend on how the layers are nested.
+    for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
+        if only is None or name in only:
+            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+            _draw(layer, name, value, generator)
+            yield name, value
+
+
+@torch.no_grad()
 def initialize(
     net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
 ) -> None:
-    """Wan's first values, in the order of the parameters: the same net for the same generator.
-
-    Xavier for linear layers, normal (0.02) for text and time, normal (1 / sqrt(D)) for
-    modulations, zero for the head and for the sound's keys and values.  `only` names the parameters
-    to set, None is all.
-    """
-    with torch.no_grad():
-        # The modulations last: what a seed gives must not depend on how the layers are nested.
-        for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
-            if only is None or name in only:
-                _initialise(layer, name, parameter, generator)
+    """Set the parameters of `net` to Wan's initialization; see `initial_values`."""
+    parameters = dict(net.named_parameters())
+    for name, value in initial_values(net, generator, only):
+        parameters[name].copy_(value)
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -196,14 +239,14 @@ def _is_modulation(one: tuple[nn.Module, str, Tensor]) -> bool:
     return one[1].endswith("modulation")
 
 
-def _initialise(layer: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+def _draw(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        parameter.fill_(float(name.endswith("weight")))
+        value.fill_(float(name.endswith("weight")))
     elif name.endswith("modulation"):
-        parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+        value.normal_(0, 1 / math.sqrt(value.shape[-1]), generator=generator)
     elif name.endswith("bias") or name.startswith("head.") or re.search(r"\.[kv]_audio\.", name):
-        parameter.zero_()
+        value.zero_()
     elif name.startswith(("text_embedding", "time_embedding")):
-        parameter.normal_(0, 0.02, generator=generator)
+        value.normal_(0, 0.02, generator=generator)
     else:
-        nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+        nn.init.xavier_uniform_(value.flatten(1), generator=generator)

@@ -6,7 +6,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from echolab.data.bad_samples import QUARANTINE, Tolerant
@@ -23,6 +22,7 @@ from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
 from echolab.training.datamodule import Feed, HeldOut
 from echolab.training.engine.machine import Machine, cut
+from echolab.training.engine.placement import check_device
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
 from echolab.training.lineage import data_of
@@ -215,9 +215,7 @@ class Training(NamedTuple):
             )
         if self.held_out and not self.phases:
             raise ConfigError("held_out: needs phases too")
-        accelerator = self.machine.accelerator
-        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"trainer.accelerator={accelerator}: no GPU here; take trainer=cpu")
+        check_device(self.machine)
         if not 0 < self.shift < math.inf:
             raise ConfigError(f"flow_shift={self.shift:g}: must be above 0; 5 is usual")
         check_data(

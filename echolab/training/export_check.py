@@ -21,14 +21,15 @@ from echolab.data.collate import collate_clips, read_clip
 from echolab.diffusion.generation import generate
 from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
 from echolab.models.export import write_original
-from echolab.models.loading import load_released
+from echolab.models.loading import load_released, released_values
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS
+from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.checkpoints.exporting import exported_weights
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
+from echolab.training.engine.placement import HOST, Placement
 from echolab.training.validation import Poll, autocast_dtype, on_device, unchanged
 from echolab.types import Batch
 
@@ -109,8 +110,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).double().norm() / expected.double().norm())
 
 
-def _load(path: Path, architecture: Mapping[str, Any], seed: int) -> EchoTransformer:
-    return load_released(path, architecture, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed).net
+def _load(
+    path: Path, architecture: Mapping[str, Any], seed: int, placement: Placement = HOST
+) -> EchoTransformer:
+    net = meta_network(architecture)
+    _, values = released_values(net, path, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed)
+    place(net, values(), placement.device)
+    return net
 
 
 def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:

@@ -14,7 +14,9 @@ from echolab.training.checkpoints.checkpoint import check_architecture, open_che
 from echolab.training.config import Intervals, Machine, Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import speed_up
+from echolab.training.engine.ema import EMA
 from echolab.training.engine.frozen_checks import check_alone, check_apart
+from echolab.training.engine.placement import place_shared, placement_of
 from echolab.training.engine.strategies import cluster_environment, strategy_of
 from echolab.training.module import DiffusionModule
 from echolab.training.quiet import quiet
@@ -84,7 +86,9 @@ def fit(training: Training) -> FitResult:
             check_architecture(origin, training.architecture)
             encoders, clips = origin.state.get("encoders") or {}, training.clips[0]
             check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
-            training.net.load_state_dict(origin.tensors("ema"))
+            weights = origin.tensors(EMA)
+            where = placement_of(training.machine)
+            place_shared(training.net, weights.items, where, "initial weights")
         feed, schedule = training.feed(), training.schedule
         _speed_up(training)
         data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, beats)

@@ -121,9 +121,12 @@ def add_adapters(net: nn.Module, lora: Lora, seed: int) -> None:
         if down.is_meta:
             continue
         number = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")
-        generator = torch.Generator(down.device).manual_seed(number)
+        generator = torch.Generator().manual_seed(number)  # on the CPU: the same on any device
         bound = 1 / math.sqrt(down.shape[1])  # peft's own: kaiming_uniform with a = sqrt(5)
-        nn.init.uniform_(down, -bound, bound, generator=generator)
+        value = torch.empty(down.shape, dtype=down.dtype).uniform_(
+            -bound, bound, generator=generator
+        )
+        down.data.copy_(value)
         nn.init.zeros_(up)
 
 

@@ -4,17 +4,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
 from echolab.training.adapters.lora_files import load_trained
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, open_checkpoint
+from echolab.training.engine.placement import (
+    HOST,
+    Placement,
+    filled_network,
+    initialized_network,
+)
 
-# (file or folder, architecture, seed) -> a network of released weights
-Load = Callable[[Path, Mapping[str, Any], int], EchoTransformer]
+# (file or folder, architecture, seed, placement) -> a network of released weights
+Load = Callable[[Path, Mapping[str, Any], int, Placement], EchoTransformer]
 
 
 class Origin(NamedTuple):
@@ -25,15 +28,16 @@ class Origin(NamedTuple):
     seed: int
 
 
-def base_of(architecture: Mapping[str, Any], origin: Origin, load: Load) -> EchoTransformer:
-    """The network that adapters were, or will be, added to."""
+def base_of(
+    architecture: Mapping[str, Any], origin: Origin, load: Load, placement: Placement = HOST
+) -> EchoTransformer:
+    """Build the network that adapters were, or will be, added to."""
     if origin.weights:
-        return load(Path(origin.weights), architecture, origin.seed)
-    net = EchoTransformer(**architecture)
-    initialize(net, torch.Generator().manual_seed(origin.seed))
+        return load(Path(origin.weights), architecture, origin.seed, placement)
     if origin.checkpoint:
-        net.load_state_dict(open_checkpoint(Path(origin.checkpoint)).tensors(EMA))
-    return net
+        weights = open_checkpoint(Path(origin.checkpoint)).tensors(EMA)
+        return filled_network(architecture, weights, placement)
+    return initialized_network(architecture, origin.seed, placement)
 
 
 def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lora, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The bytes that training holds on one rank between steps, without building anything.
+"""The bytes that training holds on one rank between steps, and whether its machine has them.
 
 Under one process and DDP all is fp32.  DeepSpeed keeps the weights in the type that it computes in,
 cuts fp32 masters and moments into partitions, and fills groups up so that they divide: ZeRO 1 and 2
@@ -12,8 +12,12 @@ from typing import NamedTuple
 from torch import nn
 
 from echolab.errors import ConfigError
+from echolab.training.engine.machine import Machine
 
 FP32 = 4
+GIB = 2**30
+# Share of memory that state may take: activations, a CUDA context and the program come on top.
+USABLE = 0.95
 STAGES = (0, 1, 2, 3)
 PRECISIONS = {"32-true": 4, "bf16-mixed": 2}  # bytes of a weight that DeepSpeed computes with
 # Lightning's settings of DeepSpeed: elements of a bucket, of which ZeRO 1 and 2 have two, since
@@ -115,3 +119,54 @@ def _sharded(
         ema=FP32 * own,
         buffers=BUCKET * size,
     )
+
+
+class Needed(NamedTuple):
+    """Bytes that a run certainly holds: a lower bound, without activations."""
+
+    gpu: int  # of each GPU; 0 on the CPU
+    host: int  # of each node, by all its ranks
+
+
+def bytes_needed(
+    parameters: Sequence[Parameter], machine: Machine, *, averages: int = 1, reference: bool = False
+) -> Needed:
+    """Return the bytes of the state of a run, on each GPU and on each node.
+
+    `averages` is the number of EMAs; `reference` says if a rank also holds a frozen copy of the
+    network, in fp32.  On a node, every rank's saves have a buffer for its share of a checkpoint.
+    """
+    stage = int(machine.strategy[-1]) if machine.sharded else 0
+    state = state_bytes(parameters, stage=stage, world=machine.world, precision=machine.precision)
+    everything = FP32 * sum(p.numel for p in parameters)
+    trained = FP32 * sum(p.numel for p in parameters if p.trained)
+    resident = state.weights + state.gradients + state.ema * averages + reference * everything
+    saved = trained * (3 + averages) // machine.world
+    offloaded = state.optimizer if machine.offload == "optimizer" else 0
+    if machine.device == "cpu":
+        return Needed(0, machine.devices * (resident + state.optimizer + saved))
+    # Masters start from the fp32 weights, which lie beside the rounded ones until then.
+    start = everything + (state.weights + state.optimizer // 3 if machine.sharded else 0)
+    steady = resident + state.optimizer - offloaded + state.buffers
+    return Needed(max(start, steady), machine.devices * (offloaded + saved))
+
+
+def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
+    """Raise ConfigError if a run cannot fit into a GPU of `gpu` bytes and a node of `host` bytes.
+
+    These are sizes, not what happens to be free: a run is refused only if it can never fit, that
+    is, if its state alone takes more than USABLE of either.  None is unknown, and not checked.
+    """
+    remedies = {
+        "a GPU": "take trainer.strategy=zero2 or zero3 on more GPUs, trainer.offload=optimizer, "
+        "lora=attention or a smaller model",
+        "this node": "take fewer trainer.devices, trainer.offload=none, lora=attention or a "
+        "smaller model",
+    }
+    for place, bytes_, size in (("a GPU", needed.gpu, gpu), ("this node", needed.host, host)):
+        if size is not None and bytes_ > USABLE * size:
+            raise ConfigError(
+                f"memory: weights, gradients, optimizer, averages and buffers need "
+                f"{bytes_ / GIB:.1f} GiB, {place} has {size / GIB:.1f} GiB, of which "
+                f"{USABLE:.0%} may be used; {remedies[place]}"
+            )

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators import CUDAAccelerator
@@ -85,11 +84,15 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         super().setup(trainer)
 
     def _setup_model_and_optimizer(self, model: nn.Module, *given: Any) -> tuple[Any, Any]:
-        """DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them."""
+        """Set up the engine; the fp32 masters start from the weights before they were rounded.
+
+        DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them.
+        """
         if self.precision_plugin.precision == "32-true":
             return super()._setup_model_and_optimizer(model, *given)
+        # References, not copies: rounding gives a parameter new memory, and leaves this as it is.
         first = {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            name: parameter.detach().float()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }

@@ -53,10 +53,20 @@ def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Bytes that this process may still take: of the node, and of every cgroup that it is in."""
     lines = (_text(proc / "meminfo") or "").splitlines()
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min([*node, *_left_of_cgroups(proc, cgroups)])
+    left = [max(0, limit - taken) for limit, taken in _cgroups(proc, cgroups)]
+    return min([*node, *left])
 
 
-def _left_of_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
+def capacity(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
+    """Return the bytes of memory of this node, or of the smallest cgroup; None if unknown."""
+    lines = (_text(proc / "meminfo") or "").splitlines()
+    node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    limits = [limit for limit, _ in _cgroups(proc, cgroups)]
+    return min([*node, *limits], default=None)
+
+
+def _cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and usage in bytes, without file cache, of each cgroup that has a limit."""
     for line in (_text(proc / "self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -70,15 +80,15 @@ def _left_of_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
         # Limits of the groups above hold too; in a container the path may be the host's.
         for group in [own, *own.parents]:
             if group.is_relative_to(root):
-                yield from _left(group, limit, usage, cache)
+                yield from _limit(group, limit, usage, cache)
 
 
-def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+def _limit(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
     most, taken = _text(group / limit), _text(group / usage)
     if most and taken and most.strip() != "max":
         stat = (line.split() for line in (_text(group / "memory.stat") or "").splitlines())
-        given_back = next((int(value) for name, value in stat if name == cache), 0)
-        yield max(0, int(most) - int(taken) + given_back)
+        cached = next((int(value) for name, value in stat if name == cache), 0)
+        yield int(most), int(taken) - cached
 
 
 def _text(path: Path) -> str | None:
