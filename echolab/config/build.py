@@ -6,7 +6,7 @@ from typing import Any
 
 from echolab.config.build_adapters import reference_of
 from echolab.config.data_checks import check_checkpoints, check_held_out
-from echolab.config.networks import check_fits, start_of
+from echolab.config.networks import checked_placement, start_of
 from echolab.config.origins import checkpoints_from, origins_from
 from echolab.config.parts import guards_from, intervals_from, machine_from
 from echolab.data.batch_sampler import Order
@@ -27,7 +27,6 @@ from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
 from echolab.training.datamodule import HeldOut
-from echolab.training.engine.placement import check_device, placement_of
 from echolab.training.module import Optim
 from echolab.training.reference_model import Reference
 from echolab.training.schedule import Epoch, Schedule
@@ -185,9 +184,7 @@ def training_from(config: Mapping[str, Any], agreed: str) -> Training:
     # What can be wrong is checked before weights are read: data, devices, memory.
     parts = data_from(config, origin, pinned)
     machine = machine_from(config["trainer"])
-    check_device(machine)
-    placement = placement_of(machine)
-    check_fits(config, machine, placement, prefers=prefers)
+    placement = checked_placement(config, machine, prefers=prefers)
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(

@@ -29,8 +29,10 @@ from echolab.training.engine.machine import Machine
 from echolab.training.engine.placement import (
     HOST,
     Placement,
+    check_device,
     initialized_network,
     place_shared,
+    placement_of,
     share_on_node,
 )
 from echolab.training.guards.host_memory import capacity
@@ -111,10 +113,13 @@ def net_from(
     return initialized_network(config, seed, placement)
 
 
-def check_fits(
-    config: Mapping[str, Any], machine: Machine, placement: Placement, *, prefers: bool
-) -> None:
-    """Raise ConfigError if a run can never fit into the memory here; builds no network."""
+def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: bool) -> Placement:
+    """Return where this rank's network goes; build none.
+
+    Raise ConfigError if its device is not here, or if the run can never fit into memory.
+    """
+    check_device(machine)
+    placement = placement_of(machine)
     net = meta_network(config["model"])
     adapters = bool(config["lora"]["target_modules"])
     if adapters:
@@ -130,6 +135,7 @@ def check_fits(
     if placement.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(placement.device).total_memory
     check_memory(needed, gpu=gpu, host=capacity())
+    return placement
 
 
 def start_of(
