@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from echolab.config.networks import architecture_of
 from echolab.data.shard_reader import ShardWriter
-from echolab.demo.settings import ARCHITECTURE
 from echolab.tasks.table import KNOWN_TASKS
 
+ARCHITECTURE = architecture_of("demo")
 CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4
 FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 

@@ -21,7 +21,7 @@ LAYERS = {
     "config": 5,
     "inference": 6,
     "bench": 7,
-    "demo": 8, "cli": 8,
+    "cli": 8,
 }  # fmt: skip
 DATA_PREP_LAYER = 3  # data_prep stands beside, and may use layers 0 to 3
 
@@ -73,10 +73,10 @@ def faults(name: str, source: str) -> list[str]:
         top, there = module.split(".")[0], package(module)
         if module.startswith("."):
             found.append(f"{name}: relative import {module}")
-        elif top == "data_prep" and here not in ("data_prep", "cli", "demo", "inference"):
+        elif top == "data_prep" and here not in ("data_prep", "cli", "inference"):
             found.append(f"{name}: {module} stands beside echolab; only cli may use it")
         elif top == "echolab" and there != here:
-            lower = LAYERS[there] < layer or LAYERS[there] == layer in (0, 8)
+            lower = LAYERS[there] < layer or LAYERS[there] == layer == 0
             if not (lower or (here == "data_prep" and LAYERS[there] <= layer)):
                 found.append(f"{name}: layer {layer} imports {module} of layer {LAYERS[there]}")
         elif top not in sys.stdlib_module_names | {"echolab", "data_prep"}:

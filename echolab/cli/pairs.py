@@ -1,4 +1,4 @@
-"""`echolab pairs STEP`: a preference round by hand: sample, score, pack."""
+"""`echolab pairs ACTION`: the steps of a preference round: sample candidates, score them, pack."""
 
 import json
 from collections.abc import Callable
@@ -32,83 +32,91 @@ from echolab.progress import progress
 from echolab.types import Clips
 
 VERDICTS = "verdicts.jsonl"
+BATCH = 32  # prompts of one file of candidates
 
 
 @dataclass(frozen=True)
 class PairsArguments:
-    """Preference data from a checkpoint: sample candidates, judge them, pack best against worst.
+    """Make preference data with a checkpoint: sample candidates, score them, pack best and worst.
 
     sample: needs checkpoint=, clips= (encoded).  score: needs raw= and networks=.  pack: needs
-    clips= and out=.  Each step goes on where it was stopped.
+    clips= and out=.  The same command resumes an action that was stopped.
     """
 
-    step: Literal["sample", "score", "pack"] = field(metadata={"help": "which step"})
-    folder: Path = field(metadata={"help": "where candidates and verdicts are kept"})
-    checkpoint: Path | None = field(default=None, metadata={"help": "a run or a checkpoint"})
+    action: Literal["sample", "score", "pack"] = field(metadata={"help": "what to do"})
+    folder: Path = field(metadata={"help": "folder of candidates and verdicts"})
+    checkpoint: Path | None = field(default=None, metadata={"help": "sample: run or checkpoint"})
     clips: Path | None = field(default=None, metadata={"help": "encoded dataset of the prompts"})
-    raw: Path | None = field(default=None, metadata={"help": "the same clips, raw"})
-    networks: Path | None = field(default=None, metadata={"help": "fitted networks of `fit`"})
-    out: Path | None = field(default=None, metadata={"help": "the new preference dataset"})
-    prompts: int = field(default=128, metadata={"ge": 1, "help": "how many clips to sample for"})
-    candidates: int = field(default=4, metadata={"ge": 1, "help": "samples a prompt"})
-    steps: int = field(default=10, metadata={"ge": 1, "help": "of the sampler"})
-    shift: float = field(
-        default=5.0, metadata={"gt": 0, "le": 1000, "help": "of the sampler's noise levels"}
+    raw: Path | None = field(default=None, metadata={"help": "score: the same clips, raw"})
+    networks: Path | None = field(
+        default=None, metadata={"help": "score: folder of networks of `echolab fit`"}
     )
-    audio_scales: tuple[float, ...] = field(
+    out: Path | None = field(default=None, metadata={"help": "pack: the new preference dataset"})
+    num_prompts: int = field(default=128, metadata={"ge": 1, "help": "clips to sample for"})
+    num_candidates: int = field(default=4, metadata={"ge": 1, "help": "samples per prompt"})
+    num_steps: int = field(default=10, metadata={"ge": 1, "help": "solver steps"})
+    flow_shift: float = field(
+        default=5.0, metadata={"gt": 0, "le": 1000, "help": "flow shift of the noise levels"}
+    )
+    audio_guidance_scales: tuple[float, ...] = field(
         default=(0.0, 1.0, 2.0, 4.0),
         metadata={
             "ge": 0,
-            "help": "guidance by sound of the candidates, in turn; 1 is none, 0 no sound",
+            "help": "audio guidance scales of the candidates, cycled; 1 is no guidance, 0 no audio",
         },
     )
-    seed: int = field(default=0, metadata={"ge": 0, "help": "of the candidates' noise"})
-    least_margin: float = field(
-        default=0.5, metadata={"ge": 0, "help": "standard deviations of a pair"}
+    seed: int = field(default=0, metadata={"ge": 0, "help": "seed of the candidates' noise"})
+    min_margin: float = field(
+        default=0.5,
+        metadata={"ge": 0, "help": "pack: least score difference, in standard deviations"},
     )
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+    format: Literal["text", "json"] = field(default="text", metadata={"help": "summary format"})
 
-    def needed(self, name: str) -> Path:
+    def required(self, name: str) -> Path:
+        """Return an argument that the action needs.  Raise ConfigError if it was not given."""
         value: Path | None = getattr(self, name)
         if value is None:
-            raise ConfigError(f"echolab pairs {self.step}: give {name}=")
+            raise ConfigError(f"echolab pairs {self.action}: give {name}=")
         return value
 
 
 def main(argv: list[str]) -> int:
+    """Do one action and print a summary."""
     arguments = parse(PairsArguments, argv, command="echolab pairs",
-                      positional=("step", "folder"))  # fmt: skip
+                      positional=("action", "folder"))  # fmt: skip
     prove_writable(arguments.folder, folder=True)
-    made = {"sample": sample, "score": score, "pack": pack}[arguments.step](arguments)
-    figures = {"folder": str(arguments.folder), "step": arguments.step, "made": made}
-    noun = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}[arguments.step]
-    plain = f"{arguments.out if arguments.step == 'pack' else arguments.folder}: {made} {noun}"
+    made = {"sample": sample, "score": score, "pack": pack}[arguments.action](arguments)
+    figures = {"folder": str(arguments.folder), "action": arguments.action, "made": made}
+    noun = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}[arguments.action]
+    plain = f"{arguments.out if arguments.action == 'pack' else arguments.folder}: {made} {noun}"
     print(json.dumps(figures) if arguments.format == "json" else plain)
     return 0
 
 
 def sample(arguments: PairsArguments) -> int:
-    dataset = open_dataset(arguments.needed("clips"))
-    checkpoint = last_checkpoint(arguments.needed("checkpoint"))
+    """Sample candidates for the first clips of a dataset and return the number of prompts."""
+    dataset = open_dataset(arguments.required("clips"))
+    checkpoint = last_checkpoint(arguments.required("checkpoint"))
     check_encoders(checkpoint, dataset.encoders)
     net = load_policy(checkpoint)
-    with progress("sampling candidates", arguments.prompts) as advance:
+    with progress("sampling candidates", arguments.num_prompts) as advance:
         sample_candidates(
-            net, dataset, arguments.folder, prompts=arguments.prompts,
-            candidates=arguments.candidates, batch=32, steps=arguments.steps,
-            shift=arguments.shift, audio_scales=arguments.audio_scales, seed=arguments.seed,
-            weights=str(checkpoint),
-            dtype=work_dtype(),
+            net, dataset, arguments.folder, prompts=arguments.num_prompts,
+            candidates=arguments.num_candidates, batch=BATCH, steps=arguments.num_steps,
+            shift=arguments.flow_shift, audio_scales=arguments.audio_guidance_scales,
+            seed=arguments.seed, weights=str(checkpoint), dtype=work_dtype(),
             report=lambda done: advance(done, ""),
         )  # fmt: skip
-    return arguments.prompts
+    return arguments.num_prompts
 
 
 def score(arguments: PairsArguments) -> int:
-    networks = arguments.needed("networks")
-    clips = load_clips(arguments.needed("raw"))
+    """Score all candidates and return the number of verdicts."""
+    networks, raw = arguments.required("networks"), arguments.required("raw")
+    # Candidates are of the first clips of the dataset: the others need no decoding.
+    clips = load_clips(raw, read_request(arguments.folder).get("prompts"))
     total = sum(1 for _ in read_candidates(arguments.folder))
-    with progress("judging candidates", total) as advance:
+    with progress("scoring candidates", total) as advance:
         judge_candidates(
             arguments.folder, clips, load_autoencoder(networks),
             load_net(network_file(networks, SYNC_JUDGE), SyncNetDemo),
@@ -119,35 +127,42 @@ def score(arguments: PairsArguments) -> int:
 
 
 def pack(arguments: PairsArguments) -> int:
+    """Write the preference dataset and return the number of pairs."""
     verdicts = read_verdicts(arguments.folder / VERDICTS)
     if not verdicts:
         raise DataError(f"{arguments.folder / VERDICTS}: no verdicts; run `echolab pairs score`")
-    dataset, out = open_dataset(arguments.needed("clips")), arguments.needed("out")
+    dataset, out = open_dataset(arguments.required("clips")), arguments.required("out")
     prove_writable(out, folder=True)
     return pack_pairs(arguments.folder, verdicts, dataset, out,
-                      least_margin=arguments.least_margin)  # fmt: skip
+                      least_margin=arguments.min_margin)  # fmt: skip
 
 
-def judge_candidates(folder: Path, clips: Clips, video: CausalAutoencoder, sync: SyncNetDemo,
+def judge_candidates(folder: Path, clips: Clips, vae: CausalAutoencoder, sync: SyncNetDemo,
                      frame: FrameFeatures, report: Callable[[int], None]) -> None:  # fmt: skip
-    """Append a verdict for each candidate to verdicts.jsonl; those that are there stay."""
-    place, cepstra = {key: number for number, key in enumerate(clips.keys)}, cepstra_of(clips)
+    """Append a verdict for each candidate to verdicts.jsonl; keep those that are there.
+
+    Raise DataError if the clips lack a prompt, or if the folder was made with other networks.
+    """
+    index_of, cepstra = {key: index for index, key in enumerate(clips.keys)}, cepstra_of(clips)
     known = read_verdicts(folder / VERDICTS)
-    judges = {"video": fingerprint(video), "sync": fingerprint(sync), "frame": fingerprint(frame)}
+
+    # One folder holds verdicts of the same judges on candidates of the same encoders.
+    judges = {"video": fingerprint(vae), "sync": fingerprint(sync), "frame": fingerprint(frame)}
     encoders = read_request(folder).get("encoders") or {}
     check_same_encoders("networks", {"video": judges["video"]}, f"the clips of {folder}", encoders)
     check_judges(folder / VERDICTS, judges_of(folder / VERDICTS), judges)
+
     for done, (key, candidates) in enumerate(read_candidates(folder), start=1):
         report(done)
         count = len(candidates)
         if all((key, number) in known for number in range(count)):
             continue
-        if key not in place:
+        if key not in index_of:
             raise DataError(f"{folder}: candidates of {key}, which the raw clips do not hold")
-        own = slice(place[key], place[key] + 1)
+        clip = slice(index_of[key], index_of[key] + 1)
         verdicts = judge(
-            sync, frame, video.decode(candidates),
-            clips.float_pixels(own)[:, :, 0].expand(count, -1, -1, -1),
-            clips.lips[own, 0].expand(count, -1), cepstra[own].expand(count, -1, -1),
+            sync, frame, vae.decode(candidates),
+            clips.float_pixels(clip)[:, :, 0].expand(count, -1, -1, -1),
+            clips.lips[clip, 0].expand(count, -1), cepstra[clip].expand(count, -1, -1),
         )  # fmt: skip
         append_verdicts(folder / VERDICTS, key, verdicts, judges)
