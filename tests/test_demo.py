@@ -72,8 +72,8 @@ def test_every_command_of_the_demo_is_valid(demo: DemoArguments) -> None:
         else:
             schema, positional = PARSERS[command]
             parse(schema, words, command=program, positional=positional)
-    assert [Path(config["run"]).name for config in trained] == list(CHECKPOINTS)
-    assert all(config["parity"] for config in trained)
+    assert [Path(config["run_dir"]).name for config in trained] == list(CHECKPOINTS)
+    assert all(config["verify_export"] for config in trained)
 
 
 def test_stage_names_are_unique_and_commands_can_be_pasted() -> None:

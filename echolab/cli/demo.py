@@ -101,7 +101,7 @@ class Stage(NamedTuple):
 
 
 def stages(demo: DemoArguments, token: str) -> Iterator[Stage]:
-    """Yield all commands in order.  `token` keeps the wandb runs of two demos apart."""
+    """Yield all commands in order.  `token` is part of the wandb ids."""
     yield from preparation(demo)
     for seed in range(demo.seeds):
         yield from one_training(demo, seed)
@@ -169,16 +169,16 @@ def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
     folder = demo.out / f"seed_{seed}"
     words = [
         f"experiment=demo_{name}",
-        f"run={folder / name}",
+        f"run_dir={folder / name}",
         f"data.clips={demo.out}/data/train",
-        f"data.held_out={demo.out}/data/held_out",
+        f"data.val_clips={demo.out}/data/held_out",
     ]
     if work_dtype() == torch.bfloat16:
         words.append("trainer.precision=bf16-mixed")  # this CPU computes in it
     if name == "sft":
         words += [f"seed={seed}", *shortened(name, demo.sft_steps / SFT_STEPS)]
     else:
-        words += [f"seed={1000 + seed}", f"initial={folder}/sft"]
+        words += [f"seed={1000 + seed}", f"init_from={folder}/sft"]
         words += shortened(name, demo.preference_steps / PREFERENCE_STEPS)
     if name in ("ndpo", "dpo"):
         words.append(f"data.pairs={folder}/pairs")
@@ -193,13 +193,13 @@ def shortened(name: str, scale: float) -> list[str]:
     schedule, tasks = config["schedule"], config["tasks"]
     for part in [*schedule["epochs"], *tasks["stages"]]:
         part["steps"] = max(1, round(part["steps"] * scale))
-    momentum = max(0.5, 1 - (1 - tasks["momentum"]) / scale)
+    ema_decay = max(0.5, 1 - (1 - tasks["ema_decay"]) / scale)
     return [
         f"schedule.epochs={in_hydra(schedule['epochs'])}",
         f"schedule.warmup={max(1, round(schedule['warmup'] * scale))}",
         f"tasks.stages={in_hydra(tasks['stages'])}",
-        f"tasks.momentum={momentum}",
-        f"every.validate={max(1, round(config['every']['validate'] * scale))}",
+        f"tasks.ema_decay={ema_decay}",
+        f"val_every={max(1, round(config['val_every'] * scale))}",
     ]
 
 
@@ -274,7 +274,7 @@ class Progress:
         self.seconds, self.token = kept["seconds"], kept["token"]
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         state = {"settings": self.settings, "token": self.token, "seconds": self.seconds}
         write_whole(self.path, json.dumps(state, indent=1).encode())
 

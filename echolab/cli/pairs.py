@@ -81,7 +81,7 @@ class PairsArguments:
 
 
 def main(argv: list[str]) -> int:
-    """Do one action and print a summary."""
+    """Run one action and print a summary."""
     arguments = parse(PairsArguments, argv, command="echolab pairs",
                       positional=("action", "folder"))  # fmt: skip
     prove_writable(arguments.folder, folder=True)
