@@ -129,7 +129,7 @@ def test_demo_resumes_after_a_stop_and_a_kill(tmp_path: Path) -> None:
     assert (out / "report.html").stat().st_size > 50_000
     assert (out / "samples.png").stat().st_size > 1_000
     page = (out / "report.html").read_text()
-    assert "continuation" in page and "DPO" in page and "held out" in page
+    assert "Continuation" in page and "DPO" in page and "held out" in page
     losses = [row["step"] for row in read_metrics(out / "seed_0/sft/metrics.jsonl")
               if "train/loss" in row]  # fmt: skip
     assert losses == sorted(set(losses)) and losses[-1] == 24
