@@ -12,8 +12,8 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
 from echolab.config.overrides import CONF
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.launch import exit_codes, local, run_dir

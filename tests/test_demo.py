@@ -19,7 +19,7 @@ from echolab.cli.evaluate import EvaluateArguments
 from echolab.cli.fit import FitArguments
 from echolab.cli.pairs import PairsArguments
 from echolab.cli.report import ReportArguments
-from echolab.cli.train import compose
+from echolab.config.compose import compose
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.score_table import REFERENCES
 

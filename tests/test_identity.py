@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
 from echolab.data.audit import audit
 from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.errors import EcholabError

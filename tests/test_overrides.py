@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from echolab.cli import train
-from echolab.cli.train import command, compose, compose_both
+from echolab.cli.train import command
+from echolab.config.compose import compose, compose_both
 from echolab.config.overrides import DATASETS, TEXTS, as_hydra, quoted
 from echolab.config.schema import Settings
 from echolab.config.sweep_members import members

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, save, save_file
 
 from echolab.cli.pairs import VERDICTS, judge_candidates
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
 from echolab.data.collate import read_pair
 from echolab.data.provenance import check_same_encoders, shared_samples
 from echolab.data.shard_reader import ShardWriter, open_dataset

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load, save
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
 from echolab.data.bad_samples import read_quarantine
 from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.errors import ConfigError, DataError, DivergedError

@@ -11,8 +11,8 @@ import pytest
 
 from echolab.cli import replay
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
 from echolab.data.audit import audit
 from echolab.data.ledger import read_ledger
 from echolab.errors import ConfigError

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.cli.train import compose
 from echolab.config import build
+from echolab.config.compose import compose
 from echolab.data.bad_samples import read_quarantine
 from echolab.data.collate import form_of, read_clip, read_pair
 from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset

@@ -16,7 +16,7 @@ import encoded
 import fault_server
 import pytest
 
-from echolab.cli.train import compose_both
+from echolab.config.compose import compose_both
 from echolab.config.stored import resolved
 from echolab.errors import ConfigError
 from echolab.launch import error_files

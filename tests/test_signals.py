@@ -12,7 +12,7 @@ import runs
 import signalled
 from forked import ForkServer
 
-from echolab.cli.train import compose
+from echolab.config.compose import compose
 from echolab.launch.exit_codes import DONE, STOPPED_SAVED
 from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
 

@@ -16,8 +16,8 @@ import runs
 from test_tracker import KEY, closed_port, never_answers, rows_of, tracker
 
 from echolab.cli import train_rank
-from echolab.cli.train import compose
 from echolab.cli.train_rank import exit_code, train
+from echolab.config.compose import compose
 from echolab.heartbeat import Beats
 from echolab.launch.exit_codes import DONE
 from echolab.training.checkpoints.checkpoint import saved_steps

@@ -23,7 +23,7 @@ from data_prep import __main__ as data_prep
 from echolab.arguments import parse
 from echolab.atomic_io import write_whole
 from echolab.cli import __main__ as front_door
-from echolab.cli.train import compose
+from echolab.config.compose import compose
 from echolab.data.index import INDEX
 from echolab.errors import ConfigError
 from echolab.fitting import work_dtype

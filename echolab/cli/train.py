@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.cli import sweep
-from echolab.config.check import check
+from echolab.config.compose import compose, compose_both
 from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
 from echolab.config.parts import deadlines_from
 from echolab.config.sweep_members import members
@@ -47,31 +47,6 @@ def main(argv: list[str]) -> int:
     if LAUNCH in os.environ:
         return rank(argv)
     return supervise(argv, compose(argv)).code
-
-
-def compose(overrides: list[str]) -> dict[str, Any]:
-    """Return the resolved and checked settings as plain values.
-
-    Raise ConfigError, in one line, for what Hydra or `settings_check.check` refuses.
-    """
-    return compose_both(overrides)[0]
-
-
-def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of `compose`, and the same without secrets, for the run's folder."""
-    from hydra import compose as hydra_compose
-    from omegaconf import OmegaConf
-
-    from echolab.config.stored import stored, with_types
-
-    with hydra_config(overrides):
-        config = hydra_compose("train", as_hydra(overrides))
-        plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            config, resolve=True, throw_on_missing=True
-        )
-        kept = stored(config)
-    checked = check(plain)
-    return checked, with_types(kept, plain, checked)
 
 
 def command(words: list[str]) -> list[str]:
