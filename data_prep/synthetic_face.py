@@ -1,7 +1,7 @@
-"""Talkers drawn by the program: faces with random looks whose lips follow a synthesised voice.
+"""Synthetic talkers: faces with random looks whose lips follow a synthetic voice.
 
-They need no download and their visemes are known exactly, so lip sync can be measured without a
-trained judge.  A clip is a pure function of (seed, number).
+They need no download and their visemes are known exactly, so that lip sync can be measured without
+a trained network.  A clip is a pure function of (seed, index).
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.synthetic_voice import CONTROL_HZ, synthesise
+from data_prep.synthetic_voice import CONTROL_HZ, synthesize
 
 FPS = 25
 OVERSAMPLE = 2
-SHIFT = 4  # cv2 takes coordinates in 1 / 16 pixel
-MOUTH_CENTRE = (0.0, 0.50)  # in head coordinates, where the face is the ellipse x^2/a^2 + y^2 = 1
+SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
+MOUTH_CENTER = (0.0, 0.50)  # in head coordinates, where the face is the ellipse x^2/a^2 + y^2 = 1
 
 SKINS = {
     "pale": (244, 214, 190),
@@ -53,7 +53,7 @@ FRAME = (24, 24, 28)  # of glasses
 
 
 class Look(NamedTuple):
-    """What a talker looks like."""
+    """The appearance of a talker."""
 
     skin: str
     hair: str
@@ -64,7 +64,7 @@ class Look(NamedTuple):
     wall: str
     lips: tuple[int, int, int]
     aspect: float  # width of the face by its height
-    size: float  # height of the face, of half the picture
+    size: float  # height of the face, in half image heights
 
     def caption(self) -> str:
         length = "long" if self.long_hair else "short"
@@ -76,9 +76,9 @@ class Look(NamedTuple):
 
 
 class Motion(NamedTuple):
-    """How a head moves; every field has one value a frame."""
+    """The motion of a head; every field has one value per frame."""
 
-    x: NDArray[np.float64]  # of half the picture
+    x: NDArray[np.float64]  # in half image widths
     y: NDArray[np.float64]
     tilt: NDArray[np.float64]  # radians
     turn: NDArray[np.float64]  # shift of the features sideways, in head coordinates
@@ -102,7 +102,7 @@ def draw_look(rng: np.random.Generator) -> Look:
 
 
 def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.float64]:
-    """A slow, smooth path around zero: two sines of random phase."""
+    """Return a slow, smooth path around zero: two sines of random phase."""
     seconds = np.arange(frames) / FPS
     slow, quick = rng.uniform(0.15, 0.5), rng.uniform(0.6, 1.1)
     path = np.sin(2 * np.pi * slow * seconds + rng.uniform(0, 2 * np.pi))
@@ -111,7 +111,7 @@ def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.f
 
 def draw_motion(rng: np.random.Generator, frames: int) -> Motion:
     lids = np.ones(frames)
-    for start in rng.integers(0, 3 * FPS, size=2):  # about one blink in a second and a half
+    for start in rng.integers(0, 3 * FPS, size=2):  # about one blink in 1.5 s
         for offset, open_ in ((0, 0.45), (1, 0.05), (2, 0.05), (3, 0.5)):
             if start + offset < frames:
                 lids[start + offset] = open_
@@ -136,8 +136,8 @@ class Pen:
         self.origin = (half * (1 + motion.x[frame]), half * (0.94 + motion.y[frame]))
         self.degrees = float(np.degrees(motion.tilt[frame]))
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Head coordinates to canvas pixels."""
+    def to_canvas(self, x: float, y: float) -> tuple[float, float]:
+        """Convert head coordinates to canvas pixels."""
         return (
             self.origin[0] + self.unit * (x * self.cos - y * self.sin),
             self.origin[1] + self.unit * (x * self.sin + y * self.cos),
@@ -149,38 +149,36 @@ class Pen:
         y: float,
         a: float,
         b: float,
-        colour: tuple[int, ...],
+        color: tuple[int, ...],
         start: float = 0,
         end: float = 360,
     ) -> None:
-        centre = tuple(round(v * 2**SHIFT) for v in self.place(x, y))
+        center = tuple(round(v * 2**SHIFT) for v in self.to_canvas(x, y))
         axes = (max(1, round(a * self.unit * 2**SHIFT)), max(1, round(b * self.unit * 2**SHIFT)))
         cv2.ellipse(
-            self.canvas, centre, axes, self.degrees, start, end, colour, -1, cv2.LINE_AA, SHIFT
+            self.canvas, center, axes, self.degrees, start, end, color, -1, cv2.LINE_AA, SHIFT
         )
 
-    def line(
-        self, points: list[tuple[float, float]], width: float, colour: tuple[int, ...]
-    ) -> None:
-        path = np.array([self.place(x, y) for x, y in points]) * 2**SHIFT
+    def line(self, points: list[tuple[float, float]], width: float, color: tuple[int, ...]) -> None:
+        path = np.array([self.to_canvas(x, y) for x, y in points]) * 2**SHIFT
         cv2.polylines(
             self.canvas,
             [path.round().astype(np.int32)],
             False,
-            colour,
+            color,
             max(1, round(width * self.unit)),
             cv2.LINE_AA,
             SHIFT,
         )
 
 
-def darker(colour: tuple[int, ...], factor: float) -> tuple[int, ...]:
-    return tuple(int(value * factor) for value in colour)
+def darker(color: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    return tuple(int(value * factor) for value in color)
 
 
 def draw_mouth(pen: Pen, look: Look, turn: float, opening: float, width: float) -> None:
-    """Lips around a dark inside with a row of teeth; shut lips are one line."""
-    x, y = MOUTH_CENTRE[0] + turn, MOUTH_CENTRE[1]
+    """Draw lips around a dark inside with a row of teeth; shut lips are one line."""
+    x, y = MOUTH_CENTER[0] + turn, MOUTH_CENTER[1]
     half_width = 0.19 + 0.17 * width
     half_height = 0.02 + 0.24 * opening
     pen.ellipse(x, y, half_width + 0.05, half_height + 0.06, look.lips)
@@ -219,7 +217,8 @@ def draw_eyes(pen: Pen, look: Look, turn: float, lids: float, brows: float) -> N
 def draw_frame(
     size: int, look: Look, motion: Motion, frame: int, opening: float, width: float
 ) -> tuple[NDArray[np.uint8], Pen]:
-    """One picture uint8 [size, size, 3], and the pen that drew it."""
+    """Return an image uint8 [size, size, 3], and the pen that drew it."""
+    # Background, then the layers of the head from back to front.
     canvas = np.empty((size * OVERSAMPLE, size * OVERSAMPLE, 3), np.uint8)
     shade = np.linspace(1.08, 0.86, canvas.shape[0])[:, None, None]
     canvas[:] = np.clip(np.array(WALLS[look.wall]) * shade, 0, 255)
@@ -239,48 +238,55 @@ def draw_frame(
         darker(skin, 0.72),
     )
     draw_mouth(pen, look, turn, opening, width)
-    picture = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-    return np.asarray(picture, np.uint8), pen
+    image = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
+    return np.asarray(image, np.uint8), pen
 
 
 def box_around(pen: Pen, x: float, y: float, a: float, b: float) -> list[float]:
-    """The box [left, top, right, bottom], in pixels, of an ellipse in head coordinates."""
-    centre = pen.place(x, y)
-    across = pen.unit * float(np.hypot(a * pen.cos, b * pen.sin))
-    down = pen.unit * float(np.hypot(a * pen.sin, b * pen.cos))
-    box = (centre[0] - across, centre[1] - down, centre[0] + across, centre[1] + down)
+    """Return the box [left, top, right, bottom], in pixels, of an ellipse in head coordinates."""
+    center = pen.to_canvas(x, y)
+    half_width = pen.unit * float(np.hypot(a * pen.cos, b * pen.sin))
+    half_height = pen.unit * float(np.hypot(a * pen.sin, b * pen.cos))
+    box = (
+        center[0] - half_width,
+        center[1] - half_height,
+        center[0] + half_width,
+        center[1] + half_height,
+    )
     return [value / OVERSAMPLE for value in box]
 
 
 class Talker(NamedTuple):
-    """One drawn clip."""
+    """One synthetic clip."""
 
     frames: NDArray[np.uint8]  # [T, size, size, 3]
     samples: NDArray[np.float32]  # [640 T] at 16 kHz
     face: NDArray[np.float32]  # [T, 4] left, top, right, bottom in pixels
-    lips: NDArray[np.float32]  # [T, 4] room for the widest mouth
+    lips: NDArray[np.float32]  # [T, 4] boxes with room for the widest mouth
     opening: NDArray[np.float32]  # [T] the true visemes
     width: NDArray[np.float32]  # [T]
     look: Look
 
 
-def draw_talker(seed: int, number: int, *, frames: int = 25, size: int = 64) -> Talker:
-    """Clip `number` of dataset `seed`; frame k shows the lips at its middle, (k + 1/2) / 25 s."""
-    rng = np.random.default_rng([seed, number])
+def draw_talker(seed: int, index: int, *, frames: int = 25, size: int = 64) -> Talker:
+    """Draw clip `index` of dataset `seed`; frame k shows the lips at (k + 1/2) / 25 s."""
+    rng = np.random.default_rng([seed, index])
     look, motion = draw_look(rng), draw_motion(rng, frames)
-    voice = synthesise(rng, frames / FPS)
+    voice = synthesize(rng, frames / FPS)
     at = (np.arange(frames) + 0.5) * CONTROL_HZ / FPS - 0.5
     grid = np.arange(len(voice.opening))
     opening, width = np.interp(at, grid, voice.opening), np.interp(at, grid, voice.width)
-    pictures, face, lips = [], [], []
+
+    # Draw the frames, and keep the true boxes.
+    images, face, lips = [], [], []
     for frame in range(frames):
-        picture, pen = draw_frame(size, look, motion, frame, opening[frame], width[frame])
+        image, pen = draw_frame(size, look, motion, frame, opening[frame], width[frame])
         turn = float(motion.turn[frame])
-        pictures.append(picture)
+        images.append(image)
         face.append(box_around(pen, 0, 0.06, look.aspect, 0.98))
-        lips.append(box_around(pen, MOUTH_CENTRE[0] + turn, MOUTH_CENTRE[1], 0.42, 0.33))
+        lips.append(box_around(pen, MOUTH_CENTER[0] + turn, MOUTH_CENTER[1], 0.42, 0.33))
     return Talker(
-        np.stack(pictures),
+        np.stack(images),
         voice.samples,
         np.array(face, np.float32),
         np.array(lips, np.float32),

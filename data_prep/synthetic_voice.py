@@ -1,8 +1,8 @@
-"""A synthesised voice whose lips are known: syllables of vowels, closures, hisses and pauses.
+"""A synthetic voice with known lips: syllables of vowels, closures, hisses and pauses.
 
-Two curves drive everything: how far the mouth is open and how wide it is, both in [0, 1] and both
-functions of time.  The sound is made from the same curves (formants move with them, closures
-silence the voice), so that sound and picture are in step by construction.
+Two curves drive everything: opening and width of the mouth, both in [0, 1] and functions of time.
+The audio is made from the same curves (formants follow them, closures silence the voice), so that
+audio and video are in sync by construction.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 RATE_HZ = 16_000
 CONTROL_HZ = 200
-GLIDE_SECONDS = 0.045  # lips and formants take this long from one target to the next
+GLIDE_SECONDS = 0.045  # in which lips and formants move from one target to the next
 
 Array = NDArray[np.float64]
 
 
 class Phone(NamedTuple):
-    """One speech sound: lip targets, formants in Hz, and how loud voice and hiss are."""
+    """One speech sound: lip targets, formants in Hz, levels of voice and hiss."""
 
     opening: float
     width: float
@@ -44,7 +44,7 @@ PAUSE = Phone(0.00, 0.50, (400, 1400, 2400), 0.0, 0.0)
 
 
 class Voice(NamedTuple):
-    """A synthesised utterance; `curves` samples the lips at CONTROL_HZ."""
+    """A synthetic utterance and its lip curves at CONTROL_HZ."""
 
     samples: NDArray[np.float32]  # [16000 seconds] in [-1, 1]
     opening: Array  # [200 seconds] in [0, 1]
@@ -52,7 +52,7 @@ class Voice(NamedTuple):
 
 
 def draw_phones(rng: np.random.Generator, seconds: float) -> list[tuple[Phone, float]]:
-    """Syllables (consonant, vowel) with a pause now and then, as (phone, seconds)."""
+    """Draw syllables (consonant, vowel) and occasional pauses, as (phone, seconds)."""
     phones: list[tuple[Phone, float]] = []
     filled = 0.0
     while filled < seconds:
@@ -76,19 +76,19 @@ def glide(values: Array) -> Array:
 
 
 def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[str, Array]:
-    """Targets of all phones as smooth curves at CONTROL_HZ."""
+    """Return the targets of all phones as smooth curves at CONTROL_HZ."""
     count = round(seconds * CONTROL_HZ)
     ends = np.cumsum([duration for _, duration in phones])
-    which = np.searchsorted(ends, (np.arange(count) + 0.5) / CONTROL_HZ, side="right")
+    indices = np.searchsorted(ends, (np.arange(count) + 0.5) / CONTROL_HZ, side="right")
     rows = np.array(
         [(p.opening, p.width, *p.formants, p.voice, p.hiss) for p, _ in phones], dtype=np.float64
-    )[np.minimum(which, len(phones) - 1)]
+    )[np.minimum(indices, len(phones) - 1)]
     names = ("opening", "width", "formant_1", "formant_2", "formant_3", "voice", "hiss")
     return {name: glide(rows[:, column]) for column, name in enumerate(names)}
 
 
 def harmonics_of(curves: dict[str, Array], pitch: Array, scale: float) -> Array:
-    """Amplitude of each harmonic at CONTROL_HZ, [harmonics, time]: the three resonances."""
+    """Return the amplitude of each harmonic at CONTROL_HZ, [harmonics, time]: three resonances."""
     numbers = np.arange(1, 1 + int(4000 / pitch.max()))[:, None]
     frequency = numbers * pitch[None]
     response = np.zeros_like(frequency)
@@ -97,13 +97,14 @@ def harmonics_of(curves: dict[str, Array], pitch: Array, scale: float) -> Array:
         ("formant_2", 120.0, 0.55),
         ("formant_3", 170.0, 0.25),
     ):
-        centre = curves[name][None] * scale
-        response += gain / (1 + ((frequency - centre) / bandwidth) ** 2)
+        center = curves[name][None] * scale
+        response += gain / (1 + ((frequency - center) / bandwidth) ** 2)
     return response * curves["voice"][None] / np.sqrt(numbers)
 
 
-def synthesise(rng: np.random.Generator, seconds: float) -> Voice:
-    """Speak for `seconds`; the talker's pitch and vocal-tract length are drawn too."""
+def synthesize(rng: np.random.Generator, seconds: float) -> Voice:
+    """Synthesize `seconds` of speech with random pitch and vocal-tract length."""
+    # Control rate: lips, formants, pitch and the amplitude of each harmonic.
     curves = control_curves(draw_phones(rng, seconds), seconds)
     base, tract = rng.uniform(95, 230), rng.uniform(0.92, 1.15)
     times = np.arange(len(curves["voice"])) / CONTROL_HZ
@@ -112,6 +113,7 @@ def synthesise(rng: np.random.Generator, seconds: float) -> Voice:
     )
     amplitude = harmonics_of(curves, pitch, tract)
 
+    # Audio rate: a sum of harmonics, and noise for hisses.
     count = round(seconds * RATE_HZ)
     fine = np.arange(count) / RATE_HZ
     phase = 2 * np.pi * np.cumsum(np.interp(fine, times, pitch)) / RATE_HZ

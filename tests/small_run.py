@@ -6,8 +6,9 @@ from typing import NamedTuple
 import runs
 import torch
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
+from data_prep.options import DrawOptions
 from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
 from echolab.data.shard_reader import open_dataset
@@ -37,7 +38,7 @@ class SmallRun(NamedTuple):
 def make(root: Path) -> SmallRun:
     """All of it, under `root`."""
     made = SmallRun(root / "raw", root / "encoded", root / "autoencoder.safetensors", root / "run")
-    draw_dataset(DrawOptions(made.raw, clips=4), lambda done: None)
+    draw_dataset(DrawOptions(made.raw, num_clips=4), lambda done: None)
     fit_network("autoencoder", load_clips(made.raw), made.video, steps=2, seed=0)
     encoders = demo_encoders(load_net(made.video, CausalAutoencoder))
     encode_dataset(made.raw, made.encoded, encoders, lambda done: None)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_prep.raw import caption_of
+from data_prep.encode import caption_of
 from echolab.data import media, validate_member
 from echolab.data.decoding import opened
 from echolab.data.validate_member import content_fault

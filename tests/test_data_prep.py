@@ -17,14 +17,11 @@ import pytest
 import unruly
 
 from data_prep.__main__ import main
-from data_prep.cut import cut_span, is_clip_length
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
-from data_prep.normalize import heard, make_grid, sound_of
-from data_prep.options import RunOptions
-from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
+from data_prep.options import DrawOptions, RunOptions, is_clip_length
 from data_prep.run import prepare, read_refused
-from data_prep.source import Models, Source, read_source
+from data_prep.source import Models, Source, cut_span, read_source
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
 from echolab.atomic_io import exclusive
 from echolab.data.media import read_sound
@@ -38,8 +35,17 @@ from echolab.errors import (
     WeightsError,
 )
 from echolab.fitting import save_net
-from echolab.vision.face_models import YUNET, find_weight
+from echolab.vision.face_models import YUNET, find_face_model
 from echolab.vision.faces import boxes
+from echolab.vision.normalize import (
+    audio_of,
+    boxes_in_crop,
+    crop_frame,
+    crop_full,
+    crop_head,
+    has_audio,
+    make_grid,
+)
 from echolab.vision.probe import probe
 from echolab.vision.track import SceneCuts, Tracker
 from echolab.vision.video_reader import VideoReader
@@ -102,8 +108,8 @@ def test_flash_and_tone_stay_together(
     start = write_flashing(path, times, sound_from=sound_from)
     found = probe(path)
     grid = make_grid(found)
-    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
-    pictures = np.stack(list(VideoReader(found, 128, 128).read(grid.numbers)))
+    sound = audio_of(read_sound(path), grid, 0, len(grid.indices))
+    pictures = np.stack(list(VideoReader(found, 128, 128).read(grid.indices)))
     flash = int(np.argmax(pictures.mean((1, 2, 3)) > 128)) / 25
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
     # The nearest frame is shown: half a source frame early, or one output frame late, at most.
@@ -113,7 +119,7 @@ def test_flash_and_tone_stay_together(
 
 def test_every_source_frame_at_25_fps_is_kept_once(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mkv", even(25, first=0.4))
-    assert make_grid(probe(tmp_path / "a.mkv")).numbers.tolist() == list(range(40))
+    assert make_grid(probe(tmp_path / "a.mkv")).indices.tolist() == list(range(40))
 
 
 def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
@@ -130,10 +136,10 @@ def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
 def test_sound_shorter_than_the_picture_is_refused_there(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mkv", even(25), sound_seconds=1.0)
     grid = make_grid(probe(tmp_path / "a.mkv"))
-    covered = heard(read_sound(tmp_path / "a.mkv"), grid)
+    covered = has_audio(read_sound(tmp_path / "a.mkv"), grid)
     assert covered[:25].all() and not covered[26:].any()
     reasons = frame_reasons(grid, covered, find_subject([], len(covered)), 96)
-    assert reasons[0].startswith("no face") and reasons[-1].startswith("no sound")
+    assert reasons[0].startswith("no face") and reasons[-1].startswith("no audio")
 
 
 def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_two_faces_are_two_tracks_and_a_rivalry() -> None:
     tracks = tracker.finish(10, 1)
     subject = find_subject(tracks, 12)
     assert subject.faces.tolist() == [3] * 10 + [0] * 2
-    assert np.allclose(subject.rival[:10], 0.75) and (subject.height[:10] == 40).all()
+    assert np.allclose(subject.second[:10], 0.75) and (subject.height[:10] == 40).all()
     assert len(set(subject.track[:10])) == 1 and (subject.track[10:] == -1).all()
 
 
@@ -234,17 +240,17 @@ def test_still_lips_are_no_talking() -> None:
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (1080, 1920), (410, 412), (200, 200)])
 def test_framing_stays_inside_and_boxes_follow(width: int, height: int) -> None:
     faces = np.array([[50, 30, 130, 150], [70, 30, 150, 150]], np.float32)
-    for framing in (frame_head(faces, width, height, 128), frame_whole(width, height, 128)):
+    for framing in (crop_head(faces, width, height, 128), crop_full(width, height, 128)):
         x0, y0, x1, y1 = framing.box
         assert 0 <= x0 < x1 <= width + 1e-3 and 0 <= y0 < y1 <= height + 1e-3
         assert framing.width % 16 == 0 == framing.height % 16
         scale = framing.width / (x1 - x0)
         assert np.isclose(scale, framing.height / (y1 - y0))
-        inside = in_frame(faces, framing)
+        inside = boxes_in_crop(faces, framing)
         assert np.allclose(inside[1, 0] - inside[0, 0], 20 * scale, atol=1e-3)
         picture = np.zeros((height, width, 3), np.uint8)
         picture[30:150, 50:130] = 255
-        seen = cut_out(picture, framing)
+        seen = crop_frame(picture, framing)
         assert seen.shape == (framing.height, framing.width, 3)
         ys, xs = np.nonzero(seen[..., 0] > 127)
         found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
@@ -254,8 +260,8 @@ def test_framing_stays_inside_and_boxes_follow(width: int, height: int) -> None:
 @pytest.mark.parametrize(
     "bad", ["frames=80", "frames=1", "size=100", "min_frames=85", "detect_every=9", "crop=x"]
 )
-def test_options_out_of_range_are_told(bad: str, tmp_path: Path) -> None:
-    from data_prep.run import main as run_step
+def test_options_out_of_range_are_refused(bad: str, tmp_path: Path) -> None:
+    from data_prep.__main__ import run as run_step
 
     with pytest.raises(ConfigError, match=bad.partition("=")[0]):
         run_step([str(tmp_path), str(tmp_path / "out"), bad])
@@ -265,13 +271,13 @@ def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("echolab.vision.face_models.CACHE", tmp_path / "cache")
     monkeypatch.setattr("echolab.vision.face_models.urllib.request.urlopen", offline)
     monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
-    with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*weights=FOLDER"):
-        find_weight(YUNET, tmp_path)
+    with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*face_models=FOLDER"):
+        find_face_model(YUNET, tmp_path)
     (tmp_path / YUNET.name).write_bytes(b"another")
     with pytest.raises(WeightsError, match=rf"{YUNET.name}: sha256.*need {YUNET.sha256[:16]}"):
-        find_weight(YUNET, tmp_path)
+        find_face_model(YUNET, tmp_path)
     with pytest.raises(WeightsError, match="no such folder"):
-        find_weight(YUNET, tmp_path / "none")
+        find_face_model(YUNET, tmp_path / "none")
 
 
 def offline(*_: object, **__: object) -> None:
@@ -288,11 +294,11 @@ def test_no_job_ends_the_run(tmp_path: Path) -> None:
         "slow": "SLOW",  # for twice as long as a worker may be silent
         once: once.upper(),
     }
-    failed = {r.job: r.what for r in reports if isinstance(r, Failed)}
+    failed = {r.job: r.reason for r in reports if isinstance(r, Failed)}
     assert set(failed) == {"crash", "raise", "hang"} and len(reports) == len(jobs)
     assert "twice (signal 11)" in failed["crash"] and "hangs" in failed["hang"]
     assert failed["raise"].startswith("unreadable: ValueError")
-    stopped = {r.job: r.what for r in reports if isinstance(r, Unfinished)}
+    stopped = {r.job: r.reason for r in reports if isinstance(r, Unfinished)}
     assert stopped["killed"].startswith("killed: ") and "signal 9" in stopped["killed"]
     assert "exit code 3" in stopped["exit"] and stopped["memory"].startswith("memory:")
     assert stopped["stale"] == "cannot be read: Stale file handle"
@@ -330,7 +336,7 @@ def test_time_in_which_the_machine_slept_does_not_count(monkeypatch: pytest.Monk
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source of three files of which no model need see anything."""
-    monkeypatch.setattr("data_prep.run.find_weight", lambda *_: tmp_path)
+    monkeypatch.setattr("data_prep.run.find_face_model", lambda *_: tmp_path)
     source = tmp_path / "source"
     source.mkdir()
     for name in ("a.mp4", "b.mp4", "c.mp4"):
@@ -361,11 +367,11 @@ def test_a_folder_at_work_is_not_written_to(
     out, video = tmp_path / "out", tmp_path / "video.safetensors"
     out.mkdir()
     save_net(video, CausalAutoencoder(width=8), {"width": 8})
-    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=5, size=32), lambda _: None)
+    draw_dataset(DrawOptions(tmp_path / "raw", num_clips=1, frames=5, size=32), lambda _: None)
     words = {
         "run": ["run", str(three), str(out)],
-        "draw": ["draw", str(out), "clips=1"],
-        "encode": ["encode", str(tmp_path / "raw"), str(out), f"video={video}"],
+        "draw": ["draw", str(out), "num_clips=1"],
+        "encode": ["encode", str(tmp_path / "raw"), str(out), f"vae={video}"],
     }[step]
     with exclusive(out), ThreadPoolExecutor(1) as pool:
         assert pool.submit(main, words).result() == 77

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.cut import is_clip_length
 from data_prep.filter import Refusal
 from data_prep.listing import list_source
-from data_prep.options import RunOptions
+from data_prep.options import RunOptions, is_clip_length
 from data_prep.run import prepare
 from data_prep.source import Models, Source, read_source
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
 from echolab.data.shard_reader import open_dataset, verify
 from echolab.errors import MediaError
-from echolab.vision.face_models import YUNET, find_weight
+from echolab.vision.face_models import YUNET, find_face_model
 from echolab.vision.probe import probe
 from echolab.vision.video_reader import VideoReader
 
@@ -35,7 +34,7 @@ def models(weights: Path) -> Models:
     from echolab.vision.face_models import LANDMARKER
     from echolab.vision.faces import FaceMesh
 
-    return Models(find_weight(YUNET, weights), FaceMesh(find_weight(LANDMARKER, weights)))
+    return Models(find_face_model(YUNET, weights), FaceMesh(find_face_model(LANDMARKER, weights)))
 
 
 def test_lips_are_found_where_they_are(media: Path, weights: Path) -> None:
@@ -140,7 +139,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(few: Path, tmp_path: Path) -> No
     assert captions["deeper/grid_bbaf2n.mpg"] == "A man says: bin blue at f two now."
     refused = [json.loads(line) for line in (whole / "refused.jsonl").read_text().splitlines()]
     kinds = {row["source"]: row["reason"].partition(":")[0] for row in refused}
-    assert kinds["noaudio_iplap129.mp4"] == "no sound"
+    assert kinds["noaudio_iplap129.mp4"] == "no audio"
     assert kinds["notes.md"] == kinds["empty.mp4"] == "damaged"
     assert {"source", "start_seconds", "end_seconds", "reason"} == set(refused[0])
 
@@ -161,8 +160,8 @@ def test_nothing_whole_is_left_by_a_full_disk(few: Path, tmp_path: Path) -> None
 
 def test_a_source_without_a_clip_is_an_error(media: Path, weights: Path, tmp_path: Path) -> None:
     path = media / "video" / "bad_corrupted.mp4"
-    with pytest.raises(MediaError, match=r"bad_corrupted\.mp4: no clip.*no sound.*refused\.jsonl"):
-        prepare(RunOptions(path, tmp_path / "out", weights=weights))
+    with pytest.raises(MediaError, match=r"bad_corrupted\.mp4: no clip.*no audio.*refused\.jsonl"):
+        prepare(RunOptions(path, tmp_path / "out", face_models=weights))
     assert (tmp_path / "out" / "refused.jsonl").exists()
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert list_source(path, tmp_path).files == [(path, path.name)]
@@ -170,14 +169,14 @@ def test_a_source_without_a_clip_is_an_error(media: Path, weights: Path, tmp_pat
 
 # What each sample file must come to; None: some clips, whatever else is refused.
 EXPECTED = {
-    "bad_corrupted.mp4": {"damaged", "no sound"},
-    "bad_rot90.mov": {"no sound"},
+    "bad_corrupted.mp4": {"damaged", "no audio"},
+    "bad_rot90.mov": {"no audio"},
     "hb_lp_s20_silent.mp4": {"silence"},
     "hb_lrs3_small.mp4": {"face too small"},
     "misc_pancake.mkv": {"no face"},
     "multi_crowd.mp4": {"several faces", "no face", "face too small"},
-    "noaudio_iplap129.mp4": {"no sound"},
-    "noaudio_lp_d13.mp4": {"no sound"},
+    "noaudio_iplap129.mp4": {"no audio"},
+    "noaudio_lp_d13.mp4": {"no audio"},
     "noface_dog.mp4": {"no face"},
     "th_lp_d9_sar.mp4": {"silence", "too short"},
 }
@@ -190,7 +189,8 @@ def test_each_sample_video_is_used_or_refused_for_its_reason(
     if len(list((media / "video").iterdir())) != 28:
         pytest.skip("the sample videos are not the 28 that this test knows")
     options = RunOptions(media / "video", tmp_path / "out", frames=49, min_frames=25, size=64,
-                         weights=weights, workers=os.cpu_count() or 1, detect_every=4)  # fmt: skip
+                         face_models=weights, workers=os.cpu_count() or 1,
+                         detect_every=4)  # fmt: skip
     figures = prepare(options)
     assert figures["files"] == 28 and figures["files_used"] == 18
     dataset = open_dataset(tmp_path / "out")

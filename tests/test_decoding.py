@@ -15,16 +15,16 @@ import pytest
 from coded import flashes, number_of, write_coded
 
 from data_prep.filter import Refusal
-from data_prep.normalize import heard, make_grid, sound_of
 from data_prep.options import RunOptions
 from data_prep.source import Models, Source, read_source
-from echolab.cli.generate import read_sound_of
 from echolab.data.clips import to_frames
 from echolab.data.decoding import decoded, ignore, opened, picture_stream
 from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_sound
 from echolab.errors import MediaError
-from echolab.inference.inputs import source_given
+from echolab.inference.generate import read_speech
+from echolab.inference.inputs import video_footage
 from echolab.inference.options import GenerateArguments
+from echolab.vision.normalize import audio_of, has_audio, make_grid
 from echolab.vision.probe import probe
 from echolab.vision.video_reader import VideoReader
 
@@ -98,7 +98,7 @@ def pictures_of(path: Path) -> tuple[np.ndarray, list[int]]:
     """The pictures of the 25 fps grid, and the numbers burnt into them."""
     found = probe(path)
     grid = make_grid(found)
-    pictures = np.stack(list(VideoReader(found, coded.WIDTH, coded.HEIGHT).read(grid.numbers)))
+    pictures = np.stack(list(VideoReader(found, coded.WIDTH, coded.HEIGHT).read(grid.indices)))
     return pictures, [number_of(picture) for picture in pictures]
 
 
@@ -117,7 +117,7 @@ def test_pictures_and_sound_are_at_their_times(tmp_path: Path, case: Case) -> No
     assert set(numbers) >= set(shown) if step >= 0.04 and case.times is EVEN else True
     found = probe(path)
     grid = make_grid(found)
-    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
+    sound = audio_of(read_sound(path), grid, 0, len(grid.indices))
     flash = times[numbers[int(np.argmax([flashes(picture) for picture in pictures]))]]
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
     assert abs(tone - flash) <= 0.02
@@ -140,12 +140,12 @@ def test_generate_is_given_the_same_pictures_and_sound(tmp_path: Path, name: str
     case, path = next(case for case in CASES if case.name == name), tmp_path / name
     write_coded(path, case.codec, case.times, **case.more)
     arguments = GenerateArguments(
-        tmp_path / "out.mp4", task="lip_sync", source=path, audio=path, box=(40, 100, 100, 130),
-        width=coded.WIDTH, height=coded.HEIGHT,
+        out=tmp_path / "out.mp4", task="lip_sync", source_video=path, audio=path,
+        box=(40, 100, 100, 130), width=coded.WIDTH, height=coded.HEIGHT,
     )  # fmt: skip
-    numbers = [number_of(picture) for picture in to_frames(source_given(arguments, 33).pixels)]
+    numbers = [number_of(picture) for picture in to_frames(video_footage(arguments, 33).pixels)]
     assert numbers == list(range(33))
-    samples, _ = read_sound_of(arguments)
+    samples, _ = read_speech(arguments)
     assert samples is not None
     assert abs(int(np.argmax(np.abs(samples) > 0.1)) / 16000 - 20 / 25) <= 0.02
 
@@ -193,7 +193,7 @@ def test_sound_that_cannot_be_decoded_is_no_silence(tmp_path: Path) -> None:
     sound, grid = read_sound(path), make_grid(probe(path))
     first, last = min(sound.damaged)[0], max(sound.damaged)[1]
     assert abs(first - 15 * 0.032) < 0.04 and abs(last - 20 * 0.032) < 0.04
-    covered = heard(sound, grid)
+    covered = has_audio(sound, grid)
     assert not covered[math.ceil(first * 25) : math.floor(last * 25)].any()
     assert covered[:10].all() and covered[18:35].all()
     with pytest.raises(MediaError, match=r"a\.mkv: the sound is damaged at 0\.4"):
@@ -235,7 +235,7 @@ def test_a_size_that_changes_is_refused_in_words(tmp_path: Path) -> None:
         container.mux(video.encode(None))
     joined = (tmp_path / "one.ts").read_bytes() + (tmp_path / "two.ts").read_bytes()
     (tmp_path / "both.ts").write_bytes(joined)
-    with pytest.raises(MediaError, match=r"picture size: it changes from 176x144 to 320x240"):
+    with pytest.raises(MediaError, match=r"frame size: it changes from 176x144 to 320x240"):
         probe(tmp_path / "both.ts")
 
 
@@ -287,7 +287,7 @@ def test_a_track_of_no_sound_is_no_damage(tmp_path: Path) -> None:
     options, unused = RunOptions(path, tmp_path), Models(tmp_path, None)  # type: ignore[arg-type]
     source = Source(path, path.name, "0" * 64, "")
     (row,) = read_source(source, options, unused, ignore)
-    assert isinstance(row, Refusal) and row.reason.startswith("no sound: ")
+    assert isinstance(row, Refusal) and row.reason.startswith("no audio: ")
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
+from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
 from echolab.data.shard_reader import ShardWriter, open_dataset
@@ -182,7 +183,7 @@ def test_fingerprints_tell_networks_apart() -> None:
 
 def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path) -> None:
     raw, out, encoders = tmp_path / "raw", tmp_path / "encoded", made()
-    draw_dataset(DrawOptions(raw, clips=2, frames=FRAMES, size=SIZE), lambda done: None)
+    draw_dataset(DrawOptions(raw, num_clips=2, frames=FRAMES, size=SIZE), lambda done: None)
     told: list[int] = []
     assert encode_dataset(raw, out, encoders, told.append) == 2 and told == [1, 2]
     dataset = open_dataset(out)
@@ -198,7 +199,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
 
 def test_sound_shorter_than_its_clip_leaves_no_dataset(tmp_path: Path) -> None:
     raw, short = tmp_path / "raw", tmp_path / "short"
-    draw_dataset(DrawOptions(raw, clips=1, frames=FRAMES, size=SIZE), lambda done: None)
+    draw_dataset(DrawOptions(raw, num_clips=1, frames=FRAMES, size=SIZE), lambda done: None)
     source = open_dataset(raw)
     with ShardWriter(short, kind="raw") as writer:
         cut = {**source.read(0), "flac": encode_flac(np.zeros(640, np.float32))}

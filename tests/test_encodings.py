@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> small_run.SmallRun:
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
 def test_a_video_is_written_and_named(tmp_path: Path, made: small_run.SmallRun, name: str) -> None:
     out = tmp_path / f"{name}.mp4"
-    words = [f"checkpoint={made.run}", f"video={made.video}", "steps=1", "seconds=0.2"]
+    words = [f"checkpoint={made.run}", f"vae={made.video}", "num_steps=1", "seconds=0.2"]
     codes, said = on_ascii(lambda: main(["generate", *words, "task=t2v", f"out={out}"]))
     assert codes == [0] and out.stat().st_size and b".mp4: 5 frames" in said
 
@@ -77,7 +77,7 @@ def test_a_video_is_written_and_named(tmp_path: Path, made: small_run.SmallRun, 
 def test_errors_and_summaries_name_what_they_are_about(tmp_path: Path, name: str) -> None:
     there, none = tmp_path / name, tmp_path / f"none-{name}"
     codes, said = on_ascii(
-        lambda: prepare(["draw", str(there), "clips=1", "frames=5", "size=32"]),
+        lambda: prepare(["draw", str(there), "num_clips=1", "frames=5", "size=32"]),
         lambda: main(["data", "verify", str(there)]),
         lambda: main(["data", "verify", str(none)]),
         lambda: main(["why", str(none)]),

@@ -22,7 +22,7 @@ TEXT = "Elle dit « déjà vu » — 你好"
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two files of which no model need see anything."""
-    monkeypatch.setattr("data_prep.run.find_weight", lambda *_: tmp_path)
+    monkeypatch.setattr("data_prep.run.find_face_model", lambda *_: tmp_path)
     monkeypatch.setattr("data_prep.run.work", stand_in(()))
     folder = tmp_path / "source"
     folder.mkdir()

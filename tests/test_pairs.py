@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
+from data_prep.options import DrawOptions
 from echolab.data.collate import collate_clips, read_clip, read_pair, read_tensors
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
@@ -33,7 +34,7 @@ PROMPTS, CANDIDATES = 3, 3
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     root = tmp_path_factory.mktemp("encoded")
-    draw_dataset(DrawOptions(root / "raw", clips=4, frames=5, size=32), lambda done: None)
+    draw_dataset(DrawOptions(root / "raw", num_clips=4, frames=5, size=32), lambda done: None)
     torch.manual_seed(0)
     encoders = demo_encoders(CausalAutoencoder(width=16, depth=1).eval())
     encode_dataset(root / "raw", root / "encoded", encoders, lambda done: None)

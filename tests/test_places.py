@@ -45,7 +45,7 @@ COMMANDS: list[tuple[Callable[[list[str]], int], list[str]]] = [
     (main, ["pairs", "sample", "{}/x", "clips=nodata", "checkpoint=norun"]),
     (main, ["generate", "out={}/x.mp4", "task=t2v", "seconds=1"]),
     (prepare, ["draw", "{}/x"]),
-    (prepare, ["encode", "nodata", "{}/x", "video=none"]),
+    (prepare, ["encode", "nodata", "{}/x", "vae=none"]),
     (prepare, ["run", "novideos", "{}/x"]),
 ]
 

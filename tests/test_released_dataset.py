@@ -7,9 +7,11 @@ import pytest
 import released
 import torch
 
-from data_prep import encode, stages
-from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.raw import boxes_of, caption_of, open_raw, pixels_of, sound_of
+from data_prep import encode
+from data_prep.__main__ import encode as encode_action
+from data_prep.draw import draw_dataset
+from data_prep.encode import audio_of, boxes_of, caption_of, open_raw, pixels_of
+from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.shard_reader import open_dataset
 from echolab.encoders.encode import Encoders, encode_clip
@@ -30,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     released.write_base_960h(folder / "base")
     released.write_chinese_base(folder / "chinese")
     draw_dataset(
-        DrawOptions(folder / "raw", clips=CLIPS, frames=FRAMES, size=SIZE), lambda done: None
+        DrawOptions(folder / "raw", num_clips=CLIPS, frames=FRAMES, size=SIZE), lambda done: None
     )
     return folder
 
@@ -41,8 +43,8 @@ def made(world: Path, *, audio: str = "base", speech: str = "preview", **more: i
 
 
 def command(world: Path, out: Path, *more: str) -> list[str]:
-    return [str(world / "raw"), str(out), "encoders=released", f"weights={world / 'release'}",
-            f"audio={world / 'base'}", "dtype=fp32", *more]  # fmt: skip
+    return [str(world / "raw"), str(out), "encoders=released", f"encoder_dir={world / 'release'}",
+            f"wav2vec={world / 'base'}", "dtype=fp32", *more]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -53,13 +55,13 @@ def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
     world: Path, tmp_path: Path, audio: str, speech: str, shape: tuple[int, ...]
 ) -> None:
     encoders = made(world, audio=audio, speech=speech)
-    assert stages.encode_in_stages(world / "raw", tmp_path / "out", encoders, {}) == CLIPS
+    assert encode.encode_in_stages(world / "raw", tmp_path / "out", encoders, {}) == CLIPS
     dataset, raw = open_dataset(tmp_path / "out"), open_raw(world / "raw")
     assert dataset.keys == raw.keys and dataset.encoders == encoders.fingerprints
     assert not (tmp_path / "out" / ".work").exists()
     members = raw.read(1)
     expected = encode_clip(made(world, audio=audio, speech=speech, resident=4), pixels_of(members),
-                           sound_of(members), caption_of(members), *boxes_of(members))  # fmt: skip
+                           audio_of(members), caption_of(members), *boxes_of(members))  # fmt: skip
     assert expected["audio"].shape == shape
     for task in TASKS:
         clip = read_clip(dataset, 1, task)
@@ -75,25 +77,25 @@ def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
 def test_the_command_and_its_summary(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert encode.main(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
+    assert encode_action(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["clips"] == CLIPS and told["encoders"]["text"].endswith(" cleaned")
     assert open_dataset(tmp_path / "out").description["dtype"] == "fp32"
     with pytest.raises(DataError, match="already holds a dataset"):
-        encode.main(command(world, tmp_path / "out"))
+        encode_action(command(world, tmp_path / "out"))
 
 
 def test_a_stopped_command_goes_on_where_it_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert encode.main(command(world, whole)) == 0
+    assert encode_action(command(world, whole)) == 0
     calls: list[str] = []
 
     def watched(stop_in: str | None) -> None:
-        def stages_of(encoders: Encoders) -> dict[str, stages.Stage]:
-            def stage(name: str, inner: stages.Stage) -> stages.Stage:
-                def run(members: stages.Members) -> dict[str, torch.Tensor]:
+        def stages_of(encoders: Encoders) -> dict[str, encode.Stage]:
+            def stage(name: str, inner: encode.Stage) -> encode.Stage:
+                def run(members: encode.Members) -> dict[str, torch.Tensor]:
                     calls.append(name)
                     if name == stop_in:
                         raise KeyboardInterrupt
@@ -103,18 +105,18 @@ def test_a_stopped_command_goes_on_where_it_was(
 
             return {name: stage(name, inner) for name, inner in original(encoders).items()}
 
-        monkeypatch.setattr(stages, "stages_of", stages_of)
+        monkeypatch.setattr(encode, "stages_of", stages_of)
 
-    original = stages.stages_of
-    watched(stop_in="sound")
+    original = encode.stages_of
+    watched(stop_in="audio")
     with pytest.raises(KeyboardInterrupt):
-        encode.main(command(world, out))
-    assert calls == ["text"] * CLIPS + ["image"] * CLIPS + ["sound"]
+        encode_action(command(world, out))
+    assert calls == ["text"] * CLIPS + ["image"] * CLIPS + ["audio"]
     assert not (out / "dataset.json").exists()
     calls.clear()
     watched(stop_in=None)
-    assert encode.main(command(world, out)) == 0
-    assert calls == ["sound"] * CLIPS + ["video"] * CLIPS
+    assert encode_action(command(world, out)) == 0
+    assert calls == ["audio"] * CLIPS + ["video"] * CLIPS
     assert open_dataset(out).fingerprint == open_dataset(whole).fingerprint
 
 
@@ -122,26 +124,26 @@ def test_leftovers_of_another_command_are_not_taken_up(world: Path, tmp_path: Pa
     one, other = made(world), made(world, audio="chinese", speech="flash")
     dataset = open_raw(world / "raw")
     names = {
-        stages._identity(dataset, one, {"dtype": "fp32"}),
-        stages._identity(dataset, one, {"dtype": "bf16"}),
-        stages._identity(dataset, other, {"dtype": "fp32"}),
+        encode._work_name(dataset, one, {"dtype": "fp32"}),
+        encode._work_name(dataset, one, {"dtype": "bf16"}),
+        encode._work_name(dataset, other, {"dtype": "fp32"}),
     }
     assert len(names) == 3
-    assert stages._identity(dataset, made(world), {"dtype": "fp32"}) in names
+    assert encode._work_name(dataset, made(world), {"dtype": "fp32"}) in names
 
 
 def test_an_error_names_the_sample_and_leaves_no_dataset(world: Path, tmp_path: Path) -> None:
-    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=9, size=SIZE), lambda done: None)
+    draw_dataset(DrawOptions(tmp_path / "raw", num_clips=1, frames=9, size=SIZE), lambda done: None)
     flash = made(world, audio="chinese", speech="flash")
     key = open_dataset(tmp_path / "raw").keys[0]
     with pytest.raises(Exception, match=f"raw: sample {key}: sound of .* has no loudness"):
-        stages.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
+        encode.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_values_beyond_fp16_are_refused() -> None:
     with pytest.raises(DataError, match="sample a: text is not finite in fp16"):
-        stages.stored("a", {"text": torch.tensor([1e6])})
+        encode.to_safetensors("a", {"text": torch.tensor([1e6])})
 
 
 def test_at_most_so_many_networks_are_in_memory() -> None:
@@ -215,13 +217,13 @@ def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_pat
 
 def test_options_that_cannot_be(world: Path, tmp_path: Path) -> None:
     raw, out = str(world / "raw"), str(tmp_path / "out")
-    with pytest.raises(ConfigError, match="video=: needed with encoders=demo"):
-        encode.main([raw, out])
-    with pytest.raises(ConfigError, match="weights=: needed with encoders=released"):
-        encode.main([raw, out, "encoders=released", f"audio={world / 'base'}"])
-    with pytest.raises(ConfigError, match="audio=: needed"):
-        encode.main([raw, out, "encoders=released", f"weights={world / 'release'}"])
+    with pytest.raises(ConfigError, match="vae=: needed with encoders=demo"):
+        encode_action([raw, out])
+    with pytest.raises(ConfigError, match="encoder_dir=: needed with encoders=released"):
+        encode_action([raw, out, "encoders=released", f"wav2vec={world / 'base'}"])
+    with pytest.raises(ConfigError, match="wav2vec=: needed"):
+        encode_action([raw, out, "encoders=released", f"encoder_dir={world / 'release'}"])
     for device in ("cuda:63", "nonsense"):
         with pytest.raises(ConfigError, match=f"device={device}: not here"):
-            encode.main(command(world, tmp_path / "out", f"device={device}"))
+            encode_action(command(world, tmp_path / "out", f"device={device}"))
     assert not (tmp_path / "out").exists()

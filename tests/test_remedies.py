@@ -230,9 +230,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     from data_prep.__main__ import main as prepare
 
-    assert prepare(["draw", str(data), "clips=3", "frames=6"]) == 1
+    assert prepare(["draw", str(data), "num_clips=3", "frames=6"]) == 1
     assert "must be 4n+1 and 5 or more" in capsys.readouterr().err
-    assert prepare(["draw", str(data), "clips=3", "frames=5", "size=32"]) == 0
+    assert prepare(["draw", str(data), "num_clips=3", "frames=5", "size=32"]) == 0
     for wrong, advice, followed in steps:
         assert main(wrong) != 0, wrong
         assert advice in capsys.readouterr().err, wrong

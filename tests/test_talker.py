@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data_prep import synthetic_voice
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
+from data_prep.options import DrawOptions
 from data_prep.synthetic_face import (
-    MOUTH_CENTRE,
+    MOUTH_CENTER,
     Look,
     Motion,
     Talker,
@@ -19,7 +20,7 @@ from data_prep.synthetic_face import (
     draw_motion,
     draw_talker,
 )
-from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesise
+from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesize
 from echolab.data.clips import load_clips
 from echolab.data.media import encode_flac
 from echolab.data.shard_reader import ShardWriter, open_dataset
@@ -90,7 +91,7 @@ def test_a_vowel_sounds_where_its_formants_are(name: str, monkeypatch: pytest.Mo
         synthetic_voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)]
     )
     power = np.mean(
-        [np.abs(np.fft.rfft(synthesise(np.random.default_rng(n), 1.0).samples)) ** 2
+        [np.abs(np.fft.rfft(synthesize(np.random.default_rng(n), 1.0).samples)) ** 2
          for n in range(8)], axis=0,
     )  # fmt: skip
     loudest = int(power.argmax())  # in Hz, as the sound lasts one second
@@ -122,7 +123,7 @@ def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) 
         picture, pen = draw_frame(size, look, motion, 4, opening, width)
         changed |= np.abs(picture.astype(int) - shut).max(-1) > 0
     turn = float(motion.turn[4])
-    x, y = MOUTH_CENTRE
+    x, y = MOUTH_CENTER
     left, top, right, bottom = box_around(pen, x + turn, y, 0.42, 0.33)
     rows, columns = np.nonzero(changed)
     assert left - 1 <= columns.min() and columns.max() <= right + 1  # the edge is smoothed
@@ -150,7 +151,7 @@ def test_a_caption_says_what_is_drawn() -> None:
 
 
 def test_a_dataset_holds_the_talkers_that_were_drawn(tmp_path: Path) -> None:
-    options = DrawOptions(tmp_path / "one", clips=3, seed=9, first=2, frames=9, size=32)
+    options = DrawOptions(tmp_path / "one", num_clips=3, seed=9, first=2, frames=9, size=32)
     told: list[int] = []
     draw_dataset(options, told.append)
     assert told == [1, 2, 3]
@@ -170,14 +171,16 @@ def test_a_dataset_holds_the_talkers_that_were_drawn(tmp_path: Path) -> None:
 
 def test_the_same_numbers_give_the_same_dataset(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        draw_dataset(DrawOptions(tmp_path / name, clips=2, frames=5, size=32), lambda done: None)
+        draw_dataset(
+            DrawOptions(tmp_path / name, num_clips=2, frames=5, size=32), lambda done: None
+        )
     one, two = (open_dataset(tmp_path / name) for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
 
 
 @pytest.mark.parametrize(
     ("wrong", "number"),
-    [({"clips": 0}, "clips=0"), ({"frames": 24}, "frames=24"), ({"frames": 1}, "frames=1"),
+    [({"num_clips": 0}, "num_clips=0"), ({"frames": 24}, "frames=24"), ({"frames": 1}, "frames=1"),
      ({"size": 40}, "size=40"), ({"size": 16}, "size=16")],
 )  # fmt: skip
 def test_sizes_that_the_network_cannot_take_are_refused(
@@ -196,7 +199,7 @@ def test_clips_of_other_kinds_and_sizes_are_refused(tmp_path: Path) -> None:
 
     with ShardWriter(tmp_path / "mixed", kind="raw") as writer:
         for size in (32, 48):
-            options = DrawOptions(tmp_path / str(size), clips=1, seed=size, frames=5, size=size)
+            options = DrawOptions(tmp_path / str(size), num_clips=1, seed=size, frames=5, size=size)
             draw_dataset(options, lambda done: None)
             source = open_dataset(options.out)
             writer.write(source.keys[0], source.read(0))

@@ -120,7 +120,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         ("held_out", demo.held_out_clips, FIRST_HELD_OUT),
     ):
         folder = data / f"raw_{name}"
-        numbers = (f"clips={clips}", f"seed={demo.data_seed}", f"first={first}")
+        numbers = (f"num_clips={clips}", f"seed={demo.data_seed}", f"first={first}")
         yield Stage(f"draw {name}", ("data_prep", "draw", f"{folder}", *numbers), folder / INDEX)
 
     # The SyncNet that judges pairs and the one that evaluates share neither seed nor talkers.
@@ -139,7 +139,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
 
     for name in ("train", "held_out"):
         folder = data / name
-        encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"video={vae}")
+        encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
         yield Stage(f"encode {name}", encode, folder / INDEX)
     for name in REFERENCES:
         chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")

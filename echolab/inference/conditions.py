@@ -1,4 +1,4 @@
-"""A whole video's conditions: features of what is said and heard, and the pixels that are given."""
+"""Encode the conditions of a video: features of text, image and audio, and the known pixels."""
 
 from typing import NamedTuple
 
@@ -14,23 +14,23 @@ from echolab.types import Conditions
 
 
 class Scene(NamedTuple):
-    """Everything that a video of T = 4n + 1 frames, or a chunk of it, is made from."""
+    """The conditions of a video of T = 4n + 1 frames, or of a chunk of it."""
 
     text: Tensor  # [L, D]
-    negative: Tensor | None  # [1, L, D] what is not to be seen; None where nobody asks
-    image: Tensor  # [N, D] zeros where there is no picture
-    audio: Tensor  # [2 T, D], or one entry a frame; zeros where there is no sound
-    samples: Tensor | None  # [640 T] the sound itself
+    negative: Tensor | None  # [1, L, D] features of the negative prompt, if it is used
+    image: Tensor  # [N, D] zeros without an image
+    audio: Tensor  # [2 T, D], or one entry a frame; zeros without audio
+    samples: Tensor | None  # [640 T] the audio samples
     face: Tensor  # [P]
     pixels: Tensor  # [3, T, Y, X] in [-1, 1]
     known: Tensor  # [T, 1, Y, X]
 
-    def chunk(self, start: int, stop: int, before: Tensor | None) -> "Scene":
-        """Frames [start, stop), whose first are those that `before` [3, k, Y, X] ended with."""
+    def chunk(self, start: int, stop: int, previous: Tensor | None) -> "Scene":
+        """Return frames [start, stop), the first k known from `previous` [3, k, Y, X] if given."""
         per_frame = len(self.audio) // len(self.known)
         pixels, known = self.pixels[:, start:stop].clone(), self.known[start:stop].clone()
-        if before is not None:
-            pixels[:, : before.shape[1]], known[: before.shape[1]] = before, True
+        if previous is not None:
+            pixels[:, : previous.shape[1]], known[: previous.shape[1]] = previous, True
         return self._replace(
             audio=self.audio[per_frame * start : per_frame * stop],
             samples=None
@@ -45,20 +45,20 @@ class Scene(NamedTuple):
 def encode_scene(
     encoders: Encoders, footage: Footage, samples: Tensor | None, prompt: str, negative: str | None
 ) -> Scene:
-    """The features of a whole video, encoded at once; None for no sound and for no negative."""
+    """Return the features of a full video.  `samples` and `negative` may be None: not used."""
     _, frames, height, width = footage.pixels.shape
     geometry = encoders.geometry
-    # One encoder after another: where memory is short each makes room for the next.
-    said = encoders.text(prompt)
-    unsaid = None if negative is None else encoders.text(negative)[None]
-    image = encoders.image(footage.picture)
+    # One encoder after another: if memory is short each makes room for the next.
+    text = encoders.text(prompt)
+    negative_text = None if negative is None else encoders.text(negative)[None]
+    image = encoders.image(footage.image)
     needed = SAMPLES_PER_FRAME * frames
-    sound = torch.zeros(needed) if samples is None else samples[:needed]
-    padded = torch.cat([sound, sound.new_zeros(needed - len(sound))])
+    trimmed = torch.zeros(needed) if samples is None else samples[:needed]
+    padded = torch.cat([trimmed, trimmed.new_zeros(needed - len(trimmed))])
     audio = encoders.audio(padded, frames)
     return Scene(
-        text=said,
-        negative=unsaid,
+        text=text,
+        negative=negative_text,
         image=image,
         audio=torch.zeros_like(audio) if samples is None else audio,
         samples=None if samples is None else padded,
@@ -70,29 +70,29 @@ def encode_scene(
 
 @torch.no_grad()
 def conditions_of(encoders: Encoders, scene: Scene, device: torch.device) -> Conditions:
-    """What the network is told of a scene or a chunk: a batch of one.
+    """Return the network's conditions of a scene or a chunk: a batch of one.
 
-    Where no pixel is known the known latents are zeros, not those of a grey video (the released
+    If no pixel is known the known latents are zeros, not those of a gray video (the released
     pipeline, 629-633).
     """
     known = latent_known(scene.known, encoders.geometry)
     if scene.known.any():
-        moving = grey_out(rearrange(scene.pixels, "c t y x -> t c y x"), scene.known)
-        latents = encoders.video.encode(rearrange(moving, "t c y x -> 1 c t y x"))
+        masked = grey_out(rearrange(scene.pixels, "c t y x -> t c y x"), scene.known)
+        latents = encoders.video.encode(rearrange(masked, "t c y x -> 1 c t y x"))
     else:
         latents = known.new_zeros(1, encoders.geometry.channels, *known.shape[1:])
-    told = Conditions(
+    conditions = Conditions(
         text=scene.text[None], image=scene.image[None], audio=scene.audio[None],
         face=scene.face[None], known=known[None], known_latents=latents,
     )  # fmt: skip
-    return Conditions(*(part.to(device) for part in told))
+    return Conditions(*(part.to(device) for part in conditions))
 
 
-def heard_alone(encoders: Encoders, scene: Scene, start: int, stop: int) -> Tensor | None:
-    """The sound of latent frames [start, stop), encoded by itself; None where there is none.
+def encode_window_audio(encoders: Encoders, scene: Scene, start: int, stop: int) -> Tensor | None:
+    """Return the audio features of latent frames [start, stop), encoded as a clip of their own.
 
-    The stand-in's tokens tell their place in the clip, so a network that has seen clips of one
-    length mishears those of later windows when they are cut from a whole.
+    Return None without audio.  The demo encoder's tokens depend on their position in the clip, so a
+    network trained on clips of one length misreads tokens of later windows cut from a long clip.
     """
     if scene.samples is None:
         return None

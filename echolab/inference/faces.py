@@ -1,4 +1,4 @@
-"""Boxes of the face and the lips: in a picture, or followed through a video."""
+"""Find the boxes of one face and its lips, in an image or through a video."""
 
 from pathlib import Path
 
@@ -7,76 +7,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echolab.errors import MediaError
-from echolab.vision.face_models import LANDMARKER, YUNET, find_weight
-from echolab.vision.faces import FaceDetector, FaceMesh, Picture, Row, boxes, mouth_from_corners
+from echolab.vision.face_models import LANDMARKER, YUNET, find_face_model
+from echolab.vision.faces import FaceDetector, FaceMesh, Image, Row, boxes, mouth_from_corners
 from echolab.vision.probe import Probe
 from echolab.vision.track import Tracker
 from echolab.vision.video_reader import VideoReader
 
-DETECT_PIXELS = 640  # the longer side of the picture that the detector gets
-SURE, RIVAL = 0.9, 0.5  # another face counts from this score, and this share of the largest
-LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # where lips lie in a face's box, in sizes of the box
+DETECT_PIXELS = 640  # longer side of the image that the detector sees
+# A second face makes an image ambiguous from this score, and this share of the largest face.
+SECOND_SCORE, SECOND_SHARE = 0.9, 0.5
+LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # typical lips in a face's box, in sizes of the box
 
 Boxes = NDArray[np.float32]  # [T, 4] x0, y0, x1, y1
 
 
 def lips_in(face: tuple[float, ...]) -> tuple[float, ...]:
-    """Where the lips of a face's box are, when nobody has looked."""
-    x, y, across, down = face[0], face[1], face[2] - face[0], face[3] - face[1]
+    """Return the typical lip box within a face's box, for faces that are not detected."""
+    x, y, width, height = face[0], face[1], face[2] - face[0], face[3] - face[1]
     left, top, right, bottom = LIPS_IN_FACE
-    return (x + left * across, y + top * down, x + right * across, y + bottom * down)
+    return (x + left * width, y + top * height, x + right * width, y + bottom * height)
 
 
 def face_around(lips: tuple[float, ...]) -> tuple[float, ...]:
-    """The inverse: the face's box that a box of lips belongs to."""
+    """Return the typical face box around a lip box: the inverse of `lips_in`."""
     left, top, right, bottom = LIPS_IN_FACE
-    across, down = (lips[2] - lips[0]) / (right - left), (lips[3] - lips[1]) / (bottom - top)
-    x, y = lips[0] - left * across, lips[1] - top * down
-    return (x, y, x + across, y + down)
+    width, height = (lips[2] - lips[0]) / (right - left), (lips[3] - lips[1]) / (bottom - top)
+    x, y = lips[0] - left * width, lips[1] - top * height
+    return (x, y, x + width, y + height)
 
 
-def lips_of(mesh: FaceMesh, picture: Picture, row: Row) -> NDArray[np.float32]:
-    """[4] the lips of one face, from the mesh where it fits."""
-    found = mesh.find(picture, row)
-    return found.lips if found.presence > 0.5 else mouth_from_corners(row)
+def lips_of(mesh: FaceMesh, image: Image, row: Row) -> NDArray[np.float32]:
+    """Return the lip box [4] of one face, from the mesh if it fits, else from the detector."""
+    mouth = mesh.find(image, row)
+    return mouth.lips if mouth.presence > 0.5 else mouth_from_corners(row)
 
 
-def find_face(picture: Picture, name: Path, weights: Path | None) -> tuple[Boxes, Boxes]:
-    """Boxes [1, 4] of the one face and its lips; MediaError where there is none or more."""
-    scale = DETECT_PIXELS / max(picture.shape[:2])
-    size = tuple(round(side * scale) for side in picture.shape[1::-1])
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    scaled = np.ascontiguousarray(cv2.resize(picture, size, interpolation=how), np.uint8)
-    yunet = find_weight(YUNET, weights)
+def find_face(image: Image, name: Path, face_models: Path | None) -> tuple[Boxes, Boxes]:
+    """Return boxes [1, 4] of the face and its lips.  Raise MediaError for no face or several."""
+    scale = DETECT_PIXELS / max(image.shape[:2])
+    size = tuple(round(side * scale) for side in image.shape[1::-1])
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    scaled = np.ascontiguousarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
+    yunet = find_face_model(YUNET, face_models)
     rows = FaceDetector(yunet, scaled.shape[1], scaled.shape[0]).detect(scaled)
-    rows = rows[rows[:, 3].argsort()[::-1]]  # the largest first
-    rivals = [row for row in rows[1:] if row[-1] >= SURE and row[3] >= RIVAL * rows[0, 3]]
-    if len(rows) == 0 or rivals:
-        what = f"{1 + len(rivals)} faces" if rivals else "no face"
-        raise MediaError(f"{name}: {what} found, need 1; give another picture, or face=x0,y0,x1,y1")
-    lips = lips_of(FaceMesh(find_weight(LANDMARKER, weights)), scaled, rows[0])
+
+    # The largest face is meant, if no other comes near it.
+    rows = rows[rows[:, 3].argsort()[::-1]]
+    others = [
+        row for row in rows[1:] if row[-1] >= SECOND_SCORE and row[3] >= SECOND_SHARE * rows[0, 3]
+    ]
+    if len(rows) == 0 or others:
+        count = f"{1 + len(others)} faces" if others else "no face"
+        raise MediaError(f"{name}: {count} in it, need 1; give another image, or face=x0,y0,x1,y1")
+    lips = lips_of(FaceMesh(find_face_model(LANDMARKER, face_models)), scaled, rows[0])
     return boxes(rows[:1]) / scale, lips[None] / scale
 
 
 def follow_face(
-    found: Probe, numbers: NDArray[np.int64], weights: Path | None
+    probe: Probe, indices: NDArray[np.int64], face_models: Path | None
 ) -> tuple[Boxes, Boxes]:
-    """Boxes [T, 4] of the largest face that is seen in all frames `numbers` of a video."""
-    scale = min(1.0, DETECT_PIXELS / max(found.width, found.height))
-    width, height = round(found.width * scale), round(found.height * scale)
-    detector = FaceDetector(find_weight(YUNET, weights), width, height)
-    tracker, reader = Tracker(), VideoReader(found, width, height)
-    for k, picture in enumerate(reader.read(numbers)):
-        tracker.add(k, detector.detect(picture))
-    tracks = tracker.finish(len(numbers), 1)
-    whole = [t for t in tracks if t.first == 0 and t.last >= len(numbers)]
-    if not whole:
+    """Return boxes [T, 4] of the largest face in all frames `indices` of a video, and its lips.
+
+    Raise MediaError if no face is in all of them.
+    """
+    scale = min(1.0, DETECT_PIXELS / max(probe.width, probe.height))
+    width, height = round(probe.width * scale), round(probe.height * scale)
+    detector = FaceDetector(find_face_model(YUNET, face_models), width, height)
+    tracker, reader = Tracker(), VideoReader(probe, width, height)
+    for k, image in enumerate(reader.read(indices)):
+        tracker.add(k, detector.detect(image))
+
+    # Only a face in every frame can be regenerated.
+    tracks = tracker.finish(len(indices), 1)
+    complete = [t for t in tracks if t.first == 0 and t.last >= len(indices)]
+    if not complete:
         longest = max((len(t.rows) for t in tracks), default=0)
         raise MediaError(
-            f"{found.path}: no face is seen in all {len(numbers)} frames (at most in {longest}); "
+            f"{probe.path}: no face is in all {len(indices)} frames (at most in {longest}); "
             "give box=x0,y0,x1,y1, or fewer seconds="
         )
-    rows = max(whole, key=lambda track: float(track.rows[:, 3].mean())).rows
-    mesh = FaceMesh(find_weight(LANDMARKER, weights))
-    lips = [lips_of(mesh, p, r) for p, r in zip(reader.read(numbers), rows, strict=True)]
+    rows = max(complete, key=lambda track: float(track.rows[:, 3].mean())).rows
+    mesh = FaceMesh(find_face_model(LANDMARKER, face_models))
+    lips = [lips_of(mesh, i, r) for i, r in zip(reader.read(indices), rows, strict=True)]
     return boxes(rows) / scale, np.stack(lips) / scale

@@ -1,4 +1,4 @@
-"""What a task is given to see: pictures or a video, cut to the size of the video to make."""
+"""Read a task's inputs: images or a video, cropped to the size of the video to generate."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,65 +7,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.normalize import make_grid
-from data_prep.pack import MULTIPLE, Framing, cut_out, frame_head, frame_whole, in_frame
 from echolab.data.clips import to_pixels
 from echolab.data.media import Frames, read_image
 from echolab.errors import MediaError
+from echolab.geometry import WAN
 from echolab.inference.faces import Boxes, face_around, find_face, follow_face, lips_in
 from echolab.inference.options import CROPS, SIZES, GenerateArguments
 from echolab.tasks.masks import known_pixels
 from echolab.tasks.table import TASK_TABLE
+from echolab.vision.normalize import (
+    Crop,
+    boxes_in_crop,
+    crop_frame,
+    crop_full,
+    crop_head,
+    make_grid,
+)
 from echolab.vision.probe import Probe, probe
 from echolab.vision.video_reader import VideoReader
 
-KNOWN_FRAMES = 8  # that continuation goes on from
+KNOWN_FRAMES = 8  # frames of the source at the beginning of a continuation
 
 
 class Footage(NamedTuple):
-    """The given pixels of a whole video; where none are known they do not matter."""
+    """The known pixels of a video; values of unknown pixels do not matter."""
 
     pixels: Tensor  # [3, T, Y, X] in [-1, 1]
     known: Tensor  # [T, 1, Y, X] bool
     face: Tensor  # [T, 4] in pixels
-    picture: Tensor | None  # [3, Y, X] the reference; None where there is none
+    image: Tensor | None  # [3, Y, X] the reference image, if there is one
 
     def extended(self, frames: int) -> "Footage":
-        """The same with its last frame repeated up to `frames`."""
-        places = torch.arange(frames).clamp(max=len(self.known) - 1)
+        """Return the footage with its last frame repeated up to `frames`."""
+        indices = torch.arange(frames).clamp(max=len(self.known) - 1)
         return self._replace(
-            pixels=self.pixels[:, places], known=self.known[places], face=self.face[places]
+            pixels=self.pixels[:, indices], known=self.known[indices], face=self.face[indices]
         )
 
 
 def size_of(arguments: GenerateArguments) -> int:
+    """Return the side of a square with the video's area, in pixels."""
     return arguments.size or SIZES[arguments.preset_name]
 
 
-def frame(arguments: GenerateArguments, faces: Boxes, width: int, height: int) -> Framing:
-    """What part of a picture of width x height is used, and at what size."""
+def crop_of(arguments: GenerateArguments, faces: Boxes, width: int, height: int) -> Crop:
+    """Return the part of an image of width x height that is used, and its size in the video."""
     size = size_of(arguments)
     if arguments.width is not None and arguments.height is not None:
-        across, down = arguments.width, arguments.height
+        new_width, new_height = arguments.width, arguments.height
     elif (arguments.crop or CROPS[arguments.preset_name]) == "head":
-        return frame_head(faces, width, height, size)
+        return crop_head(faces, width, height, size)
     else:
-        whole = frame_whole(width, height, size // MULTIPLE * MULTIPLE)
-        across, down = whole.width, whole.height
-    scale = min(width / across, height / down)
-    x, y = (width - scale * across) / 2, (height - scale * down) / 2
-    return Framing((x, y, x + scale * across, y + scale * down), across, down)
+        full = crop_full(width, height, size // WAN.token_pixels * WAN.token_pixels)
+        new_width, new_height = full.width, full.height
+
+    # The largest centered part with the aspect ratio of the video.
+    scale = min(width / new_width, height / new_height)
+    x, y = (width - scale * new_width) / 2, (height - scale * new_height) / 2
+    return Crop((x, y, x + scale * new_width, y + scale * new_height), new_width, new_height)
 
 
-def _fixed(box: tuple[float, ...], frames: int) -> Boxes:
+def _repeated(box: tuple[float, ...], frames: int) -> Boxes:
     return np.tile(np.array(box, np.float32), (frames, 1))
 
 
 def known_of(
-    arguments: GenerateArguments, pixels: Tensor, face: Boxes, lips: Boxes, framing: Framing
+    arguments: GenerateArguments, pixels: Tensor, face: Boxes, lips: Boxes, crop: Crop
 ) -> tuple[Tensor, Tensor]:
-    """Where the task's pixels are known [T, 1, Y, X], and the face's boxes in the video."""
-    boxes, mouth = (torch.from_numpy(in_frame(b, framing)) for b in (face, lips))
+    """Return the task's known pixels [T, 1, Y, X], and the face boxes [T, 4] in the video."""
+    boxes, mouth = (torch.from_numpy(boxes_in_crop(b, crop)) for b in (face, lips))
     _, frames, height, width = pixels.shape
     known = known_pixels(
         arguments.task, frames=frames, height=height, width=width, face=boxes, lips=mouth,
@@ -74,8 +84,8 @@ def known_of(
     return known, boxes
 
 
-def nothing_given(arguments: GenerateArguments, frames: int) -> Footage:
-    """For t2v: no picture; sound may act everywhere."""
+def no_footage(arguments: GenerateArguments, frames: int) -> Footage:
+    """Return the footage of t2v: nothing is known, and audio may act everywhere."""
     height, width = arguments.height or size_of(arguments), arguments.width or size_of(arguments)
     return Footage(
         torch.zeros(3, 1, height, width).expand(-1, frames, -1, -1),
@@ -85,73 +95,82 @@ def nothing_given(arguments: GenerateArguments, frames: int) -> Footage:
     )
 
 
-def pictures_given(arguments: GenerateArguments, frames: int) -> Footage:
-    """For i2v and flf2v: the first picture, and the last."""
+def image_footage(arguments: GenerateArguments, frames: int) -> Footage:
+    """Return the footage of i2v and flf2v: the first image, and the last."""
     assert arguments.image is not None
-    picture = read_image(arguments.image)
+    image = read_image(arguments.image)
+
+    # Crop around the face that was given or is detected.
     if arguments.face is None:
-        face, lips = find_face(picture, arguments.image, arguments.weights)
+        face, lips = find_face(image, arguments.image, arguments.face_models)
     else:
-        face, lips = _fixed(arguments.face, 1), _fixed(lips_in(arguments.face), 1)
-    framing = frame(arguments, face, picture.shape[1], picture.shape[0])
-    pixels = to_pixels(cut_out(picture, framing)[None]).expand(-1, frames, -1, -1)
-    if arguments.last is not None:
-        last = to_pixels(cut_out(_as_large(arguments.last, picture), framing)[None])
+        face, lips = _repeated(arguments.face, 1), _repeated(lips_in(arguments.face), 1)
+    crop = crop_of(arguments, face, image.shape[1], image.shape[0])
+
+    # Every frame shows the first image; the task's mask selects the known ones.
+    pixels = to_pixels(crop_frame(image, crop)[None]).expand(-1, frames, -1, -1)
+    if arguments.last_image is not None:
+        last = to_pixels(crop_frame(_read_last(arguments.last_image, image), crop)[None])
         pixels = torch.cat([pixels[:, :-1], last], 1)
-    many = [boxes.repeat(frames, 0) for boxes in (face, lips)]
-    known, boxes = known_of(arguments, pixels, many[0], many[1], framing)
+    faces, mouths = (boxes.repeat(frames, 0) for boxes in (face, lips))
+    known, boxes = known_of(arguments, pixels, faces, mouths, crop)
     return Footage(pixels, known, boxes, pixels[:, 0])
 
 
-def _as_large(path: Path, picture: Frames) -> Frames:
-    """The last picture; MediaError where it is not of the first one's size."""
+def _read_last(path: Path, first: Frames) -> Frames:
+    """Return the last image; raise MediaError unless it has the size of the first."""
     last = read_image(path)
-    if last.shape != picture.shape:
-        sizes = [f"{shape[1]}x{shape[0]}" for shape in (last.shape, picture.shape)]
-        raise MediaError(f"{path}: is {sizes[0]}, the first picture {sizes[1]}; scale it to that")
+    if last.shape != first.shape:
+        sizes = [f"{shape[1]}x{shape[0]}" for shape in (last.shape, first.shape)]
+        raise MediaError(f"{path}: is {sizes[0]}, the first image {sizes[1]}; scale it to that")
     return last
 
 
 def open_source(path: Path) -> Probe:
-    """A video's probe; MediaError that names the file where there is no picture to read."""
+    """Return a video's probe.  Raise MediaError, with the file's name, if it has no frames."""
     if not path.is_file():
         raise MediaError(f"{path}: not there; check the name")
     try:
         return probe(path)
     except MediaError as error:
-        raise MediaError(f"{path}: {error}; give another source=") from error
+        raise MediaError(f"{path}: {error}; give another source_video=") from error
 
 
-def source_given(arguments: GenerateArguments, frames: int) -> Footage:
-    """For avatar_sync and lip_sync the beginning of a video, for continuation its end."""
-    assert arguments.source is not None
-    found = open_source(arguments.source)
+def video_footage(arguments: GenerateArguments, frames: int) -> Footage:
+    """Return the start of the source video, or for continuation its last frames."""
+    assert arguments.source_video is not None
+    source = open_source(arguments.source_video)
     continues = arguments.task == "continuation"
-    needed, numbers = KNOWN_FRAMES if continues else frames, make_grid(found).numbers
-    if len(numbers) < needed:
+    needed, indices = KNOWN_FRAMES if continues else frames, make_grid(source).indices
+    if len(indices) < needed:
+        remedy = "" if continues else f", or seconds={len(indices) / 25:g}"
         raise MediaError(
-            f"{arguments.source}: has {len(numbers)} frames at 25 a second, need {needed}; give a "
-            f"longer video{'' if continues else f', or seconds={len(numbers) / 25:g}'}"
+            f"{arguments.source_video}: has {len(indices)} frames at 25 a second, need {needed}; "
+            f"give a longer video{remedy}"
         )
-    numbers = numbers[-needed:] if continues else numbers[:needed]
+    indices = indices[-needed:] if continues else indices[:needed]
+
+    # Boxes of face and lips: from the box given, or tracked.
     box = arguments.box or arguments.face
     if box is None:
-        face, lips = follow_face(found, numbers, arguments.weights)
+        face, lips = follow_face(source, indices, arguments.face_models)
     elif arguments.box is not None and arguments.task == "lip_sync":
-        face, lips = _fixed(face_around(box), needed), _fixed(box, needed)
+        face, lips = _repeated(face_around(box), needed), _repeated(box, needed)
     else:
-        face, lips = _fixed(box, needed), _fixed(lips_in(box), needed)
-    framing = frame(arguments, face, found.width, found.height)
-    reader = VideoReader(found, found.width, found.height)
-    pixels = to_pixels(np.stack([cut_out(picture, framing) for picture in reader.read(numbers)]))
-    places = torch.arange(frames).clamp(max=needed - 1)
-    pixels = pixels[:, places]
-    known, boxes = known_of(arguments, pixels, face[places], lips[places], framing)
+        face, lips = _repeated(box, needed), _repeated(lips_in(box), needed)
+
+    # Crop the frames; a continuation repeats its last known frame.
+    crop = crop_of(arguments, face, source.width, source.height)
+    reader = VideoReader(source, source.width, source.height)
+    pixels = to_pixels(np.stack([crop_frame(frame, crop) for frame in reader.read(indices)]))
+    repeated = torch.arange(frames).clamp(max=needed - 1)
+    pixels = pixels[:, repeated]
+    known, boxes = known_of(arguments, pixels, face[repeated], lips[repeated], crop)
     return Footage(pixels, known, boxes, pixels[:, 0])
 
 
 def footage_of(arguments: GenerateArguments, frames: int) -> Footage:
-    """What the task is given, for a video of `frames` frames."""
+    """Return the inputs of the task, for a video of `frames` frames."""
     if not TASK_TABLE[arguments.task].has_known:
-        return nothing_given(arguments, frames)
-    return (pictures_given if arguments.source is None else source_given)(arguments, frames)
+        return no_footage(arguments, frames)
+    return (image_footage if arguments.source_video is None else video_footage)(arguments, frames)

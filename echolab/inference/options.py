@@ -1,169 +1,197 @@
-"""What `echolab generate` takes, and what of it goes together."""
+"""The arguments of `echolab generate`, and checks that they go together.
 
-from dataclasses import dataclass, field
+This module imports nothing heavy, so that a wrong argument is refused at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from echolab.diffusion.pipeline import PRESETS, Recipe, check_recipe
+from echolab.arguments import argument
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
 
+if TYPE_CHECKING:
+    from echolab.diffusion.pipeline import Recipe
+
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
-DEMO_VIDEO = Path("runs/demo/networks/autoencoder.safetensors")
+DEMO_VAE = Path("runs/demo/networks/autoencoder.safetensors")
 SIZES = {"demo": 64, "preview": 768, "flash": 768}  # pixels; of the released scripts
-CROPS = {"demo": "head", "preview": "whole", "flash": "whole"}
+CROPS = {"demo": "head", "preview": "frame", "flash": "frame"}
 CHUNK_OVERLAP = 8  # known frames of a chunk, as released
 WAV2VEC = {"preview": "wav2vec2-base-960h", "flash": "chinese-wav2vec2-base"}
-PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}  # of a model; the preview's for the rest
-WHY = {
-    "image": "the picture that speaks", "last": "the picture that it ends with",
-    "source": "a video", "audio": "the sound to speak",
+PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}  # by model; other models: preview
+INPUT_TITLES = {
+    "image": "the image to animate", "last_image": "the image to end with",
+    "source_video": "a video", "audio": "the speech",
 }  # fmt: skip
-ALTERED = (  # arguments that replace a number of the preset
-    "solver", "grid", "steps", "shift", "text_scale", "audio_scale", "decaying", "negative",
-    "negative_scale", "negative_steps", "negative_mode", "window", "overlap",
-)  # fmt: skip
+# Arguments that replace a field of the preset, with the name of that field.
+PRESET_FIELDS = {
+    "solver": "solver", "sigma_schedule": "grid", "num_steps": "steps", "flow_shift": "shift",
+    "guidance_scale": "text_scale", "audio_guidance_scale": "audio_scale",
+    "dynamic_guidance": "decaying", "negative_prompt": "negative",
+    "negative_scale": "negative_scale", "negative_steps": "negative_steps",
+    "negative_mode": "negative_mode", "window": "window", "overlap": "overlap",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateArguments:
-    """Make a picture speak, or make a part of a video anew.
+    """Animate an image, or regenerate a part of a video, from speech.
 
-    The task says what is given: t2v nothing but words, i2v a picture, flf2v the first and the last
-    picture, avatar_sync and lip_sync a video of which the head or the mouth is made anew,
-    continuation a video whose last eight frames are gone on from.  The video is as long as the
-    sound.  Faces are found by YuNet (see `weights`), or given by `face` or `box`.
-
-    What is not named is the preset's.  demo: Euler, 12 steps, shift 3, audio 2, windows of 25
-    frames.  preview: Euler, 25 steps, shift 5, text 4, audio 2.9, decaying, windows of 113.
-    flash: UniPC, 8 steps, shift 5, audio 3, windows of 81.
+    Presets: demo is Euler, 12 steps, shift 3, audio guidance 2, windows of 25 frames.  preview is
+    Euler, 25 steps, shift 5, text guidance 4, audio guidance 2.9, dynamic, windows of 113.  flash
+    is UniPC, 8 steps, shift 5, audio guidance 3, windows of 81.
     """
 
-    out: Path = field(metadata={"help": "the mp4 file to write"})
-    task: str = field(default=DEFAULT_TASK, metadata={"help": f"one of {', '.join(TASKS)}"})
-    image: Path | None = field(default=None, metadata={"help": "a picture with one face"})
-    audio: Path | None = field(
-        default=None, metadata={"help": "speech, any format that FFmpeg reads"}
+    task: str = argument(
+        "; ".join(f"{task.name}: {task.given}" for task in TASK_TABLE.values()), DEFAULT_TASK,
+        section="Inputs", choices=TASKS,
+    )  # fmt: skip
+    image: Path | None = argument(f"image with one face; {tasks_with('image')}", None)
+    last_image: Path | None = argument(
+        f"last image; {tasks_with('last_image')}", None, aka=("last", "image_end")
     )
-    last: Path | None = field(default=None, metadata={"help": "flf2v: the last picture"})
-    source: Path | None = field(default=None, metadata={"help": f"{tasks_with('source')}: a video"})
-    prompt: str = field(default="a talking person", metadata={"help": "what is to be seen"})
-    negative: str | None = field(
-        default=None, metadata={"help": "what is not to be seen; matters where text_scale is not 1"}
+    source_video: Path | None = argument(
+        f"video; {tasks_with('source_video')}", None, aka=("source", "video")
     )
-    checkpoint: Path = field(
-        default=DEMO_CHECKPOINT,
-        metadata={"help": "a run, one of its checkpoints, or a released file (see model)"},
+    audio: Path | None = argument(
+        "speech, in any format that FFmpeg reads; sets the video's length", None,
+        aka=("sound", "speech"),
+    )  # fmt: skip
+    seconds: float | None = argument(
+        "seconds of the audio to use", None, gt=0, lt=3600, default_text="all"
     )
-    model: str | None = field(
-        default=None, metadata={"help": "name of a released model, such as echomimicv3_preview"}
+    prompt: str = argument("text prompt", "a talking person", aka=("text",))
+    face: tuple[float, ...] | None = argument(
+        "x0,y0,x1,y1 of the face in the image or video, pixels", None, default_text="detected"
     )
-    lora: Path | None = field(
-        default=None,
-        metadata={
-            "help": "adapters to add to a released model: a folder of peft or diffusers, or a "
-            "file of diffusers, kohya or ComfyUI"
-        },
+    box: tuple[float, ...] | None = argument(
+        "x0,y0,x1,y1 of a still face (avatar_sync) or mouth (lip_sync), pixels", None,
+        default_text="tracked",
+    )  # fmt: skip
+
+    out: Path = argument("MP4 file to write", section="Output")
+    size: int | None = argument(
+        "side of a square with the video's area, pixels", None, ge=32, default_text="preset's"
     )
-    encoders: Path | None = field(
-        default=None, metadata={"help": "folder of the released encoders (with model)"}
+    width: int | None = argument("width with height=, pixels", None, ge=32, default_text="by size")
+    height: int | None = argument("height with width=, pixels", None, ge=32, default_text="by size")
+    crop: Literal["head", "frame"] | None = argument(
+        "square around the head, or the full frame", None, default_text="preset's"
     )
-    wav2vec: Path | None = field(
-        default=None, metadata={"help": "folder of wav2vec2, where it is not in encoders"}
+    paste_known: bool = argument(
+        "copy the source's pixels outside the regenerated part, with a feathered edge; "
+        f"{', '.join(LOCAL_TASKS)}", True,
+    )  # fmt: skip
+    match_colors: bool = argument(
+        "match the colors of every frame to the first", False, aka=("match_colours",)
     )
-    video: Path = field(
-        default=DEMO_VIDEO, metadata={"help": "the autoencoder that a run was trained with"}
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+    preset: Literal["demo", "preview", "flash"] | None = argument(
+        "defaults of sampling", None, section="Sampling", default_text="model's"
     )
-    face: tuple[float, ...] | None = field(
-        default=None, metadata={"help": "x0,y0,x1,y1 of the face in the picture or source, pixels"}
+    solver: Literal["euler", "unipc", "dpmpp"] | None = argument(
+        "ODE solver", None, default_text="preset's", aka=("sampler", "scheduler")
     )
-    box: tuple[float, ...] | None = field(
-        default=None,
-        metadata={"help": "avatar_sync: as face; lip_sync: x0,y0,x1,y1 of a mouth that stays put"},
+    num_steps: int | None = argument(
+        "solver steps", None, ge=1, default_text="preset's", aka=("steps", "num_inference_steps")
     )
-    preset: Literal["demo", "preview", "flash"] | None = field(
-        default=None, metadata={"help": "how to sample; the model's own where none is named"}
+    sigma_schedule: Literal["even", "wan", "flow_match"] | None = argument(
+        "noise levels before the shift", None, default_text="preset's", aka=("grid", "sigmas")
     )
-    size: int | None = field(
-        default=None, metadata={"help": "side of a square with the video's area, in pixels"}
+    flow_shift: float | None = argument(
+        "shift of the noise levels", None, gt=0, lt=100, default_text="preset's", aka=("shift",)
     )
-    width: int | None = field(default=None, metadata={"help": "of the video, with height"})
-    height: int | None = field(default=None, metadata={"help": "of the video, with width"})
-    crop: Literal["head", "whole"] | None = field(
-        default=None, metadata={"help": "a square around the head, or the whole picture"}
+    seed: int = argument("noise seed", 0, ge=0)
+
+    guidance_scale: float | None = argument(
+        "text guidance, 1 for none", None, section="Guidance", ge=0, default_text="preset's",
+        aka=("text_scale", "cfg_scale", "scale"),
+    )  # fmt: skip
+    audio_guidance_scale: float | None = argument(
+        "audio guidance, 1 for none", None, ge=0, default_text="preset's", aka=("audio_scale",)
     )
-    solver: Literal["euler", "unipc", "dpmpp"] | None = field(
-        default=None, metadata={"help": "of the velocity field"}
+    dynamic_guidance: bool | None = argument(
+        "decay guidance to half over the steps", None, default_text="preset's", aka=("decaying",)
     )
-    grid: Literal["even", "wan", "flow_match"] | None = field(
-        default=None, metadata={"help": "of the noise levels, before the shift"}
+    negative_prompt: str | None = argument(
+        "negative prompt; needs guidance_scale other than 1", None, default_text="preset's",
+        aka=("negative",),
+    )  # fmt: skip
+    negative_scale: float | None = argument(
+        "scale of the negative prompt's states in the first steps", None, default_text="preset's"
     )
-    steps: int | None = field(default=None, metadata={"help": "of the sampler"})
-    shift: float | None = field(default=None, metadata={"help": "of the sampler's noise levels"})
-    text_scale: float | None = field(default=None, metadata={"help": "guidance by words; 1: none"})
-    audio_scale: float | None = field(default=None, metadata={"help": "guidance by sound; 1: none"})
-    decaying: bool | None = field(default=None, metadata={"help": "guidance falls to its half"})
-    negative_scale: float | None = field(
-        default=None, metadata={"help": "of the negative text in the first steps"}
+    negative_steps: int | None = argument(
+        "steps with negative_scale", None, ge=0, default_text="preset's"
     )
-    negative_steps: int | None = field(default=None, metadata={"help": "how many these are"})
-    negative_mode: Literal["phase", "compounding"] | None = field(
-        default=None, metadata={"help": "compounding: as the released code multiplies"}
+    negative_mode: Literal["phase", "compounding"] | None = argument(
+        "apply negative_scale once, or multiplied from step to step as released", None,
+        default_text="preset's",
+    )  # fmt: skip
+
+    long_video: Literal["joint", "chunked"] = argument(
+        "denoise windows jointly, or generate one chunk after another", "joint",
+        section="Long video", aka=("long",),
+    )  # fmt: skip
+    window: int | None = argument(
+        "frames of a window or chunk, 4n+1", None, ge=5, default_text="preset's"
     )
-    long: Literal["windows", "chunks"] = field(
-        default="windows", metadata={"help": "joint windows, or one chunk after another"}
+    overlap: int | None = argument(
+        "latent frames that windows share, or frames that chunks share", None, ge=0,
+        default_text="preset's, 8 for chunks",
+    )  # fmt: skip
+
+    cfg: Literal["batched", "sequential"] = argument(
+        "guidance branches in one batch, or one by one with less memory", "batched",
+        section="Memory and speed", aka=("branches",),
+    )  # fmt: skip
+    devices: int = argument(
+        "devices that share the tokens of the video; must divide the attention heads", 1, ge=1
     )
-    window: int | None = field(
-        default=None, metadata={"ge": 5, "help": "frames made at once, 4n+1"}
+    teacache_threshold: float = argument(
+        "TeaCache threshold, 0 to compute every step, 0.1 usual", 0.0, ge=0, lt=100,
+        aka=("cache", "teacache"),
+    )  # fmt: skip
+
+    checkpoint: Path = argument(
+        "run, checkpoint, or released weights with model=", DEMO_CHECKPOINT, section="Weights",
+        aka=("run", "weights"),
+    )  # fmt: skip
+    vae: Path = argument("demo autoencoder of a run", DEMO_VAE, aka=("video",))
+    model: str | None = argument(
+        "architecture of released weights, a name in conf/model", None, default_text="run's"
     )
-    overlap: int | None = field(
-        default=None,
-        metadata={"ge": 0, "help": "latent frames that windows share; frames of chunks (8)"},
+    lora: Path | None = argument(
+        "adapters for model=: folder of peft or diffusers, file of diffusers, kohya or ComfyUI",
+        None,
     )
-    branches: Literal["batch", "sequence"] = field(
-        default="batch", metadata={"help": "of guidance; in sequence they need less memory"}
+    encoder_dir: Path | None = argument(
+        "folder of released encoders, with model=", None, aka=("encoders",)
     )
-    devices: int = field(
-        default=1, metadata={"help": "that share the video's tokens; must divide the heads"}
-    )
-    cache: float = field(
-        default=0.0, metadata={"help": "TeaCache threshold, such as 0.1; 0 computes every step"}
-    )
-    match_colours: bool = field(
-        default=False, metadata={"help": "give every frame the first one's colours"}
-    )
-    paste_known: bool = field(
-        default=True,
-        metadata={
-            "help": "lip_sync, avatar_sync: the source's own pixels outside of what is made anew, "
-            "with a feathered edge; false: all pixels as generated"
-        },
-    )
-    seconds: float | None = field(default=None, metadata={"help": "of the sound to use"})
-    seed: int = field(default=0, metadata={"ge": 0, "help": "of the noise"})
-    weights: Path | None = field(default=None, metadata={"help": "folder of the face models"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+    wav2vec: Path | None = argument("folder of wav2vec2", None, default_text="in encoder_dir")
+    face_models: Path | None = argument(
+        "folder of the face detector and landmark models", None,
+        default_text="ECHOLAB_WEIGHTS, cache", aka=("weights",),
+    )  # fmt: skip
 
     def check(self) -> None:
-        """ConfigError for values that cannot be, or do not go together."""
+        """Raise ConfigError for values that are out of range or do not go together."""
         if self.out.suffix != ".mp4":
             raise ConfigError(f"out={self.out}: must end in .mp4")
-        self._check_files()
-        if self.seconds is not None and not 0 < self.seconds < 3600:
-            raise ConfigError(f"seconds={self.seconds}: must be above 0 and below 3600")
-        if not 0 <= self.cache < 100:
-            raise ConfigError(f"cache={self.cache}: must be 0 or more; 0.1 is usual")
-        if self.devices < 1 or (self.devices > 1 and self.cache):
-            raise ConfigError(f"devices={self.devices}: must be 1 or more, and 1 with cache=")
+        self._check_inputs()
+        if self.devices > 1 and self.teacache_threshold:
+            raise ConfigError(f"devices={self.devices}: must be 1 with teacache_threshold=")
         if (self.width is None) != (self.height is None):
             raise ConfigError("width= and height= go together; give both, or size=")
         for name in ("size", "width", "height"):
             side = getattr(self, name)
-            if side is not None and (side < 32 or side % WAN.token_pixels):
-                raise ConfigError(
-                    f"{name}={side}: must be a multiple of {WAN.token_pixels}, and 32 or more"
-                )
+            if side is not None and side % WAN.token_pixels:
+                raise ConfigError(f"{name}={side}: must be a multiple of {WAN.token_pixels}")
         for name in ("face", "box"):
             box = getattr(self, name)
             if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
@@ -171,60 +199,65 @@ class GenerateArguments:
                     f"{name}={box}: give four numbers, x0,y0,x1,y1, with x0<x1 and y0<y1"
                 )
 
-    def _check_files(self) -> None:
-        if self.task not in TASKS:
-            raise ConfigError(f"task={self.task}: unknown; one of {', '.join(TASKS)}")
-        needed, allowed = TASK_TABLE[self.task].inputs, TASK_TABLE[self.task].optional_inputs
-        for name in WHY:
-            given = getattr(self, name) is not None
-            if name in needed and not given:
-                raise ConfigError(f"task={self.task}: needs {name}=, {WHY[name]}")
-            if given and name not in (*needed, *allowed):
-                takes = ", ".join(f"{word}=" for word in (*needed, *allowed))
-                raise ConfigError(f"task={self.task}: takes no {name}=; it is given {takes}")
+    def _check_inputs(self) -> None:
+        """Raise ConfigError unless the files given are those that the task takes."""
+        task = TASK_TABLE[self.task]
+        required, optional = task.inputs, task.optional_inputs
+        for name, title in INPUT_TITLES.items():
+            is_given = getattr(self, name) is not None
+            if name in required and not is_given:
+                raise ConfigError(f"task={self.task}: needs {name}=, {title}")
+            if is_given and name not in (*required, *optional):
+                inputs = ", ".join(f"{word}=" for word in (*required, *optional))
+                raise ConfigError(f"task={self.task}: takes no {name}=; its inputs are {inputs}")
         if self.audio is None and self.seconds is None:
-            raise ConfigError("without audio= the length is not known; give seconds=")
-        if self.face is not None and not TASK_TABLE[self.task].has_known:
+            raise ConfigError("seconds=none: the length is unknown without audio=; give seconds=")
+        if self.face is not None and not task.has_known:
             raise ConfigError(
-                f"task={self.task}: takes no face=; it is given no picture, leave it out"
+                f"task={self.task}: takes no face=, since it has no image; leave it out"
             )
-        if self.wav2vec is not None and self.model is None:
-            raise ConfigError(f"wav2vec={self.wav2vec}: is for model=; leave it out with a run")
-        if self.box is not None and self.task not in LOCAL_TASKS:
+        if self.box is not None and not task.local:
             raise ConfigError(
                 f"task={self.task}: takes no box=; that is for {', '.join(LOCAL_TASKS)}"
             )
-        if (self.model is None) != (self.encoders is None):
-            raise ConfigError("model= and encoders= go together: a released model and its encoders")
+        if (self.model is None) != (self.encoder_dir is None):
+            raise ConfigError(
+                "model= and encoder_dir= go together: a released model and its encoders"
+            )
+        if self.wav2vec is not None and self.model is None:
+            raise ConfigError(f"wav2vec={self.wav2vec}: is for model=; leave it out with a run")
         if self.lora is not None and self.model is None:
             raise ConfigError(f"lora={self.lora}: is for model=; a run has its adapters with it")
 
     @property
     def speech(self) -> Literal["preview", "flash"]:
-        """Which of the released sound encoders the model hears by."""
+        """The released speech encoder of the model."""
         return "flash" if self.model == "echomimicv3_flash" else "preview"
 
     @property
     def wav2vec_folder(self) -> Path:
-        """Where wav2vec2 lies: by default beside the other encoders, under its own name."""
-        return self.wav2vec or (self.encoders or Path()) / WAV2VEC[self.speech]
+        """The folder of wav2vec2: by default its usual name in `encoder_dir`."""
+        return self.wav2vec or (self.encoder_dir or Path()) / WAV2VEC[self.speech]
 
     @property
     def preset_name(self) -> str:
-        """The preset asked for, or the model's."""
+        """The requested preset, or that of the model."""
         return self.preset or PRESET_OF.get(self.model, "preview")
 
     def recipe(self) -> Recipe:
-        """The preset with what was asked for instead; ConfigError where that cannot be."""
-        asked = {name: getattr(self, name) for name in ALTERED}
-        changes = {name: value for name, value in asked.items() if value is not None}
-        if self.long == "chunks" and self.overlap is None:
+        """Return the preset with the requested changes; raise ConfigError if they cannot be."""
+        from echolab.diffusion.pipeline import PRESETS, check_recipe
+
+        requested = {name: getattr(self, name) for name in PRESET_FIELDS}
+        changes = {name: value for name, value in requested.items() if value is not None}
+        if self.long_video == "chunked" and self.overlap is None:
             changes["overlap"] = CHUNK_OVERLAP
-        recipe = check_recipe(PRESETS[self.preset_name]._replace(**changes))
-        without = [name for name in changes if name.startswith("negative")]
-        if without and recipe.text_scale == 1:
+        fields = {PRESET_FIELDS[name]: value for name, value in changes.items()}
+        recipe = check_recipe(PRESETS[self.preset_name]._replace(**fields))
+        unused = [name for name in changes if name.startswith("negative")]
+        if unused and recipe.text_scale == 1:
             raise ConfigError(
-                f"{without[0]}={changes[without[0]]}: does nothing without guidance by words "
-                "(text_scale=1); give text_scale=4, or leave it out"
+                f"{unused[0]}={changes[unused[0]]}: does nothing without text guidance "
+                "(guidance_scale=1); give guidance_scale=4, or leave it out"
             )
         return recipe

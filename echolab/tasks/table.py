@@ -37,19 +37,19 @@ TASK_TABLE = {
         ),
         Task(
             "flf2v", "First and last frame", "first and last frame given", "first_and_last_frame",
-            ("image", "last", "audio"),
+            ("image", "last_image", "audio"),
         ),
         Task(
             "avatar_sync", "Avatar sync", "all but the head given", "outside_head",
-            ("source", "audio"), local=True,
+            ("source_video", "audio"), local=True,
         ),
         Task(
             "lip_sync", "Lip sync", "all but the lips given", "outside_lips",
-            ("source", "audio"), local=True, in_validation=True,
+            ("source_video", "audio"), local=True, in_validation=True,
         ),
         Task(
             "continuation", "Continuation", "first eight frames given", "first_frames",
-            ("source", "audio"), in_curriculum=False,
+            ("source_video", "audio"), in_curriculum=False,
         ),
     )
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Vision."""
+"""Video files and faces: decode, detect, track, crop."""

@@ -1,7 +1,7 @@
-"""What a video file holds: every frame's time, the damage, and how it is meant to be seen.
+"""Probe a video file: the time of each frame, damaged spans, size, rotation and interlacing.
 
-All of it is decoded once, without converting a picture: headers lie (a cut file keeps its length,
-a variable rate its nominal one), and damage shows itself only here.
+Decode every frame once, without converting it: headers are wrong in cut files (their length) and
+at variable rates (their nominal rate), and damage appears only in decoding.
 """
 
 from pathlib import Path
@@ -15,21 +15,21 @@ from echolab.data.decoding import Advance, decoded, ignore, opened, picture_stre
 from echolab.errors import MediaError
 
 LONGEST_SECONDS = 24 * 3600.0
-MISSING_SECONDS = 0.5  # a file that ends this much before its header says is cut
+MISSING_SECONDS = 0.5  # a file that ends this long before the end in its header is cut
 
 
 class Probe(NamedTuple):
-    """The picture track of one file.  Times are on the file's own clock."""
+    """The video track of one file.  Times are on the file's own clock."""
 
     path: Path
     times: NDArray[np.float64]  # [N] seconds at which each decoded frame begins, ascending
     end: float  # seconds at which the last frame ends
-    width: int  # as seen: square pixels, turned upright
+    width: int  # as displayed: square pixels, upright
     height: int
-    rotation: int  # quarter turns to the left that set the coded picture upright
+    rotation: int  # quarter turns counterclockwise from the coded frame to upright
     interlaced: bool  # some frames hold two moments, in alternate rows
-    damaged: list[tuple[float, float]]  # seconds that cannot be trusted
-    has_sound: bool
+    damaged: list[tuple[float, float]]  # spans in seconds that cannot be used
+    has_audio: bool
 
 
 class _Reading(NamedTuple):
@@ -41,22 +41,23 @@ class _Reading(NamedTuple):
 
 
 def probe(path: Path, advance: Advance = ignore) -> Probe:
-    """Decode the picture track of `path` once; raise MediaError if there is none to use.
+    """Decode the video track of `path` once; raise MediaError if there is none to use.
 
-    Raises OSError if the file cannot be read, and MemoryError.
+    Raise OSError if the file cannot be read, and MemoryError.
     """
     try:
         with opened(path) as container:
             stream = picture_stream(container)
             reading = _read(container, stream, advance)
-            has_sound = bool(container.streams.audio)
+            has_audio = bool(container.streams.audio)
             aspect = _pixel_aspect(stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
-            length = _stated_end(stream)
+            stated_end = _stated_end(stream)
     except (MemoryError, OSError):
         raise
     except (av.FFmpegError, ValueError) as error:
         raise MediaError(f"damaged: cannot be opened as a video ({_line(error)})") from error
+    # Derive the end of the last frame, and compare it with the header.
     if not reading.times:
         raise MediaError("damaged: not one frame can be decoded")
     times = np.array(reading.times)
@@ -65,23 +66,25 @@ def probe(path: Path, advance: Advance = ignore) -> Probe:
     step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
     end = float(times[-1]) + step
     damaged = list(reading.damaged)
-    if length - end > MISSING_SECONDS:
-        damaged.append((end, length))
-    turns = round(reading.rotation / 90) % 4
-    # Widen narrow pixels and never shrink a side; even sides are what the coders want.
+    if stated_end - end > MISSING_SECONDS:
+        damaged.append((end, stated_end))
+
+    # Display size: widen narrow pixels and never shrink a side; encoders want even sides.
+    quarters = round(reading.rotation / 90) % 4
     width = reading.size[0] * max(aspect, 1)
     height = reading.size[1] / min(aspect, 1)
-    seen = (height, width) if turns % 2 else (width, height)
-    even = [max(2, round(side / 2) * 2) for side in seen]
+    upright = (height, width) if quarters % 2 else (width, height)
+    even = [max(2, round(side / 2) * 2) for side in upright]
     interlaced = reading.interlaced
-    return Probe(path, times, end, even[0], even[1], turns, interlaced, damaged, has_sound)
+    return Probe(path, times, end, even[0], even[1], quarters, interlaced, damaged, has_audio)
 
 
 def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
+    """Decode all frames; raise MediaError if their size changes."""
     times: list[float] = []
     damaged: list[tuple[float, float]] = []
     size, rotation, interlaced = (0, 0), 0, False
-    fault: float | None = None  # since when the picture cannot be trusted: until a key frame
+    fault: float | None = None  # where damage began; it ends at the next intact key frame
     for time, frame in decoded(container, stream, advance):
         if frame is None:
             fault = time if fault is None else fault
@@ -90,7 +93,7 @@ def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
             size, rotation = (frame.width, frame.height), int(frame.rotation)
         if (frame.width, frame.height) != size:
             raise MediaError(
-                f"picture size: it changes from {size[0]}x{size[1]} to "
+                f"frame size: it changes from {size[0]}x{size[1]} to "
                 f"{frame.width}x{frame.height} at {time:.2f} s; cut the file there"
             )
         if frame.is_corrupt and fault is None:
@@ -106,7 +109,7 @@ def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
 
 
 def _stated_end(stream: Any) -> float:
-    """Return where the header says that the picture ends, in seconds."""
+    """Return the end of the video track by its header, in seconds; 0 if unknown."""
     if stream.duration is not None:
         return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     return 0.0

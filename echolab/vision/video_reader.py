@@ -1,8 +1,8 @@
-"""Pictures of a video by frame number: upright, with square pixels, at any size.
+"""Read frames of a video by index: upright, with square pixels, at any size.
 
-PyAV decodes the file in one pass that keeps one picture at a time.  decord is for the short clips
-of shards (`echolab.data.media.decode_mp4`): in MPEG streams it numbers frames from the second group
-of pictures on, and while nobody asks it decodes ahead without a bound.
+PyAV decodes the file in one pass that keeps one frame at a time.  decord is for the short clips of
+shards (`echolab.data.media.decode_mp4`): in MPEG streams it counts frames from the second group of
+pictures on, and it decodes ahead of its reader without a bound.
 """
 
 from collections.abc import Iterator
@@ -16,75 +16,75 @@ from numpy.typing import NDArray
 
 from echolab.data.decoding import Advance, decoded, ignore, opened, picture_stream
 from echolab.errors import MediaError
+from echolab.vision.faces import Image
 from echolab.vision.probe import Probe
-
-Picture = NDArray[np.uint8]
 
 
 class VideoReader:
     """Reads frames of one probed file, scaled to width x height.
 
-    Numbers that ascend, over several calls too, take one pass over the file; a smaller number
-    begins another.
+    Ascending indices, over several calls too, take one pass over the file; a smaller index begins
+    another pass.
     """
 
     def __init__(self, probe: Probe, width: int, height: int, advance: Advance = ignore) -> None:
         self.probe, self.width, self.height, self.advance = probe, width, height, advance
         self._restart()
 
-    def read(self, numbers: NDArray[np.int64]) -> Iterator[Picture]:
-        """Pictures [Y, X, 3] of frame numbers; a number may come twice.
+    def read(self, indices: NDArray[np.int64]) -> Iterator[Image]:
+        """Yield images [Y, X, 3] of frame indices; an index may repeat.
 
-        Raises MediaError if the file does not decode as it did in the probe, OSError if it cannot
+        Raise MediaError if the file does not decode as it did in the probe, OSError if it cannot
         be read, and MemoryError.
         """
-        for number in numbers.tolist():
-            yield self._picture(number).copy()
+        for index in indices.tolist():
+            yield self._image(index).copy()
 
     def _restart(self) -> None:
-        self._frames = self._numbered()
-        self._first = self._number = -1  # the frame at hand stands for these numbers and between
-        self._shown: Picture | None = None
+        self._frames = self._indexed()
+        self._first = self._last = -1  # range of indices that the current frame stands for
+        self._current: Image | None = None
 
-    def _picture(self, number: int) -> Picture:
-        if number < self._first:
+    def _image(self, index: int) -> Image:
+        """Return one frame, decoding up to it."""
+        if index < self._first:
             self._restart()
-        while self._number < number:
+        while self._last < index:
             try:
                 following, frame = next(self._frames)
             except StopIteration:
-                raise MediaError(f"damaged: frame {number} cannot be decoded again") from None
-            self._first, self._number = self._number + 1, following
-            self._shown = self._upright(frame) if following >= number else None
-        assert self._shown is not None
-        return self._shown
+                raise MediaError(f"damaged: frame {index} cannot be decoded again") from None
+            self._first, self._last = self._last + 1, following
+            self._current = self._upright(frame) if following >= index else None
+        assert self._current is not None
+        return self._current
 
-    def _numbered(self) -> Iterator[tuple[int, Any]]:
-        """Yield frames with their numbers in the probe, known by their times."""
+    def _indexed(self) -> Iterator[tuple[int, Any]]:
+        """Yield frames with their indices in the probe, identified by their times."""
         times = self.probe.times
         with opened(self.probe.path) as container:
             stream = picture_stream(container)
             graph = _deinterlacer(stream) if self.probe.interlaced else None
             for time, frame in decoded(container, stream, self.advance):
-                number = int(np.searchsorted(times, time))
-                if frame is None or number == len(times) or times[number] != time:
+                index = int(np.searchsorted(times, time))
+                if frame is None or index == len(times) or times[index] != time:
                     continue
                 if graph is None:
-                    yield number, frame
+                    yield index, frame
                 else:
-                    yield from _filtered(graph, number, frame)
+                    yield from _filtered(graph, index, frame)
             if graph is not None:
                 yield from _filtered(graph, 0, None)
 
-    def _upright(self, frame: Any) -> Picture:
-        picture = np.rot90(frame.to_ndarray(format="rgb24"), self.probe.rotation)
+    def _upright(self, frame: Any) -> Image:
+        image = np.rot90(frame.to_ndarray(format="rgb24"), self.probe.rotation)
         size = (self.width, self.height)
-        resized = cv2.resize(np.ascontiguousarray(picture), size, interpolation=cv2.INTER_AREA)
+        resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
         return np.asarray(resized, np.uint8)
 
 
 def _deinterlacer(stream: Any) -> Any:
-    """Return a filter graph that makes one full picture of each interlaced frame."""
+    """Return a filter graph that makes one full frame of each interlaced one."""
     graph = av.filter.Graph()
     source = graph.add_buffer(template=stream, time_base=Fraction(1, 1))
     graph.link_nodes(source, graph.add("yadif", "deint=interlaced"), graph.add("buffersink"))
@@ -92,14 +92,14 @@ def _deinterlacer(stream: Any) -> Any:
     return graph
 
 
-def _filtered(graph: Any, number: int, frame: Any) -> Iterator[tuple[int, Any]]:
-    """Push a frame, or None for the end, and yield what comes out with its number.
+def _filtered(graph: Any, index: int, frame: Any) -> Iterator[tuple[int, Any]]:
+    """Push a frame, or None for the end, and yield the output with its index.
 
-    The number goes through the filter as the time stamp: the filter needs the next frame, so a
-    frame comes out one later.
+    The index passes through the filter as the time stamp: the filter needs the next frame, so the
+    output lags by one.
     """
     if frame is not None:
-        frame.pts, frame.time_base = number, Fraction(1, 1)
+        frame.pts, frame.time_base = index, Fraction(1, 1)
     graph.push(frame)
     while True:
         try:
