@@ -284,7 +284,7 @@ def _clip(
 ) -> dict[str, bytes] | Refusal:
     """Return the members of one clip, or its refusal if it is silent or its lips are still."""
     # Audio first: it is cheap to check.
-    grid, options = file.grid, file.options
+    grid = file.grid
     assert file.audio is not None
     at = grid.seconds(first), grid.seconds(last)
     samples = audio_of(file.audio, grid, first, last)
@@ -313,10 +313,9 @@ def _clip(
         "crop": [round(v, 2) for v in crop.box],
         "scores": clip_scores(rows, opening, samples),
     }
-    face = boxes_in_crop(boxes(rows), crop)
-    lips = boxes_in_crop(_lip_boxes(meshes, rows), crop)
+    face, lips = (boxes_in_crop(b, crop) for b in (boxes(rows), _lip_boxes(meshes, rows)))
     return {
-        "mp4": encode_mp4(np.stack(frames), crf=options.crf),
+        "mp4": encode_mp4(np.stack(frames), crf=file.options.crf),
         "flac": encode_flac(samples),
         "tracks.npz": encode_tracks(face, lips, None, {"opening": opening.astype(np.float32)}),
         "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace"),

@@ -404,7 +404,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for words, said in (
         (["run", tmp_path / "none.mp4", tmp_path / "out"], "none.mp4: not there"),
         (["run", tmp_path, tmp_path / "out", "frame=9"], "frames"),
-        (["walk"], "no step 'walk'"),
+        (["walk"], "walk: no such action; use run, draw, encode"),
+        (["encod"], "encod: no such action; did you mean encode?"),
     ):
         done = run(*words)
         assert done.returncode != 0 and said in done.stderr and done.stdout == ""
