@@ -298,9 +298,8 @@ def _clip(
     for row, image in zip(rows, reader.read(grid.indices[first:last]), strict=True):
         meshes.append(file.models.mesh.find(image, row))
         frames.append(crop_frame(image, crop))
-    presence = np.array([mesh.presence for mesh in meshes])
     opening = np.array([mesh.opening for mesh in meshes]) / rows[:, 3]
-    if reason := still_lips(opening, presence):
+    if reason := still_lips(opening, np.array([mesh.presence for mesh in meshes])):
         return Refusal(*at, reason)
 
     # Encode the members of the sample.
