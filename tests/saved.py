@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from echolab.training import distributed
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints.checkpoint import restore
-from echolab.training.checkpoints.collective_open import newest
+from echolab.training.checkpoints.checkpoint import newest, restore
 from echolab.training.checkpoints.manifest import serialise
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.engine.ema import Ema
@@ -138,7 +137,7 @@ def odd_checkpoint(folder: Path) -> Path:
     return path
 
 
-# -- ranks ----------------------------------------------------------------------------------------
+# -- ranks ------------------------------------------------------------------------------------
 
 
 def masters_by(strategy: str) -> tuple[nn.Module, Masters]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
-from echolab.training.engine.frozen_checks import check_alone, check_apart
+from echolab.training.engine.engine_report import check_alone, check_apart
 from echolab.types import Loss
 
 

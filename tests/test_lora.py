@@ -24,8 +24,12 @@ from echolab.training.adapters.lora import (
     layers_matching,
     merge,
 )
-from echolab.training.adapters.lora_files import save_adapters, trained_tensors
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.adapters.lora_files import (
+    merge_adapters,
+    read_adapters,
+    save_adapters,
+    trained_tensors,
+)
 
 LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
 BASE = {name: value.clone() for name, value in tiny.net(trained=True).state_dict().items()}

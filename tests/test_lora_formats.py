@@ -25,11 +25,12 @@ from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint,
 from echolab.training.adapters.lora_files import (
     audio_file_of,
     is_audio,
+    merge_adapters,
+    read_adapters,
     save_adapters,
     save_single_file,
     trained_tensors,
 )
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 
 # The rank and the alpha of a layer, by its place in the list: every layer has its own.
 LAYERS = (
@@ -168,7 +169,7 @@ def test_changes_of_biases_and_norms_are_added(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(net.state_dict()), wanted)
 
 
-# -- what is written ------------------------------------------------------------------------------
+# -- what is written --------------------------------------------------------------------------
 
 TARGETS = ("blocks", "head", "text_embedding", "time_embedding.2", "time_projection")
 
@@ -286,7 +287,7 @@ def test_a_weight_keeps_its_dtype_and_a_mapped_file_its_bytes(tmp_path: Path) ->
     assert (tmp_path / "base.safetensors").read_bytes() == before
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------
 
 
 def without_half(content: Tensors) -> Tensors:

@@ -21,7 +21,7 @@ from echolab.launch import exit_codes
 from echolab.launch.local import run_ranks
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import base_fingerprint
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.adapters.lora_files import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_checkpoint
 from echolab.training.config import Intervals
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from echolab.errors import CheckpointError, ConfigError
 from echolab.training.checkpoints.checkpoint import latest_valid, open_checkpoint
 from echolab.training.checkpoints.snapshots import average_of_width
-from echolab.training.engine.ema import Ema
-from echolab.training.engine.master_weights import masters_of
-from echolab.training.engine.posthoc_ema import (
+from echolab.training.engine.ema import (
+    Ema,
     Profile,
     coefficients,
     exponent_of,
     newest_share,
     width,
 )
+from echolab.training.engine.master_weights import masters_of
 
 KEPT = (0.05, 0.1)
 

@@ -138,7 +138,7 @@ def test_no_entry_may_be_of_any_kind(state: State, other: Any) -> None:
         state_faults({**state, key: other}, 6)
 
 
-# -- on disk --------------------------------------------------------------------------------------
+# -- on disk ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def see_newest(folder: str, out: str) -> None:
 
     import torch.distributed as dist
 
-    from echolab.training.checkpoints.collective_open import newest
+    from echolab.training.checkpoints.checkpoint import newest
 
     dist.init_process_group("gloo")
     found = newest(Path(folder))

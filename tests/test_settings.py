@@ -33,7 +33,7 @@ from echolab.tasks.table import TASKS
 from echolab.tracking.wandb_run import MODES
 from echolab.training.engine import machine
 from echolab.training.engine.activation_checkpointing import KEPT
-from echolab.training.engine.posthoc_ema import WIDEST
+from echolab.training.engine.ema import WIDEST
 from echolab.training.schedule import KINDS
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -47,7 +47,7 @@ BASE = compose(NEEDED)
 Where = tuple[str | int, ...]
 
 
-# -- wrong values, made from the types ------------------------------------------------------------
+# -- wrong values, made from the types --------------------------------------------------------
 
 
 def limits(metadata: Any) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
     assert type(config["flow_shift"]) is float and config["run_dir"] == "2027"
 
 
-# -- the shipped settings -------------------------------------------------------------------------
+# -- the shipped settings ---------------------------------------------------------------------
 
 
 def leaves(config: Any, at: str = "") -> Iterator[str]:
@@ -322,7 +322,7 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
     assert reach(dataclasses.astuple(objects.preference_from(objective)), objective)
 
 
-# -- what passes is understood --------------------------------------------------------------------
+# -- what passes is understood ----------------------------------------------------------------
 
 WHOLE = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
 REAL = st.one_of(st.floats(), st.integers(-2, 10**6), st.sampled_from(["1e-4", ".inf", "x", None]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from echolab.errors import CheckpointError, SaveError
-from echolab.training.checkpoints import disk_space, writer
+from echolab.training.checkpoints import writer
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
@@ -147,7 +147,7 @@ def test_left_overs_of_killed_saves_go_and_a_replaced_one_returns(tmp_path: Path
     saved.check(open_checkpoint(tmp_path / "step-000003"))
 
 
-# -- what stays -----------------------------------------------------------------------------------
+# -- what stays -------------------------------------------------------------------------------
 
 
 @given(
@@ -183,7 +183,7 @@ def test_those_above_the_last_are_left_alone(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [9, 8, 3, 2]
 
 
-# -- disks ----------------------------------------------------------------------------------------
+# -- disks ------------------------------------------------------------------------------------
 
 
 class Disk:
@@ -206,15 +206,15 @@ def test_room_is_asked_for_before_anything_is_written(
         (Disk(size, 99), rf"needs [\d,]+ bytes, {size // 512 * 512:,} are free; make room"),
         (Disk(10 * size, 3), r"needs \d+ inodes, 3 are free; remove files"),
     ]:
-        monkeypatch.setattr(disk_space.os, "statvfs", lambda path, told=disk: told)
+        monkeypatch.setattr(writer.os, "statvfs", lambda path, told=disk: told)
         with pytest.raises(SaveError, match=words) as caught:
             saver.save(2)
         assert "\n" not in str(caught.value) and not saver.writer.pending
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    monkeypatch.setattr(disk_space.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
+    monkeypatch.setattr(writer.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
     with pytest.raises(SaveError, match="make room"):
         saver.writer.check_start()  # enough for one, not for two
-    monkeypatch.setattr(disk_space.os, "statvfs", real)
+    monkeypatch.setattr(writer.os, "statvfs", real)
     saver.writer.check_start()
     saver.save(2)
 
@@ -256,7 +256,7 @@ def test_a_full_disk_costs_one_save(
     saved.check(open_checkpoint(small_disk / "step-000002"))
 
 
-# -- several ranks --------------------------------------------------------------------------------
+# -- several ranks ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ from echolab.models.export import write_diffusers, write_original
 from echolab.models.loading import read_tensors
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import match_weights
+from echolab.training.adapters.lora_base import exported_weights
 from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.checkpoints.exporting import exported_weights
 from echolab.training.checkpoints.snapshots import average_of_width
 from echolab.training.engine.ema import EMA, POWER
 from echolab.training.engine.master_weights import MASTER

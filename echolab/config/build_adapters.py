@@ -26,13 +26,14 @@ from echolab.training.adapters.lora import (
 )
 from echolab.training.adapters.lora_base import Load, Origin, base_of, on_its_base
 from echolab.training.adapters.lora_files import (
+    Adapters,
     audio_file_of,
     load_trained,
+    read_adapters,
     save_adapters,
     save_single_file,
     trained_tensors,
 )
-from echolab.training.adapters.lora_reader import Adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
 from echolab.training.engine.placement import HOST, Placement
 from echolab.training.reference_model import Reference

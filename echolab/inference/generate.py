@@ -48,7 +48,7 @@ from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.progress import progress
 from echolab.tasks.table import LOCAL_TASKS
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.adapters.lora_files import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.engine.sequence_parallel import SequenceSplit
 

@@ -19,7 +19,7 @@ from echolab.errors import EcholabError, FencedError
 from echolab.heartbeat import Beats
 from echolab.training import distributed, lineage
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints import collective_open, resume
+from echolab.training.checkpoints import resume
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
 from echolab.training.checkpoints.saving import Saving
@@ -79,7 +79,7 @@ class Steps(pl.Callback):
         self.guarding = Guarding(self.training)
         self.schedule = self.schedule.leaving_out(self.guarding.history.skips)
         self.data.place = self.schedule.place
-        found = collective_open.newest(self.folder)
+        found = checkpoints.newest(self.folder)
         if found:
             resume.check_continues(found, self.identity, self.schedule)
             self._go_on_with_data(found)
@@ -249,8 +249,8 @@ class Steps(pl.Callback):
         assert spike is not None
         self.saving.publish()
         self.writer.close()  # or the one to go back to might still be removed
-        found = collective_open.newest(self.folder, action.to_step)
-        found = found or collective_open.oldest(self.folder, spike.step)  # none is old enough
+        found = checkpoints.newest(self.folder, action.to_step)
+        found = found or checkpoints.oldest(self.folder, spike.step)  # none is old enough
         if found is None:
             self.guarding.note(spike, spike_policy.without_checkpoint(spike).event)
             return False

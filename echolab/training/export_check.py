@@ -25,8 +25,8 @@ from echolab.models.loading import load_released, released_values
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.training import distributed
+from echolab.training.adapters.lora_base import exported_weights
 from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.checkpoints.exporting import exported_weights
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
 from echolab.training.engine.placement import HOST, Placement

@@ -15,7 +15,7 @@ from echolab.training.config import Intervals, Machine, Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import speed_up
 from echolab.training.engine.ema import EMA
-from echolab.training.engine.frozen_checks import check_alone, check_apart
+from echolab.training.engine.engine_report import check_alone, check_apart
 from echolab.training.engine.placement import place_shared, placement_of
 from echolab.training.engine.strategies import cluster_environment, strategy_of
 from echolab.training.module import DiffusionModule

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.checkpoints.collective_open import open_alike
+from echolab.training.checkpoints.checkpoint import open_alike
 from echolab.training.engine.ema import EMA
 
 

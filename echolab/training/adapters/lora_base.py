@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
@@ -63,3 +66,22 @@ def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
     net, _, _ = on_its_base(checkpoint, load)
     merge(net)
     return net
+
+
+# -- weights to export ------------------------------------------------------------------------
+
+
+def exported_weights(
+    checkpoint: Checkpoint, load: Load, part: str = EMA
+) -> tuple[EchoTransformer, dict[str, Tensor]]:
+    """The network, on the meta device where it need not be made, and its weights by name.
+
+    `part` is EMA or MASTER; of adapters the averaged ones are merged.  `load` reads the released
+    weights of a base.
+    """
+    if checkpoint.state.get("adapters"):
+        whole = merged(checkpoint, load)
+        return whole, dict(whole.named_parameters())
+    with torch.device("meta"):
+        net = EchoTransformer(**checkpoint.state["architecture"])
+    return net, dict(checkpoint.tensors(part))

@@ -22,8 +22,7 @@ from echolab.training.checkpoints.checkpoint import (
     saved_steps,
 )
 from echolab.training.checkpoints.manifest import MANIFEST, STATE, Manifest, files_of, serialise
-from echolab.training.engine.ema import POWER
-from echolab.training.engine.posthoc_ema import Profile, coefficients, exponent_of
+from echolab.training.engine.ema import POWER, Profile, coefficients, exponent_of
 
 SNAPSHOTS = "snapshots"
 

@@ -19,11 +19,9 @@ from echolab.atomic_io import FULL, described, retried, sync
 from echolab.errors import FencedError, SaveError, StorageError
 from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
-from echolab.training.checkpoints.disk_space import FACTOR, check_room
-from echolab.training.checkpoints.gather import gather, host_buffer
 from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialise
 from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
-from echolab.training.checkpoints.shard_plan import ITEM, File, layout
+from echolab.training.checkpoints.shard_plan import ITEM, File, gather, host_buffer, layout
 from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
@@ -302,3 +300,29 @@ class CheckpointWriter:
         """Wait until old checkpoints are removed, which also goes on beside the training."""
         if self._pruning.is_alive():
             self._pruning.join()
+
+
+# -- disk space -------------------------------------------------------------------------------
+
+SPARE = 1.05  # for headers, folders and what else is written meanwhile
+FACTOR = 2  # at the start of a run: a new one is whole before an old one goes
+
+
+def check_room(folder: Path, needed: int, files: int = 20) -> None:
+    """SaveError where `folder`'s disk has not `needed` bytes x 1.05, or not so many inodes.
+
+    Looks at what a user without privileges may take.  A quota shows only when a write fails.
+    """
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    wanted = int(needed * SPARE)
+    if free < wanted:
+        raise SaveError(
+            f"{folder}: a checkpoint needs {wanted:,} bytes, {free:,} are free; make room, or "
+            "give another run folder"
+        )
+    if found.f_files and found.f_favail < files:  # 0: a file system without fixed inodes
+        raise SaveError(
+            f"{folder}: a checkpoint needs {files} inodes, {found.f_favail} are free; remove files "
+            "there, or give another run folder"
+        )

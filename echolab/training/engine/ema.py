@@ -4,6 +4,7 @@ Averaging is element by element, so a rank's pieces are enough: no gather, no co
 every ZeRO stage.  Lightning's own callback loses its average under ZeRO.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from echolab.errors import ConfigError
 from echolab.training.engine.master_weights import Masters
-from echolab.training.engine.posthoc_ema import exponent_of, newest_share
 
 EMA, POWER = "ema", "power-"  # names of parts: the second begins those of power profiles
 
@@ -90,3 +90,52 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from `state_dict()`."""
         self.updates = int(state["updates"])
+
+
+# -- profiles ---------------------------------------------------------------------------------
+
+WIDEST = 1 / math.sqrt(12)  # of exponent 0: the plain mean of all
+
+
+def width(exponent: float) -> float:
+    """sigma of a profile: the standard deviation of Beta(g + 1, 1)."""
+    return math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3)))
+
+
+def exponent_of(sigma: float) -> float:
+    """The exponent of a profile of this width; raises ConfigError outside (0, 0.2887)."""
+    if not 1e-4 <= sigma < WIDEST:
+        raise ConfigError(f"ema width {sigma:g}: must lie in [0.0001, {WIDEST:.4f}); 0.1 is usual")
+    low, high = 0.0, 2 / sigma  # width(g) < 1 / (g + 2)
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if width(middle) > sigma else (low, middle)
+    return low
+
+
+def newest_share(exponent: float, updates: int) -> float:
+    """What the newest weights count for in the average after `updates` (from 1) of them."""
+    return 1 - (1 - 1 / updates) ** (exponent + 1)
+
+
+class Profile:
+    """tau^g on (0, t], of integral 1."""
+
+    def __init__(self, exponent: float, time: float) -> None:
+        self.exponent, self.time = exponent, time
+
+    def dot(self, other: "Profile") -> float:
+        """The integral of the product: of tau^(g + h) up to the earlier end, both normalised."""
+        g, h = self.exponent, other.exponent
+        early = min(self.time, other.time)
+        shares = (early / self.time) ** (g + 1) * (early / other.time) ** (h + 1)
+        return (g + 1) * (h + 1) * shares / ((g + h + 1) * early)
+
+
+def coefficients(kept: Sequence[Profile], wanted: Profile) -> list[float]:
+    """How much of each kept average makes the wanted one, nearest in the mean square."""
+    matrix = torch.tensor([[a.dot(b) for b in kept] for a in kept], dtype=torch.float64)
+    right = torch.tensor([a.dot(wanted) for a in kept], dtype=torch.float64)
+    # Close snapshots make it nearly singular: the smallest solution, by SVD.
+    found = torch.linalg.lstsq(matrix, right[:, None], rcond=1e-12, driver="gelsd").solution
+    return [float(value) for value in found[:, 0]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from echolab.errors import ConfigError, EcholabError
+from echolab.models.frozen import Frozen
 from echolab.training.engine.master_weights import MOMENTS, Masters
 from echolab.training.engine.sequence_parallel import SequenceSplit
 from echolab.training.engine.strategies import Machine
@@ -273,3 +274,41 @@ def check_clipped(squares: float, limit: float, step: int) -> float:
             "go on from the last checkpoint with another trainer.strategy"
         )
     return norm
+
+
+# -- trained and frozen networks --------------------------------------------------------------
+
+
+def _storages(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
+    return {p.untyped_storage().data_ptr(): name for name, p in parameters if p.numel()}
+
+
+def check_apart(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
+    """ConfigError where a frozen network is not frozen, or shares weights with `net`.
+
+    `frozen` are networks by what they are called in a message.  Before the engine takes `net`:
+    ZeRO 3 leaves its parameters empty.  Adapters switched off are no copy, and not for this.
+    """
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ConfigError("the network has nothing to train: all its parameters are frozen")
+    own = _storages(net.named_parameters())
+    for called, other in frozen:
+        if other.net.training or any(p.requires_grad for p in other.net.parameters()):
+            raise ConfigError(f"{called}: must be in eval mode and without gradients; freeze it")
+        shared = own.keys() & _storages(other.net.named_parameters()).keys()
+        if shared:
+            raise ConfigError(
+                f"{called}: shares {len(shared)} tensors with the trained network, "
+                f"{own[min(shared)]} among them, and would follow it; give it a copy"
+            )
+
+
+def check_alone(module: nn.Module, net: nn.Module) -> None:
+    """ConfigError where `module`, which the engine takes, holds parameters that are not `net`'s."""
+    own = {id(p) for p in net.parameters()}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in own:
+            raise ConfigError(
+                f"{type(module).__name__}.{name}: is no parameter of the trained network; "
+                "hold frozen networks outside the module tree, in models.frozen.Frozen"
+            )
