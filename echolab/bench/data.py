@@ -1,5 +1,7 @@
-"""`echolab bench data`: how fast shards are read here, beside plain webdataset and the disk."""
+"""`echolab bench data`: speed of reading shards, compared with plain webdataset and the disk."""
 
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -13,33 +15,29 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import webdataset
+from safetensors.torch import load, save
+from torch import Tensor
 
 from echolab.arguments import parse
-from echolab.bench.rows import Row, as_json, as_table, say
-from echolab.bench.shards import (
-    WANTED,
-    decode_encoded,
-    decode_raw,
-    decoded_of,
-    evict,
-    members_of,
-    sequentially,
-    shards_of,
-    tensors_of,
-    webdataset_of,
-    write_encoded,
-    write_raw,
-)
-from echolab.data.batch_sampler import Plan, Source
-from echolab.data.collate import read_fp32
-from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.bench.measure import Row, as_json, as_table, say
+from echolab.data.collate import FEATURES, read_fp32
+from echolab.data.media import decode_flac, decode_mp4, decode_tracks, encode_flac, encode_mp4
+from echolab.data.media import encode_tracks as encode_boxes
+from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shuffle import epoch_order
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
+from echolab.tasks.table import DEFAULT_TASK, KNOWN_TASKS
 
 OURS, PEER, LIMIT = "echolab", "webdataset", "sequential read"
-RESUME_AT, RESUME_SHARDS, RESUME_MS = 10**6, 2000, 50.0
-PLANNED, PLANNED_SHARDS, PLAN_SECONDS, PLAN_MB = 10**8, 10**5, 2.0, 200.0
-BATCH = 64
 COMPARED = 4  # samples
+TASK = DEFAULT_TASK
+WANTED = ("latents", "weight", *FEATURES, f"known.{TASK}", f"known_latents.{TASK}")
+SHARD_BYTES = 2**28
+TEXT, IMAGE, AUDIO = (512, 4096), (257, 1280), 768  # as the released encoders give them
+CHUNK = 2**20
+
 
 Way = Callable[[], Iterable[object]]  # goes through all samples once
 
@@ -50,31 +48,28 @@ class DataArguments:
 
     One process and one thread each, as a worker has it; medians of the rounds.  Ours reads in the
     order of training and checks every byte; webdataset reads tar after tar and decodes to the same
-    tensors.  `cold` is after the files left the page cache.  The plan's figures are of simulated
-    datasets, and their aims are beside them.
+    tensors.  `cold` is after the files left the page cache.
     """
 
     clips: Path | None = field(
-        default=None, metadata={"help": "an encoded dataset; none draws random clips"}
+        default=None, metadata={"help": "encoded dataset; none: random clips"}
     )
-    raw: Path | None = field(default=None, metadata={"help": "a raw dataset; none draws one"})
-    gigabytes: float = field(default=0.5, metadata={"help": "of random encoded clips"})
-    raw_clips: int = field(default=4, metadata={"help": "number of drawn raw clips"})
-    frames: int = field(default=81, metadata={"help": "of a drawn clip, 4n+1"})
-    height: int = field(default=480, metadata={"help": "pixels, of 16"})
-    width: int = field(default=832, metadata={"help": "pixels, of 16"})
-    rounds: int = field(default=5, metadata={"help": "runs of each"})
+    raw: Path | None = field(default=None, metadata={"help": "raw dataset; none: drawn clips"})
+    gigabytes: float = field(default=0.5, metadata={"gt": 0, "help": "GB of random encoded clips"})
+    raw_clips: int = field(default=4, metadata={"ge": 1, "help": "number of drawn raw clips"})
+    frames: int = field(default=81, metadata={"help": "frames of a drawn clip, 4n+1"})
+    height: int = field(default=480, metadata={"help": "pixels, multiple of 16"})
+    width: int = field(default=832, metadata={"help": "pixels, multiple of 16"})
+    rounds: int = field(default=5, metadata={"ge": 1, "help": "runs of each"})
     scratch: Path | None = field(
-        default=None, metadata={"help": "folder for what is drawn; none is the system's"}
+        default=None, metadata={"help": "folder for drawn shards; none: the system's"}
     )
-    format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
+    format: Literal["table", "json"] = field(default="table", metadata={"help": "output format"})
 
 
 def main(argv: list[str]) -> None:
-    """Measure and print."""
+    """Measure and print the rows."""
     arguments = parse(DataArguments, argv, command="echolab bench data")
-    if arguments.rounds < 1 or arguments.raw_clips < 1 or not arguments.gigabytes > 0:
-        raise ConfigError("rounds=, raw_clips= and gigabytes= must be above 0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
@@ -85,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def bench(arguments: DataArguments) -> Iterator[Row]:
-    """All rows."""
+    """Yield all rows."""
     size = (arguments.frames, arguments.height, arguments.width)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-data-") as name:
         folder = Path(name)
@@ -98,11 +93,10 @@ def bench(arguments: DataArguments) -> Iterator[Row]:
         yield from encoded_rows(arguments.clips or folder / "encoded", arguments.rounds)
         yield from raw_rows(arguments.raw or folder / "raw", arguments.rounds)
         yield from memory_rows(arguments.clips or folder / "encoded")
-    yield from plan_rows()
 
 
 def opened(folder: Path, kind: str) -> ShardDataset:
-    """A dataset of a kind, of at least one sample; raises DataError, ConfigError."""
+    """Open a dataset.  Raise ConfigError if it is of another kind or empty."""
     dataset = open_dataset(folder)
     if dataset.kind != kind or not len(dataset):
         raise ConfigError(f"{folder}: {len(dataset)} {dataset.kind} samples; need {kind} ones")
@@ -110,7 +104,7 @@ def opened(folder: Path, kind: str) -> ShardDataset:
 
 
 def encoded_rows(folder: Path, rounds: int) -> Iterator[Row]:
-    """The tensors that one clip of training needs, then every tensor."""
+    """Yield rows for the tensors that training needs of a clip, then for every tensor."""
     dataset = opened(folder, "encoded")
     yield Row("encoded/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
     yield Row("encoded/difference", difference(dataset), "largest", PEER)
@@ -124,7 +118,7 @@ def encoded_rows(folder: Path, rounds: int) -> Iterator[Row]:
 
 
 def raw_rows(folder: Path, rounds: int) -> Iterator[Row]:
-    """Decoded, where the video's decoder takes the time, and as bytes."""
+    """Yield rows for decoded clips, where the video decoder takes the time, and for bytes."""
     dataset = opened(folder, "raw")
     yield Row("raw/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
     limit = partial(sequentially, dataset)
@@ -137,19 +131,21 @@ def raw_rows(folder: Path, rounds: int) -> Iterator[Row]:
 
 
 def difference(dataset: ShardDataset) -> float:
-    """The largest difference of any wanted tensor between ours and webdataset's; 0 it should be."""
+    """Return the largest difference of a tensor between both readers; it should be 0."""
     theirs = webdataset_of(dataset, partial(decode_encoded, wanted=WANTED))
-    found = 0.0
+    largest = 0.0
     for i, tensors in zip(range(COMPARED), theirs, strict=False):  # samples stand as in the tars
         mine = read_fp32(dataset, i, WANTED)
-        found = max(found, *(float((mine[name] - tensors[name]).abs().max()) for name in WANTED))
-    return found
+        largest = max(
+            largest, *(float((mine[name] - tensors[name]).abs().max()) for name in WANTED)
+        )
+    return largest
 
 
 def speed_rows(
     name: str, dataset: ShardDataset, ways: dict[str, Way], rounds: int
 ) -> Iterator[Row]:
-    """Samples and bytes a second, warm and cold; the processor's time is free of what others do."""
+    """Yield samples and bytes per second, warm and cold, and the processor time per sample."""
     samples, megabytes = len(dataset), sum(shard.bytes for shard in dataset.shards) / 1e6
     for state in ("warm", "cold"):
         say(f"measuring {name}, {state}")
@@ -172,9 +168,9 @@ def speed_rows(
 def in_turns(
     ways: dict[str, Way], rounds: int, prepare: Callable[[], object] | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each way, by the wall's clock and of this process.
+    """Return the median seconds of each way: wall time, and processor time of this process.
 
-    Each is first in turn, so that what disturbs one disturbs all.
+    Each way is first in turn, so that what disturbs one disturbs all.
     """
     for way in ways.values():  # decoders at work, and all in the page cache
         exhaust(way)
@@ -194,72 +190,175 @@ def in_turns(
 
 
 def exhaust(way: Way) -> None:
-    """Go through all samples."""
+    """Read all samples."""
     for _ in way():
         pass
 
 
 def memory_rows(folder: Path) -> Iterator[Row]:
-    """What a worker that reads takes above what it takes to start."""
+    """Yield the memory of a worker that reads, above what it takes to start."""
     grown = alone(reading_growth, folder, OURS)
     yield Row("memory/worker", grown, "MB", PEER, alone(reading_growth, folder, PEER))
 
 
-def reading_growth(folder: Path, which: str) -> float:
-    """MB by which this process grew while it read a dataset."""
+def reading_growth(folder: Path, reader: str) -> float:
+    """Return the MB by which this process grew while it read a dataset."""
     before = high_water()
     dataset = open_dataset(folder)
     decode = partial(decode_encoded, wanted=WANTED)
     exhaust(
         partial(tensors_of, dataset, WANTED)
-        if which == OURS
+        if reader == OURS
         else partial(webdataset_of, dataset, decode)
     )
     return high_water() - before
 
 
-def plan_rows() -> Iterator[Row]:
-    """The cost of a resume, and of a plan of very many samples; the aims stand as baselines."""
-    say("planning simulated datasets")
-    took = [resume_seconds() for _ in range(5)]
-    yield Row(
-        f"resume/at_sample_{RESUME_AT}", 1e3 * statistics.median(took), "ms", "aim", RESUME_MS
-    )
-    seconds, grown = alone(plan_cost)
-    name = f"plan/{PLANNED:.0e}_samples"
-    yield Row(f"{name}/time", seconds, "s", "aim", PLAN_SECONDS)
-    yield Row(f"{name}/memory", grown, "MB", "aim", PLAN_MB)
-
-
-def simulated(samples: int, shards: int) -> Plan:
-    """A plan of shards of nearly equal size."""
-    counts = np.full(shards, samples // shards)
-    return Plan([Source("simulated", "0" * 64, counts)], batch_size=BATCH, seed=0)
-
-
-def resume_seconds() -> float:
-    """From nothing to the list of samples of the global batch in which a sample stands."""
-    start = time.perf_counter()
-    drawn = simulated(2 * RESUME_AT, RESUME_SHARDS).batch(RESUME_AT // BATCH)
-    assert len(drawn) == BATCH
-    return time.perf_counter() - start
-
-
-def plan_cost() -> tuple[float, float]:
-    """Seconds and MB of the plan of an epoch, to its first batch and its last."""
-    before, start = high_water(), time.perf_counter()
-    plan = simulated(PLANNED, PLANNED_SHARDS)
-    assert plan.batch(0) and plan.batch(PLANNED // BATCH - 1)
-    return time.perf_counter() - start, high_water() - before
-
-
 def alone(work: Callable[..., Any], *given: object) -> Any:
-    """What `work` gives in a process of its own, so that its memory is its own."""
+    """Call a function in a new process, whose memory is that of the function alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *given).result()
 
 
 def high_water() -> float:
-    """The most MB that this process had in memory since its start."""
+    """Return the most MB that this process had in memory since its start."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+
+
+# -- shards to read ------------------------------------------------------------------------------
+
+
+def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
+    """Draw one random encoded clip in fp16 of (frames, height, width) pixels."""
+    frames, height, width = size
+    side = WAN.token_pixels
+    if not WAN.is_clip_length(frames) or height % side or width % side or min(size) < 1:
+        lengths = WAN.clip_lengths
+        raise ConfigError(f"{frames} frames of {width}x{height}: need {lengths}, sides of {side}")
+    generator = torch.Generator().manual_seed(seed)
+    grid = WAN.latent_grid(frames, height, width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (WAN.channels, *grid),
+        "weight": (1, *grid),
+    }
+    shapes |= {"text": TEXT, "image": IMAGE, "audio": (2 * frames, AUDIO)}
+    shapes["face"] = (WAN.tokens(*grid[1:]),)
+    for task in KNOWN_TASKS:
+        shapes |= {f"known.{task}": (WAN.time_stride, *grid)}
+        shapes |= {f"known_latents.{task}": (WAN.channels, *grid)}
+    made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
+    fractions = (name for name in made if name == "weight" or name.startswith("known."))
+    return made | {name: made[name].abs().clamp(max=1) for name in fractions}
+
+
+def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) -> None:
+    """Write random encoded clips of about so many bytes."""
+    one = len(save(draw_clip(size, 0)))
+    count = max(2, round(total_bytes / one))
+    each = max(1, SHARD_BYTES // one)
+    with ShardWriter(folder, kind="encoded", samples_per_shard=each) as writer:
+        for i in range(count):
+            about = json.dumps({"caption": f"clip {i}"}).encode()
+            writer.write(f"clip-{i}", {"safetensors": save(draw_clip(size, i)), "json": about})
+
+
+def write_raw(folder: Path, size: tuple[int, int, int], count: int) -> None:
+    """Write raw clips, all of the same moving image and audio."""
+    frames, height, width = size
+    wave = (
+        np.add.outer(np.arange(height), np.arange(width))[None]
+        + 3 * np.arange(frames)[:, None, None]
+    )
+    pixels = np.stack([(wave * k % 256).astype(np.uint8) for k in (1, 2, 3)], -1)
+    boxes = np.tile(np.array([0, 0, width, height], np.float32), (frames, 1))
+    members = {
+        "mp4": encode_mp4(pixels),
+        "flac": encode_flac(np.sin(np.arange(640 * frames, dtype=np.float32) / 20)),
+        "tracks.npz": encode_boxes(boxes, boxes),
+        "json": b'{"caption": "a moving image"}',
+    }
+    with ShardWriter(folder, kind="raw", samples_per_shard=max(1, count // 2)) as writer:
+        for i in range(count):
+            writer.write(f"clip-{i}", members)
+
+
+def decode_raw(members: dict[str, bytes]) -> tuple[Any, ...]:
+    """Decode frames, audio, boxes and caption with the strict decoders of training."""
+    return (
+        decode_mp4(members["mp4"]), decode_flac(members["flac"]),
+        decode_tracks(members["tracks.npz"]), json.loads(members["json"]),
+    )  # fmt: skip
+
+
+def decode_encoded(members: dict[str, bytes], wanted: Iterable[str] | None) -> dict[str, Tensor]:
+    """Decode tensors to fp32 in the plain way: safetensors copies each of them once."""
+    tensors = load(members["safetensors"])
+    return {name: tensors[name].float() for name in wanted or sorted(tensors)}
+
+
+# -- ways to read them ---------------------------------------------------------------------------
+
+
+def training_order(dataset: ShardDataset) -> list[int]:
+    """Return the samples in the order of an epoch."""
+    counts = dataset.samples_by_shard
+    order: list[int] = epoch_order(counts, dataset.fingerprint, seed=0, epoch=0).tolist()
+    return order
+
+
+def tensors_of(
+    dataset: ShardDataset, wanted: tuple[str, ...] | None
+) -> Iterator[dict[str, Tensor]]:
+    """Read every sample's tensors in fp32 with our reader."""
+    return (read_fp32(dataset, i, wanted) for i in training_order(dataset))
+
+
+def members_of(dataset: ShardDataset) -> Iterator[dict[str, bytes]]:
+    """Read every sample's bytes with our reader."""
+    return (dataset.read(i) for i in training_order(dataset))
+
+
+def decoded_of(dataset: ShardDataset) -> Iterator[tuple[Any, ...]]:
+    """Read and decode every raw sample with our reader."""
+    return map(decode_raw, members_of(dataset))
+
+
+def webdataset_of(
+    dataset: ShardDataset, decode: Callable[[dict[str, bytes]], object]
+) -> Iterator[Any]:
+    """Read every sample with plain webdataset, in tar order, decoded the same strict way."""
+    read = webdataset.WebDataset([str(path) for path in shards_of(dataset)], shardshuffle=False)
+    yield from read.map(decode)
+
+
+def sequentially(dataset: ShardDataset) -> Iterator[int]:
+    """Read the same bytes in tar order into one buffer, and yield the sizes of the pieces."""
+    memory = bytearray(CHUNK)
+    for path in shards_of(dataset):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(memory):
+                yield count
+
+
+def shards_of(dataset: ShardDataset) -> list[Path]:
+    """Return the files of a dataset in a folder."""
+    return [Path(dataset.folder) / shard.name for shard in dataset.shards]
+
+
+def evict(paths: list[Path]) -> str | None:
+    """Drop files from the page cache; return why that failed, or None."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.preadv(file, [bytearray(512)], path.stat().st_size // 2, os.RWF_NOWAIT)
+            return f"{path.name} stays in the page cache"
+        except BlockingIOError:
+            continue  # it would have to come from the disk: as wanted
+        except OSError as error:
+            return f"the page cache cannot be read ({error.strerror})"
+        finally:
+            os.close(file)
+    return None

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from echolab.arguments import parse
+from echolab.bench.measure import Row, as_json, as_table, cost_of, peak_of, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
-from echolab.bench.rows import Row, as_json, as_table, cost_of, peak_of, say
 from echolab.config.networks import architecture_of
 from echolab.diffusion.long_video import sample_windows
 from echolab.diffusion.pipeline import PRESETS, SOLVERS, Recipe, check_recipe
@@ -26,8 +26,8 @@ FPS = 25
 class GenerateArguments:
     """Denoise a video with random weights, once for each solver, number of steps and window.
 
-    Encoders and the decoder are not in it.  Beside each time stands the length of the video, so
-    that the ratio tells how many times longer than the video its making takes.
+    Encoders and the decoder are left out.  Each time is compared with the length of the video: the
+    ratio is how many times longer than the video its generation takes.
     """
 
     model: str | None = field(
@@ -63,14 +63,14 @@ class GenerateArguments:
 
 
 def main(argv: list[str]) -> None:
-    """Measure and print."""
+    """Measure and print the rows."""
     arguments = parse(GenerateArguments, argv, command="echolab bench generate")
     rows = list(bench(arguments))
     print(as_json(rows) if arguments.format == "json" else as_table(rows))
 
 
 def bench(arguments: GenerateArguments) -> Iterator[Row]:
-    """A row of time for each combination, one of memory for each window."""
+    """Yield a row of time for each combination and one of memory for each window."""
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
@@ -96,7 +96,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
 
 
 def recipes(arguments: GenerateArguments) -> list[Recipe]:
-    """Every combination; ConfigError for those that cannot be."""
+    """Return every combination.  Raise ConfigError for impossible ones."""
     on_gpu = arguments.device == "cuda"
     for solver in arguments.solvers:
         if solver not in SOLVERS:
@@ -115,7 +115,7 @@ def recipes(arguments: GenerateArguments) -> list[Recipe]:
 
 
 def network(arguments: GenerateArguments, architecture: dict[str, Any]) -> EchoTransformer:
-    """With first values, frozen; in bf16 on a GPU, as the release runs it."""
+    """Build the network, frozen; in bf16 on a GPU, as the release runs it."""
     net = ours_net(architecture, arguments.seed, arguments.device).eval().requires_grad_(False)
     if arguments.device == "cuda" and arguments.precision != "fp32":
         net = net.bfloat16()
@@ -126,24 +126,26 @@ def network(arguments: GenerateArguments, architecture: dict[str, Any]) -> EchoT
 
 
 class Denoising:
-    """One video by one recipe: a call makes it whole."""
+    """One video by one recipe: a call denoises it."""
 
     def __init__(
         self, net: EchoTransformer, inputs: Inputs, recipe: Recipe, branches: str, half: bool
     ):
+        """Take the network, its inputs and the recipe."""
         self.net, self.inputs, self.recipe, self.branches = net, inputs, recipe, branches
         self.dtype = torch.bfloat16 if half else torch.float32
 
     def _sample(self, recipe: Recipe) -> None:
-        told = self.inputs.told
+        conditions = self.inputs.conditions
         sample_windows(
-            self.net, told, recipe, self.inputs.latents, negative=torch.zeros_like(told.text),
-            branches=self.branches, dtype=self.dtype,
+            self.net, conditions, recipe, self.inputs.latents,
+            negative=torch.zeros_like(conditions.text), branches=self.branches, dtype=self.dtype,
         )  # fmt: skip
 
     def one_step(self) -> None:
-        """Its memory is that of any number; it also warms up."""
+        """Run one step, which takes the memory of any number of steps and warms up."""
         self._sample(self.recipe._replace(steps=1))
 
     def __call__(self) -> None:
+        """Denoise the video."""
         self._sample(self.recipe)

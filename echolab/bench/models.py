@@ -1,4 +1,4 @@
-"""What is measured: our network and diffusers' with the same weights, and inputs for both."""
+"""The networks that are measured, ours and diffusers' with the same weights, and their inputs."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -30,14 +30,14 @@ class Inputs(NamedTuple):
 
     latents: Tensor  # [1, C, F, H, W]
     timesteps: Tensor  # [1]
-    told: Conditions
+    conditions: Conditions
     direction: Tensor  # [1, C, F, H, W]   the loss is the output's product with it
 
 
 def draw_inputs(
     architecture: Mapping[str, Any], size: tuple[int, ...], seed: int, device: str
 ) -> Inputs:
-    """Random inputs for (frames, height, width); raises ConfigError for sizes that cannot be."""
+    """Draw random inputs for (frames, height, width).  Raise ConfigError for impossible sizes."""
     frames, height, width = size
     geometry = geometry_of(architecture)
     if not geometry.is_clip_length(frames):
@@ -55,7 +55,7 @@ def draw_inputs(
     channels, grid = geometry.channels, geometry.latent_grid(frames, height, width)
     known = torch.zeros(1, geometry.time_stride, *grid, device=device)
     known[:, :, 0] = 1
-    told = Conditions(
+    conditions = Conditions(
         text=draw(1, TEXT_TOKENS, architecture["text_dim"]),
         image=draw(1, IMAGE_TOKENS, architecture["image_dim"] or 1),
         audio=draw(1, *audio_shape(architecture, frames)),
@@ -64,31 +64,34 @@ def draw_inputs(
         known_latents=draw(1, channels, *grid),
     )
     timesteps = torch.tensor([500.0], device=device)
-    return Inputs(draw(1, channels, *grid), timesteps, told, draw(1, channels, *grid))
+    return Inputs(draw(1, channels, *grid), timesteps, conditions, draw(1, channels, *grid))
 
 
 def audio_shape(architecture: Mapping[str, Any], frames: int) -> tuple[int, ...]:
-    """Of one clip's sound: two tokens a frame, or all layers of wav2vec2 for Flash."""
+    """Return the shape of a clip's audio: two tokens per frame, or Flash's layers per frame."""
     dim = architecture["audio_dim"] or AUDIO_DIM
     layers = architecture.get("audio_layers")
     return (frames, layers, dim) if layers else (2 * frames, dim)
 
 
 def shapes_of(inputs: Inputs) -> Shapes:
-    """The numbers of tokens, sound left out."""
+    """Return the numbers of tokens, without audio."""
     frames = inputs.latents.shape[2]
-    tokens = frames * inputs.told.face.shape[1]
-    image = inputs.told.image.shape[1] if inputs.told.image.shape[2] > 1 else 0
-    return Shapes(tokens, inputs.told.text.shape[1], image, 0)
+    tokens = frames * inputs.conditions.face.shape[1]
+    image = inputs.conditions.image.shape[1] if inputs.conditions.image.shape[2] > 1 else 0
+    return Shapes(tokens, inputs.conditions.text.shape[1], image, 0)
 
 
 def with_audio(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The same network with the preview model's branch of sound."""
+    """Return the architecture with the audio branch of the preview model."""
     return {**architecture, "audio_dim": AUDIO_DIM}
 
 
 def ours_net(architecture: Mapping[str, Any], seed: int, device: str) -> EchoTransformer:
-    """First values as Wan has them, but for the head, whose zeros would stop all gradients."""
+    """Build our network with Wan's initialization, except that its head is not zero.
+
+    A head of zeros would stop all gradients.
+    """
     net = EchoTransformer(**architecture)
     generator = torch.Generator().manual_seed(seed)
     initialize(net, generator)
@@ -98,7 +101,7 @@ def ours_net(architecture: Mapping[str, Any], seed: int, device: str) -> EchoTra
 
 
 def diffusers_net(net: EchoTransformer, architecture: Mapping[str, Any]) -> nn.Module:
-    """diffusers' network with the same weights."""
+    """Build diffusers' network with the same weights."""
     from diffusers import WanTransformer3DModel
 
     a = architecture
@@ -116,29 +119,29 @@ def diffusers_net(net: EchoTransformer, architecture: Mapping[str, Any]) -> nn.M
 
 
 def run_ours(net: nn.Module, inputs: Inputs) -> Tensor:
-    """Velocity [1, C, F, H, W]."""
-    velocity: Tensor = net(inputs.latents, inputs.timesteps, inputs.told)
+    """Return the velocity [1, C, F, H, W]."""
+    velocity: Tensor = net(inputs.latents, inputs.timesteps, inputs.conditions)
     return velocity
 
 
 def run_diffusers(net: nn.Module, inputs: Inputs) -> Tensor:
-    """Velocity [1, C, F, H, W]."""
-    told, latents = inputs.told, inputs.latents
+    """Return the velocity [1, C, F, H, W]."""
+    conditions, latents = inputs.conditions, inputs.latents
     config: Any = net.config
     if config.in_channels > latents.shape[1]:
-        latents = torch.cat([latents, told.known, told.known_latents], 1)
-    image = told.image if config.image_dim else None
-    velocity: Tensor = net(latents, inputs.timesteps, told.text, image, return_dict=False)[0]
+        latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
+    image = conditions.image if config.image_dim else None
+    velocity: Tensor = net(latents, inputs.timesteps, conditions.text, image, return_dict=False)[0]
     return velocity
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Size of the difference, as a share of the expected."""
-    return float(((found - expected).norm() / expected.norm()).detach())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the expected tensor's."""
+    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 def peak_tflops_of(device: str) -> float | None:
-    """What the GPU can do at most in bf16; None where that is not known."""
+    """Return the bf16 peak of the GPU in TFLOP/s, or None if it is not known."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()

@@ -1,18 +1,18 @@
-"""`echolab bench step|generate|data`: how fast it is here, beside what else there is."""
+"""`echolab bench step|generate|data`: speed on this machine, compared with other programs."""
 
 import importlib
 
 from echolab.errors import ConfigError
 
 BENCHES = {
-    "step": ("echolab.bench.training_step", "a training step beside diffusers' network"),
+    "step": ("echolab.bench.step", "a training step, compared with diffusers' network"),
     "generate": ("echolab.bench.generate", "a video by solver, steps and window"),
-    "data": ("echolab.bench.data", "shards read beside plain webdataset and the disk"),
+    "data": ("echolab.bench.data", "reading shards, compared with plain webdataset and the disk"),
 }
 
 
 def help_text() -> str:
-    """Every benchmark with one line."""
+    """Return one line for every benchmark."""
     return "\n".join(
         [
             "usage: echolab bench NAME [key=value ...]",
@@ -22,7 +22,7 @@ def help_text() -> str:
             "",
             *(f"  {name:<8}  {summary}" for name, (_, summary) in BENCHES.items()),
             "",
-            "`echolab bench NAME --help` says what a benchmark takes.",
+            "`echolab bench NAME --help` lists the arguments of a benchmark.",
         ]
     )
 

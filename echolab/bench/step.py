@@ -1,4 +1,4 @@
-"""`echolab bench step`: forward and backward of the network, beside diffusers' own."""
+"""`echolab bench step`: forward and backward of the network, compared with diffusers' own."""
 
 import copy
 import tempfile
@@ -14,10 +14,11 @@ from echolab.arguments import parse
 from echolab.bench.engine import (
     Subject,
     average_rows,
+    build_net,
     module_rows,
-    net_of,
     write_clips,
 )
+from echolab.bench.measure import Pair, Row, Run, as_json, as_table, measure, say
 from echolab.bench.models import (
     SMALL,
     Inputs,
@@ -31,9 +32,6 @@ from echolab.bench.models import (
     shapes_of,
     with_audio,
 )
-from echolab.bench.ranks import strategy_rows
-from echolab.bench.rows import Pair, Row, Run, as_json, as_table, measure, say
-from echolab.bench.saves import save_rows
 from echolab.config.networks import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
@@ -53,70 +51,69 @@ USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is na
 class StepArguments:
     """Forward and backward of the network in turns with diffusers' WanTransformer3DModel.
 
-    Same weights, same inputs, both with the picture and without the sound; medians of the runs.
+    Both have the same weights and inputs, with image and without audio; times are medians.
     Peak memory is the most that torch's allocator held in a step above what it held before it
-    (activations and gradients; weights are not in it).  bf16 is autocast over fp32 weights.
-    With engine=true, in the first precision: the average and an asynchronous save beside a step,
-    training beside a bare loop of the same steps, and ZeRO beside DDP in processes of their own.
+    (activations and gradients, not weights).  bf16 is autocast over fp32 weights.
+    With engine=true, in the first precision: an update of the average compared with a step, and a
+    run of `echolab train` compared with a bare loop of the same steps.
     """
 
     model: str = field(default="small", metadata={"help": "`small`, or a name of conf/model"})
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where"})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "device to measure on"})
     frames: int | None = field(
-        default=None, metadata={"help": "4n+1 video frames; none is 25, on a GPU 81"}
+        default=None, metadata={"help": "video frames, 4n+1; none: 25, on a GPU 81"}
     )
     height: int | None = field(
-        default=None, metadata={"help": "pixels, of 16; none is 192, on a GPU 480"}
+        default=None, metadata={"help": "pixels, multiple of 16; none: 192, on a GPU 480"}
     )
     width: int | None = field(
-        default=None, metadata={"help": "pixels, of 16; none is 256, on a GPU 832"}
+        default=None, metadata={"help": "pixels, multiple of 16; none: 256, on a GPU 832"}
     )
-    pairs: int = field(default=7, metadata={"help": "runs of each"})
+    pairs: int = field(default=7, metadata={"ge": 1, "help": "runs of each"})
     precision: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "fp32, bf16; none is both, on a GPU bf16"}
+        default=None, metadata={"help": "fp32, bf16; none: both, on a GPU bf16"}
     )
     checkpointing: Literal["none", "full", "selective"] | None = field(
-        default=None, metadata={"help": "diffusers has full only; on a GPU selective"}
+        default=None,
+        metadata={"help": "activation checkpointing; on a GPU selective"},
     )
-    attention: str = field(default="auto", metadata={"help": "ours: " + ", ".join(NAMES)})
-    compile: bool = field(default=False, metadata={"help": "the blocks, of both"})
+    attention: str = field(default="auto", metadata={"help": "kernel: " + ", ".join(NAMES)})
+    compile: bool = field(default=False, metadata={"help": "compile the blocks of both"})
     variants: bool = field(
         default=True,
-        metadata={"help": "also sound, checkpointing, compile and each attention"},
+        metadata={"help": "also audio, checkpointing, compile and each kernel"},
     )
     engine: bool = field(
-        default=False, metadata={"help": "the rows of the engine, instead of the network's"}
+        default=False, metadata={"help": "measure the engine instead of the network"}
     )
     scratch: Path | None = field(
         default=None,
-        metadata={"help": "folder on the disk that is saved to; none is the system's"},
+        metadata={"help": "folder for runs; none: the system's"},
     )
     peak_tflops: float | None = field(
         default=None,
-        metadata={"gt": 0, "help": "of the GPU in bf16, for MFU; none is the known one"},
+        metadata={"gt": 0, "help": "bf16 TFLOP/s of the GPU, for MFU; none: the known one"},
     )
-    seed: int = field(default=0, metadata={"ge": 0, "help": "of weights and inputs"})
-    format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
+    seed: int = field(default=0, metadata={"ge": 0, "help": "seed of weights and inputs"})
+    format: Literal["table", "json"] = field(default="table", metadata={"help": "output format"})
 
 
 def main(argv: list[str]) -> None:
-    """Measure and print."""
+    """Measure and print the rows."""
     arguments = parse(StepArguments, argv, command="echolab bench step")
     inputs, architecture = subject(arguments)
     if not arguments.engine:
         say(FORMULA)
-    of = engine_rows if arguments.engine else bench
-    rows = list(of(arguments, architecture, inputs))
+    measured = engine_rows if arguments.engine else bench
+    rows = list(measured(arguments, architecture, inputs))
     print(as_json(rows) if arguments.format == "json" else as_table(rows))
 
 
 def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
-    """The inputs and the settings of the network without its sound; ConfigError for bad sizes."""
+    """Return inputs and architecture without audio.  Raise ConfigError for bad sizes."""
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
-    if arguments.pairs < 1:
-        raise ConfigError(f"pairs={arguments.pairs}: must be 1 or more")
     for name in arguments.precision or ():
         if name not in PRECISIONS:
             raise ConfigError(f"precision={name}: unknown; one of {', '.join(PRECISIONS)}")
@@ -130,7 +127,7 @@ def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
 
 
 def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs) -> Iterator[Row]:
-    """All rows, precision by precision."""
+    """Yield all rows of the network, precision by precision."""
     ours = ours_net(architecture, arguments.seed, arguments.device)
     theirs = diffusers_net(ours, architecture)
     use_attention(ours, attention_from(arguments.attention, arguments.device))
@@ -153,7 +150,7 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
 def engine_rows(
     arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
 ) -> Iterator[Row]:
-    """What training costs beside the network's own step."""
+    """Yield the rows of the engine: the cost of training besides the network's own step."""
     step = Step(arguments, inputs, torch.float32)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-step-") as folder:
         subject = Subject(
@@ -166,17 +163,16 @@ def engine_rows(
             arguments.seed,
         )
         write_clips(subject, inputs)
-        net, pairs = net_of(subject), arguments.pairs
+        net, pairs = build_net(subject), arguments.pairs
         yield from average_rows(subject, net, pairs)
         yield from module_rows(subject, net, pairs)
-        yield from save_rows(subject, net, pairs)
-        yield from strategy_rows(subject, pairs)
 
 
 class Step:
     """Runs and measures training steps on one set of inputs."""
 
     def __init__(self, arguments: StepArguments, inputs: Inputs, dtype: torch.dtype):
+        """Take the arguments, the inputs and the dtype of autocast."""
         self.arguments, self.inputs, self.dtype = arguments, inputs, dtype
         self.device = arguments.device
         usual = "selective" if self.device == "cuda" else "none"  # 1.3 B at 480p needs it
@@ -187,12 +183,12 @@ class Step:
 
     @torch.no_grad()
     def output(self, forward: Callable[[nn.Module, Inputs], Tensor], net: nn.Module) -> Tensor:
-        """Velocity."""
+        """Return the velocity in fp32."""
         with self._autocast():
             return forward(net, self.inputs).float()
 
-    def of(self, forward: Callable[[nn.Module, Inputs], Tensor], net: nn.Module) -> Run:
-        """Forward and backward; the gradients are dropped at the end, as after every step."""
+    def runner(self, forward: Callable[[nn.Module, Inputs], Tensor], net: nn.Module) -> Run:
+        """Return a function that runs forward and backward, then drops the gradients."""
 
         def run() -> None:
             try:
@@ -205,7 +201,7 @@ class Step:
         return run
 
     def measure(self, name: str, run: Run, baseline: Run) -> Pair | None:
-        """None, and the reason in words, where memory does not suffice."""
+        """Measure both in turns; return None, and print why, if memory does not suffice."""
         say(f"measuring {name}")
         try:
             return measure(run, baseline, self.arguments.pairs, self.device)
@@ -215,7 +211,7 @@ class Step:
 
 
 def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Module, nn.Module]:
-    """Copies of both that checkpoint; themselves where they shall not."""
+    """Return copies of both networks that checkpoint activations, or both as they are."""
     if how == "none":
         return ours, theirs
     ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
@@ -227,13 +223,13 @@ def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Modul
 def main_rows(
     step: Step, ours: nn.Module, theirs: nn.Module, architecture: dict[str, Any], precision: str
 ) -> Iterator[Row]:
-    """Ours beside diffusers', as the arguments have it."""
+    """Yield rows of our network compared with diffusers', as the arguments say."""
     arguments = step.arguments
     if arguments.compile:
         ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
         compile_blocks(ours, step.device)
         compile_blocks(theirs, step.device)
-    pair = step.measure(precision, step.of(run_ours, ours), step.of(run_diffusers, theirs))
+    pair = step.measure(precision, step.runner(run_ours, ours), step.runner(run_diffusers, theirs))
     if pair is None:
         return
     yield from pair.rows(precision, "diffusers", step.device)
@@ -253,19 +249,19 @@ def main_rows(
 def checkpointing_rows(
     step: Step, ours: nn.Module, theirs: nn.Module, precision: str
 ) -> Iterator[Row]:
-    """Both kinds beside ours without, and beside diffusers' own."""
-    plain = step.of(run_ours, ours)
+    """Yield rows of both kinds of checkpointing, compared with none and with diffusers'."""
+    plain = step.runner(run_ours, ours)
     for how in KEPT:
         changed, other = checkpointed(ours, theirs, how)
         name = f"{precision}/checkpointing={how}"
         yield from _variant(step, name, changed, plain, "echolab")
-        peer = step.of(run_diffusers, other)
+        peer = step.runner(run_diffusers, other)
         yield from _variant(step, f"{name}/peer", changed, peer, "diffusers, checkpointed")
 
 
 def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str) -> Iterator[Row]:
-    """Each change alone: compilation beside ours without it, attentions beside diffusers'."""
-    plain = step.of(run_ours, ours)
+    """Yield rows of compilation, and of each attention kernel, each alone."""
+    plain = step.runner(run_ours, ours)
     missing = compiler_missing(step.device)
     if missing:
         say(f"{precision}/compile: skipped, {missing}")
@@ -282,24 +278,23 @@ def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str)
         changed = copy.deepcopy(ours)
         use_attention(changed, attend)
         name = f"{precision}/attention={choice}"
-        yield from _variant(step, name, changed, step.of(run_diffusers, theirs), "diffusers")
+        yield from _variant(step, name, changed, step.runner(run_diffusers, theirs), "diffusers")
 
 
 def audio_rows(
     step: Step, ours: nn.Module, architecture: dict[str, Any], precision: str
 ) -> Iterator[Row]:
-    """What the sound's branch costs."""
-    hearing = with_audio(architecture)
-    heard = ours_net(hearing, step.arguments.seed, step.device)
-    use_attention(heard, attention_from(step.arguments.attention, step.device))
+    """Yield rows of the cost of the audio branch."""
+    audio_net = ours_net(with_audio(architecture), step.arguments.seed, step.device)
+    use_attention(audio_net, attention_from(step.arguments.attention, step.device))
     if step.checkpointing != "none":
-        checkpoint_blocks(heard, KEPT[step.checkpointing])
+        checkpoint_blocks(audio_net, KEPT[step.checkpointing])
     yield from _variant(
-        step, f"{precision}/sound", heard, step.of(run_ours, ours), "echolab without sound"
+        step, f"{precision}/audio", audio_net, step.runner(run_ours, ours), "echolab without audio"
     )
 
 
 def _variant(step: Step, name: str, net: nn.Module, baseline: Run, called: str) -> Iterator[Row]:
-    pair = step.measure(name, step.of(run_ours, net), baseline)
+    pair = step.measure(name, step.runner(run_ours, net), baseline)
     if pair:
         yield from pair.rows(name, called, step.device)

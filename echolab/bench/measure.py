@@ -14,7 +14,7 @@ Run = Callable[[], object]
 
 
 class Row(NamedTuple):
-    """One figure beside another."""
+    """One figure, and the figure that it is compared with."""
 
     name: str
     value: float
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one run takes; of several runs the medians."""
+    """The cost of one run, or the medians of several."""
 
     seconds: float  # by the clock on the wall, the GPU's work included
     processor_seconds: float  # of all threads: what others do on the same cores is not in it
@@ -37,13 +37,13 @@ class Cost(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two things that were run in turns."""
+    """The costs of two things that were run in turns."""
 
     ours: Cost
     baseline: Cost
 
     def rows(self, name: str, baseline: str, device: str) -> list[Row]:
-        """Time and memory."""
+        """Return the rows of time and memory."""
         ours, other, mebi = self.ours, self.baseline, 2**20
         rows = [Row(f"{name}/time", ours.seconds, "s", baseline, other.seconds)]
         if device == "cpu":
@@ -54,12 +54,12 @@ class Pair(NamedTuple):
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """The rows as a list of objects."""
+    """Return the rows as a JSON list of objects."""
     return json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1)
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """The rows for people."""
+    """Return the rows as a table of text."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
@@ -77,7 +77,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def cost_of(run: Run, device: str) -> Cost:
-    """Time of one run."""
+    """Measure the time of one run."""
     if device == "cuda":
         torch.cuda.synchronize()
     start, processor = time.perf_counter(), time.process_time()
@@ -88,7 +88,7 @@ def cost_of(run: Run, device: str) -> Cost:
 
 
 def peak_of(run: Run, device: str) -> int:
-    """The most bytes that torch's allocator held during a run, above what it held before.
+    """Return the most bytes that torch's allocator held in a run, above what it held before.
 
     On GPUs the caching allocator counts them; on CPUs every allocation and release is taken from
     torch's profiler.  What a run makes counts, gradients among it; the weights do not.
@@ -114,8 +114,11 @@ def peak_of(run: Run, device: str) -> int:
 
 
 def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
-    """Both in turns, `pairs` times, each first every other time, so that what disturbs one
-    disturbs the other; memory is that of a round before them."""
+    """Run both in turns, `pairs` times, and return their median costs.
+
+    Each is first every other time, so that what disturbs one disturbs the other.  Memory is that of
+    a round before them.
+    """
     run()  # compilers and tables at work
     baseline()
     peaks = peak_of(run, device), peak_of(baseline, device)
@@ -134,6 +137,6 @@ def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
     return Pair(ours, other)
 
 
-def say(words: str) -> None:
-    """Beside the rows: what is being done, and what is left out and why."""
-    print(words, file=sys.stderr, flush=True)
+def say(message: str) -> None:
+    """Print on standard error what is measured, and what is skipped and why."""
+    print(message, file=sys.stderr, flush=True)
