@@ -125,7 +125,7 @@ class Watch(pl.Callback):
         self.norms.append(check_clipped(squares, self.clip, self.step))
         self.states.append(
             {
-                f"{part}/{name}": self.masters.whole(name, self.masters.flats(part)).clone()
+                f"{part}/{name}": self.masters.full_tensor(name, self.masters.flats(part)).clone()
                 for part in (MASTER, *MOMENTS)
                 for name in self.masters.parameters
             }

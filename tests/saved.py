@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from echolab.training import distributed
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import newest, restore
-from echolab.training.checkpoints.manifest import serialise
+from echolab.training.checkpoints.manifest import serialize
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
@@ -247,7 +247,7 @@ def _see_another(out: Path) -> None:
         content = json.loads((out / "step-000003/manifest.json").read_bytes())
         content.pop("sha256")
         shutil.copytree(out, elsewhere)
-        other = serialise({**content, "tied": {}})
+        other = serialize({**content, "tied": {}})
         (elsewhere / "step-000003/manifest.json").write_bytes(other)
     told = ""
     try:

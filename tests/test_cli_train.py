@@ -229,7 +229,7 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
 
 def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
     """Let a checkpoint say that its curriculum was so far."""
-    from echolab.training.checkpoints.manifest import serialise
+    from echolab.training.checkpoints.manifest import serialize
     from echolab.training.checkpoints.writer import write_file
 
     content = json.loads((path / "state.json").read_text())
@@ -237,4 +237,4 @@ def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest.pop("sha256")
     manifest["files"]["state.json"] = write_file(path / "state.json", [text.encode()])
-    (path / "manifest.json").write_bytes(serialise(manifest))
+    (path / "manifest.json").write_bytes(serialize(manifest))

@@ -106,14 +106,14 @@ def test_older_formats_are_refused_in_words(folder: Path) -> None:
 
 def test_files_elsewhere_are_never_read(folder: Path) -> None:
     """Not even where the manifest's own digest fits."""
-    from echolab.training.checkpoints.manifest import serialise
+    from echolab.training.checkpoints.manifest import serialize
 
     path = folder_of(folder, 2) / "manifest.json"
     content = json.loads(path.read_bytes())
     content.pop("sha256")
     for name in ("../step-000001/state.json", "/etc/passwd", "state.json\n", "a/b.safetensors"):
         told = {**content["files"], name: {"bytes": 1, "sha256": ""}}
-        path.write_bytes(serialise({**content, "files": told}))
+        path.write_bytes(serialize({**content, "files": told}))
         with pytest.raises(CheckpointError, match="files that are of no checkpoint"):
             open_checkpoint(path.parent)
 

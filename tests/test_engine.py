@@ -15,10 +15,10 @@ from echolab.errors import ConfigError, EcholabError
 from echolab.training.engine.engine_report import (
     ClippedNorm,
     Plan,
-    asked_for,
     check,
     check_clipped,
     check_hooks,
+    expected_plan,
 )
 from echolab.training.engine.strategies import Machine
 
@@ -157,7 +157,7 @@ MACHINE = Machine(
 
 
 def test_a_plan_is_compared_with_what_was_asked_for() -> None:
-    asked = asked_for(MACHINE, accumulation=3, clip=1.0, blocks=2)
+    asked = expected_plan(MACHINE, accumulation=3, clip=1.0, blocks=2)
     check(PLAN, asked)
     wrong = {
         "strategy": "zero1", "world": 2, "data_parallel": 4, "sequence_parallel": 1,

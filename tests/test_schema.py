@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from echolab.cli.__main__ import main as echolab
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.checkpoint import folder_of, latest_valid, open_checkpoint
-from echolab.training.checkpoints.manifest import serialise
+from echolab.training.checkpoints.manifest import serialize
 from echolab.training.checkpoints.schema import STATE, state_faults
 from echolab.training.checkpoints.writer import write_file
 from echolab.training.config import Intervals
@@ -38,7 +38,7 @@ def seal(path: Path, **changes: Any) -> None:
     content.pop("sha256")
     files = {name: write_file(path / name, [(path / name).read_bytes()])
              for name in content["files"]}  # fmt: skip
-    (path / "manifest.json").write_bytes(serialise({**content, "files": files, **changes}))
+    (path / "manifest.json").write_bytes(serialize({**content, "files": files, **changes}))
 
 
 def remove(*keys: str) -> Callable[[State], object]:
@@ -236,7 +236,7 @@ def test_a_manifest_without_files_is_none(folder: Path) -> None:
     content = json.loads(path.read_text())
     for key in ("files", "parameters", "step", "tied"):
         left = {k: v for k, v in content.items() if k not in ("sha256", key)}
-        path.write_bytes(serialise(left))
+        path.write_bytes(serialize(left))
         with pytest.raises(CheckpointError, match=f"{key} is missing"):
             open_checkpoint(path.parent)
 

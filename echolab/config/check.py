@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from echolab.config.parts import deadlines_from, guards_from, intervals_from, machine_from
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
-from echolab.training.engine.machine import conflict, cut
+from echolab.training.engine.machine import accumulation_steps, conflict
 
 # Earlier names of settings and groups, by section; a name that begins with "/" is of no section.
 RENAMED = {
@@ -269,7 +269,9 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
 def _refusal_of(config: Mapping[str, Any]) -> str | None:
     """Return what the parts that these settings go to say against them."""
     try:
-        cut(config["batch_size"], config["micro_batch_size"], machine_from(config["trainer"]))
+        accumulation_steps(
+            config["batch_size"], config["micro_batch_size"], machine_from(config["trainer"])
+        )
         intervals_from(config)
         guards_from(config["loss_spike"])
         deadlines_from(config["timeouts"])

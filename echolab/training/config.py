@@ -21,7 +21,7 @@ from echolab.heartbeat import Beats
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
 from echolab.training.datamodule import Feed, HeldOut
-from echolab.training.engine.machine import Machine, cut
+from echolab.training.engine.machine import Machine, accumulation_steps
 from echolab.training.engine.placement import check_device
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
@@ -252,7 +252,7 @@ class Training(NamedTuple):
                 self.pairs, kind="preference", weights=self.pair_weights, order=order,
                 order_names=names["pairs"], **shared,
             )  # fmt: skip
-        accumulation = cut(self.batch_size, self.micro_batch_size, self.machine)
+        accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
         together = self.machine.sequence_parallel
         return Feed(
             clips,

@@ -15,7 +15,7 @@ from echolab.training.config import Intervals, Machine, Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import speed_up
 from echolab.training.engine.ema import EMA
-from echolab.training.engine.engine_report import check_alone, check_apart
+from echolab.training.engine.engine_report import check_alone, check_frozen_networks
 from echolab.training.engine.placement import place_shared, placement_of
 from echolab.training.engine.strategies import cluster_environment, strategy_of
 from echolab.training.module import DiffusionModule
@@ -133,5 +133,7 @@ def _module(training: Training, accumulation: int, beats: Beats) -> DiffusionMod
     )
     check_alone(module, training.net)
     reference = training.reference
-    check_apart(training.net, [("reference", reference)] if isinstance(reference, Frozen) else [])
+    check_frozen_networks(
+        training.net, [("reference", reference)] if isinstance(reference, Frozen) else []
+    )
     return module

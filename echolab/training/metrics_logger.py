@@ -31,7 +31,7 @@ def tell_plan(
     """What the live engine does; EcholabError where it is not what was asked for."""
     plan = engine.plan_of(trainer, module.net, masters, average)
     blocks = len(module.net.blocks)  # type: ignore[arg-type]
-    asked = engine.asked_for(training.machine, accumulation, training.optim.clip, blocks)
+    asked = engine.expected_plan(training.machine, accumulation, training.optim.clip, blocks)
     engine.check(plan, asked)
     engine.check_hooks(module, training.machine)
     if training.say and distributed.rank() == 0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.sigmas import draw
 from echolab.heartbeat import Beats
-from echolab.training.engine.sequence_parallel import SequenceSplit, neighbours
+from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
 from echolab.training.meter import Meter
 from echolab.types import Draws, Loss, PreferencePair
 
@@ -87,7 +87,7 @@ class DiffusionModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """The ranks know of each other by now."""
         if self.sequence_parallel > 1:
-            SequenceSplit(self.net, neighbours(self.sequence_parallel))
+            SequenceSplit(self.net, sequence_group(self.sequence_parallel))
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """The loss of one micro-batch."""

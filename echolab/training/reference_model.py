@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.checkpoints.checkpoint import open_alike
+from echolab.training.checkpoints.checkpoint import open_on_all_ranks
 from echolab.training.engine.ema import EMA
 
 
@@ -55,7 +55,7 @@ class References:
             return False
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give ref_model=")
-        self.reference.load(open_alike(self.pinned or boundary).tensors(EMA))
+        self.reference.load(open_on_all_ranks(self.pinned or boundary).tensors(EMA))
         self.reference.to(device)
         if fresh:
             self.load_state_dict(self._fresh)

@@ -1,12 +1,12 @@
-"""Checkpoints that know nothing of ranks or ZeRO stages.
+"""Checkpoints, independent of ranks and ZeRO stages.
 
     step-000123/  master-00001-of-00002.safetensors ...   and so exp_avg, exp_avg_sq, ema
                   state.json     step, schedule, curriculum, data, objectives, architecture
-                  manifest.json  what must be there, with sizes and sha256; written last
+                  manifest.json  files with sizes and sha256; written last
 
-Every tensor is whole, fp32 and under the parameter's own name, so any world size and stage loads
-it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is ever
-unpickled.
+Every tensor is complete, fp32 and stored under its parameter's name, so any world size and stage
+loads it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is
+ever unpickled.
 """
 
 import json
@@ -43,7 +43,7 @@ from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
 PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
 NAME = re.compile(r"step-(\d{6,})")
-REPLACED = ".replaced-"  # what a new checkpoint of the same step takes the place of
+REPLACED = ".replaced-"  # prefix of a checkpoint that a new one of the same step replaces
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -78,16 +78,16 @@ def _opened(path: Path) -> Any:
 
 
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the future depends on beside the tensors."""
-        found: dict[str, Any] = json.loads(read_whole(self.path / STATE))
-        return found
+        """Everything besides the tensors that the rest of the run depends on."""
+        state: dict[str, Any] = json.loads(read_whole(self.path / STATE))
+        return state
 
     @property
     def step(self) -> int:
@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Tells its content from any other's."""
+        """Hash of the content."""
         return str(self.manifest["sha256"])
 
     @property
@@ -105,7 +105,7 @@ class Checkpoint:
         return list(files_of(self.manifest))
 
     def tensors(self, part: str) -> Tensors:
-        """One of `parts` by parameter name, on the CPU."""
+        """Return one of `parts` by parameter name, on the CPU."""
         names = files_of(self.manifest).get(part)
         if names is None:
             raise CheckpointError(f"{self.path}: has no {part}, but {', '.join(self.parts)}")
@@ -113,29 +113,29 @@ class Checkpoint:
 
 
 def folder_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:06d}"
 
 
 def recover(folder: Path) -> None:
-    """Give back its name to one whose successor was killed before it had taken it."""
+    """Give a checkpoint its name back if its successor was killed before taking the name."""
     for path in folder.glob(f"{REPLACED}*"):
-        whole = folder / path.name.removeprefix(REPLACED)
-        if not whole.exists():
-            path.rename(whole)
+        complete = folder / path.name.removeprefix(REPLACED)
+        if not complete.exists():
+            path.rename(complete)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; without its manifest it does not count from the first moment on."""
+    """Remove a checkpoint; it is invalid from the moment its manifest is removed."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of `path`; raises CheckpointError saying what is wrong."""
+    """Verify every byte of `path`; raise CheckpointError with the first fault."""
     manifest = read_manifest(path)
-    if found := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
-        raise CheckpointError(found[0])
+    if wrong := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
+        raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
 
 
@@ -149,8 +149,8 @@ def content_faults(checkpoint: Checkpoint) -> list[str]:
         state = checkpoint.state
     except (ValueError, RecursionError) as error:
         return [f"{file}: is no JSON ({error}); {REMEDY}"]
-    if found := state_faults(state, checkpoint.step):
-        return [f"{file}: {fault}; {REMEDY}" for fault in found]
+    if wrong := state_faults(state, checkpoint.step):
+        return [f"{file}: {fault}; {REMEDY}" for fault in wrong]
     return _part_faults(checkpoint) or _tensor_faults(checkpoint)
 
 
@@ -174,27 +174,27 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
 def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
     """Compare names, shapes and dtype with the manifest; all values must be finite."""
     shapes = {name: tuple(dims) for name, dims in checkpoint.manifest["parameters"].items()}
-    found = []
+    wrong = []
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1, 8) or 1) as pool:
         for part in checkpoint.parts:
             try:
                 tensors = checkpoint.tensors(part)
             except SafetensorError as error:
-                found.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
+                wrong.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
                 continue
-            if odd := sorted(set(tensors) ^ set(shapes)):
-                found.append(
-                    f"{checkpoint.path}: {part} and the manifest's parameters differ in {odd[0]}; "
-                    f"{REMEDY}"
+            if extra := sorted(set(tensors) ^ set(shapes)):
+                wrong.append(
+                    f"{checkpoint.path}: {part} and the manifest's parameters differ in "
+                    f"{extra[0]}; {REMEDY}"
                 )
                 continue
             checked = pool.map(partial(_tensor_fault, part, tensors), shapes, shapes.values())
-            found += [
+            wrong += [
                 f"{checkpoint.path}: {part}: {name} {fault}; {REMEDY}"
                 for name, fault in zip(shapes, checked, strict=True)
                 if fault
             ]
-    return found
+    return wrong
 
 
 def _tensor_fault(
@@ -202,9 +202,9 @@ def _tensor_fault(
 ) -> str:
     tensor = tensors[name]
     if tensor.dtype is not torch.float32 or tuple(tensor.shape) != shape:
-        found = f"{tuple(tensor.shape)} of {tensor.dtype}"
-        return f"is {found}, must be {shape} of torch.float32"
-    # A sum needs no second tensor; where it is too large for fp32, every value is looked at.
+        actual = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        return f"is {actual}, must be {shape} of torch.float32"
+    # A sum needs no second tensor; if it overflows fp32, every value is checked.
     finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
     if not finite:
         return "holds values that are not finite"
@@ -213,15 +213,15 @@ def _tensor_fault(
 
 
 def open_verified(path: Path) -> Checkpoint:
-    """One that another rank has verified: the manifest and sizes are looked at, no tensor is."""
+    """Open a checkpoint that another rank has verified: check manifest and sizes only."""
     manifest = read_manifest(path)
-    if found := shallow_faults(path, manifest):
-        raise CheckpointError(found[0])
+    if wrong := shallow_faults(path, manifest):
+        raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of all folders that look like checkpoints, newest first."""
+    """Return the steps of all folders named like checkpoints, newest first."""
     try:
         names = retried(lambda: os.listdir(folder))
     except ABSENT:
@@ -232,9 +232,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, of step `at_most` or before, and one line for each rejected.
+    """Return the newest complete checkpoint up to step `at_most`, and one line for each rejected.
 
-    Raise StorageError where one cannot be read: it may be whole, and an older one is no substitute.
+    Raise StorageError if a checkpoint cannot be read: it may be complete, and an older one is no
+    substitute.
     """
     rejected: list[str] = []
     for step in saved_steps(folder):
@@ -242,13 +243,13 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
             continue
         path = folder_of(folder, step)
         try:
-            found = open_checkpoint(path)
+            checkpoint = open_checkpoint(path)
         except CheckpointError as error:
             rejected.append(str(error))
             continue
-        if found.step == step:
-            return found, rejected
-        rejected.append(f"{path}: is the checkpoint of step {found.step}, not of its name")
+        if checkpoint.step == step:
+            return checkpoint, rejected
+        rejected.append(f"{path}: is the checkpoint of step {checkpoint.step}, not of its name")
     return None, rejected
 
 
@@ -264,7 +265,7 @@ def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) 
 
 
 def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError where one has adapters and the other not, or others on another base."""
+    """Raise CheckpointError if two sets of adapters differ, or only one side has any."""
     saved, given = checkpoint.state.get("adapters") or {}, json.loads(json.dumps(adapters or {}))
     settings = {"targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "base": ""}
     for key, setting in settings.items():
@@ -279,7 +280,7 @@ def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -
 
 
 def _check_parameters(checkpoint: Checkpoint, masters: Masters) -> None:
-    """Every trained parameter is in the checkpoint, under its own name or tied, and no other."""
+    """Raise CheckpointError unless the checkpoint has exactly the trained parameters."""
     manifest, remedy = checkpoint.manifest, "give a checkpoint of this network"
     there = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
     for name in [*masters.shapes, *there]:
@@ -309,7 +310,7 @@ def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
 def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     """Set weights, moments, step counts and averages, bit for bit; collective.
 
-    A rank reads only the pages of the files in which its own pieces lie.
+    A rank reads only the pages of the files that hold its own pieces.
     """
     _check_parameters(checkpoint, masters)
     _check_averages(checkpoint, ema)
@@ -327,67 +328,68 @@ def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     masters.show(masters.local)
 
 
-# -- by all ranks together --------------------------------------------------------------------
+# -- collective: rank 0 verifies every byte, the others check that they open the same checkpoint;
+# errors are raised on every rank or on none
 
 
-def open_alike(path: Path) -> Checkpoint:
-    """The checkpoint at `path`."""
-    found = _alike(path.parent, lambda: open_checkpoint(path))
-    assert found
-    return found
+def open_on_all_ranks(path: Path) -> Checkpoint:
+    """Open the checkpoint at `path` on all ranks; rank 0 verifies it."""
+    checkpoint = _open_same(path.parent, lambda: open_checkpoint(path))
+    assert checkpoint
+    return checkpoint
 
 
 def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
-    """The newest valid one, of step `at_most` or before; rank 0 says which it passed over."""
+    """Open the newest valid checkpoint up to step `at_most`; rank 0 prints the rejected ones."""
 
     def find() -> Checkpoint | None:
         recover(folder)
-        found, rejected = latest_valid(folder, at_most)
+        checkpoint, rejected = latest_valid(folder, at_most)
         for line in rejected:
-            print(f"echolab: passed over: {line}", file=sys.stderr)
-        return found
+            print(f"echolab: skipped: {line}", file=sys.stderr)
+        return checkpoint
 
-    return _alike(folder, find)
+    return _open_same(folder, find)
 
 
 def oldest(folder: Path, at_most: int) -> Checkpoint | None:
-    """The oldest valid one, of step `at_most` or before."""
+    """Open the oldest valid checkpoint up to step `at_most`."""
 
     def find() -> Checkpoint | None:
         steps = sorted(step for step in saved_steps(folder) if step <= at_most)
         tried = (latest_valid(folder, step)[0] for step in steps)
-        return next((found for found in tried if found), None)
+        return next((checkpoint for checkpoint in tried if checkpoint), None)
 
-    return _alike(folder, find)
+    return _open_same(folder, find)
 
 
-def _alike(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """What `find` returns on rank 0: one in `folder`, which other ranks may see later or not."""
-    found: Checkpoint | None = None
-    fault, broken, told = "", "", "[]"
+def _open_same(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Open on all ranks what `find` returns on rank 0; others may see its folder later."""
+    checkpoint: Checkpoint | None = None
+    fault, broken, message = "", "", "[]"
     if distributed.rank() == 0:
         try:
-            found = find()
+            checkpoint = find()
         except CheckpointError as error:
             fault = str(error)
         except StorageError as error:
             broken = str(error)
         except OSError as error:
             broken = str(read_error(folder, error))
-        told = json.dumps([found.path.name, found.digest] if found else [])
+        message = json.dumps([checkpoint.path.name, checkpoint.digest] if checkpoint else [])
     distributed.raise_together(CheckpointError, fault)
     distributed.raise_together(StorageError, broken)
-    told = distributed.gather_text(told)[0]
-    if json.loads(told) and distributed.rank() > 0:
-        name, digest = json.loads(told)
+    message = distributed.gather_text(message)[0]
+    if json.loads(message) and distributed.rank() > 0:
+        name, digest = json.loads(message)
         try:
-            found = open_verified(folder / name)
-            if found.digest != digest:
-                fault = f"{folder / name}: is not the checkpoint that rank 0 found; {REMEDY}"
+            checkpoint = open_verified(folder / name)
+            if checkpoint.digest != digest:
+                fault = f"{folder / name}: is not the checkpoint that rank 0 opened; {REMEDY}"
         except CheckpointError as error:
             fault = str(error)
         except StorageError as error:
             broken = str(error)
     distributed.raise_together(CheckpointError, fault)
     distributed.raise_together(StorageError, broken)
-    return found
+    return checkpoint

@@ -1,4 +1,4 @@
-"""In what two checkpoints differ, bit by bit."""
+"""Differences between two checkpoints, bit by bit."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from echolab.training.checkpoints.checkpoint import Checkpoint
 
-ORIGIN = "origin"  # by how many ranks and which strategy it was written: no difference
+ORIGIN = "origin"  # world size and strategy that wrote it: ignored
 
 
 class TensorDifference(NamedTuple):
-    """A tensor that is not the same in both."""
+    """A tensor that differs between the two."""
 
     part: str
     name: str
     what: str  # "values", or why they cannot be compared
     different: int = 0  # elements whose bits differ
-    of: int = 0
+    of: int = 0  # elements in all
     largest: float = 0.0  # of |a - b|; 0 where only signs of zeros differ
 
     def line(self) -> str:
-        """For people."""
+        """Return one line for people."""
         if self.what != "values":
             return f"{self.part} {self.name}: {self.what}"
         return (
@@ -33,7 +33,7 @@ class TensorDifference(NamedTuple):
 
 
 def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested dicts; a list is one value."""
+    """Yield (dotted key, value) of nested dicts; a list is one value."""
     if isinstance(state, dict) and state:
         for name, value in state.items():
             yield from flatten(value, f"{key}.{name}" if key else str(name))
@@ -42,16 +42,16 @@ def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"key", "a", "b"} of each entry that differs; "a" or "b" is left out where there is none."""
+    """Return {"key", "a", "b"} of each entry that differs; a side without it is left out."""
     one, other = (
         dict(flatten({k: v for k, v in state.items() if k != ORIGIN})) for state in (a, b)
     )
-    found = []
+    differences = []
     for key in sorted(one.keys() | other.keys()):
-        told = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
-        if len(told) < 2 or not _same(told["a"], told["b"]):
-            found.append({"key": key, **told})
-    return found
+        values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
+        if len(values) < 2 or not _same(values["a"], values["b"]):
+            differences.append({"key": key, **values})
+    return differences
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -59,7 +59,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifference]:
-    """Of all parts; a tensor of each is in memory at a time."""
+    """Yield the differences of all parts; one tensor of each is in memory at a time."""
     for part in sorted({*a.parts, *b.parts}):
         if part not in a.parts or part not in b.parts:
             yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
@@ -69,14 +69,14 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifferenc
             if name not in one or name not in other:
                 where = "a" if name in one else "b"
                 yield TensorDifference(part, name, f"only in {where}")
-            elif found := _compared(part, name, one[name], other[name]):
-                yield found
+            elif difference := _compared(part, name, one[name], other[name]):
+                yield difference
 
 
 def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
-        told = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
-        return TensorDifference(part, name, f"{told[0]} in a, {told[1]} in b")
+        forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
+        return TensorDifference(part, name, f"{forms[0]} in a, {forms[1]} in b")
     unequal = a.view(torch.int32) != b.view(torch.int32)
     if not unequal.any():
         return None

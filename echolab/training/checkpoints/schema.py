@@ -173,8 +173,8 @@ STATE = fields(
 
 def state_faults(state: Any, step: int) -> list[str]:
     """Return one line for each entry of the state of step `step` that cannot be."""
-    found = list(STATE(state, ""))
-    return found or list(_contradictions(state, step))
+    wrong = list(STATE(state, ""))
+    return wrong or list(_contradictions(state, step))
 
 
 def _contradictions(state: Mapping[str, Any], step: int) -> Iterator[str]:

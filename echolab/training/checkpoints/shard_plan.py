@@ -1,4 +1,4 @@
-"""Which file of a checkpoint holds which tensors, where in it, and which rank writes it."""
+"""The files of a checkpoint: their tensors and offsets, the rank that writes each, collection."""
 
 import json
 import math
@@ -12,12 +12,13 @@ from torch import Tensor
 from echolab.training import distributed
 from echolab.training.engine.master_weights import Masters, values
 
+WINDOW = 1 << 25  # values that travel at once: 128 MiB
 ITEM = 4  # bytes of an fp32 value
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class File(NamedTuple):
-    """One safetensors file: whole fp32 tensors, one after the other."""
+    """One safetensors file: complete fp32 tensors, one after the other."""
 
     name: str
     part: str
@@ -26,8 +27,8 @@ class File(NamedTuple):
     writer: int  # rank
 
     def header(self, shapes: Shapes) -> bytes:
-        """What safetensors writes before the values: a length, and JSON padded to 8 bytes."""
-        told = {
+        """Return what safetensors has before the values: a length, and JSON padded to 8 bytes."""
+        entries = {
             name: {
                 "dtype": "F32",
                 "shape": list(shapes[name]),
@@ -35,14 +36,14 @@ class File(NamedTuple):
             }
             for name, start in self.starts.items()
         }
-        text = json.dumps({"__metadata__": {"format": "pt"}, **told}, separators=(",", ":"))
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
         content = text.encode()
         content += b" " * (-len(content) % 8)
         return len(content).to_bytes(8, "little") + content
 
 
 def _runs(shapes: Shapes, files: int) -> list[list[str]]:
-    """Names in order, cut into at most so many runs of about equal size."""
+    """Return the names in order, cut into at most `files` runs of about equal size."""
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
     total, before = max(1, sum(sizes.values())), 0
     runs: dict[int, list[str]] = {}
@@ -53,11 +54,11 @@ def _runs(shapes: Shapes, files: int) -> list[list[str]]:
 
 
 def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int) -> list[File]:
-    """The files of a checkpoint, in the order in which all ranks fill them.
+    """Return the files of a checkpoint, in the order in which all ranks fill them.
 
     Each part is cut into equal files of about `shard_bytes` or less.  As many ranks write as there
-    are `shard_bytes` in all, spread over the job so that several nodes write: of a small network
-    rank 0 alone.  Pure: every rank finds the same.
+    are `shard_bytes` in all, spread over the job so that several nodes write; a small network is
+    written by rank 0 alone.  A pure function: every rank computes the same.
     """
     bytes_of_part = ITEM * sum(map(math.prod, shapes.values()))
     writers = min(world, max(1, bytes_of_part * len(parts) // shard_bytes))
@@ -78,13 +79,8 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
     return files
 
 
-# -- filling files ----------------------------------------------------------------------------
-
-WINDOW = 1 << 25  # values that travel at once: 128 MiB
-
-
 def host_buffer(file: File, *, pinned: bool) -> Tensor:
-    """fp32 memory for a file's values; pinned, copies from a GPU are fast and run alone.
+    """Return fp32 memory for a file's values; if pinned, copies from a GPU are asynchronous.
 
     torch rounds pinned memory up to a power of two: files of just under one waste least.
     """
@@ -95,21 +91,21 @@ def host_buffer(file: File, *, pinned: bool) -> Tensor:
 def gather(masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor | None) -> None:
     """Fill `into`, on the rank that writes `file`, with the values of its parameters in `flats`.
 
-    Collective where sharded.  A copy from a GPU may still be under way afterwards: synchronise.
+    Collective if sharded.  A copy from a GPU may still be in flight afterwards: synchronize.
     """
     if masters.sharded:
         for first in range(0, file.numel, WINDOW):
             _reduce(masters, flats, file, into, first)
     elif into is not None:
         for name, start in file.starts.items():
-            whole = masters.whole(name, flats).detach().reshape(-1)
-            into[start : start + whole.numel()].copy_(whole, non_blocking=True)
+            full_tensor = masters.full_tensor(name, flats).detach().reshape(-1)
+            into[start : start + full_tensor.numel()].copy_(full_tensor, non_blocking=True)
 
 
 def _reduce(
     masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor | None, first: int
 ) -> None:
-    """The values first, first + 1, ... of a file: every rank adds its own to zeros."""
+    """Collect the values first, first + 1, ... of a file: every rank adds its own to zeros."""
     last = min(first + WINDOW, file.numel)
     # As integers: 0 + x keeps every bit, of -0.0 and NaN too.
     bits = torch.zeros(last - first, dtype=torch.int32, device=distributed.device())

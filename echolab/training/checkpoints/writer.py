@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training: it stops only for a copy to host memory."""
+"""Checkpoint writing in a background thread: training waits only for a copy to host memory."""
 
 import hashlib
 import json
@@ -19,20 +19,22 @@ from echolab.atomic_io import FULL, described, retried, sync
 from echolab.errors import FencedError, SaveError, StorageError
 from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
-from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialise
+from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialize
 from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
 from echolab.training.checkpoints.shard_plan import ITEM, File, gather, host_buffer, layout
 from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
+SPARE = 1.05  # for headers, folders and other files of the run
+FACTOR = 2  # at the start of a run: a new one is complete before an old one is removed
 NICENESS = 10  # of the thread that writes
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
 Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
 
 
 class Fault(NamedTuple):
-    """What went wrong on one rank ("": nothing), to be raised on all; JSON."""
+    """What failed on one rank ("": nothing), to be raised on all ranks; JSON."""
 
     words: str
     passing: str  # "yes": the file system may be well again
@@ -50,7 +52,7 @@ class Fault(NamedTuple):
 
 
 def fault_of(error: Exception) -> Fault:
-    """Tell a disk that is full from a file system that fails."""
+    """Distinguish a disk that is full from a file system that fails."""
     if isinstance(error, OSError) and error.errno and error.errno not in FULL:
         place = f"{error.filename}: " if error.filename else ""
         return Fault(f"{place}{described(error)}", "yes")
@@ -58,7 +60,7 @@ def fault_of(error: Exception) -> Fault:
 
 
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
-    """Write and fsync, again where an error passes; the hash is of what was meant to be written."""
+    """Write and fsync, with retries; the hash is of the bytes that were to be written."""
     parts = list(contents)
     return retried(lambda: _write_once(path, parts))
 
@@ -80,10 +82,10 @@ def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
 class CheckpointWriter:
     """Saves by `begin` and, steps later, `finish`; both at once is a save that waits.
 
-    Each rank's thread writes the files that `layout` gives it; rank 0 publishes them.  `newest`
-    valid ones stay, at least two, and those whose step `keep` is true for; where `snapshot` is, the
-    power averages stay too (`snapshots`).  Making one is collective, and removes what a killed
-    attempt left in `folder`.  `check` raises where rank 0 must write nothing any more.
+    Each rank's thread writes the files that `layout` assigns to it; rank 0 publishes them.  The
+    `newest` valid ones stay, at least two, and those whose step `keep` is true for.  If `snapshot`
+    is true for a step, its power averages stay too (`snapshots`).  The constructor is collective,
+    and removes what a killed attempt left in `folder`.  `check` raises if rank 0 must not write.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class CheckpointWriter:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
-        self.seconds = 0.0  # of the longest save so far, what went on beside the training included
+        self.seconds = 0.0  # of the longest save so far, with its time in the background
         parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
         self.files = layout(self.shapes, parts, world=distributed.world(), shard_bytes=shard_bytes)
@@ -131,19 +133,19 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has been begun and not finished."""
+        """Whether a save has begun and not finished."""
         return self._thread is not None
 
     def written(self) -> bool:
-        """Whether this rank's files of the pending save are on disk, or failed; not collective."""
+        """Return whether this rank's pending files are on disk, or failed; not collective."""
         return self._thread is not None and not self._thread.is_alive()
 
     def check_start(self) -> None:
-        """SaveError where twice a checkpoint would not fit; for the start; collective."""
+        """Raise SaveError if two checkpoints would not fit; at the start; collective."""
         self._on_first(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
 
     def _on_first(self, work: Callable[[], object]) -> None:
-        """Let rank 0 do it; what goes wrong is raised on every rank."""
+        """Run `work` on rank 0, and raise its error on every rank."""
         fault = Fault("", "")
         if distributed.rank() == 0:
             try:
@@ -155,10 +157,10 @@ class CheckpointWriter:
     # -- begin --------------------------------------------------------------------------------
 
     def begin(self, state: dict[str, Any]) -> None:
-        """Take `state` and a copy of all tensors, and go on in a thread; collective.
+        """Copy `state` and all tensors, and write them in a thread; collective.
 
-        Finishes an earlier save first.  Raises SaveError on every rank, before anything is
-        written, where there is no room on the disk or in memory.
+        Finish an earlier save first.  Raise SaveError on every rank, before anything is written, if
+        there is no room on the disk or in memory.
         """
         self.finish()
         self.close()
@@ -205,7 +207,7 @@ class CheckpointWriter:
     # -- in the thread ------------------------------------------------------------------------
 
     def _write(self, state: bytes) -> None:
-        """This rank's files.  The thread says what went wrong in `finish`."""
+        """Write this rank's files.  `finish` raises what failed here."""
         started = time.monotonic()
         try:
             # Linux counts niceness by thread: the steps that go on come first.
@@ -216,8 +218,8 @@ class CheckpointWriter:
             if distributed.rank() == 0:
                 self._receipts[STATE] = write_file(self._partial / STATE, [state])
         except Exception as error:
-            found = fault_of(error)
-            self._fault = found._replace(words=f"rank {distributed.rank()}: {found.words}")
+            fault = fault_of(error)
+            self._fault = fault._replace(words=f"rank {distributed.rank()}: {fault.words}")
         self._spent += time.monotonic() - started
 
     def _write_tensors(self, file: File) -> Receipt:
@@ -227,9 +229,9 @@ class CheckpointWriter:
     # -- finish -------------------------------------------------------------------------------
 
     def finish(self) -> Path | None:
-        """Wait for the pending save and publish it; None where there is none; collective.
+        """Wait for the pending save and publish it; return None if there is none; collective.
 
-        Raises SaveError on every rank where one failed; earlier checkpoints are untouched.
+        Raise SaveError on every rank if one failed; earlier checkpoints are untouched.
         """
         if self._thread is None:
             return None
@@ -237,12 +239,12 @@ class CheckpointWriter:
         self._thread = None
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
-        told = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
-        fault = next((f for one in told if (f := Fault(*one["fault"])).words), Fault("", ""))
+        reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
+        fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))
         if distributed.rank() == 0:
             try:
                 if not fault.words:
-                    self._publish({name: r for one in told for name, r in one["files"].items()})
+                    self._publish({name: r for one in reports for name, r in one["files"].items()})
             except OSError as error:
                 fault = fault_of(error)
             if fault.words:
@@ -252,12 +254,12 @@ class CheckpointWriter:
                     f" it, earlier checkpoints are whole; {fault.remedy}"
                 )
         fault.raise_together()
-        spent = max(one["spent"] for one in told) + time.monotonic() - started
+        spent = max(one["spent"] for one in reports) + time.monotonic() - started
         self.seconds = max(self.seconds, spent)
         return self._path
 
     def _publish(self, receipts: dict[str, Receipt]) -> None:
-        """Rank 0: see that all files are here, write the manifest, give the folder its name."""
+        """Check on rank 0 that all files exist, write the manifest, and rename the folder."""
         self._check()
         if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
             raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
@@ -273,7 +275,7 @@ class CheckpointWriter:
             "tied": self.masters.tied,
             "files": dict(sorted(receipts.items())),
         }
-        write_file(self._partial / MANIFEST, [serialise(manifest)])
+        write_file(self._partial / MANIFEST, [serialize(manifest)])
         retried(lambda: sync(self._partial))
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
@@ -297,32 +299,26 @@ class CheckpointWriter:
             print(f"echolab: an old checkpoint could not be removed: {error}", file=sys.stderr)
 
     def close(self) -> None:
-        """Wait until old checkpoints are removed, which also goes on beside the training."""
+        """Wait until old checkpoints are removed, which is done in a thread."""
         if self._pruning.is_alive():
             self._pruning.join()
 
 
-# -- disk space -------------------------------------------------------------------------------
-
-SPARE = 1.05  # for headers, folders and what else is written meanwhile
-FACTOR = 2  # at the start of a run: a new one is whole before an old one goes
-
-
 def check_room(folder: Path, needed: int, files: int = 20) -> None:
-    """SaveError where `folder`'s disk has not `needed` bytes x 1.05, or not so many inodes.
+    """Raise SaveError if `folder`'s disk has less than 1.05 x `needed` bytes, or too few inodes.
 
-    Looks at what a user without privileges may take.  A quota shows only when a write fails.
+    These are the limits of an unprivileged user.  A quota shows only when a write fails.
     """
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
     wanted = int(needed * SPARE)
     if free < wanted:
         raise SaveError(
             f"{folder}: a checkpoint needs {wanted:,} bytes, {free:,} are free; make room, or "
             "give another run folder"
         )
-    if found.f_files and found.f_favail < files:  # 0: a file system without fixed inodes
+    if disk.f_files and disk.f_favail < files:  # 0: a file system without fixed inodes
         raise SaveError(
-            f"{folder}: a checkpoint needs {files} inodes, {found.f_favail} are free; remove files "
+            f"{folder}: a checkpoint needs {files} inodes, {disk.f_favail} are free; remove files "
             "there, or give another run folder"
         )

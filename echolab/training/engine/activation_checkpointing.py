@@ -1,7 +1,7 @@
-"""Less memory and less time for the same numbers, applied to a network from outside.
+"""Activation checkpointing and compilation: less memory or less time for the same numbers.
 
 Both change how the blocks of a network are run, and neither the names nor the values of its
-parameters.  Apply `checkpoint_blocks` first, so that what is compiled is the checkpointed block.
+parameters.  Apply `checkpoint_blocks` first, so that the checkpointed block is what is compiled.
 """
 
 import os
@@ -30,7 +30,7 @@ KEPT: dict[str, tuple[str, ...]] = {"full": (), "selective": ATTENTION}
 def speed_up(
     net: nn.Module, *, device: str, attention: str, checkpointing: str, compiled: bool
 ) -> None:
-    """conf/trainer's `attention`, `checkpointing` and `compile`; ConfigError for unknown ones."""
+    """Apply conf/trainer's attention, checkpointing and compilation; raise ConfigError."""
     if checkpointing not in ("none", *KEPT):
         known = ", ".join(("none", *KEPT))
         raise ConfigError(
@@ -55,10 +55,10 @@ def _policy(keep: tuple[str, ...], _: Any, operator: Any, *args: Any, **kwargs: 
 
 
 class Recomputing(_CachedTorchDispatchMode):
-    """Give the kept outputs again and run every other operator anew.
+    """Return the kept outputs again and recompute every other operator.
 
     torch's own mode wants the operators of the forward pass, one by one.  Under ZeRO 3 they differ:
-    hooks within the block gather the weights that are not there at that moment.
+    hooks within the block gather weights that are not there at that moment.
     """
 
     def __init__(self, keep: tuple[str, ...], storage: Any) -> None:
@@ -73,7 +73,7 @@ class Recomputing(_CachedTorchDispatchMode):
 
 
 def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
-    """A block's `forward`.  Plain functions throughout: Dynamo does not look into a partial."""
+    """Return a block's `forward`.  Plain functions: Dynamo does not look into a partial."""
 
     def contexts() -> Any:
         keeping, cached = create_selective_checkpoint_contexts(partial(_policy, keep))
@@ -90,11 +90,11 @@ def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
 
 
 def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) -> None:
-    """Each `every`-th block keeps its input alone, and is run again on the way back.
+    """Let each `every`-th block keep only its input, and run again in the backward pass.
 
-    The outputs of operators whose names hold a part in `keep` are kept too: with `ATTENTION` all is
-    recomputed but the attention, which at long sequences is most of the time and little of the
-    memory.  Gradients are the same bit for bit where the kernels are deterministic.
+    The outputs of operators whose names contain a part in `keep` are kept too: with `ATTENTION`,
+    everything is recomputed except attention, which at long sequences is most of the time and
+    little of the memory.  Gradients are the same bit for bit if the kernels are deterministic.
     """
     for block in list(net.blocks)[::every]:  # type: ignore[arg-type]
         # A method of the block, so that a copy of it runs the copy.
@@ -102,7 +102,7 @@ def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) 
 
 
 def compiler_missing(device: str) -> str:
-    """What torch.compile lacks here, in words; empty where nothing."""
+    """Return which compiler torch.compile lacks here; empty if none."""
     names = [os.environ.get("CXX") or "g++", "clang++"]
     if device == "cpu" and not any(shutil.which(name) for name in names):
         return "no C++ compiler (g++ or clang++) on PATH; install one, or set compile=false"
@@ -110,9 +110,9 @@ def compiler_missing(device: str) -> str:
 
 
 def compile_blocks(net: nn.Module, device: str = "cpu", backend: str = "inductor") -> None:
-    """Every block is compiled when it first runs: all share one graph, so it is compiled once.
+    """Compile every block when it first runs: all share one graph, which is compiled once.
 
-    Raises ConfigError where there is no C++ compiler for the CPU's kernels.
+    Raise ConfigError if there is no C++ compiler for the CPU's kernels.
     """
     missing = compiler_missing(device)
     if missing and backend == "inductor":

@@ -1,9 +1,9 @@
-"""The memory of one training step, by running it on tensors without values.
+"""Activation memory of one training step, by running it on tensors without values.
 
 The network's own forward and backward run under torch's FakeTensorMode, and every storage that they
-make is counted while it lives.  So checkpointing, adapters, autocast and the kernels' saved tensors
-are counted as they are, and there is no formula that could grow stale.  What is not seen: scratch
-space inside kernels, the allocator's rounding and fragmentation, and the CUDA context.
+allocate is counted while it lives.  So checkpointing, adapters, autocast and tensors saved by
+kernels are counted as they are, and no formula can go stale.  Not counted: scratch space inside
+kernels, the allocator's rounding and fragmentation, and the CUDA context.
 """
 
 import weakref
@@ -30,7 +30,7 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 
 class Clip(NamedTuple):
-    """The size of a micro-batch: latents, and the tokens that it is told."""
+    """The size of a micro-batch: latents, and the tokens of its conditions."""
 
     clips: int
     frames: int  # of latents
@@ -44,28 +44,28 @@ class Step(NamedTuple):
     """Bytes beyond the weights, in one forward and backward."""
 
     forward: int  # the most at once until the loss is there
-    activations: int  # the most at once in all, gradients of weights apart
-    together: int  # the most at once while gradients of weights take the activations' place
+    activations: int  # the most at once in all, without gradients of weights
+    together: int  # the most at once in all, with gradients of weights
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is active, and that still live.
+    """Counts the bytes of all live storages that were allocated while it is active.
 
-    Storages of `known` tensors do not count.  `apart` moves a tensor's storage to the gradients.
+    Storages of `known` tensors do not count.  `count_gradient` moves a storage to the gradients.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.live, self.gradients, self.peak, self.peak_together = 0, 0, 0, 0
         self._storages: dict[int, weakref.ref[Any]] = {}
-        self._apart: set[int] = set()
+        self._of_weights: set[int] = set()
         self._known = [tensor.untyped_storage() for tensor in known]
         self._keys = {storage._cdata for storage in self._known}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator, and look at what it made."""
+        """Run the operator, and count the storages of its result."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -83,24 +83,24 @@ class LiveBytes(TorchDispatchMode):
 
     def _gone(self, key: int, size: int) -> None:
         del self._storages[key]
-        if key in self._apart:
-            self._apart.remove(key)
+        if key in self._of_weights:
+            self._of_weights.remove(key)
             self.gradients -= size
         else:
             self.live -= size
 
-    def apart(self, tensor: Tensor) -> None:
-        """Count a gradient of a weight as such."""
+    def count_gradient(self, tensor: Tensor) -> None:
+        """Count a weight's gradient separately from the activations."""
         storage = tensor.untyped_storage()
         self._see(storage)
-        if storage._cdata not in self._apart:
-            self._apart.add(storage._cdata)
+        if storage._cdata not in self._of_weights:
+            self._of_weights.add(storage._cdata)
             self.live -= storage.nbytes()
             self.gradients += storage.nbytes()
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What every fast kernel keeps: its inputs, its output and a number for each query."""
+    """Keep what every fast kernel keeps: its inputs, its output and one number for each query."""
     q, k, v = (heads.to(values.dtype).transpose(1, 2) for heads in (queries, keys, values))
     mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return mixed.transpose(1, 2)
@@ -128,9 +128,9 @@ def _norm(weight: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def like_gpu(net: nn.Module) -> None:
-    """Let a network that will be simulated keep what it keeps on a GPU.
+    """Make a network to be simulated keep the activations that it keeps on a GPU.
 
-    Attention and RMS norm are those kernels of a GPU that keep other things than a CPU's.
+    Only the kernels of attention and RMS norm keep other tensors on a GPU than on a CPU.
     """
     use_attention(net, _flash)
     for module in net.modules():
@@ -156,7 +156,7 @@ def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Tensors made within have a shape and a type, and nothing else."""
+    """Make tensors within the context have a shape and a dtype, and no values."""
     rope_table.cache_clear()
     try:
         with FakeTensorMode():
@@ -166,7 +166,7 @@ def _without_values() -> Iterator[None]:
 
 
 def _allocate(net: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters on the present device in place of those on meta."""
+    """Replace parameters on meta by parameters on the present device."""
     for module in net.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             setattr(
@@ -197,7 +197,9 @@ def simulate(
         with LiveBytes([*net.parameters(), *net.buffers()]) as counted:
             for parameter in net.parameters():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p: counted.apart(p.grad))
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: counted.count_gradient(p.grad)
+                    )
             return _run(net, architecture, clip, counted, autocast)
 
 

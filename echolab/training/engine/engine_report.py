@@ -1,8 +1,9 @@
-"""What the live engine does, read back from it after set-up and never from the settings.
+"""What the live engine does, read from it after set-up and never from the settings.
 
-Labels lie: "16-mixed" under DeepSpeed is pure fp16, accumulation was reset to 1 without a word, an
-optimizer clipped on some ranks only.  So: a plan of what is there, printed and compared with what
-was asked for; counters that agree at every step; and the gradient's norm as the optimizer got it.
+Labels lie: "16-mixed" under DeepSpeed is pure fp16, accumulation was reset to 1 silently, an
+optimizer clipped on some ranks only.  So: a plan read from the engine, printed and compared with
+the expected one; counters that agree at every step; and the gradient's norm as the optimizer got
+it.
 """
 
 from collections.abc import Iterable
@@ -58,7 +59,7 @@ class Plan(NamedTuple):
     attention: str
 
     def lines(self) -> list[str]:
-        """To be printed when a run starts."""
+        """Return the lines to print when a run starts."""
         width = max(map(len, self._fields))
         return [f"{name:{width}}  {value}" for name, value in self._asdict().items()]
 
@@ -69,7 +70,7 @@ def _types(tensors: Iterable[Tensor]) -> str:
 
 
 def _strategy(trainer: pl.Trainer) -> str:
-    """By the objects that do the work."""
+    """Name the strategy by the objects that do the work."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         zero: Any = trainer.optimizers[0]
         if hasattr(zero, "fp32_partitioned_groups_flat"):
@@ -79,7 +80,7 @@ def _strategy(trainer: pl.Trainer) -> str:
 
 
 def _compute(trainer: pl.Trainer, net: nn.Module) -> str:
-    """The type in which a matrix product of the network's parameters comes out."""
+    """Return the dtype in which a matrix product of the network's parameters comes out."""
     parameter = next(net.parameters())
     probe = torch.ones(1, 1, dtype=parameter.dtype, device=parameter.device)
     with trainer.precision_plugin.forward_context():
@@ -101,7 +102,7 @@ def _offload(trainer: pl.Trainer) -> str:
 
 
 def _together(net: nn.Module) -> tuple[int, str]:
-    """(ranks that share a clip, attention function) of the first block."""
+    """Return (ranks that share a clip, attention function) of the first block."""
     attend: Any = net.blocks[0].self_attn.attend  # type: ignore[index, union-attr]
     split = getattr(attend, "__self__", None)
     if isinstance(split, SequenceSplit):
@@ -148,8 +149,8 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     )
 
 
-def asked_for(machine: Machine, accumulation: int, clip: float, blocks: int) -> dict[str, Any]:
-    """What a plan must say where these settings were followed."""
+def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int) -> dict[str, Any]:
+    """Return what a plan must contain if these settings were followed."""
     low = "float32" if machine.precision == "32-true" else "bfloat16"
     return {
         "strategy": machine.strategy,
@@ -172,7 +173,7 @@ def asked_for(machine: Machine, accumulation: int, clip: float, blocks: int) -> 
 
 
 def check(plan: Plan, asked: dict[str, Any]) -> None:
-    """EcholabError naming everything in which the engine is not what was asked for."""
+    """Raise EcholabError naming everything in which the engine differs from the settings."""
     differ = [
         f"{name} is {getattr(plan, name)}, asked for {value}"
         for name, value in asked.items()
@@ -186,17 +187,17 @@ def check(plan: Plan, asked: dict[str, Any]) -> None:
 
 
 def skipped(trainer: pl.Trainer) -> int:
-    """Steps whose gradient was not finite, so that DeepSpeed left the weights as they were."""
+    """Return how many steps DeepSpeed skipped because of a gradient that is not finite."""
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return 0
     return int(trainer.strategy.deepspeed_engine.skipped_steps)
 
 
 def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped: int = 0) -> None:
-    """EcholabError where the engine counts otherwise than `steps` optimizer steps since it began.
+    """Raise EcholabError unless the engine has counted `steps` optimizer steps since it began.
 
-    To be called after the last micro-batch of each step.  `skipped` is how many of them were gone
-    back over because their gradient was not finite.
+    Call it after the last micro-batch of each step.  `skipped` is how many of them were rolled back
+    because their gradient was not finite.
     """
     counts = {"lightning's global_step": (trainer.global_step, steps)}
     if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -214,18 +215,18 @@ def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped:
 
 
 def check_hooks(module: pl.LightningModule, machine: Machine) -> None:
-    """ConfigError for hooks that nobody would call: mistyped, or ignored by the engine."""
+    """Raise ConfigError for hooks that are never called: mistyped, or ignored by the engine."""
     unknown = [
         name
         for name in dir(type(module))
         if name.startswith(("on_", "configure_", "optimizer_")) and not hasattr(_PLAIN, name)
     ]
     ignored = NEVER_CALLED + (NOT_BY_DEEPSPEED if machine.sharded else ())
-    found = unknown + [name for name in ignored if is_overridden(name, module)]
-    if found:
+    uncalled = unknown + [name for name in ignored if is_overridden(name, module)]
+    if uncalled:
         raise ConfigError(
-            f"{type(module).__name__}.{found[0]}: never called with strategy {machine.strategy}; "
-            "remove it, or see that its name is one of Lightning's hooks"
+            f"{type(module).__name__}.{uncalled[0]}: never called with strategy "
+            f"{machine.strategy}; remove it, or see that its name is one of Lightning's hooks"
         )
 
 
@@ -233,14 +234,14 @@ _PLAIN = pl.LightningModule
 
 
 class ClippedNorm:
-    """Sums the squares of the gradients that the optimizer was given, where it was given them.
+    """Sums the squares of the gradients that the optimizer was given, when it was given them.
 
     Under ZeRO the optimizer steps group by group over fp32 partitions, unscaled and clipped, that
-    are gone afterwards; so this listens at the optimizer itself.
+    are freed afterwards; so this hooks into the optimizer itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, replicated: int = 1) -> None:
-        """`replicated` is on how many ranks the same gradients lie: 1 under ZeRO, else all."""
+        """Set `replicated`, the number of ranks with the same gradients: 1 under ZeRO, else all."""
         self.replicated = replicated
         self._squares: list[Tensor] = []
         # After, not before: Lightning computes the gradients inside of `step`.
@@ -256,7 +257,7 @@ class ClippedNorm:
             self._squares.append(torch.stack(norms).square().sum())
 
     def take(self) -> Tensor:
-        """This rank's sum of squares since the last call, []: summed over the ranks, the whole."""
+        """Return this rank's sum of squares since the last call, []; sum it over the ranks."""
         if not self._squares:
             return torch.zeros(())
         total = torch.stack(self._squares).sum() / self.replicated
@@ -265,7 +266,7 @@ class ClippedNorm:
 
 
 def check_clipped(squares: float, limit: float, step: int) -> float:
-    """The norm after clipping, from `take` summed over the ranks; EcholabError over `limit`."""
+    """Return the norm of clipped gradients, given `take` over all ranks; raise EcholabError."""
     norm = squares**0.5
     if norm > limit * (1 + CLIP_SLACK):
         raise EcholabError(
@@ -276,18 +277,20 @@ def check_clipped(squares: float, limit: float, step: int) -> float:
     return norm
 
 
-# -- trained and frozen networks --------------------------------------------------------------
+# -- trained and frozen networks --------------------------------------------------
 
 
 def _storages(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
     return {p.untyped_storage().data_ptr(): name for name, p in parameters if p.numel()}
 
 
-def check_apart(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
-    """ConfigError where a frozen network is not frozen, or shares weights with `net`.
+def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
+    """Raise ConfigError if a frozen network is not frozen, or shares weights with `net`.
 
-    `frozen` are networks by what they are called in a message.  Before the engine takes `net`:
-    ZeRO 3 leaves its parameters empty.  Adapters switched off are no copy, and not for this.
+    `frozen` are networks by their names in a message.  Call it before the engine takes `net`: ZeRO
+    3 leaves its parameters empty.  Not for adapters that are switched off, which are no copy.  A
+    reference that shares weights with the policy follows it, and then preference training teaches
+    nothing.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise ConfigError("the network has nothing to train: all its parameters are frozen")
@@ -304,7 +307,10 @@ def check_apart(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
 
 
 def check_alone(module: nn.Module, net: nn.Module) -> None:
-    """ConfigError where `module`, which the engine takes, holds parameters that are not `net`'s."""
+    """Raise ConfigError if `module`, which the engine takes, holds parameters that are not `net`'s.
+
+    A frozen network inside the module tree would be wrapped, partitioned and saved.
+    """
     own = {id(p) for p in net.parameters()}
     for name, parameter in module.named_parameters():
         if id(parameter) not in own:

@@ -1,9 +1,9 @@
 """The bytes that training holds on one rank between steps, and whether its machine has them.
 
-Under one process and DDP all is fp32.  DeepSpeed keeps the weights in the type that it computes in,
-cuts fp32 masters and moments into partitions, and fills groups up so that they divide: ZeRO 1 and 2
-a whole group to a multiple of 2 x world, ZeRO 3 every parameter to a multiple of world.  All ranks
-hold the same number of bytes.
+Under one process and DDP all is fp32.  DeepSpeed keeps the weights in the dtype that it computes
+in, cuts fp32 masters and moments into partitions, and pads groups so that they divide: ZeRO 1 and 2
+pad a complete group to a multiple of 2 x world, ZeRO 3 every parameter to a multiple of world.  All
+ranks hold the same number of bytes.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ USABLE = 0.95
 STAGES = (0, 1, 2, 3)
 PRECISIONS = {"32-true": 4, "bf16-mixed": 2}  # bytes of a weight that DeepSpeed computes with
 # Lightning's settings of DeepSpeed: elements of a bucket, of which ZeRO 1 and 2 have two, since
-# communication overlaps; and the size up to which ZeRO 3 keeps a parameter whole on every rank.
+# communication overlaps; and the size up to which ZeRO 3 does not partition a parameter.
 BUCKET = 200_000_000
 PERSISTENT = 100_000
 
@@ -45,7 +45,7 @@ class State(NamedTuple):
 
 
 def parameters_of(net: nn.Module) -> list[Parameter]:
-    """Of a network on any device, meta too."""
+    """Return the parameters of a network on any device, meta too."""
     return [Parameter(p.numel(), p.ndim, p.requires_grad) for p in net.parameters()]
 
 
@@ -54,7 +54,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
-    """As `DiffusionModule.configure_optimizers` makes them: matrices, and what is not decayed."""
+    """Group as `DiffusionModule.configure_optimizers` does: matrices, and what is not decayed."""
     groups = [p for p in trained if p.dimensions >= 2], [p for p in trained if p.dimensions < 2]
     return [group for group in groups if group]
 
@@ -62,7 +62,7 @@ def _groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
 def state_bytes(
     parameters: Sequence[Parameter], *, stage: int, world: int, precision: str
 ) -> State:
-    """Of ZeRO's stage (0 is one process or DDP); raises ConfigError for what cannot be."""
+    """Return a rank's bytes at a ZeRO stage (0: one process or DDP); raise ConfigError."""
     if stage not in STAGES:
         raise ConfigError(f"stage={stage}: unknown; one of 0 (no ZeRO), 1, 2, 3")
     if world < 1:
@@ -74,12 +74,12 @@ def state_bytes(
     if not trained:
         raise ConfigError("no parameter of the network is trained")
     if stage == 0:
-        return _whole(trained, frozen)
+        return _unsharded(trained, frozen)
     cut = _sharded if stage == 3 else _partitioned
     return cut(trained, frozen, stage, world, PRECISIONS[precision])
 
 
-def _whole(trained: Sequence[Parameter], frozen: Sequence[Parameter]) -> State:
+def _unsharded(trained: Sequence[Parameter], frozen: Sequence[Parameter]) -> State:
     count = sum(p.numel for p in trained)
     return State(
         weights=FP32 * (count + sum(p.numel for p in frozen)),
@@ -145,7 +145,7 @@ def bytes_needed(
     offloaded = state.optimizer if machine.offload == "optimizer" else 0
     if machine.device == "cpu":
         return Needed(0, machine.devices * (resident + state.optimizer + saved))
-    # Masters start from the fp32 weights, which lie beside the rounded ones until then.
+    # Masters start from the fp32 weights, which are in memory with the rounded ones until then.
     start = everything + (state.weights + state.optimizer // 3 if machine.sharded else 0)
     steady = resident + state.optimizer - offloaded + state.buffers
     return Needed(max(start, steady), machine.devices * (offloaded + saved))

@@ -68,13 +68,13 @@ def _unknown(machine: Machine) -> str | None:
 
 
 def conflict(machine: Machine) -> str | None:
-    """Why these settings do not go together, in one line with the remedy; None where they do.
+    """Return why these settings do not go together, in one line with the remedy; None if they do.
 
     Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
     parallelism, offload, and any accumulation.
     """
-    if found := _unknown(machine):
-        return found
+    if fault := _unknown(machine):
+        return fault
     world, together = machine.world, machine.sequence_parallel
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
@@ -99,8 +99,8 @@ def conflict(machine: Machine) -> str | None:
     return None
 
 
-def cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
-    """Micro-batches a step and rank; raises ConfigError where it does not divide."""
+def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
+    """Return the micro-batches of a rank and step; raise ConfigError if they do not divide."""
     if why := conflict(machine):
         raise ConfigError(why)
     groups = machine.world // machine.sequence_parallel

@@ -1,9 +1,9 @@
 """The fp32 state that an optimizer updates, under plain PyTorch, DDP and ZeRO 1, 2 and 3.
 
 A rank holds it as tensors that its optimizer updates (`local`), its moments and averages in tensors
-of the same shapes; `pieces` says which part of which parameter lies where in them.  Any such list,
-of weights, of a moment or of an average, is made whole by parameter name (`whole`, `gather`), set
-from whole tensors (`fill`), and shown to the network (`show`), all by the same map.
+of the same shapes; `pieces` maps these to parts of parameters.  With that one map any such list, of
+weights, of a moment or of an average, is gathered to full tensors by parameter name
+(`full_tensor`), set from full tensors (`fill`), and shown to the network (`show`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter; under ZeRO 3 the tensor itself is empty between uses."""
+    """Return the shape of the full parameter; under ZeRO 3 the tensor is empty between uses."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -56,7 +56,7 @@ class Masters:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the whole trained parameters, by name."""
+        """Shapes of the full trained parameters, by name."""
         return {name: tuple(shape(parameter)) for name, parameter in self.parameters.items()}
 
     @property
@@ -66,11 +66,11 @@ class Masters:
 
     @property
     def local(self) -> list[Tensor]:
-        """Their values."""
+        """Values of `keys`."""
         return [tensor.data for tensor in self.keys]
 
     def flats(self, part: str) -> list[Tensor]:
-        """MASTER or one of MOMENTS, as this rank holds it."""
+        """Return MASTER or one of MOMENTS, as this rank holds it."""
         if part == MASTER:
             return self.local
         return [self.optimizer.state[key][part] for key in self.keys]
@@ -86,14 +86,14 @@ class Masters:
         ]
 
     def check_complete(self) -> None:
-        """CheckpointError for a trained parameter that no rank's optimizer updates; collective."""
+        """Raise CheckpointError for a trained parameter without an optimizer; collective."""
         held = dict.fromkeys(self.parameters, 0)
         for piece in self.pieces:
             held[piece.name] += piece.numel
-        found = list(map(float, held.values()))
+        counts = list(map(float, held.values()))
         if self.sharded:
-            found = distributed.sums(found)
-        for (name, parameter), count in zip(self.parameters.items(), found, strict=True):
+            counts = distributed.sums(counts)
+        for (name, parameter), count in zip(self.parameters.items(), counts, strict=True):
             if (numel := shape(parameter).numel()) != count:
                 raise CheckpointError(
                     f"{name}: {numel} values are trained, the optimizer has {count:.0f} of them; "
@@ -101,7 +101,7 @@ class Masters:
                 )
 
     def prepare(self) -> None:
-        """Make the moments that the first step would make, so that they can be read and written."""
+        """Create the moments that the first step would create, so that they can be read and set."""
         ours = type(self.optimizer).__module__.startswith("torch.")  # DeepSpeed's count in an int
         for tensor in self.keys:
             state = self.optimizer.state[tensor]
@@ -125,8 +125,8 @@ class Masters:
             else:
                 state["step"] = count
 
-    def whole(self, name: str, flats: Sequence[Tensor]) -> Tensor:
-        """A whole parameter's values in `flats`, which are as `local`; collective where sharded."""
+    def full_tensor(self, name: str, flats: Sequence[Tensor]) -> Tensor:
+        """Return a parameter's full tensor in `flats`, laid out as `local`; collective."""
         parameter = self.parameters[name]
         if not self.sharded:
             return flats[self.pieces_of(name)[0].group]
@@ -137,34 +137,34 @@ class Masters:
         return bits.view(torch.float32).view(shape(parameter))
 
     def pieces_of(self, name: str) -> list[Piece]:
-        """This rank's, of one parameter; often none."""
+        """Return this rank's pieces of one parameter; often none."""
         return self._by_name.get(name, [])
 
     @cached_property
     def _by_name(self) -> dict[str, list[Piece]]:
-        found: dict[str, list[Piece]] = {}
+        pieces: dict[str, list[Piece]] = {}
         for piece in self.pieces:
-            found.setdefault(piece.name, []).append(piece)
-        return found
+            pieces.setdefault(piece.name, []).append(piece)
+        return pieces
 
     @torch.no_grad()
     def fill(self, flats: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Set this rank's pieces from whole tensors by name; after the masters, `show` them."""
+        """Set this rank's pieces from full tensors by name; after the masters, `show` them."""
         for piece in self.pieces:
-            whole = tensors[piece.name].reshape(-1)
-            values(flats, piece).copy_(whole[piece.start : piece.start + piece.numel])
+            flat_values = tensors[piece.name].reshape(-1)
+            values(flats, piece).copy_(flat_values[piece.start : piece.start + piece.numel])
 
     @torch.no_grad()
     def show(self, flats: Sequence[Tensor]) -> None:
-        """Let the network compute with the values of `flats`; collective where sharded."""
+        """Let the network compute with the values of `flats`; collective if sharded."""
         for name, parameter in self.parameters.items():
-            self._set(parameter, self.whole(name, flats))
+            self._set(parameter, self.full_tensor(name, flats))
 
-    def _set(self, parameter: Any, whole: Tensor) -> None:
-        parameter.data.copy_(whole)
+    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
+        parameter.data.copy_(full_tensor)
 
     def snapshot(self) -> list[Tensor]:
-        """What `show` overwrites, to be given back to `unshow`."""
+        """Return what `show` overwrites, for `unshow`."""
         return [parameter.data.clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class Masters:
 
 
 class PartitionedMasters(Masters):
-    """ZeRO 1 and 2: whole weights on each rank, one flat fp32 partition of each group."""
+    """ZeRO 1 and 2: full weights on each rank, one flat fp32 partition of each group."""
 
     sharded = True
 
@@ -185,14 +185,14 @@ class PartitionedMasters(Masters):
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        found = []
+        pieces = []
         for name, parameter in self.parameters.items():
             mapping = getattr(parameter, "_hp_mapping", None)  # None: all of it is elsewhere
             if mapping is not None:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                 group = mapping.param_group_index
-                found.append(Piece(name, group, here.start, there.start, here.numel))
-        return found
+                pieces.append(Piece(name, group, here.start, there.start, here.numel))
+        return pieces
 
 
 class ShardedMasters(Masters):
@@ -206,41 +206,43 @@ class ShardedMasters(Masters):
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Cut to the parameter: the last rank's piece ends in padding, which is never written."""
-        found = []
+        """What this rank holds, without the last rank's padding, which is never written."""
+        pieces = []
         for name, parameter in self.parameters.items():
-            place = self.zero.grad_position.get(self.zero.get_param_id(parameter))
-            if place is not None:
-                group, offset, longest = place
+            position = self.zero.grad_position.get(self.zero.get_param_id(parameter))
+            if position is not None:
+                group, offset, longest = position
                 start = longest * dist.get_rank(group=parameter.ds_process_group)
                 count = min(longest, parameter.ds_numel - start)
                 if count > 0:
-                    found.append(Piece(name, group, offset, start, count))
-        return found
+                    pieces.append(Piece(name, group, offset, start, count))
+        return pieces
 
-    def _set(self, parameter: Any, whole: Tensor) -> None:
+    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(whole)
+            parameter.data.copy_(full_tensor)
 
     def snapshot(self) -> list[Tensor]:
         return [parameter.ds_tensor.data.clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
-        self.show(self.local)  # this cuts whole parameters again, and gathers those kept whole
+        self.show(
+            self.local
+        )  # this partitions parameters again, and gathers those that are not partitioned
         for parameter, kept in zip(self.parameters.values(), saved, strict=True):
             parameter.ds_tensor.data.copy_(kept)
 
 
 def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:
-    """A piece's values: a flat view that can be written."""
+    """Return a piece's values: a flat view that can be written."""
     return flats[piece.group].view(-1).narrow(0, piece.offset, piece.numel)
 
 
 def masters_of(net: nn.Module, optimizer: Any) -> Masters:
-    """The right kind for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
+    """Return the right kind for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return ShardedMasters(net, optimizer)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):

@@ -2,10 +2,10 @@
 
 Ulysses' scheme (DeepSpeed-Ulysses, arXiv 2309.14509): every rank has its share of the tokens in all
 layers; around self-attention an all-to-all trades tokens for heads, so that each rank attends over
-the whole clip with its share of the heads.  Cross-attention needs no traffic.
+all tokens of the clip with its share of the heads.  Cross-attention needs no communication.
 
-A rank's share is a run of tokens out of *every* latent frame, not a run of latent frames: the sound
-of a frame then meets that frame's tokens wherever they are, and 21 frames need not divide.
+A rank's share is a run of tokens out of *every* latent frame, not a run of latent frames: the audio
+of a frame then meets that frame's tokens on every rank, and 21 frames need not divide.
 
 Shapes: B clips, F latent frames, P tokens of a frame, S = F P, N heads, d channels of a head,
 W ranks, p = ceil(P / W) tokens of a frame on one rank.
@@ -22,7 +22,7 @@ from echolab.errors import ConfigError
 
 
 class _Exchange(torch.autograd.Function):
-    """Part i goes to rank i; its place takes the part that rank i had for this one.  [W, ...]"""
+    """Send part i to rank i, and receive in its place rank i's part for this rank.  [W, ...]"""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
@@ -33,12 +33,12 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Who gave gets: the same exchange."""
+        """Return the gradients to where the parts came from: the same exchange."""
         return _Exchange.apply(gradient, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):
-    """Everybody's part.  [...] -> [W, ...]"""
+    """Gather the parts of all ranks.  [...] -> [W, ...]"""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
@@ -49,13 +49,15 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The own part, W-fold: parameters then have W times their share of the gradient, and the
-        mean over ranks, which DDP and ZeRO take anyway, is the whole."""
+        """Return this rank's part times W, so that the mean over ranks is the full gradient.
+
+        Parameters then have W times their share of it, and DDP and ZeRO take the mean anyway.
+        """
         return gradient[dist.get_rank(ctx.group)] * len(gradient), None
 
 
-def neighbours(count: int) -> Any:
-    """The group of `count` ranks in a row that this rank is of; all ranks must call it."""
+def sequence_group(count: int) -> Any:
+    """Return the group of `count` consecutive ranks with this rank; all ranks must call it."""
     own = None
     for first in range(0, dist.get_world_size(), count):
         group = dist.new_group(range(first, first + count))
@@ -67,8 +69,8 @@ def neighbours(count: int) -> Any:
 class SequenceSplit:
     """Runs a network's blocks on this rank's share of the tokens, from now on.
 
-    All ranks of `group` must give the network the same inputs; all get the whole output.  Gradients
-    of parameters are to be averaged over the ranks.  Raises ConfigError where the heads do not
+    All ranks of `group` must give the network the same inputs; all get the complete output.  The
+    gradients of parameters must be averaged over the ranks.  Raises ConfigError if the heads do not
     divide.
     """
 
@@ -92,38 +94,40 @@ class SequenceSplit:
         net.head.register_forward_hook(self._gather)  # type: ignore[union-attr]
 
     def _share(self, values: Tensor, dim: int) -> Tensor:
-        """[.., P, ..] -> [.., p, ..]; the last rank's share is filled up with zeros."""
+        """Take this rank's share, padded with zeros: [.., P, ..] -> [.., p, ..]."""
         values = values.movedim(dim, -1)
         share = -(-values.shape[-1] // self.world)
         padded = F.pad(values, (0, share * self.world - values.shape[-1]))
         return padded.narrow(-1, self.rank * share, share).movedim(-1, dim)
 
     def _split_tokens(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens, steering, told, rope = given
-        self.frame_tokens = told.face.shape[2]
+        tokens, modulation, context, rope = given
+        self.frame_tokens = context.face.shape[2]
         framewise = tokens.unflatten(1, (-1, self.frame_tokens))
-        return self._share(framewise, 2).flatten(1, 2), steering, told, rope
+        return self._share(framewise, 2).flatten(1, 2), modulation, context, rope
 
     def _split_conditions(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens, steering, told, rope = given
-        positions = self._share(rope.unflatten(0, (-1, told.face.shape[2])), 1).flatten(0, 1)
-        return tokens, steering, told._replace(face=self._share(told.face, 2)), positions
+        tokens, modulation, context, rope = given
+        positions = self._share(rope.unflatten(0, (-1, context.face.shape[2])), 1).flatten(0, 1)
+        return tokens, modulation, context._replace(face=self._share(context.face, 2)), positions
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[B, F p, N, d] three times -> [B, F p, N, d]."""
+        """Attend over all tokens: [B, F p, N, d] three times -> [B, F p, N, d]."""
         frames = queries.shape[1] // -(-self.frame_tokens // self.world)
-        mixed = self.attend(*(self._whole(heads, frames) for heads in (queries, keys, values)))
-        return self._shared(mixed, frames)
+        mixed = self.attend(
+            *(self._gather_tokens(heads, frames) for heads in (queries, keys, values))
+        )
+        return self._scatter_tokens(mixed, frames)
 
-    def _whole(self, heads: Tensor, frames: int) -> Tensor:
-        """All tokens of some heads for some tokens of all.  [B, F p, N, d] -> [B, S, N / W, d]"""
+    def _gather_tokens(self, heads: Tensor, frames: int) -> Tensor:
+        """Exchange heads for tokens: [B, F p, N, d] -> [B, S, N / W, d]."""
         parts = heads.unflatten(2, (self.world, -1)).unflatten(1, (frames, -1))
         received = _Exchange.apply(parts.permute(3, 0, 1, 2, 4, 5), self.group)  # [W, B, F, p, ..]
         clip = received.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)  # [B, F, W p, n, d]
         return clip[:, :, : self.frame_tokens].flatten(1, 2)
 
-    def _shared(self, mixed: Tensor, frames: int) -> Tensor:
-        """The way back: [B, S, N / W, d] -> [B, F p, N, d]."""
+    def _scatter_tokens(self, mixed: Tensor, frames: int) -> Tensor:
+        """Exchange tokens for heads again: [B, S, N / W, d] -> [B, F p, N, d]."""
         clip = mixed.unflatten(1, (frames, -1))
         fill = -self.frame_tokens % self.world
         parts = F.pad(clip, (0, 0, 0, 0, 0, fill)).unflatten(2, (self.world, -1))
@@ -131,7 +135,7 @@ class SequenceSplit:
         return received.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
 
     def _gather(self, head: nn.Module, given: tuple[Any, ...], values: Tensor) -> Tensor:
-        """[B, F p, V] -> [B, S, V]."""
+        """Gather the output of all ranks: [B, F p, V] -> [B, S, V]."""
         share = -(-self.frame_tokens // self.world)
         parts = _Gather.apply(values.unflatten(1, (-1, share)), self.group)  # [W, B, F, p, V]
         clip = parts.permute(1, 2, 0, 3, 4).flatten(2, 3)

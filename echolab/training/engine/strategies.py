@@ -1,7 +1,7 @@
 """How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs.
 
-`machine.conflict` is the whole table of what goes together: what it lets pass is trained in the
-tests, and comes to what one plain process comes to.
+`machine.conflict` is the complete table of what goes together: everything that it allows is trained
+in the tests, with the result of one plain process.
 """
 
 import os
@@ -79,7 +79,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         return None
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """The network casts what it is given; noise, targets and losses stay in fp32."""
+        """Keep noise, targets and losses in fp32: the network casts its own inputs."""
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         super().setup(trainer)
 
@@ -103,7 +103,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
 
 
 def strategy_of(machine: Machine) -> Strategy | str:
-    """For Lightning's trainer.  Raises ConfigError for what `refusal` refuses."""
+    """Return the strategy for Lightning's trainer; raise ConfigError if `refusal` refuses."""
     if why := refusal(machine):
         raise ConfigError(why)
     if machine.strategy == "single":
@@ -128,9 +128,9 @@ def strategy_of(machine: Machine) -> Strategy | str:
 
 
 def cluster_environment() -> LightningEnvironment | SLURMEnvironment:
-    """Slurm's where srun itself started us; else ranks come from the launcher's environment.
+    """Return Slurm's environment if srun itself started this rank, else the launcher's.
 
-    Lightning never requeues: signals and requeueing are ours (`stopping`, slurm/train.sbatch).
+    Lightning never requeues: signals and requeueing are done by `signals` and slurm/train.sbatch.
     """
     if "ECHOLAB_LAUNCH" in os.environ:  # a supervisor started us, inside Slurm or not
         return LightningEnvironment()
