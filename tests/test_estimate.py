@@ -169,9 +169,9 @@ def test_the_encoders_are_those_of_the_release() -> None:
 
 def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     plain = estimated(capsys, "model=demo")
-    kept = estimated(capsys, "model=demo", "checkpointing=full")
-    pairs = estimated(capsys, "model=demo", "kind=dpo")
-    lora = estimated(capsys, "model=demo", "lora=attention", "rank=4", "kind=dpo")
+    kept = estimated(capsys, "model=demo", "activation_checkpointing=full")
+    pairs = estimated(capsys, "model=demo", "objective=dpo")
+    lora = estimated(capsys, "model=demo", "lora=attention", "lora_rank=4", "objective=dpo")
     assert kept["bytes"]["activations"] < 0.7 * plain["bytes"]["activations"]
     assert pairs["bytes"]["reference"] == plain["bytes"]["weights"] == 4 * 6_029_744
     two = estimated(capsys, "model=demo", "micro_batch=2")
@@ -180,7 +180,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert lora["trained_parameters"] == layers * 4 * 2 * 256
     assert lora["bytes"]["reference"] == 0
     assert lora["bytes"]["ema"] == lora["bytes"]["gradients"] == 4 * lora["trained_parameters"]
-    assert main(["estimate", "demo", "memory=0.5", "stage=2", "world=8"]) == 0
+    assert main(["estimate", "demo", "gpu_gib=0.5", "zero_stage=2", "world_size=8"]) == 0
     text = capsys.readouterr().out
     assert "6,029,744 parameters" in text and "largest micro-batch" in text
     for words, message in (
@@ -188,7 +188,9 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
         (["model=demo", "height=50"], "height=50: must be a multiple of 16"),
         (["model=demo", "frames=8"], "frames=8: must be 4n+1"),
         (["model=demo", "micro_batch=0"], "micro_batch=0"),
-        (["model=demo", "stage=5"], "stage=5: unknown"),
+        (["model=demo", "zero_stage=5"], "zero_stage=5 is not one of 0, 1, 2, 3"),
+        (["model=demo", "stage=2"], "did you mean zero_stage=...?"),
+        (["model=demo", "memory=80"], "did you mean gpu_gib=...?"),
     ):
         assert main(["estimate", *words]) == 1
         assert message in capsys.readouterr().err
@@ -196,14 +198,14 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_fits_is_what_is_said_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
     limit = 0.16
-    rows = estimated(capsys, "model=demo", f"memory={limit}", *SMALL)["fits"]
-    row = next(r for r in rows if r["stage"] == 0 and r["world"] == 1)
+    rows = estimated(capsys, "model=demo", f"gpu_gib={limit}", *SMALL)["fits"]
+    row = next(r for r in rows if r["zero_stage"] == 0 and r["world_size"] == 1)
     assert 4 < row["micro_batch"] < 32
     for clips, fits in ((row["micro_batch"], True), (round(1.2 * row["micro_batch"]) + 1, False)):
-        words = (f"micro_batch={clips}", "stage=0", *SMALL)
+        words = (f"micro_batch={clips}", "zero_stage=0", *SMALL)
         total = estimated(capsys, "model=demo", *words)["bytes"]["total"]
         assert (total <= limit * 2**30) is fits
-    micro = [r["micro_batch"] for r in rows if r["stage"] == 3]
+    micro = [r["micro_batch"] for r in rows if r["zero_stage"] == 3]
     assert micro == sorted(micro)  # more ranks, more room
 
 
