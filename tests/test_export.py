@@ -66,7 +66,7 @@ def test_a_released_flash_file_comes_out_as_it_went_in(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = tiny.architecture("echomimicv3_flash")
-    monkeypatch.setattr("echolab.cli.export.architecture_of", lambda name: architecture)
+    monkeypatch.setattr("echolab.cli.export_weights.architecture_of", lambda name: architecture)
     shapes = released_shapes(tiny.model("echomimicv3_flash"))
     before = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     save_file(before, tmp_path / "a.safetensors")
@@ -144,7 +144,7 @@ def test_a_run_is_exported_and_starts_another(
     capsys.readouterr()
     for weights, kind in (("ema", "ema"), ("raw", "master")):
         out = tmp_path / f"{weights}.safetensors"
-        told = ["export", str(folder), f"out={out}", "dtype=fp32", f"weights={weights}"]
+        told = ["export", str(folder), f"out={out}", "dtype=fp32", f"which={weights}"]
         assert main([*told, "format=json"]) == 0
         figures = json.loads(capsys.readouterr().out)
         part = open_checkpoint(last_checkpoint(folder)).tensors(kind)
@@ -173,7 +173,7 @@ def test_other_averages_are_exported(
     checkpoint = open_checkpoint(last_checkpoint(run[0]))
     assert checkpoint.parts[:4] == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq"]
     for number, (word, part) in enumerate(
-        [("weights=ema-0.5", "ema-0.5"), ("ema_std=0.1", "power-0.1")]
+        [("which=ema-0.5", "ema-0.5"), ("ema_std=0.1", "power-0.1")]
     ):
         out = tmp_path / f"{number}.safetensors"
         assert main(["export", str(run[0]), f"out={out}", "dtype=fp32", word]) == 0
@@ -181,8 +181,8 @@ def test_other_averages_are_exported(
         torch.testing.assert_close(found, {name: kept[name] for name in found}, atol=1e-5, rtol=0)
     capsys.readouterr()
     for word, answer in [
-        ("weights=mean", "weights=mean: unknown"),
-        ("weights=ema-0.25", "has no ema-0.25"),
+        ("which=mean", "which=mean: unknown"),
+        ("which=ema-0.25", "has no ema-0.25"),
         ("ema_std=0.4", "must lie in"),
     ]:
         assert main(["export", str(run[0]), f"out={tmp_path / 'none'}", word]) == 1
@@ -196,13 +196,13 @@ def test_adapters_are_written_alone_or_added(
     base, words = run
     adapted = tmp_path / "adapted"
     assert main([*words, "lora=attention", f"init_from={base}", f"run_dir={adapted}"]) == 0
-    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 0
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
     beside = {"peft.safetensors", "peft.audio.safetensors"}
     assert {path.name for path in tmp_path.glob("peft*.safetensors")} == beside
-    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 1
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 1
     single = tmp_path / "single.safetensors"
-    assert main(["export", str(adapted), f"out={single}", "weights=adapters", "dtype=bf16"]) == 0
+    assert main(["export", str(adapted), f"out={single}", "which=adapters", "dtype=bf16"]) == 0
     assert {tensor.dtype for tensor in load_file(single).values()} == {
         torch.bfloat16, torch.float32,  # the alphas
     }  # fmt: skip
@@ -211,7 +211,7 @@ def test_adapters_are_written_alone_or_added(
     assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(told)
     capsys.readouterr()
     for source, weights in ((base, "adapters"), (adapted, "raw")):
-        assert main(["export", str(source), f"out={tmp_path / 'x'}", f"weights={weights}"]) == 1
+        assert main(["export", str(source), f"out={tmp_path / 'x'}", f"which={weights}"]) == 1
         assert "adapters" in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
@@ -221,7 +221,7 @@ def test_released_weights_change_names(
 ) -> None:
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
-    monkeypatch.setattr("echolab.cli.export.architecture_of", tiny.architecture)
+    monkeypatch.setattr("echolab.cli.export_weights.architecture_of", tiny.architecture)
     told = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
     assert main(["export", str(tmp_path / "in.safetensors"), *told]) == 0
     told = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]

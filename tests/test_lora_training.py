@@ -153,7 +153,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     merged, other = load_policy(a), load_policy(base)
     assert set(merged.state_dict()) == set(other.state_dict())
     assert (
-        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "weights=adapters"]) == 0
+        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "which=adapters"]) == 0
     )
     merge_adapters(other, read_adapters(tmp_path / "folder", other))
     torch.testing.assert_close(velocities(merged), velocities(other), rtol=1e-5, atol=1e-5)

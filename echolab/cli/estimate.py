@@ -11,8 +11,8 @@ class EstimateArguments:
     """Predict the bytes of one rank in training, by kind, and whether they fit.
 
     Weights, gradients, moments and EMA are exact.  Activations are those of one step, run on
-    tensors without values: the peak, at the end of the forward or during the backward.  Not counted: the
-    CUDA context (about 0.5 GiB), fragmentation, scratch space of kernels.
+    tensors without values: the peak, at the end of the forward or in the backward.  Not counted:
+    the CUDA context (about 0.5 GiB), fragmentation, scratch space of kernels.
     """
 
     model: str = argument("network, a name in conf/model", section="Model")
