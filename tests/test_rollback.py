@@ -9,7 +9,7 @@ from typing import Any
 import encoded
 import pytest
 
-from echolab.cli import replay
+from echolab.cli import replay_steps
 from echolab.cli.__main__ import main
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
@@ -88,7 +88,7 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
         assert [path.name for path in sorted(aside.iterdir())] == ["step-000008", "step-000010"]
         assert open_checkpoint(folder_of(aside, 10)).step == 10  # whole, should anyone want it
     said = capsys.readouterr().out
-    assert f"{a}: goes on from step 6, without sft batches 5:7 (event 1)" in said
+    assert f"{a}: resumes from step 6, without sft batches 5:7 (event 1)" in said
     for run in (a, b, fresh):
         train(compose([*words, f"run_dir={run}"]))
     assert same_end(a, b) and same_end(a, fresh) and not same_end(a, trained)
@@ -166,7 +166,7 @@ def test_any_step_comes_out_bit_for_bit_and_the_run_stays_as_it_is(
         code, lines = replayed(trained, step, capsys, out=out)
         last = lines[-1]
         assert (code, last.split(": ", 1)[1]) == (
-            0, f"steps {start + 1} to {step} are as they were (bit for bit), by ledger, metrics"
+            0, f"steps {start + 1} to {step} repeat (bit for bit), by ledger, metrics"
             + (", checkpoint" if step == 10 else ""),
         )  # fmt: skip
         assert min(read_ledger(out).steps) == start and max(read_ledger(out).steps) == step - 1
@@ -215,7 +215,7 @@ def test_a_run_of_several_ranks_is_replayed_by_one_to_rounding(
     code, lines = replayed(run, 9, capsys)  # a clip at a time, as two ranks had them
     assert (code, lines[-1]) == (
         0,
-        f"{run}: steps 9 to 9 are as they were (losses to 0.001), by ledger, metrics",
+        f"{run}: steps 9 to 9 repeat (losses to 0.001), by ledger, metrics",
     )
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -231,7 +231,7 @@ def test_only_means_over_the_same_steps_are_compared() -> None:
         return [{"step": step, "attempt": n, "train/loss": 1.0} for step, n in steps]
 
     def spans(told: list[dict[str, Any]], start: int, log: int) -> list[tuple[int, int]]:
-        return [span for span, _ in replay._by_span(told, start, log)]
+        return [span for span, _ in replay_steps._by_span(told, start, log)]
 
     # The second attempt went on from some step between 20 and 25, nobody says which.
     two = rows((10, 1), (20, 1), (25, 2), (30, 2))
