@@ -11,7 +11,7 @@ from echolab.errors import ConfigError
 AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     """Write weights with the names of Wan and EchoMimicV3, or as a folder for diffusers.
 
