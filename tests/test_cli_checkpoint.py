@@ -61,7 +61,7 @@ def test_verify_has_a_line_for_each_fault(run: Path, capsys: pytest.CaptureFixtu
     assert code == 1 and not found["valid"] and found["faults"] == lines
     (newest / "manifest.json").unlink()
     code, found = told(capsys, "verify", run)
-    assert code == 1 and "no whole checkpoint" in found["faults"][0]
+    assert code == 1 and "no complete checkpoint" in found["faults"][0]
     assert told(capsys, "verify", folder_of(run / "checkpoints", 3))[0] == 0
 
 

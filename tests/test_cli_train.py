@@ -67,7 +67,7 @@ def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
         (["model.dim=wide"], "model.dim=wide: must be a whole number"),
         (["objective.beta=-1", "schedule=dpo"], "beta"),
         (["trainer.strategy=zero9", "schedule.epochs=[{kind:sft,steps:1,lr:0}]"], "zero9"),
-        (["init_from=nowhere"], "nowhere: no whole checkpoint"),
+        (["init_from=nowhere"], "nowhere: no complete checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line(
@@ -123,7 +123,9 @@ def test_what_a_rank_refuses_is_one_line_too(
     words = ["train", *data, f"run_dir={run}", "init_from=nowhere"]
     assert main(words) == exit_codes.FATAL
     said = capfd.readouterr().err
-    assert said.startswith("echolab: error: nowhere: no whole checkpoint") and said.count("\n") == 1
+    assert (
+        said.startswith("echolab: error: nowhere: no complete checkpoint") and said.count("\n") == 1
+    )
     assert main(["why", str(run), "format=json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["cause"], told["exit_code"], told["requeue"]) == ("start", 1, False)

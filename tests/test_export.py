@@ -239,7 +239,7 @@ def test_released_weights_change_names(
         (["in.safetensors", "out=x", "model=nothing"], "model=nothing: unknown; one of demo"),
         (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0: must be above 0"),
         (["in.safetensors", "out=x", "model=demo"], "in.safetensors: not there"),
-        ([".", "out=x"], "no whole checkpoint"),
+        ([".", "out=x"], "no complete checkpoint"),
     ],
 )
 def test_wrong_words_get_one_line(

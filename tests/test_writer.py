@@ -271,7 +271,7 @@ def test_one_rank_that_fails_is_heard_by_all(
     assert len(told) == 1
     assert (words or "no host memory to save from (this rank cannot)") in told.pop()
     saw = {(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)}
-    assert len(saw) == 1 and "is not the checkpoint that rank 0 found" in saw.pop()
+    assert len(saw) == 1 and "is not the checkpoint that rank 0 opened" in saw.pop()
     found, rejected = latest_valid(tmp_path)
     assert found and found.step == 3 and not rejected
     assert saved_steps(tmp_path) == [3, 1]

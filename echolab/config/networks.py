@@ -60,7 +60,7 @@ def last_checkpoint(run: Path) -> Path:
     found, rejected = latest_valid(own if own.is_dir() else run)
     if found is None:
         why = f" ({rejected[0]})" if rejected else ""
-        raise CheckpointError(f"{run}: no whole checkpoint in it{why}; train first")
+        raise CheckpointError(f"{run}: no complete checkpoint in it{why}; train first")
     return found.path
 
 

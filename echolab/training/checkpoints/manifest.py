@@ -47,7 +47,7 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(data)
     except ABSENT as error:
         raise CheckpointError(
-            f"{path}: incomplete checkpoint, {file} is missing; {REMEDY}"
+            f"{path}: no complete checkpoint: {file} is missing; {REMEDY}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); {REMEDY}") from error
