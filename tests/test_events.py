@@ -45,7 +45,7 @@ def test_a_history_knows_what_was_there_and_what_it_adds(tmp_path: Path) -> None
     history = History(tmp_path)
     history.add(7, "rollback", to=3, skip=["sft", 5, 4])
     assert history.events == read(tmp_path) and history.events[0] == first
-    assert isinstance(history.events[1], Event) and history.events[1].told["to"] == 3
+    assert isinstance(history.events[1], Event) and history.events[1].details["to"] == 3
 
 
 def test_what_is_no_event_is_one_line(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
     rows = train(tmp_path / "faulty", Once(factor), policy="recompute")
     assert final(tmp_path / "faulty") == final(tmp_path / "sound")
     told = events.read(tmp_path / "faulty/run")
-    assert [(e.kind, e.step, e.told["to"]) for e in told] == [("recompute", 7, 6)]
+    assert [(e.kind, e.step, e.details["to"]) for e in told] == [("recompute", 7, 6)]
     # Step 7 was right the first time and again: the same figures twice.
     seventh = [row["train/loss"] for row in rows if row["step"] == 7]
     assert len(seventh) == 2 and seventh[0] == seventh[1]
@@ -71,8 +71,8 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(tmp_path / name, eighth_batch(), **guards)
         told = events.read(tmp_path / name / "run")
-        assert [(e.kind, e.step, e.told["to"]) for e in told] == [("rollback", 7, 6)]
-        assert told[0].told["skip"] == ["sft", 6, 2]
+        assert [(e.kind, e.step, e.details["to"]) for e in told] == [("rollback", 7, 6)]
+        assert told[0].details["skip"] == ["sft", 6, 2]
     assert final(tmp_path / "a") == final(tmp_path / "b")
     state = json.loads((tmp_path / "a/run/checkpoints/step-000012/state.json").read_text())
     assert state["schedule"]["skipped"] == [["sft", 6, 2]]
@@ -112,7 +112,7 @@ def test_what_is_gone_back_to_is_not_pruned_meanwhile(
     monkeypatch.setattr(retention, "discard", slowly)
     train(tmp_path, eighth_batch(), policy="rollback", back=4, skip_batches=2, save=1)
     told = events.read(tmp_path / "run")
-    assert [(e.kind, e.told["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
+    assert [(e.kind, e.details["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
     assert saved_steps(tmp_path / "run/checkpoints")[:2] == [12, 11]
 
 

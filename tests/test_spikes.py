@@ -122,7 +122,7 @@ def test_kinds_and_preference_epochs_are_judged_by_themselves() -> None:
 def test_what_is_not_finite_is_always_a_spike(value: float) -> None:
     spike = SpikeDetector().observe("ndpo", value, 1.0, step=0)
     assert spike and not spike.finite and "not finite" in spike.reason
-    json.dumps(spike.told(), allow_nan=False)
+    json.dumps(spike.details(), allow_nan=False)
     detector = detector_after(noise(60))
     before = detector.state_dict()
     spike = detector.observe("sft", 1e9, value, step=60)
@@ -231,7 +231,7 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
         with pytest.raises(DivergedError, match=f"rolled back {count} times"):
             decide(BROKEN, Guards("rollback", at_most=count), History(tmp_path).events, PLAN)
         history.add(BROKEN.step, action.event, **told(BROKEN, 500))
-    assert history.events[0].told["skip"] == ["sft", 550, 200]
+    assert history.events[0].details["skip"] == ["sft", 550, 200]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The base of an adapted network, found again from what a checkpoint tells of it."""
+"""The base of an adapted network, rebuilt from the origin that a checkpoint records."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,25 +44,25 @@ def base_of(
 
 
 def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lora, dict[str, Any]]:
-    """The network of a checkpoint of adapters; CheckpointError where its base has changed."""
-    told = checkpoint.state["adapters"]
-    origin = Origin(**told["origin"])
+    """Build the network of a checkpoint of adapters; raise CheckpointError for another base."""
+    record = checkpoint.state["adapters"]
+    origin = Origin(**record["origin"])
     net = base_of(checkpoint.state["architecture"], origin, load)
-    found = base_fingerprint(net)
-    if found != told["base"]:
+    fingerprint = base_fingerprint(net)
+    if fingerprint != record["base"]:
         place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
         raise CheckpointError(
-            f"{checkpoint.path}: its base {place} is another one now: fingerprint {told['base']} "
-            f"when it was trained, {found} here; put back what was there"
+            f"{checkpoint.path}: its base {place} is another one now: fingerprint {record['base']} "
+            f"when it was trained, {fingerprint} here; put back what was there"
         )
-    lora = Lora(tuple(told["targets"]), told["rank"], told["alpha"])
+    lora = Lora(tuple(record["targets"]), record["rank"], record["alpha"])
     add_adapters(net, lora, seed=0)
     load_trained(net, checkpoint.tensors(EMA), str(checkpoint.path))
-    return net, lora, told
+    return net, lora, record
 
 
 def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
-    """The network of a checkpoint of adapters, with the averaged ones added to its base."""
+    """Build the network of a checkpoint of adapters, and merge the averaged ones into it."""
     net, _, _ = on_its_base(checkpoint, load)
     merge(net)
     return net
@@ -74,14 +74,14 @@ def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
 def exported_weights(
     checkpoint: Checkpoint, load: Load, part: str = EMA
 ) -> tuple[EchoTransformer, dict[str, Tensor]]:
-    """The network, on the meta device where it need not be made, and its weights by name.
+    """Return the network, on the meta device if it need not be built, and its weights by name.
 
     `part` is EMA or MASTER; of adapters the averaged ones are merged.  `load` reads the released
     weights of a base.
     """
     if checkpoint.state.get("adapters"):
-        whole = merged(checkpoint, load)
-        return whole, dict(whole.named_parameters())
+        merged_net = merged(checkpoint, load)
+        return merged_net, dict(merged_net.named_parameters())
     with torch.device("meta"):
         net = EchoTransformer(**checkpoint.state["architecture"])
     return net, dict(checkpoint.tensors(part))

@@ -112,7 +112,7 @@ def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
 
 
 def trained_tensors(net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The trained adapters of a network by parameter name, and the names of their layers."""
+    """Return the trained adapters by parameter name, and the names of their layers."""
     tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
     return tensors, [name for name, _ in adapted_layers(net)]
 
@@ -180,8 +180,8 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
     changes: dict[str, Tensor] = {}
     contents = _open(path)
     for content in contents:
-        found, more = _parse(content, parameters)
-        layers |= found
+        low_rank, more = _parse(content, parameters)
+        layers |= low_rank
         changes |= more
     own = dict(net.named_parameters())
     for name, layer in layers.items():

@@ -1,6 +1,6 @@
-"""Host memory of a rank and its loader workers, and what is left of it on the node.
+"""Host memory of a rank and its loader workers, and the memory of its node.
 
-Slow leaks end in the kernel's killing some process.  A run that watches can save and restart first.
+Slow leaks end with the kernel killing some process.  A run that watches can save and restart first.
 """
 
 import os
@@ -26,16 +26,18 @@ def family(pid: int, proc: Path = PROC) -> list[int]:
             _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
             children.setdefault(int(parent), []).append(int(folder.name))
             sessions[int(folder.name)] = int(session)
-    found = [pid]
-    for one in found:
-        found += [child for child in children.get(one, []) if sessions[child] == sessions.get(pid)]
-    return found
+    processes = [pid]
+    for process in processes:
+        processes += [
+            child for child in children.get(process, []) if sessions[child] == sessions.get(pid)
+        ]
+    return processes
 
 
 def used(pid: int, proc: Path = PROC) -> int:
-    """Bytes that a process keeps in memory; what n processes share counts 1/n for each.
+    """Return the bytes that a process keeps in memory; a page shared by n processes counts 1/n.
 
-    Where the kernel does not tell shares (smaps_rollup), it is all that is resident.
+    If the kernel does not report shares (smaps_rollup), these are all resident bytes.
     """
     for line in (_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
         if line.startswith("Pss:"):
@@ -45,12 +47,12 @@ def used(pid: int, proc: Path = PROC) -> int:
 
 
 def used_by_family(pid: int, proc: Path = PROC) -> int:
-    """Bytes of a process and all that descend from it."""
+    """Return the bytes of a process and all its descendants."""
     return sum(used(one, proc) for one in family(pid, proc))
 
 
 def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes that this process may still take: of the node, and of every cgroup that it is in."""
+    """Return the bytes that this process may still take, of the node and of its cgroups."""
     lines = (_text(proc / "meminfo") or "").splitlines()
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     left = [max(0, limit - taken) for limit, taken in _cgroups(proc, cgroups)]
@@ -92,7 +94,7 @@ def _limit(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[in
 
 
 def _text(path: Path) -> str | None:
-    """A file of the kernel's; None where it is gone, or not for us."""
+    """Return the text of a file of the kernel; None if it is missing, or not readable."""
     try:
         return path.read_text()
     except OSError:
@@ -105,20 +107,20 @@ class HostMemory:
     def __init__(self, limit_gb: float | None, seconds: float = SECONDS) -> None:
         """`limit_gb` is in 10^9 bytes a rank, its loader workers included; None: no limit."""
         self.limit_gb, self.seconds = limit_gb, seconds
-        self._looked, self._used = -float("inf"), 0.0
+        self._read_at, self._used = -float("inf"), 0.0
 
     @property
     def used_gb(self) -> float:
-        """As of at most `seconds` ago."""
+        """Bytes in use / 10^9, at most `seconds` old."""
         now = time.monotonic()
-        if now - self._looked >= self.seconds:
-            self._used, self._looked = used_by_family(os.getpid()) / GB, now
+        if now - self._read_at >= self.seconds:
+            self._used, self._read_at = used_by_family(os.getpid()) / GB, now
         return self._used
 
     def over(self) -> bool:
-        """Whether this rank should ask for a planned restart: save, and end as stopped.  Cheap."""
+        """Return whether this rank should ask for a planned restart: save and stop.  Cheap."""
         return self.limit_gb is not None and self.used_gb > self.limit_gb
 
     def values(self) -> dict[str, float]:
-        """For the log; 10^9 bytes, of this rank and of its node."""
+        """Return values for the log in 10^9 bytes, of this rank and of its node."""
         return {"perf/host_memory_gb": self.used_gb, "perf/host_memory_free_gb": free() / GB}

@@ -109,7 +109,7 @@ class Guarding:
         self, spike: Spike, event: str, to: int | None = None, skip: Skip | None = None
     ) -> None:
         """Write down what was done about a spike."""
-        self.history.add(spike.step, event, **spike_policy.told(spike, to, skip))
+        self.history.add(spike.step, event, **spike_policy.event_details(spike, to, skip))
 
     def record(self, action: Action, spike: Spike | None) -> None:
         """Write a spike down that training goes on after."""

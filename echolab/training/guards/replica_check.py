@@ -1,9 +1,9 @@
-"""Whether what all ranks hold alike is alike: digests of tensors, compared by one small all-reduce.
+"""Check that replicated state is the same on all ranks, by one all-reduce of hashes of tensors.
 
-The digest is a sum of all elements' bits times odd numbers that depend on the place, modulo 2^64:
-on the tensors' own device, without a copy of them, and without waiting for the device but once.  A
-change of one element always changes it, since an odd factor has an inverse; a swap of two does but
-for a chance of 2^-63.  (`torch.hash_tensor` is a xor of all elements: it does not see swaps.)
+The hash is a sum of all elements' bits times odd factors that depend on the position, modulo 2^64:
+on the tensors' own device, without a copy of them, and with a single synchronization.  A change of
+one element always changes it, since an odd factor has an inverse; a swap of two does except with a
+probability of 2^-63.  (`torch.hash_tensor` is a xor of all elements: it misses swaps.)
 """
 
 import json
@@ -29,7 +29,7 @@ REMEDY = (
 
 
 def _factors(count: int, device: torch.device) -> Tensor:
-    """Odd numbers [count] that look random: splitmix64 of the place.  int64 wraps around."""
+    """Return odd pseudorandom factors [count]: splitmix64 of the position.  int64 wraps around."""
     z = torch.arange(1, count + 1, dtype=torch.int64, device=device) * GOLDEN
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * MIX_1  # masked: >> repeats the sign
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * MIX_2
@@ -37,7 +37,7 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 
 def _digest(tensor: Tensor, factors: Tensor) -> Tensor:
-    """int64 [] on the tensor's device: its bits, whatever its type."""
+    """Return the hash of a tensor's bits, int64 [] on its device, for any dtype."""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
@@ -50,7 +50,7 @@ def _digest(tensor: Tensor, factors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def digests(named: Mapping[str, Tensor]) -> dict[str, int]:
-    """64 bits a tensor, by name; the tensors lie on one device."""
+    """Return a hash of 64 bits for each tensor, by name; the tensors lie on one device."""
     if not named:
         return {}
     largest = min(CHUNK, max(tensor.numel() * 2 for tensor in named.values()))  # 2: complex
@@ -59,51 +59,51 @@ def digests(named: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(zip(named, values, strict=True))
 
 
-def _combined(told: str, values: Mapping[str, int], named: Mapping[str, Tensor]) -> int:
+def _combined(state: str, values: Mapping[str, int], named: Mapping[str, Tensor]) -> int:
     about = [[n, v, str(named[n].dtype), list(named[n].shape)] for n, v in values.items()]
-    text = json.dumps([told, about])
+    text = json.dumps([state, about])
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def digest(named: Mapping[str, Tensor]) -> int:
-    """56 bits of all tensors: their names, types, shapes and values.  Not collective."""
+    """Return 56 bits of all tensors: their names, types, shapes and values.  Not collective."""
     return _combined("", digests(named), named)
 
 
-def check_replicas(named: Mapping[str, Tensor], told: str = "") -> None:
-    """Raise ReplicaError on every rank unless all hold the same tensors and say the same `told`.
+def check_replicas(named: Mapping[str, Tensor], state: str = "") -> None:
+    """Raise ReplicaError on every rank unless all hold the same tensors and the same `state`.
 
-    Collective.  One all-reduce of two numbers where all is well; else the tensor that differs and
-    the ranks that differ from most are named.  `told` is other state that is alike, as JSON.
+    Collective.  One all-reduce of two numbers if all is well; else the error names the tensor that
+    differs and the ranks that differ from the majority. `state` is other replicated state, as JSON.
     """
     values = digests(named)
-    own = _combined(told, values, named)
+    own = _combined(state, values, named)
     highest, lowest = distributed.largest([own, -own])
     if highest == -lowest:
         return
     parts = {
         name: f"{v} {named[name].dtype} {list(named[name].shape)}" for name, v in values.items()
     }
-    of_ranks = [json.loads(text) for text in distributed.gather_text(json.dumps([parts, told]))]
+    of_ranks = [json.loads(text) for text in distributed.gather_text(json.dumps([parts, state]))]
     raise ReplicaError(
         difference([p for p, _ in of_ranks], [t for _, t in of_ranks]),
         rank=odd_rank([json.dumps(one) for one in of_ranks]),
     )
 
 
-def difference(parts: list[dict[str, str]], told: list[str]) -> str:
-    """What differs between ranks, given each rank's digests by name, and what else it says."""
+def difference(parts: list[dict[str, str]], states: list[str]) -> str:
+    """Describe what differs between ranks, given each rank's hashes by name, and its state."""
     names = dict.fromkeys(name for own in parts for name in own)
     differing = {n: s for n in names if (s := odd([own.get(n, "missing") for own in parts]))}
-    if odd(told):
-        differing["state"] = odd(told)
+    if odd(states):
+        differing["state"] = odd(states)
     first, who = next(iter(differing.items()))
     more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
     return f"{first}{more} is not the same on all ranks: {who}; {REMEDY}"
 
 
 def odd(values: list[str]) -> str:
-    """The ranks that differ from most, in words; empty where none does."""
+    """Describe the ranks that differ from the majority; return an empty text if none does."""
     counts = Counter(values).most_common()
     if len(counts) < 2:
         return ""
@@ -114,7 +114,7 @@ def odd(values: list[str]) -> str:
 
 
 def odd_rank(values: list[str]) -> int | None:
-    """The one rank that differs from most, where it is one."""
+    """Return the one rank that differs from the majority, if it is exactly one."""
     most, count = Counter(values).most_common(1)[0]
     others = [rank for rank, value in enumerate(values) if value != most]
     return others[0] if len(others) == 1 and count > 1 else None
@@ -126,23 +126,23 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def replicated(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that every rank holds whole, under every strategy.
+    """Return parameters and buffers that every rank holds in full, under every strategy.
 
-    Under ZeRO 3 these are the small ones that it never cuts; what else happens to be gathered is
-    left out.
+    Under ZeRO 3 these are the small ones that it never partitions; others that happen to be
+    gathered are left out.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
         cut = hasattr(parameter, "ds_id") and not getattr(parameter, "ds_persist", False)
         if not cut and parameter.numel() == shape(parameter).numel():
-            found[name] = parameter.data
-    return found | {name: buffer for name, buffer in net.named_buffers() if buffer.numel()}
+            tensors[name] = parameter.data
+    return tensors | {name: buffer for name, buffer in net.named_buffers() if buffer.numel()}
 
 
 def frozen(net: nn.Module) -> dict[str, Tensor]:
-    """What this rank holds of the parameters that are not trained, for `Unchanged`.
+    """Return what this rank holds of the parameters that are not trained, for `Unchanged`.
 
-    Not of a reference's adapters: they are another set at every preference epoch.
+    Without a reference's adapters: these change at every preference epoch.
     """
     still = {
         name: getattr(parameter, "ds_tensor", parameter).data
@@ -159,10 +159,10 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
 
 
 class Unchanged:
-    """Watches tensors that nothing may change, such as a frozen reference."""
+    """Watches tensors that must not change, such as a frozen reference."""
 
     def __init__(self, what: str, named: Mapping[str, Tensor]) -> None:
-        """`named` is looked at now; `what` is for the message."""
+        """Hash `named` now; `what` is for the message."""
         self.what, self.before = what, digests(named)
 
     def check(self, named: Mapping[str, Tensor]) -> None:

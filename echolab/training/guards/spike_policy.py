@@ -1,9 +1,9 @@
-"""What to do about a spike: note it, do the steps again, or go back and skip batches.
+"""What to do about a spike: record it, recompute the steps, or roll back and skip batches.
 
-*record* notes it.  *recompute* goes back to the newest checkpoint before it and does the same steps
-again: a fault of the machine vanishes (arXiv:2604.00726), a spike that comes again is the data's
-or the model's.  *rollback* goes back further and leaves out the batches around it, as PaLM did
-(arXiv:2204.02311, 5.1: about 100 steps back, 200 to 500 batches left out).
+*record* writes an event.  *recompute* goes back to the newest checkpoint before it and does the
+same steps again: a hardware fault vanishes (arXiv:2604.00726), a spike that comes again is caused
+by the data or the model.  *rollback* goes back further and skips the batches around it, as PaLM did
+(arXiv:2204.02311, 5.1: about 100 steps back, 200 to 500 batches skipped).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ BY = "guard"  # who wrote the event: not the command
 def remedy(spike: Spike) -> str:
     """Return what a user does about a value that is not finite.
 
-    The weights may have been spoilt by the steps before, and so may the newest checkpoint.
+    The weights may have been damaged by the steps before, and so may the newest checkpoint.
     """
     return (
         "lower the learning rate, from an earlier checkpoint by `echolab rollback RUN to=STEP` if "
@@ -30,7 +30,7 @@ def remedy(spike: Spike) -> str:
 
 
 class What(Enum):
-    """What is done."""
+    """The kind of a decision."""
 
     NONE = "none"
     RECORD = "record"
@@ -38,7 +38,7 @@ class What(Enum):
 
 
 class Action(NamedTuple):
-    """The decision."""
+    """A decision."""
 
     what: What
     event: str = ""  # the kind of event to write: spike, reproducible, recompute, rollback
@@ -52,9 +52,9 @@ NOTHING = Action(What.NONE)
 def decide(
     spike: Spike | None, guards: Guards, history: Sequence[Event], schedule: Schedule
 ) -> Action:
-    """What to do about a step; a function of its arguments, so that all ranks do the same.
+    """Decide what to do about a step; a function of its arguments, so that all ranks do the same.
 
-    `history` is the events of the run so far; they outlive going back.  Raises DivergedError where
+    `history` is the events of the run so far; they survive a rollback.  Raise DivergedError if
     nothing sane is left to do: values that are not finite, and no policy that goes back, or one
     that went back in vain.
     """
@@ -82,8 +82,8 @@ def decide(
 
 
 def _went_back(history: Sequence[Event]) -> int:
-    """How often the guards of this run did, for whatever reason."""
-    return sum(e.kind in ("recompute", "rollback") and e.told.get("by") == BY for e in history)
+    """Return how often the guards of this run went back, for any reason."""
+    return sum(e.kind in ("recompute", "rollback") and e.details.get("by") == BY for e in history)
 
 
 def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: Schedule) -> Action:
@@ -103,7 +103,7 @@ def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: 
 
 
 def without_checkpoint(spike: Spike) -> Action:
-    """The decision where there is nothing to go back to; DivergedError for what is not finite."""
+    """Decide if no checkpoint is there to go back to; raise DivergedError if not finite."""
     if not spike.finite:
         raise DivergedError(
             f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
@@ -113,10 +113,10 @@ def without_checkpoint(spike: Spike) -> Action:
 
 
 def clipped(skip: Skip, schedule: Schedule, step: int) -> Skip:
-    """The same batches less those that were trained on before `step`, as many all the same."""
+    """Return as many batches, but none that were trained on before `step`."""
     return skip._replace(first=max(skip.first, schedule.begun(skip.kind, step)))
 
 
-def told(spike: Spike, to: int | None = None, skip: Skip | None = None) -> dict[str, Any]:
-    """What the event of a decision says beside step and kind."""
-    return {**spike.told(), "by": BY, "to": to, "skip": list(skip) if skip else None}
+def event_details(spike: Spike, to: int | None = None, skip: Skip | None = None) -> dict[str, Any]:
+    """Return the details of a decision's event, besides step and kind."""
+    return {**spike.details(), "by": BY, "to": to, "skip": list(skip) if skip else None}
