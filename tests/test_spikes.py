@@ -17,7 +17,7 @@ from echolab.training.guards.spike_policy import (
     What,
     clipped,
     decide,
-    told,
+    event_details,
     without_checkpoint,
 )
 from echolab.training.guards.spikes import LEAST, Guards, Spike, SpikeDetector, deviations
@@ -226,11 +226,11 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
     history = History(tmp_path)
     action = decide(BROKEN, Guards("rollback"), history.events, PLAN)
     assert action.skip
-    history.add(BROKEN.step, action.event, **told(BROKEN, 500, action.skip))
+    history.add(BROKEN.step, action.event, **event_details(BROKEN, 500, action.skip))
     for count in (1, 2):
         with pytest.raises(DivergedError, match=f"rolled back {count} times"):
             decide(BROKEN, Guards("rollback", at_most=count), History(tmp_path).events, PLAN)
-        history.add(BROKEN.step, action.event, **told(BROKEN, 500))
+        history.add(BROKEN.step, action.event, **event_details(BROKEN, 500))
     assert history.events[0].details["skip"] == ["sft", 550, 200]
 
 
