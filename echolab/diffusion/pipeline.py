@@ -1,25 +1,33 @@
-"""How a video is sampled, as plain values: the demo's way, and those of the released models."""
+"""How a clip is sampled: the settings of a sampler as plain values, its presets, and sampling.
+
+The presets are the demo's sampler and those of the released models.
+"""
 
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from echolab.diffusion.chunks import check_clip_length
 from echolab.diffusion.flow import to_timesteps
 from echolab.diffusion.guidance import (
-    RUNS,
-    VelocityFunction,
+    CFG_MODES,
     compounding_factors,
-    decaying,
+    dynamic_cfg_schedule,
     guided,
     negative_factors,
     stepwise,
-    whole_timesteps,
+    integer_timesteps,
 )
-from echolab.diffusion.sampling import Solver, sample_euler
-from echolab.diffusion.sigmas import GRIDS
-from echolab.diffusion.solvers import sample_dpmpp, sample_unipc
+from echolab.diffusion.sigmas import SIGMA_SCHEDULES, draw, sampling_sigmas
+from echolab.diffusion.solvers import (
+    OnStep,
+    Solver,
+    VelocityFunction,
+    sample_dpmpp,
+    sample_euler,
+    sample_unipc,
+)
 from echolab.diffusion.teacache import Net
 from echolab.errors import ConfigError
 from echolab.geometry import WAN, LatentGeometry
@@ -31,14 +39,14 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp": sample_dpmpp,
 }
 NEGATIVES = {"phase": negative_factors, "compounding": compounding_factors}
-TIMESTEPS = {"exact": to_timesteps, "whole": whole_timesteps}
+TIMESTEPS = {"exact": to_timesteps, "integer": integer_timesteps}
 
 
-class Recipe(NamedTuple):
-    """The numbers of a sampling run; the words are keys of the tables here."""
+class SamplerConfig(NamedTuple):
+    """The settings of a sampling run; words are keys of the tables here."""
 
     solver: str  # of SOLVERS
-    grid: str  # of sigmas.GRIDS: how the levels lie before the shift
+    grid: str  # of sigmas.SIGMA_SCHEDULES: how the levels lie before the shift
     steps: int
     shift: float
     text_scale: float  # guidance; 1 is none
@@ -48,19 +56,19 @@ class Recipe(NamedTuple):
     negative_scale: float  # of that text's states, in the first `negative_steps` steps
     negative_steps: int
     negative_mode: str  # of NEGATIVES
-    timesteps: str  # of TIMESTEPS: what the network is told
+    timesteps: str  # of TIMESTEPS: what the network is given
     window: int  # frames sampled at once, 4n + 1
     overlap: int  # latent frames that joint windows share, frames that chunks share
-    by_clip: bool  # windows are clips as in training: of one length, their sound encoded alone
+    by_clip: bool  # windows are clips as in training: of one length, their audio encoded alone
 
 
-DEMO = Recipe(
+DEMO = SamplerConfig(
     solver="euler", grid="even", steps=12, shift=3.0, text_scale=1.0, audio_scale=2.0,
     decaying=False, negative="", negative_scale=1.0, negative_steps=0, negative_mode="phase",
     timesteps="exact", window=25, overlap=2, by_clip=True,
 )  # fmt: skip
 # infer_preview.py; there the negative scale compounds (negative_mode).
-PREVIEW = Recipe(
+PREVIEW = SamplerConfig(
     solver="euler", grid="flow_match", steps=25, shift=5.0, text_scale=4.0, audio_scale=2.9,
     decaying=True, negative="Gesture is bad. Gesture is unclear. Strange and twisted hands. "
     "Bad hands. Bad fingers. Unclear and blurry hands. "
@@ -69,57 +77,92 @@ PREVIEW = Recipe(
     window=113, overlap=8, by_clip=False,
 )  # fmt: skip
 # run_flash.sh; its text scale of 6 is not applied by its pipeline.
-FLASH = Recipe(
+FLASH = SamplerConfig(
     solver="unipc", grid="wan", steps=8, shift=5.0, text_scale=1.0, audio_scale=3.0,
     decaying=False, negative="", negative_scale=1.0, negative_steps=0, negative_mode="phase",
-    timesteps="whole", window=81, overlap=8, by_clip=False,
+    timesteps="integer", window=81, overlap=8, by_clip=False,
 )  # fmt: skip
 PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
 
-def check_recipe(recipe: Recipe, geometry: LatentGeometry = WAN) -> Recipe:
-    """The recipe itself; ConfigError where a number of it cannot be."""
-    if recipe.steps < 1:
-        raise ConfigError(f"steps={recipe.steps}: must be 1 or more")
-    if not 0 < recipe.shift < 100:
-        raise ConfigError(f"shift={recipe.shift}: must lie between 0 and 100; 5 is usual")
+def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
+    """Raise ConfigError unless a setting in frames fills its latent frames."""
+    if not geometry.is_clip_length(frames):
+        near = geometry.near_clip_length(frames)
+        raise ConfigError(f"{name}={frames}: must be {geometry.clip_lengths} frames; {near} is one")
+
+
+def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> SamplerConfig:
+    """Return `config` itself; raise ConfigError for a value out of range."""
+    if config.steps < 1:
+        raise ConfigError(f"steps={config.steps}: must be 1 or more")
+    if not 0 < config.shift < 100:
+        raise ConfigError(f"shift={config.shift}: must lie between 0 and 100; 5 is usual")
     for name in ("text_scale", "audio_scale", "negative_scale"):
-        if not math.isfinite(getattr(recipe, name)):
-            raise ConfigError(f"{name}={getattr(recipe, name)}: must be a number")
-    check_clip_length("window", recipe.window, geometry)
-    if recipe.text_scale < 0 or recipe.audio_scale < 0 or recipe.negative_steps < 0:
+        if not math.isfinite(getattr(config, name)):
+            raise ConfigError(f"{name}={getattr(config, name)}: must be a number")
+    check_clip_length("window", config.window, geometry)
+    if config.text_scale < 0 or config.audio_scale < 0 or config.negative_steps < 0:
         raise ConfigError(
-            f"text_scale={recipe.text_scale}, audio_scale={recipe.audio_scale}, "
-            f"negative_steps={recipe.negative_steps}: must be 0 or more"
+            f"text_scale={config.text_scale}, audio_scale={config.audio_scale}, "
+            f"negative_steps={config.negative_steps}: must be 0 or more"
         )
-    return recipe
+    return config
 
 
-def sigmas_of(recipe: Recipe) -> Tensor:
-    """The levels [steps + 1], shifted once."""
-    return GRIDS[recipe.grid](recipe.steps, recipe.shift)
+def sampler_sigmas(config: SamplerConfig) -> Tensor:
+    """Return the levels [steps + 1], shifted once."""
+    return SIGMA_SCHEDULES[config.grid](config.steps, config.shift)
 
 
-def timesteps_of(recipe: Recipe) -> Tensor:
-    """What the network is told at each step.  [steps]."""
-    return TIMESTEPS[recipe.timesteps](sigmas_of(recipe)[:-1])
+def sampler_timesteps(config: SamplerConfig) -> Tensor:
+    """Return the timesteps that the network is given at each step.  [steps]."""
+    return TIMESTEPS[config.timesteps](sampler_sigmas(config)[:-1])
 
 
-def velocity_of(
-    net: Net, conditions: Conditions, recipe: Recipe, negative: Tensor | None, branches: str
+def guided_velocity(
+    net: Net, conditions: Conditions, config: SamplerConfig, negative: Tensor | None, branches: str
 ) -> VelocityFunction:
-    """The guided velocity as the recipe has it; `negative` [1, L, D] is its negative text's states.
+    """Return the guided velocity by `config`; `negative` [1, L, D] are its negative text's states.
 
-    `branches` is a key of `guidance.RUNS`.
+    `branches` is a key of `guidance.CFG_MODES`.
     """
-    sigmas, steps = sigmas_of(recipe), recipe.steps
+    sigmas, steps = sampler_sigmas(config), config.steps
+    dynamic = config.decaying
     text, audio = (
-        stepwise(decaying(scale, steps) if recipe.decaying and scale != 1 else [scale], sigmas)
-        for scale in (recipe.text_scale, recipe.audio_scale)
+        stepwise(dynamic_cfg_schedule(scale, steps) if dynamic and scale != 1 else [scale], sigmas)
+        for scale in (config.text_scale, config.audio_scale)
     )
-    factors = NEGATIVES[recipe.negative_mode](recipe.negative_scale, recipe.negative_steps)
+    factors = NEGATIVES[config.negative_mode](config.negative_scale, config.negative_steps)
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
     return guided(
         net, conditions, text_negative=texts, text_scale=text, audio_scale=audio,
-        run=RUNS[branches], told_timesteps=TIMESTEPS[recipe.timesteps],
+        cfg=CFG_MODES[branches], timesteps_of=TIMESTEPS[config.timesteps],
     )  # fmt: skip
+
+
+@torch.no_grad()
+def generate(
+    net: Net,
+    conditions: Conditions,
+    keys: list[str],
+    *,
+    steps: int,
+    shift: float,
+    audio_scale: float,
+    seed: int,
+    draw_index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Return latents [B, C, F, H, W] for conditions of B clips; the network runs in `dtype`.
+
+    The noise of a clip is a pure function of (seed, key, draw), so two checkpoints judged on the
+    same keys start from the same noise, in any batch.
+    """
+    shape = tuple(conditions.known_latents.shape[1:])
+    device = conditions.known_latents.device
+    noise = draw(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)
+    velocity = guided(net, conditions, audio_scale=audio_scale)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return sample_euler(velocity, noise, sampling_sigmas(steps, shift), on_step)

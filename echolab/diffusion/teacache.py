@@ -1,9 +1,9 @@
-"""Step caching (TeaCache, arXiv 2411.19108): steps that change little reuse the last one's work.
+"""Step caching (TeaCache, arXiv 2411.19108): steps that change little reuse the last step's work.
 
-The blocks are left out of a step whose time embedding has moved too little since they last ran;
-what they added to the tokens then is added again.  How much the embedding's movement says about
-the output's is a polynomial that was fitted for each model.  Applied from outside: the network's
-blocks are exchanged for one that wraps them, for as long as a `with` lasts.
+The blocks are left out of a step if the time embedding has moved too little since they last ran;
+what they added to the tokens then is added again.  A polynomial, fitted for each model, says how
+much a movement of the embedding changes the output.  The cache is applied from outside: it replaces
+the network's blocks by one module that wraps them, for as long as a `with` lasts.
 
 Each branch of guidance and each window of a long video has a memory of its own.  (In the released
 Flash code two passes share one, and its counter runs twice a step: that is not copied.)
@@ -29,7 +29,7 @@ FIRST, LAST = 5, 1  # steps that are always computed, as released; the last one 
 class CachePlan(NamedTuple):
     """When a step may be left out."""
 
-    threshold: float  # of the movement that is added up; 0 leaves out nothing
+    threshold: float  # of the accumulated movement; 0 leaves out nothing
     timesteps: Tensor  # [steps] that the network will be given
     coefficients: Sequence[float] = WAN_1B3
     first: int = FIRST
@@ -38,15 +38,15 @@ class CachePlan(NamedTuple):
 
 @dataclass
 class Memory:
-    """What one branch remembers."""
+    """What is kept between the steps of one branch."""
 
-    steering: Tensor | None = None  # [B, 6, D] of the last call
-    added: Tensor | None = None  # [B, S, D] what the blocks added when they last ran
-    moved: float = 0.0  # since then
+    modulation: Tensor | None = None  # [B, 6, D] of the last call
+    residual: Tensor | None = None  # [B, S, D] what the blocks added when they last ran
+    movement: float = 0.0  # since then
 
 
 def movement(before: Tensor, now: Tensor, coefficients: Sequence[float]) -> float:
-    """The polynomial of the relative L1 distance of two time embeddings."""
+    """Return the polynomial of the relative L1 distance of two time embeddings."""
     distance = float((now - before).abs().mean() / before.abs().mean())
     total = 0.0
     for coefficient in coefficients:
@@ -55,35 +55,37 @@ def movement(before: Tensor, now: Tensor, coefficients: Sequence[float]) -> floa
 
 
 class CachedBlocks(nn.Module):
-    """All blocks as one, which may be left out."""
+    """All blocks as one module, whose result may be reused."""
 
     def __init__(self, blocks: nn.ModuleList, plan: CachePlan) -> None:
         super().__init__()
         self.blocks, self.plan = blocks, plan
-        self.memory, self.step = Memory(), 0  # of the call at hand; set before it
+        self.memory, self.step = Memory(), 0  # of the current call; set before it
 
-    def forward(self, tokens: Tensor, steering: Tensor, *told: Any) -> Tensor:
-        """[B, S, D], [B, 6, D], whatever else a block takes -> [B, S, D]."""
+    def forward(self, tokens: Tensor, modulation: Tensor, *context: Any) -> Tensor:
+        """Run or skip the blocks: [B, S, D], [B, 6, D], a block's other inputs -> [B, S, D]."""
         memory = self.memory
-        if self._may_reuse(tokens, steering):
-            assert memory.added is not None
-            return tokens + memory.added
+        if self._may_reuse(tokens, modulation):
+            assert memory.residual is not None
+            return tokens + memory.residual
         after = tokens
         for block in self.blocks:
-            after = block(after, steering, *told)
-        memory.added, memory.moved = after - tokens, 0.0
+            after = block(after, modulation, *context)
+        memory.residual, memory.movement = after - tokens, 0.0
         return after
 
-    def _may_reuse(self, tokens: Tensor, steering: Tensor) -> bool:
+    def _may_reuse(self, tokens: Tensor, modulation: Tensor) -> bool:
+        """Return whether the blocks may be skipped; accumulate the movement of the embedding."""
         memory, plan = self.memory, self.plan
-        before, memory.steering = memory.steering, steering
+        before, memory.modulation = memory.modulation, modulation
+        # The first and last steps are always computed, and so is a clip of another size.
         if not plan.first <= self.step < len(plan.timesteps) - plan.last:
             return False
-        if before is None or memory.added is None or memory.added.shape != tokens.shape:
+        if before is None or memory.residual is None or memory.residual.shape != tokens.shape:
             return False
-        memory.moved += movement(before, steering, plan.coefficients)
-        # The polynomial dips below 0 for small movements, so that 0 must be asked for by itself.
-        return plan.threshold > 0 and memory.moved < plan.threshold
+        memory.movement += movement(before, modulation, plan.coefficients)
+        # The polynomial dips below 0 for small movements, so threshold 0 needs its own test.
+        return plan.threshold > 0 and memory.movement < plan.threshold
 
 
 class StepCached:
@@ -95,7 +97,7 @@ class StepCached:
         self.net, self.blocks, self.memories, self.name = net, blocks, memories, name
 
     def branch(self, name: str) -> "StepCached":
-        """The network for one more level of names, such as a window and then a branch in it."""
+        """Return the network for one more level of names, such as a window and a branch in it."""
         return StepCached(self.net, self.blocks, self.memories, f"{self.name}/{name}")
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -106,13 +108,13 @@ class StepCached:
 
 
 def branch_of(net: Net, name: str) -> Net:
-    """The network that a branch is to call: a memory of its own, where there is a cache."""
+    """Return the network that a branch calls, with a memory of its own if steps are cached."""
     return net.branch(name) if isinstance(net, StepCached) else net
 
 
 @contextmanager
 def step_cached(net: nn.Module, plan: CachePlan) -> Iterator[StepCached]:
-    """`net` with its `blocks` cached for one sampling run; afterwards it is as it was."""
+    """Yield `net` with its `blocks` cached for one sampling run; restore it afterwards."""
     blocks = net.blocks
     assert isinstance(blocks, nn.ModuleList)
     cached = CachedBlocks(blocks, plan._replace(timesteps=plan.timesteps.cpu()))
