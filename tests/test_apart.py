@@ -62,7 +62,7 @@ def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_pat
         reference=reference,
         objectives={
             "dpo": Watched(
-                runs.PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
+                runs.PHASES, reference, 100.0, sft_weight=0.5, target_grad_factor=0.2,
             )
         },
     )  # fmt: skip

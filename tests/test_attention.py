@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from echolab.errors import ConfigError
 from echolab.models import attention
 from echolab.models.attention import attention_from, attention_modules, cudnn, sdpa, use_attention
-from echolab.models.layers import RMSNorm, modulated
+from echolab.models.layers import RMSNorm, modulate
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
@@ -126,5 +126,5 @@ def test_rms_norm_has_the_gradients_of_its_definition() -> None:
 def test_modulation_is_a_norm_then_scale_and_shift(clips: int) -> None:
     tokens, shift, scale = torch.randn(clips, 5, 8), *torch.randn(2, clips, 1, 8)
     expected = F.layer_norm(tokens, (8,), eps=1e-6) * (1 + scale) + shift
-    torch.testing.assert_close(modulated(tokens, shift, scale, 1e-6), expected)
-    assert modulated(tokens.bfloat16(), shift, scale, 1e-6).dtype == torch.bfloat16
+    torch.testing.assert_close(modulate(tokens, shift, scale, 1e-6), expected)
+    assert modulate(tokens.bfloat16(), shift, scale, 1e-6).dtype == torch.bfloat16

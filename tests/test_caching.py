@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from echolab.diffusion.guidance import RUNS, guided
+from echolab.diffusion.guidance import CFG_MODES, guided
 from echolab.diffusion.long_video import sample_windows
-from echolab.diffusion.pipeline import DEMO, sigmas_of, timesteps_of
-from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.pipeline import DEMO, sampler_sigmas, sampler_timesteps
+from echolab.diffusion.solvers import sample_euler
 from echolab.diffusion.teacache import (
     IDENTITY,
     WAN_1B3,
@@ -52,7 +52,7 @@ def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tenso
         if threshold is None:
             made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run)
         else:
-            plan = CachePlan(threshold, timesteps_of(RECIPE), IDENTITY, first=2)
+            plan = CachePlan(threshold, sampler_timesteps(RECIPE), IDENTITY, first=2)
             with step_cached(NET, plan) as net:
                 made = sample_windows(
                     net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run
@@ -61,7 +61,7 @@ def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tenso
     return made, counted.calls
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", CFG_MODES)
 def test_threshold_0_is_no_caching_bit_for_bit(run: str) -> None:
     plain, calls = sampled(None, run)
     cached, same = sampled(0.0, run)
@@ -106,13 +106,13 @@ def test_reuse_adds_what_the_blocks_added_before() -> None:
 def test_the_network_is_itself_again_afterwards() -> None:
     names, blocks = list(NET.state_dict()), NET.blocks
     with pytest.raises(RuntimeError, match="stop"):
-        with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))):
+        with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))):
             raise RuntimeError("stop")
     assert NET.blocks is blocks and list(NET.state_dict()) == names
 
 
 def test_a_batch_of_another_size_is_computed() -> None:
-    plan = CachePlan(99.0, timesteps_of(RECIPE), IDENTITY, first=0)
+    plan = CachePlan(99.0, sampler_timesteps(RECIPE), IDENTITY, first=0)
     counted = Counted()
     with step_cached(NET, plan) as net, torch.no_grad():
         for clips, calls in ((1, 1), (2, 2), (2, 2)):
@@ -130,6 +130,6 @@ def test_the_polynomial_is_the_published_one() -> None:
 
 
 def test_it_works_with_a_plain_sampler() -> None:
-    with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))) as net:
-        found = sample_euler(guided(net, TOLD), NOISE, sigmas_of(RECIPE))
+    with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))) as net:
+        found = sample_euler(guided(net, TOLD), NOISE, sampler_sigmas(RECIPE))
     assert found.shape == NOISE.shape and found.isfinite().all()

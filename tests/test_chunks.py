@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from echolab.diffusion.chunks import chunk_spans, cross_fade, joined
+from echolab.diffusion.long_video import chunk_spans, cross_fade, joined
 from echolab.errors import ConfigError
 
 

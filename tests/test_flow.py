@@ -3,8 +3,8 @@
 import torch
 
 from echolab.diffusion.flow import denoised, interpolate, to_timesteps, velocity_target
-from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 
 LATENTS, NOISE = torch.randn(2, 3, 4, 2, 2, 2)  # each [3, 4, 2, 2, 2]
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from echolab.diffusion.generation import generate
+from echolab.diffusion.pipeline import generate
 from echolab.diffusion.sigmas import draw
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions

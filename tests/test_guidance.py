@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.guidance import (
-    RUNS,
+    CFG_MODES,
     compounding_factors,
-    decaying,
+    dynamic_cfg_schedule,
     guided,
+    integer_timesteps,
     negative_factors,
     stepwise,
-    whole_timesteps,
 )
-from echolab.diffusion.sampling import sample_euler
-from echolab.diffusion.sigmas import GRIDS, sampling_sigmas
+from echolab.diffusion.sigmas import SIGMA_SCHEDULES, sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 from echolab.errors import ConfigError
 
 NOISY, SIGMA = tiny.latents(), torch.tensor(0.7)
@@ -90,7 +90,7 @@ def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
 def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -> None:
     calls: list[int] = []
     scales = {"text_negative": NEGATIVE, "text_scale": 4.0, "audio_scale": 2.9}
-    found = guided(counting(calls), TOLD, run=RUNS[run], **scales)(NOISY, SIGMA)
+    found = guided(counting(calls), TOLD, cfg=CFG_MODES[run], **scales)(NOISY, SIGMA)
     assert calls == sizes
     torch.testing.assert_close(found, guided(NET, TOLD, **scales)(NOISY, SIGMA))
 
@@ -103,22 +103,22 @@ def test_the_network_may_be_told_whole_timesteps_as_wan_s_own_solvers_do() -> No
         seen.extend(timesteps.tolist())
         return noisy
 
-    guided(net, TOLD, told_timesteps=whole_timesteps)(NOISY, torch.tensor(0.9998))
+    guided(net, TOLD, timestep_fn=integer_timesteps)(NOISY, torch.tensor(0.9998))
     guided(net, TOLD)(NOISY, torch.tensor(0.75))
     assert seen == [999.0, 999.0, 750.0, 750.0]
 
 
 def test_the_decaying_scale_has_the_published_factors() -> None:
-    factors = decaying(1.0, 25)
+    factors = dynamic_cfg_schedule(1.0, 25)
     assert len(factors) == 25
     found = [factors[step] for step in (0, 2, 5, 10, 20)]
     assert found == pytest.approx([1.00, 0.87, 0.62, 0.51, 0.50], abs=0.005)
-    assert decaying(4.0, 25) == pytest.approx([4 * factor for factor in factors])
+    assert dynamic_cfg_schedule(4.0, 25) == pytest.approx([4 * factor for factor in factors])
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", SIGMA_SCHEDULES)
 def test_phase_aware_negative_guidance_fixed_and_as_released(grid: str) -> None:
-    sigmas = GRIDS[grid](6, 5.0)
+    sigmas = SIGMA_SCHEDULES[grid](6, 5.0)
     fixed = stepwise(negative_factors(1.5, 3), sigmas)
     released = stepwise(compounding_factors(1.5, 3), sigmas)
     steps = [float(sigma) for sigma in sigmas[:-1]]
@@ -140,7 +140,7 @@ def test_the_negative_text_may_change_with_the_step() -> None:
 
 def test_it_samples() -> None:
     sigmas = sampling_sigmas(2, 5.0)
-    scale = stepwise(decaying(4.0, 2), sigmas)
+    scale = stepwise(dynamic_cfg_schedule(4.0, 2), sigmas)
     velocity = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=scale)
     found = sample_euler(velocity, tiny.latents(), sigmas)
     assert found.shape == NOISY.shape and found.isfinite().all()

@@ -15,7 +15,7 @@ from data_prep.options import DrawOptions
 from echolab.data.collate import collate_clips, read_clip, read_pair, read_tensors
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
-from echolab.diffusion.generation import generate
+from echolab.diffusion.pipeline import generate
 from echolab.encoders import demo_audio, demo_image, demo_text
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders

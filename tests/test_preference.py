@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from echolab.diffusion.objectives import Preference
-from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
@@ -34,7 +34,7 @@ def test_every_loss_that_we_have_is_one_of_trl(name: str, quiet: Path) -> None:
     ("wrong", "message"),
     [
         ({"loss_type": "sigmoidal"}, "loss_type=sigmoidal: unknown; one of sigmoid"),
-        ({"anchor": -1.0}, "anchor=-1: must be 0 or more"),
+        ({"sft_weight": -1.0}, "sft_weight=-1: must be 0 or more"),
         ({"beta": "strong"}, "beta=strong: must be a number"),
         ({"label_smoothing": True}, "label_smoothing=True: must be a number"),
     ],
@@ -56,7 +56,7 @@ REFERENCE = Frozen(tiny.net())
         ({"beta": 0.0}, "beta=0: must be above 0"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5: must lie in \[0, 0.5\)"),
         ({"loss_type": "exo_pair"}, "loss_type=exo_pair: infinite at label_smoothing=0"),
-        ({"target_gradient_factor": 0.5}, "target_gradient_factor=0.5"),
+        ({"target_grad_factor": 0.5}, "target_grad_factor=0.5"),
     ],
 )
 def test_ranges_are_refused_where_the_objective_is_made(
@@ -64,4 +64,4 @@ def test_ranges_are_refused_where_the_objective_is_made(
 ) -> None:
     settings = asdict(PreferenceSettings(**wrong))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
-        Preference(KeepModalities(PHDA), REFERENCE, **settings)
+        Preference(ModalityDropout(PHDA), REFERENCE, **settings)

@@ -15,11 +15,11 @@ from echolab.diffusion.pipeline import (
     PRESETS,
     PREVIEW,
     SOLVERS,
-    check_recipe,
-    sigmas_of,
-    velocity_of,
+    check_sampler,
+    guided_velocity,
+    sampler_sigmas,
 )
-from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.solvers import sample_euler
 from echolab.errors import ConfigError
 
 NET, TOLD, NOISY = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
@@ -31,7 +31,7 @@ def test_the_presets_are_the_released_numbers() -> None:
     assert PREVIEW.negative_scale == 1.5 and PREVIEW.negative_steps == 3
     assert FLASH[:7] == ("unipc", "wan", 8, 5.0, 1.0, 3.0, False)
     assert (PREVIEW.window, PREVIEW.overlap, window_latents(PREVIEW)) == (113, 8, 29)
-    assert all(check_recipe(recipe) is recipe for recipe in PRESETS.values())
+    assert all(check_sampler(recipe) is recipe for recipe in PRESETS.values())
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_presets_are_the_released_numbers() -> None:
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_refused(change: dict[str, float], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check_recipe(DEMO._replace(**change))  # type: ignore[arg-type]
+        check_sampler(DEMO._replace(**change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_numbers_that_cannot_be_are_refused(change: dict[str, float], told: str)
 )
 @torch.no_grad()
 def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) -> None:
-    recipe, sigmas = PREVIEW._replace(negative_mode=mode), sigmas_of(PREVIEW)
-    found = velocity_of(NET, TOLD, recipe, NEGATIVE, "batch")
+    recipe, sigmas = PREVIEW._replace(negative_mode=mode), sampler_sigmas(PREVIEW)
+    found = guided_velocity(NET, TOLD, recipe, NEGATIVE, "batch")
     for step in range(4):
         r = 1 - step / 25
         share = 0.5 + (1 - math.cos(math.pi * r**5)) / 4
@@ -83,7 +83,7 @@ def test_clips_of_any_length_are_sampled(solver: str, branches: str, length: int
 
 def test_one_window_is_plain_sampling() -> None:
     recipe, steps = DEMO._replace(steps=3, window=tiny.FRAMES), []
-    plain = sample_euler(guided(NET, TOLD, audio_scale=2.0), NOISY, sigmas_of(recipe))
+    plain = sample_euler(guided(NET, TOLD, audio_scale=2.0), NOISY, sampler_sigmas(recipe))
 
     def on_step(step: int, latents: Tensor) -> None:
         steps.append(step)

@@ -8,9 +8,16 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from echolab.diffusion.pipeline import DEMO, FLASH, PREVIEW, SOLVERS, sigmas_of, timesteps_of
-from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.pipeline import (
+    DEMO,
+    FLASH,
+    PREVIEW,
+    SOLVERS,
+    sampler_sigmas,
+    sampler_timesteps,
+)
 from echolab.diffusion.sigmas import sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 
 START = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
 
@@ -76,7 +83,7 @@ def test_the_shift_is_applied_once(solver: str, recipe) -> None:
         seen.append((float(sigma), latents.item() / 2))
         return noise - data
 
-    SOLVERS[solver](velocity, noise, sigmas_of(recipe), None)
+    SOLVERS[solver](velocity, noise, sampler_sigmas(recipe), None)
     shift, count = recipe.shift, recipe.steps
     lowest = shift / 1000 / (1 + (shift - 1) / 1000)
     even = {
@@ -104,5 +111,5 @@ def test_unipc_is_the_scheduler_itself_on_its_own_levels() -> None:
 
 
 def test_flash_is_eight_whole_timesteps() -> None:
-    assert timesteps_of(FLASH).tolist() == [999, 972, 937, 892, 833, 749, 624, 416]
-    assert FLASH.solver == "unipc" and len(sigmas_of(FLASH)) == 9
+    assert sampler_timesteps(FLASH).tolist() == [999, 972, 937, 892, 833, 749, 624, 416]
+    assert FLASH.solver == "unipc" and len(sampler_sigmas(FLASH)) == 9

@@ -11,8 +11,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from echolab.diffusion.objectives import velocity_error
-from echolab.diffusion.phases import PHDA, KeepModalities
-from echolab.models.layers import rope_table
+from echolab.diffusion.phases import PHDA, ModalityDropout
+from echolab.models.layers import rope_freqs
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters
 from echolab.training.engine.activation_checkpointing import ATTENTION, checkpoint_blocks
@@ -75,13 +75,13 @@ def measured(
         batch = Batch(latents, told, torch.ones(clip.clips, 1, *grid), [], [])
         draws = Draws(torch.randn_like(latents), *(torch.rand(clip.clips, *s) for s in ((), (2,))))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return velocity_error(net, batch, draws, KeepModalities(PHDA)).mean()
+            return velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
 
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as first:
         loss = forward()
     del loss
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as second:
         forward().backward()
     return peak(first), peak(second)

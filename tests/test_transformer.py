@@ -11,13 +11,13 @@ from echolab.models.attention import sdpa
 from echolab.models.audio import (
     FLASH,
     PREVIEW,
+    AudioAttentionConfig,
     FlashAudioTokens,
-    Hearing,
     audio_windows,
     flash_windows,
 )
-from echolab.models.layers import RMSNorm, rope_split, rope_table, sinusoid, turn
-from echolab.models.transformer import CrossAttention, EchoTransformer, Told
+from echolab.models.layers import RMSNorm, apply_rope, rope_freqs, rope_split, timestep_embedding
+from echolab.models.transformer import Context, CrossAttention, EchoTransformer
 from echolab.models.weights import initialize, released_shapes
 from echolab.types import Conditions, ModalityWeights
 
@@ -110,7 +110,7 @@ def test_sound_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
     layer = CrossAttention(48, 2, 1e-6, image=False, hearing=PREVIEW)
     face = tiny.conditions(1).face
     tokens, audio = torch.randn(1, 3 * 6, 48), torch.randn(1, 18, 48)
-    told = Told(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
+    told = Context(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
     usual = layer(tokens, told)
     for token in range(18):
         changed = audio.clone()
@@ -166,14 +166,14 @@ def test_flash_tokens_by_the_released_steps() -> None:
 
 
 @pytest.mark.parametrize("hearing", [PREVIEW, FLASH], ids=["preview", "flash"])
-def test_sound_is_added_as_released(hearing: Hearing) -> None:
+def test_sound_is_added_as_released(hearing: AudioAttentionConfig) -> None:
     """Frame by frame: the valid tokens, zeros after them, keys normed; the mask on what is read."""
     torch.manual_seed(0)
     layer = CrossAttention(48, 2, 1e-6, image=False, hearing=hearing)
     torch.nn.init.normal_(layer.norm_k_audio.weight)
     face, text, tokens = tiny.conditions(1).face, torch.randn(1, 5, 48), torch.randn(1, 3 * 6, 48)
     audio = torch.randn(1, 18, 48) if hearing is PREVIEW else torch.randn(1, 3, 32, 48)
-    told = Told(text, None, audio, face[:, None, :, None], None)
+    told = Context(text, None, audio, face[:, None, :, None], None)
     queries = layer.norm_q(layer.q(tokens)).view(3, 6, 2, 24)
     read = []
     for frame in range(3):
@@ -194,11 +194,11 @@ def test_sound_is_added_as_released(hearing: Hearing) -> None:
 def test_rope_turns_by_differences_of_position() -> None:
     assert rope_split(128) == (44, 42, 42) and rope_split(32) == (12, 10, 10)
     grid = (3, 4, 5)
-    table = rope_table(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
+    table = rope_freqs(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
     query, key = torch.randn(2, 24)
 
     def score(at: tuple[int, int, int], other: tuple[int, int, int]) -> Tensor:
-        return (turn(query[None], table[at]) * turn(key[None], table[other])).sum()
+        return (apply_rope(query[None], table[at]) * apply_rope(key[None], table[other])).sum()
 
     torch.testing.assert_close(score((0, 1, 2), (1, 3, 3)), score((1, 0, 1), (2, 2, 2)))
     torch.testing.assert_close(score((0, 0, 0), (0, 0, 0)), (query * key).sum())
@@ -206,7 +206,7 @@ def test_rope_turns_by_differences_of_position() -> None:
 
 
 def test_a_table_made_in_inference_still_serves_training() -> None:
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     net, told = tiny.net(trained=True), tiny.conditions()
     with torch.inference_mode():
         net(tiny.latents(), TIMESTEPS, told)
@@ -215,7 +215,7 @@ def test_a_table_made_in_inference_still_serves_training() -> None:
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
-    values = sinusoid(torch.tensor([250.0]), 4)[0]
+    values = timestep_embedding(torch.tensor([250.0]), 4)[0]
     expected = torch.tensor([250.0, 2.5], dtype=torch.float64)
     torch.testing.assert_close(values, torch.cat([expected.cos(), expected.sin()]).float())
 
@@ -239,7 +239,7 @@ def test_half_precision_is_close_and_time_stays_fp32(how: str) -> None:
         net = net.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         found = net(tiny.latents(), TIMESTEPS, told)
-        assert net.time_embedding(sinusoid(TIMESTEPS, 16)).dtype == torch.float32
+        assert net.time_embedding(timestep_embedding(TIMESTEPS, 16)).dtype == torch.float32
     assert relative(found.float(), expected) < 0.03
 
 

@@ -5,10 +5,15 @@ import tiny
 import torch
 
 from echolab.diffusion.guidance import guided
+from echolab.diffusion.long_video import (
+    blend_weights,
+    window_conditions,
+    windowed_velocity,
+    windows,
+)
 from echolab.diffusion.pipeline import SOLVERS
-from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
-from echolab.diffusion.windows import blend_weights, window_conditions, windowed, windows
+from echolab.diffusion.solvers import sample_euler
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 
@@ -53,7 +58,7 @@ def test_an_overlap_as_long_as_the_window_is_refused() -> None:
 def test_a_field_without_context_is_the_same_in_windows() -> None:
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
     whole = sample_euler(lambda x, s: x * s, noise, sampling_sigmas(5, 3.0))
-    parts = windowed([lambda x, s: x * s] * len(spans), spans)
+    parts = windowed_velocity([lambda x, s: x * s] * len(spans), spans)
     torch.testing.assert_close(sample_euler(parts, noise, sampling_sigmas(5, 3.0)), whole)
 
 
@@ -63,7 +68,7 @@ def test_a_solver_with_a_memory_has_one_for_the_whole_video(solver: str) -> None
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
     field, sigmas = lambda x, s: (x * s).tanh(), sampling_sigmas(6, 3.0)
     whole = SOLVERS[solver](field, noise, sigmas, None)
-    parts = SOLVERS[solver](windowed([field] * len(spans), spans), noise, sigmas, None)
+    parts = SOLVERS[solver](windowed_velocity([field] * len(spans), spans), noise, sigmas, None)
     torch.testing.assert_close(parts, whole)
 
 
@@ -144,5 +149,5 @@ def test_a_long_video_is_made_of_windows_of_a_network() -> None:
     )
     parts = [guided(net, window_conditions(told, *span), audio_scale=2.0) for span in spans]
     noise = torch.randn(1, tiny.CHANNELS, length, tiny.HEIGHT, tiny.WIDTH)
-    found = sample_euler(windowed(parts, spans), noise, sampling_sigmas(2, 5.0))
+    found = sample_euler(windowed_velocity(parts, spans), noise, sampling_sigmas(2, 5.0))
     assert found.shape == noise.shape and found.isfinite().all()

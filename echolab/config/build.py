@@ -17,10 +17,10 @@ from echolab.diffusion.phases import (
     PHDA,
     PHDA_BY_PROGRESS,
     Allocator,
-    KeepModalities,
+    ModalityDropout,
+    ModalityScaling,
     PhaseSchedule,
-    ScaleModalities,
-    of_preferences,
+    without_dropout,
 )
 from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
@@ -34,8 +34,8 @@ from echolab.training.signals import end_of_job, grace_from
 
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
-    "dropout": KeepModalities,
-    "scale": ScaleModalities,
+    "dropout": ModalityDropout,
+    "scale": ModalityScaling,
 }
 
 
@@ -69,8 +69,8 @@ def preference_from(config: Mapping[str, Any]) -> PreferenceSettings:
         beta=config["beta"],
         loss_type=config["loss_type"],
         label_smoothing=config["label_smoothing"],
-        anchor=config["sft_weight"],
-        target_gradient_factor=config["target_grad_factor"],
+        sft_weight=config["sft_weight"],
+        target_grad_factor=config["target_grad_factor"],
     )
 
 
@@ -80,9 +80,9 @@ def objectives_from(
     """conf/objective; preference objectives only where there is a reference."""
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
-        whole = of_preferences(phases)
+        whole = without_dropout(phases)
         wanted = checked(preference_from(config))
-        factor = wanted.target_gradient_factor
+        factor = wanted.target_grad_factor
         objectives["ndpo"] = NegativePreference(whole, reference, wanted.beta, factor)
         objectives["dpo"] = Preference(
             whole,
@@ -90,8 +90,8 @@ def objectives_from(
             wanted.beta,
             loss_type=wanted.loss_type,
             label_smoothing=wanted.label_smoothing,
-            anchor=wanted.anchor,
-            target_gradient_factor=factor,
+            sft_weight=wanted.sft_weight,
+            target_grad_factor=factor,
         )
     return objectives
 

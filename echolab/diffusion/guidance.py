@@ -111,7 +111,7 @@ def guided(
     text_scale: float | OfSigma[float] = 1.0,
     audio_scale: float | OfSigma[float] = 1.0,
     cfg: CfgMode = batched_cfg,
-    timesteps_of: Callable[[Tensor], Tensor] = to_timesteps,
+    timestep_fn: Callable[[Tensor], Tensor] = to_timesteps,
 ) -> VelocityFunction:
     """Return the guided velocity of `net` for `conditions`; `cfg` calls it for the branches.
 
@@ -141,7 +141,7 @@ def guided(
         }
 
         # Run the branches and mix their velocities.
-        timestep = timesteps_of(sigma).to(noisy_latents.device)
+        timestep = timestep_fn(sigma).to(noisy_latents.device)
         velocities = cfg(net, noisy_latents, timestep, branches)
         weights = velocities[0].new_tensor([factors[name] for name in branches])
         return torch.einsum("n,nb...->b...", weights, torch.stack(velocities))

@@ -92,7 +92,7 @@ class AdaptiveBeta:
 class _ReferenceObjective:
     """The state of both preference objectives: phases, the frozen reference, and beta's state.
 
-    A call leaves the state alone.  After an optimizer step the training calls `update` with the mean
+    A call leaves the state alone.  After an optimizer step, training calls `update` with the mean
     margin of all its clips, so that beta depends on neither micro-batches nor ranks.
     """
 
@@ -107,7 +107,7 @@ class _ReferenceObjective:
         self.beta = AdaptiveBeta(beta, target_grad_factor)
 
     def update(self, margin: float) -> None:
-        """Take the mean margin of an optimizer step; beta follows from the next step on."""
+        """Take the mean margin of an optimizer step into the next step's beta."""
         self.beta.update(margin)
 
     def state_dict(self) -> dict[str, float]:
@@ -152,7 +152,7 @@ class Preference(_ReferenceObjective):
     """Flow-DPO on pairs, in the units of the supervised error.
 
     margin = (ref_c - pol_c) - (ref_r - pol_r), logit = (beta / 2) margin; the loss of the logit
-    (`preference_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that for "sigmoid" its gradient is
+    (`preference_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that "sigmoid" has the gradient
     -sigmoid(-logit) grad(margin): beta only sets where it saturates.  `sft_weight` adds that
     multiple of the chosen clip's error, which keeps both errors from rising together.
 

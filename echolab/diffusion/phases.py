@@ -66,7 +66,7 @@ class ModalityDropout:
     def __call__(
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, None]:
-        """Return the conditions after the draw, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        """Return what is kept, for timesteps [B] and uniforms [B, 2] (image, audio)."""
         weights = self.schedule(timesteps)
         kept = conditions._replace(
             image=_zeroed_unless(uniforms[:, 0] < weights.image, conditions.image),

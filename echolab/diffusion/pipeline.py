@@ -15,9 +15,9 @@ from echolab.diffusion.guidance import (
     compounding_factors,
     dynamic_cfg_schedule,
     guided,
+    integer_timesteps,
     negative_factors,
     stepwise,
-    integer_timesteps,
 )
 from echolab.diffusion.sigmas import SIGMA_SCHEDULES, draw, sampling_sigmas
 from echolab.diffusion.solvers import (
@@ -137,7 +137,7 @@ def guided_velocity(
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
     return guided(
         net, conditions, text_negative=texts, text_scale=text, audio_scale=audio,
-        cfg=CFG_MODES[branches], timesteps_of=TIMESTEPS[config.timesteps],
+        cfg=CFG_MODES[branches], timestep_fn=TIMESTEPS[config.timesteps],
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def nca_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 
 def robust(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return Robust DPO, arXiv 2403.00409: unbiased under flipped labels, so it may go below zero."""
+    """Return Robust DPO, arXiv 2403.00409: unbiased under flipped labels, may be below 0."""
     logits, wrong = beta * errors.margin, label_smoothing
     clean = -(1 - wrong) * F.logsigmoid(logits) + wrong * F.logsigmoid(-logits)
     return clean / (1 - 2 * wrong)
@@ -100,7 +100,7 @@ def sppo_hard(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor
 
 
 def aot(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return AOT, arXiv 2406.05882: sorted policy gaps above sorted reference gaps, over the batch."""
+    """Return AOT, arXiv 2406.05882: sorted policy gaps above sorted reference gaps, by batch."""
     gap = (errors.rejected - errors.chosen).sort().values
     reference_gap = (errors.reference_rejected - errors.reference_chosen).sort().values
     return smoothed(beta * (gap - reference_gap), label_smoothing)

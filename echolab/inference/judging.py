@@ -9,8 +9,8 @@ from torch import Tensor
 
 from echolab.data.collate import collate_clips, read_clip
 from echolab.data.shard_reader import ShardDataset
-from echolab.diffusion.generation import generate
 from echolab.diffusion.guidance import Net
+from echolab.diffusion.pipeline import generate
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.errors import DataError
 from echolab.fitting import load_net, work_dtype

@@ -23,8 +23,8 @@ from torch import Tensor
 from echolab.atomic_io import write_whole
 from echolab.data.collate import collate_clips, read_clip
 from echolab.data.shard_reader import ShardDataset
-from echolab.diffusion.generation import generate
 from echolab.diffusion.guidance import Net
+from echolab.diffusion.pipeline import generate
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import DEFAULT_TASK
 from echolab.types import Batch

@@ -3,9 +3,9 @@
 Ranges (beta, label_smoothing, the gradient factor) are checked where they are used, by
 `diffusion.objectives`: trl leaves them to its trainer.
 
-echolab computes the losses itself (`diffusion.pair_losses`), since trl's are written for tokens and
-are private; trl gives the vocabulary, checks the values, and is the oracle of every loss in the
-tests.
+echolab computes the losses itself (`diffusion.preference_losses`), since trl's are written for
+tokens and are private; trl gives the vocabulary, checks the values, and is the oracle of every loss
+in the tests.
 """
 
 import tempfile
@@ -22,8 +22,8 @@ class PreferenceSettings:
     beta: float = 300.0
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
-    anchor: float = 0.0  # times the chosen clip's own error, added to the loss
-    target_gradient_factor: float | None = None  # beta then follows the margin
+    sft_weight: float = 0.0  # times the chosen clip's own error, added to the loss
+    target_grad_factor: float | None = None  # beta then follows the margin
 
 
 def checked(settings: PreferenceSettings) -> PreferenceSettings:
@@ -34,13 +34,13 @@ def checked(settings: PreferenceSettings) -> PreferenceSettings:
         raise ConfigError(
             f"objective.loss_type={settings.loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}"
         )
-    for name in ("beta", "label_smoothing", "anchor"):
+    for name in ("beta", "label_smoothing", "sft_weight"):
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            key = "sft_weight" if name == "anchor" else name
+            key = "sft_weight" if name == "sft_weight" else name
             raise ConfigError(f"objective.{key}={value}: must be a number")  # trl takes any
-    if not 0 <= settings.anchor:
-        raise ConfigError(f"objective.sft_weight={settings.anchor:g}: must be 0 or more")
+    if not 0 <= settings.sft_weight:
+        raise ConfigError(f"objective.sft_weight={settings.sft_weight:g}: must be 0 or more")
     try:
         with tempfile.TemporaryDirectory() as folder:
             DPOConfig(

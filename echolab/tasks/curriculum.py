@@ -39,15 +39,17 @@ def draw_task(probabilities: Mapping[str, float], u: float) -> str:
     return [task for task, probability in probabilities.items() if probability > 0][-1]
 
 
-def _checked(stages: Sequence[Stage], momentum: float, floor: float) -> None:
+def _checked(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
     """Raise ConfigError for a curriculum that cannot be followed."""
     if not stages:
         raise ConfigError("tasks.stages: empty; give at least one stage")
-    if not 0 <= momentum < 1:
-        raise ConfigError(f"tasks.ema_decay={momentum:g}: must lie in [0, 1)")
+    if not 0 <= ema_decay < 1:
+        raise ConfigError(f"tasks.ema_decay={ema_decay:g}: must lie in [0, 1)")
     named = {task for stage in stages for task in stage.targets}
-    if not 0 <= floor * len(named) < 1:
-        raise ConfigError(f"tasks.min_prob={floor:g}: times {len(named)} tasks must stay below 1")
+    if not 0 <= min_prob * len(named) < 1:
+        raise ConfigError(
+            f"tasks.min_prob={min_prob:g}: times {len(named)} tasks must stay below 1"
+        )
     for number, stage in enumerate(stages):
         unknown = [task for task in stage.targets if task not in TASKS]
         if unknown:
@@ -69,21 +71,21 @@ class Curriculum:
     tasks introduced so far: target = floor + (1 - n floor) stage target, which sums to 1.
     """
 
-    def __init__(self, stages: Sequence[Stage], momentum: float = 0.999, floor: float = 0.0):
+    def __init__(self, stages: Sequence[Stage], ema_decay: float = 0.999, min_prob: float = 0.0):
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
-        _checked(stages, momentum, floor)
-        self.momentum = momentum
+        _checked(stages, ema_decay, min_prob)
+        self.ema_decay = ema_decay
         wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
         self.tasks = tuple(task for task in TASKS if task in wanted)
         self._ends, self._targets, introduced, end = [], [], set[str](), 0
         for stage in stages:
             introduced |= {task for task, share in stage.targets.items() if share > 0}
             end, total = end + stage.steps, sum(stage.targets.values())
-            own = 1 - floor * len(introduced)
+            own = 1 - min_prob * len(introduced)
             self._ends.append(end)
             self._targets.append(
                 [
-                    (floor if task in introduced else 0.0)
+                    (min_prob if task in introduced else 0.0)
                     + own * stage.targets.get(task, 0.0) / total
                     for task in self.tasks
                 ]
@@ -107,7 +109,7 @@ class Curriculum:
             raise ConfigError(
                 f"step {step}: the curriculum was loaded at step {at}; ask from there"
             )
-        keep = self.momentum
+        keep = self.ema_decay
         for number in range(at, step):
             target = self._targets[self._stage(number)]
             live = [keep * p + (1 - keep) * t for p, t in zip(live, target, strict=True)]

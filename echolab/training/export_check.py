@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from echolab.atomic_io import ABSENT, FULL, read_whole, write_whole
 from echolab.data.bad_samples import Tolerant
 from echolab.data.collate import collate_clips, read_clip
-from echolab.diffusion.generation import generate
+from echolab.diffusion.pipeline import generate
 from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
 from echolab.models.export import write_original
 from echolab.models.loading import load_released, released_values

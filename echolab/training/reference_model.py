@@ -65,7 +65,7 @@ class References:
     def observe(self, kind: str, margin: float, share: float) -> None:
         """Tell the objective of a step its mean margin: `margin` / `share`, summed over ranks."""
         if share:
-            self.stateful[kind].observe(margin / share)
+            self.stateful[kind].update(margin / share)
 
     def state_dict(self) -> dict[str, Any]:
         """Of every objective that has a state, by kind."""

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from echolab.diffusion.objectives import velocity_error
-from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.geometry import geometry_of
 from echolab.models.attention import use_attention
-from echolab.models.layers import RMSNorm, rope_table
+from echolab.models.layers import RMSNorm, rope_freqs
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Batch, Conditions, Draws
 
@@ -162,7 +162,7 @@ def _without_values() -> Iterator[None]:
         with FakeTensorMode():
             yield
     finally:
-        rope_table.cache_clear()  # a table without values must not serve a real network
+        rope_freqs.cache_clear()  # a table without values must not serve a real network
 
 
 def _allocate(net: nn.Module, dtype: torch.dtype) -> None:
@@ -211,7 +211,7 @@ def _run(
     batch = Batch(torch.empty(shape), _conditions(architecture, clip), weight, [], [])
     draws = Draws(torch.empty(shape), torch.empty(clip.clips), torch.empty(clip.clips, 2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = velocity_error(net, batch, draws, KeepModalities(PHDA)).mean()
+        loss = velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
     forward = counted.peak
     loss.backward()
     return Step(forward, counted.peak, counted.peak_together)
