@@ -23,7 +23,7 @@ from echolab.config.compose import compose
 from echolab.data.shard_reader import ShardWriter
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.objectives import Supervised
-from echolab.diffusion.phases import FLAT, KeepModalities
+from echolab.diffusion.phases import FLAT, ModalityDropout
 from echolab.heartbeat import Beats
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.table import DEFAULT_TASK
@@ -117,7 +117,7 @@ class Bare:
         if subject.checkpointing != "none":
             checkpoint_blocks(self.net, KEPT[subject.checkpointing])
         self.device = torch.device(subject.device)
-        self.objective = Supervised(KeepModalities(FLAT))
+        self.objective = Supervised(ModalityDropout(FLAT))
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.net.parameters() if p.ndim >= 2]},
             {"params": [p for p in self.net.parameters() if p.ndim < 2], "weight_decay": 0.0},

@@ -12,7 +12,7 @@ from echolab.bench.measure import Row, as_json, as_table, cost_of, peak_of, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
 from echolab.config.networks import architecture_of
 from echolab.diffusion.long_video import sample_windows
-from echolab.diffusion.pipeline import PRESETS, SOLVERS, Recipe, check_recipe
+from echolab.diffusion.pipeline import PRESETS, SOLVERS, SamplerConfig, check_sampler
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.models.attention import NAMES, attention_from, use_attention
@@ -95,7 +95,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
         yield Row(f"{name}/time", cost_of(run, arguments.device).seconds, "s", "the video", length)
 
 
-def recipes(arguments: GenerateArguments) -> list[Recipe]:
+def recipes(arguments: GenerateArguments) -> list[SamplerConfig]:
     """Return every combination.  Raise ConfigError for impossible ones."""
     on_gpu = arguments.device == "cuda"
     for solver in arguments.solvers:
@@ -109,7 +109,7 @@ def recipes(arguments: GenerateArguments) -> list[Recipe]:
             raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
     combinations = itertools.product(arguments.solvers, arguments.steps, windows)
     return [
-        check_recipe(preset._replace(solver=solver, steps=steps, window=window))
+        check_sampler(preset._replace(solver=solver, steps=steps, window=window))
         for solver, steps, window in combinations
     ]
 
@@ -129,13 +129,13 @@ class Denoising:
     """One video by one recipe: a call denoises it."""
 
     def __init__(
-        self, net: EchoTransformer, inputs: Inputs, recipe: Recipe, branches: str, half: bool
+        self, net: EchoTransformer, inputs: Inputs, recipe: SamplerConfig, branches: str, half: bool
     ):
         """Take the network, its inputs and the recipe."""
         self.net, self.inputs, self.recipe, self.branches = net, inputs, recipe, branches
         self.dtype = torch.bfloat16 if half else torch.float32
 
-    def _sample(self, recipe: Recipe) -> None:
+    def _sample(self, recipe: SamplerConfig) -> None:
         conditions = self.inputs.conditions
         sample_windows(
             self.net, conditions, recipe, self.inputs.latents,

@@ -54,7 +54,7 @@ from echolab.training.engine.sequence_parallel import SequenceSplit
 
 MIN_FRAMES = 5
 RATE_HZ = 16_000
-CFG = {"batched": "batch", "sequential": "sequence"}  # to keys of guidance.RUNS
+CFG = {"batched": "batch", "sequential": "sequence"}  # to keys of guidance.CFG_MODES
 
 
 class Models(NamedTuple):

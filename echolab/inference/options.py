@@ -15,7 +15,7 @@ from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
 
 if TYPE_CHECKING:
-    from echolab.diffusion.pipeline import Recipe
+    from echolab.diffusion.pipeline import SamplerConfig
 
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
 DEMO_VAE = Path("runs/demo/networks/autoencoder.safetensors")
@@ -244,16 +244,16 @@ class GenerateArguments:
         """The requested preset, or that of the model."""
         return self.preset or PRESET_OF.get(self.model, "preview")
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> SamplerConfig:
         """Return the preset with the requested changes; raise ConfigError if they cannot be."""
-        from echolab.diffusion.pipeline import PRESETS, check_recipe
+        from echolab.diffusion.pipeline import PRESETS, check_sampler
 
         requested = {name: getattr(self, name) for name in PRESET_FIELDS}
         changes = {name: value for name, value in requested.items() if value is not None}
         if self.long_video == "chunked" and self.overlap is None:
             changes["overlap"] = CHUNK_OVERLAP
         fields = {PRESET_FIELDS[name]: value for name, value in changes.items()}
-        recipe = check_recipe(PRESETS[self.preset_name]._replace(**fields))
+        recipe = check_sampler(PRESETS[self.preset_name]._replace(**fields))
         unused = [name for name in changes if name.startswith("negative")]
         if unused and recipe.text_scale == 1:
             raise ConfigError(

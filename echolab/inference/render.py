@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from echolab.data.media import Frames
-from echolab.diffusion.chunks import chunk_spans, joined
-from echolab.diffusion.long_video import sample_windows, window_latents
-from echolab.diffusion.pipeline import Recipe, timesteps_of
+from echolab.diffusion.long_video import (
+    chunk_spans,
+    joined,
+    sample_windows,
+    window_conditions,
+    window_latents,
+    windows,
+)
+from echolab.diffusion.pipeline import SamplerConfig, sampler_timesteps
 from echolab.diffusion.sigmas import draw
 from echolab.diffusion.teacache import WAN_1B3, CachePlan, Net, step_cached
-from echolab.diffusion.windows import window_conditions, windows
 from echolab.encoders.encode import Encoders
 from echolab.geometry import WAN, LatentGeometry
 from echolab.inference.conditions import Scene, conditions_of, encode_window_audio
@@ -33,8 +38,8 @@ class Renderer(NamedTuple):
 
     net: nn.Module
     encoders: Encoders
-    recipe: Recipe
-    branches: str  # of guidance.RUNS
+    recipe: SamplerConfig
+    branches: str  # of guidance.CFG_MODES
     seed: int
     cache: float  # TeaCache threshold; 0 is none
     coefficients: Sequence[float] = WAN_1B3
@@ -43,7 +48,7 @@ class Renderer(NamedTuple):
 
 
 def spans_of(
-    frames: int, recipe: Recipe, long_video: str, geometry: LatentGeometry = WAN
+    frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
 ) -> list[tuple[int, int]]:
     """Return the windows (in latent frames) or the chunks (in frames) of a video."""
     if long_video == "chunked":
@@ -54,7 +59,9 @@ def spans_of(
     return windows(spans[-1][0] + size, size, recipe.overlap) if recipe.by_clip else spans
 
 
-def frames_of(frames: int, recipe: Recipe, long_video: str, geometry: LatentGeometry = WAN) -> int:
+def frames_of(
+    frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
+) -> int:
     """Return how many frames are rendered for a video of `frames`.
 
     They are 4n + 1, and with `by_clip` enough for full windows.
@@ -63,7 +70,9 @@ def frames_of(frames: int, recipe: Recipe, long_video: str, geometry: LatentGeom
     return stop if long_video == "chunked" else geometry.frames(stop)
 
 
-def steps_of(frames: int, recipe: Recipe, long_video: str, geometry: LatentGeometry = WAN) -> int:
+def steps_of(
+    frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
+) -> int:
     """Return the number of steps that progress counts."""
     is_chunked = long_video == "chunked"
     chunks = len(spans_of(frames, recipe, long_video, geometry)) if is_chunked else 1
@@ -76,13 +85,17 @@ def _cached(renderer: Renderer) -> Iterator[Net]:
     if not renderer.cache:
         yield renderer.net
         return
-    plan = CachePlan(renderer.cache, timesteps_of(renderer.recipe), renderer.coefficients)
+    plan = CachePlan(renderer.cache, sampler_timesteps(renderer.recipe), renderer.coefficients)
     with step_cached(renderer.net, plan) as net:
         yield net
 
 
 def render_part(
-    renderer: Renderer, recipe: Recipe, scene: Scene, index: int, on_step: Callable[[int], None]
+    renderer: Renderer,
+    recipe: SamplerConfig,
+    scene: Scene,
+    index: int,
+    on_step: Callable[[int], None],
 ) -> Tensor:
     """Return pixels [3, T, Y, X] of a scene or chunk; each `index` has its own noise."""
     conditions = conditions_of(renderer.encoders, scene, renderer.device)
@@ -98,7 +111,7 @@ def render_part(
     with _cached(renderer) as net:
         latents = sample_windows(
             net, conditions, recipe, noise.to(renderer.device), negative=negative,
-            told=clip_conditions if recipe.by_clip else window_conditions,
+            conditions_of=clip_conditions if recipe.by_clip else window_conditions,
             branches=renderer.branches, dtype=renderer.dtype, on_step=lambda step, _: on_step(step),
         )  # fmt: skip
     with torch.no_grad():
