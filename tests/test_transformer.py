@@ -107,7 +107,7 @@ def test_gradients_reach_every_parameter_and_every_input(layers: int | None) -> 
 def test_sound_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
     """One cross-attention: a token moves the frames whose window holds it, where face is 1."""
     torch.manual_seed(0)
-    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=PREVIEW)
+    layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=PREVIEW)
     face = tiny.conditions(1).face
     tokens, audio = torch.randn(1, 3 * 6, 48), torch.randn(1, 18, 48)
     told = Context(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
@@ -165,27 +165,27 @@ def test_flash_tokens_by_the_released_steps() -> None:
     torch.testing.assert_close(tokens(features), expected)
 
 
-@pytest.mark.parametrize("hearing", [PREVIEW, FLASH], ids=["preview", "flash"])
-def test_sound_is_added_as_released(hearing: AudioAttentionConfig) -> None:
+@pytest.mark.parametrize("config", [PREVIEW, FLASH], ids=["preview", "flash"])
+def test_sound_is_added_as_released(config: AudioAttentionConfig) -> None:
     """Frame by frame: the valid tokens, zeros after them, keys normed; the mask on what is read."""
     torch.manual_seed(0)
-    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=hearing)
+    layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=config)
     torch.nn.init.normal_(layer.norm_k_audio.weight)
     face, text, tokens = tiny.conditions(1).face, torch.randn(1, 5, 48), torch.randn(1, 3 * 6, 48)
-    audio = torch.randn(1, 18, 48) if hearing is PREVIEW else torch.randn(1, 3, 32, 48)
+    audio = torch.randn(1, 18, 48) if config is PREVIEW else torch.randn(1, 3, 32, 48)
     told = Context(text, None, audio, face[:, None, :, None], None)
     queries = layer.norm_q(layer.q(tokens)).view(3, 6, 2, 24)
     read = []
     for frame in range(3):
-        heard = audio[0, frame] if hearing is FLASH else torch.zeros(17, 48)
-        if hearing is PREVIEW:
+        heard = audio[0, frame] if config is FLASH else torch.zeros(17, 48)
+        if config is PREVIEW:
             valid = audio[0, max(0, 8 * frame - 11) : 8 * frame + 6]
             heard[: len(valid)] = valid
         keys = layer.norm_k_audio(layer.k_audio(heard)).view(-1, 2, 24)
         values = layer.v_audio(heard).view(-1, 2, 24)
         scores = torch.einsum("snd,knd->nsk", queries[frame], keys) / 24**0.5
         out = torch.einsum("nsk,knd->snd", scores.softmax(-1), values).flatten(1)
-        read.append(out * face[0][:, None] if hearing is PREVIEW else out)
+        read.append(out * face[0][:, None] if config is PREVIEW else out)
     silent = layer(tokens, told._replace(audio=None))
     expected = silent + torch.cat(read)[None] @ layer.o.weight.T
     torch.testing.assert_close(layer(tokens, told), expected, rtol=1e-4, atol=1e-5)
