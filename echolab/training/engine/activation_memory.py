@@ -157,7 +157,7 @@ def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
 @contextmanager
 def _without_values() -> Iterator[None]:
     """Make tensors within the context have a shape and a dtype, and no values."""
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     try:
         with FakeTensorMode():
             yield
