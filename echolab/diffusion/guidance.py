@@ -103,6 +103,24 @@ def sequential_cfg(
 CFG_MODES: dict[str, CfgMode] = {"batch": batched_cfg, "sequence": sequential_cfg}
 
 
+def _branch_conditions(
+    conditions: Conditions,
+    text_negative: Tensor | OfSigma[Tensor] | None,
+    text_scale: OfSigma[float],
+) -> dict[str, OfSigma[Conditions]]:
+    """Return the conditions of each branch as functions of sigma."""
+    silent = conditions._replace(audio=torch.zeros_like(conditions.audio))
+
+    def negative(sigma: float) -> Conditions:
+        if text_negative is None:
+            scale = f"text_scale={text_scale(sigma):g}"
+            raise ConfigError(f"{scale}: needs a negative text; give one, or set text_scale=1")
+        text = _of_sigma(text_negative)(sigma)
+        return silent._replace(text=text.expand_as(conditions.text))
+
+    return {"u": negative, "n": constant(silent), "c": constant(conditions)}
+
+
 def guided(
     net: Net,
     conditions: Conditions,
@@ -120,16 +138,7 @@ def guided(
     Raises ConfigError if branch u is needed and there is no negative text.
     """
     text_scale_at, audio_scale_at = _of_sigma(text_scale), _of_sigma(audio_scale)
-    silent = conditions._replace(audio=torch.zeros_like(conditions.audio))
-
-    def negative(sigma: float) -> Conditions:
-        if text_negative is None:
-            scale = f"text_scale={text_scale_at(sigma):g}"
-            raise ConfigError(f"{scale}: needs a negative text; give one, or set text_scale=1")
-        text = _of_sigma(text_negative)(sigma)
-        return silent._replace(text=text.expand_as(conditions.text))
-
-    branch_conditions = {"u": negative, "n": constant(silent), "c": constant(conditions)}
+    branch_conditions = _branch_conditions(conditions, text_negative, text_scale_at)
 
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         # The factors sum to 1, so that at least one branch is left.
