@@ -1,8 +1,8 @@
-"""Which section of training a rank is in, told to whoever watches through a small mapped file.
+"""Heartbeat of a rank: the section of training it is in, kept in a small memory-mapped file.
 
-A rank that hangs cannot say where.  So it says beforehand, each time it enters a section, by one
-write to memory that another process of the node reads.  Nothing heavy is imported: this is in place
-before torch is.
+A rank that hangs cannot report where.  It therefore records each section on entry, with one write
+to memory that the supervisor on the same node reads.  The module imports nothing heavy, because the
+heartbeat must run before torch is imported.
 """
 
 import ctypes
@@ -21,134 +21,140 @@ SECTIONS = (
     "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save", "pause",
     "teardown",
 )  # fmt: skip
-FOLDER = "ECHOLAB_BEATS"  # the node-local folder, in the environment
+# Environment variable that holds the node-local folder of the ranks' heartbeats and error files.
+LOCAL_DIR = "ECHOLAB_LOCAL_DIR"
 
-# Switches and one more; section, step, first step, start of the section; seconds in all and the
-# longest stay, by section.  A CRC-32 follows: a reader that comes amid a write knows it.
+# Layout of the file: number of writes, section index, step, first step, start of the section, then
+# for each section the total and the longest seconds.  A CRC-32 follows, so that a reader can detect
+# a write in progress.
 LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}d")
 SIZE = LAYOUT.size + 4
-_INDEX = {name: number for number, name in enumerate(SECTIONS)}
+_INDEX = {name: index for index, name in enumerate(SECTIONS)}
+
+STACKS_BYTES = 1 << 18  # disk space reserved for the stack traces of a rank and its workers
+KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 
 
-class Beat(NamedTuple):
-    """What a rank told last."""
+class HeartbeatState(NamedTuple):
+    """Content of a heartbeat file."""
 
     section: str
     step: int  # optimizer steps done
-    first: int  # the first that it told, -1 before
+    first_step: int  # the first step that was recorded, -1 before
     switches: int  # sections entered
     since: float  # time.monotonic() of this node at which the section was entered
-    seconds: dict[str, float]  # by section, without the present stay
-    longest: dict[str, float]
+    seconds: dict[str, float]  # total by section, without the present section
+    longest: dict[str, float]  # longest single stay by section
 
 
-class Beats:
-    """Measures sections and tells them; with no path it tells nobody.
+class Heartbeat:
+    """Measures the time in each section and publishes it in a file; without a path only measures.
 
-    The process is in `init` from here on.  Raises OSError where the file cannot be made.
+    The process counts as in `init` from the construction on.  Raises OSError if the file cannot be
+    made.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.section, self.step, self.first, self.switches = "init", 0, -1, 0
+        self.section, self.step, self.first_step, self.switches = "init", 0, -1, 0
         self.since = time.monotonic()
         self._seconds, self._longest = [0.0] * len(SECTIONS), [0.0] * len(SECTIONS)
         self._map: mmap.mmap | None = None
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                # Room that is not there is an OSError here, and would be a bus error later.
+                # Missing disk space raises OSError here; through the map it would be a bus error.
                 os.posix_fallocate(descriptor, 0, SIZE)
                 self._map = mmap.mmap(descriptor, SIZE)
             finally:
                 os.close(descriptor)
-        self._tell()
+        self._publish()
 
     def enter(self, section: str, step: int | None = None) -> None:
-        """End the present section and begin `section`; `step` is optimizer steps done.
+        """End the present section and begin `section`; `step` is the optimizer steps done.
 
-        Microseconds.  Entering the section one is in begins it anew: that is progress too.
+        Takes microseconds.  Entering the present section again starts a new stay: that is progress
+        too.  Raises ValueError for an unknown section.
         """
         if section not in _INDEX:
             raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
-        here, now = _INDEX[self.section], time.monotonic()
+        # Account the stay that ends.
+        index, now = _INDEX[self.section], time.monotonic()
         stay = now - self.since
-        self._seconds[here] += stay
-        self._longest[here] = max(self._longest[here], stay)
+        self._seconds[index] += stay
+        self._longest[index] = max(self._longest[index], stay)
+        # Begin the next.
         self.section, self.since = section, now
         self.switches += 1
         if step is not None:
             self.step = step
-            self.first = step if self.first < 0 else self.first
-        self._tell()
+            self.first_step = step if self.first_step < 0 else self.first_step
+        self._publish()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """In all, by section; the present stay is not in it."""
+        """Total seconds by section, without the present stay."""
         return dict(zip(SECTIONS, self._seconds, strict=True))
 
     @property
     def longest(self) -> dict[str, float]:
-        """The longest stay, by section."""
+        """Longest stay in seconds by section, without the present stay."""
         return dict(zip(SECTIONS, self._longest, strict=True))
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         if self._map is not None:
-            count = self.switches + 1  # a file of zeros is one that nothing was told in
-            values = (_INDEX[self.section], self.step, self.first, self.since)
-            data = LAYOUT.pack(count, *values, *self._seconds, *self._longest)
+            # Counted from 1: a file of zeros is one that was reserved and never written.
+            writes = self.switches + 1
+            values = (_INDEX[self.section], self.step, self.first_step, self.since)
+            data = LAYOUT.pack(writes, *values, *self._seconds, *self._longest)
             self._map[:] = data + zlib.crc32(data).to_bytes(4, "little")
 
 
-def beats_path(folder: Path, rank: int) -> Path:
-    """The mapped file of a rank."""
-    return folder / f"rank-{rank}.beats"
+def heartbeat_path(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's heartbeat file."""
+    return folder / f"rank-{rank}.heartbeat"
 
 
 def stacks_path(folder: Path, rank: int) -> Path:
-    """Where a rank writes its stacks when it gets SIGQUIT."""
+    """Return the path to which a rank writes its stack traces on SIGQUIT."""
     return folder / f"rank-{rank}.stacks"
 
 
-def read_beat(path: Path) -> Beat | None:
-    """What a rank told last; None where it has told nothing yet, or was stopped amid a write."""
+def read_heartbeat(path: Path) -> HeartbeatState | None:
+    """Read a heartbeat file; None if nothing was written yet or its writer stopped in a write."""
     for _ in range(100):
         try:
-            whole = path.read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
-        if not any(whole):  # reserved, and nothing told
+        if not any(content):  # reserved and never written
             return None
-        data, crc = whole[:-4], whole[-4:]
-        if len(whole) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
+        data, crc = content[:-4], content[-4:]
+        if len(content) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
             break
-        time.sleep(0.001)  # the writer may have lost its core amid the write
+        time.sleep(0.001)  # the writer may have lost its core during the write
     else:
         return None
-    told, section, step, begun, since, *rest = LAYOUT.unpack(data)
+    writes, section, step, first_step, since, *durations = LAYOUT.unpack(data)
     count = len(SECTIONS)
-    seconds = dict(zip(SECTIONS, rest[:count], strict=True))
-    longest = dict(zip(SECTIONS, rest[count:], strict=True))
-    return Beat(SECTIONS[section], step, begun, told - 1, since, seconds, longest)
+    seconds = dict(zip(SECTIONS, durations[:count], strict=True))
+    longest = dict(zip(SECTIONS, durations[count:], strict=True))
+    return HeartbeatState(SECTIONS[section], step, first_step, writes - 1, since, seconds, longest)
 
 
-STACKS_ROOM = 1 << 18  # bytes that are kept free for the stacks of a rank and its workers
-KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
+def reserve_files(folder: Path, rank: int) -> None:
+    """Create the heartbeat and stack files of a rank with disk space for all later writes.
 
-
-def reserve(folder: Path, rank: int) -> None:
-    """Make the files of a rank, with room on the disk for all that is written to them later.
-
-    So a /dev/shm that is full later neither kills the rank nor hides why it ended.  Raise OSError
-    if there is no room now.
+    A /dev/shm that fills up later then neither kills the rank nor hides why it ended.  Raises
+    OSError if there is no space now.
     """
-    Beats(beats_path(folder, rank))
-    keep_room(stacks_path(folder, rank), STACKS_ROOM)
+    Heartbeat(heartbeat_path(folder, rank))
+    reserve_space(stacks_path(folder, rank), STACKS_BYTES)
 
 
-def keep_room(path: Path, size: int) -> None:
-    """Make an empty file that can grow to `size` bytes on a full disk; raise OSError if it cannot.
+def reserve_space(path: Path, size: int) -> None:
+    """Create an empty file that can grow to `size` bytes on a full disk.
 
-    File systems that keep no room are taken as they are.
+    Raises OSError if the disk has no space for it.  File systems without reservation are accepted.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -160,27 +166,27 @@ def keep_room(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-def beats_from_environment() -> Beats:
-    """Those of this rank, in the folder that its supervisor named; else such as tell nobody.
+def heartbeat_from_environment() -> Heartbeat:
+    """Return the heartbeat of this rank, with a file if a supervisor started the rank.
 
-    SIGQUIT then makes this process write the stacks of all its threads, even where Python is
-    blocked in C; so does a fault that kills it.  Both hold for processes that are forked from it.
+    SIGQUIT then makes this process write the stacks of all its threads, even if Python is blocked
+    in C; so does a fatal signal.  Both also hold for processes that are forked from this one.
     """
-    stacks = stacks_of_environment()
+    stacks = open_stacks_file()
     if stacks is None:
-        return Beats(None)
+        return Heartbeat(None)
     faulthandler.register(signal.SIGQUIT, file=stacks, all_threads=True, chain=False)
     faulthandler.enable(stacks)
-    return Beats(beats_path(Path(os.environ[FOLDER]), _rank()))
+    return Heartbeat(heartbeat_path(Path(os.environ[LOCAL_DIR]), _rank()))
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def stacks_of_environment() -> int | None:
-    """Open the file of this rank's stacks, for it and its workers; None without a supervisor."""
-    folder = os.environ.get(FOLDER)
+def open_stacks_file() -> int | None:
+    """Open the stack file of this rank and its workers; None without a supervisor."""
+    folder = os.environ.get(LOCAL_DIR)
     if not folder:
         return None
     path = stacks_path(Path(folder), _rank())

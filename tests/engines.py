@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from echolab.data.train_dataset import MicroBatch
 from echolab.errors import EcholabError
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.engine.engine_report import ClippedNorm, check_clipped, check_counts
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
@@ -151,7 +151,7 @@ def pull(
         shift=5.0,
         clip_here=not machine.sharded,
         loss_factor=accumulation if machine.sharded else 1,
-        beats=Beats(None),
+        heartbeat=Heartbeat(None),
     )
     with quiet():
         trainer = _trainer(machine, accumulation, optim.clip, watch)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training.config import Intervals
 from echolab.training.fit import Machine
 from echolab.training.guards.events import History
@@ -72,9 +72,9 @@ def compare(to: str) -> None:
 
 def slow_rank() -> list[list[str]]:
     """Rank 1 sleeps in its forward, then rank 2 waits for data; what each window found."""
-    beats, found = Beats(None), []
+    heartbeat, found = Heartbeat(None), []
     watch = Stragglers([f"node-{rank}" for rank in range(3)])
-    watch.start(beats.seconds)
+    watch.start(heartbeat.seconds)
     for window in range(8):
         sleeps = {"data_wait": 0.02, "forward": 0.02, "backward": 0.01}
         if 1 <= window < 5 and dist.get_rank() == 1:
@@ -82,11 +82,11 @@ def slow_rank() -> list[list[str]]:
         if window >= 5 and dist.get_rank() == 2:
             sleeps["data_wait"] = 0.2
         for section, seconds in sleeps.items():
-            beats.enter(section)
+            heartbeat.enter(section)
             time.sleep(seconds)
-        beats.enter("vote")
+        heartbeat.enter("vote")
         dist.barrier()
-        values, slow = watch.look(beats.seconds)
+        values, slow = watch.look(heartbeat.seconds)
         assert set(values) == {"perf/straggler_score"}
         found.append([f"{one.rank} {one.host} {one.section}" for one in slow])
     return found

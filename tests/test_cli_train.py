@@ -16,7 +16,7 @@ from echolab.cli.train_rank import train
 from echolab.config.compose import compose
 from echolab.config.overrides import CONF
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, local, run_dir
+from echolab.launch import exit_codes, processes, run_dir
 from echolab.tracking.metrics import read_metrics
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -142,7 +142,7 @@ def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
     with run_dir.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
         with (
-            pytest.raises(BusyError, match="is at work there"),
+            pytest.raises(BusyError, match="is using this run folder"),
             run_dir.claim(tmp_path / "run", config),
         ):
             pass
@@ -173,7 +173,7 @@ def test_a_run_at_work_is_refused_without_a_trace(
         assert sorted(run.rglob("*")) == before
     said = capsys.readouterr().err
     assert said.startswith("echolab: error: ") and said.count("\n") == 1
-    assert "is at work there; wait for its end" in said
+    assert "is using this run folder; wait for its end" in said
 
 
 def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
             with run_dir.claim(tmp_path / "run", {"seed": 1}) as run:
                 return run.id
         except BusyError as error:
-            assert "at work there" in str(error)
+            assert "is using this run folder" in str(error)
             return ""
 
     with ThreadPoolExecutor(16) as pool:
@@ -193,13 +193,13 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
 def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
     program = "import os, sys, time; r = os.environ['RANK']; {}"
     fails = program.format("sys.exit(3) if r == '1' else time.sleep(60)")
-    before, local.GRACE_SECONDS = local.GRACE_SECONDS, 0.5
+    before, processes.GRACE_SECONDS = processes.GRACE_SECONDS, 0.5
     try:
-        assert local.run_ranks([sys.executable, "-c", fails], 2) == 3
+        assert processes.run_ranks([sys.executable, "-c", fails], 2) == 3
     finally:
-        local.GRACE_SECONDS = before
+        processes.GRACE_SECONDS = before
     fine = program.format("assert os.environ['WORLD_SIZE'] == '2'")
-    assert local.run_ranks([sys.executable, "-c", fine], 2) == 0
+    assert processes.run_ranks([sys.executable, "-c", fine], 2) == 0
 
 
 @pytest.mark.parametrize("experiment", ["dpo", "ndpo"])

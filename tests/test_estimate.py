@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from echolab.cli.__main__ import main
 from echolab.encoders.sizes import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
-from echolab.launch.local import run_ranks
+from echolab.launch.processes import run_ranks
 from echolab.training.config import Intervals
 from echolab.training.engine.activation_memory import Clip, simulate
 from echolab.training.engine.estimate import (

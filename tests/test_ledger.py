@@ -27,7 +27,7 @@ from echolab.data.ledger import (
 )
 from echolab.data.train_dataset import stock
 from echolab.errors import DataError
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training.config import Intervals
 from echolab.training.datamodule import Feed, ShardDataModule
 
@@ -239,7 +239,7 @@ def test_ranks_that_share_their_clips_write_once(
     clips = stock([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
     feed = Feed(clips, None, 2, 1, 0, 0, sequence_parallel=2)
     module = ShardDataModule(
-        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Beats(None)
+        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Heartbeat(None)
     )
     writers = []
     for rank in range(4):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from echolab.cli.__main__ import main
 from echolab.config.networks import last_checkpoint, load_policy
 from echolab.launch import exit_codes
-from echolab.launch.local import run_ranks
+from echolab.launch.processes import run_ranks
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import base_fingerprint
 from echolab.training.adapters.lora_files import merge_adapters, read_adapters

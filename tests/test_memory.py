@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echolab.errors import ConfigError
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.models.attention import sdpa
 from echolab.training.engine import activation_checkpointing
 from echolab.training.engine.activation_checkpointing import (
@@ -105,7 +105,9 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
 def test_the_fused_optimiser_is_adamw() -> None:
     """What the training module takes, beside torch's plain loop over parameters."""
     nets = tiny.net(trained=True), tiny.net(trained=True)
-    module = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0, beats=Beats(None))
+    module = DiffusionModule(
+        nets[0], {}, optim=Optim(), seed=0, shift=5.0, heartbeat=Heartbeat(None)
+    )
     fused = module.configure_optimizers()
     groups = [
         {"params": [p for p in nets[1].parameters() if p.ndim >= 2]},

@@ -152,7 +152,7 @@ def test_all_settings_that_hold_paths_or_text_are_known() -> None:
         return True
 
     config = compose(["data.clips=x", "lora=all"])
-    keys = [tuple(key.split(".")) for key in run_dir.flat(config)]
+    keys = [tuple(key.split(".")) for key in run_dir.flatten(config)]
     found = {".".join(key) for key in keys if takes_text(config, key)}
     assert found - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
     assert set(DATASETS) < set(TEXTS)

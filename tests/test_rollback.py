@@ -140,7 +140,7 @@ def test_a_run_at_work_is_left_alone(
     run = copied(trained, tmp_path / "run")
     with held(run):
         assert main(["rollback", str(run), "to=6"]) == 77
-    assert "is at work there" in capsys.readouterr().err
+    assert "is using this run folder" in capsys.readouterr().err
     assert main(["rollback", str(tmp_path), "to=6"]) == 1
     assert "config.json: cannot be read" in capsys.readouterr().err
     for number in (1, 2):  # the second has nothing to move

@@ -19,7 +19,7 @@ import pytest
 from echolab.config.compose import compose_both
 from echolab.config.stored import resolved
 from echolab.errors import ConfigError
-from echolab.launch import error_files
+from echolab.launch import rank_process
 
 PASSWORD, SIGNATURE, TOKEN = "c4nary-p4ssw0rd", "c4nary-s1gn4ture", "c4nary-t0ken"
 SETTING = "c4nary-s3tting"
@@ -157,7 +157,7 @@ def test_what_a_rank_tells_of_an_exception_holds_no_secret(
     try:
         raise ValueError(f"401 for https://me:{PASSWORD}@host/d?sig={SIGNATURE} with {TOKEN}")
     except ValueError as error:
-        error_files.tell_failure(tmp_path, 0, error, "step", 3)
+        rank_process.write_error_file(tmp_path, 0, error, "step", 3)
     check("", tmp_path)
     assert "401 for https://***@host/d?*** with ***" in (tmp_path / "rank-0.error.json").read_text()
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from echolab.errors import ConfigError
-from echolab.launch.local import run_ranks
+from echolab.launch.processes import run_ranks
 from echolab.training.engine.sequence_parallel import SequenceSplit
 
 HERE = Path(__file__).parent

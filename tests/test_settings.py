@@ -309,7 +309,7 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
 
     trainer, timeouts = distinct(schema.Trainer), distinct(schema.Timeouts)
     assert reach(parts.machine_from(trainer), trainer)
-    assert reach(parts.deadlines_from(timeouts), timeouts)
+    assert reach(parts.timeouts_from(timeouts), timeouts)
     spike = distinct(schema.LossSpike, policy="record", min_history=2, window=99)
     assert reach(parts.guards_from(spike), spike)
     intervals = dict(zip(parts.INTERVALS, (1, 2, 3, 5, 4), strict=True))

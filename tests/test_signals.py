@@ -54,7 +54,7 @@ def test_signals_at_any_moment(
     chance = random.Random(SEED)
     unbroken = tmp_path / "unbroken"
     whole = signalled.start(
-        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "beats"
+        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "heartbeat"
     )
     assert whole.wait() == [DONE] * WORLD, whole.outputs()
     expected = checkpoint_bytes(unbroken)
@@ -64,10 +64,10 @@ def test_signals_at_any_moment(
         codes = [STOPPED_SAVED] * WORLD
         while codes != [DONE] * WORLD:
             number += 1
-            beats = tmp_path / f"beats-{number}"
-            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, beats)
+            heartbeat = tmp_path / f"heartbeat-{number}"
+            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, heartbeat)
             if done < COUNT:
-                told = signalled.signal_one(ranks, beats, WORLD, chance)
+                told = signalled.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1
             codes = ranks.wait(120)
             print(f"{done}: {told}: {codes[0]}, step {step}", flush=True)

@@ -39,12 +39,13 @@ SLOW = {
 WAITS = """
 import sys, time
 from pathlib import Path
-from echolab.heartbeat import read_beat
+from echolab.heartbeat import read_heartbeat
 wanted, least = sys.argv[1].split(","), int(sys.argv[2])
 end = time.monotonic() + 400
 while time.monotonic() < end:
-    beats = [read_beat(path) for path in Path("/dev/shm").glob("echolab-beats-*/rank-0.beats")]
-    if any(beat and beat.section in wanted and beat.step >= least for beat in beats):
+    paths = Path("/dev/shm").glob("echolab-rank-*/rank-0.heartbeat")
+    states = [read_heartbeat(path) for path in paths]
+    if any(state and state.section in wanted and state.step >= least for state in states):
         sys.exit()
     time.sleep(0.002)
 sys.exit("never")

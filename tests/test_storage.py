@@ -339,7 +339,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
 
 def train_with_workers(root: str, how: str) -> int:
     """In a rank: a run with two workers, of which one dies; print the cause, exit with its code."""
-    from echolab.launch.error_files import tell_failure
+    from echolab.launch.rank_process import write_error_file
 
     atomic_io.PAUSES = (0.0, 0.0)
     parent, calls, preadv = os.getpid(), 0, os.preadv
@@ -356,7 +356,7 @@ def train_with_workers(root: str, how: str) -> int:
     os.preadv = read_in_worker  # type: ignore[assignment]
 
     def on_failure(error: BaseException) -> None:
-        code = tell_failure(Path(root), 0, error, "data_wait", 3)
+        code = write_error_file(Path(root), 0, error, "data_wait", 3)
         os._exit(code)
 
     runs.train(Path(root), runs.schedule(("sft", 40)), workers=2, on_failure=on_failure)
@@ -409,7 +409,7 @@ def fill_shared(leave: int) -> None:
 
 def train_in_little_memory(root: str, when: str) -> int:
     """In a rank: a run with two workers and little /dev/shm, that others fill at some moment."""
-    from echolab.launch.error_files import tell_failure
+    from echolab.launch.rank_process import write_error_file
 
     mount_shared(WHOLE if when != "too small" else 1 << 16)
     if when == "before":
@@ -420,7 +420,7 @@ def train_in_little_memory(root: str, when: str) -> int:
             fill_shared(0)
 
     def on_failure(error: BaseException) -> None:
-        os._exit(tell_failure(Path(root), 0, error, "data_wait", 3))
+        os._exit(write_error_file(Path(root), 0, error, "data_wait", 3))
 
     runs.train(
         Path(root), runs.schedule(("sft", 60)), workers=2, on_step=on_step, on_failure=on_failure
@@ -455,23 +455,23 @@ def test_shared_memory_that_is_full_is_named(
 
 def tell_from_a_full_memory(root: str) -> int:
     """In a process: everything that a rank tells still comes, once /dev/shm is full."""
-    from echolab.heartbeat import Beats, beats_path, read_beat, stacks_path
-    from echolab.launch import error_files
+    from echolab.heartbeat import Heartbeat, heartbeat_path, read_heartbeat, stacks_path
+    from echolab.launch import rank_process
 
     mount_shared(WHOLE)
-    folder = error_files.make_folder(range(2))
+    folder = rank_process.make_local_folder(range(2))
     assert str(folder).startswith("/dev/shm")
     fill_shared(0)
-    beats = Beats(beats_path(folder, 1))
-    beats.enter("data_wait", 3)
-    seen = read_beat(beats_path(folder, 1))
+    heartbeat = Heartbeat(heartbeat_path(folder, 1))
+    heartbeat.enter("data_wait", 3)
+    seen = read_heartbeat(heartbeat_path(folder, 1))
     assert seen and (seen.section, seen.step) == ("data_wait", 3)
-    error_files.tell_failure(folder, 1, ValueError("x" * 20_000), "vote", 3)
-    failure = error_files.failure_of(folder, 1)
+    rank_process.write_error_file(folder, 1, ValueError("x" * 20_000), "vote", 3)
+    failure = rank_process.read_error_file(folder, 1)
     assert failure and failure.message == "x" * 20_000
     with stacks_path(folder, 1).open("ab") as file:
         file.write(b"stack\n" * 10_000)
-    other = error_files.make_folder([0])  # a start on a node that is full
+    other = rank_process.make_local_folder([0])  # a start on a node that is full
     assert not str(other).startswith("/dev/shm")
     shutil.rmtree(other)
     return 0

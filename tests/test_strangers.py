@@ -17,7 +17,7 @@ from echolab.data.remote import download
 from echolab.data.remote.download import Expected, FetchError, Patience
 from echolab.data.shard_reader import ShardWriter, open_dataset, verify
 from echolab.errors import ConfigError, DataError, EcholabError
-from echolab.launch import job_array
+from echolab.launch import slurm
 
 # Modules that the interpreter, the libraries and the packages import, and some that they look for.
 SHADOWS = (
@@ -229,7 +229,7 @@ def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(SlurmExecutor, "_submit_command", refuse)
     monkeypatch.setattr(SlurmExecutor, "affinity", classmethod(lambda _: 1))
     with pytest.raises(ConfigError, match="no Slurm here"):
-        job_array.submit(print, [["a"]], {"submitit_folder": str(trap / "%j"), "timeout_min": 1})
+        slurm.submit(print, [["a"]], {"submitit_folder": str(trap / "%j"), "timeout_min": 1})
     lines = scripts[0].splitlines()
     start = next(i for i, line in enumerate(lines) if "submitit.core._submit" in line)
     assert any("PYTHONSAFEPATH=1" in line for line in lines[:start])

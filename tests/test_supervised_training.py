@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from echolab.cli.__main__ import main
 from echolab.data.shard_reader import ShardWriter
-from echolab.heartbeat import beats_path, read_beat
+from echolab.heartbeat import heartbeat_path, read_heartbeat
 from echolab.launch import exit_codes
 from echolab.launch.launch_records import NodeRecord, read_launches
 
@@ -66,7 +66,10 @@ class Training:
         while time.monotonic() < end:
             assert self.process.poll() is None, self.process.communicate()[1]
             for record in (r for launch in read_launches(self.run) for r in launch):
-                found = [read_beat(beats_path(Path(record.beats), r)) for r in record.ranks]
+                found = [
+                    read_heartbeat(heartbeat_path(Path(record.local_folder), r))
+                    for r in record.ranks
+                ]
                 if all(beat and beat.step >= steps for beat in found):
                     return record
             time.sleep(0.1)
@@ -149,8 +152,8 @@ def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with Training(tmp_path / "run", many(tmp_path / "clips"), 1) as training:
         record = training.at_work()
         block(sorted((tmp_path / "clips").glob("*.tar"))[7])
-        path, end = beats_path(Path(record.beats), 0), time.monotonic() + BOUND
-        while not ((beat := read_beat(path)) and time.monotonic() - beat.since > 3):
+        path, end = heartbeat_path(Path(record.local_folder), 0), time.monotonic() + BOUND
+        while not ((beat := read_heartbeat(path)) and time.monotonic() - beat.since > 3):
             assert time.monotonic() < end
             time.sleep(0.05)
         for _ in range(2):  # to the rank alone: its supervisor has no part in it

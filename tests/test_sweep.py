@@ -20,6 +20,7 @@ from echolab.config.overrides import launcher_of
 from echolab.config.sweep_members import Member, members, name_of, without_signature
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
+from echolab.launch.run_dir import FORMAT
 from echolab.tracking.metrics import read_metrics
 from echolab.training.guards import events
 
@@ -312,7 +313,9 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     diverging, plain, pruned = found
     pruned.folder.mkdir(parents=True)
     (pruned.folder / "PRUNE").touch()
-    (pruned.folder / "run.json").write_text(json.dumps({"id": "pruned", "made": 0.0}))
+    (pruned.folder / "run.json").write_text(
+        json.dumps({"format": FORMAT, "id": "pruned", "made": 0.0})
+    )
     (pruned.folder / "config.json").write_text(
         json.dumps({**pruned.config, "run_dir": str(pruned.folder)})
     )

@@ -18,7 +18,7 @@ from test_tracker import KEY, closed_port, never_answers, rows_of, tracker
 from echolab.cli import train_rank
 from echolab.cli.train_rank import exit_code, train
 from echolab.config.compose import compose
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.launch.exit_codes import DONE
 from echolab.training.checkpoints.checkpoint import saved_steps
 
@@ -38,7 +38,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[int], Any, Any]:
     """Exit code, saved steps, the last checkpoint's tensors, and what metrics.jsonl says."""
-    result = train(compose([*settings, f"run_dir={folder}", f"logger={logger}"]), Beats(None))
+    result = train(compose([*settings, f"run_dir={folder}", f"logger={logger}"]), Heartbeat(None))
     steps = saved_steps(folder / "checkpoints")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [
@@ -60,11 +60,11 @@ def killed(number: int, section: str) -> Fault:
 
     @contextmanager
     def fault(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
-        enter, hit = Beats.enter, []
+        enter, hit = Heartbeat.enter, []
 
-        def enter_and_kill(beats: Beats, entered: str, step: int | None = None) -> None:
-            enter(beats, entered, step)
-            if entered == section and beats.step == 2 and not hit:
+        def enter_and_kill(heartbeat: Heartbeat, entered: str, step: int | None = None) -> None:
+            enter(heartbeat, entered, step)
+            if entered == section and heartbeat.step == 2 and not hit:
                 while not list(run.glob("wandb/offline-run-*/run-*.wandb")):
                     time.sleep(0.01)  # it is open
                 ours, services = tracker()
@@ -72,7 +72,7 @@ def killed(number: int, section: str) -> Fault:
                 for pid in hit:
                     os.kill(pid, number)
 
-        patch.setattr(Beats, "enter", enter_and_kill)
+        patch.setattr(Heartbeat, "enter", enter_and_kill)
         yield
         assert hit
 

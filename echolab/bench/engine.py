@@ -104,7 +104,9 @@ def build_net(subject: Subject) -> nn.Module:
 def batches_of(training: Training) -> Iterator[MicroBatch]:
     """Iterate over the micro-batches that `fit` would train on, by the same loader."""
     schedule, feed = training.schedule, training.feed()
-    data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, Beats(None))
+    data = ShardDataModule(
+        feed, schedule.place, schedule.steps, training.curriculum, Heartbeat(None)
+    )
     return iter(data.train_dataloader())
 
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from echolab.config.overrides import launcher_of
 from echolab.config.sweep_members import Member
 from echolab.errors import ConfigError, EcholabError
-from echolab.launch import exit_codes, job_array
+from echolab.launch import exit_codes, slurm
 from echolab.launch.attempts import RUNNING, Attempt, attempts_of
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.launch_records import newest_checkpoint
-from echolab.launch.local import SignalRelay
+from echolab.launch.processes import SignalRelay
 from echolab.redaction import masked
 
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue
@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 
     member: Member
     code: int  # of launch.exit_codes
-    says: str
+    summary: str
 
     @property
     def well(self) -> bool:
@@ -71,7 +71,7 @@ def run(
         parameters = {m.name: slurm_parameters(m.config, launcher_of(m.overrides)) for m in todo}
         finished = in_slurm(todo, parameters, job)
     for one in finished:
-        print(f"echolab: {one.member.name}: {one.says}", flush=True)
+        print(f"echolab: {one.member.name}: {one.summary}", flush=True)
         ended[one.member.name] = one
     return report([ended[member.name] for member in members])
 
@@ -106,7 +106,7 @@ def report(ended: Sequence[Ended]) -> int:
     width = max(len(one.member.name) for one in rows)
     print(f"echolab: a sweep of {len(rows)}:")
     for one in rows:
-        print(f"  {one.member.name:<{width}}  {one.says}  {one.member.folder}")
+        print(f"  {one.member.name:<{width}}  {one.summary}  {one.member.folder}")
     bad = [one for one in rows if not one.well]
     sys.stdout.flush()
     if bad:
@@ -139,7 +139,7 @@ def settled(member: Member) -> Ended | None:
     if last.cause == "diverged" and rolled_back(member.folder, last):
         return None
     ended = ended_with(member, last)
-    return ended._replace(says=f"{ended.says} (not started again)")
+    return ended._replace(summary=f"{ended.summary} (not started again)")
 
 
 def rolled_back(folder: Path, last: Attempt) -> bool:
@@ -152,7 +152,7 @@ def rolled_back(folder: Path, last: Attempt) -> bool:
 def known_attempts(folder: Path, *, over: bool = False) -> list[Attempt]:
     """Return the attempts of a run, none if their records cannot be read."""
     try:
-        return attempts_of(folder, over=over)
+        return attempts_of(folder, assume_ended=over)
     except EcholabError:
         return []
 
@@ -161,7 +161,7 @@ def ended_with(member: Member, last: Attempt) -> Ended:
     """Return how the last attempt of a member ended."""
     code = last.exit_code if last.exit_code >= 0 else CAUSES[last.cause].exit_code
     step = f" at step {last.step}" if last.step > 0 and last.cause != "done" else ""
-    return Ended(member, code, f"{last.cause}: {CAUSES[last.cause].says}{step}")
+    return Ended(member, code, f"{last.cause}: {CAUSES[last.cause].summary}{step}")
 
 
 def ended_since(
@@ -248,7 +248,7 @@ def in_slurm(
     """
     with SignalRelay() as relay:
         jobs = {number: member for member in todo if (number := job_of(member))}
-        known = job_array.states(list(jobs)) or {}
+        known = slurm.job_states(list(jobs)) or {}
         jobs = {number: member for number, member in jobs.items() if number in known}
         new = [member for member in todo if member not in jobs.values()]
         launches = {member.name: launches_of(member) for member in new}
@@ -258,11 +258,11 @@ def in_slurm(
             pause(relay, bool(stopped))
             if stopped and len(relay.received) > 1:
                 break
-            alive = job_array.states(list(jobs))
+            alive = slurm.job_states(list(jobs))
             if alive is None:
                 continue
             if relay.received:
-                stopped |= job_array.stop(alive, stopped)
+                stopped |= slurm.stop_jobs(alive, stopped)
             for number in set(jobs) - set(alive):
                 member = jobs.pop(number)
                 before, own = launches.get(member.name, set()), parameters[member.name]
@@ -276,9 +276,9 @@ def ended_in_job(
 ) -> Ended:
     """Return how a member ended whose job has left the queue."""
     (member.folder / JOB_FILE).unlink(missing_ok=True)
-    log = job_array.log_of(str(parameters["submitit_folder"]), job)
-    says = f"job {job} ended before it trained; see {log}"
-    otherwise = Ended(member, exit_codes.RETRYABLE, says)
+    log = slurm.log_path(str(parameters["submitit_folder"]), job)
+    summary = f"job {job} ended before it trained; see {log}"
+    otherwise = Ended(member, exit_codes.RETRYABLE, summary)
     if stopped:
         otherwise = Ended(member, exit_codes.STOPPED_SAVED, "not started")
     return ended_since(member, launches, otherwise, RECORD_SECONDS)
@@ -296,7 +296,7 @@ def submitted(
     jobs: dict[str, Member] = {}
     for group in groups.values():
         own = parameters[group[0].name]
-        numbers = job_array.submit(job, [member.words for member in group], own)
+        numbers = slurm.submit(job, [member.words for member in group], own)
         for number, member in zip(numbers, group, strict=True):
             jobs[number] = member
             member.folder.mkdir(parents=True, exist_ok=True)

@@ -18,14 +18,13 @@ from typing import Any
 from echolab.cli import sweep
 from echolab.config.compose import compose, compose_both
 from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
-from echolab.config.parts import deadlines_from
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.heartbeat import Beats, beats_from_environment
-from echolab.launch import error_files, exit_codes, job_array, local, run_dir
+from echolab.heartbeat import Heartbeat, heartbeat_from_environment
+from echolab.launch import exit_codes, processes, rank_process, run_dir, slurm
 from echolab.launch.supervisor import Supervisor
-from echolab.launch.topology import LAUNCH, cpu_warning, layout
+from echolab.launch.topology import LAUNCH, cpu_warning, find_topology
 from echolab.redaction import masked, masked_output
 from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
         return sweep.run(members(words, compose_both), command, job)
     if LAUNCH in os.environ:
         return rank(argv)
-    return supervise(argv, compose(argv)).code
+    return supervise(argv, compose(argv)).exit_code
 
 
 def command(words: list[str]) -> list[str]:
@@ -63,18 +62,16 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     if url := url_of(config["run_dir"]):
         raise ConfigError(f"run_dir={masked(url)}: a run's folder lies on a disk; give a path")
     folder, trainer = Path(config["run_dir"]), config["trainer"]
-    places = layout(trainer["devices"], trainer["num_nodes"])
-    if places.supervisor == 0:
-        run_dir.check_ours(folder)
-    if warning := cpu_warning(places, int(config["data"]["num_workers"])):
+    topology = find_topology(trainer["devices"], trainer["num_nodes"])
+    if topology.supervisor == 0:
+        run_dir.check_run_folder(folder)
+    if warning := cpu_warning(topology, int(config["data"]["num_workers"])):
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
     words = [*argv, f"run_dir={quoted(config['run_dir'])}"]
-    deadlines, grace = (
-        deadlines_from(config["timeouts"]),
-        grace_from(config["signal_grace_seconds"]),
-    )
-    supervisor = Supervisor(places, command(words), folder, deadlines, grace)
+    timeouts = timeouts_from(config["timeouts"])
+    grace = grace_from(config["signal_grace_seconds"])
+    supervisor = Supervisor(topology, command(words), folder, timeouts, grace)
     supervisor.watch()
     return supervisor
 
@@ -86,41 +83,43 @@ def rank(argv: list[str]) -> int:
     An exception is told in a file, and the process ends there: nothing that an exit would run, no
     collective and no destructor, can hang.
     """
-    beats = beats_from_environment()
+    heartbeat = heartbeat_from_environment()
     StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        code = _trained(*compose_both(argv), beats)
+        code = _trained(*compose_both(argv), heartbeat)
     except BaseException as error:
-        _end_at_once(error, beats)
+        _end_at_once(error, heartbeat)
         raise
-    beats.enter("teardown")
+    heartbeat.enter("teardown")
     return code
 
 
-def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -> int:
+def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
     result = train_rank.train(
-        config, beats, lambda error: _end_at_once(error, beats), _tell_end, kept
+        config, heartbeat, lambda error: _end_at_once(error, heartbeat), _tell_end, kept
     )
     return train_rank.exit_code(result, Path(config["run_dir"]))
 
 
 def _tell_end(result: Any) -> None:
-    if folder := error_files.own_folder():
-        end = error_files.End(
+    if folder := rank_process.local_folder():
+        end = rank_process.End(
             result.reason, result.stopped_by, result.unsaved, result.step, result.steps
         )
-        error_files.tell_end(folder, run_dir.own_rank(), end)
+        rank_process.write_end_file(folder, run_dir.rank_from_environment(), end)
 
 
-def _end_at_once(error: BaseException, beats: Beats) -> None:
+def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
     """Tell of an exception and end this process, where a supervisor started it."""
-    folder = error_files.own_folder()
+    folder = rank_process.local_folder()
     if folder is None:
         return
-    code = error_files.tell_failure(folder, run_dir.own_rank(), error, beats.section, beats.step)
+    code = rank_process.write_error_file(
+        folder, run_dir.rank_from_environment(), error, heartbeat.section, heartbeat.step
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -152,7 +151,7 @@ def job(words: list[str]) -> None:
     supervisor's exit code.
     """
     supervisor = None
-    with local.SignalRelay() as relay, masked_output():
+    with processes.SignalRelay() as relay, masked_output():
         try:
             config = compose(words)
             if not relay.received:
@@ -161,10 +160,10 @@ def job(words: list[str]) -> None:
             print(f"echolab: error: {error}", file=sys.stderr, flush=True)
             busy = isinstance(error, BusyError)
             raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
-    asked = supervisor.asked if supervisor else relay.received[0]
-    code = supervisor.code if supervisor else exit_codes.STOPPED_SAVED
+    asked = supervisor.stop_signal if supervisor else relay.received[0]
+    code = supervisor.exit_code if supervisor else exit_codes.STOPPED_SAVED
     cause = exit_codes.CAUSES[supervisor.record.cause if supervisor else "preempted"]
     if cause.budget == "preemption" and asked not in (signal.SIGTERM, signal.SIGINT):
-        job_array.queue_again()
+        slurm.requeue_this_job()
     if code:
         raise SystemExit(code)

@@ -11,7 +11,7 @@ from typing import Any
 from echolab.atomic_io import write_whole
 from echolab.config.build import training_from
 from echolab.errors import ConfigError, StorageError
-from echolab.heartbeat import Beats, beats_from_environment
+from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, run_dir
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.progress import progress
@@ -23,23 +23,23 @@ from echolab.training.fit import FitResult, Training, fit
 
 def train(
     config: Mapping[str, Any],
-    beats: Beats | None = None,
+    heartbeat: Heartbeat | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
     on_end: Callable[[FitResult], None] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train the run of these settings; rank 0 holds its folder and tells metrics.
 
-    `beats` are by default those that the environment names.  `on_failure` is told of an exception
-    before anything is tidied up, by Lightning too: that may take long, or hang, and makes of a
-    KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited for.
-    `kept` are the settings to store and to send, without secrets.
+    `heartbeat` is by default those that the environment names.  `on_failure` is told of an
+    exception before anything is tidied up, by Lightning too: that may take long, or hang, and makes
+    of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
+    for. `kept` are the settings to store and to send, without secrets.
     """
     kept = masked_values(config) if kept is None else kept
-    beats = beats or beats_from_environment()
-    training = _training(config)._replace(beats=beats, on_failure=on_failure)
+    heartbeat = heartbeat or heartbeat_from_environment()
+    training = _training(config)._replace(heartbeat=heartbeat, on_failure=on_failure)
     on_end = on_end or (lambda result: None)
-    if run_dir.own_rank() != 0:
+    if run_dir.rank_from_environment() != 0:
         on_end(result := fit(training))
         return result
     with run_dir.claim(training.folder, kept, may_change=may_change(config)) as run:
@@ -47,7 +47,7 @@ def train(
         wandb_run = _wandb_run(config["logger"], kept, run)
         try:
             on_end(result := _fit(training, run, wandb_run))
-            beats.enter("teardown")
+            heartbeat.enter("teardown")
             wandb_run.finish(HURRY_SECONDS if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
@@ -113,13 +113,13 @@ def _training(config: Mapping[str, Any]) -> Training:
 def exit_code(result: FitResult, folder: Path) -> int:
     """Say how the run ended, and which code tells it."""
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
-    if run_dir.own_rank() == 0:
+    if run_dir.rank_from_environment() == 0:
         if result.done:
             print(f"echolab: {folder}: all {result.steps} steps done; newest {result.checkpoint}")
         else:
             by = f" ({signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
             print(
-                f"echolab: {folder}: {cause.says}{by} at step {result.step} of {result.steps}; "
+                f"echolab: {folder}: {cause.summary}{by} at step {result.step} of {result.steps}; "
                 f"{cause.next_action}",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""`echolab why RUN`: cause of a run's end, rank, host, step and remedy."""
+"""`echolab why RUN`: how a run ended, in which rank the failure began, and what to do."""
 
 import json
 import os
@@ -11,53 +11,54 @@ from echolab.arguments import argument, parse
 from echolab.errors import ConfigError, StorageError, printable
 from echolab.launch import slurm
 from echolab.launch.attempts import attempts_of
-from echolab.launch.evidence import note
-from echolab.launch.explain import figures, words
-from echolab.launch.launch_records import read_launches
+from echolab.launch.explain import format_summary, summarize
+from echolab.launch.launch_records import read_launches, record_slurm_state
 
 
 @dataclass(frozen=True)
 class WhyArguments:
-    """Print why a run ended: cause, rank, host, section, step, stack and remedy.
+    """Explain why a run ended: cause, rank, host, section, step, stack and what to do.
 
-    Read from what its supervisors and ranks wrote to RUN/attempts, on any machine.
+    Reads the records of supervisors and ranks in RUN/attempts, on any machine.
     """
 
     run: Path = argument("run folder")
-    over: bool = argument("the job has ended: treat nodes without a recorded end as lost", False)
-    stopped: bool = argument("with over: Slurm ended the job, by its signal to the script", False)
+    over: bool = argument("the job has ended: count nodes without a recorded end as lost", False)
+    stopped: bool = argument(
+        "with over=true: Slurm ended the job (its script received SIGTERM)", False
+    )
     format: Literal["text", "json"] = argument("output format", "text")
 
 
 def main(argv: list[str]) -> int:
-    """Print the cause; return 0 for any."""
+    """Print the explanation; return 0, however the run ended."""
     arguments = parse(WhyArguments, argv, command="echolab why", positional=("run",))
     if arguments.over:
-        _note(arguments.run, stopped=arguments.stopped)
-    attempts = attempts_of(arguments.run, over=arguments.over)
+        _ask_slurm(arguments.run, stopped=arguments.stopped)
+    attempts = attempts_of(arguments.run, assume_ended=arguments.over)
     if not attempts:
         raise ConfigError(
-            f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as "
-            "run_dir="
+            f"{arguments.run}: no attempts of a run in it; give the run folder of `echolab train`"
         )
-    result = figures(arguments.run, attempts, _infrastructure(arguments.run))
-    print(json.dumps(result) if arguments.format == "json" else printable(words(result)))
+    summary = summarize(arguments.run, attempts, _max_infrastructure(arguments.run))
+    as_json = arguments.format == "json"
+    print(json.dumps(summary) if as_json else printable(format_summary(summary)))
     return 0
 
 
-def _note(run: Path, *, stopped: bool) -> None:
-    """Record what Slurm reports of the last launch's nodes, if this is still its job."""
+def _ask_slurm(run: Path, *, stopped: bool) -> None:
+    """Record the state of the last launch's nodes, if this is its job and Slurm still knows it."""
     launches = read_launches(run)
-    about = slurm.parsed(launches[-1][0].launch) if launches else None
-    if about and about[0] == os.environ.get("SLURM_JOB_ID"):
+    parsed = slurm.parse_launch(launches[-1][0].launch) if launches else None
+    if parsed and parsed[0] == os.environ.get("SLURM_JOB_ID"):
         try:
-            note(run, launches[-1], job_ended=stopped)
-        except StorageError as error:  # a full disk: continue without
+            record_slurm_state(run, launches[-1], job_ended=stopped)
+        except StorageError as error:  # a full disk: the diagnosis works without it
             print(f"echolab: {error}", file=sys.stderr)
 
 
-def _infrastructure(run: Path) -> int:
-    """Return the budget of infrastructure failures in the run's settings, by default 3."""
+def _max_infrastructure(run: Path) -> int:
+    """Return the budget of machine failures in the run's settings, or the default."""
     try:
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
     except (OSError, ValueError):  # the run ended before its settings were written

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from echolab.config.parts import deadlines_from, guards_from, intervals_from, machine_from
+from echolab.config.parts import guards_from, intervals_from, machine_from, timeouts_from
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
 from echolab.training.engine.machine import accumulation_steps, conflict
@@ -274,7 +274,7 @@ def _refusal_of(config: Mapping[str, Any]) -> str | None:
         )
         intervals_from(config)
         guards_from(config["loss_spike"])
-        deadlines_from(config["timeouts"])
+        timeouts_from(config["timeouts"])
     except ConfigError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from echolab.data.provenance import check_same_encoders, shared_samples
 from echolab.data.shard_reader import ShardDataset
 from echolab.errors import ConfigError, DataError
-from echolab.launch.run_dir import own_rank
+from echolab.launch.run_dir import rank_from_environment
 from echolab.training.checkpoints.checkpoint import open_verified
 
 ACCEPT = "data.val_overlaps=accept"
@@ -50,7 +50,7 @@ def _say(words: str, accepted: bool) -> None:
     """Print a warning, or raise what is not accepted."""
     if not accepted:
         raise DataError(f"{words}; give other clips, or {ACCEPT} if that is meant")
-    if own_rank() == 0:
+    if rank_from_environment() == 0:
         print(
             f"echolab: warning: {words}: val/loss says nothing about new clips there",
             file=sys.stderr,

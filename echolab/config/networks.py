@@ -99,7 +99,7 @@ def load_start(
 
 def _tell(path: Path, lines: list[str]) -> None:
     """Where one process of several speaks, it is the first."""
-    if run_dir.own_rank() == 0:
+    if run_dir.rank_from_environment() == 0:
         for line in lines:
             print(f"{path}: {line}", file=sys.stderr)
 

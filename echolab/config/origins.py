@@ -62,7 +62,7 @@ def origins_from(
     config: Mapping[str, Any], initial: Path | None, reference: Path | None
 ) -> dict[str, Any]:
     """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
-    if run_dir.own_rank():
+    if run_dir.rank_from_environment():
         return {}
     found = {"init_from": initial, "ref_model": reference}
     origins: dict[str, Any] = {key: _checkpoint(path) for key, path in found.items() if path}

@@ -6,7 +6,7 @@ The supervisor checks a configuration by building these; the ranks train with th
 from collections.abc import Mapping
 from typing import Any
 
-from echolab.launch.section_timeouts import Deadlines
+from echolab.launch.section_timeouts import SectionTimeouts
 from echolab.training.engine.machine import Machine
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
@@ -56,8 +56,6 @@ def guards_from(loss_spike: Mapping[str, Any]) -> Guards:
     ).check()
 
 
-def deadlines_from(timeouts: Mapping[str, Any]) -> Deadlines:
+def timeouts_from(timeouts: Mapping[str, Any]) -> SectionTimeouts:
     """Return the timeouts of the sections, in seconds; raise ConfigError if one is not positive."""
-    sections = dict(timeouts)
-    factor, floor = sections.pop("safety_factor"), sections.pop("min_step_timeout")
-    return Deadlines(**sections, factor=factor, floor=floor).check()
+    return SectionTimeouts(**timeouts).check()

@@ -75,7 +75,7 @@ def name_of(kept: Mapping[str, Any], values: Mapping[str, str]) -> str:
     that is swept.  So members that differ have different names, and the same member has the same
     name when the sweep is run again or gets more values.
     """
-    flat = {key: plain(key, value) for key, value in run_dir.flat(kept).items()}
+    flat = {key: plain(key, value) for key, value in run_dir.flatten(kept).items()}
     own = {key: value for key, value in flat.items() if not is_machines(key)}
     swept = {key: chosen(flat, key, text) for key, text in values.items()}
     text = json.dumps([own, swept], sort_keys=True)

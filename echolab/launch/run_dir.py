@@ -1,11 +1,11 @@
-"""Run folders: made once, by rank 0, with an identity that outlives every attempt.
+"""Run folders: created once, by rank 0, with an identity that all attempts share.
 
-run.json        id, wandb id, when and by what it was made; never changed
-config.json     the resolved settings of the last attempt that trained
-configs.jsonl   those of every attempt that trained, and the step that it went on from
-attempts.jsonl  one line for each start: when, where, versions, git state
+run.json        format version, id, wandb id, time of creation; never changed
+config.json     resolved settings of the last attempt that trained
+configs.jsonl   settings of every attempt that trained, and the step that it started from
+attempts.jsonl  one line for each start: time, host, versions, git state
 .lease/         which launch may write here (`lease`)
-attempts/       what supervisors and ranks told of each launch
+attempts/       records of the supervisors and ranks of each launch (`launch_records`)
 checkpoints/    metrics.jsonl    wandb/
 """
 
@@ -28,7 +28,9 @@ from echolab.errors import ConfigError
 from echolab.launch import lease
 from echolab.launch.lease import Lease
 
-# May differ between attempts: where and how a run is trained and watched, not what is trained.
+FORMAT = 2  # version of run.json and of the records in attempts/; 1 had none
+
+# Settings that may differ between attempts: how a run is executed and observed, not what it trains.
 MACHINE = (
     "run_dir", "trainer", "logger", "launcher", "timeouts", "micro_batch_size",
     "log_every", "save_every", "val_every", "replica_check_every", "snapshot_every",
@@ -41,15 +43,15 @@ MACHINE = (
     "data.val_overlaps",
 )  # fmt: skip
 
-# Compared by content, against what the checkpoints record (`training.lineage`).
+# Compared by content, with what the checkpoints record (`training.lineage`).
 BY_CONTENT = ("data.clips", "data.pairs", "init_from", "pretrained", "ref_model", "lora.init_from")
 
-ATTEMPTS, CONFIG, CONFIGS = "attempts", "config.json", "configs.jsonl"
+ATTEMPTS, IDENTITY, CONFIG, CONFIGS = "attempts", "run.json", "config.json", "configs.jsonl"
 JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "ECHOLAB_LAUNCH")
 
 
 class Run(NamedTuple):
-    """A run folder that is ours while we hold it."""
+    """A run folder that this process holds."""
 
     folder: Path
     id: str
@@ -58,39 +60,59 @@ class Run(NamedTuple):
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """Of resolved settings: what all ranks must agree on."""
+    """Return the hash of resolved settings, which must be equal on all ranks."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def own_rank() -> int:
-    """This process's rank as its launcher says, before ranks can talk; 0 when alone."""
+def rank_from_environment() -> int:
+    """Return this process's rank as its launcher set it; 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def flat(config: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+def flatten(config: Any, name: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
     if not isinstance(config, Mapping) or not config:
         return {name: config}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{name}.{key}" if name else str(key))
-    return found
+        settings |= flatten(value, f"{name}.{key}" if name else str(key))
+    return settings
 
 
-def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] = ()) -> None:
-    """Raise ConfigError naming the first setting that differs from the folder's own."""
-    saved = json.loads(read_whole(folder / "config.json"))
-    if "run_dir" not in saved and "run" in saved:
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError if a folder holds other files than a run, or a run of another format."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    visible = {name for name in names if not name.startswith(".") and not name.endswith(".partial")}
+    if visible - {ATTEMPTS} and not names & {IDENTITY, CONFIG}:
+        raise ConfigError(f"{folder}: holds files, and no run; give another by run_dir=...")
+    if IDENTITY in names:
+        check_format(folder)
+
+
+def check_format(folder: Path) -> None:
+    """Raise ConfigError if this version of echolab cannot read the format of a run folder."""
+    version = _read(folder / IDENTITY).get("format", 1)
+    if version != FORMAT:
         raise ConfigError(
-            f"{folder}: its settings have the names of an earlier version (run=, now run_dir=); "
-            "train it with that version, or give another folder by run_dir=..."
+            f"{folder}: run folder of format {version}, this version of echolab reads format "
+            f"{FORMAT}; use the version that made it, or give another folder by run_dir=..."
         )
-    old, new = flat(saved), flat(json.loads(json.dumps(config)))
+
+
+def check_same_settings(
+    folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
+) -> None:
+    """Raise ConfigError that names the first setting that differs from the run folder's."""
+    old = flatten(json.loads(read_whole(folder / CONFIG)))
+    new = flatten(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
-        if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *extra}:
+        if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *may_change}:
             continue
         if key not in old:
-            continue  # of a run from before there was such a setting: its default is what was
+            continue  # the run was made before this setting existed and used its default
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{folder}: is a run with {key}={old.get(key)}, now {key}={new.get(key)}; "
@@ -98,20 +120,23 @@ def check_same(folder: Path, config: Mapping[str, Any], extra: tuple[str, ...] =
             )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and every installed package."""
-    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
-    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+# -- identity -------------------------------------------------------------------------------------
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of every installed package."""
+    versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    return {"python": platform.python_version(), **dict(sorted(versions.items()))}
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether files differ from it; empty outside a repository."""
+    """Return the commit and the files that differ from it; empty outside a repository."""
     root = Path(__file__).parent
     answers: list[str] = []
-    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
             )
         except (OSError, subprocess.TimeoutExpired):
             return {}
@@ -122,12 +147,15 @@ def git_state() -> dict[str, Any]:
 
 
 def _create(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.json, then run.json, each whole or not there."""
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.name[:40])
-    identity = {"id": f"{name}-{secrets.token_hex(4)}", "made": time.time()}
-    files: dict[str, Any] = {"config.json": config, "run.json": identity}
+    """Write config.json, then run.json, each atomically."""
+    prefix = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.name[:40])
+    run_id = f"{prefix}-{secrets.token_hex(4)}"
+    files: dict[str, Any] = {
+        CONFIG: config,
+        IDENTITY: {"format": FORMAT, "id": run_id, "made": time.time()},
+    }
     for name, content in files.items():
-        if (folder / name).exists():  # settings of a start that died here, or another program's
+        if (folder / name).exists():  # left by a start that died here, or by another program
             continue
         write_whole(folder / name, json.dumps(content, indent=1).encode(), patient=True)
 
@@ -142,71 +170,67 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+# -- use ------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[Lease]:
-    """Make the folder and keep other processes out of it; BusyError where one is in it."""
-    with lease.held(folder, f"local-{secrets.token_hex(4)}") as own:
-        yield own
-
-
-def check_ours(folder: Path) -> None:
-    """Raise ConfigError where a folder holds other things than a run."""
-    seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = [name for name in seen if not name.startswith(".") and not name.endswith(".partial")]
-    if set(others) - {ATTEMPTS} and not seen & {"run.json", "config.json"}:
-        raise ConfigError(f"{folder}: holds files, and no run; give another by run_dir=...")
+    """Create the folder and hold it against other processes; BusyError if one holds it."""
+    with lease.held(folder, f"local-{secrets.token_hex(4)}") as held_lease:
+        yield held_lease
 
 
 @contextmanager
 def claim(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> Iterator[Run]:
-    """Make or go on with the run in `folder`; for rank 0 alone, held until the block ends.
+    """Create or continue the run in `folder`; for rank 0 alone, held until the block ends.
 
-    Its supervisor holds the folder; without one it is taken here.  Raises ConfigError where the
-    folder is another run's or holds other things, BusyError where another process is at work in it,
-    and FencedError where a later launch has taken it.
+    The supervisor holds the folder; without a supervisor it is held here.  Raises ConfigError if
+    the folder belongs to another run, has another format or holds other files, BusyError if another
+    process uses it, and FencedError if a later launch took it over.
     """
-    check_ours(folder)
-    supervised = lease.of_environment(folder)
-    with nullcontext(supervised) if supervised else held(folder) as own:
-        own.check()
-        if not (folder / "run.json").exists():  # asked under the lock: one of many makes it
+    check_run_folder(folder)
+    supervised = lease.from_environment(folder)
+    with nullcontext(supervised) if supervised else held(folder) as run_lease:
+        run_lease.check()
+        if not (folder / IDENTITY).exists():  # checked while held: only one process creates it
             _create(folder, config)
-        identity = _read(folder / "run.json")
-        check_same(folder, config, may_change)
+        identity = _read(folder / IDENTITY)
+        check_same_settings(folder, config, may_change)
+        # Record this attempt.
         path = folder / "attempts.jsonl"
         attempt = 1 + (len(path.read_text().splitlines()) if path.exists() else 0)
         job = {k: v for k, v in os.environ.items() if k in JOB}
-        about = {
+        record = {
             "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
-            "pid": os.getpid(), **job, "git": git_state(), "versions": versions(),
+            "pid": os.getpid(), **job, "git": git_state(), "versions": package_versions(),
         }  # fmt: skip
-        own.check()  # git and the versions took their time
-        append_text(path, json.dumps(about) + "\n", patient=True)
-        yield Run(folder, str(identity["id"]), attempt, own)
+        run_lease.check()  # git and the versions took time
+        append_text(path, json.dumps(record) + "\n", patient=True)
+        yield Run(folder, str(identity["id"]), attempt, run_lease)
 
 
 def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
-    """Record that this attempt trains from `step` on, with these settings."""
+    """Record that this attempt trains from `step` on with these settings."""
     run.lease.check()
-    line = {"attempt": run.attempt, "step": step, "config": config}
-    append_text(run.folder / CONFIGS, json.dumps(line) + "\n", patient=True)
+    record = {"attempt": run.attempt, "step": step, "config": config}
+    append_text(run.folder / CONFIGS, json.dumps(record) + "\n", patient=True)
     write_whole(run.folder / CONFIG, json.dumps(config, indent=1).encode(), patient=True)
 
 
 def settings_by_step(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return the settings that led to a run's state, each with the first step trained under it.
 
-    An attempt that went on from a checkpoint takes the place of all that were trained beyond it.
+    An attempt that resumed from a checkpoint replaces all settings of later steps.
     """
-    path, found = folder / CONFIGS, list[tuple[int, dict[str, Any]]]()
+    path, settings = folder / CONFIGS, list[tuple[int, dict[str, Any]]]()
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            told = json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            continue  # its writer was killed within the line
-        found = [one for one in found if one[0] < told["step"]]
-        found.append((told["step"], told["config"]))
+            continue  # the writer was killed within the line
+        settings = [one for one in settings if one[0] < record["step"]]
+        settings.append((record["step"], record["config"]))
     last = _read(folder / CONFIG)
-    return [*found[:-1], (found[-1][0] if found else 0, last)]
+    return [*settings[:-1], (settings[-1][0] if settings else 0, last)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echolab.data.ledger import LEDGER
 from echolab.errors import EcholabError, FencedError
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training import distributed, lineage
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints import resume
@@ -48,9 +48,9 @@ class Steps(pl.Callback):
     """Counts the optimizer steps of the run, over all attempts, and keeps its state."""
 
     def __init__(
-        self, training: Training, data: ShardDataModule, signals: StopSignals, beats: Beats
+        self, training: Training, data: ShardDataModule, signals: StopSignals, heartbeat: Heartbeat
     ) -> None:
-        self.training, self.data, self.signals, self.beats = training, data, signals, beats
+        self.training, self.data, self.signals, self.heartbeat = training, data, signals, heartbeat
         self.schedule, self.every = training.schedule, training.every or Intervals()
         self.folder = training.folder / "checkpoints"
         self.identity = training.identity(data.feed)  # what a checkpoint must agree on
@@ -86,7 +86,7 @@ class Steps(pl.Callback):
             self._go_on_from(found)
         if self.training.on_begin and distributed.rank() == 0 and self.step < self.schedule.steps:
             self.training.on_begin(self.step)
-        self.beats.enter("init", self.step)
+        self.heartbeat.enter("init", self.step)
 
     def _go_on_with_data(self, found: Checkpoint) -> None:
         """Draw from the data that are given now; other data than before are an event."""
@@ -122,11 +122,11 @@ class Steps(pl.Callback):
         self._prepare(trainer, pl_module)
         replicated = 1 if self.training.machine.sharded else distributed.world()
         self.clipped = engine.ClippedNorm(self.masters.optimizer, replicated=replicated)
-        self.guarding.start(self.module.net, self.beats.seconds)
+        self.guarding.start(self.module.net, self.heartbeat.seconds)
         if not self.resumed and self.schedule.needs_reference(0):
             self.saving.now()
         self._begin_ledger()
-        self.telling = Telling(self.module, self.data, self.beats, self.step)
+        self.telling = Telling(self.module, self.data, self.heartbeat, self.step)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the weights, moments and averages; make what saves and evaluates them."""
@@ -148,7 +148,7 @@ class Steps(pl.Callback):
         if not self.resumed:  # going on, it had its room before
             self.writer.check_start()
         check_frozen = partial(self.guarding.check_frozen, pl_module.net)
-        self.saving = Saving(self.writer, self.beats, self.state, check_frozen, self.newest)
+        self.saving = Saving(self.writer, self.heartbeat, self.state, check_frozen, self.newest)
         self.evaluation = Evaluation(self.training, self.data, pl_module, self.masters, self.ema)
         if self.training.held_out and self.every.validate:
             self.evaluation.prepare()
@@ -186,7 +186,7 @@ class Steps(pl.Callback):
         """After the last micro-batch of a step."""
         if (batch_idx + 1) % self.data.feed.accumulation:
             return
-        self.beats.enter("vote", self.step + 1)
+        self.heartbeat.enter("vote", self.step + 1)
         self.ema.update(self.masters)
         self.step, self.made = self.step + 1, self.made + 1
         loss, norm = self.module.take_loss() / self.data.feed.accumulation, self.module.take_norm()
@@ -221,7 +221,7 @@ class Steps(pl.Callback):
         vote = count(self._asked() | {"memory": 0.0})
         if vote.fenced or vote.reason:
             raise CutShort(vote)
-        self.beats.enter("eval")
+        self.heartbeat.enter("eval")
 
     def _sane(self, trainer: pl.Trainer, vote: Vote, loss: Tensor, norm: Tensor) -> bool:
         """Guard the step; False where training went back.  Raises on every rank or on none."""
@@ -266,7 +266,7 @@ class Steps(pl.Callback):
         self.saving.saved = found.path
         self.module.meter = Meter()
         self._begin_ledger()
-        self.telling = Telling(self.module, self.data, self.beats, self.step)
+        self.telling = Telling(self.module, self.data, self.heartbeat, self.step)
         return True
 
     def _after(self, vote: Vote) -> None:
@@ -279,13 +279,13 @@ class Steps(pl.Callback):
             self.guarding.check_replicas(*held, self.step, self.schedule.state_dict())
         self._save_if_due(vote, ends)
         if logs:
-            self._tell(values | self.guarding.look(self.step, self.beats.seconds))
+            self._tell(values | self.guarding.look(self.step, self.heartbeat.seconds))
         validates = self._due(self.every.validate) or (last and self.every.validate)
         if validates and not vote.reason and (cut := self._validate()):
             vote = cut
             self._save_if_due(vote, ends=True)
         if vote.pause and not ends:
-            self.beats.enter("pause")
+            self.heartbeat.enter("pause")
             vote = wait(self._asked)
             if vote.fenced:
                 raise self.training.taken()
@@ -299,7 +299,7 @@ class Steps(pl.Callback):
         if not self.training.held_out:
             return None
         self.saving.publish()  # this may take long, and leave no time for it later
-        self.beats.enter("eval")
+        self.heartbeat.enter("eval")
         try:
             self._tell(self.evaluation.held_out(self._poll))
         except CutShort as cut:
@@ -335,14 +335,14 @@ class Steps(pl.Callback):
             self.saving.now()
         elif self._due(self.every.save) or self.schedule.keeps(self.step) or vote.save:
             self.saving.begin()
-        self.beats.enter("vote")
+        self.heartbeat.enter("vote")
 
     def _end(self, vote: Vote) -> None:
         """Say why; a run is done once its export has been seen to be what was trained."""
         self.training.check_ours()  # a validation before may have taken long
         done = self.step == self.schedule.steps and not self.unsaved
         if done and self.training.parity and self.saving.saved:
-            self.beats.enter("eval")
+            self.heartbeat.enter("eval")
             try:
                 self._tell(self.evaluation.parity(self.saving.saved, self._poll))
             except CutShort as cut:
@@ -367,7 +367,7 @@ class Steps(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell the supervisor."""
-        self.beats.enter("teardown")
+        self.heartbeat.enter("teardown")
 
     def _tell(self, values: dict[str, float]) -> None:
         """Log on rank 0.  What goes wrong there is raised once all ranks have saved."""

@@ -17,7 +17,7 @@ from echolab.data.train_dataset import stock
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError, DataError, FencedError
 from echolab.geometry import geometry_of
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
 from echolab.training.datamodule import Feed, HeldOut
@@ -183,7 +183,7 @@ class Training(NamedTuple):
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
-    beats: Beats | None = None  # by which a supervisor sees how far this rank is
+    heartbeat: Heartbeat | None = None  # by which a supervisor sees how far this rank is
 
     @property
     def quarantine(self) -> Path | None:
@@ -197,7 +197,7 @@ class Training(NamedTuple):
 
     def taken(self) -> FencedError:
         """Return the error of a process from which another has taken the run."""
-        return FencedError(f"{self.folder}: a later launch has taken the run; this one leaves")
+        return FencedError(f"{self.folder}: a later launch took over the run; this one leaves")
 
     @property
     def sharded(self) -> bool:

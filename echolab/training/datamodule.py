@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from echolab.data.bad_samples import read_quarantine
 from echolab.data.shard_reader import ShardDataset
 from echolab.data.train_dataset import MicroBatch, MicroBatches, Place, Stock
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import VALIDATION_TASKS
 from echolab.training import distributed
@@ -54,7 +54,7 @@ class Feed(NamedTuple):
 class TimedLoader(DataLoader[MicroBatch]):
     """Tells when it is waited for, and can be ended early."""
 
-    beats: Beats
+    heartbeat: Heartbeat
     ended = False  # no more items: training goes on elsewhere
 
     def __iter__(self) -> Any:
@@ -62,7 +62,7 @@ class TimedLoader(DataLoader[MicroBatch]):
         with reported():
             items = super().__iter__()
         while not self.ended:
-            self.beats.enter("data_wait")
+            self.heartbeat.enter("data_wait")
             with reported():
                 item = next(items, None)
             if item is None:
@@ -79,11 +79,11 @@ class ShardDataModule(pl.LightningDataModule):
         place: Callable[[int], Place],
         steps: int,
         curriculum: Curriculum,
-        beats: Beats,
+        heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
         self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
-        self.beats = beats
+        self.heartbeat = heartbeat
         self.first_step = 0  # set when the checkpoint to go on from is known
         self.loader: TimedLoader | None = None
 
@@ -127,7 +127,7 @@ class ShardDataModule(pl.LightningDataModule):
             worker_init_fn=begin_worker if feed.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        self.loader.beats = self.beats
+        self.loader.heartbeat = self.heartbeat
         return self.loader
 
     def _check_room(self, items: MicroBatches) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 
 from echolab.data.provenance import check_same_encoders
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training.callbacks import Steps
@@ -80,7 +80,7 @@ def fit(training: Training) -> FitResult:
     """
     with StopSignals(training.grace) as signals, quiet():
         training.check()
-        beats = training.beats or Beats(None)
+        heartbeat = training.heartbeat or Heartbeat(None)
         if training.initial:
             origin = open_checkpoint(training.initial)
             check_architecture(origin, training.architecture)
@@ -91,9 +91,9 @@ def fit(training: Training) -> FitResult:
             place_shared(training.net, weights.items, where, "initial weights")
         feed, schedule = training.feed(), training.schedule
         _speed_up(training)
-        data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, beats)
-        module = _module(training, feed.accumulation, beats)
-        steps = Steps(training, data, signals, beats)
+        data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, heartbeat)
+        module = _module(training, feed.accumulation, heartbeat)
+        steps = Steps(training, data, signals, heartbeat)
         _trainer(training.machine, feed.accumulation, training.optim.clip, steps).fit(module, data)
     return FitResult(
         step=steps.step,
@@ -119,7 +119,7 @@ def _speed_up(training: Training) -> None:
         use_attention(training.reference.net, attention_from(machine.attention, device))
 
 
-def _module(training: Training, accumulation: int, beats: Beats) -> DiffusionModule:
+def _module(training: Training, accumulation: int, heartbeat: Heartbeat) -> DiffusionModule:
     module = DiffusionModule(
         training.net,
         training.objectives,
@@ -129,7 +129,7 @@ def _module(training: Training, accumulation: int, beats: Beats) -> DiffusionMod
         clip_here=not training.sharded,
         loss_factor=accumulation if training.sharded else 1,
         sequence_parallel=training.machine.sequence_parallel,
-        beats=beats,
+        heartbeat=heartbeat,
     )
     check_alone(module, training.net)
     reference = training.reference

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.config import Training
 from echolab.training.datamodule import ShardDataModule
@@ -41,13 +41,15 @@ def tell_plan(
 class Telling:
     """Figures since the last log, of one attempt from step `step` on."""
 
-    def __init__(self, module: DiffusionModule, data: ShardDataModule, beats: Beats, step: int):
-        self.module, self.data, self.beats = module, data, beats
-        self._step, self._at, self._waited = step, time.monotonic(), beats.seconds["data_wait"]
+    def __init__(
+        self, module: DiffusionModule, data: ShardDataModule, heartbeat: Heartbeat, step: int
+    ):
+        self.module, self.data, self.heartbeat = module, data, heartbeat
+        self._step, self._at, self._waited = step, time.monotonic(), heartbeat.seconds["data_wait"]
 
     def values(self, step: int, schedule: Schedule) -> dict[str, float]:
         """Means of the steps since the last time, and the live state; collective."""
-        now, spent = time.monotonic(), self.beats.seconds
+        now, spent = time.monotonic(), self.heartbeat.seconds
         done, seconds = step - self._step, max(now - self._at, 1e-9)
         values = self.module.meter.flush()
         values["train/lr"] = schedule.lr(step - 1)

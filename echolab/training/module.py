@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.sigmas import draw
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
 from echolab.training.meter import Meter
 from echolab.types import Draws, Loss, PreferencePair
@@ -66,7 +66,7 @@ class DiffusionModule(pl.LightningModule):
         clip_here: bool = True,
         loss_factor: float = 1.0,
         sequence_parallel: int = 1,
-        beats: Beats,
+        heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
         self.net = net
@@ -77,7 +77,7 @@ class DiffusionModule(pl.LightningModule):
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
         self.meter = Meter()
-        self.beats = beats
+        self.heartbeat = heartbeat
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
         self._margins: list[tuple[Tensor, float]] = []  # of preferences: mean and share of each
         self.norm: Tensor | None = None  # of the last gradient before clipping
@@ -91,7 +91,7 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """The loss of one micro-batch."""
-        self.beats.enter("forward")
+        self.heartbeat.enter("forward")
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
             self.on_draws(item, draws)
@@ -135,11 +135,11 @@ class DiffusionModule(pl.LightningModule):
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Tell the supervisor."""
-        self.beats.enter("backward")
+        self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
-        self.beats.enter("optimizer")
+        self.heartbeat.enter("optimizer")
         if self.clip_here:
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip, foreach=True)
             self.norm = norm.detach()

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError, SharedMemoryError, WorkerError
-from echolab.heartbeat import stacks_of_environment
+from echolab.heartbeat import open_stacks_file
 from echolab.training.signals import ignore_signals
 
 SHARED = Path("/dev/shm")
@@ -93,7 +93,7 @@ def check_room(size: int, workers: int, ranks: int) -> None:
 def begin_worker(number: int) -> None:
     """Prepare a worker: only its parent decides when to stop; its end is never silent."""
     ignore_signals()
-    stacks = stacks_of_environment()
+    stacks = open_stacks_file()
     faulthandler.disable()  # as this rank enabled it, below the handlers of PyTorch
     faulthandler.enable(sys.stderr if stacks is None else stacks)
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]

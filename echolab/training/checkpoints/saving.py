@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.training.checkpoints.checkpoint import folder_of
 from echolab.training.checkpoints.writer import CheckpointWriter
 
@@ -17,12 +17,12 @@ class Saving:
     def __init__(
         self,
         writer: CheckpointWriter,
-        beats: Beats,
+        heartbeat: Heartbeat,
         state: Callable[[], dict[str, Any]],
         check: Callable[[], None],
         saved: Path | None,
     ) -> None:
-        self.writer, self.beats, self.state, self.check = writer, beats, state, check
+        self.writer, self.heartbeat, self.state, self.check = writer, heartbeat, state, check
         self.saved = saved  # the newest whole one
 
     @property
@@ -36,13 +36,13 @@ class Saving:
 
     def begin(self) -> None:
         """Training goes on while it is written."""
-        self.beats.enter("save")
+        self.heartbeat.enter("save")
         self.check()
         self.writer.begin(self.state())
 
     def publish(self) -> None:
         """Wait for what was begun, if anything was."""
-        self.beats.enter("save")
+        self.heartbeat.enter("save")
         self.saved = self.writer.finish() or self.saved
 
     def now(self) -> None:
