@@ -18,6 +18,7 @@ from typing import Any
 from echolab.cli import sweep
 from echolab.config.compose import compose, compose_both
 from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
+from echolab.config.parts import timeouts_from
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError

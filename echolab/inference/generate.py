@@ -42,8 +42,8 @@ from echolab.inference.render import (
     render_windows,
     steps_of,
 )
-from echolab.launch.local import run_ranks, started_by_launcher
-from echolab.launch.run_dir import own_rank
+from echolab.launch.processes import run_ranks, started_by_launcher
+from echolab.launch.run_dir import rank_from_environment
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.progress import progress
@@ -86,11 +86,11 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
         use_attention(models.net, attention_from("auto", device))
         if arguments.devices > 1:
             SequenceSplit(models.net)
-        with redirect_stderr(io.StringIO()) if own_rank() else nullcontext():
+        with redirect_stderr(io.StringIO()) if rank_from_environment() else nullcontext():
             video = generate(arguments, models, footage, samples, frames, device)
 
     # Rank 0 writes.
-    if own_rank():
+    if rank_from_environment():
         return 0
     audio = None if samples is None else samples[: frames * SAMPLES_PER_FRAME]
     write_video(arguments.out, video, audio)

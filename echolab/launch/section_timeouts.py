@@ -15,8 +15,8 @@ class SectionTimeouts(NamedTuple):
     """Timeouts in seconds.
 
     `step` is an upper bound: a step may take `safety_factor` times the longest step so far, and at
-    least `min_step_timeout`.  The other timeouts are fixed, because one section covers work of very different
-    length: a validation and the export check, a copy and a full checkpoint, a batch and a
+    least `min_step_timeout`.  The other timeouts are fixed, because one section covers work of very
+    different length: a validation and the export check, a copy and a full checkpoint, a batch and a
     reference.
     """
 
