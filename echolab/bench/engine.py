@@ -24,7 +24,7 @@ from echolab.data.shard_reader import ShardWriter
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.objectives import Supervised
 from echolab.diffusion.phases import FLAT, ModalityDropout
-from echolab.heartbeat import Beats
+from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.table import DEFAULT_TASK
 from echolab.training.config import Training
