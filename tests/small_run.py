@@ -9,7 +9,6 @@ import torch
 from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
 from data_prep.options import DrawOptions
-from echolab.cli.fit import fit_network
 from echolab.data.clips import load_clips
 from echolab.data.shard_reader import open_dataset
 from echolab.diffusion.objectives import Supervised
@@ -17,6 +16,7 @@ from echolab.encoders import demo_audio, demo_image, demo_text
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
+from echolab.inference.fit import fit_network
 from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import initialize
 from echolab.tasks.curriculum import Curriculum, Stage

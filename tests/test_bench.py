@@ -144,7 +144,7 @@ def test_step_rows_of_the_command(
 
 
 def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["frames=17", "height=32", "width=32", "steps=1,2", "windows=9,17", "format=json"]
+    words = ["frames=17", "height=32", "width=32", "num_steps=1,2", "windows=9,17", "format=json"]
     bench.main(["generate", *words, "solvers=euler,unipc"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     names = [
@@ -169,7 +169,7 @@ def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> Non
         (["generate", "solvers=heun"], "solvers=heun: unknown; one of euler"),
         (["generate", "windows=24"], "window=24: must be 4n"),
         (["generate", "model=none_such"], "model=none_such: unknown; one of"),
-        (["sprint"], "bench sprint: unknown; one of step, generate"),
+        (["sprint"], "echolab bench sprint: no such action"),
     ],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str) -> None:

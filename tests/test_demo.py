@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.draw import DrawOptions
-from data_prep.encode import EncodeOptions
+from data_prep.options import DrawOptions, EncodeOptions
 from echolab.arguments import parse
 from echolab.cli.demo import CHECKPOINTS, DemoArguments, Stage, in_hydra, shortened, stages
-from echolab.cli.evaluate import EvaluateArguments
 from echolab.cli.fit import FitArguments
-from echolab.cli.pairs import PairsArguments
 from echolab.cli.report import ReportArguments
 from echolab.config.compose import compose
+from echolab.inference.options import EvaluateArguments, PairsArguments
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.score_table import REFERENCES
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load, save, save_file
 
-from echolab.cli.pairs import VERDICTS, judge_candidates
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
 from echolab.data.collate import read_pair
@@ -20,6 +19,7 @@ from echolab.data.shard_reader import ShardWriter, open_dataset
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError, EcholabError
+from echolab.inference.pairs import VERDICTS, judge_candidates
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.preference.judge import Verdict
 from echolab.preference.pack import append_verdicts, pack_pairs, read_verdicts

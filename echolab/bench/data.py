@@ -7,11 +7,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ import webdataset
 from safetensors.torch import load, save
 from torch import Tensor
 
-from echolab.arguments import parse
-from echolab.bench.measure import Row, as_json, as_table, say
+from echolab.bench.measure import Row, say
+from echolab.bench.options import DataArguments
 from echolab.data.collate import FEATURES, read_fp32
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks, encode_flac, encode_mp4
 from echolab.data.media import encode_tracks as encode_boxes
@@ -42,41 +41,14 @@ CHUNK = 2**20
 Way = Callable[[], Iterable[object]]  # goes through all samples once
 
 
-@dataclass(frozen=True)
-class DataArguments:
-    """Read shards in turns with plain webdataset, and with nothing but reads of the same bytes.
-
-    One process and one thread each, as a worker has it; medians of the rounds.  Ours reads in the
-    order of training and checks every byte; webdataset reads tar after tar and decodes to the same
-    tensors.  `cold` is after the files left the page cache.
-    """
-
-    clips: Path | None = field(
-        default=None, metadata={"help": "encoded dataset; none: random clips"}
-    )
-    raw: Path | None = field(default=None, metadata={"help": "raw dataset; none: drawn clips"})
-    gigabytes: float = field(default=0.5, metadata={"gt": 0, "help": "GB of random encoded clips"})
-    raw_clips: int = field(default=4, metadata={"ge": 1, "help": "number of drawn raw clips"})
-    frames: int = field(default=81, metadata={"help": "frames of a drawn clip, 4n+1"})
-    height: int = field(default=480, metadata={"help": "pixels, multiple of 16"})
-    width: int = field(default=832, metadata={"help": "pixels, multiple of 16"})
-    rounds: int = field(default=5, metadata={"ge": 1, "help": "runs of each"})
-    scratch: Path | None = field(
-        default=None, metadata={"help": "folder for drawn shards; none: the system's"}
-    )
-    format: Literal["table", "json"] = field(default="table", metadata={"help": "output format"})
-
-
-def main(argv: list[str]) -> None:
-    """Measure and print the rows."""
-    arguments = parse(DataArguments, argv, command="echolab bench data")
+def rows_of(arguments: DataArguments) -> list[Row]:
+    """Measure as the arguments say."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        rows = list(bench(arguments))
+        return list(bench(arguments))
     finally:
         torch.set_num_threads(threads)
-    print(as_json(rows) if arguments.format == "json" else as_table(rows))
 
 
 def bench(arguments: DataArguments) -> Iterator[Row]:

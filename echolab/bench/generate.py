@@ -2,71 +2,29 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from echolab.arguments import parse
-from echolab.bench.measure import Row, as_json, as_table, cost_of, peak_of, say
+from echolab.bench.measure import Row, cost_of, peak_of, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
+from echolab.bench.options import GenerateArguments
 from echolab.config.networks import architecture_of
 from echolab.diffusion.long_video import sample_windows
 from echolab.diffusion.pipeline import PRESETS, SOLVERS, SamplerConfig, check_sampler
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
-from echolab.models.attention import NAMES, attention_from, use_attention
+from echolab.models.attention import attention_from, use_attention
 from echolab.models.transformer import EchoTransformer
 from echolab.training.engine.activation_checkpointing import compile_blocks
 
 FPS = 25
+BRANCHES = {"batched": "batch", "sequential": "sequence"}
 
 
-@dataclass(frozen=True)
-class GenerateArguments:
-    """Denoise a video with random weights, once for each solver, number of steps and window.
-
-    Encoders and the decoder are left out.  Each time is compared with the length of the video: the
-    ratio is how many times longer than the video its generation takes.
-    """
-
-    model: str | None = field(
-        default=None, metadata={"help": "name of conf/model; none is demo, on a GPU the preview's"}
-    )
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where"})
-    recipe: Literal["demo", "preview", "flash"] | None = field(
-        default=None, metadata={"help": "guidance and levels; none is demo, on a GPU preview"}
-    )
-    frames: int | None = field(
-        default=None, metadata={"help": "4n+1; none is 49, on a GPU 125 (5 s)"}
-    )
-    height: int | None = field(default=None, metadata={"help": "none is 48, on a GPU 480"})
-    width: int | None = field(default=None, metadata={"help": "none is 48, on a GPU 832"})
-    solvers: tuple[str, ...] = field(
-        default=tuple(SOLVERS), metadata={"help": "of " + ", ".join(SOLVERS)}
-    )
-    steps: tuple[int, ...] = field(default=(8,), metadata={"ge": 1, "help": "numbers of steps"})
-    windows: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "frames at once, 4n+1; none is 25,49, on a GPU 81,125"}
-    )
-    precision: Literal["fp32", "bf16"] | None = field(
-        default=None, metadata={"help": "none is fp32, on a GPU bf16"}
-    )
-    branches: Literal["batch", "sequence"] = field(
-        default="batch",
-        metadata={"help": "of guidance: at once, or one by one"},
-    )
-    attention: str = field(default="auto", metadata={"help": "of " + ", ".join(NAMES)})
-    compile: bool = field(default=False, metadata={"help": "the blocks"})
-    seed: int = field(default=0, metadata={"ge": 0, "help": "of weights and inputs"})
-    format: Literal["table", "json"] = field(default="table", metadata={"help": "of the answer"})
-
-
-def main(argv: list[str]) -> None:
-    """Measure and print the rows."""
-    arguments = parse(GenerateArguments, argv, command="echolab bench generate")
-    rows = list(bench(arguments))
-    print(as_json(rows) if arguments.format == "json" else as_table(rows))
+def rows_of(arguments: GenerateArguments) -> list[Row]:
+    """Measure as the arguments say."""
+    return list(bench(arguments))
 
 
 def bench(arguments: GenerateArguments) -> Iterator[Row]:
@@ -86,7 +44,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     for recipe in wanted:
         name = f"{recipe.solver}/steps={recipe.steps}/window={recipe.window}"
         say(f"measuring {name}")
-        run = Denoising(net, inputs, recipe, arguments.branches, half)
+        run = Denoising(net, inputs, recipe, BRANCHES[arguments.cfg], half)
         if recipe.window not in measured:  # solvers differ by a few copies of the latents
             measured.add(recipe.window)
             peak = peak_of(run.one_step, arguments.device)
@@ -101,13 +59,13 @@ def recipes(arguments: GenerateArguments) -> list[SamplerConfig]:
     for solver in arguments.solvers:
         if solver not in SOLVERS:
             raise ConfigError(f"solvers={solver}: unknown; one of {', '.join(SOLVERS)}")
-    preset = PRESETS[arguments.recipe or ("preview" if on_gpu else "demo")]
+    preset = PRESETS[arguments.preset or ("preview" if on_gpu else "demo")]
     windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
     for window in windows:
         if WAN.latent_frames(window) <= preset.overlap:
             least = WAN.frames(preset.overlap + 1)
             raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
-    combinations = itertools.product(arguments.solvers, arguments.steps, windows)
+    combinations = itertools.product(arguments.solvers, arguments.num_steps, windows)
     return [
         check_sampler(preset._replace(solver=solver, steps=steps, window=window))
         for solver, steps, window in combinations

@@ -3,14 +3,12 @@
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from echolab.arguments import parse
 from echolab.bench.engine import (
     Subject,
     average_rows,
@@ -18,7 +16,7 @@ from echolab.bench.engine import (
     module_rows,
     write_clips,
 )
-from echolab.bench.measure import Pair, Row, Run, as_json, as_table, measure, say
+from echolab.bench.measure import Pair, Row, Run, measure, say
 from echolab.bench.models import (
     SMALL,
     Inputs,
@@ -32,6 +30,7 @@ from echolab.bench.models import (
     shapes_of,
     with_audio,
 )
+from echolab.bench.options import StepArguments
 from echolab.config.networks import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
@@ -47,66 +46,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is named
 
 
-@dataclass(frozen=True)
-class StepArguments:
-    """Forward and backward of the network in turns with diffusers' WanTransformer3DModel.
-
-    Both have the same weights and inputs, with image and without audio; times are medians.
-    Peak memory is the most that torch's allocator held in a step above what it held before it
-    (activations and gradients, not weights).  bf16 is autocast over fp32 weights.
-    With engine=true, in the first precision: an update of the average compared with a step, and a
-    run of `echolab train` compared with a bare loop of the same steps.
-    """
-
-    model: str = field(default="small", metadata={"help": "`small`, or a name of conf/model"})
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "device to measure on"})
-    frames: int | None = field(
-        default=None, metadata={"help": "video frames, 4n+1; none: 25, on a GPU 81"}
-    )
-    height: int | None = field(
-        default=None, metadata={"help": "pixels, multiple of 16; none: 192, on a GPU 480"}
-    )
-    width: int | None = field(
-        default=None, metadata={"help": "pixels, multiple of 16; none: 256, on a GPU 832"}
-    )
-    pairs: int = field(default=7, metadata={"ge": 1, "help": "runs of each"})
-    precision: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "fp32, bf16; none: both, on a GPU bf16"}
-    )
-    checkpointing: Literal["none", "full", "selective"] | None = field(
-        default=None,
-        metadata={"help": "activation checkpointing; on a GPU selective"},
-    )
-    attention: str = field(default="auto", metadata={"help": "kernel: " + ", ".join(NAMES)})
-    compile: bool = field(default=False, metadata={"help": "compile the blocks of both"})
-    variants: bool = field(
-        default=True,
-        metadata={"help": "also audio, checkpointing, compile and each kernel"},
-    )
-    engine: bool = field(
-        default=False, metadata={"help": "measure the engine instead of the network"}
-    )
-    scratch: Path | None = field(
-        default=None,
-        metadata={"help": "folder for runs; none: the system's"},
-    )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata={"gt": 0, "help": "bf16 TFLOP/s of the GPU, for MFU; none: the known one"},
-    )
-    seed: int = field(default=0, metadata={"ge": 0, "help": "seed of weights and inputs"})
-    format: Literal["table", "json"] = field(default="table", metadata={"help": "output format"})
-
-
-def main(argv: list[str]) -> None:
-    """Measure and print the rows."""
-    arguments = parse(StepArguments, argv, command="echolab bench step")
+def rows_of(arguments: StepArguments) -> list[Row]:
+    """Measure as the arguments say."""
     inputs, architecture = subject(arguments)
     if not arguments.engine:
         say(FORMULA)
     measured = engine_rows if arguments.engine else bench
-    rows = list(measured(arguments, architecture, inputs))
-    print(as_json(rows) if arguments.format == "json" else as_table(rows))
+    return list(measured(arguments, architecture, inputs))
 
 
 def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
@@ -176,7 +122,7 @@ class Step:
         self.arguments, self.inputs, self.dtype = arguments, inputs, dtype
         self.device = arguments.device
         usual = "selective" if self.device == "cuda" else "none"  # 1.3 B at 480p needs it
-        self.checkpointing: str = arguments.checkpointing or usual
+        self.checkpointing: str = arguments.activation_checkpointing or usual
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -206,7 +152,9 @@ class Step:
         try:
             return measure(run, baseline, self.arguments.pairs, self.device)
         except torch.OutOfMemoryError:
-            say(f"{name}: skipped, out of GPU memory; take checkpointing=full or a smaller size")
+            say(
+                f"{name}: skipped, out of GPU memory; take activation_checkpointing=full or a smaller size"
+            )
             return None
 
 

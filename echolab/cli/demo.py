@@ -11,22 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep import __main__ as data_prep
-from echolab.arguments import parse
+from echolab.arguments import argument, parse
 from echolab.atomic_io import write_whole
-from echolab.cli import __main__ as front_door
-from echolab.config.compose import compose
 from echolab.data.index import INDEX
 from echolab.errors import ConfigError
-from echolab.fitting import work_dtype
 from echolab.launch.run_dir import held
 from echolab.tracking.score_table import REFERENCES
 
@@ -42,7 +37,7 @@ ABOUT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoArguments:
     """Draw talkers, train everything on them, compare supervised and preference training.
 
@@ -50,30 +45,22 @@ class DemoArguments:
     whose table is in the README.
     """
 
-    out: Path = field(default=Path("runs/demo"), metadata={"help": "folder of the demo"})
-    seeds: int = field(default=1, metadata={"ge": 1, "help": "number of trainings, by seed"})
-    train_clips: int = field(default=640, metadata={"ge": BATCH, "help": "talkers to train on"})
-    held_out_clips: int = field(default=64, metadata={"ge": BATCH, "help": "talkers to score on"})
-    data_seed: int = field(default=0, metadata={"ge": 0, "help": "seed of the talkers"})
-    autoencoder_steps: int = field(
-        default=500, metadata={"ge": 1, "help": "optimizer steps of the video autoencoder"}
+    out: Path = argument("folder of the demo", Path("runs/demo"))
+    seeds: int = argument("number of trainings, each from another seed", 1, ge=1)
+    train_clips: int = argument("talkers to train on", 640, ge=BATCH, section="Data")
+    held_out_clips: int = argument("talkers to score on", 64, ge=BATCH)
+    data_seed: int = argument("seed of the talkers", 0, ge=0)
+    autoencoder_steps: int = argument(
+        "optimizer steps of the video autoencoder", 500, ge=1, section="Training"
     )
-    sync_steps: int = field(
-        default=220, metadata={"ge": 1, "help": "optimizer steps of each of the two SyncNets"}
-    )
-    feature_steps: int = field(
-        default=160, metadata={"ge": 1, "help": "optimizer steps of the frame features"}
-    )
-    sft_steps: int = field(
-        default=SFT_STEPS, metadata={"ge": 1, "help": "supervised steps over all tasks"}
-    )
-    preference_steps: int = field(
-        default=PREFERENCE_STEPS, metadata={"ge": 1, "help": "preference steps per cycle"}
-    )
-    prompts: int = field(default=128, metadata={"ge": 1, "help": "clips to sample pairs for"})
-    candidates: int = field(default=4, metadata={"ge": 2, "help": "samples per prompt"})
-    sampling_steps: int = field(default=10, metadata={"ge": 1, "help": "solver steps"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "summary format"})
+    sync_steps: int = argument("optimizer steps of each of the two SyncNets", 220, ge=1)
+    feature_steps: int = argument("optimizer steps of the frame features", 160, ge=1)
+    sft_steps: int = argument("supervised steps over all tasks", SFT_STEPS, ge=1)
+    preference_steps: int = argument("preference steps per cycle", PREFERENCE_STEPS, ge=1)
+    prompts: int = argument("clips to sample pairs for", 128, ge=1, section="Sampling")
+    candidates: int = argument("samples per prompt", 4, ge=2)
+    sampling_steps: int = argument("solver steps", 10, ge=1)
+    format: Literal["text", "json"] = argument("summary format", "text", section="Output")
 
     def check(self) -> None:
         """Raise ConfigError for numbers that exclude each other."""
@@ -166,6 +153,10 @@ def one_training(demo: DemoArguments, seed: int) -> Iterator[Stage]:
 
 def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
     """Return the settings of one training: an experiment file, and what depends on the demo."""
+    import torch
+
+    from echolab.fitting import work_dtype
+
     folder = demo.out / f"seed_{seed}"
     words = [
         f"experiment=demo_{name}",
@@ -189,6 +180,8 @@ def shortened(name: str, scale: float) -> list[str]:
     """Return the settings that make an experiment `scale` times as long; none for 1."""
     if scale == 1:
         return []
+    from echolab.config.compose import compose
+
     config = compose([f"experiment=demo_{name}"])
     schedule, tasks = config["schedule"], config["tasks"]
     for part in [*schedule["epochs"], *tasks["stages"]]:
@@ -293,6 +286,9 @@ class Progress:
         return code
 
     def _call(self, stage: Stage) -> int:
+        from data_prep import __main__ as data_prep
+        from echolab.cli import __main__ as front_door
+
         program, *words = stage.words
         # The commands' own main functions: the same door, without the imports of a new process.
         door = {"echolab": front_door.main, "data_prep": data_prep.main}[program]

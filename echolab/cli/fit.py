@@ -1,36 +1,16 @@
 """`echolab fit NETWORK DATA OUT`: fit the demo networks that stand in for large released ones."""
 
 import json
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from echolab.arguments import parse
+from echolab.arguments import argument, parse
 from echolab.atomic_io import prove_writable
-from echolab.data.clips import load_clips
-from echolab.encoders.demo_vae import CausalAutoencoder
-from echolab.encoders.demo_vae_training import WIDTH, fit_autoencoder
-from echolab.errors import ConfigError, DataError
-from echolab.fitting import Report, load_net, save_net
-from echolab.metrics.demo_networks_training import (
-    fit_clip_features,
-    fit_frame_features,
-    fit_sync,
-    talker_labels,
-)
-from echolab.metrics.scores import cepstra_of
-from echolab.progress import progress
-from echolab.types import Clips
-
-BATCH = 32  # clips that the autoencoder reconstructs at once
+from echolab.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitArguments:
     """Fit a demo network on a small raw dataset.
 
@@ -39,143 +19,34 @@ class FitArguments:
     The same command resumes a fit that was stopped.
     """
 
-    network: Literal["autoencoder", "sync", "frames", "clips"] = field(
-        metadata={"help": "which network"}
-    )
-    data: Path = field(metadata={"help": "raw dataset"})
-    out: Path = field(metadata={"help": "file of the fitted network, .safetensors"})
-    steps: int = field(default=800, metadata={"ge": 1, "help": "optimizer steps"})
-    first_clip: int = field(default=0, metadata={"ge": 0, "help": "first clip to fit on, from 0"})
-    num_clips: int | None = field(
-        default=None, metadata={"ge": 1, "help": "clips to fit on; none: all after first_clip"}
-    )
-    vae: Path | None = field(
-        default=None,
-        metadata={"help": "autoencoder; fit on its reconstructions of the clips as well"},
-    )
-    seed: int = field(default=0, metadata={"ge": 0, "help": "seed of initialization and batches"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "summary format"})
+    network: Literal["autoencoder", "sync", "frames", "clips"] = argument("network to fit")
+    data: Path = argument("raw dataset")
+    out: Path = argument("file of the fitted network, .safetensors")
+    steps: int = argument("optimizer steps", 800, ge=1)
+    first_clip: int = argument("first clip to fit on, from 0", 0, ge=0)
+    num_clips: int | None = argument("clips to fit on", None, ge=1, default_text="all others")
+    vae: Path | None = argument(
+        "autoencoder; sync: fit on its reconstructions of the clips as well", None,
+        default_text="none", aka=("autoencoder",),
+    )  # fmt: skip
+    seed: int = argument("seed of initialization and batches", 0, ge=0)
+    format: Literal["text", "json"] = argument("summary format", "text")
 
 
 def main(argv: list[str]) -> int:
-    """Fit a network as the arguments say and print a summary."""
+    """Parse and check the arguments, then import torch, fit and print a summary."""
     arguments = parse(FitArguments, argv, command="echolab fit",
                       positional=("network", "data", "out"))  # fmt: skip
     if arguments.vae and arguments.network != "sync":
         raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
     prove_writable(arguments.out)
+    from echolab.inference.fit import fit_network, read_clips
+
+    clips = read_clips(arguments.data, arguments.first_clip, arguments.num_clips, arguments.vae)
     loss = fit_network(
-        arguments.network, read_clips(arguments), arguments.out, steps=arguments.steps,
-        seed=arguments.seed,
-    )  # fmt: skip
+        arguments.network, clips, arguments.out, steps=arguments.steps, seed=arguments.seed
+    )
     figures = {"out": str(arguments.out), "steps": arguments.steps, "loss": loss}
     plain = f"{arguments.out}: {arguments.network} after {arguments.steps} steps, loss {loss:.4f}"
     print(json.dumps(figures) if arguments.format == "json" else plain)
     return 0
-
-
-def read_clips(arguments: FitArguments) -> Clips:
-    """Return the clips to fit on.  Raise DataError if there are none."""
-    first, count = arguments.first_clip, arguments.num_clips
-    clips = load_clips(arguments.data, None if count is None else first + count)
-    if first >= len(clips.keys):
-        raise DataError(
-            f"first_clip={first}: {arguments.data} has {len(clips.keys)} clips; give a smaller one"
-        )
-    clips = Clips(
-        keys=clips.keys[first:],
-        pixels=clips.pixels[first:],
-        samples=clips.samples[first:],
-        face=clips.face[first:],
-        lips=clips.lips[first:],
-        visemes=None if clips.visemes is None else clips.visemes[first:],
-        about=clips.about[first:],
-    )
-    return with_reconstructions(clips, arguments.vae) if arguments.vae else clips
-
-
-@torch.no_grad()
-def with_reconstructions(clips: Clips, vae_file: Path) -> Clips:
-    """Return each clip twice: as it is, and after encoding and decoding.
-
-    SyncNet judges decoded clips, so it must know their blur and read lips no less well in them.
-    """
-    vae = load_net(vae_file, CausalAutoencoder)
-    decoded = []
-    for indices in torch.arange(len(clips.keys)).split(BATCH):
-        pixels = vae.decode(vae.encode(clips.float_pixels(indices)))
-        decoded.append(((pixels + 1) * 127.5).round().to(torch.uint8))
-    return clips._replace(
-        keys=clips.keys * 2,
-        pixels=torch.cat([clips.pixels, *decoded]),
-        samples=clips.samples.repeat(2, 1),
-        face=clips.face.repeat(2, 1, 1),
-        lips=clips.lips.repeat(2, 1, 1),
-        visemes=None,
-        about=clips.about * 2,
-    )
-
-
-def fit_network(network: str, clips: Clips, out: Path, *, steps: int, seed: int) -> float:
-    """Fit one network, write it to `out`, and return the last loss."""
-    last_loss = float("nan")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # The state is named after the clips, so that a fit never resumes on other ones.
-    state = out.with_suffix(f".{zlib.crc32(clips.pixels.numpy().data):08x}.progress")
-    with progress(f"fitting {out.stem}", steps) as advance:
-
-        def report(done: int, total: int, loss: float) -> None:
-            nonlocal last_loss
-            last_loss = loss
-            advance(done, f"loss {loss:.4f}")
-
-        net, config = FITS[network](clips, steps, seed, state, report)
-    save_net(out, net, config)
-    state.unlink(missing_ok=True)
-    return last_loss
-
-
-# -- networks ------------------------------------------------------------------------------------
-
-Fitted = tuple[nn.Module, dict[str, int]]
-
-
-def _autoencoder(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    net = fit_autoencoder(clips.pixels, clips.lips, steps=steps, seed=seed, progress=state,
-                          report=report)  # fmt: skip
-    return net, {"width": WIDTH}
-
-
-def _sync(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    net = fit_sync(clips.pixels, clips.lips, cepstra_of(clips), steps=steps, seed=seed,
-                   progress=state, report=report)  # fmt: skip
-    return net, {}
-
-
-def _frames(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    labels = talker_labels(clips.face, _visemes(clips))
-    net = fit_frame_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
-                             report=report)  # fmt: skip
-    return net, {"labels": net.head.out_features, "size": clips.pixels.shape[-1]}
-
-
-def _clips(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    labels = talker_labels(clips.face, _visemes(clips))
-    net = fit_clip_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
-                            report=report)  # fmt: skip
-    return net, {"labels": net.head.out_features, "size": clips.pixels.shape[-1]}
-
-
-def _visemes(clips: Clips) -> Tensor:
-    if clips.visemes is None:
-        raise DataError("feature networks are fitted on visemes, which only drawn talkers have; "
-                        "give a dataset of `python -m data_prep draw`")  # fmt: skip
-    return clips.visemes
-
-
-FITS: dict[str, Callable[[Clips, int, int, Path, Report], Fitted]] = {
-    "autoencoder": _autoencoder,
-    "sync": _sync,
-    "frames": _frames,
-    "clips": _clips,
-}

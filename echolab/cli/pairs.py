@@ -1,168 +1,25 @@
 """`echolab pairs ACTION`: the steps of a preference round: sample candidates, score them, pack."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 from echolab.arguments import parse
 from echolab.atomic_io import prove_writable
-from echolab.config.networks import check_encoders, last_checkpoint, load_policy
-from echolab.data.clips import load_clips
-from echolab.data.provenance import check_same_encoders
-from echolab.data.shard_reader import open_dataset
-from echolab.encoders.demo_vae import CausalAutoencoder
-from echolab.encoders.encode import fingerprint
-from echolab.errors import ConfigError, DataError
-from echolab.fitting import load_net, work_dtype
-from echolab.inference.judging import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
-from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import cepstra_of
-from echolab.preference.candidates import read_candidates, read_request, sample_candidates
-from echolab.preference.judge import judge
-from echolab.preference.pack import (
-    append_verdicts,
-    check_judges,
-    judges_of,
-    pack_pairs,
-    read_verdicts,
-)
-from echolab.progress import progress
-from echolab.types import Clips
+from echolab.inference.options import PairsArguments
 
-VERDICTS = "verdicts.jsonl"
-BATCH = 32  # prompts of one file of candidates
-
-
-@dataclass(frozen=True)
-class PairsArguments:
-    """Make preference data with a checkpoint: sample candidates, score them, pack best and worst.
-
-    sample: needs checkpoint=, clips= (encoded).  score: needs raw= and networks=.  pack: needs
-    clips= and out=.  The same command resumes an action that was stopped.
-    """
-
-    action: Literal["sample", "score", "pack"] = field(metadata={"help": "what to do"})
-    folder: Path = field(metadata={"help": "folder of candidates and verdicts"})
-    checkpoint: Path | None = field(default=None, metadata={"help": "sample: run or checkpoint"})
-    clips: Path | None = field(default=None, metadata={"help": "encoded dataset of the prompts"})
-    raw: Path | None = field(default=None, metadata={"help": "score: the same clips, raw"})
-    networks: Path | None = field(
-        default=None, metadata={"help": "score: folder of networks of `echolab fit`"}
-    )
-    out: Path | None = field(default=None, metadata={"help": "pack: the new preference dataset"})
-    num_prompts: int = field(default=128, metadata={"ge": 1, "help": "clips to sample for"})
-    num_candidates: int = field(default=4, metadata={"ge": 1, "help": "samples per prompt"})
-    num_steps: int = field(default=10, metadata={"ge": 1, "help": "solver steps"})
-    flow_shift: float = field(
-        default=5.0, metadata={"gt": 0, "le": 1000, "help": "flow shift of the noise levels"}
-    )
-    audio_guidance_scales: tuple[float, ...] = field(
-        default=(0.0, 1.0, 2.0, 4.0),
-        metadata={
-            "ge": 0,
-            "help": "audio guidance scales of the candidates, cycled; 1 is no guidance, 0 no audio",
-        },
-    )
-    seed: int = field(default=0, metadata={"ge": 0, "help": "seed of the candidates' noise"})
-    min_margin: float = field(
-        default=0.5,
-        metadata={"ge": 0, "help": "pack: least score difference, in standard deviations"},
-    )
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "summary format"})
-
-    def required(self, name: str) -> Path:
-        """Return an argument that the action needs.  Raise ConfigError if it was not given."""
-        value: Path | None = getattr(self, name)
-        if value is None:
-            raise ConfigError(f"echolab pairs {self.action}: give {name}=")
-        return value
+NOUNS = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}
 
 
 def main(argv: list[str]) -> int:
-    """Run one action and print a summary."""
+    """Parse the arguments, then import torch, run one action and print a summary."""
     arguments = parse(PairsArguments, argv, command="echolab pairs",
                       positional=("action", "folder"))  # fmt: skip
     prove_writable(arguments.folder, folder=True)
-    made = {"sample": sample, "score": score, "pack": pack}[arguments.action](arguments)
+    from echolab.inference import pairs
+
+    actions = {"sample": pairs.sample, "score": pairs.score, "pack": pairs.pack}
+    made = actions[arguments.action](arguments)
     figures = {"folder": str(arguments.folder), "action": arguments.action, "made": made}
-    noun = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}[arguments.action]
-    plain = f"{arguments.out if arguments.action == 'pack' else arguments.folder}: {made} {noun}"
+    written = arguments.out if arguments.action == "pack" else arguments.folder
+    plain = f"{written}: {made} {NOUNS[arguments.action]}"
     print(json.dumps(figures) if arguments.format == "json" else plain)
     return 0
-
-
-def sample(arguments: PairsArguments) -> int:
-    """Sample candidates for the first clips of a dataset and return the number of prompts."""
-    dataset = open_dataset(arguments.required("clips"))
-    checkpoint = last_checkpoint(arguments.required("checkpoint"))
-    check_encoders(checkpoint, dataset.encoders)
-    net = load_policy(checkpoint)
-    with progress("sampling candidates", arguments.num_prompts) as advance:
-        sample_candidates(
-            net, dataset, arguments.folder, prompts=arguments.num_prompts,
-            candidates=arguments.num_candidates, batch=BATCH, steps=arguments.num_steps,
-            shift=arguments.flow_shift, audio_scales=arguments.audio_guidance_scales,
-            seed=arguments.seed, weights=str(checkpoint), dtype=work_dtype(),
-            report=lambda done: advance(done, ""),
-        )  # fmt: skip
-    return arguments.num_prompts
-
-
-def score(arguments: PairsArguments) -> int:
-    """Score all candidates and return the number of verdicts."""
-    networks, raw = arguments.required("networks"), arguments.required("raw")
-    # Candidates are of the first clips of the dataset: the others need no decoding.
-    clips = load_clips(raw, read_request(arguments.folder).get("prompts"))
-    total = sum(1 for _ in read_candidates(arguments.folder))
-    with progress("scoring candidates", total) as advance:
-        judge_candidates(
-            arguments.folder, clips, load_autoencoder(networks),
-            load_net(network_file(networks, SYNC_JUDGE), SyncNetDemo),
-            load_net(network_file(networks, FRAMES), FrameFeatures),
-            lambda done: advance(done, ""),
-        )  # fmt: skip
-    return len(read_verdicts(arguments.folder / VERDICTS))
-
-
-def pack(arguments: PairsArguments) -> int:
-    """Write the preference dataset and return the number of pairs."""
-    verdicts = read_verdicts(arguments.folder / VERDICTS)
-    if not verdicts:
-        raise DataError(f"{arguments.folder / VERDICTS}: no verdicts; run `echolab pairs score`")
-    dataset, out = open_dataset(arguments.required("clips")), arguments.required("out")
-    prove_writable(out, folder=True)
-    return pack_pairs(arguments.folder, verdicts, dataset, out,
-                      least_margin=arguments.min_margin)  # fmt: skip
-
-
-def judge_candidates(folder: Path, clips: Clips, vae: CausalAutoencoder, sync: SyncNetDemo,
-                     frame: FrameFeatures, report: Callable[[int], None]) -> None:  # fmt: skip
-    """Append a verdict for each candidate to verdicts.jsonl; keep those that are there.
-
-    Raise DataError if the clips lack a prompt, or if the folder was made with other networks.
-    """
-    index_of, cepstra = {key: index for index, key in enumerate(clips.keys)}, cepstra_of(clips)
-    known = read_verdicts(folder / VERDICTS)
-
-    # One folder holds verdicts of the same judges on candidates of the same encoders.
-    judges = {"video": fingerprint(vae), "sync": fingerprint(sync), "frame": fingerprint(frame)}
-    encoders = read_request(folder).get("encoders") or {}
-    check_same_encoders("networks", {"video": judges["video"]}, f"the clips of {folder}", encoders)
-    check_judges(folder / VERDICTS, judges_of(folder / VERDICTS), judges)
-
-    for done, (key, candidates) in enumerate(read_candidates(folder), start=1):
-        report(done)
-        count = len(candidates)
-        if all((key, number) in known for number in range(count)):
-            continue
-        if key not in index_of:
-            raise DataError(f"{folder}: candidates of {key}, which the raw clips do not hold")
-        clip = slice(index_of[key], index_of[key] + 1)
-        verdicts = judge(
-            sync, frame, vae.decode(candidates),
-            clips.float_pixels(clip)[:, :, 0].expand(count, -1, -1, -1),
-            clips.lips[clip, 0].expand(count, -1), cepstra[clip].expand(count, -1, -1),
-        )  # fmt: skip
-        append_verdicts(folder / VERDICTS, key, verdicts, judges)

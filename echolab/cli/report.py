@@ -2,29 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from echolab.arguments import parse
+from echolab.arguments import argument, parse
 from echolab.atomic_io import prove_writable
-from echolab.data.media import decode_mp4
 from echolab.errors import DataError
 from echolab.tasks.table import TASK_TABLE
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.report import Video, checked, inside, write_again, write_report
 from echolab.tracking.score_table import CHECKPOINTS
-from echolab.tracking.wandb_run import WandbRun
 
 METRICS = ("metrics.jsonl", "*/metrics.jsonl", "*/*/metrics.jsonl")
 # Of samples.png: clips, every so many of their frames, magnification.
 SHEET_CLIPS, SHEET_STRIDE, SHEET_SCALE = 3, 3, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Write report.html in a run folder, or in a folder that holds several runs.
 
@@ -33,15 +28,15 @@ class ReportArguments:
     further arguments an existing report is written again from that.
     """
 
-    run: Path = field(metadata={"help": "run folder, such as runs/demo"})
-    title: str | None = field(default=None, metadata={"help": "title of the page [folder's name]"})
-    compare: tuple[str, ...] = field(
-        default=(), metadata={"help": "groups of samples to set side by side in samples.png"}
+    run: Path = argument("run folder, such as runs/demo")
+    title: str | None = argument("title of the page", None, default_text="the folder's name")
+    compare: tuple[str, ...] = argument(
+        "groups of samples to set one above the other in samples.png", ()
     )
-    wandb_project: str | None = field(
-        default=None, metadata={"help": "wandb project to log scores and samples to"}
+    wandb_project: str | None = argument(
+        "wandb project to log scores and samples to", None, default_text="not logged"
     )
-    wandb_id: str = field(default="scores", metadata={"help": "id of the wandb run of the scores"})
+    wandb_id: str = argument("id of the wandb run of the scores", "scores")
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise DataError(f"{run}: no such run folder")
     out = run / "report.html"
     prove_writable(out)
-    if out.with_suffix(".json").is_file() and arguments == ReportArguments(run):
+    if out.with_suffix(".json").is_file() and arguments == ReportArguments(run=run):
         write_again(out)
     else:
         _write(arguments, out)
@@ -158,6 +153,11 @@ def _scores(path: Path) -> list[dict[str, Any]]:
 
 def _write_sheet(run: Path, groups: Sequence[str]) -> None:
     """Write samples.png: frames of the first clips, each group's below the one before."""
+    import numpy as np
+    from PIL import Image
+
+    from echolab.data.media import decode_mp4
+
     samples = run / "samples"
     rows = []
     for clip in sorted((samples / groups[0]).glob("*.mp4"))[:SHEET_CLIPS]:
@@ -177,6 +177,8 @@ def _log_to_wandb(
     arguments: ReportArguments, scores: list[dict[str, Any]], videos: list[Video]
 ) -> None:
     """Log the score table and the sample clips as a wandb run of their own."""
+    from echolab.tracking.wandb_run import WandbRun
+
     assert arguments.wandb_project
     wandb_run = WandbRun(
         arguments.run, project=arguments.wandb_project, run_id=arguments.wandb_id, name="scores",

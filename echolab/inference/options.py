@@ -1,4 +1,4 @@
-"""The arguments of `echolab generate`, and checks that they go together.
+"""The arguments of `echolab generate`, `evaluate` and `pairs`, and checks that they go together.
 
 This module imports nothing heavy, so that a wrong argument is refused at once.
 """
@@ -13,12 +13,14 @@ from echolab.arguments import argument
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
+from echolab.tracking.score_table import REFERENCES
 
 if TYPE_CHECKING:
     from echolab.diffusion.pipeline import SamplerConfig
 
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
 DEMO_VAE = Path("runs/demo/networks/autoencoder.safetensors")
+DEMO_DATA = Path("runs/demo/data")
 SIZES = {"demo": 64, "preview": 768, "flash": 768}  # pixels; of the released scripts
 CROPS = {"demo": "head", "preview": "frame", "flash": "frame"}
 CHUNK_OVERLAP = 8  # known frames of a chunk, as released
@@ -261,3 +263,91 @@ class GenerateArguments:
                 "(guidance_scale=1); give guidance_scale=4, or leave it out"
             )
         return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Sample held-out clips with a checkpoint's averaged weights and score them.
+
+    Scores are those of demo networks (`_demo`): Sync-C and Sync-D by the published formula, FID and
+    FVD against clips of `real`, the correlation of the mouth with the true visemes if those are
+    known, PSNR of the first frame.  With reference= the held-out clips themselves are scored.
+    """
+
+    checkpoint: Path | None = argument("run or checkpoint", None, section="What is scored")
+    reference: str | None = argument(
+        "score the held-out clips instead, with their own or another clip's audio", None,
+        choices=REFERENCES, default_text="a checkpoint",
+    )  # fmt: skip
+    raw: Path = argument("held-out clips, raw", DEMO_DATA / "raw_held_out", section="Data")
+    clips: Path = argument("the same clips, encoded", DEMO_DATA / "held_out")
+    real: Path = argument("raw clips that FID and FVD compare with", DEMO_DATA / "raw_train")
+    networks: Path = argument("folder of networks of `echolab fit`", DEMO_VAE.parent)
+    task: str = argument("task to sample", DEFAULT_TASK, section="Sampling", choices=TASKS)
+    num_clips: int = argument("number of clips", 64, ge=1)
+    num_steps: int = argument("solver steps", 10, ge=1)
+    flow_shift: float = argument("flow shift of the noise levels", 3.0, gt=0, le=1000)
+    audio_guidance_scale: float = argument("audio guidance; 1 is no guidance", 2.0, ge=0)
+    unguided: bool = argument("sample and score without audio guidance as well", False)
+    seed: int = argument("seed of the noise", 0, ge=0)
+    scores: Path | None = argument(
+        "score table to add a row to, for `echolab report`", None, section="Output",
+        default_text="no table",
+    )  # fmt: skip
+    name: str | None = argument("name of the row", None, default_text="the run's")
+    train_seed: int = argument("seed of the training, for the row", 0, ge=0)
+    samples: Path | None = argument(
+        "folder for the first clips, as mp4 with their audio", None, default_text="not kept"
+    )
+    num_samples: int = argument("clips to keep in samples", 6, ge=1)
+    task_samples: Path | None = argument(
+        "folder for one clip of every other task, as mp4", None, default_text="not sampled"
+    )
+    format: Literal["text", "json"] = argument("output format", "text")
+
+    def check(self) -> None:
+        """Raise ConfigError unless there is one thing to score."""
+        if (self.checkpoint is None) == (self.reference is None):
+            raise ConfigError("echolab evaluate: needs checkpoint= or reference=, and not both")
+
+    @property
+    def row_name(self) -> str:
+        """The name of the row in the score table."""
+        return (
+            self.name or self.reference or str(self.checkpoint and self.checkpoint.resolve().name)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsArguments:
+    """Make preference data with a checkpoint: sample candidates, score them, pack best and worst.
+
+    sample: needs checkpoint=, clips= (encoded).  score: needs raw= and networks=.  pack: needs
+    clips= and out=.  The same command resumes an action that was stopped.
+    """
+
+    action: Literal["sample", "score", "pack"] = argument("step of the preference round")
+    folder: Path = argument("folder of candidates and verdicts")
+    clips: Path | None = argument("encoded dataset of the prompts", None)
+    checkpoint: Path | None = argument("run or checkpoint", None, section="sample")
+    num_prompts: int = argument("clips to sample for", 128, ge=1)
+    num_candidates: int = argument("samples per prompt", 4, ge=1)
+    num_steps: int = argument("solver steps", 10, ge=1)
+    flow_shift: float = argument("flow shift of the noise levels", 5.0, gt=0, le=1000)
+    audio_guidance_scales: tuple[float, ...] = argument(
+        "audio guidance of the candidates, cycled; 1 is no guidance, 0 no audio",
+        (0.0, 1.0, 2.0, 4.0), ge=0,
+    )  # fmt: skip
+    seed: int = argument("seed of the candidates' noise", 0, ge=0)
+    raw: Path | None = argument("the same clips, raw", None, section="score")
+    networks: Path | None = argument("folder of networks of `echolab fit`", None)
+    out: Path | None = argument("the new preference dataset", None, section="pack")
+    min_margin: float = argument("least score difference, in standard deviations", 0.5, ge=0)
+    format: Literal["text", "json"] = argument("summary format", "text", section="Output")
+
+    def required(self, name: str) -> Path:
+        """Return an argument that the action needs.  Raise ConfigError if it was not given."""
+        value: Path | None = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"echolab pairs {self.action}: give {name}=")
+        return value
