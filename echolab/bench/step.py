@@ -152,9 +152,7 @@ class Step:
         try:
             return measure(run, baseline, self.arguments.pairs, self.device)
         except torch.OutOfMemoryError:
-            say(
-                f"{name}: skipped, out of GPU memory; take activation_checkpointing=full or a smaller size"
-            )
+            say(f"{name}: skipped, out of GPU memory; give activation_checkpointing=full")
             return None
 
 
