@@ -20,8 +20,8 @@ from echolab.data.clips import load_clips, to_frames
 from echolab.data.collate import collate_clips, read_clip
 from echolab.data.media import write_video
 from echolab.data.shard_reader import ShardDataset, open_dataset
-from echolab.diffusion.generation import generate
 from echolab.diffusion.guidance import Net
+from echolab.diffusion.pipeline import generate
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import DataError
