@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+import encoded
 import placed
 import pytest
 import tiny
@@ -14,7 +15,9 @@ from forked import ForkServer
 from safetensors.torch import save_file
 from torch import nn
 
-from echolab.errors import ConfigError
+from echolab.config import build, networks
+from echolab.config.compose import compose
+from echolab.errors import ConfigError, DataError
 from echolab.models.loading import load_released
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, initial_values, meta_network
 from echolab.training.engine.machine import Machine
@@ -24,6 +27,7 @@ from echolab.training.engine.placement import (
     check_device,
     filled_network,
     initialized_network,
+    placement_of,
     share_on_node,
 )
 from echolab.training.guards.host_memory import used
@@ -91,6 +95,15 @@ def test_a_rank_that_cannot_share_reads_the_values_itself(
     assert placed.digest(values) == placed.digest(net.named_parameters())
 
 
+def test_a_process_without_a_launcher_waits_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay of a run of eight ranks by one process."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert placement_of(Machine("ddp", devices=8)).local_world == 1
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    placement = placement_of(Machine("ddp", devices=8, accelerator="gpu"))
+    assert placement == Placement(torch.device("cuda", 3), 3, 8)
+
+
 def test_networks_of_different_subjects_and_launches_have_different_sockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -104,6 +117,31 @@ def test_a_gpu_that_is_not_there_is_said_before_the_network_is_built() -> None:
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here; take trainer=cpu"):
         check_device(Machine(accelerator="gpu"))
+
+
+def test_a_run_is_checked_in_the_order_data_device_memory_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fault is found although those after it are there too; no network is built."""
+
+    def no_network(*_: object) -> None:
+        raise AssertionError("the network is built")
+
+    monkeypatch.setattr(build, "start_of", no_network)
+    clips, _ = encoded.write(tmp_path)
+    words = [*encoded.SETTINGS, f"run_dir={tmp_path / 'run'}"]
+    here = [*words, f"data.clips={clips}"]
+    monkeypatch.setattr(networks, "capacity", lambda: 1 << 20)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
+        build.training_from(compose([*words, "data.clips=nowhere", "trainer.accelerator=gpu"]), "")
+    with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here"):
+        build.training_from(compose([*here, "trainer.accelerator=gpu"]), "")
+    with pytest.raises(ConfigError, match="memory: .* this node has 0.0 GiB"):
+        build.training_from(compose(here), "")
+    monkeypatch.setattr(networks, "capacity", lambda: None)
+    with pytest.raises(AssertionError, match="the network is built"):
+        build.training_from(compose(here), "")
 
 
 def sources(folder: Path, kind: str) -> tuple[str, str]:

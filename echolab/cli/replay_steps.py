@@ -17,7 +17,7 @@ from echolab.cli.rollback import config_of
 from echolab.config.build import schedule_from, training_from
 from echolab.config.check import check
 from echolab.config.origins import checkpoint_of, recorded
-from echolab.config.parts import INTERVALS
+from echolab.config.parts import INTERVALS, machine_from
 from echolab.config.stored import hidden, resolved
 from echolab.data.bad_samples import QUARANTINE
 from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
@@ -216,8 +216,7 @@ def replay(segments: Sequence[Segment], out: Path) -> tuple[Rows, bool]:
 
 def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     """Train one segment, appending its log to `rows`; return whether it should be bit-equal."""
-    training = training_from({**segment.config, "run_dir": str(out)}, "")
-    machine = training.machine
+    machine = machine_from(segment.config["trainer"])
     exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
     single = Machine(
         accelerator=machine.accelerator,
@@ -225,10 +224,11 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
         attention=machine.attention,
         checkpointing=machine.checkpointing,
     )
+    used = machine if exact else single
+    training = training_from({**segment.config, "run_dir": str(out)}, "", used)
     every = training.every or Intervals()
     again = training._replace(
-        machine=machine if exact else single,
-        micro_batch_size=_micro(training),
+        micro_batch_size=_micro(training, machine),
         every=Intervals(log=every.log, save=0, validate=0),
         guards=training.guards._replace(policy="record", limit=math.inf),
         held_out=None,
@@ -248,9 +248,8 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     return exact
 
 
-def _micro(training: Training) -> int:
-    """Return the clips per forward of one rank of the run."""
-    machine = training.machine
+def _micro(training: Training, machine: Machine) -> int:
+    """Return the clips per forward of one rank of the run, which `machine` trained."""
     groups = machine.world // machine.sequence_parallel
     return training.micro_batch_size or training.batch_size // groups
 

@@ -27,6 +27,7 @@ from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
 from echolab.training.datamodule import HeldOut
+from echolab.training.engine.machine import Machine
 from echolab.training.module import Optim
 from echolab.training.reference_model import Reference
 from echolab.training.schedule import Epoch, Schedule
@@ -175,15 +176,16 @@ def data_from(
     return {**reading, "curriculum": curriculum, "held_out": held_out}
 
 
-def training_from(config: Mapping[str, Any], agreed: str) -> Training:
-    """What `fit` takes; `agreed` is a digest of the settings.  Raises EcholabError for bad ones."""
+def training_from(
+    config: Mapping[str, Any], agreed: str, machine: Machine | None = None
+) -> Training:
+    """Build what `fit` takes; `agreed` is a digest of the settings, `machine` replaces theirs."""
     schedule = schedule_from(config["schedule"])
     phases = phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    # What can be wrong is checked before weights are read: data, devices, memory.
-    parts = data_from(config, origin, pinned)
-    machine = machine_from(config["trainer"])
+    parts = data_from(config, origin, pinned)  # data, device and memory before weights are read
+    machine = machine or machine_from(config["trainer"])
     placement = checked_placement(config, machine, prefers=prefers)
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None

@@ -62,11 +62,15 @@ def check_device(machine: Machine) -> None:
 
 
 def placement_of(machine: Machine) -> Placement:
-    """Return this rank's placement, by its launcher's environment, before ranks can communicate."""
+    """Return this rank's placement, by its launcher's environment, before ranks can communicate.
+
+    A process that no launcher started has no ranks to share with, even with settings for several.
+    """
+    launched = "LOCAL_RANK" in os.environ
     local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     gpu = machine.device == "cuda"
     device = torch.device("cuda", local) if gpu else torch.device(machine.device)
-    return Placement(device, local, machine.devices)
+    return Placement(device, local, machine.devices if launched else 1)
 
 
 def initialized_network(
@@ -133,7 +137,8 @@ def share_on_node(
 
 def _address(subject: str) -> bytes:
     """Return the name of an abstract Unix socket that only this launch uses."""
-    launch = [os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")]
+    keys = ("ECHOLAB_LAUNCH", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    launch = [os.environ.get(key, "") for key in keys]
     text = repr([os.getuid(), subject, *launch])
     return b"\0echolab-" + blake2b(text.encode(), digest_size=12).hexdigest().encode()
 
