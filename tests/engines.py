@@ -20,9 +20,8 @@ from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.engine.engine_report import ClippedNorm, check_clipped, check_counts
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
-from echolab.training.fit import Machine, _trainer
+from echolab.training.fit import Machine, _trainer, quiet
 from echolab.training.module import DiffusionModule, Optim
-from echolab.training.quiet import quiet
 from echolab.types import Loss
 
 RATE = 1e-3
@@ -154,7 +153,7 @@ def pull(
         heartbeat=Heartbeat(None),
     )
     with quiet():
-        trainer = _trainer(machine, accumulation, optim.clip, watch)  # type: ignore[arg-type]
+        trainer = _trainer(machine, accumulation, optim.clip, watch)
         loader = torch.utils.data.DataLoader(Items(steps), batch_size=None)
         trainer.fit(module, loader)
     return watch

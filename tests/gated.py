@@ -15,14 +15,15 @@ import torch
 
 from echolab.data.bad_samples import Tolerant
 from echolab.errors import ParityError
-from echolab.training import distributed, export_check
-from echolab.training.callbacks import Steps
+from echolab.training import distributed
+from echolab.training.callbacks import export_check
+from echolab.training.callbacks.export_check import Sampling, check_parity, parity_clips
+from echolab.training.callbacks.validation import read_share, validate
 from echolab.training.checkpoints.checkpoint import latest_valid
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
-from echolab.training.export_check import Sampling, check_parity, parity_clips
 from echolab.training.fit import Machine
-from echolab.training.validation import read_share, validate
+from echolab.training.loop import TrainLoop
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 HELD, SIGMAS, TASKS = 5, (0.2, 0.8), ("i2v", "lip_sync")
@@ -61,30 +62,30 @@ def broken(how: str) -> Iterator[None]:
         yield
 
 
-def held_bits(steps: Steps) -> bytes:
+def held_bits(loop: TrainLoop) -> bytes:
     """All that this rank holds, and its random states."""
     tensors = [
-        *steps.masters.local,
-        *(t for part in ("exp_avg", "exp_avg_sq") for t in steps.masters.flats(part)),
-        *(t for flats in steps.ema.flats.values() for t in flats),
-        *(getattr(p, "ds_tensor", p).data for p in steps.module.net.parameters()),
+        *loop.masters.local,
+        *(t for part in ("exp_avg", "exp_avg_sq") for t in loop.masters.flats(part)),
+        *(t for flats in loop.ema.flats.values() for t in flats),
+        *(getattr(p, "ds_tensor", p).data for p in loop.module.net.parameters()),
     ]
     values = b"".join(t.detach().cpu().reshape(-1).view(torch.uint8).numpy() for t in tensors)
-    modes = str([module.training for module in steps.module.net.modules()]).encode()
+    modes = str([module.training for module in loop.module.net.modules()]).encode()
     numbers = np.random.get_state()[1].tobytes()  # type: ignore[union-attr,index]
     return values + torch.get_rng_state().numpy().tobytes() + numbers + modes
 
 
-def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
+def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
     """What each fault comes to, and the held-out errors; JSON."""
-    subject = (steps.module.net, steps.ema, steps.masters)
+    subject = (loop.module.net, loop.ema, loop.masters)
     device = torch.device("cpu")
-    before = held_bits(steps)
+    before = held_bits(loop)
     share = read_share(held, distributed.rank(), distributed.world())
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
     told: dict[str, Any] = {"values": dict(values)}
-    saved, _ = latest_valid(steps.folder)
+    saved, _ = latest_valid(loop.config.folder / "checkpoints")
     assert saved and saved.step == 4
     for how in ("nothing", "swap of averages", "perturbed", "names"):
         with broken(how):
@@ -102,7 +103,7 @@ def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str
                 told[how] = str(error)
         if distributed.rank() == 0:
             told[f"{how}/report"] = json.loads((out / "parity.json").read_text())
-    told["unchanged"] = held_bits(steps) == before
+    told["unchanged"] = held_bits(loop) == before
     return told
 
 
@@ -116,14 +117,14 @@ def main(
 ) -> None:
     """A run of four steps; each rank writes what it found to `out`/rank-N.json."""
     held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
-    end = Steps.on_train_end
+    end = TrainLoop.on_train_end
 
-    def and_gate(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def and_gate(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         end(self, trainer, module)
         told = gate(self, Path(out), held, DTYPES[precision])
         (Path(out) / f"rank-{distributed.rank()}.json").write_text(json.dumps(told))
 
-    Steps.on_train_end = and_gate  # type: ignore[method-assign]
+    TrainLoop.on_train_end = and_gate  # type: ignore[method-assign]
     settings: dict[str, Any] = {}
     if lora:
         settings = adapted.settings("base")

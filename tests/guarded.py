@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
 from echolab.heartbeat import Heartbeat
+from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.config import Intervals
 from echolab.training.fit import Machine
 from echolab.training.guards.events import History
-from echolab.training.guards.monitor import Guarding
 from echolab.training.guards.replica_check import Unchanged, check_replicas, replicated
 from echolab.training.guards.stragglers import Stragglers
 
@@ -92,23 +92,23 @@ def slow_rank() -> list[list[str]]:
     return found
 
 
-def fault_at(step: int, rank: int, fault: Callable[[Guarding, nn.Module], None]) -> None:
+def fault_at(step: int, rank: int, fault: Callable[[nn.Module], None]) -> None:
     """In place of a fault of the machine: just before the replicas of `step` are compared."""
-    look, seen = Guarding.check_replicas, []
+    check, seen = ReplicaCheck.after_step, []
 
-    def with_fault(self: Guarding, net: nn.Module, *others: Any) -> None:
+    def with_fault(self: ReplicaCheck, state: Any) -> None:
         seen.append(1)
         if len(seen) == step and dist.get_rank() == rank:
-            fault(self, net)
-        look(self, net, *others)
+            fault(self.net)
+        check(self, state)
 
-    Guarding.check_replicas = with_fault  # type: ignore[method-assign]
+    ReplicaCheck.after_step = with_fault  # type: ignore[method-assign]
 
 
 def train(root: str, strategy: str, to: str) -> None:
     """Two ranks; a bit flips on rank 1 after step 2 of 4."""
 
-    def flip_one(guarding: Guarding, net: nn.Module) -> None:
+    def flip_one(net: nn.Module) -> None:
         name, tensor = list(replicated(net).items())[-1]
         print("flipped", name, flush=True)
         flip(tensor, 3)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import runs
 
-from echolab.training import distributed, export_check, validation
+from echolab.training import distributed
+from echolab.training.callbacks import export_check, validation
 from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut

@@ -28,8 +28,8 @@ from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.train_dataset import MicroBatch, MicroBatches, Stock, stock
 from echolab.tasks.table import TASKS
 from echolab.tracking.metrics import read_metrics
+from echolab.training.callbacks.sample_ledger import noise_hashes
 from echolab.training.config import Intervals
-from echolab.training.ledger import noise_hashes
 from echolab.training.module import draws_of
 from echolab.types import PreferencePair
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import guarded
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from echolab.models.frozen import Frozen
+from echolab.training.callbacks.reference_model import ReferenceModel
 from echolab.training.guards.replica_check import (
     CHUNK,
     MIX_1,
@@ -29,7 +31,6 @@ from echolab.training.guards.replica_check import (
     odd_rank,
     replicated,
 )
-from echolab.training.reference_model import References
 
 BITS = 1 << 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -147,7 +148,9 @@ def test_what_is_whole_on_every_rank() -> None:
     assert list(frozen(Frozen(tiny.net()).net)) == [n for n, _ in tiny.net().named_parameters()]
 
 
-def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_is_read_again_after_a_rollback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     reads: list[Path] = []
 
     class Saved:
@@ -158,19 +161,33 @@ def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPa
             assert part == "ema"
             return dict(tiny.net().named_parameters())
 
-    monkeypatch.setattr("echolab.training.reference_model.open_alike", Saved)
+    monkeypatch.setattr("echolab.training.callbacks.reference_model.open_alike", Saved)
     reference = Frozen(tiny.net())
-    objective = runs.Preference(runs.PHASES, reference, 100.0)
-    references = References({"dpo": objective}, reference)
-    device = torch.device("cpu")
-    start = references.state_dict()
-    assert references.enter(Path("a"), fresh=True, device=device)
-    assert not references.enter(Path("a"), fresh=False, device=device)
+    watched: list[bool] = []
+    config = SimpleNamespace(
+        reference=reference,
+        reference_checkpoint=None,
+        objectives={"dpo": runs.Preference(runs.PHASES, reference, 100.0)},
+    )
+    callback = ReferenceModel(
+        config,  # type: ignore[arg-type]
+        SimpleNamespace(folder=tmp_path),  # type: ignore[arg-type]
+        SimpleNamespace(watch_reference=lambda: watched.append(True)),  # type: ignore[arg-type]
+    )
+    module = SimpleNamespace(device=torch.device("cpu"))
+    plan = runs.schedule(("sft", 2), ("dpo", 4))
+    state: Any = SimpleNamespace(step=2, schedule=plan, module=module)
+    start = callback.state_dict()
+    callback.before_step(state)
+    state.step = 3
+    callback.before_step(state)
+    assert len(watched) == 1  # read once an epoch
     still = Unchanged("the reference", dict(reference.net.named_parameters()))
     still.check(dict(reference.net.named_parameters()))
-    references.load_state_dict(start)
-    assert references.enter(Path("a"), fresh=True, device=device)
-    assert reads == [Path("a"), Path("a")]
+    callback.load_state_dict(start)
+    callback.before_step(state)
+    assert len(watched) == 2
+    assert reads == [tmp_path / "step-000002"] * 2
 
 
 # -- real ranks -----------------------------------------------------------------------------------

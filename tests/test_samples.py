@@ -22,9 +22,9 @@ from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
 from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import TASKS
+from echolab.training.callbacks.validation import read_share
 from echolab.training.config import Intervals, Training
 from echolab.training.datamodule import HeldOut
-from echolab.training.validation import read_share
 
 Tensors = dict[str, Tensor]
 BAD, COUNT = 4, 7

@@ -27,6 +27,7 @@ from echolab.diffusion.phases import FLAT, ModalityDropout
 from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.table import DEFAULT_TASK
+from echolab.training.callbacks.validation import on_device
 from echolab.training.config import Training
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
@@ -34,7 +35,6 @@ from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters, masters_of
 from echolab.training.fit import fit
 from echolab.training.module import draws_of
-from echolab.training.validation import on_device
 
 BARE, STEP = "bare loop", "training step"
 CLIPS, TASK, FLOW_SHIFT = 4, DEFAULT_TASK, 5.0

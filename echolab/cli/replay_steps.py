@@ -24,6 +24,7 @@ from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
 from echolab.errors import CheckpointError, ConfigError, DivergedError
 from echolab.launch import run_dir
 from echolab.tracking.metrics import read_metrics
+from echolab.training.callbacks.sample_ledger import left_out
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
@@ -34,7 +35,6 @@ from echolab.training.checkpoints.diff import state_differences, tensor_differen
 from echolab.training.config import Intervals, Machine, Training
 from echolab.training.fit import fit
 from echolab.training.guards.events import EVENTS, skips
-from echolab.training.ledger import left_out
 from echolab.training.schedule import Skip, group_of
 
 COMPARED = ("train/loss", "train/gradient_norm")

@@ -28,8 +28,7 @@ from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.machine import Machine
-from echolab.training.module import Optim
-from echolab.training.reference_model import Reference
+from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
 

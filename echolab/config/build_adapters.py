@@ -36,7 +36,7 @@ from echolab.training.adapters.lora_files import (
 )
 from echolab.training.checkpoints.checkpoint import EMA, Checkpoint, check_adapters, open_checkpoint
 from echolab.training.engine.placement import HOST, Placement
-from echolab.training.reference_model import Reference
+from echolab.training.module import Reference
 
 
 class Adapted(NamedTuple):

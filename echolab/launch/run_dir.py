@@ -43,7 +43,7 @@ MACHINE = (
     "data.val_overlaps",
 )  # fmt: skip
 
-# Compared by content, with what the checkpoints record (`training.lineage`).
+# Compared by content, with what the checkpoints record (`training.resume`).
 BY_CONTENT = ("data.clips", "data.pairs", "init_from", "pretrained", "ref_model", "lora.init_from")
 
 ATTEMPTS, IDENTITY, CONFIG, CONFIGS = "attempts", "run.json", "config.json", "configs.jsonl"

@@ -20,14 +20,13 @@ from echolab.geometry import geometry_of
 from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
-from echolab.training.datamodule import Feed, HeldOut
+from echolab.training.callbacks.callback import Callback
+from echolab.training.datamodule import Feed, HeldOut, data_of
 from echolab.training.engine.machine import Machine, accumulation_steps
 from echolab.training.engine.placement import check_device
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals
-from echolab.training.lineage import data_of
-from echolab.training.module import Objective, Optim
-from echolab.training.reference_model import Reference
+from echolab.training.module import Objective, Optim, Reference
 from echolab.training.schedule import Schedule
 from echolab.training.signals import FOREVER
 
@@ -183,6 +182,7 @@ class Training(NamedTuple):
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
+    callbacks: Sequence[Callback] = ()  # the user's own, in order
     heartbeat: Heartbeat | None = None  # by which a supervisor sees how far this rank is
 
     @property

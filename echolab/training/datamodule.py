@@ -51,6 +51,20 @@ class Feed(NamedTuple):
     quarantine: Path | None = None  # where bad samples are listed, if any are borne with
 
 
+def data_of(feed: Feed) -> dict[str, Any]:
+    """Return its datasets by content: [fingerprint, hash of the keys, order name] each."""
+    return {"clips": _listed(feed.clips), "pairs": _listed(feed.pairs)}
+
+
+def _listed(stock: Stock | None) -> list[list[str]]:
+    return [
+        [dataset.fingerprint, dataset.keys_digest, source.named]
+        for dataset, source in (
+            zip(stock.datasets, stock.plan.sources, strict=True) if stock else ()
+        )
+    ]
+
+
 class TimedLoader(DataLoader[MicroBatch]):
     """Tells when it is waited for, and can be ended early."""
 

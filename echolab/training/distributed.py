@@ -1,5 +1,6 @@
-"""What ranks tell each other.  All functions but `device` are collective; alone, the identity."""
+"""Collective operations.  On one rank each function is the identity; only `device` is local."""
 
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
@@ -7,23 +8,23 @@ import torch.distributed as dist
 
 
 def world() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process among them."""
+    """Return the rank of this process."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def device() -> torch.device:
-    """Where tensors must lie to travel."""
+    """Return the device of tensors that the backend can send."""
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def sums(values: list[float]) -> list[float]:
-    """Element by element over the ranks."""
+    """Sum over the ranks, element by element."""
     if world() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
@@ -32,7 +33,7 @@ def sums(values: list[float]) -> list[float]:
 
 
 def largest(values: list[int]) -> list[int]:
-    """Element by element over the ranks: the vote.  One rank is enough to stop all."""
+    """Return the maximum over the ranks, element by element."""
     if world() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.int64, device=device())
@@ -41,14 +42,14 @@ def largest(values: list[int]) -> list[int]:
 
 
 def agree(text: str) -> bool:
-    """Whether all ranks say the same."""
+    """Return whether all ranks pass the same text."""
     number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
     highest, lowest = largest([number, -number])
     return highest == -lowest
 
 
 def gather_text(text: str) -> list[str]:
-    """What each rank says, by rank; as bytes, so that nothing is pickled."""
+    """Return the text of each rank, by rank.  It is sent as bytes, so that nothing is pickled."""
     if world() == 1:
         return [text]
     own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
@@ -65,15 +66,26 @@ def gather_text(text: str) -> list[str]:
 
 def raise_together(kind: type[Exception], fault: str) -> None:
     """Raise the first rank's fault ("": none) on every rank, so that none is left waiting."""
-    for found in gather_text(fault):
-        if found:
-            raise kind(found)
+    for message in gather_text(fault):
+        if message:
+            raise kind(message)
 
 
 def from_first(value: int) -> int:
-    """What rank 0 says."""
+    """Return the value of rank 0."""
     if world() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.int64, device=device())
     dist.broadcast(tensor, 0)
     return int(tensor)
+
+
+def means(totals: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Return the mean over all ranks for each name, given (sum, count) of this rank.
+
+    Names with a count of zero on all ranks are left out.
+    """
+    names = sorted(totals)
+    flat = sums([float(x) for name in names for x in totals[name]])
+    pairs = zip(names, flat[::2], flat[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count}

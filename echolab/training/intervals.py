@@ -20,8 +20,13 @@ class Intervals:
             )
         self.log, self.save, self.validate = log, save, validate
         self.snapshot = snapshot  # keep the averages of optim.posthoc_ema_stds
-        self.replicas = replicas  # compare what all ranks hold alike
+        self.replicas = replicas  # compare what all ranks should hold
 
     def keeps_snapshot(self, step: int) -> bool:
-        """Whether the power averages of a checkpoint of this step stay."""
-        return self.snapshot > 0 and step % self.snapshot == 0
+        """Return whether the power averages of the checkpoint of this step stay."""
+        return self.due(self.snapshot, step)
+
+    @staticmethod
+    def due(every: int, step: int) -> bool:
+        """Return whether `step` is one of every `every` steps."""
+        return every > 0 and step % every == 0

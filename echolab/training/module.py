@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.sigmas import draw
 from echolab.heartbeat import Heartbeat
+from echolab.tasks.table import TASKS
+from echolab.training import distributed
 from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
-from echolab.training.meter import Meter
 from echolab.types import Draws, Loss, PreferencePair
 
 
@@ -21,6 +22,16 @@ class Objective(Protocol):
     """`objectives.Supervised` and its kin."""
 
     def __call__(self, net: Any, batch: Any, draws: Draws) -> Loss: ...
+
+
+class Reference(Protocol):
+    """`models.frozen.Frozen`, or a network's base or earlier adapters (`adapters.lora`)."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Optim(NamedTuple):
@@ -33,6 +44,44 @@ class Optim(NamedTuple):
     ema_decay: float = 0.999
     ema_more: tuple[float, ...] = ()  # decays of further averages, kept beside the first
     ema_widths: tuple[float, ...] = ()  # of power averages, from which others are made later
+
+
+class Meter:
+    """Collects losses and their parts on the device; `flush` averages them over steps and ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+        self._tasks: list[str] = []
+
+    def add(self, loss: Loss, tasks: list[str]) -> None:
+        """Add one micro-batch: the loss, and parts [B] or []."""
+        self.add_value("loss", loss.value)
+        for name, part in loss.parts.items():
+            self.add_value(name, part)
+        if "error" in loss.parts:
+            self._tasks += tasks
+
+    def add_value(self, name: str, value: Tensor) -> None:
+        """Add any number of values [...]."""
+        self._values.setdefault(name, []).append(value.detach().reshape(-1))
+
+    def flush(self) -> dict[str, float]:
+        """Return the means below `train/` and reset; collective.
+
+        Every rank has added values of the same names.
+        """
+        totals: dict[str, tuple[float, int]] = {}
+        for name, parts in self._values.items():
+            values = torch.cat(parts).double().cpu()
+            if name == "error":  # by task; ranks draw different tasks, so list all
+                for task in TASKS:
+                    pairs = zip(values.tolist(), self._tasks, strict=True)
+                    errors = [error for error, one in pairs if one == task]
+                    totals[f"train/error/{task}"] = (sum(errors), len(errors))
+            else:
+                totals[f"train/{name}"] = (float(values.sum()), len(values))
+        self._values, self._tasks = {}, []
+        return distributed.means(totals)
 
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:

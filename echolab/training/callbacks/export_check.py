@@ -1,9 +1,9 @@
-"""The last gate of a run: what is exported computes what was trained.
+"""The export check at the end of a run: the exported network computes what was trained.
 
 Samples of the training model (in its engine, with the averaged weights swapped in) are compared
-with samples of a fresh network that the ordinary loader made of an export of the checkpoint.  In
-between lie the swap, the gathering of shards, the file, the names and the merging of adapters;
-compilation, checkpointing and sharding are on the one side only.
+with samples of a second network that the ordinary loader made of an export of the checkpoint.
+Between them lie the swap, the gathering of shards, the file, the names and the merging of adapters;
+compilation, activation checkpointing and sharding are on one side only.
 """
 
 import json
@@ -26,11 +26,22 @@ from echolab.models.transformer import EchoTransformer
 from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.training import distributed
 from echolab.training.adapters.lora_base import exported_weights
+from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.metrics import LogMetrics
+from echolab.training.callbacks.step_sync import EvaluationInterrupted, StepSync
+from echolab.training.callbacks.validation import (
+    Poll,
+    autocast_dtype,
+    compute_dtype,
+    on_device,
+    unchanged,
+)
 from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.config import Training
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
 from echolab.training.engine.placement import HOST, Placement
-from echolab.training.validation import Poll, autocast_dtype, on_device, unchanged
+from echolab.training.run_state import RunState
 from echolab.types import Batch
 
 STEPS = 4  # of Euler's method
@@ -39,8 +50,8 @@ REPORT, EXPORT = "parity.json", "parity-export.safetensors"
 FAILURES = (ParityError, ParityError, StorageError, DiskFullError)  # by number; 0 is none
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REMEDY = (
-    "look at the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
-    "trainer.compile=true, the compiler; the checkpoint is whole, but its export is not this model"
+    "check the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
+    "trainer.compile=true, the compiler; the checkpoint is complete, its export is another model"
 )
 
 
@@ -53,23 +64,23 @@ class Sampling(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """How far the samples are apart, as shares of their size."""
+    """How much the samples differ, relative to their norm."""
 
     difference: float  # the largest of the tasks
     bound: float
 
     @property
     def passed(self) -> bool:
-        """Whether that is near enough; NaN is not."""
+        """Return whether the difference is within the bound; NaN is not."""
         return self.difference <= self.bound
 
     def values(self) -> dict[str, float]:
-        """To be logged."""
+        """Return the values to log."""
         return {"parity/difference": self.difference, "parity/bound": self.bound}
 
 
 def parity_clips(reader: Tolerant, tasks: Sequence[str]) -> list[Batch]:
-    """The first clip of a dataset, or its stand-in, posed as each of the tasks."""
+    """Return the first clip of a dataset, or its replacement, posed as each of the tasks."""
     clips = reader.dataset
     one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
     return [collate_clips(clips, [clip]) for clip in one]
@@ -84,11 +95,11 @@ def sample(
     dtype: torch.dtype,
     poll: Poll = lambda: None,
 ) -> list[Tensor]:
-    """Latents [B, C, F, H, W] of each batch, on the CPU in fp32; the noise is of the keys alone.
+    """Sample latents [B, C, F, H, W] for each batch, on the CPU in fp32; keys alone fix the noise.
 
     `poll` is called after each step of the sampler.
     """
-    found = []
+    samples = []
     for clip in clips:
         latents = generate(
             net,
@@ -101,13 +112,13 @@ def sample(
             dtype=autocast_dtype(net, dtype),
             on_step=lambda step, latents: poll(),
         )
-        found.append(latents.float().cpu())
-    return found
+        samples.append(latents.float().cpu())
+    return samples
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Size of the difference, as a share of the expected."""
-    return float((found - expected).double().norm() / expected.double().norm())
+def relative(sampled: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to that of `expected`."""
+    return float((sampled - expected).double().norm() / expected.double().norm())
 
 
 def _load(
@@ -120,7 +131,7 @@ def _load(
 
 
 def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:
-    """A network of the export of a checkpoint, which is written to `file`; fp32, on the CPU."""
+    """Export a checkpoint to `file` and load the network from it; fp32, on the CPU."""
     opened = open_checkpoint(checkpoint)
     net, tensors = exported_weights(opened, _load)
     size = sum(tensor.numel() * 4 for tensor in tensors.values())
@@ -136,7 +147,7 @@ class _Where(NamedTuple):
     cast: bool  # the parameters are of that dtype too; else autocast
 
 
-def _beside(
+def _differences(
     fresh: nn.Module,
     live: Sequence[Tensor],
     clips: Sequence[Batch],
@@ -144,10 +155,10 @@ def _beside(
     where: _Where,
     poll: Poll,
 ) -> tuple[list[float], float]:
-    """Differences by batch, and the bound.
+    """Return differences by batch, and the bound.
 
-    Each of two computations in a smaller dtype may be as far from fp32 as the exported weights are
-    measured to be, so they may be twice that apart.
+    Each of two computations in a smaller dtype may differ from fp32 as much as the exported weights
+    are measured to, so from each other by twice that.
     """
     device, dtype, cast = where
     shared: dict[str, Any] = {"device": device, "poll": poll}
@@ -155,8 +166,8 @@ def _beside(
     bound = TOLERANCE
     if dtype != torch.float32:
         own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
-        apart = [relative(a, b) for a, b in zip(own, exact, strict=True)]
-        bound = max(bound, 2 * max(apart))
+        rounding = [relative(a, b) for a, b in zip(own, exact, strict=True)]
+        bound = max(bound, 2 * max(rounding))
     return [relative(a, b) for a, b in zip(live, own, strict=True)], bound
 
 
@@ -173,15 +184,15 @@ def _compare(
     try:
         fresh = exported_net(checkpoint, folder / EXPORT)
         with unchanged(fresh, where.device):
-            differences, bound = _beside(fresh, live, clips, how, where, poll)
+            differences, bound = _differences(fresh, live, clips, how, where, poll)
     finally:
         (folder / EXPORT).unlink(missing_ok=True)
-    told: dict[str, Any] = {"checkpoint": checkpoint.name}
-    found = judged(differences, bound)
-    told |= {"passed": found.passed, **found._asdict()}
-    told |= {"by_task": _by_task(clips, differences)}
-    told |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
-    write_whole(folder / REPORT, json.dumps(told, indent=1).encode(), patient=True)
+    parity = judged(differences, bound)
+    report: dict[str, Any] = {"checkpoint": checkpoint.name}
+    report |= {"passed": parity.passed, **parity._asdict()}
+    report |= {"by_task": _by_task(clips, differences)}
+    report |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
+    write_whole(folder / REPORT, json.dumps(report, indent=1).encode(), patient=True)
     return differences, bound
 
 
@@ -194,7 +205,7 @@ def _exported(
     where: _Where,
     poll: Poll,
 ) -> tuple[list[float], float, Exception | None]:
-    """Differences by batch, the bound, and what went wrong; zeros on ranks other than 0."""
+    """Return differences by batch, the bound, and an error; zeros on ranks other than 0."""
     fault: Exception | None = None
     differences, bound = [0.0] * len(clips), 0.0
     passes = 1 if where.dtype == torch.float32 else 2
@@ -206,13 +217,13 @@ def _exported(
             )
         except (EcholabError, OSError, torch.OutOfMemoryError) as error:
             fault = error
-    for left in polls:  # the other ranks, or a rank 0 that failed, come to as many
-        left()
+    for missing in polls:  # other ranks, or a rank 0 that failed, poll as often
+        missing()
     return differences, bound, fault
 
 
 def _failure(fault: BaseException | None) -> int:
-    """Return which of FAILURES an exception is, 0 for none: a disk says nothing of an export."""
+    """Return the index in FAILURES of an exception, 0 for none; a full disk is no bad export."""
     kind = int(fault is not None)
     while fault is not None:
         if isinstance(fault, DiskFullError) or (isinstance(fault, OSError) and fault.errno in FULL):
@@ -224,8 +235,8 @@ def _failure(fault: BaseException | None) -> int:
 
 
 def judged(differences: Sequence[float], bound: float) -> Parity:
-    """Of all batches together."""
-    return Parity(float(torch.tensor(differences).max()), bound)  # torch's max hands on NaN
+    """Return the largest difference of all batches, and the bound."""
+    return Parity(float(torch.tensor(differences).max()), bound)  # torch's max keeps NaN
 
 
 def _by_task(clips: Sequence[Batch], differences: Sequence[float]) -> dict[str, float]:
@@ -248,9 +259,9 @@ def check_parity(
     """Compare the training model with the export of `checkpoint`, the one it has just saved.
 
     Collective: all ranks sample, with the same clips; rank 0 exports into `folder`, reads that back
-    and writes `parity.json`.  Raises ParityError on every rank where the samples are too far apart,
-    or where the export cannot be made; StorageError where a disk is at fault.  Needs memory for one
-    more copy of the weights on rank 0.
+    and writes `parity.json`.  Raise ParityError on every rank if the samples differ too much, or if
+    the export cannot be made; StorageError if a disk is at fault.  It needs memory for one more
+    copy of the weights on rank 0.
     `poll` is called on all ranks after each step of the sampler, here and on rank 0.
     """
     with unchanged(net, device), ema.applied(masters):
@@ -258,29 +269,75 @@ def check_parity(
     where = _Where(device, dtype, autocast_dtype(net, dtype) != dtype)
     differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where, poll)
     *differences, bound, failed = distributed.sums([*differences, bound, float(_failure(fault))])
-    found = judged(differences, bound)
-    if failed:  # any rank knows how; rank 0 knows why
+    parity = judged(differences, bound)
+    if failed:  # all ranks know which error; rank 0 has its message
         why = " ".join(str(fault or "see rank 0").split()) or type(fault).__name__
         kind = FAILURES[int(failed)]
         raise kind(f"{checkpoint}: its export cannot be compared: {why}")
-    if not found.passed:
+    if not parity.passed:
         by_task = _by_task(clips, differences).items()
         differing = ", ".join(f"{task} {value:.2e}" for task, value in by_task)
         raise ParityError(
             f"{folder / REPORT}: samples of the training model and of the export of "
-            f"{checkpoint.name} differ by {found.difference:.2e} ({differing}), at most "
+            f"{checkpoint.name} differ by {parity.difference:.2e} ({differing}), at most "
             f"{bound:.2e} in {NAMES[dtype]}; {REMEDY}"
         )
-    return found
+    return parity
 
 
 def passed_before(folder: Path, checkpoint: Path) -> bool | None:
-    """What the report in a run's folder says of a checkpoint; None where it says nothing of it.
+    """Return whether the report in a run's folder passed a checkpoint; None if it has no report.
 
     A check that passed is not repeated when its run is started again; any other is.
     """
     try:
-        told = json.loads(read_whole(folder / REPORT))
+        report = json.loads(read_whole(folder / REPORT))
     except (*ABSENT, ValueError):
         return None
-    return bool(told["passed"]) if told.get("checkpoint") == checkpoint.name else None
+    return bool(report["passed"]) if report.get("checkpoint") == checkpoint.name else None
+
+
+class ExportCheck(Callback):
+    """Compares the export of the last checkpoint, before the run counts as done."""
+
+    def __init__(
+        self, config: Training, masters: Masters, ema: Ema, sync: StepSync, log: LogMetrics
+    ):
+        self.config, self.masters, self.ema = config, masters, ema
+        self.sync, self.log = sync, log
+
+    def on_end(self, state: RunState) -> None:
+        """Check a finished run; raise ParityError on every rank if its export differs.
+
+        If a rank requests an end, the run ends unverified, and its next start repeats the check.
+        """
+        done = state.step == state.schedule.steps and not state.unsaved
+        if not (done and self.config.parity and state.checkpoint):
+            return
+        self.sync.heartbeat.enter("eval")
+        try:
+            parity = self._check(state, state.checkpoint)
+        except EvaluationInterrupted as interruption:
+            what = "the check of the export"
+            self.sync.accept_interruption(state, interruption, what, "the next start repeats it")
+            state.unverified = True
+        else:
+            self.log.log(state, parity.values())
+
+    def _check(self, state: RunState, checkpoint: Path) -> Parity:
+        config = self.config
+        clips = config.held_out.clips if config.held_out else config.clips[0]
+        steps = config.schedule.supervised_steps(config.schedule.steps)
+        trained = [t for t, p in config.curriculum.probabilities(steps).items() if p > 0]
+        return check_parity(
+            state.module.net,
+            self.ema,
+            self.masters,
+            checkpoint=checkpoint,
+            folder=config.folder,
+            clips=parity_clips(config.reader_of(clips), trained),
+            how=Sampling(config.seed, config.shift),
+            device=state.module.device,
+            dtype=compute_dtype(config.machine),
+            poll=partial(self.sync.poll, state),
+        )
