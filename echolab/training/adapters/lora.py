@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError
+
+if TYPE_CHECKING:  # peft takes seconds to import: only runs with adapters pay for it
+    from peft import LoraConfig
 
 TRAINED, AVERAGE = "default", "reference"  # peft's names of the two sets of adapters
 
@@ -41,8 +42,10 @@ class Lora(NamedTuple):
             raise ConfigError(f"lora.dropout={self.dropout:g}: must lie in [0, 1); 0 is usual")
         return self
 
-    def peft_config(self, layers: list[str]) -> LoraConfig:
+    def peft_config(self, layers: list[str]) -> "LoraConfig":
         """Return the same settings for peft."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=layers
         )
@@ -79,6 +82,8 @@ def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
 
 def adapted_layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield every layer that has adapters, by its name in the base."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in net.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -99,7 +104,9 @@ def base_fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _inject(net: nn.Module, config: LoraConfig, adapter: str) -> None:
+def _inject(net: nn.Module, config: "LoraConfig", adapter: str) -> None:
+    from peft import inject_adapter_in_model
+
     with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced anyway
         inject_adapter_in_model(config, net, adapter)
     del net.peft_config  # kept by the layers; peft warns where it finds it again

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -368,6 +367,8 @@ def _scale(file: Path, stem: str, parts: Mapping[str, Tensor], config: Mapping[s
         return float(parts["alpha"]) / rank
     if "r" not in config:
         return 1.0
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     wanted = ranks.get(get_pattern_key(list(ranks), stem), config["r"])
     if rank != wanted:
