@@ -258,8 +258,8 @@ def unaccumulated(case: dict[str, Any], world: int) -> int:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     patch = mock.patch.object(DeepSpeedEngine, "gradient_accumulation_steps", lambda engine: 1)
-    told = "after 1 steps of 3 micro-batches: deepspeed's global_steps is 3, not 1"
-    return sabotaged(case, world, [patch], told)
+    report = "after 1 steps of 3 micro-batches: deepspeed's global_steps is 3, not 1"
+    return sabotaged(case, world, [patch], report)
 
 
 def precision(cases: list[dict[str, Any]], world: int, to: str) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of the guards' tests do; each writes what it was told to a file of its own."""
+"""Ranks of the tests of guards; each writes its report to a file."""
 
 import json
 import time
@@ -38,41 +38,41 @@ def compare(to: str) -> None:
     """Three ranks, each fault at one of them, in one launch."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     named = {
         "weight": torch.arange(12.0).reshape(3, 4),
         "bias": torch.ones(5, dtype=torch.bfloat16),
         "steps": torch.tensor(7),
     }
-    told["alike"] = said_by(lambda: check_replicas(named, "state"))
+    report["alike"] = said_by(lambda: check_replicas(named, "state"))
     for name, bit in (("weight", 0), ("bias", 15), ("steps", 63)):
         if rank == 1:
             flip(named[name], bit)
-        told[name] = said_by(lambda: check_replicas(named))
+        report[name] = said_by(lambda: check_replicas(named))
         if rank == 1:
             flip(named[name], bit)
-    told["state"] = said_by(lambda: check_replicas(named, "other" if rank == 2 else "state"))
+    report["state"] = said_by(lambda: check_replicas(named, "other" if rank == 2 else "state"))
     less = {name: tensor for name, tensor in named.items() if rank or name != "bias"}
-    told["less"] = said_by(lambda: check_replicas(less))
+    report["less"] = said_by(lambda: check_replicas(less))
     each = {"weight": named["weight"] + rank}
-    told["each"] = said_by(lambda: check_replicas(each))
+    report["each"] = said_by(lambda: check_replicas(each))
     frozen = {"a": torch.ones(3), "b": torch.zeros(2)}
     still = Unchanged("the reference", frozen)
-    told["still"] = said_by(lambda: still.check(frozen))
+    report["still"] = said_by(lambda: still.check(frozen))
     if rank == 2:
         flip(frozen["b"], 31)  # the sign of a zero
-    told["changed"] = said_by(lambda: still.check(frozen))
+    report["changed"] = said_by(lambda: still.check(frozen))
     history = History(Path(to))
     history.add(3, "rollback", to=1, skip=["sft", 5, 2])
-    told["events"] = [event[2:] for event in history.events]
-    told["skips"] = history.skips
-    told["slow"] = slow_rank()
-    (Path(to) / f"told-{rank}.json").write_text(json.dumps(told))
+    report["events"] = [event[2:] for event in history.events]
+    report["skips"] = history.skips
+    report["slow"] = slow_rank()
+    (Path(to) / f"told-{rank}.json").write_text(json.dumps(report))
 
 
 def slow_rank() -> list[list[str]]:
     """Rank 1 sleeps in its forward, then rank 2 waits for data; what each window found."""
-    heartbeat, found = Heartbeat(None), []
+    heartbeat, result = Heartbeat(None), []
     watch = Stragglers([f"node-{rank}" for rank in range(3)])
     watch.start(heartbeat.seconds)
     for window in range(8):
@@ -88,8 +88,8 @@ def slow_rank() -> list[list[str]]:
         dist.barrier()
         values, slow = watch.look(heartbeat.seconds)
         assert set(values) == {"perf/straggler_score"}
-        found.append([f"{one.rank} {one.host} {one.section}" for one in slow])
-    return found
+        result.append([f"{one.rank} {one.host} {one.section}" for one in slow])
+    return result
 
 
 def fault_at(step: int, rank: int, fault: Callable[[nn.Module], None]) -> None:
@@ -114,7 +114,7 @@ def train(root: str, strategy: str, to: str) -> None:
         flip(tensor, 3)
 
     fault_at(2, 1, flip_one)
-    found = said_by(
+    result = said_by(
         lambda: runs.train(
             Path(root),
             runs.schedule(("sft", 4)),
@@ -123,4 +123,4 @@ def train(root: str, strategy: str, to: str) -> None:
             machine=Machine(strategy, devices=2, shard_small=False),
         )
     )
-    (Path(to) / f"{strategy}-{dist.get_rank()}").write_text(found)
+    (Path(to) / f"{strategy}-{dist.get_rank()}").write_text(result)

@@ -45,11 +45,11 @@ def built(kind: str, source: str, placement: Placement) -> nn.Module:
 
 def digest(values: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of names, shapes and values."""
-    found = blake2b(digest_size=16)
+    result = blake2b(digest_size=16)
     for name, tensor in values:
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 def wait_for(file: Path) -> None:

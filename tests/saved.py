@@ -59,12 +59,12 @@ def adam(made: nn.Module) -> torch.optim.AdamW:
 
 def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
     """What a run would save beside the tensors, so far as readers need it."""
-    told = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
+    report = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
     origin = {"world": distributed.world(), "masters": "test"}
     schedule = {"epochs": [["sft", 10**6, 1e-3]]}
     curriculum = {"step": step, "probabilities": {"i2v": 1.0}}
     kept = {"curriculum": curriculum, "objectives": {}, "spikes": {}, "architecture": {}}
-    return {**told, "origin": origin, "schedule": schedule, **kept, **more}
+    return {**report, "origin": origin, "schedule": schedule, **kept, **more}
 
 
 def keep_all(step: int) -> bool:
@@ -162,13 +162,13 @@ def weights(made: nn.Module) -> list[Tensor]:
     """The network's own trained weights, whole; collective."""
     import deepspeed
 
-    found = []
+    result = []
     for parameter in made.parameters():
         if parameter.requires_grad:
             cut = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], enabled=cut):
-                found.append(parameter.detach().clone())
-    return found
+                result.append(parameter.detach().clone())
+    return result
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -186,12 +186,12 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
     deepspeed.init_distributed("gloo")
     for strategy in strategies:
         made, masters = masters_by(strategy)
-        found = newest(Path(source))
-        assert found
+        checkpoint = newest(Path(source))
+        assert checkpoint
         ema = Ema(0.9, MORE)
-        restore(found, masters, ema)
-        average = [found.tensors("ema")[name] for name in masters.parameters]
-        own = [found.tensors(MASTER)[name] for name in masters.parameters]
+        restore(checkpoint, masters, ema)
+        average = [checkpoint.tensors("ema")[name] for name in masters.parameters]
+        own = [checkpoint.tensors(MASTER)[name] for name in masters.parameters]
         dtype = next(made.parameters()).dtype
         before = weights(made)
         assert same_bits(before, [tensor.to(dtype) for tensor in own])
@@ -224,12 +224,12 @@ def save_with_fault(out: str, at: str) -> None:
     elif at == "memory" and distributed.rank() == 1:
         saver.writer._buffers.clear()
         real, writing.host_buffer = writing.host_buffer, refuse
-    told = ""
+    report = ""
     try:
         saver.save(2)
     except CheckpointError as error:
-        told = str(error)
-    (Path(out) / f"told-{distributed.rank()}").write_text(told)
+        report = str(error)
+    (Path(out) / f"told-{distributed.rank()}").write_text(report)
     if at == "write" and distributed.rank() == 1:
         writing.write_file = real
     elif at == "memory" and distributed.rank() == 1:
@@ -249,12 +249,12 @@ def _see_another(out: Path) -> None:
         shutil.copytree(out, elsewhere)
         other = serialize({**content, "tied": {}})
         (elsewhere / "step-000003/manifest.json").write_bytes(other)
-    told = ""
+    report = ""
     try:
         newest(elsewhere if distributed.rank() == 1 else out)
     except CheckpointError as error:
-        told = str(error)
-    (out / f"saw-{distributed.rank()}").write_text(told)
+        report = str(error)
+    (out / f"saw-{distributed.rank()}").write_text(report)
 
 
 def refuse(*given: Any, **named: Any) -> Any:
@@ -266,11 +266,11 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
     """Go on from the newest, save without end, and write each published step to `told`."""
     torch.set_num_threads(1)
     saver = Saver(Path(folder), keep=lambda step: False)
-    found = newest(Path(folder))
+    checkpoint = newest(Path(folder))
     step = 0
-    if found:
-        restore(found, saver.masters, saver.ema)
-        step = found.step
+    if checkpoint:
+        restore(checkpoint, saver.masters, saver.ema)
+        step = checkpoint.step
     chance = random.Random(seed)
     out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(out, b"0\n")

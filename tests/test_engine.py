@@ -84,12 +84,12 @@ def test_every_strategy_clips_and_accumulates_as_by_hand(
     )
     for case in cases:
         for accumulation in accumulations:
-            found, norms = engines.measured(tmp_path, engines.name_of(case, accumulation))
+            result, norms = engines.measured(tmp_path, engines.name_of(case, accumulation))
             clipped = [min(norm, limit) for norm in (10, 0.5, 30, 10)]
             assert norms == pytest.approx(clipped, rel=1e-5), case
             for step, state in enumerate(by_hand(world * accumulation, limit)):
                 for name, tensor in state.items():
-                    error = (found[f"{step}/{name}"].double() - tensor).abs()
+                    error = (result[f"{step}/{name}"].double() - tensor).abs()
                     assert (error <= 2e-6 * tensor.abs() + 1e-9).all(), (case, step, name)
 
 
@@ -105,21 +105,21 @@ def test_tied_weights_are_one_and_frozen_ones_stay(fork_server: ForkServer, tmp_
         plain(torch.tensor(0.5 * step)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), o.clip)
         optimizer.step()
-    told = {"cases": CASES, "world": 2, "to": str(tmp_path)}
-    fork_server.run("engines:tied", world=2, arguments=told)
+    report = {"cases": CASES, "world": 2, "to": str(tmp_path)}
+    fork_server.run("engines:tied", world=2, arguments=report)
     for case in CASES:
-        found, _ = engines.measured(tmp_path, engines.name_of(case))
-        assert {name.partition("/")[2] for name in found} == {
+        result, _ = engines.measured(tmp_path, engines.name_of(case))
+        assert {name.partition("/")[2] for name in result} == {
             f"{part}/{name}" for part in ("master", "exp_avg", "exp_avg_sq") for name in trained
         }
         for name, parameter in trained.items():
             expected = parameter.detach()
-            torch.testing.assert_close(found[f"3/master/{name}"], expected, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(result[f"3/master/{name}"], expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case["strategy"])
-def test_a_rank_that_does_not_clip_is_found_out(
+def test_a_rank_that_does_not_clip_is_detected(
     fork_server: ForkServer, case: dict[str, Any]
 ) -> None:
     fork_server.run("engines:unclipped", world=2, arguments={"case": case, "world": 2})
@@ -127,9 +127,7 @@ def test_a_rank_that_does_not_clip_is_found_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: case["strategy"])
-def test_accumulation_that_was_lost_is_found_out(
-    fork_server: ForkServer, case: dict[str, Any]
-) -> None:
+def test_lost_accumulation_is_detected(fork_server: ForkServer, case: dict[str, Any]) -> None:
     fork_server.run("engines:unaccumulated", world=2, arguments={"case": case, "world": 2})
 
 

@@ -48,7 +48,7 @@ NET = parameters_of(tiny.net())
         ("zero3", "32-true", "lora"),
     ],
 )
-def test_what_a_rank_holds_is_told_to_the_byte(
+def test_the_estimate_of_a_rank_is_exact_to_the_byte(
     tmp_path: Path, strategy: str, precision: str, lora: str
 ) -> None:
     runs.write_clips(tmp_path / "clips", 7)
@@ -56,13 +56,13 @@ def test_what_a_rank_holds_is_told_to_the_byte(
     ranks = RANKS[strategy]
     words = [str(tmp_path), strategy, str(ranks), precision, lora]
     assert run_ranks([sys.executable, str(HERE / "ranked_bytes.py"), *words], ranks) == 0
-    found = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
+    result = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
     net = adapted.settings("base")["net"] if lora == "lora" else tiny.net()
     state = state_bytes(parameters_of(net), stage=STAGE[strategy], world=ranks, precision=precision)
     for kind in ("weights", "optimizer", "ema"):
-        assert found[kind] == getattr(state, kind), kind
+        assert result[kind] == getattr(state, kind), kind
     if strategy not in ("zero1", "zero2"):  # whose gradients are gone after the step
-        assert found["gradients"] == state.gradients
+        assert result["gradients"] == state.gradients
 
 
 def test_the_total_is_the_peak_of_a_real_run(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
 
 def estimated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["estimate", *words, "format=json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["bytes"]["total"] == sum(v for k, v in found["bytes"].items() if k != "total")
-    return found
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert result["bytes"]["total"] == sum(v for k, v in result["bytes"].items() if k != "total")
+    return result
 
 
 SMALL = ("height=32", "width=32", "frames=5")
@@ -155,10 +155,10 @@ SMALL = ("height=32", "width=32", "frames=5")
 def test_the_released_models(
     capsys: pytest.CaptureFixture[str], model: str, tensors: int, parameters: int
 ) -> None:
-    found = estimated(capsys, f"model={model}", *SMALL)
-    assert (found["tensors"], found["parameters"]) == (tensors, parameters)
+    result = estimated(capsys, f"model={model}", *SMALL)
+    assert (result["tensors"], result["parameters"]) == (tensors, parameters)
     dead = 70_824_960 if model == "echomimicv3_flash" else 0
-    assert found["bytes"]["weights"] == 4 * (parameters - dead)
+    assert result["bytes"]["weights"] == 4 * (parameters - dead)
 
 
 def test_the_encoders_are_those_of_the_release() -> None:

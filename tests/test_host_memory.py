@@ -127,7 +127,7 @@ def test_a_process_with_a_session_of_its_own_is_not_counted(tmp_path: Path) -> N
     assert family(7, tmp_path) == [7, 8]
 
 
-def test_kernels_that_tell_no_shares(tmp_path: Path) -> None:
+def test_kernels_that_report_no_shares(tmp_path: Path) -> None:
     put(tmp_path / "7", statm="900 25 3 1 0 4 0\n", stat="7 (a b) c) S 1 7 7")
     put(tmp_path / "8", stat="8 (x) S 7 7 7", statm="1 1 1", smaps_rollup="Rss: 9 kB\nPss: 3 kB\n")
     put(tmp_path / "9", stat="9 (y) S 1 7 7", statm="1 1 1")

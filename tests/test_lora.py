@@ -65,9 +65,9 @@ def velocity(net: Callable[..., Tensor]) -> Tensor:
         ("audio2token", 1, "audio2token.proj"),
     ],
 )
-def test_targets_name_layers_by_whole_parts(target: str, count: int, one: str) -> None:
-    found = layers_matching(tiny.net(), (target,))
-    assert len(found) == len(set(found)) == count and one in found
+def test_targets_name_layers_by_complete_parts(target: str, count: int, one: str) -> None:
+    result = layers_matching(tiny.net(), (target,))
+    assert len(result) == len(set(result)) == count and one in result
 
 
 @pytest.mark.parametrize("target", ["self_att", "norm_q", "patch_embedding", "blocks.2"])

@@ -123,8 +123,8 @@ def test_diffusers_files(settings: str, folder: bool, tmp_path: Path) -> None:
     if settings == "metadata":
         ranks = {diffusers_stem(name): rank for name, rank in RANKS.items() if rank != 2}
         alphas = {diffusers_stem(name): alpha for name, alpha in ALPHAS.items() if alpha != 2.0}
-        told = {"r": 2, "lora_alpha": 2.0, "rank_pattern": ranks, "alpha_pattern": alphas}
-        packed = {f"transformer.{key}": value for key, value in told.items()}
+        report = {"r": 2, "lora_alpha": 2.0, "rank_pattern": ranks, "alpha_pattern": alphas}
+        packed = {f"transformer.{key}": value for key, value in report.items()}
         metadata["lora_adapter_metadata"] = json.dumps(packed)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(content, file, metadata)
@@ -232,8 +232,8 @@ def test_every_key_maps_in_comfyui(tmp_path: Path) -> None:
     lora, tensors, base = trained(net, (*TARGETS, "img_emb"))
     [file] = save_single_file(tmp_path / "lora.safetensors", lora, tensors, base)
     merge(net)
-    found = patched_by_comfyui(before, load_file(file))
-    torch.testing.assert_close(found, dict(net.state_dict()), rtol=0, atol=1e-5)
+    result = patched_by_comfyui(before, load_file(file))
+    torch.testing.assert_close(result, dict(net.state_dict()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("blocks",), ("cross_attn.{k,v}_audio",)], ids=str)

@@ -1,4 +1,4 @@
-"""Training adapters: only they are kept, a run goes on bit for bit, every command takes the run."""
+"""Training of adapters: resuming, references on the same base, and the commands."""
 
 import json
 import os
@@ -42,16 +42,16 @@ def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
 
     plan = runs.schedule(*PLAN)
     made = adapted.settings(reference, lora)
-    whole, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
+    complete, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
     first, _ = runs.train(
         tmp_path / "b", plan, every=EVERY, on_step=interrupt, **adapted.settings(reference, lora)
     )
     torch.manual_seed(99)  # what is dropped must not hang on it
     second, _ = runs.train(tmp_path / "b", plan, every=EVERY, **adapted.settings(reference, lora))
-    assert first.stopped_by and second.done and whole.checkpoint and second.checkpoint
-    assert runs.tensors_of(second.checkpoint) == runs.tensors_of(whole.checkpoint)
+    assert first.stopped_by and second.done and complete.checkpoint and second.checkpoint
+    assert runs.tensors_of(second.checkpoint) == runs.tensors_of(complete.checkpoint)
     assert base_fingerprint(made["net"]) == base_fingerprint(tiny.net(trained=True))
-    checkpoint = open_checkpoint(whole.checkpoint)
+    checkpoint = open_checkpoint(complete.checkpoint)
     trained = {name for name, p in made["net"].named_parameters() if p.requires_grad}
     for part in PARTS:
         assert set(checkpoint.tensors(part)) == trained and len(trained) == 56
@@ -115,9 +115,9 @@ def test_two_ranks_train_the_same_adapters(tmp_path: Path) -> None:
     runs.write_clips(tmp_path / "held", 4, 50)
     expected = ranked(tmp_path, "single", 1)
     for strategy in ("ddp", "zero2", "zero3"):
-        found = ranked(tmp_path, strategy, 2)
-        assert set(found) == set(expected)
-        for name, tensor in found.items():
+        result = ranked(tmp_path, strategy, 2)
+        assert set(result) == set(expected)
+        for name, tensor in result.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
 
 
@@ -126,10 +126,10 @@ def velocities(net: EchoTransformer) -> torch.Tensor:
     from echolab.types import Conditions
 
     one = {name: tensor[None] for name, tensor in encoded.tensors(0).items()}
-    told = Conditions(*(one[n] for n in ("text", "image", "audio", "face")),
+    report = Conditions(*(one[n] for n in ("text", "image", "audio", "face")),
                       one["known.i2v"], one["known_latents.i2v"])  # fmt: skip
     with torch.no_grad():
-        return net(one["latents"], torch.tensor([500.0]), told)
+        return net(one["latents"], torch.tensor([500.0]), report)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,9 +146,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert train("a", *first, "ref_model=base", plan=dpo) == exit_codes.DONE
     assert train("b", f"init_from={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
     base, a, b = (last_checkpoint(tmp_path / name) for name in ("base", "a", "b"))
-    told = [open_checkpoint(path).state["adapters"] for path in (a, b)]
-    assert told[0] == told[1] and told[0]["origin"]["checkpoint"] == str(base)
-    assert told[0]["base"] == base_fingerprint(load_policy(base))
+    report = [open_checkpoint(path).state["adapters"] for path in (a, b)]
+    assert report[0] == report[1] and report[0]["origin"]["checkpoint"] == str(base)
+    assert report[0]["base"] == base_fingerprint(load_policy(base))
 
     merged, other = load_policy(a), load_policy(base)
     assert set(merged.state_dict()) == set(other.state_dict())

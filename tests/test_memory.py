@@ -24,8 +24,8 @@ TIMESTEPS = torch.tensor([123.0, 987.0])
 
 
 def step(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = net(tiny.latents(), TIMESTEPS, tiny.conditions())
-    (found * tiny.latents(seed=5)).sum().backward()
+    result = net(tiny.latents(), TIMESTEPS, tiny.conditions())
+    (result * tiny.latents(seed=5)).sum().backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
@@ -52,10 +52,10 @@ def test_gradients_and_names_are_the_same_bit_for_bit(keep: tuple[str, ...]) -> 
     net = tiny.net(trained=True)
     expected, names = step(copy.deepcopy(net)), list(net.state_dict())
     checkpoint_blocks(net, keep)
-    found = step(net)
-    assert list(net.state_dict()) == names and list(found) == names
+    result = step(net)
+    assert list(net.state_dict()) == names and list(result) == names
     for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+        assert torch.equal(result[name], gradient), name
 
 
 def test_what_is_recomputed() -> None:
@@ -99,7 +99,7 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    assert all(torch.equal(found, expected[name]) for name, found in step(other).items())
+    assert all(torch.equal(result, expected[name]) for name, result in step(other).items())
 
 
 def test_the_fused_optimiser_is_adamw() -> None:

@@ -107,9 +107,9 @@ def test_a_process_without_a_launcher_waits_for_no_others(monkeypatch: pytest.Mo
 def test_networks_of_different_subjects_and_launches_have_different_sockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = {_address("a"), _address("b")}
+    result = {_address("a"), _address("b")}
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert len(found | {_address("a")}) == 3
+    assert len(result | {_address("a")}) == 3
 
 
 def test_a_gpu_that_is_not_there_is_said_before_the_network_is_built() -> None:

@@ -65,8 +65,8 @@ def test_the_recursion_has_the_profile() -> None:
 
 def test_a_kept_average_is_made_of_itself() -> None:
     kept = [Profile(exponent_of(s), t) for t in (100, 200, 300) for s in KEPT]
-    found = coefficients(kept, kept[-1])
-    assert found[:-1] == pytest.approx([0] * 5, abs=1e-6) and found[-1] == pytest.approx(1)
+    result = coefficients(kept, kept[-1])
+    assert result[:-1] == pytest.approx([0] * 5, abs=1e-6) and result[-1] == pytest.approx(1)
 
 
 def walk(folder: Path, steps: int, every: int, wanted: float) -> tuple[saved.Saver, torch.Tensor]:
@@ -95,8 +95,8 @@ def test_an_average_of_another_width_from_snapshots(tmp_path: Path, wanted: floa
     newest, _ = latest_valid(tmp_path)
     assert newest and len(list((tmp_path / "snapshots").iterdir())) == 16
     assert len(list(tmp_path.glob("step-*"))) == 2  # the checkpoints are gone, the snapshots stay
-    found = average_of_width(newest, wanted)
-    made = torch.cat([found[name].flatten() for name in saver.masters.parameters])
+    result = average_of_width(newest, wanted)
+    made = torch.cat([result[name].flatten() for name in saver.masters.parameters])
 
     def error(other: torch.Tensor) -> float:
         return float((other - truth).square().mean().sqrt())

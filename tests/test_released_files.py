@@ -104,7 +104,7 @@ def test_a_folder_of_diffusers_is_read(image: bool, tmp_path: Path) -> None:
             assert torch.equal(parameter, own[to_diffusers(name)]), name
 
 
-def test_a_base_starts_the_whole_network(tmp_path: Path) -> None:
+def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
     """What the file lacks is there, finite, named, and zero where sound comes in."""
     save_file(released("wan_t2v_1b3"), tmp_path / "base.safetensors")
     net, report = load_released(
@@ -114,16 +114,16 @@ def test_a_base_starts_the_whole_network(tmp_path: Path) -> None:
     assert all(parameter.isfinite().all() for parameter in net.parameters())
     assert report.widened == ["patch_embedding.weight"] and len(report.fresh) == 5 + 2 * 8 + 6
     assert not net.patch_embedding.weight[:, tiny.CHANNELS :].any()
-    told, times = tiny.conditions(), torch.tensor([5.0, 800.0])
-    louder = told._replace(audio=told.audio * 9, known=1 - told.known)
-    assert torch.equal(net(tiny.latents(), times, told), net(tiny.latents(), times, louder))
+    message, times = tiny.conditions(), torch.tensor([5.0, 800.0])
+    louder = message._replace(audio=message.audio * 9, known=1 - message.known)
+    assert torch.equal(net(tiny.latents(), times, message), net(tiny.latents(), times, louder))
     assert any("blocks.*.cross_attn.v_audio.weight" in line for line in report.lines())
     with pytest.raises(CheckpointError, match="holds wan_t2v_1b3"):
         load_released(tmp_path / "base.safetensors", PREVIEW)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-def test_what_is_learnt_does_not_reach_the_file(name: str, tmp_path: Path) -> None:
+def test_training_does_not_change_the_file(name: str, tmp_path: Path) -> None:
     """Parameters are the file's own pages, until they are written to."""
     tensors, file = released("wan_t2v_1b3"), tmp_path / name
     save_file(tensors, file) if name.endswith("safetensors") else torch.save(tensors, file)
@@ -270,9 +270,9 @@ def test_loading_needs_the_network_once(tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     torch.save(net.state_dict(), tmp_path / "a.pth")
     for name in ("a.safetensors", "a.pth"):
-        told = subprocess.run(
+        report = subprocess.run(
             [sys.executable, "-c", MEASURE, str(tmp_path / name)],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        copies, size = map(float, told.split())
+        copies, size = map(float, report.split())
         assert size > 2e8 and 0.9 < copies < 1.3, f"{name}: {copies:.2f} copies"

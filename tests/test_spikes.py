@@ -1,4 +1,4 @@
-"""Spikes are found and noise is not; what is then done is a function of what happened before."""
+"""Spikes are detected, false alarms are rare, and every rank takes the same decision."""
 
 import json
 import math
@@ -29,10 +29,10 @@ AT_MOST = 1e-5  # false alarms a value, at the usual limit
 
 def detector_after(values: list[float], kind: str = "sft", **options: Any) -> SpikeDetector:
     """One that has seen these as losses and, twice as large, as gradient norms."""
-    found = SpikeDetector(**options)
+    result = SpikeDetector(**options)
     for step, value in enumerate(values):
-        found.observe(kind, value, 2 * abs(value), step=step)
-    return found
+        result.observe(kind, value, 2 * abs(value), step=step)
+    return result
 
 
 def noise(count: int, sigma: float = 0.2, seed: int = 0) -> list[float]:
@@ -53,7 +53,7 @@ def test_stationary_noise_raises_no_alarm() -> None:
     sigma=st.floats(0.02, 0.3), seed=st.integers(0, 99), factor=st.floats(20, 1e9),
     of_gradient=st.booleans(),
 )  # fmt: skip
-def test_a_spike_is_found_and_named(
+def test_a_spike_is_detected_and_named(
     sigma: float, seed: int, factor: float, of_gradient: bool
 ) -> None:
     detector = detector_after(noise(60, sigma, seed))
@@ -93,8 +93,8 @@ def test_losses_of_preferences_come_near_zero_and_below() -> None:
     signed = rng.normal(-0.1, 0.5, 400).tolist()
     for values in (near_zero, signed):
         detector = SpikeDetector()
-        found = [detector.observe("dpo", v, 1.0, step=i, epoch=1) for i, v in enumerate(values)]
-        assert not any(found)
+        result = [detector.observe("dpo", v, 1.0, step=i, epoch=1) for i, v in enumerate(values)]
+        assert not any(result)
         spike = detector.observe("dpo", 50.0, 1.0, step=400, epoch=1)
         assert spike and spike.measure == "loss" and spike.deviations > 8
     # A hinge that is mostly satisfied says nothing of how large it may be.
@@ -142,18 +142,18 @@ def test_decisions_are_the_same_after_a_resume(seed: int, cut: int) -> None:
     rng = np.random.default_rng(seed)
     values = np.exp(rng.standard_t(2, 150)).tolist()  # heavy tails: many alarms
     kinds = rng.choice(["sft", "dpo"], 150).tolist()
-    whole, cut_one = SpikeDetector(limit=3, warmup=8), SpikeDetector(limit=3, warmup=8)
-    told_by = []
+    complete, cut_one = SpikeDetector(limit=3, warmup=8), SpikeDetector(limit=3, warmup=8)
+    decisions = []
     for step, (kind, value) in enumerate(zip(kinds, values, strict=True)):
         if step == cut:
             state = json.loads(json.dumps(cut_one.state_dict(), allow_nan=False))
             cut_one = SpikeDetector(limit=3, warmup=8)
             cut_one.load_state_dict(state)
         epoch = step // 70
-        told_by.append(
-            [d.observe(kind, value, value**2, step=step, epoch=epoch) for d in (whole, cut_one)]
+        decisions.append(
+            [d.observe(kind, value, value**2, step=step, epoch=epoch) for d in (complete, cut_one)]
         )
-    assert all(one == other for one, other in told_by) and any(one for one, _ in told_by)
+    assert all(one == other for one, other in decisions) and any(one for one, _ in decisions)
 
 
 # -- what is done ---------------------------------------------------------------------------------

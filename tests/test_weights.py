@@ -52,7 +52,7 @@ def test_there_and_back_is_the_identity(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", tiny.MODELS)
-def test_a_file_tells_which_model_it_is(model: str) -> None:
+def test_a_file_identifies_its_model(model: str) -> None:
     assert model_of(tiny.model(model).state_dict()) == model
     assert model_of(["encoder.conv1.weight"]) is None
     assert set(MARKS) == set(tiny.MODELS)
@@ -89,30 +89,33 @@ def test_flash_names_its_dead_query_as_unused() -> None:
         load_weights(net, {name: t for name, t in file.items() if "proj1_vf" not in name})
 
 
-def test_a_text_to_video_file_starts_the_whole_network() -> None:
+def test_a_text_to_video_file_starts_the_full_network() -> None:
     """Same output as its source, whatever picture, sound and known pixels are told."""
     source = tiny.net(trained=True, in_channels=tiny.CHANNELS, image_dim=None, audio_dim=None)
-    net, told = tiny.net(), tiny.conditions()
+    net, message = tiny.net(), tiny.conditions()
     report = load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS, IMAGE_PARTS))
     assert report.widened == ["patch_embedding.weight"]
     assert set(report.fresh) == set(net.state_dict()) - set(source.state_dict())
     for block in net.blocks:
         torch.nn.init.zeros_(block.cross_attn.v_img.weight)
     torch.testing.assert_close(
-        net(tiny.latents(), TIMES, told), source(tiny.latents(), TIMES, told), rtol=1e-4, atol=1e-5
+        net(tiny.latents(), TIMES, message),
+        source(tiny.latents(), TIMES, message),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-def test_a_base_with_pictures_starts_the_network_unchanged(layers: int | None) -> None:
+def test_a_base_with_image_parts_starts_the_network_unchanged(layers: int | None) -> None:
     """New sound adds nothing to the base, whatever is heard."""
     source = tiny.net(trained=True, audio_dim=None)
     net = tiny.net(audio_layers=layers)
     load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS,))
-    told = tiny.conditions(layers=layers)
-    for heard in (told, told._replace(audio=told.audio * 9)):
+    report = tiny.conditions(layers=layers)
+    for audible in (report, report._replace(audio=report.audio * 9)):
         torch.testing.assert_close(
-            net(tiny.latents(), TIMES, heard), source(tiny.latents(), TIMES, told)
+            net(tiny.latents(), TIMES, audible), source(tiny.latents(), TIMES, report)
         )
 
 

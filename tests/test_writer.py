@@ -1,4 +1,4 @@
-"""Saving beside the training: what was copied is what is written, whole or not at all."""
+"""Saves in the background: complete or absent, the same bytes from every rank, and clear errors."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_every_tensor_is_in_one_file_of_each_part(
     assert len({file.writer for file in files}) <= max(1, total // shard_bytes)
 
 
-def test_large_networks_are_written_by_all_ranks_alike() -> None:
+def test_large_networks_are_written_by_all_ranks_equally() -> None:
     shapes = {f"blocks.{i}.weight": (1536, 8960) for i in range(94)}  # 1.3 B values
     files = layout(shapes, ["master", "exp_avg", "exp_avg_sq", "ema"], world=8, shard_bytes=1 << 30)
     shares = [sum(f.numel for f in files if f.writer == rank) for rank in range(8)]
@@ -72,10 +72,10 @@ def test_a_header_is_what_safetensors_reads(
     values = torch.arange(file.numel, dtype=torch.float32)
     path = tmp_path_factory.mktemp("header") / file.name
     writer.write_file(path, [file.header(shapes), memoryview(values.numpy()).cast("B")])  # type: ignore[arg-type]
-    found = load_file(path)
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == dict(shapes)
+    result = load_file(path)
+    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == dict(shapes)
     for name, start in file.starts.items():
-        assert torch.equal(found[name].flatten(), values[start : start + found[name].numel()])
+        assert torch.equal(result[name].flatten(), values[start : start + result[name].numel()])
 
 
 def test_training_goes_on_while_a_save_is_written(
@@ -248,8 +248,8 @@ def test_a_full_disk_costs_one_save(
         with pytest.raises(CheckpointError, match=words) as caught:
             saver.save(2)
     assert "\n" not in str(caught.value)
-    found, rejected = latest_valid(small_disk)
-    assert found and found.step == 1 and not rejected
+    checkpoint, rejected = latest_valid(small_disk)
+    assert checkpoint and checkpoint.step == 1 and not rejected
     assert sorted(path.name for path in small_disk.iterdir()) == ["ballast", "step-000001"]
     ballast.unlink()
     saver.save(2)
@@ -261,19 +261,19 @@ def test_a_full_disk_costs_one_save(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "words"), [("write", "rank 1: this rank cannot"), ("memory", "")])
-def test_one_rank_that_fails_is_heard_by_all(
+def test_a_failure_of_one_rank_is_raised_on_all(
     fork_server: ForkServer, tmp_path: Path, at: str, words: str
 ) -> None:
     """Its clock is off by decades too: nothing takes its name from a clock."""
     arguments = {"out": str(tmp_path), "at": at}
     fork_server.run("saved:save_with_fault", world=2, arguments=arguments)
-    told = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
-    assert len(told) == 1
-    assert (words or "no host memory to save from (this rank cannot)") in told.pop()
+    report = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
+    assert len(report) == 1
+    assert (words or "no host memory to save from (this rank cannot)") in report.pop()
     saw = {(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)}
     assert len(saw) == 1 and "is not the checkpoint that rank 0 opened" in saw.pop()
-    found, rejected = latest_valid(tmp_path)
-    assert found and found.step == 3 and not rejected
+    checkpoint, rejected = latest_valid(tmp_path)
+    assert checkpoint and checkpoint.step == 3 and not rejected
     assert saved_steps(tmp_path) == [3, 1]
     for step in (1, 3):
         saved.check(open_checkpoint(folder_of(tmp_path, step)))
