@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from echolab.config.networks import load_start
 from echolab.models.frozen import Frozen
+from echolab.models.state_dict import meta_network
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import meta_network
 from echolab.training.engine.machine import Machine
 from echolab.training.engine.placement import (
     Placement,

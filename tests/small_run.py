@@ -17,8 +17,8 @@ from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
 from echolab.inference.fit import fit_network
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.tasks.curriculum import Curriculum, Stage
 from echolab.training.fit import Training, fit
 

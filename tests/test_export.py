@@ -15,7 +15,7 @@ from echolab.config.networks import last_checkpoint, load_policy, load_released
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models import loading
 from echolab.models.export import write_diffusers, write_original
-from echolab.models.weights import released_shapes
+from echolab.models.state_dict import released_shapes
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 
 FP32 = {"dtype": torch.float32, "shard_bytes": 10**9}

@@ -22,8 +22,8 @@ from echolab.encoders.encode import demo_encoders
 from echolab.errors import ConfigError, DataError
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates
 from echolab.preference.judge import Verdict, best_and_worst, judge, totals
 from echolab.preference.pack import ELSEWHERE, append_verdicts, pack_pairs, read_verdicts

@@ -19,7 +19,7 @@ from echolab.config import build, networks
 from echolab.config.compose import compose
 from echolab.errors import ConfigError, DataError
 from echolab.models.loading import load_released
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, initial_values, meta_network
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, initial_values, meta_network
 from echolab.training.engine.machine import Machine
 from echolab.training.engine.placement import (
     Placement,

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from echolab.errors import CheckpointError, EcholabError, WeightsError
 from echolab.models.loading import load_released, read_tensors
-from echolab.models.state_dict import to_diffusers
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, released_shapes
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, released_shapes, to_diffusers
 
 PREVIEW = tiny.architecture("echomimicv3_preview")
 

@@ -17,8 +17,8 @@ from echolab.models.audio import (
     flash_windows,
 )
 from echolab.models.layers import RMSNorm, apply_rope, rope_freqs, rope_split, timestep_embedding
+from echolab.models.state_dict import initialize, released_shapes
 from echolab.models.transformer import Context, CrossAttention, EchoTransformer
-from echolab.models.weights import initialize, released_shapes
 from echolab.types import Conditions, ModalityWeights
 
 TIMESTEPS = torch.tensor([123.0, 987.0])

@@ -5,17 +5,18 @@ import tiny
 import torch
 
 from echolab.errors import CheckpointError
-from echolab.models.state_dict import from_diffusers, to_diffusers
-from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import (
+from echolab.models.state_dict import (
     AUDIO_PARTS,
     IMAGE_PARTS,
     MARKS,
+    from_diffusers,
     initialize,
     load_weights,
     model_of,
     released_shapes,
+    to_diffusers,
 )
+from echolab.models.transformer import EchoTransformer
 
 NAMES = [
     ("patch_embedding.weight", "patch_embedding.weight"),

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.types import Batch, Conditions, PreferencePair
 
 CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH = 4, 3, 4, 6

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.models.flops import Shapes
-from echolab.models.state_dict import to_diffusers
+from echolab.models.state_dict import initialize, to_diffusers
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialize
 from echolab.types import Conditions
 
 # Wan's proportions (heads of 128 channels, ffn 5.83 D) at a size that a CPU core does in seconds.

@@ -20,8 +20,8 @@ from echolab.encoders.sizes import RELEASED
 from echolab.encoders.sizes import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
+from echolab.models.state_dict import released_shapes
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import released_shapes
 from echolab.training.adapters.lora import Lora, add_adapters
 from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
 from echolab.training.engine.activation_memory import (

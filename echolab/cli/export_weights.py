@@ -14,8 +14,8 @@ from echolab.config.networks import architecture_of, last_checkpoint, load_start
 from echolab.errors import ConfigError
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.loading import read_tensors
+from echolab.models.state_dict import match_weights
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import match_weights
 from echolab.training.adapters.lora_base import exported_weights
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.checkpoints.snapshots import average_of_width

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.frozen import Frozen
+from echolab.models.state_dict import meta_network
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import meta_network
 from echolab.training.adapters.lora import (
     TRAINED,
     AdaptersOff,

@@ -14,8 +14,8 @@ from echolab.config.data_checks import check_base
 from echolab.errors import CheckpointError, ConfigError
 from echolab.launch import run_dir
 from echolab.models import loading
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.training.adapters.lora import add_adapters
 from echolab.training.adapters.lora_base import merged
 from echolab.training.checkpoints.checkpoint import (

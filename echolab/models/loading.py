@@ -18,17 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echolab.errors import WeightsError
-from echolab.models.state_dict import from_diffusers
-from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import (
+from echolab.models.state_dict import (
     LoadReport,
     fitted_tensors,
+    from_diffusers,
     initial_values,
     match_weights,
     meta_network,
     model_of,
     place,
 )
+from echolab.models.transformer import EchoTransformer
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 INDEX = ".safetensors.index.json"
@@ -89,12 +89,12 @@ def released_values(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a released file or folder by original names, mapped into memory.
+    """Return all tensors of a released file or folder by original names, mapped into memory.
 
     A file is .safetensors, an index of shards, or .pth, .pt, .ckpt, .bin; a folder holds one of
-    these, or a diffusers model (names are told apart by themselves), itself or in `transformer/`.
+    these, or a diffusers model (recognized by its names), itself or in `transformer/`.
     A `state_dict` inside, and a prefix of all names such as `model.`, are taken off.
-    Raises WeightsError, in one line, for a file that is missing, damaged, quantised, of another
+    Raises WeightsError, in one line, for a file that is missing, damaged, quantized, of another
     network, a LoRA, or a pickle with code in it.
     """
     file = _file_of(path)
@@ -112,7 +112,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _file_of(path: Path) -> Path:
-    """The file to open: `path` itself, or the one that a folder is about."""
+    """Return the file to open: `path` itself, or the one of a folder."""
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES) and not path.name.endswith(INDEX):
             raise WeightsError(
@@ -147,7 +147,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _check_config(config: Path) -> None:
-    """Refuse a diffusers folder of something else, such as a VAE."""
+    """Raise WeightsError for a diffusers folder of another network, such as a VAE."""
     if not config.is_file():
         return
     kind = _read_json(config).get("_class_name", "Wan")
@@ -158,6 +158,7 @@ def _check_config(config: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raise WeightsError."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -168,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name, mapped into memory; WeightsError where it is damaged."""
+    """Return the tensors of one file, mapped into memory; raise WeightsError if damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -177,7 +178,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Every shard that the index names; it must hold just what the index says."""
+    """Return the tensors of every shard of an index; each must hold what the index lists."""
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise WeightsError(f"{index}: no weight_map in it; {AGAIN}")
@@ -190,18 +191,18 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
                 f"{file}: this shard of {len(names)} tensors is not there, {index.name} names it; "
                 "download or copy it"
             )
-        found = read_safetensors(file)
-        for name in sorted(names ^ set(found)):
+        shard_tensors = read_safetensors(file)
+        for name in sorted(names ^ set(shard_tensors)):
             where = "is not in it" if name in names else "is in it"
             raise WeightsError(f"{file}: {name} {where}, against {index.name}; {AGAIN}")
-        tensors |= found
+        tensors |= shard_tensors
     return tensors
 
 
 def check_archive(path: Path) -> None:
-    """WeightsError for a `.pth` whose parts are packed, or together longer than the file.
+    """Raise WeightsError for a `.pth` with packed parts, or parts longer than the file.
 
-    torch stores each part as it is; what is packed, or listed twice, may unpack to anything.
+    torch stores each part as it is; packed or doubled parts may unpack to any size.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -218,7 +219,7 @@ def check_archive(path: Path) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` by name, mapped into memory; WeightsError where there is more."""
+    """Return the tensors of a `.pth`, mapped into memory; raise WeightsError for other content."""
     check_archive(path)
     try:
         # Files of torch before 1.6 are no archives, and cannot be mapped.
@@ -231,7 +232,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: {what}; nothing in it was run; give a .safetensors file"
         ) from error
-    except Exception as error:  # of damage torch tells by errors of every kind
+    except Exception as error:  # torch reports damage by errors of every kind
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: damaged or cut short ({line}); {AGAIN}") from error
     for key in ("state_dict", "module", "model"):
@@ -246,7 +247,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Whether it is a tensor with values, dense, by a name.
+    """Return whether `value` is a dense tensor with values, under a name.
 
     A view that shows the same bytes many times may be of any size: there must be a byte for each.
     """
@@ -258,17 +259,18 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """WeightsError for numbers that mean nothing without scales that are not read here."""
+    """Raise WeightsError for quantized tensors, whose scales are not read here."""
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind in ("int8", "uint8") or kind.startswith("float8"):
-            quantised = "fp8" if kind.startswith("float8") else "quantised"
+            quantized = "fp8" if kind.startswith("float8") else "quantized"
             raise WeightsError(
-                f"{path}: {name} is {kind}, a {quantised} file; give the bf16 or fp32 release"
+                f"{path}: {name} is {kind}, a {quantized} file; give the bf16 or fp32 release"
             )
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by names without a prefix that all of them have."""
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
@@ -276,7 +278,7 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what is no full-precision base of this network."""
+    """Raise WeightsError for tensors that are no full-precision base of this network."""
     lora = next((name for name in tensors if LORA.search(name)), None)
     if lora is not None:
         raise WeightsError(

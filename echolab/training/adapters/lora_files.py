@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from echolab.atomic_io import write_whole
 from echolab.errors import WeightsError
 from echolab.models.loading import check_precision
-from echolab.models.state_dict import to_diffusers
-from echolab.models.weights import AUDIO_PARTS
+from echolab.models.state_dict import AUDIO_PARTS, to_diffusers
 from echolab.training.adapters.lora import TRAINED, Lora, adapted_layers, base_fingerprint
 
 PEFT_PREFIX, SINGLE_PREFIX = "base_model.model.", "diffusion_model."

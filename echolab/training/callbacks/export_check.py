@@ -22,8 +22,8 @@ from echolab.diffusion.pipeline import generate
 from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
 from echolab.models.export import write_original
 from echolab.models.loading import load_released, released_values
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
 from echolab.training import distributed
 from echolab.training.adapters.lora_base import exported_weights
 from echolab.training.callbacks.callback import Callback

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError
+from echolab.models.state_dict import initial_values, meta_network, place
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initial_values, meta_network, place
 from echolab.training.engine.machine import Machine
 
 ALIGNMENT = 64  # bytes, as torch aligns tensors in host memory
