@@ -12,7 +12,7 @@ from data_prep.options import DrawOptions
 from echolab.data.clips import load_clips
 from echolab.data.shard_reader import open_dataset
 from echolab.diffusion.objectives import Supervised
-from echolab.encoders import demo_audio, demo_image, demo_text
+from echolab.encoders import demo_features
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
@@ -24,7 +24,8 @@ from echolab.training.fit import Training, fit
 
 ARCHITECTURE = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
-    "text_dim": demo_text.SIZE, "image_dim": demo_image.SIZE, "audio_dim": demo_audio.SIZE,
+    "text_dim": demo_features.CAPTION_DIM, "image_dim": demo_features.IMAGE_DIM,
+    "audio_dim": demo_features.AUDIO_DIM,
 }  # fmt: skip
 
 

@@ -6,8 +6,14 @@ import drawn
 import pytest
 import torch
 
-from echolab.encoders.demo_vae import CausalAutoencoder, from_patches, to_patches
-from echolab.encoders.demo_vae_training import LIP_WEIGHT, lip_weight, set_normalisation
+from echolab.encoders.demo_vae import (
+    LIP_WEIGHT,
+    CausalAutoencoder,
+    from_patches,
+    lip_weight,
+    set_normalization,
+    to_patches,
+)
 from echolab.metrics.scores import psnr
 
 WIDTH = 16
@@ -117,7 +123,7 @@ def test_normalised_latents_have_mean_zero_and_unit_size() -> None:
     clips = drawn.clips(8)
     net = CausalAutoencoder(width=WIDTH)
     net.fit_basis(clips.float_pixels())
-    set_normalisation(net, clips.pixels)
+    set_normalization(net, clips.pixels)
     latents = net.encode(clips.float_pixels())
     assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-3
     assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
@@ -134,7 +140,7 @@ def test_the_loss_weighs_the_lips_more() -> None:
 
 
 def test_a_few_steps_lower_the_error_of_the_basis(tmp_path: Path) -> None:
-    from echolab.encoders import demo_vae_training as fitting
+    from echolab.encoders import demo_vae as fitting
 
     clips = drawn.clips(8, frames=5, size=32)
     losses: list[float] = []

@@ -13,10 +13,14 @@ from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
 from echolab.data.shard_reader import ShardWriter, open_dataset
-from echolab.encoders import demo_audio, demo_image, demo_text
-from echolab.encoders.demo_audio import MELS, NEIGHBOURS, encode_sound
-from echolab.encoders.demo_image import encode_picture
-from echolab.encoders.demo_text import encode_words
+from echolab.encoders import demo_features
+from echolab.encoders.demo_features import (
+    MELS,
+    NEIGHBORS,
+    encode_audio,
+    encode_caption,
+    encode_image,
+)
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import (
     FACE_EMPHASIS,
@@ -41,20 +45,20 @@ def made() -> Encoders:
 
 def centre(tokens: torch.Tensor) -> torch.Tensor:
     """The token's own mel frame, [2 T, 40], without its neighbours and its place."""
-    return tokens[:, NEIGHBOURS * MELS : (NEIGHBOURS + 1) * MELS]
+    return tokens[:, NEIGHBORS * MELS : (NEIGHBORS + 1) * MELS]
 
 
 @pytest.mark.parametrize("frames", [1, 5, 25])
 def test_two_tokens_of_sound_a_frame_whatever_follows(frames: int) -> None:
     samples = torch.randn(frames * 640 + 1234, generator=torch.Generator().manual_seed(0)) * 0.1
-    tokens = encode_sound(samples, frames)
-    assert tokens.shape == (2 * frames, demo_audio.SIZE)
-    assert torch.equal(tokens, encode_sound(samples[: frames * 640], frames))
+    tokens = encode_audio(samples, frames)
+    assert tokens.shape == (2 * frames, demo_features.AUDIO_DIM)
+    assert torch.equal(tokens, encode_audio(samples[: frames * 640], frames))
 
 
 def test_sound_that_is_too_short_is_refused_with_both_numbers() -> None:
     with pytest.raises(MediaError, match=r"3199 samples.*5 frames \(3200 samples\)"):
-        encode_sound(torch.zeros(3199), 5)
+        encode_audio(torch.zeros(3199), 5)
 
 
 def test_a_token_hears_its_time() -> None:
@@ -62,7 +66,7 @@ def test_a_token_hears_its_time() -> None:
     for token in (3, 20, 44):
         samples = torch.zeros(frames * 640)
         samples[320 * token + 160] = 1.0  # a click at the token's centre
-        level = centre(encode_sound(samples, frames)).mean(1)
+        level = centre(encode_audio(samples, frames)).mean(1)
         assert int(level.argmax()) == token
         others = torch.cat([level[: token - 1], level[token + 2 :]])
         assert others.max() < level[token] - 1
@@ -72,47 +76,49 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
     times = torch.arange(16_000) / 16_000
     peaks = [
         int(
-            centre(encode_sound(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
+            centre(encode_audio(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
         )
         for hertz in (200, 500, 1000, 2000, 4000)
     ]
     assert peaks == sorted(set(peaks))
-    filters = demo_audio.mel_filters()
+    filters = demo_features.mel_filters()
     assert filters.min() == 0 and filters.max() <= 1 and bool((filters.sum(1) > 0).all())
 
 
 def test_tokens_are_of_about_unit_size() -> None:
     clips = drawn.clips(8)
-    tokens = torch.stack([encode_sound(samples, 25) for samples in clips.samples])
+    tokens = torch.stack([encode_audio(samples, 25) for samples in clips.samples])
     assert tokens.abs().mean() < 2 and 0.3 < tokens.std() < 3
 
 
 def test_silent_tokens_still_know_their_place() -> None:
-    tokens = encode_sound(torch.zeros(25 * 640), 25)
+    tokens = encode_audio(torch.zeros(25 * 640), 25)
     assert len({tuple(row.tolist()) for row in tokens}) == 50
 
 
 def test_a_caption_becomes_pairs_of_words() -> None:
-    tokens = encode_words("A man, with blue eyes; in a blue shirt.")
-    assert tokens.shape == (demo_text.TOKENS, demo_text.SIZE)
-    assert torch.equal(tokens, encode_words("a man with blue eyes in a BLUE shirt"))
+    tokens = encode_caption("A man, with blue eyes; in a blue shirt.")
+    assert tokens.shape == (demo_features.CAPTION_TOKENS, demo_features.CAPTION_DIM)
+    assert torch.equal(tokens, encode_caption("a man with blue eyes in a BLUE shirt"))
     count = 9
     assert bool((tokens[:count].abs().sum(1) > 0).all()) and not tokens[count:].any()
     assert not torch.equal(tokens[3], tokens[7])  # blue eyes, blue shirt
-    assert not encode_words("").any()
-    assert encode_words("一位女士").any()
+    assert not encode_caption("").any()
+    assert encode_caption("一位女士").any()
     long = " ".join(f"word{number}" for number in range(50))
-    assert torch.equal(encode_words(long), encode_words(long + " and more"))
+    assert torch.equal(encode_caption(long), encode_caption(long + " and more"))
 
 
 def test_a_picture_becomes_patches_in_order() -> None:
     still = torch.zeros(3, 64, 96)
     still[:, :16, 24:48] = 1  # the second patch of the first row
-    tokens = encode_picture(still)
-    assert tokens.shape == (demo_image.TOKENS, demo_image.SIZE)
-    lit = tokens[:, : -demo_image.TOKENS].mean(1)
+    tokens = encode_image(still)
+    assert tokens.shape == (demo_features.IMAGE_TOKENS, demo_features.IMAGE_DIM)
+    lit = tokens[:, : -demo_features.IMAGE_TOKENS].mean(1)
     assert lit[1] == 1 and lit.sum() == 1
-    assert torch.equal(tokens[:, -demo_image.TOKENS :], torch.eye(demo_image.TOKENS))
+    assert torch.equal(
+        tokens[:, -demo_features.IMAGE_TOKENS :], torch.eye(demo_features.IMAGE_TOKENS)
+    )
 
 
 def test_what_boxes_cover_is_counted_in_frames() -> None:
@@ -143,7 +149,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
                           clips.lips[0])  # fmt: skip
     grid = (3, SIZE // 8, SIZE // 8)
     assert tensors["latents"].shape == (16, *grid)
-    assert tensors["audio"].shape == (2 * FRAMES, demo_audio.SIZE)
+    assert tensors["audio"].shape == (2 * FRAMES, demo_features.AUDIO_DIM)
     assert tensors["face"].shape == (SIZE // 16 * (SIZE // 16),)
     assert float(tensors["weight"].mean()) == pytest.approx(1, rel=1e-5)
     with torch.no_grad():
@@ -191,7 +197,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
     assert dataset.encoders == encoders.fingerprints
     for task in TASKS:
         batch = read_clip(dataset, 1, task)
-        assert batch.conditions.audio.shape == (2 * FRAMES, demo_audio.SIZE)
+        assert batch.conditions.audio.shape == (2 * FRAMES, demo_features.AUDIO_DIM)
         assert bool(batch.latents.isfinite().all())
     with pytest.raises(DataError, match="raw kind"):
         encode_dataset(out, tmp_path / "twice", encoders, told.append)

@@ -14,7 +14,7 @@ from test_simulate import peak
 from torch.profiler import ProfilerActivity, profile
 
 from echolab.cli.__main__ import main
-from echolab.encoders.sizes import parameters_of as encoder_parameters
+from echolab.encoders.loading import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
 from echolab.launch.processes import run_ranks
 from echolab.training.config import Intervals

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echolab import fitting
-from echolab.errors import CheckpointError, WeightsError
+from echolab.errors import CheckpointError, DiskFullError, WeightsError
 from echolab.fitting import fit, load_net, save_net
 
 STEPS = 12
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(WeightsError, match=r"net: could not be written .*make room"):
+        with pytest.raises(DiskFullError, match=r"net: could not be written .*another folder"):
             save_net(tmp_path / "net", nn.Linear(50, 50), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

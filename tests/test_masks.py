@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from echolab.errors import ConfigError, DataError
-from echolab.tasks.masks import face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.masks import face_tokens, gray_out, known_pixels, latent_known
 from echolab.tasks.table import TASKS
 
 FRAMES, SIZE = 9, 64
@@ -61,7 +61,7 @@ def test_lip_sync_hides_the_lips_and_does_not_tell_how_far_they_open() -> None:
 def test_known_and_generated_partition_the_clip(task: str) -> None:
     mask, pixels = known(task), torch.rand(FRAMES, 3, SIZE, SIZE) * 2 - 1
     assert mask.shape == (FRAMES, 1, SIZE, SIZE) and mask.dtype == torch.bool
-    given, generated = grey_out(pixels, mask), grey_out(pixels, ~mask)
+    given, generated = gray_out(pixels, mask), gray_out(pixels, ~mask)
     assert torch.equal(given + generated, pixels)
     assert not (given * generated).any()
 

@@ -136,7 +136,7 @@ def test_an_error_names_the_sample_and_leaves_no_dataset(world: Path, tmp_path: 
     draw_dataset(DrawOptions(tmp_path / "raw", num_clips=1, frames=9, size=SIZE), lambda done: None)
     flash = made(world, audio="chinese", speech="flash")
     key = open_dataset(tmp_path / "raw").keys[0]
-    with pytest.raises(Exception, match=f"raw: sample {key}: sound of .* has no loudness"):
+    with pytest.raises(Exception, match=f"raw: sample {key}: audio of .* has no loudness"):
         encode.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
     assert not (tmp_path / "out" / "dataset.json").exists()
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import CLIPVisionModel
 
 from echolab.encoders import clip, umt5, wan_vae
-from echolab.encoders.clip import MEAN, STD, load_image_encoder, squeeze
+from echolab.encoders.clip import MEAN, STD, load_image_encoder, resize
 from echolab.encoders.umt5 import load_text_encoder
 from echolab.encoders.wan_vae import load_autoencoder
 from echolab.errors import WeightsError
@@ -162,13 +162,13 @@ def test_image_tokens_leave_the_last_block_but_one(release: Path, pipeline: Path
     oracle = CLIPVisionModel.from_pretrained(pipeline / "image_encoder").eval()
     ours = load_image_encoder(pipeline / "image_encoder", CPU, FP32)
     with torch.no_grad():
-        states = oracle(squeeze(picture(), 224), output_hidden_states=True).hidden_states
+        states = oracle(resize(picture(), 224), output_hidden_states=True).hidden_states
     tokens = ours(picture())
     assert tokens.shape == (257, 32) and tokens.dtype == FP32
     torch.testing.assert_close(tokens, states[-2][0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tokens, states[-1][0], atol=1e-2)
     tensors = released.clip_original(released.clip())
-    expected = wan_image_states(tensors, squeeze(picture(), 224), released.CLIP_LAYERS - 1)
+    expected = wan_image_states(tensors, resize(picture(), 224), released.CLIP_LAYERS - 1)
     original = load_image_encoder(release / released.IMAGE, CPU, FP32)
     torch.testing.assert_close(original(picture()), expected, rtol=1e-4, atol=1e-4)
 
@@ -190,15 +190,15 @@ def test_a_picture_is_squeezed_whatever_its_shape() -> None:
     scale = torch.tensor(STD).view(1, 3, 1, 1)
     grey = -torch.tensor(MEAN).view(1, 3, 1, 1) / scale
     for height, width in ((64, 96), (832, 480), (224, 224), (17, 300)):
-        black = squeeze(torch.full((3, height, width), -1.0), 224)
+        black = resize(torch.full((3, height, width), -1.0), 224)
         torch.testing.assert_close(black, grey.expand(1, 3, 224, 224), rtol=1e-4, atol=1e-4)
     exact = picture(224, 224)
     expected = (exact[None] / 2 + 0.5) / scale + grey
-    torch.testing.assert_close(squeeze(exact, 224), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resize(exact, 224), expected, rtol=1e-4, atol=1e-4)
     # Nothing is cut off: a mark in the last columns of a wide picture is in the last columns still.
     wide = torch.full((3, 224, 896), -1.0)
     wide[..., -40:] = 1
-    columns = squeeze(wide, 224)[0, 0].mean(0)
+    columns = resize(wide, 224)[0, 0].mean(0)
     assert bool((columns[-8:] > 1).all()) and bool((columns[:-14] < -1).all())
 
 

@@ -75,7 +75,7 @@ def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
     samples = sound(640 * 5)
     speech(samples, 5)
     assert given[0].shape == (1, 640 * 5 + 80) and not given[0][0, -80:].any()
-    assert torch.equal(given[0][:, :-80], speech.normalised(samples))
+    assert torch.equal(given[0][:, :-80], speech.normalized(samples))
 
 
 @pytest.mark.parametrize("kind", ["base", "chinese"])

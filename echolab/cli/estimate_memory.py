@@ -13,11 +13,11 @@ from torch import nn
 
 from echolab.cli.estimate import EstimateArguments
 from echolab.config.networks import architecture_of
-from echolab.encoders.demo_image import TOKENS as DEMO_IMAGE_TOKENS
-from echolab.encoders.demo_text import TOKENS as DEMO_TEXT_TOKENS
+from echolab.encoders.demo_features import CAPTION_TOKENS as DEMO_TEXT_TOKENS
+from echolab.encoders.demo_features import IMAGE_TOKENS as DEMO_IMAGE_TOKENS
 from echolab.encoders.demo_vae import CausalAutoencoder
-from echolab.encoders.sizes import RELEASED
-from echolab.encoders.sizes import parameters_of as encoder_parameters
+from echolab.encoders.loading import NETWORKS as RELEASED
+from echolab.encoders.loading import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.models.state_dict import released_shapes

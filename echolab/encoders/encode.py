@@ -1,4 +1,4 @@
-"""A clip to everything that training needs of it: latents, known latents a task, conditions."""
+"""Encode a clip for training: latents, known latents for each task, conditions."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,19 +9,17 @@ from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.encoders.demo_audio import encode_sound
-from echolab.encoders.demo_image import encode_picture
-from echolab.encoders.demo_text import encode_words
+from echolab.encoders.demo_features import encode_audio, encode_caption, encode_image
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.geometry import WAN, LatentGeometry
-from echolab.tasks.masks import face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.masks import face_tokens, gray_out, known_pixels, latent_known
 from echolab.tasks.table import KNOWN_TASKS
 
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there
 
 
 class Autoencoder(Protocol):
-    """Pixels [B, 3, T, Y, X] in [-1, 1] to normalised latents [B, 16, F, Y / 8, X / 8] and back."""
+    """Maps pixels [B, 3, T, Y, X] in [-1, 1] to normalized latents [B, C, F, H, W] and back."""
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -33,24 +31,24 @@ class Encoders(NamedTuple):
 
     video: Autoencoder
     text: Callable[[str], Tensor]  # caption -> [L, D]
-    image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without a picture
+    image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without an image
     audio: Callable[[Tensor, int], Tensor]  # samples, frames -> [2 T, D]; Flash: [T, layers, D]
     fingerprints: dict[str, str]
     geometry: LatentGeometry = WAN
 
 
 def fingerprint(net: nn.Module) -> str:
-    """The sha256 of a network's tensors, by name."""
+    """Return the sha256 of a network's tensors, by name."""
     return hashlib.sha256(
         save({k: v.contiguous() for k, v in net.state_dict().items()})
     ).hexdigest()
 
 
 def demo_encoders(video: CausalAutoencoder) -> Encoders:
-    """The stand-ins around a fitted autoencoder."""
+    """Return the demo's encoders around a fitted autoencoder."""
     names = {"text": "word-pairs-32", "image": "patches-16", "audio": "log-mel-5x40"}
     return Encoders(
-        video, encode_words, encode_picture, encode_sound,
+        video, encode_caption, encode_image, encode_audio,
         {"video": fingerprint(video), **names}, video.geometry,
     )  # fmt: skip
 
@@ -69,7 +67,7 @@ def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = W
 
 
 def emphasis(face: Tensor, lips: Tensor) -> Tensor:
-    """How much each place counts, with mean 1, from what face and lips cover [1, F, H, W]."""
+    """Return the loss weight, of mean 1, from the shares of face and lips [1, F, H, W]."""
     weight = 1 + FACE_EMPHASIS * face + LIP_EMPHASIS * lips
     return weight / weight.mean()
 
@@ -78,7 +76,7 @@ def emphasis(face: Tensor, lips: Tensor) -> Tensor:
 def encode_clip(
     encoders: Encoders, pixels: Tensor, samples: Tensor, caption: str, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors of one encoded sample: pixels [3, T, Y, X] in [-1, 1], sound at 16 kHz."""
+    """Return the tensors of one sample: pixels [3, T, Y, X] in [-1, 1], audio at 16 kHz."""
     return {
         **encode_pixels(encoders, pixels, face, lips),
         "text": encoders.text(caption),
@@ -91,9 +89,9 @@ def encode_clip(
 def encode_pixels(
     encoders: Encoders, pixels: Tensor, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """What is seen of a clip [3, T, Y, X]: latents, known latents a task, face, weight and lips.
+    """Return the visual tensors of a clip [3, T, Y, X]: latents, known latents, face, weight, lips.
 
-    `t2v` is given nothing, so it has no known latents: the network gets zeros.
+    A task that is given no pixels has no known latents: the network gets zeros.
     """
     _, frames, height, width = pixels.shape
     known = {
@@ -101,7 +99,7 @@ def encode_pixels(
         for task in KNOWN_TASKS
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
-    views = torch.stack([moving, *(grey_out(moving, known[task]) for task in KNOWN_TASKS)])
+    views = torch.stack([moving, *(gray_out(moving, known[task]) for task in KNOWN_TASKS)])
     latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
     geometry = encoders.geometry
     size = geometry.latent_size(height, width)
@@ -112,7 +110,7 @@ def encode_pixels(
         "weight": emphasis(covered(face, *size, geometry), lip_cover),
         "lips": lip_cover,
     }
-    for place, task in enumerate(KNOWN_TASKS, start=1):
+    for index, task in enumerate(KNOWN_TASKS, start=1):
         tensors[f"known.{task}"] = latent_known(known[task], geometry)
-        tensors[f"known_latents.{task}"] = latents[place]
+        tensors[f"known_latents.{task}"] = latents[index]
     return tensors

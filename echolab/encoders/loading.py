@@ -1,4 +1,7 @@
-"""The released encoders of a folder as one `Encoders`, no more of them in memory than fit."""
+"""The released encoders of a folder as one `Encoders`, and how large they are.
+
+They are loaded when they are used, and no more stay in memory than fit.
+"""
 
 import gc
 from collections import OrderedDict
@@ -22,7 +25,7 @@ SPEECH = {"preview": load_preview_speech, "flash": load_flash_speech}
 
 
 class ReleasedFiles(NamedTuple):
-    """Where each encoder lies: a file in the authors' names, or its library's folder."""
+    """The path of each encoder: a file in the authors' names, or its library's folder."""
 
     video: Path
     text: Path
@@ -31,8 +34,8 @@ class ReleasedFiles(NamedTuple):
     audio: Path
 
 
-# What is looked for in a folder, in this order: the release's own names, then diffusers' folders.
-PLACES = {
+# Names in a folder, in the order they are tried: the release's own, then diffusers' folders.
+NAMES = {
     "video": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae"),
     "text": (
         "models_t5_umt5-xxl-enc-bf16.pth",
@@ -49,32 +52,32 @@ PLACES = {
 
 
 def find_released(folder: Path, audio: Path) -> ReleasedFiles:
-    """The encoders in a folder such as Wan2.1-Fun-V1.1-1.3B-InP, and one of wav2vec2.
+    """Return the encoders in a folder such as Wan2.1-Fun-V1.1-1.3B-InP, and one of wav2vec2.
 
     Reads no weights; raises WeightsError naming the first part that is not there.
     """
     need(folder, "the folder of the released encoders")
-    found = {}
-    for part, places in PLACES.items():
-        there = [folder / place for place in places if (folder / place).exists()]
-        if not there:
+    paths = {}
+    for part, names in NAMES.items():
+        existing = [folder / name for name in names if (folder / name).exists()]
+        if not existing:
             raise WeightsError(
-                f"{folder}: no {part} encoder in it, need one of {', '.join(places)}: "
+                f"{folder}: no {part} encoder in it, need one of {', '.join(names)}: "
                 "download or copy it"
             )
-        found[part] = there[0]
-    return ReleasedFiles(**found, audio=need(audio, "the folder of wav2vec2"))
+        paths[part] = existing[0]
+    return ReleasedFiles(**paths, audio=need(audio, "the folder of wav2vec2"))
 
 
 def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str]) -> dict[str, str]:
-    """What identifies each encoder: the sha256 of its files, and how they are used."""
+    """Return what identifies each encoder: the sha256 of its files, and how they are used."""
 
-    def of(path: Path, *beside: Path) -> str:
+    def of(path: Path, *others: Path) -> str:
         inside = [path / CONFIG, *weights_in(path)] if path.is_dir() else [path]
-        return sha256_of([*inside, *beside])
+        return sha256_of([*inside, *others])
 
     words = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
-    extractor = need(files.audio / EXTRACTOR, "how wav2vec2's sound is normalised")
+    extractor = need(files.audio / EXTRACTOR, "how wav2vec2's input is normalized")
     return {
         "video": of(files.video),
         "text": f"{of(files.text, words)} {clean.__name__}",
@@ -84,14 +87,14 @@ def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str])
 
 
 class Resident:
-    """Networks that are loaded when they are asked for; at most `most` stay in memory."""
+    """Networks that are loaded when they are used; at most `most` stay in memory."""
 
     def __init__(self, loaders: dict[str, Callable[[], Any]], most: int) -> None:
         self.loaders, self.most = loaders, most
         self.held: OrderedDict[str, Any] = OrderedDict()
 
     def __call__(self, name: str) -> Any:
-        """The network `name`; those used longest ago make room for it before it is loaded."""
+        """Return the network `name`; drop those used longest ago before it is loaded."""
         if name not in self.held:
             if len(self.held) == self.most:
                 self.held.popitem(last=False)
@@ -126,10 +129,10 @@ def released_encoders(
     clean: Callable[[str], str] = as_written,
     tiling: bool = False,
 ) -> Encoders:
-    """The released encoders behind the shape of the demo's; `speech` is preview or flash.
+    """Return the released encoders with the interface of the demo's; `speech` is preview or flash.
 
     Each is loaded when it is first used, and at most `resident` (1 to 4) stay: encode all texts,
-    then all pictures, and so on, where not all fit.  umT5-XXL alone is 11 GB in bf16.
+    then all images, and so on, if not all fit.  umT5-XXL alone is 11 GB in bf16.
     """
     networks = Resident(
         {
@@ -145,7 +148,73 @@ def released_encoders(
     return Encoders(
         video=_Autoencoder(networks),
         text=lambda text: networks("text")(text),
-        image=lambda picture: networks("image")(picture),
+        image=lambda image: networks("image")(image),
         audio=lambda samples, frames: networks("audio")(samples, frames),
         fingerprints=fingerprints(files, speech, clean),
     )
+
+
+# Sizes, from the configurations alone: Wan-Video/Wan2.1, `wan/configs` and `wan/modules/clip.py`.
+
+
+def _video() -> Any:
+    """Return Wan 2.1's VAE without weights."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan()
+
+
+def _text() -> Any:
+    """Return umT5-XXL's encoder without weights."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=256_384,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10_240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def _image() -> Any:
+    """Return open-CLIP's ViT-H/14 without weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            image_size=224,
+            patch_size=14,
+            hidden_act="gelu",
+        )
+    )
+
+
+def _audio() -> Any:
+    """Return wav2vec2-base without weights."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    return Wav2Vec2Model(Wav2Vec2Config())
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "video": _video,
+    "text": _text,
+    "image": _image,
+    "audio": _audio,
+}
+
+
+def parameters_of(part: str) -> int:
+    """Return the number of parameters of an encoder, a key of `NETWORKS`."""
+    with torch.device("meta"):
+        net = NETWORKS[part]()
+    return sum(parameter.numel() for parameter in net.parameters())

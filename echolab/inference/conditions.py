@@ -6,10 +6,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from echolab.encoders.demo_audio import SAMPLES_PER_FRAME
+from echolab.encoders.demo_features import SAMPLES_PER_FRAME
 from echolab.encoders.encode import Encoders
 from echolab.inference.inputs import Footage
-from echolab.tasks.masks import face_tokens, grey_out, latent_known
+from echolab.tasks.masks import face_tokens, gray_out, latent_known
 from echolab.types import Conditions
 
 
@@ -77,7 +77,7 @@ def conditions_of(encoders: Encoders, scene: Scene, device: torch.device) -> Con
     """
     known = latent_known(scene.known, encoders.geometry)
     if scene.known.any():
-        masked = grey_out(rearrange(scene.pixels, "c t y x -> t c y x"), scene.known)
+        masked = gray_out(rearrange(scene.pixels, "c t y x -> t c y x"), scene.known)
         latents = encoders.video.encode(rearrange(masked, "t c y x -> 1 c t y x"))
     else:
         latents = known.new_zeros(1, encoders.geometry.channels, *known.shape[1:])

@@ -24,7 +24,7 @@ from echolab.config.networks import (
 from echolab.data.clips import to_frames
 from echolab.data.media import FPS, Frames, Samples, read_audio, write_video
 from echolab.diffusion.teacache import IDENTITY, WAN_1B3
-from echolab.encoders.demo_audio import SAMPLES_PER_FRAME
+from echolab.encoders.demo_features import SAMPLES_PER_FRAME
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders
 from echolab.encoders.loading import find_released, released_encoders

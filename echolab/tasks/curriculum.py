@@ -1,4 +1,4 @@
-"""How often each task is trained, as a function of the step: hard tasks first, easy ones joining.
+"""Task probabilities as a function of the step: hard tasks first, easy ones join later.
 
 The live probabilities follow the stage's targets with an EMA, so a new task enters smoothly; a
 floor keeps old tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task allocation"; its
@@ -15,27 +15,27 @@ from echolab.tasks.table import CURRICULUM_TASKS, TASKS
 
 
 class Stage(NamedTuple):
-    """For so many steps, move towards these probabilities (any positive scale)."""
+    """Steps, and the probabilities to move towards in them (any positive scale)."""
 
     steps: int
     targets: dict[str, float]
 
 
 def hard_to_easy(steps: int, tasks: Sequence[str] = CURRICULUM_TASKS) -> list[Stage]:
-    """One stage for each task, of `steps` steps; each adds the next task, all equally likely."""
+    """Return a stage of `steps` steps for each task; each adds a task, all equally likely."""
     return [
         Stage(steps, dict.fromkeys(tasks[:count], 1 / count)) for count in range(1, len(tasks) + 1)
     ]
 
 
 def draw_task(probabilities: Mapping[str, float], u: float) -> str:
-    """The task where the cumulative probability first exceeds u, in [0, 1)."""
-    left = u * sum(probabilities.values())
+    """Return the task at which the cumulative probability first exceeds u, in [0, 1)."""
+    remaining = u * sum(probabilities.values())
     for task, probability in probabilities.items():
-        if left < probability:
+        if remaining < probability:
             return task
-        left -= probability
-    # Rounding can leave a rest of 1e-16: it belongs to the last task that can be drawn.
+        remaining -= probability
+    # Rounding can leave 1e-16 over: it belongs to the last task that can be drawn.
     return [task for task, probability in probabilities.items() if probability > 0][-1]
 
 
@@ -67,7 +67,7 @@ class Curriculum:
     """Task probabilities at a step: a recursion from a known origin, the same on every rank.
 
     p(0) is the first stage's target and p(k + 1) = momentum p(k) + (1 - momentum) target(k), in
-    Python floats; the last stage goes on for ever.  The floor is mixed into the targets of all
+    Python floats; the last stage has no end.  The floor is mixed into the targets of all
     tasks introduced so far: target = floor + (1 - n floor) stage target, which sums to 1.
     """
 
@@ -94,11 +94,11 @@ class Curriculum:
         self.before = 0  # steps of the run that this one started from: the stages count them too
 
     def _stage(self, step: int) -> int:
-        """Return the number of the stage that a step is in."""
+        """Return the index of the stage that a step is in."""
         return min(bisect.bisect(self._ends, self.before + step), len(self._ends) - 1)
 
     def probabilities(self, step: int) -> dict[str, float]:
-        """Of each task that some stage wants, hard to easy; they sum to 1.
+        """Return the probability of each task of the stages, hard to easy; they sum to 1.
 
         Raises ConfigError for a step before the loaded state, which cannot be known.
         """
@@ -117,9 +117,9 @@ class Curriculum:
         return dict(zip(self.tasks, live, strict=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """All that the future depends on, as JSON: the step and its probabilities.
+        """Return what later steps depend on, as JSON: the step and its probabilities.
 
-        `stages_left` tells a run that starts from this one whether any task is still to join.
+        `stages_left` is for a run that starts from this one: whether a task is still to join.
         """
         return {
             "step": step,
@@ -132,8 +132,8 @@ class Curriculum:
         """Return the curriculum of a run that starts from another's weights at `state_dict()`.
 
         Its step 0 has the probabilities and the stage that the other had reached; the last stage of
-        one is the last of the other, whatever their lengths.  Runs without a task in common have
-        nothing to follow.
+        one is the last of the other, for any lengths.  A run without a task in common with the
+        other keeps its own beginning.
         """
         other = copy.copy(self)
         done = int(state.get("before", 0)) + int(state["step"])
@@ -146,10 +146,10 @@ class Curriculum:
         return other
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`, bit for bit.
+        """Continue from `state_dict()`, bit-exactly.
 
-        A task that the state does not know starts from 0; one that no stage wants any more gives
-        its share to the others.  Raises ConfigError if the two have no task in common.
+        A task that the state lacks starts from 0; the share of a task that no stage has any more
+        goes to the others.  Raises ConfigError if the two have no task in common.
         """
         saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
         if not sum(saved):

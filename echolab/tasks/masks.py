@@ -1,6 +1,6 @@
-"""The tasks of the soup: which pixels are given, and the same at latent resolution.
+"""Mask rules of the tasks: which pixels are given, and the same at latent resolution.
 
-Everything is a rule for `known`: 1 where a pixel is given, 0 where it is to be generated.  Boxes
+A rule makes `known`: 1 for a given pixel, 0 for one to be generated.  Boxes
 are (x0, y0, x1, y1) in pixels, one a frame.  Margins and shapes of the two local tasks are not
 published; the figure shows a square over the head of a quarter to a third of the frame's width,
 and a disc at the mouth.
@@ -24,7 +24,7 @@ TOKEN_MARGIN = 0.15  # of the union face box, added on each side before it is cu
 
 
 class Clip(NamedTuple):
-    """What a rule may look at."""
+    """The inputs of a mask rule."""
 
     frames: int
     height: int
@@ -34,36 +34,36 @@ class Clip(NamedTuple):
     known_frames: int
 
     def all_frames(self, known: bool) -> Tensor:
-        """[T, 1, Y, X] of one value."""
+        """Return a mask [T, 1, Y, X] of one value."""
         return torch.full((self.frames, 1, self.height, self.width), known)
 
 
 def nothing(clip: Clip) -> Tensor:
-    """Text to video."""
+    """Return the mask of text to video: no pixel is given."""
     return clip.all_frames(False)
 
 
 def first_frames(clip: Clip, count: int) -> Tensor:
-    """The first `count` frames are given."""
+    """Return the mask that gives the first `count` frames."""
     known = clip.all_frames(False)
     known[:count] = True
     return known
 
 
 def first_and_last(clip: Clip) -> Tensor:
-    """The two ends are given."""
+    """Return the mask that gives the first and the last frame."""
     known = first_frames(clip, 1)
     known[-1] = True
     return known
 
 
 def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
-    """Centres of the pixel rows [1, Y, 1] and columns [1, 1, X]."""
+    """Return the centers of the pixel rows [1, Y, 1] and columns [1, 1, X]."""
     return torch.arange(clip.height)[None, :, None] + 0.5, torch.arange(clip.width) + 0.5
 
 
-def outside_the_head(clip: Clip) -> Tensor:
-    """Avatar sync: a box that follows the head is to be generated."""
+def outside_head(clip: Clip) -> Tensor:
+    """Return the mask of avatar sync: a box that follows the head is generated."""
     boxes = enlarged(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
@@ -71,14 +71,14 @@ def outside_the_head(clip: Clip) -> Tensor:
     return ~inside[:, None]
 
 
-def outside_the_lips(clip: Clip) -> Tensor:
-    """Lip sync: a disc over the mouth is to be generated.
+def outside_lips(clip: Clip) -> Tensor:
+    """Return the mask of lip sync: a disc over the mouth is generated.
 
-    The disc has one size for the whole clip and rides on the face box, at the lips' usual place in
-    it: were it cut to each frame's lips, its shape would tell how far the mouth is open.
+    The disc has one size for all frames and moves with the face box, at the median position of the
+    lips in it: a disc cut to each frame's lips would reveal how far the mouth is open.
     """
-    face_x, face_y = centres(clip.face).unbind(1)
-    off_x, off_y = (centres(clip.lips) - centres(clip.face)).median(0).values
+    face_x, face_y = centers(clip.face).unbind(1)
+    off_x, off_y = (centers(clip.lips) - centers(clip.face)).median(0).values
     radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
     rows, columns = _grid(clip)
     across = columns - (face_x + off_x)[:, None, None]
@@ -92,23 +92,24 @@ MASK_RULES: dict[str, Callable[[Clip], Tensor]] = {
     "first_frame": lambda clip: first_frames(clip, 1),
     "first_frames": lambda clip: first_frames(clip, clip.known_frames),
     "first_and_last_frame": first_and_last,
-    "outside_head": outside_the_head,
-    "outside_lips": outside_the_lips,
+    "outside_head": outside_head,
+    "outside_lips": outside_lips,
 }
 
 
-def centres(boxes: Tensor) -> Tensor:
-    """[T, 4] -> [T, 2], x and y."""
+def centers(boxes: Tensor) -> Tensor:
+    """Return the centers [T, 2], x and y, of boxes [T, 4]."""
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
 def enlarged(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes [T, 4] with `margin` times their own size added on each side."""
+    """Return boxes [T, 4] with `margin` times their own size added on each side."""
     size = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
 
 
 def _boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
+    """Return boxes in fp32; raise DataError unless they are finite [frames, 4]."""
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
     if boxes.shape != (frames, 4) or not boxes.isfinite().all():
         raise DataError(
@@ -128,7 +129,7 @@ def known_pixels(
     lips: Tensor,
     known_frames: int = 8,
 ) -> Tensor:
-    """Where the pixels of a clip are given: bool [T, 1, Y, X].
+    """Return the mask of given pixels of a clip: bool [T, 1, Y, X].
 
     `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
     chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
@@ -139,8 +140,8 @@ def known_pixels(
     return MASK_RULES[TASK_TABLE[task].mask](Clip(frames, height, width, face, lips, known_frames))
 
 
-def grey_out(pixels: Tensor, known: Tensor) -> Tensor:
-    """Pixels [T, 3, Y, X] in [-1, 1], mid-grey (0) where they are not known [T, 1, Y, X]."""
+def gray_out(pixels: Tensor, known: Tensor) -> Tensor:
+    """Return pixels [T, 3, Y, X] in [-1, 1], mid-gray (0) outside of known [T, 1, Y, X]."""
     return pixels * known.to(pixels.dtype)
 
 
@@ -149,7 +150,7 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
 
     The four channels are the four frames of a latent frame: channel c of latent frame i is frame
     4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
-    interpolation, so borders are fractional; frames do not mix.  (EchoMimicV3
+    interpolation, so borders are fractional; frames are not mixed.  (EchoMimicV3
     `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the other sign before that.)
     """
     frames, _, height, width = known.shape
@@ -165,10 +166,10 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
 
 
 def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
-    """Where sound may act: float [P], 1 on the tokens that the face ever touches.
+    """Return the tokens that attend to audio: float [P], 1 if the face ever touches one.
 
     `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The union over the clip,
-    somewhat enlarged: the released model takes the first frame's box alone, which a moving head
+    somewhat enlarged: the released model takes the box of the first frame, which a moving head
     leaves.  Row-major over (height / 2, width / 2) tokens.
     """
     face = _boxes(face, "face", len(face))
