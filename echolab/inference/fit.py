@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.clips import load_clips
-from echolab.encoders.demo_vae import CausalAutoencoder
-from echolab.encoders.demo_vae_training import WIDTH, fit_autoencoder
+from echolab.encoders.demo_vae import WIDTH, CausalAutoencoder, fit_autoencoder
 from echolab.errors import DataError
 from echolab.fitting import Report, load_net, save_net
 from echolab.metrics.demo_networks_training import (
