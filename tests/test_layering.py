@@ -23,6 +23,16 @@ LAYERS = {
     "bench": 7,
     "cli": 8,
 }  # fmt: skip
+# Within training: a part imports parts of lower layers only.  Parts of the lowest layer may import
+# each other, and so may all that are not named here, which make up the loop.
+TRAINING_LAYERS = {
+    "distributed": 0, "schedule": 0, "intervals": 0, "signals": 0, "control_files": 0, "workers": 0,
+    "engine": 1,
+    "checkpoints": 2,
+    "adapters": 3,
+    "guards": 4,
+}  # fmt: skip
+LOOP = 5
 DATA_PREP_LAYER = 3  # data_prep stands beside, and may use layers 0 to 3
 
 # Third parties that are allowed at the bottom, and those that only some may touch.
@@ -92,6 +102,60 @@ def _third_party_faults(name: str, here: str, layer: int, top: str) -> list[str]
     if top in ONLY_IN and here not in ONLY_IN[top]:
         return [f"{name}: {top} is for {' and '.join(sorted(ONLY_IN[top]))} alone"]
     return []
+
+
+def training_faults(name: str, source: str) -> list[str]:
+    """Return which parts of training a file of training must not import, one line each."""
+    part = re.split(r"[/.]", name)[2]
+    layer = TRAINING_LAYERS.get(part, LOOP)
+    modules = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "echolab.training":
+            modules += [f"echolab.training.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+    faults = []
+    for module in modules:
+        if not module.startswith("echolab.training."):
+            continue
+        other = module.split(".")[2]
+        there = TRAINING_LAYERS.get(other, LOOP)
+        if other != part and not (there < layer or there == layer in (0, LOOP)):
+            faults.append(f"{name}: {part} of layer {layer} imports {module} of layer {there}")
+    return faults
+
+
+TRAINING = [name for name in NAMES if name.startswith("echolab/training/")]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_parts_of_training_import_only_lower_parts(name: str) -> None:
+    assert training_faults(name, (ROOT / name).read_text()) == []
+
+
+def test_every_part_of_training_in_the_table_exists() -> None:
+    assert set(TRAINING_LAYERS) <= {name.split("/")[2].removesuffix(".py") for name in TRAINING}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "allowed"),
+    [
+        ("engine/a.py", "from echolab.training import distributed", True),
+        ("engine/a.py", "from echolab.training.engine.ema import Ema", True),
+        ("engine/a.py", "from echolab.training.checkpoints.writer import ITEM", False),
+        ("checkpoints/a.py", "from echolab.training.adapters.lora import Lora", False),
+        ("checkpoints/a.py", "def f():\n    from echolab.training import config", False),
+        ("adapters/a.py", "import echolab.training.checkpoints.checkpoint", True),
+        ("guards/a.py", "from echolab.training.config import Training", False),
+        ("schedule.py", "from echolab.training import engine", False),
+        ("signals.py", "from echolab.training.intervals import Intervals", True),
+        ("config.py", "from echolab.training.guards.spikes import Guards", True),
+    ],
+)
+def test_the_rule_within_training(name: str, source: str, allowed: bool) -> None:
+    assert (training_faults(f"echolab/training/{name}", source) == []) is allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
