@@ -53,6 +53,7 @@ class Lora(NamedTuple):
 
 def _pattern(target: str) -> re.Pattern[str]:
     """Compile `blocks.*.self_attn.{q,k}`: `*` is one part of a name, `{q,k}` either."""
+    # Escape everything, then give `*`, `{`, `}` and `,` their meaning.
     words = {r"\*": "[^.]*", r"\{": "(?:", r"\}": ")", ",": "|"}
     source = re.sub(r"\\[*{}]|,", lambda match: words[match[0]], re.escape(target))
     return re.compile(rf"(?:.*\.)?{source}(?:\..*)?")
@@ -69,6 +70,7 @@ def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
     matching_layers: set[str] = set()
     for target in targets:
         matching = {name for name in linear if _pattern(target).fullmatch(name)}
+        # A target that matches nothing is a typing error.
         if not matching:
             near = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise ConfigError(
@@ -98,6 +100,7 @@ def base_fingerprint(net: nn.Module) -> str:
     digest = blake2b(digest_size=16)
     for name, value in net.named_parameters():
         if ".lora_" not in name:
+            # peft wraps adapted layers: their names are those of the plain network.
             plain = name.replace(".base_layer.", ".")
             digest.update(f"{plain} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().float().cpu().contiguous().view(-1).numpy().data)
@@ -111,6 +114,7 @@ def _inject(net: nn.Module, config: "LoraConfig", adapter: str) -> None:
         inject_adapter_in_model(config, net, adapter)
     del net.peft_config  # kept by the layers; peft warns where it finds it again
     for _, layer in adapted_layers(net):
+        # peft activates the adapter that was added last.
         layer.set_adapter(TRAINED)
         for part in (layer.lora_A, layer.lora_B):
             part[adapter].float()  # what is trained is fp32, even on a bf16 base
@@ -126,8 +130,10 @@ def add_adapters(net: nn.Module, lora: Lora, seed: int) -> None:
     _inject(net, lora.peft_config(layers), TRAINED)
     for name, layer in adapted_layers(net):
         down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+        # Only shapes are wanted, as in an estimate.
         if down.is_meta:
             continue
+        # A seed for each layer: values do not depend on which other layers are adapted.
         number = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")
         generator = torch.Generator().manual_seed(number)  # on the CPU: the same on any device
         bound = 1 / math.sqrt(down.shape[1])  # peft's own: kaiming_uniform with a = sqrt(5)
@@ -143,6 +149,7 @@ def merge(net: nn.Module) -> None:
     """Add every adapter to its layer, and remove the adapters."""
     for name, layer in list(adapted_layers(net)):
         layer.merge(safe_merge=True, adapter_names=[TRAINED])
+        # The plain layer takes the place of the adapted one.
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, layer.get_base_layer())
     net.requires_grad_(True)

@@ -48,6 +48,7 @@ def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lo
     record = checkpoint.state["adapters"]
     origin = Origin(**record["origin"])
     net = base_of(checkpoint.state["architecture"], origin, load)
+    # Adapters on another base would compute something else.
     fingerprint = base_fingerprint(net)
     if fingerprint != record["base"]:
         place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
@@ -55,6 +56,7 @@ def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lo
             f"{checkpoint.path}: its base {place} is another one now: fingerprint {record['base']} "
             f"when it was trained, {fingerprint} here; put back what was there"
         )
+    # Shapes from the record; the values are replaced at once.
     lora = Lora(tuple(record["targets"]), record["rank"], record["alpha"])
     add_adapters(net, lora, seed=0)
     load_trained(net, checkpoint.tensors(EMA), str(checkpoint.path))

@@ -41,6 +41,7 @@ def save_adapters(
 ) -> list[Path]:
     """Write adapters, named as the parameters of an adapted network, as peft's folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The settings as peft itself writes them.
     config = lora.peft_config(layers)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -64,6 +65,7 @@ def save_single_file(
     Return the files.  diffusers takes `.alpha` of layers within blocks only, so that the scale of
     the others is multiplied into their tensors.
     """
+    # Two files: readers of Wan refuse layers that they do not know.
     audio_file = audio_file_of(file)
     layers: dict[Path, dict[str, Tensor]] = {file: {}, audio_file: {}}
     for name, tensor in tensors.items():
@@ -96,6 +98,7 @@ def is_audio(layer: str) -> bool:
 
 def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Set the adapters of a network, all of them, by parameter name; raises WeightsError."""
+    # Both ways: nothing may be missing, and nothing superfluous.
     own = {name: value for name, value in net.named_parameters() if value.requires_grad}
     for name in [*own, *tensors]:
         here = tuple(own[name].shape) if name in own else "missing"
@@ -173,6 +176,7 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
     or damaged, of another method (DoRA, LoKr, ...), of another network, or of another base where
     the file names its base.
     """
+    # Names first, then shapes, then the base.
     parameters = _parameters_by_stem(net)
     layers: dict[str, LowRank] = {}
     changes: dict[str, Tensor] = {}
@@ -191,6 +195,7 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
                 f"{path}: the change of {name} is {tuple(change.shape)}, the network's is "
                 f"{here_shape}; {REMEDY}"
             )
+    # Files of other programs name no base: they are accepted.
     bases = {content.base for content in contents} - {None}
     if bases and bases != {here := base_fingerprint(net)}:
         raise WeightsError(
@@ -210,6 +215,7 @@ def merge_adapters(net: nn.Module, adapters: Adapters) -> None:
     parameters = dict(net.named_parameters())
     for name in {**deltas, **adapters.changes}:
         parameter = parameters[name]
+        # In fp32, rounded once at the end.
         value = parameter.float()
         for part in (deltas.get(name), adapters.changes.get(name)):
             if part is not None:
@@ -265,6 +271,7 @@ def _read(file: Path, config: dict[str, Any] | None) -> tuple[_Content, str | No
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        # peft has a settings file, diffusers puts them into the metadata.
         if config is None:
             config = _diffusers_config(metadata)
     except (
@@ -316,6 +323,7 @@ def _parse(
 ) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
     """Return the low-rank pairs by layer, and other changes by parameter."""
     file = content.file
+    # Both halves and the scale of a layer together.
     stems: dict[str, dict[str, Tensor]] = {}
     for key, tensor in content.tensors.items():
         stem, part = _split(file, key)
@@ -324,6 +332,7 @@ def _parse(
     changes: dict[str, Tensor] = {}
     for stem, parts in stems.items():
         short = _without_prefix(stem)
+        # A layer that the network lacks means another model.
         weight = parameters.get(short.replace(".", "_"))
         if weight is None:
             raise WeightsError(
@@ -361,6 +370,7 @@ def _scale(file: Path, stem: str, parts: Mapping[str, Tensor], config: Mapping[s
     for side in ("down", "up"):
         if side not in parts:
             raise WeightsError(f"{file}: {stem}: its {side} half is missing there; get it again")
+    # In order of precedence: the file, its settings, 1.
     rank = parts["down"].shape[0]
     if "alpha" in parts:
         return float(parts["alpha"]) / rank

@@ -120,6 +120,7 @@ def folder_of(folder: Path, step: int) -> Path:
 def recover(folder: Path) -> None:
     """Give a checkpoint its name back if its successor was killed before taking the name."""
     for path in folder.glob(f"{REPLACED}*"):
+        # The new checkpoint of that step never got its name: the old one is still the valid one.
         complete = folder / path.name.removeprefix(REPLACED)
         if not complete.exists():
             path.rename(complete)
@@ -134,6 +135,7 @@ def discard(path: Path) -> None:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of `path`; raise CheckpointError with the first fault."""
     manifest = read_manifest(path)
+    # Bytes first, so that contents are read from undamaged files only.
     if wrong := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
         raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
@@ -149,6 +151,7 @@ def content_faults(checkpoint: Checkpoint) -> list[str]:
         state = checkpoint.state
     except (ValueError, RecursionError) as error:
         return [f"{file}: is no JSON ({error}); {REMEDY}"]
+    # Types and ranges of the state, before any entry is used.
     if wrong := state_faults(state, checkpoint.step):
         return [f"{file}: {fault}; {REMEDY}" for fault in wrong]
     return _part_faults(checkpoint) or _tensor_faults(checkpoint)
@@ -160,6 +163,7 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
     averages = part_names(ema.get("more", []), ema.get("widths", []))
     expected = {MASTER, *MOMENTS, *averages}
     powers = {part for part in averages if part.startswith(POWER)}
+    # A checkpoint has all parts, a snapshot only its power averages.
     if set(checkpoint.parts) not in (expected, powers):
         wanted, there = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
         return [f"{checkpoint.path}: has the parts {there}, its state names {wanted}; {REMEDY}"]
@@ -175,6 +179,7 @@ def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
     """Compare names, shapes and dtype with the manifest; all values must be finite."""
     shapes = {name: tuple(dims) for name, dims in checkpoint.manifest["parameters"].items()}
     wrong = []
+    # Threads: reading and summing release the interpreter lock.
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1, 8) or 1) as pool:
         for part in checkpoint.parts:
             try:
@@ -182,6 +187,7 @@ def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
             except SafetensorError as error:
                 wrong.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
                 continue
+            # Every part has exactly the parameters of the manifest.
             if extra := sorted(set(tensors) ^ set(shapes)):
                 wrong.append(
                     f"{checkpoint.path}: {part} and the manifest's parameters differ in "
@@ -208,6 +214,7 @@ def _tensor_fault(
     finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
     if not finite:
         return "holds values that are not finite"
+    # The second moment is an average of squares.
     negative = part == MOMENTS[1] and tensor.numel() and tensor.min() < 0
     return "holds negative squares" if negative else ""
 
@@ -247,6 +254,7 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
         except CheckpointError as error:
             rejected.append(str(error))
             continue
+        # A folder that was renamed by hand must not pass for another step.
         if checkpoint.step == step:
             return checkpoint, rejected
         rejected.append(f"{path}: is the checkpoint of step {checkpoint.step}, not of its name")
@@ -255,6 +263,7 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
 
 def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the first setting in which two networks differ."""
+    # Through JSON, so that tuples and lists compare equal.
     saved, given = checkpoint.state["architecture"], json.loads(json.dumps(dict(architecture)))
     for key in sorted(set(saved) | set(given)):
         if saved.get(key) != given.get(key):
@@ -314,17 +323,20 @@ def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     """
     _check_parameters(checkpoint, masters)
     _check_averages(checkpoint, ema)
+    # Moments exist only after a first step: create them, to be filled.
     masters.prepare()
     for part in (MASTER, *MOMENTS):
         tensors = checkpoint.tensors(part)
         if {name: tuple(tensors[name].shape) for name in tensors} != masters.shapes:
             raise CheckpointError(f"{checkpoint.path}: {part} is not whole; {REMEDY}")
         masters.fill(masters.flats(part), tensors)
+    # Allocate the averages, then fill them.
     ema.start(masters)
     for part in ema.parts:
         masters.fill(ema.flats[part], checkpoint.tensors(part))
     masters.updates = int(checkpoint.state["optimizer_updates"])
     ema.load_state_dict(checkpoint.state["ema"])
+    # The network computes with the restored weights from here on.
     masters.show(masters.local)
 
 
@@ -379,6 +391,7 @@ def _open_same(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoin
         message = json.dumps([checkpoint.path.name, checkpoint.digest] if checkpoint else [])
     distributed.raise_together(CheckpointError, fault)
     distributed.raise_together(StorageError, broken)
+    # Name and hash travel; the content is on the shared disk.
     message = distributed.gather_text(message)[0]
     if json.loads(message) and distributed.rank() > 0:
         name, digest = json.loads(message)

@@ -49,6 +49,7 @@ def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[s
     differences = []
     for key in sorted(one.keys() | other.keys()):
         values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
+        # An entry that only one side has is a difference too.
         if len(values) < 2 or not _same(values["a"], values["b"]):
             differences.append({"key": key, **values})
     return differences
@@ -64,6 +65,7 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifferenc
         if part not in a.parts or part not in b.parts:
             yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
             continue
+        # Mapped files: a tensor is read when it is compared.
         one, other = a.tensors(part), b.tensors(part)
         for name in sorted({*one, *other}):
             if name not in one or name not in other:
@@ -77,6 +79,7 @@ def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | 
     if a.shape != b.shape or a.dtype != b.dtype:
         forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
         return TensorDifference(part, name, f"{forms[0]} in a, {forms[1]} in b")
+    # As integers: NaN equals itself, and 0 differs from -0.
     unequal = a.view(torch.int32) != b.view(torch.int32)
     if not unequal.any():
         return None

@@ -43,6 +43,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
+        # A missing manifest means an incomplete checkpoint; a failing disk says nothing of it.
         data = read_whole(file)
         content = json.loads(data)
     except ABSENT as error:
@@ -53,16 +54,19 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file}: cannot be read ({error}); {REMEDY}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: is no manifest; {REMEDY}")
+    # The format is checked before anything else is interpreted.
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {content.get('format')}, this program reads {FORMAT}; {REMEDY}, or "
             "go on with the version of echolab that wrote it"
         )
+    # The text is a function of the content: any changed byte shows.
     if serialize({k: v for k, v in content.items() if k != "sha256"}) != data:
         raise CheckpointError(f"{file}: its sha256 is not that of its text; {REMEDY}")
     if wrong := list(schema.MANIFEST(content, "")):
         raise CheckpointError(f"{file}: {wrong[0]}; {REMEDY}")
     files = content["files"]
+    # Names that could point outside the folder are refused.
     if STATE not in files or not all(map(FILE.fullmatch, files)):
         raise CheckpointError(f"{file}: lists files that are of no checkpoint; {REMEDY}")
     return content
@@ -126,6 +130,7 @@ def shallow_faults(path: Path, manifest: Manifest) -> list[str]:
 def faults(path: Path, manifest: Manifest) -> list[str]:
     """Return one line for each file that differs from the manifest; read all of them."""
     files: dict[str, Any] = manifest["files"]
+    # Hashing releases the interpreter lock: several files at once.
     readers = min(len(files), os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(readers, thread_name_prefix="verify") as pool:
         wrong = pool.map(lambda name: _fault(path, name, files[name], True), files)

@@ -23,6 +23,7 @@ def tidy(folder: Path) -> None:
     """Create the folder, and remove what a killed save left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
+    # Killed saves leave partial folders, here and among the snapshots.
     for path in [*folder.rglob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -60,6 +61,7 @@ class Retention:
         """
         newer = 0
         for step in [step for step in saved_steps(self.folder) if step <= last]:
+            # Enough newer ones are valid: this one may go, unless it is to be kept.
             if newer >= self.newest:
                 if not self.keep(step):
                     self.check()
@@ -77,6 +79,7 @@ def set_aside(folder: Path, step: int) -> Path | None:
     newer = [other for other in saved_steps(folder) if other > step]
     if not newer:
         return None
+    # A fresh folder each time: an earlier rollback is never overwritten.
     numbers = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
     to = folder / f"{ASIDE}{max(numbers, default=0) + 1}"
     to.mkdir()

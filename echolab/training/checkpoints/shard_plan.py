@@ -36,6 +36,7 @@ class File(NamedTuple):
             }
             for name, start in self.starts.items()
         }
+        # The values start at a multiple of 8 bytes.
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
         content = text.encode()
         content += b" " * (-len(content) % 8)
@@ -45,6 +46,7 @@ class File(NamedTuple):
 def _runs(shapes: Shapes, files: int) -> list[list[str]]:
     """Return the names in order, cut into at most `files` runs of about equal size."""
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
+    # A name goes to the run in which the middle of its values lies.
     total, before = max(1, sum(sizes.values())), 0
     runs: dict[int, list[str]] = {}
     for name, size in sizes.items():
@@ -60,11 +62,13 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
     are `shard_bytes` in all, spread over the job so that several nodes write; a small network is
     written by rank 0 alone.  A pure function: every rank computes the same.
     """
+    # As many writers as there is work for.
     bytes_of_part = ITEM * sum(map(math.prod, shapes.values()))
     writers = min(world, max(1, bytes_of_part * len(parts) // shard_bytes))
     count = math.ceil(bytes_of_part / shard_bytes)
     while count > 1 and count * len(parts) % writers:
         count += 1  # so that each writes as much
+    # The same cut for each part, so that files of equal index hold the same parameters.
     runs = _runs(shapes, count)
     files: list[File] = []
     for part in parts:
@@ -94,6 +98,7 @@ def gather(masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor |
     Collective if sharded.  A copy from a GPU may still be in flight afterwards: synchronize.
     """
     if masters.sharded:
+        # In windows, so that the buffer of the reduction stays small.
         for first in range(0, file.numel, WINDOW):
             _reduce(masters, flats, file, into, first)
     elif into is not None:
@@ -116,6 +121,7 @@ def _reduce(
             if low < high:
                 own = values(flats, piece)[low - begin : high - begin]
                 bits[low - first : high - first].copy_(own.view(torch.int32), non_blocking=True)
+    # Each value is held by exactly one rank, so that the sum is that value.
     if distributed.world() > 1:
         dist.reduce(bits, dst=file.writer)
     if into is not None:

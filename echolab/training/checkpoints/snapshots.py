@@ -32,11 +32,13 @@ def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
     parts = {part: names for part, names in files_of(manifest).items() if part.startswith(POWER)}
     names = [STATE, *(name for own in parts.values() for name in own)]
     path = folder_of(folder, manifest["step"])
+    # Complete under another name first, so that a killed save leaves no snapshot.
     partial = folder / f".partial-{path.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in names:
         try:
+            # Links cost no space, and stay when the checkpoint is removed.
             os.link(written / name, partial / name)
         except OSError:  # a file system without links
             shutil.copyfile(written / name, partial / name)
@@ -51,6 +53,7 @@ def _sources(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
     folder = newest.path.parent / SNAPSHOTS
     earlier = [step for step in saved_steps(folder) if step < newest.step]
     sources = []
+    # Every snapshot before the checkpoint, and the checkpoint itself.
     for checkpoint in [*(open_checkpoint(folder_of(folder, s)) for s in earlier[::-1]), newest]:
         for part in checkpoint.parts:
             if part.startswith(POWER):
@@ -72,6 +75,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
             f"{newest.path}: this run kept no averages to make another from; train with "
             "optim.posthoc_ema_stds=[0.05,0.1] and snapshot_every"
         )
+    # The wanted profile as a sum of those that were kept.
     shares = coefficients([profile for _, _, profile in sources], wanted)
     opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
     return {name: _sum(opened, shares, name) for name in opened[-1]}

@@ -102,6 +102,7 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
         self.seconds = 0.0  # of the longest save so far, with its time in the background
+        # Every rank computes the same plan, so that none has to be sent.
         parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
         self.files = layout(self.shapes, parts, world=distributed.world(), shard_bytes=shard_bytes)
@@ -165,16 +166,19 @@ class CheckpointWriter:
         self.finish()
         self.close()
         started = time.monotonic()
+        # Room on the disk and in memory first: nothing is written if either is missing.
         self._path = folder_of(self.folder, state["step"])
         self._receipts, self._fault = {}, Fault("", "")
         text = json.dumps(state, indent=1).encode()
         self._on_first(lambda: self._make_room(len(text)))
         self._make_buffers()
         for file in self.files:
+            # Training waits for these copies, and for nothing else.
             gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
         if self._on_gpu:
             torch.cuda.synchronize()
         self._spent = time.monotonic() - started
+        # The buffers belong to the thread until `finish`.
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
 
@@ -239,6 +243,7 @@ class CheckpointWriter:
         self._thread = None
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
+        # All ranks learn of a fault of any, and rank 0 of all files.
         reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
         fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))
         if distributed.rank() == 0:
@@ -247,6 +252,7 @@ class CheckpointWriter:
                     self._publish({name: r for one in reports for name, r in one["files"].items()})
             except OSError as error:
                 fault = fault_of(error)
+            # A partial folder is useless: remove it, and keep the earlier checkpoints.
             if fault.words:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 fault = fault._replace(
@@ -261,6 +267,7 @@ class CheckpointWriter:
     def _publish(self, receipts: dict[str, Receipt]) -> None:
         """Check on rank 0 that all files exist, write the manifest, and rename the folder."""
         self._check()
+        # Rank 0 sees the files of all ranks on the shared disk, in their full size.
         if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
             raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
         for name, receipt in receipts.items():
@@ -268,6 +275,7 @@ class CheckpointWriter:
             if size != receipt["bytes"]:
                 raise OSError(f"{name} has {size} bytes here, {receipt['bytes']} were written")
         step = int(self._path.name.removeprefix("step-"))
+        # The manifest comes last: without it the folder is no checkpoint.
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -277,15 +285,18 @@ class CheckpointWriter:
         }
         write_file(self._partial / MANIFEST, [serialize(manifest)])
         retried(lambda: sync(self._partial))
+        # Links to the same files, before the folder gets its name.
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
         retried(self._check)  # the snapshot took its time
+        # A rename is atomic: at any moment there is a complete checkpoint of this step, or none.
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
             retried(lambda: self._path.rename(aside))
         retried(lambda: self._partial.rename(self._path))
         retried(lambda: sync(self.folder))
         shutil.rmtree(aside, ignore_errors=True)
+        # Old checkpoints are removed in a thread: large files take seconds.
         self._retention.valid[step] = True
         self._pruning = threading.Thread(target=self._prune, args=(step,), daemon=True)
         self._pruning.start()
@@ -309,6 +320,7 @@ def check_room(folder: Path, needed: int, files: int = 20) -> None:
 
     These are the limits of an unprivileged user.  A quota shows only when a write fails.
     """
+    # Blocks and inodes that are available without privileges.
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     wanted = int(needed * SPARE)

@@ -36,6 +36,7 @@ def speed_up(
         raise ConfigError(
             f"trainer.activation_checkpointing={checkpointing}: unknown; one of {known}"
         )
+    # Attention first: checkpointing names the operators that it calls.
     use_attention(net, attention_from(attention, device))
     if checkpointing != "none":
         checkpoint_blocks(net, KEPT[checkpointing])
@@ -67,6 +68,7 @@ class Recomputing(_CachedTorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return what `func` returns, or returned before."""
+        # Kept outputs come from the cache of torch; everything else is computed again.
         if _is_kept(func, self.keep):
             return super().__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
@@ -103,6 +105,7 @@ def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) 
 
 def compiler_missing(device: str) -> str:
     """Return which compiler torch.compile lacks here; empty if none."""
+    # inductor compiles C++ for the CPU, and Triton for GPUs.
     names = [os.environ.get("CXX") or "g++", "clang++"]
     if device == "cpu" and not any(shutil.which(name) for name in names):
         return "no C++ compiler (g++ or clang++) on PATH; install one, or set compile=false"
@@ -118,4 +121,5 @@ def compile_blocks(net: nn.Module, device: str = "cpu", backend: str = "inductor
     if missing and backend == "inductor":
         raise ConfigError(f"compile=true: {missing}")
     for block in net.blocks:  # type: ignore[union-attr]
+        # In place, so that names of parameters stay as they are.
         block.compile(backend=backend)

@@ -66,6 +66,7 @@ class LiveBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run the operator, and count the storages of its result."""
+        # Storages, not tensors: views of one storage count once.
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -78,6 +79,7 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key not in self._keys and key not in self._storages:
             size = storage.nbytes()
+            # The callback runs when the storage is freed.
             self._storages[key] = weakref.ref(storage, lambda _: self._gone(key, size))
             self.live += size
 
@@ -93,6 +95,7 @@ class LiveBytes(TorchDispatchMode):
         """Count a weight's gradient separately from the activations."""
         storage = tensor.untyped_storage()
         self._see(storage)
+        # From activations to gradients, in which the engine counts it.
         if storage._cdata not in self._of_weights:
             self._of_weights.add(storage._cdata)
             self.live -= storage.nbytes()
@@ -101,6 +104,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Keep what every fast kernel keeps: its inputs, its output and one number for each query."""
+    # [B, S, N, d] -> [B, N, S, d], as torch takes them.
     q, k, v = (heads.to(values.dtype).transpose(1, 2) for heads in (queries, keys, values))
     mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return mixed.transpose(1, 2)
@@ -139,6 +143,7 @@ def like_gpu(net: nn.Module) -> None:
 
 
 def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
+    # The shapes of a batch, as the data pipeline makes them.
     geometry, size = geometry_of(architecture), clip.clips
     frames = geometry.frames(clip.frames)
     layers, audio_dim = architecture.get("audio_layers"), architecture["audio_dim"] or 1
@@ -193,6 +198,7 @@ def simulate(
         prepare(net)
     with _without_values():
         _allocate(net, weights)
+        # Everything allocated before this is weights; everything after it is counted.
         kernels(net)
         with LiveBytes([*net.parameters(), *net.buffers()]) as counted:
             for parameter in net.parameters():
@@ -212,6 +218,7 @@ def _run(
     draws = Draws(torch.empty(shape), torch.empty(clip.clips), torch.empty(clip.clips, 2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
+    # The peak of the forward is where the loss is computed.
     forward = counted.peak
     loss.backward()
     return Step(forward, counted.peak, counted.peak_together)

@@ -46,6 +46,7 @@ class Ema:
     def __init__(
         self, decay: float, more: Sequence[float] = (), widths: Sequence[float] = ()
     ) -> None:
+        # Decays outside [0, 1) would diverge, and equal ones be one part.
         for number in (decay, *more):
             if not 0 <= number < 1:
                 raise ConfigError(f"ema_decay={number:g}: must lie in [0, 1); 0.999 is usual")
@@ -71,6 +72,7 @@ class Ema:
     @torch.no_grad()
     def update(self, masters: Masters) -> None:
         """Follow the weights by one optimizer step."""
+        # Power profiles have no decay: their share depends on the number of updates alone.
         young = (1 + self.updates) / (10 + self.updates)
         shares = {part: 1 - min(decay, young) for part, decay in self._decays.items()}
         for part, exponent in self._exponents.items():
@@ -82,6 +84,7 @@ class Ema:
     @contextmanager
     def applied(self, masters: Masters, part: str = EMA) -> Iterator[None]:
         """Let the network compute with the average; restore its weights afterwards, bit for bit."""
+        # A copy of what the network computes with; masters and averages stay where they are.
         saved = masters.snapshot()
         try:
             masters.show(self.flats[part])
@@ -111,6 +114,7 @@ def exponent_of(sigma: float) -> float:
     """Return the exponent of a profile of this width; raise ConfigError outside (0, 0.2887)."""
     if not 1e-4 <= sigma < WIDEST:
         raise ConfigError(f"ema width {sigma:g}: must lie in [0.0001, {WIDEST:.4f}); 0.1 is usual")
+    # Bisection: the width decreases in the exponent.
     low, high = 0.0, 2 / sigma  # width(g) < 1 / (g + 2)
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
@@ -132,6 +136,7 @@ class Profile:
     def dot(self, other: "Profile") -> float:
         """Integrate the product: of tau^(g + h) up to the earlier end, both normalized."""
         g, h = self.exponent, other.exponent
+        # Beyond the earlier end one of the two is zero.
         early = min(self.time, other.time)
         shares = (early / self.time) ** (g + 1) * (early / other.time) ** (h + 1)
         return (g + 1) * (h + 1) * shares / ((g + h + 1) * early)
@@ -139,6 +144,7 @@ class Profile:
 
 def coefficients(kept: Sequence[Profile], wanted: Profile) -> list[float]:
     """Return the share of each kept average in the wanted one, nearest in the mean square."""
+    # Normal equations of the least-squares problem.
     matrix = torch.tensor([[a.dot(b) for b in kept] for a in kept], dtype=torch.float64)
     right = torch.tensor([a.dot(wanted) for a in kept], dtype=torch.float64)
     # Close snapshots make it nearly singular: the smallest solution, by SVD.

@@ -82,6 +82,7 @@ def _strategy(trainer: pl.Trainer) -> str:
 def _compute(trainer: pl.Trainer, net: nn.Module) -> str:
     """Return the dtype in which a matrix product of the network's parameters comes out."""
     parameter = next(net.parameters())
+    # Computed, not read from a setting: autocast shows in the result alone.
     probe = torch.ones(1, 1, dtype=parameter.dtype, device=parameter.device)
     with trainer.precision_plugin.forward_context():
         return _types([probe @ probe])
@@ -115,6 +116,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
 
     `average` is this rank's EMA.
     """
+    # Everything below is read from live objects.
     strategy = _strategy(trainer)
     zero = strategy.startswith("zero")
     wrapper: Any = trainer.optimizers[0]
@@ -151,6 +153,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
 
 def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int) -> dict[str, Any]:
     """Return what a plan must contain if these settings were followed."""
+    # The dtypes that the strategies promise for this precision.
     low = "float32" if machine.precision == "32-true" else "bfloat16"
     return {
         "strategy": machine.strategy,
@@ -199,6 +202,7 @@ def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped:
     Call it after the last micro-batch of each step.  `skipped` is how many of them were rolled back
     because their gradient was not finite.
     """
+    # Lightning and DeepSpeed count on their own; both must agree with the loop.
     counts = {"lightning's global_step": (trainer.global_step, steps)}
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         engine = trainer.strategy.deepspeed_engine
@@ -221,6 +225,7 @@ def check_hooks(module: pl.LightningModule, machine: Machine) -> None:
         for name in dir(type(module))
         if name.startswith(("on_", "configure_", "optimizer_")) and not hasattr(_PLAIN, name)
     ]
+    # DeepSpeed runs backward and clipping itself.
     ignored = NEVER_CALLED + (NOT_BY_DEEPSPEED if machine.sharded else ())
     uncalled = unknown + [name for name in ignored if is_overridden(name, module)]
     if uncalled:
@@ -253,6 +258,7 @@ class ClippedNorm:
             if p.grad is not None
         ]  # fmt: skip
         if gradients:
+            # One kernel for all tensors; nothing is read from the device here.
             norms = torch._foreach_norm(gradients)
             self._squares.append(torch.stack(norms).square().sum())
 
@@ -294,6 +300,7 @@ def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) 
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise ConfigError("the network has nothing to train: all its parameters are frozen")
+    # By storage: a view of a trained parameter is shared too.
     own = _storages(net.named_parameters())
     for called, other in frozen:
         if other.net.training or any(p.requires_grad for p in other.net.parameters()):

@@ -138,11 +138,13 @@ def bytes_needed(
     """
     stage = int(machine.strategy[-1]) if machine.sharded else 0
     state = state_bytes(parameters, stage=stage, world=machine.world, precision=machine.precision)
+    # Bytes of the full network and of its trained part, in fp32.
     everything = FP32 * sum(p.numel for p in parameters)
     trained = FP32 * sum(p.numel for p in parameters if p.trained)
     resident = state.weights + state.gradients + state.ema * averages + reference * everything
     saved = trained * (3 + averages) // machine.world
     offloaded = state.optimizer if machine.offload == "optimizer" else 0
+    # On the CPU all state of all ranks lies in the memory of the node.
     if machine.device == "cpu":
         return Needed(0, machine.devices * (resident + state.optimizer + saved))
     # Masters start from the fp32 weights, which are in memory with the rounded ones until then.
@@ -163,6 +165,7 @@ def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
         "this node": "take fewer trainer.devices, trainer.offload=none, lora=attention or a "
         "smaller model",
     }
+    # Sizes that are unknown are not compared.
     for place, bytes_, size in (("a GPU", needed.gpu, gpu), ("this node", needed.host, host)):
         if size is not None and bytes_ > USABLE * size:
             raise ConfigError(

@@ -75,6 +75,7 @@ def conflict(machine: Machine) -> str | None:
     """
     if fault := _unknown(machine):
         return fault
+    # Ranks: one process needs no strategy, several need one.
     world, together = machine.world, machine.sequence_parallel
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
@@ -86,6 +87,7 @@ def conflict(machine: Machine) -> str | None:
             f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}; "
             "take 1, or another number of ranks"
         )
+    # Only ZeRO has separate masters, which can be moved to the host.
     if machine.offload == "optimizer" and not machine.sharded:
         return (
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
@@ -103,6 +105,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: M
     """Return the micro-batches of a rank and step; raise ConfigError if they do not divide."""
     if why := conflict(machine):
         raise ConfigError(why)
+    # Ranks that share a clip count once.
     groups = machine.world // machine.sequence_parallel
     micro = micro_batch_size or max(1, batch_size // groups)
     least = groups * micro

@@ -45,6 +45,7 @@ class Masters:
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
         }
+        # Tied parameters appear once, under their first name.
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.tied = {  # other names of trained parameters
             alias: names[id(parameter)]
@@ -78,6 +79,7 @@ class Masters:
     @cached_property
     def pieces(self) -> list[Piece]:
         """What this rank holds, in the order of the network."""
+        # Parameters without an optimizer are missing here; `check_complete` reports them.
         updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return [
             Piece(name, group, 0, 0, parameter.numel())
@@ -102,6 +104,7 @@ class Masters:
 
     def prepare(self) -> None:
         """Create the moments that the first step would create, so that they can be read and set."""
+        # torch counts steps in a tensor, DeepSpeed in an int.
         ours = type(self.optimizer).__module__.startswith("torch.")  # DeepSpeed's count in an int
         for tensor in self.keys:
             state = self.optimizer.state[tensor]
@@ -130,6 +133,7 @@ class Masters:
         parameter = self.parameters[name]
         if not self.sharded:
             return flats[self.pieces_of(name)[0].group]
+        # Each rank adds its pieces to zeros; the sum over ranks is the full tensor.
         bits = torch.zeros(shape(parameter).numel(), dtype=torch.int32, device=parameter.device)
         for piece in self.pieces_of(name):
             bits[piece.start : piece.start + piece.numel] = values(flats, piece).view(torch.int32)
@@ -187,6 +191,7 @@ class PartitionedMasters(Masters):
     def pieces(self) -> list[Piece]:
         pieces = []
         for name, parameter in self.parameters.items():
+            # DeepSpeed links each 16-bit parameter to its part of the fp32 partition.
             mapping = getattr(parameter, "_hp_mapping", None)  # None: all of it is elsewhere
             if mapping is not None:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
@@ -212,6 +217,7 @@ class ShardedMasters(Masters):
             position = self.zero.grad_position.get(self.zero.get_param_id(parameter))
             if position is not None:
                 group, offset, longest = position
+                # Ranks hold consecutive pieces of equal length.
                 start = longest * dist.get_rank(group=parameter.ds_process_group)
                 count = min(longest, parameter.ds_numel - start)
                 if count > 0:
@@ -243,6 +249,7 @@ def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:
 
 def masters_of(net: nn.Module, optimizer: Any) -> Masters:
     """Return the right kind for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
+    # By their attributes: DeepSpeed has no common base class for them.
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return ShardedMasters(net, optimizer)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):

@@ -91,6 +91,7 @@ def filled_network(
 ) -> EchoTransformer:
     """Return a network with the values of `tensors`, by parameter name, such as a checkpoint's."""
     net = meta_network(architecture)
+    # A checkpoint of another network fails here, before memory is taken.
     missing = {name for name, _ in net.named_parameters()} ^ set(tensors)
     if missing:  # torch's own error names them
         net.load_state_dict(tensors, assign=True)
@@ -150,15 +151,18 @@ def _lead(net: nn.Module, values: Callable[[], Values], followers: int, address:
         listener.bind(address)  # before the values are made, so that the others can wait here
         listener.listen(followers)
         listener.settimeout(PATIENCE)
+        # Unlinked from the start: the kernel frees it when the last rank has let go of it.
         file = stack.enter_context(tempfile.TemporaryFile())
         offsets, size = _layout(net)
         os.posix_fallocate(
             file.fileno(), 0, size
         )  # a full disk is an error now, not a signal later
+        # One tensor at a time in host memory.
         for name, tensor in values():
             file.seek(offsets[name])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
+        # Every rank of the node gets the descriptor; the file outlives this process.
         for _ in range(followers):
             connection = _accept_own(listener)
             with connection:
@@ -176,6 +180,7 @@ def _accept_own(listener: socket.socket) -> socket.socket:
 
 
 def _is_own(connection: socket.socket) -> bool:
+    # (pid, uid, gid) of the other end, as the kernel knows them.
     sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", sent)[1] == os.getuid())
 
@@ -193,6 +198,7 @@ def _follow(net: nn.Module, address: bytes) -> Values:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+        # Abstract sockets have no permissions: anyone on the host could listen there.
         if not _is_own(connection):
             raise PermissionError("the socket belongs to another user")
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
@@ -220,6 +226,7 @@ def _mapped(net: nn.Module, descriptor: int) -> Iterator[tuple[str, Tensor]]:
     storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
 
     def tensor_of(name: str, parameter: Tensor) -> Tensor:
+        # A view into the one mapping.
         start = offsets[name] // parameter.element_size()
         empty = torch.empty(0, dtype=parameter.dtype)
         return empty.set_(storage, start, parameter.shape)  # type: ignore[call-overload]

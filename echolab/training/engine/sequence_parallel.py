@@ -79,6 +79,7 @@ class SequenceSplit:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.frame_tokens = 0  # P of the clips under way
         blocks: Any = net.blocks
+        # Each rank attends with an equal share of the heads.
         heads = blocks[0].self_attn.num_heads
         if heads % self.world:
             fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
@@ -87,6 +88,7 @@ class SequenceSplit:
                 f"take one of {fitting}"
             )
         self.attend = blocks[0].self_attn.attend
+        # Tokens are split once, before the first block; conditions before every block.
         blocks[0].register_forward_pre_hook(self._split_tokens)
         for block in blocks:
             block.register_forward_pre_hook(self._split_conditions)
@@ -96,6 +98,7 @@ class SequenceSplit:
     def _share(self, values: Tensor, dim: int) -> Tensor:
         """Take this rank's share, padded with zeros: [.., P, ..] -> [.., p, ..]."""
         values = values.movedim(dim, -1)
+        # Equal shares: the last one is padded with zeros.
         share = -(-values.shape[-1] // self.world)
         padded = F.pad(values, (0, share * self.world - values.shape[-1]))
         return padded.narrow(-1, self.rank * share, share).movedim(-1, dim)
@@ -123,12 +126,14 @@ class SequenceSplit:
         """Exchange heads for tokens: [B, F p, N, d] -> [B, S, N / W, d]."""
         parts = heads.unflatten(2, (self.world, -1)).unflatten(1, (frames, -1))
         received = _Exchange.apply(parts.permute(3, 0, 1, 2, 4, 5), self.group)  # [W, B, F, p, ..]
+        # The padding of the last rank is cut off: it takes no part in attention.
         clip = received.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)  # [B, F, W p, n, d]
         return clip[:, :, : self.frame_tokens].flatten(1, 2)
 
     def _scatter_tokens(self, mixed: Tensor, frames: int) -> Tensor:
         """Exchange tokens for heads again: [B, S, N / W, d] -> [B, F p, N, d]."""
         clip = mixed.unflatten(1, (frames, -1))
+        # Padded again, so that every rank gets an equal part.
         fill = -self.frame_tokens % self.world
         parts = F.pad(clip, (0, 0, 0, 0, 0, fill)).unflatten(2, (self.world, -1))
         received = _Exchange.apply(parts.permute(2, 0, 1, 3, 4, 5), self.group)  # [W, B, F, p, ..]

@@ -80,6 +80,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Keep noise, targets and losses in fp32: the network casts its own inputs."""
+        # Lightning would round the batch to bf16 here.
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         super().setup(trainer)
 
@@ -97,6 +98,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
             if parameter.requires_grad
         }
         engine, zero = super()._setup_model_and_optimizer(model, *given)
+        # The masters were copied from the rounded weights: fill them again.
         masters = masters_of(model, zero)
         masters.fill(masters.local, first)
         return engine, zero

@@ -44,6 +44,7 @@ def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
         1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, details
     )
     head = {name: value for name, value in event._asdict().items() if name != "details"}
+    # Secrets of settings may be in messages.
     line = json.dumps(masked_values({**head, **details}), allow_nan=False) + "\n"
     new = not path.exists()
     append_text(path, line, patient=True)
@@ -67,6 +68,7 @@ def read(folder: Path) -> list[Event]:
     except ABSENT:
         return []
     events = []
+    # A line that is no JSON was cut off by a kill; one that is JSON must be an event.
     for number, line in enumerate(text.splitlines(), 1):
         try:
             details = json.loads(line)
@@ -88,6 +90,7 @@ class History:
     def __init__(self, folder: Path) -> None:
         """Read them on rank 0: a shared disk shows new lines to some ranks late.  Collective."""
         self.folder = folder
+        # The file as rank 0 sees it is what all ranks decide by.
         own = read(folder) if distributed.rank() == 0 else []
         details = distributed.gather_text(json.dumps([list(event) for event in own]))[0]
         self.events = [Event(*event) for event in json.loads(details)]
@@ -100,6 +103,7 @@ class History:
     def add(self, step: int, kind: str, **details: Any) -> None:
         """Append an event; every rank must call this with the same arguments."""
         if distributed.rank() == 0:
+            # Rank 0 writes; the others only remember.
             self.events.append(append(self.folder, step, kind, **details))
         else:
             self.events.append(Event(len(self.events) + 1, time.time(), step, kind, details))

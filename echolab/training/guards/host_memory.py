@@ -21,6 +21,7 @@ def family(pid: int, proc: Path = PROC) -> list[int]:
     """
     children: dict[int, list[int]] = {}
     sessions: dict[int, int] = {}
+    # Parents and sessions of all processes, in one pass over /proc.
     for folder in proc.iterdir():
         if folder.name.isdecimal() and (stat := _text(folder / "stat")):
             _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
@@ -54,6 +55,7 @@ def used_by_family(pid: int, proc: Path = PROC) -> int:
 def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Return the bytes that this process may still take, of the node and of its cgroups."""
     lines = (_text(proc / "meminfo") or "").splitlines()
+    # The smallest of what node and cgroups leave.
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     left = [max(0, limit - taken) for limit, taken in _cgroups(proc, cgroups)]
     return min([*node, *left])
@@ -112,6 +114,7 @@ class HostMemory:
     @property
     def used_gb(self) -> float:
         """Bytes in use / 10^9, at most `seconds` old."""
+        # Reading the shares of large processes is slow, so that it is done now and then.
         now = time.monotonic()
         if now - self._read_at >= self.seconds:
             self._used, self._read_at = used_by_family(os.getpid()) / GB, now

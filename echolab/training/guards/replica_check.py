@@ -38,11 +38,13 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 def _digest(tensor: Tensor, factors: Tensor) -> Tensor:
     """Return the hash of a tensor's bits, int64 [] on its device, for any dtype."""
+    # Bits as integers of the same width: NaN and -0 count as they are.
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     bits = flat.view(WIDTHS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    # Chunks are chained, so that a swap between chunks shows too.
     for part in bits.split(CHUNK):
         total = total * MIX_1 + (part * factors[: len(part)]).sum()
     return total
@@ -78,12 +80,14 @@ def check_replicas(named: Mapping[str, Tensor], state: str = "") -> None:
     """
     values = digests(named)
     own = _combined(state, values, named)
+    # Largest and smallest hash in one reduction: equal if all are equal.
     highest, lowest = distributed.largest([own, -own])
     if highest == -lowest:
         return
     parts = {
         name: f"{v} {named[name].dtype} {list(named[name].shape)}" for name, v in values.items()
     }
+    # Only now, when something differs, are all hashes exchanged.
     of_ranks = [json.loads(text) for text in distributed.gather_text(json.dumps([parts, state]))]
     raise ReplicaError(
         difference([p for p, _ in of_ranks], [t for _, t in of_ranks]),
@@ -104,6 +108,7 @@ def difference(parts: list[dict[str, str]], states: list[str]) -> str:
 
 def odd(values: list[str]) -> str:
     """Describe the ranks that differ from the majority; return an empty text if none does."""
+    # The majority is right; without one, all sides are named.
     counts = Counter(values).most_common()
     if len(counts) < 2:
         return ""

@@ -63,6 +63,7 @@ def decide(
     if guards.policy == "rollback":
         return _rollback(spike, guards, history, schedule)
     if guards.policy == "recompute":
+        # The same step was recomputed before: then the spike is reproducible.
         again = any(e.kind == "recompute" and e.step == spike.step for e in history)
         if not again and _went_back(history) < guards.at_most:
             return Action(What.GO_BACK, "recompute", to_step=spike.step)
@@ -87,6 +88,7 @@ def _went_back(history: Sequence[Event]) -> int:
 
 
 def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: Schedule) -> Action:
+    # The budget of rollbacks is for the run, not for the attempt.
     done = _went_back(history)
     if done >= guards.at_most:
         raise DivergedError(
@@ -95,6 +97,7 @@ def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: 
         )
     skip = None
     if guards.skip_batches:
+        # Half of the skipped batches lie before the spike: its cause may be older than it.
         batch = schedule.place(spike.step).batch
         first = max(0, batch - guards.skip_batches // 2)
         skip = Skip(group_of(spike.kind), first, guards.skip_batches)

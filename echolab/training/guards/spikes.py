@@ -110,6 +110,7 @@ def deviations(value: float, window: Sequence[float]) -> float:
     scale = scale_of(window)
     if not scale:
         return 0.0
+    # Robust: median and median absolute deviation ignore single outliers.
     logs = [math.asinh(one / scale) for one in window]
     middle = median(logs)
     spread = NORMAL * median(abs(one - middle) for one in logs)
@@ -136,6 +137,7 @@ class SpikeDetector:
         `epoch` is the index of the epoch in the run.  Values that are not finite are not
         remembered; spikes are, so that a lasting change of level becomes usual by itself.
         """
+        # A new reference starts from log 2: earlier values say nothing of it.
         if kind not in self._values or (kind != "sft" and self._epochs[kind] != epoch):
             self._values[kind] = {name: deque(maxlen=self.window) for name in MEASURES}
         self._epochs[kind] = epoch
@@ -143,6 +145,7 @@ class SpikeDetector:
         for measure, value in zip(MEASURES, (loss, gradient_norm), strict=True):
             window = self._values[kind][measure]
             usual = median(window) if window else math.nan
+            # Not remembered: the median of a window with NaN would be NaN.
             if not math.isfinite(value):
                 spikes.append(Spike(step, kind, measure, value, usual, math.inf))
                 continue

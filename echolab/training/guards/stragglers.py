@@ -80,6 +80,7 @@ class Stragglers:
         world, rank, width = distributed.world(), distributed.rank(), len(STEP)
         if world == 1:
             return {}, []
+        # Each rank fills its own row; the sum over ranks is the table.
         flat = [0.0] * (world * width)
         flat[rank * width : (rank + 1) * width] = own
         flat = distributed.sums(flat)
@@ -96,6 +97,7 @@ class Stragglers:
             for section, score in own.items():
                 if score >= LIMIT:
                     continue
+                # Slow in several windows in a row, reported once.
                 low[rank, section] = self._low.get((rank, section), 0) + 1
                 if low[rank, section] == WINDOWS:
                     spent = windows[rank][section]
