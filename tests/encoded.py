@@ -18,13 +18,13 @@ FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 # `echolab train` on these: a small network, few steps, nothing told to wandb but on request.
 SETTINGS = (
     "debug=cpu", "model.dim=64", "model.ffn_dim=64", "model.num_layers=1",
-    "objective.sft_weight=0.5", "save_every=2",
+    "objective.sft_weight=0.5", "save_every=2", "optim.lr=1e-3",
 )  # fmt: skip
 
 
 def plan(*epochs: tuple[str, int]) -> str:
     """The override of a schedule."""
-    return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n},lr:1e-3}}' for k, n in epochs)}]"
+    return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n}}}' for k, n in epochs)}]"
 
 
 def tensors(seed: int) -> dict[str, Tensor]:

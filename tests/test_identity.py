@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def run_of(root: Path, *words: str) -> FitResult:
 
 def plan(*epochs: tuple[str, int, float], **more: Any) -> list[str]:
     """Return the overrides of a schedule."""
-    told = ",".join(f"{{kind:{k},steps:{n},lr:{lr}}}" for k, n, lr in epochs)
+    scales = [Decimal(str(lr)) / Decimal("1e-3") for _, _, lr in epochs]  # of encoded.SETTINGS
+    told = ",".join(
+        f"{{kind:{kind},steps:{steps},lr_scale:{scale:f}}}"
+        for (kind, steps, _), scale in zip(epochs, scales, strict=True)
+    )
     return [f"schedule.epochs=[{told}]", *(f"schedule.{k}={v}" for k, v in more.items())]
 
 

@@ -78,7 +78,10 @@ def test_every_text_reads_back(key: str) -> None:
         ("run_dir=[a]", "[a]"),
         ("seed=3", 3),
         ("optim.betas=[0.9,0.95]", [0.9, 0.95]),
-        ("schedule.epochs=[{kind:sft,steps:2,lr:1e-3}]", [{"kind": "sft", "steps": 2, "lr": 1e-3}]),
+        (
+            "schedule.epochs=[{kind:sft,steps:2,lr_scale:1e-3}]",
+            [{"kind": "sft", "steps": 2, "lr_scale": 1e-3}],
+        ),
     ],
 )
 def test_what_remains_hydras(word: str, value: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def test_a_bad_clip_that_is_encoded_again_is_trained_on(
 
 
 def diverging(rate: str) -> str:
-    return f"schedule.epochs=[{{kind:sft,steps:3,lr:1e-3}},{{kind:sft,steps:5,lr:{rate}}}]"
+    scale = Decimal(rate) / Decimal("1e-3")
+    return f"schedule.epochs=[{{kind:sft,steps:3}},{{kind:sft,steps:5,lr_scale:{scale:f}}}]"
 
 
 def test_a_run_that_diverged_goes_on_as_it_was_told(
@@ -203,12 +205,11 @@ def test_a_policy_that_goes_back_may_be_set_afterwards(
 
 
 def test_without_a_checkpoint_a_lower_rate_starts_again(words: Words, tmp_path: Path) -> None:
-    plan = "schedule.epochs=[{{kind:sft,steps:6,lr:{}}}]"
-    late = "save_every=100"
+    late = ("schedule.epochs=[{kind:sft,steps:6}]", "save_every=100")
     with pytest.raises(DivergedError, match="lower the learning rate"):
-        run(words(plan.format("1e30"), late))
+        run(words(*late, "optim.lr=1e30"))
     assert not saved_steps(tmp_path / "run/checkpoints")
-    assert run(words(plan.format("1e-4"), late)).done
+    assert run(words(*late, "optim.lr=1e-4")).done
 
 
 # -- commands -------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_the_values_of_the_issue_are_refused_by_the_parent(
         "schedule.warmup=-5", "schedule.warmup=abc", "flow_shift=-1", "flow_shift=0", "seed=-1",
         "seed=null",
         "micro_batch_size=0", "+foo=1", "+data.foo=1", "trainer.devices=two", "~seed", "sede=1",
-        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.num_workers=true",
+        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0}]", "data.num_workers=true",
         "data=[1]", "model=nothing", "timeouts.save=soon", "logger.mode=loud",
     ):  # fmt: skip
         assert main(["train", *NEEDED, f"run_dir={run}", word]) == 1, word
@@ -237,12 +237,14 @@ def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
         [
             *NEEDED, "optim.eps='1e-4'", "optim.max_grad_norm=.inf", "batch_size='16'",
             "save_every=1e3",
-            "schedule.epochs=[{kind:sft,steps:'5',lr:'${oc.env:RATE}'}]", "flow_shift=3",
+            "schedule.epochs=[{kind:sft,steps:'5',lr_scale:'1e-1'}]", "optim.lr=${oc.env:RATE}",
+            "flow_shift=3",
             "run_dir=2027",
         ]
     )  # fmt: skip
     assert config["optim"]["eps"] == 1e-4 and config["optim"]["max_grad_norm"] == math.inf
-    assert config["batch_size"] == 16 and config["schedule"]["epochs"][0]["lr"] == 1e-4
+    assert config["batch_size"] == 16 and config["optim"]["lr"] == 1e-4
+    assert config["schedule"]["epochs"] == [{"kind": "sft", "steps": 5, "lr_scale": 0.1}]
     assert config["save_every"] == 1000 and type(config["save_every"]) is int
     assert type(config["flow_shift"]) is float and config["run_dir"] == "2027"
 
@@ -315,7 +317,7 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
     intervals = dict(zip(parts.INTERVALS, (1, 2, 3, 5, 4), strict=True))
     assert reach(tuple(vars(parts.intervals_from(intervals)).values()), intervals)
     optim = distinct(schema.Optim, betas=(0.1, 0.2), extra_ema_decays=(), posthoc_ema_stds=(0.3,))
-    assert reach(objects.optim_from(optim), optim)
+    assert reach((*objects.optim_from(optim), optim["lr"]), optim)
     lora = distinct(schema.Lora, target_modules=("a",))
     assert reach((*lora_from(lora), lora["init_from"]), lora)
     objective = distinct(schema.Objective)
@@ -326,26 +328,29 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
 
 WHOLE = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
 REAL = st.one_of(st.floats(), st.integers(-2, 10**6), st.sampled_from(["1e-4", ".inf", "x", None]))
-EPOCH = st.fixed_dictionaries({"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr": REAL})
+EPOCH = st.fixed_dictionaries(
+    {"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr_scale": REAL}
+)
 STAGE = st.fixed_dictionaries(
     {"steps": WHOLE, "targets": st.dictionaries(st.sampled_from(TASKS), REAL, max_size=3)}
 )
 
 
 @given(
-    epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
+    lr=REAL, epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
     stages=st.none() | st.lists(STAGE, max_size=3), ema_decay=REAL, min_prob=REAL,
 )  # fmt: skip
 def test_what_passes_is_understood_below(
-    epochs: Any, warmup: Any, cycles: Any, stages: Any, ema_decay: Any, min_prob: Any
+    lr: Any, epochs: Any, warmup: Any, cycles: Any, stages: Any, ema_decay: Any, min_prob: Any
 ) -> None:
     schedule = {"epochs": epochs, "warmup": warmup, "cycles": cycles, "decay": "cosine"}
     tasks = {**BASE["tasks"], "stages": stages, "ema_decay": ema_decay, "min_prob": min_prob}
     try:
-        config = check({**BASE, "schedule": schedule, "tasks": tasks})
+        optim = {**BASE["optim"], "lr": lr}
+        config = check({**BASE, "schedule": schedule, "tasks": tasks, "optim": optim})
     except ConfigError:
         return
-    planned = objects.schedule_from(config["schedule"])
+    planned = objects.schedule_from(config)
     assert planned.steps > 0 and all(math.isfinite(planned.lr(step)) for step in (0, 1))
     shares = objects.curriculum_from(config["tasks"]).probabilities(1)
     assert sum(shares.values()) == pytest.approx(1)

@@ -25,7 +25,7 @@ from echolab.tracking.metrics import read_metrics
 from echolab.training.guards import events
 
 CLIPS = "data.clips=x"
-EPOCHS = "schedule.epochs=[{kind:sft,steps:STEPS,lr:1e-3}]"
+EPOCHS = "schedule.epochs=[{kind:sft,steps:STEPS}]"
 SHORT, LONG = (EPOCHS.replace("STEPS", steps) for steps in ("1", "2"))
 
 
@@ -307,8 +307,9 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     data: list[str], tmp_path: Path
 ) -> None:
     """And again: done, diverged and pruned members stay, one that was rolled back goes on."""
-    rates = ",".join(f"[{{kind:sft,steps:3,lr:{lr}}}]" for lr in ("1e30", "1e-3", "1e-4"))
-    words = [*data, f"run_dir='{tmp_path}/a sweep, #1 (x=y)'", f"schedule.epochs={rates}"]
+    words = [*data, f"run_dir='{tmp_path}/a sweep, #1 (x=y)'",
+    "schedule.epochs=[{kind:sft,steps:3}]",
+             "optim.lr=1e30,1e-3,1e-4"]  # fmt: skip
     found = members(words, compose_both)
     diverging, plain, pruned = found
     pruned.folder.mkdir(parents=True)

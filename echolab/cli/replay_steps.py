@@ -48,7 +48,7 @@ def replay_and_compare(arguments: ReplayArguments) -> int:
     # Check the request against the run.
     run, step, out = arguments.run, arguments.step, arguments.out
     config = _settings(arguments, config_of(run))
-    if step > (steps := schedule_from(config["schedule"]).steps):
+    if step > (steps := schedule_from(config).steps):
         raise ConfigError(f"step={step}: the run's schedule has {steps} steps")
     if out and out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
             there = ", ".join(map(str, sorted(steps))) or "none"
             raise ConfigError(f"{run}: to={to}: no checkpoint of that step; there are {there}")
         open_checkpoint(folder_of(folder, to))
-        schedule = schedule_from(config["schedule"]).leaving_out(events.skips(run))
+        schedule = schedule_from(config).leaving_out(events.skips(run))
         if skip:
             schedule = schedule.skipping(skip, to)
             _check_is_met(schedule, skip, to)

@@ -79,7 +79,11 @@ def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run may go on with others of, where its past allows it."""
     accepted = config["data"].get("changed") == "accept"
-    return ("schedule", *(("data.clip_weights", "data.pair_weights") if accepted else ()))
+    return (
+        "schedule",
+        "optim.lr",
+        *(("data.clip_weights", "data.pair_weights") if accepted else ()),
+    )
 
 
 def _say(folder: Path, lines: list[str]) -> None:

@@ -8,7 +8,7 @@ from echolab.config.build_adapters import reference_of
 from echolab.config.data_checks import check_checkpoints, check_held_out
 from echolab.config.networks import checked_placement, start_of
 from echolab.config.origins import checkpoints_from, origins_from
-from echolab.config.parts import guards_from, intervals_from, machine_from
+from echolab.config.parts import guards_from, intervals_from, machine_from, rate_of
 from echolab.data.batch_sampler import Order
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
@@ -58,9 +58,15 @@ def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Cu
 
 
 def schedule_from(config: Mapping[str, Any]) -> Schedule:
-    """conf/schedule"""
-    epochs = [Epoch(str(e["kind"]), int(e["steps"]), float(e["lr"])) for e in config["epochs"]]
-    return Schedule(epochs, cycles=config["cycles"], warmup=config["warmup"], decay=config["decay"])
+    """Return the epochs and their learning rates, from conf/schedule and optim.lr."""
+    schedule, lr = config["schedule"], float(config["optim"]["lr"])
+    epochs = [
+        Epoch(str(e["kind"]), int(e["steps"]), rate_of(lr, float(e.get("lr_scale", 1.0))))
+        for e in schedule["epochs"]
+    ]
+    return Schedule(
+        epochs, cycles=schedule["cycles"], warmup=schedule["warmup"], decay=schedule["decay"]
+    )
 
 
 def preference_from(config: Mapping[str, Any]) -> PreferenceSettings:
@@ -179,7 +185,7 @@ def training_from(
     config: Mapping[str, Any], agreed: str, machine: Machine | None = None
 ) -> Training:
     """Build what `fit` takes; `agreed` is a digest of the settings, `machine` replaces theirs."""
-    schedule = schedule_from(config["schedule"])
+    schedule = schedule_from(config)
     phases = phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)

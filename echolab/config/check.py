@@ -6,6 +6,8 @@ second, before a folder is made or a rank is started.
 
 import difflib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from echolab.config.parts import guards_from, intervals_from, machine_from, timeouts_from
+from echolab.config.parts import (
+    guards_from,
+    intervals_from,
+    machine_from,
+    rate_of,
+    timeouts_from,
+)
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
 from echolab.training.engine.machine import accumulation_steps, conflict
@@ -53,6 +61,7 @@ RENAMED = {
         "checkpointing": "activation_checkpointing", "nodes": "num_nodes",
         "shard_small": "zero3_shard_small",
     },
+    "schedule": {"epochs.lr": "/optim.lr"},
     "objective": {"anchor": "sft_weight", "target_gradient_factor": "target_grad_factor"},
     "lora": {
         "targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "start": "init_from",
@@ -115,13 +124,13 @@ def no_such_setting(path: Location, value: Any) -> str:
 
 def renamed(name: str) -> str | None:
     """Return the present name of a setting or group that had another one, else None."""
-    group, _, rest = name.partition(".")
+    group, _, rest = re.sub(r"\[\d+\]", "", name).partition(".")
     section = RENAMED[""].get(group, group)
     if not rest:
         return section if section != group else None
     new = RENAMED.get(section, {}).get(rest, rest)
     present = new[1:] if new.startswith("/") else f"{section}.{new}"
-    return present if present != name else None
+    return None if (section, rest) == (group, new) else present
 
 
 def names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -249,6 +258,7 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each conflict between settings that have the right kinds and ranges."""
     yield from filter(None, [conflict(machine_from(config["trainer"]))])
     yield from _of_the_network(config["model"], config["trainer"], config["lora"])
+    yield from _of_the_rates(config["optim"]["lr"], config["schedule"]["epochs"])
     yield from _of_the_data(config["data"], config["schedule"]["epochs"])
     yield from _of_the_tasks(config["tasks"])
     loss = config["objective"]
@@ -303,6 +313,16 @@ def _of_the_network(
             "lora=attention too, "
             "or lora.init_from=null"
         )
+
+
+def _of_the_rates(lr: float, epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for number, epoch in enumerate(epochs):
+        scale = epoch.get("lr_scale", 1.0)
+        if not math.isfinite(rate_of(lr, scale)):
+            yield (
+                f"schedule.epochs[{number}].lr_scale={scale:g}: too large for optim.lr={lr:g}; "
+                "take smaller ones"
+            )
 
 
 def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:

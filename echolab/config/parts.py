@@ -4,6 +4,7 @@ The supervisor checks a configuration by building these; the ranks train with th
 """
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from echolab.launch.section_timeouts import SectionTimeouts
@@ -30,6 +31,14 @@ def machine_from(trainer: Mapping[str, Any]) -> Machine:
         sequence_parallel=trainer["sequence_parallel"],
         offload=trainer["offload"],
     )
+
+
+def rate_of(lr: float, scale: float) -> float:
+    """Return the learning rate of an epoch.
+
+    The product is that of the decimal numbers, so that 2e-5 scaled by 0.1 is 2e-6 to the last bit.
+    """
+    return float(Decimal(repr(lr)) * Decimal(repr(scale)))
 
 
 def intervals_from(config: Mapping[str, Any]) -> Intervals:

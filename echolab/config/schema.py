@@ -189,7 +189,7 @@ class Epoch(Section):
 
     kind: Literal["sft", "ndpo", "dpo"] = Field(description="objective of the epoch")
     steps: Count = Field(description="optimizer steps of the epoch")
-    lr: PositiveOrZero = Field(description="learning rate of the epoch")
+    lr_scale: PositiveOrZero = Field(default=1.0, description="factor on optim.lr during the epoch")
 
 
 class Schedule(Section):
@@ -225,6 +225,7 @@ class Objective(Section):
 class Optim(Section):
     """conf/optim: AdamW and the averages of the weights."""
 
+    lr: PositiveOrZero = Field(description="learning rate; schedule.epochs may scale it")
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         description="decays of AdamW's first and second moment"
     )
