@@ -152,7 +152,7 @@ def help_text(schema: type, *, command: str, positional: tuple[str, ...] = ()) -
     for field in fields:
         if section := field.metadata.get("section"):
             lines += ["", f"{section}:"]
-        lines += _help_lines(names[field.name], _help_of(field, hints[field.name]), width)
+        lines += help_lines(names[field.name], _help_of(field, hints[field.name]), width)
     return "\n".join(lines)
 
 
@@ -160,7 +160,7 @@ def _fields(schema: type) -> list[Any]:
     return [field for field in dataclasses.fields(schema) if field.init]
 
 
-def _help_lines(name: str, text: str, width: int) -> list[str]:
+def help_lines(name: str, text: str, width: int) -> list[str]:
     """Return one field's help: its name with type, then its wrapped text."""
     indent = " " * (width + 4)
     wrapped = textwrap.wrap(text, HELP_COLUMNS - len(indent), break_on_hyphens=False) or [""]

@@ -14,7 +14,7 @@ import pytest
 from echolab.cli.__main__ import main
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
-from echolab.config.overrides import CONF
+from echolab.config.folders import CONF
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.launch import exit_codes, processes, run_dir
 from echolab.tracking.metrics import read_metrics
@@ -102,7 +102,7 @@ def test_a_supervisor_that_cannot_start_says_so(
     [
         (["--cfg", "job", "sede=1"], "sede=1: there is no such setting; did you mean seed?"),
         (["--help", "model=nothing"], "model=nothing: must be one of demo"),
-        (["--config-dir=x", "seed=1"], "train: no option --config-dir=x"),
+        (["--config-dir=x", "seed=1"], "--config-dir=x: no such folder"),
         (["-m", "-x", "seed=1,2"], "train: no option -x"),
         (["seed"], "seed: "),
     ],

@@ -94,7 +94,10 @@ def test_training_of_default_length_is_its_experiment_file(name: str) -> None:
 
 
 def test_plain_values_are_written_in_hydra_grammar() -> None:
-    assert in_hydra([{"kind": "sft", "lr": 1e-4, "x": None}]) == "[{kind:sft,lr:0.0001,x:null}]"
+    assert (
+        in_hydra([{"kind": "sft", "lr_scale": 0.25, "x": None}])
+        == "[{kind:sft,lr_scale:0.25,x:null}]"
+    )
 
 
 @pytest.mark.slow

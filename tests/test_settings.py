@@ -18,12 +18,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import CONF
 from echolab.config import build as objects
 from echolab.config import parts, schema
 from echolab.config.build_adapters import lora_from
 from echolab.config.check import check, names, shown
 from echolab.config.compose import compose
+from echolab.config.folders import CONF
 from echolab.data.batch_sampler import REMAINDERS
 from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
@@ -40,7 +40,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "debug")
+    if path.parent.name not in ("experiment", "debug") and path.stem != "default"
 )
 NEEDED = ["data.clips=x", "data.pairs=y"]
 BASE = compose(NEEDED)

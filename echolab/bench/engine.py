@@ -68,8 +68,8 @@ class Subject(NamedTuple):
             f"trainer.activation_checkpointing={self.checkpointing}",
             f"data.clips={self.folder / 'clips'}", f"run_dir={self.folder / run}",
             f"seed={self.seed}", f"flow_shift={FLOW_SHIFT}",
-            f"schedule.epochs=[{{kind:sft,steps:{steps},lr:{LEARNING_RATE}}}]",
-            "schedule.warmup=0", f"optim.max_grad_norm={MAX_GRAD_NORM}",
+            f"schedule.epochs=[{{kind:sft,steps:{steps}}}]", "schedule.warmup=0",
+            f"optim.lr={LEARNING_RATE}", f"optim.max_grad_norm={MAX_GRAD_NORM}",
             f"optim.ema_decay={EMA_DECAY}", "save_every=0", "val_every=0", "verify_export=false",
         ])  # fmt: skip
         return {**config, "model": dict(self.architecture)}

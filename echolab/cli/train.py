@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from echolab.cli import sweep
-from echolab.config.compose import compose, compose_both
-from echolab.config.overrides import CONF, as_hydra, hydra_config, quoted
+from echolab.config.compose import compose, compose_both, compose_unresolved
+from echolab.config.folders import folders_of, with_absolute_folder, without_folder
+from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import url_of
@@ -29,24 +30,43 @@ from echolab.launch.topology import LAUNCH, cpu_warning, find_topology
 from echolab.redaction import masked, masked_output
 from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
-HYDRAS = re.compile(r"(-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HYDRAS = re.compile(r"(--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HELP = ("-h", "--help")
 SWEEP = ("-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
+    argv = with_absolute_folder(argv)
+    if any(word in HELP for word in argv):
+        return print_help([word for word in argv if word not in HELP])
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
     words = [word for word in argv if word not in SWEEP]
-    if options := [word for word in words if word.startswith("-")]:
+    if options := [word for word in without_folder(words) if word.startswith("-")]:
         raise ConfigError(
-            f"train: no option {options[0]}; -m, --help and --cfg are, and settings are key=value"
+            f"train: no option {options[0]}; options are -m, --config-dir, --help and --cfg, and "
+            "settings are written key=value"
         )
     if len(words) < len(argv):
         return sweep.run(members(words, compose_both), command, job)
     if LAUNCH in os.environ:
         return rank(argv)
     return supervise(argv, compose(argv)).exit_code
+
+
+def print_help(words: list[str]) -> int:
+    """Print the help of all settings, or of those that words without `=` name.
+
+    With overrides the defaults are those of the composed settings.
+    """
+    from echolab.config.help import help_of
+
+    wanted = [word for word in words if "=" not in word and not word.startswith("-")]
+    overrides = [word for word in without_folder(words) if "=" in word]
+    composed = compose_unresolved(words) if overrides else None
+    print(help_of(wanted, folders_of(words), composed))
+    return exit_codes.DONE
 
 
 def command(words: list[str]) -> list[str]:
@@ -127,15 +147,14 @@ def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
 
 
 def _with_hydra(argv: list[str]) -> int:
-    """Help, completion and --cfg are Hydra's own; raise ConfigError for what it would refuse."""
+    """Answer --cfg by Hydra itself; raise ConfigError for what it would refuse."""
     import hydra
 
-    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-    with hydra_config(overrides):
-        hydra.compose("train", as_hydra(overrides))
+    compose_unresolved(argv)
+    folder = str(folders_of(argv)[0])
     before, sys.argv = sys.argv, ["echolab train", *as_hydra(argv)]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_refuse)()
+        hydra.main(version_base="1.3", config_path=folder, config_name="train")(_refuse)()
     finally:
         sys.argv = before
     return exit_codes.DONE

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from echolab.arguments import closest
 from echolab.config.parts import (
     guards_from,
     intervals_from,
@@ -102,7 +103,16 @@ def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
     if kind == "missing":
         return missing(path)
     given, takes = _value_at(config, path), described(field)
-    return f"{dotted(path)}={shown(given)}: must be {takes}; {field.description}"
+    near = closest(str(given), choices_of(field.annotation)) if isinstance(given, str) else ""
+    return f"{dotted(path)}={shown(given)}: must be {takes}; {field.description}{near}"
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """Return the values of a setting that has only some."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return [str(choice) for choice in inner]
+    return [choice for part in inner for choice in choices_of(part)]
 
 
 def missing(path: Location) -> str:
@@ -199,6 +209,7 @@ def shown(value: Any) -> str:
 
 # -- what may stand there, in words ---------------------------------------------------------------
 
+LARGE = 2**18  # a limit from here on is left out of the list of all settings
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -225,6 +236,22 @@ def _described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return words.get(annotation, "null" if annotation is type(None) else "{key: value}")
 
 
+def limits_in_words(field: FieldInfo) -> str:
+    """Return the range of a setting, or of each item of a list: `at least 1, below 2`."""
+    return ", ".join(
+        _limit_words(_limits(_constraints(field.annotation, field.metadata)), shorten=True)
+    )
+
+
+def _constraints(annotation: Any, metadata: Sequence[Any]) -> list[Any]:
+    """Return all constraints of an annotation and of the types within it."""
+    inner = list(metadata)
+    for part in typing.get_args(annotation):
+        extra = typing.get_args(part)[1:] if typing.get_origin(part) is Annotated else ()
+        inner += _constraints(part, extra)
+    return inner
+
+
 def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
     """Return what pydantic's constraints say, by its own names: ge, gt, le, lt, min_length, ..."""
     names = (*LIMITS, "multiple_of", "allow_inf_nan", "min_length", "max_length")
@@ -243,10 +270,19 @@ def _items(limits: Mapping[str, Any]) -> str:
     return "a list of one value or more" if least else "a list"
 
 
-def _number(kind: str, limits: Mapping[str, Any]) -> str:
-    words = [f"{word} {limits[name]}" for name, word in LIMITS.items() if name in limits]
+def _limit_words(limits: Mapping[str, Any], *, shorten: bool = False) -> list[str]:
+    words = [
+        f"{word} {limits[name]}"
+        for name, word in LIMITS.items()
+        if name in limits and not (shorten and limits[name] >= LARGE)
+    ]
     if "multiple_of" in limits:
         words.append(f"a multiple of {limits['multiple_of']}")
+    return words
+
+
+def _number(kind: str, limits: Mapping[str, Any]) -> str:
+    words = _limit_words(limits)
     text = ", ".join([kind, " and ".join(words)]) if words else kind
     return f"{text}, or .inf" if limits.get("allow_inf_nan") else text
 

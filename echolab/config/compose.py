@@ -29,3 +29,18 @@ def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         kept = stored(config)
     checked = check(plain)
     return checked, with_types(kept, plain, checked)
+
+
+def compose_unresolved(words: list[str]) -> dict[str, Any]:
+    """Return the composed settings with their interpolations; they may be incomplete.
+
+    Words that are no overrides are left out.
+    """
+    from hydra import compose as hydra_compose
+    from omegaconf import OmegaConf
+
+    overrides = [word for word in words if "=" in word]
+    with hydra_config(overrides):
+        config = hydra_compose("train", as_hydra(overrides))
+        written: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    return written

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echolab.arguments import closest
 from echolab.config.build_adapters import Adapted, adapted, lora_from
 from echolab.config.data_checks import check_base
+from echolab.config.folders import CONF, group_choices, group_settings
 from echolab.errors import CheckpointError, ConfigError
 from echolab.launch import run_dir
 from echolab.models import loading
@@ -37,19 +39,15 @@ from echolab.training.engine.placement import (
 )
 from echolab.training.guards.host_memory import capacity
 
-MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
-
 
 def architecture_of(model: str) -> dict[str, Any]:
-    """The settings of conf/model/NAME.yaml; ConfigError where there are none."""
-    from omegaconf import OmegaConf
-
-    file = MODELS / f"{model}.yaml"
-    if file.parent != MODELS or not file.is_file():
-        known = ", ".join(sorted(path.stem for path in MODELS.glob("*.yaml")))
-        raise ConfigError(f"model={model}: unknown; one of {known}")
-    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
-    return settings
+    """Return the settings of conf/model/NAME.yaml; raise ConfigError if there are none."""
+    known = group_choices([CONF])["model"]
+    if model not in known:
+        raise ConfigError(
+            f"model={model}: unknown; one of {', '.join(known)}{closest(model, known)}"
+        )
+    return group_settings([CONF], "model", model)
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.config.check import missing, names, no_such_setting
+from echolab.arguments import closest
+from echolab.config.check import missing, names, no_such_setting, renamed
+from echolab.config.folders import CONF, folders_of, group_choices, without_folder
 from echolab.errors import ConfigError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 # What Hydra raises for overrides that it does not expect, such as data=[1].
 HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
 OPTIONAL = ("experiment", "debug")  # groups that may be null
@@ -53,19 +53,37 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
     """Make Hydra ready to compose conf/; raise ConfigError, in one line, for what it refuses.
 
-    `words` are the overrides that are composed.
+    `words` are the overrides that are composed, and the folder that is searched first.
     """
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
+        _search_shipped_files()
+        folder = str(folders_of(words)[0])
+        with initialize_config_dir(folder, job_name="train", version_base="1.3"):
             yield
     except MissingMandatoryValue as error:
         raise ConfigError(missing(tuple(str(error.full_key).split(".")))) from error
     except (HydraException, OmegaConfBaseException, *HYDRAS_OWN) as error:
         raise ConfigError(_refused_by_hydra(error, words)) from error
+
+
+def _search_shipped_files() -> None:
+    """Let Hydra look up what a user's folder lacks in the files of echolab."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class ShippedFiles(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append(provider="echolab", path=f"file://{CONF}")
+
+    if not any(
+        plugin.__name__ == ShippedFiles.__name__ for plugin in Plugins.instance().discover()
+    ):
+        Plugins.instance().register(ShippedFiles)
 
 
 def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
@@ -74,23 +92,30 @@ def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
     Hydra advises `+key=value`, which would be refused as well.
     """
     words = " ".join(str(error).split()).partition(" Config search path:")[0]
+    groups = group_choices(folders_of(overrides))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-        if key and choices and value not in (*choices, *(["null"] if key in OPTIONAL else [])):
-            return f"{key}={value}: must be one of {', '.join(choices)}"
+        choices = [*groups.get(key, ()), *(["null"] if key in OPTIONAL else [])]
+        if choices and value not in choices:
+            known = ", ".join(groups[key])
+            return f"{key}={value}: must be one of {known}{closest(value, groups[key])}"
     if match := re.match(r"Could not override '([\w.]+)'", words):
         key = match[1]
         value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{key}=")), "")
         if key not in names():
+            if not renamed(key) and (near := closest(key, groups)) and "." not in key:
+                return f"{key}={value}: there is no such group{near}"
             return no_such_setting(tuple(key.split(".")), value)
     subject = getattr(error, "override", None) or CONF
     return f"{subject}: {words}; `echolab train --help` lists the settings"
 
 
 def as_hydra(words: Sequence[str], *, sweep: bool = False) -> list[str]:
-    """Return the words with the values of TEXTS quoted; others, and flags, as they are."""
-    return [_word(word, sweep) for word in words]
+    """Return the words with the values of TEXTS quoted; others, and flags, as they are.
+
+    The folder that is searched first is no override, and left out.
+    """
+    return [_word(word, sweep) for word in without_folder(words)]
 
 
 def quoted(text: str) -> str:
@@ -167,11 +192,12 @@ def expanded(words: Sequence[str]) -> list[Swept]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     choices: dict[str, list[tuple[str, str]]] = {}
-    with hydra_config():
+    folder = [word for word in words if word not in without_folder(words)]
+    with hydra_config(folder):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(as_hydra(words, sweep=True))
     one = [str(override.input_line) for override in given if not override.is_sweep_override()]
-    with hydra_config(one):
+    with hydra_config([*folder, *one]):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
@@ -189,7 +215,7 @@ def expanded(words: Sequence[str]) -> list[Swept]:
     swept = [key for key, options in choices.items() if len({value for _, value in options}) > 1]
     return [
         Swept(
-            [word for word, _ in options],
+            [*folder, *(word for word, _ in options)],
             {k: value for k, (_, value) in zip(choices, options, strict=True) if k in swept},
         )
         for options in product(*choices.values())

@@ -337,7 +337,7 @@ class Timeouts(Section):
 class Settings(Section):
     """conf/train.yaml: a run."""
 
-    run_dir: Text = Field(description="folder of the run; of all members of a sweep")
+    run_dir: Text = Field(title="Run", description="folder of the run; of all members of a sweep")
     seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="of all randomness")
     batch_size: Count = Field(description="clips an optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
@@ -347,7 +347,7 @@ class Settings(Section):
         description="flow shift of the training noise levels"
     )
     init_from: Text | None = Field(
-        description="run or checkpoint whose averaged weights training starts from"
+        title="Start", description="run or checkpoint whose averaged weights training starts from"
     )
     pretrained: Text | None = Field(description="released weights that training starts from")
     ref_model: Text | None = Field(
@@ -355,7 +355,8 @@ class Settings(Section):
         "base; null: the average at the start of each epoch"
     )
     max_host_memory_gb: Positive | None = Field(
-        description="GB of a rank and its loader workers above which the run saves and restarts"
+        title="Safety",
+        description="GB of a rank and its loader workers above which the run saves and restarts",
     )
     verify_export: bool = Field(description="compare samples of the export before the run is done")
     model: Model = Field(description="sizes of the network")
@@ -369,7 +370,10 @@ class Settings(Section):
     trainer: Trainer = Field(description="devices, and how they share the work")
     logger: Logger = Field(description="Weights & Biases")
     launcher: Launcher = Field(description="where members of a sweep are started")
-    log_every: CountOrZero = Field(description="steps between lines of metrics.jsonl; 0: never")
+    log_every: CountOrZero = Field(
+        title="Intervals, in optimizer steps",
+        description="steps between lines of metrics.jsonl; 0: never",
+    )
     save_every: CountOrZero = Field(
         description="steps between checkpoints; 0: only where an epoch ends"
     )
