@@ -70,6 +70,7 @@ RENAMED = {
     "phases": {"act": "mode"},
     "tasks": {"order": "tasks", "momentum": "ema_decay", "floor": "min_prob"},
 }  # fmt: skip
+OPTIONAL = ("experiment", "debug")  # groups that may be null
 LONGEST_VALUE = 80  # characters of a value in a message
 Location = tuple[str | int, ...]
 
@@ -126,7 +127,8 @@ def no_such_setting(path: Location, value: Any) -> str:
     """Return one line on a setting that does not exist, with the nearest that does."""
     section = _field_at(path[:-1])[1] if len(path) > 1 else None
     near = [new] if (new := renamed(dotted(path))) else []
-    near = near or difflib.get_close_matches(dotted(path), names(), n=1, cutoff=0.6)
+    known_names = [*names(), *Settings.model_fields, *OPTIONAL]
+    near = near or difflib.get_close_matches(dotted(path), known_names, n=1, cutoff=0.6)
     known = ", ".join(_fields(_section_of(section.annotation) if section else Settings))
     remedy = f"did you mean {near[0]}?" if near else f"there are {known}"
     return f"{dotted(path)}={shown(value)}: there is no such setting; {remedy}"

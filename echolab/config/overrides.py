@@ -13,13 +13,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from echolab.arguments import closest
-from echolab.config.check import missing, names, no_such_setting, renamed
+from echolab.config.check import OPTIONAL, missing, names, no_such_setting
 from echolab.config.folders import CONF, folders_of, group_choices, without_folder
 from echolab.errors import ConfigError
 
 # What Hydra raises for overrides that it does not expect, such as data=[1].
 HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
-OPTIONAL = ("experiment", "debug")  # groups that may be null
 
 # Settings that hold a list of paths, or one.
 DATASETS = ("data.clips", "data.pairs", "data.val_clips")
@@ -103,8 +102,6 @@ def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
         key = match[1]
         value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{key}=")), "")
         if key not in names():
-            if not renamed(key) and (near := closest(key, groups)) and "." not in key:
-                return f"{key}={value}: there is no such group{near}"
             return no_such_setting(tuple(key.split(".")), value)
     subject = getattr(error, "override", None) or CONF
     return f"{subject}: {words}; `echolab train --help` lists the settings"
