@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from echolab.arguments import METAVARS, closest, help_lines
 from echolab.config.check import described, limits_in_words, names, renamed, shown
@@ -80,7 +79,8 @@ def keys_of(
     """Yield the settings of a section in order, with those of the items of its lists."""
     subsections = []
     for name, field in section.model_fields.items():
-        value = values.get(name, field.default) if isinstance(values, Mapping) else field.default
+        default = "???" if field.is_required() else field.default
+        value = values.get(name, default) if isinstance(values, Mapping) else default
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             title = f"{name}: {field.description}"
             subsections.append((field.annotation, value, f"{prefix}{name}.", title))
@@ -132,7 +132,7 @@ def _range(field: FieldInfo) -> str:
 
 
 def _default(value: Any) -> str:
-    if value == "???" or value is PydanticUndefined:
+    if value == "???":
         return "required"
     text = shown(value)
     return text if len(text) <= SHOWN_DEFAULT else f"{text[:SHOWN_DEFAULT]}..."
