@@ -41,7 +41,7 @@ class Pulled(nn.Module):
         self.direction = direction / direction.norm() * NORM
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         weight, bias = self.direction[:35].view(5, 7), self.direction[35:]
         return pull * ((weight * self.weight).sum() + (bias * self.bias).sum())
 
@@ -54,7 +54,7 @@ class Even(nn.Module):
         self.weight = nn.Parameter(torch.linspace(1, 1.01, 12).view(4, 3))
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         return (pull * self.weight).sum()
 
 
@@ -72,13 +72,13 @@ class Tied(nn.Module):
         self.second.weight = self.first.weight
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         given = self.frozen(torch.linspace(0, 1, 3).to(pull.dtype) * pull)
         return (self.first(given).tanh() * self.second(given)).sum()
 
 
 def item(pull: float, share: float = 1.0) -> MicroBatch:
-    """A micro-batch of one clip that pulls so."""
+    """Return a micro-batch of one clip with this pull."""
     batch = tiny.batch(1)
     return MicroBatch(
         "sft", 0, [0], batch._replace(latents=torch.full_like(batch.latents, pull)), [0], share
@@ -160,13 +160,13 @@ def pull(
 
 
 def machine_of(case: Mapping[str, Any], world: int) -> Machine:
-    """From JSON; also in a process that trained before: Lightning then forgets the world."""
+    """Build from JSON; also in a process that trained before: Lightning then forgets the world."""
     os.environ["WORLD_SIZE"] = str(world)
     return Machine(devices=world, shard_small=True, **case)
 
 
 def keep(watch: Watch, to: Path) -> None:
-    """What was measured, to be read by `measured`."""
+    """Write what was measured, for `measured`."""
     if distributed.rank() == 0:
         states = {f"{i}/{k}": t for i, state in enumerate(watch.states) for k, t in state.items()}
         save_file(states, to.with_suffix(".safetensors"))
@@ -174,20 +174,20 @@ def keep(watch: Watch, to: Path) -> None:
 
 
 def measured(folder: Path, name: str) -> tuple[dict[str, Tensor], list[float]]:
-    """States by step and name, and the norms after clipping."""
+    """Return states by step and name, and the norms after clipping."""
     norms = json.loads((folder / f"{name}.json").read_text())
     return load_file(folder / f"{name}.safetensors"), norms
 
 
 def name_of(case: Mapping[str, Any], *more: Any) -> str:
-    """Of a file."""
+    """Name the file of a case."""
     return "-".join(map(str, (*case.values(), *more)))
 
 
 def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
-    """(pull, share) of each micro-batch over all ranks: gradients of norm 10, 0.5, 30 and 10.
+    """Return (pull, share) of each micro-batch over all ranks: gradients of norm 10, 0.5, 30, 10.
 
-    The last step is a short one: all but its first micro-batch only fill it up.
+    The last step is a short one: all but its first micro-batch are padding.
     """
     uneven = [1 + 0.5 * (2 * i - micro_batches + 1) / micro_batches for i in range(micro_batches)]
     full = [[(size * p, 1.0) for p in uneven] for size in (1.0, 0.05, 3.0)]
@@ -197,7 +197,7 @@ def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
 def clip(
     cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str, limit: float = 1.0
 ) -> None:
-    """In a rank: every case with every accumulation."""
+    """Run every case with every accumulation, in a rank."""
     optim = CLIP._replace(clip=limit)
     for case in cases:
         for accumulation in accumulations:
@@ -208,7 +208,7 @@ def clip(
 
 
 def tied(cases: list[dict[str, Any]], world: int, to: str) -> None:
-    """In a rank: every case; the frozen layer is what it was."""
+    """Run every case in a rank; the frozen layer must not change."""
     import deepspeed
 
     for case in cases:
@@ -222,8 +222,8 @@ def tied(cases: list[dict[str, Any]], world: int, to: str) -> None:
                 assert torch.equal(parameter, plain.frozen.get_parameter(name)), (case, name)
 
 
-def sabotaged(case: dict[str, Any], world: int, patches: list[Any], told: str) -> int:
-    """Train with `patches`; 0 where this rank is told so."""
+def sabotaged(case: dict[str, Any], world: int, patches: list[Any], message: str) -> int:
+    """Train with `patches`; return 0 if this rank gets `message` as an error."""
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -231,12 +231,12 @@ def sabotaged(case: dict[str, Any], world: int, patches: list[Any], told: str) -
             pull(Pulled(), machine_of(case, world), pulls(3 * world), CLIP, RATE)
         except EcholabError as error:
             print(error)
-            return int(told not in str(error))
+            return int(message not in str(error))
     return 2
 
 
 def unclipped(case: dict[str, Any], world: int) -> int:
-    """In a rank: the last rank does not clip."""
+    """Let the last rank not clip, in a rank."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -254,7 +254,7 @@ def unclipped(case: dict[str, Any], world: int) -> int:
 
 
 def unaccumulated(case: dict[str, Any], world: int) -> int:
-    """In a rank: DeepSpeed steps after every micro-batch."""
+    """Let DeepSpeed step after every micro-batch, in a rank."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     patch = mock.patch.object(DeepSpeedEngine, "gradient_accumulation_steps", lambda engine: 1)
@@ -263,7 +263,7 @@ def unaccumulated(case: dict[str, Any], world: int) -> int:
 
 
 def precision(cases: list[dict[str, Any]], world: int, to: str) -> None:
-    """In a rank: 100 steps of a gradient of 0.01."""
+    """Take 100 steps with a gradient of 0.01, in a rank."""
     for case in cases:
         machine = machine_of(case, world)
         steps = [[(0.01, 1.0)] * machine.world] * 100

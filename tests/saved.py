@@ -38,19 +38,19 @@ class Net(nn.Module):
         self.wide = nn.Linear(7, 301)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 13] -> []"""
+        """Return a loss [] for inputs [B, 13]."""
         hidden = self.first(x) + self.again(x) * self.gain + self.base.sum()
         return self.wide(hidden).square().mean()
 
 
 def net() -> Net:
-    """The same one each time."""
+    """Return the same network each time."""
     torch.manual_seed(0)
     return Net()
 
 
 def adam(made: nn.Module) -> torch.optim.AdamW:
-    """In two groups, as training has them."""
+    """Return AdamW in two groups, as training has them."""
     trained = [p for p in made.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2]}]
     groups += [{"params": [p for p in trained if p.ndim < 2]}]
@@ -58,7 +58,7 @@ def adam(made: nn.Module) -> torch.optim.AdamW:
 
 
 def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
-    """What a run would save beside the tensors, so far as readers need it."""
+    """Return what a run saves besides the tensors, as far as readers need it."""
     report = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
     origin = {"world": distributed.world(), "masters": "test"}
     schedule = {"epochs": [["sft", 10**6, 1e-3]]}
@@ -68,7 +68,7 @@ def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
 
 
 def keep_all(step: int) -> bool:
-    """For a writer that removes nothing."""
+    """Keep every checkpoint."""
     return step >= 0
 
 
@@ -93,7 +93,7 @@ class Saver:
 
     @torch.no_grad()
     def become(self, step: int) -> None:
-        """Every value is a function of the step."""
+        """Set every value to a function of the step."""
         flats = [self.masters.flats(part) for part in (MASTER, *MOMENTS)]
         for number, tensors in enumerate([*flats, *self.ema.flats.values()]):
             for tensor in tensors:
@@ -101,7 +101,7 @@ class Saver:
         self.masters.updates = self.ema.updates = step
 
     def save(self, step: int) -> Path:
-        """Begin and finish, and wait until old ones are gone."""
+        """Begin and finish, and wait until old checkpoints are removed."""
         self.become(step)
         self.writer.begin(state(step, self.ema))
         path = self.writer.finish()
@@ -110,16 +110,16 @@ class Saver:
         return path
 
 
-def check(found: checkpoints.Checkpoint) -> None:
-    """All of it is of its step; nothing of another's."""
+def check(checkpoint: checkpoints.Checkpoint) -> None:
+    """Assert that all of a checkpoint is of its step, and nothing of another's."""
     for number, part in enumerate([MASTER, *MOMENTS, *Ema(0.9, MORE).parts]):
-        for tensor in found.tensors(part).values():
-            assert (tensor == found.step + number / 8).all()
-    assert found.state["step"] == found.state["ema"]["updates"] == found.step
+        for tensor in checkpoint.tensors(part).values():
+            assert (tensor == checkpoint.step + number / 8).all()
+    assert checkpoint.state["step"] == checkpoint.state["ema"]["updates"] == checkpoint.step
 
 
 def odd_checkpoint(folder: Path) -> Path:
-    """One whose tensors hold every pattern of bits."""
+    """Write a checkpoint whose tensors hold every pattern of bits."""
     saver = Saver(folder, shard_bytes=4096)
     generator = torch.Generator().manual_seed(5)
     flats = [saver.masters.flats(part) for part in (MASTER, *MOMENTS)]
@@ -141,7 +141,7 @@ def odd_checkpoint(folder: Path) -> Path:
 
 
 def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
-    """A fresh net given to a strategy: single, ddp, or zero1 to zero3 with or without small."""
+    """Give a fresh network to a strategy: single, ddp, or zero1 to zero3."""
     made = net()
     if not strategy.startswith("zero"):
         return made, masters_of(made, adam(made))
@@ -159,7 +159,7 @@ def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
 
 
 def weights(made: nn.Module) -> list[Tensor]:
-    """The network's own trained weights, whole; collective."""
+    """Return the network's own trained weights as full tensors; collective."""
     import deepspeed
 
     result = []
@@ -172,14 +172,14 @@ def weights(made: nn.Module) -> list[Tensor]:
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    """NaN for NaN, -0.0 for -0.0."""
+    """Compare bits: NaN equals NaN, and -0.0 differs from 0.0."""
     pairs = list(zip(one, other, strict=True))
     bits = ([tensor.reshape(-1).view(torch.uint8) for tensor in pair] for pair in pairs)
     return all(torch.equal(*pair) for pair in bits)
 
 
 def load_and_save(strategies: list[str], source: str, out: str) -> None:
-    """Each strategy loads a checkpoint and writes it again; the average is shown and taken back."""
+    """Let each strategy load a checkpoint and write it again; apply and undo the average."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -208,7 +208,7 @@ def load_and_save(strategies: list[str], source: str, out: str) -> None:
 
 
 def save_with_fault(out: str, at: str) -> None:
-    """Rank 1 fails where `at` says; every rank is told of it, and goes on."""
+    """Let rank 1 fail at `at`; every rank gets the error, and later saves succeed."""
     from echolab.errors import CheckpointError
     from echolab.training.checkpoints import writer as writing
 
@@ -239,7 +239,7 @@ def save_with_fault(out: str, at: str) -> None:
 
 
 def _see_another(out: Path) -> None:
-    """Rank 1's disk has another checkpoint of the same name; both are told."""
+    """Give rank 1's disk another checkpoint of the same name; both ranks get the error."""
     from echolab.errors import CheckpointError
 
     elsewhere = Path(f"{out}-elsewhere")
@@ -258,12 +258,12 @@ def _see_another(out: Path) -> None:
 
 
 def refuse(*given: Any, **named: Any) -> Any:
-    """In place of a function that fails."""
+    """Fail in place of another function."""
     raise RuntimeError("this rank cannot")
 
 
-def save_for_ever(folder: str, told: str, seed: int) -> None:
-    """Go on from the newest, save without end, and write each published step to `told`."""
+def save_for_ever(folder: str, steps_file: str, seed: int) -> None:
+    """Resume from the newest, save without end, and write each published step to a file."""
     torch.set_num_threads(1)
     saver = Saver(Path(folder), keep=lambda step: False)
     checkpoint = newest(Path(folder))
@@ -272,7 +272,7 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
         restore(checkpoint, saver.masters, saver.ema)
         step = checkpoint.step
     chance = random.Random(seed)
-    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(steps_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(out, b"0\n")
     while True:
         step += 1
@@ -283,7 +283,7 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
         os.write(out, f"{step}\n".encode())
 
 
-def last_told(told: Path) -> int:
-    """The last published step that was written down whole."""
-    lines = told.read_text().splitlines(keepends=True) if told.exists() else []
+def last_published(file: Path) -> int:
+    """Return the last published step whose line is complete."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return max((int(line) for line in lines if line.endswith("\n")), default=0)

@@ -138,7 +138,7 @@ def test_killed_at_any_moment_of_a_hundred_saves(fork_server: ForkServer, tmp_pa
     chance, moments = random.Random(11), set()
     for number in range(KILLS):
         before = report.stat().st_size if report.exists() else 0
-        arguments = {"folder": str(folder), "told": str(report), "seed": number}
+        arguments = {"folder": str(folder), "steps_file": str(report), "seed": number}
         process = fork_server.start("saved:save_for_ever", arguments=arguments)
         while not report.exists() or report.stat().st_size == before:
             assert process.codes() == [None], process.outputs()
@@ -147,13 +147,13 @@ def test_killed_at_any_moment_of_a_hundred_saves(fork_server: ForkServer, tmp_pa
         process.signal(signal.SIGKILL)
         assert process.wait() == [-signal.SIGKILL]
         moments.add(_left(folder))
-        published = saved.last_told(report)
+        published = saved.last_published(report)
         checkpoint, rejected = latest_valid(folder)
         assert not rejected, rejected
         assert (checkpoint.step if checkpoint else 0) >= published
         if checkpoint:
             saved.check(checkpoint)
-    assert saved.last_told(report) > KILLS // 4  # they did save
+    assert saved.last_published(report) > KILLS // 4  # they did save
     assert len(moments) > 3, moments  # and were killed at different moments of it
 
 

@@ -40,7 +40,7 @@ def machine_of(case: Case) -> Machine:
 
 
 def everything() -> list[Case]:
-    """Every combination of settings that somebody could ask for."""
+    """Return every combination of settings that can be asked for."""
     return [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 
 
@@ -105,7 +105,7 @@ def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "told"),
+    ("machine", "message"),
     [
         (Machine("zero4"), "trainer.strategy=zero4: unknown; one of single, ddp"),
         (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; take ddp"),
@@ -121,10 +121,10 @@ def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
         (Machine("ddp", sequence_parallel=0), "must divide the number of ranks, 1"),
     ],
 )
-def test_a_refusal_names_key_value_and_remedy(machine: Machine, told: str) -> None:
+def test_a_refusal_names_key_value_and_remedy(machine: Machine, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         strategy_of(machine)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

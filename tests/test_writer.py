@@ -206,7 +206,7 @@ def test_room_is_asked_for_before_anything_is_written(
         (Disk(size, 99), rf"needs [\d,]+ bytes, {size // 512 * 512:,} are free; make room"),
         (Disk(10 * size, 3), r"needs \d+ inodes, 3 are free; remove files"),
     ]:
-        monkeypatch.setattr(writer.os, "statvfs", lambda path, told=disk: told)
+        monkeypatch.setattr(writer.os, "statvfs", lambda path, here=disk: here)
         with pytest.raises(SaveError, match=words) as caught:
             saver.save(2)
         assert "\n" not in str(caught.value) and not saver.writer.pending
