@@ -19,7 +19,12 @@ from echolab.diffusion.teacache import (
 
 STEPS = 12
 RECIPE = DEMO._replace(
-    steps=STEPS, text_scale=4.0, audio_scale=2.0, window=tiny.FRAMES, by_clip=False, overlap=1
+    num_steps=STEPS,
+    guidance_scale=4.0,
+    audio_guidance_scale=2.0,
+    window=tiny.FRAMES,
+    by_clip=False,
+    overlap=1,
 )
 NET, TOLD, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
 NEGATIVE = torch.full_like(TOLD.text, 0.3)

@@ -74,7 +74,7 @@ def test_only_branches_that_count_are_run(text_scale, audio_scale, branches) -> 
 
 
 def test_text_guidance_without_a_negative_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="text_scale=4"):
+    with pytest.raises(ConfigError, match="guidance_scale=4"):
         guided(NET, TOLD, text_scale=4.0)(NOISY, SIGMA)
 
 

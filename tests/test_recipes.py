@@ -36,9 +36,10 @@ def test_the_presets_are_the_released_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"steps": 0}, "steps=0"), ({"shift": 0.0}, "shift=0"), ({"window": 24}, "window=24"),
-     ({"audio_scale": -1.0}, "audio_scale=-1"), ({"text_scale": float("nan")}, "text_scale=nan"),
-     ({"shift": 200.0}, "shift=200.0: must lie between")],
+    [({"num_steps": 0}, "num_steps=0"), ({"flow_shift": 0.0}, "flow_shift=0"),
+     ({"window": 24}, "window=24"), ({"flow_shift": 200.0}, "flow_shift=200.0: must lie between"),
+     ({"audio_guidance_scale": -1.0}, "audio_guidance_scale=-1"),
+     ({"guidance_scale": float("nan")}, "guidance_scale=nan")],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_refused(change: dict[str, float], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
@@ -70,7 +71,7 @@ def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) ->
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_clips_of_any_length_are_sampled(solver: str, branches: str, length: int) -> None:
     """Below one window, one window, and several."""
-    recipe = PREVIEW._replace(solver=solver, steps=2, window=tiny.FRAMES, overlap=1)
+    recipe = PREVIEW._replace(solver=solver, num_steps=2, window=tiny.FRAMES, overlap=1)
     told = TOLD._replace(
         audio=torch.randn(1, 2 * (4 * length - 3), 6),
         known=torch.zeros(1, 4, length, *tiny.SHAPE[2:]),
@@ -82,7 +83,7 @@ def test_clips_of_any_length_are_sampled(solver: str, branches: str, length: int
 
 
 def test_one_window_is_plain_sampling() -> None:
-    recipe, steps = DEMO._replace(steps=3, window=tiny.FRAMES), []
+    recipe, steps = DEMO._replace(num_steps=3, window=tiny.FRAMES), []
     plain = sample_euler(guided(NET, TOLD, audio_scale=2.0), NOISY, sampler_sigmas(recipe))
 
     def on_step(step: int, latents: Tensor) -> None:

@@ -31,7 +31,7 @@ from echolab.tasks.table import TASKS
 from echolab.types import Conditions
 
 FRAMES, CPU = 21, torch.device("cpu")
-RECIPE = DEMO._replace(steps=2, window=17, overlap=1, by_clip=False)
+RECIPE = DEMO._replace(num_steps=2, window=17, overlap=1, by_clip=False)
 CHUNKS = RECIPE._replace(overlap=8)
 
 

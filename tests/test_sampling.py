@@ -84,13 +84,13 @@ def test_the_shift_is_applied_once(solver: str, recipe) -> None:
         return noise - data
 
     SOLVERS[solver](velocity, noise, sampler_sigmas(recipe), None)
-    shift, count = recipe.shift, recipe.steps
+    shift, count = recipe.flow_shift, recipe.num_steps
     lowest = shift / 1000 / (1 + (shift - 1) / 1000)
     even = {
         "even": [1 - k / count for k in range(count)],
         "wan": [0.999 * (1 - k / count) for k in range(count)],
         "flow_match": [1 - (1 - lowest) * k / (count - 1) for k in range(count)],
-    }[recipe.grid]
+    }[recipe.sigma_schedule]
     by_hand = [shift * u / (1 + (shift - 1) * u) for u in even]
     assert [level for level, _ in seen] == pytest.approx(by_hand, abs=1e-6)
     assert [level for _, level in seen] == pytest.approx(by_hand, abs=1e-3)

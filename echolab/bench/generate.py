@@ -42,7 +42,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     half = (arguments.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     measured: set[int] = set()
     for recipe in wanted:
-        name = f"{recipe.solver}/steps={recipe.steps}/window={recipe.window}"
+        name = f"{recipe.solver}/steps={recipe.num_steps}/window={recipe.window}"
         say(f"measuring {name}")
         run = Denoising(net, inputs, recipe, BRANCHES[arguments.cfg], half)
         if recipe.window not in measured:  # solvers differ by a few copies of the latents
@@ -67,7 +67,7 @@ def recipes(arguments: GenerateArguments) -> list[SamplerConfig]:
             raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
     combinations = itertools.product(arguments.solvers, arguments.num_steps, windows)
     return [
-        check_sampler(preset._replace(solver=solver, steps=steps, window=window))
+        check_sampler(preset._replace(solver=solver, num_steps=steps, window=window))
         for solver, steps, window in combinations
     ]
 
@@ -102,7 +102,7 @@ class Denoising:
 
     def one_step(self) -> None:
         """Run one step, which takes the memory of any number of steps and warms up."""
-        self._sample(self.recipe._replace(steps=1))
+        self._sample(self.recipe._replace(num_steps=1))
 
     def __call__(self) -> None:
         """Denoise the video."""

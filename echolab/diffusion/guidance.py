@@ -113,8 +113,8 @@ def _branch_conditions(
 
     def negative(sigma: float) -> Conditions:
         if text_negative is None:
-            scale = f"text_scale={text_scale(sigma):g}"
-            raise ConfigError(f"{scale}: needs a negative text; give one, or set text_scale=1")
+            scale = f"guidance_scale={text_scale(sigma):g}"
+            raise ConfigError(f"{scale}: needs a negative text; give one, or set guidance_scale=1")
         text = _of_sigma(text_negative)(sigma)
         return silent._replace(text=text.expand_as(conditions.text))
 

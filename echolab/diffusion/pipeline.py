@@ -46,13 +46,13 @@ class SamplerConfig(NamedTuple):
     """The settings of a sampling run; words are keys of the tables here."""
 
     solver: str  # of SOLVERS
-    grid: str  # of sigmas.SIGMA_SCHEDULES: how the levels lie before the shift
-    steps: int
-    shift: float
-    text_scale: float  # guidance; 1 is none
-    audio_scale: float
-    decaying: bool  # scales other than 1 fall to their half
-    negative: str  # text of the branch without the prompt
+    sigma_schedule: str  # of sigmas.SIGMA_SCHEDULES: how the levels lie before the shift
+    num_steps: int
+    flow_shift: float
+    guidance_scale: float  # of the text; 1 is none
+    audio_guidance_scale: float
+    dynamic_guidance: bool  # scales other than 1 fall to their half
+    negative_prompt: str  # text of the branch without the prompt
     negative_scale: float  # of that text's states, in the first `negative_steps` steps
     negative_steps: int
     negative_mode: str  # of NEGATIVES
@@ -63,14 +63,15 @@ class SamplerConfig(NamedTuple):
 
 
 DEMO = SamplerConfig(
-    solver="euler", grid="even", steps=12, shift=3.0, text_scale=1.0, audio_scale=2.0,
-    decaying=False, negative="", negative_scale=1.0, negative_steps=0, negative_mode="phase",
-    timesteps="exact", window=25, overlap=2, by_clip=True,
+    solver="euler", sigma_schedule="even", num_steps=12, flow_shift=3.0, guidance_scale=1.0,
+    audio_guidance_scale=2.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,
+    negative_steps=0, negative_mode="phase", timesteps="exact", window=25, overlap=2, by_clip=True,
 )  # fmt: skip
 # infer_preview.py; there the negative scale compounds (negative_mode).
 PREVIEW = SamplerConfig(
-    solver="euler", grid="flow_match", steps=25, shift=5.0, text_scale=4.0, audio_scale=2.9,
-    decaying=True, negative="Gesture is bad. Gesture is unclear. Strange and twisted hands. "
+    solver="euler", sigma_schedule="flow_match", num_steps=25, flow_shift=5.0, guidance_scale=4.0,
+    audio_guidance_scale=2.9, dynamic_guidance=True,
+    negative_prompt="Gesture is bad. Gesture is unclear. Strange and twisted hands. "
     "Bad hands. Bad fingers. Unclear and blurry hands. "
     "手部快速摆动, 手指频繁抽搐, 夸张手势, 重复机械性动作.",
     negative_scale=1.5, negative_steps=3, negative_mode="phase", timesteps="exact",
@@ -78,9 +79,10 @@ PREVIEW = SamplerConfig(
 )  # fmt: skip
 # run_flash.sh; its text scale of 6 is not applied by its pipeline.
 FLASH = SamplerConfig(
-    solver="unipc", grid="wan", steps=8, shift=5.0, text_scale=1.0, audio_scale=3.0,
-    decaying=False, negative="", negative_scale=1.0, negative_steps=0, negative_mode="phase",
-    timesteps="integer", window=81, overlap=8, by_clip=False,
+    solver="unipc", sigma_schedule="wan", num_steps=8, flow_shift=5.0, guidance_scale=1.0,
+    audio_guidance_scale=3.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,
+    negative_steps=0, negative_mode="phase", timesteps="integer", window=81, overlap=8,
+    by_clip=False,
 )  # fmt: skip
 PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
@@ -94,17 +96,18 @@ def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
 
 def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> SamplerConfig:
     """Return `config` itself; raise ConfigError for a value out of range."""
-    if config.steps < 1:
-        raise ConfigError(f"steps={config.steps}: must be 1 or more")
-    if not 0 < config.shift < 100:
-        raise ConfigError(f"shift={config.shift}: must lie between 0 and 100; 5 is usual")
-    for name in ("text_scale", "audio_scale", "negative_scale"):
+    if config.num_steps < 1:
+        raise ConfigError(f"num_steps={config.num_steps}: must be 1 or more")
+    if not 0 < config.flow_shift < 100:
+        raise ConfigError(f"flow_shift={config.flow_shift}: must lie between 0 and 100; 5 is usual")
+    for name in ("guidance_scale", "audio_guidance_scale", "negative_scale"):
         if not math.isfinite(getattr(config, name)):
             raise ConfigError(f"{name}={getattr(config, name)}: must be a number")
     check_clip_length("window", config.window, geometry)
-    if config.text_scale < 0 or config.audio_scale < 0 or config.negative_steps < 0:
+    if config.guidance_scale < 0 or config.audio_guidance_scale < 0 or config.negative_steps < 0:
         raise ConfigError(
-            f"text_scale={config.text_scale}, audio_scale={config.audio_scale}, "
+            f"guidance_scale={config.guidance_scale}, "
+            f"audio_guidance_scale={config.audio_guidance_scale}, "
             f"negative_steps={config.negative_steps}: must be 0 or more"
         )
     return config
@@ -112,7 +115,7 @@ def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> Samp
 
 def sampler_sigmas(config: SamplerConfig) -> Tensor:
     """Return the levels [steps + 1], shifted once."""
-    return SIGMA_SCHEDULES[config.grid](config.steps, config.shift)
+    return SIGMA_SCHEDULES[config.sigma_schedule](config.num_steps, config.flow_shift)
 
 
 def sampler_timesteps(config: SamplerConfig) -> Tensor:
@@ -127,11 +130,11 @@ def guided_velocity(
 
     `branches` is a key of `guidance.CFG_MODES`.
     """
-    sigmas, steps = sampler_sigmas(config), config.steps
-    dynamic = config.decaying
+    sigmas, steps = sampler_sigmas(config), config.num_steps
+    dynamic = config.dynamic_guidance
     text, audio = (
         stepwise(dynamic_cfg_schedule(scale, steps) if dynamic and scale != 1 else [scale], sigmas)
-        for scale in (config.text_scale, config.audio_scale)
+        for scale in (config.guidance_scale, config.audio_guidance_scale)
     )
     factors = NEGATIVES[config.negative_mode](config.negative_scale, config.negative_steps)
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)

@@ -186,7 +186,7 @@ def check_network(architecture: Mapping[str, Any], arguments: GenerateArguments)
             f"{arguments.checkpoint}: the network takes no known pixels, task={arguments.task} "
             "needs them; use task=t2v, or another checkpoint"
         )
-    scale = arguments.recipe().audio_scale
+    scale = arguments.recipe().audio_guidance_scale
     has_no_audio = architecture.get("audio_dim", 768) is None
     if has_no_audio and (scale != 1 or arguments.task != "t2v"):
         raise ConfigError(
@@ -209,7 +209,7 @@ def generate(
 
     # Encode the inputs once for the full video.
     footage = footage.extended(rendered_frames)
-    negative = recipe.negative if recipe.text_scale != 1 else None
+    negative = recipe.negative_prompt if recipe.guidance_scale != 1 else None
     audio = None if samples is None else torch.from_numpy(samples)
     scene = encode_scene(models.encoders, footage, audio, arguments.prompt, negative)
 

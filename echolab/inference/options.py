@@ -30,14 +30,12 @@ INPUT_TITLES = {
     "image": "the image to animate", "last_image": "the image to end with",
     "source_video": "a video", "audio": "the speech",
 }  # fmt: skip
-# Arguments that replace a field of the preset, with the name of that field.
-PRESET_FIELDS = {
-    "solver": "solver", "sigma_schedule": "grid", "num_steps": "steps", "flow_shift": "shift",
-    "guidance_scale": "text_scale", "audio_guidance_scale": "audio_scale",
-    "dynamic_guidance": "decaying", "negative_prompt": "negative",
-    "negative_scale": "negative_scale", "negative_steps": "negative_steps",
-    "negative_mode": "negative_mode", "window": "window", "overlap": "overlap",
-}  # fmt: skip
+# Arguments that replace a field of the preset.
+PRESET_FIELDS = (
+    "solver", "sigma_schedule", "num_steps", "flow_shift", "guidance_scale", "audio_guidance_scale",
+    "dynamic_guidance", "negative_prompt", "negative_scale", "negative_steps", "negative_mode",
+    "window", "overlap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,10 +252,9 @@ class GenerateArguments:
         changes = {name: value for name, value in requested.items() if value is not None}
         if self.long_video == "chunked" and self.overlap is None:
             changes["overlap"] = CHUNK_OVERLAP
-        fields = {PRESET_FIELDS[name]: value for name, value in changes.items()}
-        recipe = check_sampler(PRESETS[self.preset_name]._replace(**fields))
+        recipe = check_sampler(PRESETS[self.preset_name]._replace(**changes))
         unused = [name for name in changes if name.startswith("negative")]
-        if unused and recipe.text_scale == 1:
+        if unused and recipe.guidance_scale == 1:
             raise ConfigError(
                 f"{unused[0]}={changes[unused[0]]}: does nothing without text guidance "
                 "(guidance_scale=1); give guidance_scale=4, or leave it out"

@@ -76,7 +76,7 @@ def steps_of(
     """Return the number of steps that progress counts."""
     is_chunked = long_video == "chunked"
     chunks = len(spans_of(frames, recipe, long_video, geometry)) if is_chunked else 1
-    return chunks * recipe.steps
+    return chunks * recipe.num_steps
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def render_chunks(renderer: Renderer, scene: Scene, advance: Advance) -> Tensor:
     single = recipe._replace(overlap=0)  # a chunk is one window
 
     def on_step(step: int) -> None:
-        advance(len(chunks) * recipe.steps + step + 1, "")
+        advance(len(chunks) * recipe.num_steps + step + 1, "")
 
     geometry = renderer.encoders.geometry
     for start, stop in spans_of(len(scene.known), recipe, "chunked", geometry):
