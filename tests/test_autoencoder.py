@@ -20,7 +20,7 @@ WIDTH = 16
 
 
 def random_net() -> CausalAutoencoder:
-    """No weight is zero, so that every path counts."""
+    """Return a network without zero weights, so that every path counts."""
     torch.manual_seed(0)
     net = CausalAutoencoder(channels=6, width=WIDTH, depth=1)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_still_clip_has_one_latent_frame_many_times() -> None:
 
 
 @torch.no_grad()
-def test_a_beginning_is_encoded_as_in_the_whole() -> None:
+def test_the_first_frames_are_encoded_as_in_the_full_clip() -> None:
     net, clip = random_net(), random_clip()
     torch.testing.assert_close(net.encode(clip[:, :, :9]), net.encode(clip)[:, :, :3])
 
@@ -119,7 +119,7 @@ def test_the_basis_is_a_projection_and_more_channels_lose_less() -> None:
 
 
 @torch.no_grad()
-def test_normalised_latents_have_mean_zero_and_unit_size() -> None:
+def test_normalized_latents_have_mean_zero_and_unit_size() -> None:
     clips = drawn.clips(8)
     net = CausalAutoencoder(width=WIDTH)
     net.fit_basis(clips.float_pixels())

@@ -26,10 +26,10 @@ RECIPE = DEMO._replace(
     by_clip=False,
     overlap=1,
 )
-NET, TOLD, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
-NEGATIVE = torch.full_like(TOLD.text, 0.3)
+NET, CONDITIONS, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
+NEGATIVE = torch.full_like(CONDITIONS.text, 0.3)
 LENGTH = 5  # latent frames: two windows
-LONG = TOLD._replace(
+LONG = CONDITIONS._replace(
     audio=torch.randn(1, 2 * (4 * LENGTH - 3), 6, generator=torch.Generator().manual_seed(1)),
     known=torch.zeros(1, 4, LENGTH, *tiny.SHAPE[2:]),
     known_latents=torch.zeros(1, tiny.CHANNELS, LENGTH, *tiny.SHAPE[2:]),
@@ -51,7 +51,7 @@ class Counted:
 
 
 def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tensor, int]:
-    """Latents of two windows, and the calls of a block; None is without a cache at all."""
+    """Return latents of two windows, and the calls of a block; None uses no cache."""
     counted = Counted()
     with torch.no_grad():
         if threshold is None:
@@ -86,7 +86,7 @@ def test_a_cached_video_stays_near() -> None:
 
 
 def test_branches_do_not_share_a_memory() -> None:
-    """In sequence each branch reuses its own, as in one batch: the results agree."""
+    """Compare sequential with batched branches: each reuses its own steps."""
     torch.testing.assert_close(
         sampled(0.2, "sequence")[0], sampled(0.2, "batch")[0], rtol=1e-3, atol=1e-4
     )
@@ -136,5 +136,5 @@ def test_the_polynomial_is_the_published_one() -> None:
 
 def test_it_works_with_a_plain_sampler() -> None:
     with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))) as net:
-        found = sample_euler(guided(net, TOLD), NOISE, sampler_sigmas(RECIPE))
-    assert found.shape == NOISE.shape and found.isfinite().all()
+        actual = sample_euler(guided(net, CONDITIONS), NOISE, sampler_sigmas(RECIPE))
+    assert actual.shape == NOISE.shape and actual.isfinite().all()

@@ -71,7 +71,7 @@ def test_the_past_of_a_loaded_state_is_refused() -> None:
 
 
 def test_other_stages_may_take_over() -> None:
-    """A run may be continued with another soup: shared tasks carry on, the rest starts at 0."""
+    """Continue a run with other tasks: shared tasks keep their share, the rest starts at 0."""
     other = Curriculum([Stage(100, {"i2v": 1, "flf2v": 1})], ema_decay=0.9)
     other.load_state_dict(curriculum().state_dict(40))
     assert other.probabilities(40) == {"i2v": 1.0, "flf2v": 0.0}
@@ -121,7 +121,7 @@ def soup(steps: int, **more: float) -> Curriculum:
 def test_a_run_that_starts_from_another_goes_on_where_that_was(
     stop: int, steps: int, more: int
 ) -> None:
-    """One run of all steps, and two or three of which each starts from the one before."""
+    """Compare one run of all steps with two or three that each start from the one before."""
     unbroken, second = soup(steps), soup(steps).following(soup(steps).state_dict(stop))
     assert second.probabilities(more) == unbroken.probabilities(stop + more)
     state = json.loads(json.dumps(second.state_dict(more)))
@@ -131,7 +131,7 @@ def test_a_run_that_starts_from_another_goes_on_where_that_was(
     assert resumed.probabilities(more + 7) == unbroken.probabilities(stop + more + 7)
 
 
-def test_a_curriculum_that_is_done_stays_done_whatever_the_stages_lengths() -> None:
+def test_a_completed_curriculum_stays_completed_for_any_stage_lengths() -> None:
     done = soup(2).state_dict(200)
     before = soup(2).probabilities(200)
     long = soup(1000).following(done)

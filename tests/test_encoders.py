@@ -43,13 +43,13 @@ def made() -> Encoders:
     return demo_encoders(CausalAutoencoder(width=16, depth=1).eval())
 
 
-def centre(tokens: torch.Tensor) -> torch.Tensor:
-    """The token's own mel frame, [2 T, 40], without its neighbours and its place."""
+def center(tokens: torch.Tensor) -> torch.Tensor:
+    """Return a token's own mel frame [2 T, 40], without neighbors and position."""
     return tokens[:, NEIGHBORS * MELS : (NEIGHBORS + 1) * MELS]
 
 
 @pytest.mark.parametrize("frames", [1, 5, 25])
-def test_two_tokens_of_sound_a_frame_whatever_follows(frames: int) -> None:
+def test_two_audio_tokens_a_frame_for_any_audio_that_follows(frames: int) -> None:
     samples = torch.randn(frames * 640 + 1234, generator=torch.Generator().manual_seed(0)) * 0.1
     tokens = encode_audio(samples, frames)
     assert tokens.shape == (2 * frames, demo_features.AUDIO_DIM)
@@ -61,12 +61,12 @@ def test_sound_that_is_too_short_is_refused_with_both_numbers() -> None:
         encode_audio(torch.zeros(3199), 5)
 
 
-def test_a_token_hears_its_time() -> None:
+def test_a_token_encodes_its_time() -> None:
     frames = 25
     for token in (3, 20, 44):
         samples = torch.zeros(frames * 640)
         samples[320 * token + 160] = 1.0  # a click at the token's centre
-        level = centre(encode_audio(samples, frames)).mean(1)
+        level = center(encode_audio(samples, frames)).mean(1)
         assert int(level.argmax()) == token
         others = torch.cat([level[: token - 1], level[token + 2 :]])
         assert others.max() < level[token] - 1
@@ -76,7 +76,7 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
     times = torch.arange(16_000) / 16_000
     peaks = [
         int(
-            centre(encode_audio(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
+            center(encode_audio(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
         )
         for hertz in (200, 500, 1000, 2000, 4000)
     ]
@@ -109,7 +109,7 @@ def test_a_caption_becomes_pairs_of_words() -> None:
     assert torch.equal(encode_caption(long), encode_caption(long + " and more"))
 
 
-def test_a_picture_becomes_patches_in_order() -> None:
+def test_an_image_becomes_patches_in_order() -> None:
     still = torch.zeros(3, 64, 96)
     still[:, :16, 24:48] = 1  # the second patch of the first row
     tokens = encode_image(still)
@@ -165,7 +165,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
     assert not torch.allclose(tensors["known_latents.i2v"][:, 1], tensors["latents"][:, 1])
 
 
-def test_known_latents_tell_nothing_of_unknown_pixels() -> None:
+def test_known_latents_do_not_depend_on_unknown_pixels() -> None:
     clips, encoders = drawn.clips(1, frames=FRAMES, size=SIZE), made()
     pixels = clips.float_pixels()[0]
     changed = pixels.clone()
@@ -179,7 +179,7 @@ def test_known_latents_tell_nothing_of_unknown_pixels() -> None:
     assert not torch.equal(one["latents"], other["latents"])
 
 
-def test_fingerprints_tell_networks_apart() -> None:
+def test_fingerprints_distinguish_networks() -> None:
     one, same = made(), made()
     assert one.fingerprints == same.fingerprints
     with torch.no_grad():
@@ -190,8 +190,8 @@ def test_fingerprints_tell_networks_apart() -> None:
 def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path) -> None:
     raw, out, encoders = tmp_path / "raw", tmp_path / "encoded", made()
     draw_dataset(DrawOptions(raw, num_clips=2, frames=FRAMES, size=SIZE), lambda done: None)
-    told: list[int] = []
-    assert encode_dataset(raw, out, encoders, told.append) == 2 and told == [1, 2]
+    reported: list[int] = []
+    assert encode_dataset(raw, out, encoders, reported.append) == 2 and reported == [1, 2]
     dataset = open_dataset(out)
     assert dataset.kind == "encoded" and dataset.keys == open_dataset(raw).keys
     assert dataset.encoders == encoders.fingerprints
@@ -200,7 +200,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
         assert batch.conditions.audio.shape == (2 * FRAMES, demo_features.AUDIO_DIM)
         assert bool(batch.latents.isfinite().all())
     with pytest.raises(DataError, match="raw kind"):
-        encode_dataset(out, tmp_path / "twice", encoders, told.append)
+        encode_dataset(out, tmp_path / "twice", encoders, reported.append)
 
 
 def test_sound_shorter_than_its_clip_leaves_no_dataset(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_written_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run of three steps, and the settings that it was made with."""
+    """Return a run of three steps, and its settings."""
     root = tmp_path_factory.mktemp("run")
     clips, _ = encoded.write(root)
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", encoded.plan(("sft", 3))]
@@ -144,8 +144,8 @@ def test_a_run_is_exported_and_starts_another(
     capsys.readouterr()
     for weights, kind in (("ema", "ema"), ("raw", "master")):
         out = tmp_path / f"{weights}.safetensors"
-        told = ["export", str(folder), f"out={out}", "dtype=fp32", f"which={weights}"]
-        assert main([*told, "format=json"]) == 0
+        command = ["export", str(folder), f"out={out}", "dtype=fp32", f"which={weights}"]
+        assert main([*command, "format=json"]) == 0
         figures = json.loads(capsys.readouterr().out)
         part = open_checkpoint(last_checkpoint(folder)).tensors(kind)
         assert bits(load_file(out)) == bits(part)
@@ -169,7 +169,7 @@ def test_a_run_is_exported_and_starts_another(
 def test_other_averages_are_exported(
     run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By name, or of any width: one that was kept comes back as it was."""
+    """Check averages by name, or of any width: a saved one comes back unchanged."""
     checkpoint = open_checkpoint(last_checkpoint(run[0]))
     assert checkpoint.parts[:4] == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq"]
     for number, (word, part) in enumerate(
@@ -177,8 +177,8 @@ def test_other_averages_are_exported(
     ):
         out = tmp_path / f"{number}.safetensors"
         assert main(["export", str(run[0]), f"out={out}", "dtype=fp32", word]) == 0
-        found, kept = load_file(out), checkpoint.tensors(part)
-        torch.testing.assert_close(found, {name: kept[name] for name in found}, atol=1e-5, rtol=0)
+        actual, kept = load_file(out), checkpoint.tensors(part)
+        torch.testing.assert_close(actual, {name: kept[name] for name in actual}, atol=1e-5, rtol=0)
     capsys.readouterr()
     for word, answer in [
         ("which=mean", "which=mean: unknown"),
@@ -198,8 +198,8 @@ def test_adapters_are_written_alone_or_added(
     assert main([*words, "lora=attention", f"init_from={base}", f"run_dir={adapted}"]) == 0
     assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
-    beside = {"peft.safetensors", "peft.audio.safetensors"}
-    assert {path.name for path in tmp_path.glob("peft*.safetensors")} == beside
+    neighbor = {"peft.safetensors", "peft.audio.safetensors"}
+    assert {path.name for path in tmp_path.glob("peft*.safetensors")} == neighbor
     assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 1
     single = tmp_path / "single.safetensors"
     assert main(["export", str(adapted), f"out={single}", "which=adapters", "dtype=bf16"]) == 0
@@ -207,8 +207,10 @@ def test_adapters_are_written_alone_or_added(
         torch.bfloat16, torch.float32,  # the alphas
     }  # fmt: skip
     assert main(["export", str(adapted), f"out={tmp_path / 'whole'}", "dtype=fp32"]) == 0
-    told = load_policy(last_checkpoint(adapted)).state_dict()
-    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(told)
+    tensors = load_policy(last_checkpoint(adapted)).state_dict()
+    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(
+        tensors
+    )
     capsys.readouterr()
     for source, weights in ((base, "adapters"), (adapted, "raw")):
         assert main(["export", str(source), f"out={tmp_path / 'x'}", f"which={weights}"]) == 1
@@ -222,10 +224,10 @@ def test_released_weights_change_names(
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
     monkeypatch.setattr("echolab.cli.export_weights.architecture_of", tiny.architecture)
-    told = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
-    assert main(["export", str(tmp_path / "in.safetensors"), *told]) == 0
-    told = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]
-    assert main(["export", str(tmp_path / "theirs"), *told]) == 0
+    words = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "in.safetensors"), *words]) == 0
+    words = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "theirs"), *words]) == 0
     there = load_file(tmp_path / "out.safetensors")
     assert there.keys() == net.state_dict().keys()
     assert all(torch.equal(there[name], tensor) for name, tensor in net.state_dict().items())

@@ -61,18 +61,18 @@ def test_encoders_carry_the_geometry_of_their_autoencoder() -> None:
 
 @pytest.mark.parametrize("layers", [None, 2])
 def test_a_network_of_another_geometry_runs(layers: int | None) -> None:
-    """Half the time stride: two mask channels, and half the audio tokens of a latent frame."""
+    """Run half the time stride: two mask channels, and half the audio tokens of a latent frame."""
     sizes = {**tiny.SIZES, "time_stride": 2, "in_channels": 2 * tiny.CHANNELS + 2}
     net = EchoTransformer(**{**sizes, "audio_layers": layers})
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     frames = net.geometry.frames(tiny.LATENT_FRAMES)
     audio = (1, frames, layers) if layers else (1, 2 * frames)
-    told = tiny.conditions(1)
-    told = told._replace(
-        known=told.known[:, :2], audio=torch.randn(*audio, tiny.SIZES["audio_dim"])
+    conditions = tiny.conditions(1)
+    conditions = conditions._replace(
+        known=conditions.known[:, :2], audio=torch.randn(*audio, tiny.SIZES["audio_dim"])
     )
-    velocity = net(tiny.latents(1), torch.tensor([500.0]), told)
+    velocity = net(tiny.latents(1), torch.tensor([500.0]), conditions)
     assert velocity.shape == tiny.latents(1).shape and velocity.isfinite().all()
     with pytest.raises(DataError, match="encode the audio"):
         net(tiny.latents(1), torch.tensor([500.0]), tiny.conditions(1))
@@ -87,7 +87,7 @@ def test_datasets_note_their_geometry(tmp_path: Path) -> None:
 
 
 def test_datasets_of_the_first_format_are_read_as_wans(tmp_path: Path) -> None:
-    """They keep their fingerprint, and with it the order of their samples."""
+    """Check that they keep their fingerprint, and with it the order of their samples."""
     clips, _ = encoded.write(tmp_path, count=2)
     path = clips / "dataset.json"
     index = json.loads(path.read_text())

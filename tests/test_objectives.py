@@ -73,7 +73,7 @@ def test_supervised_is_the_mean_and_reports_each_clip() -> None:
 
 @pytest.mark.parametrize("phases", [ModalityDropout(PHDA), ModalityScaling(PHDA)])
 def test_an_untrained_policy_has_log_2_and_half_the_gradient(phases) -> None:
-    """At the reference the factor is 1/2, so the gradient is half of chosen - rejected error's."""
+    """Check the factor 1/2 at the reference: half the gradient of chosen - rejected error."""
     net = tiny.net(trained=True)
     pair = tiny.pair()
     loss = Preference(phases, frozen(net), beta=700.0)(net, pair, DRAWS)
@@ -130,9 +130,9 @@ def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
     pair = tiny.pair()
     Preference(PHASES, recording, 50.0)(recording, pair, DRAWS)
     assert len(seen) == 2, "one forward of the policy and one of the reference"
-    (reference, times, told), (policy, policy_times, policy_told) = seen
+    (reference, times, context), (policy, policy_times, policy_conditions) = seen
     assert torch.equal(reference, policy) and torch.equal(times, policy_times)
-    assert all(torch.equal(a, b) for a, b in zip(told, policy_told, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(context, policy_conditions, strict=True))
     sigmas = times[:2].reshape(2, 1, 1, 1, 1) / 1000
     chosen, rejected = policy.chunk(2)  # the clean halves taken away, the noise is left
     noise = chosen - (1 - sigmas) * pair.chosen, rejected - (1 - sigmas) * pair.rejected
@@ -141,7 +141,7 @@ def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    """Velocities chosen so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
+    """Choose velocities so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
     pair, ones = tiny.pair(1), torch.ones(1, *tiny.SHAPE)
     draws = Draws(*(part[:1] for part in DRAWS))
     targets = torch.cat([draws.noise - pair.chosen, draws.noise - pair.rejected])
@@ -169,7 +169,7 @@ def test_the_anchor_adds_the_chosen_error() -> None:
 
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_every_loss_type_has_gradients_of_error_size(loss_type: str) -> None:
-    """Whatever beta is: a learning rate found for one serves the others."""
+    """Check every beta: a learning rate tuned for one serves the others."""
     net, pair = tiny.net(trained=True), tiny.pair()
     size = gradient(net, Supervised(PHASES)(net, tiny.batch(), DRAWS).value).norm()
     for beta in (20.0, 2000.0):

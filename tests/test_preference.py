@@ -17,7 +17,7 @@ from echolab.preference.settings import PreferenceSettings, checked
 
 @pytest.fixture
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder in which trl must leave nothing."""
+    """Return a working folder in which trl must leave nothing."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert list(tmp_path.iterdir()) == []

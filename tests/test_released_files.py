@@ -21,14 +21,14 @@ PREVIEW = tiny.architecture("echomimicv3_preview")
 
 
 def released(model: str) -> dict[str, Tensor]:
-    """What the released file of a model holds, at a small size."""
+    """Return the tensors of a model's released file, at a small size."""
     generator = torch.Generator().manual_seed(0)
     shapes = released_shapes(tiny.model(model))
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    """Three shards and their index, as Hugging Face lays them out."""
+    """Write three shards and their index, as Hugging Face does."""
     folder.mkdir()
     places = {name: f"w-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
     for place in set(places.values()):
@@ -104,7 +104,7 @@ def test_a_folder_of_diffusers_is_read(image: bool, tmp_path: Path) -> None:
 
 
 def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
-    """What the file lacks is there, finite, named, and zero where sound comes in."""
+    """Check that what the file lacks is finite, reported, and zero in the audio branch."""
     save_file(released("wan_t2v_1b3"), tmp_path / "base.safetensors")
     net, report = load_released(
         tmp_path / "base.safetensors", PREVIEW, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=1
@@ -113,9 +113,9 @@ def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
     assert all(parameter.isfinite().all() for parameter in net.parameters())
     assert report.widened == ["patch_embedding.weight"] and len(report.fresh) == 5 + 2 * 8 + 6
     assert not net.patch_embedding.weight[:, tiny.CHANNELS :].any()
-    message, times = tiny.conditions(), torch.tensor([5.0, 800.0])
-    louder = message._replace(audio=message.audio * 9, known=1 - message.known)
-    assert torch.equal(net(tiny.latents(), times, message), net(tiny.latents(), times, louder))
+    conditions, times = tiny.conditions(), torch.tensor([5.0, 800.0])
+    louder = conditions._replace(audio=conditions.audio * 9, known=1 - conditions.known)
+    assert torch.equal(net(tiny.latents(), times, conditions), net(tiny.latents(), times, louder))
     assert any("blocks.*.cross_attn.v_audio.weight" in line for line in report.lines())
     with pytest.raises(CheckpointError, match="holds wan_t2v_1b3"):
         load_released(tmp_path / "base.safetensors", PREVIEW)
@@ -123,7 +123,7 @@ def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
 def test_training_does_not_change_the_file(name: str, tmp_path: Path) -> None:
-    """Parameters are the file's own pages, until they are written to."""
+    """Check that parameters are the file's own pages, until they are written to."""
     tensors, file = released("wan_t2v_1b3"), tmp_path / name
     save_file(tensors, file) if name.endswith("safetensors") else torch.save(tensors, file)
     before = file.read_bytes()
@@ -149,7 +149,7 @@ class Intruder:
 
 
 def write_wrong(folder: Path) -> dict[str, Path]:
-    """Files that cannot be used, by what is wrong."""
+    """Return files that cannot be used, by their fault."""
     tensors = released("echomimicv3_preview")
     names = ("flash", "fp8", "lora", "cut", "vae")
     wrong = {name: folder / f"{name}.safetensors" for name in names}
@@ -259,7 +259,7 @@ print((peak() - before) / size, size)
 
 
 def test_loading_needs_the_network_once(tmp_path: Path) -> None:
-    """Resident memory of a process that loads, and reads all of, 220 MB: one copy, not two."""
+    """Measure resident memory of a process that loads and reads 220 MB: one copy, not two."""
     from echolab.models.transformer import EchoTransformer
 
     net = EchoTransformer(

@@ -48,7 +48,7 @@ def test_the_grid_of_the_released_preview_is_the_scheduler_s() -> None:
 
 
 def test_the_grid_of_wan_is_the_scheduler_s() -> None:
-    """diffusers' DPM++ has Wan's levels by its own shift; a shift of one and ours give the same."""
+    """Compare with diffusers' DPM++, which has Wan's levels by its own shift or by ours."""
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )

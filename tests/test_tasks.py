@@ -84,6 +84,6 @@ def test_the_groups_of_tasks() -> None:
 
 
 def test_the_table_imports_no_torch() -> None:
-    """Arguments are parsed before anything heavy is imported."""
+    """Check that parsing arguments needs nothing heavy."""
     code = "import sys, echolab.tasks.table; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -91,17 +91,17 @@ def test_flash_names_its_dead_query_as_unused() -> None:
 
 
 def test_a_text_to_video_file_starts_the_full_network() -> None:
-    """Same output as its source, whatever picture, sound and known pixels are told."""
+    """Compare the output with its source's for any image, audio and known pixels."""
     source = tiny.net(trained=True, in_channels=tiny.CHANNELS, image_dim=None, audio_dim=None)
-    net, message = tiny.net(), tiny.conditions()
+    net, conditions = tiny.net(), tiny.conditions()
     report = load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS, IMAGE_PARTS))
     assert report.widened == ["patch_embedding.weight"]
     assert set(report.fresh) == set(net.state_dict()) - set(source.state_dict())
     for block in net.blocks:
         torch.nn.init.zeros_(block.cross_attn.v_img.weight)
     torch.testing.assert_close(
-        net(tiny.latents(), TIMES, message),
-        source(tiny.latents(), TIMES, message),
+        net(tiny.latents(), TIMES, conditions),
+        source(tiny.latents(), TIMES, conditions),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -109,14 +109,14 @@ def test_a_text_to_video_file_starts_the_full_network() -> None:
 
 @pytest.mark.parametrize("layers", [None, 3])
 def test_a_base_with_image_parts_starts_the_network_unchanged(layers: int | None) -> None:
-    """New sound adds nothing to the base, whatever is heard."""
+    """Check that a new audio branch adds nothing to the base, for any audio."""
     source = tiny.net(trained=True, audio_dim=None)
     net = tiny.net(audio_layers=layers)
     load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS,))
-    report = tiny.conditions(layers=layers)
-    for audible in (report, report._replace(audio=report.audio * 9)):
+    conditions = tiny.conditions(layers=layers)
+    for audible in (conditions, conditions._replace(audio=conditions.audio * 9)):
         torch.testing.assert_close(
-            net(tiny.latents(), TIMES, audible), source(tiny.latents(), TIMES, report)
+            net(tiny.latents(), TIMES, audible), source(tiny.latents(), TIMES, conditions)
         )
 
 
@@ -167,7 +167,7 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
 
 
 def test_first_values_by_kind_of_parameter() -> None:
-    """Wan's `init_weights`: Xavier but for text and time (0.02), modulations, and what is zero."""
+    """Compare with Wan's `init_weights`: Xavier but for text, time (0.02), modulations, zeros."""
     net = EchoTransformer(dim=96, ffn_dim=128, num_heads=2, num_layers=1, text_dim=64, freq_dim=64)
     initialize(net.requires_grad_(False), torch.Generator().manual_seed(0))
     bound = (6 / (96 + 128)) ** 0.5
