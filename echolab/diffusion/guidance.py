@@ -45,6 +45,7 @@ def dynamic_cfg_schedule(scale: float, steps: int) -> list[float]:
     EchoMimicV3's dynamic guidance, s/2 + s/2 (1 - cos(pi r^5)) / 2 with r the share of the steps
     that are left.
     """
+    # The share of the steps that are left, from 1 down.
     shares = [(steps - step) / steps for step in range(steps)]
     return [scale / 2 * (1 + (1 - math.cos(math.pi * share**5)) / 2) for share in shares]
 
@@ -81,6 +82,7 @@ def batched_cfg(
     net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
 ) -> list[Tensor]:
     """Return the branches' velocities [B, C, F, H, W] by one call: fastest, with most memory."""
+    # Stack each kind of condition over the branches, and repeat the latents to match.
     columns = zip(*branches.values(), strict=True)
     stacked = Conditions(*(torch.cat(column) for column in columns))
     repeated = noisy_latents.repeat(len(branches), *[1] * (noisy_latents.ndim - 1))
@@ -109,6 +111,7 @@ def _branch_conditions(
     text_scale: OfSigma[float],
 ) -> dict[str, OfSigma[Conditions]]:
     """Return the conditions of each branch as functions of sigma."""
+    # Silence is features of zeros, as in training when audio is dropped.
     silent = conditions._replace(audio=torch.zeros_like(conditions.audio))
 
     def negative(sigma: float) -> Conditions:

@@ -36,6 +36,7 @@ def windows(latent_frames: int, size: int, overlap: int) -> list[Span]:
     """
     if not 0 <= overlap < size:
         raise ConfigError(f"overlap={overlap}: must be 0 or more and below the window's {size}")
+    # Windows start at a fixed stride until one reaches the end.
     stride, starts = size - overlap, [0]
     while starts[-1] + size < latent_frames:
         starts.append(starts[-1] + stride)
@@ -52,6 +53,7 @@ def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
 
     A new window fades in from 0: its first frame is the reference image, not what belongs there.
     """
+    # Each overlap fades the new window in and all earlier windows out, by the same ramp.
     weights = [torch.ones(stop - start) for start, stop in spans]
     for index, (start, _) in enumerate(spans[1:], start=1):
         overlap = spans[index - 1][1] - start
@@ -105,6 +107,7 @@ def windowed_velocity(
 
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         blended = torch.zeros_like(noisy_latents, dtype=torch.float32)
+        # Each window adds its faded velocity; the weights sum to 1 at every frame.
         for (start, stop), weight, part in zip(spans, weights, velocities, strict=True):
             faded = weight.to(blended.device)[:, None, None]
             blended[:, :, start:stop] += faded * part(noisy_latents[:, :, start:stop], sigma)
@@ -133,6 +136,7 @@ def sample_windows(
     of latent frames [start, stop).
     """
     geometry = WAN._replace(time_stride=conditions.known.shape[1])
+    # Each window is guided by its own conditions, and has its own step cache.
     spans = windows(noise.shape[2], window_latents(config, geometry), config.overlap)
     velocities = [
         guided_velocity(
@@ -141,6 +145,7 @@ def sample_windows(
         )
         for start, stop in spans
     ]  # fmt: skip
+    # The solver sees one blended velocity, so it keeps one history for the video.
     with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
         solver = SOLVERS[config.solver]
         return solver(windowed_velocity(velocities, spans), noise, sampler_sigmas(config), on_step)
@@ -157,9 +162,11 @@ def chunk_spans(
     check_clip_length("window", size, geometry)
     if not 1 <= overlap < size:
         raise ConfigError(f"overlap={overlap}: must be 1 or more and below the window's {size}")
+    # Each chunk begins `overlap` frames before the end of the one before.
     starts = [0]
     while starts[-1] + size < frames:
         starts.append(starts[-1] + size - overlap)
+    # The last chunk is as short as latent frames allow, unless it is to be filled.
     rest = geometry.covering_latent_frames(frames - starts[-1])
     last = size if fill else geometry.frames(rest)
     return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]

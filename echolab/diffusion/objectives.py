@@ -25,9 +25,11 @@ EMA_DECAY = 0.95  # of the running mean margin that beta follows
 
 def velocity_error(net: Net, batch: Batch, draws: Draws, phases: Allocator) -> Tensor:
     """Return the squared velocity error, a weighted mean over each clip.  [B], fp32."""
+    # Noise the latents, and drop or scale modalities by the noise level.
     noisy_latents = interpolate(batch.latents, draws.noise, draws.sigmas)
     timesteps = to_timesteps(draws.sigmas)
     conditions, weights = phases(batch.conditions, timesteps, draws.uniforms)
+    # Mean over channels, then a weighted mean over frames, rows and columns.
     velocity = net(noisy_latents, timesteps, conditions, weights).float()
     squares = (velocity - velocity_target(batch.latents, draws.noise)).square().mean(1)
     weight = batch.weight.float().squeeze(1)  # [B, F, H, W]
@@ -71,6 +73,7 @@ class AdaptiveBeta:
         """The beta of the next step."""
         if self.target is None or self._sum <= 0:
             return self.limit
+        # Solve sigmoid(-beta m / 2) = target for beta, at the running mean margin.
         logit = math.log(1 / self.target - 1)
         return min(max(2 * logit * self._weight / self._sum, self.limit / 10), self.limit)
 
@@ -120,6 +123,7 @@ class _ReferenceObjective:
 
     def _errors(self, net: Net, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the errors of the policy and of the reference, each [B]."""
+        # The reference first, so that its activations are freed before the policy's graph is built.
         with torch.no_grad():
             reference = velocity_error(self.reference, batch, draws, self.phases)
         return velocity_error(net, batch, draws, self.phases), reference
@@ -182,8 +186,10 @@ class Preference(_ReferenceObjective):
 
     def __call__(self, net: Net, batch: PreferencePair, draws: Draws) -> Loss:
         """Return the loss; parts: `preference` (before scaling), margin and its figures, errors."""
+        # Both halves get the same noise, sigmas and uniforms.
         twice = Draws(*(torch.cat([part, part]) for part in draws))
         policy, reference = self._errors(net, stacked(batch), twice)
+        # The losses use trl's beta, which is half of Diffusion-DPO's.
         errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
         beta = self.beta.value
         loss = PAIR_LOSSES[self.loss_type](errors, beta / 2, self.label_smoothing)

@@ -67,6 +67,7 @@ class ModalityDropout:
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, None]:
         """Return what is kept, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        # Text is never dropped: its weight is 1 in every published schedule.
         weights = self.schedule(timesteps)
         kept = conditions._replace(
             image=_zeroed_unless(uniforms[:, 0] < weights.image, conditions.image),

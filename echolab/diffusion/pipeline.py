@@ -130,12 +130,14 @@ def guided_velocity(
 
     `branches` is a key of `guidance.CFG_MODES`.
     """
+    # Scales by step: constant, or falling to their half.
     sigmas, steps = sampler_sigmas(config), config.num_steps
     dynamic = config.dynamic_guidance
     text, audio = (
         stepwise(dynamic_cfg_schedule(scale, steps) if dynamic and scale != 1 else [scale], sigmas)
         for scale in (config.guidance_scale, config.audio_guidance_scale)
     )
+    # The negative text by step, stronger in the first steps.
     factors = NEGATIVES[config.negative_mode](config.negative_scale, config.negative_steps)
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
     return guided(
@@ -163,6 +165,7 @@ def generate(
     The noise of a clip is a pure function of (seed, key, draw), so two checkpoints judged on the
     same keys start from the same noise, in any batch.
     """
+    # Draw the noise on the CPU, so that it does not depend on the device.
     shape = tuple(conditions.known_latents.shape[1:])
     device = conditions.known_latents.device
     noise = draw(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)

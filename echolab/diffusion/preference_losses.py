@@ -70,6 +70,7 @@ def ipo(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 def exo_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return EXO, arXiv 2402.00856, eq. 16; infinite without label smoothing."""
+    # Reverse KL between the policy's and the smoothed label's distribution over the pair.
     logits, wrong = beta * errors.margin, torch.tensor(label_smoothing)
     won = logits.sigmoid() * (F.logsigmoid(logits) - torch.log1p(-wrong))
     return won + (-logits).sigmoid() * (F.logsigmoid(-logits) - torch.log(wrong))
@@ -101,6 +102,7 @@ def sppo_hard(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor
 
 def aot(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return AOT, arXiv 2406.05882: sorted policy gaps above sorted reference gaps, by batch."""
+    # Stochastic dominance: compare the sorted gaps, not the pairs.
     gap = (errors.rejected - errors.chosen).sort().values
     reference_gap = (errors.reference_rejected - errors.reference_chosen).sort().values
     return smoothed(beta * (gap - reference_gap), label_smoothing)

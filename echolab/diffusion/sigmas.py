@@ -56,6 +56,7 @@ def flow_match_sigmas(steps: int, shift: float) -> Tensor:
 
     The levels lie evenly from 1 to the lowest training level, itself shifted, and are shifted then.
     """
+    # diffusers shifts its lowest level when it is built, and all levels again.
     lowest = float(shift_sigmas(torch.tensor(1 / TRAIN_LEVELS, dtype=torch.float64), shift))
     return _shifted(_even(1, lowest, steps, steps), shift)
 
@@ -91,8 +92,10 @@ def draw(
     levels, uniforms, noise = [], [], []
     for key in keys:
         generator = _generator(seed, epoch, key, draw_index)
+        # The order of these three draws is part of what a seed means.
         levels.append(torch.randint(1, TRAIN_LEVELS + 1, (), generator=generator))
         uniforms.append(torch.rand(2, generator=generator))
         noise.append(torch.randn(shape, generator=generator))
+    # Uniform levels first, the shift afterwards, in fp32.
     sigmas = shift_sigmas(torch.stack(levels).float() / TRAIN_LEVELS, shift)
     return Draws(torch.stack(noise), sigmas, torch.stack(uniforms))

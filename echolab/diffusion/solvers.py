@@ -34,6 +34,7 @@ def sample_euler(
     latents = noise.float()
     levels = sigmas.float().to(latents.device)
     for step, (sigma, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        # The velocity is d latents / d sigma, so a step to a lower sigma subtracts it.
         latents = latents + (lower - sigma) * velocity(latents, sigma).float()
         if on_step is not None:
             on_step(step, latents)
@@ -80,6 +81,7 @@ def _sample_with(
     on_step: OnStep | None,
 ) -> Tensor:
     """Follow `velocity` with a diffusers scheduler over exactly `sigmas`."""
+    # Latents stay in fp32 between the steps, for a network of any dtype.
     latents = noise.float()
     levels = sigmas.float().to(latents.device)
     # Replace the scheduler's own levels, so that the shift is applied once and the grid is ours.

@@ -47,6 +47,7 @@ class Memory:
 
 def movement(before: Tensor, now: Tensor, coefficients: Sequence[float]) -> float:
     """Return the polynomial of the relative L1 distance of two time embeddings."""
+    # Horner's scheme, highest power first.
     distance = float((now - before).abs().mean() / before.abs().mean())
     total = 0.0
     for coefficient in coefficients:
@@ -68,6 +69,7 @@ class CachedBlocks(nn.Module):
         if self._may_reuse(tokens, modulation):
             assert memory.residual is not None
             return tokens + memory.residual
+        # Run all blocks, and keep what they added for the next steps.
         after = tokens
         for block in self.blocks:
             after = block(after, modulation, *context)
@@ -101,6 +103,7 @@ class StepCached:
         return StepCached(self.net, self.blocks, self.memories, f"{self.name}/{name}")
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        # The step is found by its timestep: a solver may call the network in any order.
         levels = self.blocks.plan.timesteps
         self.blocks.step = int((levels - timesteps[0].cpu()).abs().argmin())
         self.blocks.memory = self.memories.setdefault(self.name, Memory())
@@ -117,6 +120,7 @@ def step_cached(net: nn.Module, plan: CachePlan) -> Iterator[StepCached]:
     """Yield `net` with its `blocks` cached for one sampling run; restore it afterwards."""
     blocks = net.blocks
     assert isinstance(blocks, nn.ModuleList)
+    # The network sees one block that wraps all of them; parameters stay where they are.
     cached = CachedBlocks(blocks, plan._replace(timesteps=plan.timesteps.cpu()))
     net.blocks = nn.ModuleList([cached])
     try:

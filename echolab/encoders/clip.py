@@ -41,6 +41,7 @@ def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
     Query, key and value are one tensor there and three here.
     Source: Wan-Video/Wan2.1, `wan/modules/clip.py`.
     """
+    # Split the index of the block from the name in it.
     block = re.match(r"transformer\.(\d+)\.", name)
     start, rest = (f"encoder.layers.{block[1]}.", name[block.end() :]) if block else ("", name)
     if rest.startswith("attn.to_qkv."):
@@ -63,6 +64,7 @@ def resize(image: Tensor, side: int) -> Tensor:
     Bicubic without smoothing, as in the release; the aspect ratio is not kept.
     """
     size = (side, side)
+    # CLIP's own mean and spread, for pixels in [0, 1].
     small = functional.interpolate(image[None].float(), size, mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (small / 2 + 0.5 - mean) / std
@@ -101,6 +103,7 @@ def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisionModel:
     """Return the vision tower; text tower and projection of the file are not needed."""
+    # Keep the vision tower, under transformers' names.
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_file(path).items():
         if name.startswith("visual.") and name != "visual.head":

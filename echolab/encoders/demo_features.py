@@ -46,6 +46,7 @@ def word_vector(words: str) -> Tensor:
 
 def encode_caption(caption: str) -> Tensor:
     """Return the features [32, 32] of a caption, zero after its end; a longer one is cut."""
+    # One token for each word and its successor.
     words = re.findall(r"[\w']+", caption.lower())
     tokens = torch.zeros(CAPTION_TOKENS, CAPTION_DIM)
     for index, pair in enumerate(zip(words, [*words[1:], ""], strict=False)):
@@ -62,6 +63,7 @@ def encode_image(image: Tensor | None) -> Tensor:
     """
     if image is None:
         return torch.zeros(IMAGE_TOKENS, IMAGE_DIM)
+    # A one-hot position is appended to each patch.
     small = functional.interpolate(image[None], (IMAGE_SIDE, IMAGE_SIDE), mode="area")[0]
     patches = rearrange(small, "c (h p) (w q) -> (h w) (c p q)", p=IMAGE_PATCH, q=IMAGE_PATCH)
     return torch.cat([patches, torch.eye(IMAGE_TOKENS)], dim=1)
@@ -70,6 +72,7 @@ def encode_image(image: Tensor | None) -> Tensor:
 @cache
 def mel_filters() -> Tensor:
     """Return triangular filters [40, 513] on the mel scale from 0 to 8 kHz."""
+    # Corners at equal steps of the mel scale.
     top = 2595 * math.log10(1 + RATE_HZ / 2 / 700)
     corners = 700 * (10 ** (torch.linspace(0, top, MELS + 2) / 2595) - 1)
     hertz = torch.linspace(0, RATE_HZ / 2, FFT // 2 + 1)

@@ -82,6 +82,7 @@ class CausalAutoencoder(nn.Module):
             *(Residual(width) for _ in range(depth)),
             nn.Conv2d(width, PATCH_VALUES, 1),
         )
+        # The convolutions start at zero, so that the linear basis is the first codec.
         for last in (self.encoder[-1], self.decoder[-1]):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -96,6 +97,7 @@ class CausalAutoencoder(nn.Module):
     @torch.no_grad()
     def fit_basis(self, pixels: Tensor) -> None:
         """Set the linear part to the principal components of clips [B, 3, T, Y, X]."""
+        # Principal components of the patches, largest variance last.
         patches = rearrange(to_patches(pixels), "n d h w -> (n h w) d")
         center = patches.mean(0)
         covariance = (patches - center).T @ (patches - center) / len(patches)
@@ -105,6 +107,7 @@ class CausalAutoencoder(nn.Module):
         # Half-way to white: with white latents an error in a patch's brightness, the first
         # component, would count no more than one in its finest detail, and samples look tiled.
         spread = values[-channels:].clamp(min=1e-6) ** 0.25
+        # The decoder's basis inverts the encoder's.
         self.basis_in.weight.copy_((basis / spread).T[:, :, None, None])
         assert self.basis_in.bias is not None and self.basis_out.bias is not None
         self.basis_in.bias.copy_(-(center @ basis) / spread)
@@ -157,6 +160,7 @@ def fit_autoencoder(
 ) -> CausalAutoencoder:
     """Fit and normalize an autoencoder to clips uint8 [N, 3, T, Y, X] with lip boxes [N, T, 4]."""
     torch.manual_seed(seed)
+    # Start from the principal components of a sample of clips.
     net = CausalAutoencoder(width=WIDTH)
     enough = max(1, BASIS_VALUES // pixels[0].numel())
     net.fit_basis(pixels[:enough].float() / 127.5 - 1)
@@ -164,10 +168,12 @@ def fit_autoencoder(
     span, dtype = min(SPAN, frames), work_dtype()
 
     def loss_of(generator: torch.Generator) -> Tensor:
+        # A random crop in time of random clips.
         which = torch.randint(count, (batch,), generator=generator)
         start = int(torch.randint(frames - span + 1, (), generator=generator))
         truth = pixels[which, :, start : start + span].float() / 127.5 - 1
         weight = lip_weight(lips[which, start : start + span], *truth.shape[-2:])
+        # Encode, add noise as a sampler leaves it, decode.
         with torch.autocast(truth.device.type, dtype, enabled=dtype != torch.float32):
             raw = net.raw_latents(truth)
             level = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator)

@@ -57,6 +57,7 @@ def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = W
     """Return the share of each latent's frames in which boxes [T, 4] touch it: [1, F, H, W]."""
     side, stride = geometry.space_stride, geometry.time_stride
     half = side // 2
+    # A latent counts as touched if its square of pixels meets the box.
     rows, columns = torch.arange(height) * side + half, torch.arange(width) * side + half  # centers
     x0, y0, x1, y1 = (boxes[:, None, k] for k in range(4))
     inside_y = ((rows >= y0 - half) & (rows <= y1 + half)).float()  # [T, H]
@@ -94,15 +95,18 @@ def encode_pixels(
     A task that is given no pixels has no known latents: the network gets zeros.
     """
     _, frames, height, width = pixels.shape
+    # The given pixels of each task, the rest gray.
     known = {
         task: known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
         for task in KNOWN_TASKS
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
+    # One call of the autoencoder for the clip and all its masked versions.
     views = torch.stack([moving, *(gray_out(moving, known[task]) for task in KNOWN_TASKS)])
     latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
     geometry = encoders.geometry
     size = geometry.latent_size(height, width)
+    # Where face and lips lie, at latent resolution.
     lip_cover = covered(lips, *size, geometry)
     tensors = {
         "latents": latents[0],

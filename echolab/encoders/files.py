@@ -108,6 +108,7 @@ def take_over(
     dtype: torch.dtype,
 ) -> None:
     """Make `tensors` the parameters of `net`, which was built on the meta device; all or none."""
+    # Collect all faults, so that the error can count them.
     own = net.state_dict()
     faults = [f"lacks {name}" for name in own if name not in tensors]
     faults += [f"has {name}, which the network lacks" for name in tensors if name not in own]
@@ -126,6 +127,7 @@ def take_over(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the tables and progress bars of the libraries; faults are raised as errors."""
+    # Remember the levels, to restore them afterwards.
     before = [(log, log.get_verbosity()) for log in (transformers_log, diffusers_log)]
     bars = transformers_log.is_progress_bar_enabled()
     for log, _ in before:
@@ -147,6 +149,7 @@ def from_folder(
 
     The libraries draw missing tensors at random and warn.  `unused` names those without effect.
     """
+    # Check archives before the library opens them.
     need(folder / CONFIG, f"what {network.__name__} is made by")
     for file in weights_in(folder):
         check_archive(file)

@@ -76,6 +76,7 @@ def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str])
         inside = [path / CONFIG, *weights_in(path)] if path.is_dir() else [path]
         return sha256_of([*inside, *others])
 
+    # Tokenizer and feature extractor change the features, so they are part of the identity.
     words = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
     extractor = need(files.audio / EXTRACTOR, "how wav2vec2's input is normalized")
     return {
@@ -95,6 +96,7 @@ class Resident:
 
     def __call__(self, name: str) -> Any:
         """Return the network `name`; drop those used longest ago before it is loaded."""
+        # Make room first, so that two large networks never overlap.
         if name not in self.held:
             if len(self.held) == self.most:
                 self.held.popitem(last=False)
@@ -134,6 +136,7 @@ def released_encoders(
     Each is loaded when it is first used, and at most `resident` (1 to 4) stay: encode all texts,
     then all images, and so on, if not all fit.  umT5-XXL alone is 11 GB in bf16.
     """
+    # Loaders by name; each network is built at its first use.
     networks = Resident(
         {
             "video": partial(load_autoencoder, files.video, device, dtype, tiling=tiling),

@@ -85,6 +85,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no class of its own
         raise WeightsError(f"{path}: damaged ({error}); download or copy it again") from error
+    # Padding would only cost time: states after the end are zeros.
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     if tokenizer.encode("a").tokens[-1:] != [END]:
@@ -107,6 +108,7 @@ def load_text_encoder(
         if path.is_dir()
         else _from_file(path, device, dtype)
     )
+    # A tokenizer of another model would index beyond the table.
     words, rows = tokenizer.get_vocab_size(), net.shared.weight.shape[0]
     if words > rows:
         raise WeightsError(
@@ -118,6 +120,7 @@ def load_text_encoder(
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
     tensors = {to_transformers(name): tensor for name, tensor in read_file(path).items()}
+    # All sizes of the network follow from shapes in the file.
     vocabulary, width = shape_of(tensors, "shared.weight", path, WHAT)
     first = "encoder.block.0.layer.{}.weight"
     attention = shape_of(tensors, first.format("0.SelfAttention.q"), path, WHAT)[0]

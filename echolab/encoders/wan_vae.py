@@ -58,6 +58,7 @@ def to_diffusers(name: str) -> str:
     match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
     if not match:
         return name
+    # Names within a residual block.
     half, part, number, rest = match.groups()
     for old, new in _RESIDUAL.items():
         rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
@@ -65,6 +66,7 @@ def to_diffusers(name: str) -> str:
         return f"{half}.mid_block.{_MIDDLE.get(number, number + '.')}{rest}"
     if part == "downsamples":  # the encoder keeps one row of blocks
         return f"{half}.down_blocks.{number}.{rest}"
+    # The decoder groups its blocks by stage.
     stage, index = divmod(int(number), _UP_PARTS)
     block = "upsamplers.0" if index == _UP_PARTS - 1 else f"resnets.{index}"
     return f"{half}.up_blocks.{stage}.{block}.{rest}"
@@ -122,6 +124,7 @@ def load_autoencoder(
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
+    # Wan 2.2's VAE has 48 channels: refuse it before it is loaded.
     config = read_json(folder / CONFIG)
     _check_channels(folder / CONFIG, "z_dim", config.get("z_dim", CHANNELS))
     for key in ("latents_mean", "latents_std"):
@@ -132,6 +135,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
+    # The authors' names, or already diffusers'.
     tensors = read_file(path)
     if "post_quant_conv.weight" not in tensors:
         tensors = {to_diffusers(name): tensor for name, tensor in tensors.items()}

@@ -24,6 +24,7 @@ UNUSED = ("masked_spec_embed",)  # of training; wav2vec2-base-960h lacks it
 
 def least_samples(net: Wav2Vec2Model, tokens: int) -> int:
     """Return the fewest samples of which wav2vec2's convolutions make `tokens` tokens."""
+    # Walk the convolutions backwards from the tokens to the samples.
     length = tokens
     steps = zip(net.config.conv_kernel, net.config.conv_stride, strict=True)
     for kernel, stride in reversed(list(steps)):
@@ -38,6 +39,7 @@ def at_loudness(samples: Tensor, lufs: float = LOUDNESS_LUFS) -> Tensor:
             f"audio of {len(samples)} samples ({len(samples) / RATE_HZ:.2f} s) has no loudness, "
             f"need {BLOCK_SECONDS} s; give a longer clip"
         )
+    # Silence has no finite loudness.
     wave = samples.double().numpy()
     loudness = pyloudnorm.Meter(RATE_HZ).integrated_loudness(wave)
     if not np.isfinite(loudness):
@@ -71,6 +73,7 @@ class PreviewSpeech(SpeechEncoder):
         """
         check_length(samples, frames)
         values = self.normalized(samples)
+        # Pad with zeros, so that there are enough tokens.
         short = max(0, least_samples(self.net, 2 * frames) - values.shape[1])
         states = self.net(functional.pad(values, (0, short))).last_hidden_state[0]
         return states[: 2 * frames].cpu()
@@ -87,6 +90,7 @@ class FlashSpeech(SpeechEncoder):
         convolutions' features are stretched to T positions before the transformer.
         """
         check_length(samples, frames)
+        # Loudness of all audio, then cut to the clip.
         loud = at_loudness(samples.float().cpu())[: frames * SAMPLES_PER_FRAME]
 
         def to_frames(net: nn.Module, inputs: tuple[Tensor], features: Tensor) -> Tensor:

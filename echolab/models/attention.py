@@ -44,6 +44,7 @@ CUDNN_FIRST = [
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend by torch's `scaled_dot_product_attention`, with the kernel that torch prefers."""
+    # torch expects heads before tokens: [B, N, S, d].
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if values.device.type == "cpu" and min(queries.shape[1], keys.shape[1]) < SHORT:
         with torch.autocast("cpu", enabled=False):
@@ -61,6 +62,7 @@ def cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def _flash(name: str) -> Attend:
     """Return the function of a FlashAttention package; raise ConfigError if not installed."""
+    # The packages are optional; torch's kernels are the default.
     try:
         kernel: Callable[..., Any] = import_module(PACKAGES[name]).flash_attn_func
     except ImportError as error:
@@ -85,6 +87,7 @@ def _flash(name: str) -> Attend:
 
 def _fastest(device: torch.device) -> str:
     """Return FlashAttention 3 or cuDNN on Hopper; elsewhere torch's own choice is the best."""
+    # Before Hopper torch's own choice is the fastest.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return "sdpa"
     try:
@@ -101,6 +104,7 @@ def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
     """
     if name not in NAMES:
         raise ConfigError(f"attention={name}: unknown; one of {', '.join(NAMES)}")
+    # Resolve `auto` first: what it chooses always runs on the device.
     device = torch.device(device)
     if name == "auto":
         name = _fastest(device)

@@ -54,6 +54,7 @@ def audio_windows(tokens: Tensor, time_stride: int = WAN.time_stride) -> Tensor:
     Zero keys take part in the softmax, as in the released model (it computes the true lengths and
     does not use them).  It puts the zeros last; attention does not depend on the order of keys.
     """
+    # Pad so that every window is complete, then cut them at the stride of latent frames.
     stride = TOKENS_PER_FRAME * time_stride
     frames = (tokens.shape[1] // TOKENS_PER_FRAME - 1) // time_stride + 1
     tail = stride * (frames - 1) + WINDOW - LEAD - tokens.shape[1]
@@ -82,6 +83,7 @@ class FlashAudioTokens(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Project windows of the features; silence (zeros) is shaped by the biases alone."""
+        # The first latent frame is one video frame and has a projection of its own.
         first, later = flash_windows(features, self.time_stride)
         hidden = torch.cat([self.proj1(first.flatten(-3)), self.proj1_vf(later.flatten(-3))], 1)
         tokens = self.proj3(self.proj2(hidden.relu()).relu())
@@ -95,6 +97,7 @@ def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple
     the ends of the clip are repeated.
     (The release gathers five frames around each video frame, and then keeps these.)
     """
+    # Indices of the frames of each window, clamped to the clip.
     last = features.shape[1] - 1
     around = torch.arange(time_stride + 2 * REACH, device=features.device) - REACH
     starts = 1 + time_stride * torch.arange(last // time_stride, device=features.device)

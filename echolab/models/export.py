@@ -36,6 +36,7 @@ def write_original(
     zeros, so that strict readers find all 1,203 names.
     Returns the files.  Raises CheckpointError, ConfigError or WeightsError; then nothing is left.
     """
+    # Names and order of the released file, with zeros for what it holds without effect.
     _check_complete(net, tensors)
     named: dict[str, Tensor] = {}
     for name, shape in released_shapes(net).items():
@@ -146,6 +147,7 @@ def _write(
     shard_bytes: int,
 ) -> list[Path]:
     """Write the shards and config.json under a temporary name, then rename."""
+    # Refuse before anything is written.
     shards = _shards(named, dtype, shard_bytes)
     single_file = out.suffix == ".safetensors"
     if out.exists():
@@ -156,6 +158,7 @@ def _write(
             f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
             "name a folder, or raise shard_gb"
         )
+    # Write into a folder under a temporary name, sync, then rename.
     partial = out.with_name(f".partial-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +189,7 @@ def _write_shards(
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files.append(folder / f"{NAME}{part}.safetensors")
+        # Convert one shard at a time, so that host memory holds no second copy.
         kept = {
             name: tensor.detach().to(dtype or tensor.dtype).contiguous()
             for name, tensor in shard.items()

@@ -36,10 +36,13 @@ def forward_flops(architecture: Mapping[str, Any], shapes: Shapes) -> int:
     """
     dim, ffn = architecture["dim"], architecture["ffn_dim"]
     tokens, text, image, audio = shapes
+    # Tokens that are projected to keys and values, and those that a query attends to.
     context = text + image + audio
     attended = text + image + (WINDOW if audio else 0)
+    # One block: projections, FFN and attention scores.
     block = 12 * tokens * dim**2 + 4 * tokens * dim * ffn + 4 * tokens**2 * dim
     block += 4 * context * dim**2 + 4 * tokens * attended * dim
+    # Patch embedding and head, and the embeddings of the conditions.
     values = math.prod(architecture.get("patch_size", (1, WAN.patch, WAN.patch)))
     values *= architecture["in_channels"] + architecture["out_channels"]
     ends = 2 * tokens * dim * values

@@ -25,6 +25,7 @@ class PatchEmbedding(nn.Conv3d):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map [B, C, F, H, W] to [B, S, D], row-major over (frames, rows, columns)."""
+        # Cut patches in the layout of the convolution's weight, then multiply.
         p, q, r = self.kernel_size
         patches = rearrange(latents, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
@@ -67,6 +68,7 @@ class _RootMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # fp32 at least; fp64 stays fp64, for gradient checks.
         dtype = torch.promote_types(values.dtype, torch.float32)
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype)
         inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
@@ -79,6 +81,7 @@ class _RootMeanSquare(torch.autograd.Function):
         """Return r w g - x r^3 mean(x w g), with r the inverse, and the sum of r x g over rows."""
         values, weight, inverse = ctx.saved_tensors
         gradient, factors = gradient.to(inverse.dtype), weight.to(inverse.dtype)
+        # Row means of x w g by one matrix product.
         product = (gradient * values).flatten(0, -2)
         rows = inverse.view(-1)
         means = (product @ factors).mul_(rows.pow(3)).div_(values.shape[-1])
@@ -119,6 +122,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
     Computed in fp64: 1000 radians in fp32 would be off by 3e-5, and this is B numbers.
     """
+    # Frequencies from 1 down to 1 / 10000.
     half = dim // 2
     powers = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
     angles = timesteps.double()[:, None] * torch.pow(10000.0, -powers)
@@ -127,6 +131,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
     """Return the channels of a head that rotate with time, row and column: 44, 42, 42 of 128."""
+    # Even thirds for rows and columns; time gets the rest.
     third = 2 * (head_dim // 6)
     return head_dim - 2 * third, third, third
 

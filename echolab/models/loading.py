@@ -77,6 +77,7 @@ def released_values(
     computes what its base does.  The reader yields (parameter name, tensor) pairs, one at a time,
     converted on `device`.  Raise WeightsError or CheckpointError before any value is read.
     """
+    # All checks come first; values are read and drawn by the returned function.
     tensors = read_tensors(path)
     report = match_weights(net, tensors, fresh=fresh, source=str(path))
 
@@ -104,6 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = read_safetensors(file)
     else:
         tensors = read_pickle(file)
+    # One naming for all files.
     tensors = _without_prefixes(tensors)
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {from_diffusers(name): tensor for name, tensor in tensors.items()}
@@ -122,8 +124,10 @@ def _file_of(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(f"{path}: not there; give a file or folder of released weights")
+    # A diffusers pipeline keeps the network in `transformer/`.
     folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
     _check_config(folder / "config.json")
+    # Prefer an index, then safetensors, then pickles; two of a kind are ambiguous.
     for kinds in ((INDEX,), (".safetensors",), PICKLES):
         files = sorted(file for file in folder.iterdir() if file.name.endswith(kinds))
         if len(files) == 1:
@@ -211,6 +215,7 @@ def check_archive(path: Path) -> None:
             parts = archive.infolist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
+    # Compare the sizes before anything is unpacked.
     packed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
     size = sum(part.file_size for part in parts)
     if packed or size > path.stat().st_size:
@@ -235,6 +240,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch reports damage by errors of every kind
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: damaged or cut short ({line}); {AGAIN}") from error
+    # Trainers nest the tensors under one of these keys.
     for key in ("state_dict", "module", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -279,6 +285,7 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise WeightsError for tensors that are no full-precision base of this network."""
+    # A LoRA is the most common file that looks like weights and is not.
     lora = next((name for name in tensors if LORA.search(name)), None)
     if lora is not None:
         raise WeightsError(

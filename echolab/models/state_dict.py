@@ -167,11 +167,13 @@ def match_weights(
     known ones: a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
     Raises CheckpointError naming the first tensor that does not fit.
     """
+    # Flash's dead query may be in the file, and missing parts may be absent.
     parameters = dict(net.named_parameters())
     dead = {name: s for name, s in released_shapes(net).items() if name not in parameters}
     unused = [name for name in tensors if name in dead and tensors[name].shape == dead[name]]
     absent = _may_be_absent(parameters, tensors, fresh)
     _check_names(parameters, set(tensors) - set(unused), absent, source)
+    # Shapes must agree, except for input channels that a text-to-video base lacks.
     present = [name for name in parameters if name in tensors]
     masks = net.geometry.time_stride
     widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n], masks)]
@@ -205,6 +207,7 @@ def _check_names(
     unknown = sorted(there - set(parameters))
     if not lacking and not unknown:
         return
+    # Name the model if the file is of another one: that is the usual mistake.
     given, wanted = model_of(there), model_of(parameters)
     if given and given != wanted:
         raise CheckpointError(
@@ -239,6 +242,7 @@ def _fitted(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> T
 def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
     """Return names and shapes of the released file's tensors, in order, with Flash's dead ones."""
     shapes: dict[str, torch.Size] = {}
+    # Flash's files hold the dead query before each audio key.
     for name, parameter in net.named_parameters():
         if net.audio_injection is not None and ".k_audio." in name:
             shapes[name.replace(".k_audio.", DEAD_PART)] = parameter.shape
@@ -305,6 +309,7 @@ def _is_modulation(one: tuple[nn.Module, str, Tensor]) -> bool:
 
 
 def _draw(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
+    # Norms: weight 1, bias 0.
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         value.fill_(float(name.endswith("weight")))
     elif name.endswith("modulation"):

@@ -120,15 +120,18 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """Return the sum of the modalities' outputs: [B, S, D] -> [B, S, D]."""
+        # One query for all modalities; text is always there.
         queries = self.heads(self.norm_q(self.q(tokens)))
         keys = self.norm_k(self.k(context.text))
         text = self.attend_heads(queries, keys, self.v(context.text))
         weights = context.weights or (None, None, None)
         total = scale_per_sample(text, weights[0])
+        # The image branch of Wan's image-to-video networks.
         if context.image is not None:
             keys = self.norm_k_img(self.k_img(context.image))
             image = self.attend_heads(queries, keys, self.v_img(context.image))
             total = total + scale_per_sample(image, weights[1])
+        # EchoMimicV3's audio branch, local in time and, for the preview, to the face.
         if context.audio is not None and self.audio_config:
             audio = self.audio_attention(queries, context.audio, context.face, self.audio_config)
             total = total + scale_per_sample(audio, weights[2])
@@ -145,6 +148,7 @@ class CrossAttention(nn.Module):
             self.norm_k_audio(self.k_audio(audio)), config.time_stride
         )  # [B, F, W, D]
         values = config.windows(self.v_audio(audio), config.time_stride)
+        # Fold latent frames into the batch, so that each attends to its own window.
         clips, frames = keys.shape[:2]
         framewise = queries.unflatten(1, (frames, -1)).flatten(0, 1)  # [B F, P, N, d]
         output = self.attend_heads(framewise, keys.flatten(0, 1), values.flatten(0, 1))
@@ -176,9 +180,11 @@ class Block(nn.Module):
         """Return the next tokens: [B, S, D], [B, 6, D] in fp32, context, positions -> [B, S, D]."""
         modulation = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        # Self-attention, gated; the gate multiplies in fp32.
         update = self.self_attn(modulate(tokens, shift, scale, self.eps), rope)
         tokens = torch.addcmul(tokens.float(), gate, update).type_as(tokens)
         tokens = tokens + self.cross_attn(self.norm3(tokens), context)
+        # The FFN, gated in the same way.
         update = self.ffn(modulate(tokens, ffn_shift, ffn_scale, self.eps))
         return torch.addcmul(tokens.float(), ffn_gate, update).type_as(tokens)
 
@@ -251,12 +257,14 @@ class EchoTransformer(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
+        # Sizes of latents, tokens and heads.
         self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch_size[1])
         _check_sizes(dim, num_heads, in_channels, self.geometry)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
         self.patch_size: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
         self.has_mask_input = in_channels > out_channels
         self.patch_embedding = PatchEmbedding(in_channels, dim, self.patch_size)
+        # Embeddings of the conditions, under the names of the released files.
         self.text_embedding = _mlp(text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear32(freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
@@ -266,6 +274,7 @@ class EchoTransformer(nn.Module):
         self.audio_injection = audio if isinstance(audio, FlashAudioTokens) else None
         audio_config = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
         audio_config = audio_config and audio_config._replace(time_stride=time_stride)
+        # The blocks, and the way back to latents.
         like = (dim, ffn_dim, num_heads, eps, image_dim is not None, audio_config)
         self.blocks = nn.ModuleList(Block(*like) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
@@ -282,6 +291,7 @@ class EchoTransformer(nn.Module):
         `weights` scale the three cross-attention outputs; None is 1 everywhere.  Raises DataError
         for audio features of another number of frames.
         """
+        # Latents to tokens, with mask and known latents as further channels.
         latents = noisy_latents
         self._check_audio(conditions.audio, latents.shape[2])
         if self.has_mask_input:
@@ -292,6 +302,7 @@ class EchoTransformer(nn.Module):
         # Wan's own mixed precision, which autocast would make bf16.
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(latents.to(dtype)).to(dtype)
+        # Timesteps and conditions, once for all blocks.
         time = self.time_embedding(timestep_embedding(timesteps, self.freq_dim))  # [B, D]
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # [B, 6, D]
         context = self.context(conditions, weights, tokens.dtype)
@@ -310,6 +321,7 @@ class EchoTransformer(nn.Module):
         Windows could be cut from any number of them, and wrong audio would go unnoticed.  The
         preview's may also fill the last latent frame, in a window of a longer video.
         """
+        # Feature counts that the windows can be cut from.
         frames, layers = self.geometry.frames(latent_frames), self.audio_injection is not None
         filled = TOKENS_PER_FRAME * self.geometry.time_stride * latent_frames
         allowed = (frames,) if layers else (TOKENS_PER_FRAME * frames, filled)

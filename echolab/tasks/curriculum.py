@@ -66,18 +66,20 @@ def _checked(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None
 class Curriculum:
     """Task probabilities at a step: a recursion from a known origin, the same on every rank.
 
-    p(0) is the first stage's target and p(k + 1) = momentum p(k) + (1 - momentum) target(k), in
-    Python floats; the last stage has no end.  The floor is mixed into the targets of all
-    tasks introduced so far: target = floor + (1 - n floor) stage target, which sums to 1.
+    p(0) is the first stage's target and p(k + 1) = ema_decay p(k) + (1 - ema_decay) target(k), in
+    Python floats; the last stage has no end.  `min_prob` is mixed into the targets of all
+    tasks introduced so far: target = min_prob + (1 - n min_prob) stage target, which sums to 1.
     """
 
     def __init__(self, stages: Sequence[Stage], ema_decay: float = 0.999, min_prob: float = 0.0):
+        # Tasks in the table's order, so that saved probabilities mean the same everywhere.
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
         _checked(stages, ema_decay, min_prob)
         self.ema_decay = ema_decay
         wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
         self.tasks = tuple(task for task in TASKS if task in wanted)
         self._ends, self._targets, introduced, end = [], [], set[str](), 0
+        # The target of each stage, with min_prob mixed in for tasks introduced so far.
         for stage in stages:
             introduced |= {task for task, share in stage.targets.items() if share > 0}
             end, total = end + stage.steps, sum(stage.targets.values())
@@ -102,6 +104,7 @@ class Curriculum:
 
         Raises ConfigError for a step before the loaded state, which cannot be known.
         """
+        # The recursion runs forward only: restart it from the known origin.
         if step < self._latest[0]:
             self._latest = self._origin
         at, live = self._latest
@@ -136,6 +139,7 @@ class Curriculum:
         other keeps its own beginning.
         """
         other = copy.copy(self)
+        # Steps of all earlier runs count for the stage that is reached.
         done = int(state.get("before", 0)) + int(state["step"])
         last = self._ends[-2] if len(self._ends) > 1 else 0
         try:
@@ -151,6 +155,7 @@ class Curriculum:
         A task that the state lacks starts from 0; the share of a task that no stage has any more
         goes to the others.  Raises ConfigError if the two have no task in common.
         """
+        # Keep shares of known tasks; renormalize if a task was dropped.
         saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
         if not sum(saved):
             raise ConfigError(

@@ -64,6 +64,7 @@ def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
 
 def outside_head(clip: Clip) -> Tensor:
     """Return the mask of avatar sync: a box that follows the head is generated."""
+    # A box for each frame, tested against pixel centers.
     boxes = enlarged(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
@@ -77,6 +78,7 @@ def outside_lips(clip: Clip) -> Tensor:
     The disc has one size for all frames and moves with the face box, at the median position of the
     lips in it: a disc cut to each frame's lips would reveal how far the mouth is open.
     """
+    # The disc keeps the median offset from the face, and one radius.
     face_x, face_y = centers(clip.face).unbind(1)
     off_x, off_y = (centers(clip.lips) - centers(clip.face)).median(0).values
     radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
@@ -160,6 +162,7 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
         raise DataError(f"{frames} frames: latent frames need {lengths}; trim the clip")
     if height % space or width % space:
         raise DataError(f"{height}x{width} pixels: need multiples of {space}; resize the clip")
+    # Space by interpolation, time by regrouping frames into channels.
     small = F.interpolate(known.float(), geometry.latent_size(height, width), mode="bilinear")
     groups = torch.cat([small[:1].expand(stride, -1, -1, -1), small[1:]])
     return rearrange(groups, "(f c) 1 h w -> c f h w", c=stride)
@@ -173,6 +176,7 @@ def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry 
     leaves.  Row-major over (height / 2, width / 2) tokens.
     """
     face = _boxes(face, "face", len(face))
+    # One box around the face over all frames, in units of tokens.
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
     x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
     patch = geometry.patch
