@@ -257,7 +257,6 @@ class EchoTransformer(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        # Sizes of latents, tokens and heads.
         self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch_size[1])
         _check_sizes(dim, num_heads, in_channels, self.geometry)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
