@@ -120,11 +120,12 @@ def test_what_a_rank_refuses_is_one_line_too(
     data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    words = ["train", *data, f"run_dir={run}", "init_from=nowhere"]
+    words = ["train", *data, f"run_dir={run}", f"init_from={tmp_path}"]
     assert main(words) == exit_codes.FATAL
     said = capfd.readouterr().err
     assert (
-        said.startswith("echolab: error: nowhere: no complete checkpoint") and said.count("\n") == 1
+        said.startswith(f"echolab: error: {tmp_path}: no complete checkpoint")
+        and said.count("\n") == 1
     )
     assert main(["why", str(run), "format=json"]) == 0
     told = json.loads(capfd.readouterr().out)

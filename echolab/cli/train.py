@@ -20,6 +20,7 @@ from echolab.config.compose import compose, compose_both, compose_unresolved
 from echolab.config.folders import folders_of, with_absolute_folder, without_folder
 from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
+from echolab.config.paths import check_gpus, check_paths
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import url_of
 from echolab.errors import BusyError, ConfigError, EcholabError
@@ -77,8 +78,8 @@ def command(words: list[str]) -> list[str]:
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     """Start the ranks of this machine and wait for their end, which the supervisor then tells.
 
-    Raises ConfigError or BusyError before anything is written where the run's folder cannot be
-    taken.
+    Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
+    written if the run's folder cannot be taken, or a path or the devices are not there.
     """
     if url := url_of(config["run_dir"]):
         raise ConfigError(f"run_dir={masked(url)}: a run's folder lies on a disk; give a path")
@@ -86,6 +87,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     topology = find_topology(trainer["devices"], trainer["num_nodes"])
     if topology.supervisor == 0:
         run_dir.check_run_folder(folder)
+        check_paths(config)
+    check_gpus(trainer)
     if warning := cpu_warning(topology, int(config["data"]["num_workers"])):
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
