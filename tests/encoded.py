@@ -15,7 +15,7 @@ ARCHITECTURE = architecture_of("demo")
 CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4
 FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 
-# `echolab train` on these: a small network, few steps, nothing told to wandb but on request.
+# `echolab train` on these: a small network, few steps, nothing sent to wandb unless requested.
 SETTINGS = (
     "debug=cpu", "model.dim=64", "model.ffn_dim=64", "model.num_layers=1",
     "objective.sft_weight=0.5", "save_every=2", "optim.lr=1e-3",
@@ -23,12 +23,12 @@ SETTINGS = (
 
 
 def plan(*epochs: tuple[str, int]) -> str:
-    """The override of a schedule."""
+    """Return the override of a schedule."""
     return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n}}}' for k, n in epochs)}]"
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
-    """One random encoded clip."""
+    """Return the tensors of one random encoded clip."""
     generator = torch.Generator().manual_seed(seed)
     shape = (CHANNELS, LATENT_FRAMES, SIDE, SIDE)
     sizes = {
@@ -44,7 +44,7 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 
 def write(folder: Path, count: int = 6) -> tuple[Path, Path]:
-    """`folder`/clips and `folder`/pairs."""
+    """Write `folder`/clips and `folder`/pairs, and return their paths."""
     kept = ("text", "image", "audio", "face", "weight")
     with ShardWriter(folder / "clips", kind="encoded") as clips:
         for i in range(count):

@@ -37,7 +37,7 @@ class SmallRun(NamedTuple):
 
 
 def make(root: Path) -> SmallRun:
-    """All of it, under `root`."""
+    """Make all of it under `root`."""
     made = SmallRun(root / "raw", root / "encoded", root / "autoencoder.safetensors", root / "run")
     draw_dataset(DrawOptions(made.raw, num_clips=4), lambda done: None)
     fit_network("autoencoder", load_clips(made.raw), made.video, steps=2, seed=0)

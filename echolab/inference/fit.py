@@ -2,12 +2,14 @@
 
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from echolab.data.clips import load_clips
+from echolab.data.index import INDEX
 from echolab.encoders.demo_vae import WIDTH, CausalAutoencoder, fit_autoencoder
 from echolab.errors import DataError
 from echolab.fitting import Report, load_net, save_net
@@ -29,7 +31,9 @@ def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> C
 
     Raise DataError if there are none.
     """
-    clips = load_clips(data, None if count is None else first + count)
+    index = data / INDEX
+    stamp = index.stat().st_mtime_ns if index.is_file() else 0
+    clips = _decoded(data, None if count is None else first + count, stamp)
     if first >= len(clips.keys):
         raise DataError(
             f"first_clip={first}: {data} has {len(clips.keys)} clips; give a smaller one"
@@ -44,6 +48,11 @@ def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> C
         about=clips.about[first:],
     )
     return with_reconstructions(clips, vae) if vae else clips
+
+
+@lru_cache(maxsize=2)  # several fits of one process, as in the demo, decode the clips once
+def _decoded(data: Path, count: int | None, stamp: int) -> Clips:
+    return load_clips(data, count)
 
 
 @torch.no_grad()
