@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.config.build_adapters import reference_of
+from echolab.config.callbacks import callbacks_from
 from echolab.config.data_checks import check_checkpoints, check_held_out
 from echolab.config.networks import checked_placement, start_of
 from echolab.config.origins import checkpoints_from, origins_from
@@ -218,6 +219,7 @@ def training_from(
         guards=guards_from(config["loss_spike"]),
         host_memory_gb=config["max_host_memory_gb"],
         parity=config["verify_export"],
+        callbacks=callbacks_from(config["callbacks"]),
         grace=grace_from(config["signal_grace_seconds"]),
         job_ends=end_of_job(),
     )

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from echolab.arguments import closest
+from echolab.config.callbacks import check_targets
 from echolab.config.parts import (
     guards_from,
     intervals_from,
@@ -231,7 +232,8 @@ def _described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"{_items(_limits(metadata))}, each {_described(inner[0])}"
     if origin is dict:
-        return f"{{name: value}}, each name {_described(inner[0])}, each value a number"
+        values = "" if inner[1] is Any else ", each value a number"
+        return f"{{name: value}}, each name {_described(inner[0])}{values}"
     if annotation in (int, float):
         return _number("a whole number" if annotation is int else "a number", _limits(metadata))
     words = {bool: "true or false", str: "text, not empty"}
@@ -323,6 +325,7 @@ def _refusal_of(config: Mapping[str, Any]) -> str | None:
         intervals_from(config)
         guards_from(config["loss_spike"])
         timeouts_from(config["timeouts"])
+        check_targets(config["callbacks"])
     except ConfigError as error:
         return str(error)
     return None

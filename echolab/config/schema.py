@@ -294,6 +294,24 @@ class Launcher(Section):
     kind: Literal["local", "slurm"] = Field(description="local: one after the other; or as jobs")
 
 
+class CustomCallback(Section):
+    """A callback of the user's own."""
+
+    target: Text = Field(
+        description="class below echolab.training.callbacks or below an entry point of the group "
+        "echolab.callbacks, as package.module:Class, or the name of such an entry point"
+    )
+    args: dict[Text, Any] = Field(description="arguments of the class, by name")
+
+
+class Callbacks(Section):
+    """conf/callbacks: callbacks of the user's own."""
+
+    custom: list[CustomCallback] = Field(
+        description="callbacks of your own, called in this order after each step"
+    )
+
+
 class LossSpike(Section):
     """Spikes of the loss and of the gradient's norm."""
 
@@ -369,6 +387,7 @@ class Settings(Section):
     lora: Lora = Field(description="adapters")
     trainer: Trainer = Field(description="devices, and how they share the work")
     logger: Logger = Field(description="Weights & Biases")
+    callbacks: Callbacks = Field(description="callbacks of your own")
     launcher: Launcher = Field(description="where members of a sweep are started")
     log_every: CountOrZero = Field(
         title="Intervals, in optimizer steps",

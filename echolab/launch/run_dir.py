@@ -32,7 +32,7 @@ FORMAT = 2  # version of run.json and of the records in attempts/; 1 had none
 
 # Settings that may differ between attempts: how a run is executed and observed, not what it trains.
 MACHINE = (
-    "run_dir", "trainer", "logger", "launcher", "timeouts", "micro_batch_size",
+    "run_dir", "trainer", "logger", "callbacks", "launcher", "timeouts", "micro_batch_size",
     "log_every", "save_every", "val_every", "replica_check_every", "snapshot_every",
     "loss_spike", "max_host_memory_gb", "verify_export", "signal_grace_seconds",
     "max_infra_restarts",
