@@ -78,7 +78,7 @@ def function():
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed distribution with callbacks, and a module that nobody registered."""
+    """Install a distribution with callbacks, and a module that nobody registered."""
     site = tmp_path / "site"
     (site / "lab/training").mkdir(parents=True)
     (site / "lab/__init__.py").write_text("")
@@ -98,7 +98,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def words_of(data: Path, run: Path, target: str, **arguments: Any) -> list[str]:
-    """The command of a run with one callback of the user's own."""
+    """Return the command of a run with one callback of the user's own."""
     clips, _ = encoded.write(data)
     given = ", ".join(f"{name}: {value!r}" for name, value in arguments.items())
     custom = f"callbacks.custom=[{{target: {target!r}, args: {{{given}}}}}]"

@@ -6,7 +6,7 @@ A distribution registers them by entry points of the group `echolab.callbacks`:
     weight_norms = "lab.training:WeightNorms"   # one class, by this name or by its import path
     lab = "lab.training"                        # every class in and below this module
 
-Nothing is imported before its import path was found to be registered.  Imports no torch.
+An import path that is not registered is refused before anything is imported.  Imports no torch.
 """
 
 import inspect
