@@ -190,7 +190,8 @@ def training_from(
     phases = phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    parts = data_from(config, origin, pinned)  # data, device and memory before weights are read
+    # Callbacks, data, device and memory before weights are read.
+    parts = {"callbacks": callbacks_from(config["callbacks"]), **data_from(config, origin, pinned)}
     machine = machine or machine_from(config["trainer"])
     placement = checked_placement(config, machine, prefers=prefers)
     net, own, initial = start_of(config, origin, seed, placement)
@@ -219,7 +220,6 @@ def training_from(
         guards=guards_from(config["loss_spike"]),
         host_memory_gb=config["max_host_memory_gb"],
         parity=config["verify_export"],
-        callbacks=callbacks_from(config["callbacks"]),
         grace=grace_from(config["signal_grace_seconds"]),
         job_ends=end_of_job(),
     )
