@@ -190,10 +190,9 @@ def training_from(
     phases = phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    # Callbacks, data, device and memory before weights are read.
     parts = {"callbacks": callbacks_from(config["callbacks"]), **data_from(config, origin, pinned)}
     machine = machine or machine_from(config["trainer"])
-    placement = checked_placement(config, machine, prefers=prefers)
+    placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return Training(
