@@ -1,6 +1,6 @@
-"""A sweep: its members one after another, or in a Slurm job each, and how each of them ended.
+"""Run the members of a sweep one after another, or as Slurm jobs, and report how each ended.
 
-No member stops another.  The same command goes on with the sweep: members that are done, pruned or
+No member stops another.  The same command resumes the sweep: members that are done, pruned or
 diverged stay as they are, the others are started again.
 """
 
@@ -24,7 +24,7 @@ from echolab.redaction import masked
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue
 RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
 JOB_FILE = ".job"  # in a member's folder: the Slurm job that it waits or trains in
-HELPERS = 2  # processors of a rank beside those of its loader workers
+EXTRA_CPUS = 2  # of a rank, besides those of its loader workers
 # Exit codes of a sweep, the first that a member ended with: stopped by hand, to be run again for
 # the rest, worth another try, a fault to correct.
 WORST = (
@@ -183,7 +183,7 @@ def ended_since(
 
 
 def launch_of(attempt: Attempt) -> Launch:
-    """Return what tells an attempt from others; two starts in one job step share its id."""
+    """Return the identity of an attempt; two starts in one job step share its id."""
     return attempt.launch, attempt.started
 
 
@@ -230,7 +230,7 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
         filled["gpus_per_node"] = devices
     if not given & {"cpus_per_task", "cpus_per_gpu"}:
         ranks = max(1, devices // int(filled["tasks_per_node"]))  # that one task starts
-        filled["cpus_per_task"] = ranks * (int(config["data"]["num_workers"]) + HELPERS)
+        filled["cpus_per_task"] = ranks * (int(config["data"]["num_workers"]) + EXTRA_CPUS)
     if filled.get("gpus_per_node") == 0:
         filled["gpus_per_node"] = None
     return filled

@@ -1,6 +1,6 @@
-"""`echolab train`: starts the ranks of a run and watches them; Hydra's settings to plain values.
+"""`echolab train`: start the ranks of a run and supervise them.
 
-echolab train [experiment=NAME] [key=value ...]    one run; the same command goes on with it
+echolab train [experiment=NAME] [key=value ...]    one run; the same command resumes it
 echolab train -m key=a,b,c [launcher=slurm]        a sweep; each member is its own process, or job
 echolab train --help                               groups and settings
 
@@ -76,7 +76,7 @@ def command(words: list[str]) -> list[str]:
 
 
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
-    """Start the ranks of this machine and wait for their end, which the supervisor then tells.
+    """Start the ranks of this machine and wait for their end.
 
     Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
     written if the run's folder cannot be taken, or a path or the devices are not there.
@@ -103,8 +103,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
 def rank(argv: list[str]) -> int:
     """Train as one rank of a launch.
 
-    The supervisor started it with signals blocked: from here on they are kept for the first vote.
-    An exception is told in a file, and the process ends there: nothing that an exit would run, no
+    The supervisor started it with signals blocked: they are kept for the first step sync.  An
+    exception is written to a file, and the process ends there: nothing that an exit would run, no
     collective and no destructor, can hang.
     """
     heartbeat = heartbeat_from_environment()
@@ -123,12 +123,12 @@ def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Hear
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
     result = train_rank.train(
-        config, heartbeat, lambda error: _end_at_once(error, heartbeat), _tell_end, kept
+        config, heartbeat, lambda error: _end_at_once(error, heartbeat), _record_end, kept
     )
     return train_rank.exit_code(result, Path(config["run_dir"]))
 
 
-def _tell_end(result: Any) -> None:
+def _record_end(result: Any) -> None:
     if folder := rank_process.local_folder():
         end = rank_process.End(
             result.reason, result.stopped_by, result.unsaved, result.step, result.steps
@@ -137,7 +137,7 @@ def _tell_end(result: Any) -> None:
 
 
 def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
-    """Tell of an exception and end this process, where a supervisor started it."""
+    """Record an exception and end this process, if a supervisor started it."""
     folder = rank_process.local_folder()
     if folder is None:
         return

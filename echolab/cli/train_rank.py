@@ -28,7 +28,7 @@ def train(
     on_end: Callable[[FitResult], None] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
-    """Train the run of these settings; rank 0 holds its folder and tells metrics.
+    """Train the run of these settings; rank 0 holds its folder and logs metrics.
 
     `heartbeat` is by default those that the environment names.  `on_failure` is told of an
     exception before anything is tidied up, by Lightning too: that may take long, or hang, and makes
@@ -63,7 +63,7 @@ def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
     def log(step: int, values: dict[str, float]) -> None:
-        with suppress(OSError):  # a file system that fails does not tell who has the run
+        with suppress(OSError):  # a file system that fails does not say who holds the run
             run.lease.check()
         metrics.log(step, values)
         wandb_run.log(step, values)
@@ -77,7 +77,7 @@ def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult
 
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the settings that a run may go on with others of, where its past allows it."""
+    """Return the settings that may differ when a run resumes, if its past steps allow it."""
     accepted = config["data"].get("changed") == "accept"
     return (
         "schedule",
@@ -115,7 +115,7 @@ def _training(config: Mapping[str, Any]) -> Training:
 
 
 def exit_code(result: FitResult, folder: Path) -> int:
-    """Say how the run ended, and which code tells it."""
+    """Print how the run ended and return its exit code."""
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
     if run_dir.rank_from_environment() == 0:
         if result.done:

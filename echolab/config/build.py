@@ -41,12 +41,15 @@ ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
 
 
 def phases_from(config: Mapping[str, Any]) -> Allocator:
-    """conf/phases"""
+    """Return how modalities are weighted at a noise level, from conf/phases."""
     return ALLOCATORS[config["mode"]](PHASES[config["schedule"]])
 
 
 def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
-    """conf/tasks; the curriculum of the checkpoint `origin` goes on unless it is to restart."""
+    """Return the curriculum of conf/tasks.
+
+    It continues that of the checkpoint `origin`, unless tasks.restart is set.
+    """
     stages = (
         [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
         if config["stages"]
@@ -84,15 +87,15 @@ def preference_from(config: Mapping[str, Any]) -> PreferenceSettings:
 def objectives_from(
     config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
-    """conf/objective; preference objectives only where there is a reference."""
+    """Return the objectives by kind of epoch; those of preferences need a reference model."""
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
-        whole = without_dropout(phases)
+        all_modalities = without_dropout(phases)
         wanted = checked(preference_from(config))
         factor = wanted.target_grad_factor
-        objectives["ndpo"] = NegativePreference(whole, reference, wanted.beta, factor)
+        objectives["ndpo"] = NegativePreference(all_modalities, reference, wanted.beta, factor)
         objectives["dpo"] = Preference(
-            whole,
+            all_modalities,
             reference,
             wanted.beta,
             loss_type=wanted.loss_type,
@@ -104,15 +107,15 @@ def objectives_from(
 
 
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
-    """No dataset, one or several, opened: those that `key` of conf/data names."""
-    places: str | Sequence[str] = config[key] or []
-    named = [places] if isinstance(places, str) else places
+    """Open the datasets, if any, that the setting data.`key` names, and return them."""
+    named: str | Sequence[str] = config[key] or []
+    paths = [named] if isinstance(named, str) else named
     cache, cache_gb = config["cache_dir"], float(config["cache_gb"])
-    return [open_dataset(place, cache=cache, cache_gb=cache_gb) for place in named]
+    return [open_dataset(path, cache=cache, cache_gb=cache_gb) for path in paths]
 
 
 def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
-    """conf/data, less what is held out: what `Training` takes of it."""
+    """Return the arguments of `Training` that conf/data sets, without the validation data."""
     return {
         "clips": datasets_from(config, "clips"),
         "pairs": datasets_from(config, "pairs"),
@@ -132,7 +135,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
-    """The held-out part of conf/data."""
+    """Return the validation data of conf/data, or None without data.val_clips."""
     if not config["val_clips"]:
         return None
     return HeldOut(
@@ -158,7 +161,7 @@ def check_together(
 
 
 def optim_from(config: Mapping[str, Any]) -> Optim:
-    """conf/optim"""
+    """Return the settings of AdamW and of the averages, from conf/optim."""
     return Optim(
         betas=tuple(config["betas"]),
         eps=config["eps"],
@@ -173,7 +176,7 @@ def optim_from(config: Mapping[str, Any]) -> Optim:
 def data_from(
     config: Mapping[str, Any], origin: Path | None, pinned: Path | None
 ) -> dict[str, Any]:
-    """What is trained on and validated, and the curriculum over it, seen to fit the network."""
+    """Return datasets and curriculum; raise EcholabError if they do not fit the network."""
     reading, held_out = reading_from(config["data"]), held_out_from(config["data"])
     check_together(config["data"], reading, held_out, (origin, pinned))
     curriculum = curriculum_from(config["tasks"], origin)

@@ -1,6 +1,6 @@
-"""Adapted networks of the commands: built on a base that can be found again, and references on it.
+"""Build networks with LoRA adapters on their base, and reference models on the same base.
 
-A checkpoint of adapters tells where their base came from and its fingerprint, so that every command
+A checkpoint of adapters records the source and the fingerprint of its base, so that every command
 that takes a checkpoint takes one of adapters too.
 """
 
@@ -40,7 +40,7 @@ from echolab.training.module import Reference
 
 
 class Adapted(NamedTuple):
-    """A network to train, and what its checkpoints tell of its adapters."""
+    """A network to train, and the record of its adapters in checkpoints."""
 
     net: EchoTransformer
     lora: Lora
@@ -60,7 +60,10 @@ def lora_from(config: Mapping[str, Any]) -> Lora:
 def adapted(
     config: Mapping[str, Any], initial: Path | None, load: Load, placement: Placement = HOST
 ) -> Adapted:
-    """The network of conf/lora on the base of `weights` or `initial`, which may have adapters."""
+    """Return a network with the adapters of conf/lora.
+
+    Its base comes from `pretrained` or from the checkpoint `initial`, which may have adapters.
+    """
     lora = lora_from(config["lora"])
     first = open_checkpoint(initial) if initial else None
     weights = str(Path(config["pretrained"]).resolve()) if config["pretrained"] else None
@@ -111,7 +114,7 @@ def export_adapters(
 ) -> list[Path]:
     """Write the averaged adapters of a checkpoint and return the files.
 
-    A folder `out` is peft's, and beside it comes `out`.safetensors for diffusers and ComfyUI; an
+    A folder `out` is peft's, and next to it comes `out`.safetensors for diffusers and ComfyUI; an
     `out` that ends in .safetensors is the latter alone.
     """
     if not checkpoint.state.get("adapters"):
@@ -130,7 +133,7 @@ def export_adapters(
 
 
 def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | None) -> Reference:
-    """The reference of preference epochs, without a second copy of a base that is in memory.
+    """Return the reference model of preference epochs, without a second copy of the base.
 
     For adapters: the base itself (`ref_model=base`), an earlier average or a checkpoint of adapters
     on the same base; otherwise a network of its own.

@@ -1,7 +1,7 @@
-"""Compare a configuration with `settings.Settings`: kinds and ranges, then rules between settings.
+"""Validate a configuration: types and ranges by `schema.Settings`, then rules between settings.
 
-It imports no torch and looks at no file, so that the supervisor refuses a wrong setting within a
-second, before a folder is made or a rank is started.
+It imports no torch and reads no file, so that the supervisor refuses a wrong setting within a
+second, before it makes a folder or starts a rank.
 """
 
 import difflib
@@ -87,9 +87,9 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(_fault(config, first["type"], first["loc"])) from None
-    plain = settings.model_dump(by_alias=True, exclude_unset=True)
-    for why in _conflicts(plain):
-        raise ConfigError(why)
+    plain = settings.model_dump(exclude_unset=True)
+    for conflict_line in _conflicts(plain):
+        raise ConfigError(conflict_line)
     return plain
 
 
@@ -97,7 +97,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
-    """Return one line on an error that pydantic found at `location`."""
+    """Return one line on an error that pydantic reports at `location`."""
     path, field = _field_at(location)
     if kind == "extra_forbidden":
         return no_such_setting(location, _value_at(config, location))
@@ -157,8 +157,7 @@ def names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str
 
 def _fields(section: type[BaseModel] | None) -> dict[str, FieldInfo]:
     """Return the fields of a section by the names that a configuration uses."""
-    found = section.model_fields if section else {}
-    return {field.alias or name: field for name, field in found.items()}
+    return dict(section.model_fields) if section else {}
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -217,7 +216,7 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def described(field: FieldInfo) -> str:
-    """Return what a field takes: `a whole number, at least 1 and at most 1024, or null`."""
+    """Return what a field takes: `an integer, at least 1 and at most 1024, or null`."""
     return _described(field.annotation, field.metadata)
 
 
@@ -259,12 +258,12 @@ def _constraints(annotation: Any, metadata: Sequence[Any]) -> list[Any]:
 def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
     """Return what pydantic's constraints say, by its own names: ge, gt, le, lt, min_length, ..."""
     names = (*LIMITS, "multiple_of", "allow_inf_nan", "min_length", "max_length")
-    found: dict[str, Any] = {}
-    for one in metadata:
-        if isinstance(one, FieldInfo):
-            found |= _limits(one.metadata)
-        found |= {name: getattr(one, name) for name in names if hasattr(one, name)}
-    return found
+    limits: dict[str, Any] = {}
+    for constraint in metadata:
+        if isinstance(constraint, FieldInfo):
+            limits |= _limits(constraint.metadata)
+        limits |= {name: getattr(constraint, name) for name in names if hasattr(constraint, name)}
+    return limits
 
 
 def _items(limits: Mapping[str, Any]) -> str:

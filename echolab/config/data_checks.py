@@ -1,4 +1,4 @@
-"""Whether the datasets and checkpoints of a run belong together, before anything is trained."""
+"""Check that the datasets and checkpoints of a run belong together."""
 
 import sys
 from collections.abc import Sequence

@@ -41,7 +41,7 @@ def with_absolute_folder(words: Sequence[str]) -> list[str]:
 
 
 def folders_of(words: Sequence[str]) -> list[Path]:
-    """Return the folders in which settings are looked up, in order."""
+    """Return the folders in which settings are searched, in order."""
     given = [word.partition("=")[2] for word in words if word.startswith(f"{OPTION}=")]
     return [*map(Path, given), CONF]
 

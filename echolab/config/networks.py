@@ -51,19 +51,22 @@ def architecture_of(model: str) -> dict[str, Any]:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest whole one of a run or its folder of checkpoints, or `run` where it is one."""
+    """Return the newest complete checkpoint of a run or of its folder of checkpoints.
+
+    A path that is a checkpoint is returned as it is.  Raise CheckpointError if there is none.
+    """
     if (run / "manifest.json").is_file():
         return run
-    own = run / "checkpoints"
-    found, rejected = latest_valid(own if own.is_dir() else run)
-    if found is None:
+    folder = run / "checkpoints"
+    checkpoint, rejected = latest_valid(folder if folder.is_dir() else run)
+    if checkpoint is None:
         why = f" ({rejected[0]})" if rejected else ""
         raise CheckpointError(f"{run}: no complete checkpoint in it{why}; train first")
-    return found.path
+    return checkpoint.path
 
 
 def load_policy(checkpoint: Path) -> EchoTransformer:
-    """The network of a checkpoint with its averaged weights, frozen; adapters are merged."""
+    """Return the network of a checkpoint, frozen, with averaged weights and merged adapters."""
     opened = open_checkpoint(checkpoint)
     if opened.state.get("adapters"):
         return merged(opened, load_start).eval().requires_grad_(False)
@@ -76,9 +79,12 @@ def load_policy(checkpoint: Path) -> EchoTransformer:
 def load_released(
     path: Path, architecture: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> EchoTransformer:
-    """The network of a released file or folder, or of an exported one, frozen; it must be whole."""
+    """Return the frozen network of a released or exported file or folder.
+
+    Raise WeightsError if a tensor is missing.
+    """
     loaded = loading.load_released(path, architecture, dtype=dtype)
-    _tell(path, loaded.report.lines())
+    _print_report(path, loaded.report.lines())
     return loaded.net.eval().requires_grad_(False)
 
 
@@ -90,13 +96,13 @@ def load_start(
     report, values = loading.released_values(
         net, path, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed, device=placement.device
     )
-    _tell(path, report.lines())
+    _print_report(path, report.lines())
     place_shared(net, values, placement, "pretrained")
     return net
 
 
-def _tell(path: Path, lines: list[str]) -> None:
-    """Where one process of several speaks, it is the first."""
+def _print_report(path: Path, lines: list[str]) -> None:
+    """Print lines about the weights in the first process alone."""
     if run_dir.rank_from_environment() == 0:
         for line in lines:
             print(f"{path}: {line}", file=sys.stderr)
@@ -162,7 +168,7 @@ def _merged_values(checkpoint: Path) -> list[tuple[str, Tensor]]:
 
 
 def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:
-    """CheckpointError where a checkpoint was trained on what other encoders made."""
+    """Raise CheckpointError if a checkpoint was trained on the output of other encoders."""
     trained = open_verified(checkpoint).state["encoders"]
     for name, value in fingerprints.items():
         if trained.get(name) != value:

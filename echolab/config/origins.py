@@ -1,4 +1,4 @@
-"""What a run starts from and refers to, by content: checkpoints, released weights, adapters."""
+"""Identify by content what a run starts from: checkpoints, released weights, adapters."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Pa
     """Return the checkpoint that a setting names; of a run its newest, or the one that `was` is.
 
     A run that refers to another one keeps to the checkpoint that it began with, for as long as that
-    is kept, whatever the other has been trained since.
+    is kept, even if the other has been trained since.
     """
     if not place:
         return None
@@ -64,8 +64,8 @@ def origins_from(
     """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
     if run_dir.rank_from_environment():
         return {}
-    found = {"init_from": initial, "ref_model": reference}
-    origins: dict[str, Any] = {key: _checkpoint(path) for key, path in found.items() if path}
+    checkpoints = {"init_from": initial, "ref_model": reference}
+    origins: dict[str, Any] = {key: _checkpoint(path) for key, path in checkpoints.items() if path}
     if config["pretrained"]:
         origins["pretrained"] = {"content": _digest(weight_files(Path(config["pretrained"])))}
     if config["lora"]["init_from"]:
@@ -88,13 +88,13 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _digest(files: Iterable[Path]) -> str:
     """Return the sha256 of the files' sha256, in order."""
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     for path in files:
         try:
             with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+                combined.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise WeightsError(
                 f"{path}: cannot be read ({error.strerror}); give another file"
             ) from error
-    return whole.hexdigest()
+    return combined.hexdigest()

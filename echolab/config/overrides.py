@@ -1,6 +1,6 @@
-"""Words of the command line, `key=value`, as Hydra reads them.
+"""Quote the words of the command line, `key=value`, for Hydra.
 
-A path or free text is taken as typed, whatever characters it holds: Hydra's grammar knows `=`, `#`,
+A path or free text is taken as typed, with any characters: Hydra's grammar knows `=`, `#`,
 `(`, `~`, accents and more only in quotes, so such a value is quoted before Hydra sees it.  What
 remains Hydra's in these settings: 'quoted' and "quoted" text, null, ${...}, [lists] of datasets,
 and in a sweep commas, choice(...), range(...) and glob(...).  All other settings are Hydra's.

@@ -1,7 +1,7 @@
 """Every setting of `echolab train`: its type, range, choices and meaning.  Imports no torch.
 
 The defaults are in conf/, one file for each value of a group; this module says what may stand
-there.  `settings_check.check` compares a resolved configuration with it.  Every field is required,
+there.  `check.check` compares a resolved configuration with it.  Every field is required,
 so a setting that is missing here or in conf/ is refused by name.
 """
 
@@ -35,7 +35,7 @@ def as_number(value: Any) -> Any:
 
 
 def as_text(value: Any) -> Any:
-    """Return a whole number as text, since the command line reads `run_dir=2027` as a number."""
+    """Return an integer as text, since the command line reads `run_dir=2027` as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -1,7 +1,7 @@
-"""The settings of a run as its folder keeps them, without secrets; and from there back.
+"""Store the settings of a run without secrets, and resolve stored settings.
 
-What the environment gives (`${oc.env:NAME}`) is kept as it was written, addresses without user,
-password and query.  So the files of a run hold no secret, and the same command goes on with it when
+A value from the environment (`${oc.env:NAME}`) is kept as it was written, and an address without
+user, password and query.  So the files of a run hold no secret, and the same command resumes it if
 the variable has another value or the address another signature.
 """
 
@@ -50,7 +50,7 @@ def _on_environment(call: Callable[[str], None]) -> Iterator[None]:
 
 
 def _stored(node: DictConfig | ListConfig, written: Any, read: set[str]) -> Any:
-    """`written` is the plain value of `node` with its interpolations."""
+    """Return a node without secrets; `written` is its plain value with its interpolations."""
     if isinstance(written, Mapping):
         return {key: _kept(node, key, inner, read) for key, inner in written.items()}
     return [_kept(node, number, inner, read) for number, inner in enumerate(written)]
@@ -88,10 +88,10 @@ def with_types(kept: Any, given: Any, checked: Any) -> Any:
 
 
 def _without_defaults(written: str) -> str:
-    """A secret variable's value in the absence of the variable may be a secret itself."""
+    """Remove the defaults of secret variables, which may be secrets themselves."""
 
-    def bare(found: re.Match[str]) -> str:
-        return f"${{oc.env:{found[1]}}}" if is_secret_name(found[1]) else found[0]
+    def bare(match: re.Match[str]) -> str:
+        return f"${{oc.env:{match[1]}}}" if is_secret_name(match[1]) else match[0]
 
     return VARIABLE.sub(bare, written)
 

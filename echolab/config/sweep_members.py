@@ -116,7 +116,7 @@ def without_signature(address: str) -> str:
 def prefix(values: Mapping[str, str]) -> str:
     """Return the swept keys and the ends of their values, for people to read.
 
-    Long values are cut at their front, where paths are alike.  No secret is shown.
+    Long values are cut at their front, where paths are equal.  No secret is shown.
     """
     keys = {key: key.lstrip("+") for key in sorted(values)}
     if sum(map(len, keys.values())) > PREFIX // 2:
