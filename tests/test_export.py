@@ -115,7 +115,7 @@ def test_what_cannot_be_written_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echolab.models.export._sync", full)
+    monkeypatch.setattr("echolab.models.export.sync", full)
     with pytest.raises(WeightsError, match="b: could not be written .*No space left"):
         write_original(tmp_path / "b", net, tensors, **FP32)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -239,7 +239,7 @@ def test_released_weights_change_names(
     [
         (["in.safetensors", "out=x"], "no run or checkpoint.*model=NAME"),
         (["in.safetensors", "out=x", "model=nothing"], "model=nothing: unknown; one of demo"),
-        (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0: must be above 0"),
+        (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0 is not a number, above 0"),
         (["in.safetensors", "out=x", "model=demo"], "in.safetensors: not there"),
         ([".", "out=x"], "no complete checkpoint"),
     ],
