@@ -50,18 +50,16 @@ class Counted:
         self.calls += 1
 
 
-def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tensor, int]:
+def sampled(threshold: float | None, run: str = "sequential") -> tuple[torch.Tensor, int]:
     """Return latents of two windows, and the calls of a block; None uses no cache."""
     counted = Counted()
     with torch.no_grad():
         if threshold is None:
-            made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run)
+            made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, cfg=run)
         else:
             plan = CachePlan(threshold, sampler_timesteps(RECIPE), IDENTITY, first=2)
             with step_cached(NET, plan) as net:
-                made = sample_windows(
-                    net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run
-                )
+                made = sample_windows(net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, cfg=run)
     counted.handle.remove()
     return made, counted.calls
 
@@ -71,7 +69,7 @@ def test_threshold_0_is_no_caching_bit_for_bit(run: str) -> None:
     plain, calls = sampled(None, run)
     cached, same = sampled(0.0, run)
     assert torch.equal(plain, cached) and calls == same
-    assert calls == STEPS * 2 * (3 if run == "sequence" else 1)
+    assert calls == STEPS * 2 * (3 if run == "sequential" else 1)
 
 
 def test_calls_fall_with_the_threshold_to_the_steps_that_must_be() -> None:
@@ -88,7 +86,7 @@ def test_a_cached_video_stays_near() -> None:
 def test_branches_do_not_share_a_memory() -> None:
     """Compare sequential with batched branches: each reuses its own steps."""
     torch.testing.assert_close(
-        sampled(0.2, "sequence")[0], sampled(0.2, "batch")[0], rtol=1e-3, atol=1e-4
+        sampled(0.2, "sequential")[0], sampled(0.2, "batched")[0], rtol=1e-3, atol=1e-4
     )
 
 

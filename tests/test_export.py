@@ -239,7 +239,10 @@ def test_released_weights_change_names(
     [
         (["in.safetensors", "out=x"], "no run or checkpoint.*model=NAME"),
         (["in.safetensors", "out=x", "model=nothing"], "model=nothing: unknown; one of demo"),
-        (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0 is not a number, above 0"),
+        (
+            ["in.safetensors", "out=x", "model=demo", "shard_gb=0"],
+            "shard_gb=0 is not a number, above 0",
+        ),
         (["in.safetensors", "out=x", "model=demo"], "in.safetensors: not there"),
         ([".", "out=x"], "no complete checkpoint"),
     ],

@@ -85,7 +85,7 @@ def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
     torch.testing.assert_close(actual, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("run", "sizes"), [("batch", [6]), ("sequence", [2, 2, 2])])
+@pytest.mark.parametrize(("run", "sizes"), [("batched", [6]), ("sequential", [2, 2, 2])])
 @torch.no_grad()
 def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -> None:
     calls: list[int] = []

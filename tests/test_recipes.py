@@ -53,7 +53,7 @@ def test_values_out_of_range_are_refused(change: dict[str, float], message: str)
 @torch.no_grad()
 def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) -> None:
     recipe, sigmas = PREVIEW._replace(negative_mode=mode), sampler_sigmas(PREVIEW)
-    actual = guided_velocity(NET, CONDITIONS, recipe, NEGATIVE, "batch")
+    actual = guided_velocity(NET, CONDITIONS, recipe, NEGATIVE, "batched")
     for step in range(4):
         r = 1 - step / 25
         share = 0.5 + (1 - math.cos(math.pi * r**5)) / 4
@@ -67,9 +67,9 @@ def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) ->
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("branches", ["batch", "sequence"])
+@pytest.mark.parametrize("cfg", ["batched", "sequential"])
 @pytest.mark.parametrize("length", [1, 3, 7])
-def test_clips_of_any_length_are_sampled(solver: str, branches: str, length: int) -> None:
+def test_clips_of_any_length_are_sampled(solver: str, cfg: str, length: int) -> None:
     """Sample less than one window, one window, and several."""
     recipe = PREVIEW._replace(solver=solver, num_steps=2, window=tiny.FRAMES, overlap=1)
     conditions = CONDITIONS._replace(
@@ -78,7 +78,7 @@ def test_clips_of_any_length_are_sampled(solver: str, branches: str, length: int
         known_latents=torch.zeros(1, tiny.CHANNELS, length, *tiny.SHAPE[2:]),
     )
     noise = torch.randn(conditions.known_latents.shape)
-    actual = sample_windows(NET, conditions, recipe, noise, negative=NEGATIVE, branches=branches)
+    actual = sample_windows(NET, conditions, recipe, noise, negative=NEGATIVE, cfg=cfg)
     assert actual.shape == noise.shape and actual.isfinite().all()
 
 

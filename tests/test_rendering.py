@@ -151,7 +151,7 @@ def test_a_requested_size_is_cropped_from_the_center(given: dict[str, Path]) -> 
 
 def renderer(recipe: object) -> tuple[Renderer, Notes, RecordingNet]:
     video, net = Notes(), RecordingNet()
-    return Renderer(net, encoders(video), recipe, "batch", 0, 0.0), video, net  # type: ignore[arg-type]
+    return Renderer(net, encoders(video), recipe, "batched", 0, 0.0), video, net  # type: ignore[arg-type]
 
 
 def test_t2v_has_no_image_condition(given: dict[str, Path]) -> None:

@@ -19,7 +19,6 @@ from echolab.models.transformer import EchoTransformer
 from echolab.training.engine.activation_checkpointing import compile_blocks
 
 FPS = 25
-BRANCHES = {"batched": "batch", "sequential": "sequence"}
 
 
 def rows_of(arguments: GenerateArguments) -> list[Row]:
@@ -44,7 +43,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     for recipe in wanted:
         name = f"{recipe.solver}/steps={recipe.num_steps}/window={recipe.window}"
         say(f"measuring {name}")
-        run = Denoising(net, inputs, recipe, BRANCHES[arguments.cfg], half)
+        run = Denoising(net, inputs, recipe, arguments.cfg, half)
         if recipe.window not in measured:  # solvers differ by a few copies of the latents
             measured.add(recipe.window)
             peak = peak_of(run.one_step, arguments.device)
@@ -87,17 +86,17 @@ class Denoising:
     """One video by one recipe: a call denoises it."""
 
     def __init__(
-        self, net: EchoTransformer, inputs: Inputs, recipe: SamplerConfig, branches: str, half: bool
+        self, net: EchoTransformer, inputs: Inputs, recipe: SamplerConfig, cfg: str, half: bool
     ):
         """Take the network, its inputs and the recipe."""
-        self.net, self.inputs, self.recipe, self.branches = net, inputs, recipe, branches
+        self.net, self.inputs, self.recipe, self.cfg = net, inputs, recipe, cfg
         self.dtype = torch.bfloat16 if half else torch.float32
 
     def _sample(self, recipe: SamplerConfig) -> None:
         conditions = self.inputs.conditions
         sample_windows(
             self.net, conditions, recipe, self.inputs.latents,
-            negative=torch.zeros_like(conditions.text), branches=self.branches, dtype=self.dtype,
+            negative=torch.zeros_like(conditions.text), cfg=self.cfg, dtype=self.dtype,
         )  # fmt: skip
 
     def one_step(self) -> None:

@@ -102,7 +102,7 @@ def sequential_cfg(
     ]
 
 
-CFG_MODES: dict[str, CfgMode] = {"batch": batched_cfg, "sequence": sequential_cfg}
+CFG_MODES: dict[str, CfgMode] = {"batched": batched_cfg, "sequential": sequential_cfg}
 
 
 def _branch_conditions(

@@ -124,7 +124,7 @@ def sample_windows(
     noise: Tensor,
     *,
     negative: Tensor | None = None,
-    branches: str = "batch",
+    cfg: str = "batched",
     conditions_of: Callable[[Conditions, int, int], Conditions] = window_conditions,
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
@@ -132,7 +132,7 @@ def sample_windows(
     """Return latents [B, C, F, H, W] from noise of that shape; the network runs in `dtype`.
 
     There is one window if the clip is not longer.  `negative` [1, L, D] are the states of the
-    negative text; `branches` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
+    negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
     of latent frames [start, stop).
     """
     geometry = WAN._replace(time_stride=conditions.known.shape[1])
@@ -141,7 +141,7 @@ def sample_windows(
     velocities = [
         guided_velocity(
             branch_of(net, f"window {start}"), conditions_of(conditions, start, stop),
-            config, negative, branches,
+            config, negative, cfg,
         )
         for start, stop in spans
     ]  # fmt: skip

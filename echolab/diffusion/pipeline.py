@@ -124,11 +124,11 @@ def sampler_timesteps(config: SamplerConfig) -> Tensor:
 
 
 def guided_velocity(
-    net: Net, conditions: Conditions, config: SamplerConfig, negative: Tensor | None, branches: str
+    net: Net, conditions: Conditions, config: SamplerConfig, negative: Tensor | None, cfg: str
 ) -> VelocityFunction:
     """Return the guided velocity by `config`; `negative` [1, L, D] are its negative text's states.
 
-    `branches` is a key of `guidance.CFG_MODES`.
+    `cfg` is a key of `guidance.CFG_MODES`.
     """
     # Scales by step: constant, or falling to their half.
     sigmas, steps = sampler_sigmas(config), config.num_steps
@@ -142,7 +142,7 @@ def guided_velocity(
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
     return guided(
         net, conditions, text_negative=texts, text_scale=text, audio_scale=audio,
-        cfg=CFG_MODES[branches], timestep_fn=TIMESTEPS[config.timesteps],
+        cfg=CFG_MODES[cfg], timestep_fn=TIMESTEPS[config.timesteps],
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ class StepCached:
         return StepCached(self.net, self.blocks, self.memories, f"{self.name}/{name}")
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        # The step is found by its timestep: a solver may call the network in any order.
+        # The step is determined by its timestep: a solver may call the network in any order.
         levels = self.blocks.plan.timesteps
         self.blocks.step = int((levels - timesteps[0].cpu()).abs().argmin())
         self.blocks.memory = self.memories.setdefault(self.name, Memory())

@@ -54,7 +54,6 @@ from echolab.training.engine.sequence_parallel import SequenceSplit
 
 MIN_FRAMES = 5
 RATE_HZ = 16_000
-CFG = {"batched": "batch", "sequential": "sequence"}  # to keys of guidance.CFG_MODES
 
 
 class Models(NamedTuple):
@@ -216,7 +215,7 @@ def generate(
     # Denoise and decode.
     coefficients = IDENTITY if arguments.model is None else WAN_1B3
     renderer = Renderer(
-        models.net.to(device), models.encoders, recipe, CFG[arguments.cfg], arguments.seed,
+        models.net.to(device), models.encoders, recipe, arguments.cfg, arguments.seed,
         arguments.teacache_threshold, coefficients, device, work_dtype(device),
     )  # fmt: skip
     with progress("generating", steps_of(rendered_frames, recipe, long_video)) as advance:

@@ -39,7 +39,7 @@ class Renderer(NamedTuple):
     net: nn.Module
     encoders: Encoders
     recipe: SamplerConfig
-    branches: str  # of guidance.CFG_MODES
+    cfg: str  # of guidance.CFG_MODES
     seed: int
     cache: float  # TeaCache threshold; 0 is none
     coefficients: Sequence[float] = WAN_1B3
@@ -112,7 +112,7 @@ def render_part(
         latents = sample_windows(
             net, conditions, recipe, noise.to(renderer.device), negative=negative,
             conditions_of=clip_conditions if recipe.by_clip else window_conditions,
-            branches=renderer.branches, dtype=renderer.dtype, on_step=lambda step, _: on_step(step),
+            cfg=renderer.cfg, dtype=renderer.dtype, on_step=lambda step, _: on_step(step),
         )  # fmt: skip
     with torch.no_grad():
         return renderer.encoders.video.decode(latents.float().cpu())[0]
