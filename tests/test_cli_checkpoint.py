@@ -116,4 +116,4 @@ def test_a_folder_without_any_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{tmp_path}: no checkpoint there" in error and error.count("\n") == 1
     shutil.rmtree(tmp_path)
     assert main(["checkpoint", "look", "x"]) == 1
-    assert "one of inspect, verify, diff" in capsys.readouterr().err
+    assert "use inspect, verify, diff" in capsys.readouterr().err

@@ -154,7 +154,7 @@ MACHINE = Machine(
 )
 
 
-def test_a_plan_is_compared_with_what_was_asked_for() -> None:
+def test_a_plan_is_compared_with_the_settings() -> None:
     asked = expected_plan(MACHINE, accumulation=3, clip=1.0, blocks=2)
     check(PLAN, asked)
     wrong = {

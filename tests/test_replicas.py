@@ -161,7 +161,7 @@ def test_a_reference_is_read_again_after_a_rollback(
             assert part == "ema"
             return dict(tiny.net().named_parameters())
 
-    monkeypatch.setattr("echolab.training.callbacks.reference_model.open_alike", Saved)
+    monkeypatch.setattr("echolab.training.callbacks.reference_model.open_on_all_ranks", Saved)
     reference = Frozen(tiny.net())
     watched: list[bool] = []
     config = SimpleNamespace(
