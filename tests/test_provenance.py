@@ -68,7 +68,7 @@ def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
 def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
     """All that meet in a run, by ONE but for what is `changed`."""
     names = {"data.clips": "clips", "data.val_clips": "held", "data.pairs": "pairs",
-             "initial": "run", "reference": "run"}  # fmt: skip
+             "init_from": "run", "ref_model": "run"}  # fmt: skip
     return {
         setting: made[f"{changed.get(setting.removeprefix('data.'), 'one')}/{kind}"]
         for setting, kind in names.items()
@@ -82,9 +82,9 @@ def test_what_one_network_made_meets(made: dict[str, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("what", "encoder"),
     [
-        *((what, name) for what in ("held_out", "pairs") for name in ONE),
-        ("initial", "video"),
-        ("reference", "video"),
+        *((what, name) for what in ("val_clips", "pairs") for name in ONE),
+        ("init_from", "video"),
+        ("ref_model", "video"),
     ],
 )
 def test_what_different_networks_made_does_not(
