@@ -220,7 +220,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "drawn"
     steps: list[tuple[list[str], str, list[str]]] = [
         (["data", "verifi", "x"], "verify", ["data", "verify", str(data)]),
-        (["data", "verify", str(data), "workers=0"], "must be 1 or more",
+        (["data", "verify", str(data), "workers=0"], "at least 1",
          ["data", "verify", str(data), "workers=1"]),
         (["data", "shuffle-report", str(data), "epochs=1"], "at least 2",
          ["data", "shuffle-report", str(data), "epochs=2"]),

@@ -320,7 +320,7 @@ def test_no_false_alarm_on_tars_of_others(tmp_path: Path, form: str) -> None:
 
 def test_the_command_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}: whole\n"
+    assert capsys.readouterr().out == f"{folder}: complete\n"
     path = folder / "raw-000001.tar"
     path.write_bytes(path.read_bytes()[:1024])
     assert main(["data", "verify", str(folder), "workers=2"]) == 1
