@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> small_run.SmallRun:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """A drawn talker's first frame, 1.7 s of its voice, and where its face is."""
+    """Return a talker's first frame, 1.7 s of its voice, and its face box."""
     folder, drawn = tmp_path_factory.mktemp("talker"), draw_talker(5, 0, frames=45)
     Image.fromarray(drawn.frames[0]).save(folder / "talker.png")
     soundfile.write(folder / "talker.wav", drawn.samples[: int(1.7 * 16_000)], 16_000)
@@ -64,7 +64,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 
 def words_for(task: str, given: Given) -> list[str]:
-    """What a task is given, by name."""
+    """Return the input arguments of a task."""
     audio, face = f"audio={given.audio}", f"face={given.face}"
     words = {
         "t2v": [],
@@ -93,9 +93,9 @@ def test_the_video_has_the_audio_and_its_length(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    picture, voice, face = talker
+    image, voice, face = talker
     out = tmp_path / "talking.mp4"
-    words = (f"image={picture}", f"audio={voice}", f"out={out}", f"face={face}", "format=json")
+    words = (f"image={image}", f"audio={voice}", f"out={out}", f"face={face}", "format=json")
     assert generate(made, *words) == 0
     assert json.loads(capsys.readouterr().out)["frames"] == 42  # 1.7 s at 25 frames a second
     with av.open(str(out)) as video:
@@ -109,8 +109,8 @@ def test_the_video_has_the_audio_and_its_length(
 def test_the_same_seed_gives_the_same_video(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
-    picture, voice, face = talker
-    words = (f"image={picture}", f"audio={voice}", f"face={face}", "seconds=0.5")
+    image, voice, face = talker
+    words = (f"image={image}", f"audio={voice}", f"face={face}", "seconds=0.5")
     for name in ("a.mp4", "b.mp4"):
         assert generate(made, *words, f"out={tmp_path / name}") == 0
     assert generate(made, *words, f"out={tmp_path / 'c.mp4'}", "seed=1") == 0
@@ -208,7 +208,7 @@ def test_every_sampling_argument_changes_the_video(
 )
 def test_arguments_that_do_not_go_together_give_one_line(
     made: small_run.SmallRun, given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    task: str, change: str, told: str,
+    task: str, change: str, message: str,
 ) -> None:  # fmt: skip
     wide = tmp_path / "wide.png"
     Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(wide)
@@ -216,14 +216,14 @@ def test_arguments_that_do_not_go_together_give_one_line(
     words = dict(word.split("=", 1) for word in words_for(task, given))
     words |= {"seconds": "0.4"} if task == "t2v" else {}
     words[key] = value.format(source=given.source, audio=given.audio, wide=wide)
-    if told.endswith("need 46"):
+    if message.endswith("need 46"):
         long = tmp_path / "long.wav"
         soundfile.write(long, np.zeros(46 * 640), 16_000)
         words["audio"] = str(long)
     said = [f"{name}={word}" for name, word in words.items() if word]
     assert generate(made, *said, f"out={tmp_path / 'v.mp4'}") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("echolab: error:") and told in line
+    assert line.startswith("echolab: error:") and message in line
     assert not (tmp_path / "v.mp4").exists()
 
 
@@ -245,13 +245,13 @@ def test_arguments_that_do_not_go_together_give_one_line(
 )
 def test_bad_input_gives_one_line(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], change: str, told: str,
+    capsys: pytest.CaptureFixture[str], change: str, message: str,
 ) -> None:  # fmt: skip
-    picture, voice, face = talker
-    words = (f"image={picture}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
+    image, voice, face = talker
+    words = (f"image={image}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
     assert generate(made, *words, change) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("echolab: error:") and told in line
+    assert line.startswith("echolab: error:") and message in line
     assert not list(tmp_path.iterdir())
 
 
@@ -261,8 +261,8 @@ def test_another_autoencoder_is_refused(
 ) -> None:  # fmt: skip
     other = tmp_path / "other.safetensors"
     fit_network("autoencoder", load_clips(made.raw), other, steps=1, seed=9)
-    picture, voice, face = talker
-    words = (f"image={picture}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
+    image, voice, face = talker
+    words = (f"image={image}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
     assert generate(made, *words, f"vae={other}") == 1
     assert "trained with the video encoder" in capsys.readouterr().err
 
@@ -277,8 +277,8 @@ def test_a_damaged_checkpoint_is_refused(
         data = bytearray(weights.read_bytes())
         data[len(data) // 2] ^= 1
         weights.write_bytes(data)
-    picture, voice, face = talker
-    words = (f"image={picture}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
+    image, voice, face = talker
+    words = (f"image={image}", f"audio={voice}", f"face={face}", f"out={tmp_path / 'v.mp4'}")
     assert generate(made, *words, f"checkpoint={run}") == 1
     assert "sha256" in capsys.readouterr().err
 
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("name", "faces"), [("hallo3_0001.jpg", 1), ("facenet-pytorch_multiface.jpg", 2)]
 )
-def test_real_pictures(
+def test_real_images(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], media: Path, weights: Path,
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, faces: int,
 ) -> None:  # fmt: skip
@@ -302,7 +302,7 @@ def test_real_pictures(
 
 
 @pytest.mark.media
-def test_a_picture_without_a_face_is_refused(
+def test_an_image_without_a_face_is_refused(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], weights: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -326,23 +326,23 @@ def test_a_picture_without_a_face_is_refused(
 )
 def test_faces_of_real_videos_are_followed(
     made: small_run.SmallRun, given: Given, media: Path, weights: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], task: str, name: str, told: str,
+    capsys: pytest.CaptureFixture[str], task: str, name: str, message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "v.mp4"
     words = (f"source_video={media / 'video' / name}", f"audio={given.audio}", "seconds=0.8")
     code = generate(made, f"task={task}", *words, f"face_models={weights}", f"out={out}")
-    if told:
-        assert code == 1 and told in capsys.readouterr().err and not out.exists()
+    if message:
+        assert code == 1 and message in capsys.readouterr().err and not out.exists()
     else:
         assert code == 0 and frames_in(out).shape == (20, 64, 64, 3)
 
 
 @pytest.mark.parametrize("long", ["joint", "chunked"])
 @pytest.mark.parametrize("task", ["lip_sync", "avatar_sync"])
-def test_what_lies_outside_of_a_local_task_is_the_source(
+def test_pixels_outside_of_a_local_task_are_the_source_s(
     made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, long: str
 ) -> None:
-    """But for the codec; without pasting it is what the network made of it."""
+    """Compare up to the codec; without pasting the network's pixels differ."""
     source = frames_in(given.source)[:37].astype(int)
     errors = []
     for paste in ("true", "false"):

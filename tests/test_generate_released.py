@@ -32,7 +32,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoders, a portrait and 1 s of speech; a file of weights for each model."""
+    """Write encoders, a portrait and 1 s of speech."""
     root, drawn = tmp_path_factory.mktemp("models") / "fun", draw_talker(5, 0, frames=30)
     released.write_release(root)
     released.write_base_960h(root / "wav2vec2-base-960h")
@@ -109,9 +109,9 @@ def test_wan_generates_from_a_prompt_alone(folder: Path, tmp_path: Path) -> None
 )
 def test_a_task_that_a_model_lacks_gives_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    model: str, more: tuple[str, ...], told: str,
+    model: str, more: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "v.mp4"
     assert main(words(folder, model, out, *(word.format(folder) for word in more))) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("echolab: error:") and told in line and not out.exists()
+    assert line.startswith("echolab: error:") and message in line and not out.exists()

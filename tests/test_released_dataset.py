@@ -51,7 +51,7 @@ def command(world: Path, out: Path, *more: str) -> list[str]:
     ("audio", "speech", "shape"),
     [("base", "preview", (2 * FRAMES, 16)), ("chinese", "flash", (FRAMES, 12, 16))],
 )
-def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
+def test_a_dataset_holds_the_output_of_each_encoder(
     world: Path, tmp_path: Path, audio: str, speech: str, shape: tuple[int, ...]
 ) -> None:
     encoders = made(world, audio=audio, speech=speech)
@@ -78,18 +78,18 @@ def test_the_command_and_its_summary(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert encode_action(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["clips"] == CLIPS and told["encoders"]["text"].endswith(" cleaned")
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["clips"] == CLIPS and summary["encoders"]["text"].endswith(" cleaned")
     assert open_dataset(tmp_path / "out").description["dtype"] == "fp32"
     with pytest.raises(DataError, match="already holds a dataset"):
         encode_action(command(world, tmp_path / "out"))
 
 
-def test_a_stopped_command_goes_on_where_it_was(
+def test_a_stopped_command_resumes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert encode_action(command(world, whole)) == 0
+    complete, out = tmp_path / "whole", tmp_path / "out"
+    assert encode_action(command(world, complete)) == 0
     calls: list[str] = []
 
     def watched(stop_in: str | None) -> None:
@@ -117,10 +117,10 @@ def test_a_stopped_command_goes_on_where_it_was(
     watched(stop_in=None)
     assert encode_action(command(world, out)) == 0
     assert calls == ["audio"] * CLIPS + ["video"] * CLIPS
-    assert open_dataset(out).fingerprint == open_dataset(whole).fingerprint
+    assert open_dataset(out).fingerprint == open_dataset(complete).fingerprint
 
 
-def test_leftovers_of_another_command_are_not_taken_up(world: Path, tmp_path: Path) -> None:
+def test_leftovers_of_another_command_are_not_used(world: Path, tmp_path: Path) -> None:
     one, other = made(world), made(world, audio="chinese", speech="flash")
     dataset = open_raw(world / "raw")
     names = {
@@ -195,7 +195,7 @@ def test_fingerprints_follow_the_files_alone(world: Path, tmp_path: Path) -> Non
     assert again["text"].split()[0] == one["text"].split()[0] and cleaned is not as_written
 
 
-def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_path: Path) -> None:
+def test_both_layouts_work_and_a_missing_part_is_named(world: Path, tmp_path: Path) -> None:
     release = find_released(world / "release", world / "base")
     assert release.video.name == "Wan2.1_VAE.pth" and release.tokenizer.name == "umt5-xxl"
     pipeline = find_released(world / "pipeline", world / "base")
@@ -210,12 +210,12 @@ def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_pat
         partial = tmp_path / part
         released.write_release(partial)
         (partial / name).unlink()
-        with pytest.raises(WeightsError, match=f"no {part} .*need one of {name}") as told:
+        with pytest.raises(WeightsError, match=f"no {part} .*need one of {name}") as summary:
             find_released(partial, world / "base")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(summary.value)
 
 
-def test_options_that_cannot_be(world: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
     raw, out = str(world / "raw"), str(tmp_path / "out")
     with pytest.raises(ConfigError, match="vae=: needed with encoders=demo"):
         encode_action([raw, out])

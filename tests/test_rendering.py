@@ -71,7 +71,7 @@ def encoders(video: Notes) -> Encoders:
     return Encoders(
         video=video,
         text=lambda words: torch.full((2, 4), float(len(words))),
-        image=lambda picture: torch.zeros(3, 4) if picture is None else torch.ones(3, 4),
+        image=lambda reference: torch.zeros(3, 4) if reference is None else torch.ones(3, 4),
         audio=lambda samples, frames: samples[::320][: 2 * frames, None].expand(-1, 4),
         fingerprints={},
     )
@@ -239,7 +239,7 @@ def test_by_clip_encodes_the_audio_of_each_window_alone(
     assert net.received[1].audio[-1, 0, 0] == 32, "latent frame 4 begins with token 32"
 
 
-def test_by_clip_makes_every_window_whole() -> None:
+def test_by_clip_fills_every_window() -> None:
     filled = RECIPE._replace(by_clip=True)
     assert spans_of(21, RECIPE, "joint") == [(0, 5), (4, 6)]
     assert spans_of(21, filled, "joint") == [(0, 5), (4, 9)]

@@ -28,14 +28,14 @@ from echolab.errors import ConfigError, DataError
 
 
 def correlation_at(first: np.ndarray, second: np.ndarray, delay: int) -> float:
-    """Of two curves, the second taken `delay` places later."""
+    """Return the correlation of two curves, the second shifted by `delay`."""
     count = len(first)
     a = first[max(0, -delay) : count - max(0, delay)]
     b = second[max(0, delay) : count - max(0, -delay)]
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def test_a_talker_is_a_pure_function_of_seed_and_number() -> None:
+def test_a_talker_is_a_pure_function_of_seed_and_index() -> None:
     np.random.seed(1)
     one = draw_talker(7, 3, frames=9, size=32)
     np.random.seed(2)
@@ -59,7 +59,7 @@ def test_shapes_and_ranges() -> None:
         assert curve.shape == (13,) and curve.min() >= 0 and curve.max() <= 1
 
 
-def test_the_size_of_the_picture_changes_neither_voice_nor_visemes() -> None:
+def test_the_image_size_changes_neither_voice_nor_visemes() -> None:
     small, large = (draw_talker(2, 5, frames=9, size=size) for size in (32, 64))
     assert np.array_equal(small.samples, large.samples)
     assert np.array_equal(small.opening, large.opening)
@@ -115,13 +115,13 @@ def still(rng: np.random.Generator) -> tuple[Look, Motion]:
 
 @pytest.mark.parametrize("number", range(6))
 def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) -> None:
-    """All that a mouth may change of a picture lies in the box, and reaches near its sides."""
+    """Check that the widest mouth changes pixels of its box alone, and reaches near its sides."""
     look, motion = still(np.random.default_rng(number))
     changed, size = np.zeros((96, 96), bool), 96
     shut, pen = draw_frame(size, look, motion, 4, 0.0, 0.0)
     for opening, width in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
-        picture, pen = draw_frame(size, look, motion, 4, opening, width)
-        changed |= np.abs(picture.astype(int) - shut).max(-1) > 0
+        image, pen = draw_frame(size, look, motion, 4, opening, width)
+        changed |= np.abs(image.astype(int) - shut).max(-1) > 0
     turn = float(motion.turn[4])
     x, y = MOUTH_CENTER
     left, top, right, bottom = box_around(pen, x + turn, y, 0.42, 0.33)
@@ -132,7 +132,7 @@ def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) 
     assert rows.max() - rows.min() > 0.8 * (bottom - top)
 
 
-def test_the_lip_box_lies_in_the_face_box_and_the_face_in_the_picture() -> None:
+def test_the_lip_box_is_in_the_face_box_and_that_in_the_image() -> None:
     for talker in drawn.talkers(16):
         assert np.all(talker.face[:, :2] <= talker.lips[:, :2])
         assert np.all(talker.lips[:, 2:] <= talker.face[:, 2:])
@@ -141,7 +141,7 @@ def test_the_lip_box_lies_in_the_face_box_and_the_face_in_the_picture() -> None:
         assert np.all(sides > 24) and np.all(sides < 64)
 
 
-def test_a_caption_says_what_is_drawn() -> None:
+def test_a_caption_describes_the_talker() -> None:
     captions = {talker.look.caption() for talker in drawn.talkers(16)}
     assert len(captions) > 12
     look = drawn.talkers(16)[0].look
@@ -150,11 +150,11 @@ def test_a_caption_says_what_is_drawn() -> None:
     assert ("glasses" in look.caption()) is look.glasses
 
 
-def test_a_dataset_holds_the_talkers_that_were_drawn(tmp_path: Path) -> None:
+def test_a_dataset_holds_the_drawn_talkers(tmp_path: Path) -> None:
     options = DrawOptions(tmp_path / "one", num_clips=3, seed=9, first=2, frames=9, size=32)
-    told: list[int] = []
-    draw_dataset(options, told.append)
-    assert told == [1, 2, 3]
+    progress: list[int] = []
+    draw_dataset(options, progress.append)
+    assert progress == [1, 2, 3]
     clips = load_clips(options.out)
     assert clips.keys == [f"talker_9_{number:06d}" for number in (2, 3, 4)]
     for place, number in enumerate((2, 3, 4)):
