@@ -8,11 +8,13 @@ until the shards are written from them; so the same command resumes where it was
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from einops import rearrange
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from data_prep.options import EncodeOptions
@@ -28,6 +30,8 @@ from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.fitting import load_net
 from echolab.geometry import WAN
 from echolab.progress import progress
+from echolab.tasks.masks import grey_out, known_pixels, latent_known
+from echolab.tasks.table import KNOWN_TASKS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CLEAN = {"no": as_written, "wan": cleaned}
@@ -41,11 +45,17 @@ def encode_and_report(options: EncodeOptions) -> None:
     """Encode as `options` say and print a summary."""
     if options.encoders == "released":
         encoders = _load_released(options)
-        settings: dict[str, str | bool] = {"dtype": options.dtype, "tiling": options.tiling}
-        clips = encode_in_stages(options.source, options.out, encoders, settings)
     else:
         vae = _required("vae", options.vae, options)
         encoders = demo_encoders(load_net(vae, CausalAutoencoder))
+
+    # Add tasks to an encoded dataset, or encode everything, in stages if the networks are large.
+    if options.encoded is not None:
+        clips = add_tasks(options.source, options.encoded, options.out, encoders)
+    elif options.encoders == "released":
+        settings: dict[str, str | bool] = {"dtype": options.dtype, "tiling": options.tiling}
+        clips = encode_in_stages(options.source, options.out, encoders, settings)
+    else:
         with progress("encoding clips", len(open_dataset(options.source))) as advance:
             clips = encode_dataset(
                 options.source, options.out, encoders, lambda done: advance(done, "")
@@ -184,39 +194,9 @@ def encode_in_stages(
     `settings` are what the values depend on besides the encoders, such as their precision.
     """
     dataset = open_raw(source)
-    make_folder(out)
-    with exclusive(out):
-        if (out / INDEX).exists():
-            raise DataError(f"{out}: already holds a dataset; choose another folder")
-        _encode_in_stages(dataset, out, encoders, settings)
-    return len(dataset)
-
-
-def _encode_in_stages(
-    dataset: ShardDataset, out: Path, encoders: Encoders, settings: dict[str, str | bool]
-) -> None:
-    """Run all stages, then write the shards from their files and remove these."""
-    work = out / WORK / _work_name(dataset, encoders, settings)
-    for name, stage in stages_of(encoders).items():
-        _run_stage(dataset, work / name, stage, f"encoding {name}")
     description = {"source": dataset.fingerprint, **settings}
-    with (
-        ShardWriter(
-            out,
-            kind="encoded",
-            encoders=encoders.fingerprints,
-            geometry=encoders.geometry,
-            description=description,
-        ) as writer,
-        progress("writing shards", len(dataset)) as advance,
-    ):
-        for i, key in enumerate(dataset.keys):
-            tensors: dict[str, Tensor] = {}
-            for name in stages_of(encoders):
-                tensors |= load_file(_file(work / name, key))
-            writer.write(key, {"safetensors": save(tensors), "json": dataset.read(i)["json"]})
-            advance(i + 1, "")
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    _run_stages(dataset, out, stages_of(encoders), encoders, description)
+    return len(dataset)
 
 
 def stages_of(encoders: Encoders) -> dict[str, Stage]:
@@ -231,6 +211,81 @@ def stages_of(encoders: Encoders) -> dict[str, Stage]:
         "audio": audio,
         "video": lambda members: encode_pixels(encoders, pixels_of(members), *boxes_of(members)),
     }
+
+
+def add_tasks(source: Path, encoded: Path, out: Path, encoders: Encoders) -> int:
+    """Copy the dataset `encoded` of `source` to `out`, adding known latents of missing tasks.
+
+    Only the video encoder runs.  Return the number of samples.  Raise DataError if `encoded` is of
+    another source, of other encoders, or lacks no task.
+    """
+    dataset, base = open_raw(source), open_dataset(encoded)
+    if base.kind != "encoded" or base.description.get("source") != dataset.fingerprint:
+        raise DataError(f"encoded={encoded}: was not encoded from {source}; give its own source")
+    if base.encoders != encoders.fingerprints:
+        raise DataError(f"encoded={encoded}: is of other encoders; give those it was made with")
+    present = load(base.read(0)["safetensors"])
+    missing = [task for task in KNOWN_TASKS if f"known_latents.{task}" not in present]
+    if not missing:
+        raise DataError(f"encoded={encoded}: has the known latents of all tasks; use it as it is")
+
+    def known(members: Members) -> dict[str, Tensor]:
+        return encode_known(encoders, missing, pixels_of(members), *boxes_of(members))
+
+    description = {**base.description, "added_tasks": missing}
+    _run_stages(dataset, out, {"known": known}, encoders, description, base)
+    return len(dataset)
+
+
+@torch.no_grad()
+def encode_known(
+    encoders: Encoders, tasks: Sequence[str], pixels: Tensor, face: Tensor, lips: Tensor
+) -> dict[str, Tensor]:
+    """Return mask and known latents of some tasks, for pixels [3, T, Y, X] and boxes [T, 4]."""
+    _, frames, height, width = pixels.shape
+    tensors = {}
+    for task in tasks:
+        known = known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
+        masked = rearrange(grey_out(rearrange(pixels, "c t y x -> t c y x"), known),
+                           "t c y x -> 1 c t y x")  # fmt: skip
+        tensors[f"known.{task}"] = latent_known(known, encoders.geometry)
+        tensors[f"known_latents.{task}"] = encoders.video.encode(masked)[0]
+    return tensors
+
+
+def _run_stages(
+    dataset: ShardDataset,
+    out: Path,
+    stages: Mapping[str, Stage],
+    encoders: Encoders,
+    description: dict[str, Any],
+    base: ShardDataset | None = None,
+) -> None:
+    """Run all stages, then write the shards from their files, and from `base`; remove the files."""
+    make_folder(out)
+    with exclusive(out):
+        if (out / INDEX).exists():
+            raise DataError(f"{out}: already holds a dataset; choose another folder")
+        work = out / WORK / _work_name(dataset, encoders, description)
+        for name, stage in stages.items():
+            _run_stage(dataset, work / name, stage, f"encoding {name}")
+        with (
+            ShardWriter(
+                out,
+                kind="encoded",
+                encoders=encoders.fingerprints,
+                geometry=encoders.geometry,
+                description=description,
+            ) as writer,
+            progress("writing shards", len(dataset)) as advance,
+        ):
+            for i, key in enumerate(dataset.keys):
+                tensors = load(base.read(i)["safetensors"]) if base else {}
+                for name in stages:
+                    tensors |= load_file(_file(work / name, key))
+                writer.write(key, {"safetensors": save(tensors), "json": dataset.read(i)["json"]})
+                advance(i + 1, "")
+        shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def _run_stage(dataset: ShardDataset, folder: Path, stage: Stage, title: str) -> None:
@@ -252,7 +307,7 @@ def _file(folder: Path, key: str) -> Path:
     return folder / f"{key}.safetensors"
 
 
-def _work_name(dataset: ShardDataset, encoders: Encoders, settings: dict[str, str | bool]) -> str:
+def _work_name(dataset: ShardDataset, encoders: Encoders, description: Mapping[str, Any]) -> str:
     """Return a hash of all that the values depend on: leftovers of other commands are not used."""
-    content = [dataset.fingerprint, encoders.fingerprints, settings]
+    content = [dataset.fingerprint, encoders.fingerprints, description]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]

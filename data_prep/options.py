@@ -114,6 +114,10 @@ class EncodeOptions:
 
     source: Path = argument("raw dataset", section="Files")
     out: Path = argument("new dataset folder")
+    encoded: Path | None = argument(
+        "encoded dataset of the same source: copy it, and add the known latents of tasks that it "
+        "lacks", None,
+    )  # fmt: skip
     format: Literal["text", "json"] = argument("summary format", "text")
 
     encoders: Literal["demo", "released"] = argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import released
 import torch
+from safetensors.torch import load, save
 
 from data_prep import encode
 from data_prep.__main__ import encode as encode_action
@@ -14,6 +15,7 @@ from data_prep.encode import audio_of, boxes_of, caption_of, open_raw, pixels_of
 from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders.encode import Encoders, encode_clip
 from echolab.encoders.loading import Resident, find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
@@ -118,6 +120,64 @@ def test_a_stopped_command_resumes(
     assert encode_action(command(world, out)) == 0
     assert calls == ["audio"] * CLIPS + ["video"] * CLIPS
     assert open_dataset(out).fingerprint == open_dataset(complete).fingerprint
+
+
+def without_tasks(complete: Path, out: Path, tasks: tuple[str, ...]) -> Path:
+    """Copy an encoded dataset without the known latents of some tasks."""
+    dataset = open_dataset(complete)
+    with ShardWriter(
+        out, kind="encoded", encoders=dataset.encoders, description=dataset.description
+    ) as writer:
+        for i, key in enumerate(dataset.keys):
+            members = dataset.read(i)
+            tensors = load(members["safetensors"])
+            kept = {n: t for n, t in tensors.items() if n.partition(".")[2] not in tasks}
+            writer.write(key, {"safetensors": save(kept), "json": members["json"]})
+    return out
+
+
+def test_a_new_task_is_added_without_encoding_the_rest_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ("flf2v", "lip_sync")
+    assert encode_action(command(world, tmp_path / "complete")) == 0
+    old = without_tasks(tmp_path / "complete", tmp_path / "old", tasks)
+    stages: list[str] = []
+    original = encode._run_stage
+
+    def watched(dataset: object, folder: Path, stage: encode.Stage, title: str) -> None:
+        stages.append(title)
+        original(dataset, folder, stage, title)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encode, "_run_stage", watched)
+    assert encode_action(command(world, tmp_path / "new", f"encoded={old}")) == 0
+    assert stages == ["encoding known"]
+    complete, new = open_dataset(tmp_path / "complete"), open_dataset(tmp_path / "new")
+    assert new.keys == complete.keys and new.description["added_tasks"] == list(tasks)
+    for i in range(CLIPS):
+        expected, tensors = (load(d.read(i)["safetensors"]) for d in (complete, new))
+        assert tensors.keys() == expected.keys()
+        torch.testing.assert_close(tensors, expected)
+        kept = [name for name in expected if name.partition(".")[2] not in tasks]
+        assert all(torch.equal(tensors[name], expected[name]) for name in kept)
+
+
+def test_tasks_are_added_to_a_dataset_of_the_same_source_and_encoders_alone(
+    world: Path, tmp_path: Path
+) -> None:
+    assert encode_action(command(world, tmp_path / "complete")) == 0
+    with pytest.raises(DataError, match="has the known latents of all tasks"):
+        encode_action(command(world, tmp_path / "new", f"encoded={tmp_path / 'complete'}"))
+    old = without_tasks(tmp_path / "complete", tmp_path / "old", ("i2v",))
+    with pytest.raises(DataError, match="is of other encoders"):
+        encode_action(command(world, tmp_path / "new", f"encoded={old}", "clean=wan"))
+    draw_dataset(
+        DrawOptions(tmp_path / "raw", num_clips=1, seed=9, frames=FRAMES, size=SIZE),
+        lambda done: None,
+    )
+    with pytest.raises(DataError, match="was not encoded from"):
+        encode.add_tasks(tmp_path / "raw", old, tmp_path / "new", made(world))
+    assert not (tmp_path / "new" / "dataset.json").exists()
 
 
 def test_leftovers_of_another_command_are_not_used(world: Path, tmp_path: Path) -> None:
