@@ -181,7 +181,7 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
     assert main(["replay", str(folder), "step=5"]) == 0
     said = capsys.readouterr().out
     assert (
-        "step 4 (sft): loss nan is not finite, here as in the run; clips of its sft batch 4" in said
+        "step 4 (sft): loss nan is not finite, as in the run; clips of its sft batch 4" in said
     )
     assert said.count("clip-") == 2 and "replay" not in said
     assert main(["replay", str(folder), "step=5", "format=json"]) == 0
@@ -227,7 +227,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["fit", "autoencoder", str(data), f"out={data}"], "is a folder; name a file in it",
          ["fit", "autoencoder", str(data), f"out={data / 'net.safetensors'}", "steps=1"]),
         (["estimate", "model=nothing"], "one of demo", ["estimate", "model=demo"]),
-        (["estimate", "demo", "frames=8"], "must be 4n + 1", ["estimate", "demo", "frames=9"]),
+        (["estimate", "demo", "frames=8"], "must be 4n+1", ["estimate", "demo", "frames=9"]),
     ]  # fmt: skip
     from data_prep.__main__ import main as prepare
 
