@@ -30,7 +30,7 @@ from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.fitting import load_net
 from echolab.geometry import WAN
 from echolab.progress import progress
-from echolab.tasks.masks import grey_out, known_pixels, latent_known
+from echolab.tasks.masks import gray_out, known_pixels, latent_known
 from echolab.tasks.table import KNOWN_TASKS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -246,7 +246,7 @@ def encode_known(
     tensors = {}
     for task in tasks:
         known = known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
-        masked = rearrange(grey_out(rearrange(pixels, "c t y x -> t c y x"), known),
+        masked = rearrange(gray_out(rearrange(pixels, "c t y x -> t c y x"), known),
                            "t c y x -> 1 c t y x")  # fmt: skip
         tensors[f"known.{task}"] = latent_known(known, encoders.geometry)
         tensors[f"known_latents.{task}"] = encoders.video.encode(masked)[0]

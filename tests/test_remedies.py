@@ -180,9 +180,7 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
     # Replay names the clips, and does not say again what sent the user there.
     assert main(["replay", str(folder), "step=5"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "step 4 (sft): loss nan is not finite, as in the run; clips of its sft batch 4" in said
-    )
+    assert "step 4 (sft): loss nan is not finite, as in the run; clips of its sft batch 4" in said
     assert said.count("clip-") == 2 and "replay" not in said
     assert main(["replay", str(folder), "step=5", "format=json"]) == 0
     found = json.loads(capsys.readouterr().out)
