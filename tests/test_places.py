@@ -17,18 +17,18 @@ from echolab.errors import ConfigError
     [("file/x", False), ("file/x", True), ("file/deep/x", True), ("folder", False),
      ("file", True), ("y" * 250, False), ("/proc/none/x", False), ("/dev/null/x", True)],
 )  # fmt: skip
-def test_what_cannot_be_written_is_refused(tmp_path: Path, where: str, folder: bool) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, where: str, folder: bool) -> None:
     (tmp_path / "file").write_bytes(b"kept")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         prove_writable(tmp_path / where, folder=folder)
-    assert str(told.value).startswith(f"{tmp_path / where}: ") and "\n" not in str(told.value)
+    assert str(raised.value).startswith(f"{tmp_path / where}: ") and "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_place_is_made_and_left_empty(tmp_path: Path, folder: bool) -> None:
+def test_a_folder_is_created_and_left_empty(tmp_path: Path, folder: bool) -> None:
     out = tmp_path / "a/b/c"
     prove_writable(out, folder=folder)
     assert (tmp_path / "a/b").is_dir() and not os.listdir(tmp_path / "a/b")
@@ -51,7 +51,7 @@ COMMANDS: list[tuple[Callable[[list[str]], int], list[str]]] = [
 
 
 @pytest.mark.parametrize(("command", "words"), COMMANDS, ids=[words[0] for _, words in COMMANDS])
-def test_every_command_tries_its_place_first(
+def test_every_command_checks_its_output_path_first(
     command: Callable[[list[str]], int], words: list[str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -56,7 +56,7 @@ def data_of(feed: Feed) -> dict[str, Any]:
     return {"clips": _listed(feed.clips), "pairs": _listed(feed.pairs)}
 
 
-def _listed(stock: DatasetMixture | None) -> list[list[str]]:
+def _listed(stock: Stock | None) -> list[list[str]]:
     return [
         [dataset.fingerprint, dataset.keys_digest, source.named]
         for dataset, source in (
