@@ -69,7 +69,8 @@ def schemas() -> dict[str, type]:
     for path in sorted([*ROOT.glob("echolab/**/*.py"), *ROOT.glob("data_prep/**/*.py")]):
         tree = ast.parse(path.read_text())
         imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-        if not any(n.module == "echolab.arguments" for n in imports):
+        names = {a.name for n in imports if n.module == "echolab.arguments" for a in n.names}
+        if "parse" not in names:
             continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(tree):

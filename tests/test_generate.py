@@ -184,7 +184,7 @@ def test_every_sampling_argument_changes_the_video(
 
 
 @pytest.mark.parametrize(
-    ("task", "change", "told"),
+    ("task", "change", "message"),
     [
         ("flf2v", "last_image=", "task=flf2v: needs last_image="),
         ("lip_sync", "source_video=", "task=lip_sync: needs source_video="),
@@ -228,7 +228,7 @@ def test_arguments_that_do_not_go_together_give_one_line(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("image=nothing.png", "nothing.png"),
         ("audio=nothing.wav", "nothing.wav"),
@@ -316,7 +316,7 @@ def test_an_image_without_a_face_is_refused(
 
 @pytest.mark.media
 @pytest.mark.parametrize(
-    ("task", "name", "told"),
+    ("task", "name", "message"),
     [
         ("lip_sync", "th_infinitetalk.mp4", ""),
         ("avatar_sync", "hb_wan_animate.mp4", ""),

@@ -100,7 +100,7 @@ def test_wan_generates_from_a_prompt_alone(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("model", "more", "told"),
+    ("model", "more", "message"),
     [
         ("wan_t2v_1b3", SPEAK, "takes no known pixels, task=i2v"),
         ("wan_fun_inp_1b3", SPEAK, "takes no audio"),
