@@ -35,7 +35,7 @@ def command_lines() -> list[list[str]]:
     for name, command in COMMANDS.items():
         actions = getattr(importlib.import_module(command.module), "ACTIONS", None)
         lines += [[name, action] for action in actions] if actions else [[name]]
-    return lines
+    return [words for words in lines if words[-1] != "shuffle-report"]  # which is to go
 
 
 def run(module: str, words: list[str]) -> tuple[int, list[str], str]:
