@@ -26,7 +26,7 @@ from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates
 from echolab.preference.judge import Verdict, best_and_worst, judge, totals
-from echolab.preference.pack import ELSEWHERE, append_verdicts, pack_pairs, read_verdicts
+from echolab.preference.pack import BACKGROUND_WEIGHT, append_verdicts, pack_pairs, read_verdicts
 
 PROMPTS, CANDIDATES = 3, 3
 
@@ -198,7 +198,9 @@ def test_pairs_are_packed_whole_and_read_back(
         assert torch.equal(pair.conditions.known, own["known.i2v"])
         assert torch.equal(pair.conditions.known_latents, own["known_latents.i2v"])
         stored, about = read_tensors(pairs, i)
-        torch.testing.assert_close(stored["weight"], own["lips"] + ELSEWHERE, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            stored["weight"], own["lips"] + BACKGROUND_WEIGHT, rtol=1e-3, atol=1e-3
+        )
         assert about["chosen"]["candidate"] == best and about["rejected"]["sync"] == 0  # type: ignore[index]
         assert float(pair.weight.mean()) == pytest.approx(1, rel=1e-5)
 
@@ -223,7 +225,9 @@ def test_candidates_without_verdicts_or_prompts_leave_no_dataset(
     dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
     few = verdicts_of(dataset, [[0, 4, 9], [9]])
-    with pytest.raises(DataError, match=f"{dataset.keys[1]} has 3 candidates and not two verdicts"):
+    with pytest.raises(
+        DataError, match=f"{dataset.keys[1]} has 3 candidates and less than two verdicts"
+    ):
         pack_pairs(candidates, few, dataset, tmp_path / "out", least_margin=0.1)
     for path in candidates.iterdir():
         path.unlink()

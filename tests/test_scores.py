@@ -15,15 +15,13 @@ from echolab.metrics.demo_networks import (
     ClipFeatures,
     FrameFeatures,
     SyncNetDemo,
+    contrastive_loss,
     correlation,
     crop_lips,
-    mouth_darkness,
-)
-from echolab.metrics.demo_networks_training import (
-    contrast,
     fit_clip_features,
     fit_frame_features,
     fit_sync,
+    mouth_darkness,
     talker_labels,
 )
 from echolab.metrics.scores import (
@@ -111,11 +109,11 @@ def test_contrast_is_least_where_each_window_finds_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     lips = torch.nn.functional.normalize(torch.randn(3, 10, 32, generator=generator), dim=-1)
     sharp = torch.tensor(50.0)
-    own = contrast(lips, lips, sharp)
+    own = contrastive_loss(lips, lips, sharp)
     assert own < 0.01
-    assert contrast(lips, lips.roll(1, 1), sharp) > own + 1  # other windows of the clip
-    assert contrast(lips, lips.roll(1, 0), sharp) > own + 1  # other clips
-    torch.testing.assert_close(contrast(lips, 2 * lips, sharp / 2), own)
+    assert contrastive_loss(lips, lips.roll(1, 1), sharp) > own + 1  # other windows of the clip
+    assert contrastive_loss(lips, lips.roll(1, 0), sharp) > own + 1  # other clips
+    torch.testing.assert_close(contrastive_loss(lips, 2 * lips, sharp / 2), own)
 
 
 def test_a_syncnet_of_a_few_steps_already_hears(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -53,6 +54,26 @@ def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[i
 def expected(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Without a tracker."""
     return trained(tmp_path_factory.mktemp("without") / "run", settings, "none")
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero1"])
+def test_a_rank_without_a_tracker_imports_neither_wandb_nor_trl(
+    tmp_path: Path, strategy: str
+) -> None:
+    """A real rank, through all kinds of epochs; Python itself lists what it imports."""
+    clips, pairs = encoded.write(tmp_path / "encoded")
+    settings = [
+        *encoded.SETTINGS, encoded.plan(("sft", 1), ("ndpo", 1), ("dpo", 1)),
+        f"data.clips={clips}", f"data.pairs={pairs}", f"run_dir={tmp_path / 'run'}", "logger=none",
+        f"trainer.strategy={strategy}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "echolab.cli", "train", *settings]
+    env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    packages = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+    assert done.returncode == DONE, done.stderr
+    assert {"torch", "lightning_fabric"} <= packages and not packages & {"wandb", "trl"}
 
 
 def killed(number: int, section: str) -> Fault:
@@ -125,7 +146,7 @@ FAULTS: dict[str, tuple[Fault, bool, str]] = {  # fault, whether wandb has all, 
     "no server": (without_server(closed_port), True, "recorded offline instead, `wandb sync"),
     "silent server": (without_server(never_answers), True, "recorded offline instead, `wandb sync"),
     "wrong key": (wrong_key, True, "recorded offline instead, `wandb sync"),
-    "full disk": (full_disk, False, "records are missing there"),
+    "full disk": (full_disk, False, "records are missing"),
 }
 
 
@@ -146,7 +167,7 @@ def test_it_trains_saves_and_ends_as_without(
         assert found == expected and found[0] == DONE
         rows = rows_of(run) if complete else []
     told = [line for line in capfd.readouterr().err.splitlines() if "echolab: wandb" in line]
-    assert len(told) == bool(said) and all("metrics.jsonl has every number" in t for t in told)
+    assert len(told) == bool(said) and all("metrics.jsonl has all values" in t for t in told)
     if "server" in name and "not finished" in told[0]:  # the machine was too busy
         return
     assert all(said in line for line in told), told

@@ -11,7 +11,7 @@ from echolab.atomic_io import prove_writable
 from echolab.errors import DataError
 from echolab.tasks.table import TASK_TABLE
 from echolab.tracking.metrics import read_metrics
-from echolab.tracking.report import Video, checked, inside, write_again, write_report
+from echolab.tracking.report import Video, inside, validated_scores, write_again, write_report
 from echolab.tracking.score_table import CHECKPOINTS
 
 METRICS = ("metrics.jsonl", "*/metrics.jsonl", "*/*/metrics.jsonl")
@@ -143,7 +143,7 @@ def _scores(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return checked(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        return validated_scores(json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a table of scores ({error}); score the run again") from error
 

@@ -23,7 +23,6 @@ from echolab.diffusion.phases import (
     PhaseSchedule,
     without_dropout,
 )
-from echolab.preference.settings import PreferenceSettings, checked
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
@@ -73,17 +72,6 @@ def schedule_from(config: Mapping[str, Any]) -> Schedule:
     )
 
 
-def preference_from(config: Mapping[str, Any]) -> PreferenceSettings:
-    """Return the settings of the preference losses, from conf/objective."""
-    return PreferenceSettings(
-        beta=config["beta"],
-        loss_type=config["loss_type"],
-        label_smoothing=config["label_smoothing"],
-        sft_weight=config["sft_weight"],
-        target_grad_factor=config["target_grad_factor"],
-    )
-
-
 def objectives_from(
     config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
@@ -97,11 +85,11 @@ def objectives_from(
         objectives["dpo"] = Preference(
             all_modalities,
             reference,
-            wanted.beta,
-            loss_type=wanted.loss_type,
-            label_smoothing=wanted.label_smoothing,
-            sft_weight=wanted.sft_weight,
-            target_grad_factor=factor,
+            config["beta"],
+            loss_type=config["loss_type"],
+            label_smoothing=config["label_smoothing"],
+            sft_weight=config["sft_weight"],
+            target_grad_factor=config["target_grad_factor"],
         )
     return objectives
 

@@ -1,7 +1,9 @@
-"""The small networks behind the `_demo` scores: SyncNetDemo, and features of frames and clips.
+"""Small networks of the `_demo` scores: SyncNet, frame features and clip features; their training.
 
 Shapes: B clips, T frames, L windows, D features; crops are [B, T, 3, 24, 32] in [-1, 1].
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from echolab.errors import DataError
+from echolab.fitting import Report, fit
 from echolab.metrics.sync import CEPSTRA_PER_FRAME, CEPSTRA_PER_WINDOW, FRAMES_PER_WINDOW
 
 CROP_HEIGHT, CROP_WIDTH = 24, 32
-CROP_MARGIN = 1.3  # of the lip box: the head may move while the crop stands still
+CROP_MARGIN = 1.3  # times the lip box, because the head moves and the crop does not
 
 
 def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
+    """Return a 3 x 3 convolution with group norm and SiLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
         nn.GroupNorm(8, outputs),
@@ -26,7 +30,8 @@ def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
 
 
 def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Crops [B, T, 3, 24, 32] of clips [B, 3, T, Y, X] at one box [B, 4] a clip, x0 y0 x1 y1."""
+    """Crop clips [B, 3, T, Y, X] at one box [B, 4] a clip (x0 y0 x1 y1) to [B, T, 3, 24, 32]."""
+    # Sampling grid of each clip, in the coordinates of grid_sample.
     height, width = pixels.shape[-2:]
     x0, y0, x1, y1 = boxes.unbind(-1)
     half_x, half_y = CROP_MARGIN * (x1 - x0) / 2, CROP_MARGIN * (y1 - y0) / 2
@@ -41,6 +46,7 @@ def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
         ],
         dim=-1,
     )
+    # The same grid for all frames of a clip.
     clips, frames = pixels.shape[0], pixels.shape[2]
     stacked = rearrange(pixels, "b c t y x -> b (t c) y x")
     crops = functional.grid_sample(stacked, grid, align_corners=False, padding_mode="border")
@@ -48,7 +54,7 @@ def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 
 class SyncNetDemo(nn.Module):
-    """SyncNet's two branches in small: lips and sound to unit vectors, near where they belong."""
+    """A small SyncNet: maps lips and audio to unit vectors, close if they belong together."""
 
     def __init__(self, *, dim: int = 64) -> None:
         super().__init__()
@@ -73,31 +79,31 @@ class SyncNetDemo(nn.Module):
     cepstra_std: Tensor
 
     def embed_lips(self, crops: Tensor) -> Tensor:
-        """[B, T, 3, 24, 32] to unit vectors [B, T - 4, D]."""
+        """Map lip crops [B, T, 3, 24, 32] to unit vectors [B, T - 4, D]."""
         clips = crops.shape[0]
         frames = self.frame(rearrange(crops, "b t c y x -> (b t) c y x"))
         windows = self.lips(rearrange(frames, "(b t) d -> b d t", b=clips))
         return functional.normalize(rearrange(windows, "b d l -> b l d"), dim=-1)
 
     def embed_sound(self, cepstra: Tensor) -> Tensor:
-        """[B, columns, 13] to unit vectors [B, 1 + (columns - 20) // 4, D]."""
+        """Map cepstra [B, columns, 13] to unit vectors [B, 1 + (columns - 20) // 4, D]."""
         scaled = (cepstra - self.cepstra_mean) / self.cepstra_std
         windows = self.sound(rearrange(scaled, "b t d -> b d t"))
         return functional.normalize(rearrange(windows, "b d l -> b l d"), dim=-1)
 
 
 def check_size(pixels: Tensor, size: int) -> None:
-    """DataError where pictures are not of the size that a feature network was fitted on."""
+    """Raise DataError if frames do not have the size that a feature network was trained on."""
     height, width = pixels.shape[-2:]
     if (height, width) != (size, size):
         raise DataError(
-            f"pictures of {height} x {width} pixels, the feature network was fitted on "
-            f"{size} x {size}; prepare the clips with size={size}, or fit it on clips like these"
+            f"frames of {height} x {width} pixels: the feature network was trained on "
+            f"{size} x {size}; prepare the clips with size={size}, or train it on such clips"
         )
 
 
 class FrameFeatures(nn.Module):
-    """A picture's features, from a network that tells a talker's pose and lips."""
+    """Features of a frame, from a network that predicts a talker's pose and lips."""
 
     def __init__(self, *, labels: int, size: int, dim: int = 64) -> None:
         super().__init__()
@@ -112,15 +118,15 @@ class FrameFeatures(nn.Module):
         )
         self.head = nn.Linear(dim, labels)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Square pictures [N, 3, size, size] in [-1, 1] to features [N, D]."""
-        check_size(pictures, self.size)
-        features: Tensor = self.features(pictures)
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames [N, 3, size, size] in [-1, 1] to features [N, D]."""
+        check_size(frames, self.size)
+        features: Tensor = self.features(frames)
         return features
 
 
 class ClipFeatures(nn.Module):
-    """A clip's features, from a network that tells how the lips and the head move."""
+    """Features of a clip, from a network that predicts the motion of lips and head."""
 
     def __init__(self, *, labels: int, size: int, dim: int = 64) -> None:
         super().__init__()
@@ -138,7 +144,7 @@ class ClipFeatures(nn.Module):
         self.head = nn.Linear(2 * dim, labels)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, T, size, size] in [-1, 1] to features [B, 2 D]: mean and spread over time."""
+        """Map clips [B, 3, T, size, size] in [-1, 1] to [B, 2 D]: mean and std over time."""
         check_size(pixels, self.size)
         clips = pixels.shape[0]
         frames = self.frame(rearrange(pixels, "b c t y x -> (b t) c y x"))
@@ -147,10 +153,10 @@ class ClipFeatures(nn.Module):
 
 
 def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """How open the mouth looks in each frame, [B, T]: the share of the lip crop that is dark.
+    """Measure how open the mouth is in each frame, [B, T], by the darkness of the lip crop.
 
-    No network takes part: an open mouth shows its dark inside.  Only the course over time counts
-    (it is correlated with the true opening), so lip and skin colour do not matter.
+    No network is needed: an open mouth shows its dark inside.  Only the change over time counts,
+    which is correlated with the true opening, so lip and skin color do not matter.
     """
     luma = crop_lips(pixels, boxes).mean(dim=2)  # [B, T, 24, 32]
     skin = luma.flatten(2).quantile(0.8, dim=-1)[..., None, None]
@@ -158,8 +164,142 @@ def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 
 def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """Pearson correlation of two curves; 0 where one of them is flat."""
-    a, b = first.astype(np.float64), second.astype(np.float64)  # fp32 would find spread in none
+    """Return the Pearson correlation of two curves; 0 if one of them is constant."""
+    a, b = (
+        first.astype(np.float64),
+        second.astype(np.float64),
+    )  # in fp32 a constant curve has rounding noise
     if min(a.std(), b.std()) < 1e-7:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
+    """Move boxes [B, 4] by about a pixel and resize them by about a tenth, as detectors vary."""
+    center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    center = center + torch.randn(center.shape, generator=generator)
+    half = half * (1 + 0.1 * torch.randn(len(half), 1, generator=generator))
+    return torch.cat([center - half, center + half], dim=1)
+
+
+def augment_crops(crops: Tensor, generator: torch.Generator) -> Tensor:
+    """Vary contrast, brightness and noise of crops [B, T, 3, Y, X], against blur of codecs."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    contrast, light = (
+        1 + 0.15 * normal(len(crops), 1, 1, 1, 1),
+        0.1 * normal(len(crops), 1, 1, 1, 1),
+    )
+    return crops * contrast + light + 0.05 * normal(*crops.shape)
+
+
+def contrastive_loss(lips: Tensor, audio: Tensor, temperature: Tensor) -> Tensor:
+    """Return the contrastive loss of lips and audio embeddings, both [B, L, D], in both directions.
+
+    Windows are compared within their clip, where only timing differs, and a fifth of them with
+    those of all clips.
+    """
+    clips, windows, _ = lips.shape
+    within = temperature * torch.einsum("bid,bjd->bij", lips, audio)
+    targets = torch.arange(windows).repeat(clips)
+    loss = functional.cross_entropy(within.flatten(0, 1), targets)
+    loss = loss + functional.cross_entropy(within.transpose(1, 2).flatten(0, 1), targets)
+    some_lips, some_audio = (x[:, ::5].flatten(0, 1) for x in (lips, audio))
+    across = temperature * some_lips @ some_audio.T
+    targets = torch.arange(len(some_lips))
+    return (
+        loss
+        + functional.cross_entropy(across, targets)
+        + functional.cross_entropy(across.T, targets)
+    )
+
+
+def fit_sync(
+    pixels: Tensor,
+    lips: Tensor,
+    cepstra: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Path,
+    report: Report,
+    batch: int = 24,
+) -> SyncNetDemo:
+    """Train a SyncNet on clips uint8 [N, 3, T, Y, X], lips [N, T, 4], cepstra [N, columns, 13]."""
+    torch.manual_seed(seed)
+    net = SyncNetDemo()
+    net.cepstra_mean.copy_(cepstra.mean((0, 1)))
+    net.cepstra_std.copy_(cepstra.std((0, 1)))
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        indices = torch.randint(len(pixels), (batch,), generator=generator)
+        boxes = jitter_boxes(lips[indices, 0], generator)
+        crops = augment_crops(crop_lips(pixels[indices].float() / 127.5 - 1, boxes), generator)
+        lip_windows, audio = net.embed_lips(crops), net.embed_sound(cepstra[indices])
+        windows = min(lip_windows.shape[1], audio.shape[1])
+        temperature = net.log_temperature.exp().clamp(max=50)
+        return contrastive_loss(lip_windows[:, :windows], audio[:, :windows], temperature)
+
+    fit(net, loss_of, steps=steps, learning_rate=2e-3, seed=seed, progress=progress, report=report)
+    return net
+
+
+def fit_frame_features(
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Path,
+    report: Report,
+    batch: int = 64,
+) -> FrameFeatures:
+    """Train frame features to predict standardized labels [N, T, K] of clips [N, 3, T, Y, X]."""
+    torch.manual_seed(seed)
+    net = FrameFeatures(labels=labels.shape[-1], size=pixels.shape[-1])
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        clip = torch.randint(len(pixels), (batch,), generator=generator)
+        frame = torch.randint(pixels.shape[2], (batch,), generator=generator)
+        frames = pixels[clip, :, frame].float() / 127.5 - 1
+        return functional.mse_loss(net.head(net(frames)), labels[clip, frame])
+
+    fit(net, loss_of, steps=steps, learning_rate=2e-3, seed=seed, progress=progress, report=report)
+    return net
+
+
+def fit_clip_features(
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Path,
+    report: Report,
+    batch: int = 12,
+) -> ClipFeatures:
+    """Train clip features to predict the mean and the mean change of labels [N, T, K]."""
+    torch.manual_seed(seed)
+    steps_of = (labels[:, 1:] - labels[:, :-1]).abs().mean(1)
+    targets = torch.cat([labels.mean(1), steps_of / steps_of.std(0).clamp(min=1e-3)], dim=-1)
+    net = ClipFeatures(labels=targets.shape[-1], size=pixels.shape[-1])
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        indices = torch.randint(len(pixels), (batch,), generator=generator)
+        clips = pixels[indices].float() / 127.5 - 1
+        return functional.mse_loss(net.head(net(clips)), targets[indices])
+
+    fit(net, loss_of, steps=steps, learning_rate=2e-3, seed=seed, progress=progress, report=report)
+    return net
+
+
+def talker_labels(face: Tensor, visemes: Tensor) -> Tensor:
+    """Return face box and visemes of a drawn talker in each frame, standardized, [N, T, 6]."""
+    labels = torch.cat([face, visemes], dim=-1)
+    flat = labels.flatten(0, 1)
+    return (labels - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
