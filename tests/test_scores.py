@@ -197,5 +197,5 @@ def test_clips_that_the_networks_cannot_take_are_refused_in_a_line() -> None:
     small = drawn.clips(4, frames=9, size=32).float_pixels()
     scoring = judges()
     for network, pixels in ((scoring.frame, small[:, :, 0]), (scoring.clip, small)):
-        with pytest.raises(DataError, match="32 x 32 pixels, .*fitted on 64 x 64"):
+        with pytest.raises(DataError, match="32 x 32 pixels: .*trained on 64 x 64"):
             network(pixels)
