@@ -52,13 +52,12 @@ def sample_candidates(
     """Sample candidates for the first `prompts` clips of an encoded dataset.
 
     Candidate i is guided by `audio_scales[i % len]`.  `weights` names the checkpoint of `net`;
-    `report` receives the number of prompts done.  Raises ConfigError if the folder was sampled with
-    other arguments, DataError if the dataset has too few clips.
+    `report` receives the number of prompts done.  Raises ConfigError for a folder of other
+    arguments.
     """
     if not 0 < prompts <= len(dataset):
         raise DataError(f"{dataset.folder}: {len(dataset)} clips, prompts={prompts}; ask for fewer")
     folder.mkdir(parents=True, exist_ok=True)
-    # The arguments of a folder never change.
     request = {
         "prompts": prompts, "candidates": candidates, "batch": batch, "steps": steps,
         "shift": shift, "audio_scales": list(audio_scales), "seed": seed,

@@ -67,10 +67,7 @@ def best_against_worst(
 def pack_pairs(
     candidates: Path, verdicts: Verdicts, dataset: ShardDataset, out: Path, *, least_margin: float
 ) -> int:
-    """Write a preference dataset from prompts of an encoded dataset; return the number of pairs.
-
-    Raises DataError if the candidates do not fit the dataset or no pair is left.
-    """
+    """Write a preference dataset from prompts of an encoded dataset; return the pair count."""
     _check_prompts(candidates, dataset)
     index_of = {key: index for index, key in enumerate(dataset.keys)}
     pairs = 0
