@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from echolab.config.check import check
-from echolab.config.compose import compose
 from echolab.diffusion.objectives import Preference
 from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.diffusion.preference_losses import PAIR_LOSSES
