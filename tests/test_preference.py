@@ -7,19 +7,14 @@ import pytest
 import tiny
 
 from echolab.config.check import check
+from echolab.config.compose import compose
 from echolab.diffusion.objectives import Preference
 from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
 
-
-@pytest.fixture
-def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a working folder in which trl must leave nothing."""
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert list(tmp_path.iterdir()) == []
+BASE = compose(["schedule=dpo", "data.clips=x", "data.pairs=y"])
 
 
 @pytest.mark.parametrize("name", list(PAIR_LOSSES))
