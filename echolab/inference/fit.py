@@ -13,7 +13,7 @@ from echolab.data.index import INDEX
 from echolab.encoders.demo_vae import WIDTH, CausalAutoencoder, fit_autoencoder
 from echolab.errors import DataError
 from echolab.fitting import Report, load_net, save_net
-from echolab.metrics.demo_networks_training import (
+from echolab.metrics.demo_networks import (
     fit_clip_features,
     fit_frame_features,
     fit_sync,
