@@ -79,9 +79,9 @@ def objectives_from(
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
         all_modalities = without_dropout(phases)
-        wanted = checked(preference_from(config))
-        factor = wanted.target_grad_factor
-        objectives["ndpo"] = NegativePreference(all_modalities, reference, wanted.beta, factor)
+        objectives["ndpo"] = NegativePreference(
+            all_modalities, reference, config["beta"], config["target_grad_factor"]
+        )
         objectives["dpo"] = Preference(
             all_modalities,
             reference,
