@@ -82,7 +82,7 @@ def begun(data: Path) -> Path:
 
 MORE = plan(("sft", 2, 1e-3), ("dpo", 2, 1e-3), ("sft", 1, 1e-3))
 
-# By name: how the places of clips, pairs, initial and reference are given to a later attempt.
+# By name: how the paths of clips, pairs, init_from and ref_model are given to a later attempt.
 SPELLINGS: dict[str, Callable[[Path, Path], dict[str, Path | str]]] = {
     "absolute": lambda root, moved: {name: root / path for name, path in NAMED.items()},
     "relative": lambda root, moved: {
@@ -100,7 +100,7 @@ SPELLINGS: dict[str, Callable[[Path, Path], dict[str, Path | str]]] = {
         for name, path in NAMED.items()
     },
 }
-NAMED = {"data.clips": "clips", "data.pairs": "pairs", "initial": "first", "reference": "second"}
+NAMED = {"data.clips": "clips", "data.pairs": "pairs", "init_from": "first", "ref_model": "second"}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -114,7 +114,7 @@ def test_a_run_goes_on_however_its_places_are_spelled(
     words = [f"{name}={place}" for name, place in SPELLINGS[spelling](data, moved).items()]
     result = run_of(run, *words, *MORE)
     assert (result.step, result.done) == (5, True)
-    assert json.loads((run / "config.json").read_text())["run"] == str(run)
+    assert json.loads((run / "config.json").read_text())["run_dir"] == str(run)
     assert not events.read(run)
     assert audit(run).exact
     assert main(["replay", str(run), "step=5"]) == 0
@@ -145,12 +145,12 @@ def same_keys(data: Path, out: Path) -> Path:
         ("data.clips", "other/clips", "data.clips: .*other/clips is not what the run was trained"),
         ("data.clips", "again", "data.clips: .*again is not what .* give data.changed=accept"),
         ("data.pairs", "other/pairs", "data.pairs: .*other/pairs is not what the run was trained"),
-        ("initial", "second", "init_from= was step 2, sha256 .*, now step 2"),
-        ("reference", "first", "ref_model= was step 2, sha256"),
-        ("reference", "null", "ref_model= was step 2, sha256 .* now not given"),
+        ("init_from", "second", "init_from= was step 2, sha256 .*, now step 2"),
+        ("ref_model", "first", "ref_model= was step 2, sha256"),
+        ("ref_model", "null", "ref_model= was step 2, sha256 .* now not given"),
         ("lora.init_from", "first", "lora"),
         ("optim.eps", "0.5", "optim.eps=1e-08, now optim.eps=0.5"),
-        ("shift", "2", "flow_shift=5.0, now shift=2"),
+        ("flow_shift", "2", "flow_shift=5.0, now flow_shift=2"),
         ("objective.beta", "7", "objective.beta=300.0, now objective.beta=7"),
     ],
 )  # fmt: skip
@@ -231,16 +231,16 @@ def test_a_run_keeps_to_the_checkpoints_that_it_began_with(
 ) -> None:
     """The runs that it started from and refers to are trained on meanwhile."""
     run, places = shutil.copytree(begun, tmp_path / "run"), dict[str, Path]()
-    for name in ("initial", "reference"):
+    for name in ("init_from", "ref_model"):
         places[name] = shutil.copytree(data / NAMED[name], tmp_path / name)
-        rate = 1e-3 if name == "initial" else 2e-3
+        rate = 1e-3 if name == "init_from" else 2e-3
         longer = plan(("sft", 2, rate), ("sft", 1, 1e-3))
         run_of(places[name], f"data.clips={data / 'clips'}", *longer)
     words = [f"data.{name}={data / name}" for name in ("clips", "pairs")]
     words += [f"{name}={place}" for name, place in places.items()]
     assert run_of(run, *words, *MORE).step == 5
     origins = state_of(run)["origins"]
-    assert origins == state_of(begun)["origins"] and origins["initial"]["step"] == 2
+    assert origins == state_of(begun)["origins"] and origins["init_from"]["step"] == 2
 
 
 def rates(run: Path) -> dict[int, float]:

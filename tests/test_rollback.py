@@ -52,7 +52,7 @@ def copied(run: Path, to: Path) -> Path:
     """Copy a run to another folder and name that in its settings."""
     shutil.copytree(run, to)
     config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**config, "run": str(to)}, indent=1))
+    (to / "config.json").write_text(json.dumps({**config, "run_dir": str(to)}, indent=1))
     return to
 
 

@@ -86,7 +86,7 @@ def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback
     )
     # `StopSignals` has the handlers from the first moment on.  Lightning would replace them, and
     # broadcast SIGTERM among all ranks before every micro-batch; no public setting prevents that.
-    # test_signals.py fails if a new Lightning has other names for these.
+    # test_lightning.py fails if Lightning changes either.
     nothing: Any = lambda: None  # noqa: E731
     trainer._signal_connector.register_signal_handlers = nothing  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = nothing  # type: ignore[method-assign]
