@@ -45,19 +45,19 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
     form = form_of(dataset)
     latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
-    found: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "text_dim": form["text"][-1],
         "image_dim": form["image"][-1],
         "audio_dim": audio[-1],
         "audio_layers": audio[1] if len(audio) == 3 else None,
         "out_channels": latents[0],
     }
-    heard = architecture.get("audio_dim") is not None
-    for name, there in found.items():
+    has_audio = architecture.get("audio_dim") is not None
+    for name, there in sizes.items():
         here = architecture.get(name)
         differs = here is not None and here != there
         if name == "audio_layers":
-            differs = heard and here != there
+            differs = has_audio and here != there
         if differs:
             raise ConfigError(
                 f"model.{name}={'null' if here is None else here}: the clips of {dataset.folder} "
@@ -132,8 +132,8 @@ def check_data(
 class Training(NamedTuple):
     """Everything a training run is made of.
 
-    `folder` is the run's: checkpoints lie in `folder/checkpoints`, and the newest whole one is gone
-    on from, bit for bit, whatever the number of ranks or the strategy was.  Without one, training
+    `folder` is the run's: checkpoints lie in `folder/checkpoints`, and training resumes bit-exactly
+    from the newest complete one, under any number of ranks and any strategy.  Without one, training
     starts from the averaged weights of the checkpoint `initial`, or from `net` as it is.
     `objectives` has one entry for each kind of epoch; preference objectives hold `reference`,
     which is loaded at the start of each of their epochs with the averaged weights of that moment,
@@ -154,7 +154,7 @@ class Training(NamedTuple):
     weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
     pair_weights: Sequence[float] | None = None
     order: Order = ORDER
-    ledger: bool = False  # whether `folder/ledger` tells the samples of each step
+    ledger: bool = False  # whether `folder/ledger` records the samples of each step
     skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
     accepts_changed_data: bool = False  # goes on with other data than it was trained on so far
     reference: Reference | None = None
@@ -205,7 +205,7 @@ class Training(NamedTuple):
         return self.machine.strategy.startswith("zero")
 
     def check(self) -> None:
-        """ConfigError for parts that do not fit each other."""
+        """Raise ConfigError for parts that do not fit each other."""
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
@@ -229,11 +229,11 @@ class Training(NamedTuple):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
 
     def reader_of(self, dataset: ShardDataset) -> Tolerant:
-        """What reads single samples of a dataset, within the budget for bad ones."""
+        """Return the reader of single samples of a dataset, within the budget for bad ones."""
         return Tolerant(dataset, skip_budget=self.skip_budget, quarantine=self.quarantine)
 
     def feed(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> Feed:
-        """The batches, planned; raises EcholabError where that cannot be.
+        """Plan the batches; raise EcholabError if that is impossible.
 
         `order_names` are what the order of "clips" and "pairs" depends on, by default their
         fingerprints.
@@ -267,7 +267,7 @@ class Training(NamedTuple):
         )
 
     def identity(self, feed: Feed) -> dict[str, Any]:
-        """What a checkpoint must agree on with the run."""
+        """Return what a checkpoint must agree on with the run."""
         return {
             "architecture": dict(self.architecture),
             "adapters": dict(self.adapters) if self.adapters else None,

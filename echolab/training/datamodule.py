@@ -66,13 +66,13 @@ def _listed(stock: Stock | None) -> list[list[str]]:
 
 
 class TimedLoader(DataLoader[MicroBatch]):
-    """Tells when it is waited for, and can be ended early."""
+    """Marks the time that is spent waiting for it, and can be ended early."""
 
     heartbeat: Heartbeat
     ended = False  # no more items: training goes on elsewhere
 
     def __iter__(self) -> Any:
-        """The loader's own items; raises errors of its workers as the workers raised them."""
+        """Yield the loader's items; raise errors of its workers as the workers raised them."""
         with reported():
             items = super().__iter__()
         while not self.ended:
@@ -108,13 +108,13 @@ class ShardDataModule(pl.LightningDataModule):
         return None if within else row
 
     def go_to(self, step: int) -> None:
-        """Step `step` (from 0) comes next: the loader ends, and Lightning asks for another."""
+        """Continue at step `step` (from 0): the loader ends, and Lightning requests another."""
         self.first_step = step
         if self.loader:
             self.loader.ended = True
 
     def train_dataloader(self) -> TimedLoader:
-        """Exactly what remains; the order is the same for every number of workers."""
+        """Load exactly what remains; the order is the same for every number of workers."""
         feed = self.feed
         items = MicroBatches(
             feed.clips,
@@ -145,7 +145,7 @@ class ShardDataModule(pl.LightningDataModule):
         return self.loader
 
     def _check_room(self, items: MicroBatches) -> None:
-        """See that the workers' batches fit in shared memory, by the first batch of each kind."""
+        """Check that the workers' batches fit in shared memory, by the first batch of each kind."""
         firsts: dict[str, int] = {}
         for step in range(self.first_step, self.steps):
             firsts.setdefault(self.place(step).kind, step)
@@ -156,16 +156,17 @@ class ShardDataModule(pl.LightningDataModule):
         check_room(max(sizes, default=0), self.feed.workers, self.feed.ranks_of_node)
 
     def progress(self, step: int) -> dict[str, float]:
-        """How far the clips were gone through after `step` steps, and what remainder=drop cost.
+        """Return the epochs of the clips after `step` steps, and how many samples were dropped.
 
-        Also how many bad samples all ranks passed over, where that is allowed.
+        Also count the bad samples that all ranks skipped, if that is allowed.
         """
-        found, quarantine = {}, self.feed.quarantine
+        values, quarantine = {}, self.feed.quarantine
         if quarantine:
-            found["data/skipped"] = float(len(read_quarantine(quarantine)))
+            values["data/skipped"] = float(len(read_quarantine(quarantine)))
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
-            return found
-        told = self.feed.clips.plan.progress(batch + 1)
-        found |= {"data/epochs": min(e for e, _ in told), "data/dropped": sum(d for _, d in told)}
-        return found
+            return values
+        counts = self.feed.clips.plan.progress(batch + 1)
+        values["data/epochs"] = min(epoch for epoch, _ in counts)
+        values["data/dropped"] = sum(dropped for _, dropped in counts)
+        return values

@@ -42,7 +42,7 @@ class Optim(NamedTuple):
     weight_decay: float = 0.01
     clip: float = 1.0  # limit of the gradient's norm
     ema_decay: float = 0.999
-    ema_more: tuple[float, ...] = ()  # decays of further averages, kept beside the first
+    ema_more: tuple[float, ...] = ()  # decays of further averages, kept besides the first
     ema_widths: tuple[float, ...] = ()  # of power averages, from which others are made later
 
 
@@ -85,7 +85,7 @@ class Meter:
 
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
-    """The randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
+    """Draw the randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
     clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
     shape = tuple(clips.shape[1:])
     of_epochs = []
@@ -96,9 +96,9 @@ def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
 
 
 def number_of(item: MicroBatch, seed: int) -> int:
-    """A 56-bit seed, a pure function of (seed, epoch, key) of all clips."""
-    told = f"{seed} {item.kind} {item.epochs} {item.batch.keys}".encode()
-    return int.from_bytes(blake2b(told, digest_size=7).digest(), "big")
+    """Return a 56-bit seed, a pure function of (seed, epoch, key) of all clips."""
+    text = f"{seed} {item.kind} {item.epochs} {item.batch.keys}".encode()
+    return int.from_bytes(blake2b(text, digest_size=7).digest(), "big")
 
 
 class DiffusionModule(pl.LightningModule):
@@ -134,12 +134,12 @@ class DiffusionModule(pl.LightningModule):
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
 
     def setup(self, stage: str) -> None:
-        """The ranks know of each other by now."""
+        """Split sequences among ranks, which are connected by now."""
         if self.sequence_parallel > 1:
             SequenceSplit(self.net, sequence_group(self.sequence_parallel))
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
-        """The loss of one micro-batch."""
+        """Compute the loss of one micro-batch."""
         self.heartbeat.enter("forward")
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
@@ -160,7 +160,7 @@ class DiffusionModule(pl.LightningModule):
         return value * self.loss_factor
 
     def take_loss(self) -> Tensor:
-        """Sum of this rank's micro-batches since the last time; not yet read from the device."""
+        """Return and reset the sum of this rank's losses; not yet read from the device."""
         assert self._loss is not None
         taken, self._loss = self._loss, None
         return taken
@@ -174,7 +174,7 @@ class DiffusionModule(pl.LightningModule):
         return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
 
     def take_norm(self) -> Tensor:
-        """Of the whole gradient of the last step before clipping; not yet read from the device."""
+        """Return the gradient's norm before clipping; not yet read from the device."""
         if not self.clip_here:
             engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
             self.norm = torch.as_tensor(engine.get_global_grad_norm())
@@ -183,7 +183,7 @@ class DiffusionModule(pl.LightningModule):
         return self.norm
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Tell the supervisor."""
+        """Mark the section for the supervisor."""
         self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -194,7 +194,7 @@ class DiffusionModule(pl.LightningModule):
             self.norm = norm.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; vectors (norms, biases, modulation) are not decayed."""
+        """Make AdamW; vectors (norms, biases, modulation) are not decayed."""
         trained = [p for p in self.net.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2]},

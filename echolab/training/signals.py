@@ -79,13 +79,13 @@ class StopSignals:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For loader workers: only their parent decides when to stop."""
+    """Ignore all signals, in a loader worker: only its parent decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_of_job() -> float:
-    """When the job's time is up, in seconds of the system's clock, as Slurm tells; else never."""
+    """Return when Slurm ends the job, in seconds of the system's clock; infinity without Slurm."""
     try:
         return float(os.environ["SLURM_JOB_END_TIME"])
     except (KeyError, ValueError):
@@ -93,7 +93,7 @@ def end_of_job() -> float:
 
 
 def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
-    """Seconds from a signal to the kill, by its number; outside of Slurm nobody kills."""
+    """Return the seconds from a signal to the kill, by its number; empty without Slurm."""
     if "SLURM_JOB_ID" not in os.environ:
         return {}
     return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}
