@@ -166,14 +166,14 @@ def test_a_setting_made_of_another_is_kept_as_written(monkeypatch: pytest.Monkey
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     words = ["data.clips=${oc.env:NAME}/clips", "data.val_clips=${data.clips}",
-             "data.pairs=[a,${oc.env:HF_TOKEN,c4nary-s3tting}]", "init_from=${run}/x",
+             "data.pairs=[a,${oc.env:HF_TOKEN,c4nary-s3tting}]", "init_from=${run_dir}/x",
              'batch_size="${oc.decode:${oc.env:COUNT,4}}"']  # fmt: skip
     plain, kept = compose_both(words)
-    assert plain["data"]["held_out"] == f"{SETTING}/clips"
+    assert plain["data"]["val_clips"] == f"{SETTING}/clips"
     assert kept["data"]["clips"] == "${oc.env:NAME}/clips"
-    assert kept["data"]["held_out"] == "${data.clips}"
+    assert kept["data"]["val_clips"] == "${data.clips}"
     assert kept["data"]["pairs"] == ["a", "${oc.env:HF_TOKEN}"]
-    assert (kept["initial"], kept["batch_size"]) == ("runs/train/x", 4)
+    assert (kept["init_from"], kept["batch_size"]) == ("runs/train/x", 4)
     again = resolved(kept, ["NAME", "HF_TOKEN"])
     assert again["data"] == plain["data"]
 
