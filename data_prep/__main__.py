@@ -1,18 +1,18 @@
 """`python -m data_prep ACTION`: parse arguments, run the action, print errors in one line."""
 
-from echolab.safe_path import leave_working_folder
+from echolab.safe_path import remove_working_directory
 
 if __name__ == "__main__":
-    leave_working_folder()  # before anything else is imported
+    remove_working_directory()  # before anything else is imported
 
 import sys
 from collections.abc import Callable
 
 from data_prep.options import DrawOptions, EncodeOptions, RunOptions
 from echolab.arguments import Action, parse, run_action
-from echolab.atomic_io import prove_writable, write_error
-from echolab.errors import BusyError, EcholabError, PassingError
-from echolab.redaction import masked_output
+from echolab.atomic_io import check_writable, write_error
+from echolab.errors import BusyError, EcholabError, RetryableError
+from echolab.redaction import mask_output
 
 RETRYABLE = 77  # exit code for failures that another try may cure, as of `echolab train`
 
@@ -20,7 +20,7 @@ RETRYABLE = 77  # exit code for failures that another try may cure, as of `echol
 def run(argv: list[str]) -> int:
     """Cut raw videos into a dataset and print a summary."""
     options = parse(RunOptions, argv, command="data_prep run", positional=("source", "out"))
-    prove_writable(options.out, folder=True)
+    check_writable(options.out, folder=True)
     from data_prep.run import prepare, summarize
 
     print(summarize(prepare(options), options.format))
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
 def draw(argv: list[str]) -> int:
     """Draw synthetic talkers and print a summary."""
     options = parse(DrawOptions, argv, command="data_prep draw", positional=("out",))
-    prove_writable(options.out, folder=True)
+    check_writable(options.out, folder=True)
     from data_prep.draw import draw_and_report
 
     draw_and_report(options)
@@ -40,7 +40,7 @@ def draw(argv: list[str]) -> int:
 def encode(argv: list[str]) -> int:
     """Encode a raw dataset and print a summary."""
     options = parse(EncodeOptions, argv, command="data_prep encode", positional=("source", "out"))
-    prove_writable(options.out, folder=True)
+    check_writable(options.out, folder=True)
     from data_prep.encode import encode_and_report
 
     encode_and_report(options)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     0: done.  1: an error that the user can fix.  2: no action given.  77: worth another try.  130:
     interrupted.
     """
-    with masked_output():
+    with mask_output():
         return _guarded(lambda: run_action(argv, ACTIONS, command="python -m data_prep"))
 
 
@@ -68,7 +68,7 @@ def _guarded(action: Callable[[], int]) -> int:
     """Run an action and turn errors that the user can fix into one line and an exit code."""
     try:
         return action()
-    except (BusyError, PassingError) as error:
+    except (BusyError, RetryableError) as error:
         _print_error(str(error))
         return RETRYABLE
     except EcholabError as error:

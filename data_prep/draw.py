@@ -6,7 +6,7 @@ from collections.abc import Callable
 from data_prep.options import DrawOptions
 from data_prep.synthetic_face import FPS, Talker, draw_talker
 from echolab.data.media import encode_flac, encode_mp4, encode_tracks
-from echolab.data.shard_reader import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.progress import progress
 
 

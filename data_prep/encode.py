@@ -18,10 +18,11 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from data_prep.options import EncodeOptions
-from echolab.atomic_io import exclusive, make_folder, write_whole
+from echolab.atomic_io import lock_folder, make_folder, write_atomic
 from echolab.data.index import INDEX
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
-from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders, encode_clip, encode_pixels
 from echolab.encoders.loading import find_released, released_encoders
@@ -263,7 +264,7 @@ def _run_stages(
 ) -> None:
     """Run all stages, then write the shards from their files, and from `base`; remove the files."""
     make_folder(out)
-    with exclusive(out):
+    with lock_folder(out):
         if (out / INDEX).exists():
             raise DataError(f"{out}: already holds a dataset; choose another folder")
         work = out / WORK / _work_name(dataset, encoders, description)
@@ -299,7 +300,7 @@ def _run_stage(dataset: ShardDataset, folder: Path, stage: Stage, title: str) ->
                     tensors = stage(dataset.read(i))
                 except EcholabError as error:
                     raise type(error)(f"{dataset.folder}: sample {key}: {error}") from error
-                write_whole(path, to_safetensors(key, tensors))
+                write_atomic(path, to_safetensors(key, tensors))
             advance(i + 1, "")
 
 

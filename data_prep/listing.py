@@ -4,7 +4,7 @@ import codecs
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.errors import ConfigError, MediaError, PassingError
+from echolab.errors import ConfigError, MediaError, RetryableError
 
 CAPTION_CHARACTERS = 2000
 # Byte order marks, the longest first: that of UTF-32 begins with that of UTF-16.
@@ -30,7 +30,7 @@ def list_source(source: Path, out: Path) -> Listing:
     """Return the files of a source in order; linked folders are followed, and loops end.
 
     OUT is skipped silently, and captions belong to their videos.  Raise ConfigError or MediaError
-    if there is nothing to list, PassingError if a folder cannot be read.
+    if there is nothing to list, RetryableError if a folder cannot be read.
     """
     if source.is_file():
         return Listing([(source, _shown(Path(source.name)))], [])
@@ -71,7 +71,7 @@ def _entries(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path]
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        raise PassingError(
+        raise RetryableError(
             f"{folder}: cannot be listed ({error.strerror}); make it readable, and give the same "
             "command again"
         ) from error
@@ -108,7 +108,7 @@ def caption_of(template: str, video: Path, source: Path) -> str:
     """Return the caption of a video: the text file of its stem if there is one, else the template.
 
     In the template {stem} and {folder} stand for the names of the file and of its folder.  Raise
-    MediaError for a text that cannot be used, PassingError for one that cannot be read.
+    MediaError for a text that cannot be used, RetryableError for one that cannot be read.
     """
     text = video.with_suffix(".txt")
     if not text.is_symlink() and not text.exists():
@@ -123,7 +123,7 @@ def caption_of(template: str, video: Path, source: Path) -> str:
     try:
         data = text.read_bytes()
     except OSError as error:
-        raise PassingError(
+        raise RetryableError(
             f"{text}: the caption cannot be read ({error.strerror}); make it readable, and give "
             "the same command again"
         ) from error

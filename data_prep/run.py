@@ -21,10 +21,11 @@ from data_prep.filter import Refusal
 from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
-from echolab.atomic_io import exclusive, make_folder, write_error, write_whole
+from echolab.atomic_io import lock_folder, make_folder, write_atomic, write_error
 from echolab.data.index import INDEX
-from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
-from echolab.errors import DataError, MediaError, PassingError
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.errors import DataError, MediaError, RetryableError
 from echolab.vision.face_models import LANDMARKER, YUNET, find_face_model
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def prepare(options: RunOptions) -> dict[str, Any]:
     jobs = [_job(path, name, options) for path, name in listing.files]
     if not (options.out / INDEX).exists():
         make_folder(options.out)
-        with exclusive(options.out):
+        with lock_folder(options.out):
             if not (options.out / INDEX).exists():  # another run may just have written it
                 _process_files(jobs, options)
                 _write_dataset(jobs, listing.left_out, options)
@@ -112,7 +113,7 @@ def _hash(content: Any) -> str:
 def _process_files(jobs: list[Job], options: RunOptions) -> None:
     """Write a folder with clips and done.json for every file.
 
-    Raise PassingError, at the end, if files were stopped by something other than their content.
+    Raise RetryableError, at the end, if files were stopped by something other than their content.
     """
     # Files with unusable captions are refused unread.
     for refused in (job for job in jobs if job.fault):
@@ -143,7 +144,7 @@ def _process_files(jobs: list[Job], options: RunOptions) -> None:
                     bar.finish(job.name, 0, [reason])
     if stopped:
         job, reason = stopped[0]
-        raise PassingError(
+        raise RetryableError(
             f"{job.path}: {reason}; {len(stopped)} of {len(jobs)} files were stopped so, and "
             "none was refused for it; give the same command again, with fewer workers= if memory "
             "is short"
@@ -154,7 +155,7 @@ def _is_given_up(job: Job, reason: str) -> bool:
     """Count a failure of a file; refuse it after TRIES of them and return whether that is so."""
     path = job.folder.with_name(f"{job.folder.name}.{FAILED}")
     tries = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
-    write_whole(path, json.dumps({"tries": tries, "reason": reason}).encode())
+    write_atomic(path, json.dumps({"tries": tries, "reason": reason}).encode())
     if tries >= TRIES:
         _keep_refusal(job, f"{reason}; in {tries} runs")
     return tries >= TRIES
@@ -209,7 +210,7 @@ def _cut(
     for part in read_source(source, options, models, progress):
         if isinstance(part, Clip):
             for member, data in part.members.items():
-                write_whole(job.folder / f"{part.key}.{member}", data)
+                write_atomic(job.folder / f"{part.key}.{member}", data)
             clips.append(part.key)
         else:
             refused.append(part)
@@ -242,7 +243,7 @@ def _make_empty(folder: Path) -> None:
 
 def _write_done(job: Job, clips: list[str], refused: list[Refusal]) -> None:
     content = {"clips": clips, "refused": [list(refusal) for refusal in refused]}
-    write_whole(job.folder / DONE, json.dumps(content).encode())
+    write_atomic(job.folder / DONE, json.dumps(content).encode())
 
 
 def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: RunOptions) -> None:
@@ -259,7 +260,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
     rows += [(name, 0.0, 0.0, reason) for name, reason in left_out]
     refused = "".join(_refused_line(*row) for row in rows).encode("utf-8", "backslashreplace")
     if not any(content["clips"] for content in done):
-        write_whole(options.out / REFUSED, refused)
+        write_atomic(options.out / REFUSED, refused)
         raise MediaError(
             f"{options.source}: no clip could be made of {len(jobs)} file(s); the first reason: "
             f"{rows[0][3]}; all are in {options.out / REFUSED}"
@@ -279,7 +280,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
             for key in content["clips"]:
                 paths = sorted(job.folder.glob(f"{key}.*"))
                 writer.write(key, {p.name.partition(".")[2]: p.read_bytes() for p in paths})
-        write_whole(options.out / REFUSED, refused)
+        write_atomic(options.out / REFUSED, refused)
 
 
 def _refused_line(source: str, start: float, end: float, reason: str) -> str:

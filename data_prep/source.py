@@ -27,11 +27,11 @@ from data_prep.options import RunOptions
 from echolab.data.media import (
     FPS,
     RATE_HZ,
-    Sound,
+    AudioTrack,
     encode_flac,
     encode_mp4,
     encode_tracks,
-    read_sound,
+    read_audio_track,
 )
 from echolab.errors import MediaError
 from echolab.geometry import WAN
@@ -101,7 +101,7 @@ class ProbedFile(NamedTuple):
 
     probe: Probe
     grid: Grid
-    audio: Sound | None
+    audio: AudioTrack | None
     options: RunOptions
     models: Models
     facts: dict[str, Any]  # common to the json of all clips
@@ -152,12 +152,12 @@ def _between(progress: Progress, first: float, last: float) -> Progress:
     return lambda share: progress(first + share * (last - first))
 
 
-def _read_audio(probed: Probe, advance: Progress) -> Sound | None:
+def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
     """Return the audio track, if there is one; raise MediaError with the kind of its damage."""
     if not probed.has_audio:
         return None
     try:
-        return read_sound(probed.path, RATE_HZ, advance)
+        return read_audio_track(probed.path, RATE_HZ, advance)
     except MediaError as error:
         problem = str(error).removeprefix(f"{probed.path}: ")
         kind = "no audio" if re.match(r"the \w+ track is empty", problem) else "damaged"

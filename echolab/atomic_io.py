@@ -1,9 +1,9 @@
-"""Files that are whole or not there, files that only grow, and errors that pass.
+"""Write files atomically, append lines, lock folders, and retry transient errors.
 
-Three things can be wrong with a file: its bytes, which are the caller's to check; the room on its
-disk (`FULL`); and everything else that the operating system reports, such as ESTALE, ETIMEDOUT,
-ENOTCONN, EACCES or EIO of a shared file system.  The last may pass: it is tried again, for about
-half a minute, and then raised as StorageError.
+Three things can be wrong with a file: its bytes, which the caller checks; the room on its disk
+(`FULL`); and all else that the operating system reports, such as ESTALE, ETIMEDOUT, ENOTCONN,
+EACCES or EIO of a shared file system.  The last may pass: the operation is retried for about half a
+minute, and then raises StorageError.
 """
 
 import errno
@@ -24,7 +24,7 @@ from echolab.errors import BusyError, ConfigError, DiskFullError, StorageError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each further attempt
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no such file
-NEVER: tuple[float, ...] = ()  # pauses of what is tried once
+NEVER: tuple[float, ...] = ()  # no retry
 WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
 LOCK = ".lock"
 _HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds each
@@ -32,13 +32,13 @@ _HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds 
 Result = TypeVar("Result")
 
 
-def retried(
+def retry(
     action: Callable[[], Result],
     *,
     pauses: Sequence[float] | None = None,
     final: tuple[type[OSError], ...] = ABSENT,
 ) -> Result:
-    """Return `action()`; after an OSError that may pass, wait and try again.
+    """Return `action()`; after an OSError that may pass, wait and retry.
 
     Raise the OSError of the last attempt, and at once one of `FULL` or of the types `final`.
     """
@@ -52,31 +52,31 @@ def retried(
     return action()
 
 
-def described(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """Return the words and the number of an OSError: "Stale file handle, errno 116"."""
     return f"{error.strerror or error}, errno {error.errno}"
 
 
 def read_error(path: Path | str, error: OSError) -> StorageError:
-    """Return the one line for a file that the operating system does not let us read."""
+    """Return the error of a file that the operating system cannot read."""
     return StorageError(
-        f"{path}: could not be read ({described(error)}); its bytes may be whole: check the file "
-        "system and its permissions, then run the same command again"
+        f"{path}: could not be read ({describe_error(error)}); its bytes may be whole: check the "
+        "file system and its permissions, then run the same command again"
     )
 
 
-def read_whole(path: Path) -> bytes:
-    """Return the bytes of a file; raise StorageError, or one of `ABSENT` where there is none."""
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file; raise StorageError, or one of `ABSENT` if it does not exist."""
     try:
-        return retried(path.read_bytes)
+        return retry(path.read_bytes)
     except ABSENT:
         raise
     except OSError as error:
         raise read_error(path, error) from error
 
 
-def write_whole(path: Path, data: bytes, *, patient: bool = False) -> None:
-    """Write to a temporary name beside `path`, then rename: no reader ever sees half a file.
+def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
+    """Write to a temporary name in the same folder, then rename: no reader sees half a file.
 
     Raise DiskFullError or StorageError, in one line, if it cannot be written; `patient` waits for
     an error to pass before.
@@ -93,17 +93,17 @@ def write_whole(path: Path, data: bytes, *, patient: bool = False) -> None:
         partial.replace(path)
 
     try:
-        retried(write, pauses=None if patient else NEVER)
+        retry(write, pauses=None if patient else NEVER)
     except OSError as error:
         remove_quietly(partial)
         raise write_error(path, error) from error
 
 
-def prove_writable(out: Path, *, folder: bool = False) -> None:
-    """Make the folder that `out` is to be written in, and write and remove a small file there.
+def check_writable(out: Path, *, folder: bool = False) -> None:
+    """Create the folder that `out` is written in, and write and remove a small file there.
 
-    For the start of a command, so that no work is done for what cannot be kept.  With `folder`,
-    `out` is to be a folder itself.  Raises ConfigError.
+    For the start of a command, so that no work is done for a result that cannot be saved.  With
+    `folder`, `out` is a folder itself.  Raises ConfigError.
     """
     if not folder and out.is_dir():
         raise ConfigError(f"{out}: is a folder; name a file in it")
@@ -122,7 +122,7 @@ def prove_writable(out: Path, *, folder: bool = False) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; raise StorageError, in one line, if that cannot be done."""
+    """Create a folder and those above it; raise StorageError, in one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,12 +130,12 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep all other writers out of a folder while the block runs.
 
-    The lock is the kernel's, so that it goes with its holder however that ends.  The thread that
-    holds a folder may take it again.  Raises BusyError, which names the holder, and StorageError if
-    the folder is not there or cannot be written.
+    The lock is the kernel's, so that it ends with its holder in any case.  The thread that holds a
+    folder may lock it again.  Raises BusyError, which names the holder, and StorageError if the
+    folder does not exist or cannot be written.
     """
     path = folder.resolve() / LOCK
     if _HELD.get(path) == threading.get_ident():
@@ -152,7 +152,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> TextIO:
-    """Open and lock the file of a lock, and write into it who holds it."""
+    """Open and lock the file of a lock, and write its holder into it."""
     while True:
         if path.is_symlink():  # it came with a stranger's files: what it points to is not ours
             remove_quietly(path)
@@ -182,8 +182,8 @@ def _locked(path: Path) -> TextIO:
             raise write_error(path, error) from error
 
 
-def sync(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -192,10 +192,10 @@ def sync(path: Path) -> None:
 
 
 def append_text(path: Path, text: str, *, patient: bool = False) -> None:
-    """Add whole lines to a file, below whatever a killed process left of one.
+    """Append complete lines to a file, below the rest of a line that a killed process left.
 
     Raise DiskFullError or StorageError, in one line, if they cannot be written; `patient` waits for
-    an error to pass before.  What was there stays.
+    an error to pass before.  Earlier lines stay.
     """
 
     def append() -> None:
@@ -205,7 +205,7 @@ def append_text(path: Path, text: str, *, patient: bool = False) -> None:
             file.write(("\n" + text if torn else text).encode())
 
     try:
-        retried(append, pauses=None if patient else NEVER)
+        retry(append, pauses=None if patient else NEVER)
     except OSError as error:
         raise write_error(path, error) from error
 
@@ -213,8 +213,8 @@ def append_text(path: Path, text: str, *, patient: bool = False) -> None:
 class LineLog:
     """A log that never stops its writer: lines that cannot be written now are written later.
 
-    At most `limit` lines wait; then the oldest are dropped.  It says when it cannot be written, and
-    what became of the lines.
+    At most `limit` lines wait; then the oldest are dropped.  Failures, late lines and lost lines
+    are reported on standard error.
     """
 
     def __init__(self, path: Path, limit: int = WAITING_LINES) -> None:
@@ -229,36 +229,36 @@ class LineLog:
         self._write(patient=False)
 
     def close(self) -> None:
-        """Write what waits, with patience, and say what cannot be written."""
+        """Write the waiting lines with retries, and report those that cannot be written."""
         if self._waiting:
             self._write(patient=True)
         if self._waiting:
             lost = len(self._waiting) + self._dropped
-            self._say(f"{self.path}: {lost} lines are lost: it could not be written to the end")
+            self._report(f"{self.path}: {lost} lines are lost: it could not be written to the end")
 
     def _write(self, *, patient: bool) -> None:
-        """Line by line, so that none that is there already is written again."""
+        """Write line by line, so that no line is written twice."""
         written = 0
         while self._waiting:
             try:
                 append_text(self.path, self._waiting[0], patient=patient)
             except StorageError as error:
                 if not self._failing:
-                    self._say(f"{error}; lines are kept in memory meanwhile, and written later")
+                    self._report(f"{error}; lines are kept in memory, and written later")
                 self._failing = True
                 return
             self._waiting.popleft()
             written += 1
         if self._failing:
-            self._say(f"{self.path}: {written} lines written late, {self._dropped} dropped")
+            self._report(f"{self.path}: {written} lines written late, {self._dropped} dropped")
         self._failing, self._dropped = False, 0
 
-    def _say(self, words: str) -> None:
+    def _report(self, words: str) -> None:
         print(f"echolab: {words}", file=sys.stderr, flush=True)
 
 
 def write_error(path: Path, error: OSError) -> StorageError:
-    """Return the one line for a file that could not be written."""
+    """Return the error of a file that could not be written."""
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some of your quota or choose another folder",
@@ -266,7 +266,7 @@ def write_error(path: Path, error: OSError) -> StorageError:
         errno.EROFS: "mount it for writing or choose another folder",
     }.get(error.errno or 0, "check that the folder exists and can be written")
     kind = DiskFullError if error.errno in FULL else StorageError
-    return kind(f"{path}: could not be written ({described(error)}); {remedy}")
+    return kind(f"{path}: could not be written ({describe_error(error)}); {remedy}")
 
 
 def remove_quietly(path: Path) -> None:

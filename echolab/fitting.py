@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import CheckpointError, WeightsError
 
 SAVE_SECONDS = 15.0
@@ -87,7 +87,7 @@ def _save(
     for name, parameter in net.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
-    write_whole(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, metadata))
 
 
 def _load(
@@ -122,7 +122,7 @@ def save_net(path: Path, net: nn.Module, config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
     metadata = {"network": type(net).__name__, "config": json.dumps(config)}
-    write_whole(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_net(path: Path, network: type[Net]) -> Net:

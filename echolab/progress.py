@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show the progress of long work: a rich bar on a terminal, else a plain line every few seconds."""
 
 import sys
 import time
@@ -15,14 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[int, str], None]  # how many are done, a word to show beside
+Advance = Callable[[int, str], None]  # parts done, a note to show
 
 LINE_SECONDS = 10.0
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Show work of `total` parts on standard error; call what it gives with the parts done."""
+    """Show work of `total` parts on standard error; yield a function that takes the parts done."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
@@ -46,7 +46,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 def _rate() -> Callable[[int], float]:
-    """Parts a second since the first call; what was done before does not count."""
+    """Return a function for parts a second since its first call; earlier parts do not count."""
     begin: tuple[float, int] | None = None
 
     def rate(done: int) -> float:

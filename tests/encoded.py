@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from echolab.config.networks import architecture_of
-from echolab.data.shard_reader import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.tasks.table import KNOWN_TASKS
 
 ARCHITECTURE = architecture_of("demo")

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import runs
 import torch
 
-from echolab.data.bad_samples import Tolerant
+from echolab.data.bad_samples import TolerantReader
 from echolab.errors import ParityError
 from echolab.training import distributed
 from echolab.training.callbacks import export_check
@@ -94,7 +94,7 @@ def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[
                     *subject,
                     checkpoint=saved.path,
                     folder=out,
-                    clips=parity_clips(Tolerant(held.clips), TASKS),
+                    clips=parity_clips(TolerantReader(held.clips), TASKS),
                     how=Sampling(seed=1, shift=5.0, steps=3),
                     **where,
                 )

@@ -8,7 +8,8 @@ import tiny
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.models.frozen import Frozen

@@ -10,6 +10,7 @@ import pytest
 from echolab.data.remote.download import FetchError, UnreachableError
 from echolab.errors import CheckpointError as Damaged
 from echolab.errors import (
+    CollectiveError,
     ConfigError,
     DataError,
     DiskFullError,
@@ -18,7 +19,6 @@ from echolab.errors import (
     ParityError,
     ReplicaError,
     SaveError,
-    SharedError,
     SharedMemoryError,
     StorageError,
     WorkerError,
@@ -113,7 +113,7 @@ def test_the_culprit(observations: list[Observation], rank: int | None, cause: s
 @pytest.mark.parametrize("kind", [DivergedError, ReplicaError])
 @pytest.mark.parametrize(("has", "blamed"), [(None, -1), (2, 2)])
 def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
-    tmp_path: Path, kind: type[SharedError], has: int | None, blamed: int
+    tmp_path: Path, kind: type[CollectiveError], has: int | None, blamed: int
 ) -> None:
     error = kind("step 7: not finite", rank=has)
     assert str(error) == "step 7: not finite"

@@ -23,15 +23,15 @@ from data_prep.options import DrawOptions, RunOptions, is_clip_length
 from data_prep.run import prepare, read_refused
 from data_prep.source import Models, Source, cut_span, read_source
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
-from echolab.atomic_io import exclusive
-from echolab.data.media import read_sound
+from echolab.atomic_io import lock_folder
+from echolab.data.media import read_audio_track
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.errors import (
     ConfigError,
     DataError,
     EcholabError,
     MediaError,
-    PassingError,
+    RetryableError,
     WeightsError,
 )
 from echolab.fitting import save_net
@@ -106,7 +106,7 @@ def test_flash_and_tone_stay_in_sync(tmp_path: Path, times: list[float], sound_f
     start = write_flashing(path, times, sound_from=sound_from)
     probed = probe(path)
     grid = make_grid(probed)
-    sound = audio_of(read_sound(path), grid, 0, len(grid.indices))
+    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
     images = np.stack(list(VideoReader(probed, 128, 128).read(grid.indices)))
     flash = int(np.argmax(images.mean((1, 2, 3)) > 128)) / 25
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
@@ -134,7 +134,7 @@ def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
 def test_frames_without_audio_are_refused(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mkv", even(25), sound_seconds=1.0)
     grid = make_grid(probe(tmp_path / "a.mkv"))
-    covered = has_audio(read_sound(tmp_path / "a.mkv"), grid)
+    covered = has_audio(read_audio_track(tmp_path / "a.mkv"), grid)
     assert covered[:25].all() and not covered[26:].any()
     reasons = frame_reasons(grid, covered, find_subject([], len(covered)), 96)
     assert reasons[0].startswith("no face") and reasons[-1].startswith("no audio")
@@ -349,7 +349,7 @@ def test_a_killed_worker_costs_no_file(
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
     prepare(RunOptions(three, complete))
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
-    with pytest.raises(PassingError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
+    with pytest.raises(RetryableError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
         prepare(options)
     assert not (options.out / "dataset.json").exists()
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
@@ -371,7 +371,7 @@ def test_a_folder_in_use_is_not_written_to(
         "draw": ["draw", str(out), "num_clips=1"],
         "encode": ["encode", str(tmp_path / "raw"), str(out), f"vae={video}"],
     }[step]
-    with exclusive(out), ThreadPoolExecutor(1) as pool:
+    with lock_folder(out), ThreadPoolExecutor(1) as pool:
         assert pool.submit(main, words).result() == 77
         assert [path.name for path in out.iterdir()] == [".lock"]
     assert f"out: process {os.getpid()} on" in capsys.readouterr().err
@@ -383,7 +383,7 @@ def test_a_file_that_fails_in_every_run_is_refused(
     options = RunOptions(three, tmp_path / "out")
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
     for _ in range(2):
-        with pytest.raises(PassingError):
+        with pytest.raises(RetryableError):
             prepare(options)
     assert prepare(options)["clips"] == 2
     (row,) = read_refused(options.out / "refused.jsonl")

@@ -15,7 +15,8 @@ from data_prep.options import RunOptions, is_clip_length
 from data_prep.run import prepare
 from data_prep.source import Models, Source, read_source
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
-from echolab.data.shard_reader import open_dataset, verify
+from echolab.data.shard_reader import open_dataset
+from echolab.data.verify import verify
 from echolab.errors import MediaError
 from echolab.vision.face_models import YUNET, find_face_model
 from echolab.vision.probe import probe

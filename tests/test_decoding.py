@@ -18,8 +18,8 @@ from data_prep.filter import Refusal
 from data_prep.options import RunOptions
 from data_prep.source import Models, Source, read_source
 from echolab.data.clips import to_frames
-from echolab.data.decoding import decoded, ignore, opened, picture_stream
-from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_sound
+from echolab.data.decoding import decode_frames, ignore_progress, open_media, video_stream
+from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_audio_track
 from echolab.errors import MediaError
 from echolab.inference.generate import read_speech
 from echolab.inference.inputs import video_footage
@@ -117,7 +117,7 @@ def test_frames_and_audio_are_at_their_times(tmp_path: Path, case: Case) -> None
     assert set(numbers) >= set(shown) if step >= 0.04 and case.times is EVEN else True
     probed = probe(path)
     grid = make_grid(probed)
-    sound = audio_of(read_sound(path), grid, 0, len(grid.indices))
+    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
     flash = times[numbers[int(np.argmax([flashes(image) for image in images]))]]
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
     assert abs(tone - flash) <= 0.02
@@ -126,8 +126,10 @@ def test_frames_and_audio_are_at_their_times(tmp_path: Path, case: Case) -> None
 def test_the_reader_decodes_mpeg_files_by_index(media: Path) -> None:
     """Check that frame k of the reader is frame k, in MPEG-1 program streams of a corpus."""
     for path in sorted((media / "video").glob("grid_*.mpg")):
-        with opened(path) as container:
-            frames = [f for _, f in decoded(container, picture_stream(container), ignore)]
+        with open_media(path) as container:
+            frames = [
+                f for _, f in decode_frames(container, video_stream(container), ignore_progress)
+            ]
             first = [frame.to_ndarray(format="rgb24") for frame in frames[:3]]
         probed = probe(path)
         decoded_images = list(VideoReader(probed, probed.width, probed.height).read(np.arange(3)))
@@ -178,7 +180,7 @@ def test_joined_recordings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"time stamps: they go back from .* give each"):
         probe(tmp_path / "two.mpg")
     with pytest.raises(MediaError, match=r"time stamps of the sound go back"):
-        read_sound(tmp_path / "two.mpg")
+        read_audio_track(tmp_path / "two.mpg")
 
 
 def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
@@ -186,13 +188,13 @@ def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
     write_coded(path, "libx264", EVEN, audio="ac3", flash=0)
     data = bytearray(path.read_bytes())
-    with opened(path) as container:
+    with open_media(path) as container:
         packets = [bytes(p) for p in container.demux(audio=0) if p.size]
     for packet in packets[15:20]:  # 32 ms each
         at = data.index(packet)
         data[at : at + len(packet)] = bytes(len(packet))
     path.write_bytes(data)
-    sound, grid = read_sound(path), make_grid(probe(path))
+    sound, grid = read_audio_track(path), make_grid(probe(path))
     first, last = min(sound.damaged)[0], max(sound.damaged)[1]
     assert abs(first - 15 * 0.032) < 0.04 and abs(last - 20 * 0.032) < 0.04
     covered = has_audio(sound, grid)
@@ -210,7 +212,7 @@ def test_audio_may_change_its_layout(tmp_path: Path) -> None:
                 audio_from=1.8, layout="stereo")  # fmt: skip
     joined = b"".join((tmp_path / f"{name}.ts").read_bytes() for name in ("mono", "stereo"))
     (tmp_path / "both.ts").write_bytes(joined)
-    sound = read_sound(tmp_path / "both.ts")
+    sound = read_audio_track(tmp_path / "both.ts")
     assert abs(len(sound.samples) / 16000 - 3.36) < 0.1
     quiet = np.abs(sound.samples.reshape(-1, 16)[200:3000]).max(1) < 0.05
     assert quiet.mean() < 0.05
@@ -280,7 +282,7 @@ def test_an_impossible_rate_is_damage(tmp_path: Path) -> None:
         file.setparams((1, 2, 67_156_864, 0, "NONE", ""))
         file.writeframes(bytes(200_000))
     with pytest.raises(MediaError, match=r"a\.wav: the sound is damaged \(67156864 samples"):
-        read_sound(path)
+        read_audio_track(path)
 
 
 def test_an_empty_audio_track_is_not_damage(tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_an_empty_audio_track_is_not_damage(tmp_path: Path) -> None:
     write_coded(path, "libx264", EVEN, audio="pcm_s16le", audio_until=0.0)
     options, unused = RunOptions(path, tmp_path), Models(tmp_path, None)  # type: ignore[arg-type]
     source = Source(path, path.name, "0" * 64, "")
-    (row,) = read_source(source, options, unused, ignore)
+    (row,) = read_source(source, options, unused, ignore_progress)
     assert isinstance(row, Refusal) and row.reason.startswith("no audio: ")
 
 

@@ -12,7 +12,8 @@ from data_prep.encode import encode_dataset
 from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders import demo_features
 from echolab.encoders.demo_features import (
     MELS,

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from echolab.data.index import fingerprint
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import covered, demo_encoders, encode_pixels
 from echolab.errors import ConfigError, DataError

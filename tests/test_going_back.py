@@ -10,7 +10,7 @@ import runs
 from faulty import EVERY, STEPS, Once, train
 from forked import ForkServer
 
-from echolab.data.audit import audit
+from echolab.data.ledger import audit_run
 from echolab.errors import DivergedError
 from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
 from echolab.training.guards import events
@@ -25,7 +25,7 @@ def final(root: Path) -> dict[str, bytes]:
 
 def audited(run: Path) -> bool:
     """Whether every sample was trained on once an epoch, but for what was left out on purpose."""
-    return audit(run, events.skips(run)).exact
+    return audit_run(run, events.skips(run)).exact
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e4])
@@ -77,7 +77,7 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "a/run/checkpoints/step-000012/state.json").read_text())
     assert state["schedule"]["skipped"] == [["sft", 6, 2]]
     assert audited(tmp_path / "a/run")
-    assert not audit(tmp_path / "a/run").exact  # without the events' word
+    assert not audit_run(tmp_path / "a/run").exact  # without the events' word
     # Going on needs no word about it: the events are read again.
     result, _ = runs.train(
         tmp_path / "a", runs.schedule(("sft", STEPS + 2)), every=EVERY, ledger=True

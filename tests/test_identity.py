@@ -17,8 +17,9 @@ from safetensors.torch import save
 from echolab.cli.__main__ import main
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
-from echolab.data.audit import audit
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.ledger import audit_run
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import EcholabError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import latest_valid
@@ -116,7 +117,7 @@ def test_a_run_goes_on_however_its_places_are_spelled(
     assert (result.step, result.done) == (5, True)
     assert json.loads((run / "config.json").read_text())["run_dir"] == str(run)
     assert not events.read(run)
-    assert audit(run).exact
+    assert audit_run(run).exact
     assert main(["replay", str(run), "step=5"]) == 0
 
 
@@ -198,9 +199,11 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved]
     assert [piece["clips"][0][0] for piece in state_of(run)["data"]] == [old, new]
     assert state_of(run)["clips"] == [new]
-    assert audit(run).exact  # each once an epoch, over the change
+    assert audit_run(run).exact  # each once an epoch, over the change
     assert run_of(run, *words[:1], *plan(("sft", 11, 1e-3))).step == 11  # no word any more
-    assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved] and audit(run).exact
+    assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved] and audit_run(
+        run
+    ).exact
     assert main(["replay", str(run), "step=11"]) == 0
 
 

@@ -144,7 +144,7 @@ def end(folder: str, strategy: str, killed: str) -> int:
     def die(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write = export_check.write_whole
+    write = export_check.write_atomic
     module, name, action = {
         "saving": (Checkpoints, "publish", die),
         "validating": (validation, "validate", die),
@@ -152,7 +152,7 @@ def end(folder: str, strategy: str, killed: str) -> int:
         "exporting": (export_check, "write_original", die),
         "reporting": (
             export_check,
-            "write_whole",
+            "write_atomic",
             lambda *given, **named: (write(*given, **named), die()),
         ),
         "": (export_check, "STEPS", export_check.STEPS),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main as prepare
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.cli.__main__ import main
 from echolab.errors import ConfigError
 
@@ -21,7 +21,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, where: str, fo
     (tmp_path / "file").write_bytes(b"kept")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError) as raised:
-        prove_writable(tmp_path / where, folder=folder)
+        check_writable(tmp_path / where, folder=folder)
     assert str(raised.value).startswith(f"{tmp_path / where}: ") and "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert (tmp_path / "file").read_bytes() == b"kept"
@@ -30,10 +30,10 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, where: str, fo
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_folder_is_created_and_left_empty(tmp_path: Path, folder: bool) -> None:
     out = tmp_path / "a/b/c"
-    prove_writable(out, folder=folder)
+    check_writable(out, folder=folder)
     assert (tmp_path / "a/b").is_dir() and not os.listdir(tmp_path / "a/b")
     out.write_bytes(b"old") if not folder else out.mkdir()
-    prove_writable(out, folder=folder)
+    check_writable(out, folder=folder)
     assert os.listdir(tmp_path / "a/b") == ["c"]
     assert folder or out.read_bytes() == b"old"
 

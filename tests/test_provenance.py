@@ -14,8 +14,8 @@ from safetensors.torch import load, save, save_file
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
 from echolab.data.collate import read_pair
-from echolab.data.provenance import check_same_encoders, shared_samples
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.shard_reader import check_same_encoders, open_dataset, shared_samples
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError, EcholabError

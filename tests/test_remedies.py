@@ -16,7 +16,8 @@ from echolab.cli.__main__ import main
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
 from echolab.data.bad_samples import read_quarantine
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError, DivergedError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import saved_steps
@@ -220,8 +221,6 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["data", "verifi", "x"], "verify", ["data", "verify", str(data)]),
         (["data", "verify", str(data), "workers=0"], "at least 1",
          ["data", "verify", str(data), "workers=1"]),
-        (["data", "shuffle-report", str(data), "epochs=1"], "at least 2",
-         ["data", "shuffle-report", str(data), "epochs=2"]),
         (["fit", "autoencoder", str(data), f"out={data}"], "is a folder; name a file in it",
          ["fit", "autoencoder", str(data), f"out={data / 'net.safetensors'}", "steps=1"]),
         (["estimate", "model=nothing"], "one of demo", ["estimate", "model=demo"]),

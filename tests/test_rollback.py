@@ -13,8 +13,7 @@ from echolab.cli import replay_steps
 from echolab.cli.__main__ import main
 from echolab.cli.train_rank import train
 from echolab.config.compose import compose
-from echolab.data.audit import audit
-from echolab.data.ledger import read_ledger
+from echolab.data.ledger import audit_run, read_ledger
 from echolab.errors import ConfigError
 from echolab.launch.lease import LEASE
 from echolab.launch.run_dir import held
@@ -97,7 +96,7 @@ def test_rolled_back_runs_never_train_on_skipped_batches(
     assert {s: k for s, k in keys(a).items() if s < 7} == {
         s: k for s, k in keys(trained).items() if s < 7
     }
-    result = audit(a, events.skips(a))
+    result = audit_run(a, events.skips(a))
     assert result.exact and (result.steps, result.attempts, result.skipped) == (10, 2, 4)
     assert main(["data", "audit", str(a)]) == 0
     assert "; 4 of skipped batches left out" in capsys.readouterr().out

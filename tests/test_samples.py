@@ -17,8 +17,9 @@ from torch import Tensor
 from echolab.config import build
 from echolab.config.compose import compose
 from echolab.data.bad_samples import read_quarantine
-from echolab.data.collate import form_of, read_clip, read_pair
-from echolab.data.shard_reader import ShardDataset, ShardWriter, open_dataset
+from echolab.data.collate import common_shapes, read_clip, read_pair
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import TASKS
@@ -170,7 +171,7 @@ def test_the_first_sample_is_no_measure_of_the_others(tmp_path: Path) -> None:
             tensors = shorter("text", 0)(tensors) if i == 0 else tensors
             writer.write(f"clip-{i}", {"safetensors": save(tensors), "json": b"{}"})
     dataset = open_dataset(tmp_path)
-    assert tuple(form_of(dataset)["text"]) == (5, 10)
+    assert tuple(common_shapes(dataset)["text"]) == (5, 10)
     assert [fault.sample for fault in find_faults(tmp_path, deep=True)] == ["clip-0"]
 
 
@@ -183,7 +184,7 @@ def test_training_ends_at_a_bad_clip_or_goes_past_it(
 ) -> None:
     write(tmp_path / "clips", "encoded", CHANGES["encoded", *wrong])
     write(tmp_path / "pairs", "preference", CHANGES["preference", *wrong])
-    with pytest.raises(DataError, match=r"sample clip-004: .*data\.skip_budget=0.01"):
+    with pytest.raises(DataError, match=r"sample clip-004: .*data\.max_bad_fraction=0.01"):
         runs.train(tmp_path, PLAN, clips=[open_dataset(tmp_path / "clips")])
     result, rows = runs.train(
         tmp_path, PLAN, skip_budget=0.4, every=Intervals(log=1), folder=tmp_path / "again",

@@ -23,7 +23,7 @@ from echolab.config.build_adapters import lora_from
 from echolab.config.check import check, names, shown
 from echolab.config.compose import compose
 from echolab.config.folders import CONF
-from echolab.data.batch_sampler import REMAINDERS
+from echolab.data.batch_sampler import LAST_BATCH_MODES
 from echolab.diffusion.objectives import Preference
 from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
@@ -285,7 +285,7 @@ def choices(section: type[BaseModel], name: str) -> tuple[str, ...]:
 def test_the_choices_are_those_of_the_code() -> None:
     assert typing.get_args(schema.Task) == TASKS
     assert choices(schema.Epoch, "kind") == KINDS
-    assert choices(schema.Data, "last_batch") == REMAINDERS
+    assert choices(schema.Data, "last_batch") == LAST_BATCH_MODES
     assert choices(schema.Objective, "loss_type") == tuple(PAIR_LOSSES)
     assert choices(schema.Phases, "schedule") == tuple(objects.PHASES)
     assert choices(schema.Phases, "mode") == tuple(objects.ALLOCATORS)

@@ -18,10 +18,10 @@ import saved
 from forked import ForkServer
 
 from echolab import atomic_io
-from echolab.atomic_io import LineLog, append_text, retried, write_whole
-from echolab.data.bad_samples import Tolerant, read_quarantine
+from echolab.atomic_io import LineLog, append_text, retry, write_atomic
+from echolab.data.bad_samples import TolerantReader, read_quarantine
 from echolab.data.ledger import read_ledger
-from echolab.data.member_reader import Pieces
+from echolab.data.member_reader import MemberReader
 from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, DiskFullError, SaveError, StorageError
 from echolab.launch.exit_codes import CAUSES, FATAL, RETRYABLE, cause_of_exception
@@ -68,10 +68,10 @@ def test_a_read_bears_with_an_error_that_passes(
     clips: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
     dataset = open_dataset(clips)
-    expected = dataset.take(1, "safetensors", Pieces.rest)
+    expected = dataset.take(1, "safetensors", MemberReader.rest)
     other = open_dataset(clips)
     monkeypatch.setattr(os, name, failing := Failing(getattr(os, name), number, 2))
-    assert other.take(1, "safetensors", Pieces.rest) == expected
+    assert other.take(1, "safetensors", MemberReader.rest) == expected
     assert failing.calls > 2
 
 
@@ -80,10 +80,10 @@ def test_a_read_that_fails_for_good_names_file_and_number(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     dataset = open_dataset(clips)
-    reader = Tolerant(dataset, skip_budget=0.9, quarantine=tmp_path / "quarantine.jsonl")
+    reader = TolerantReader(dataset, max_bad_fraction=0.9, quarantine=tmp_path / "quarantine.jsonl")
     monkeypatch.setattr(os, "preadv", Failing(os.preadv, number, float("inf")))
     with pytest.raises(StorageError, match=rf"encoded-0.*\.tar.*errno {number}\)") as caught:
-        reader.read(0, lambda i: dataset.take(i, "safetensors", Pieces.rest))
+        reader.read(0, lambda i: dataset.take(i, "safetensors", MemberReader.rest))
     assert "\n" not in str(caught.value)
     assert read_quarantine(tmp_path / "quarantine.jsonl") == []
     assert cause_of_exception(caught.value, "data_wait") == "storage"
@@ -101,7 +101,7 @@ def test_a_stale_handle_is_opened_again(clips: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(os, "open", opens)
-    assert dataset.take(0, "safetensors", Pieces.rest)
+    assert dataset.take(0, "safetensors", MemberReader.rest)
     assert opens.calls == 2
 
 
@@ -129,7 +129,7 @@ def test_damaged_bytes_stay_data(clips: Path) -> None:
     data[dataset.sample(0).members["safetensors"][0] + 9] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError) as caught:
-        dataset.take(0, "safetensors", Pieces.rest)
+        dataset.take(0, "safetensors", MemberReader.rest)
     assert cause_of_exception(caught.value, "data_wait") == "data"
 
 
@@ -141,11 +141,11 @@ def test_patient_writes_bear_with_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, 2))
-    write_whole(tmp_path / "a", b"whole", patient=True)
+    write_atomic(tmp_path / "a", b"whole", patient=True)
     assert (tmp_path / "a").read_bytes() == b"whole"
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, float("inf")))
     with pytest.raises(StorageError, match=rf"b: could not be written .*errno {number}\)") as error:
-        write_whole(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"whole", patient=True)
     assert not isinstance(error.value, DiskFullError)
     assert cause_of_exception(error.value, "save") == "storage"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -157,20 +157,20 @@ def test_no_room_is_the_disk_and_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(os, "fsync", failing := Failing(os.fsync, number, float("inf")))
     with pytest.raises(DiskFullError) as error:
-        write_whole(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"whole", patient=True)
     assert failing.calls == 1 and cause_of_exception(error.value, "vote") == "disk"
     assert cause_of_exception(OSError(number, "words"), "vote") == "disk"
 
 
 def test_retries_end(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Failing(lambda: 7, errno.ESTALE, 3)
-    assert retried(failing) == 7 and failing.calls == 4
+    assert retry(failing) == 7 and failing.calls == 4
     failing = Failing(lambda: 7, errno.ESTALE, 4)
     with pytest.raises(OSError):
-        retried(failing)
+        retry(failing)
     failing = Failing(lambda: 7, errno.ENOENT, 1)
     with pytest.raises(FileNotFoundError):
-        retried(failing)
+        retry(failing)
     assert failing.calls == 1
 
 

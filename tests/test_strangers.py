@@ -14,8 +14,10 @@ import pytest
 
 from echolab.data.index import fingerprint
 from echolab.data.remote import download
-from echolab.data.remote.download import Expected, FetchError, Patience
-from echolab.data.shard_reader import ShardWriter, open_dataset, verify
+from echolab.data.remote.download import Expected, FetchError, RetryPolicy
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.verify import verify
 from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.launch import slurm
 
@@ -93,8 +95,8 @@ def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stay
     """An empty part of PYTHONPATH names nothing; children inherit what is left."""
     root = str(Path(__file__).resolve().parent.parent)
     program = (
-        "import os, sys; from echolab.safe_path import leave_working_folder\n"
-        "leave_working_folder()\n"
+        "import os, sys; from echolab.safe_path import remove_working_directory\n"
+        "remove_working_directory()\n"
         "print(os.getcwd() in map(os.path.abspath, sys.path[:-1]), sys.flags.safe_path)\n"
         "if len(sys.argv) < 2: os.execv(sys.executable, [sys.executable, '-c', sys.argv.append('x')"
         " or open(os.environ['ME']).read(), 'x'])\n"
@@ -172,7 +174,7 @@ def test_places_of_a_stranger_are_checked_by_the_reader(
         open_dataset(foreign)
 
 
-QUICK = Patience(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
+QUICK = RetryPolicy(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -194,11 +196,11 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
 def test_an_index_that_never_ends_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: fault_server.Fault
 ) -> None:
-    monkeypatch.setattr(download, "LARGEST", 2**20)
+    monkeypatch.setattr(download, "MAX_BYTES", 2**20)
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = fault
         with pytest.raises(FetchError, match=r"dataset\.json: .*1048576"):
-            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
         assert server.asked["dataset.json"] == 1
 
 
@@ -207,7 +209,7 @@ def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) ->
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
         with pytest.raises(FetchError) as told:
-            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
     assert str(told.value).isprintable() and "root:" not in str(told.value)
 
 
@@ -248,5 +250,5 @@ def test_a_password_is_not_sent_on_to_another_server(tmp_path: Path) -> None:
         one.always["dataset.json"] = fault_server.sent_to(f"{other.url}/dataset.json")
         url = one.url.replace("://", "://user:password@")
         with pytest.raises(FetchError, match="HTTP 404"):
-            open_dataset(f"{url}?sig=x", cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(f"{url}?sig=x", cache_dir=tmp_path / "cache", retry_policy=QUICK)
     assert seen == [("/dataset.json", None)]

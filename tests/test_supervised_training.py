@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data.shard_reader import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.heartbeat import heartbeat_path, read_heartbeat
 from echolab.launch import exit_codes
 from echolab.launch.launch_records import NodeRecord, read_launches

@@ -23,7 +23,8 @@ from data_prep.synthetic_face import (
 from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesize
 from echolab.data.clips import load_clips
 from echolab.data.media import encode_flac
-from echolab.data.shard_reader import ShardWriter, open_dataset
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError
 
 

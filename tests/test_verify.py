@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from echolab.cli.__main__ import main
 from echolab.data.index import REQUIRED, Sample, Shard, fingerprint
 from echolab.data.media import encode_flac, encode_mp4
-from echolab.data.shard_reader import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.tars import read_tar
 from echolab.data.verify import Fault, find_faults, verify
 

@@ -20,7 +20,7 @@ from echolab.bench.measure import Cost, Row, cost_of, measure, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
 from echolab.config.build import training_from
 from echolab.config.compose import compose
-from echolab.data.shard_reader import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.objectives import Supervised
 from echolab.diffusion.phases import FLAT, ModalityDropout

@@ -1,9 +1,9 @@
 """The command `echolab`: import the module of a command, run it, print errors in one line."""
 
-from echolab.safe_path import leave_working_folder
+from echolab.safe_path import remove_working_directory
 
 if __name__ == "__main__":
-    leave_working_folder()  # before anything else is imported
+    remove_working_directory()  # before anything else is imported
 
 import errno
 import importlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from echolab.arguments import closest
 from echolab.errors import BusyError, DiskFullError, EcholabError, FencedError, StorageError
 from echolab.launch.exit_codes import RETRYABLE
-from echolab.redaction import masked_output
+from echolab.redaction import mask_output
 
 # OSErrors that the user can fix; others are bugs and keep their traceback.
 USER_ERRORS = (
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     as a run folder in use by another process.  130: interrupted.  Commands may return other codes.
     """
     if argv is None:  # started as a program
-        leave_working_folder()
-    with masked_output():
+        remove_working_directory()
+    with mask_output():
         return _run(sys.argv[1:] if argv is None else argv)
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from echolab.errors import CheckpointError, printable
+from echolab.errors import CheckpointError, escape_unprintable
 from echolab.training.checkpoints.checkpoint import (
     NAME,
     Checkpoint,
@@ -96,7 +96,7 @@ def print_contents(path: Path, *, as_json: bool) -> int:
         f"{at['epochs']} ({at['kind']}), {at['within']} of its {at['epoch_steps']} steps done",
         f"  sha256      {contents['sha256']}",
     ]
-    print(printable("\n".join(lines)))
+    print(escape_unprintable("\n".join(lines)))
     return 0
 
 
@@ -118,7 +118,7 @@ def print_faults(path: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"path": str(path), "valid": not problems, "faults": problems}))
     else:
-        print(printable("\n".join(problems)) if problems else f"{path}: complete")
+        print(escape_unprintable("\n".join(problems)) if problems else f"{path}: complete")
     return 1 if problems else 0
 
 
@@ -138,12 +138,12 @@ def print_differences(one: Path, other: Path, *, as_json: bool) -> int:
     # One line for each side and each difference.
     for side, opened in (("a", a), ("b", b)):
         line = f"{side}: {opened.path}, step {opened.step}, written by {_listed(origins[side])}"
-        print(printable(line))
+        print(escape_unprintable(line))
     for difference in tensors:
-        print(printable(difference.line()))
+        print(escape_unprintable(difference.line()))
     for entry in state:
         values = (json.dumps(entry[side]) if side in entry else "missing" for side in "ab")
-        print(printable(f"state {entry['key']}: {' | '.join(values)}"))
+        print(escape_unprintable(f"state {entry['key']}: {' | '.join(values)}"))
     counts = f"{len(tensors)} tensors and {len(state)} entries of the state differ"
     print("bit-equal" if same else counts)
     return 0 if same else 1

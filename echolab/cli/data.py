@@ -73,7 +73,6 @@ ACTIONS = {
     "audit": Action(
         "echolab.cli.data:audit", "check that a run trained on each sample once an epoch"
     ),
-    "shuffle-report": Action("echolab.cli.data_shuffle", "measure the shuffling of a dataset"),
 }
 
 
@@ -180,7 +179,7 @@ def summary_text(folder: Path, indexed: "Indexed") -> str:
 def audit(argv: list[str]) -> int:
     """Print which keys are missing, doubled or foreign."""
     arguments = parse(AuditArguments, argv, command="echolab data audit", positional=("run",))
-    from echolab.data.audit import audit as audit_run
+    from echolab.data.ledger import audit_run as audit_run
     from echolab.training.guards import events
 
     result = audit_run(arguments.run, events.skips(arguments.run))

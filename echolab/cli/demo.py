@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echolab.arguments import argument, parse
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.data.index import INDEX
 from echolab.errors import ConfigError
 from echolab.launch.run_dir import held
@@ -269,7 +269,7 @@ class Progress:
     def write(self) -> None:
         """Write the file atomically."""
         state = {"settings": self.settings, "token": self.token, "seconds": self.seconds}
-        write_whole(self.path, json.dumps(state, indent=1).encode())
+        write_atomic(self.path, json.dumps(state, indent=1).encode())
 
     def run(self, stage: Stage) -> int:
         """Run a stage's command unless it is done, and return its exit code."""
@@ -327,7 +327,7 @@ def write_summary(demo: DemoArguments, progress: Progress) -> None:
         "Seeds": demo.seeds,
         "Work": f"{sum(progress.seconds.values()) / 60:.1f} min",
     }
-    write_whole(demo.out / "summary.json", json.dumps(facts, indent=1).encode())
+    write_atomic(demo.out / "summary.json", json.dumps(facts, indent=1).encode())
 
 
 def print_scores(demo: DemoArguments, progress: Progress) -> None:

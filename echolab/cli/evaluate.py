@@ -1,7 +1,7 @@
 """`echolab evaluate RUN`: sample held-out clips from a checkpoint and score them: one table row."""
 
 from echolab.arguments import parse
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.inference.options import EvaluateArguments
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     arguments.check()
     for folder in (arguments.samples, arguments.task_samples):
         if folder:
-            prove_writable(folder, folder=True)
+            check_writable(folder, folder=True)
     from echolab.inference.evaluate import evaluate
 
     evaluate(arguments)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import argument, parse
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.errors import ConfigError
 
 AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     """Parse and check the arguments, then import torch and export."""
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
     arguments.check()
-    prove_writable(arguments.out, folder=not arguments.out.suffix)
+    check_writable(arguments.out, folder=not arguments.out.suffix)
     from echolab.cli.export_weights import export
 
     export(arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import argument, parse
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
                       positional=("network", "data", "out"))  # fmt: skip
     if arguments.vae and arguments.network != "sync":
         raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
-    prove_writable(arguments.out)
+    check_writable(arguments.out)
     from echolab.inference.fit import fit_network, read_clips
 
     clips = read_clips(arguments.data, arguments.first_clip, arguments.num_clips, arguments.vae)

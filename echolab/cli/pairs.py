@@ -3,7 +3,7 @@
 import json
 
 from echolab.arguments import parse
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.inference.options import PairsArguments
 
 NOUNS = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     """Parse the arguments, then import torch, run one action and print a summary."""
     arguments = parse(PairsArguments, argv, command="echolab pairs",
                       positional=("action", "folder"))  # fmt: skip
-    prove_writable(arguments.folder, folder=True)
+    check_writable(arguments.folder, folder=True)
     from echolab.inference import pairs
 
     actions = {"sample": pairs.sample, "score": pairs.score, "pack": pairs.pack}

@@ -11,7 +11,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.cli.replay import ReplayArguments
 from echolab.cli.rollback import config_of
 from echolab.config.build import schedule_from, training_from
@@ -20,7 +20,7 @@ from echolab.config.origins import checkpoint_of, recorded
 from echolab.config.parts import INTERVALS, machine_from
 from echolab.config.stored import hidden, resolved
 from echolab.data.bad_samples import QUARANTINE
-from echolab.data.ledger import LEDGER, LeftOut, Row, read_ledger
+from echolab.data.ledger import LEDGER, Row, SkippedBatch, read_ledger
 from echolab.errors import CheckpointError, ConfigError, DivergedError
 from echolab.launch import run_dir
 from echolab.tracking.metrics import read_metrics
@@ -53,7 +53,7 @@ def replay_and_compare(arguments: ReplayArguments) -> int:
     if out and out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
     if out:
-        prove_writable(out, folder=True)
+        check_writable(out, folder=True)
 
     # Train the steps again.
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def replay_and_compare(arguments: ReplayArguments) -> int:
 class ReplayDiverged(Exception):
     """The replay reached a value that is not finite; `batch` are the clips of `step` (from 0)."""
 
-    def __init__(self, reason: str, step: int, batch: LeftOut) -> None:
+    def __init__(self, reason: str, step: int, batch: SkippedBatch) -> None:
         super().__init__(reason)
         self.step, self.batch = step, batch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.arguments import argument, parse
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.errors import DataError
 from echolab.tasks.table import TASK_TABLE
 from echolab.tracking.metrics import read_metrics
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder")
     out = run / "report.html"
-    prove_writable(out)
+    check_writable(out)
     if out.with_suffix(".json").is_file() and arguments == ReportArguments(run=run):
         write_again(out)
     else:

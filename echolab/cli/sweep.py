@@ -19,7 +19,7 @@ from echolab.launch.attempts import RUNNING, Attempt, attempts_of
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.launch_records import newest_checkpoint
 from echolab.launch.processes import SignalRelay
-from echolab.redaction import masked
+from echolab.redaction import mask_secrets
 
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue
 RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
@@ -93,10 +93,10 @@ def refuse_secrets(members: Sequence[Member]) -> None:
     """Raise ConfigError if a member's words hold a secret: Slurm would keep them in files."""
     for member in members:
         for word in member.words:
-            if masked(word) != word:
+            if mask_secrets(word) != word:
                 raise ConfigError(
-                    f"{masked(word)}: Slurm would keep its secret in files; put it into a variable "
-                    "and write ${oc.env:NAME} in its place"
+                    f"{mask_secrets(word)}: Slurm would keep its secret in files; put it into a "
+                    "variable and write ${oc.env:NAME} in its place"
                 )
 
 

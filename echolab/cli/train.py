@@ -22,13 +22,13 @@ from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
 from echolab.config.paths import check_gpus, check_paths
 from echolab.config.sweep_members import members
-from echolab.data.remote.transport import url_of
+from echolab.data.remote.transport import parse_url
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, processes, rank_process, run_dir, slurm
 from echolab.launch.supervisor import Supervisor
 from echolab.launch.topology import LAUNCH, cpu_warning, find_topology
-from echolab.redaction import masked, masked_output
+from echolab.redaction import mask_output, mask_secrets
 from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
 HYDRAS = re.compile(r"(--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
@@ -81,8 +81,10 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
     written if the run's folder cannot be taken, or a path or the devices are not there.
     """
-    if url := url_of(config["run_dir"]):
-        raise ConfigError(f"run_dir={masked(url)}: a run's folder lies on a disk; give a path")
+    if url := parse_url(config["run_dir"]):
+        raise ConfigError(
+            f"run_dir={mask_secrets(url)}: a run's folder lies on a disk; give a path"
+        )
     folder, trainer = Path(config["run_dir"]), config["trainer"]
     topology = find_topology(trainer["devices"], trainer["num_nodes"])
     if topology.supervisor == 0:
@@ -174,7 +176,7 @@ def job(words: list[str]) -> None:
     supervisor's exit code.
     """
     supervisor = None
-    with processes.SignalRelay() as relay, masked_output():
+    with processes.SignalRelay() as relay, mask_output():
         try:
             config = compose(words)
             if not relay.received:

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.config.build import training_from
 from echolab.errors import ConfigError, StorageError
 from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, run_dir
 from echolab.launch.exit_codes import CAUSES, cause_of_result
 from echolab.progress import progress
-from echolab.redaction import masked_values
+from echolab.redaction import mask_values
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import FINISH_SECONDS, HURRY_SECONDS, WandbRun
 from echolab.training.fit import FitResult, Training, fit
@@ -35,7 +35,7 @@ def train(
     of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
     for. `kept` are the settings to store and to send, without secrets.
     """
-    kept = masked_values(config) if kept is None else kept
+    kept = mask_values(config) if kept is None else kept
     heartbeat = heartbeat or heartbeat_from_environment()
     training = _training(config)._replace(heartbeat=heartbeat, on_failure=on_failure)
     on_end = on_end or (lambda result: None)
@@ -89,7 +89,7 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _say(folder: Path, lines: list[str]) -> None:
     print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
     try:
-        write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+        write_atomic(folder / "engine.txt", "\n".join([*lines, ""]).encode())
     except StorageError as error:  # it was said above
         print(f"echolab: {error}", file=sys.stderr, flush=True)
 

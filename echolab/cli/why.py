@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import argument, parse
-from echolab.errors import ConfigError, StorageError, printable
+from echolab.errors import ConfigError, StorageError, escape_unprintable
 from echolab.launch import slurm
 from echolab.launch.attempts import attempts_of
 from echolab.launch.explain import format_summary, summarize
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         )
     summary = summarize(arguments.run, attempts, _max_infrastructure(arguments.run))
     as_json = arguments.format == "json"
-    print(json.dumps(summary) if as_json else printable(format_summary(summary)))
+    print(json.dumps(summary) if as_json else escape_unprintable(format_summary(summary)))
     return 0
 
 

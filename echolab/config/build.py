@@ -10,7 +10,7 @@ from echolab.config.data_checks import check_checkpoints, check_held_out
 from echolab.config.networks import checked_placement, start_of
 from echolab.config.origins import checkpoints_from, origins_from
 from echolab.config.parts import guards_from, intervals_from, machine_from, rate_of
-from echolab.data.batch_sampler import Order
+from echolab.data.batch_sampler import ShuffleConfig
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import (
@@ -99,7 +99,7 @@ def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     named: str | Sequence[str] = config[key] or []
     paths = [named] if isinstance(named, str) else named
     cache, cache_gb = config["cache_dir"], float(config["cache_gb"])
-    return [open_dataset(path, cache=cache, cache_gb=cache_gb) for path in paths]
+    return [open_dataset(path, cache_dir=cache, cache_gb=cache_gb) for path in paths]
 
 
 def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
         "pairs": datasets_from(config, "pairs"),
         "weights": config["clip_weights"],
         "pair_weights": config["pair_weights"],
-        "order": Order(
+        "order": ShuffleConfig(
             config["shuffle_block_size"],
             config["shuffle_buffer"],
             config["last_batch"],

@@ -4,8 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from echolab.data.provenance import check_same_encoders, shared_samples
-from echolab.data.shard_reader import ShardDataset
+from echolab.data.shard_reader import ShardDataset, check_same_encoders, shared_samples
 from echolab.errors import ConfigError, DataError
 from echolab.launch.run_dir import rank_from_environment
 from echolab.training.checkpoints.checkpoint import open_verified

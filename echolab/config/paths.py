@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.data.index import FORMATS, INDEX
-from echolab.data.remote.transport import url_of
+from echolab.data.remote.transport import parse_url
 from echolab.errors import CheckpointError, ConfigError, DataError, WeightsError
 
 KINDS = {"clips": "encoded", "val_clips": "encoded", "pairs": "preference"}
@@ -41,7 +41,7 @@ def datasets_of(data: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     for key in KINDS:
         named = data[key] or []
         for place in [named] if isinstance(named, str) else named:
-            if not url_of(place):
+            if not parse_url(place):
                 yield key, Path(place)
 
 

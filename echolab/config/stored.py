@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from echolab.errors import ConfigError
-from echolab.redaction import MASK, is_secret_name, masked
+from echolab.redaction import MASK, is_secret_name, mask_secrets
 
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 SHORT = 8  # characters: a shorter number is no secret
@@ -62,7 +62,7 @@ def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str])
     if not isinstance(written, str):
         return written
     if "${" not in written:
-        return masked(written)
+        return mask_secrets(written)
     read.clear()
     value = node[key]
     if OmegaConf.is_config(value):
@@ -71,8 +71,8 @@ def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str])
     if not secret and isinstance(value, str) and NUMBER.fullmatch(value) and len(value) < SHORT:
         return value
     if (read and isinstance(value, str | list | dict)) or "${" in str(value):
-        return _without_defaults(masked(written))
-    return masked(value) if isinstance(value, str) else value
+        return _without_defaults(mask_secrets(written))
+    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def with_types(kept: Any, given: Any, checked: Any) -> Any:

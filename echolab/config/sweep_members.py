@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from echolab.config.overrides import PATHS, expanded, quoted
 from echolab.errors import ConfigError
 from echolab.launch import run_dir
-from echolab.redaction import is_secret_name, masked, without_secrets
+from echolab.redaction import is_secret_name, mask_secrets, strip_secrets
 
 PREFIX = 100  # characters of a name that show what is swept
 HASH = 10  # hexadecimal digits
@@ -110,7 +110,7 @@ def without_signature(address: str) -> str:
     query = parse_qsl(urlsplit(address).query)
     open_ = [(name, value) for name, value in query if not SIGNATURE.match(name)]
     open_ = [(name, value) for name, value in open_ if not is_secret_name(name)]
-    return f"{without_secrets(address)}?{urlencode(open_)}" if open_ else without_secrets(address)
+    return f"{strip_secrets(address)}?{urlencode(open_)}" if open_ else strip_secrets(address)
 
 
 def prefix(values: Mapping[str, str]) -> str:
@@ -124,14 +124,18 @@ def prefix(values: Mapping[str, str]) -> str:
     room = max(1, PREFIX // max(1, len(keys)))
     parts = []
     for key, name in keys.items():
-        value = "" if is_secret_name(key.rpartition(".")[2]) else clean(masked(shown(values[key])))
+        value = (
+            ""
+            if is_secret_name(key.rpartition(".")[2])
+            else clean(mask_secrets(shown(values[key])))
+        )
         parts.append(f"{clean(name)}-{value[-max(8, room - len(name) - 1) :].lstrip('-')}")
     return "_".join(parts)[:PREFIX].strip("-_.")
 
 
 def shown(text: str) -> str:
     """Return a text with the addresses in it cut to host and path."""
-    return ADDRESS.sub(lambda match: without_secrets(match[0]).partition("://")[2], text)
+    return ADDRESS.sub(lambda match: strip_secrets(match[0]).partition("://")[2], text)
 
 
 def clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""dataset.json for plain WebDataset tars that another program wrote.
+"""Write dataset.json for plain WebDataset tars that another program wrote.
 
 The tars are read once from front to back, each by one process, and never changed.  A folder whose
 samples keep the contract of a kind becomes a dataset of that kind; any other one becomes `foreign`,
@@ -13,21 +13,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from echolab.atomic_io import append_text, exclusive, remove_quietly, write_whole
+from echolab.atomic_io import append_text, lock_folder, remove_quietly, write_atomic
 from echolab.data.index import (
     INDEX,
     MEMBERS,
+    PARTIAL_INDEX,
+    SHARD_FILE,
     Members,
     Sample,
     Shard,
     encoded_index,
+    has_foreign_dot,
+    key_fault,
     missing_members,
+    split_path,
 )
-from echolab.data.names import PARTIAL, SHARD_FILE, dotted, key_fault, split_file
-from echolab.data.parallel import processes, spread
+from echolab.data.member_reader import MemberError, parse_header
 from echolab.data.samples import TENSORS
-from echolab.data.tars import Passing, TarFault, TarMember, walk
-from echolab.data.validate_member import Undecodable, tensor_header
+from echolab.data.tars import (
+    HashingReader,
+    TarError,
+    TarMember,
+    count_processes,
+    map_parallel,
+    walk,
+)
 from echolab.errors import DataError
 from echolab.geometry import WAN, LatentGeometry
 from echolab.progress import Advance
@@ -36,7 +46,7 @@ KINDS = ("raw", "encoded", "preference", "foreign")
 
 
 class Scan(NamedTuple):
-    """What one tar holds."""
+    """The content of one tar."""
 
     shard: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -45,7 +55,7 @@ class Scan(NamedTuple):
 
 
 class Indexed(NamedTuple):
-    """A folder's dataset.json as it now is."""
+    """The dataset.json of a folder after indexing."""
 
     content: dict[str, Any]
     misfits: dict[str, str]
@@ -54,7 +64,7 @@ class Indexed(NamedTuple):
 
 
 def scan(compounds: frozenset[str], path: Path) -> Scan:
-    """Read a tar whole.  `compounds` are member names with a dot, such as `seg.png`.
+    """Read a tar from front to back; `compounds` are member names with a dot, like `seg.png`.
 
     Raises DataError that names shard, sample and byte for a tar that is damaged, for keys with
     dots, and for members that are doubled or do not follow each other.
@@ -64,18 +74,18 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
     left_out: list[str] = []
     try:
         with path.open("rb") as file:
-            tar = Passing(file)
+            tar = HashingReader(file)
             for member in walk(tar):
                 name = _name(member, samples, compounds | set(MEMBERS), path)
                 if name is None:
                     left_out += [] if member.name.endswith("/") else [member.name]
                     continue
-                place = (member.offset, member.size, member.crc32)
-                samples.setdefault(name[0], {})[name[1]] = place
+                location = (member.offset, member.size, member.crc32)
+                samples.setdefault(name[0], {})[name[1]] = location
             for key, members in samples.items():
-                for kind, why in _misfits(key, members, file, path):
+                for kind, why in _misfits_of(key, members, file, path):
                     misfits.setdefault(kind, f"{path.name}: sample {key} {why}")
-    except TarFault as fault:
+    except TarError as fault:
         last = next(reversed(samples), None)
         after = f" (after sample {last})" if last else ""
         raise DataError(f"{path}: byte {fault.offset}: {fault.what}{after}") from fault
@@ -89,8 +99,8 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
 def _name(
     member: TarMember, samples: dict[str, Members], compounds: frozenset[str], path: Path
 ) -> tuple[str, str] | None:
-    """Key and member; None where it is part of no sample.  Raises DataError."""
-    name = split_file(member.name)
+    """Return key and member, or None if it is part of no sample; raise DataError."""
+    name = split_path(member.name)
     if name is None:
         return None
     key, kind = name
@@ -98,7 +108,7 @@ def _name(
     why = key_fault("foreign", key)
     if why or not kind.isprintable():
         raise DataError(f"{at} {why or 'a member that cannot be printed'}; pack the tar again")
-    if dotted(kind, compounds):
+    if has_foreign_dot(kind, compounds):
         raise DataError(
             f"{at} {kind!r} has a dot: is it the tail of the key?  Then pack the tar again with "
             f"keys without dots; if it is a member of its own, give members={kind}"
@@ -110,8 +120,10 @@ def _name(
     return name
 
 
-def _misfits(key: str, members: Members, file: BinaryIO, path: Path) -> Iterator[tuple[str, str]]:
-    """(kind, why not) of each kind that a sample cannot be of."""
+def _misfits_of(
+    key: str, members: Members, file: BinaryIO, path: Path
+) -> Iterator[tuple[str, str]]:
+    """Yield (kind, reason) for each kind that the sample does not fit."""
     tensors: set[str] = set()
     if "safetensors" in members:
         offset, size, _ = members["safetensors"]
@@ -120,8 +132,8 @@ def _misfits(key: str, members: Members, file: BinaryIO, path: Path) -> Iterator
             return os.pread(file.fileno(), count, offset + start)
 
         try:
-            tensors = set(tensor_header(read, size))
-        except Undecodable as error:
+            tensors = set(parse_header(read, size))
+        except MemberError as error:
             raise DataError(
                 f"{path}: byte {offset}: sample {key}: safetensors cannot be decoded ({error})"
             ) from error
@@ -155,10 +167,12 @@ def index_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one of tars")
-    with exclusive(folder):
+    with lock_folder(folder):
         paths = _tars(folder)
-        if (folder / PARTIAL).is_symlink():  # it came with the tars: what it points to is not ours
-            remove_quietly(folder / PARTIAL)
+        if (
+            folder / PARTIAL_INDEX
+        ).is_symlink():  # it came with the tars: what it points to is not ours
+            remove_quietly(folder / PARTIAL_INDEX)
         scans = _scans(folder, paths, compounds, workers, advance)
         misfits = _first_misfits(scans)
         if kind in misfits:
@@ -171,7 +185,7 @@ def index_folder(
         data = encoded_index(kind, *about, shards, samples, geometry)
         content = json.loads(data)
         written = _written(folder / INDEX, data, content, replace)
-        remove_quietly(folder / PARTIAL)
+        remove_quietly(folder / PARTIAL_INDEX)
     return Indexed(content, misfits, [n for one in scans for n in one.left_out], written)
 
 
@@ -186,10 +200,10 @@ def _tars(folder: Path) -> list[Path]:
             raise DataError(f"{folder / name}: compressed or half-written; {remedy}")
         if name.endswith(".tar") and not SHARD_FILE.fullmatch(name):
             raise DataError(f"{folder / name}: a shard's name has letters, digits, . _ - + = alone")
-    found = [folder / name for name in names if name.endswith(".tar")]
-    if not found:
+    paths = [folder / name for name in names if name.endswith(".tar")]
+    if not paths:
         raise DataError(f"{folder}: holds no .tar; give the folder that holds the shards")
-    return found
+    return paths
 
 
 def _scans(
@@ -199,17 +213,17 @@ def _scans(
     workers: int | None,
     advance: Advance | None,
 ) -> list[Scan]:
-    """Of each tar; those known from a run that was stopped are taken from its notes."""
+    """Scan each tar that an interrupted run has not recorded yet."""
     stamps = [_stamp(path, compounds) for path in paths]
-    known = _known(folder / PARTIAL)
+    known = _known(folder / PARTIAL_INDEX)
     scans = {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
     left = [i for i in range(len(paths)) if i not in scans]
     work = partial(scan, compounds)
-    count = processes(workers, [paths[i].stat().st_size for i in left])
-    for number, found in spread(work, [paths[i] for i in left], count):
-        i = left[number]
-        scans[i] = found
-        append_text(folder / PARTIAL, json.dumps([stamps[i], found]) + "\n")
+    count = count_processes(workers, [paths[i].stat().st_size for i in left])
+    for j, result in map_parallel(work, [paths[i] for i in left], count):
+        i = left[j]
+        scans[i] = result
+        append_text(folder / PARTIAL_INDEX, json.dumps([stamps[i], result]) + "\n")
         if advance is not None:
             advance(len(scans), paths[i].name)
     return [scans[i] for i in range(len(paths))]
@@ -224,18 +238,18 @@ def _known(path: Path) -> dict[str, Scan]:
     known: dict[str, Scan] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            stamp, found = json.loads(line)
-            known[stamp] = Scan(*found)
+            stamp, fields = json.loads(line)
+            known[stamp] = Scan(*fields)
         except (ValueError, TypeError):
             continue  # cut when the process was killed: that tar is read again
     return known
 
 
 def _first_misfits(scans: list[Scan]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    misfits: dict[str, str] = {}
     for one in scans:
-        found = {**one.misfits, **found}
-    return found
+        misfits = {**one.misfits, **misfits}
+    return misfits
 
 
 def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
@@ -243,7 +257,7 @@ def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
     for sample in (sample for one in scans for sample in one.samples):
         key, shard = sample["key"], sample["shard"]
         if key in shard_of:
-            byte = min(place[0] for place in sample["members"].values())
+            byte = min(location[0] for location in sample["members"].values())
             raise DataError(
                 f"{folder / shard}: byte {byte}: sample {key}: is in {shard_of[key]} too; "
                 "a key names one sample of a dataset"
@@ -252,7 +266,7 @@ def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
 
 
 def _written(path: Path, data: bytes, content: dict[str, Any], replace: bool) -> bool:
-    """Write dataset.json unless it is there and equal; DataError where it is there and differs."""
+    """Write dataset.json unless an equal one is there; raise DataError if it differs."""
     if path.exists():
         try:
             if json.loads(path.read_bytes()) == content:
@@ -260,6 +274,6 @@ def _written(path: Path, data: bytes, content: dict[str, Any], replace: bool) ->
         except ValueError:
             pass  # damaged: differs
         if not replace:
-            raise DataError(f"{path}: is there and differs; give replace=true to write it anew")
-    write_whole(path, data)
+            raise DataError(f"{path}: is there and differs; give replace=true to write it again")
+    write_atomic(path, data)
     return True

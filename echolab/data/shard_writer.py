@@ -1,4 +1,4 @@
-"""Writes a dataset folder: tars by webdataset, each whole or not there, and dataset.json last."""
+"""Write a dataset folder: tars by webdataset, each complete or absent, and dataset.json last."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Self
 
 import webdataset
 
-from echolab.atomic_io import exclusive, make_folder, remove_quietly, write_error, write_whole
+from echolab.atomic_io import lock_folder, make_folder, remove_quietly, write_atomic, write_error
 from echolab.data.index import (
     INDEX,
     SHARD,
@@ -36,7 +36,7 @@ class _Partial:
         self.file: BinaryIO | None = self.partial.open("wb")
 
     def write(self, data: bytes) -> int:
-        # After an error tarfile still flushes when it is collected: that must go nowhere.
+        # After an error tarfile still flushes when it is collected: drop that.
         return self.file.write(data) if self.file else len(data)
 
     def finish(self) -> None:
@@ -53,16 +53,16 @@ class _Partial:
             try:
                 file.close()
             except OSError:
-                pass  # the disk is full: the first error is the one to tell
+                pass  # the disk is full: the first error is the one to report
         remove_quietly(self.partial)
 
 
 class ShardWriter:
-    """Writes samples into a new dataset folder; it is whole once the `with` block ends well.
+    """Writes samples to a new dataset folder, which is complete when the `with` block succeeds.
 
     Each tar is written under a temporary name, read back, and renamed; dataset.json comes last.
-    After an exception there is no dataset.json, and the next writer clears what was left.  Other
-    writers are kept out of the folder meanwhile: they raise BusyError.
+    After an exception there is no dataset.json, and the next writer removes the leftovers.  Other
+    writers of the folder raise BusyError until the block ends.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardWriter:
             raise DataError(f"{folder}: kind {kind!r} x {samples_per_shard}: need a word and >= 1")
         self.folder, self.kind = Path(folder), kind
         self.encoders, self.description = dict(encoders or {}), dict(description or {})
-        self.geometry = geometry  # noted for kinds that hold latents
+        self.geometry = geometry  # written for kinds that hold latents
         self.samples_per_shard = samples_per_shard
         self._keys: set[str] = set()
         self._shards: list[Shard] = []
@@ -90,9 +90,10 @@ class ShardWriter:
     def __enter__(self) -> Self:
         make_folder(self.folder)
         with ExitStack() as stack:
-            stack.enter_context(exclusive(self.folder))
+            stack.enter_context(lock_folder(self.folder))
             if (self.folder / INDEX).exists():
                 raise DataError(f"{self.folder}: already holds a dataset; choose another folder")
+            # Remove what a killed writer left.
             try:
                 for path in self.folder.iterdir():
                     if SHARD.fullmatch(path.name.removesuffix(".partial")):
@@ -103,7 +104,7 @@ class ShardWriter:
         return self
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Add one sample; its members are named as in MEMBERS, and none that its kind has lacks."""
+        """Add one sample with all members of its kind, named as in MEMBERS; raise DataError."""
         for name in members:
             split_name(f"{key}.{name}")
         if key in self._keys or not members:
@@ -114,6 +115,7 @@ class ShardWriter:
                 f"{self.folder}: sample {key} has no {missing[0]}, which {self.kind} samples have; "
                 "remove the folder and make it again"
             )
+        # The first sample opens the first tar.
         try:
             if self._tars is None:
                 self._tars = webdataset.ShardWriter(
@@ -156,7 +158,7 @@ class ShardWriter:
         index = encoded_index(
             self.kind, self.encoders, self.description, shards, samples, self.geometry
         )
-        write_whole(self.folder / INDEX, index)
+        write_atomic(self.folder / INDEX, index)
 
     def _open(self, name: str) -> _Partial:
         self._output = _Partial(self.folder / name)
@@ -168,10 +170,11 @@ class ShardWriter:
     def _finish_shard(self, name: str) -> None:
         assert self._output is not None
         self._output.finish()
+        # Locations and checksums are those of the bytes on disk.
         members, sha256, size = read_tar(self.folder / name)
         samples: dict[str, Members] = {}
         for member in members:
             key, kind = split_name(member.name)
             samples.setdefault(key, {})[kind] = (member.offset, member.size, member.crc32)
         self._shards.append(Shard(name, sha256, size, len(samples)))
-        self._samples += [Sample(key, name, found) for key, found in samples.items()]
+        self._samples += [Sample(key, name, located) for key, located in samples.items()]

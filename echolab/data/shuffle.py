@@ -1,9 +1,9 @@
-"""The order of an epoch, a pure function of (fingerprint, seed, epoch): integers are all its state.
+"""Shuffle an epoch as a pure function of (fingerprint, seed, epoch), with integers as all state.
 
-Samples lie in shards, and reads are cheap when they are near each other; so blocks of neighbours
-are put in random order, then every sample moves a bounded way.  Any part of the order is worked out
-by itself: nothing is kept for each sample, so that 10^8 of them cost no more memory than 10^5
-shards and their blocks do.
+Samples lie in shards, and reads are cheap when they are near each other; so blocks of neighbors are
+put in random order, then every sample moves a bounded way.  Any part of the order can be computed
+by itself: nothing is kept for each sample, so that 10^8 samples cost no more memory than their
+shards and blocks do.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from hashlib import blake2b
 
 import numpy as np
 
-VERSION = 1  # of the order; a run goes on only in the version that it began in
-BLOCK, BUFFER = 32, 1024  # samples
+VERSION = 1  # of the order; a run resumes only in the version that it began in
+BLOCK_SIZE, BUFFER_SIZE = 32, 1024  # samples
 
 
 def random_bits(count: int, *parts: object, first: int = 0) -> np.ndarray:
-    """[count] uint64, from number `first` of the stream that `parts` name.
+    """Return [count] uint64 from index `first` of the random stream that `parts` name.
 
-    Raw bits: numpy promises these, not what its Generators make of them.
+    Raw bits: numpy promises these, but not what its Generators make of them.
     """
     digest = blake2b("/".join(map(str, parts)).encode(), digest_size=16).digest()
     source = np.random.PCG64(int.from_bytes(digest, "little"))
@@ -26,10 +26,10 @@ def random_bits(count: int, *parts: object, first: int = 0) -> np.ndarray:
 
 
 class EpochOrder:
-    """Which sample stands where in one epoch; samples are numbered shard after shard.
+    """The order of the samples in one epoch; samples are numbered shard after shard.
 
-    A sample's *turn* is its place after the blocks were shuffled; its *position* is where the
-    bounded shuffle then puts it, less than `buffer` places away, so a reader holds at most so many.
+    A sample's *index* is where the shuffle of blocks puts it; its *position* is where the bounded
+    shuffle then moves it, less than `buffer_size` away.
     """
 
     def __init__(
@@ -39,49 +39,52 @@ class EpochOrder:
         *,
         seed: int,
         epoch: int,
-        block: int = BLOCK,
-        buffer: int = BUFFER,
+        block_size: int = BLOCK_SIZE,
+        buffer_size: int = BUFFER_SIZE,
     ) -> None:
         samples = np.asarray(samples_by_shard, dtype=np.int64).reshape(-1)  # [shards]
-        blocks = -(-samples // block)  # [shards]
-        self.block, self.buffer = block, buffer
-        self.about = (fingerprint, seed, epoch)
+        blocks = -(-samples // block_size)  # [shards]
+        self.block_size, self.buffer_size = block_size, buffer_size
+        self.seed_parts = (fingerprint, seed, epoch)
         self._first_sample = np.concatenate([[0], samples.cumsum()])  # [shards + 1]
         self._first_block = np.concatenate([[0], blocks.cumsum()])  # [shards + 1]
+        # Shuffle the blocks.
         count = int(self._first_block[-1])
-        bits = random_bits(count, *self.about, "blocks")
+        bits = random_bits(count, *self.seed_parts, "blocks")
         self._blocks = np.argsort(bits, kind="stable").astype(np.uint32)  # [blocks]
         del bits  # at 10^8 samples every array of this length counts
-        sizes = np.full(count, block, dtype=np.int32)
-        full = samples > 0
-        sizes[self._first_block[1:][full] - 1] = (samples - (blocks - 1) * block)[full]
-        self._turns = np.zeros(count + 1, dtype=np.int64)  # the first turn of each block
-        np.cumsum(sizes[self._blocks], out=self._turns[1:])
+        # The last block of each shard may be smaller than the others.
+        sizes = np.full(count, block_size, dtype=np.int32)
+        nonempty = samples > 0
+        sizes[self._first_block[1:][nonempty] - 1] = (samples - (blocks - 1) * block_size)[nonempty]
+        self._first_index = np.zeros(count + 1, dtype=np.int64)  # of each block
+        np.cumsum(sizes[self._blocks], out=self._first_index[1:])
 
     def __len__(self) -> int:
         return int(self._first_sample[-1])
 
-    def turns(self, first: int, stop: int) -> np.ndarray:
-        """The turns that stand at positions [first, stop), which must lie in the epoch.
+    def indices(self, first: int, stop: int) -> np.ndarray:
+        """Return the indices of the samples at positions [first, stop) of the epoch.
 
-        A turn t moves to somewhere below t + buffer, so no turn below first - 2 buffer stands
-        behind one that ends up at `first` or later, and none from stop + 2 buffer on stands before
-        one that ends up below `stop`: sorting what lies between is sorting all.
+        An index i moves to a position below i + buffer_size.  So no index below
+        first - 2 buffer_size comes after one that ends up at `first` or later, and none from
+        stop + 2 buffer_size on comes before one that ends up below `stop`: sorting what lies
+        between is enough.
         """
-        low = max(0, first - 2 * self.buffer)
-        high = min(len(self), stop + 2 * self.buffer)
+        low = max(0, first - 2 * self.buffer_size)
+        high = min(len(self), stop + 2 * self.buffer_size)
         # The top 53 bits make a double in [0, 1) exactly.
-        bits = random_bits(high - low, *self.about, "samples", first=low)
-        keys = np.arange(low, high) + self.buffer * ((bits >> 11) * 2.0**-53)
+        bits = random_bits(high - low, *self.seed_parts, "samples", first=low)
+        keys = np.arange(low, high) + self.buffer_size * ((bits >> 11) * 2.0**-53)
         return low + np.argsort(keys, kind="stable")[first - low : stop - low]
 
-    def samples(self, turns: np.ndarray) -> np.ndarray:
-        """The sample of each turn, int64."""
-        at = np.searchsorted(self._turns, turns, side="right") - 1
+    def samples(self, indices: np.ndarray) -> np.ndarray:
+        """Return the sample at each index, int64."""
+        at = np.searchsorted(self._first_index, indices, side="right") - 1
         blocks = self._blocks[at].astype(np.int64)
         shards = np.searchsorted(self._first_block, blocks, side="right") - 1
-        inside = (blocks - self._first_block[shards]) * self.block + turns - self._turns[at]
-        return self._first_sample[shards] + inside
+        within = (blocks - self._first_block[shards]) * self.block_size
+        return self._first_sample[shards] + within + indices - self._first_index[at]
 
 
 def epoch_order(
@@ -90,11 +93,16 @@ def epoch_order(
     *,
     seed: int,
     epoch: int,
-    block: int = BLOCK,
-    buffer: int = BUFFER,
+    block_size: int = BLOCK_SIZE,
+    buffer_size: int = BUFFER_SIZE,
 ) -> np.ndarray:
-    """The whole epoch at once: sample indices [samples], each exactly once."""
+    """Return the order of one epoch: sample indices [samples], each exactly once."""
     order = EpochOrder(
-        samples_by_shard, fingerprint, seed=seed, epoch=epoch, block=block, buffer=buffer
+        samples_by_shard,
+        fingerprint,
+        seed=seed,
+        epoch=epoch,
+        block_size=block_size,
+        buffer_size=buffer_size,
     )
-    return order.samples(order.turns(0, len(order)))
+    return order.samples(order.indices(0, len(order)))

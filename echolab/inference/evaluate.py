@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips, to_frames
 from echolab.data.collate import collate_clips, read_clip
@@ -222,4 +222,4 @@ def add_row(path: Path, name: str, seed: int, scores: dict[str, float]) -> None:
         raise DataError(f"{path}: not a table of scores ({error}); remove it") from error
     rows.append({"checkpoint": name, "seed": seed, "scores": scores})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"rows": rows}, indent=1).encode())
+    write_atomic(path, json.dumps({"rows": rows}, indent=1).encode())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.config.networks import (
     architecture_of,
     check_encoders,
@@ -69,7 +69,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
     With several devices start a rank for each by the same command, whose words are `argv`.
     """
     # Fail on files and sizes before anything is loaded.
-    prove_writable(arguments.out)
+    check_writable(arguments.out)
     recipe, start = arguments.recipe(), time.monotonic()
     samples, frames = read_speech(arguments)
     frames_of(frames, recipe, arguments.long_video)

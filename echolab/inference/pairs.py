@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from echolab.atomic_io import prove_writable
+from echolab.atomic_io import check_writable
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
 from echolab.data.clips import load_clips
-from echolab.data.provenance import check_same_encoders
-from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_reader import check_same_encoders, open_dataset
 from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import DataError
@@ -71,7 +70,7 @@ def pack(arguments: PairsArguments) -> int:
     if not verdicts:
         raise DataError(f"{arguments.folder / VERDICTS}: no verdicts; run `echolab pairs score`")
     dataset, out = open_dataset(arguments.required("clips")), arguments.required("out")
-    prove_writable(out, folder=True)
+    check_writable(out, folder=True)
     return pack_pairs(arguments.folder, verdicts, dataset, out,
                       least_margin=arguments.min_margin)  # fmt: skip
 

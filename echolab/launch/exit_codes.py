@@ -21,7 +21,7 @@ from echolab.errors import (
     StorageError,
     WeightsError,
     WorkerError,
-)  # fmt: skip
+)
 
 DONE = 0
 FATAL = 1  # a wrong setting, damaged data, a diverged loss: the same command would fail again

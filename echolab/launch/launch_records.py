@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import DataError
 from echolab.launch import slurm
 from echolab.launch.diagnosis import Observation, observation_from
 from echolab.launch.processes import process_identity
 from echolab.launch.rank_process import read_json
 from echolab.launch.run_dir import ATTEMPTS, FORMAT
-from echolab.redaction import masked_values
+from echolab.redaction import mask_values
 
 SECONDS = 15.0  # between two records of a running supervisor
 SILENT = 60.0  # seconds without a record after which a supervisor on another host counts as lost
@@ -76,8 +76,8 @@ class NodeRecord:
         self.written_at = time.time()
         observations = [observation.to_json() for observation in self.observations]
         values = {"format": FORMAT, **self.__dict__, "observations": observations}
-        text = json.dumps(masked_values(values), indent=1)
-        write_whole(folder / f"node-{self.supervisor}.json", text.encode())
+        text = json.dumps(mask_values(values), indent=1)
+        write_atomic(folder / f"node-{self.supervisor}.json", text.encode())
 
 
 def _read_record(path: Path) -> NodeRecord | None:
@@ -167,7 +167,7 @@ def record_slurm_state(run: Path, records: Sequence[NodeRecord], *, job_ended: b
         return
     job_ended = known.job_ended if known else job_ended
     answer = SlurmRecord(down, slurm.accounting_state(launch), job_ended)
-    write_whole(run / ATTEMPTS / launch / SLURM_FILE, json.dumps(answer._asdict()).encode())
+    write_atomic(run / ATTEMPTS / launch / SLURM_FILE, json.dumps(answer._asdict()).encode())
 
 
 def record_earlier_launches(run: Path, this_launch: str) -> None:

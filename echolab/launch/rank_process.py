@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.errors import SharedError
+from echolab.errors import CollectiveError
 from echolab.heartbeat import (
     LOCAL_DIR,
     SECTIONS,
@@ -44,7 +44,7 @@ from echolab.launch.exit_codes import (
     cause_of_result,
 )
 from echolab.launch.processes import ProcessState
-from echolab.redaction import masked
+from echolab.redaction import mask_secrets
 from echolab.training.guards.host_memory import family
 
 PREFIX = "echolab-rank-"
@@ -111,9 +111,9 @@ def write_error_file(folder: Path, rank: int, error: BaseException, section: str
     Secrets in the message and the traceback are masked, and the environment is not recorded.
     """
     cause = cause_of_exception(error, section)
-    text = masked("".join(traceback.format_exception(error)))[-TRACEBACK_CHARACTERS:]
-    failure = Failure(type(error).__name__, masked(str(error)), cause, time.time(), text)
-    if isinstance(error, SharedError):
+    text = mask_secrets("".join(traceback.format_exception(error)))[-TRACEBACK_CHARACTERS:]
+    failure = Failure(type(error).__name__, mask_secrets(str(error)), cause, time.time(), text)
+    if isinstance(error, CollectiveError):
         failure = failure._replace(shared=True, rank=error.rank)
     try:
         content = {**failure._asdict(), "section": section, "step": step}

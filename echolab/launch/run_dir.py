@@ -23,7 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.atomic_io import ABSENT, append_text, read_whole, write_whole
+from echolab.atomic_io import ABSENT, append_text, read_file, write_atomic
 from echolab.errors import ConfigError
 from echolab.launch import lease
 from echolab.launch.lease import Lease
@@ -106,7 +106,7 @@ def check_same_settings(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> None:
     """Raise ConfigError that names the first setting that differs from the run folder's."""
-    old = flatten(json.loads(read_whole(folder / CONFIG)))
+    old = flatten(json.loads(read_file(folder / CONFIG)))
     new = flatten(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
         if {key, key.split(".")[0]} & {*MACHINE, *BY_CONTENT, *may_change}:
@@ -157,12 +157,12 @@ def _create(folder: Path, config: Mapping[str, Any]) -> None:
     for name, content in files.items():
         if (folder / name).exists():  # left by a start that died here, or by another program
             continue
-        write_whole(folder / name, json.dumps(content, indent=1).encode(), patient=True)
+        write_atomic(folder / name, json.dumps(content, indent=1).encode(), patient=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(read_whole(path))
+        content: dict[str, Any] = json.loads(read_file(path))
     except (*ABSENT, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); choose another by run_dir=..."
@@ -216,7 +216,7 @@ def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
     run.lease.check()
     record = {"attempt": run.attempt, "step": step, "config": config}
     append_text(run.folder / CONFIGS, json.dumps(record) + "\n", patient=True)
-    write_whole(run.folder / CONFIG, json.dumps(config, indent=1).encode(), patient=True)
+    write_atomic(run.folder / CONFIG, json.dumps(config, indent=1).encode(), patient=True)
 
 
 def settings_by_step(folder: Path) -> list[tuple[int, dict[str, Any]]]:

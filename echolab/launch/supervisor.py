@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from echolab.atomic_io import retried, write_error
+from echolab.atomic_io import retry, write_error
 from echolab.errors import BusyError, StorageError
 from echolab.heartbeat import LOCAL_DIR, HeartbeatState
 from echolab.launch import exit_codes, launch_records, lease, processes
@@ -137,7 +137,7 @@ class Supervisor:
             topology = self.topology = topology._replace(launch=launch)
         self.folder = self.run.absolute() / ATTEMPTS / topology.launch
         try:
-            retried(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            retry(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         except OSError as error:
             raise write_error(self.folder, error) from error
         self.record = NodeRecord(

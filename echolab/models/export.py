@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from echolab.atomic_io import sync
+from echolab.atomic_io import fsync
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.state_dict import DEAD_PART, released_shapes, to_diffusers
 from echolab.models.transformer import EchoTransformer
@@ -195,7 +195,7 @@ def _write_shards(
             for name, tensor in shard.items()
         }
         save_file(kept, files[-1], {"format": "pt"})
-        sync(files[-1])
+        fsync(files[-1])
         weight_map |= dict.fromkeys(shard, files[-1].name)
         size += sum(tensor.nbytes for tensor in kept.values())
     if len(shards) > 1:
@@ -207,4 +207,4 @@ def _write_shards(
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file through to the disk."""
     path.write_text(json.dumps(content, indent=2) + "\n")
-    sync(path)
+    fsync(path)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.data.collate import collate_clips, read_clip
 from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.guidance import Net
@@ -71,7 +71,7 @@ def sample_candidates(
         if not path.exists():
             indices = range(first, min(first + batch, prompts))
             clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in indices])
-            write_whole(path, save(sample_each_scale(sample_one, clips, scales)))
+            write_atomic(path, save(sample_each_scale(sample_one, clips, scales)))
         report(min(first + batch, prompts))
 
 
@@ -90,7 +90,7 @@ def sample_each_scale(
 def keep_request(path: Path, request: dict[str, object]) -> None:
     """Record the arguments of a folder of candidates; raise ConfigError if they differ."""
     if not path.exists():
-        write_whole(path, json.dumps(request, indent=1).encode())
+        write_atomic(path, json.dumps(request, indent=1).encode())
         return
     kept = json.loads(path.read_text())
     for name, value in request.items():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from echolab.atomic_io import append_text
 from echolab.data.collate import FEATURES, read_tensors
-from echolab.data.provenance import check_same_encoders
-from echolab.data.shard_reader import ShardDataset, ShardWriter
+from echolab.data.shard_reader import ShardDataset, check_same_encoders
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DataError
 from echolab.preference.candidates import TASK, read_candidates, read_request
 from echolab.preference.judge import Verdict, best_and_worst, totals

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import DataError, MediaError
 from echolab.tasks.table import TASK_TABLE, TASKS
 from echolab.tracking.curves import Series, area_chart, line_chart
@@ -99,9 +99,9 @@ def write_report(
         "summary": {name: str(value) for name, value in summary.items()},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out.with_suffix(".json"), json.dumps(given, indent=1).encode())
+    write_atomic(out.with_suffix(".json"), json.dumps(given, indent=1).encode())
     # A file name that is not UTF-8 contains surrogates, which UTF-8 cannot encode.
-    write_whole(out, page.encode(errors="backslashreplace"))
+    write_atomic(out, page.encode(errors="backslashreplace"))
 
 
 def write_again(out: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.errors import ConfigError, MediaError
-from echolab.redaction import masked, masked_values
+from echolab.redaction import mask_secrets, mask_values
 from echolab.tracking.wandb_process import STEP
 
 PROCESS = (sys.executable, "-P", "-m", "echolab.tracking.wandb_process")
@@ -73,8 +73,8 @@ class WandbRun:
         self._mode = _chosen(mode)
         if self._mode != "disabled":
             about = {
-                "folder": str(folder.absolute()), "project": masked(project), "run_id": run_id,
-                "name": masked(name), "config": masked_values(config),
+                "folder": str(folder.absolute()), "project": mask_secrets(project),
+                "run_id": run_id, "name": mask_secrets(name), "config": mask_values(config),
             }  # fmt: skip
             self._mirror = _Mirror(about, self._mode)
 
@@ -250,7 +250,7 @@ class _Mirror:
             f"{metrics} has all values" if metrics.exists() else "the run folder has all values"
         )
         try:
-            print(masked(f"echolab: wandb: {message}; {source}"), file=sys.stderr, flush=True)
+            print(mask_secrets(f"echolab: wandb: {message}; {source}"), file=sys.stderr, flush=True)
         except (OSError, ValueError):  # stderr is closed
             pass
 

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from echolab.data.bad_samples import QUARANTINE, Tolerant
-from echolab.data.batch_sampler import ORDER, Order
-from echolab.data.collate import form_of
-from echolab.data.provenance import check_same_encoders
-from echolab.data.shard_reader import ShardDataset
-from echolab.data.train_dataset import stock
+from echolab.data.bad_samples import QUARANTINE, TolerantReader
+from echolab.data.batch_sampler import DEFAULT_SHUFFLE, ShuffleConfig
+from echolab.data.collate import common_shapes
+from echolab.data.shard_reader import ShardDataset, check_same_encoders
+from echolab.data.train_dataset import build_mixture
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError, DataError, FencedError
 from echolab.geometry import geometry_of
@@ -43,7 +42,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}; give another dataset")
     if not len(dataset):
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
-    form = form_of(dataset)
+    form = common_shapes(dataset)
     latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
     sizes: dict[str, Any] = {
         "text_dim": form["text"][-1],
@@ -88,7 +87,7 @@ def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> No
 
 def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> None:
     """Raise ConfigError for a task that the samples of an encoded dataset have no tensors for."""
-    posed = {name.partition(".")[2] for name in form_of(dataset) if name.startswith("known.")}
+    posed = {name.partition(".")[2] for name in common_shapes(dataset) if name.startswith("known.")}
     for task in tasks:
         if TASK_TABLE[task].has_known and task not in posed:
             raise ConfigError(
@@ -113,7 +112,7 @@ def check_data(
         check_dataset(dataset, "encoded", architecture)
         check_tasks(dataset, curriculum.tasks, "tasks.tasks")
     for one, other in combinations(clips, 2):
-        a, b = form_of(one), form_of(other)
+        a, b = common_shapes(one), common_shapes(other)
         for name in ("text", "image", "audio"):
             if tuple(a["latents"]) == tuple(b["latents"]) and tuple(a[name]) != tuple(b[name]):
                 raise ConfigError(
@@ -153,7 +152,7 @@ class Training(NamedTuple):
     pairs: Sequence[ShardDataset] = ()
     weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
     pair_weights: Sequence[float] | None = None
-    order: Order = ORDER
+    order: ShuffleConfig = DEFAULT_SHUFFLE
     ledger: bool = False  # whether `folder/ledger` records the samples of each step
     skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
     accepts_changed_data: bool = False  # goes on with other data than it was trained on so far
@@ -228,9 +227,11 @@ class Training(NamedTuple):
         for dataset in (*self.pairs, *([self.held_out.clips] if self.held_out else [])):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
 
-    def reader_of(self, dataset: ShardDataset) -> Tolerant:
+    def reader_of(self, dataset: ShardDataset) -> TolerantReader:
         """Return the reader of single samples of a dataset, within the budget for bad ones."""
-        return Tolerant(dataset, skip_budget=self.skip_budget, quarantine=self.quarantine)
+        return TolerantReader(
+            dataset, max_bad_fraction=self.skip_budget, quarantine=self.quarantine
+        )
 
     def feed(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> Feed:
         """Plan the batches; raise EcholabError if that is impossible.
@@ -240,16 +241,16 @@ class Training(NamedTuple):
         """
         names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
-        shared |= {"skip_budget": self.skip_budget, "quarantine": self.quarantine}
-        clips = stock(
-            self.clips, kind="encoded", weights=self.weights, order=self.order,
+        shared |= {"max_bad_fraction": self.skip_budget, "quarantine": self.quarantine}
+        clips = build_mixture(
+            self.clips, kind="encoded", weights=self.weights, shuffle=self.order,
             order_names=names["clips"], **shared,
         )  # fmt: skip
         pairs = None
         if self.pairs:  # few and met often: their epochs always run on into each other
-            order = self.order._replace(remainder="carry")
-            pairs = stock(
-                self.pairs, kind="preference", weights=self.pair_weights, order=order,
+            order = self.order._replace(last_batch="carry")
+            pairs = build_mixture(
+                self.pairs, kind="preference", weights=self.pair_weights, shuffle=order,
                 order_names=names["pairs"], **shared,
             )  # fmt: skip
         accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
@@ -274,7 +275,7 @@ class Training(NamedTuple):
             "clips": [clips.fingerprint for clips in self.clips],
             "encoders": dict(self.clips[0].encoders),
             "pairs": [pairs.fingerprint for pairs in self.pairs],
-            "order": feed.clips.plan.state(),
+            "order": feed.clips.sampler.state(),
             "data": [{"first": 0, **data_of(feed)}],
             "origins": dict(self.origins),
             "seed": self.seed,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from echolab.atomic_io import described
+from echolab.atomic_io import describe_error
 from echolab.training import distributed
 
 REQUESTS = ("STOP", "SAVE", "PAUSE", "PRUNE")
@@ -62,6 +62,6 @@ class ControlFiles:
                     path.unlink(missing_ok=True)
             except OSError as error:
                 if self._done.get(name) != made:
-                    words = f"was acted upon, but cannot be removed ({described(error)})"
+                    words = f"was acted upon, but cannot be removed ({describe_error(error)})"
                     print(f"echolab: {path}: {words}; remove it", file=sys.stderr, flush=True)
                 self._done[name] = made

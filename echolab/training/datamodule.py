@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from echolab.data.bad_samples import read_quarantine
 from echolab.data.shard_reader import ShardDataset
-from echolab.data.train_dataset import MicroBatch, MicroBatches, Place, Stock
+from echolab.data.train_dataset import DatasetMixture, MicroBatch, StepPlan, TrainDataset
 from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import VALIDATION_TASKS
@@ -40,8 +40,8 @@ class HeldOut:
 class Feed(NamedTuple):
     """What is trained on, and how it is cut."""
 
-    clips: Stock
-    pairs: Stock | None
+    clips: DatasetMixture
+    pairs: DatasetMixture | None
     batch_size: int  # clips of the largest size an optimizer step, over all ranks
     accumulation: int
     workers: int
@@ -56,11 +56,11 @@ def data_of(feed: Feed) -> dict[str, Any]:
     return {"clips": _listed(feed.clips), "pairs": _listed(feed.pairs)}
 
 
-def _listed(stock: Stock | None) -> list[list[str]]:
+def _listed(stock: DatasetMixture | None) -> list[list[str]]:
     return [
-        [dataset.fingerprint, dataset.keys_digest, source.named]
+        [dataset.fingerprint, dataset.keys_digest, source.order_seed]
         for dataset, source in (
-            zip(stock.datasets, stock.plan.sources, strict=True) if stock else ()
+            zip(stock.datasets, stock.sampler.sources, strict=True) if stock else ()
         )
     ]
 
@@ -90,7 +90,7 @@ class ShardDataModule(pl.LightningDataModule):
     def __init__(
         self,
         feed: Feed,
-        place: Callable[[int], Place],
+        place: Callable[[int], StepPlan],
         steps: int,
         curriculum: Curriculum,
         heartbeat: Heartbeat,
@@ -116,10 +116,10 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TimedLoader:
         """Load exactly what remains; the order is the same for every number of workers."""
         feed = self.feed
-        items = MicroBatches(
+        items = TrainDataset(
             feed.clips,
             feed.pairs,
-            place=self.place,
+            step_plan=self.place,
             curriculum=self.curriculum,
             batch_size=feed.batch_size,
             accumulation=feed.accumulation,
@@ -129,7 +129,7 @@ class ShardDataModule(pl.LightningDataModule):
             world=distributed.world() // feed.sequence_parallel,
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
-            items.plan(self.first_step)
+            items.global_batch(self.first_step)
         if feed.workers and not self.loader:
             self._check_room(items)
         self.loader = TimedLoader(
@@ -144,7 +144,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.loader.heartbeat = self.heartbeat
         return self.loader
 
-    def _check_room(self, items: MicroBatches) -> None:
+    def _check_room(self, items: TrainDataset) -> None:
         """Check that the workers' batches fit in shared memory, by the first batch of each kind."""
         firsts: dict[str, int] = {}
         for step in range(self.first_step, self.steps):
@@ -166,7 +166,7 @@ class ShardDataModule(pl.LightningDataModule):
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
             return values
-        counts = self.feed.clips.plan.progress(batch + 1)
+        counts = self.feed.clips.sampler.progress(batch + 1)
         values["data/epochs"] = min(epoch for epoch, _ in counts)
         values["data/dropped"] = sum(dropped for _, dropped in counts)
         return values

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
-from echolab.data.provenance import check_same_encoders
+from echolab.data.shard_reader import check_same_encoders
 from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen

@@ -147,10 +147,10 @@ class DiffusionModule(pl.LightningModule):
         if self.drops:  # by the clips alone too, so that a resumed run drops the same
             torch.manual_seed(number_of(item, self.seed))
         loss = self.objectives[item.kind](self.net, item.batch, draws)
-        value = loss.value * item.share
-        if item.share:
+        value = loss.value * item.loss_weight
+        if item.loss_weight:
             if "margin" in loss.parts:
-                self._margins.append((loss.parts["margin"].mean(), item.share))
+                self._margins.append((loss.parts["margin"].mean(), item.loss_weight))
             self.meter.add(loss._replace(value=value), item.batch.tasks)
         else:  # these clips are not in the batch: ranks must name the same values all the same
             nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}

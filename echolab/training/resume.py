@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from echolab.data.provenance import check_same_encoders
+from echolab.data.shard_reader import check_same_encoders
 from echolab.errors import EcholabError
 from echolab.training import distributed
 from echolab.training.callbacks.export_check import REPORT, passed_before
@@ -154,7 +154,9 @@ def continued_feed(
     names_of = order_names(was, now)
     kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
     feed = feed if kept else config.feed(names_of)
-    if not changed and (old := checkpoint.state.get("order")) != (new := feed.clips.plan.state()):
+    if not changed and (old := checkpoint.state.get("order")) != (
+        new := feed.clips.sampler.state()
+    ):
         raise EcholabError(
             f"{checkpoint.path}: order was {old}, now {new}; give the old value, or a new run "
             "folder"

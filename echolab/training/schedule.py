@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from echolab.data.train_dataset import Place
+from echolab.data.train_dataset import StepPlan
 from echolab.errors import ConfigError
 
 KINDS = ("sft", "ndpo", "dpo")
@@ -145,10 +145,10 @@ class Schedule:
         within = step - self.starts[number]
         return Position(number, number // self.one_cycle, self.epochs[number], within)
 
-    def place(self, step: int) -> Place:
+    def place(self, step: int) -> StepPlan:
         """Return the dataset batch of a step: each group continues where its last epoch stopped."""
         kind = self.locate(step).epoch.kind
-        return Place(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
+        return StepPlan(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
 
     def _done(self, group: str, step: int) -> int:
         """Count the steps among the first `step` that took a batch of a group."""

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import WeightsError
 
 CACHE = Path("~/.cache/echolab/weights")
@@ -67,7 +67,7 @@ def find_face_model(model: FaceModel, folder: Path | None = None) -> Path:
         if (candidate / model.name).is_file():
             return _checked(candidate / model.name, model)
     cache.mkdir(parents=True, exist_ok=True)
-    write_whole(cache / model.name, _download(model, cache))
+    write_atomic(cache / model.name, _download(model, cache))
     return cache / model.name
 
 

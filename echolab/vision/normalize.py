@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.media import FPS, RATE_HZ, Sound
+from echolab.data.media import FPS, RATE_HZ, AudioTrack
 from echolab.geometry import WAN
 from echolab.vision.faces import Image
 from echolab.vision.probe import Probe
@@ -65,7 +65,7 @@ def make_grid(probe: Probe) -> Grid:
     return Grid(start, indices, missing, damaged)
 
 
-def audio_of(audio: Sound, grid: Grid, first: int, last: int) -> NDArray[np.float32]:
+def audio_of(audio: AudioTrack, grid: Grid, first: int, last: int) -> NDArray[np.float32]:
     """Return samples [640 (last - first)] of output frames first to last; silence if none."""
     begin = round((grid.seconds(first) - audio.start_seconds) * RATE_HZ)
     end = begin + (last - first) * SAMPLES_PER_FRAME
@@ -76,7 +76,7 @@ def audio_of(audio: Sound, grid: Grid, first: int, last: int) -> NDArray[np.floa
     return samples
 
 
-def has_audio(audio: Sound, grid: Grid) -> NDArray[np.bool_]:
+def has_audio(audio: AudioTrack, grid: Grid) -> NDArray[np.bool_]:
     """Return [K] whether audio was decoded for each frame; at the track's ends a part is enough."""
     begin = (grid.start - audio.start_seconds) * RATE_HZ
     begins = begin + np.arange(len(grid.indices)) * SAMPLES_PER_FRAME

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.decoding import Advance, decoded, ignore, opened, picture_stream
+from echolab.data.decoding import Advance, decode_frames, ignore_progress, open_media, video_stream
 from echolab.errors import MediaError
 
 LONGEST_SECONDS = 24 * 3600.0
@@ -40,14 +40,14 @@ class _Reading(NamedTuple):
     interlaced: bool
 
 
-def probe(path: Path, advance: Advance = ignore) -> Probe:
+def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
     """Decode the video track of `path` once; raise MediaError if there is none to use.
 
     Raise OSError if the file cannot be read, and MemoryError.
     """
     try:
-        with opened(path) as container:
-            stream = picture_stream(container)
+        with open_media(path) as container:
+            stream = video_stream(container)
             reading = _read(container, stream, advance)
             has_audio = bool(container.streams.audio)
             aspect = _pixel_aspect(stream)
@@ -85,7 +85,7 @@ def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
     damaged: list[tuple[float, float]] = []
     size, rotation, interlaced = (0, 0), 0, False
     fault: float | None = None  # where damage began; it ends at the next intact key frame
-    for time, frame in decoded(container, stream, advance):
+    for time, frame in decode_frames(container, stream, advance):
         if frame is None:
             fault = time if fault is None else fault
             continue

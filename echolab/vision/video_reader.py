@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.decoding import Advance, decoded, ignore, opened, picture_stream
+from echolab.data.decoding import Advance, decode_frames, ignore_progress, open_media, video_stream
 from echolab.errors import MediaError
 from echolab.vision.faces import Image
 from echolab.vision.probe import Probe
@@ -27,7 +27,9 @@ class VideoReader:
     another pass.
     """
 
-    def __init__(self, probe: Probe, width: int, height: int, advance: Advance = ignore) -> None:
+    def __init__(
+        self, probe: Probe, width: int, height: int, advance: Advance = ignore_progress
+    ) -> None:
         self.probe, self.width, self.height, self.advance = probe, width, height, advance
         self._restart()
 
@@ -62,10 +64,10 @@ class VideoReader:
     def _indexed(self) -> Iterator[tuple[int, Any]]:
         """Yield frames with their indices in the probe, identified by their times."""
         times = self.probe.times
-        with opened(self.probe.path) as container:
-            stream = picture_stream(container)
+        with open_media(self.probe.path) as container:
+            stream = video_stream(container)
             graph = _deinterlacer(stream) if self.probe.interlaced else None
-            for time, frame in decoded(container, stream, self.advance):
+            for time, frame in decode_frames(container, stream, self.advance):
                 index = int(np.searchsorted(times, time))
                 if frame is None or index == len(times) or times[index] != time:
                     continue

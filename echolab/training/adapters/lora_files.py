@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.atomic_io import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import WeightsError
 from echolab.models.loading import check_precision
 from echolab.models.state_dict import AUDIO_PARTS, to_diffusers
@@ -49,7 +49,7 @@ def save_adapters(
         PEFT_PREFIX + name.replace(f".{TRAINED}.", "."): tensor.to(dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    write_whole(folder / TENSORS, save(named, {"format": "pt", BASE: base}))
+    write_atomic(folder / TENSORS, save(named, {"format": "pt", BASE: base}))
     return sorted(folder.iterdir())
 
 
@@ -79,10 +79,10 @@ def save_single_file(
         content[f"{SINGLE_PREFIX}{layer}.lora_{short}"] = tensor.to(dtype).contiguous()
     metadata = {"format": "pt", BASE: base}
     if layers[file] and layers[audio_file]:  # the audio layers first: what names them comes last
-        write_whole(audio_file, save(layers[audio_file], metadata))
-        write_whole(file, save(layers[file], metadata | {AUDIO_FILE: audio_file.name}))
+        write_atomic(audio_file, save(layers[audio_file], metadata))
+        write_atomic(file, save(layers[file], metadata | {AUDIO_FILE: audio_file.name}))
         return [file, audio_file]
-    write_whole(file, save(layers[file] or layers[audio_file], metadata))
+    write_atomic(file, save(layers[file] or layers[audio_file], metadata))
     return [file]
 
 

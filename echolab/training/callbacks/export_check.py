@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from echolab.atomic_io import ABSENT, FULL, read_whole, write_whole
-from echolab.data.bad_samples import Tolerant
+from echolab.atomic_io import ABSENT, FULL, read_file, write_atomic
+from echolab.data.bad_samples import TolerantReader
 from echolab.data.collate import collate_clips, read_clip
 from echolab.diffusion.pipeline import generate
 from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
@@ -79,7 +79,7 @@ class Parity(NamedTuple):
         return {"parity/difference": self.difference, "parity/bound": self.bound}
 
 
-def parity_clips(reader: Tolerant, tasks: Sequence[str]) -> list[Batch]:
+def parity_clips(reader: TolerantReader, tasks: Sequence[str]) -> list[Batch]:
     """Return the first clip of a dataset, or its replacement, posed as each of the tasks."""
     clips = reader.dataset
     one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
@@ -192,7 +192,7 @@ def _compare(
     report |= {"passed": parity.passed, **parity._asdict()}
     report |= {"by_task": _by_task(clips, differences)}
     report |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
-    write_whole(folder / REPORT, json.dumps(report, indent=1).encode(), patient=True)
+    write_atomic(folder / REPORT, json.dumps(report, indent=1).encode(), patient=True)
     return differences, bound
 
 
@@ -291,7 +291,7 @@ def passed_before(folder: Path, checkpoint: Path) -> bool | None:
     A check that passed is not repeated when its run is started again; any other is.
     """
     try:
-        report = json.loads(read_whole(folder / REPORT))
+        report = json.loads(read_file(folder / REPORT))
     except (*ABSENT, ValueError):
         return None
     return bool(report["passed"]) if report.get("checkpoint") == checkpoint.name else None

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from echolab.data.batch_sampler import Plan
+from echolab.data.batch_sampler import BatchSampler
 from echolab.data.ledger import (
     LEDGER,
     Attempt,
     LedgerWriter,
-    LeftOut,
     Row,
+    SkippedBatch,
     next_attempt,
-    read_left_out,
-    write_left_out,
+    read_skipped,
+    write_skipped,
 )
 from echolab.data.train_dataset import MicroBatch
 from echolab.training import distributed
@@ -33,7 +33,7 @@ def noise_hashes(draws: Draws) -> list[str]:
     ]
 
 
-def datasets_of(plan: Plan) -> list[dict[str, object]]:
+def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
     """Return the datasets as the audit will open them: a local folder by its absolute path."""
     return [
         {**dataset, "folder": str(Path(dataset["folder"]).resolve())}
@@ -43,15 +43,15 @@ def datasets_of(plan: Plan) -> list[dict[str, object]]:
     ]
 
 
-def left_out(feed: Feed, skips: Iterable[Skip]) -> Iterator[LeftOut]:
+def left_out(feed: Feed, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
     """Yield the samples of the batches of `skips`, each batch once."""
     batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
     for kind, batch in batches:
         stock = feed.clips if kind == "sft" else feed.pairs
         if stock is None:
             continue
-        drawn = [one for one in stock.plan.batch(batch) if one.share]
-        yield LeftOut(
+        drawn = [one for one in stock.sampler.batch(batch) if one.loss_weight]
+        yield SkippedBatch(
             kind,
             batch,
             sources=[one.source for one in drawn],
@@ -76,17 +76,17 @@ class SampleLedger(Callback):
             attempt=distributed.from_first(number),
             world=distributed.world() // feed.sequence_parallel,
             first_step=state.step,
-            clips=datasets_of(feed.clips.plan),
-            pairs=datasets_of(feed.pairs.plan) if feed.pairs else [],
+            clips=datasets_of(feed.clips.sampler),
+            pairs=datasets_of(feed.pairs.sampler) if feed.pairs else [],
         )
         # Of the ranks that share their clips, one writes.
         writer = self.data.writer
         self._items = []
         self._writer = None if writer is None else LedgerWriter(self.folder, attempt, writer)
         if distributed.rank() == 0:
-            known = {(batch.kind, batch.batch) for batch in read_left_out(self.folder)}
+            known = {(batch.kind, batch.batch) for batch in read_skipped(self.folder)}
             skipped = left_out(feed, state.schedule.skipped)
-            write_left_out(self.folder, (b for b in skipped if (b.kind, b.batch) not in known))
+            write_skipped(self.folder, (b for b in skipped if (b.kind, b.batch) not in known))
         state.module.on_draws = self.add
 
     def on_rollback(self, state: RunState) -> None:
@@ -95,7 +95,7 @@ class SampleLedger(Callback):
 
     def add(self, item: MicroBatch, draws: Draws) -> None:
         """Add a micro-batch that was trained on, unless it only fills up a short batch."""
-        if self._writer and item.share:
+        if self._writer and item.loss_weight:
             self._items.append((item, noise_hashes(draws)))
 
     def after_step(self, state: RunState) -> None:

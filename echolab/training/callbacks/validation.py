@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echolab.data.bad_samples import Tolerant
+from echolab.data.bad_samples import TolerantReader
 from echolab.data.collate import collate_clips, read_clip
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
@@ -58,14 +58,14 @@ def places_of(clips: int, row: int, rows: int) -> list[int]:
 
 
 def read_share(
-    held_out: HeldOut, row: int = 0, rows: int = 1, reader: Tolerant | None = None
+    held_out: HeldOut, row: int = 0, rows: int = 1, reader: TolerantReader | None = None
 ) -> Share:
     """Read row `row` of the held-out clips, every clip posed as every task, on the CPU.
 
     Rows are ranks, or the groups of ranks that share a clip.  `reader` may skip bad clips.
     Raise ConfigError if there is no clip.
     """
-    reader = reader or Tolerant(held_out.clips)
+    reader = reader or TolerantReader(held_out.clips)
     clips = min(held_out.at_most, len(held_out.clips))
     if clips < 1:
         raise ConfigError(

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from echolab.atomic_io import ABSENT, read_error, read_whole, retried
+from echolab.atomic_io import ABSENT, read_error, read_file, retry
 from echolab.errors import CheckpointError, StorageError
 from echolab.training import distributed
 from echolab.training.checkpoints.manifest import (
@@ -70,7 +70,7 @@ class Tensors(Mapping[str, Tensor]):
 def _opened(path: Path) -> Any:
     """Map a safetensors file into memory; raise StorageError where the file system fails."""
     try:
-        return retried(lambda: safe_open(path, "pt"))
+        return retry(lambda: safe_open(path, "pt"))
     except ABSENT:
         raise
     except OSError as error:
@@ -86,7 +86,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """Everything besides the tensors that the rest of the run depends on."""
-        state: dict[str, Any] = json.loads(read_whole(self.path / STATE))
+        state: dict[str, Any] = json.loads(read_file(self.path / STATE))
         return state
 
     @property
@@ -230,7 +230,7 @@ def open_verified(path: Path) -> Checkpoint:
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps of all folders named like checkpoints, newest first."""
     try:
-        names = retried(lambda: os.listdir(folder))
+        names = retry(lambda: os.listdir(folder))
     except ABSENT:
         names = []
     except OSError as error:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from echolab.atomic_io import ABSENT, read_error, read_whole, retried
+from echolab.atomic_io import ABSENT, read_error, read_file, retry
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints import schema
 
@@ -44,7 +44,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         # A missing manifest means an incomplete checkpoint; a failing disk says nothing of it.
-        data = read_whole(file)
+        data = read_file(file)
         content = json.loads(data)
     except ABSENT as error:
         raise CheckpointError(
@@ -113,7 +113,7 @@ def _fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) -> st
         )
 
     try:
-        return retried(fault)
+        return retry(fault)
     except ABSENT:
         return f"{path / name}: missing; {REMEDY}"
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from echolab.atomic_io import FULL, described, retried, sync
+from echolab.atomic_io import FULL, describe_error, fsync, retry
 from echolab.errors import FencedError, SaveError, StorageError
 from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
@@ -55,14 +55,14 @@ def fault_of(error: Exception) -> Fault:
     """Distinguish a disk that is full from a file system that fails."""
     if isinstance(error, OSError) and error.errno and error.errno not in FULL:
         place = f"{error.filename}: " if error.filename else ""
-        return Fault(f"{place}{described(error)}", "yes")
+        return Fault(f"{place}{describe_error(error)}", "yes")
     return Fault(str(error), "")
 
 
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
     """Write and fsync, with retries; the hash is of the bytes that were to be written."""
     parts = list(contents)
-    return retried(lambda: _write_once(path, parts))
+    return retry(lambda: _write_once(path, parts))
 
 
 def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
@@ -150,7 +150,7 @@ class CheckpointWriter:
         fault = Fault("", "")
         if distributed.rank() == 0:
             try:
-                retried(work)
+                retry(work)
             except (OSError, SaveError) as error:
                 fault = fault_of(error)
         fault.raise_together()
@@ -284,17 +284,17 @@ class CheckpointWriter:
             "files": dict(sorted(receipts.items())),
         }
         write_file(self._partial / MANIFEST, [serialize(manifest)])
-        retried(lambda: sync(self._partial))
+        retry(lambda: fsync(self._partial))
         # Links to the same files, before the folder gets its name.
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
-        retried(self._check)  # the snapshot took its time
+        retry(self._check)  # the snapshot took its time
         # A rename is atomic: at any moment there is a complete checkpoint of this step, or none.
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
-            retried(lambda: self._path.rename(aside))
-        retried(lambda: self._partial.rename(self._path))
-        retried(lambda: sync(self.folder))
+            retry(lambda: self._path.rename(aside))
+        retry(lambda: self._partial.rename(self._path))
+        retry(lambda: fsync(self.folder))
         shutil.rmtree(aside, ignore_errors=True)
         # Old checkpoints are removed in a thread: large files take seconds.
         self._retention.valid[step] = True

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.atomic_io import ABSENT, append_text, read_whole, retried, sync, write_error
+from echolab.atomic_io import ABSENT, append_text, fsync, read_file, retry, write_error
 from echolab.errors import DataError
-from echolab.redaction import masked_values
+from echolab.redaction import mask_values
 from echolab.training import distributed
 from echolab.training.schedule import Skip
 
@@ -45,13 +45,13 @@ def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
     )
     head = {name: value for name, value in event._asdict().items() if name != "details"}
     # Secrets of settings may be in messages.
-    line = json.dumps(masked_values({**head, **details}), allow_nan=False) + "\n"
+    line = json.dumps(mask_values({**head, **details}), allow_nan=False) + "\n"
     new = not path.exists()
     append_text(path, line, patient=True)
     try:
-        retried(lambda: sync(path))
+        retry(lambda: fsync(path))
         if new:
-            retried(lambda: sync(folder))
+            retry(lambda: fsync(folder))
     except OSError as error:
         raise write_error(path, error) from error
     return event
@@ -64,7 +64,7 @@ def read(folder: Path) -> list[Event]:
     """
     path = folder / EVENTS
     try:
-        text = read_whole(path).decode()
+        text = read_file(path).decode()
     except ABSENT:
         return []
     events = []
