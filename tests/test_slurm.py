@@ -193,7 +193,7 @@ def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
             done = cluster("exec", "sacct", "-nPj", numbers[name], "--format=JobID,AllocCPUS")
             assert f"{numbers[name]}.0|3" in done.split()  # of the task, by srun
             assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
-            assert json.loads((folder / "config.json").read_text())["run"] == str(folder)
+            assert json.loads((folder / "config.json").read_text())["run_dir"] == str(folder)
             hosts.add(json.loads((folder / "attempts.jsonl").read_text())["SLURM_JOB_ID"])
     assert len(hosts) == 2
     again = sweep()
