@@ -261,12 +261,12 @@ def test_a_sample_without_a_caption_is_a_data_error(text: bytes) -> None:
 )
 def test_a_verdict_of_another_form_is_a_data_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "verdicts.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match=r"verdicts\.jsonl: no verdict"):
+    with pytest.raises(DataError, match=r"verdicts\.jsonl: not a verdict"):
         read_verdicts(tmp_path / "verdicts.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a", "a/x", "/0", "a/-1"])
 def test_a_candidate_of_another_name_is_a_data_error(tmp_path: Path, name: str) -> None:
     save_file({name: torch.zeros(1, 1, 1, 1)}, tmp_path / "candidates-000000.safetensors")
-    with pytest.raises(DataError, match="is no candidate"):
+    with pytest.raises(DataError, match="is not a candidate"):
         list(read_candidates(tmp_path))

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from echolab.arguments import argument, parse
 from echolab.atomic_io import write_atomic
-from echolab.data.index import INDEX
 from echolab.errors import ConfigError
 from echolab.launch.run_dir import held
 from echolab.tracking.score_table import REFERENCES
@@ -28,6 +27,7 @@ from echolab.tracking.score_table import REFERENCES
 STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
 FIRST_HELD_OUT = 1_000_000  # index of the first held-out talker: none is in the training set
+INDEX = "dataset.json"  # the file that every dataset has, written last
 BATCH = 16  # of conf/experiment/demo_sft.yaml: each dataset holds a batch or more
 SFT_STEPS, PREFERENCE_STEPS = 800, 30  # of conf/experiment/demo_*.yaml
 ABOUT = (

@@ -20,7 +20,6 @@ from echolab.config.compose import compose, compose_both, compose_unresolved
 from echolab.config.folders import folders_of, with_absolute_folder, without_folder
 from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
-from echolab.config.paths import check_gpus, check_paths
 from echolab.config.sweep_members import members
 from echolab.data.remote.transport import parse_url
 from echolab.errors import BusyError, ConfigError, EcholabError
@@ -81,6 +80,8 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
     written if the run's folder cannot be taken, or a path or the devices are not there.
     """
+    from echolab.config.paths import check_gpus, check_paths
+
     if url := parse_url(config["run_dir"]):
         raise ConfigError(
             f"run_dir={mask_secrets(url)}: a run's folder lies on a disk; give a path"
