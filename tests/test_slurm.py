@@ -116,7 +116,7 @@ def test_a_rank_that_dies_on_the_second_node(
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8, 180, log)
     launch = next((run / "attempts").iterdir())
     record = json.loads((launch / "node-1.json").read_text())
-    assert (record["host"], record["ranks"], record["supervisors"]) == ("n2", [2, 3], 2)
+    assert (record["host"], record["ranks"], record["num_supervisors"]) == ("n2", [2, 3], 2)
     cluster("on", "n2", "kill", "-KILL", str(record["pids"][1]))
     wait_for(
         lambda: "JobState=COMPLETED" in cluster("exec", "scontrol", "show", "job", job), 300, log
