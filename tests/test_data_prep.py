@@ -155,7 +155,7 @@ def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
     assert next(parts).reason.startswith("damaged: the file ends before")  # type: ignore[union-attr]
     for size in (0, 10, 300):
         cut.write_bytes(complete.read_bytes()[:size])
-        with pytest.raises(MediaError, match="damaged|no picture"):
+        with pytest.raises(MediaError, match="damaged|no video"):
             probe(cut)
 
 
