@@ -226,7 +226,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
     log = (tmp_path / "second.log").read_text()
     assert out.split() == ["code", str(exit_codes.STOPPED_SAVED)], out + log
     assert log.count(": job ") == 1  # of seed=3 alone
-    assert log.count("preempted: stopped by a signal, saved") == 2 * 3
+    assert log.count("preempted: stopped by a signal, checkpoint saved") == 2 * 3
     for folder in (tmp_path / "sweep").glob("seed-*"):
         newest, rejected = latest_valid(folder / "checkpoints")
         steps = [

@@ -281,6 +281,9 @@ def ended_in_job(
     otherwise = Ended(member, exit_codes.RETRYABLE, summary)
     if stopped:
         otherwise = Ended(member, exit_codes.STOPPED_SAVED, "not started")
+    elif (known := slurm.job_of(job)) and known.exit_code == exit_codes.FATAL:
+        # The supervisor refused the settings before it took the run folder.
+        otherwise = Ended(member, exit_codes.FATAL, f"config: refused in job {job}; see {log}")
     return ended_since(member, launches, otherwise, RECORD_SECONDS)
 
 

@@ -44,6 +44,7 @@ class Job(NamedTuple):
 
     state: str  # "UNKNOWN" for a job that it has forgotten
     restarts: int
+    exit_code: int = 0  # 0 until the job has ended
 
 
 def launch_of(env: Mapping[str, str]) -> str:
@@ -76,7 +77,8 @@ def job_of(job: str) -> Job | None:
     restarts = re.search(r"\bRestarts=(\d+)", output)
     if code or not state or not restarts:
         return None
-    return Job(state[1], int(restarts[1]))
+    exit_code = re.search(r"\bExitCode=(\d+):", output)
+    return Job(state[1], int(restarts[1]), int(exit_code[1]) if exit_code else 0)
 
 
 def state_of(launch: str) -> Literal["running", "over", "restarted", "unknown"]:
