@@ -91,7 +91,7 @@ def test_a_step_that_only_some_ranks_wrote_does_not_count(tmp_path: Path) -> Non
     path.write_text("\n".join([*lines[:2], *lines[3:]]))  # a line in the middle is gone
     assert "step 1: attempt 1 lacks ranks [1]" in audit_run(tmp_path).lines()[0]
     path.unlink()
-    assert "rank 1 tells no step beyond -1, rank 0 goes on to 3" in audit_run(tmp_path).lines()[0]
+    assert "rank 1 lists no step beyond -1, rank 0 continues to 3" in audit_run(tmp_path).lines()[0]
 
 
 def found_by(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -182,7 +182,7 @@ def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["data", "audit", str(tmp_path)]) == 1
     assert "a run with data.log_samples=true writes one" in capsys.readouterr().err
     assert main(["data", "adit"]) == 1
-    assert "no such action; use verify, index, audit" in capsys.readouterr().err
+    assert "no such action; did you mean audit?; use verify, index, audit" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_write_one_attempt(tmp_path: Path) -> None:
