@@ -62,7 +62,7 @@ def broken(how: str) -> Iterator[None]:
 
 
 def held_bits(steps: Steps) -> bytes:
-    """All that this rank holds, and its random states."""
+    """Return the bytes of all tensors of this rank and of its random states."""
     tensors = [
         *steps.masters.local,
         *(t for part in ("exp_avg", "exp_avg_sq") for t in steps.masters.flats(part)),
@@ -76,7 +76,7 @@ def held_bits(steps: Steps) -> bytes:
 
 
 def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
-    """What each fault comes to, and the held-out errors; JSON."""
+    """Return the error that each fault gives and the held-out errors, as JSON values."""
     subject = (steps.module.net, steps.ema, steps.masters)
     device = torch.device("cpu")
     before = held_bits(steps)

@@ -257,7 +257,7 @@ def test_a_rank_of_a_fenced_launch_claims_nothing(
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All but what is no part of the run yet: a save that goes on in a thread."""
+    """Return the files of a run, except those of a save that a thread still writes."""
     own = sorted(path for path in folder.rglob("*") if LEASE not in path.parts)
     paths = (path for path in own if "/.partial-" not in str(path))
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}

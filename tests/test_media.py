@@ -53,7 +53,8 @@ def test_video_comes_back() -> None:
 
 
 def test_the_same_frames_give_the_same_bytes() -> None:
-    assert encode_mp4(ramp()) == encode_mp4(ramp())
+    """Encode often: what an encoder finds in memory differs from call to call."""
+    assert len({encode_mp4(ramp()) for _ in range(300)}) == 1
 
 
 def test_every_frame_comes_back_in_its_place() -> None:

@@ -47,7 +47,7 @@ def test_text_is_taken_as_typed(key: str) -> None:
 
 
 def read(word: str) -> Any:
-    """What Hydra and OmegaConf make of an override, without composing."""
+    """Parse an override with Hydra and OmegaConf, without composing."""
     value = OverridesParser.create().parse_override(word).value()
     return OmegaConf.to_container(OmegaConf.create({"key": value}), resolve=True)["key"]
 

@@ -32,7 +32,7 @@ class Gate:
         self.server, self.data = server, data
 
     def __call__(self, strategy: str, out: Path, **options: Any) -> list[dict[str, Any]]:
-        """What each rank found."""
+        """Return the results of each rank."""
         out.mkdir(exist_ok=True)
         world = RANKS[strategy]
         told = {"folder": str(self.data), "strategy": strategy, "devices": world, "out": str(out)}
@@ -53,7 +53,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> G
 
 @pytest.fixture(scope="module")
 def alone(gate: Gate) -> dict[str, Any]:
-    """What one process found."""
+    """Return the results of one process."""
     return gate("single", gate.data / "single")[0]
 
 
@@ -137,7 +137,7 @@ KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
 
 
 def end(folder: str, strategy: str, killed: str) -> int:
-    """In a rank: a run of two steps, which kills itself at one moment of its end ("": not)."""
+    """Train two steps in a rank that kills itself at a moment of its end ("": it does not)."""
     from echolab.training import callbacks, evaluation, parity
 
     def die(*given: Any, **named: Any) -> Any:

@@ -191,7 +191,7 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
         file.write(b"damaged")
 
     def keys(world: int, **tolerance: Any) -> list[str]:
-        """Of two epochs, over all ranks."""
+        """Return the keys of two epochs, over all ranks."""
         clips = stock([whole], kind="encoded", batch_size=2, seed=1, **tolerance)
         other = stock([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
         ranks = [

@@ -168,7 +168,7 @@ def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
 def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
-    """In a folder of any name; members on GPUs, of which there are none, end in words."""
+    """Use a folder of any name; members that ask for GPUs, of which there are none, are refused."""
     words = [
         *data, encoded.plan(("sft", 3)), f"run={tmp_path / 'a=b #c (d)~ü'}", "launcher=slurm",
         "hydra.launcher.timeout_min=5", "data.workers=1", "trainer=gpu,cpu", "seed=1,2",

@@ -53,7 +53,7 @@ SHARED = ("preempted", "preempted_unsaved")  # of all nodes: whether there was t
 
 
 class Drill(NamedTuple):
-    """What happens, and when."""
+    """A disturbance and its moment."""
 
     how: str
     moment: str
@@ -63,7 +63,7 @@ class Drill(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of it."""
+    """Result of a drill."""
 
     told: dict[str, Any]  # by `echolab why`
     weights: dict[str, bytes]
@@ -143,13 +143,13 @@ def wait_for_moment(cluster: Cluster, moment: str, run: Path, log: Path) -> None
 
 
 def contents(run: Path) -> dict[str, tuple[int, int]]:
-    """Of every file, when it was written and how long it is."""
+    """Return the modification time and the size of every file."""
     paths = (path for path in run.rglob("*") if path.is_file() and LEASE not in path.parts)
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
 def outcome_of(drill: Drill | None, folder: Path, clips: Path) -> Outcome:
-    """Do it, on a cluster of its own; None is a run that nothing disturbs."""
+    """Run a drill on its own cluster; None is a run without disturbance."""
     folder.mkdir()
     run, log, conf = folder / "run", folder / "log", folder / "slurm.conf"
     conf.write_text(CONF)

@@ -76,7 +76,7 @@ def test_nor_do_workers_that_are_spawned(trap: Path, tmp_path: Path) -> None:
                                    ["-m", "echolab.cli", "train", "--help"],
                                    ["-m", "echolab.cli", "estimate", "model=demo"]])  # fmt: skip
 def test_nor_does_a_command_itself(trap: Path, tmp_path: Path, words: list[str]) -> None:
-    """What runpy imports before any module of ours is the user's own."""
+    """Check what runpy imports before any module of echolab."""
     check_nothing_ran(run(words, trap), tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_an_error_steers_no_terminal() -> None:
 
 
 def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As submitit writes their script."""
+    """Start the jobs as the script that submitit writes."""
     from submitit.slurm.slurm import SlurmExecutor
 
     scripts: list[str] = []

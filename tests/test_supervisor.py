@@ -47,7 +47,7 @@ class Launch:
         return self.process.returncode, said
 
     def pids(self) -> list[int]:
-        """Of the ranks, once they take steps."""
+        """Return the pids of the ranks once they take steps."""
         end = time.monotonic() + BOUND
         while not list(self.folder.glob("step-5-*")):
             assert time.monotonic() < end and self.process.poll() is None
@@ -223,7 +223,7 @@ def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
 def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str], grace: float | None
 ) -> None:
-    """As for a batch that never comes, though its deadline is far away."""
+    """Stop ranks that wait, such as for a batch that never comes, long before their deadline."""
     patient = {**dict.fromkeys(DEADLINES, 10_000.0), "step": 3.0, "factor": 10, "floor": 3.0}
     does = {"1": {"at": "data_wait", "does": "sleep", "step": 8}}
     about = {"grace": {signal.SIGTERM: grace}} if grace else {}

@@ -26,14 +26,14 @@ KEY = "0123456789abcdef" * 3
 
 
 def children(parent: int) -> dict[int, str]:
-    """The child processes of a process by pid, whichever thread started them, with their names."""
+    """Return the names of the child processes of a process by pid, of all its threads."""
     told = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True)
     lines = [line.split(maxsplit=1) for line in told.stdout.decode().splitlines()]
     return {int(pid): name for pid, name in lines if name != "ps"}
 
 
 def processes(parent: int) -> list[int]:
-    """Those of them that run Python or wandb."""
+    """Return the pids of the child processes that run Python or wandb."""
     return [p for p, name in children(parent).items() if name.startswith(("python", "wandb"))]
 
 
@@ -67,7 +67,7 @@ def log_all(run: WandbRun, folder: Path, steps: range = range(STEPS)) -> None:
 
 
 def rows_of(folder: Path, kind: str = "offline-run-*") -> list[dict[str, Any]]:
-    """Of all wandb runs in a folder, those included that were cut short."""
+    """Return the rows of all wandb runs in a folder, including those that were cut short."""
     files = sorted(folder.glob(f"wandb/{kind}/*.wandb"))
     return [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
@@ -194,7 +194,7 @@ class FallsSilent(BaseHTTPRequestHandler):
 def test_a_server_that_falls_silent_amid_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All is on the disk, the end is not waited for, and the line says how to send it."""
+    """Find every row on the disk; the end does not wait, and one line says how to upload."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
         server.daemon_threads, server.block_on_close = True, False
@@ -285,7 +285,7 @@ def test_a_tracker_that_takes_nothing_holds_up_nobody(
 
 
 def test_the_tracker_ends_with_the_process_that_logs(tmp_path: Path) -> None:
-    """Which is killed: what it logged is on the disk all the same."""
+    """Kill the process that logs; every row it logged is on the disk."""
     program = (
         "import os, sys, time; from pathlib import Path; sys.path[:0] = sys.argv[2:];"
         "from test_tracker import begin, log_all; folder = Path(sys.argv[1]);"

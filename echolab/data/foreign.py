@@ -35,7 +35,7 @@ KINDS = ("raw", "encoded", "preference", "foreign")
 
 
 class Scan(NamedTuple):
-    """What one tar holds."""
+    """Contents of one tar."""
 
     shard: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -198,7 +198,7 @@ def _scans(
     workers: int | None,
     advance: Advance | None,
 ) -> list[Scan]:
-    """Of each tar; those known from a run that was stopped are taken from its notes."""
+    """Return the scan of each tar; take those of a stopped run from its notes."""
     stamps = [_stamp(path, compounds) for path in paths]
     known = _known(folder / PARTIAL)
     scans = {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
