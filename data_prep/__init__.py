@@ -1,0 +1,1 @@
+"""Turn raw talking videos, or synthetic talkers, into datasets, and encode them."""

@@ -1,65 +1,75 @@
-"""`python -m data_prep STEP`: finds the step's module, runs it, and turns errors into one line."""
+"""`python -m data_prep ACTION`: parse arguments, run the action, print errors in one line."""
 
-from echolab.safe_path import leave_working_folder
+from echolab.safe_path import remove_working_directory
 
 if __name__ == "__main__":
-    leave_working_folder()  # before anything else is imported
+    remove_working_directory()  # before anything else is imported
 
-import importlib
 import sys
 from collections.abc import Callable
 
-from echolab.data.files import write_error
-from echolab.errors import BusyError, EcholabError, PassingError
-from echolab.redaction import masked_output
+from data_prep.options import DrawOptions, EncodeOptions, RunOptions
+from echolab.arguments import Action, parse, run_action
+from echolab.atomic_io import check_writable, write_error
+from echolab.errors import BusyError, EcholabError, RetryableError
+from echolab.redaction import mask_output
 
-RETRYABLE = 77  # the exit code for what another try may cure, as of `echolab train`
+RETRYABLE = 77  # exit code for failures that another try may cure, as of `echolab train`
 
-STEPS = {
-    "run": ("data_prep.run", "raw talking videos -> shards, and the reasons of what is refused"),
-    "draw": ("data_prep.draw", "talkers drawn by the program -> shards"),
-    "encode": ("data_prep.encode", "raw shards -> encoded shards, which training reads"),
+
+def run(argv: list[str]) -> int:
+    """Cut raw videos into a dataset and print a summary."""
+    options = parse(RunOptions, argv, command="data_prep run", positional=("source", "out"))
+    check_writable(options.out, folder=True)
+    from data_prep.run import prepare, summarize
+
+    print(summarize(prepare(options), options.format))
+    return 0
+
+
+def draw(argv: list[str]) -> int:
+    """Draw synthetic talkers and print a summary."""
+    options = parse(DrawOptions, argv, command="data_prep draw", positional=("out",))
+    check_writable(options.out, folder=True)
+    from data_prep.draw import draw_and_report
+
+    draw_and_report(options)
+    return 0
+
+
+def encode(argv: list[str]) -> int:
+    """Encode a raw dataset and print a summary."""
+    options = parse(EncodeOptions, argv, command="data_prep encode", positional=("source", "out"))
+    check_writable(options.out, folder=True)
+    from data_prep.encode import encode_and_report
+
+    encode_and_report(options)
+    return 0
+
+
+ACTIONS = {
+    "run": Action("data_prep.__main__:run", "raw talking videos -> raw shards, and refused spans"),
+    "draw": Action("data_prep.__main__:draw", "synthetic talkers -> raw shards"),
+    "encode": Action("data_prep.__main__:encode", "raw shards -> encoded shards for training"),
 }
 
 
-def help_text() -> str:
-    """Every step with one line."""
-    steps = [f"  {name:<8}{summary}" for name, (_, summary) in STEPS.items()]
-    return "\n".join(
-        [
-            "usage: python -m data_prep STEP [arguments] [key=value ...]",
-            "",
-            *steps,
-            "",
-            "`python -m data_prep STEP --help` says what a step takes.",
-        ]
-    )
-
-
 def main(argv: list[str]) -> int:
-    """Run one step and return its exit code.
+    """Run one action and return its exit code.
 
-    0 done, 1 an error of the user's, 2 no such step, 77 a passing failure, 130 interrupted.
+    0: done.  1: an error that the user can fix.  2: no action given.  77: worth another try.  130:
+    interrupted.
     """
-    with masked_output():
-        return _run(argv)
+    with mask_output():
+        return _guarded(lambda: run_action(argv, ACTIONS, command="python -m data_prep"))
 
 
-def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if argv else 2
-    if argv[0] not in STEPS:
-        print(f"data_prep: error: no step {argv[0]!r}; known: {', '.join(STEPS)}", file=sys.stderr)
-        return 2
-    return _guarded(lambda: importlib.import_module(STEPS[argv[0]][0]).main(argv[1:]))
-
-
-def _guarded(run: Callable[[], int | None]) -> int:
+def _guarded(action: Callable[[], int]) -> int:
+    """Run an action and turn errors that the user can fix into one line and an exit code."""
     try:
-        return run() or 0
-    except (BusyError, PassingError) as error:
-        _say(str(error))
+        return action()
+    except (BusyError, RetryableError) as error:
+        _print_error(str(error))
         return RETRYABLE
     except EcholabError as error:
         line = str(error)
@@ -68,14 +78,14 @@ def _guarded(run: Callable[[], int | None]) -> int:
             raise
         line = str(write_error(error.filename, error))
     except KeyboardInterrupt:
-        print("data_prep: stopped; give the same command again", file=sys.stderr)
+        print("data_prep: stopped; the same command resumes", file=sys.stderr)
         return 130
-    _say(line)
+    _print_error(line)
     return 1
 
 
-def _say(line: str) -> None:
-    """Print an error in one line, whatever the names in it hold."""
+def _print_error(line: str) -> None:
+    """Print an error in one line, even if file names in it hold line breaks."""
     print("data_prep: error:", "\\n".join(line.splitlines()), file=sys.stderr)
 
 

@@ -1,89 +1,62 @@
-"""`python -m data_prep encode SOURCE OUT video=FILE`: raw shards to what training reads.
+"""Encode a raw dataset: latents and conditions of every clip, computed once.
 
-With `encoders=released` they are those of Wan and wav2vec2, one after another in memory; see
-`data_prep.stages`.
+Released encoders run one after another: all texts, then all images, audio tracks and videos, so
+that only one is in memory at a time.  The tensors of each are kept in OUT/.work, a file per sample,
+until the shards are written from them; so the same command resumes where it was stopped.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
+from einops import rearrange
+from safetensors.torch import load, load_file, save
+from torch import Tensor
 
-from data_prep.raw import (
-    Members,
-    boxes_of,
-    caption_of,
-    open_raw,
-    pixels_of,
-    sound_of,
-)
-from data_prep.stages import encode_in_stages, stored
-from echolab.arguments import parse
-from echolab.data.files import prove_writable
-from echolab.data.progress import progress
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders.autoencoder import CausalAutoencoder
-from echolab.encoders.encode import Encoders, demo_encoders, encode_clip
-from echolab.encoders.released import find_released, released_encoders
+from data_prep.options import EncodeOptions
+from echolab.atomic_io import lock_folder, make_folder, write_atomic
+from echolab.data.index import INDEX
+from echolab.data.media import decode_flac, decode_mp4, decode_tracks
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.encode import Encoders, demo_encoders, encode_clip, encode_pixels
+from echolab.encoders.loading import find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.fitting import load_net
+from echolab.geometry import WAN
+from echolab.progress import progress
+from echolab.tasks.masks import gray_out, known_pixels, latent_known
+from echolab.tasks.table import KNOWN_TASKS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CLEAN = {"no": as_written, "wan": cleaned}
+WORK = ".work"
+
+Members = dict[str, bytes]
+Stage = Callable[[Members], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """Compute latents and conditions of every clip once, and write encoded shards.
-
-    Released encoders work through the dataset one after another, so that the largest alone must
-    fit in memory; the same command goes on where it was stopped.
-    """
-
-    source: Path = field(metadata={"help": "a dataset of the raw kind"})
-    out: Path = field(metadata={"help": "the new dataset's folder"})
-    encoders: Literal["demo", "released"] = field(
-        default="demo", metadata={"help": "the demo's stand-ins, or those of Wan and wav2vec2"}
-    )
-    video: Path | None = field(
-        default=None, metadata={"help": "demo: the autoencoder, from `echolab fit autoencoder`"}
-    )
-    weights: Path | None = field(
-        default=None, metadata={"help": "released: a folder such as Wan2.1-Fun-V1.1-1.3B-InP"}
-    )
-    audio: Path | None = field(default=None, metadata={"help": "released: a folder of wav2vec2"})
-    sound: Literal["preview", "flash"] = field(
-        default="preview",
-        metadata={"help": "released: the last state twice a frame, or all layers once"},
-    )
-    device: str = field(default="cpu", metadata={"help": "released: such as cuda or cuda:1"})
-    dtype: Literal["bf16", "fp32"] = field(
-        default="bf16", metadata={"help": "released: precision; sound is always fp32"}
-    )
-    tiling: bool = field(
-        default=False, metadata={"help": "released: videos in blended tiles, for less memory"}
-    )
-    clean: Literal["no", "wan"] = field(
-        default="no", metadata={"help": "released: captions as they are, or as Wan cleans them"}
-    )
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
-
-
-def main(argv: list[str]) -> int:
-    """The command; prints a summary to standard output."""
-    options = parse(EncodeOptions, argv, command="data_prep encode", positional=("source", "out"))
-    prove_writable(options.out, folder=True)
+def encode_and_report(options: EncodeOptions) -> None:
+    """Encode as `options` say and print a summary."""
     if options.encoders == "released":
-        encoders = _released(options)
+        encoders = _load_released(options)
+    else:
+        vae = _required("vae", options.vae, options)
+        encoders = demo_encoders(load_net(vae, CausalAutoencoder))
+
+    # Add tasks to an encoded dataset, or encode everything, in stages if the networks are large.
+    if options.encoded is not None:
+        clips = add_tasks(options.source, options.encoded, options.out, encoders)
+    elif options.encoders == "released":
         settings: dict[str, str | bool] = {"dtype": options.dtype, "tiling": options.tiling}
         clips = encode_in_stages(options.source, options.out, encoders, settings)
     else:
-        video = _needed("video", options.video, options)
-        encoders = demo_encoders(load_net(video, CausalAutoencoder))
         with progress("encoding clips", len(open_dataset(options.source))) as advance:
             clips = encode_dataset(
                 options.source, options.out, encoders, lambda done: advance(done, "")
@@ -91,16 +64,16 @@ def main(argv: list[str]) -> int:
     figures = {"out": str(options.out), "clips": clips, "encoders": encoders.fingerprints}
     plain = f"{options.out}: {clips} encoded clips"
     print(json.dumps(figures) if options.format == "json" else plain)
-    return 0
 
 
-def _needed(name: str, value: Path | None, options: EncodeOptions) -> Path:
+def _required(name: str, value: Path | None, options: EncodeOptions) -> Path:
     if value is None:
         raise ConfigError(f"{name}=: needed with encoders={options.encoders}; give its path")
     return value
 
 
-def _released(options: EncodeOptions) -> Encoders:
+def _load_released(options: EncodeOptions) -> Encoders:
+    """Return the released encoders on the requested device; raise ConfigError if it is absent."""
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
@@ -108,43 +81,234 @@ def _released(options: EncodeOptions) -> Encoders:
         line = str(error).splitlines()[0]
         raise ConfigError(f"device={options.device}: not here ({line}); give cpu") from error
     files = find_released(
-        _needed("weights", options.weights, options), _needed("audio", options.audio, options)
+        _required("encoder_dir", options.encoder_dir, options),
+        _required("wav2vec", options.wav2vec, options),
     )
     return released_encoders(
         files,
         device,
         DTYPES[options.dtype],
-        speech=options.sound,
+        speech=options.speech,
         clean=CLEAN[options.clean],
         tiling=options.tiling,
     )
 
 
+# Members of a raw sample, decoded
+
+
+def open_raw(source: Path) -> ShardDataset:
+    """Return a dataset of raw samples; raise DataError for one of another kind."""
+    dataset = open_dataset(source)
+    if dataset.kind != "raw":
+        raise DataError(f"{source}: holds {dataset.kind} samples; give a dataset of the raw kind")
+    return dataset
+
+
+def caption_of(members: Members) -> str:
+    """Return the caption of a sample; raise DataError if it has none."""
+    try:
+        return str(json.loads(members["json"])["caption"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"json holds no caption ({error!r}); make the sample again") from error
+
+
+def audio_of(members: Members) -> Tensor:
+    """Return audio [n] in [-1, 1] at 16 kHz."""
+    return torch.from_numpy(decode_flac(members["flac"]))
+
+
+def boxes_of(members: Members) -> tuple[Tensor, Tensor]:
+    """Return boxes of face and lips, [T, 4] each, in pixels."""
+    tracks = decode_tracks(members["tracks.npz"])
+    return torch.from_numpy(tracks.face), torch.from_numpy(tracks.lips)
+
+
+def pixels_of(members: Members) -> Tensor:
+    """Return pixels [3, T, Y, X] in [-1, 1].
+
+    Raise DataError for sizes of which an encoder would drop frames or edges.
+    """
+    frames = torch.from_numpy(decode_mp4(members["mp4"]))
+    count, height, width = frames.shape[:3]
+    side = WAN.token_pixels
+    if not WAN.is_clip_length(count) or height % side or width % side:
+        raise DataError(
+            f"{count} frames of {height} x {width}; need {WAN.clip_lengths} frames and sides that "
+            f"are multiples of {side}; cut the source again with `python -m data_prep run`"
+        )
+    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def to_safetensors(key: str, tensors: dict[str, Tensor]) -> bytes:
+    """Return a sample's tensors as stored, in fp16; raise DataError for a value out of range."""
+    halves = {name: value.half().contiguous() for name, value in tensors.items()}
+    for name, value in halves.items():
+        if not bool(value.isfinite().all()):
+            raise DataError(f"sample {key}: {name} is not finite in fp16; encode with dtype=fp32")
+    return save(halves)
+
+
+# All encoders on each sample
+
+
 def encode_dataset(
     source: Path, out: Path, encoders: Encoders, report: Callable[[int], None]
 ) -> int:
-    """Encode every sample of `source` into the new dataset `out`; the number of samples.
+    """Encode every sample of `source` into the new dataset `out`; return the number of samples.
 
-    All encoders are at work on each sample, and what is stopped starts from the beginning.
+    All encoders process each sample, and a stopped run starts again from the beginning.
     """
     dataset = open_raw(source)
     with ShardWriter(
         out,
         kind="encoded",
         encoders=encoders.fingerprints,
+        geometry=encoders.geometry,
         description={"source": dataset.fingerprint},
     ) as writer:
         for i, key in enumerate(dataset.keys):
             members = dataset.read(i)
             tensors = encode_members(encoders, members)
-            writer.write(key, {"safetensors": stored(key, tensors), "json": members["json"]})
+            sample = {"safetensors": to_safetensors(key, tensors), "json": members["json"]}
+            writer.write(key, sample)
             report(i + 1)
     return len(dataset)
 
 
-def encode_members(encoders: Encoders, members: Members) -> dict[str, torch.Tensor]:
-    """The encoded tensors of one raw sample."""
+def encode_members(encoders: Encoders, members: Members) -> dict[str, Tensor]:
+    """Return the encoded tensors of one raw sample."""
     face, lips = boxes_of(members)
     return encode_clip(
-        encoders, pixels_of(members), sound_of(members), caption_of(members), face, lips
+        encoders, pixels_of(members), audio_of(members), caption_of(members), face, lips
     )
+
+
+# One encoder after another
+
+
+def encode_in_stages(
+    source: Path, out: Path, encoders: Encoders, settings: dict[str, str | bool]
+) -> int:
+    """Encode every sample of `source` into the new dataset `out`; return the number of samples.
+
+    `settings` are what the values depend on besides the encoders, such as their precision.
+    """
+    dataset = open_raw(source)
+    description = {"source": dataset.fingerprint, **settings}
+    _run_stages(dataset, out, stages_of(encoders), encoders, description)
+    return len(dataset)
+
+
+def stages_of(encoders: Encoders) -> dict[str, Stage]:
+    """Return the function of each encoder on a raw sample, that of the largest network first."""
+
+    def audio(members: Members) -> dict[str, Tensor]:
+        return {"audio": encoders.audio(audio_of(members), len(boxes_of(members)[0]))}
+
+    return {
+        "text": lambda members: {"text": encoders.text(caption_of(members))},
+        "image": lambda members: {"image": encoders.image(pixels_of(members)[:, 0])},
+        "audio": audio,
+        "video": lambda members: encode_pixels(encoders, pixels_of(members), *boxes_of(members)),
+    }
+
+
+def add_tasks(source: Path, encoded: Path, out: Path, encoders: Encoders) -> int:
+    """Copy the dataset `encoded` of `source` to `out`, adding known latents of missing tasks.
+
+    Only the video encoder runs.  Return the number of samples.  Raise DataError if `encoded` is of
+    another source, of other encoders, or lacks no task.
+    """
+    dataset, base = open_raw(source), open_dataset(encoded)
+    if base.kind != "encoded" or base.description.get("source") != dataset.fingerprint:
+        raise DataError(f"encoded={encoded}: was not encoded from {source}; give its own source")
+    if base.encoders != encoders.fingerprints:
+        raise DataError(f"encoded={encoded}: is of other encoders; give those it was made with")
+    present = load(base.read(0)["safetensors"])
+    missing = [task for task in KNOWN_TASKS if f"known_latents.{task}" not in present]
+    if not missing:
+        raise DataError(f"encoded={encoded}: has the known latents of all tasks; use it as it is")
+
+    def known(members: Members) -> dict[str, Tensor]:
+        return encode_known(encoders, missing, pixels_of(members), *boxes_of(members))
+
+    description = {**base.description, "added_tasks": missing}
+    _run_stages(dataset, out, {"known": known}, encoders, description, base)
+    return len(dataset)
+
+
+@torch.no_grad()
+def encode_known(
+    encoders: Encoders, tasks: Sequence[str], pixels: Tensor, face: Tensor, lips: Tensor
+) -> dict[str, Tensor]:
+    """Return mask and known latents of some tasks, for pixels [3, T, Y, X] and boxes [T, 4]."""
+    _, frames, height, width = pixels.shape
+    tensors = {}
+    for task in tasks:
+        known = known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
+        masked = rearrange(gray_out(rearrange(pixels, "c t y x -> t c y x"), known),
+                           "t c y x -> 1 c t y x")  # fmt: skip
+        tensors[f"known.{task}"] = latent_known(known, encoders.geometry)
+        tensors[f"known_latents.{task}"] = encoders.video.encode(masked)[0]
+    return tensors
+
+
+def _run_stages(
+    dataset: ShardDataset,
+    out: Path,
+    stages: Mapping[str, Stage],
+    encoders: Encoders,
+    description: dict[str, Any],
+    base: ShardDataset | None = None,
+) -> None:
+    """Run all stages, then write the shards from their files, and from `base`; remove the files."""
+    make_folder(out)
+    with lock_folder(out):
+        if (out / INDEX).exists():
+            raise DataError(f"{out}: already holds a dataset; choose another folder")
+        work = out / WORK / _work_name(dataset, encoders, description)
+        for name, stage in stages.items():
+            _run_stage(dataset, work / name, stage, f"encoding {name}")
+        with (
+            ShardWriter(
+                out,
+                kind="encoded",
+                encoders=encoders.fingerprints,
+                geometry=encoders.geometry,
+                description=description,
+            ) as writer,
+            progress("writing shards", len(dataset)) as advance,
+        ):
+            for i, key in enumerate(dataset.keys):
+                tensors = load(base.read(i)["safetensors"]) if base else {}
+                for name in stages:
+                    tensors |= load_file(_file(work / name, key))
+                writer.write(key, {"safetensors": save(tensors), "json": dataset.read(i)["json"]})
+                advance(i + 1, "")
+        shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def _run_stage(dataset: ShardDataset, folder: Path, stage: Stage, title: str) -> None:
+    """Write what one stage lacks yet; an error names the sample."""
+    make_folder(folder)
+    with progress(title, len(dataset)) as advance:
+        for i, key in enumerate(dataset.keys):
+            path = _file(folder, key)
+            if not path.is_file():
+                try:
+                    tensors = stage(dataset.read(i))
+                except EcholabError as error:
+                    raise type(error)(f"{dataset.folder}: sample {key}: {error}") from error
+                write_atomic(path, to_safetensors(key, tensors))
+            advance(i + 1, "")
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
+
+
+def _work_name(dataset: ShardDataset, encoders: Encoders, description: Mapping[str, Any]) -> str:
+    """Return a hash of all that the values depend on: leftovers of other commands are not used."""
+    content = [dataset.fingerprint, encoders.fingerprints, description]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]

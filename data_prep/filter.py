@@ -1,7 +1,7 @@
-"""Why a frame or a clip is refused.  The first words of a reason, up to the colon, are its kind.
+"""Reasons to refuse a frame or a clip.  The words of a reason up to the colon are its kind.
 
-"Talking" is judged simply: the sound is audible (not: is speech), one large face is there all the
-time, and its lips move.  A song passes; a barking dog fails for want of a face.
+A clip counts as talking if its audio is audible (not: is speech), one large face is in every frame,
+and its lips move.  A song passes; a barking dog has no face and fails.
 """
 
 from typing import Any, NamedTuple
@@ -9,25 +9,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.faces import Rows
-from data_prep.normalise import SAMPLES_PER_FRAME, Grid
-from data_prep.track import Track
+from echolab.vision.faces import Rows
+from echolab.vision.normalize import SAMPLES_PER_FRAME, Grid
+from echolab.vision.track import Track
 
 AUDIBLE_DBFS = -50.0  # of the 40 ms of one frame
 AUDIBLE_SHARE = 0.2  # of a clip's frames: people pause
 STILL_LIPS = 0.006  # spread of the mouth's opening, in heights of the face
 MESH_PRESENCE = 0.5
 MESH_SHARE = 0.8  # of a clip's frames in which the mesh must fit
-RIVAL = 0.5  # a second face this tall beside the subject makes several
+SECOND_FACE_SHARE = 0.5  # from this share of the subject's height a second face counts
 
-CUT_SHORT = "damaged: the file ends before its header says; fetch it again"
-DAMAGED = "damaged: the picture cannot be decoded here"
+CUT_SHORT = "damaged: the file ends before the end in its header; download it again"
+DAMAGED = "damaged: the frames cannot be decoded here"
 
 Flags = NDArray[np.bool_]
 
 
 class Refusal(NamedTuple):
-    """A span of a file that is not used, and why."""
+    """A span of a file that is not used, with the reason."""
 
     start_seconds: float
     end_seconds: float
@@ -35,66 +35,66 @@ class Refusal(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """The one face of each frame."""
+    """The largest face of each frame."""
 
-    track: NDArray[np.int64]  # [K] number of the largest track, -1 where there is none
+    track: NDArray[np.int64]  # [K] index of the largest track, -1 for no face
     height: NDArray[np.float32]  # [K] of its box in source pixels
-    rival: NDArray[np.float32]  # [K] height of the second largest, as a share
-    faces: NDArray[np.int64]  # [K] how many
+    second: NDArray[np.float32]  # [K] height of the second largest, as a share of it
+    faces: NDArray[np.int64]  # [K] number of faces
 
 
 def find_subject(tracks: list[Track], frames: int) -> Subject:
-    """The largest face of each frame."""
+    """Return the largest face of each frame."""
     heights = np.zeros((len(tracks) + 2, frames), np.float32)
-    for number, track in enumerate(tracks):
-        heights[number, track.first : track.last] = track.rows[:, 3]
+    for index, track in enumerate(tracks):
+        heights[index, track.first : track.last] = track.rows[:, 3]
     order = np.sort(heights, 0)
     largest, second = order[-1], order[-2]
-    track_number = np.where(largest > 0, heights.argmax(0), -1)
-    rival = second / np.maximum(largest, 1e-6)
-    return Subject(track_number.astype(np.int64), largest, rival, (heights > 0).sum(0))
+    track_index = np.where(largest > 0, heights.argmax(0), -1)
+    share = second / np.maximum(largest, 1e-6)
+    return Subject(track_index.astype(np.int64), largest, share, (heights > 0).sum(0))
 
 
-def frame_reasons(grid: Grid, sounding: Flags, subject: Subject, least_pixels: float) -> list[str]:
-    """One reason a frame, "" where it may be used; the graver reason wins."""
-    reasons = [""] * len(grid.numbers)
+def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: float) -> list[str]:
+    """Return the gravest reason to refuse each frame, "" for frames that may be used."""
+    reasons = [""] * len(grid.indices)
     for k in range(len(reasons)):
         if grid.damaged[k]:
             reasons[k] = DAMAGED
         elif grid.missing[k]:
-            reasons[k] = "no picture: the frames are more than 0.2 s apart here"
-        elif not sounding[k]:
-            reasons[k] = "no sound: the sound track does not cover this, or is damaged"
+            reasons[k] = "no frames: more than 0.2 s from one to the next here"
+        elif not covered[k]:
+            reasons[k] = "no audio: the audio track does not cover this, or is damaged"
         elif subject.track[k] < 0:
-            reasons[k] = "no face: none that is sure (YuNet 0.9)"
-        elif subject.rival[k] >= RIVAL:
+            reasons[k] = "no face: none with a YuNet score of 0.9"
+        elif subject.second[k] >= SECOND_FACE_SHARE:
             reasons[k] = "several faces: a second one is at least half as tall"
-        elif subject.height[k] < least_pixels:
-            reasons[k] = f"face too small: less than {least_pixels:g} pixels tall"
+        elif subject.height[k] < min_pixels:
+            reasons[k] = f"face too small: less than {min_pixels:g} pixels tall"
     return reasons
 
 
 def runs(labels: list[str] | NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Stretches of equal labels, as first and after-last."""
+    """Return the runs of equal labels, as (first, end)."""
     starts = [k for k in range(len(labels)) if k == 0 or labels[k] != labels[k - 1]]
     return list(zip(starts, [*starts[1:], len(labels)], strict=True)) if starts else []
 
 
 def loudness(samples: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[T] dBFS of each frame's 40 ms."""
+    """Return [T] the loudness of each frame's 40 ms in dBFS."""
     frames = len(samples) // SAMPLES_PER_FRAME
     pieces = samples[: frames * SAMPLES_PER_FRAME].reshape(frames, -1).astype(np.float64)
     return np.asarray(10 * np.log10((pieces**2).mean(1) + 1e-10))
 
 
 def audible(samples: NDArray[np.float32]) -> bool:
-    """Is there any sound at all?"""
+    """Return whether any frame is audible."""
     levels = loudness(samples)
     return bool(len(levels)) and float(levels.max()) > AUDIBLE_DBFS
 
 
 def silence(samples: NDArray[np.float32]) -> str:
-    """The reason to refuse this sound, or ""."""
+    """Return the reason to refuse this audio, or ""."""
     levels = loudness(samples)
     share = float((levels > AUDIBLE_DBFS).mean()) if len(levels) else 0.0
     if share >= AUDIBLE_SHARE:
@@ -107,9 +107,9 @@ def silence(samples: NDArray[np.float32]) -> str:
 
 
 def still_lips(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]) -> str:
-    """The reason to refuse this mouth, or "".
+    """Return the reason to refuse this mouth, or "".
 
-    `opening` [T] is in heights of the face, `presence` [T] how sure the mesh is.
+    `opening` [T] is in heights of the face, `presence` [T] the confidence of the mesh.
     """
     fits = presence >= MESH_PRESENCE
     if fits.mean() < MESH_SHARE:
@@ -123,7 +123,7 @@ def still_lips(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]
 def clip_scores(
     rows: Rows, opening: NDArray[np.floating[Any]], samples: NDArray[np.float32]
 ) -> dict[str, float]:
-    """What was measured of an accepted clip, for a later, stricter choice."""
+    """Return the measurements of an accepted clip, for a later, stricter choice."""
     return {
         "face_pixels": round(float(rows[:, 3].min()), 1),
         "face_score": round(float(rows[:, 14].mean()), 4),

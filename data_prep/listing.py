@@ -1,13 +1,13 @@
-"""What a source holds: its files with their captions, and what is left out, with its reason."""
+"""List the files of a source with their captions, and what is left out, with the reason."""
 
 import codecs
 from pathlib import Path
 from typing import NamedTuple
 
-from echolab.errors import ConfigError, MediaError, PassingError
+from echolab.errors import ConfigError, MediaError, RetryableError
 
 CAPTION_CHARACTERS = 2000
-# The longest marks first: that of UTF-32 begins with that of UTF-16.
+# Byte order marks, the longest first: that of UTF-32 begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -16,11 +16,11 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
-Node = tuple[int, int]  # device and inode: one folder, by whatever name
+Node = tuple[int, int]  # device and inode: the same for all names of a folder
 
 
 class Listing(NamedTuple):
-    """A source, searched through."""
+    """The content of a source."""
 
     files: list[tuple[Path, str]]  # each with its name: the path within the source
     left_out: list[tuple[str, str]]  # names and reasons
@@ -29,8 +29,8 @@ class Listing(NamedTuple):
 def list_source(source: Path, out: Path) -> Listing:
     """Return the files of a source in order; linked folders are followed, and loops end.
 
-    OUT is left out without a word, captions go with their videos.  Raises ConfigError or MediaError
-    if there is nothing to list, PassingError if a folder cannot be read.
+    OUT is skipped silently, and captions belong to their videos.  Raise ConfigError or MediaError
+    if there is nothing to list, RetryableError if a folder cannot be read.
     """
     if source.is_file():
         return Listing([(source, _shown(Path(source.name)))], [])
@@ -38,11 +38,13 @@ def list_source(source: Path, out: Path) -> Listing:
         raise ConfigError(f"out={out}: is the source itself; give another folder")
     if not source.is_dir():
         raise MediaError(f"{source}: not there; give a video or a folder of videos")
-    found, left_out = list[Path](), list[tuple[Path, str]]()
+
+    # Visit each folder once, by device and inode.
+    paths, left_out = list[Path](), list[tuple[Path, str]]()
     seen: dict[Node, Path] = {_node(out): out} if out.is_dir() else {}
     folders, links = [source], list[Path]()
     while folders or links:
-        # Links last, so that a folder that is reached twice has its own name.
+        # Links last, so that a folder that is reached twice is listed under its real name.
         folder = folders.pop() if folders else links.pop(0)
         before = seen.setdefault(_node(folder), folder)
         if before is not folder:
@@ -50,10 +52,12 @@ def list_source(source: Path, out: Path) -> Listing:
                 left_out.append((folder, f"linked folder: it is read as {_shown(before)}"))
             continue
         inside, names = _entries(folder, left_out)
-        found += names
+        paths += names
         for path in inside:
             (links if path.is_symlink() else folders).append(path)
-    files = [(path, _shown(path.relative_to(source))) for path in found]
+
+    # Sort by name; refuse a source without files.
+    files = [(path, _shown(path.relative_to(source))) for path in paths]
     files.sort(key=lambda file: (Path(file[1]).parent.parts, file[1]))
     rows = sorted((_shown(path.relative_to(source)), reason) for path, reason in left_out)
     if not files:
@@ -67,8 +71,8 @@ def _entries(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path]
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        raise PassingError(
-            f"{folder}: cannot be listed ({error.strerror}); see that it can, and give the same "
+        raise RetryableError(
+            f"{folder}: cannot be listed ({error.strerror}); make it readable, and give the same "
             "command again"
         ) from error
     folders, files = list[Path](), list[Path]()
@@ -85,7 +89,7 @@ def _entries(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path]
             files.append(path)
         else:
             left_out.append((path, "no file: a pipe, a socket or a device"))
-    # A text beside a video is its caption, no source of its own.
+    # A text with the stem of a video is its caption, and no source of its own.
     stems = {path.stem for path in files if path.suffix != ".txt"}
     return folders, [path for path in files if path.suffix != ".txt" or path.stem not in stems]
 
@@ -96,15 +100,15 @@ def _node(folder: Path) -> Node:
 
 
 def _shown(path: Path) -> str:
-    """Return a path as text: bytes that are no Unicode are escaped, so that names stay apart."""
+    """Return a path as text with bytes that are no Unicode escaped, so that names stay distinct."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def caption_of(template: str, video: Path, source: Path) -> str:
-    """Return the caption of a video: the text beside it if there is one, else the template.
+    """Return the caption of a video: the text file of its stem if there is one, else the template.
 
-    In the template {stem} and {folder} stand for the name of the file and of its folder.  Raises
-    MediaError for a text that cannot be used as it is.
+    In the template {stem} and {folder} stand for the names of the file and of its folder.  Raise
+    MediaError for a text that cannot be used, RetryableError for one that cannot be read.
     """
     text = video.with_suffix(".txt")
     if not text.is_symlink() and not text.exists():
@@ -119,15 +123,18 @@ def caption_of(template: str, video: Path, source: Path) -> str:
     try:
         data = text.read_bytes()
     except OSError as error:
-        raise PassingError(
-            f"{text}: the caption cannot be read ({error.strerror}); see that it can, and give the "
-            "same command again"
+        raise RetryableError(
+            f"{text}: the caption cannot be read ({error.strerror}); make it readable, and give "
+            "the same command again"
         ) from error
     return _decoded(data, _shown(Path(text.name)))
 
 
 def _decoded(data: bytes, name: str) -> str:
-    """Return a caption in one line: UTF-8, or what a byte order mark says; MediaError else."""
+    """Return a caption in one line, decoded as UTF-8 or by its byte order mark.
+
+    Raise MediaError for bytes that are no text, and for an empty or too long caption.
+    """
     encoding = next((codec for mark, codec in MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

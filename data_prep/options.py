@@ -1,56 +1,144 @@
-"""What `python -m data_prep run` can be told."""
+"""The arguments of `python -m data_prep run`, `draw` and `encode`, and checks of their values.
 
-from dataclasses import asdict, dataclass, field
+This module imports nothing heavy, so that a wrong argument is refused at once.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.cut import is_clip_length
+from echolab.arguments import argument
 from echolab.errors import ConfigError
+from echolab.geometry import WAN
 
-# What changes how the work is done or shown, and not what comes out.
-NOT_OF_THE_RESULT = ("source", "out", "weights", "workers", "stall_seconds", "format")
+# Options that change how the work is done or shown, and not its result.
+NOT_OF_THE_RESULT = ("source", "out", "face_models", "workers", "stall_seconds", "format")
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with its line of help."""
-    return field(default=default, metadata={"help": text})
+def is_clip_length(frames: int) -> bool:
+    """Return whether a clip may have so many frames: 4n+1, and more than one latent frame."""
+    return frames > 1 and WAN.is_clip_length(frames)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Raw talking videos to a dataset of clips, with a reason for all that is refused."""
+    """Cut raw talking videos into a dataset of clips, and list what is refused, with reasons.
 
-    source: Path = field(metadata={"help": "a video, or a folder of them, searched through"})
-    out: Path = field(metadata={"help": "folder of the dataset; the same command goes on in it"})
-    frames: int = option(49, "frames of a clip at 25 a second, 4n+1; 81 for the 1.3 B network")
-    min_frames: int | None = option(None, "take shorter clips (4n+1) down to this; none: never")
-    size: int = option(512, "pixels of a side, a multiple of 16")
-    crop: Literal["head", "frame"] = option("head", "a square around the head, or all the picture")
-    min_face_pixels: float = option(96.0, "a face must be this tall in the source")
-    caption: str = option("A person is talking.", "caption; {stem}, {folder}; FILE.txt wins")
-    detect_every: int = option(2, "ask the face detector every so many frames")
-    crf: int = option(12, "H.264 quality of the clips; lower is better")
-    samples_per_shard: int = option(64, "clips of a tar")
-    weights: Path | None = option(None, "folder of the face models; none: ECHOLAB_WEIGHTS, cache")
-    workers: int = option(1, "files worked on at a time, each in a process of its own")
-    stall_seconds: float = option(120.0, "give a file up when it makes no progress for this long")
-    format: Literal["text", "json"] = option("text", "how the summary is printed")
+    The same command resumes where it was stopped.
+    """
+
+    source: Path = argument("video, or folder of videos, searched recursively", section="Files")
+    out: Path = argument("dataset folder")
+    face_models: Path | None = argument(
+        "folder of the face detector and landmark models", None,
+        default_text="ECHOLAB_WEIGHTS, cache", aka=("weights",),
+    )  # fmt: skip
+    samples_per_shard: int = argument("clips per tar", 64, ge=1)
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+    frames: int = argument(
+        "frames of a clip at 25 fps, 4n+1; 81 for the 1.3 B network", 49, section="Clips"
+    )
+    min_frames: int | None = argument(
+        "shortest clip to keep, frames, 4n+1", None, default_text="frames"
+    )
+    size: int = argument("side of the square, or of one with the frame's area, pixels", 512)
+    crop: Literal["head", "frame"] = argument("square around the head, or the full frame", "head")
+    crf: int = argument("H.264 quality, 0 lossless to 51 worst", 12, ge=0, le=51)
+    caption: str = argument(
+        "caption of videos without a .txt; {stem} and {folder} are replaced",
+        "A person is talking.",
+    )
+
+    min_face_pixels: float = argument(
+        "smallest height of a face in the source, pixels", 96.0, section="Detection"
+    )
+    detect_every: int = argument("frames from one face detection to the next", 2, ge=1, le=5)
+    workers: int = argument("processes, one file each at a time", 1, ge=1)
+    stall_seconds: float = argument(
+        "seconds without progress until a file is given up", 120.0, ge=1
+    )
 
     def __post_init__(self) -> None:
         least = self.frames if self.min_frames is None else self.min_frames
         for name, frames in (("frames", self.frames), ("min_frames", least)):
             if not is_clip_length(frames) or frames > self.frames:
-                raise ConfigError(f"{name}={frames}: give 4n+1, at least 5 and at most frames")
-        if self.size < 16 or self.size % 16:
-            raise ConfigError(f"size={self.size}: give a multiple of 16")
-        if not 0 <= self.crf <= 51:
-            raise ConfigError(f"crf={self.crf}: give 0 (lossless) to 51 (worst)")
-        for name in ("detect_every", "samples_per_shard", "workers", "stall_seconds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give 1 or more")
-        if self.detect_every > 5:
-            raise ConfigError(f"detect_every={self.detect_every}: at most 5, or faces are lost")
+                raise ConfigError(
+                    f"{name}={frames}: give {WAN.clip_lengths}, at least 5 and at most frames"
+                )
+        side = WAN.token_pixels
+        if self.size < side or self.size % side:
+            raise ConfigError(f"size={self.size}: give a multiple of {side}")
 
-    def of_the_result(self) -> dict[str, Any]:
-        """The options that decide what comes out."""
+    def result_options(self) -> dict[str, Any]:
+        """Return the options that the result depends on."""
         return {k: v for k, v in asdict(self).items() if k not in NOT_OF_THE_RESULT}
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Draw synthetic talkers, whose visemes are known, and write them as raw shards.
+
+    A clip is a pure function of its index and the seed: datasets with one seed and disjoint indices
+    share no talker.
+    """
+
+    out: Path = argument("new dataset folder")
+    num_clips: int = argument("clips to draw", 64, ge=1, aka=("clips", "count"))
+    seed: int = argument("seed of looks, motion and speech", 0, ge=0)
+    first: int = argument("index of the first clip", 0, ge=0)
+    frames: int = argument("frames of a clip, 4n+1", 25, ge=5)
+    size: int = argument("height and width, pixels, a multiple of 16", 64, ge=32)
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+    def __post_init__(self) -> None:
+        if self.num_clips < 1:
+            raise ConfigError(f"num_clips={self.num_clips}: must be 1 or more")
+        if self.frames < 5 or not WAN.is_clip_length(self.frames):
+            raise ConfigError(
+                f"frames={self.frames}: must be {WAN.clip_lengths} and 5 or more, such as 25"
+            )
+        if self.size < 32 or self.size % WAN.token_pixels:
+            raise ConfigError(
+                f"size={self.size}: must be a multiple of {WAN.token_pixels} and 32 or more"
+            )
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Compute latents and conditions of every clip once, and write encoded shards.
+
+    Released encoders process the dataset one after another, so that only the largest must fit in
+    memory; the same command resumes where it was stopped.
+    """
+
+    source: Path = argument("raw dataset", section="Files")
+    out: Path = argument("new dataset folder")
+    encoded: Path | None = argument(
+        "encoded dataset of the same source: copy it, and add the known latents of tasks that it "
+        "lacks", None,
+    )  # fmt: skip
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+    encoders: Literal["demo", "released"] = argument(
+        "small fitted encoders of the demo, or those of Wan and wav2vec2", "demo",
+        section="Encoders",
+    )  # fmt: skip
+    vae: Path | None = argument(
+        "demo: autoencoder of `echolab fit autoencoder`", None, aka=("video",)
+    )
+    encoder_dir: Path | None = argument(
+        "released: folder such as Wan2.1-Fun-V1.1-1.3B-InP", None, aka=("weights",)
+    )
+    wav2vec: Path | None = argument("released: folder of wav2vec2", None, aka=("audio",))
+    speech: Literal["preview", "flash"] = argument(
+        "released: wav2vec2's last layer twice a frame, or all layers once", "preview",
+        aka=("sound",),
+    )  # fmt: skip
+    clean: Literal["no", "wan"] = argument("released: cleaning of captions", "no")
+
+    device: str = argument(
+        "released: device, such as cuda or cuda:1", "cpu", section="Memory and speed"
+    )
+    dtype: Literal["bf16", "fp32"] = argument("released: precision; audio is fp32", "bf16")
+    tiling: bool = argument("released: encode videos in blended tiles, with less memory", False)

@@ -1,74 +1,65 @@
-"""`python -m data_prep run SOURCE OUT`: raw talking videos to a dataset.
+"""Cut raw talking videos into a dataset.
 
-Each file's clips are kept in OUT/.work until all are done, so that the same command goes on
-where it was stopped; then come the shards, refused.jsonl and, last, dataset.json.
+The clips of each file are kept in OUT/.work until all files are done, so that the same command
+resumes where it was stopped; then follow the shards, refused.jsonl and, last, dataset.json.
 """
 
 import errno
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data_prep.filter import Refusal
 from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
-from data_prep.summary import Watch, summarise
-from data_prep.weights import LANDMARKER, YUNET, find_weight
 from data_prep.workers import Failed, Finished, Progressed, Unfinished, work
-from echolab.arguments import parse
-from echolab.data.files import (
-    exclusive,
-    make_folder,
-    prove_writable,
-    write_error,
-    write_whole,
-)
+from echolab.atomic_io import lock_folder, make_folder, write_atomic, write_error
 from echolab.data.index import INDEX
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
-from echolab.errors import DataError, MediaError, PassingError
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.errors import DataError, MediaError, RetryableError
+from echolab.vision.face_models import LANDMARKER, YUNET, find_face_model
 
 if TYPE_CHECKING:
     from data_prep.source import Models
 
 WORK = ".work"
 DONE = "done.json"
-FAILED = "failed.json"  # of a file whose work was stopped by something else
-TRIES = 3  # runs in which a file may be stopped so, before it is refused
+FAILED = "failed.json"  # of a file whose work was stopped by something other than its content
+TRIES = 3  # such failures, in as many runs, after which a file is refused
 REFUSED = "refused.jsonl"
 
 
 class Job(NamedTuple):
-    """One file to be worked on."""
+    """One file to cut."""
 
     path: Path
     name: str  # its path within the source
-    folder: Path  # where its clips go
+    folder: Path  # of its clips
     caption: str
-    fault: str  # why its caption cannot be used, or ""
-
-
-def main(argv: list[str]) -> int:
-    """The command; prints a summary to standard output."""
-    options = parse(RunOptions, argv, command="data_prep run", positional=("source", "out"))
-    prove_writable(options.out, folder=True)
-    print(summarise(prepare(options), options.format))
-    return 0
+    fault: str  # the reason that its caption cannot be used, or ""
 
 
 def prepare(options: RunOptions) -> dict[str, Any]:
-    """Make the dataset; figures of the summary.  Raises an EcholabError when nothing comes out."""
+    """Write the dataset and return the figures of the summary.
+
+    Raise an EcholabError if there is no clip at all, or if work was interrupted.
+    """
     listing = list_source(options.source, options.out)
     jobs = [_job(path, name, options) for path, name in listing.files]
     if not (options.out / INDEX).exists():
         make_folder(options.out)
-        with exclusive(options.out):
-            if not (options.out / INDEX).exists():  # by another run that has just ended
-                _work_through(jobs, options)
+        with lock_folder(options.out):
+            if not (options.out / INDEX).exists():  # another run may just have written it
+                _process_files(jobs, options)
                 _write_dataset(jobs, listing.left_out, options)
                 shutil.rmtree(options.out / WORK, ignore_errors=True)
     dataset = open_dataset(options.out)
@@ -77,36 +68,36 @@ def prepare(options: RunOptions) -> dict[str, Any]:
 
 
 def _job(path: Path, name: str, options: RunOptions) -> Job:
-    """Return the work on one file, in a folder named by all that decides its outcome."""
+    """Return the job of one file, in a folder named by all that its result depends on."""
     caption, fault = "", ""
     try:
         caption = caption_of(options.caption, path, options.source)
     except MediaError as error:
         fault = str(error)
     stat = path.stat()
-    content = [options.of_the_result(), name, stat.st_size, stat.st_mtime_ns, caption, fault]
+    content = [options.result_options(), name, stat.st_size, stat.st_mtime_ns, caption, fault]
     return Job(path, name, options.out / WORK / _hash(content)[:24], caption, fault)
 
 
 def _request(jobs: list[Job], options: RunOptions) -> str:
-    """A hash of what was asked for: the files and the options that decide the result."""
+    """Return a hash of the request: the files, and the options that the result depends on."""
     stats = [(job.name, job.path.stat().st_size, job.path.stat().st_mtime_ns) for job in jobs]
-    return _hash([options.of_the_result(), stats])
+    return _hash([options.result_options(), stats])
 
 
 def _captions(jobs: list[Job]) -> dict[str, str]:
-    """What was said of each file: its caption, or why that cannot be used."""
+    """Return a hash of each file's caption, or of the reason that it cannot be used."""
     return {job.name: _hash([job.caption, job.fault])[:16] for job in jobs}
 
 
 def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) -> None:
     """Raise DataError if a dataset is of other files, options or captions."""
-    asked = dataset.description
-    if asked.get("request") != _request(jobs, options):
+    description = dataset.description
+    if description.get("request") != _request(jobs, options):
         raise DataError(
             f"{options.out}: holds a dataset of other files or options; choose another folder"
         )
-    before, now = asked.get("captions", {}), _captions(jobs)
+    before, now = description.get("captions", {}), _captions(jobs)
     edited = [name for name in now if before.get(name) != now[name]]
     if edited:
         raise DataError(
@@ -119,65 +110,69 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _work_through(jobs: list[Job], options: RunOptions) -> None:
-    """Leave a folder with clips and done.json behind for every file.
+def _process_files(jobs: list[Job], options: RunOptions) -> None:
+    """Write a folder with clips and done.json for every file.
 
-    Raises PassingError, at the end, if files were stopped by something else than themselves.
+    Raise RetryableError, at the end, if files were stopped by something other than their content.
     """
+    # Files with unusable captions are refused unread.
     for refused in (job for job in jobs if job.fault):
         _keep_refusal(refused, refused.fault)
     todo = [job for job in jobs if not (job.folder / DONE).is_file()]
     if not todo:
         return
-    yunet = find_weight(YUNET, options.weights)
-    landmarker = find_weight(LANDMARKER, options.weights)
+    yunet = find_face_model(YUNET, options.face_models)
+    landmarker = find_face_model(LANDMARKER, options.face_models)
     setup = partial(_setup, options, yunet, landmarker)
+
+    # Process the others; each report is final, progress excepted.
     stopped: list[tuple[Job, str]] = []
-    with Watch(len(jobs), len(jobs) - len(todo)) as watch:
+    with FileProgress(len(jobs), len(jobs) - len(todo)) as bar:
         for report in work(setup, todo, options.workers, options.stall_seconds):
             job: Job = report.job
             match report:
                 case Progressed(_, share):
-                    watch.progress(job.name, share)
+                    bar.progress(job.name, share)
                 case Finished(_, (clips, refused)):
-                    watch.finish(job.name, clips, refused)
-                case Failed(_, what):
-                    _keep_refusal(job, what)
-                    watch.finish(job.name, 0, [what])
-                case Unfinished(_, what):
-                    if not _is_given_up(job, what):
-                        stopped.append((job, what))
-                    watch.finish(job.name, 0, [what])
+                    bar.finish(job.name, clips, refused)
+                case Failed(_, reason):
+                    _keep_refusal(job, reason)
+                    bar.finish(job.name, 0, [reason])
+                case Unfinished(_, reason):
+                    if not _is_given_up(job, reason):
+                        stopped.append((job, reason))
+                    bar.finish(job.name, 0, [reason])
     if stopped:
-        job, what = stopped[0]
-        raise PassingError(
-            f"{job.path}: {what}; {len(stopped)} of {len(jobs)} files were stopped so, and "
+        job, reason = stopped[0]
+        raise RetryableError(
+            f"{job.path}: {reason}; {len(stopped)} of {len(jobs)} files were stopped so, and "
             "none was refused for it; give the same command again, with fewer workers= if memory "
             "is short"
         )
 
 
-def _is_given_up(job: Job, what: str) -> bool:
-    """Count a file that was stopped; whether that is once too often, so that it is refused."""
+def _is_given_up(job: Job, reason: str) -> bool:
+    """Count a failure of a file; refuse it after TRIES of them and return whether that is so."""
     path = job.folder.with_name(f"{job.folder.name}.{FAILED}")
     tries = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
-    write_whole(path, json.dumps({"tries": tries, "reason": what}).encode())
+    write_atomic(path, json.dumps({"tries": tries, "reason": reason}).encode())
     if tries >= TRIES:
-        _keep_refusal(job, f"{what}; in {tries} runs")
+        _keep_refusal(job, f"{reason}; in {tries} runs")
     return tries >= TRIES
 
 
-def _keep_refusal(job: Job, what: str) -> None:
+def _keep_refusal(job: Job, reason: str) -> None:
+    """Refuse a file."""
     _make_empty(job.folder)
-    _write_done(job, [], [Refusal(0.0, 0.0, what)])
+    _write_done(job, [], [Refusal(0.0, 0.0, reason)])
 
 
 def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., Any]:
-    """Runs in a worker: load the models and return the task."""
+    """Load the models in a worker process and return its task."""
     import cv2
 
-    from data_prep.faces import FaceMesh
     from data_prep.source import Models
+    from echolab.vision.faces import FaceMesh
 
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))
@@ -185,15 +180,15 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     def task(job: Job, progress: Callable[[float], None]) -> tuple[int, list[str]]:
         sha256 = _sha256(job.path, progress)
         try:
-            clips, refused = _read(job, sha256, options, models, progress)
+            clips, refused = _cut(job, sha256, options, models, progress)
         except OSError:
-            # A decoder calls some damage an error of the disk: read once more, if the bytes can be.
+            # Decoders report some damage as an error of the disk: if the bytes are readable, retry.
             _check_unchanged(job, sha256, progress)
             try:
-                clips, refused = _read(job, sha256, options, models, progress)
+                clips, refused = _cut(job, sha256, options, models, progress)
             except OSError as error:
-                what = f"damaged: the decoder cannot read it ({error.strerror or error})"
-                clips, refused = [], [Refusal(0.0, 0.0, what)]
+                reason = f"damaged: the decoder cannot read it ({error.strerror or error})"
+                clips, refused = [], [Refusal(0.0, 0.0, reason)]
         if any(refusal.reason.startswith("damaged") for refusal in refused):
             _check_unchanged(job, sha256, progress)
         _write_done(job, clips, refused)
@@ -202,10 +197,10 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     return task
 
 
-def _read(
+def _cut(
     job: Job, sha256: str, options: RunOptions, models: "Models", progress: Callable[[float], None]
 ) -> tuple[list[str], list[Refusal]]:
-    """Write the clips of one file into its folder; return their keys and the refusals."""
+    """Write the clips of one file to its folder; return their keys and the refusals."""
     from data_prep.source import Clip, Source, read_source
 
     _make_empty(job.folder)
@@ -215,7 +210,7 @@ def _read(
     for part in read_source(source, options, models, progress):
         if isinstance(part, Clip):
             for member, data in part.members.items():
-                write_whole(job.folder / f"{part.key}.{member}", data)
+                write_atomic(job.folder / f"{part.key}.{member}", data)
             clips.append(part.key)
         else:
             refused.append(part)
@@ -233,7 +228,7 @@ def _sha256(path: Path, progress: Callable[[float], None]) -> str:
 
 
 def _check_unchanged(job: Job, sha256: str, progress: Callable[[float], None]) -> None:
-    """Raise OSError unless the bytes that seem damaged can be read again and are the same."""
+    """Raise OSError unless a file that seems damaged reads the same a second time."""
     if _sha256(job.path, progress) != sha256:
         raise OSError(errno.EAGAIN, "it changed while it was read")
 
@@ -248,11 +243,14 @@ def _make_empty(folder: Path) -> None:
 
 def _write_done(job: Job, clips: list[str], refused: list[Refusal]) -> None:
     content = {"clips": clips, "refused": [list(refusal) for refusal in refused]}
-    write_whole(job.folder / DONE, json.dumps(content).encode())
+    write_atomic(job.folder / DONE, json.dumps(content).encode())
 
 
 def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: RunOptions) -> None:
-    """Shards, then refused.jsonl, then dataset.json."""
+    """Write the shards, then refused.jsonl, then dataset.json.
+
+    Raise MediaError, with refused.jsonl written, if there is no clip.
+    """
     done = [json.loads((job.folder / DONE).read_bytes()) for job in jobs]
     rows = [
         (job.name, *refusal)
@@ -262,7 +260,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
     rows += [(name, 0.0, 0.0, reason) for name, reason in left_out]
     refused = "".join(_refused_line(*row) for row in rows).encode("utf-8", "backslashreplace")
     if not any(content["clips"] for content in done):
-        write_whole(options.out / REFUSED, refused)
+        write_atomic(options.out / REFUSED, refused)
         raise MediaError(
             f"{options.source}: no clip could be made of {len(jobs)} file(s); the first reason: "
             f"{rows[0][3]}; all are in {options.out / REFUSED}"
@@ -270,7 +268,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
     description = {
         "request": _request(jobs, options),
         "captions": _captions(jobs),
-        "options": options.of_the_result(),
+        "options": options.result_options(),
     }
     with ShardWriter(
         options.out,
@@ -282,7 +280,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
             for key in content["clips"]:
                 paths = sorted(job.folder.glob(f"{key}.*"))
                 writer.write(key, {p.name.partition(".")[2]: p.read_bytes() for p in paths})
-        write_whole(options.out / REFUSED, refused)
+        write_atomic(options.out / REFUSED, refused)
 
 
 def _refused_line(source: str, start: float, end: float, reason: str) -> str:
@@ -296,11 +294,12 @@ def _refused_line(source: str, start: float, end: float, reason: str) -> str:
 
 
 def read_refused(path: Path) -> list[dict[str, Any]]:
-    """The rows of refused.jsonl."""
+    """Return the rows of refused.jsonl."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _figures(dataset: ShardDataset, files: int, refused: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the summary, refusals by kind."""
     kinds: dict[str, dict[str, float]] = {}
     for row in refused:
         kind = kinds.setdefault(row["reason"].partition(":")[0], {"spans": 0, "seconds": 0.0})
@@ -319,5 +318,71 @@ def _figures(dataset: ShardDataset, files: int, refused: list[dict[str, Any]]) -
     }
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def summarize(figures: dict[str, Any], format: str) -> str:
+    """Return the figures as text or as JSON."""
+    if format == "json":
+        return json.dumps(figures)
+    lines = [
+        f"{figures['clips']} clips, {figures['seconds']:.1f} s, of {figures['files_used']} of "
+        f"{figures['files']} files, in {figures['shards']} shards: {figures['out']}"
+    ]
+    for kind, of in sorted(figures["refused"].items(), key=lambda item: -item[1]["seconds"]):
+        lines.append(f"  refused {of['seconds']:8.1f} s in {of['spans']:4d} spans: {kind}")
+    return "\n".join(lines)
+
+
+class FileProgress:
+    """Progress over files, on standard error: a bar on a terminal, else one line a file."""
+
+    def __init__(self, files: int, done: int) -> None:
+        self.files, self.done = files, done
+        self.console = Console(stderr=True, highlight=False)
+        self.shares: dict[str, float] = {}
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("files", total=files, completed=done)
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        if self.done:
+            self.print(f"{self.done} of {self.files} files were done before")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def progress(self, name: str, share: float) -> None:
+        """Show that a file is done by `share`."""
+        self.shares[name] = share
+        if self.bar:
+            completed = self.done + sum(self.shares.values())
+            self.bar.update(self.task, completed=completed, description=name[-40:])
+
+    def finish(self, name: str, clips: int, reasons: list[str]) -> None:
+        """Show that a file is done, with its clips and the kinds of its refusals."""
+        self.shares.pop(name, None)
+        self.done += 1
+        if self.bar:
+            self.bar.update(self.task, completed=self.done + sum(self.shares.values()))
+        kinds = sorted({reason.partition(":")[0] for reason in reasons})
+        refused = f"; {len(reasons)} refused: {', '.join(kinds)}" if reasons else ""
+        self.print(f"[{self.done}/{self.files}] {name}: {clips} clips{refused}")
+
+    def print(self, line: str) -> None:
+        """Print one line above the bar, even if names in it hold line breaks or markup."""
+        line = "\\n".join(line.splitlines())
+        self.console.print(line, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""One raw file to its clips: every second of it ends in a clip or in a refusal with its reason."""
+"""Cut one raw file into clips: every second of it ends in a clip or in a refusal with a reason."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cut import cut_span
-from data_prep.faces import FaceDetector, FaceMesh, boxes, mouth_from_corners
 from data_prep.filter import (
     CUT_SHORT,
     DAMAGED,
@@ -24,39 +23,52 @@ from data_prep.filter import (
     silence,
     still_lips,
 )
-from data_prep.normalise import Grid, heard, make_grid, sound_of
 from data_prep.options import RunOptions
-from data_prep.pack import (
-    cut_out,
-    encode_members,
-    frame_head,
-    frame_whole,
-    in_frame,
+from echolab.data.media import (
+    FPS,
+    RATE_HZ,
+    AudioTrack,
+    encode_flac,
+    encode_mp4,
+    encode_tracks,
+    read_audio_track,
 )
-from data_prep.probe import Probe, probe
-from data_prep.track import SceneCuts, Track, Tracker
-from data_prep.video import VideoReader
-from echolab.data.media import FPS, RATE_HZ, Sound, read_sound
 from echolab.errors import MediaError
+from echolab.geometry import WAN
+from echolab.vision.faces import FaceDetector, FaceMesh, Mesh, Rows, boxes, mouth_from_corners
+from echolab.vision.normalize import (
+    Crop,
+    Grid,
+    audio_of,
+    boxes_in_crop,
+    crop_frame,
+    crop_full,
+    crop_head,
+    has_audio,
+    make_grid,
+)
+from echolab.vision.probe import Probe, probe
+from echolab.vision.track import SceneCuts, Track, Tracker
+from echolab.vision.video_reader import VideoReader
 
-DETECT_PIXELS = 640  # longer side of the picture that the detector sees
-# Shares of the work on one file, the first for its hash.
+DETECT_PIXELS = 640  # longer side of the image that the detector sees
+# Progress at the beginning and end of each part of the work on one file.
 HASHING, PROBING, LISTENING, TRACKING, CUTTING = (
     (0.0, 0.05), (0.05, 0.25), (0.25, 0.3), (0.3, 0.65), (0.65, 1.0),
 )  # fmt: skip
 
-Progress = Callable[[float], None]  # share of a file that is done
+Progress = Callable[[float], None]  # takes the share of a file that is done
 
 
 class Models(NamedTuple):
-    """The two face networks, by their files."""
+    """The two face networks; YuNet by its file, since it is loaded for each frame size."""
 
     yunet: Path
     mesh: FaceMesh
 
 
 class Source(NamedTuple):
-    """One raw file."""
+    """One raw file, with its hash and caption."""
 
     path: Path
     name: str  # its path in the source folder
@@ -64,95 +76,103 @@ class Source(NamedTuple):
     caption: str
 
     def key(self) -> str:
-        """Return what the keys of its clips begin with: the same file in two places has two."""
+        """Return the prefix of its clips' keys; copies of a file at two paths have two."""
         digest = hashlib.sha256(f"{self.name}\0{self.sha256}".encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.path.stem)[:48]}-{digest[:12]}"
 
 
 class Clip(NamedTuple):
-    """One sample to be written."""
+    """One sample to write."""
 
     key: str
     members: dict[str, bytes]
 
 
 class Span(NamedTuple):
-    """Frames of the grid that show one face and no fault."""
+    """Frames of the grid with one face and no fault."""
 
     first: int
     last: int
     track: Track
 
 
-class Opened(NamedTuple):
-    """A file with all that was found out about it, and what its clips shall be."""
+class ProbedFile(NamedTuple):
+    """A file with its measurements, and the options for its clips."""
 
     probe: Probe
     grid: Grid
-    sound: Sound | None
+    audio: AudioTrack | None
     options: RunOptions
     models: Models
-    facts: dict[str, Any]  # what the json of every clip says
+    facts: dict[str, Any]  # common to the json of all clips
 
 
 def read_source(
     source: Source, options: RunOptions, models: Models, progress: Progress
 ) -> Iterator[Clip | Refusal]:
-    """All clips and refusals of one file; raises OSError if it cannot be read, and MemoryError."""
+    """Yield all clips and refusals of one file.
+
+    Raise OSError if it cannot be read, and MemoryError.
+    """
     try:
-        found = probe(source.path, _between(progress, *PROBING))
+        probed = probe(source.path, _between(progress, *PROBING))
     except MediaError as error:
         yield Refusal(0.0, 0.0, str(error))
         return
     try:
         facts = {"source": source.name, "source_sha256": source.sha256, "rate": RATE_HZ, "fps": FPS}
         facts["caption"] = source.caption
-        sound = _sound_of(found, _between(progress, *LISTENING))
-        opened = Opened(found, make_grid(found), sound, options, models, facts)
-        for first, last in found.damaged:
-            if last > found.end:
-                yield Refusal(max(first, found.end), last, CUT_SHORT)
-        refused_whole = _refused_whole(opened)
-        if refused_whole:
-            yield from refused_whole
+        audio = _read_audio(probed, _between(progress, *LISTENING))
+        file = ProbedFile(probed, make_grid(probed), audio, options, models, facts)
+
+        # Refuse what needs no face detection.
+        for first, last in probed.damaged:
+            if last > probed.end:
+                yield Refusal(max(first, probed.end), last, CUT_SHORT)
+        refusals = _file_refusals(file)
+        if refusals:
+            yield from refusals
             return
-        scenes, tracks = _track(opened, _between(progress, *TRACKING))
+
+        # Track faces, divide the file into spans with one face, and cut these into clips.
+        scenes, tracks = _track(file, _between(progress, *TRACKING))
         spans: list[Span] = []
-        for part in _spans(opened, scenes, tracks):
+        for part in _spans(file, scenes, tracks):
             if isinstance(part, Refusal):
                 yield part
             else:
                 spans.append(part)
-        yield from _clips(opened, spans, source.key(), _between(progress, *CUTTING))
+        yield from _clips(file, spans, source.key(), _between(progress, *CUTTING))
     except MediaError as error:
-        yield Refusal(float(found.times[0]), found.end, str(error))
+        yield Refusal(float(probed.times[0]), probed.end, str(error))
 
 
 def _between(progress: Progress, first: float, last: float) -> Progress:
-    """Return the progress of a part of the work that goes from share `first` to `last`."""
+    """Return the progress of a part of the work, from share `first` to `last` of the file's."""
     return lambda share: progress(first + share * (last - first))
 
 
-def _sound_of(found: Probe, advance: Progress) -> Sound | None:
-    if not found.has_sound:
+def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
+    """Return the audio track, if there is one; raise MediaError with the kind of its damage."""
+    if not probed.has_audio:
         return None
     try:
-        return read_sound(found.path, RATE_HZ, advance)
+        return read_audio_track(probed.path, RATE_HZ, advance)
     except MediaError as error:
-        what = str(error).removeprefix(f"{found.path}: ")
-        kind = "no sound" if what.startswith("the sound track is empty") else "damaged"
-        raise MediaError(f"{kind}: {what}") from error
+        problem = str(error).removeprefix(f"{probed.path}: ")
+        kind = "no audio" if re.match(r"the \w+ track is empty", problem) else "damaged"
+        raise MediaError(f"{kind}: {problem}") from error
 
 
-def _refused_whole(opened: Opened) -> list[Refusal]:
-    """The refusals of a file in which no face need be looked for; none for the others."""
-    grid, sound = opened.grid, opened.sound
-    if sound is None:
-        reason = "no sound: the file has no sound track"
-    elif len(opened.probe.times) < 2:
-        reason = "too short: a single picture"
-    elif not audible(sound.samples):
-        reason = silence(sound.samples)
+def _file_refusals(file: ProbedFile) -> list[Refusal]:
+    """Return the refusals of a file that is refused before face detection, else none."""
+    grid, audio = file.grid, file.audio
+    if audio is None:
+        reason = "no audio: the file has no audio track"
+    elif len(file.probe.times) < 2:
+        reason = "too short: a single frame"
+    elif not audible(audio.samples):
+        reason = silence(audio.samples)
     else:
         return []
     damaged = [DAMAGED if is_damaged else reason for is_damaged in grid.damaged]
@@ -162,111 +182,158 @@ def _refused_whole(opened: Opened) -> list[Refusal]:
     ]
 
 
-def _track(opened: Opened, progress: Progress) -> tuple[NDArray[np.int64], list[Track]]:
-    """The scene of each frame, and the tracks in pixels of the full picture."""
-    found, numbers, every = opened.probe, opened.grid.numbers, opened.options.detect_every
-    scale = min(1.0, DETECT_PIXELS / max(found.width, found.height))
-    width, height = round(found.width * scale), round(found.height * scale)
-    detector = FaceDetector(opened.models.yunet, width, height)
+def _track(file: ProbedFile, progress: Progress) -> tuple[NDArray[np.int64], list[Track]]:
+    """Return the scene of each frame, and the tracks in pixels of the full frame."""
+    # Detect on frames of reduced size.
+    probed, indices, every = file.probe, file.grid.indices, file.options.detect_every
+    scale = min(1.0, DETECT_PIXELS / max(probed.width, probed.height))
+    width, height = round(probed.width * scale), round(probed.height * scale)
+    detector = FaceDetector(file.models.yunet, width, height)
     cuts, tracker, scene = SceneCuts(), Tracker(), -1
-    scenes = np.zeros(len(numbers), np.int64)
-    for k, picture in enumerate(VideoReader(found, width, height).read(numbers)):
-        begins = cuts.begins(picture)
+    scenes = np.zeros(len(indices), np.int64)
+    for k, image in enumerate(VideoReader(probed, width, height).read(indices)):
+        begins = cuts.begins(image)
         if begins:
             tracker.cut(k)
             scene += 1
         scenes[k] = scene
         if begins or k % every == 0:
-            tracker.add(k, detector.detect(picture))
-        progress(k / len(numbers))
-    back = np.array([found.width / width, found.height / height] * 7 + [1], np.float32)
-    tracks = tracker.finish(len(numbers), every)
+            tracker.add(k, detector.detect(image))
+        progress(k / len(indices))
+
+    # Scale the tracks back.
+    back = np.array([probed.width / width, probed.height / height] * 7 + [1], np.float32)
+    tracks = tracker.finish(len(indices), every)
     return scenes, [track._replace(rows=track.rows * back) for track in tracks]
 
 
 def _spans(
-    opened: Opened, scenes: NDArray[np.int64], tracks: list[Track]
+    file: ProbedFile, scenes: NDArray[np.int64], tracks: list[Track]
 ) -> Iterator[Span | Refusal]:
-    grid = opened.grid
-    assert opened.sound is not None
-    subject = find_subject(tracks, len(grid.numbers))
-    covered = heard(opened.sound, grid)
-    reasons = frame_reasons(grid, covered, subject, opened.options.min_face_pixels)
+    """Yield the spans with one usable face in one scene, and refusals of the other frames."""
+    grid = file.grid
+    assert file.audio is not None
+    subject = find_subject(tracks, len(grid.indices))
+    covered = has_audio(file.audio, grid)
+    reasons = frame_reasons(grid, covered, subject, file.options.min_face_pixels)
     for first, last in runs(reasons):
         if reasons[first]:
             yield Refusal(grid.seconds(first), grid.seconds(last), reasons[first])
             continue
-        # A cut within a stretch, or another face taking over, begins a new span.
-        whose = scenes[first:last] * (len(tracks) + 1) + subject.track[first:last]
-        for begin, end in runs(whose):
+        # A new scene, or a change of the largest face, begins a new span.
+        labels = scenes[first:last] * (len(tracks) + 1) + subject.track[first:last]
+        for begin, end in runs(labels):
             yield Span(first + begin, first + end, tracks[subject.track[first + begin]])
 
 
 def _clips(
-    opened: Opened, spans: list[Span], key: str, progress: Progress
+    file: ProbedFile, spans: list[Span], key: str, progress: Progress
 ) -> Iterator[Clip | Refusal]:
-    number, options, found, shown = 0, opened.options, opened.probe, 0.0
-    least = options.min_frames or options.frames
+    """Yield the clips of all spans, with refusals of what is too short, silent or still."""
+    index, options, probed, done_share = 0, file.options, file.probe, 0.0
+    min_frames = options.min_frames or options.frames
     # Decoding up to the next clip is progress too, though its share is not known.
-    reader = VideoReader(found, found.width, found.height, lambda _: progress(shown))
+    reader = VideoReader(probed, probed.width, probed.height, lambda _: progress(done_share))
     for done, span in enumerate(spans):
-        cut, rest = cut_span(span.first, span.last, options.frames, least)
-        for first, last in cut:
-            made = _clip(opened, reader, span.track, first, last)
-            if isinstance(made, Refusal):
-                yield made
+        cuts, rest = cut_span(span.first, span.last, options.frames, min_frames)
+        for first, last in cuts:
+            members = _clip(file, reader, span.track, first, last)
+            if isinstance(members, Refusal):
+                yield members
             else:
-                yield Clip(f"{key}-{number:04d}", made)
-                number += 1
+                yield Clip(f"{key}-{index:04d}", members)
+                index += 1
             share = (last - span.first) / (span.last - span.first)
-            shown = (done + share) / len(spans)
-            progress(shown)
+            done_share = (done + share) / len(spans)
+            progress(done_share)
         if rest < span.last:
-            yield _too_short(opened.grid, rest, span.last, least, bool(cut))
+            yield _too_short(file.grid, rest, span.last, min_frames, bool(cuts))
 
 
-def _too_short(grid: Grid, first: int, last: int, least: int, is_rest: bool) -> Refusal:
+def cut_span(
+    first: int, last: int, frames: int, min_frames: int
+) -> tuple[list[tuple[int, int]], int]:
+    """Return the clips (first, end) of a span, of `frames` each, and the frame that they end at.
+
+    The rest gives one more, shorter clip of 4n+1 frames if it has `min_frames`.
+    """
+    clips = []
+    while last - first >= frames:
+        clips.append((first, first + frames))
+        first += frames
+    rest = WAN.frames(WAN.latent_frames(last - first))
+    if last > first and rest >= min_frames:
+        clips.append((first, first + rest))
+        first += rest
+    return clips, first
+
+
+def _too_short(grid: Grid, first: int, last: int, min_frames: int, is_rest: bool) -> Refusal:
+    """Return the refusal of a span with too few frames."""
     count = last - first
-    what = "what is left after the last clip" if is_rest else "a stretch with one sure face"
-    hint = f"; min_frames={(count - 1) // 4 * 4 + 1} would take it" if count >= 5 else ""
-    reason = f"too short: {what} has {count} frames, a clip needs {least}{hint}"
+    subject = "the rest after the last clip" if is_rest else "a span with one face"
+    hint = (
+        f"; min_frames={WAN.frames(WAN.latent_frames(count))} would take it" if count >= 5 else ""
+    )
+    reason = f"too short: {subject} has {count} frames, a clip needs {min_frames}{hint}"
     return Refusal(grid.seconds(first), grid.seconds(last), reason)
 
 
 def _clip(
-    opened: Opened, reader: VideoReader, track: Track, first: int, last: int
+    file: ProbedFile, reader: VideoReader, track: Track, first: int, last: int
 ) -> dict[str, bytes] | Refusal:
-    """The members of one clip, unless its sound or its lips are still."""
-    grid, found, options = opened.grid, opened.probe, opened.options
-    assert opened.sound is not None
+    """Return the members of one clip, or its refusal if it is silent or its lips are still."""
+    # Audio first: it is cheap to check.
+    grid = file.grid
+    assert file.audio is not None
     at = grid.seconds(first), grid.seconds(last)
-    samples = sound_of(opened.sound, grid, first, last)
+    samples = audio_of(file.audio, grid, first, last)
     if reason := silence(samples):
         return Refusal(*at, reason)
+
+    # Decode and crop the frames, and measure the mouth in each.
     rows = track.rows[first - track.first : last - track.first]
-    faces = boxes(rows)
-    if options.crop == "head":
-        framing = frame_head(faces, found.width, found.height, options.size)
-    else:
-        framing = frame_whole(found.width, found.height, options.size)
-    pictures, meshes = [], []
-    for row, picture in zip(rows, reader.read(grid.numbers[first:last]), strict=True):
-        meshes.append(opened.models.mesh.find(picture, row))
-        pictures.append(cut_out(picture, framing))
-    presence = np.array([mesh.presence for mesh in meshes])
+    crop = _crop_of(file, boxes(rows))
+    frames, meshes = [], []
+    for row, image in zip(rows, reader.read(grid.indices[first:last]), strict=True):
+        meshes.append(file.models.mesh.find(image, row))
+        frames.append(crop_frame(image, crop))
     opening = np.array([mesh.opening for mesh in meshes]) / rows[:, 3]
-    if reason := still_lips(opening, presence):
+    if reason := still_lips(opening, np.array([mesh.presence for mesh in meshes])):
         return Refusal(*at, reason)
-    lips = np.stack([m.lips if m.presence >= MESH_PRESENCE else mouth_from_corners(row)
-                     for m, row in zip(meshes, rows, strict=True)])  # fmt: skip
-    facts = opened.facts | {
+
+    # Encode the members of the sample.
+    facts = file.facts | {
         "start_seconds": round(at[0], 4),
         "end_seconds": round(at[1], 4),
         "frames": last - first,
-        "width": framing.width,
-        "height": framing.height,
-        "crop": [round(v, 2) for v in framing.box],
+        "width": crop.width,
+        "height": crop.height,
+        "crop": [round(v, 2) for v in crop.box],
         "scores": clip_scores(rows, opening, samples),
     }
-    tracks = in_frame(faces, framing), in_frame(lips, framing), opening
-    return encode_members(np.stack(pictures), samples, tracks, facts, options.crf)
+    face, lips = (boxes_in_crop(b, crop) for b in (boxes(rows), _lip_boxes(meshes, rows)))
+    return {
+        "mp4": encode_mp4(np.stack(frames), crf=file.options.crf),
+        "flac": encode_flac(samples),
+        "tracks.npz": encode_tracks(face, lips, None, {"opening": opening.astype(np.float32)}),
+        "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace"),
+    }
+
+
+def _crop_of(file: ProbedFile, faces: NDArray[np.float32]) -> Crop:
+    """Return the crop of a clip with these face boxes [T, 4]."""
+    width, height = file.probe.width, file.probe.height
+    if file.options.crop == "head":
+        return crop_head(faces, width, height, file.options.size)
+    return crop_full(width, height, file.options.size)
+
+
+def _lip_boxes(meshes: list[Mesh], rows: Rows) -> NDArray[np.float32]:
+    """Return lip boxes [T, 4] from the mesh, or from the detector if the mesh does not fit."""
+    return np.stack(
+        [
+            mesh.lips if mesh.presence >= MESH_PRESENCE else mouth_from_corners(row)
+            for mesh, row in zip(meshes, rows, strict=True)
+        ]
+    )

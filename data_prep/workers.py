@@ -1,8 +1,7 @@
-"""Work on untrusted files in processes of their own, so that no file can end the whole run.
+"""Process untrusted files in processes of their own, so that no file can end the run.
 
-A decoder may crash or hang: its process is then killed or found dead, the file gets the blame, and
-a fresh process goes on with the next one.  A process that is killed from outside, lacks memory or
-cannot read its disk says nothing about the file.
+A decoder may crash or hang: the file is then refused, and a new process takes the next one.  A
+process that is killed from outside, lacks memory or cannot read its disk does not refuse its file.
 """
 
 import ctypes
@@ -20,10 +19,10 @@ from echolab.errors import EcholabError
 POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 0.2  # between two reports of a worker
 SETUP_SECONDS = 600.0  # loading the models, on a busy machine
-LONGEST_TICK = 4 * POLL_SECONDS  # a longer one was spent suspended
+LONGEST_TICK = 4 * POLL_SECONDS  # in a longer one this process was suspended
 PR_SET_PDEATHSIG = 1
 OPENCV_NO_MEMORY = -4
-# What a decoder does to itself; all other signals come from outside.
+# Signals that a decoder causes itself; all others come from outside.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 Progress = Callable[[float], None]
@@ -32,7 +31,7 @@ Setup = Callable[[], Task]  # run once in each process: loads the models
 
 
 class Progressed(NamedTuple):
-    """A job goes on."""
+    """A job is done by `share`."""
 
     job: Any
     share: float
@@ -46,24 +45,24 @@ class Finished(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A job crashed its process twice, or hung, or raised what it should not."""
+    """A job crashed its process twice, or hung, or raised an unexpected exception."""
 
     job: Any
-    what: str
+    reason: str
 
 
 class Unfinished(NamedTuple):
-    """A job that was stopped by something else than its file; another try may do."""
+    """A job was stopped by something other than its file; another try may succeed."""
 
     job: Any
-    what: str
+    reason: str
 
 
 Report = Progressed | Finished | Failed | Unfinished
 
 
 class Clock:
-    """Seconds in which this process ran: those that it spent suspended are left out."""
+    """Seconds that this process ran, without those that it was suspended."""
 
     def __init__(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
@@ -75,7 +74,7 @@ class Clock:
 
 
 class _Worker:
-    """One process and the job that it has."""
+    """One process and its current job."""
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
         context = multiprocessing.get_context("spawn")
@@ -84,22 +83,22 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: Any = None
-        self.clock, self.is_ready, self.heard = clock, False, clock.seconds
+        self.clock, self.is_ready, self.last_message = clock, False, clock.seconds
 
     def give(self, job: Any) -> None:
-        self.job, self.heard = job, self.clock.seconds
+        self.job, self.last_message = job, self.clock.seconds
         try:
             self.pipe.send(job)
         except OSError:
-            pass  # it died at once: the closed pipe tells of it at the next look
+            pass  # it died at once: the next poll sees the closed pipe
 
     def end(self) -> None:
         self.process.kill()
-        self.process.join(5)  # one that waits for its disk cannot be killed yet
+        self.process.join(5)  # a process that waits for its disk cannot be killed yet
         self.pipe.close()
 
     def state(self) -> str:
-        """Return R running, S asleep, D waiting for the disk or T stopped; "" if it is gone."""
+        """Return R running, S asleep, D waiting for the disk or T stopped; "" if it has ended."""
         try:
             text = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8", "replace")
         except OSError:
@@ -108,9 +107,10 @@ class _Worker:
 
 
 def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) -> Iterator[Report]:
-    """Do all jobs in `count` processes; an EcholabError of a job ends the run and is raised.
+    """Run all jobs in `count` processes and yield their reports.
 
-    A process that is silent for `stall_seconds`, in time that the machine ran, hangs.
+    Raise the EcholabError of a job, which ends the run.  A process without a message for
+    `stall_seconds`, not counting time that this process was suspended, hangs.
     """
     waiting, crashed = list(reversed(jobs)), list[Any]()
     workers: list[_Worker] = []
@@ -123,14 +123,17 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
             ready = wait([worker.pipe for worker in workers], POLL_SECONDS)
             clock.tick()
             for worker in list(workers):
+                # Receive a message, or check that the worker still progresses.
                 if worker.pipe in ready:
-                    report = _hear(worker, crashed, waiting)
+                    report = _receive(worker, crashed, waiting)
                 else:
                     report = _stalled(worker, stall_seconds)
                 if report is not None:
                     yield report
                 if isinstance(report, Progressed) or (report is None and worker.job is not None):
                     continue
+
+                # The job is over: only a process that finished it normally takes another.
                 if not isinstance(report, Finished) or not waiting:
                     worker.end()
                     workers.remove(worker)
@@ -144,9 +147,9 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
             worker.end()
 
 
-def _hear(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
-    """Return what a worker reports; one that crashed for the first time leaves its job waiting."""
-    worker.heard = worker.clock.seconds
+def _receive(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
+    """Return the report of a worker; after its first crash its job waits for another try."""
+    worker.last_message = worker.clock.seconds
     try:
         kind, value = worker.pipe.recv()
     except (EOFError, ConnectionError):
@@ -162,6 +165,7 @@ def _hear(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | N
 
 
 def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
+    """Return the report on a worker whose process has ended."""
     worker.process.join(5)
     code, job = worker.process.exitcode, worker.job
     if code is None or code >= 0:
@@ -178,12 +182,13 @@ def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | N
 
 
 def _stalled(worker: _Worker, stall_seconds: float) -> Report | None:
+    """Return the report on a worker without messages for too long, else None."""
     limit = stall_seconds if worker.is_ready else max(stall_seconds, SETUP_SECONDS)
-    if worker.clock.seconds - worker.heard < limit:
+    if worker.clock.seconds - worker.last_message < limit:
         return None
     state = worker.state()
-    if state == "T":  # stopped by a signal: its time begins when it goes on
-        worker.heard = worker.clock.seconds
+    if state == "T":  # stopped by a signal: its time begins when it continues
+        worker.last_message = worker.clock.seconds
         return None
     if state == "D":
         return Unfinished(worker.job, f"disk: a read does not return (for {limit:g} s)")
@@ -197,18 +202,18 @@ def _stalled(worker: _Worker, stall_seconds: float) -> Report | None:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: two drivers never write at once."""
+    """Make the kernel kill this process when its parent dies: two runs never write at once."""
     parent = multiprocessing.parent_process()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent is not None and os.getppid() != parent.pid:  # died before it was asked for
+    if parent is not None and os.getppid() != parent.pid:  # the parent died before the call
         os._exit(1)
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    """The life of a worker: one job after another until the pipe closes."""
+    """Run a worker: one job after another until the pipe closes."""
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    # The decoders' own chatter about damaged files would drown the lines that matter.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # Discard the decoders' messages about damaged files on standard error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     last = 0.0
 
@@ -228,13 +233,13 @@ def _serve(pipe: Connection, setup: Setup) -> None:
         pass
     except EcholabError as error:
         pipe.send(("raise", error))
-    except Exception as error:  # the models cannot be loaded: no file would fare better
-        what = f"a worker cannot start ({type(error).__name__}: {str(error)[:200]})"
-        pipe.send(("raise", EcholabError(f"{what}; check the installation with `make test`")))
+    except Exception as error:  # the models cannot be loaded, which would fail for every file
+        problem = f"a worker cannot start ({type(error).__name__}: {str(error)[:200]})"
+        pipe.send(("raise", EcholabError(f"{problem}; check the installation with `make test`")))
 
 
 def _outcome(task: Task, job: Any, progress: Progress) -> tuple[str, Any]:
-    """Do one job and return (kind of report, its value); EcholabError passes through."""
+    """Run one job and return (kind of report, its value); EcholabError passes through."""
     try:
         return "done", task(job, progress)
     except (EcholabError, BrokenPipeError):
@@ -243,7 +248,7 @@ def _outcome(task: Task, job: Any, progress: Progress) -> tuple[str, Any]:
         return "unfinished", "memory: there is not enough for this file"
     except OSError as error:
         return "unfinished", f"cannot be read: {error.strerror or error}"
-    except Exception as error:  # whatever a file provokes in a library gets a line
+    except Exception as error:  # any exception that a file causes in a library
         if getattr(error, "code", None) == OPENCV_NO_MEMORY:
             return "unfinished", "memory: there is not enough for this file"
         line = " ".join(str(error).split())[:200]

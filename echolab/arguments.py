@@ -1,27 +1,29 @@
 """Command-line arguments written `key=value`, as in Hydra, typed by a dataclass.
 
     @dataclass
-    class Draw:
-        \"\"\"Draw talkers and write them as shards.\"\"\"
-        out: Path = field(metadata={"help": "new folder"})
-        clips: int = field(default=64, metadata={"help": "how many"})
+    class DrawOptions:
+        \"\"\"Draw synthetic talkers and write them as shards.\"\"\"
+        out: Path = argument("new folder")
+        num_clips: int = argument("clips to draw", 64, ge=1)
 
-    parse(Draw, ["talkers", "clips=8"], command="data_prep draw", positional=("out",))
+    parse(DrawOptions, ["talkers", "num_clips=8"], command="data_prep draw", positional=("out",))
 
 Types: str, int, float, bool, Path, Literal, tuples of these (`1,2,3`), and `X | None` (`none`).
-Numbers are finite, and `ge`, `gt`, `le` and `lt` in a field's metadata are limits of them.
+Numbers are finite.  This module imports nothing heavy: a command parses before it imports torch.
 """
 
 import dataclasses
 import difflib
+import importlib
 import math
 import operator
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from echolab.errors import ConfigError
 
@@ -29,7 +31,7 @@ Schema = TypeVar("Schema")
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True}
 BOOLEANS |= {"false": False, "no": False, "0": False, "off": False}
-NOTHING = ("none", "null")
+NONE_WORDS = ("none", "null")
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": ("at least", operator.ge),
     "gt": ("above", operator.gt),
@@ -38,22 +40,53 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 # An argument is key=value only if its start reads as a key, so that paths may hold `=`.
 KEY_VALUE = re.compile(r"(?P<key>-{0,2}[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
+HELP_COLUMNS = 100
+NAME_COLUMNS = 34  # of help: a longer name and type get a line of their own
+PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
+
+
+def argument(
+    text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    section: str = "",
+    choices: Sequence[str] = (),
+    default_text: str = "",
+    aka: Sequence[str] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Return a dataclass field for one argument; without a default it is required.
+
+    `text` is its line of help.  `section` is a heading that the help prints before it.  `choices`
+    are the values of a string that has no Literal type.  `default_text` says what None stands for.
+    `aka` are other names under which people look for it: they are refused with this one as the
+    remedy.  `ge`, `gt`, `le` and `lt` are limits of a number, or of each in a tuple.
+    """
+    about: dict[str, Any] = {"help": text, "section": section, "choices": tuple(choices)}
+    about |= {"default_text": default_text, "aka": tuple(aka)}
+    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    about |= {name: limit for name, limit in limits.items() if limit is not None}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def parse(
     schema: type[Schema], argv: list[str], *, command: str, positional: tuple[str, ...] = ()
 ) -> Schema:
-    """An instance of the dataclass `schema` from `argv` (the words after the command).
+    """Return an instance of the dataclass `schema` from `argv` (the words after the command).
 
     A field without a default is required.  The fields named in `positional` may be given by
-    place alone, in that order.  `-h` or `--help` prints a table of the fields and exits 0.
-    Raises ConfigError for unknown, missing, repeated and badly typed arguments.
+    position, in that order.  `-h` or `--help` prints the fields and exits with 0.  Raise
+    ConfigError for unknown, missing, repeated and badly typed arguments.
     """
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(schema, command=command, positional=positional))
         raise SystemExit(0)
-    fields = {field.name: field for field in dataclasses.fields(schema) if field.init}  # type: ignore[arg-type]
-    words = _words_by_key(argv, list(fields), positional, command)
+    fields = {field.name: field for field in _fields(schema)}
+    words = _words_by_key(argv, fields, positional, command)
     hints = typing.get_type_hints(schema)
     values = {
         key: _convert(word, hints[key], fields[key].metadata, key, command)
@@ -66,30 +99,104 @@ def parse(
     return schema(**values)
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known word nearest to `word`, or "" if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Action(NamedTuple):
+    """A sub-command: `echolab data verify`."""
+
+    target: str  # MODULE or MODULE:FUNCTION, imported only when it runs; takes argv
+    summary: str
+
+
+def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) -> int:
+    """Run the action that `argv` begins with and return its exit code.
+
+    Print the list of actions for `--help`, and for no words at all, then with exit code 2.  Raise
+    ConfigError for an unknown action.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, actions))
+        lines = [f"  {name:<{width}}  {action.summary}" for name, action in actions.items()]
+        more = f"`{command} ACTION --help` lists the arguments of an action."
+        print("\n".join([f"usage: {command} ACTION [key=value ...]", "", *lines, "", more]))
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in actions:
+        known = ", ".join(actions)
+        raise ConfigError(f"{command} {name}: no such action{closest(name, actions)}; use {known}")
+    module, _, function = actions[name].target.partition(":")
+    code: int | None = getattr(importlib.import_module(module), function or "main")(rest)
+    return code or 0
+
+
 def help_text(schema: type, *, command: str, positional: tuple[str, ...] = ()) -> str:
-    """Usage, the first paragraph of the schema's docstring, and one line a field."""
-    fields = [field for field in dataclasses.fields(schema) if field.init]
+    """Return usage, the schema's docstring, and the fields in sections."""
+    fields = _fields(schema)
     hints = typing.get_type_hints(schema)
     usage = [f"usage: {command}", *(name.upper() for name in positional)]
     required = [field.name for field in fields if _required(field)]
     usage += [f"{name}=..." for name in required if name not in positional]
     usage += ["[key=value ...]"] if len(required) < len(fields) else []
-    rows = [
-        (field.name, _default(field, hints[field.name]), str(field.metadata.get("help", "")))
-        for field in fields
-    ]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [" ".join(usage)]
     # dataclasses writes a docstring of its own, the signature, when the author gave none
     if schema.__doc__ and not schema.__doc__.startswith(f"{schema.__name__}("):
         lines += ["", *(line.strip() for line in schema.__doc__.strip().splitlines())]
-    lines += ["", *(f"  {n:<{widths[0]}}  {d:<{widths[1]}}  {h}".rstrip() for n, d, h in rows)]
+    names = {f.name: f"{f.name} {_metavar(f, hints[f.name])}".strip() for f in fields}
+    width = max((len(name) for name in names.values() if len(name) <= NAME_COLUMNS), default=0)
+    if not fields or not fields[0].metadata.get("section"):
+        lines.append("")
+    for field in fields:
+        if section := field.metadata.get("section"):
+            lines += ["", f"{section}:"]
+        lines += help_lines(names[field.name], _help_of(field, hints[field.name]), width)
     return "\n".join(lines)
 
 
+def _fields(schema: type) -> list[Any]:
+    return [field for field in dataclasses.fields(schema) if field.init]
+
+
+def help_lines(name: str, text: str, width: int) -> list[str]:
+    """Return one field's help: its name with type, then its wrapped text."""
+    indent = " " * (width + 4)
+    wrapped = textwrap.wrap(text, HELP_COLUMNS - len(indent), break_on_hyphens=False) or [""]
+    if len(name) > width:
+        return [f"  {name}", *(indent + line for line in wrapped)]
+    return [f"  {name:<{width}}  {wrapped[0]}".rstrip(), *(indent + line for line in wrapped[1:])]
+
+
+def _help_of(field: Any, hint: Any) -> str:
+    """Return the help text of a field with its limits and its default."""
+    limits = [
+        f"{LIMITS[key][0]} {field.metadata[key]:g}" for key in LIMITS if key in field.metadata
+    ]
+    parts = [str(field.metadata.get("help", "")), *limits]
+    return f"{', '.join(part for part in parts if part)} [{_default(field, hint)}]"
+
+
+def _metavar(field: Any, hint: Any) -> str:
+    """Return the type of a field as help shows it: {a,b}, INT, FLOAT, PATH, TEXT or X,X,..."""
+    if choices := field.metadata.get("choices"):
+        return "{" + ",".join(choices) + "}"
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return "|".join(_metavar(field, part) for part in inner if part is not type(None))
+    if origin is typing.Literal:
+        return "{" + ",".join(str(choice) for choice in inner) + "}"
+    if origin is tuple:
+        parts = [_metavar(field, part) for part in inner if part is not Ellipsis]
+        return ",".join(parts) + (",..." if Ellipsis in inner else "")
+    return METAVARS.get(hint, str(hint))
+
+
 def _words_by_key(
-    argv: list[str], known: list[str], positional: tuple[str, ...], command: str
+    argv: list[str], fields: Mapping[str, Any], positional: tuple[str, ...], command: str
 ) -> dict[str, str]:
+    """Return the text of each argument; raise ConfigError for words that cannot be placed."""
     places = list(positional)
     words: dict[str, str] = {}
     for word in argv:
@@ -102,8 +209,8 @@ def _words_by_key(
             key, value = places.pop(0), word
         else:
             raise ConfigError(f"{command}: one word too many, {word!r}; write it as key=value")
-        if key not in known:
-            raise ConfigError(f"{command}: no argument {key!r}{_nearest(key, known)}")
+        if key not in fields:
+            raise ConfigError(f"{command}: no argument {key!r}{_nearest(key, fields)}")
         if key in words:
             raise ConfigError(f"{command}: {key} is given twice ({words[key]!r} and {value!r})")
         words[key] = value
@@ -111,35 +218,52 @@ def _words_by_key(
     return words
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def _nearest(key: str, fields: Mapping[str, Any]) -> str:
+    """Return the remedy for an unknown key: names that know it as an alias, or a similar name."""
     plain = key.lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}=...?" if near else f"; known: {', '.join(known)}"
+    near = [name for name, field in fields.items() if plain in field.metadata.get("aka", ())]
+    near = near or difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(f'{name}=...' for name in near)}?"
+    return f"; known: {', '.join(fields)}"
 
 
-def _convert(word: str, hint: Any, limits: Mapping[str, Any], key: str, command: str) -> Any:
+def _convert(word: str, hint: Any, about: Mapping[str, Any], key: str, command: str) -> Any:
+    """Return the value of one argument; raise ConfigError if it has another type or range."""
     try:
         value = _value(word, hint)
-        _check_limits(value, limits)
+        _check_limits(value, about)
     except ValueError:
-        words = [f"{LIMITS[name][0]} {limits[name]}" for name in LIMITS if name in limits]
-        what = ", ".join([_described(hint), " and ".join(words)] if words else [_described(hint)])
-        problem = f"{command}: {key}={word} is not {what}"
+        limits = [f"{LIMITS[name][0]} {about[name]}" for name in LIMITS if name in about]
+        wanted = ", ".join([_described(hint, about), *([" and ".join(limits)] if limits else [])])
+        near = closest(word, _choices(hint, about))
+        problem = f"{command}: {key}={word} is not {wanted}{near}"
         raise ConfigError(f"{problem} (see {command} --help)") from None
     return value
 
 
-def _check_limits(value: Any, limits: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number, or one of several, that is not within its limits."""
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if isinstance(number, int | float) and not all(
-            holds(number, limits[name]) for name, (_, holds) in LIMITS.items() if name in limits
+def _choices(hint: Any, about: Mapping[str, Any]) -> list[str]:
+    """Return the values of an argument that has only some."""
+    if about.get("choices"):
+        return list(about["choices"])
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(hint)]
+    return [choice for part in typing.get_args(hint) for choice in _choices(part, {})]
+
+
+def _check_limits(value: Any, about: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value, or one of several, that is out of its limits or choices."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, str) and about.get("choices") and one not in about["choices"]:
+            raise ValueError(one)
+        if isinstance(one, int | float) and not all(
+            holds(one, about[name]) for name, (_, holds) in LIMITS.items() if name in about
         ):
-            raise ValueError(number)
+            raise ValueError(one)
 
 
 def _value(word: str, hint: Any) -> Any:
+    """Return the text `word` as a value of type `hint`; raise ValueError if it is none."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _value_of_union(word, inner)
@@ -169,7 +293,7 @@ def _value(word: str, hint: Any) -> Any:
 
 
 def _value_of_union(word: str, inner: tuple[Any, ...]) -> Any:
-    if type(None) in inner and word.lower() in NOTHING:
+    if type(None) in inner and word.lower() in NONE_WORDS:
         return None
     for choice in inner:
         if choice is not type(None):
@@ -189,19 +313,20 @@ def _value_of_tuple(word: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_value(part, hint) for part, hint in zip(parts, inner, strict=True))
 
 
-def _described(hint: Any) -> str:
-    """What a value of this type looks like, for people."""
+def _described(hint: Any, about: Mapping[str, Any]) -> str:
+    """Return a plain description of the values of a type, for an error."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if about.get("choices"):
+        return "one of " + ", ".join(about["choices"])
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("none" if i is type(None) else _described(i) for i in inner)
+        return " or ".join("none" if i is type(None) else _described(i, {}) for i in inner)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in inner)
     if origin is tuple:
         if len(inner) == 2 and inner[1] is Ellipsis:
             return f"a list of {inner[0].__name__} with commas between"
         return f"{len(inner)} values with commas between"
-    named = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
-    return named.get(hint, getattr(hint, "__name__", str(hint)))
+    return PLAIN_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _required(field: Any) -> bool:
@@ -210,16 +335,16 @@ def _required(field: Any) -> bool:
 
 
 def _default(field: Any, hint: Any) -> str:
-    """The default as it would be typed; what is wanted, where the field is required."""
+    """Return the default as a user would type it, or "required"."""
     if _required(field):
-        return "(required)"
+        return "required"
     value = field.default
     if value is dataclasses.MISSING:
         value = field.default_factory()
+    if value is None:
+        return str(field.metadata.get("default_text") or "none")
     if isinstance(value, tuple):
-        return ",".join(str(part) for part in value)
+        return ",".join(str(part) for part in value) or "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None:
-        return "none"
     return str(value) if str(value) or hint is not str else '""'

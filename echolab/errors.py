@@ -1,4 +1,4 @@
-"""Errors that a user can cause.  Each message names file, key, number and remedy in one line."""
+"""Errors that a user can cause.  Each message is one line: `subject: fault; remedy`."""
 
 import re
 
@@ -8,20 +8,20 @@ UNPRINTABLE = re.compile(
 )
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return the text with escapes for characters that would steer a terminal, such as ESC.
 
     Names and messages from files and servers go through this before they are shown.  Line ends and
     tabs stay.
     """
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class EcholabError(Exception):
-    """Something the user can put right; the command line prints its message alone and exits 1."""
+    """An error that the user can fix; the command line prints its message alone and exits 1."""
 
     def __str__(self) -> str:
-        return printable(super().__str__()).replace("\n", "\\n")
+        return escape_unprintable(super().__str__()).replace("\n", "\\n")
 
 
 class ConfigError(EcholabError):
@@ -29,27 +29,27 @@ class ConfigError(EcholabError):
 
 
 class BusyError(EcholabError):
-    """A folder in which another process is at work; later the same command may do."""
+    """A folder that another process writes to; later the same command may succeed."""
 
 
 class FencedError(EcholabError):
-    """A run that a later launch has taken from this process, which must write nothing any more."""
+    """A run that a later launch has taken over, so that this process must not write any more."""
 
 
-class PassingError(EcholabError):
-    """A failure that may be over when the same command is given again; exit code 77."""
+class RetryableError(EcholabError):
+    """A failure that may pass: the same command may succeed later; exit code 77."""
 
 
 class DataError(EcholabError):
-    """A shard, sample or dataset that does not keep the contract."""
+    """A shard, sample or dataset that breaks the contract."""
 
 
 class StorageError(EcholabError):
-    """A file system or server that fails, also when it is asked again; the data may be whole."""
+    """A file system or server that fails, also after retries; the data may be undamaged."""
 
 
 class DiskFullError(StorageError):
-    """A file that cannot be written for want of room, for a quota, or on a read-only disk."""
+    """A file that cannot be written: no room, a quota, or a read-only disk."""
 
 
 class SharedMemoryError(EcholabError):
@@ -61,7 +61,7 @@ class WorkerError(EcholabError):
 
 
 class MediaError(EcholabError):
-    """A picture, video or sound that cannot be used."""
+    """An image, video or audio track that cannot be used."""
 
 
 class CheckpointError(EcholabError):
@@ -76,21 +76,21 @@ class WeightsError(EcholabError):
     """A model file that is missing, or is not the file it claims to be."""
 
 
-class SharedError(EcholabError):
-    """A fault that all ranks find together and raise alike; `rank` has it, None where unknown."""
+class CollectiveError(EcholabError):
+    """A fault that all ranks raise together; `rank` has it, None if unknown."""
 
     def __init__(self, message: str, *, rank: int | None = None) -> None:
         super().__init__(message)
         self.rank = rank
 
 
-class DivergedError(SharedError):
+class DivergedError(CollectiveError):
     """A loss, gradient or weight that is not finite; `step` (from 0) has it, None if unknown."""
 
     step: int | None = None
 
 
-class ReplicaError(SharedError):
+class ReplicaError(CollectiveError):
     """Ranks that should hold the same bits and do not."""
 
 

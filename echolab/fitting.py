@@ -1,7 +1,7 @@
-"""Fitting a small network on one machine: AdamW, warm-up and cosine, stopped and started at will.
+"""Fit a small network on one machine: AdamW, warm-up and cosine, with resume.
 
-This is for the stand-ins (video autoencoder, SyncNet, feature networks), never for the
-transformer, which has `echolab.training`.
+For the demo's networks (video autoencoder, SyncNet, feature networks); the transformer is trained
+by `echolab.training`.
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from echolab.atomic_io import write_atomic
 from echolab.errors import CheckpointError, WeightsError
 
 SAVE_SECONDS = 15.0
@@ -28,14 +29,14 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def work_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bf16 where the device computes in it, else fp32: elsewhere it is emulated, and slow."""
+    """Return bf16 if the device computes in it, else fp32: emulated bf16 is slow."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def seeded(seed: int, step: int) -> torch.Generator:
-    """A generator for one step, so that a continued fit draws what an unbroken one does."""
+    """Return a generator for one step, so that a resumed fit draws the same numbers."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
@@ -49,9 +50,9 @@ def fit(
     progress: Path,
     report: Report,
 ) -> None:
-    """Lower `loss_of` for `steps` steps.
+    """Minimize `loss_of` for `steps` steps.
 
-    `progress` keeps the state; the caller removes it once the net is kept.
+    `progress` is the path of the saved state; the caller removes it once the net is saved.
     """
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
@@ -81,30 +82,18 @@ def fit(
 def _save(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]
 ) -> None:
+    """Write network and optimizer moments."""
     tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
-    _write(path, tensors, metadata)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not there; WeightsError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise WeightsError(
-            f"{path}: could not be written ({error}); make room there, or give another place"
-        ) from error
+    write_atomic(path, save(tensors, metadata))
 
 
 def _load(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, str]
 ) -> int:
-    """Put a saved state back; the number of steps done."""
+    """Load a saved state; return the number of steps done."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -129,14 +118,15 @@ def _load(
 
 
 def save_net(path: Path, net: nn.Module, config: dict[str, Any]) -> None:
-    """Write a fitted network whole or not at all; `config` are its constructor's arguments."""
+    """Write a fitted network, complete or not at all; `config` are its constructor's arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
-    _write(path, tensors, {"network": type(net).__name__, "config": json.dumps(config)})
+    metadata = {"network": type(net).__name__, "config": json.dumps(config)}
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_net(path: Path, network: type[Net]) -> Net:
-    """A network that `save_net` wrote, frozen; WeightsError where it is another one or damaged."""
+    """Load a network of `save_net`, frozen; raise WeightsError if it is another or damaged."""
     if not path.is_file():
         raise WeightsError(f"{path}: not there; fit it with `echolab fit`")
     try:
@@ -146,11 +136,11 @@ def load_net(path: Path, network: type[Net]) -> Net:
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fit or copy it again") from error
     if metadata.get("network") != network.__name__:
-        found = metadata.get("network", "no network of echolab's")
-        raise WeightsError(f"{path}: holds {found}, need {network.__name__}; give another file")
+        name = metadata.get("network", "no network of echolab's")
+        raise WeightsError(f"{path}: holds {name}, need {network.__name__}; give another file")
     try:
         config = json.loads(metadata["config"])
-        with torch.device("meta"):  # what a stranger asks for may be of any size
+        with torch.device("meta"):  # a foreign config may ask for any size
             shapes = {k: v.shape for k, v in network(**config).state_dict().items()}
         if shapes != {k: v.shape for k, v in tensors.items()}:
             raise ValueError("its tensors are not those of its config")

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, quote, unquote
 
 MASK = "***"
 SHORTEST = 8  # characters of a secret; shorter values would blot out innocent words
-LONG = 16  # a query's value of so many characters is a secret whatever its name is
+LONG = 16  # a query's value of so many characters is a secret under any name
 SECRET_NAME = re.compile(
     r"^(?!.*_(?:BUDGET|LIMIT|LENGTH|COUNT|SIZE|FILE|PATH|DIR|SOCK)$).*?(?:"
     r"(?:^|[_-])(?:PASS(?:PHRASE)?|PW|SIG|SAS|PAT|AUTH|COOKIE|KEY|TOKEN|SECRET)(?=[_\d-]|$)"
@@ -48,7 +48,7 @@ PUNCTUATION = "])}'`,;:.!"  # of the text around an address
 _concealed: set[str] = set()
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Return the text with `***` in place of every secret.  Masking twice changes nothing more."""
     text = ADDRESS.sub(_masked_address, text)
     for secret in sorted(_secrets(), key=len, reverse=True):
@@ -56,28 +56,28 @@ def masked(text: str) -> str:
     return text
 
 
-def masked_values(value: Any) -> Any:
+def mask_values(value: Any) -> Any:
     """Return nested mappings and lists as plain ones in which every text is masked."""
     if isinstance(value, Mapping):
-        return {masked(str(key)): masked_values(inner) for key, inner in value.items()}
+        return {mask_secrets(str(key)): mask_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [masked_values(inner) for inner in value]
+        return [mask_values(inner) for inner in value]
     if isinstance(value, str | os.PathLike):
-        return masked(os.fspath(value))
+        return mask_secrets(os.fspath(value))
     return value
 
 
-def without_secrets(address: str) -> str:
+def strip_secrets(address: str) -> str:
     """Return an address without user, password and query."""
-    return masked(address).replace(f"://{MASK}@", "://").partition("?")[0].partition("#")[0]
+    return mask_secrets(address).replace(f"://{MASK}@", "://").partition("?")[0].partition("#")[0]
 
 
-def conceal(address: str) -> None:
-    """From now on, mask what is secret in `address` wherever it stands by itself."""
-    found = ADDRESS.fullmatch(address)
-    if not found or found[1].lower() in LOCAL:
+def register_secrets(address: str) -> None:
+    """Register the secrets of `address`, to mask them wherever they stand by themselves."""
+    match = ADDRESS.fullmatch(address)
+    if not match or match[1].lower() in LOCAL:
         return
-    user_info, _, query = _parts(found[3])
+    user_info, _, query = _parts(match[3])
     user, _, password = user_info.partition(":")
     secrets = {password or user}
     if len(user) >= LONG:  # an access key
@@ -93,7 +93,7 @@ def conceal(address: str) -> None:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or parameter of this name holds a secret."""
+    """Return if a variable or parameter of this name holds a secret."""
     return bool(SECRET_NAME.search(name))
 
 
@@ -103,10 +103,10 @@ def _secrets() -> set[str]:
     return _concealed | {v for v in named if len(v) >= SHORTEST and not os.path.exists(v)}
 
 
-def _masked_address(found: re.Match[str]) -> str:
-    scheme, slashes, rest = found.groups()
+def _masked_address(match: re.Match[str]) -> str:
+    scheme, slashes, rest = match.groups()
     if scheme.lower() in LOCAL or (slashes == ":/" and scheme.lower() not in REMOTE):
-        return found[0]
+        return match[0]
     # One private character for each interpolation: it may hold any of `:/?#@`.
     held = re.findall(INTERPOLATION, rest)
     numbers = iter(range(len(held)))
@@ -121,7 +121,7 @@ def _masked_address(found: re.Match[str]) -> str:
 
 
 def _parts(rest: str) -> tuple[str, str, str]:
-    """(user and password, host and path, query and fragment) of what follows the slashes."""
+    """Split what follows the slashes: user and password, host and path, query and fragment."""
     host = re.split("[/?#]", rest, maxsplit=1)[0]
     at = host.rfind("@")
     if at < 0 and not HOST.fullmatch(host):
@@ -131,7 +131,7 @@ def _parts(rest: str) -> tuple[str, str, str]:
 
 
 def _masked_user(user_info: str) -> str:
-    """A password that is an interpolation is none yet, and the user's name then no secret."""
+    """Mask user and password, unless the password is an interpolation, which is no secret yet."""
     user, _, password = user_info.partition(":")
     return user_info if HELD.fullmatch(password or user) else MASK
 
@@ -151,7 +151,7 @@ class _MaskedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(masked(text))
+        self._stream.write(mask_secrets(text))
         return len(text)
 
     def writelines(self, lines: Iterator[str]) -> None:
@@ -163,11 +163,11 @@ class _MaskedStream:
 
 
 @contextmanager
-def masked_output() -> Iterator[None]:
+def mask_output() -> Iterator[None]:
     """Mask what this process writes to standard output and error, tracebacks included.
 
-    What their encoding has no character for is written as an escape: a path with accents must not
-    end a command in the line that names its result.
+    Characters that their encoding lacks are written as escapes: a path with accents must not end a
+    command in the line that names its result.
     """
     sys.excepthook = _show_traceback
     for stream in (sys.stdout, sys.stderr):
@@ -179,5 +179,5 @@ def masked_output() -> Iterator[None]:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As the interpreter does for an exception that nobody caught."""
-    sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
+    """Print an uncaught exception as the interpreter does, masked."""
+    sys.stderr.write(mask_secrets("".join(traceback.format_exception(kind, error, trace))))

@@ -9,11 +9,11 @@ import os
 import sys
 
 
-def leave_working_folder() -> None:
-    """Drop the working folder from `sys.path`, and tell child processes not to add it.
+def remove_working_directory() -> None:
+    """Drop the working folder from `sys.path`, also in child processes.
 
-    It stays where PYTHONPATH names it, and last where echolab would not be found without it: in a
-    checkout that is not installed.
+    It stays if PYTHONPATH names it, and comes last if echolab could not be imported without it: in
+    a checkout that is not installed.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     # An empty part means the working folder, mostly by mistake: PYTHONPATH=$PYTHONPATH:x

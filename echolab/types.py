@@ -1,8 +1,8 @@
-"""What travels between the parts.  All are NamedTuples: Lightning casts and pins them as they are.
+"""Types that the packages exchange.  All are NamedTuples, which Lightning casts and pins.
 
-Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), C latent channels,
-Y, X pixels, H = Y / 8, W = X / 8 latents, L text tokens, N image tokens, P = (H / 2) (W / 2)
-tokens of one latent frame.
+Shapes, with Wan's strides (see `geometry`): B clips, T frames, F latent frames (T = 4 (F - 1) + 1),
+C latent channels, Y, X pixels, H = Y / 8, W = X / 8 latents, L text tokens, N image tokens,
+P = (H / 2) (W / 2) tokens of one latent frame.
 """
 
 from typing import Any, NamedTuple
@@ -11,31 +11,31 @@ from torch import Tensor
 
 
 class Clips(NamedTuple):
-    """Clips of one size as they were recorded; visemes are known of drawn talkers alone."""
+    """Clips of one size as they were recorded; only drawn talkers have visemes."""
 
     keys: list[str]
     pixels: Tensor  # [B, 3, T, Y, X] uint8
-    samples: Tensor  # [B, 640 T]     sound in [-1, 1] at 16 kHz
+    samples: Tensor  # [B, 640 T]     audio in [-1, 1] at 16 kHz
     face: Tensor  # [B, T, 4]      left, top, right, bottom in pixels
     lips: Tensor  # [B, T, 4]
-    visemes: Tensor | None  # [B, T, 2]      how far the mouth is open and how wide it is, in [0, 1]
+    visemes: Tensor | None  # [B, T, 2]      opening and width of the mouth, in [0, 1]
     about: list[dict[str, Any]]  # the json of each sample
 
     def float_pixels(self, which: Tensor | slice = slice(None)) -> Tensor:
-        """Pixels of some clips in [-1, 1]."""
+        """Return pixels of some clips in [-1, 1]."""
         return self.pixels[which].float() / 127.5 - 1
 
 
 class Conditions(NamedTuple):
-    """What the network is told besides the noisy latents."""
+    """The inputs of the network besides noisy latents and timesteps."""
 
     text: Tensor  # [B, L, text_dim]    text states, zero after the end of the text
-    image: Tensor  # [B, N, image_dim]   tokens of the reference picture; zeros where there is none
+    image: Tensor  # [B, N, image_dim]   tokens of the reference image; zeros without one
     audio: Tensor  # [B, 2 T, audio_dim] two tokens a frame, or Flash's [B, T, layers, audio_dim];
-    # zeros where there is no sound
-    face: Tensor  # [B, P]              1 where the sound may act, over the token grid, row-major
-    known: Tensor  # [B, 4, F, H, W]     1 where the pixels are given
-    known_latents: Tensor  # [B, C, F, H, W]     the given pixels, encoded; the rest mid-grey
+    # zeros without audio
+    face: Tensor  # [B, P]              1 on tokens that attend to audio, row-major
+    known: Tensor  # [B, 4, F, H, W]     1 for given pixels
+    known_latents: Tensor  # [B, C, F, H, W]     the given pixels, encoded; the rest mid-gray
 
 
 class Batch(NamedTuple):
@@ -43,9 +43,9 @@ class Batch(NamedTuple):
 
     latents: Tensor  # [B, C, F, H, W]  clean
     conditions: Conditions
-    weight: Tensor  # [B, 1, F, H, W]  how much each place counts in the error; mean 1 is usual
-    tasks: list[str]  # one name of the soup a clip
-    keys: list[str]  # where each clip came from
+    weight: Tensor  # [B, 1, F, H, W]  weight of each latent in the error; mean 1 is usual
+    tasks: list[str]  # the task of each clip, by name
+    keys: list[str]  # the key of each clip in its dataset
 
 
 class PreferencePair(NamedTuple):
@@ -60,11 +60,11 @@ class PreferencePair(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """All that is random in one training step, a pure function of (seed, epoch, key, draw)."""
+    """The random numbers of one training step, a pure function of (seed, epoch, key, draw)."""
 
     noise: Tensor  # [B, C, F, H, W]  standard normal, fp32
     sigmas: Tensor  # [B]              noise level; 0 is data, 1 is noise
-    uniforms: Tensor  # [B, 2]           decides which of image and audio are kept
+    uniforms: Tensor  # [B, 2]           decide whether image and audio are kept
 
 
 class ModalityWeights(NamedTuple):
@@ -76,7 +76,7 @@ class ModalityWeights(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A scalar to go down, and the values to log beside it."""
+    """A scalar to minimize, and the values to log with it."""
 
     value: Tensor  # []
     parts: dict[str, Tensor]  # [B] or []

@@ -27,7 +27,7 @@ def settings(reference: str, lora: Lora = LORA, **base: Any) -> dict[str, Any]:
     objectives: dict[str, Any] = {
         "sft": runs.Supervised(runs.PHASES),
         "ndpo": NegativePreference(runs.PHASES, frozen, 100.0, 0.2),
-        "dpo": runs.Preference(runs.PHASES, frozen, 100.0, anchor=0.5, target_gradient_factor=0.2),
+        "dpo": runs.Preference(runs.PHASES, frozen, 100.0, sft_weight=0.5, target_grad_factor=0.2),
     }
     record = {**lora._asdict(), "base": base_fingerprint(net)}
     return {"net": net, "adapters": record, "reference": frozen, "objectives": objectives}

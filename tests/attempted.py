@@ -14,7 +14,7 @@ def attempt(cause: str, **changes: Any) -> Attempt:
         "started": 1000.0, "ended": 1100.0, "hosts": ("n1", "n2"), "first_step": 0,
         "last_step": 7, "checkpoint_before": -1, "checkpoint": -1, "seconds": {},
         "save_seconds": 0.0, "waited": 0.0, "last_section": "vote", "last_stay": 0.0, "stack": "",
-        "earliest": "", **changes,
+        "first_error": "", **changes,
     }  # fmt: skip
     return Attempt(**{"elapsed": told["ended"] - told["started"], **told})
 

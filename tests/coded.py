@@ -18,27 +18,27 @@ BITS = 8
 BLOCK = WIDTH // BITS
 
 
-def picture_of(number: int, flash: int) -> NDArray[np.uint8]:
-    """[HEIGHT, WIDTH, 3]: the bits of `number` above, white below from frame `flash` on."""
-    picture = np.full((HEIGHT, WIDTH, 3), 16, np.uint8)
+def image_of(number: int, flash: int) -> NDArray[np.uint8]:
+    """Draw [HEIGHT, WIDTH, 3]: the bits of `number` above, white below from frame `flash` on."""
+    image = np.full((HEIGHT, WIDTH, 3), 16, np.uint8)
     for bit in range(BITS):
         if number >> bit & 1:
-            picture[: HEIGHT // 2, bit * BLOCK : (bit + 1) * BLOCK] = 235
+            image[: HEIGHT // 2, bit * BLOCK : (bit + 1) * BLOCK] = 235
     if number >= flash:
-        picture[HEIGHT // 2 :] = 235
-    return picture
+        image[HEIGHT // 2 :] = 235
+    return image
 
 
-def number_of(picture: NDArray[np.uint8]) -> int:
-    """The number burnt into a picture."""
-    row = picture[HEIGHT // 4 - 12 : HEIGHT // 4 + 12].mean((0, 2))
+def number_of(image: NDArray[np.uint8]) -> int:
+    """Return the number drawn on an image."""
+    row = image[HEIGHT // 4 - 12 : HEIGHT // 4 + 12].mean((0, 2))
     middles = [row[bit * BLOCK + 6 : (bit + 1) * BLOCK - 6].mean() for bit in range(BITS)]
     return sum(1 << bit for bit, value in enumerate(middles) if value > 127)
 
 
-def flashes(picture: NDArray[np.uint8]) -> bool:
-    """Whether the lower half is white."""
-    return bool(picture[3 * HEIGHT // 4].mean() > 127)
+def flashes(image: NDArray[np.uint8]) -> bool:
+    """Return whether the lower half is white."""
+    return bool(image[3 * HEIGHT // 4].mean() > 127)
 
 
 def write_coded(
@@ -77,10 +77,10 @@ def write_coded(
         sound = container.add_stream(audio, rate=rate, layout=layout) if audio else None
         packets: list[Any] = []
         for number, time in enumerate(times):
-            picture = picture_of(number, flash)
+            image = image_of(number, flash)
             if combed:  # the second field is of a moment in which the lower half is half as bright
-                picture[HEIGHT // 2 + 1 :: 2] //= 2
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                image[HEIGHT // 2 + 1 :: 2] //= 2
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = round(time / base), base
             packets += video.encode(frame)
         packets += video.encode(None)
@@ -92,7 +92,7 @@ def write_coded(
 
 
 def _tone(stream: Any, onset: float, start: float, until: float) -> list[Any]:
-    """Packets of silence from `start` on and of a tone of 1 kHz from `onset` on, in seconds."""
+    """Yield packets of silence from `start` on and of a 1 kHz tone from `onset` on, in seconds."""
     rate, packets = stream.rate, []
     at = start + np.arange(round((until - start) * rate)) / rate
     tone = (np.sin(2 * np.pi * 1000 * at) * (at >= onset) * 16000).astype(np.int16)

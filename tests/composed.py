@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from echolab.training import distributed
 from echolab.training import fit as fitting
-from echolab.training import ranks
 from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.engine import memory
+from echolab.training.engine import activation_checkpointing
 from echolab.training.fit import Machine
 from echolab.types import Batch, Draws, Loss
 
@@ -63,9 +63,9 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
     machine = Machine(**settings, devices=world)
     groups = world // machine.sequence_parallel
     # Inductor is tried in test_memory; here it is what Dynamo makes of hooks and collectives.
-    quick = partial(memory.compile_blocks, backend="aot_eager")
+    quick = partial(activation_checkpointing.compile_blocks, backend="aot_eager")
     os.environ["WORLD_SIZE"] = str(world)  # Lightning forgets it after a run
-    with mock.patch.object(memory, "compile_blocks", quick):
+    with mock.patch.object(activation_checkpointing, "compile_blocks", quick):
         result, _ = runs.train(
             root,
             runs.schedule(*EPOCHS[case["epochs"].split("-")[0]]),
@@ -89,9 +89,9 @@ def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
         print(time.strftime("%X"), case, flush=True)
         torch._dynamo.reset()
         found = one(folder, case, world)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             save_file(found, folder / f"{name_of(case)}.safetensors")
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         for case in {case["adapters"]: case for case in cases}.values():
             start = trained(case)
             both = {

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.talker import Talker, draw_talker
+from data_prep.synthetic_face import Talker, draw_talker
 from echolab.types import Clips
 
 SEED = 41
@@ -14,14 +14,14 @@ SEED = 41
 
 @cache
 def talkers(count: int = 16, *, first: int = 0, frames: int = 25, size: int = 64) -> list[Talker]:
-    """Talkers `first` and on of one dataset."""
+    """Return talkers of one dataset, from `first` on."""
     numbers = range(first, first + count)
     return [draw_talker(SEED, number, frames=frames, size=size) for number in numbers]
 
 
 @cache
 def clips(count: int = 16, *, first: int = 0, frames: int = 25, size: int = 64) -> Clips:
-    """The same as one stack, without a codec between."""
+    """Return the talkers as one stack, not encoded."""
     drawn = talkers(count, first=first, frames=frames, size=size)
 
     def stacked(name: str) -> torch.Tensor:
@@ -39,5 +39,5 @@ def clips(count: int = 16, *, first: int = 0, frames: int = 25, size: int = 64) 
 
 
 def loudness(talker: Talker) -> NDArray[np.float32]:
-    """Root mean square of each frame's 640 samples, [T]."""
+    """Return the root mean square of each frame's 640 samples, [T]."""
     return np.sqrt((talker.samples.reshape(-1, 640) ** 2).mean(1))

@@ -7,27 +7,28 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.cli.demo_settings import ARCHITECTURE
-from echolab.data.shards import ShardWriter
-from echolab.tasks.masks import TASKS
+from echolab.config.networks import architecture_of
+from echolab.data.shard_writer import ShardWriter
+from echolab.tasks.table import KNOWN_TASKS
 
+ARCHITECTURE = architecture_of("demo")
 CHANNELS, LATENT_FRAMES, SIDE = 16, 2, 4
 FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 
-# `echolab train` on these: a small network, few steps, nothing told to wandb but on request.
+# `echolab train` on these: a small network, few steps, nothing sent to wandb unless requested.
 SETTINGS = (
     "debug=cpu", "model.dim=64", "model.ffn_dim=64", "model.num_layers=1",
-    "preference.anchor=0.5", "every.save=2",
+    "objective.sft_weight=0.5", "save_every=2", "optim.lr=1e-3",
 )  # fmt: skip
 
 
 def plan(*epochs: tuple[str, int]) -> str:
-    """The override of a schedule."""
-    return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n},lr:1e-3}}' for k, n in epochs)}]"
+    """Return the override of a schedule."""
+    return f"schedule.epochs=[{','.join(f'{{kind:{k},steps:{n}}}' for k, n in epochs)}]"
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
-    """One random encoded clip."""
+    """Return the tensors of one random encoded clip."""
     generator = torch.Generator().manual_seed(seed)
     shape = (CHANNELS, LATENT_FRAMES, SIDE, SIDE)
     sizes = {
@@ -35,15 +36,15 @@ def tensors(seed: int) -> dict[str, Tensor]:
         "image": (3, ARCHITECTURE["image_dim"]),
         "audio": (2 * FRAMES, ARCHITECTURE["audio_dim"]),
         "latents": shape,
-        **{f"known_latents.{task}": shape for task in TASKS if task != "t2v"},
+        **{f"known_latents.{task}": shape for task in KNOWN_TASKS},
     }
     made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    made |= {f"known.{task}": torch.zeros(4, *shape[1:]) for task in TASKS if task != "t2v"}
+    made |= {f"known.{task}": torch.zeros(4, *shape[1:]) for task in KNOWN_TASKS}
     return made | {"face": torch.ones(SIDE * SIDE // 4), "weight": torch.ones(1, *shape[1:])}
 
 
 def write(folder: Path, count: int = 6) -> tuple[Path, Path]:
-    """`folder`/clips and `folder`/pairs."""
+    """Write `folder`/clips and `folder`/pairs, and return their paths."""
     kept = ("text", "image", "audio", "face", "weight")
     with ShardWriter(folder / "clips", kind="encoded") as clips:
         for i in range(count):

@@ -14,15 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from echolab.data.micro_batches import MicroBatch
+from echolab.data.train_dataset import MicroBatch
 from echolab.errors import EcholabError
-from echolab.training import ranks
-from echolab.training.engine.live import ClippedNorm, check_clipped, check_counts
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
-from echolab.training.fit import Machine, _trainer
+from echolab.heartbeat import Heartbeat
+from echolab.training import distributed
+from echolab.training.engine.engine_report import ClippedNorm, check_clipped, check_counts
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
+from echolab.training.fit import Machine, _trainer, quiet
 from echolab.training.module import DiffusionModule, Optim
-from echolab.training.quiet import quiet
-from echolab.training.sections import Beats
 from echolab.types import Loss
 
 RATE = 1e-3
@@ -42,7 +41,7 @@ class Pulled(nn.Module):
         self.direction = direction / direction.norm() * NORM
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         weight, bias = self.direction[:35].view(5, 7), self.direction[35:]
         return pull * ((weight * self.weight).sum() + (bias * self.bias).sum())
 
@@ -55,7 +54,7 @@ class Even(nn.Module):
         self.weight = nn.Parameter(torch.linspace(1, 1.01, 12).view(4, 3))
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         return (pull * self.weight).sum()
 
 
@@ -73,13 +72,13 @@ class Tied(nn.Module):
         self.second.weight = self.first.weight
 
     def forward(self, pull: Tensor) -> Tensor:
-        """[] -> []"""
+        """Return [] for []."""
         given = self.frozen(torch.linspace(0, 1, 3).to(pull.dtype) * pull)
         return (self.first(given).tanh() * self.second(given)).sum()
 
 
 def item(pull: float, share: float = 1.0) -> MicroBatch:
-    """A micro-batch of one clip that pulls so."""
+    """Return a micro-batch of one clip with this pull."""
     batch = tiny.batch(1)
     return MicroBatch(
         "sft", 0, [0], batch._replace(latents=torch.full_like(batch.latents, pull)), [0], share
@@ -94,7 +93,7 @@ class Items(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in self.steps:
-            for pull, share in step[ranks.rank() :: ranks.world()]:
+            for pull, share in step[distributed.rank() :: distributed.world()]:
                 yield item(pull, share)
 
 
@@ -111,7 +110,7 @@ class Watch(pl.Callback):
         self.masters = masters_of(pl_module.net, trainer.optimizers[0])  # type: ignore[arg-type]
         self.masters.prepare()
         sharded = type(self.masters) is not Masters
-        replicated = 1 if sharded else ranks.world()
+        replicated = 1 if sharded else distributed.world()
         self.norm = ClippedNorm(self.masters.optimizer, replicated=replicated)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = self.rate
@@ -121,11 +120,11 @@ class Watch(pl.Callback):
             return
         self.step += 1
         check_counts(trainer, steps=self.step, accumulation=self.accumulation)
-        squares = ranks.sums([float(self.norm.take())])[0]
+        squares = distributed.sums([float(self.norm.take())])[0]
         self.norms.append(check_clipped(squares, self.clip, self.step))
         self.states.append(
             {
-                f"{part}/{name}": self.masters.whole(name, self.masters.flats(part)).clone()
+                f"{part}/{name}": self.masters.full_tensor(name, self.masters.flats(part)).clone()
                 for part in (MASTER, *MOMENTS)
                 for name in self.masters.parameters
             }
@@ -151,44 +150,44 @@ def pull(
         shift=5.0,
         clip_here=not machine.sharded,
         loss_factor=accumulation if machine.sharded else 1,
-        beats=Beats(None),
+        heartbeat=Heartbeat(None),
     )
     with quiet():
-        trainer = _trainer(machine, accumulation, optim.clip, watch)  # type: ignore[arg-type]
+        trainer = _trainer(machine, accumulation, optim.clip, watch)
         loader = torch.utils.data.DataLoader(Items(steps), batch_size=None)
         trainer.fit(module, loader)
     return watch
 
 
 def machine_of(case: Mapping[str, Any], world: int) -> Machine:
-    """From JSON; also in a process that trained before: Lightning then forgets the world."""
+    """Build from JSON; also in a process that trained before: Lightning then forgets the world."""
     os.environ["WORLD_SIZE"] = str(world)
     return Machine(devices=world, shard_small=True, **case)
 
 
 def keep(watch: Watch, to: Path) -> None:
-    """What was measured, to be read by `measured`."""
-    if ranks.rank() == 0:
+    """Write what was measured, for `measured`."""
+    if distributed.rank() == 0:
         states = {f"{i}/{k}": t for i, state in enumerate(watch.states) for k, t in state.items()}
         save_file(states, to.with_suffix(".safetensors"))
         to.with_suffix(".json").write_text(json.dumps(watch.norms))
 
 
 def measured(folder: Path, name: str) -> tuple[dict[str, Tensor], list[float]]:
-    """States by step and name, and the norms after clipping."""
+    """Return states by step and name, and the norms after clipping."""
     norms = json.loads((folder / f"{name}.json").read_text())
     return load_file(folder / f"{name}.safetensors"), norms
 
 
 def name_of(case: Mapping[str, Any], *more: Any) -> str:
-    """Of a file."""
+    """Name the file of a case."""
     return "-".join(map(str, (*case.values(), *more)))
 
 
 def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
-    """(pull, share) of each micro-batch over all ranks: gradients of norm 10, 0.5, 30 and 10.
+    """Return (pull, share) of each micro-batch over all ranks: gradients of norm 10, 0.5, 30, 10.
 
-    The last step is a short one: all but its first micro-batch only fill it up.
+    The last step is a short one: all but its first micro-batch are padding.
     """
     uneven = [1 + 0.5 * (2 * i - micro_batches + 1) / micro_batches for i in range(micro_batches)]
     full = [[(size * p, 1.0) for p in uneven] for size in (1.0, 0.05, 3.0)]
@@ -198,7 +197,7 @@ def pulls(micro_batches: int) -> list[list[tuple[float, float]]]:
 def clip(
     cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str, limit: float = 1.0
 ) -> None:
-    """In a rank: every case with every accumulation."""
+    """Run every case with every accumulation, in a rank."""
     optim = CLIP._replace(clip=limit)
     for case in cases:
         for accumulation in accumulations:
@@ -209,7 +208,7 @@ def clip(
 
 
 def tied(cases: list[dict[str, Any]], world: int, to: str) -> None:
-    """In a rank: every case; the frozen layer is what it was."""
+    """Run every case in a rank; the frozen layer must not change."""
     import deepspeed
 
     for case in cases:
@@ -223,8 +222,8 @@ def tied(cases: list[dict[str, Any]], world: int, to: str) -> None:
                 assert torch.equal(parameter, plain.frozen.get_parameter(name)), (case, name)
 
 
-def sabotaged(case: dict[str, Any], world: int, patches: list[Any], told: str) -> int:
-    """Train with `patches`; 0 where this rank is told so."""
+def sabotaged(case: dict[str, Any], world: int, patches: list[Any], message: str) -> int:
+    """Train with `patches`; return 0 if this rank gets `message` as an error."""
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -232,12 +231,12 @@ def sabotaged(case: dict[str, Any], world: int, patches: list[Any], told: str) -
             pull(Pulled(), machine_of(case, world), pulls(3 * world), CLIP, RATE)
         except EcholabError as error:
             print(error)
-            return int(told not in str(error))
+            return int(message not in str(error))
     return 2
 
 
 def unclipped(case: dict[str, Any], world: int) -> int:
-    """In a rank: the last rank does not clip."""
+    """Let the last rank not clip, in a rank."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -255,16 +254,16 @@ def unclipped(case: dict[str, Any], world: int) -> int:
 
 
 def unaccumulated(case: dict[str, Any], world: int) -> int:
-    """In a rank: DeepSpeed steps after every micro-batch."""
+    """Let DeepSpeed step after every micro-batch, in a rank."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     patch = mock.patch.object(DeepSpeedEngine, "gradient_accumulation_steps", lambda engine: 1)
-    told = "after 1 steps of 3 micro-batches: deepspeed's global_steps is 3, not 1"
-    return sabotaged(case, world, [patch], told)
+    report = "after 1 steps of 3 micro-batches: deepspeed's global_steps is 3, not 1"
+    return sabotaged(case, world, [patch], report)
 
 
 def precision(cases: list[dict[str, Any]], world: int, to: str) -> None:
-    """In a rank: 100 steps of a gradient of 0.01."""
+    """Take 100 steps with a gradient of 0.01, in a rank."""
     for case in cases:
         machine = machine_of(case, world)
         steps = [[(0.01, 1.0)] * machine.world] * 100

@@ -9,8 +9,8 @@ import runs
 import tiny
 
 from echolab.errors import ReplicaError
+from echolab.training.config import ALONE, Intervals, Machine
 from echolab.training.guards.spikes import Guards
-from echolab.training.parts import ALONE, Intervals, Machine
 from echolab.types import Batch, Draws, Loss
 
 STEPS = 12

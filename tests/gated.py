@@ -13,16 +13,17 @@ import pytorch_lightning as pl
 import runs
 import torch
 
-from echolab.data.quarantine import Tolerant
+from echolab.data.bad_samples import TolerantReader
 from echolab.errors import ParityError
-from echolab.training import parity, ranks
-from echolab.training.callbacks import Steps
+from echolab.training import distributed
+from echolab.training.callbacks import export_check
+from echolab.training.callbacks.export_check import Sampling, check_parity, parity_clips
+from echolab.training.callbacks.validation import read_share, validate
 from echolab.training.checkpoints.checkpoint import latest_valid
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
 from echolab.training.fit import Machine
-from echolab.training.parity import Sampling, check_parity, parity_clips
-from echolab.training.validation import read_share, validate
+from echolab.training.loop import TrainLoop
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 HELD, SIGMAS, TASKS = 5, (0.2, 0.8), ("i2v", "lip_sync")
@@ -52,39 +53,39 @@ def broken(how: str) -> Iterator[None]:
             change: Callable[[Tensors], Tensors] = {
                 "perturbed": perturbed, "names": swapped
             }[how]  # fmt: skip
-            write = parity.write_original
+            write = export_check.write_original
             patch.setattr(
-                parity,
+                export_check,
                 "write_original",
                 lambda out, net, tensors, **given: write(out, net, change(tensors), **given),
             )
         yield
 
 
-def held_bits(steps: Steps) -> bytes:
-    """Return the bytes of all tensors of this rank and of its random states."""
+def held_bits(loop: TrainLoop) -> bytes:
+    """All that this rank holds, and its random states."""
     tensors = [
-        *steps.masters.local,
-        *(t for part in ("exp_avg", "exp_avg_sq") for t in steps.masters.flats(part)),
-        *(t for flats in steps.ema.flats.values() for t in flats),
-        *(getattr(p, "ds_tensor", p).data for p in steps.module.net.parameters()),
+        *loop.masters.local,
+        *(t for part in ("exp_avg", "exp_avg_sq") for t in loop.masters.flats(part)),
+        *(t for flats in loop.ema.flats.values() for t in flats),
+        *(getattr(p, "ds_tensor", p).data for p in loop.module.net.parameters()),
     ]
     values = b"".join(t.detach().cpu().reshape(-1).view(torch.uint8).numpy() for t in tensors)
-    modes = str([module.training for module in steps.module.net.modules()]).encode()
+    modes = str([module.training for module in loop.module.net.modules()]).encode()
     numbers = np.random.get_state()[1].tobytes()  # type: ignore[union-attr,index]
     return values + torch.get_rng_state().numpy().tobytes() + numbers + modes
 
 
-def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the error that each fault gives and the held-out errors, as JSON values."""
-    subject = (steps.module.net, steps.ema, steps.masters)
+def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
+    """What each fault comes to, and the held-out errors; JSON."""
+    subject = (loop.module.net, loop.ema, loop.masters)
     device = torch.device("cpu")
-    before = held_bits(steps)
-    share = read_share(held, ranks.rank(), ranks.world())
+    before = held_bits(loop)
+    share = read_share(held, distributed.rank(), distributed.world())
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
     told: dict[str, Any] = {"values": dict(values)}
-    saved, _ = latest_valid(steps.folder)
+    saved, _ = latest_valid(loop.config.folder / "checkpoints")
     assert saved and saved.step == 4
     for how in ("nothing", "swap of averages", "perturbed", "names"):
         with broken(how):
@@ -93,16 +94,16 @@ def gate(steps: Steps, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str
                     *subject,
                     checkpoint=saved.path,
                     folder=out,
-                    clips=parity_clips(Tolerant(held.clips), TASKS),
+                    clips=parity_clips(TolerantReader(held.clips), TASKS),
                     how=Sampling(seed=1, shift=5.0, steps=3),
                     **where,
                 )
                 told[how] = found._asdict()
             except ParityError as error:
                 told[how] = str(error)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             told[f"{how}/report"] = json.loads((out / "parity.json").read_text())
-    told["unchanged"] = held_bits(steps) == before
+    told["unchanged"] = held_bits(loop) == before
     return told
 
 
@@ -116,14 +117,14 @@ def main(
 ) -> None:
     """A run of four steps; each rank writes what it found to `out`/rank-N.json."""
     held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
-    end = Steps.on_train_end
+    end = TrainLoop.on_train_end
 
-    def and_gate(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def and_gate(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         end(self, trainer, module)
         told = gate(self, Path(out), held, DTYPES[precision])
-        (Path(out) / f"rank-{ranks.rank()}.json").write_text(json.dumps(told))
+        (Path(out) / f"rank-{distributed.rank()}.json").write_text(json.dumps(told))
 
-    Steps.on_train_end = and_gate  # type: ignore[method-assign]
+    TrainLoop.on_train_end = and_gate  # type: ignore[method-assign]
     settings: dict[str, Any] = {}
     if lora:
         settings = adapted.settings("base")

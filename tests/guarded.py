@@ -1,4 +1,4 @@
-"""What the ranks of the guards' tests do; each writes what it was told to a file of its own."""
+"""Ranks of the tests of guards; each writes its report to a file."""
 
 import json
 import time
@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
+from echolab.heartbeat import Heartbeat
+from echolab.training.callbacks.replicas import ReplicaCheck
+from echolab.training.config import Intervals
 from echolab.training.fit import Machine
-from echolab.training.guards.digests import Unchanged, check_replicas, replicated
 from echolab.training.guards.events import History
-from echolab.training.guards.guarding import Guarding
+from echolab.training.guards.replica_check import Unchanged, check_replicas, replicated
 from echolab.training.guards.stragglers import Stragglers
-from echolab.training.parts import Intervals
-from echolab.training.sections import Beats
 
 
 def flip(tensor: Tensor, bit: int) -> None:
@@ -38,43 +38,43 @@ def compare(to: str) -> None:
     """Three ranks, each fault at one of them, in one launch."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     named = {
         "weight": torch.arange(12.0).reshape(3, 4),
         "bias": torch.ones(5, dtype=torch.bfloat16),
         "steps": torch.tensor(7),
     }
-    told["alike"] = said_by(lambda: check_replicas(named, "state"))
+    report["alike"] = said_by(lambda: check_replicas(named, "state"))
     for name, bit in (("weight", 0), ("bias", 15), ("steps", 63)):
         if rank == 1:
             flip(named[name], bit)
-        told[name] = said_by(lambda: check_replicas(named))
+        report[name] = said_by(lambda: check_replicas(named))
         if rank == 1:
             flip(named[name], bit)
-    told["state"] = said_by(lambda: check_replicas(named, "other" if rank == 2 else "state"))
+    report["state"] = said_by(lambda: check_replicas(named, "other" if rank == 2 else "state"))
     less = {name: tensor for name, tensor in named.items() if rank or name != "bias"}
-    told["less"] = said_by(lambda: check_replicas(less))
+    report["less"] = said_by(lambda: check_replicas(less))
     each = {"weight": named["weight"] + rank}
-    told["each"] = said_by(lambda: check_replicas(each))
+    report["each"] = said_by(lambda: check_replicas(each))
     frozen = {"a": torch.ones(3), "b": torch.zeros(2)}
     still = Unchanged("the reference", frozen)
-    told["still"] = said_by(lambda: still.check(frozen))
+    report["still"] = said_by(lambda: still.check(frozen))
     if rank == 2:
         flip(frozen["b"], 31)  # the sign of a zero
-    told["changed"] = said_by(lambda: still.check(frozen))
+    report["changed"] = said_by(lambda: still.check(frozen))
     history = History(Path(to))
     history.add(3, "rollback", to=1, skip=["sft", 5, 2])
-    told["events"] = [event[2:] for event in history.events]
-    told["skips"] = history.skips
-    told["slow"] = slow_rank()
-    (Path(to) / f"told-{rank}.json").write_text(json.dumps(told))
+    report["events"] = [event[2:] for event in history.events]
+    report["skips"] = history.skips
+    report["slow"] = slow_rank()
+    (Path(to) / f"told-{rank}.json").write_text(json.dumps(report))
 
 
 def slow_rank() -> list[list[str]]:
     """Rank 1 sleeps in its forward, then rank 2 waits for data; what each window found."""
-    beats, found = Beats(None), []
+    heartbeat, result = Heartbeat(None), []
     watch = Stragglers([f"node-{rank}" for rank in range(3)])
-    watch.start(beats.seconds)
+    watch.start(heartbeat.seconds)
     for window in range(8):
         sleeps = {"data_wait": 0.02, "forward": 0.02, "backward": 0.01}
         if 1 <= window < 5 and dist.get_rank() == 1:
@@ -82,39 +82,39 @@ def slow_rank() -> list[list[str]]:
         if window >= 5 and dist.get_rank() == 2:
             sleeps["data_wait"] = 0.2
         for section, seconds in sleeps.items():
-            beats.enter(section)
+            heartbeat.enter(section)
             time.sleep(seconds)
-        beats.enter("vote")
+        heartbeat.enter("vote")
         dist.barrier()
-        values, slow = watch.look(beats.seconds)
+        values, slow = watch.look(heartbeat.seconds)
         assert set(values) == {"perf/straggler_score"}
-        found.append([f"{one.rank} {one.host} {one.section}" for one in slow])
-    return found
+        result.append([f"{one.rank} {one.host} {one.section}" for one in slow])
+    return result
 
 
-def fault_at(step: int, rank: int, fault: Callable[[Guarding, nn.Module], None]) -> None:
+def fault_at(step: int, rank: int, fault: Callable[[nn.Module], None]) -> None:
     """In place of a fault of the machine: just before the replicas of `step` are compared."""
-    look, seen = Guarding.check_replicas, []
+    check, seen = ReplicaCheck.after_step, []
 
-    def with_fault(self: Guarding, net: nn.Module, *others: Any) -> None:
+    def with_fault(self: ReplicaCheck, state: Any) -> None:
         seen.append(1)
         if len(seen) == step and dist.get_rank() == rank:
-            fault(self, net)
-        look(self, net, *others)
+            fault(self.net)
+        check(self, state)
 
-    Guarding.check_replicas = with_fault  # type: ignore[method-assign]
+    ReplicaCheck.after_step = with_fault  # type: ignore[method-assign]
 
 
 def train(root: str, strategy: str, to: str) -> None:
     """Two ranks; a bit flips on rank 1 after step 2 of 4."""
 
-    def flip_one(guarding: Guarding, net: nn.Module) -> None:
+    def flip_one(net: nn.Module) -> None:
         name, tensor = list(replicated(net).items())[-1]
         print("flipped", name, flush=True)
         flip(tensor, 3)
 
     fault_at(2, 1, flip_one)
-    found = said_by(
+    result = said_by(
         lambda: runs.train(
             Path(root),
             runs.schedule(("sft", 4)),
@@ -123,4 +123,4 @@ def train(root: str, strategy: str, to: str) -> None:
             machine=Machine(strategy, devices=2, shard_small=False),
         )
     )
-    (Path(to) / f"{strategy}-{dist.get_rank()}").write_text(found)
+    (Path(to) / f"{strategy}-{dist.get_rank()}").write_text(result)

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import runs
 
-from echolab.training import parity, ranks, validation
+from echolab.training import distributed
+from echolab.training.callbacks import export_check, validation
 from echolab.training.checkpoints.checkpoint import saved_steps
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import FitResult, Machine
-from echolab.training.parts import Intervals
 
 STEPS, HELD = 4, 5
 PLACES: dict[str, tuple[Any, str]] = {  # what is called often amid a validation, and amid a check
     "validation": (validation, "held_out_errors"),
-    "sampling": (parity, "generate"),
-    "export": (parity, "exported_net"),
+    "sampling": (export_check, "generate"),
+    "export": (export_check, "exported_net"),
 }
 
 
@@ -75,7 +76,7 @@ def main(
         "trained": [row["step"] for row in rows if "train/loss" in row],
         "parity": [row["step"] for row in rows if "parity/difference" in row],
     }
-    texts = ranks.gather_text(json.dumps([told["result"], saved]))
+    texts = distributed.gather_text(json.dumps([told["result"], saved]))
     assert len({str(json.loads(text)[0]) for text in texts}) == 1, texts  # the ranks agree
     told["saved"] = json.loads(texts[victim])[1] if place else []
     if own == 0:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import BusyError, ConfigError, DataError
-from echolab.launch import lease, told
-from echolab.launch.deadlines import Deadlines
+from echolab.heartbeat import Heartbeat, heartbeat_from_environment
+from echolab.launch import lease, rank_process
 from echolab.launch.exit_codes import RETRYABLE
-from echolab.launch.layout import Layout
+from echolab.launch.section_timeouts import SectionTimeouts
 from echolab.launch.supervisor import Supervisor
-from echolab.training.sections import Beats, beats_from_environment
-from echolab.training.stopping import SIGNALS, StopSignals
+from echolab.launch.topology import Topology
+from echolab.training.signals import SIGNALS, StopSignals
 
 STEPS = 60
 # A file whose path says that it is a collective, as that of torch's own does.
@@ -80,13 +80,15 @@ def act(part: str, folder: Path) -> None:
             raise DataError("clips-000.tar: sample 3 is damaged")
 
 
-def play(folder: Path, part: dict[str, Any], beats: Beats, signals: StopSignals) -> tuple[str, int]:
+def play(
+    folder: Path, part: dict[str, Any], heartbeat: Heartbeat, signals: StopSignals
+) -> tuple[str, int]:
     """All steps, or until a signal: the reason of the end and the step."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     barrier = collective(folder)
 
     def at(section: str, step: int) -> None:
-        beats.enter(section, step)
+        heartbeat.enter(section, step)
         if part.get("at") == section and part.get("step", 3) <= step:
             act(part["does"], folder)
 
@@ -116,17 +118,21 @@ def play(folder: Path, part: dict[str, Any], beats: Beats, signals: StopSignals)
 
 def rank(folder: Path, parts: dict[str, Any]) -> None:
     """As `echolab train` does it, but for training."""
-    beats, signals = beats_from_environment(), StopSignals()
+    heartbeat, signals = heartbeat_from_environment(), StopSignals()
     signals.__enter__()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    number, to = int(os.environ["RANK"]), told.own_folder()
+    number, to = int(os.environ["RANK"]), rank_process.local_folder()
     assert to
     try:
         part = parts.get(str(number), parts.get("all", {}))
-        reason, step = play(folder, part, beats, signals)
+        reason, step = play(folder, part, heartbeat, signals)
     except BaseException as error:
-        os._exit(told.tell_failure(to, number, error, beats.section, beats.step))
-    told.tell_end(to, number, told.End(reason, signals.received, False, step, STEPS))
+        os._exit(
+            rank_process.write_error_file(to, number, error, heartbeat.section, heartbeat.step)
+        )
+    rank_process.write_end_file(
+        to, number, rank_process.End(reason, signals.received, False, step, STEPS)
+    )
     if part.get("does") == "late term":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Python does before it ends
         os.kill(os.getpid(), signal.SIGTERM)
@@ -137,17 +143,17 @@ def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
     """`about`: deadlines, ranks, and for one of several supervisors which and of how many."""
     count, world = about["ranks"], about.get("world", about["ranks"])
     number = about.get("supervisor", 0)
-    places = Layout(
+    topology = Topology(
         about.get("launch", "played"), number * count, count, 0, world, number, number,
         world // count, f"host-{number}", "127.0.0.1", 0,
     )  # fmt: skip
     command = [sys.executable, __file__, "rank", str(folder), parts]
-    deadlines = Deadlines(**about["deadlines"])
+    timeouts = SectionTimeouts(**about["timeouts"])
     for name, value in about.get("lease", {}).items():
         setattr(lease, name, value)
     try:
         grace = {int(number): seconds for number, seconds in about.get("grace", {}).items()}
-        code = Supervisor(places, command, folder / "run", deadlines, grace).watch()
+        code = Supervisor(topology, command, folder / "run", timeouts, grace).watch()
     except BusyError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
         code = RETRYABLE

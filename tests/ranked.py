@@ -9,24 +9,24 @@ import adapted
 import pytorch_lightning as pl
 import runs
 
-from echolab.training.callbacks import Steps
 from echolab.training.checkpoints.writer import CheckpointWriter
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import Machine
-from echolab.training.parts import Intervals
+from echolab.training.loop import TrainLoop
 
 
 def save_what_was_loaded(to: Path) -> None:
-    """Every checkpoint that is gone on from is written again, before any step, below `to`."""
-    start = Steps.on_train_start
+    """Write every checkpoint that a run resumes from again, before any step, below `to`."""
+    start = TrainLoop.on_train_start
 
-    def and_save(self: Steps, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def and_save(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         start(self, trainer, module)
         writer = CheckpointWriter(to, self.masters, self.ema, keep=lambda step: True)
-        writer.begin(self.state())
+        writer.begin(self.checkpoint_state())
         writer.finish()
 
-    Steps.on_train_start = and_save  # type: ignore[method-assign]
+    TrainLoop.on_train_start = and_save  # type: ignore[method-assign]
 
 
 def main(words: Sequence[str]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import adapted
 import runs
 
-from echolab.training.callbacks import Steps
-from echolab.training.engine.masters import Masters
+from echolab.training.config import Intervals
+from echolab.training.engine.master_weights import Masters
 from echolab.training.fit import Machine
-from echolab.training.parts import Intervals
+from echolab.training.loop import TrainLoop
 
 
 def held(tensors: Iterable[Any]) -> int:
@@ -22,7 +22,7 @@ def held(tensors: Iterable[Any]) -> int:
     return sum(size for pointer, size in storages.items() if pointer)
 
 
-def count(self: Steps) -> dict[str, int]:
+def count(self: TrainLoop) -> dict[str, int]:
     """What lives after the first step."""
     net, masters = self.module.net, self.masters
     pieces = [p.ds_tensor.data for p in net.parameters() if hasattr(p, "ds_tensor")]
@@ -43,13 +43,13 @@ def main() -> None:
     folder, strategy, ranks, precision, lora = sys.argv[1:]
     found: dict[str, int] = {}
 
-    original = Steps._after
+    original = TrainLoop.on_train_batch_end
 
-    def after(self: Steps, *told: Any) -> Any:
+    def after(self: TrainLoop, *arguments: Any) -> None:
         found.update(count(self))
-        return original(self, *told)
+        original(self, *arguments)
 
-    Steps._after = after  # type: ignore[assignment,method-assign]
+    TrainLoop.on_train_batch_end = after  # type: ignore[assignment,method-assign]
     runs.train(
         Path(folder),
         runs.schedule(("sft", 1)),

@@ -8,12 +8,13 @@ import tiny
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
-from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.models.frozen import Frozen
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training.fit import FitResult, Training, fit
 from echolab.training.module import Optim
 from echolab.training.schedule import Epoch, Schedule
@@ -21,7 +22,7 @@ from echolab.training.schedule import Epoch, Schedule
 __all__ = ["Optim", "Preference", "Supervised"]
 
 ARCHITECTURE = dict(tiny.SIZES)
-PHASES = KeepModalities(PHDA)
+PHASES = ModalityDropout(PHDA)
 
 
 def clip_tensors(seed: int) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def schedule(*epochs: tuple[str, int], lr: float = 3e-3) -> Schedule:
 
 def curriculum() -> Curriculum:
     """Quick enough to show all tasks in a few steps."""
-    return Curriculum(hard_to_easy(1), momentum=0.3, floor=0.02)
+    return Curriculum(hard_to_easy(1), ema_decay=0.3, min_prob=0.02)
 
 
 def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
@@ -88,7 +89,7 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
             "sft": Supervised(PHASES),
             "ndpo": NegativePreference(PHASES, reference, 100.0, 0.2),
             "dpo": Preference(
-                PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
+                PHASES, reference, 100.0, sft_weight=0.5, target_grad_factor=0.2,
             ),
         },
         "batch_size": 4,

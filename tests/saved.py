@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.checkpoints import checkpoint as checkpoints
-from echolab.training.checkpoints.agreed import newest
-from echolab.training.checkpoints.checkpoint import restore
-from echolab.training.checkpoints.manifest import serialise
+from echolab.training.checkpoints.checkpoint import newest, restore
+from echolab.training.checkpoints.manifest import serialize
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters, masters_of
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters, masters_of
 
 MORE = (0.5,)
 # -0.0, the smallest denormal, the largest number and the smallest normal one
@@ -39,19 +38,19 @@ class Net(nn.Module):
         self.wide = nn.Linear(7, 301)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 13] -> []"""
+        """Return a loss [] for inputs [B, 13]."""
         hidden = self.first(x) + self.again(x) * self.gain + self.base.sum()
         return self.wide(hidden).square().mean()
 
 
 def net() -> Net:
-    """The same one each time."""
+    """Return the same network each time."""
     torch.manual_seed(0)
     return Net()
 
 
 def adam(made: nn.Module) -> torch.optim.AdamW:
-    """In two groups, as training has them."""
+    """Return AdamW in two groups, as training has them."""
     trained = [p for p in made.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2]}]
     groups += [{"params": [p for p in trained if p.ndim < 2]}]
@@ -59,17 +58,17 @@ def adam(made: nn.Module) -> torch.optim.AdamW:
 
 
 def state(step: int, ema: Ema, **more: Any) -> dict[str, Any]:
-    """What a run would save beside the tensors, so far as readers need it."""
-    told = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
-    origin = {"world": ranks.world(), "masters": "test"}
+    """Return what a run saves besides the tensors, as far as readers need it."""
+    report = {"step": step, "optimizer_updates": step, "ema": ema.state_dict()}
+    origin = {"world": distributed.world(), "masters": "test"}
     schedule = {"epochs": [["sft", 10**6, 1e-3]]}
     curriculum = {"step": step, "probabilities": {"i2v": 1.0}}
     kept = {"curriculum": curriculum, "objectives": {}, "spikes": {}, "architecture": {}}
-    return {**told, "origin": origin, "schedule": schedule, **kept, **more}
+    return {**report, "origin": origin, "schedule": schedule, **kept, **more}
 
 
 def keep_all(step: int) -> bool:
-    """For a writer that removes nothing."""
+    """Keep every checkpoint."""
     return step >= 0
 
 
@@ -94,7 +93,7 @@ class Saver:
 
     @torch.no_grad()
     def become(self, step: int) -> None:
-        """Every value is a function of the step."""
+        """Set every value to a function of the step."""
         flats = [self.masters.flats(part) for part in (MASTER, *MOMENTS)]
         for number, tensors in enumerate([*flats, *self.ema.flats.values()]):
             for tensor in tensors:
@@ -102,7 +101,7 @@ class Saver:
         self.masters.updates = self.ema.updates = step
 
     def save(self, step: int) -> Path:
-        """Begin and finish, and wait until old ones are gone."""
+        """Begin and finish, and wait until old checkpoints are removed."""
         self.become(step)
         self.writer.begin(state(step, self.ema))
         path = self.writer.finish()
@@ -111,16 +110,16 @@ class Saver:
         return path
 
 
-def check(found: checkpoints.Checkpoint) -> None:
-    """All of it is of its step; nothing of another's."""
+def check(checkpoint: checkpoints.Checkpoint) -> None:
+    """Assert that all of a checkpoint is of its step, and nothing of another's."""
     for number, part in enumerate([MASTER, *MOMENTS, *Ema(0.9, MORE).parts]):
-        for tensor in found.tensors(part).values():
-            assert (tensor == found.step + number / 8).all()
-    assert found.state["step"] == found.state["ema"]["updates"] == found.step
+        for tensor in checkpoint.tensors(part).values():
+            assert (tensor == checkpoint.step + number / 8).all()
+    assert checkpoint.state["step"] == checkpoint.state["ema"]["updates"] == checkpoint.step
 
 
 def odd_checkpoint(folder: Path) -> Path:
-    """One whose tensors hold every pattern of bits."""
+    """Write a checkpoint whose tensors hold every pattern of bits."""
     saver = Saver(folder, shard_bytes=4096)
     generator = torch.Generator().manual_seed(5)
     flats = [saver.masters.flats(part) for part in (MASTER, *MOMENTS)]
@@ -138,11 +137,11 @@ def odd_checkpoint(folder: Path) -> Path:
     return path
 
 
-# -- ranks ----------------------------------------------------------------------------------------
+# -- ranks ------------------------------------------------------------------------------------
 
 
 def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
-    """A fresh net given to a strategy: single, ddp, or zero1 to zero3 with or without small."""
+    """Give a fresh network to a strategy: single, ddp, or zero1 to zero3."""
     made = net()
     if not strategy.startswith("zero"):
         return made, masters_of(made, adam(made))
@@ -160,120 +159,120 @@ def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
 
 
 def weights(made: nn.Module) -> list[Tensor]:
-    """The network's own trained weights, whole; collective."""
+    """Return the network's own trained weights as full tensors; collective."""
     import deepspeed
 
-    found = []
+    result = []
     for parameter in made.parameters():
         if parameter.requires_grad:
             cut = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], enabled=cut):
-                found.append(parameter.detach().clone())
-    return found
+                result.append(parameter.detach().clone())
+    return result
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    """NaN for NaN, -0.0 for -0.0."""
+    """Compare bits: NaN equals NaN, and -0.0 differs from 0.0."""
     pairs = list(zip(one, other, strict=True))
     bits = ([tensor.reshape(-1).view(torch.uint8) for tensor in pair] for pair in pairs)
     return all(torch.equal(*pair) for pair in bits)
 
 
 def load_and_save(strategies: list[str], source: str, out: str) -> None:
-    """Each strategy loads a checkpoint and writes it again; the average is shown and taken back."""
+    """Let each strategy load a checkpoint and write it again; apply and undo the average."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     for strategy in strategies:
         made, masters = masters_by(strategy)
-        found = newest(Path(source))
-        assert found
+        checkpoint = newest(Path(source))
+        assert checkpoint
         ema = Ema(0.9, MORE)
-        restore(found, masters, ema)
-        average = [found.tensors("ema")[name] for name in masters.parameters]
-        own = [found.tensors(MASTER)[name] for name in masters.parameters]
+        restore(checkpoint, masters, ema)
+        average = [checkpoint.tensors("ema")[name] for name in masters.parameters]
+        own = [checkpoint.tensors(MASTER)[name] for name in masters.parameters]
         dtype = next(made.parameters()).dtype
         before = weights(made)
         assert same_bits(before, [tensor.to(dtype) for tensor in own])
         with ema.applied(masters):
             assert same_bits(weights(made), [tensor.to(dtype) for tensor in average])
         assert same_bits(weights(made), before) and masters.updates == 7
-        folder = Path(out) / f"{strategy}-{ranks.world()}"
+        folder = Path(out) / f"{strategy}-{distributed.world()}"
         writer = CheckpointWriter(folder, masters, ema, keep=keep_all, shard_bytes=4096)
         writers = {file.writer for file in writer.files}
-        assert writers == set(range(ranks.world())), writers
+        assert writers == set(range(distributed.world())), writers
         writer.check_start()
         writer.begin(state(7, ema))
         writer.finish()
 
 
 def save_with_fault(out: str, at: str) -> None:
-    """Rank 1 fails where `at` says; every rank is told of it, and goes on."""
+    """Let rank 1 fail at `at`; every rank gets the error, and later saves succeed."""
     from echolab.errors import CheckpointError
     from echolab.training.checkpoints import writer as writing
 
     dist.init_process_group("gloo")
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         time.time = lambda: 0.0  # a clock that is off by decades
         time.time_ns = lambda: 0
     saver = Saver(Path(out), shard_bytes=4096)
     saver.save(1)
     if at == "write":
-        if ranks.rank() == 1:
+        if distributed.rank() == 1:
             real, writing.write_file = writing.write_file, refuse
-    elif at == "memory" and ranks.rank() == 1:
+    elif at == "memory" and distributed.rank() == 1:
         saver.writer._buffers.clear()
         real, writing.host_buffer = writing.host_buffer, refuse
-    told = ""
+    report = ""
     try:
         saver.save(2)
     except CheckpointError as error:
-        told = str(error)
-    (Path(out) / f"told-{ranks.rank()}").write_text(told)
-    if at == "write" and ranks.rank() == 1:
+        report = str(error)
+    (Path(out) / f"told-{distributed.rank()}").write_text(report)
+    if at == "write" and distributed.rank() == 1:
         writing.write_file = real
-    elif at == "memory" and ranks.rank() == 1:
+    elif at == "memory" and distributed.rank() == 1:
         writing.host_buffer = real
     saver.save(3)
     _see_another(Path(out))
 
 
 def _see_another(out: Path) -> None:
-    """Rank 1's disk has another checkpoint of the same name; both are told."""
+    """Give rank 1's disk another checkpoint of the same name; both ranks get the error."""
     from echolab.errors import CheckpointError
 
     elsewhere = Path(f"{out}-elsewhere")
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         content = json.loads((out / "step-000003/manifest.json").read_bytes())
         content.pop("sha256")
         shutil.copytree(out, elsewhere)
-        other = serialise({**content, "tied": {}})
+        other = serialize({**content, "tied": {}})
         (elsewhere / "step-000003/manifest.json").write_bytes(other)
-    told = ""
+    report = ""
     try:
-        newest(elsewhere if ranks.rank() == 1 else out)
+        newest(elsewhere if distributed.rank() == 1 else out)
     except CheckpointError as error:
-        told = str(error)
-    (out / f"saw-{ranks.rank()}").write_text(told)
+        report = str(error)
+    (out / f"saw-{distributed.rank()}").write_text(report)
 
 
 def refuse(*given: Any, **named: Any) -> Any:
-    """In place of a function that fails."""
+    """Fail in place of another function."""
     raise RuntimeError("this rank cannot")
 
 
-def save_for_ever(folder: str, told: str, seed: int) -> None:
-    """Go on from the newest, save without end, and write each published step to `told`."""
+def save_for_ever(folder: str, steps_file: str, seed: int) -> None:
+    """Resume from the newest, save without end, and write each published step to a file."""
     torch.set_num_threads(1)
     saver = Saver(Path(folder), keep=lambda step: False)
-    found = newest(Path(folder))
+    checkpoint = newest(Path(folder))
     step = 0
-    if found:
-        restore(found, saver.masters, saver.ema)
-        step = found.step
+    if checkpoint:
+        restore(checkpoint, saver.masters, saver.ema)
+        step = checkpoint.step
     chance = random.Random(seed)
-    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(steps_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(out, b"0\n")
     while True:
         step += 1
@@ -284,7 +283,7 @@ def save_for_ever(folder: str, told: str, seed: int) -> None:
         os.write(out, f"{step}\n".encode())
 
 
-def last_told(told: Path) -> int:
-    """The last published step that was written down whole."""
-    lines = told.read_text().splitlines(keepends=True) if told.exists() else []
+def last_published(file: Path) -> int:
+    """Return the last published step whose line is complete."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return max((int(line) for line in lines if line.endswith("\n")), default=0)

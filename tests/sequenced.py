@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from echolab.training.engine.memory import checkpoint_blocks
-from echolab.training.engine.sequence import SequenceSplit
+from echolab.training.engine.activation_checkpointing import checkpoint_blocks
+from echolab.training.engine.sequence_parallel import SequenceSplit
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from forked import ForkServer, Ranks
 
+from echolab.heartbeat import LOCAL_DIR, heartbeat_path, read_heartbeat
 from echolab.launch.exit_codes import DONE, STOPPED_SAVED, STOPPED_UNSAVED
-from echolab.training.sections import FOLDER, beats_path, read_beat
-from echolab.training.stopping import StopSignals
+from echolab.training.signals import StopSignals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 def rank(config: dict[str, Any]) -> int:
     """What a rank of `echolab train` does, handlers first; its exit code."""
     with StopSignals():
-        folder, number = Path(os.environ[FOLDER]), os.environ["RANK"]
+        folder, number = Path(os.environ[LOCAL_DIR]), os.environ["RANK"]
         (folder / f"{number}.ready").touch()
         from echolab.cli.train_rank import train
 
@@ -30,23 +30,23 @@ def rank(config: dict[str, Any]) -> int:
     return STOPPED_UNSAVED if result.unsaved else STOPPED_SAVED
 
 
-def start(server: ForkServer, config: Mapping[str, Any], world: int, beats: Path) -> Ranks:
+def start(server: ForkServer, config: Mapping[str, Any], world: int, folder: Path) -> Ranks:
     """The ranks of one attempt, once all handlers are in place."""
-    beats.mkdir()
+    folder.mkdir()
     ranks = server.start(
         "signalled:rank",
         world=world,
         arguments={"config": config},
-        environment={FOLDER: str(beats)},
+        environment={LOCAL_DIR: str(folder)},
     )
     deadline = time.monotonic() + 600
-    while len(list(beats.glob("*.ready"))) < world:
+    while len(list(folder.glob("*.ready"))) < world:
         assert time.monotonic() < deadline, ranks.outputs()
         time.sleep(0.005)
     return ranks
 
 
-def signal_one(ranks: Ranks, beats: Path, world: int, chance: random.Random) -> str:
+def signal_one(ranks: Ranks, folder: Path, world: int, chance: random.Random) -> str:
     """Signal one rank once it is in a section drawn by lot, or later; what was done, in words."""
     victim, number = chance.randrange(world), chance.choice(SIGNALS)
     wanted = chance.choice(
@@ -55,7 +55,7 @@ def signal_one(ranks: Ranks, beats: Path, world: int, chance: random.Random) -> 
     entries = chance.randrange(1, 40)  # of sections, before it is looked for
     deadline = time.monotonic() + 600
     while wanted != "now" and time.monotonic() < deadline and ranks.codes()[victim] is None:
-        beat = read_beat(beats_path(beats, victim))
+        beat = read_heartbeat(heartbeat_path(folder, victim))
         if beat and beat.section == wanted and (wanted == "init" or beat.switches >= entries):
             break
     time.sleep(chance.random() * 0.02)

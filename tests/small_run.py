@@ -6,24 +6,26 @@ from typing import NamedTuple
 import runs
 import torch
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.cli.fit import fit_network
+from data_prep.options import DrawOptions
 from echolab.data.clips import load_clips
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.diffusion.objectives import Supervised
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.encoders import demo_features
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
+from echolab.inference.fit import fit_network
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
 from echolab.tasks.curriculum import Curriculum, Stage
 from echolab.training.fit import Training, fit
 
 ARCHITECTURE = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
-    "text_dim": words.SIZE, "image_dim": picture.SIZE, "audio_dim": sound.SIZE,
+    "text_dim": demo_features.CAPTION_DIM, "image_dim": demo_features.IMAGE_DIM,
+    "audio_dim": demo_features.AUDIO_DIM,
 }  # fmt: skip
 
 
@@ -35,14 +37,14 @@ class SmallRun(NamedTuple):
 
 
 def make(root: Path) -> SmallRun:
-    """All of it, under `root`."""
+    """Make all of it under `root`."""
     made = SmallRun(root / "raw", root / "encoded", root / "autoencoder.safetensors", root / "run")
-    draw_dataset(DrawOptions(made.raw, clips=4), lambda done: None)
+    draw_dataset(DrawOptions(made.raw, num_clips=4), lambda done: None)
     fit_network("autoencoder", load_clips(made.raw), made.video, steps=2, seed=0)
     encoders = demo_encoders(load_net(made.video, CausalAutoencoder))
     encode_dataset(made.raw, made.encoded, encoders, lambda done: None)
     net = EchoTransformer(**ARCHITECTURE)  # type: ignore[arg-type]
-    initialise(net, torch.Generator().manual_seed(0))
+    initialize(net, torch.Generator().manual_seed(0))
     fit(Training(
         net, ARCHITECTURE, folder=made.run, clips=[open_dataset(made.encoded)],
         schedule=runs.schedule(("sft", 2)), curriculum=Curriculum([Stage(1, {"i2v": 1.0})]),

@@ -12,20 +12,20 @@ from torch import nn
 
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
-from echolab.training.engine.apart import check_alone, check_apart
+from echolab.training.engine.engine_report import check_alone, check_frozen_networks
 from echolab.types import Loss
 
 
 def test_a_copy_may_be_the_reference_and_nothing_else() -> None:
     net = tiny.net()
-    check_apart(net, [("reference", Frozen(copy.deepcopy(net)))])
+    check_frozen_networks(net, [("reference", Frozen(copy.deepcopy(net)))])
     with pytest.raises(ConfigError, match="nothing to train"):
-        check_apart(net, [("reference", Frozen(net))])  # freezing it froze the policy
+        check_frozen_networks(net, [("reference", Frozen(net))])  # freezing it froze the policy
     net.requires_grad_(True)
     loose = Frozen(copy.deepcopy(net))
     loose.net.train()
     with pytest.raises(ConfigError, match="reference: must be in eval mode"):
-        check_apart(net, [("reference", loose)])
+        check_frozen_networks(net, [("reference", loose)])
 
 
 def test_a_reference_of_the_same_storage_is_caught() -> None:
@@ -34,7 +34,7 @@ def test_a_reference_of_the_same_storage_is_caught() -> None:
     name, weight = next(iter(net.named_parameters()))
     dict(other.named_parameters())[name].data = weight.data.view(-1).view(weight.shape)
     with pytest.raises(ConfigError, match=f"reference: shares 1 tensors .* {name}"):
-        check_apart(net, [("reference", Frozen(other))])
+        check_frozen_networks(net, [("reference", Frozen(other))])
 
 
 def test_a_frozen_network_in_the_module_tree_is_caught() -> None:
@@ -62,7 +62,7 @@ def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_pat
         reference=reference,
         objectives={
             "dpo": Watched(
-                runs.PHASES, reference, 100.0, anchor=0.5, target_gradient_factor=0.2,
+                runs.PHASES, reference, 100.0, sft_weight=0.5, target_grad_factor=0.2,
             )
         },
     )  # fmt: skip

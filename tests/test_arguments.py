@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.arguments import parse
+from echolab.arguments import Action, argument, help_text, parse, run_action
 from echolab.errors import ConfigError
 
 
@@ -32,20 +32,22 @@ def draw(*words: str) -> Draw:
     return parse(Draw, list(words), command="data_prep draw", positional=("out",))
 
 
-def test_values_take_the_type_of_their_field() -> None:
+def test_values_have_the_type_of_their_field() -> None:
     words = ["clips=8", "rate=1e-3", "loop=yes", "sizes=1, 2,3", "span=0,2", "prompt=a=b c"]
     expected = Draw(Path("a=b"), 8, 1e-3, True, (1, 2, 3), (0.0, 2.0), "a=b c")
     assert draw("./a=b", *words) == expected
 
 
-def test_defaults_stay_and_a_place_may_be_named() -> None:
+def test_positional_arguments_may_be_given_by_name() -> None:
     assert draw("x") == draw("out=x") == Draw(Path("x"))
     assert draw("x", "prompt=none").prompt is None
     assert draw("x", "sizes=").sizes == ()
 
 
 @given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
-def test_what_is_written_is_read(clips: int, rate: float, loop: bool, prompt: str) -> None:
+def test_a_value_that_is_written_is_read_back(
+    clips: int, rate: float, loop: bool, prompt: str
+) -> None:
     words = [f"clips={clips}", f"rate={rate!r}", f"loop={loop}", f"prompt={prompt}"]
     read = draw("x", *words)
     expected = None if prompt.lower() in ("none", "null") else prompt
@@ -65,6 +67,7 @@ def test_what_is_written_is_read(clips: int, rate: float, loop: bool, prompt: st
         (["x", "clips=3.5"], "clips=3.5 is not a whole number"),
         (["x", "loop=maybe"], "loop=maybe is not true or false"),
         (["x", "format=xml"], "format=xml is not one of text, json"),
+        (["x", "format=jsn"], "is not one of text, json; did you mean json? (see"),
         (["x", "span=1"], "span=1 is not 2 values with commas between"),
         (["x", "sizes=1,b"], "sizes=1,b is not a list of int with commas between"),
         (["out="], "out= is not a path"),
@@ -75,17 +78,74 @@ def test_what_is_written_is_read(clips: int, rate: float, loop: bool, prompt: st
         (["x", "steps=0"], "steps=0 is not a whole number or none, at least 1"),
     ],
 )
-def test_bad_words_give_one_line_with_the_remedy(words: list[str], message: str) -> None:
+def test_a_wrong_argument_is_refused_in_one_line_with_a_remedy(
+    words: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError) as raised:
         draw(*words)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_help_names_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_field_with_its_type_and_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as left:
         draw("--help")
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: data_prep draw OUT [key=value ...]\n\nDraw talkers.\n")
     assert all(field.name in text for field in dataclasses.fields(Draw))
-    assert "(required)  a new folder" in text and "48,64" in text
+    assert "out PATH" in text and "a new folder [required]" in text
+    assert "sizes INT,..." in text and "[48,64]" in text
+    assert "format {text,json}" in text and "loop {true,false}" in text
+    assert "steps INT" in text and "at least 1 [none]" in text
+
+
+@dataclass
+class Sample:
+    """Sample a clip."""
+
+    image: Path = argument("image with one face", section="Inputs")
+    solver: Literal["euler", "unipc"] | None = argument(
+        "ODE solver", None, section="Sampling", default_text="preset's"
+    )
+    sigma_schedule: str = argument(
+        "noise levels", "even", choices=("even", "wan"), aka=("grid", "schedule")
+    )
+
+
+def test_help_has_sections_choices_and_defaults() -> None:
+    lines = help_text(Sample, command="sample").splitlines()
+    assert lines[0] == "usage: sample image=... [key=value ...]"
+    assert lines[4:] == [
+        "Inputs:",
+        "  image PATH                 image with one face [required]",
+        "",
+        "Sampling:",
+        "  solver {euler,unipc}       ODE solver [preset's]",
+        "  sigma_schedule {even,wan}  noise levels [even]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("grid=wan", "no argument 'grid'; did you mean sigma_schedule=...?"),
+        ("sigma_schedule=want", "is not one of even, wan; did you mean wan?"),
+        ("solver=eular", "is not one of euler, unipc or none; did you mean euler?"),
+    ],
+)
+def test_old_names_and_slips_get_the_right_word(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(Sample, ["image=a.png", word], command="sample")
+    assert message in str(raised.value)
+
+
+def test_actions_are_listed_run_and_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = {"verify": Action("math:fsum", "check"), "index": Action("math:fsum", "list")}
+    assert run_action(["--help"], actions, command="data") == 0
+    assert "usage: data ACTION [key=value ...]" in capsys.readouterr().out
+    assert run_action([], actions, command="data") == 2
+    with pytest.raises(ConfigError, match=r"data verfy: no such action; did you mean verify\?"):
+        run_action(["verfy"], actions, command="data")
+    assert run_action(["index"], actions, command="data") == 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from echolab.errors import ConfigError
 from echolab.models import attention
 from echolab.models.attention import attention_from, attention_modules, cudnn, sdpa, use_attention
-from echolab.models.layers import RMSNorm, modulated
+from echolab.models.layers import RMSNorm, modulate
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
@@ -22,7 +22,7 @@ def heads(tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture
 def flash3(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """A package of that name, which attends by torch's plain kernel and notes what it was given."""
+    """Install a package of that name, which attends by torch's kernel and records its inputs."""
     seen = []
 
     def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
@@ -39,9 +39,9 @@ def flash3(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 def test_a_flash_package_gets_heads_as_the_network_has_them(flash3: list[torch.Size]) -> None:
     q, k, v = (heads(n, torch.bfloat16) for n in (5, 7, 7))
-    found = attention_from("flash3", "cuda")(q.float(), k.float(), v)
-    assert flash3 == [q.shape] and found.shape == q.shape
-    torch.testing.assert_close(found, sdpa(q, k, v), rtol=0.02, atol=0.02)
+    actual = attention_from("flash3", "cuda")(q.float(), k.float(), v)
+    assert flash3 == [q.shape] and actual.shape == q.shape
+    torch.testing.assert_close(actual, sdpa(q, k, v), rtol=0.02, atol=0.02)
 
 
 def test_fp32_is_refused_where_the_kernel_has_none(flash3: list[torch.Size]) -> None:
@@ -64,13 +64,13 @@ def test_auto_is_the_fastest_of_the_machine(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if not installed:
         monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    found = attention_from("auto", "cuda")
+    actual = attention_from("auto", "cuda")
     q = heads(5, torch.bfloat16)
     if expected == "flash3":
-        found(q, q, q)
+        actual(q, q, q)
         assert flash3 == [q.shape]
     else:
-        assert found is {"sdpa": sdpa, "cudnn": cudnn}[expected]
+        assert actual is {"sdpa": sdpa, "cudnn": cudnn}[expected]
     assert attention_from("auto", "cpu") is sdpa
 
 
@@ -85,15 +85,15 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_attention_of_the_network_takes_the_choice() -> None:
-    net, told, calls = tiny.net(trained=True), tiny.conditions(), []
+    net, conditions, calls = tiny.net(trained=True), tiny.conditions(), []
 
     def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         calls.append(k.shape[1])
         return sdpa(q, k, v)
 
-    expected = net(tiny.latents(), TIMESTEPS, told)
+    expected = net(tiny.latents(), TIMESTEPS, conditions)
     use_attention(net, counted)
-    torch.testing.assert_close(net(tiny.latents(), TIMESTEPS, told), expected)
+    torch.testing.assert_close(net(tiny.latents(), TIMESTEPS, conditions), expected)
     assert calls == [18, 5, 3, 17] * len(net.blocks), "tokens, text, image, a window of sound"
     assert len(list(attention_modules(net))) == 2 * len(net.blocks)
 
@@ -102,12 +102,12 @@ def test_every_attention_of_the_network_takes_the_choice() -> None:
 def test_half_precision_on_cpus_is_close_at_every_length(tokens: int) -> None:
     q, k, v = (torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(3))
     halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    found, expected = sdpa(*halves), sdpa(q, k, v)
-    assert found.dtype == torch.bfloat16
-    found.float().square().sum().backward()
+    actual, expected = sdpa(*halves), sdpa(q, k, v)
+    assert actual.dtype == torch.bfloat16
+    actual.float().square().sum().backward()
     expected.square().sum().backward()
-    for half, whole in zip(halves, (q, k, v), strict=True):
-        assert (half.grad - whole.grad).norm() < 0.02 * whole.grad.norm()
+    for half, full in zip(halves, (q, k, v), strict=True):
+        assert (half.grad - full.grad).norm() < 0.02 * full.grad.norm()
 
 
 def test_rms_norm_has_the_gradients_of_its_definition() -> None:
@@ -126,5 +126,5 @@ def test_rms_norm_has_the_gradients_of_its_definition() -> None:
 def test_modulation_is_a_norm_then_scale_and_shift(clips: int) -> None:
     tokens, shift, scale = torch.randn(clips, 5, 8), *torch.randn(2, clips, 1, 8)
     expected = F.layer_norm(tokens, (8,), eps=1e-6) * (1 + scale) + shift
-    torch.testing.assert_close(modulated(tokens, shift, scale, 1e-6), expected)
-    assert modulated(tokens.bfloat16(), shift, scale, 1e-6).dtype == torch.bfloat16
+    torch.testing.assert_close(modulate(tokens, shift, scale, 1e-6), expected)
+    assert modulate(tokens.bfloat16(), shift, scale, 1e-6).dtype == torch.bfloat16

@@ -6,15 +6,21 @@ import drawn
 import pytest
 import torch
 
-from echolab.encoders.autoencoder import CausalAutoencoder, from_patches, to_patches
-from echolab.encoders.fit_autoencoder import LIP_WEIGHT, lip_weight, set_normalisation
+from echolab.encoders.demo_vae import (
+    LIP_WEIGHT,
+    CausalAutoencoder,
+    from_patches,
+    lip_weight,
+    set_normalization,
+    to_patches,
+)
 from echolab.metrics.scores import psnr
 
 WIDTH = 16
 
 
 def random_net() -> CausalAutoencoder:
-    """No weight is zero, so that every path counts."""
+    """Return a network without zero weights, so that every path counts."""
     torch.manual_seed(0)
     net = CausalAutoencoder(channels=6, width=WIDTH, depth=1)
     with torch.no_grad():
@@ -83,7 +89,7 @@ def test_a_still_clip_has_one_latent_frame_many_times() -> None:
 
 
 @torch.no_grad()
-def test_a_beginning_is_encoded_as_in_the_whole() -> None:
+def test_the_first_frames_are_encoded_as_in_the_full_clip() -> None:
     net, clip = random_net(), random_clip()
     torch.testing.assert_close(net.encode(clip[:, :, :9]), net.encode(clip)[:, :, :3])
 
@@ -113,11 +119,11 @@ def test_the_basis_is_a_projection_and_more_channels_lose_less() -> None:
 
 
 @torch.no_grad()
-def test_normalised_latents_have_mean_zero_and_unit_size() -> None:
+def test_normalized_latents_have_mean_zero_and_unit_size() -> None:
     clips = drawn.clips(8)
     net = CausalAutoencoder(width=WIDTH)
     net.fit_basis(clips.float_pixels())
-    set_normalisation(net, clips.pixels)
+    set_normalization(net, clips.pixels)
     latents = net.encode(clips.float_pixels())
     assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-3
     assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
@@ -134,7 +140,7 @@ def test_the_loss_weighs_the_lips_more() -> None:
 
 
 def test_a_few_steps_lower_the_error_of_the_basis(tmp_path: Path) -> None:
-    from echolab.encoders import fit_autoencoder as fitting
+    from echolab.encoders import demo_vae as fitting
 
     clips = drawn.clips(8, frames=5, size=32)
     losses: list[float] = []

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
-from echolab.data.batches import place_weight
-from echolab.data.micro_batches import MicroBatch, MicroBatches, stock
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.collate import position_weight
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.train_dataset import MicroBatch, TrainDataset, build_mixture
 from echolab.errors import ConfigError, DataError
 from echolab.types import Batch, PreferencePair
 
@@ -23,11 +24,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-def batches(folder: Path, *, world: int = 1, rank: int = 0, accumulation: int = 1) -> MicroBatches:
-    return MicroBatches(
-        stock([runs.write_clips(folder / "clips", 7)], kind="encoded", batch_size=4, seed=3),
-        stock([runs.write_pairs(folder / "pairs", 5)], kind="preference", batch_size=4, seed=3),
-        place=PLAN.place,
+def batches(folder: Path, *, world: int = 1, rank: int = 0, accumulation: int = 1) -> TrainDataset:
+    return TrainDataset(
+        build_mixture(
+            [runs.write_clips(folder / "clips", 7)], kind="encoded", batch_size=4, seed=3
+        ),
+        build_mixture(
+            [runs.write_pairs(folder / "pairs", 5)], kind="preference", batch_size=4, seed=3
+        ),
+        step_plan=PLAN.place,
         curriculum=runs.curriculum(),
         batch_size=4,
         accumulation=accumulation,
@@ -88,7 +93,7 @@ def test_a_kind_of_epoch_gives_its_kind_of_batch(folder: Path) -> None:
     assert isinstance(whole[0].batch, Batch) and isinstance(whole[4].batch, PreferencePair)
     negative = whole[7]
     assert negative.kind == "ndpo" and isinstance(negative.batch, Batch)
-    pair = whole._pairs("dpo", whole.plan(7))
+    pair = whole._pairs("dpo", whole.global_batch(7))
     assert isinstance(pair, PreferencePair)
     assert negative.batch.keys == pair.keys
     assert torch.equal(negative.batch.latents, pair.rejected)
@@ -104,7 +109,7 @@ def test_text_to_video_is_given_no_picture(folder: Path) -> None:
 def test_known_places_weigh_less_and_the_mean_is_one() -> None:
     known = torch.zeros(4, 3, 2, 2)
     known[:, 0] = 1
-    weight = place_weight(torch.ones(1, 3, 2, 2), known, 0.1)
+    weight = position_weight(torch.ones(1, 3, 2, 2), known, 0.1)
     assert weight.mean().item() == pytest.approx(1)
     assert (weight[:, 0] / weight[:, 1]).flatten().tolist() == pytest.approx([0.1] * 4)
 
@@ -130,9 +135,9 @@ def write(folder: Path, **changes: torch.Tensor) -> ShardDataset:
 def test_a_bad_sample_is_named(
     tmp_path: Path, change: dict[str, torch.Tensor], words: list[str]
 ) -> None:
-    clips = stock([write(tmp_path / "bad", **change)], kind="encoded", batch_size=2, seed=0)
-    items = MicroBatches(
-        clips, None, place=PLAN.place, curriculum=runs.curriculum(),
+    clips = build_mixture([write(tmp_path / "bad", **change)], kind="encoded", batch_size=2, seed=0)
+    items = TrainDataset(
+        clips, None, step_plan=PLAN.place, curriculum=runs.curriculum(),
         batch_size=2, accumulation=1, seed=0, steps=PLAN.steps,
     )  # fmt: skip
     with pytest.raises(DataError) as error:

@@ -1,4 +1,4 @@
-"""What the benchmarks count: operations, bytes, rows.  Never how long anything takes."""
+"""The benchmarks: operations, bytes and rows that they count, never how long anything takes."""
 
 import json
 import subprocess
@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from echolab.cli import bench, bench_rows, bench_step
-from echolab.cli.bench_rows import Row, measure, peak_of
-from echolab.cli.bench_subjects import (
+from echolab.bench import measure as bench_measure
+from echolab.bench import step as bench_step
+from echolab.bench.measure import Row, as_json, as_table, measure, peak_of
+from echolab.bench.models import (
     diffusers_net,
     draw_inputs,
     ours_net,
@@ -21,6 +22,7 @@ from echolab.cli.bench_subjects import (
     shapes_of,
     with_audio,
 )
+from echolab.cli import bench
 from echolab.errors import ConfigError
 from echolab.models.flops import Shapes, forward_flops, step_flops
 
@@ -33,7 +35,7 @@ TINY = ["frames=5", "height=32", "width=48", "pairs=1"]
 
 
 def counted(net: torch.nn.Module, *given: object) -> int:
-    """torch's own count, which leaves this one kernel out."""
+    """Count operations with torch, and with this one kernel that it leaves out."""
 
     def attention(q, k, v, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
         return sdpa_flop_count(q, k, v)
@@ -43,33 +45,36 @@ def counted(net: torch.nn.Module, *given: object) -> int:
     return counter.get_total_flops()
 
 
-def test_the_formula_is_what_torch_counts() -> None:
+def test_flops_formula_equals_the_count_of_torch() -> None:
     inputs = draw_inputs(SIZES, (9, 32, 48), 0, "cpu")
-    given = (inputs.latents, inputs.timesteps, inputs.told)
+    given = (inputs.latents, inputs.timesteps, inputs.conditions)
     shapes = shapes_of(inputs)
     assert shapes == Shapes(tokens=3 * 2 * 3, text=512, image=257, audio=0)
     assert forward_flops(SIZES, shapes) == counted(ours_net(SIZES, 0, "cpu"), *given)
     text = {**SIZES, "image_dim": None, "in_channels": 16}
     alone = shapes._replace(image=0)
     assert forward_flops(text, alone) == counted(ours_net(text, 0, "cpu"), *given)
-    sound = with_audio(SIZES)
-    heard = shapes._replace(audio=18)
-    # 17 tokens of sound a frame, read by six tokens each: as torch counts the sound's attention.
-    assert forward_flops(sound, heard) == counted(ours_net(sound, 0, "cpu"), *given)
+    audio = with_audio(SIZES)
+    # 17 audio tokens per frame, each attended by six tokens, as torch counts audio attention.
+    shapes_with_audio = shapes._replace(audio=18)
+    assert forward_flops(audio, shapes_with_audio) == counted(ours_net(audio, 0, "cpu"), *given)
     assert step_flops(SIZES, shapes) == 3 * forward_flops(SIZES, shapes)
 
 
 def test_operations_of_the_released_size() -> None:
-    """Wan 1.3B at 480x832x81, by hand: per layer 12 S D^2 + 4 S D ffn + 4 S^2 D and the text's."""
+    """Compare Wan 1.3B at 480x832x81 with a count by hand.
+
+    Per layer 12 S D^2 + 4 S D ffn + 4 S^2 D, and that of the text.
+    """
     released = {**SIZES, "dim": 1536, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096}
     tokens = 21 * 30 * 52
     assert tokens == 32_760
-    found = forward_flops(released, Shapes(tokens, 512, 0, 0))
+    flops = forward_flops(released, Shapes(tokens, 512, 0, 0))
     by_hand = 30 * (0.9275e12 + 1.8035e12 + 6.5940e12 + 0.0048e12 + 0.1031e12)
-    assert found == pytest.approx(by_hand, rel=1e-3)
+    assert flops == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_the_peak_is_what_was_held_at_once() -> None:
+def test_peak_memory_is_what_was_held_at_once() -> None:
     kept = []
 
     def run() -> None:
@@ -88,7 +93,7 @@ def test_the_peak_is_what_was_held_at_once() -> None:
 def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     wall = [0.0, 3.0, 10.0, 14.0, 20.0, 28.0, 30.0, 31.0, 40.0, 42.0, 50.0, 60.0]
     clock, processor, order = iter(wall), iter(range(12)), []
-    monkeypatch.setattr(bench_rows, "peak_of", lambda run, device: 2**20)
+    monkeypatch.setattr(bench_measure, "peak_of", lambda run, device: 2**20)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(time, "process_time", lambda: next(processor))
     pair = measure(lambda: order.append("a"), lambda: order.append("b"), 3, "cpu")
@@ -108,16 +113,16 @@ def test_both_networks_are_the_same() -> None:
 
 def test_rows_as_json_and_as_a_table() -> None:
     rows = [Row("a", 1.0, "s", "b", 4.0), Row("c", 2.0, "s")]
-    first, second = json.loads(bench_rows.as_json(rows))
+    first, second = json.loads(as_json(rows))
     assert first == {
         "name": "a", "value": 1.0, "unit": "s", "baseline": "b", "baseline_value": 4.0,
         "ratio": 0.25,
     }  # fmt: skip
     assert second["ratio"] is second["baseline"] is None
-    assert bench_rows.as_table(rows).splitlines()[1].split() == ["a", "1", "s", "b", "4", "0.25"]
+    assert as_table(rows).splitlines()[1].split() == ["a", "1", "s", "b", "4", "0.25"]
 
 
-def test_a_step_by_the_command(
+def test_step_rows_of_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "SMALL", SIZES)
@@ -127,7 +132,7 @@ def test_a_step_by_the_command(
     rows = {row["name"]: row for row in json.loads(shown.out)}
     assert rows["fp32/output_difference"]["value"] < 1e-5
     names = ["time", "peak_memory", "tokens", "arithmetic", "checkpointing=full/time"]
-    names += ["checkpointing=selective/time", "attention=sdpa/time", "sound/time"]
+    names += ["checkpointing=selective/time", "attention=sdpa/time", "audio/time"]
     assert {f"fp32/{name}" for name in names} <= rows.keys()
     for row in rows.values():
         assert row.keys() == {"name", "value", "unit", "baseline", "baseline_value", "ratio"}
@@ -138,8 +143,8 @@ def test_a_step_by_the_command(
     assert "attention=flash3: skipped" in shown.err
 
 
-def test_videos_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["frames=17", "height=32", "width=32", "steps=1,2", "windows=9,17", "format=json"]
+def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["frames=17", "height=32", "width=32", "num_steps=1,2", "windows=9,17", "format=json"]
     bench.main(["generate", *words, "solvers=euler,unipc"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     names = [
@@ -158,22 +163,22 @@ def test_videos_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["step", "frames=6"], "frames=6: must be 4n"),
         (["step", "height=50"], "height=50: must be a multiple of 16"),
-        (["step", "pairs=0"], "pairs=0: must be 1 or more"),
+        (["step", "pairs=0"], "pairs=0 is not a whole number, at least 1"),
         (["step", "precision=fp8"], "precision=fp8: unknown; one of fp32, bf16"),
         (["step", "model=none_such"], "model=none_such: unknown; one of"),
         (["generate", "solvers=heun"], "solvers=heun: unknown; one of euler"),
         (["generate", "windows=24"], "window=24: must be 4n"),
         (["generate", "model=none_such"], "model=none_such: unknown; one of"),
-        (["sprint"], "bench sprint: unknown; one of step, generate"),
+        (["sprint"], "echolab bench sprint: no such action"),
     ],
 )
-def test_bad_settings_are_one_line(words: list[str], message: str) -> None:
+def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bench.main(words)
 
 
 def test_help_is_there_without_torch() -> None:
-    """Quick, as help should be: torch alone takes seconds to import."""
+    """Print help without torch, which takes seconds to import."""
     script = "import sys; from echolab.cli import bench; bench.main(['--help']); "
     script += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

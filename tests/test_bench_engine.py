@@ -1,4 +1,4 @@
-"""What the benchmarks of the engine count and compare.  Never how long anything takes."""
+"""The benchmarks of the engine: what they count and compare, never how long anything takes."""
 
 import json
 import time
@@ -8,32 +8,39 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from echolab.cli import bench, bench_engine, bench_ranks, bench_step
-from echolab.cli.bench_engine import SMALLEST, Subject, Turns, bare_of, batches_of, net_of
-from echolab.cli.bench_ranks import Clock, Found, measured, resident_peak, strategy_rows
-from echolab.cli.bench_rows import Cost
-from echolab.cli.bench_saves import Saver
-from echolab.cli.bench_subjects import draw_inputs
+from echolab.bench import engine
+from echolab.bench import step as bench_step
+from echolab.bench.engine import (
+    SMALLEST,
+    Bare,
+    Subject,
+    Turns,
+    batches_of,
+    build_net,
+    build_training,
+)
+from echolab.bench.measure import Cost
+from echolab.bench.models import draw_inputs
+from echolab.cli import bench
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.fit import fit
 
 
 @pytest.fixture
 def subject(tmp_path: Path) -> Subject:
-    """The smallest network, with its clips."""
-    made = Subject(SMALLEST, tmp_path, "cpu", "fp32", "none", "auto", 0)
-    bench_engine.write_clips(made, draw_inputs(SMALLEST, (5, 32, 32), 0, "cpu"))
-    return made
+    """Return the smallest network, with its clips."""
+    smallest = Subject(SMALLEST, tmp_path, "cpu", "fp32", "none", "auto", 0)
+    engine.write_clips(smallest, draw_inputs(SMALLEST, (5, 32, 32), 0, "cpu"))
+    return smallest
 
 
-def test_the_bare_loop_does_what_the_engine_does(subject: Subject) -> None:
-    """Else neither would say anything of the other."""
-    net, steps = net_of(subject), 6
-    bare = bare_of(subject, net)
+def test_bare_loop_and_engine_train_the_same_weights(subject: Subject) -> None:
+    """Compare weights and average: otherwise the times would not be comparable."""
+    net, steps = build_net(subject), 6
+    bare = Bare(subject, net)
     start = [parameter.detach().clone() for parameter in net.parameters()]
-    training = bench_engine.training_of(subject, net, "run", steps, subject.machine())
+    training = build_training(subject, net, "run", steps)
     for item in batches_of(training):
         bare.step(item)
         bare.average()
@@ -50,10 +57,10 @@ def test_the_bare_loop_does_what_the_engine_does(subject: Subject) -> None:
     assert any(moved)
 
 
-def test_turns_measure_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_and_bare_steps_are_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
-    class Bare:
+    class BareLoop:
         device = torch.device("cpu")
 
         def step(self, item: object) -> None:
@@ -64,67 +71,15 @@ def test_turns_measure_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "process_time", lambda: 2 * now[0])
-    turns = Turns(Bare(), iter(range(9)))  # type: ignore[arg-type]
+    turns = Turns(BareLoop(), iter(range(9)))  # type: ignore[arg-type]
     for step in range(1, 6):
-        now[0] += step  # what the engine takes
+        now[0] += step  # seconds of an engine step
         turns(step, 5)
-    assert [cost.seconds for cost in turns.engine] == [2, 3, 4, 5]  # before the first is start-up
+    assert [cost.seconds for cost in turns.engine] == [2, 3, 4, 5]  # the first is start-up
     assert [cost.seconds for cost in turns.plain] == [11] * 5
     assert turns.engine[0].processor_seconds == 4
-    counted = bench_engine.medians([Cost(99, 99)] * bench_engine.WARM + turns.engine[:3])
+    counted = engine.medians([Cost(99, 99)] * engine.WARMUP + turns.engine[:3])
     assert counted.seconds == 3 and counted.processor_seconds == 6
-
-
-def test_a_save_goes_on_beside_the_steps(subject: Subject) -> None:
-    net = net_of(subject)
-    item = next(batches_of(bench_engine.training_of(subject, net, "run", 1, subject.machine())))
-    saver = Saver(subject, net, item)
-    saver.save()
-    kept = [host.clone() for host in saver.hosts]
-    found = saver.save()
-    assert found.plain > 0 and found.begin > 0 and found.copy > 0 and found.finish > 0
-    weights = sum(parameter.numel() for parameter in net.parameters())
-    assert sum(host.numel() for host in kept) == 4 * weights  # masters, two moments, the average
-    assert not all(torch.equal(a, b) for a, b in zip(kept, saver.hosts, strict=True))
-    saver.writer.close()
-    saved = saver.folder / "step-000002"
-    assert json.loads((saved / "manifest.json").read_text())["step"] == 2
-    averages = [set(load_file(file)) for file in saved.glob("ema-*.safetensors")]
-    assert set().union(*averages) == dict(net.named_parameters()).keys()
-
-
-def test_strategies_take_turns(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"ddp": 2.0, "zero1": 3.0, "zero2": 4.0, "zero3": 8.0}
-    order: list[str] = []
-
-    def fake(subject: Subject, strategy: str, ranks: int, steps: int) -> Found:
-        order.append(strategy)
-        slow = 100.0 if len(order) <= 4 else 1.0  # whatever disturbed the first round
-        return Found(slow * seconds[strategy], 2**20 * ranks)
-
-    monkeypatch.setattr(bench_ranks, "measured", fake)
-    rows = {row.name: row for row in strategy_rows(subject, 3)}
-    assert order == [*seconds, *reversed(seconds), *seconds]
-    assert [rows[f"engine/{n}/time"].ratio for n in ("zero1", "zero2", "zero3")] == [1.5, 2.0, 4.0]
-    assert rows["engine/zero3/memory"].value == 2 and rows["engine/zero3/memory"].ratio == 1
-    assert rows["engine/zero1/time"].baseline == "ddp, 2 ranks"
-
-
-def test_a_clock_leaves_out_start_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = iter([50.0, 90.0, 99.0, 101.0, 104.0, 105.0, 205.0])
-    peaks = iter(range(7))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(marks))
-    monkeypatch.setattr(bench_ranks, "resident_peak", lambda: float(next(peaks)))
-    clock = Clock("cpu")
-    for step in range(7):
-        clock(step, 7)
-    assert clock.found() == Found(2.0, 5.0)  # of 2, 3, 1; 40 and 9 are start-up, 100 the save
-
-
-def test_the_peak_of_this_process_grows_with_what_it_holds() -> None:
-    before = resident_peak()
-    held = torch.ones(2**28 + int(before) // 4)  # more than it ever held, by 1 GiB
-    assert resident_peak() > before + 2**29 and held[-1] == 1
 
 
 def rows_of(argv: list[str], shown: Callable[[], Any]) -> dict[str, dict[str, Any]]:
@@ -135,38 +90,17 @@ def rows_of(argv: list[str], shown: Callable[[], Any]) -> dict[str, dict[str, An
 WORDS = ["engine=true", "frames=5", "height=32", "width=32", "pairs=1", "precision=fp32"]
 
 
-def test_the_rows_by_the_command(
+def test_engine_rows_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "SMALL", SMALLEST)
-    monkeypatch.setattr(bench_step, "strategy_rows", lambda subject, pairs: iter([]))
     rows = rows_of([*WORDS, f"scratch={tmp_path}"], capsys.readouterr)
     timed = ["ema/time", "module/time", "module/short_step", "module/added"]
-    timed += [f"save/{part}" for part in ("begin", "copy", "stall", "finish", "whole")]
     for name in timed:
         row = rows[f"engine/{name}"]
         assert row["baseline"] and row["ratio"] == row["value"] / row["baseline_value"]
     assert not [name for name in rows if not name.startswith("engine/")]
-    size = 16 * sum(p.numel() for p in net_of(_of(tmp_path)).parameters()) / 2**20
-    assert rows["engine/save/size"]["value"] == pytest.approx(size)
     assert list(tmp_path.iterdir()) == []
-
-
-def _of(folder: Path) -> Subject:
-    return Subject(SMALLEST, folder, "cpu", "fp32", "none", "auto", 0)
-
-
-@pytest.mark.slow
-def test_a_strategy_is_measured_in_ranks_of_its_own(subject: Subject) -> None:
-    found = measured(subject, "zero2", 2, bench_engine.WARM + 3)
-    assert found.seconds > 0 and found.peak > 2**27
-    assert not (subject.folder / "run-zero2").exists()
-
-
-def test_a_launch_that_fails_is_told(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ranks, "run_ranks", lambda command, count: 3)
-    with pytest.raises(bench_ranks.EcholabError, match="zero1 on 2 ranks ended with 3; see above"):
-        measured(subject, "zero1", 2, 5)
 
 
 @pytest.fixture(autouse=True)

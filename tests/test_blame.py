@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from echolab.data.fetch import FetchError, UnreachableError
+from echolab.data.remote.download import FetchError, UnreachableError
 from echolab.errors import CheckpointError as Damaged
 from echolab.errors import (
+    CollectiveError,
     ConfigError,
     DataError,
     DiskFullError,
@@ -18,26 +19,25 @@ from echolab.errors import (
     ParityError,
     ReplicaError,
     SaveError,
-    SharedError,
     SharedMemoryError,
     StorageError,
     WorkerError,
 )
-from echolab.launch.blame import Failure, Observation, culprit, in_collective
-from echolab.launch.deadlines import Deadlines, limit, overdue
+from echolab.heartbeat import SECTIONS, HeartbeatState
+from echolab.launch.diagnosis import Failure, Observation, find_root_cause, in_collective
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
-from echolab.launch.layout import cpu_warning, layout, slurm_address
-from echolab.launch.records import NodeRecord
-from echolab.launch.telling import last_words
-from echolab.launch.told import failure_of, tell_failure
-from echolab.training.sections import SECTIONS, Beat
+from echolab.launch.explain import failure_message
+from echolab.launch.launch_records import NodeRecord
+from echolab.launch.rank_process import read_error_file, write_error_file
+from echolab.launch.section_timeouts import SectionTimeouts, allowed_seconds, overdue_ranks
+from echolab.launch.topology import cpu_warning, find_topology, slurm_address
 
 COLLECTIVE = """Thread 0x00007f0000000001 (most recent call first):
   File "/lib/threading.py", line 324 in wait
 
 Current thread 0x00007f0000000000 (most recent call first):
   File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce
-  File "/echolab/training/ranks.py", line 40 in sums
+  File "/echolab/training/distributed.py", line 40 in sums
 """
 BACKWARD = """Current thread 0x00007f0000000000 (most recent call first):
   File "/site-packages/torch/autograd/graph.py", line 865 in _engine_run_backward
@@ -55,7 +55,7 @@ PEER = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1
 def seen(rank: int, **changes: Any) -> Observation:
     told: dict[str, Any] = {
         "host": "n1", "section": "vote", "step": 7, "switches": 40, "stay": 61.0,
-        "state": "S", "stack": COLLECTIVE, **changes,
+        "process_state": "S", "stack": COLLECTIVE, **changes,
     }  # fmt: skip
     return Observation(rank, **told)
 
@@ -64,7 +64,7 @@ def failed(kind: str, message: str, time: float, cause: str = "code") -> Failure
     return Failure(kind, message, cause, time)
 
 
-LATE = {"late": 60.0}
+LATE = {"timeout": 60.0}
 BUG = failed("ZeroDivisionError", "a bug", 20.0)
 ECHO = failed("RuntimeError", PEER, 10.0)
 BROKEN = failed("DistNetworkError", "sendBytes failed on SocketImpl: Broken pipe", 11.0)
@@ -76,20 +76,20 @@ NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged"
     [
         ([seen(0), seen(1)], None, None),
         # died by a signal: the others' exceptions are its echo, even where it is unlike one
-        ([seen(0, exit=1, failure=BUG), seen(1, exit=-9, died=9.0)], 1, "killed"),
-        ([seen(0, exit=-9, died=9.5), seen(1, exit=-11, died=9.0)], 1, "killed"),
+        ([seen(0, exit_code=1, failure=BUG), seen(1, exit_code=-9, ended_at=9.0)], 1, "killed"),
+        ([seen(0, exit_code=-9, ended_at=9.5), seen(1, exit_code=-11, ended_at=9.0)], 1, "killed"),
         # SIGABRT is how NCCL's watchdog ends a rank: an echo
-        ([seen(0, exit=-6, died=9.0), seen(1, exit=1, failure=BUG)], 1, "code"),
-        ([seen(0, exit=-6, died=9.0), seen(1)], 0, "exited"),
+        ([seen(0, exit_code=-6, ended_at=9.0), seen(1, exit_code=1, failure=BUG)], 1, "code"),
+        ([seen(0, exit_code=-6, ended_at=9.0), seen(1)], 0, "exited"),
         # the earliest exception that is no echo
-        ([seen(0, failure=ECHO, exit=1), seen(1, failure=BUG, exit=1)], 1, "code"),
-        ([seen(0, failure=NAN, exit=1), seen(1, failure=BUG, exit=1)], 1, "code"),
-        ([seen(0, failure=ECHO, exit=1), seen(1, failure=BROKEN, exit=1)], 0, "code"),
-        ([seen(0, failure=ECHO, exit=1), seen(1, state="T")], 1, "stopped_process"),
-        ([seen(0, failure=ECHO, exit=1), seen(1, exit=3, died=5.0)], 1, "exited"),
+        ([seen(0, failure=ECHO, exit_code=1), seen(1, failure=BUG, exit_code=1)], 1, "code"),
+        ([seen(0, failure=NAN, exit_code=1), seen(1, failure=BUG, exit_code=1)], 1, "code"),
+        ([seen(0, failure=ECHO, exit_code=1), seen(1, failure=BROKEN, exit_code=1)], 0, "code"),
+        ([seen(0, failure=ECHO, exit_code=1), seen(1, process_state="T")], 1, "stopped_process"),
+        ([seen(0, failure=ECHO, exit_code=1), seen(1, exit_code=3, ended_at=5.0)], 1, "exited"),
         # asked to stop before it could listen, but not if that was because of a failure
-        ([seen(0), seen(1, exit=-15)], 1, "preempted_unsaved"),
-        ([seen(0, failure=BUG, exit=1), seen(1, exit=-15)], 0, "code"),
+        ([seen(0), seen(1, exit_code=-15)], 1, "preempted_unsaved"),
+        ([seen(0, failure=BUG, exit_code=1), seen(1, exit_code=-15)], 0, "code"),
         # late: who is outside of the collective, whatever the counts say
         ([seen(0, **LATE), seen(1, stack=ELSEWHERE, switches=44)], 1, "hang"),
         ([seen(0, **LATE, stack=BACKWARD), seen(1, stack=ELSEWHERE)], 1, "hang"),
@@ -98,37 +98,37 @@ NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged"
         ([seen(0, **LATE), seen(1, step=6, switches=50)], 1, "hang"),
         # nobody's stack could be had
         ([seen(0, **LATE, stack=""), seen(1, stack="", switches=39)], 1, "hang"),
-        ([seen(0, **LATE, stack=""), seen(1, stack="", busy=0.9)], 1, "hang"),
-        ([seen(0, **LATE, section="teardown"), seen(1, exit=0)], 0, "teardown"),
+        ([seen(0, **LATE, stack=""), seen(1, stack="", cpu_usage=0.9)], 1, "hang"),
+        ([seen(0, **LATE, section="teardown"), seen(1, exit_code=0)], 0, "teardown"),
         # the others ended as planned
-        ([seen(0, exit=75), seen(1, **LATE, stack=ELSEWHERE)], 1, "hang"),
+        ([seen(0, exit_code=75), seen(1, **LATE, stack=ELSEWHERE)], 1, "hang"),
     ],
 )
 def test_the_culprit(observations: list[Observation], rank: int | None, cause: str | None) -> None:
     for order in (observations, observations[::-1]):
-        found = culprit(order)
+        found = find_root_cause(order)
         assert (found.rank, found.cause) == (rank, cause) if found else rank is None
 
 
 @pytest.mark.parametrize("kind", [DivergedError, ReplicaError])
 @pytest.mark.parametrize(("has", "blamed"), [(None, -1), (2, 2)])
 def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
-    tmp_path: Path, kind: type[SharedError], has: int | None, blamed: int
+    tmp_path: Path, kind: type[CollectiveError], has: int | None, blamed: int
 ) -> None:
     error = kind("step 7: not finite", rank=has)
     assert str(error) == "step 7: not finite"
     observations = []
     for rank in range(3):
-        tell_failure(tmp_path, rank, error, "vote", 7)
-        failure = failure_of(tmp_path, rank)
+        write_error_file(tmp_path, rank, error, "vote", 7)
+        failure = read_error_file(tmp_path, rank)
         assert failure and failure.rank == has
-        observations.append(seen(rank, exit=1, failure=failure))
-    found = culprit(observations)
+        observations.append(seen(rank, exit_code=1, failure=failure))
+    found = find_root_cause(observations)
     assert found and found.rank == blamed and found.detail == f"{kind.__name__}: {error}"
     record = NodeRecord("x", 0, 1, "n1", 3, [0, 1, 2], 1, "", 0.0)
     record.observations, record.detail = observations, found.detail
     record.cause, record.rank = found.cause, found.rank
-    words = last_words(tmp_path, record)
+    words = failure_message(tmp_path, record)
     assert "step 7: not finite" in words and "rank -1" not in words
 
 
@@ -209,18 +209,18 @@ def test_a_full_disk_below_another_error_is_seen() -> None:
 NOTHING = dict.fromkeys(SECTIONS, 0.0)
 
 
-def beat(section: str, since: float, step: int = 9, **longest: float) -> Beat:
-    return Beat(section, step, 0, 50, since, NOTHING, {**NOTHING, **longest})
+def beat(section: str, since: float, step: int = 9, **longest: float) -> HeartbeatState:
+    return HeartbeatState(section, step, 0, 50, since, NOTHING, {**NOTHING, **longest})
 
 
 def test_the_limit_of_a_step_is_learnt_between_floor_and_ceiling() -> None:
-    usual = Deadlines()
-    assert limit(usual, "step", NOTHING) == 600  # nothing seen
-    assert limit(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
-    assert limit(usual, "step", {**NOTHING, "vote": 0.5}) == 60
-    assert limit(usual, "step", {**NOTHING, "vote": 61.0}) == 600
-    with pytest.raises(ConfigError, match=r"supervise.save=0: must be above 0"):
-        Deadlines(save=0).check()
+    usual = SectionTimeouts()
+    assert allowed_seconds(usual, "step", NOTHING) == 600  # nothing seen
+    assert allowed_seconds(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
+    assert allowed_seconds(usual, "step", {**NOTHING, "vote": 0.5}) == 60
+    assert allowed_seconds(usual, "step", {**NOTHING, "vote": 61.0}) == 600
+    with pytest.raises(ConfigError, match=r"timeouts.save=0: must be above 0"):
+        SectionTimeouts(save=0).check()
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,14 @@ def test_what_shares_a_section_with_something_quick_has_its_whole_time(
 ) -> None:
     """The parity gate after quick validations, a whole save after copies, a reference's loading."""
     quick = dict.fromkeys(SECTIONS, 0.01)
-    assert limit(Deadlines(), section, quick) == seconds
-    slow = {0: Beat(section, 9, 0, 50, 100.0, quick, quick)}
-    assert not overdue(slow, 100.0 + seconds - 1, Deadlines())
-    assert list(overdue(slow, 100.0 + seconds + 1, Deadlines())) == [0]
+    assert allowed_seconds(SectionTimeouts(), section, quick) == seconds
+    slow = {0: HeartbeatState(section, 9, 0, 50, 100.0, quick, quick)}
+    assert not overdue_ranks(slow, 100.0 + seconds - 1, SectionTimeouts())
+    assert list(overdue_ranks(slow, 100.0 + seconds + 1, SectionTimeouts())) == [0]
 
 
 @pytest.mark.parametrize(
-    ("beats", "late"),
+    ("heartbeat", "late"),
     [
         ([beat("vote", 100), beat("vote", 100)], []),
         ([beat("vote", 30, vote=1), beat("vote", 100)], [0]),
@@ -255,13 +255,15 @@ def test_what_shares_a_section_with_something_quick_has_its_whole_time(
         ([beat("forward", 30, step=1, vote=1)], []),  # the first step: compilation
     ],
 )
-def test_who_is_late(beats: list[Beat], late: list[int]) -> None:
-    assert sorted(overdue(dict(enumerate(beats)), 100.0, Deadlines())) == late
+def test_who_is_late(heartbeat: list[HeartbeatState], late: list[int]) -> None:
+    assert sorted(overdue_ranks(dict(enumerate(heartbeat)), 100.0, SectionTimeouts())) == late
 
 
 def test_ranks_that_cannot_be_seen_may_load_data() -> None:
     one = {0: beat("vote", 30, vote=1)}
-    assert overdue(one, 100.0, Deadlines()) and not overdue(one, 100.0, Deadlines(), elsewhere=True)
+    assert overdue_ranks(one, 100.0, SectionTimeouts()) and not overdue_ranks(
+        one, 100.0, SectionTimeouts(), has_remote_ranks=True
+    )
 
 
 # -- layout -----------------------------------------------------------------------------------
@@ -273,9 +275,14 @@ SLURM = {
 
 
 def test_one_task_a_rank() -> None:
-    places = layout(2, 2, {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
-    assert (places.first, places.ranks, places.supervisors, places.node) == (3, 1, 4, 1)
-    env = places.environment(0)
+    topology = find_topology(2, 2, {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
+    assert (
+        topology.first_rank,
+        topology.num_ranks,
+        topology.num_supervisors,
+        topology.node_rank,
+    ) == (3, 1, 4, 1)
+    env = topology.environment(0)
     assert (env["RANK"], env["LOCAL_RANK"], env["NODE_RANK"], env["WORLD_SIZE"]) == (
         "3", "1", "1", "4",
     )  # fmt: skip
@@ -284,27 +291,29 @@ def test_one_task_a_rank() -> None:
 
 def test_one_task_a_node() -> None:
     env = {**SLURM, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    places = layout(4, 2, {**env, "MASTER_ADDR": "head"})
-    assert (places.first, places.ranks, places.supervisors) == (4, 4, 2)
-    assert [places.environment(n)["RANK"] for n in range(4)] == ["4", "5", "6", "7"]
-    assert [places.environment(n)["LOCAL_RANK"] for n in range(4)] == ["0", "1", "2", "3"]
-    assert places.address == "head"
-    other = layout(4, 2, {**env, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
-    assert other.launch == places.launch and other.port == places.port
-    again = layout(4, 2, {**env, "SLURM_RESTART_COUNT": "1"})
-    assert again.launch != places.launch
+    topology = find_topology(4, 2, {**env, "MASTER_ADDR": "head"})
+    assert (topology.first_rank, topology.num_ranks, topology.num_supervisors) == (4, 4, 2)
+    assert [topology.environment(n)["RANK"] for n in range(4)] == ["4", "5", "6", "7"]
+    assert [topology.environment(n)["LOCAL_RANK"] for n in range(4)] == ["0", "1", "2", "3"]
+    assert topology.address == "head"
+    other = find_topology(4, 2, {**env, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
+    assert other.launch == topology.launch and other.port == topology.port
+    again = find_topology(4, 2, {**env, "SLURM_RESTART_COUNT": "1"})
+    assert again.launch != topology.launch
 
 
 def test_ranks_on_too_few_cpus_are_warned_of() -> None:
     """Slurm 22.05's srun gives a task one CPU, whatever sbatch was told."""
     env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
-    one, before = layout(2, 2, env), os.sched_getaffinity(0)
+    one, before = find_topology(2, 2, env), os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
         assert "1 CPUs for 1 ranks with 2 loader workers" in cpu_warning(one, 2, env)
         assert "--cpus-per-task=3" in cpu_warning(one, 2, env)
         assert not cpu_warning(one, 0, env)
-        assert cpu_warning(layout(2, 2, {**env, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}), 0, env)
+        assert cpu_warning(
+            find_topology(2, 2, {**env, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}), 0, env
+        )
         assert not cpu_warning(one, 2, {})  # on one's own machine one knows
     finally:
         os.sched_setaffinity(0, before)
@@ -313,17 +322,17 @@ def test_ranks_on_too_few_cpus_are_warned_of() -> None:
 def test_a_node_has_the_name_that_slurm_knows() -> None:
     """Which is not always its hostname: hosts to leave out must mean something to it."""
     env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
-    assert layout(2, 2, {**env, "SLURMD_NODENAME": "gpu-17"}).host == "gpu-17"
-    assert layout(2, 2, env).host == socket.gethostname()
+    assert find_topology(2, 2, {**env, "SLURMD_NODENAME": "gpu-17"}).host == "gpu-17"
+    assert find_topology(2, 2, env).host == socket.gethostname()
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="the job has 3 tasks"):
-        layout(2, 2, {**SLURM, "SLURM_NTASKS": "3", "SLURM_PROCID": "0"})
-    with pytest.raises(ConfigError, match="trainer.nodes=2"):
-        layout(2, 2, {})
-    with pytest.raises(ConfigError, match="the launcher started 3"):
-        layout(2, 1, {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "a"})
+        find_topology(2, 2, {**SLURM, "SLURM_NTASKS": "3", "SLURM_PROCID": "0"})
+    with pytest.raises(ConfigError, match="trainer.num_nodes=2"):
+        find_topology(2, 2, {})
+    with pytest.raises(ConfigError, match="torchrun started 3"):
+        find_topology(2, 1, {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "a"})
 
 
 @pytest.mark.parametrize(
@@ -335,6 +344,11 @@ def test_the_first_node(nodes: str, first: str) -> None:
 
 
 def test_alone() -> None:
-    places = layout(3, 1, {})
-    assert (places.first, places.ranks, places.supervisors, places.world) == (0, 3, 1, 3)
-    assert layout(3, 1, {}).launch != places.launch
+    topology = find_topology(3, 1, {})
+    assert (
+        topology.first_rank,
+        topology.num_ranks,
+        topology.num_supervisors,
+        topology.world_size,
+    ) == (0, 3, 1, 3)
+    assert find_topology(3, 1, {}).launch != topology.launch

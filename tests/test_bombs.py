@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_prep.raw import caption_of
-from echolab.data import contents, media
-from echolab.data.contents import content_fault
-from echolab.data.decoding import opened
+from data_prep.encode import caption_of
+from echolab.data import media, member_reader
+from echolab.data.decoding import open_media
+from echolab.data.verify import find_content_fault
 from echolab.encoders.files import weights_in
 from echolab.errors import DataError, MediaError, WeightsError
 from echolab.fitting import load_net
-from echolab.models.released import read_tensors
+from echolab.models.loading import read_tensors
 from echolab.preference.candidates import read_candidates
 from echolab.preference.pack import read_verdicts
 
@@ -55,10 +55,10 @@ def test_tracks_unpack_to_no_more_than_a_bound(
 ) -> None:
     bomb = npz(method, face=BOXES, lips=BOXES, extra=ZEROS)
     assert len(bomb) < 2**16 and len(media.decode_tracks(bomb).extra["extra"]) == 2**22
-    monkeypatch.setattr(contents, "LARGEST_ARRAYS", 2**20)
+    monkeypatch.setattr(member_reader, "MAX_ARRAY_BYTES", 2**20)
     with pytest.raises(MediaError, match=r"arrays of \d+ bytes, at most 1048576"):
         media.decode_tracks(bomb)
-    fault = content_fault("tracks.npz", lambda at, n: bomb[at : at + n], len(bomb))
+    fault = find_content_fault("tracks.npz", lambda at, n: bomb[at : at + n], len(bomb))
     assert fault and "at most" in fault
 
 
@@ -86,11 +86,11 @@ def test_an_array_is_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
     for data in (npy(shape, bytes(8)), npy(shape, bytes(8), "|O")):
         with pytest.raises(MediaError):
             media.decode_tracks(npz(face=data, lips=data))
-        assert content_fault("npy", lambda at, n, d=data: d[at : at + n], len(data))
+        assert find_content_fault("npy", lambda at, n, d=data: d[at : at + n], len(data))
 
 
 def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "LONGEST_SOUND", 16000 * 60)
+    monkeypatch.setattr(member_reader, "MAX_AUDIO_VALUES", 16000 * 60)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * 61, np.int16), 16000, format="FLAC")
     with pytest.raises(MediaError, match="samples, at most 960000"):
@@ -116,7 +116,7 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"a\.png: not a readable picture .13000 x 13000"):
         media.read_image(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    assert content_fault("png", lambda at, n: data[at : at + n], len(data), deep=True)
+    assert find_content_fault("png", lambda at, n: data[at : at + n], len(data), deep=True)
 
 
 def test_a_video_of_hours_in_few_bytes_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,13 +147,13 @@ def test_a_playlist_is_no_video(tmp_path: Path, kind: str, where: str) -> None:
         text = PLAYLISTS[kind].format(place).encode()
         evil = tmp_path / "evil.mp4"
         evil.write_bytes(text)
-        with pytest.raises((ValueError, av.FFmpegError)), opened(evil):
+        with pytest.raises((ValueError, av.FFmpegError)), open_media(evil):
             pass
         with pytest.raises(MediaError):
             media.decode_mp4(text)
         with pytest.raises(MediaError):
-            media.read_sound(evil)
-        assert content_fault("mp4", lambda at, n: text[at : at + n], len(text), deep=True)
+            media.read_audio_track(evil)
+        assert find_content_fault("mp4", lambda at, n: text[at : at + n], len(text), deep=True)
         assert not server.asked
 
 
@@ -164,7 +164,7 @@ def test_what_holds_pictures_or_sound_is_still_opened(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16000)
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     for name in ("a.mp4", "a.wav", "a.png"):
-        with opened(tmp_path / name) as container:
+        with open_media(tmp_path / name) as container:
             assert container.streams
 
 
@@ -261,12 +261,12 @@ def test_a_sample_without_a_caption_is_a_data_error(text: bytes) -> None:
 )
 def test_a_verdict_of_another_form_is_a_data_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "verdicts.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match=r"verdicts\.jsonl: no verdict"):
+    with pytest.raises(DataError, match=r"verdicts\.jsonl: not a verdict"):
         read_verdicts(tmp_path / "verdicts.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a", "a/x", "/0", "a/-1"])
 def test_a_candidate_of_another_name_is_a_data_error(tmp_path: Path, name: str) -> None:
     save_file({name: torch.zeros(1, 1, 1, 1)}, tmp_path / "candidates-000000.safetensors")
-    with pytest.raises(DataError, match="is no candidate"):
+    with pytest.raises(DataError, match="is not a candidate"):
         list(read_candidates(tmp_path))

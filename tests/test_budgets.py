@@ -4,14 +4,14 @@ import pytest
 from attempted import attempt, saved
 
 from echolab.launch.attempts import Attempt
-from echolab.launch.budgets import decide
 from echolab.launch.exit_codes import CAUSES
+from echolab.launch.restart_policy import decide
 
 LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
 
 
 @pytest.mark.parametrize(
-    ("attempts", "go_on", "why"),
+    ("attempts", "restart", "reason"),
     [
         ([], False, "not started"),
         ([attempt("running")], False, "running"),
@@ -37,7 +37,7 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         ([saved("hang", n, n + 1) for n in range(9)], True, "1 of 3"),
         ([saved("hang", 0, 5), attempt("killed")], True, "2 of 3"),
         ([saved("hang", 0, 5), attempt("killed"), attempt("hang")], False, "2 attempts in a row"),
-        ([attempt("node_lost")] * 2, False, "2 attempts in a row made no checkpoint"),
+        ([attempt("node_lost")] * 2, False, "2 attempts in a row saved no checkpoint"),
         # a preemption in between, before there was a chance, hides nothing and counts for nothing
         ([attempt("hang"), attempt("preempted_unsaved"), attempt("hang")], False, "2 attempts"),
         ([attempt("hang"), attempt("preempted_unsaved")], True, "free"),
@@ -45,17 +45,17 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         ([attempt("config"), attempt("config"), attempt("hang")], True, "1 of 3"),
     ],
 )  # fmt: skip
-def test_go_on_or_stop(attempts: list[Attempt], go_on: bool, why: str) -> None:
+def test_go_on_or_stop(attempts: list[Attempt], restart: bool, reason: str) -> None:
     decision = decide(attempts)
-    assert decision.go_on is go_on and why in decision.why, decision
+    assert decision.restart is restart and reason in decision.reason, decision
 
 
 def test_the_budget_of_machines_is_a_setting() -> None:
     two = [saved("hang", 0, 5), attempt("killed")]
-    assert decide(two, infrastructure=2).go_on
-    stopped = decide(two, infrastructure=1)
-    assert not stopped.go_on and stopped.why == "2 infrastructure failures, 1 allowed"
-    assert not decide([attempt("hang")], infrastructure=0).go_on
+    assert decide(two, max_infrastructure=2).restart
+    stopped = decide(two, max_infrastructure=1)
+    assert not stopped.restart and stopped.reason == "2 infrastructure failures, 1 allowed"
+    assert not decide([attempt("hang")], max_infrastructure=0).restart
 
 
 def test_a_host_that_failed_twice_is_left_out() -> None:
@@ -78,5 +78,5 @@ def test_a_fault_of_no_known_rank_leaves_no_host_out() -> None:
 
 def test_every_cause_says_what_to_do() -> None:
     for name, cause in CAUSES.items():
-        assert cause.says and cause.next_action, name
+        assert cause.summary and cause.next_action, name
         assert (cause.budget == "fatal") == (cause.exit_code == 1), name

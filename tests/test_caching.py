@@ -4,7 +4,11 @@ import pytest
 import tiny
 import torch
 
-from echolab.diffusion.caching import (
+from echolab.diffusion.guidance import CFG_MODES, guided
+from echolab.diffusion.long_video import sample_windows
+from echolab.diffusion.pipeline import DEMO, sampler_sigmas, sampler_timesteps
+from echolab.diffusion.solvers import sample_euler
+from echolab.diffusion.teacache import (
     IDENTITY,
     WAN_1B3,
     CachedBlocks,
@@ -12,19 +16,20 @@ from echolab.diffusion.caching import (
     movement,
     step_cached,
 )
-from echolab.diffusion.guidance import RUNS, guided
-from echolab.diffusion.long_video import sample_windows
-from echolab.diffusion.recipes import DEMO, sigmas_of, timesteps_of
-from echolab.diffusion.sampling import sample_euler
 
 STEPS = 12
 RECIPE = DEMO._replace(
-    steps=STEPS, text_scale=4.0, audio_scale=2.0, window=tiny.FRAMES, by_clip=False, overlap=1
+    num_steps=STEPS,
+    guidance_scale=4.0,
+    audio_guidance_scale=2.0,
+    window=tiny.FRAMES,
+    by_clip=False,
+    overlap=1,
 )
-NET, TOLD, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
-NEGATIVE = torch.full_like(TOLD.text, 0.3)
+NET, CONDITIONS, NOISE = tiny.net(trained=True), tiny.conditions(1), tiny.latents(1)
+NEGATIVE = torch.full_like(CONDITIONS.text, 0.3)
 LENGTH = 5  # latent frames: two windows
-LONG = TOLD._replace(
+LONG = CONDITIONS._replace(
     audio=torch.randn(1, 2 * (4 * LENGTH - 3), 6, generator=torch.Generator().manual_seed(1)),
     known=torch.zeros(1, 4, LENGTH, *tiny.SHAPE[2:]),
     known_latents=torch.zeros(1, tiny.CHANNELS, LENGTH, *tiny.SHAPE[2:]),
@@ -45,28 +50,26 @@ class Counted:
         self.calls += 1
 
 
-def sampled(threshold: float | None, run: str = "sequence") -> tuple[torch.Tensor, int]:
-    """Latents of two windows, and the calls of a block; None is without a cache at all."""
+def sampled(threshold: float | None, run: str = "sequential") -> tuple[torch.Tensor, int]:
+    """Return latents of two windows, and the calls of a block; None uses no cache."""
     counted = Counted()
     with torch.no_grad():
         if threshold is None:
-            made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run)
+            made = sample_windows(NET, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, cfg=run)
         else:
-            plan = CachePlan(threshold, timesteps_of(RECIPE), IDENTITY, first=2)
+            plan = CachePlan(threshold, sampler_timesteps(RECIPE), IDENTITY, first=2)
             with step_cached(NET, plan) as net:
-                made = sample_windows(
-                    net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, branches=run
-                )
+                made = sample_windows(net, LONG, RECIPE, LONG_NOISE, negative=NEGATIVE, cfg=run)
     counted.handle.remove()
     return made, counted.calls
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", CFG_MODES)
 def test_threshold_0_is_no_caching_bit_for_bit(run: str) -> None:
     plain, calls = sampled(None, run)
     cached, same = sampled(0.0, run)
     assert torch.equal(plain, cached) and calls == same
-    assert calls == STEPS * 2 * (3 if run == "sequence" else 1)
+    assert calls == STEPS * 2 * (3 if run == "sequential" else 1)
 
 
 def test_calls_fall_with_the_threshold_to_the_steps_that_must_be() -> None:
@@ -81,9 +84,9 @@ def test_a_cached_video_stays_near() -> None:
 
 
 def test_branches_do_not_share_a_memory() -> None:
-    """In sequence each branch reuses its own, as in one batch: the results agree."""
+    """Compare sequential with batched branches: each reuses its own steps."""
     torch.testing.assert_close(
-        sampled(0.2, "sequence")[0], sampled(0.2, "batch")[0], rtol=1e-3, atol=1e-4
+        sampled(0.2, "sequential")[0], sampled(0.2, "batched")[0], rtol=1e-3, atol=1e-4
     )
 
 
@@ -106,13 +109,13 @@ def test_reuse_adds_what_the_blocks_added_before() -> None:
 def test_the_network_is_itself_again_afterwards() -> None:
     names, blocks = list(NET.state_dict()), NET.blocks
     with pytest.raises(RuntimeError, match="stop"):
-        with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))):
+        with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))):
             raise RuntimeError("stop")
     assert NET.blocks is blocks and list(NET.state_dict()) == names
 
 
 def test_a_batch_of_another_size_is_computed() -> None:
-    plan = CachePlan(99.0, timesteps_of(RECIPE), IDENTITY, first=0)
+    plan = CachePlan(99.0, sampler_timesteps(RECIPE), IDENTITY, first=0)
     counted = Counted()
     with step_cached(NET, plan) as net, torch.no_grad():
         for clips, calls in ((1, 1), (2, 2), (2, 2)):
@@ -130,6 +133,6 @@ def test_the_polynomial_is_the_published_one() -> None:
 
 
 def test_it_works_with_a_plain_sampler() -> None:
-    with step_cached(NET, CachePlan(0.1, timesteps_of(RECIPE))) as net:
-        found = sample_euler(guided(net, TOLD), NOISE, sigmas_of(RECIPE))
-    assert found.shape == NOISE.shape and found.isfinite().all()
+    with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))) as net:
+        actual = sample_euler(guided(net, CONDITIONS), NOISE, sampler_sigmas(RECIPE))
+    assert actual.shape == NOISE.shape and actual.isfinite().all()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, and of the right network."""
+"""A checkpoint on disk: complete fp32 tensors by name, verified byte by byte."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 EVERY = Intervals(log=1, save=2)
 
@@ -34,7 +34,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_every_tensor_is_whole_fp32_and_named(run: Path) -> None:
+def test_every_tensor_is_complete_fp32_and_named(run: Path) -> None:
     checkpoint = open_checkpoint(run / "run/checkpoints/step-000006")
     shapes = {name: tuple(p.shape) for name, p in tiny.net().named_parameters()}
     for part in PARTS:
@@ -68,8 +68,8 @@ def test_a_damaged_one_is_passed_over(run: Path, damage: str, part: str) -> None
         (folder / "step-000006/manifest.json").unlink()
     else:
         (folder / "step-000006/state.json").write_text("{}")
-    found, rejected = latest_valid(folder)
-    assert found and found.step == 4
+    checkpoint, rejected = latest_valid(folder)
+    assert checkpoint and checkpoint.step == 4
     assert len(rejected) == 1 and "step-000006" in rejected[0]
     result, rows = runs.train(run, runs.schedule(("sft", 6)), every=EVERY)
     assert result.done and [row["step"] for row in rows] == [5, 6]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from echolab.diffusion.chunks import chunk_spans, cross_fade, joined
+from echolab.diffusion.long_video import chunk_spans, cross_fade, joined
 from echolab.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def test_the_chunks_of_the_released_code() -> None:
 
 @pytest.mark.parametrize("frames", [1, 5, 8, 25, 26, 42, 43, 100])
 @pytest.mark.parametrize("fill", [False, True])
-def test_chunks_cover_the_video_and_are_whole_latent_frames(frames: int, fill: bool) -> None:
+def test_chunks_cover_the_video_and_fill_their_latent_frames(frames: int, fill: bool) -> None:
     spans = chunk_spans(frames, 25, 8, fill)
     assert spans[0][0] == 0 and frames <= spans[-1][1]
     assert fill or spans[-1][1] < frames + 4
@@ -24,18 +24,18 @@ def test_chunks_cover_the_video_and_are_whole_latent_frames(frames: int, fill: b
     assert all(b[1] > a[1] for a, b in zip(spans, spans[1:], strict=False))
 
 
-@pytest.mark.parametrize(("size", "overlap", "told"), [(24, 8, "window=24"), (25, 25, "overlap"),
+@pytest.mark.parametrize(("size", "overlap", "message"), [(24, 8, "window=24"), (25, 25, "overlap"),
                                                        (25, 0, "overlap=0")])  # fmt: skip
-def test_what_cannot_be_is_refused(size: int, overlap: int, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_is_refused(size: int, overlap: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         chunk_spans(100, size, overlap)
 
 
 def test_the_cross_fade_is_linear_from_the_one_to_the_other() -> None:
     before, after = torch.zeros(3, 9, 2, 2), torch.ones(3, 9, 2, 2)
-    whole = cross_fade(before, after, 5)
+    full = cross_fade(before, after, 5)
     expected = [0.0] * 4 + [0.0, 0.25, 0.5, 0.75, 1.0] + [1.0] * 4
-    assert whole[0, :, 0, 0].tolist() == pytest.approx(expected)
+    assert full[0, :, 0, 0].tolist() == pytest.approx(expected)
 
 
 def test_chunks_of_one_video_join_to_it() -> None:

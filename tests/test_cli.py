@@ -10,7 +10,7 @@ from echolab.errors import MediaError
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, main: object) -> int:
-    """The exit code of `echolab demo` when the module of `demo` has this `main`."""
+    """Return the exit code of `echolab demo` if the module of `demo` has this `main`."""
     module = ModuleType("echolab.cli.stand_in")
     module.main = main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -26,7 +26,7 @@ def raising(error: BaseException) -> object:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_its_module(name: str) -> None:
+def test_every_command_has_a_module(name: str) -> None:
     assert find_spec(cli.COMMANDS[name].module) is not None
 
 
@@ -36,12 +36,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name}" in text for name in cli.COMMANDS)
 
 
-def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "'trian'" in capsys.readouterr().err
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert cli.main(["qqq"]) == 2
+    assert "no command 'qqq'; known: demo, train" in capsys.readouterr().err
 
 
-def test_the_command_gets_the_rest_and_its_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_gets_the_remaining_words_and_sets_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert run_with(monkeypatch, lambda argv: {"a=1": 75}[argv[0]]) == 75
     assert run_with(monkeypatch, lambda argv: None) == 0
 
@@ -55,11 +59,11 @@ def test_the_command_gets_the_rest_and_its_code_is_kept(monkeypatch: pytest.Monk
             OSError(errno.ENOSPC, "No space left on device", "out/x.mp4"),
             1,
             "echolab: error: out/x.mp4: No space left on device (errno 28); "
-            "make room there, or give another place\n",
+            "free space there, or give another path\n",
         ),
     ],
 )
-def test_errors_of_the_user_are_one_line(
+def test_errors_that_the_user_can_fix_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -70,6 +74,6 @@ def test_errors_of_the_user_are_one_line(
     assert capsys.readouterr().err == line
 
 
-def test_errors_of_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         run_with(monkeypatch, raising(ZeroDivisionError()))

@@ -12,11 +12,11 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.cli.overrides import CONF
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
+from echolab.config.compose import compose
+from echolab.config.folders import CONF
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, local, runs
+from echolab.launch import exit_codes, processes, run_dir
 from echolab.tracking.metrics import read_metrics
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -31,19 +31,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("debug", [[], ["debug=cpu"]])
 def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
-    from echolab.cli import training_objects as objects
+    from echolab.config import build as objects
 
     config = compose([f"experiment={experiment}", "data.clips=x", "data.pairs=y", *debug])
-    assert objects.schedule_from(config["schedule"]).steps > 0
+    assert objects.schedule_from(config).steps > 0
     assert objects.curriculum_from(config["tasks"]).tasks
     assert objects.phases_from(config["phases"])
-    assert objects.Machine(**config["trainer"]).devices == (1 if debug else 8) or (
-        experiment == "real_smoke"
-    )
+    on_cpu = bool(debug) or experiment == "real_smoke" or experiment.startswith("demo_")
+    assert objects.machine_from(config["trainer"]).devices == (1 if on_cpu else 8)
 
 
 def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
-    words = ["train", *data, f"run={tmp_path / 'run'}"]
+    words = ["train", *data, f"run_dir={tmp_path / 'run'}"]
     assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2))]) == exit_codes.DONE
     first = json.loads((tmp_path / "run/run.json").read_text())
     assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2), ("dpo", 1))]) == exit_codes.DONE
@@ -63,18 +62,18 @@ def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
         (["model=nothing"], "nothing"),
         (["data.clips=nowhere"], "nowhere/dataset.json: not there"),
         (["data.pairs=null", "schedule=dpo"], "data.pairs=null"),
-        (["phases.act=sing"], "phases.act=sing: must be one of keep, scale"),
+        (["phases.mode=sing"], "phases.mode=sing: must be one of dropout, scale"),
         (["model.dim=wide"], "model.dim=wide: must be a whole number"),
-        (["preference.beta=-1", "schedule=dpo"], "beta"),
-        (["trainer.strategy=zero9", "schedule.epochs=[{kind:sft,steps:1,lr:0}]"], "zero9"),
-        (["initial=nowhere"], "nowhere: no whole checkpoint"),
+        (["objective.beta=-1", "schedule=dpo"], "beta"),
+        (["trainer.strategy=zero9", "schedule.epochs=[{kind:sft,steps:1}]"], "zero9"),
+        (["init_from=nowhere"], "nowhere: no complete checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line(
     data: list[str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     with pytest.raises(EcholabError, match=re.escape(message)) as told:
-        train(compose([*data, f"run={tmp_path / 'run'}", *words]))
+        train(compose([*data, f"run_dir={tmp_path / 'run'}", *words]))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -82,16 +81,16 @@ def test_bad_settings_are_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["supervise.save=0"], "supervise.save=0: must be a number, above 0"),
-        (["supervise.save=soon"], "supervise.save=soon: must be a number, above 0"),
-        (["trainer.strategy=ddp", "trainer.nodes=2"], "start one task on each node by srun"),
+        (["timeouts.save=0"], "timeouts.save=0: must be a number, above 0"),
+        (["timeouts.save=soon"], "timeouts.save=soon: must be a number, above 0"),
+        (["trainer.strategy=ddp", "trainer.num_nodes=2"], "start one task on each node by srun"),
     ],
 )
 def test_a_supervisor_that_cannot_start_says_so(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], message: str,
 ) -> None:  # fmt: skip
-    assert main(["train", *data, f"run={tmp_path / 'run'}", *words]) == exit_codes.FATAL
+    assert main(["train", *data, f"run_dir={tmp_path / 'run'}", *words]) == exit_codes.FATAL
     said = capsys.readouterr().err
     assert said.startswith("echolab: error: ") and message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -102,7 +101,7 @@ def test_a_supervisor_that_cannot_start_says_so(
     [
         (["--cfg", "job", "sede=1"], "sede=1: there is no such setting; did you mean seed?"),
         (["--help", "model=nothing"], "model=nothing: must be one of demo"),
-        (["--config-dir=x", "seed=1"], "train: no option --config-dir=x"),
+        (["--config-dir=x", "seed=1"], "--config-dir=x: no such folder"),
         (["-m", "-x", "seed=1,2"], "train: no option -x"),
         (["seed"], "seed: "),
     ],
@@ -120,10 +119,13 @@ def test_what_a_rank_refuses_is_one_line_too(
     data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    words = ["train", *data, f"run={run}", "initial=nowhere"]
+    words = ["train", *data, f"run_dir={run}", f"init_from={tmp_path}"]
     assert main(words) == exit_codes.FATAL
     said = capfd.readouterr().err
-    assert said.startswith("echolab: error: nowhere: no whole checkpoint") and said.count("\n") == 1
+    assert (
+        said.startswith(f"echolab: error: {tmp_path}: no complete checkpoint")
+        and said.count("\n") == 1
+    )
     assert main(["why", str(run), "format=json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["cause"], told["exit_code"], told["requeue"]) == ("start", 1, False)
@@ -137,25 +139,25 @@ def test_the_supervisor_imports_no_torch() -> None:
 
 def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
     config: dict[str, Any] = {"seed": 1, "optim": {"eps": 1e-8}, "trainer": {"devices": 1}}
-    with runs.claim(tmp_path / "run", config) as run:
+    with run_dir.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
         with (
-            pytest.raises(BusyError, match="is at work there"),
-            runs.claim(tmp_path / "run", config),
+            pytest.raises(BusyError, match="is using this run folder"),
+            run_dir.claim(tmp_path / "run", config),
         ):
             pass
-    with runs.claim(tmp_path / "run", {**config, "trainer": {"devices": 8}}) as again:
+    with run_dir.claim(tmp_path / "run", {**config, "trainer": {"devices": 8}}) as again:
         assert again.id == run.id and again.attempt == 2
     with (
         pytest.raises(ConfigError, match=r"optim.eps=1e-08, now optim.eps=0.1"),
-        runs.claim(tmp_path / "run", {**config, "optim": {"eps": 0.1}}),
+        run_dir.claim(tmp_path / "run", {**config, "optim": {"eps": 0.1}}),
     ):
         pass
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
     with (
         pytest.raises(ConfigError, match="holds files, and no run"),
-        runs.claim(tmp_path / "mine", config),
+        run_dir.claim(tmp_path / "mine", config),
     ):
         pass
 
@@ -165,22 +167,22 @@ def test_a_run_at_work_is_refused_without_a_trace(
 ) -> None:
     """Another time the same command may do: it is no fault of a setting."""
     run = tmp_path / "run"
-    with runs.held(run):
+    with run_dir.held(run):
         before = sorted(run.rglob("*"))
-        assert main(["train", *data, f"run={run}"]) == exit_codes.RETRYABLE
+        assert main(["train", *data, f"run_dir={run}"]) == exit_codes.RETRYABLE
         assert sorted(run.rglob("*")) == before
     said = capsys.readouterr().err
     assert said.startswith("echolab: error: ") and said.count("\n") == 1
-    assert "is at work there; wait for its end" in said
+    assert "is using this run folder; wait for its end" in said
 
 
 def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
     def start(_: int) -> str:
         try:
-            with runs.claim(tmp_path / "run", {"seed": 1}) as run:
+            with run_dir.claim(tmp_path / "run", {"seed": 1}) as run:
                 return run.id
         except BusyError as error:
-            assert "at work there" in str(error)
+            assert "is using this run folder" in str(error)
             return ""
 
     with ThreadPoolExecutor(16) as pool:
@@ -191,13 +193,13 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
 def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
     program = "import os, sys, time; r = os.environ['RANK']; {}"
     fails = program.format("sys.exit(3) if r == '1' else time.sleep(60)")
-    before, local.GRACE_SECONDS = local.GRACE_SECONDS, 0.5
+    before, processes.GRACE_SECONDS = processes.GRACE_SECONDS, 0.5
     try:
-        assert local.run_ranks([sys.executable, "-c", fails], 2) == 3
+        assert processes.run_ranks([sys.executable, "-c", fails], 2) == 3
     finally:
-        local.GRACE_SECONDS = before
+        processes.GRACE_SECONDS = before
     fine = program.format("assert os.environ['WORLD_SIZE'] == '2'")
-    assert local.run_ranks([sys.executable, "-c", fine], 2) == 0
+    assert processes.run_ranks([sys.executable, "-c", fine], 2) == 0
 
 
 @pytest.mark.parametrize("experiment", ["dpo", "ndpo"])
@@ -205,17 +207,17 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
     data: list[str], tmp_path: Path, experiment: str
 ) -> None:
     """The shipped settings of sft to its end, then those of `experiment` from it, without steps."""
-    from echolab.cli import training_objects as objects
+    from echolab.config import build as objects
 
     sft = compose(["experiment=sft", "data.clips=x"])
-    steps = objects.schedule_from(sft["schedule"]).steps
+    steps = objects.schedule_from(sft).steps
     finished = objects.curriculum_from(sft["tasks"])
-    assert main(["train", *data, f"run={tmp_path / 'sft'}", encoded.plan(("sft", 1))]) == 0
+    assert main(["train", *data, f"run_dir={tmp_path / 'sft'}", encoded.plan(("sft", 1))]) == 0
     path = next((tmp_path / "sft/checkpoints").glob("step-*"))
     seal_curriculum(path, finished.state_dict(steps))
     words = [*data, f"experiment={experiment}", "debug=cpu", "model=demo", "model.dim=64"]
-    words += ["model.ffn_dim=64", "model.num_layers=1", f"run={tmp_path / 'run'}"]
-    config = compose([*words, f"initial={tmp_path / 'sft'}"])
+    words += ["model.ffn_dim=64", "model.num_layers=1", f"run_dir={tmp_path / 'run'}"]
+    config = compose([*words, f"init_from={tmp_path / 'sft'}"])
     assert config["tasks"] == sft["tasks"]
     training = objects.training_from(config, "")
     for step in range(training.schedule.steps):
@@ -229,7 +231,7 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
 
 def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
     """Let a checkpoint say that its curriculum was so far."""
-    from echolab.training.checkpoints.manifest import serialise
+    from echolab.training.checkpoints.manifest import serialize
     from echolab.training.checkpoints.writer import write_file
 
     content = json.loads((path / "state.json").read_text())
@@ -237,4 +239,4 @@ def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest.pop("sha256")
     manifest["files"]["state.json"] = write_file(path / "state.json", [text.encode()])
-    (path / "manifest.json").write_bytes(serialise(manifest))
+    (path / "manifest.json").write_bytes(serialize(manifest))

@@ -13,8 +13,8 @@ from echolab.tasks.curriculum import Curriculum, Stage, draw_task, hard_to_easy
 STAGES = [Stage(10, {"t2v": 1}), Stage(20, {"i2v": 3, "lip_sync": 1})]
 
 
-def curriculum(floor: float = 0.05) -> Curriculum:
-    return Curriculum(STAGES, momentum=0.9, floor=floor)
+def curriculum(min_prob: float = 0.05) -> Curriculum:
+    return Curriculum(STAGES, ema_decay=0.9, min_prob=min_prob)
 
 
 def test_probabilities_sum_to_one_at_every_step() -> None:
@@ -26,7 +26,7 @@ def test_probabilities_sum_to_one_at_every_step() -> None:
 
 
 def test_it_is_the_recursion_of_the_docstring() -> None:
-    live = curriculum(floor=0.0)
+    live = curriculum(min_prob=0.0)
     p = {"t2v": 1.0, "i2v": 0.0, "lip_sync": 0.0}
     for step in range(50):
         assert live.probabilities(step) == pytest.approx(p, abs=1e-12)
@@ -71,8 +71,8 @@ def test_the_past_of_a_loaded_state_is_refused() -> None:
 
 
 def test_other_stages_may_take_over() -> None:
-    """A run may be continued with another soup: shared tasks carry on, the rest starts at 0."""
-    other = Curriculum([Stage(100, {"i2v": 1, "flf2v": 1})], momentum=0.9)
+    """Continue a run with other tasks: shared tasks keep their share, the rest starts at 0."""
+    other = Curriculum([Stage(100, {"i2v": 1, "flf2v": 1})], ema_decay=0.9)
     other.load_state_dict(curriculum().state_dict(40))
     assert other.probabilities(40) == {"i2v": 1.0, "flf2v": 0.0}
     foreign = Curriculum([Stage(1, {"continuation": 1})])
@@ -84,7 +84,7 @@ def test_the_usual_stages_go_from_hard_to_easy() -> None:
     stages = hard_to_easy(100)
     assert [list(stage.targets) for stage in stages[:2]] == [["t2v"], ["t2v", "i2v"]]
     assert list(stages[-1].targets) == ["t2v", "i2v", "flf2v", "avatar_sync", "lip_sync"]
-    live = Curriculum(stages, momentum=0.99, floor=0.02)
+    live = Curriculum(stages, ema_decay=0.99, min_prob=0.02)
     assert live.probabilities(0)["t2v"] == 1.0
     assert live.probabilities(2000)["lip_sync"] == pytest.approx(0.2, abs=1e-3)
 
@@ -104,8 +104,8 @@ def test_draws_have_the_probabilities() -> None:
         ([Stage(0, {"t2v": 1})], {}, "steps of 1 or more"),
         ([Stage(10, {"t2v": 0})], {}, "targets"),
         ([Stage(10, {})], {}, "targets"),
-        (STAGES, {"momentum": 1.0}, "momentum=1"),
-        (STAGES, {"floor": 0.4}, "floor=0.4"),
+        (STAGES, {"ema_decay": 1.0}, "ema_decay=1"),
+        (STAGES, {"min_prob": 0.4}, "min_prob=0.4"),
     ],
 )
 def test_a_curriculum_that_cannot_be_followed_is_refused(stages, settings, message) -> None:
@@ -114,14 +114,14 @@ def test_a_curriculum_that_cannot_be_followed_is_refused(stages, settings, messa
 
 
 def soup(steps: int, **more: float) -> Curriculum:
-    return Curriculum(hard_to_easy(steps), **{"momentum": 0.9, "floor": 0.02, **more})
+    return Curriculum(hard_to_easy(steps), **{"ema_decay": 0.9, "min_prob": 0.02, **more})
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 60))
 def test_a_run_that_starts_from_another_goes_on_where_that_was(
     stop: int, steps: int, more: int
 ) -> None:
-    """One run of all steps, and two or three of which each starts from the one before."""
+    """Compare one run of all steps with two or three that each start from the one before."""
     unbroken, second = soup(steps), soup(steps).following(soup(steps).state_dict(stop))
     assert second.probabilities(more) == unbroken.probabilities(stop + more)
     state = json.loads(json.dumps(second.state_dict(more)))
@@ -131,7 +131,7 @@ def test_a_run_that_starts_from_another_goes_on_where_that_was(
     assert resumed.probabilities(more + 7) == unbroken.probabilities(stop + more + 7)
 
 
-def test_a_curriculum_that_is_done_stays_done_whatever_the_stages_lengths() -> None:
+def test_a_completed_curriculum_stays_completed_for_any_stage_lengths() -> None:
     done = soup(2).state_dict(200)
     before = soup(2).probabilities(200)
     long = soup(1000).following(done)
@@ -139,5 +139,5 @@ def test_a_curriculum_that_is_done_stays_done_whatever_the_stages_lengths() -> N
     assert Curriculum([Stage(1, {"continuation": 1.0})]).following(done).probabilities(0) == {
         "continuation": 1.0
     }
-    joins = Curriculum([*hard_to_easy(1000), Stage(1000, {"continuation": 1.0})], momentum=0.9)
+    joins = Curriculum([*hard_to_easy(1000), Stage(1000, {"continuation": 1.0})], ema_decay=0.9)
     assert joins.following(done).probabilities(300)["continuation"] == pytest.approx(1.0)

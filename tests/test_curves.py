@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.tracking.curves import MOST_POINTS, Axis, Series, area_chart, line_chart, short_number
+from echolab.tracking.curves import MAX_POINTS, Axis, Series, area_chart, line_chart, short_number
 
 finite = st.floats(-1e6, 1e6, allow_subnormal=False)
 
@@ -31,7 +31,7 @@ def test_every_point_lies_inside_the_axes(values: list[float], label: str) -> No
             x, y = map(float, pair.split(","))
             assert 46 <= x <= 360 and 11.9 <= y <= 182.1
     numbers = json.loads(figure.get("data-chart", ""))
-    assert len(numbers["series"][0]["values"]) <= MOST_POINTS
+    assert len(numbers["series"][0]["values"]) <= MAX_POINTS
     assert label in unescape(html)
 
 

@@ -26,7 +26,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     open_verified,
 )
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 
 class Tiny(saved.Saver):
@@ -49,35 +49,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def taken(folder: Path) -> int:
     """The step that a run would go on from; exactly the newer one must be refused, in a line."""
-    found, rejected = latest_valid(folder)
-    assert found is not None
-    if found.step == 1:
+    checkpoint, rejected = latest_valid(folder)
+    assert checkpoint is not None
+    if checkpoint.step == 1:
         assert len(rejected) == 1 and "step-000002" in rejected[0] and "\n" not in rejected[0]
-    return found.step
+    return checkpoint.step
 
 
 def test_any_flipped_byte_is_refused(folder: Path) -> None:
     chance = random.Random(3)
     for path in sorted(folder_of(folder, 2).iterdir()):
-        whole = path.read_bytes()
-        for at in range(len(whole)):
+        complete = path.read_bytes()
+        for at in range(len(complete)):
             flip = 1 << chance.randrange(8) if at % 2 else chance.randrange(1, 256)
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+            path.write_bytes(complete[:at] + bytes([complete[at] ^ flip]) + complete[at + 1 :])
             assert taken(folder) == 1, f"byte {at} of {path.name} flipped by {flip}"
-        path.write_bytes(whole)
+        path.write_bytes(complete)
     assert taken(folder) == 2
 
 
 def test_any_cut_or_longer_or_missing_or_exchanged_file_is_refused(folder: Path) -> None:
     files = sorted(folder_of(folder, 2).iterdir())
     for path in files:
-        whole = path.read_bytes()
-        contents: list[bytes] = [whole[:at] for at in range(0, len(whole), 37)]
-        contents += [whole[:-1], whole + b"\0", bytes(len(whole))]
+        complete = path.read_bytes()
+        contents: list[bytes] = [complete[:at] for at in range(0, len(complete), 37)]
+        contents += [complete[:-1], complete + b"\0", bytes(len(complete))]
         contents += [folder_of(folder, 1).joinpath(path.name).read_bytes()]
         contents += [other.read_bytes() for other in files if other != path]
         for content in contents:
-            if content != whole:
+            if content != complete:
                 path.write_bytes(content)
                 assert taken(folder) == 1
         path.unlink()
@@ -85,14 +85,14 @@ def test_any_cut_or_longer_or_missing_or_exchanged_file_is_refused(folder: Path)
         path.mkdir()
         assert taken(folder) == 1
         path.rmdir()
-        path.write_bytes(whole)
+        path.write_bytes(complete)
     assert taken(folder) == 2
 
 
 def test_a_checkpoint_under_another_name_is_not_that_step(folder: Path) -> None:
     shutil.copytree(folder_of(folder, 1), folder_of(folder, 7))
-    found, rejected = latest_valid(folder)
-    assert found and found.step == 2
+    checkpoint, rejected = latest_valid(folder)
+    assert checkpoint and checkpoint.step == 2
     assert rejected == [f"{folder_of(folder, 7)}: is the checkpoint of step 1, not of its name"]
 
 
@@ -106,14 +106,14 @@ def test_older_formats_are_refused_in_words(folder: Path) -> None:
 
 def test_files_elsewhere_are_never_read(folder: Path) -> None:
     """Not even where the manifest's own digest fits."""
-    from echolab.training.checkpoints.manifest import serialise
+    from echolab.training.checkpoints.manifest import serialize
 
     path = folder_of(folder, 2) / "manifest.json"
     content = json.loads(path.read_bytes())
     content.pop("sha256")
     for name in ("../step-000001/state.json", "/etc/passwd", "state.json\n", "a/b.safetensors"):
-        told = {**content["files"], name: {"bytes": 1, "sha256": ""}}
-        path.write_bytes(serialise({**content, "files": told}))
+        report = {**content["files"], name: {"bytes": 1, "sha256": ""}}
+        path.write_bytes(serialize({**content, "files": report}))
         with pytest.raises(CheckpointError, match="files that are of no checkpoint"):
             open_checkpoint(path.parent)
 
@@ -134,26 +134,26 @@ KILLS = 100
 @pytest.mark.slow
 def test_killed_at_any_moment_of_a_hundred_saves(fork_server: ForkServer, tmp_path: Path) -> None:
     """Whole always; the last that was said to be published, or a newer one."""
-    folder, told = tmp_path / "checkpoints", tmp_path / "told"
+    folder, report = tmp_path / "checkpoints", tmp_path / "told"
     chance, moments = random.Random(11), set()
     for number in range(KILLS):
-        before = told.stat().st_size if told.exists() else 0
-        arguments = {"folder": str(folder), "told": str(told), "seed": number}
+        before = report.stat().st_size if report.exists() else 0
+        arguments = {"folder": str(folder), "steps_file": str(report), "seed": number}
         process = fork_server.start("saved:save_for_ever", arguments=arguments)
-        while not told.exists() or told.stat().st_size == before:
+        while not report.exists() or report.stat().st_size == before:
             assert process.codes() == [None], process.outputs()
             time.sleep(0.005)
         time.sleep(chance.random() * 0.15)
         process.signal(signal.SIGKILL)
         assert process.wait() == [-signal.SIGKILL]
         moments.add(_left(folder))
-        published = saved.last_told(told)
-        found, rejected = latest_valid(folder)
+        published = saved.last_published(report)
+        checkpoint, rejected = latest_valid(folder)
         assert not rejected, rejected
-        assert (found.step if found else 0) >= published
-        if found:
-            saved.check(found)
-    assert saved.last_told(told) > KILLS // 4  # they did save
+        assert (checkpoint.step if checkpoint else 0) >= published
+        if checkpoint:
+            saved.check(checkpoint)
+    assert saved.last_published(report) > KILLS // 4  # they did save
     assert len(moments) > 3, moments  # and were killed at different moments of it
 
 
@@ -216,6 +216,6 @@ def _used_by_all(newest: Path) -> int:
     with suppress(CheckpointError):
         net = tiny.net()
         net.load_state_dict(dict(open_checkpoint(newest).tensors("ema")))
-    found, _ = latest_valid(checkpoints)
-    assert found
-    return found.step
+    result, _ = latest_valid(checkpoints)
+    assert result
+    return result.step

@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data import foreign as module
-from echolab.data.foreign import TENSORS, index_folder
-from echolab.data.names import PARTIAL
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data import index_tars as module
+from echolab.data.index import PARTIAL_INDEX
+from echolab.data.index_tars import TENSORS, index_folder
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.verify import verify
 from echolab.errors import DataError
 
@@ -217,13 +218,13 @@ def test_what_was_read_before_a_stop_is_not_read_again(
     monkeypatch.setattr(module, "scan", scan)
     with pytest.raises(KeyboardInterrupt):
         index_folder(folder, advance=stop)
-    with (folder / PARTIAL).open("a") as notes:
+    with (folder / PARTIAL_INDEX).open("a") as notes:
         notes.write('["raw-000002.tar 1')  # as a kill leaves a line
     assert verify(folder) != []
     index_folder(folder, description={"source": "x"})
     assert read == ["raw-000000.tar", "raw-000001.tar", "raw-000002.tar"]
     assert (folder / "dataset.json").read_bytes() == whole
-    assert not (folder / PARTIAL).exists()
+    assert not (folder / PARTIAL_INDEX).exists()
 
 
 def test_a_tar_that_changed_is_read_again(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_tar_that_changed_is_read_again(tmp_path: Path) -> None:
     index_folder(folder)
     shutil.rmtree(folder)
     folder = packed(tmp_path, foreign.files(PICTURES)[:9])
-    (folder / PARTIAL).write_text(json.dumps(["a.tar 1 2 []", [{}, [], {}, []]]) + "\n")
+    (folder / PARTIAL_INDEX).write_text(json.dumps(["a.tar 1 2 []", [{}, [], {}, []]]) + "\n")
     assert len(index_folder(folder).content["samples"]) == 3
 
 

@@ -17,32 +17,38 @@ import pytest
 import unruly
 
 from data_prep.__main__ import main
-from data_prep.cut import cut_span, is_clip_length
-from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.faces import boxes
+from data_prep.draw import draw_dataset
 from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
-from data_prep.normalise import heard, make_grid, sound_of
-from data_prep.options import RunOptions
-from data_prep.pack import cut_out, frame_head, frame_whole, in_frame
-from data_prep.probe import probe
+from data_prep.options import DrawOptions, RunOptions, is_clip_length
 from data_prep.run import prepare, read_refused
-from data_prep.source import Models, Source, read_source
-from data_prep.track import SceneCuts, Tracker
-from data_prep.video import VideoReader
-from data_prep.weights import YUNET, find_weight
+from data_prep.source import Models, Source, cut_span, read_source
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
-from echolab.data.files import exclusive
-from echolab.data.media import read_sound
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.atomic_io import lock_folder
+from echolab.data.media import read_audio_track
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.errors import (
     ConfigError,
     DataError,
     EcholabError,
     MediaError,
-    PassingError,
+    RetryableError,
     WeightsError,
 )
 from echolab.fitting import save_net
+from echolab.vision.face_models import YUNET, find_face_model
+from echolab.vision.faces import boxes
+from echolab.vision.normalize import (
+    audio_of,
+    boxes_in_crop,
+    crop_frame,
+    crop_full,
+    crop_head,
+    has_audio,
+    make_grid,
+)
+from echolab.vision.probe import probe
+from echolab.vision.track import SceneCuts, Tracker
+from echolab.vision.video_reader import VideoReader
 
 FLASH = 7  # number of the source frame that is white and sounds
 
@@ -51,7 +57,7 @@ def write_flashing(
     path: Path, times: Sequence[float], *, flash: int = FLASH, sound_from: float = 0.0,
     sound_seconds: float = 2.0, size: int = 128,
 ) -> float:  # fmt: skip
-    """Black video with frames at `times`, white from frame `flash` on, when a tone sets in."""
+    """Write black video with frames at `times`, white with a tone from frame `flash` on."""
     rate = 16000
     start = times[flash]
     faststart = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
@@ -62,8 +68,8 @@ def write_flashing(
         video.codec_context.time_base = Fraction(1, 1000)
         audio = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=rate)
         for number, time in enumerate(times):
-            picture = np.full((size, size, 3), 255 * (number >= flash), np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image = np.full((size, size, 3), 255 * (number >= flash), np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
@@ -95,16 +101,14 @@ def even(fps: float, first: float = 0.0, count: int = 40) -> list[float]:
     ],
     ids=["25", "30", "60", "12", "late picture", "late sound", "variable"],
 )
-def test_flash_and_tone_stay_together(
-    tmp_path: Path, times: list[float], sound_from: float
-) -> None:
+def test_flash_and_tone_stay_in_sync(tmp_path: Path, times: list[float], sound_from: float) -> None:
     path = tmp_path / "a.mkv"
     start = write_flashing(path, times, sound_from=sound_from)
-    found = probe(path)
-    grid = make_grid(found)
-    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
-    pictures = np.stack(list(VideoReader(found, 128, 128).read(grid.numbers)))
-    flash = int(np.argmax(pictures.mean((1, 2, 3)) > 128)) / 25
+    probed = probe(path)
+    grid = make_grid(probed)
+    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
+    images = np.stack(list(VideoReader(probed, 128, 128).read(grid.indices)))
+    flash = int(np.argmax(images.mean((1, 2, 3)) > 128)) / 25
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
     # The nearest frame is shown: half a source frame early, or one output frame late, at most.
     assert -max(np.diff(times)) / 2 - 0.003 <= flash - tone <= 0.04 + 0.003
@@ -113,45 +117,45 @@ def test_flash_and_tone_stay_together(
 
 def test_every_source_frame_at_25_fps_is_kept_once(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mkv", even(25, first=0.4))
-    assert make_grid(probe(tmp_path / "a.mkv")).numbers.tolist() == list(range(40))
+    assert make_grid(probe(tmp_path / "a.mkv")).indices.tolist() == list(range(40))
 
 
 def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mp4", even(30))
-    found = probe(tmp_path / "a.mp4")
-    whole = np.stack(list(VideoReader(found, 128, 128).read(np.arange(40))))
-    reader = VideoReader(found, 128, 128)
+    probed = probe(tmp_path / "a.mp4")
+    complete = np.stack(list(VideoReader(probed, 128, 128).read(np.arange(40))))
+    reader = VideoReader(probed, 128, 128)
     for numbers in ([0, 1, 2], [2, 3, 3, 9], [20, 31, 39], [5, 39], []):
-        pictures = list(reader.read(np.array(numbers, np.int64)))
-        assert len(pictures) == len(numbers)
-        assert all(np.array_equal(p, whole[n]) for p, n in zip(pictures, numbers, strict=True))
+        images = list(reader.read(np.array(numbers, np.int64)))
+        assert len(images) == len(numbers)
+        assert all(np.array_equal(p, complete[n]) for p, n in zip(images, numbers, strict=True))
 
 
-def test_sound_shorter_than_the_picture_is_refused_there(tmp_path: Path) -> None:
+def test_frames_without_audio_are_refused(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mkv", even(25), sound_seconds=1.0)
     grid = make_grid(probe(tmp_path / "a.mkv"))
-    covered = heard(read_sound(tmp_path / "a.mkv"), grid)
+    covered = has_audio(read_audio_track(tmp_path / "a.mkv"), grid)
     assert covered[:25].all() and not covered[26:].any()
     reasons = frame_reasons(grid, covered, find_subject([], len(covered)), 96)
-    assert reasons[0].startswith("no face") and reasons[-1].startswith("no sound")
+    assert reasons[0].startswith("no face") and reasons[-1].startswith("no audio")
 
 
 def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
-    write_flashing(whole, even(25, count=75), size=256)
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    assert not probe(whole).damaged
-    found = probe(cut)
-    assert 20 < len(found.times) < 75
-    ((first, last),) = [span for span in found.damaged if span[1] > found.end]
-    assert first <= found.end + 0.05 and abs(last - 3) < 0.1
+    complete, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    write_flashing(complete, even(25, count=75), size=256)
+    cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 2 // 3])
+    assert not probe(complete).damaged
+    probed = probe(cut)
+    assert 20 < len(probed.times) < 75
+    ((first, last),) = [span for span in probed.damaged if span[1] > probed.end]
+    assert first <= probed.end + 0.05 and abs(last - 3) < 0.1
     unused = Models(tmp_path, None)  # type: ignore[arg-type]
     options = RunOptions(cut, tmp_path, size=64)
     parts = read_source(Source(cut, cut.name, "0" * 64, ""), options, unused, lambda _: None)
     assert next(parts).reason.startswith("damaged: the file ends before")  # type: ignore[union-attr]
     for size in (0, 10, 300):
-        cut.write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(MediaError, match="damaged|no picture"):
+        cut.write_bytes(complete.read_bytes()[:size])
+        with pytest.raises(MediaError, match="damaged|no video"):
             probe(cut)
 
 
@@ -175,7 +179,7 @@ def face(x: float, y: float = 50, score: float = 0.95, size: float = 40) -> np.n
     return row
 
 
-def test_a_track_needs_a_sure_face_to_begin_and_a_likely_one_to_go_on() -> None:
+def test_a_track_starts_at_a_high_score_and_continues_at_a_lower_one() -> None:
     tracker = Tracker()
     for k in range(0, 20, 2):
         tracker.add(k, np.stack([face(10 + k, score=0.95 if k == 4 else 0.75)]))
@@ -195,18 +199,18 @@ def test_a_face_may_hide_briefly_but_not_over_a_cut() -> None:
     assert [(t.first, t.last) for t in tracker.finish(30, 1)] == [(0, 20), (20, 30)]
 
 
-def test_two_faces_are_two_tracks_and_a_rivalry() -> None:
+def test_two_faces_are_two_tracks_and_refused() -> None:
     tracker = Tracker()
     for k in range(10):
         tracker.add(k, np.stack([face(10 + k), face(200 - k, size=30), face(400, size=10)]))
     tracks = tracker.finish(10, 1)
     subject = find_subject(tracks, 12)
     assert subject.faces.tolist() == [3] * 10 + [0] * 2
-    assert np.allclose(subject.rival[:10], 0.75) and (subject.height[:10] == 40).all()
+    assert np.allclose(subject.second[:10], 0.75) and (subject.height[:10] == 40).all()
     assert len(set(subject.track[:10])) == 1 and (subject.track[10:] == -1).all()
 
 
-def test_cuts_are_seen_and_motion_is_none() -> None:
+def test_cuts_are_detected_and_motion_is_no_cut() -> None:
     rng = np.random.default_rng(0)
     scenes = [rng.integers(0, 256, (1, 4, 3)).astype(np.uint8).repeat(72, 0).repeat(32, 1)
               for _ in range(3)]  # fmt: skip
@@ -215,7 +219,7 @@ def test_cuts_are_seen_and_motion_is_none() -> None:
     assert begins == [True, False, False, False] * 3
 
 
-def test_silence_is_told_from_pauses() -> None:
+def test_silence_is_distinguished_from_pauses() -> None:
     tone = (0.1 * np.sin(np.arange(640 * 50) / 5)).astype(np.float32)
     paused = tone * (np.arange(len(tone)) < 0.3 * len(tone))
     assert silence(tone) == "" and silence(paused) == ""
@@ -232,46 +236,46 @@ def test_still_lips_are_no_talking() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (1080, 1920), (410, 412), (200, 200)])
-def test_framing_stays_inside_and_boxes_follow(width: int, height: int) -> None:
+def test_the_crop_stays_inside_and_boxes_follow(width: int, height: int) -> None:
     faces = np.array([[50, 30, 130, 150], [70, 30, 150, 150]], np.float32)
-    for framing in (frame_head(faces, width, height, 128), frame_whole(width, height, 128)):
+    for framing in (crop_head(faces, width, height, 128), crop_full(width, height, 128)):
         x0, y0, x1, y1 = framing.box
         assert 0 <= x0 < x1 <= width + 1e-3 and 0 <= y0 < y1 <= height + 1e-3
         assert framing.width % 16 == 0 == framing.height % 16
         scale = framing.width / (x1 - x0)
         assert np.isclose(scale, framing.height / (y1 - y0))
-        inside = in_frame(faces, framing)
+        inside = boxes_in_crop(faces, framing)
         assert np.allclose(inside[1, 0] - inside[0, 0], 20 * scale, atol=1e-3)
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[30:150, 50:130] = 255
-        seen = cut_out(picture, framing)
-        assert seen.shape == (framing.height, framing.width, 3)
-        ys, xs = np.nonzero(seen[..., 0] > 127)
-        found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert np.abs(inside[0] - found).max() <= 1 + scale / 2
+        image = np.zeros((height, width, 3), np.uint8)
+        image[30:150, 50:130] = 255
+        cropped = crop_frame(image, framing)
+        assert cropped.shape == (framing.height, framing.width, 3)
+        ys, xs = np.nonzero(cropped[..., 0] > 127)
+        probed = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        assert np.abs(inside[0] - probed).max() <= 1 + scale / 2
 
 
 @pytest.mark.parametrize(
     "bad", ["frames=80", "frames=1", "size=100", "min_frames=85", "detect_every=9", "crop=x"]
 )
-def test_options_out_of_range_are_told(bad: str, tmp_path: Path) -> None:
-    from data_prep.run import main as run_step
+def test_options_out_of_range_are_refused(bad: str, tmp_path: Path) -> None:
+    from data_prep.__main__ import run as run_step
 
     with pytest.raises(ConfigError, match=bad.partition("=")[0]):
         run_step([str(tmp_path), str(tmp_path / "out"), bad])
 
 
 def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.weights.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("data_prep.weights.urllib.request.urlopen", offline)
+    monkeypatch.setattr("echolab.vision.face_models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("echolab.vision.face_models.urllib.request.urlopen", offline)
     monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
-    with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*weights=FOLDER"):
-        find_weight(YUNET, tmp_path)
+    with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*face_models=FOLDER"):
+        find_face_model(YUNET, tmp_path)
     (tmp_path / YUNET.name).write_bytes(b"another")
     with pytest.raises(WeightsError, match=rf"{YUNET.name}: sha256.*need {YUNET.sha256[:16]}"):
-        find_weight(YUNET, tmp_path)
+        find_face_model(YUNET, tmp_path)
     with pytest.raises(WeightsError, match="no such folder"):
-        find_weight(YUNET, tmp_path / "none")
+        find_face_model(YUNET, tmp_path / "none")
 
 
 def offline(*_: object, **__: object) -> None:
@@ -288,11 +292,11 @@ def test_no_job_ends_the_run(tmp_path: Path) -> None:
         "slow": "SLOW",  # for twice as long as a worker may be silent
         once: once.upper(),
     }
-    failed = {r.job: r.what for r in reports if isinstance(r, Failed)}
+    failed = {r.job: r.reason for r in reports if isinstance(r, Failed)}
     assert set(failed) == {"crash", "raise", "hang"} and len(reports) == len(jobs)
     assert "twice (signal 11)" in failed["crash"] and "hangs" in failed["hang"]
     assert failed["raise"].startswith("unreadable: ValueError")
-    stopped = {r.job: r.what for r in reports if isinstance(r, Unfinished)}
+    stopped = {r.job: r.reason for r in reports if isinstance(r, Unfinished)}
     assert stopped["killed"].startswith("killed: ") and "signal 9" in stopped["killed"]
     assert "exit code 3" in stopped["exit"] and stopped["memory"].startswith("memory:")
     assert stopped["stale"] == "cannot be read: Stale file handle"
@@ -318,7 +322,7 @@ def test_a_stopped_process_does_not_hang(tmp_path: Path) -> None:
     assert isinstance(reports[-1], Finished)
 
 
-def test_time_in_which_the_machine_slept_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspended_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.5, 1.0, 4000.0, 4000.5])
     monkeypatch.setattr("data_prep.workers.time.monotonic", lambda: next(now))
     clock = Clock()
@@ -329,8 +333,8 @@ def test_time_in_which_the_machine_slept_does_not_count(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source of three files of which no model need see anything."""
-    monkeypatch.setattr("data_prep.run.find_weight", lambda *_: tmp_path)
+    """Make a source of three files that no model needs to process."""
+    monkeypatch.setattr("data_prep.run.find_face_model", lambda *_: tmp_path)
     source = tmp_path / "source"
     source.mkdir()
     for name in ("a.mp4", "b.mp4", "c.mp4"):
@@ -341,45 +345,45 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_worker_costs_no_file(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")
+    complete, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
-    prepare(RunOptions(three, whole))
+    prepare(RunOptions(three, complete))
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
-    with pytest.raises(PassingError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
+    with pytest.raises(RetryableError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
         prepare(options)
     assert not (options.out / "dataset.json").exists()
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
     assert prepare(options)["clips"] == 3
-    for path in whole.iterdir():
+    for path in complete.iterdir():
         assert path.read_bytes() == (options.out / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("step", ["run", "draw", "encode"])
-def test_a_folder_at_work_is_not_written_to(
+def test_a_folder_in_use_is_not_written_to(
     three: Path, tmp_path: Path, step: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, video = tmp_path / "out", tmp_path / "video.safetensors"
     out.mkdir()
     save_net(video, CausalAutoencoder(width=8), {"width": 8})
-    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=5, size=32), lambda _: None)
+    draw_dataset(DrawOptions(tmp_path / "raw", num_clips=1, frames=5, size=32), lambda _: None)
     words = {
         "run": ["run", str(three), str(out)],
-        "draw": ["draw", str(out), "clips=1"],
-        "encode": ["encode", str(tmp_path / "raw"), str(out), f"video={video}"],
+        "draw": ["draw", str(out), "num_clips=1"],
+        "encode": ["encode", str(tmp_path / "raw"), str(out), f"vae={video}"],
     }[step]
-    with exclusive(out), ThreadPoolExecutor(1) as pool:
+    with lock_folder(out), ThreadPoolExecutor(1) as pool:
         assert pool.submit(main, words).result() == 77
         assert [path.name for path in out.iterdir()] == [".lock"]
     assert f"out: process {os.getpid()} on" in capsys.readouterr().err
 
 
-def test_a_file_that_is_stopped_in_every_run_is_refused_for_what_it_is(
+def test_a_file_that_fails_in_every_run_is_refused(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(three, tmp_path / "out")
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
     for _ in range(2):
-        with pytest.raises(PassingError):
+        with pytest.raises(RetryableError):
             prepare(options)
     assert prepare(options)["clips"] == 2
     (row,) = read_refused(options.out / "refused.jsonl")
@@ -393,12 +397,13 @@ def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, **more)  # type: ignore[call-overload, no-any-return]
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_gives_one_line(tmp_path: Path) -> None:
     assert run("--help").returncode == 0 and "run" in run("--help").stdout
     for words, said in (
         (["run", tmp_path / "none.mp4", tmp_path / "out"], "none.mp4: not there"),
         (["run", tmp_path, tmp_path / "out", "frame=9"], "frames"),
-        (["walk"], "no step 'walk'"),
+        (["walk"], "walk: no such action; use run, draw, encode"),
+        (["encod"], "encod: no such action; did you mean encode?"),
     ):
         done = run(*words)
         assert done.returncode != 0 and said in done.stderr and done.stdout == ""

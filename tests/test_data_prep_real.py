@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.cut import is_clip_length
 from data_prep.filter import Refusal
 from data_prep.listing import list_source
-from data_prep.options import RunOptions
-from data_prep.probe import probe
+from data_prep.options import RunOptions, is_clip_length
 from data_prep.run import prepare
 from data_prep.source import Models, Source, read_source
-from data_prep.video import VideoReader
-from data_prep.weights import YUNET, find_weight
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
-from echolab.data.shards import open_dataset, verify
+from echolab.data.shard_reader import open_dataset
+from echolab.data.verify import verify
 from echolab.errors import MediaError
+from echolab.vision.face_models import YUNET, find_face_model
+from echolab.vision.probe import probe
+from echolab.vision.video_reader import VideoReader
 
 pytestmark = pytest.mark.media
 
@@ -32,21 +32,21 @@ def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]
 
 
 def models(weights: Path) -> Models:
-    from data_prep.faces import FaceMesh
-    from data_prep.weights import LANDMARKER
+    from echolab.vision.face_models import LANDMARKER
+    from echolab.vision.faces import FaceMesh
 
-    return Models(find_weight(YUNET, weights), FaceMesh(find_weight(LANDMARKER, weights)))
+    return Models(find_face_model(YUNET, weights), FaceMesh(find_face_model(LANDMARKER, weights)))
 
 
-def test_lips_are_found_where_they_are(media: Path, weights: Path) -> None:
-    """The mesh's lips hold the detector's own mouth corners, and lie in the lower face."""
-    from data_prep.faces import FaceDetector
+def test_lips_are_detected_at_the_mouth(media: Path, weights: Path) -> None:
+    """Check that the mesh's lips hold the detector's mouth corners and are in the lower face."""
+    from echolab.vision.faces import FaceDetector
 
-    found = probe(media / "video" / "th_may5s.mp4")
-    picture = next(VideoReader(found, found.width, found.height).read(np.array([30])))
+    probed = probe(media / "video" / "th_may5s.mp4")
+    image = next(VideoReader(probed, probed.width, probed.height).read(np.array([30])))
     both = models(weights)
-    row = FaceDetector(both.yunet, found.width, found.height).detect(picture)[0]
-    mesh = both.mesh.find(picture, row)
+    row = FaceDetector(both.yunet, probed.width, probed.height).detect(image)[0]
+    mesh = both.mesh.find(image, row)
     left, top, right, bottom = mesh.lips
     x, y, width, height = row[:4]
     assert mesh.presence > 0.9
@@ -56,14 +56,14 @@ def test_lips_are_found_where_they_are(media: Path, weights: Path) -> None:
     assert (corners[:, 1] > top - 0.05 * height).all() and (corners[:, 1] < bottom).all()
 
 
-def test_a_turned_picture_is_set_upright(media: Path) -> None:
-    """PyAV's turn agrees with decord's own."""
+def test_a_rotated_video_is_upright(media: Path) -> None:
+    """Compare PyAV's rotation with decord's."""
     import decord
 
     path = media / "video" / "bad_rot90.mov"
-    found = probe(path)
-    assert (found.width, found.height) == (320, 568)
-    ours = list(VideoReader(found, 320, 568).read(np.arange(3)))
+    probed = probe(path)
+    assert (probed.width, probed.height) == (320, 568)
+    ours = list(VideoReader(probed, 320, 568).read(np.arange(3)))
     theirs = decord.VideoReader(str(path)).get_batch(range(3)).asnumpy()
     assert np.abs(np.stack(ours).astype(int) - theirs).mean() < 2
 
@@ -112,12 +112,12 @@ SMALL = ("frames=33", "min_frames=33", "size=64", "samples_per_shard=2")
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(few: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run("run", few, whole, *SMALL, "format=json")
+def test_a_killed_run_resumes_to_the_same_result(few: Path, tmp_path: Path) -> None:
+    complete, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run("run", few, complete, *SMALL, "format=json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert verify(whole) == [] and figures["files"] == 6 and figures["files_used"] == 2
+    assert verify(complete) == [] and figures["files"] == 6 and figures["files_used"] == 2
     command = [sys.executable, "-u", "-m", "data_prep", "run", str(few), str(killed), *SMALL]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
         assert process.stderr is not None
@@ -126,27 +126,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(few: Path, tmp_path: Path) -> No
     assert not (killed / "dataset.json").exists()
     again = run("run", few, killed, *SMALL)
     assert again.returncode == 0 and "were done before" in again.stderr
-    files = sorted(path.name for path in whole.iterdir())
+    files = sorted(path.name for path in complete.iterdir())
     assert files == sorted(path.name for path in killed.iterdir())
     for name in files:
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
-    assert run("run", few, whole, *SMALL, "format=json").stdout == done.stdout
-    other = run("run", few, whole, "frames=29")
+        assert (complete / name).read_bytes() == (killed / name).read_bytes()
+    assert run("run", few, complete, *SMALL, "format=json").stdout == done.stdout
+    other = run("run", few, complete, "frames=29")
     assert other.returncode == 1 and "other files or options" in other.stderr
 
-    dataset = open_dataset(whole)
+    dataset = open_dataset(complete)
     facts = [json.loads(dataset.read(i)["json"]) for i in range(len(dataset))]
     captions = {fact["source"]: fact["caption"] for fact in facts}
     assert captions["deeper/grid_bbaf2n.mpg"] == "A man says: bin blue at f two now."
-    refused = [json.loads(line) for line in (whole / "refused.jsonl").read_text().splitlines()]
+    refused = [json.loads(line) for line in (complete / "refused.jsonl").read_text().splitlines()]
     kinds = {row["source"]: row["reason"].partition(":")[0] for row in refused}
-    assert kinds["noaudio_iplap129.mp4"] == "no sound"
+    assert kinds["noaudio_iplap129.mp4"] == "no audio"
     assert kinds["notes.md"] == kinds["empty.mp4"] == "damaged"
     assert {"source", "start_seconds", "end_seconds", "reason"} == set(refused[0])
 
 
 @pytest.mark.slow
-def test_nothing_whole_is_left_by_a_full_disk(few: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_dataset(few: Path, tmp_path: Path) -> None:
     import resource
 
     def limit() -> None:
@@ -161,23 +161,23 @@ def test_nothing_whole_is_left_by_a_full_disk(few: Path, tmp_path: Path) -> None
 
 def test_a_source_without_a_clip_is_an_error(media: Path, weights: Path, tmp_path: Path) -> None:
     path = media / "video" / "bad_corrupted.mp4"
-    with pytest.raises(MediaError, match=r"bad_corrupted\.mp4: no clip.*no sound.*refused\.jsonl"):
-        prepare(RunOptions(path, tmp_path / "out", weights=weights))
+    with pytest.raises(MediaError, match=r"bad_corrupted\.mp4: no clip.*no audio.*refused\.jsonl"):
+        prepare(RunOptions(path, tmp_path / "out", face_models=weights))
     assert (tmp_path / "out" / "refused.jsonl").exists()
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert list_source(path, tmp_path).files == [(path, path.name)]
 
 
-# What each sample file must come to; None: some clips, whatever else is refused.
+# Kinds of refusals of each sample file; None: it gives clips, with any refusals.
 EXPECTED = {
-    "bad_corrupted.mp4": {"damaged", "no sound"},
-    "bad_rot90.mov": {"no sound"},
+    "bad_corrupted.mp4": {"damaged", "no audio"},
+    "bad_rot90.mov": {"no audio"},
     "hb_lp_s20_silent.mp4": {"silence"},
     "hb_lrs3_small.mp4": {"face too small"},
     "misc_pancake.mkv": {"no face"},
     "multi_crowd.mp4": {"several faces", "no face", "face too small"},
-    "noaudio_iplap129.mp4": {"no sound"},
-    "noaudio_lp_d13.mp4": {"no sound"},
+    "noaudio_iplap129.mp4": {"no audio"},
+    "noaudio_lp_d13.mp4": {"no audio"},
     "noface_dog.mp4": {"no face"},
     "th_lp_d9_sar.mp4": {"silence", "too short"},
 }
@@ -190,7 +190,8 @@ def test_each_sample_video_is_used_or_refused_for_its_reason(
     if len(list((media / "video").iterdir())) != 28:
         pytest.skip("the sample videos are not the 28 that this test knows")
     options = RunOptions(media / "video", tmp_path / "out", frames=49, min_frames=25, size=64,
-                         weights=weights, workers=os.cpu_count() or 1, detect_every=4)  # fmt: skip
+                         face_models=weights, workers=os.cpu_count() or 1,
+                         detect_every=4)  # fmt: skip
     figures = prepare(options)
     assert figures["files"] == 28 and figures["files_used"] == 18
     dataset = open_dataset(tmp_path / "out")

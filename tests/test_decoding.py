@@ -1,4 +1,4 @@
-"""Each picture at its time beside its sound, in every container; what decord shows is compared."""
+"""Frames and audio are in sync in every container, and decord agrees with PyAV."""
 
 import math
 import os
@@ -15,18 +15,18 @@ import pytest
 from coded import flashes, number_of, write_coded
 
 from data_prep.filter import Refusal
-from data_prep.normalise import heard, make_grid, sound_of
 from data_prep.options import RunOptions
-from data_prep.probe import probe
 from data_prep.source import Models, Source, read_source
-from data_prep.video import VideoReader
-from echolab.cli.footage import source_given
-from echolab.cli.generate import read_sound_of
-from echolab.cli.generate_arguments import GenerateArguments
 from echolab.data.clips import to_frames
-from echolab.data.decoding import decoded, ignore, opened, picture_stream
-from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_sound
+from echolab.data.decoding import decode_frames, ignore_progress, open_media, video_stream
+from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_audio_track
 from echolab.errors import MediaError
+from echolab.inference.generate import read_speech
+from echolab.inference.inputs import video_footage
+from echolab.inference.options import GenerateArguments
+from echolab.vision.normalize import audio_of, has_audio, make_grid
+from echolab.vision.probe import probe
+from echolab.vision.video_reader import VideoReader
 
 EVEN = [k / 25 for k in range(40)]
 NTSC = [k * 1001 / 30000 for k in range(45)]
@@ -94,58 +94,62 @@ CASES = [
 ]  # fmt: skip
 
 
-def pictures_of(path: Path) -> tuple[np.ndarray, list[int]]:
-    """The pictures of the 25 fps grid, and the numbers burnt into them."""
-    found = probe(path)
-    grid = make_grid(found)
-    pictures = np.stack(list(VideoReader(found, coded.WIDTH, coded.HEIGHT).read(grid.numbers)))
-    return pictures, [number_of(picture) for picture in pictures]
+def images_of(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Return the images of the 25 fps grid, and the numbers drawn on them."""
+    probed = probe(path)
+    grid = make_grid(probed)
+    images = np.stack(list(VideoReader(probed, coded.WIDTH, coded.HEIGHT).read(grid.indices)))
+    return images, [number_of(image) for image in images]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_pictures_and_sound_are_at_their_times(tmp_path: Path, case: Case) -> None:
+def test_frames_and_audio_are_at_their_times(tmp_path: Path, case: Case) -> None:
     path = tmp_path / case.name
     write_coded(path, case.codec, case.times, **case.more)
     # What lies before the zero of an mp4 is cut off by its edit list.
     shown = [n for n, t in enumerate(case.times) if t >= 0 or path.suffix != ".mp4"]
-    pictures, numbers = pictures_of(path)
+    images, numbers = images_of(path)
     times = np.array(case.times) - case.times[shown[0]]
     step = max(np.diff(times))
     assert abs(len(numbers) - round((times[-1] + times[-1] - times[-2]) * 25)) <= 1
     for k, number in enumerate(numbers):
         assert abs(times[number] - k / 25) <= step / 2 + 0.002
     assert set(numbers) >= set(shown) if step >= 0.04 and case.times is EVEN else True
-    found = probe(path)
-    grid = make_grid(found)
-    sound = sound_of(read_sound(path), grid, 0, len(grid.numbers))
-    flash = times[numbers[int(np.argmax([flashes(picture) for picture in pictures]))]]
+    probed = probe(path)
+    grid = make_grid(probed)
+    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
+    flash = times[numbers[int(np.argmax([flashes(image) for image in images]))]]
     tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
     assert abs(tone - flash) <= 0.02
 
 
-def test_the_reader_sees_what_grid_files_hold(media: Path) -> None:
-    """The lip-reading corpus is MPEG-1 program streams: frame k of the reader is frame k."""
+def test_the_reader_decodes_mpeg_files_by_index(media: Path) -> None:
+    """Check that frame k of the reader is frame k, in MPEG-1 program streams of a corpus."""
     for path in sorted((media / "video").glob("grid_*.mpg")):
-        with opened(path) as container:
-            frames = [f for _, f in decoded(container, picture_stream(container), ignore)]
+        with open_media(path) as container:
+            frames = [
+                f for _, f in decode_frames(container, video_stream(container), ignore_progress)
+            ]
             first = [frame.to_ndarray(format="rgb24") for frame in frames[:3]]
-        found = probe(path)
-        seen = list(VideoReader(found, found.width, found.height).read(np.arange(3)))
-        assert len(found.times) == len(frames) == 75
-        assert all(np.array_equal(one, other) for one, other in zip(first, seen, strict=True))
+        probed = probe(path)
+        decoded_images = list(VideoReader(probed, probed.width, probed.height).read(np.arange(3)))
+        assert len(probed.times) == len(frames) == 75
+        assert all(
+            np.array_equal(one, other) for one, other in zip(first, decoded_images, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", ["mpeg2.ts", "late_audio.mpg", "hevc.ts", "late_picture.mp4"])
-def test_generate_is_given_the_same_pictures_and_sound(tmp_path: Path, name: str) -> None:
+def test_generate_reads_the_same_frames_and_audio(tmp_path: Path, name: str) -> None:
     case, path = next(case for case in CASES if case.name == name), tmp_path / name
     write_coded(path, case.codec, case.times, **case.more)
     arguments = GenerateArguments(
-        tmp_path / "out.mp4", task="lip_sync", source=path, audio=path, box=(40, 100, 100, 130),
-        width=coded.WIDTH, height=coded.HEIGHT,
+        out=tmp_path / "out.mp4", task="lip_sync", source_video=path, audio=path,
+        box=(40, 100, 100, 130), width=coded.WIDTH, height=coded.HEIGHT,
     )  # fmt: skip
-    numbers = [number_of(picture) for picture in to_frames(source_given(arguments, 33).pixels)]
+    numbers = [number_of(image) for image in to_frames(video_footage(arguments, 33).pixels)]
     assert numbers == list(range(33))
-    samples, _ = read_sound_of(arguments)
+    samples, _ = read_speech(arguments)
     assert samples is not None
     assert abs(int(np.argmax(np.abs(samples) > 0.1)) / 16000 - 20 / 25) <= 0.02
 
@@ -156,65 +160,65 @@ def test_generate_is_given_the_same_pictures_and_sound(tmp_path: Path, name: str
 def test_clips_of_any_writer_come_back_in_order(tmp_path: Path, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     write_coded(tmp_path / name, case.codec, case.times, **case.more)
-    numbers = [number_of(picture) for picture in decode_mp4((tmp_path / name).read_bytes())]
+    numbers = [number_of(image) for image in decode_mp4((tmp_path / name).read_bytes())]
     assert numbers == [n for n, t in enumerate(case.times) if t >= 0]
 
 
-def test_decord_is_not_believed_when_pyav_sees_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode_mp4(np.stack([coded.picture_of(n, 20) for n in range(25)]))
+def test_pyav_is_preferred_if_decord_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_mp4(np.stack([coded.image_of(n, 20) for n in range(25)]))
     truth = decode_mp4(data)
     for wrong in (np.roll(truth, 1, 0), truth[:-1], truth[..., ::-1][:, ::-1], truth[:0]):
         monkeypatch.setattr("echolab.data.media._decord_frames", lambda _, wrong=wrong: wrong)
         assert np.abs(decode_mp4(data).astype(int) - truth).max() <= 2
     monkeypatch.undo()
-    assert [number_of(picture) for picture in truth] == list(range(25))
+    assert [number_of(image) for image in truth] == list(range(25))
 
 
-def test_joined_recordings_are_refused_in_words(tmp_path: Path) -> None:
+def test_joined_recordings_are_refused(tmp_path: Path) -> None:
     write_coded(tmp_path / "one.mpg", "mpeg2video", EVEN, audio="mp2")
     (tmp_path / "two.mpg").write_bytes((tmp_path / "one.mpg").read_bytes() * 2)
     with pytest.raises(MediaError, match=r"time stamps: they go back from .* give each"):
         probe(tmp_path / "two.mpg")
     with pytest.raises(MediaError, match=r"time stamps of the sound go back"):
-        read_sound(tmp_path / "two.mpg")
+        read_audio_track(tmp_path / "two.mpg")
 
 
-def test_sound_that_cannot_be_decoded_is_no_silence(tmp_path: Path) -> None:
-    """A stretch of damaged packets is refused for clips, and ends the reading of a sound."""
+def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
+    """Refuse clips in a span of damaged packets, and reading audio with one."""
     path = tmp_path / "a.mkv"
     write_coded(path, "libx264", EVEN, audio="ac3", flash=0)
     data = bytearray(path.read_bytes())
-    with opened(path) as container:
+    with open_media(path) as container:
         packets = [bytes(p) for p in container.demux(audio=0) if p.size]
     for packet in packets[15:20]:  # 32 ms each
         at = data.index(packet)
         data[at : at + len(packet)] = bytes(len(packet))
     path.write_bytes(data)
-    sound, grid = read_sound(path), make_grid(probe(path))
+    sound, grid = read_audio_track(path), make_grid(probe(path))
     first, last = min(sound.damaged)[0], max(sound.damaged)[1]
     assert abs(first - 15 * 0.032) < 0.04 and abs(last - 20 * 0.032) < 0.04
-    covered = heard(sound, grid)
+    covered = has_audio(sound, grid)
     assert not covered[math.ceil(first * 25) : math.floor(last * 25)].any()
     assert covered[:10].all() and covered[18:35].all()
     with pytest.raises(MediaError, match=r"a\.mkv: the sound is damaged at 0\.4"):
         read_audio(path)
 
 
-def test_sound_may_change_its_form_on_the_way(tmp_path: Path) -> None:
-    """Broadcasts go from mono to stereo: two transport streams, one after the other in time."""
+def test_audio_may_change_its_layout(tmp_path: Path) -> None:
+    """Join two transport streams: broadcasts change from mono to stereo."""
     write_coded(tmp_path / "mono.ts", "mpeg2video", EVEN, audio="mp2", flash=0)
     later = [t + 1.6 for t in EVEN]
     write_coded(tmp_path / "stereo.ts", "mpeg2video", later, audio="mp2", flash=0,
                 audio_from=1.8, layout="stereo")  # fmt: skip
     joined = b"".join((tmp_path / f"{name}.ts").read_bytes() for name in ("mono", "stereo"))
     (tmp_path / "both.ts").write_bytes(joined)
-    sound = read_sound(tmp_path / "both.ts")
+    sound = read_audio_track(tmp_path / "both.ts")
     assert abs(len(sound.samples) / 16000 - 3.36) < 0.1
     quiet = np.abs(sound.samples.reshape(-1, 16)[200:3000]).max(1) < 0.05
     assert quiet.mean() < 0.05
 
 
-def test_tags_in_another_encoding_are_no_damage(tmp_path: Path) -> None:
+def test_tags_in_another_encoding_are_not_damage(tmp_path: Path) -> None:
     write_coded(tmp_path / "a.mkv", "libx264", EVEN, audio="flac")
     data = (tmp_path / "a.mkv").read_bytes()
     at = data.index(b"Lavf")
@@ -223,7 +227,7 @@ def test_tags_in_another_encoding_are_no_damage(tmp_path: Path) -> None:
     assert len(read_audio(tmp_path / "a.mkv")) > 16000
 
 
-def test_a_size_that_changes_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_change_of_size_is_refused(tmp_path: Path) -> None:
     write_coded(tmp_path / "one.ts", "mpeg2video", EVEN, audio=None)
     with av.open(str(tmp_path / "two.ts"), "w") as container:
         video = container.add_stream("mpeg2video", rate=25)
@@ -235,64 +239,64 @@ def test_a_size_that_changes_is_refused_in_words(tmp_path: Path) -> None:
         container.mux(video.encode(None))
     joined = (tmp_path / "one.ts").read_bytes() + (tmp_path / "two.ts").read_bytes()
     (tmp_path / "both.ts").write_bytes(joined)
-    with pytest.raises(MediaError, match=r"picture size: it changes from 176x144 to 320x240"):
+    with pytest.raises(MediaError, match=r"frame size: it changes from 176x144 to 320x240"):
         probe(tmp_path / "both.ts")
 
 
-def test_interlaced_frames_become_full_pictures_at_their_numbers(tmp_path: Path) -> None:
-    """Alternate rows of two moments: no row pattern is left, every number stays in its place."""
+def test_interlaced_frames_become_full_frames_at_their_indices(tmp_path: Path) -> None:
+    """Deinterlace alternate rows of two moments: no row pattern is left, numbers stay."""
     path = tmp_path / "a.mpg"
     options = {"flags": "+ilme+ildct", "top": "1"}
     write_coded(path, "mpeg2video", EVEN, audio="mp2", options=options, combed=True)
-    found = probe(path)
-    assert found.interlaced
-    pictures, numbers = pictures_of(path)
+    probed = probe(path)
+    assert probed.interlaced
+    images, numbers = images_of(path)
     assert numbers == list(range(40))
-    reader = VideoReader(found, coded.WIDTH, coded.HEIGHT)
-    assert np.array_equal(next(reader.read(np.array([17]))), pictures[17])
-    rows = pictures[10:30, coded.HEIGHT // 2 + 20 : -20].astype(float).mean((2, 3))
+    reader = VideoReader(probed, coded.WIDTH, coded.HEIGHT)
+    assert np.array_equal(next(reader.read(np.array([17]))), images[17])
+    rows = images[10:30, coded.HEIGHT // 2 + 20 : -20].astype(float).mean((2, 3))
     assert np.abs(np.diff(rows, axis=1)).mean() < 8
 
 
 @pytest.mark.parametrize("name", [b"\xe9.mp4", b"http:x.mp4", b"%03d.mp4", b"line\nbreak.mp4"])
-def test_a_file_is_read_whatever_its_name(tmp_path: Path, name: bytes) -> None:
+def test_a_file_of_any_name_is_read(tmp_path: Path, name: bytes) -> None:
     write_coded(tmp_path / "a.mp4", "libx264", EVEN, b_frames=2)
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     (tmp_path / "a.mp4").rename(path)
-    assert pictures_of(path)[1] == list(range(40))
+    assert images_of(path)[1] == list(range(40))
     assert len(read_audio(path)) > 16000
 
 
-def test_a_track_without_a_decoder_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_track_without_a_decoder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_coded(path, "libx264", EVEN)
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
-    with pytest.raises(MediaError, match="no picture: no decoder is known"):
+    with pytest.raises(MediaError, match="no video: no decoder is known"):
         probe(path)
     assert len(read_audio(path)) > 16000
 
 
-def test_an_absurd_rate_is_damage(tmp_path: Path) -> None:
+def test_an_impossible_rate_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 67_156_864, 0, "NONE", ""))
         file.writeframes(bytes(200_000))
     with pytest.raises(MediaError, match=r"a\.wav: the sound is damaged \(67156864 samples"):
-        read_sound(path)
+        read_audio_track(path)
 
 
-def test_a_track_of_no_sound_is_no_damage(tmp_path: Path) -> None:
+def test_an_empty_audio_track_is_not_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.mov"
     write_coded(path, "libx264", EVEN, audio="pcm_s16le", audio_until=0.0)
     options, unused = RunOptions(path, tmp_path), Models(tmp_path, None)  # type: ignore[arg-type]
     source = Source(path, path.name, "0" * 64, "")
-    (row,) = read_source(source, options, unused, ignore)
-    assert isinstance(row, Refusal) and row.reason.startswith("no sound: ")
+    (row,) = read_source(source, options, unused, ignore_progress)
+    assert isinstance(row, Refusal) and row.reason.startswith("no audio: ")
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_a_turned_picture_is_upright(tmp_path: Path, turns: int) -> None:
-    """By the matrix of the track's header, as telephones write it."""
+def test_a_rotated_frame_is_upright(tmp_path: Path, turns: int) -> None:
+    """Rotate by the matrix of the track's header, as phones write it."""
     path = tmp_path / "a.mp4"
     write_coded(path, "libx264", EVEN)
     a, b, c, d = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][turns]
@@ -301,11 +305,11 @@ def test_a_turned_picture_is_upright(tmp_path: Path, turns: int) -> None:
     data = path.read_bytes()
     at = data.index(matrix, data.index(b"tkhd"))  # the first track is the picture
     path.write_bytes(data[:at] + turned + data[at + len(matrix) :])
-    found = probe(path)
+    probed = probe(path)
     flat = (coded.WIDTH, coded.HEIGHT)
-    assert (found.width, found.height) == (flat if turns % 2 == 0 else flat[::-1])
-    for number, picture in enumerate(VideoReader(found, *flat[:: -1 if turns % 2 else 1]).read(
+    assert (probed.width, probed.height) == (flat if turns % 2 == 0 else flat[::-1])
+    for number, image in enumerate(VideoReader(probed, *flat[:: -1 if turns % 2 else 1]).read(
         np.arange(3)
     )):  # fmt: skip
-        assert number_of(np.rot90(picture, turns)) == number
+        assert number_of(np.rot90(image, turns)) == number
     assert number_of(np.rot90(decode_mp4(path.read_bytes())[2], turns)) == 2

@@ -32,14 +32,14 @@ class Run:
 
 
 def rows(out: Path) -> list[dict[str, float]]:
-    found = json.loads((out / "rows.json").read_text())
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+    result = json.loads((out / "rows.json").read_text())
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in result]
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    found, _ = latest_valid(out / "checkpoints")
-    assert found and found.step == 7
-    return {f"{part}/{k}": t for part in PARTS for k, t in found.tensors(part).items()}
+    result, _ = latest_valid(out / "checkpoints")
+    assert result and result.step == 7
+    return {f"{part}/{k}": t for part in PARTS for k, t in result.tensors(part).items()}
 
 
 @pytest.fixture(scope="module")

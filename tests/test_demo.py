@@ -1,7 +1,8 @@
-"""The whole demo in a few steps a stage: stopped, killed, started again, and what it leaves."""
+"""The demo: its commands are valid, it resumes after a stop or a kill, and what it writes."""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from echolab.cli.demo import CHECKPOINTS
+from data_prep.options import DrawOptions, EncodeOptions
+from echolab.arguments import parse
+from echolab.cli.demo import CHECKPOINTS, DemoArguments, Stage, in_hydra, shortened, stages
+from echolab.cli.fit import FitArguments
+from echolab.cli.report import ReportArguments
+from echolab.config.compose import compose
+from echolab.inference.options import EvaluateArguments, PairsArguments
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.score_table import REFERENCES
 
@@ -19,6 +26,14 @@ TINY = (
     "feature_steps=4", "sft_steps=24", "preference_steps=4", "prompts=16", "candidates=2",
     "sampling_steps=2",
 )  # fmt: skip
+PARSERS = {  # of `echolab` commands: arguments, and those given by position
+    "fit": (FitArguments, ("network", "data", "out")),
+    "evaluate": (EvaluateArguments, ("checkpoint",)),
+    "pairs": (PairsArguments, ("action", "folder")),
+    "report": (ReportArguments, ("run",)),
+    "draw": (DrawOptions, ("out",)),
+    "encode": (EncodeOptions, ("source", "out")),
+}
 ROWS = ("ground_truth", "shuffled_sound", *CHECKPOINTS)
 SCORES = {"sync_c_demo", "sync_d_demo", "fid_demo", "fvd_demo", "mouth_corr", "psnr_first_frame"}
 
@@ -41,9 +56,53 @@ def wait_for(process: "subprocess.Popen[str]", path: Path, pattern: str) -> None
         time.sleep(0.05)
 
 
+def tiny() -> DemoArguments:
+    return parse(DemoArguments, list(TINY), command="echolab demo")
+
+
+@pytest.mark.parametrize("demo", [DemoArguments(), tiny()], ids=["default", "tiny"])
+def test_every_command_of_the_demo_is_valid(demo: DemoArguments) -> None:
+    trained = []
+    for stage in stages(demo, "token"):
+        program, command, *words = stage.words
+        if command == "train":
+            trained.append(compose(words))
+        else:
+            schema, positional = PARSERS[command]
+            parse(schema, words, command=program, positional=positional)
+    assert [Path(config["run_dir"]).name for config in trained] == list(CHECKPOINTS)
+    assert all(config["verify_export"] for config in trained)
+
+
+def test_stage_names_are_unique_and_commands_can_be_pasted() -> None:
+    all_stages = list(stages(DemoArguments(seeds=2), "token"))
+    assert len({stage.name for stage in all_stages}) == len(all_stages)
+    stage = Stage("report", ("echolab", "report", "runs/demo", "title=echolab demo"))
+    assert shlex.split(stage.shown) == list(stage.words)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_training_of_default_length_is_its_experiment_file(name: str) -> None:
+    assert shortened(name, 1.0) == []
+    plain = compose([f"experiment=demo_{name}"])
+    half = compose([f"experiment=demo_{name}", *shortened(name, 0.5)])
+    for long, short in zip(plain["schedule"]["epochs"], half["schedule"]["epochs"], strict=True):
+        assert short == {**long, "steps": max(1, round(long["steps"] / 2))}
+    assert [s["targets"] for s in half["tasks"]["stages"]] == [
+        s["targets"] for s in plain["tasks"]["stages"]
+    ]
+
+
+def test_plain_values_are_written_in_hydra_grammar() -> None:
+    assert (
+        in_hydra([{"kind": "sft", "lr_scale": 0.25, "x": None}])
+        == "[{kind:sft,lr_scale:0.25,x:null}]"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_demo_resumes_after_a_stop_and_a_kill(tmp_path: Path) -> None:
     out = tmp_path / "demo"
 
     first = demo(out)  # Ctrl-C while the judges are fitted
@@ -69,6 +128,9 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert all(set(row["scores"]) == SCORES | unguided for row in trained)
     assert answer["scores"] == rows
     assert (out / "report.html").stat().st_size > 50_000
+    assert (out / "samples.png").stat().st_size > 1_000
+    page = (out / "report.html").read_text()
+    assert "Continuation" in page and "DPO" in page and "held out" in page
     losses = [row["step"] for row in read_metrics(out / "seed_0/sft/metrics.jsonl")
               if "train/loss" in row]  # fmt: skip
     assert losses == sorted(set(losses)) and losses[-1] == 24
@@ -80,7 +142,7 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert (out / "scores.json").read_bytes() == before
 
 
-def test_a_demo_of_other_settings_is_not_overwritten(tmp_path: Path) -> None:
+def test_demo_with_other_settings_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text('{"settings": {"sft_steps": 7}, "seconds": {}}')
     process = demo(tmp_path)
     _, errors = process.communicate(timeout=900)

@@ -21,16 +21,24 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data.audit import audit
-from echolab.data.ledger import LEDGER, Attempt, LedgerWriter, Row, next_attempt, read_ledger
-from echolab.data.micro_batches import MicroBatch, MicroBatches, Stock, stock
-from echolab.data.plan import Order, Remainder
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
-from echolab.tasks.masks import TASKS
+from echolab.data.batch_sampler import LastBatch, ShuffleConfig
+from echolab.data.ledger import (
+    LEDGER,
+    Attempt,
+    LedgerWriter,
+    Row,
+    audit_run,
+    next_attempt,
+    read_ledger,
+)
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.train_dataset import DatasetMixture, MicroBatch, TrainDataset, build_mixture
+from echolab.tasks.table import TASKS
 from echolab.tracking.metrics import read_metrics
-from echolab.training.ledger import noise_hashes
+from echolab.training.callbacks.sample_ledger import noise_hashes
+from echolab.training.config import Intervals
 from echolab.training.module import draws_of
-from echolab.training.parts import Intervals
 from echolab.types import PreferencePair
 
 PLAN = runs.schedule(("sft", 4), ("dpo", 2), ("sft", 5))
@@ -83,22 +91,26 @@ class Case(NamedTuple):
 
     clips: tuple[str, ...]
     weights: tuple[float, ...] | None
-    order: Order
+    order: ShuffleConfig
     batch_size: int
     seed: int
     cuts: tuple[Cut, ...]
 
-    def stocks(self, datasets: dict[str, ShardDataset]) -> tuple[Stock, Stock]:
+    def stocks(self, datasets: dict[str, ShardDataset]) -> tuple[DatasetMixture, DatasetMixture]:
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         clips = [datasets[name] for name in self.clips]
         return (
-            stock(clips, kind="encoded", weights=self.weights, order=self.order, **shared),
-            stock([datasets["pairs"]], kind="preference", **shared),
+            build_mixture(
+                clips, kind="encoded", weights=self.weights, shuffle=self.order, **shared
+            ),
+            build_mixture([datasets["pairs"]], kind="preference", **shared),
         )
 
-    def items(self, stocks: tuple[Stock, Stock], cut: Cut, rank: int) -> MicroBatches:
-        return MicroBatches(
-            *stocks, place=PLAN.place, curriculum=runs.curriculum(), batch_size=self.batch_size,
+    def items(
+        self, stocks: tuple[DatasetMixture, DatasetMixture], cut: Cut, rank: int
+    ) -> TrainDataset:
+        return TrainDataset(
+            *stocks, step_plan=PLAN.place, curriculum=runs.curriculum(), batch_size=self.batch_size,
             accumulation=cut.accumulation, seed=self.seed, steps=PLAN.steps, rank=rank,
             world=cut.world,
         )  # fmt: skip
@@ -108,16 +120,16 @@ class Case(NamedTuple):
 def cases(draw: st.DrawFn) -> Case:
     clips = draw(st.sampled_from([("a",), ("c",), ("a", "b"), ("a", "c"), ("a", "b", "c")]))
     mixed = "a" in clips and "b" in clips
-    remainders: list[Remainder] = ["carry"] if mixed else ["carry", "drop", "pad"]
+    remainders: list[LastBatch] = ["carry"] if mixed else ["carry", "drop", "pad"]
     weights = tuple(draw(st.sampled_from([1.0, 2.0, 0.5])) for _ in clips)
-    order = Order(
-        block=draw(st.integers(1, 5)),
-        buffer=draw(st.integers(0, 6)),
-        remainder=draw(st.sampled_from(remainders)),
+    order = ShuffleConfig(
+        shuffle_block_size=draw(st.integers(1, 5)),
+        shuffle_buffer=draw(st.integers(0, 6)),
+        last_batch=draw(st.sampled_from(remainders)),
         # A batch of one small dataset shares no places: drop needs one whole batch an epoch.
         token_budget=draw(st.sampled_from([None, 12, 25])) if mixed else None,
     )
-    batch_size = draw(st.integers(1, 8)) if order.remainder != "drop" else draw(st.integers(1, 3))
+    batch_size = draw(st.integers(1, 8)) if order.last_batch != "drop" else draw(st.integers(1, 3))
     cuts = []
     for _ in range(draw(st.integers(1, 3))):
         world = draw(st.sampled_from([w for w in range(1, 9) if batch_size % w == 0]))
@@ -132,7 +144,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(clips, used, order, batch_size, draw(st.integers(0, 2)), tuple(cuts))
 
 
-def loaded(items: MicroBatches, first: int, stop: int, workers: int) -> list[MicroBatch]:
+def loaded(items: TrainDataset, first: int, stop: int, workers: int) -> list[MicroBatch]:
     """What a loader gives of items [first, stop), each worker being a copy that reads ahead."""
     if not workers:
         return [items[i] for i in range(first, stop)]
@@ -143,7 +155,7 @@ def loaded(items: MicroBatches, first: int, stop: int, workers: int) -> list[Mic
 
 def row(seed: int, parts: list[MicroBatch]) -> Row:
     """What one rank writes of a step."""
-    real = [part for part in parts if part.share]
+    real = [part for part in parts if part.loss_weight]
     return Row(
         parts[0].step,
         parts[0].kind,
@@ -154,10 +166,12 @@ def row(seed: int, parts: list[MicroBatch]) -> Row:
     )
 
 
-def trained(case: Case, cuts: tuple[Cut, ...], stocks: tuple[Stock, Stock], run: Path) -> None:
+def trained(
+    case: Case, cuts: tuple[Cut, ...], stocks: tuple[DatasetMixture, DatasetMixture], run: Path
+) -> None:
     """Go through the schedule in these attempts, and keep the ledger."""
     first = 0
-    told = [stock.plan.datasets() for stock in stocks]
+    told = [mixture.sampler.datasets() for mixture in stocks]
     for cut in cuts:
         stop = min(first + cut.steps, PLAN.steps)
         attempt = Attempt(next_attempt(run / LEDGER), cut.world, first, *told)
@@ -195,11 +209,11 @@ def test_every_way_through_meets_the_same_batches(
     trained(case, case.cuts[-1:], stocks, undisturbed)
     trained(case, case.cuts, stocks, killed)
     assert batches(killed) == batches(undisturbed)
-    assert audit(killed).exact
+    assert audit_run(killed).exact
 
 
 def test_ranks_have_as_many_steps_and_as_many_tokens(datasets: dict[str, ShardDataset]) -> None:
-    case = Case(("a", "b", "c"), None, Order(token_budget=25), 8, 0, ())
+    case = Case(("a", "b", "c"), None, ShuffleConfig(token_budget=25), 8, 0, ())
     stocks = case.stocks(datasets)
     of_ranks = [case.items(stocks, Cut(4, 2, 0, 0, 0), rank) for rank in range(4)]
     for i in range(2 * PLAN.steps):
@@ -210,7 +224,7 @@ def test_ranks_have_as_many_steps_and_as_many_tokens(datasets: dict[str, ShardDa
 
 
 def test_pairs_are_kept_whole(datasets: dict[str, ShardDataset]) -> None:
-    case = Case(("a",), None, Order(), 4, 0, ())
+    case = Case(("a",), None, ShuffleConfig(), 4, 0, ())
     stocks = case.stocks(datasets)
     for world in (1, 2, 4):
         for rank in range(world):
@@ -245,7 +259,7 @@ def test_clips_of_two_sizes_train_together(tmp_path: Path) -> None:
     told = [set(step[0].sources) for step in steps.values()]
     # A wide clip takes the place of three narrow ones.
     assert [len(step[0].keys) for step in steps.values()] == [2 if s == {0} else 6 for s in told]
-    assert {0} in told and {1} in told and audit(tmp_path / "run").exact
+    assert {0} in told and {1} in told and audit_run(tmp_path / "run").exact
 
 
 # -- real processes ---------------------------------------------------------------------------
@@ -255,7 +269,7 @@ def command(run: Path, clips: Path, devices: int, *words: str) -> list[str]:
     """The words of `echolab` that train with so many gloo ranks."""
     return [
         "train", *encoded.SETTINGS, f"data.clips={clips}",
-        encoded.plan(("sft", 8)), "batch_size=6", "data.ledger=true", f"run={run}",
+        encoded.plan(("sft", 8)), "batch_size=6", "data.log_samples=true", f"run_dir={run}",
         "trainer.strategy=ddp", f"trainer.devices={devices}", *words,
     ]  # fmt: skip
 
@@ -299,7 +313,7 @@ def test_killed_and_gone_on_with_on_other_ranks(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(whole, clips, 1, "trainer.strategy=single")) == 0
     step = random.SystemRandom().randint(1, 6)
-    words = command(killed, clips, 3, "data.workers=1", "micro_batch_size=1")
+    words = command(killed, clips, 3, "data.num_workers=1", "micro_batch_size=1")
     kill_at(words, killed, step)
     subprocess.run([*ECHOLAB, *command(killed, clips, 2)], check=True, timeout=900)
 

@@ -6,7 +6,7 @@ import torch
 
 from echolab.errors import ConfigError
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import masters_of
+from echolab.training.engine.master_weights import masters_of
 
 
 def test_constant_weights_are_a_fixed_point() -> None:

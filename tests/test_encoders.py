@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.data.batches import read_clip
+from data_prep.options import DrawOptions
+from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.encoders import demo_features
+from echolab.encoders.demo_features import (
+    MELS,
+    NEIGHBORS,
+    encode_audio,
+    encode_caption,
+    encode_image,
+)
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import (
     FACE_EMPHASIS,
     LIP_EMPHASIS,
@@ -24,11 +33,8 @@ from echolab.encoders.encode import (
     encode_clip,
     fingerprint,
 )
-from echolab.encoders.picture import encode_picture
-from echolab.encoders.sound import MELS, NEIGHBOURS, encode_sound
-from echolab.encoders.words import encode_words
 from echolab.errors import DataError, MediaError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE = 9, 32
 
@@ -38,30 +44,30 @@ def made() -> Encoders:
     return demo_encoders(CausalAutoencoder(width=16, depth=1).eval())
 
 
-def centre(tokens: torch.Tensor) -> torch.Tensor:
-    """The token's own mel frame, [2 T, 40], without its neighbours and its place."""
-    return tokens[:, NEIGHBOURS * MELS : (NEIGHBOURS + 1) * MELS]
+def center(tokens: torch.Tensor) -> torch.Tensor:
+    """Return a token's own mel frame [2 T, 40], without neighbors and position."""
+    return tokens[:, NEIGHBORS * MELS : (NEIGHBORS + 1) * MELS]
 
 
 @pytest.mark.parametrize("frames", [1, 5, 25])
-def test_two_tokens_of_sound_a_frame_whatever_follows(frames: int) -> None:
+def test_two_audio_tokens_a_frame_for_any_audio_that_follows(frames: int) -> None:
     samples = torch.randn(frames * 640 + 1234, generator=torch.Generator().manual_seed(0)) * 0.1
-    tokens = encode_sound(samples, frames)
-    assert tokens.shape == (2 * frames, sound.SIZE)
-    assert torch.equal(tokens, encode_sound(samples[: frames * 640], frames))
+    tokens = encode_audio(samples, frames)
+    assert tokens.shape == (2 * frames, demo_features.AUDIO_DIM)
+    assert torch.equal(tokens, encode_audio(samples[: frames * 640], frames))
 
 
 def test_sound_that_is_too_short_is_refused_with_both_numbers() -> None:
     with pytest.raises(MediaError, match=r"3199 samples.*5 frames \(3200 samples\)"):
-        encode_sound(torch.zeros(3199), 5)
+        encode_audio(torch.zeros(3199), 5)
 
 
-def test_a_token_hears_its_time() -> None:
+def test_a_token_encodes_its_time() -> None:
     frames = 25
     for token in (3, 20, 44):
         samples = torch.zeros(frames * 640)
         samples[320 * token + 160] = 1.0  # a click at the token's centre
-        level = centre(encode_sound(samples, frames)).mean(1)
+        level = center(encode_audio(samples, frames)).mean(1)
         assert int(level.argmax()) == token
         others = torch.cat([level[: token - 1], level[token + 2 :]])
         assert others.max() < level[token] - 1
@@ -71,47 +77,49 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
     times = torch.arange(16_000) / 16_000
     peaks = [
         int(
-            centre(encode_sound(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
+            center(encode_audio(0.3 * torch.sin(2 * torch.pi * hertz * times), 25)).mean(0).argmax()
         )
         for hertz in (200, 500, 1000, 2000, 4000)
     ]
     assert peaks == sorted(set(peaks))
-    filters = sound.mel_filters()
+    filters = demo_features.mel_filters()
     assert filters.min() == 0 and filters.max() <= 1 and bool((filters.sum(1) > 0).all())
 
 
 def test_tokens_are_of_about_unit_size() -> None:
     clips = drawn.clips(8)
-    tokens = torch.stack([encode_sound(samples, 25) for samples in clips.samples])
+    tokens = torch.stack([encode_audio(samples, 25) for samples in clips.samples])
     assert tokens.abs().mean() < 2 and 0.3 < tokens.std() < 3
 
 
 def test_silent_tokens_still_know_their_place() -> None:
-    tokens = encode_sound(torch.zeros(25 * 640), 25)
+    tokens = encode_audio(torch.zeros(25 * 640), 25)
     assert len({tuple(row.tolist()) for row in tokens}) == 50
 
 
 def test_a_caption_becomes_pairs_of_words() -> None:
-    tokens = encode_words("A man, with blue eyes; in a blue shirt.")
-    assert tokens.shape == (words.TOKENS, words.SIZE)
-    assert torch.equal(tokens, encode_words("a man with blue eyes in a BLUE shirt"))
+    tokens = encode_caption("A man, with blue eyes; in a blue shirt.")
+    assert tokens.shape == (demo_features.CAPTION_TOKENS, demo_features.CAPTION_DIM)
+    assert torch.equal(tokens, encode_caption("a man with blue eyes in a BLUE shirt"))
     count = 9
     assert bool((tokens[:count].abs().sum(1) > 0).all()) and not tokens[count:].any()
     assert not torch.equal(tokens[3], tokens[7])  # blue eyes, blue shirt
-    assert not encode_words("").any()
-    assert encode_words("一位女士").any()
+    assert not encode_caption("").any()
+    assert encode_caption("一位女士").any()
     long = " ".join(f"word{number}" for number in range(50))
-    assert torch.equal(encode_words(long), encode_words(long + " and more"))
+    assert torch.equal(encode_caption(long), encode_caption(long + " and more"))
 
 
-def test_a_picture_becomes_patches_in_order() -> None:
+def test_an_image_becomes_patches_in_order() -> None:
     still = torch.zeros(3, 64, 96)
     still[:, :16, 24:48] = 1  # the second patch of the first row
-    tokens = encode_picture(still)
-    assert tokens.shape == (picture.TOKENS, picture.SIZE)
-    lit = tokens[:, : -picture.TOKENS].mean(1)
+    tokens = encode_image(still)
+    assert tokens.shape == (demo_features.IMAGE_TOKENS, demo_features.IMAGE_DIM)
+    lit = tokens[:, : -demo_features.IMAGE_TOKENS].mean(1)
     assert lit[1] == 1 and lit.sum() == 1
-    assert torch.equal(tokens[:, -picture.TOKENS :], torch.eye(picture.TOKENS))
+    assert torch.equal(
+        tokens[:, -demo_features.IMAGE_TOKENS :], torch.eye(demo_features.IMAGE_TOKENS)
+    )
 
 
 def test_what_boxes_cover_is_counted_in_frames() -> None:
@@ -142,7 +150,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
                           clips.lips[0])  # fmt: skip
     grid = (3, SIZE // 8, SIZE // 8)
     assert tensors["latents"].shape == (16, *grid)
-    assert tensors["audio"].shape == (2 * FRAMES, sound.SIZE)
+    assert tensors["audio"].shape == (2 * FRAMES, demo_features.AUDIO_DIM)
     assert tensors["face"].shape == (SIZE // 16 * (SIZE // 16),)
     assert float(tensors["weight"].mean()) == pytest.approx(1, rel=1e-5)
     with torch.no_grad():
@@ -158,7 +166,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
     assert not torch.allclose(tensors["known_latents.i2v"][:, 1], tensors["latents"][:, 1])
 
 
-def test_known_latents_tell_nothing_of_unknown_pixels() -> None:
+def test_known_latents_do_not_depend_on_unknown_pixels() -> None:
     clips, encoders = drawn.clips(1, frames=FRAMES, size=SIZE), made()
     pixels = clips.float_pixels()[0]
     changed = pixels.clone()
@@ -172,7 +180,7 @@ def test_known_latents_tell_nothing_of_unknown_pixels() -> None:
     assert not torch.equal(one["latents"], other["latents"])
 
 
-def test_fingerprints_tell_networks_apart() -> None:
+def test_fingerprints_distinguish_networks() -> None:
     one, same = made(), made()
     assert one.fingerprints == same.fingerprints
     with torch.no_grad():
@@ -182,23 +190,23 @@ def test_fingerprints_tell_networks_apart() -> None:
 
 def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path) -> None:
     raw, out, encoders = tmp_path / "raw", tmp_path / "encoded", made()
-    draw_dataset(DrawOptions(raw, clips=2, frames=FRAMES, size=SIZE), lambda done: None)
-    told: list[int] = []
-    assert encode_dataset(raw, out, encoders, told.append) == 2 and told == [1, 2]
+    draw_dataset(DrawOptions(raw, num_clips=2, frames=FRAMES, size=SIZE), lambda done: None)
+    reported: list[int] = []
+    assert encode_dataset(raw, out, encoders, reported.append) == 2 and reported == [1, 2]
     dataset = open_dataset(out)
     assert dataset.kind == "encoded" and dataset.keys == open_dataset(raw).keys
     assert dataset.encoders == encoders.fingerprints
     for task in TASKS:
         batch = read_clip(dataset, 1, task)
-        assert batch.conditions.audio.shape == (2 * FRAMES, sound.SIZE)
+        assert batch.conditions.audio.shape == (2 * FRAMES, demo_features.AUDIO_DIM)
         assert bool(batch.latents.isfinite().all())
     with pytest.raises(DataError, match="raw kind"):
-        encode_dataset(out, tmp_path / "twice", encoders, told.append)
+        encode_dataset(out, tmp_path / "twice", encoders, reported.append)
 
 
 def test_sound_shorter_than_its_clip_leaves_no_dataset(tmp_path: Path) -> None:
     raw, short = tmp_path / "raw", tmp_path / "short"
-    draw_dataset(DrawOptions(raw, clips=1, frames=FRAMES, size=SIZE), lambda done: None)
+    draw_dataset(DrawOptions(raw, num_clips=1, frames=FRAMES, size=SIZE), lambda done: None)
     source = open_dataset(raw)
     with ShardWriter(short, kind="raw") as writer:
         cut = {**source.read(0), "flac": encode_flac(np.zeros(640, np.float32))}

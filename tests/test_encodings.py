@@ -29,7 +29,7 @@ NAMES = {"accents": "läuft-für-Zoë", "other script": "走る", "no text": os.
 
 
 def on_ascii(*commands: Callable[[], int]) -> tuple[list[int], bytes]:
-    """Codes of commands, and what they wrote on a terminal that knows ASCII alone."""
+    """Return exit codes of commands, and their output on an ASCII terminal."""
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding="ascii", write_through=True)
     with redirect_stdout(stream), redirect_stderr(stream):
@@ -37,7 +37,7 @@ def on_ascii(*commands: Callable[[], int]) -> tuple[list[int], bytes]:
 
 
 def run_folder(folder: Path) -> Path:
-    """What a report is made from."""
+    """Write the files that a report reads."""
     folder.mkdir()
     row = {"step": 1, "attempt": 1, "time": 1.0, "train/loss": 2.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -50,7 +50,7 @@ def test_a_report_is_written_and_named(
     tmp_path: Path, name: str, environment: dict[str, str]
 ) -> None:
     run = run_folder(tmp_path / name)
-    for _ in range(2):  # also from the report.json beside it
+    for _ in range(2):  # the second from report.json
         done = subprocess.run(
             [sys.executable, "-P", "-m", "echolab.cli", "report", os.fsencode(run)],
             env={**os.environ, **environment}, capture_output=True,
@@ -68,20 +68,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> small_run.SmallRun:
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
 def test_a_video_is_written_and_named(tmp_path: Path, made: small_run.SmallRun, name: str) -> None:
     out = tmp_path / f"{name}.mp4"
-    words = [f"checkpoint={made.run}", f"video={made.video}", "steps=1", "seconds=0.2"]
+    words = [f"checkpoint={made.run}", f"vae={made.video}", "num_steps=1", "seconds=0.2"]
     codes, said = on_ascii(lambda: main(["generate", *words, "task=t2v", f"out={out}"]))
     assert codes == [0] and out.stat().st_size and b".mp4: 5 frames" in said
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
-def test_errors_and_summaries_name_what_they_are_about(tmp_path: Path, name: str) -> None:
+def test_errors_and_summaries_show_names(tmp_path: Path, name: str) -> None:
     there, none = tmp_path / name, tmp_path / f"none-{name}"
     codes, said = on_ascii(
-        lambda: prepare(["draw", str(there), "clips=1", "frames=5", "size=32"]),
+        lambda: prepare(["draw", str(there), "num_clips=1", "frames=5", "size=32"]),
         lambda: main(["data", "verify", str(there)]),
         lambda: main(["data", "verify", str(none)]),
         lambda: main(["why", str(none)]),
-        lambda: main(["train", f"run='{none}'", "data.clips=x", "batch_size=0"]),
+        lambda: main(["train", f"run_dir='{none}'", "data.clips=x", "batch_size=0"]),
         lambda: main(["export", str(none), f"out={none}.safetensors"]),
         lambda: main(["report", str(none)]),
     )

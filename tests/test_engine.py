@@ -12,13 +12,13 @@ from forked import ForkServer
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError
-from echolab.training.engine.live import (
+from echolab.training.engine.engine_report import (
     ClippedNorm,
     Plan,
-    asked_for,
     check,
     check_clipped,
     check_hooks,
+    expected_plan,
 )
 from echolab.training.engine.strategies import Machine
 
@@ -65,7 +65,7 @@ def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[s
 def test_every_strategy_clips_and_accumulates_as_by_hand(
     fork_server: ForkServer, tmp_path: Path, world: int, accumulations: list[int], limit: float
 ) -> None:
-    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.clip=.inf).
+    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.max_grad_norm=.inf).
 
     No number of ranks divides the net.
     """
@@ -84,12 +84,12 @@ def test_every_strategy_clips_and_accumulates_as_by_hand(
     )
     for case in cases:
         for accumulation in accumulations:
-            found, norms = engines.measured(tmp_path, engines.name_of(case, accumulation))
+            result, norms = engines.measured(tmp_path, engines.name_of(case, accumulation))
             clipped = [min(norm, limit) for norm in (10, 0.5, 30, 10)]
             assert norms == pytest.approx(clipped, rel=1e-5), case
             for step, state in enumerate(by_hand(world * accumulation, limit)):
                 for name, tensor in state.items():
-                    error = (found[f"{step}/{name}"].double() - tensor).abs()
+                    error = (result[f"{step}/{name}"].double() - tensor).abs()
                     assert (error <= 2e-6 * tensor.abs() + 1e-9).all(), (case, step, name)
 
 
@@ -105,21 +105,21 @@ def test_tied_weights_are_one_and_frozen_ones_stay(fork_server: ForkServer, tmp_
         plain(torch.tensor(0.5 * step)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), o.clip)
         optimizer.step()
-    told = {"cases": CASES, "world": 2, "to": str(tmp_path)}
-    fork_server.run("engines:tied", world=2, arguments=told)
+    report = {"cases": CASES, "world": 2, "to": str(tmp_path)}
+    fork_server.run("engines:tied", world=2, arguments=report)
     for case in CASES:
-        found, _ = engines.measured(tmp_path, engines.name_of(case))
-        assert {name.partition("/")[2] for name in found} == {
+        result, _ = engines.measured(tmp_path, engines.name_of(case))
+        assert {name.partition("/")[2] for name in result} == {
             f"{part}/{name}" for part in ("master", "exp_avg", "exp_avg_sq") for name in trained
         }
         for name, parameter in trained.items():
             expected = parameter.detach()
-            torch.testing.assert_close(found[f"3/master/{name}"], expected, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(result[f"3/master/{name}"], expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case["strategy"])
-def test_a_rank_that_does_not_clip_is_found_out(
+def test_a_rank_that_does_not_clip_is_detected(
     fork_server: ForkServer, case: dict[str, Any]
 ) -> None:
     fork_server.run("engines:unclipped", world=2, arguments={"case": case, "world": 2})
@@ -127,9 +127,7 @@ def test_a_rank_that_does_not_clip_is_found_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: case["strategy"])
-def test_accumulation_that_was_lost_is_found_out(
-    fork_server: ForkServer, case: dict[str, Any]
-) -> None:
+def test_lost_accumulation_is_detected(fork_server: ForkServer, case: dict[str, Any]) -> None:
     fork_server.run("engines:unaccumulated", world=2, arguments={"case": case, "world": 2})
 
 
@@ -141,7 +139,7 @@ def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
     optimizer.step()
     assert float(norm.take()) == 25 and float(norm.take()) == 0
     assert check_clipped(25.0, 5.0, 1) == 5
-    with pytest.raises(EcholabError, match="step 7: .* is 5, over optim.clip=4.99"):
+    with pytest.raises(EcholabError, match="step 7: .* is 5, over optim.max_grad_norm=4.99"):
         check_clipped(25.0, 4.99, 7)
 
 
@@ -156,8 +154,8 @@ MACHINE = Machine(
 )
 
 
-def test_a_plan_is_compared_with_what_was_asked_for() -> None:
-    asked = asked_for(MACHINE, accumulation=3, clip=1.0, blocks=2)
+def test_a_plan_is_compared_with_the_settings() -> None:
+    asked = expected_plan(MACHINE, accumulation=3, clip=1.0, blocks=2)
     check(PLAN, asked)
     wrong = {
         "strategy": "zero1", "world": 2, "data_parallel": 4, "sequence_parallel": 1,

@@ -14,12 +14,23 @@ from test_simulate import peak
 from torch.profiler import ProfilerActivity, profile
 
 from echolab.cli.__main__ import main
-from echolab.encoders.sizes import parameters_of as encoder_parameters
+from echolab.encoders.loading import parameters_of as encoder_parameters
 from echolab.errors import ConfigError
-from echolab.launch.local import run_ranks
-from echolab.training.engine.estimate import BUCKET, STAGES, Parameter, parameters_of, state_bytes
-from echolab.training.engine.simulate import Clip, simulate
-from echolab.training.parts import Intervals
+from echolab.launch.processes import run_ranks
+from echolab.training.config import Intervals
+from echolab.training.engine.activation_memory import Clip, simulate
+from echolab.training.engine.estimate import (
+    BUCKET,
+    GIB,
+    STAGES,
+    Needed,
+    Parameter,
+    bytes_needed,
+    check_memory,
+    parameters_of,
+    state_bytes,
+)
+from echolab.training.engine.machine import Machine
 
 HERE = Path(__file__).parent
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
@@ -37,7 +48,7 @@ NET = parameters_of(tiny.net())
         ("zero3", "32-true", "lora"),
     ],
 )
-def test_what_a_rank_holds_is_told_to_the_byte(
+def test_the_estimate_of_a_rank_is_exact_to_the_byte(
     tmp_path: Path, strategy: str, precision: str, lora: str
 ) -> None:
     runs.write_clips(tmp_path / "clips", 7)
@@ -45,13 +56,13 @@ def test_what_a_rank_holds_is_told_to_the_byte(
     ranks = RANKS[strategy]
     words = [str(tmp_path), strategy, str(ranks), precision, lora]
     assert run_ranks([sys.executable, str(HERE / "ranked_bytes.py"), *words], ranks) == 0
-    found = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
+    result = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
     net = adapted.settings("base")["net"] if lora == "lora" else tiny.net()
     state = state_bytes(parameters_of(net), stage=STAGE[strategy], world=ranks, precision=precision)
     for kind in ("weights", "optimizer", "ema"):
-        assert found[kind] == getattr(state, kind), kind
+        assert result[kind] == getattr(state, kind), kind
     if strategy not in ("zero1", "zero2"):  # whose gradients are gone after the step
-        assert found["gradients"] == state.gradients
+        assert result["gradients"] == state.gradients
 
 
 def test_the_total_is_the_peak_of_a_real_run(tmp_path: Path) -> None:
@@ -124,9 +135,9 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
 
 def estimated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["estimate", *words, "format=json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["bytes"]["total"] == sum(v for k, v in found["bytes"].items() if k != "total")
-    return found
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert result["bytes"]["total"] == sum(v for k, v in result["bytes"].items() if k != "total")
+    return result
 
 
 SMALL = ("height=32", "width=32", "frames=5")
@@ -144,10 +155,10 @@ SMALL = ("height=32", "width=32", "frames=5")
 def test_the_released_models(
     capsys: pytest.CaptureFixture[str], model: str, tensors: int, parameters: int
 ) -> None:
-    found = estimated(capsys, f"model={model}", *SMALL)
-    assert (found["tensors"], found["parameters"]) == (tensors, parameters)
+    result = estimated(capsys, f"model={model}", *SMALL)
+    assert (result["tensors"], result["parameters"]) == (tensors, parameters)
     dead = 70_824_960 if model == "echomimicv3_flash" else 0
-    assert found["bytes"]["weights"] == 4 * (parameters - dead)
+    assert result["bytes"]["weights"] == 4 * (parameters - dead)
 
 
 def test_the_encoders_are_those_of_the_release() -> None:
@@ -158,9 +169,9 @@ def test_the_encoders_are_those_of_the_release() -> None:
 
 def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     plain = estimated(capsys, "model=demo")
-    kept = estimated(capsys, "model=demo", "checkpointing=full")
-    pairs = estimated(capsys, "model=demo", "kind=dpo")
-    lora = estimated(capsys, "model=demo", "lora=attention", "rank=4", "kind=dpo")
+    kept = estimated(capsys, "model=demo", "activation_checkpointing=full")
+    pairs = estimated(capsys, "model=demo", "objective=dpo")
+    lora = estimated(capsys, "model=demo", "lora=attention", "lora_rank=4", "objective=dpo")
     assert kept["bytes"]["activations"] < 0.7 * plain["bytes"]["activations"]
     assert pairs["bytes"]["reference"] == plain["bytes"]["weights"] == 4 * 6_029_744
     two = estimated(capsys, "model=demo", "micro_batch=2")
@@ -169,15 +180,17 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert lora["trained_parameters"] == layers * 4 * 2 * 256
     assert lora["bytes"]["reference"] == 0
     assert lora["bytes"]["ema"] == lora["bytes"]["gradients"] == 4 * lora["trained_parameters"]
-    assert main(["estimate", "demo", "memory=0.5", "stage=2", "world=8"]) == 0
+    assert main(["estimate", "demo", "gpu_gib=0.5", "zero_stage=2", "world_size=8"]) == 0
     text = capsys.readouterr().out
     assert "6,029,744 parameters" in text and "largest micro-batch" in text
     for words, message in (
         (["model=nobody"], "model=nobody: unknown"),
         (["model=demo", "height=50"], "height=50: must be a multiple of 16"),
-        (["model=demo", "frames=8"], "frames=8: must be 4n + 1"),
+        (["model=demo", "frames=8"], "frames=8: must be 4n+1"),
         (["model=demo", "micro_batch=0"], "micro_batch=0"),
-        (["model=demo", "stage=5"], "stage=5: unknown"),
+        (["model=demo", "zero_stage=5"], "zero_stage=5 is not one of 0, 1, 2, 3"),
+        (["model=demo", "stage=2"], "did you mean zero_stage=...?"),
+        (["model=demo", "memory=80"], "did you mean gpu_gib=...?"),
     ):
         assert main(["estimate", *words]) == 1
         assert message in capsys.readouterr().err
@@ -185,12 +198,55 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_fits_is_what_is_said_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
     limit = 0.16
-    rows = estimated(capsys, "model=demo", f"memory={limit}", *SMALL)["fits"]
-    row = next(r for r in rows if r["stage"] == 0 and r["world"] == 1)
+    rows = estimated(capsys, "model=demo", f"gpu_gib={limit}", *SMALL)["fits"]
+    row = next(r for r in rows if r["zero_stage"] == 0 and r["world_size"] == 1)
     assert 4 < row["micro_batch"] < 32
     for clips, fits in ((row["micro_batch"], True), (round(1.2 * row["micro_batch"]) + 1, False)):
-        words = (f"micro_batch={clips}", "stage=0", *SMALL)
+        words = (f"micro_batch={clips}", "zero_stage=0", *SMALL)
         total = estimated(capsys, "model=demo", *words)["bytes"]["total"]
         assert (total <= limit * 2**30) is fits
-    micro = [r["micro_batch"] for r in rows if r["stage"] == 3]
+    micro = [r["micro_batch"] for r in rows if r["zero_stage"] == 3]
     assert micro == sorted(micro)  # more ranks, more room
+
+
+BILLION = [Parameter(10**9, 2, True)]
+
+
+def test_a_node_holds_the_state_of_all_its_ranks_and_a_gpu_that_of_one() -> None:
+    """AdamW in fp32 is 20 bytes a parameter with the average; saves copy 16 of them for all."""
+    cpu = bytes_needed(BILLION, Machine("ddp", devices=4))
+    assert cpu.gpu == 0 and cpu.host == pytest.approx(4 * 20e9 + 16e9, rel=1e-6)
+    gpu = bytes_needed(BILLION, Machine("ddp", devices=4, accelerator="gpu"))
+    assert gpu == pytest.approx((20e9, 16e9), rel=1e-6)
+    two = bytes_needed(BILLION, Machine("ddp", devices=4, nodes=2, accelerator="gpu"))
+    assert two == pytest.approx((20e9, 8e9), rel=1e-6)
+    more = bytes_needed(BILLION, Machine("ddp", devices=4), averages=3, reference=True)
+    assert more.host == pytest.approx(4 * (20e9 + 8e9 + 4e9) + 24e9, rel=1e-6)
+
+
+def test_offload_moves_the_optimizer_to_the_node() -> None:
+    zero = Machine("zero2", devices=4, accelerator="gpu", precision="bf16-mixed")
+    on_gpu, offloaded = (
+        bytes_needed(BILLION, machine) for machine in (zero, zero._replace(offload="optimizer"))
+    )
+    assert offloaded.host - on_gpu.host == pytest.approx(12e9, rel=1e-6)  # 3e9 of each rank
+    assert on_gpu.gpu - offloaded.gpu > 0
+    # Even so, the fp32 weights that the masters start from lie beside the rounded ones.
+    assert offloaded.gpu >= 4e9 + 2e9 + 1e9
+
+
+@pytest.mark.parametrize(
+    ("needed", "message"),
+    [
+        (Needed(20 * GIB, 0), "need 20.0 GiB, a GPU has 20.0 GiB, .* take trainer.strategy=zero2"),
+        (Needed(0, 99 * GIB), "need 99.0 GiB, this node has 100.0 GiB, .* fewer trainer.devices"),
+    ],
+)
+def test_a_run_that_can_never_fit_is_refused(needed: Needed, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_memory(needed, gpu=20 * GIB, host=100 * GIB)
+
+
+def test_a_run_that_may_fit_and_memory_of_unknown_size_are_let_pass() -> None:
+    check_memory(Needed(19 * GIB, 95 * GIB), gpu=20 * GIB, host=100 * GIB)
+    check_memory(Needed(99 * GIB, 999 * GIB), gpu=None, host=None)

@@ -1,4 +1,4 @@
-"""Events are whole or not there, whatever killed their writer; skips outlive everything."""
+"""The file of events: complete lines only, in order, and the same on all ranks."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from echolab.training.guards.events import EVENTS, Event, History, Skip, append,
 
 
 @given(cut=st.integers(0, 400), again=st.booleans())
-def test_a_cut_file_keeps_its_whole_lines(
+def test_a_truncated_file_keeps_its_complete_lines(
     tmp_path_factory: pytest.TempPathFactory, cut: int, again: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("events")
@@ -20,11 +20,11 @@ def test_a_cut_file_keeps_its_whole_lines(
     data = (folder / EVENTS).read_bytes()
     ends = [place for place, byte in enumerate(data) if byte == ord("\n")]
     (folder / EVENTS).write_bytes(data[:cut])
-    whole = sum(cut >= end for end in ends)
-    assert read(folder) == wrote[:whole]
+    complete = sum(cut >= end for end in ends)
+    assert read(folder) == wrote[:complete]
     if again:
         new = append(folder, 9, "rollback", to=3)
-        assert read(folder) == [*wrote[:whole], new] and new.id == whole + 1
+        assert read(folder) == [*wrote[:complete], new] and new.id == complete + 1
 
 
 def test_skips_are_those_of_all_events(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_history_knows_what_was_there_and_what_it_adds(tmp_path: Path) -> None
     history = History(tmp_path)
     history.add(7, "rollback", to=3, skip=["sft", 5, 4])
     assert history.events == read(tmp_path) and history.events[0] == first
-    assert isinstance(history.events[1], Event) and history.events[1].told["to"] == 3
+    assert isinstance(history.events[1], Event) and history.events[1].details["to"] == 3
 
 
 def test_what_is_no_event_is_one_line(tmp_path: Path) -> None:

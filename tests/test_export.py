@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echolab.cli.__main__ import main
-from echolab.cli.policy import last_checkpoint, load_policy, load_released
+from echolab.config.networks import last_checkpoint, load_policy, load_released
 from echolab.errors import CheckpointError, ConfigError, WeightsError
-from echolab.models import released
+from echolab.models import loading
 from echolab.models.export import write_diffusers, write_original
-from echolab.models.weights import released_shapes
+from echolab.models.state_dict import released_shapes
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 
 FP32 = {"dtype": torch.float32, "shard_bytes": 10**9}
@@ -42,7 +42,7 @@ def test_in_out_in_is_the_identity(
     kept = [load_file(file) for file in weights]
     sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in kept]
     assert all(s <= shard_bytes or len(k) == 1 for s, k in zip(sizes, kept, strict=True))
-    loaded = released.load_released(tmp_path / "out", tiny.architecture(model))
+    loaded = loading.load_released(tmp_path / "out", tiny.architecture(model))
     assert bits(loaded.net.state_dict()) == bits(before)
     again = WRITERS[names](
         tmp_path / "again", loaded.net, loaded.net.state_dict(), dtype=torch.float32,
@@ -66,7 +66,7 @@ def test_a_released_flash_file_comes_out_as_it_went_in(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = tiny.architecture("echomimicv3_flash")
-    monkeypatch.setattr("echolab.cli.export.architecture_of", lambda name: architecture)
+    monkeypatch.setattr("echolab.cli.export_weights.architecture_of", lambda name: architecture)
     shapes = released_shapes(tiny.model("echomimicv3_flash"))
     before = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     save_file(before, tmp_path / "a.safetensors")
@@ -89,7 +89,7 @@ def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
     theirs, info = WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     theirs.save_pretrained(tmp_path / "theirs")
-    back = released.load_released(tmp_path / "theirs", tiny.architecture(model)).net
+    back = loading.load_released(tmp_path / "theirs", tiny.architecture(model)).net
     assert bits(back.state_dict()) == bits(net.state_dict())
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_written_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echolab.models.export._sync", full)
+    monkeypatch.setattr("echolab.models.export.sync", full)
     with pytest.raises(WeightsError, match="b: could not be written .*No space left"):
         write_original(tmp_path / "b", net, tensors, **FP32)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -124,12 +124,16 @@ def test_what_cannot_be_written_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run of three steps, and the settings that it was made with."""
+    """Return a run of three steps, and its settings."""
     root = tmp_path_factory.mktemp("run")
     clips, _ = encoded.write(root)
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", encoded.plan(("sft", 3))]
-    averages = ["optim.ema_more=[0.5]", "optim.ema_widths=[0.05,0.1]", "every.snapshot=2"]
-    assert main([*words, f"run={root / 'run'}", *averages]) == 0
+    averages = [
+        "optim.extra_ema_decays=[0.5]",
+        "optim.posthoc_ema_stds=[0.05,0.1]",
+        "snapshot_every=2",
+    ]
+    assert main([*words, f"run_dir={root / 'run'}", *averages]) == 0
     return root / "run", words
 
 
@@ -140,8 +144,8 @@ def test_a_run_is_exported_and_starts_another(
     capsys.readouterr()
     for weights, kind in (("ema", "ema"), ("raw", "master")):
         out = tmp_path / f"{weights}.safetensors"
-        told = ["export", str(folder), f"out={out}", "dtype=fp32", f"weights={weights}"]
-        assert main([*told, "format=json"]) == 0
+        command = ["export", str(folder), f"out={out}", "dtype=fp32", f"which={weights}"]
+        assert main([*command, "format=json"]) == 0
         figures = json.loads(capsys.readouterr().out)
         part = open_checkpoint(last_checkpoint(folder)).tensors(kind)
         assert bits(load_file(out)) == bits(part)
@@ -156,8 +160,8 @@ def test_a_run_is_exported_and_starts_another(
     assert bits(again.state_dict()) == bits(policy.state_dict())
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
-    start = [*words, f"weights={tmp_path / 'ema.safetensors'}", f"run={tmp_path / 'next'}"]
-    assert main([*start, encoded.plan(("sft", 1)).replace("lr:1e-3", "lr:0.0")]) == 0
+    start = [*words, f"pretrained={tmp_path / 'ema.safetensors'}", f"run_dir={tmp_path / 'next'}"]
+    assert main([*start, encoded.plan(("sft", 1)), "optim.lr=0"]) == 0
     first = open_checkpoint(last_checkpoint(tmp_path / "next")).tensors("master")
     assert bits(first) == bits(policy.state_dict())
 
@@ -165,20 +169,20 @@ def test_a_run_is_exported_and_starts_another(
 def test_other_averages_are_exported(
     run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By name, or of any width: one that was kept comes back as it was."""
+    """Check averages by name, or of any width: a saved one comes back unchanged."""
     checkpoint = open_checkpoint(last_checkpoint(run[0]))
     assert checkpoint.parts[:4] == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq"]
     for number, (word, part) in enumerate(
-        [("weights=ema-0.5", "ema-0.5"), ("ema_std=0.1", "power-0.1")]
+        [("which=ema-0.5", "ema-0.5"), ("ema_std=0.1", "power-0.1")]
     ):
         out = tmp_path / f"{number}.safetensors"
         assert main(["export", str(run[0]), f"out={out}", "dtype=fp32", word]) == 0
-        found, kept = load_file(out), checkpoint.tensors(part)
-        torch.testing.assert_close(found, {name: kept[name] for name in found}, atol=1e-5, rtol=0)
+        actual, kept = load_file(out), checkpoint.tensors(part)
+        torch.testing.assert_close(actual, {name: kept[name] for name in actual}, atol=1e-5, rtol=0)
     capsys.readouterr()
     for word, answer in [
-        ("weights=mean", "weights=mean: unknown"),
-        ("weights=ema-0.25", "has no ema-0.25"),
+        ("which=mean", "which=mean: unknown"),
+        ("which=ema-0.25", "has no ema-0.25"),
         ("ema_std=0.4", "must lie in"),
     ]:
         assert main(["export", str(run[0]), f"out={tmp_path / 'none'}", word]) == 1
@@ -191,23 +195,25 @@ def test_adapters_are_written_alone_or_added(
 ) -> None:
     base, words = run
     adapted = tmp_path / "adapted"
-    assert main([*words, "lora=attention", f"initial={base}", f"run={adapted}"]) == 0
-    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 0
+    assert main([*words, "lora=attention", f"init_from={base}", f"run_dir={adapted}"]) == 0
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
-    beside = {"peft.safetensors", "peft.audio.safetensors"}
-    assert {path.name for path in tmp_path.glob("peft*.safetensors")} == beside
-    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "weights=adapters"]) == 1
+    neighbor = {"peft.safetensors", "peft.audio.safetensors"}
+    assert {path.name for path in tmp_path.glob("peft*.safetensors")} == neighbor
+    assert main(["export", str(adapted), f"out={tmp_path / 'peft'}", "which=adapters"]) == 1
     single = tmp_path / "single.safetensors"
-    assert main(["export", str(adapted), f"out={single}", "weights=adapters", "dtype=bf16"]) == 0
+    assert main(["export", str(adapted), f"out={single}", "which=adapters", "dtype=bf16"]) == 0
     assert {tensor.dtype for tensor in load_file(single).values()} == {
         torch.bfloat16, torch.float32,  # the alphas
     }  # fmt: skip
     assert main(["export", str(adapted), f"out={tmp_path / 'whole'}", "dtype=fp32"]) == 0
-    told = load_policy(last_checkpoint(adapted)).state_dict()
-    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(told)
+    tensors = load_policy(last_checkpoint(adapted)).state_dict()
+    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(
+        tensors
+    )
     capsys.readouterr()
     for source, weights in ((base, "adapters"), (adapted, "raw")):
-        assert main(["export", str(source), f"out={tmp_path / 'x'}", f"weights={weights}"]) == 1
+        assert main(["export", str(source), f"out={tmp_path / 'x'}", f"which={weights}"]) == 1
         assert "adapters" in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
@@ -217,11 +223,11 @@ def test_released_weights_change_names(
 ) -> None:
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
-    monkeypatch.setattr("echolab.cli.export.architecture_of", tiny.architecture)
-    told = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
-    assert main(["export", str(tmp_path / "in.safetensors"), *told]) == 0
-    told = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]
-    assert main(["export", str(tmp_path / "theirs"), *told]) == 0
+    monkeypatch.setattr("echolab.cli.export_weights.architecture_of", tiny.architecture)
+    words = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "in.safetensors"), *words]) == 0
+    words = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]
+    assert main(["export", str(tmp_path / "theirs"), *words]) == 0
     there = load_file(tmp_path / "out.safetensors")
     assert there.keys() == net.state_dict().keys()
     assert all(torch.equal(there[name], tensor) for name, tensor in net.state_dict().items())
@@ -233,9 +239,12 @@ def test_released_weights_change_names(
     [
         (["in.safetensors", "out=x"], "no run or checkpoint.*model=NAME"),
         (["in.safetensors", "out=x", "model=nothing"], "model=nothing: unknown; one of demo"),
-        (["in.safetensors", "out=x", "model=demo", "shard_gb=0"], "shard_gb=0: must be above 0"),
+        (
+            ["in.safetensors", "out=x", "model=demo", "shard_gb=0"],
+            "shard_gb=0 is not a number, above 0",
+        ),
         (["in.safetensors", "out=x", "model=demo"], "in.safetensors: not there"),
-        ([".", "out=x"], "no whole checkpoint"),
+        ([".", "out=x"], "no complete checkpoint"),
     ],
 )
 def test_wrong_words_get_one_line(

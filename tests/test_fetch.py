@@ -36,15 +36,16 @@ from fault_server import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echolab.data import cache as caches
-from echolab.data.cache import ShardCache, locked
-from echolab.data.fetch import FetchError, Patience, fetch
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
-from echolab.data.transport import joined, shown, url_of
+from echolab.data.remote import cache as caches
+from echolab.data.remote.cache import ShardCache, file_lock
+from echolab.data.remote.download import FetchError, RetryPolicy, fetch
+from echolab.data.remote.transport import join_url, parse_url, public_url
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError
 
 # Where nothing stalls, time must not matter: these machines are busy.
-QUICK = Patience(4, 20.0, 60.0, 0.001, 0.002)
+QUICK = RetryPolicy(4, 20.0, 60.0, 0.001, 0.002)
 STALLING = QUICK._replace(attempts=10, stall_seconds=0.2)
 RNG = np.random.default_rng(0)
 SAMPLES = {f"clip-{i:03d}": {"safetensors": RNG.bytes(20_000 + 7 * i)} for i in range(12)}
@@ -66,8 +67,8 @@ def server(folder: Path) -> Iterator[FaultServer]:
         yield made
 
 
-def remote(server: FaultServer, cache: Path, patience: Patience = QUICK) -> ShardDataset:
-    return open_dataset(server.url, cache=cache, patience=patience)
+def remote(server: FaultServer, cache: Path, patience: RetryPolicy = QUICK) -> ShardDataset:
+    return open_dataset(server.url, cache_dir=cache, retry_policy=patience)
 
 
 def stream(dataset: ShardDataset) -> dict[str, dict[str, bytes]]:
@@ -184,11 +185,11 @@ def test_a_dead_server_is_one_line(folder: Path, tmp_path: Path) -> None:
     with serving(folder) as server:
         url = server.url
     with pytest.raises(FetchError, match=r"dataset\.json: no connection .*gave up after 4"):
-        open_dataset(url, cache=tmp_path, patience=QUICK)
+        open_dataset(url, cache_dir=tmp_path, retry_policy=QUICK)
 
 
 def read_all(url: str, cache: Path, order: list[int], asked: "multiprocessing.Queue[bool]") -> None:
-    dataset = open_dataset(url, cache=cache, patience=QUICK)
+    dataset = open_dataset(url, cache_dir=cache, retry_policy=QUICK)
     keys = list(SAMPLES)
     asked.put(all(dataset.read(i) == SAMPLES[keys[i]] for i in order))
 
@@ -212,7 +213,7 @@ def test_many_ranks_make_one_download(server: FaultServer, tmp_path: Path) -> No
 
 
 def crowd(url: str, cache: Path, limit: float, seed: int) -> None:
-    dataset = open_dataset(url, cache=cache, cache_gb=limit, patience=QUICK)
+    dataset = open_dataset(url, cache_dir=cache, cache_gb=limit, retry_policy=QUICK)
     keys = list(SAMPLES)
     for i in np.random.default_rng(seed).integers(0, len(keys), 40).tolist():
         assert dataset.read(i) == SAMPLES[keys[i]]
@@ -264,7 +265,7 @@ def test_the_cache_keeps_its_bound(
     place = tmp_path_factory.mktemp("cache")
     largest = max(shard.bytes for shard in open_dataset(folder).shards)
     limit = room * largest / 1e9 + 1e-9
-    dataset = open_dataset(f"file://{folder}", cache=place, cache_gb=limit, patience=QUICK)
+    dataset = open_dataset(f"file://{folder}", cache_dir=place, cache_gb=limit, retry_policy=QUICK)
     last: list[int] = []  # shards, the one read last at the end
     for i in reads:
         assert dataset.read(i) == SAMPLES[f"clip-{i:03d}"]
@@ -319,15 +320,17 @@ def test_what_is_being_read_is_not_cleared_away(folder: Path, tmp_path: Path) ->
 
 
 def test_a_shard_larger_than_the_cache_is_told(folder: Path, tmp_path: Path) -> None:
-    dataset = open_dataset(f"file://{folder}", cache=tmp_path, cache_gb=1e-5, patience=QUICK)
+    dataset = open_dataset(
+        f"file://{folder}", cache_dir=tmp_path, cache_gb=1e-5, retry_policy=QUICK
+    )
     with pytest.raises(ConfigError, match=r"does not fit in cache_gb=1e-05; raise it"):
         dataset.read(0)
     with pytest.raises(ConfigError, match="cache_gb=0"):
-        open_dataset(f"file://{folder}", cache=tmp_path, cache_gb=0)
+        open_dataset(f"file://{folder}", cache_dir=tmp_path, cache_gb=0)
 
 
 def hold(path: Path, ready: Any) -> None:
-    with locked(path, 0.0):
+    with file_lock(path, 0.0):
         ready.set()
         time.sleep(60)
 
@@ -339,22 +342,22 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     holder = context.Process(target=hold, args=(path, ready))
     holder.start()
     assert ready.wait(600)
-    with locked(path, 0.05) as held:
+    with file_lock(path, 0.05) as held:
         assert not held
     holder.kill()
     holder.join()
-    with locked(path, 0.0) as held:
+    with file_lock(path, 0.0) as held:
         assert held
     assert not path.exists()
 
 
 def test_a_forked_child_does_not_keep_a_lock(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    with locked(path, 0.0) as held:
+    with file_lock(path, 0.0) as held:
         assert held
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
-    with locked(path, 0.0) as held:
+    with file_lock(path, 0.0) as held:
         assert held
     child.kill()
     child.join()
@@ -364,11 +367,11 @@ def test_any_fsspec_address_is_read(folder: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/bucket/set", recursive=True)
     try:
-        dataset = open_dataset("memory://bucket/set", cache=tmp_path, patience=QUICK)
+        dataset = open_dataset("memory://bucket/set", cache_dir=tmp_path, retry_policy=QUICK)
         assert stream(dataset) == SAMPLES
         memory.rm("/bucket/set/dataset.json")
         with pytest.raises(FetchError, match="upload was finished"):
-            open_dataset("memory://bucket/set", cache=tmp_path, patience=QUICK)
+            open_dataset("memory://bucket/set", cache_dir=tmp_path, retry_policy=QUICK)
     finally:
         memory.rm("/bucket", recursive=True)
 
@@ -385,30 +388,30 @@ def test_a_file_system_that_hangs_or_breaks_is_borne_with(
             faults.popleft()()
         return whole(self, path, **words)
 
-    dataset = open_dataset(f"file://{folder}", cache=tmp_path, patience=STALLING)
+    dataset = open_dataset(f"file://{folder}", cache_dir=tmp_path, retry_policy=STALLING)
     monkeypatch.setattr(local, "info", info)
     assert stream(dataset) == SAMPLES and not faults
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"s3://.* pip install s3fs"):
-        open_dataset("s3://bucket/set", cache=tmp_path, patience=QUICK)
+        open_dataset("s3://bucket/set", cache_dir=tmp_path, retry_policy=QUICK)
     with pytest.raises(ConfigError, match="strange://"):
-        open_dataset("strange://bucket/set", cache=tmp_path, patience=QUICK)
+        open_dataset("strange://bucket/set", cache_dir=tmp_path, retry_policy=QUICK)
 
 
 def test_the_cache_comes_from_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(caches.FOLDER_VARIABLE, str(tmp_path / "there"))
-    open_dataset(f"file://{folder}", patience=QUICK).read(0)
+    open_dataset(f"file://{folder}", retry_policy=QUICK).read(0)
     assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".tar"]
 
 
 def test_what_is_expected_is_there_before_it_is_read(server: FaultServer, tmp_path: Path) -> None:
     size = max(shard.bytes for shard in remote(server, tmp_path).shards)
     room = 4.1 * size / 1e9  # half of it is for what comes next
-    dataset = open_dataset(server.url, cache=tmp_path, cache_gb=room, patience=QUICK)
+    dataset = open_dataset(server.url, cache_dir=tmp_path, cache_gb=room, retry_policy=QUICK)
     dataset.expect([4, 5, 0, 11])
     wanted = [tmp_path / f"{dataset.shards[number].sha256}.tar" for number in (1, 0)]
     until = time.monotonic() + 20
@@ -434,15 +437,15 @@ def test_what_is_expected_is_there_before_it_is_read(server: FaultServer, tmp_pa
     ],
 )
 def test_what_is_an_address(place: Path | str, url: str | None) -> None:
-    assert url_of(place) == url
+    assert parse_url(place) == url
 
 
 def test_secrets_are_not_shown() -> None:
-    url = joined("https://user:word@host:1/a?token=1", "b.tar")
+    url = join_url("https://user:word@host:1/a?token=1", "b.tar")
     assert url == "https://user:word@host:1/a/b.tar?token=1"
-    assert shown(url) == "https://host:1/a/b.tar"
+    assert public_url(url) == "https://host:1/a/b.tar"
     with pytest.raises(ConfigError, match="chained"):
-        url_of("simplecache::s3://a/b")
+        parse_url("simplecache::s3://a/b")
 
 
 def test_a_shard_list_that_points_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echolab import fitting
-from echolab.errors import CheckpointError, WeightsError
+from echolab.errors import CheckpointError, DiskFullError, WeightsError
 from echolab.fitting import fit, load_net, save_net
 
 STEPS = 12
@@ -31,7 +31,7 @@ def fresh() -> nn.Sequential:
 
 def fitted(progress: Path, stop_at: int | None = None, seed: int = 5, steps: int = STEPS,
            reports: list[tuple[int, int, float]] | None = None) -> dict[str, Tensor]:  # fmt: skip
-    """The state after all steps; Stop where `stop_at` losses have been taken."""
+    """Return the state after all steps; raise Stop after `stop_at` losses."""
     net, taken = fresh(), 0
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -43,9 +43,9 @@ def fitted(progress: Path, stop_at: int | None = None, seed: int = 5, steps: int
         error: Tensor = (net(points) - points.sum(1, keepdim=True)).square().mean()
         return error
 
-    told = [] if reports is None else reports
+    lines = [] if reports is None else reports
     fit(net, loss_of, steps=steps, learning_rate=1e-2, seed=seed, progress=progress,
-        report=lambda *line: told.append(line))  # fmt: skip
+        report=lambda *line: lines.append(line))  # fmt: skip
     assert not net.training
     progress.unlink(missing_ok=True)  # its caller, who keeps the net, removes it
     return net.state_dict()
@@ -64,10 +64,10 @@ def test_a_stopped_fit_goes_on_bit_for_bit(stops: tuple[int, ...], tmp_path: Pat
         with pytest.raises(Stop):
             fitted(tmp_path / "state", stop_at=stop)
         assert (tmp_path / "state").exists()
-    found = fitted(tmp_path / "state", stop_at=STEPS - sum(stops))  # no step is done twice
-    assert found.keys() == unbroken.keys()
+    actual = fitted(tmp_path / "state", stop_at=STEPS - sum(stops))  # no step is done twice
+    assert actual.keys() == unbroken.keys()
     for name, value in unbroken.items():
-        assert torch.equal(value, found[name]), name
+        assert torch.equal(value, actual[name]), name
     assert list(tmp_path.iterdir()) == []  # neither state nor a partial file stays
 
 
@@ -79,7 +79,7 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_loss_goes_down_and_is_told_every_twentieth_step(tmp_path: Path) -> None:
+def test_the_loss_decreases_and_is_reported_every_twentieth_step(tmp_path: Path) -> None:
     reports: list[tuple[int, int, float]] = []
     fitted(tmp_path / "state", steps=210, reports=reports)
     assert [step for step, *_ in reports] == [*range(20, 201, 20), 210]
@@ -100,9 +100,9 @@ def test_a_state_of_another_fit_is_refused(tmp_path: Path) -> None:
 def test_a_network_is_read_back_frozen(tmp_path: Path) -> None:
     net, path = nn.Linear(3, 2), tmp_path / "new" / "net.safetensors"
     save_net(path, net, {"in_features": 3, "out_features": 2})
-    found = load_net(path, nn.Linear)
-    assert not found.training and not any(p.requires_grad for p in found.parameters())
-    assert all(torch.equal(v, found.state_dict()[k]) for k, v in net.state_dict().items())
+    actual = load_net(path, nn.Linear)
+    assert not actual.training and not any(p.requires_grad for p in actual.parameters())
+    assert all(torch.equal(v, actual.state_dict()[k]) for k, v in net.state_dict().items())
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -119,18 +119,18 @@ def test_a_file_that_is_not_the_network_is_named_with_its_remedy(tmp_path: Path)
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "foreign")
     with pytest.raises(WeightsError, match="foreign: holds no network of echolab's"):
         load_net(tmp_path / "foreign", nn.Linear)
-    for name, told in (("sizes", {**config, "in_features": 4}), ("words", {"inputs": 3})):
-        save_net(tmp_path / name, nn.Linear(3, 2), told)
+    for name, settings in (("sizes", {**config, "in_features": 4}), ("words", {"inputs": 3})):
+        save_net(tmp_path / name, nn.Linear(3, 2), settings)
         with pytest.raises(WeightsError, match=f"{name}: of another version"):
             load_net(tmp_path / name, nn.Linear)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: Python ignores its signal."""
+    """Use a limit on file sizes in place of a full disk: Python ignores its signal."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(WeightsError, match=r"net: could not be written .*make room"):
+        with pytest.raises(DiskFullError, match=r"net: could not be written .*another folder"):
             save_net(tmp_path / "net", nn.Linear(50, 50), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -3,8 +3,8 @@
 import torch
 
 from echolab.diffusion.flow import denoised, interpolate, to_timesteps, velocity_target
-from echolab.diffusion.sampling import sample_euler
 from echolab.diffusion.sigmas import sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 
 LATENTS, NOISE = torch.randn(2, 3, 4, 2, 2, 2)  # each [3, 4, 2, 2, 2]
 
@@ -27,18 +27,18 @@ def test_each_clip_has_its_own_sigma_and_denoised_inverts() -> None:
             LATENTS[clip : clip + 1], NOISE[clip : clip + 1], sigmas[clip : clip + 1]
         )
         assert torch.equal(alone[0], noisy[clip])
-    found = denoised(noisy, velocity_target(LATENTS, NOISE), sigmas)
-    torch.testing.assert_close(found, LATENTS, atol=1e-5, rtol=1e-5)
+    actual = denoised(noisy, velocity_target(LATENTS, NOISE), sigmas)
+    torch.testing.assert_close(actual, LATENTS, atol=1e-5, rtol=1e-5)
 
 
-def test_the_path_is_fp32_whatever_comes_in() -> None:
+def test_the_path_is_fp32_for_any_input_dtype() -> None:
     half = interpolate(LATENTS.bfloat16(), NOISE, torch.full((3,), 0.3))
     assert half.dtype == velocity_target(LATENTS.bfloat16(), NOISE).dtype == torch.float32
 
 
 def test_following_the_truth_returns_the_latents() -> None:
-    found = sample_euler(lambda noisy, sigma: NOISE - LATENTS, NOISE, sampling_sigmas(7, 5.0))
-    torch.testing.assert_close(found, LATENTS, atol=1e-5, rtol=1e-5)
+    actual = sample_euler(lambda noisy, sigma: NOISE - LATENTS, NOISE, sampling_sigmas(7, 5.0))
+    torch.testing.assert_close(actual, LATENTS, atol=1e-5, rtol=1e-5)
 
 
 def test_timesteps_are_thousands_of_sigma() -> None:

@@ -27,5 +27,5 @@ def test_it_is_in_eval_mode_and_outside_the_graph() -> None:
     assert not any(parameter.requires_grad for parameter in frozen.net.parameters())
 
 
-def test_it_moves_when_told() -> None:
+def test_it_moves_on_request() -> None:
     assert Frozen(nn.Linear(2, 2)).to("meta").net.weight.is_meta

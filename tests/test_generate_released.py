@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_prep.talker import draw_talker
-from echolab.cli import generate
+from data_prep.synthetic_face import draw_talker
 from echolab.cli.__main__ import main
 from echolab.data.media import decode_mp4
+from echolab.inference import generate
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint
 from echolab.training.adapters.lora_files import save_adapters, trained_tensors
@@ -32,7 +32,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoders, a portrait and 1 s of speech; a file of weights for each model."""
+    """Write encoders, a portrait and 1 s of speech."""
     root, drawn = tmp_path_factory.mktemp("models") / "fun", draw_talker(5, 0, frames=30)
     released.write_release(root)
     released.write_base_960h(root / "wav2vec2-base-960h")
@@ -56,19 +56,20 @@ def weights(folder: Path, model: str) -> Path:
 
 def words(folder: Path, model: str, out: Path, *more: str) -> list[str]:
     return [
-        "generate", f"checkpoint={weights(folder, model)}", f"model={model}", f"encoders={folder}",
-        f"out={out}", "size=32", "steps=2", "prompt=a talking person", *more,
+        "generate", f"checkpoint={weights(folder, model)}", f"model={model}",
+        f"encoder_dir={folder}", f"out={out}", "size=32", "num_steps=2",
+        "prompt=a talking person", *more,
     ]  # fmt: skip
 
 
 SPEAK = ("image={}/i.png", "audio={}/a.wav", "face=12,8,50,55", "seconds=0.8")
 
 
-@pytest.mark.parametrize("long", ["windows", "chunks"])
+@pytest.mark.parametrize("long", ["joint", "chunked"])
 @pytest.mark.parametrize("model", ["echomimicv3_preview", "echomimicv3_flash"])
-def test_the_released_models_speak(folder: Path, tmp_path: Path, model: str, long: str) -> None:
+def test_released_models_generate(folder: Path, tmp_path: Path, model: str, long: str) -> None:
     said = [word.format(folder) for word in SPEAK]
-    parts = ["window=13", f"overlap={8 if long == 'chunks' else 2}", f"long={long}"]
+    parts = ["window=13", f"overlap={8 if long == 'chunked' else 2}", f"long_video={long}"]
     out = tmp_path / "v.mp4"
     assert main(words(folder, model, out, *said, *parts)) == 0
     assert decode_mp4(out.read_bytes()).shape == (20, 32, 32, 3)
@@ -90,27 +91,27 @@ def test_adapters_change_a_released_model(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "with.mp4").read_bytes() != (tmp_path / "without.mp4").read_bytes()
 
 
-def test_wan_draws_from_words_alone(folder: Path, tmp_path: Path) -> None:
+def test_wan_generates_from_a_prompt_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "v.mp4"
     for model in ("wan_t2v_1b3", "wan_fun_inp_1b3"):
-        said = words(folder, model, out, "task=t2v", "seconds=0.4", "audio_scale=1")
+        said = words(folder, model, out, "task=t2v", "seconds=0.4", "audio_guidance_scale=1")
         assert main(said) == 0
         assert decode_mp4(out.read_bytes()).shape == (10, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
-    ("model", "more", "told"),
+    ("model", "more", "message"),
     [
         ("wan_t2v_1b3", SPEAK, "takes no known pixels, task=i2v"),
-        ("wan_fun_inp_1b3", SPEAK, "hears no sound"),
-        ("echomimicv3_preview", (*SPEAK, "wav2vec=nowhere"), "nowhere"),
+        ("wan_fun_inp_1b3", SPEAK, "takes no audio"),
+        ("echomimicv3_preview", (*SPEAK, "wav2vec=missing"), "missing"),
     ],
 )
-def test_a_model_that_cannot_is_one_line(
+def test_a_task_that_a_model_lacks_gives_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    model: str, more: tuple[str, ...], told: str,
+    model: str, more: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "v.mp4"
     assert main(words(folder, model, out, *(word.format(folder) for word in more))) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("echolab: error:") and told in line and not out.exists()
+    assert line.startswith("echolab: error:") and message in line and not out.exists()

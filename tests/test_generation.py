@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from echolab.diffusion.generation import generate
+from echolab.diffusion.pipeline import generate
 from echolab.diffusion.sigmas import draw
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
@@ -30,31 +30,31 @@ def rows(conditions: Conditions, places: list[int]) -> Conditions:
 
 
 def test_a_clip_depends_on_its_key_and_not_on_its_batch(net: EchoTransformer) -> None:
-    told = tiny.conditions(3)
-    whole = made(net, told)
-    assert whole.shape == (3, *tiny.SHAPE) and whole.dtype == torch.float32
-    assert not whole.requires_grad
-    turned = made(net, rows(told, [2, 0, 1]), ["c", "a", "b"])
-    torch.testing.assert_close(turned, whole[[2, 0, 1]], rtol=1e-4, atol=1e-4)
-    alone = made(net, rows(told, [1]), ["b"])
-    torch.testing.assert_close(alone, whole[1:2], rtol=1e-4, atol=1e-4)
+    context = tiny.conditions(3)
+    full = made(net, context)
+    assert full.shape == (3, *tiny.SHAPE) and full.dtype == torch.float32
+    assert not full.requires_grad
+    turned = made(net, rows(context, [2, 0, 1]), ["c", "a", "b"])
+    torch.testing.assert_close(turned, full[[2, 0, 1]], rtol=1e-4, atol=1e-4)
+    alone = made(net, rows(context, [1]), ["b"])
+    torch.testing.assert_close(alone, full[1:2], rtol=1e-4, atol=1e-4)
     torch.manual_seed(77)
-    assert torch.equal(made(net, told), whole)
+    assert torch.equal(made(net, context), full)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"draw_index": 1}, {"keys": ["a", "b", "d"]}])
 def test_other_noise_gives_another_clip(net: EchoTransformer, change: dict[str, object]) -> None:
-    told = tiny.conditions(3)
-    differs = (made(net, told) - made(net, told, **change)).flatten(1).abs().amax(1)  # type: ignore[arg-type]
+    context = tiny.conditions(3)
+    differs = (made(net, context) - made(net, context, **change)).flatten(1).abs().amax(1)  # type: ignore[arg-type]
     assert differs[2] > 0.1
     assert bool((differs[:2] > 0.1).all()) is ("keys" not in change)
 
 
 def test_the_audio_scale_matters_and_one_is_plain(net: EchoTransformer) -> None:
-    told = tiny.conditions(3)
-    plain = made(net, told)
-    assert not torch.allclose(made(net, told, audio_scale=3.0), plain, atol=1e-3)
-    silent = told._replace(audio=torch.zeros_like(told.audio))
+    context = tiny.conditions(3)
+    plain = made(net, context)
+    assert not torch.allclose(made(net, context, audio_scale=3.0), plain, atol=1e-3)
+    silent = context._replace(audio=torch.zeros_like(context.audio))
     unheard = made(net, silent)
     assert not torch.allclose(unheard, plain, atol=1e-4)
     # Guidance goes from the silent branch to the other: where both agree its size is nothing.
@@ -62,8 +62,8 @@ def test_the_audio_scale_matters_and_one_is_plain(net: EchoTransformer) -> None:
 
 
 def test_a_network_that_knows_the_clip_is_followed_to_it() -> None:
-    """The velocity of the straight path from this noise to a known clip ends there exactly."""
-    told, truth = tiny.conditions(3), tiny.latents(3)
+    """Follow the straight path from this noise to a known clip, which ends there exactly."""
+    context, truth = tiny.conditions(3), tiny.latents(3)
     noise = draw(KEYS, tiny.SHAPE, seed=4, epoch=0).noise
 
     def exact(
@@ -71,12 +71,12 @@ def test_a_network_that_knows_the_clip_is_followed_to_it() -> None:
     ) -> Tensor:
         return noise - truth
 
-    found = made(exact, told, seed=4)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    actual = made(exact, context, seed=4)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_stays_near_and_steps_are_told(net: EchoTransformer) -> None:
-    told, seen = tiny.conditions(3), []
-    half = made(net, told, dtype=torch.bfloat16, on_step=lambda step, latents: seen.append(step))
+def test_half_precision_stays_close_and_steps_are_reported(net: EchoTransformer) -> None:
+    context, seen = tiny.conditions(3), []
+    half = made(net, context, dtype=torch.bfloat16, on_step=lambda step, latents: seen.append(step))
     assert seen == [0, 1, 2] and half.dtype == torch.float32
-    torch.testing.assert_close(half, made(net, told), rtol=0.1, atol=0.2)
+    torch.testing.assert_close(half, made(net, context), rtol=0.1, atol=0.2)

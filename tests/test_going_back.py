@@ -10,7 +10,7 @@ import runs
 from faulty import EVERY, STEPS, Once, train
 from forked import ForkServer
 
-from echolab.data.audit import audit
+from echolab.data.ledger import audit_run
 from echolab.errors import DivergedError
 from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
 from echolab.training.guards import events
@@ -25,7 +25,7 @@ def final(root: Path) -> dict[str, bytes]:
 
 def audited(run: Path) -> bool:
     """Whether every sample was trained on once an epoch, but for what was left out on purpose."""
-    return audit(run, events.skips(run)).exact
+    return audit_run(run, events.skips(run)).exact
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e4])
@@ -36,7 +36,7 @@ def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
     rows = train(tmp_path / "faulty", Once(factor), policy="recompute")
     assert final(tmp_path / "faulty") == final(tmp_path / "sound")
     told = events.read(tmp_path / "faulty/run")
-    assert [(e.kind, e.step, e.told["to"]) for e in told] == [("recompute", 7, 6)]
+    assert [(e.kind, e.step, e.details["to"]) for e in told] == [("recompute", 7, 6)]
     # Step 7 was right the first time and again: the same figures twice.
     seventh = [row["train/loss"] for row in rows if row["step"] == 7]
     assert len(seventh) == 2 and seventh[0] == seventh[1]
@@ -71,13 +71,13 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(tmp_path / name, eighth_batch(), **guards)
         told = events.read(tmp_path / name / "run")
-        assert [(e.kind, e.step, e.told["to"]) for e in told] == [("rollback", 7, 6)]
-        assert told[0].told["skip"] == ["sft", 6, 2]
+        assert [(e.kind, e.step, e.details["to"]) for e in told] == [("rollback", 7, 6)]
+        assert told[0].details["skip"] == ["sft", 6, 2]
     assert final(tmp_path / "a") == final(tmp_path / "b")
     state = json.loads((tmp_path / "a/run/checkpoints/step-000012/state.json").read_text())
     assert state["schedule"]["skipped"] == [["sft", 6, 2]]
     assert audited(tmp_path / "a/run")
-    assert not audit(tmp_path / "a/run").exact  # without the events' word
+    assert not audit_run(tmp_path / "a/run").exact  # without the events' word
     # Going on needs no word about it: the events are read again.
     result, _ = runs.train(
         tmp_path / "a", runs.schedule(("sft", STEPS + 2)), every=EVERY, ledger=True
@@ -86,7 +86,7 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match="step 7 .*not finite.*guards.policy=recompute"):
+    with pytest.raises(DivergedError, match="step 7 .*not finite.*loss_spike.policy=recompute"):
         train(tmp_path, Once(float("nan")))
     assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
 
@@ -112,7 +112,7 @@ def test_what_is_gone_back_to_is_not_pruned_meanwhile(
     monkeypatch.setattr(retention, "discard", slowly)
     train(tmp_path, eighth_batch(), policy="rollback", back=4, skip_batches=2, save=1)
     told = events.read(tmp_path / "run")
-    assert [(e.kind, e.told["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
+    assert [(e.kind, e.details["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
     assert saved_steps(tmp_path / "run/checkpoints")[:2] == [12, 11]
 
 

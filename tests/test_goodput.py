@@ -7,9 +7,8 @@ import pytest
 from attempted import attempt, saved
 
 from echolab.launch.attempts import attempts_of
-from echolab.launch.explain import figures
-from echolab.launch.goodput import account, checkpoint_interval
-from echolab.launch.records import NodeRecord
+from echolab.launch.explain import checkpoint_interval, measure_goodput, summarize
+from echolab.launch.launch_records import NodeRecord
 
 # 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. goes on at 6, hangs at 8 for 60 s;
 # 3. goes on at 6 again (no checkpoint was made) and ends at 20.
@@ -31,7 +30,7 @@ THIRD = saved(
 
 
 def test_every_second_is_somewhere() -> None:
-    found = account([FIRST, SECOND, THIRD])
+    found = measure_goodput([FIRST, SECOND, THIRD])
     assert found.allocated == 150 + 112 + 190  # the queue between them is nobody's
     assert found.losses == pytest.approx({
         "waiting": 0, "init": 90, "data_wait": 5, "eval": 8, "save": 12, "pause": 0,
@@ -43,17 +42,17 @@ def test_every_second_is_somewhere() -> None:
     assert found.useful + sum(found.losses.values()) == pytest.approx(found.allocated)
     assert found.share == pytest.approx(200 / 452)
     # A wait for the launch before is part of an attempt's time.
-    later = account([FIRST, SECOND, THIRD._replace(elapsed=220.0, waited=30.0)])
+    later = measure_goodput([FIRST, SECOND, THIRD._replace(elapsed=220.0, waited=30.0)])
     assert later.losses == pytest.approx(found.losses | {"waiting": 30})
     assert later.useful == found.useful and later.allocated == found.allocated + 30
 
 
 def test_what_no_checkpoint_has_is_lost_at_once() -> None:
-    assert account([FIRST]).losses["rework"] == pytest.approx(40)
-    assert account([attempt("killed", seconds={"forward": 50.0})]).useful == 0
+    assert measure_goodput([FIRST]).losses["rework"] == pytest.approx(40)
+    assert measure_goodput([attempt("killed", seconds={"forward": 50.0})]).useful == 0
     # not while it is at work, nor when it is done
-    assert account([attempt("running", seconds={"forward": 50.0})]).useful == 50
-    assert account([]).share == 0
+    assert measure_goodput([attempt("running", seconds={"forward": 50.0})]).useful == 50
+    assert measure_goodput([]).share == 0
 
 
 def test_the_interval_between_checkpoints() -> None:
@@ -72,7 +71,7 @@ def test_a_clock_that_is_set_moves_no_figure(tmp_path: Path, jump: float) -> Non
 
     def record(name: str, epoch: int, started: float, ended: float) -> None:
         told = NodeRecord(
-            name, 0, 1, "host", 1, [0], 1, "", started, epoch=epoch, ran=100.0, ended=ended,
+            name, 0, 1, "host", 1, [0], 1, "", started, epoch=epoch, elapsed=100.0, ended=ended,
             cause="done", exit_code=0, seconds={"forward": 90.0}, last_step=epoch,
         )  # fmt: skip
         (tmp_path / "attempts" / name).mkdir(parents=True)
@@ -82,7 +81,7 @@ def test_a_clock_that_is_set_moves_no_figure(tmp_path: Path, jump: float) -> Non
     record("second", 2, 1e9 + 200 + jump, 1e9 + 300 + jump)
     attempts = attempts_of(tmp_path)
     assert [attempt.launch for attempt in attempts] == ["first", "second"]
-    found = account(attempts)
+    found = measure_goodput(attempts)
     assert (found.allocated, found.useful) == (200.0, 180.0)
-    rows = figures(tmp_path, attempts, 3)["history"]
+    rows = summarize(tmp_path, attempts, 3)["history"]
     assert [row["seconds"] for row in rows] == [100.0, 100.0]

@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.guidance import (
-    RUNS,
+    CFG_MODES,
     compounding_factors,
-    decaying,
+    dynamic_cfg_schedule,
     guided,
+    integer_timesteps,
     negative_factors,
     stepwise,
-    whole_timesteps,
 )
-from echolab.diffusion.sampling import sample_euler
-from echolab.diffusion.sigmas import GRIDS, sampling_sigmas
+from echolab.diffusion.sigmas import SIGMA_SCHEDULES, sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 from echolab.errors import ConfigError
 
 NOISY, SIGMA = tiny.latents(), torch.tensor(0.7)
-TOLD = tiny.conditions()
-NEGATIVE = torch.full_like(TOLD.text[:1], 0.3)  # one text for every clip
+CONDITIONS = tiny.conditions()
+NEGATIVE = torch.full_like(CONDITIONS.text[:1], 0.3)  # one text for every clip
 NET = tiny.net(trained=True)
 
 
 def branch(*, text: bool = True, audio: bool = True) -> Tensor:
-    told = TOLD if text else TOLD._replace(text=NEGATIVE.expand_as(TOLD.text))
-    told = told if audio else told._replace(audio=torch.zeros_like(told.audio))
-    return NET(NOISY, torch.full((2,), 700.0), told)
+    context = CONDITIONS if text else CONDITIONS._replace(text=NEGATIVE.expand_as(CONDITIONS.text))
+    context = context if audio else context._replace(audio=torch.zeros_like(context.audio))
+    return NET(NOISY, torch.full((2,), 700.0), context)
 
 
 def counting(calls: list[int]):
@@ -40,10 +40,10 @@ def counting(calls: list[int]):
 
 @torch.no_grad()
 def test_scales_of_one_are_the_conditional_and_of_zero_the_unconditional() -> None:
-    torch.testing.assert_close(guided(NET, TOLD)(NOISY, SIGMA), branch())
-    nothing = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=0.0, audio_scale=0.0)
+    torch.testing.assert_close(guided(NET, CONDITIONS)(NOISY, SIGMA), branch())
+    nothing = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=0.0, audio_scale=0.0)
     torch.testing.assert_close(nothing(NOISY, SIGMA), branch(text=False, audio=False))
-    silent = guided(NET, TOLD, audio_scale=0.0)
+    silent = guided(NET, CONDITIONS, audio_scale=0.0)
     torch.testing.assert_close(silent(NOISY, SIGMA), branch(audio=False))
 
 
@@ -51,7 +51,7 @@ def test_scales_of_one_are_the_conditional_and_of_zero_the_unconditional() -> No
 def test_it_is_the_released_sum_of_three_branches() -> None:
     u, n, c = branch(text=False, audio=False), branch(audio=False), branch()
     expected = u + 4.0 * (n - u) + 2.9 * (c - n)
-    velocity = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=4.0, audio_scale=2.9)
+    velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=4.0, audio_scale=2.9)
     torch.testing.assert_close(velocity(NOISY, SIGMA), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_only_branches_that_count_are_run(text_scale, audio_scale, branches) -> 
     calls: list[int] = []
     velocity = guided(
         counting(calls),
-        TOLD,
+        CONDITIONS,
         text_negative=NEGATIVE,
         text_scale=text_scale,
         audio_scale=audio_scale,
@@ -74,51 +74,51 @@ def test_only_branches_that_count_are_run(text_scale, audio_scale, branches) -> 
 
 
 def test_text_guidance_without_a_negative_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="text_scale=4"):
-        guided(NET, TOLD, text_scale=4.0)(NOISY, SIGMA)
+    with pytest.raises(ConfigError, match="guidance_scale=4"):
+        guided(NET, CONDITIONS, text_scale=4.0)(NOISY, SIGMA)
 
 
 @torch.no_grad()
 def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
     zero, real = branch(audio=False), branch()
-    found = guided(NET, TOLD, audio_scale=3.0)(NOISY, SIGMA)
-    torch.testing.assert_close(found, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
+    actual = guided(NET, CONDITIONS, audio_scale=3.0)(NOISY, SIGMA)
+    torch.testing.assert_close(actual, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("run", "sizes"), [("batch", [6]), ("sequence", [2, 2, 2])])
+@pytest.mark.parametrize(("run", "sizes"), [("batched", [6]), ("sequential", [2, 2, 2])])
 @torch.no_grad()
 def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -> None:
     calls: list[int] = []
     scales = {"text_negative": NEGATIVE, "text_scale": 4.0, "audio_scale": 2.9}
-    found = guided(counting(calls), TOLD, run=RUNS[run], **scales)(NOISY, SIGMA)
+    actual = guided(counting(calls), CONDITIONS, cfg=CFG_MODES[run], **scales)(NOISY, SIGMA)
     assert calls == sizes
-    torch.testing.assert_close(found, guided(NET, TOLD, **scales)(NOISY, SIGMA))
+    torch.testing.assert_close(actual, guided(NET, CONDITIONS, **scales)(NOISY, SIGMA))
 
 
 @torch.no_grad()
-def test_the_network_may_be_told_whole_timesteps_as_wan_s_own_solvers_do() -> None:
+def test_the_network_may_get_integer_timesteps_as_in_wan_s_own_solvers() -> None:
     seen: list[float] = []
 
     def net(noisy: Tensor, timesteps: Tensor, conditions) -> Tensor:
         seen.extend(timesteps.tolist())
         return noisy
 
-    guided(net, TOLD, told_timesteps=whole_timesteps)(NOISY, torch.tensor(0.9998))
-    guided(net, TOLD)(NOISY, torch.tensor(0.75))
+    guided(net, CONDITIONS, timestep_fn=integer_timesteps)(NOISY, torch.tensor(0.9998))
+    guided(net, CONDITIONS)(NOISY, torch.tensor(0.75))
     assert seen == [999.0, 999.0, 750.0, 750.0]
 
 
 def test_the_decaying_scale_has_the_published_factors() -> None:
-    factors = decaying(1.0, 25)
+    factors = dynamic_cfg_schedule(1.0, 25)
     assert len(factors) == 25
-    found = [factors[step] for step in (0, 2, 5, 10, 20)]
-    assert found == pytest.approx([1.00, 0.87, 0.62, 0.51, 0.50], abs=0.005)
-    assert decaying(4.0, 25) == pytest.approx([4 * factor for factor in factors])
+    actual = [factors[step] for step in (0, 2, 5, 10, 20)]
+    assert actual == pytest.approx([1.00, 0.87, 0.62, 0.51, 0.50], abs=0.005)
+    assert dynamic_cfg_schedule(4.0, 25) == pytest.approx([4 * factor for factor in factors])
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", SIGMA_SCHEDULES)
 def test_phase_aware_negative_guidance_fixed_and_as_released(grid: str) -> None:
-    sigmas = GRIDS[grid](6, 5.0)
+    sigmas = SIGMA_SCHEDULES[grid](6, 5.0)
     fixed = stepwise(negative_factors(1.5, 3), sigmas)
     released = stepwise(compounding_factors(1.5, 3), sigmas)
     steps = [float(sigma) for sigma in sigmas[:-1]]
@@ -131,16 +131,16 @@ def test_phase_aware_negative_guidance_fixed_and_as_released(grid: str) -> None:
 def test_the_negative_text_may_change_with_the_step() -> None:
     sigmas = sampling_sigmas(4, 3.0)
     texts = stepwise([factor * NEGATIVE for factor in negative_factors(2.0, 2)], sigmas)
-    changing = guided(NET, TOLD, text_negative=texts, text_scale=3.0)
-    early = guided(NET, TOLD, text_negative=2 * NEGATIVE, text_scale=3.0)
-    late = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=3.0)
+    changing = guided(NET, CONDITIONS, text_negative=texts, text_scale=3.0)
+    early = guided(NET, CONDITIONS, text_negative=2 * NEGATIVE, text_scale=3.0)
+    late = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=3.0)
     for step, same in enumerate([early, early, late, late]):
         assert torch.equal(changing(NOISY, sigmas[step]), same(NOISY, sigmas[step]))
 
 
 def test_it_samples() -> None:
     sigmas = sampling_sigmas(2, 5.0)
-    scale = stepwise(decaying(4.0, 2), sigmas)
-    velocity = guided(NET, TOLD, text_negative=NEGATIVE, text_scale=scale)
-    found = sample_euler(velocity, tiny.latents(), sigmas)
-    assert found.shape == NOISY.shape and found.isfinite().all()
+    scale = stepwise(dynamic_cfg_schedule(4.0, 2), sigmas)
+    velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=scale)
+    actual = sample_euler(velocity, tiny.latents(), sigmas)
+    assert actual.shape == NOISY.shape and actual.isfinite().all()

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from echolab.training.guards.host_memory import HostMemory, family, free, used, used_by_family
+from echolab.training.guards.host_memory import (
+    HostMemory,
+    capacity,
+    family,
+    free,
+    used,
+    used_by_family,
+)
 
 MB = 1 << 20
 LEAK = """
@@ -74,6 +81,8 @@ def proc(tmp_path: Path) -> Path:
 
 def test_the_node_alone(proc: Path, tmp_path: Path) -> None:
     assert free(proc, tmp_path / "none") == 800 * 1024
+    assert capacity(proc, tmp_path / "none") == 900 * 1024
+    assert capacity(tmp_path / "no-proc") is None
     put(proc / "self", cgroup="0::/not/there\n")
     assert free(proc, tmp_path / "none") == 800 * 1024
 
@@ -89,6 +98,7 @@ def test_cgroups_of_version_2(proc: Path, tmp_path: Path) -> None:
     assert free(proc, groups) == 2500
     put(groups / "job/step", memory__max="6000\n")
     assert free(proc, groups) == 1000
+    assert capacity(proc, groups) == 6000
     put(groups / "job/step", memory__current="7000\n")
     assert free(proc, groups) == 0
 
@@ -101,6 +111,7 @@ def test_cgroups_of_version_1(proc: Path, tmp_path: Path) -> None:
     put(groups / "memory/slurm/job", memory__limit_in_bytes="7000", memory__usage_in_bytes="6000")
     put(groups / "memory/slurm/job", memory__stat="inactive_file 1\ntotal_inactive_file 300\n")
     assert free(proc, groups) == 1300
+    assert capacity(proc, groups) == 7000
     # In a container the path is the host's, and the group's files lie at the root.
     put(proc / "self", cgroup="4:memory:/docker/0123\n")
     put(groups / "memory", memory__limit_in_bytes="5000", memory__usage_in_bytes="4000")
@@ -116,7 +127,7 @@ def test_a_process_with_a_session_of_its_own_is_not_counted(tmp_path: Path) -> N
     assert family(7, tmp_path) == [7, 8]
 
 
-def test_kernels_that_tell_no_shares(tmp_path: Path) -> None:
+def test_kernels_that_report_no_shares(tmp_path: Path) -> None:
     put(tmp_path / "7", statm="900 25 3 1 0 4 0\n", stat="7 (a b) c) S 1 7 7")
     put(tmp_path / "8", stat="8 (x) S 7 7 7", statm="1 1 1", smaps_rollup="Rss: 9 kB\nPss: 3 kB\n")
     put(tmp_path / "9", stat="9 (y) S 1 7 7", statm="1 1 1")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.audit import audit
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.config.compose import compose
+from echolab.data.ledger import audit_run
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import EcholabError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import latest_valid
@@ -25,19 +27,24 @@ from echolab.training.fit import FitResult
 from echolab.training.guards import events
 
 SETTINGS = (
-    *encoded.SETTINGS, "batch_size=2", "every.log=1", "parity=false", "data.ledger=true",
+    *encoded.SETTINGS, "batch_size=2", "log_every=1", "verify_export=false",
+    "data.log_samples=true",
     "optim.ema_decay=0.5", "tasks=i2v",
 )  # fmt: skip
 
 
 def run_of(root: Path, *words: str) -> FitResult:
     """Train in the folder `root`, by the command's words; later words win."""
-    return train(compose([*SETTINGS, f"run={root}", *words]))
+    return train(compose([*SETTINGS, f"run_dir={root}", *words]))
 
 
 def plan(*epochs: tuple[str, int, float], **more: Any) -> list[str]:
     """Return the overrides of a schedule."""
-    told = ",".join(f"{{kind:{k},steps:{n},lr:{lr}}}" for k, n, lr in epochs)
+    scales = [Decimal(str(lr)) / Decimal("1e-3") for _, _, lr in epochs]  # of encoded.SETTINGS
+    told = ",".join(
+        f"{{kind:{kind},steps:{steps},lr_scale:{scale:f}}}"
+        for (kind, steps, _), scale in zip(epochs, scales, strict=True)
+    )
     return [f"schedule.epochs=[{told}]", *(f"schedule.{k}={v}" for k, v in more.items())]
 
 
@@ -69,14 +76,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begun(data: Path) -> Path:
     """A run of sft and dpo steps from `first`, with `second` as its reference."""
     words = [f"data.clips={data / 'clips'}", f"data.pairs={data / 'pairs'}"]
-    words += [f"initial={data / 'first'}", f"reference={data / 'second'}"]
+    words += [f"init_from={data / 'first'}", f"ref_model={data / 'second'}"]
     assert run_of(data / "begun", *words, *plan(("sft", 2, 1e-3), ("dpo", 2, 1e-3))).done
     return data / "begun"
 
 
 MORE = plan(("sft", 2, 1e-3), ("dpo", 2, 1e-3), ("sft", 1, 1e-3))
 
-# By name: how the places of clips, pairs, initial and reference are given to a later attempt.
+# By name: how the paths of clips, pairs, init_from and ref_model are given to a later attempt.
 SPELLINGS: dict[str, Callable[[Path, Path], dict[str, Path | str]]] = {
     "absolute": lambda root, moved: {name: root / path for name, path in NAMED.items()},
     "relative": lambda root, moved: {
@@ -94,7 +101,7 @@ SPELLINGS: dict[str, Callable[[Path, Path], dict[str, Path | str]]] = {
         for name, path in NAMED.items()
     },
 }
-NAMED = {"data.clips": "clips", "data.pairs": "pairs", "initial": "first", "reference": "second"}
+NAMED = {"data.clips": "clips", "data.pairs": "pairs", "init_from": "first", "ref_model": "second"}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -108,9 +115,9 @@ def test_a_run_goes_on_however_its_places_are_spelled(
     words = [f"{name}={place}" for name, place in SPELLINGS[spelling](data, moved).items()]
     result = run_of(run, *words, *MORE)
     assert (result.step, result.done) == (5, True)
-    assert json.loads((run / "config.json").read_text())["run"] == str(run)
+    assert json.loads((run / "config.json").read_text())["run_dir"] == str(run)
     assert not events.read(run)
-    assert audit(run).exact
+    assert audit_run(run).exact
     assert main(["replay", str(run), "step=5"]) == 0
 
 
@@ -119,9 +126,9 @@ def test_what_does_not_alter_what_is_trained_may_change(
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
     words = [f"{name}={data / path}" for name, path in NAMED.items()]
-    held = [f"data.held_out={data / 'other/clips'}", "data.held_out_clips=2"]
-    other = ["data.ledger=false", "data.skip_budget=0.5", "every.save=1", "every.validate=1"]
-    assert run_of(run, *words, *MORE, *held, *other, "data.held_out_tasks=[i2v]").step == 5
+    held = [f"data.val_clips={data / 'other/clips'}", "data.val_num_clips=2"]
+    other = ["data.log_samples=false", "data.max_bad_fraction=0.5", "save_every=1", "val_every=1"]
+    assert run_of(run, *words, *MORE, *held, *other, "data.val_tasks=[i2v]").step == 5
     assert read_metrics(run / "metrics.jsonl")[-1]["val/loss"] > 0
 
 
@@ -139,13 +146,13 @@ def same_keys(data: Path, out: Path) -> Path:
         ("data.clips", "other/clips", "data.clips: .*other/clips is not what the run was trained"),
         ("data.clips", "again", "data.clips: .*again is not what .* give data.changed=accept"),
         ("data.pairs", "other/pairs", "data.pairs: .*other/pairs is not what the run was trained"),
-        ("initial", "second", "initial= was step 2, sha256 .*, now step 2"),
-        ("reference", "first", "reference= was step 2, sha256"),
-        ("reference", "null", "reference= was step 2, sha256 .* now not given"),
-        ("lora.start", "first", "lora"),
+        ("init_from", "second", "init_from= was step 2, sha256 .*, now step 2"),
+        ("ref_model", "first", "ref_model= was step 2, sha256"),
+        ("ref_model", "null", "ref_model= was step 2, sha256 .* now not given"),
+        ("lora.init_from", "first", "lora"),
         ("optim.eps", "0.5", "optim.eps=1e-08, now optim.eps=0.5"),
-        ("shift", "2", "shift=5.0, now shift=2"),
-        ("preference.beta", "7", "preference.beta=300.0, now preference.beta=7"),
+        ("flow_shift", "2", "flow_shift=5.0, now flow_shift=2"),
+        ("objective.beta", "7", "objective.beta=300.0, now objective.beta=7"),
     ],
 )  # fmt: skip
 def test_other_content_is_refused_and_nothing_is_written(
@@ -156,7 +163,7 @@ def test_other_content_is_refused_and_nothing_is_written(
     if place == "again":
         places[word] = str(same_keys(data, tmp_path / "again"))
     else:
-        is_path = word in (*NAMED, "lora.start") and place != "null"
+        is_path = word in (*NAMED, "lora.init_from") and place != "null"
         places[word] = str(data / place) if is_path else place
     before = files(run)
     with pytest.raises(EcholabError, match=message) as told:
@@ -179,7 +186,7 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     saved = state_of(run)["step"]
     # A budget bears with it; so does the run that had none.
     went_on = shutil.copytree(run, tmp_path / "budget")
-    assert run_of(went_on, *words, "data.skip_budget=0.5").done
+    assert run_of(went_on, *words, "data.max_bad_fraction=0.5").done
     # Encoded again it has another fingerprint: that takes a word, and the order stays.
     shutil.rmtree(clips)
     same_keys(data, clips)
@@ -192,9 +199,11 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved]
     assert [piece["clips"][0][0] for piece in state_of(run)["data"]] == [old, new]
     assert state_of(run)["clips"] == [new]
-    assert audit(run).exact  # each once an epoch, over the change
+    assert audit_run(run).exact  # each once an epoch, over the change
     assert run_of(run, *words[:1], *plan(("sft", 11, 1e-3))).step == 11  # no word any more
-    assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved] and audit(run).exact
+    assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved] and audit_run(
+        run
+    ).exact
     assert main(["replay", str(run), "step=11"]) == 0
 
 
@@ -205,7 +214,7 @@ def test_other_samples_are_accepted_and_what_cannot_be_proven_is_said(
     places = {name: str(data / path) for name, path in NAMED.items()}
     places["data.clips"] = f"[{data / 'clips'},{data / 'other/clips'}]"
     words = [f"{name}={place}" for name, place in places.items()]
-    accept = ["data.changed=accept", "data.weights=[1,2]", *MORE]
+    accept = ["data.changed=accept", "data.clip_weights=[1,2]", *MORE]
     assert run_of(run, *words, *accept).done
     assert [event.kind for event in events.read(run)] == ["data"]
     capsys.readouterr()
@@ -225,16 +234,16 @@ def test_a_run_keeps_to_the_checkpoints_that_it_began_with(
 ) -> None:
     """The runs that it started from and refers to are trained on meanwhile."""
     run, places = shutil.copytree(begun, tmp_path / "run"), dict[str, Path]()
-    for name in ("initial", "reference"):
+    for name in ("init_from", "ref_model"):
         places[name] = shutil.copytree(data / NAMED[name], tmp_path / name)
-        rate = 1e-3 if name == "initial" else 2e-3
+        rate = 1e-3 if name == "init_from" else 2e-3
         longer = plan(("sft", 2, rate), ("sft", 1, 1e-3))
         run_of(places[name], f"data.clips={data / 'clips'}", *longer)
     words = [f"data.{name}={data / name}" for name in ("clips", "pairs")]
     words += [f"{name}={place}" for name, place in places.items()]
     assert run_of(run, *words, *MORE).step == 5
     origins = state_of(run)["origins"]
-    assert origins == state_of(begun)["origins"] and origins["initial"]["step"] == 2
+    assert origins == state_of(begun)["origins"] and origins["init_from"]["step"] == 2
 
 
 def rates(run: Path) -> dict[int, float]:
@@ -252,7 +261,7 @@ def stopped(data: Path) -> Path:
         if step == 3:  # the run ends after the next one
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    config = compose([*SETTINGS, f"run={run}", f"data.clips={data / 'clips'}", *TWO])
+    config = compose([*SETTINGS, f"run_dir={run}", f"data.clips={data / 'clips'}", *TWO])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("echolab.cli.train_rank.progress", lambda *_: _Advance(stop))
         assert train(config).step == 4
@@ -351,7 +360,7 @@ def test_going_back_to_before_a_change_trains_what_comes_anew(
         ({"decay": True}, "schedule.decay"),
         ({"steps": 3}, r"schedule.epochs\[0\]"),
         ({"words": ["optim.weight_decay=0.5"]}, "optim.weight_decay"),
-        ({"words": ["trainer.precision=bf16-mixed", "every.save=1"]}, ""),
+        ({"words": ["trainer.precision=bf16-mixed", "save_every=1"]}, ""),
     ],
 )
 def test_a_finished_run_is_not_rewritten(

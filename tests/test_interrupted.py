@@ -13,7 +13,7 @@ from forked import ForkServer
 from interrupted import HELD, STEPS, restored  # noqa: F401 - a fixture
 
 from echolab.training.checkpoints.checkpoint import saved_steps
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 # devices, ranks that share a clip
 KINDS = {"single": (1, 1), "ddp": (2, 1), "zero2": (2, 1), "zero3": (2, 1), "ddp-shared": (2, 2)}
@@ -91,7 +91,7 @@ def test_stop_and_the_clock_end_a_validation_too(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Between two saves: the steps since the last are saved then."""
-    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     run = tmp_path / "run"
     interrupted.act_at("validation", 2, (run / "STOP").touch)
     every = Intervals(log=1, save=3, validate=2)

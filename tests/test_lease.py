@@ -17,18 +17,18 @@ import runs
 
 from echolab.errors import BusyError, FencedError, StorageError
 from echolab.launch import lease
-from echolab.launch.lease import LEASE, Holder, Lease, held, leaving, newest, take, this_process
-from echolab.launch.runs import begin, claim
+from echolab.launch.lease import LEASE, Holder, Lease, handover, held, newest, take, this_process
+from echolab.launch.run_dir import begin, claim
 from echolab.training.checkpoints import retention
 from echolab.training.checkpoints.writer import CheckpointWriter
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 HOLDS = """
 import sys, time
 from pathlib import Path
 from echolab.errors import FencedError
 from echolab.launch import lease
-lease.BEAT_SECONDS = 0.1
+lease.RENEW_SECONDS = 0.1
 with lease.held(Path(sys.argv[1]), "local-other") as own:
     print("holds", flush=True)
     while True:
@@ -42,7 +42,7 @@ with lease.held(Path(sys.argv[1]), "local-other") as own:
 
 def elsewhere(**changes: Any) -> Holder:
     """A holder on another machine."""
-    about = {"host": "n9", "machine": "other", "pid": 1, "born": "x", "taken": time.time()}
+    about = {"host": "n9", "machine": "other", "pid": 1, "identity": "x", "taken": time.time()}
     return Holder(**{"launch": "local-elsewhere", **about, **changes})
 
 
@@ -74,7 +74,9 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         with held(run, f"local-{number}") as own:
             assert own.epoch == number and not own.fenced()
-            with pytest.raises(BusyError, match=f"launch local-{number} on .* is at work there"):
+            with pytest.raises(
+                BusyError, match=f"launch local-{number} on .* is using this run folder"
+            ):
                 take(run, this_process("local-x"))
     assert newest(run) == Lease(run, 3)
 
@@ -105,7 +107,7 @@ def test_a_killed_process_of_this_machine_holds_nothing(
     other.kill()
     other.wait()
     own = take(run, this_process("local-1"))
-    assert own.epoch == 2 and leaving(own) is None
+    assert own.epoch == 2 and handover(own) is None
 
 
 @pytest.mark.usefixtures("quick")
@@ -117,11 +119,11 @@ def test_a_frozen_holder_finds_itself_fenced(
     time.sleep(1.1)
     own = take(run, this_process("local-1"))
     assert own.epoch == 2
-    beaten = Lease(run, 1).beaten()
+    renewed_at = Lease(run, 1).renewed_at()
     os.kill(other.pid, signal.SIGCONT)
     said = other.communicate(timeout=300)[1]
     assert "left: " in said and "launch local-1" in said and other.returncode == 1
-    assert Lease(run, 1).beaten() == beaten  # the fenced one does not even beat
+    assert Lease(run, 1).renewed_at() == renewed_at  # the fenced one does not even beat
     assert not own.fenced()
 
 
@@ -137,9 +139,9 @@ def test_a_passing_error_of_the_disk_fences_nobody(
         for function in ("stat", "utime", "listdir"):
             patch.setattr(os, function, stale)
         own.check()
-        own.beat()
-        assert not own.has_left() and lease.joined(tmp_path, "local-elsewhere") is None
-    assert lease.joined(tmp_path, "local-elsewhere") == own
+        own.renew()
+        assert not own.has_left() and lease.lease_of(tmp_path, "local-elsewhere") is None
+    assert lease.lease_of(tmp_path, "local-elsewhere") == own
 
 
 def test_a_later_start_of_the_same_job_fences_the_earlier(tmp_path: Path) -> None:
@@ -156,32 +158,32 @@ def test_the_one_before_is_waited_for_until_it_has_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = take(tmp_path, elsewhere(launch="slurm-7-0-0", job="7"))
-    wait = leaving(take(tmp_path, elsewhere(launch="slurm-7-1-0", job="7", restart=1)))
-    assert wait and not wait.over()
+    wait = handover(take(tmp_path, elsewhere(launch="slurm-7-1-0", job="7", restart=1)))
+    assert wait and not wait.is_over()
     first.leave()
-    assert wait.over()
+    assert wait.is_over()
     third = take(tmp_path, elsewhere(launch="slurm-7-2-0", job="7", restart=2))
     older(Lease(tmp_path, 2), lease.QUIET_SECONDS + 1)  # dead for long: no time is lost
-    wait = leaving(third)
-    assert wait and wait.over()
+    wait = handover(third)
+    assert wait and wait.is_over()
     # One that goes on beating, since it sees nothing of us, is waited for so long and no longer.
     os.utime(Lease(tmp_path, 2).path)
-    wait = leaving(third)
-    assert wait and not wait.over()
+    wait = handover(third)
+    assert wait and not wait.is_over()
     monkeypatch.setattr(lease, "LEAVE_SECONDS", 0.0)
-    assert wait.over()
+    assert wait.is_over()
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("age", "beats", "taken"), [(0, False, False), (9, False, True),
+@pytest.mark.parametrize(("age", "renews", "taken"), [(0, False, False), (9, False, True),
     (9, True, False), (-9, False, True), (-9, True, False)])  # fmt: skip
-def test_silence_elsewhere(tmp_path: Path, age: float, beats: bool, taken: bool) -> None:
+def test_silence_elsewhere(tmp_path: Path, age: float, renews: bool, taken: bool) -> None:
     """A clock that goes wrong makes nobody dead."""
     first = take(tmp_path, elsewhere())
     older(first, age)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(take, tmp_path, this_process("local-1"))
-        for n in range(10 if beats else 0):
+        for n in range(10 if renews else 0):
             time.sleep(0.1)
             older(first, age + n)
         if taken:
@@ -286,7 +288,7 @@ def test_a_fenced_training_leaves_without_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     later = Moment(tmp_path / "run")
-    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     if moment == "before a save":
         begin = CheckpointWriter.begin
 
@@ -316,7 +318,7 @@ def test_a_fenced_training_leaves_without_writing(
             later.comes()
 
     every = Intervals(log=1, save=0 if moment == "a step" else 1)
-    with pytest.raises(FencedError, match="a later launch has taken the run"):
+    with pytest.raises(FencedError, match="a later launch took over the run"):
         runs.train(tmp_path, PLAN, every=every, fenced=later.fenced, on_step=on_step)
     assert contents(tmp_path / "run") == later.before
 

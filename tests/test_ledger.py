@@ -11,25 +11,25 @@ import pytest
 import runs
 
 from echolab.cli.__main__ import main
-from echolab.data.audit import audit
+from echolab.data.batch_sampler import ShuffleConfig
 from echolab.data.ledger import (
     LEDGER,
     SKIPPED,
     Attempt,
     LedgerWriter,
-    LeftOut,
     Row,
+    SkippedBatch,
+    audit_run,
     next_attempt,
     read_ledger,
-    read_left_out,
-    write_left_out,
+    read_skipped,
+    write_skipped,
 )
-from echolab.data.micro_batches import stock
-from echolab.data.plan import Order
+from echolab.data.train_dataset import build_mixture
 from echolab.errors import DataError
+from echolab.heartbeat import Heartbeat
+from echolab.training.config import Intervals
 from echolab.training.datamodule import Feed, ShardDataModule
-from echolab.training.parts import Intervals
-from echolab.training.sections import Beats
 
 EVERY = Intervals(log=1, save=2)
 Steps = list[list[str]]  # for each step, the keys
@@ -69,7 +69,7 @@ GOOD: Steps = [[K[2], K[0]], [K[1], K[3]], [K[3], K[0]], [K[1], K[2]]]
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_without_fault_is_exact(tmp_path: Path, world: int) -> None:
     write(tmp_path, 1, GOOD, world=world)
-    found = audit(tmp_path)
+    found = audit_run(tmp_path)
     assert found.exact and (found.steps, found.samples, found.lines()) == (4, 8, [])
     assert main(["data", "audit", str(tmp_path)]) == 0
 
@@ -78,7 +78,7 @@ def test_steps_that_led_nowhere_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 1, [*GOOD[:3], [K[0], K[0]]], world=2)
     write(tmp_path, 2, [], first=3)  # killed before its first step
     write(tmp_path, 3, GOOD[2:], first=2)
-    found = audit(tmp_path)
+    found = audit_run(tmp_path)
     assert found.exact and (found.steps, found.attempts) == (4, 3)
 
 
@@ -87,11 +87,11 @@ def test_a_step_that_only_some_ranks_wrote_does_not_count(tmp_path: Path) -> Non
     path = tmp_path / LEDGER / "attempt-0001-rank-00001.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1][:20]]))  # killed while it wrote
-    assert audit(tmp_path).exact and list(read_ledger(tmp_path).steps) == [0, 1, 2]
+    assert audit_run(tmp_path).exact and list(read_ledger(tmp_path).steps) == [0, 1, 2]
     path.write_text("\n".join([*lines[:2], *lines[3:]]))  # a line in the middle is gone
-    assert "step 1: attempt 1 lacks ranks [1]" in audit(tmp_path).lines()[0]
+    assert "step 1: attempt 1 lacks ranks [1]" in audit_run(tmp_path).lines()[0]
     path.unlink()
-    assert "rank 1 tells no step beyond -1, rank 0 goes on to 3" in audit(tmp_path).lines()[0]
+    assert "rank 1 lists no step beyond -1, rank 0 continues to 3" in audit_run(tmp_path).lines()[0]
 
 
 def found_by(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -114,21 +114,24 @@ def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_drop_leaves_out_is_not_missing(tmp_path: Path) -> None:
     steps = [[K[2], K[0], K[1]], [K[3], K[1], K[0]], [K[3], K[2], K[0]]]
     write(tmp_path / "drop", 1, steps, epochs=3, span=3)
-    assert audit(tmp_path / "drop").exact
+    assert audit_run(tmp_path / "drop").exact
     write(tmp_path / "carry", 1, steps, epochs=3)
-    assert [(f.epoch, f.key) for f in audit(tmp_path / "carry").missing] == [(0, K[3]), (1, K[2])]
+    assert [(f.epoch, f.key) for f in audit_run(tmp_path / "carry").missing] == [
+        (0, K[3]),
+        (1, K[2]),
+    ]
 
 
 def test_bad_samples_in_quarantine_are_excused(tmp_path: Path) -> None:
     write(tmp_path, 1, [[K[2], K[0]], [K[1], K[2]], *GOOD[2:]])
     entry = {"dataset": datasets(tmp_path)[0]["fingerprint"], "key": K[3]}
     (tmp_path / "quarantine.jsonl").write_text(json.dumps(entry) + "\n")
-    found = audit(tmp_path)
+    found = audit_run(tmp_path)
     assert found.exact and found.quarantined == 1  # another stood for it in the first epoch
     write(tmp_path / "two", 1, [[K[2], K[0]], [K[2], K[2]], *GOOD[2:]])
     (tmp_path / "two/quarantine.jsonl").write_text(json.dumps(entry) + "\n")
-    assert [(f.key, f.steps) for f in audit(tmp_path / "two").doubled] == [(K[2], [0, 1, 1])]
-    assert [f.key for f in audit(tmp_path / "two").missing] == [K[1]]
+    assert [(f.key, f.steps) for f in audit_run(tmp_path / "two").doubled] == [(K[2], [0, 1, 1])]
+    assert [f.key for f in audit_run(tmp_path / "two").missing] == [K[1]]
 
 
 def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) -> None:
@@ -139,26 +142,26 @@ def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) 
         row["epochs"] = [epoch, epoch]
     path.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
     gone = [(0, K[1]), (0, K[3])]
-    assert [(f.epoch, f.key) for f in audit(tmp_path).missing] == gone
-    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 1, [0], [0], [K[1]])])
+    assert [(f.epoch, f.key) for f in audit_run(tmp_path).missing] == gone
+    write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0], [0], [K[1]])])
     skips = [("sft", 1, 1)]
-    assert [(f.epoch, f.key) for f in audit(tmp_path, skips).missing] == gone[1:]
-    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 2, [0, 1], [0, 0], [K[3], K[0]])])
+    assert [(f.epoch, f.key) for f in audit_run(tmp_path, skips).missing] == gone[1:]
+    write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 2, [0, 1], [0, 0], [K[3], K[0]])])
     with (tmp_path / LEDGER / SKIPPED).open("a") as file:
         file.write('{"kind": "sft", "bat')  # killed while it wrote
-    assert [batch.batch for batch in read_left_out(tmp_path / LEDGER)] == [1, 2]
-    found = audit(tmp_path, [("sft", 1, 2)])
+    assert [batch.batch for batch in read_skipped(tmp_path / LEDGER)] == [1, 2]
+    found = audit_run(tmp_path, [("sft", 1, 2)])
     assert found.exact and found.skipped == 2  # K[0] is of another dataset
-    unasked = audit(tmp_path, skips)
+    unasked = audit_run(tmp_path, skips)
     assert "sft batch 2 was left out, and no event of the run asked for it" in unasked.lines()[0]
     assert [f.key for f in unasked.missing] == [K[3]]
-    assert not audit(tmp_path, [("preference", 1, 2)]).exact
+    assert not audit_run(tmp_path, [("preference", 1, 2)]).exact
 
 
 def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
     write(tmp_path, 1, GOOD)
-    write_left_out(tmp_path / LEDGER, [LeftOut("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
-    told = audit(tmp_path, [("sft", 1, 1)]).lines()
+    write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
+    told = audit_run(tmp_path, [("sft", 1, 1)]).lines()
     assert len(told) == 2 and f"epoch 0: {K[1]} was to be left out (steps 1)" in told[0]
 
 
@@ -177,9 +180,9 @@ def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "audit", str(tmp_path)]) == 1
-    assert "a run with data.ledger=true writes one" in capsys.readouterr().err
+    assert "a run with data.log_samples=true writes one" in capsys.readouterr().err
     assert main(["data", "adit"]) == 1
-    assert "one of verify, index, audit, shuffle-report" in capsys.readouterr().err
+    assert "no such action; did you mean audit?; use verify, index, audit" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_write_one_attempt(tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_training_keeps_a_ledger_over_its_attempts(tmp_path: Path) -> None:
     assert 4 <= first.step < 9
     runs.train(tmp_path / "cut", plan, every=EVERY, ledger=True, micro_batch_size=1, workers=1)
     assert effective(tmp_path / "cut") == effective(tmp_path / "whole")
-    found = audit(tmp_path / "cut/run")
+    found = audit_run(tmp_path / "cut/run")
     assert found.exact and (found.steps, found.attempts, found.samples) == (9, 2, 36)
     noise = [row.noise for rows in effective(tmp_path / "cut").values() for row in rows]
     assert len({one for row in noise for one in row}) == 36  # every clip of every epoch has its own
@@ -222,12 +225,12 @@ def test_padding_trains_on_no_clip_and_changes_no_mean(tmp_path: Path) -> None:
         )
         return [row["train/loss"] for row in rows]
 
-    pad = Order(remainder="pad")
+    pad = ShuffleConfig(last_batch="pad")
     padded = losses(tmp_path / "a", batch_size=4, order=pad)
     cut = losses(tmp_path / "b", batch_size=4, order=pad, micro_batch_size=1)
     assert cut == pytest.approx(padded, rel=1e-4)
     (alone,) = read_ledger(tmp_path / "a/run").steps[1]
-    assert len(alone.keys) == 1 and audit(tmp_path / "b/run").exact
+    assert len(alone.keys) == 1 and audit_run(tmp_path / "b/run").exact
     # The second step's loss is that of its one clip: the mean over both steps is the epoch's.
     (whole,) = losses(tmp_path / "c", batch_size=5, schedule=runs.schedule(("sft", 1), lr=0.0))
     assert (4 * padded[0] + padded[1]) / 5 == pytest.approx(whole, rel=1e-3)
@@ -236,14 +239,14 @@ def test_padding_trains_on_no_clip_and_changes_no_mean(tmp_path: Path) -> None:
 def test_ranks_that_share_their_clips_write_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = stock([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
+    clips = build_mixture([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
     feed = Feed(clips, None, 2, 1, 0, 0, sequence_parallel=2)
     module = ShardDataModule(
-        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Beats(None)
+        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Heartbeat(None)
     )
     writers = []
     for rank in range(4):
-        monkeypatch.setattr("echolab.training.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("echolab.training.distributed.rank", lambda rank=rank: rank)
         writers.append(module.writer)
     assert writers == [0, None, 1, None]
 
@@ -251,19 +254,19 @@ def test_ranks_that_share_their_clips_write_once(
 def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Path) -> None:
     a, b = encoded.write(tmp_path / "a", 5)[0], encoded.write(tmp_path / "b", 3)[0]
     words = [
-        "train", *encoded.SETTINGS, f"data.clips=[{a},{b}]", "data.weights=[3,1]",
-        "data.ledger=true", "batch_size=4", f"run={tmp_path / 'run'}",
+        "train", *encoded.SETTINGS, f"data.clips=[{a},{b}]", "data.clip_weights=[3,1]",
+        "data.log_samples=true", "batch_size=4", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert main([*words, encoded.plan(("sft", 2))]) == 0
-    assert main([*words, "data.workers=1", "micro_batch_size=2", encoded.plan(("sft", 4))]) == 0
-    found = audit(tmp_path / "run")
+    assert main([*words, "data.num_workers=1", "micro_batch_size=2", encoded.plan(("sft", 4))]) == 0
+    found = audit_run(tmp_path / "run")
     assert found.exact and (found.steps, found.attempts, found.samples) == (4, 2, 16)
     sources = [s for rows in read_ledger(tmp_path / "run").steps.values() for s in rows[0].sources]
     assert sources.count(0) == pytest.approx(12, abs=1)
 
 
 def test_waiting_for_data_is_logged(tmp_path: Path) -> None:
-    order = Order(remainder="drop")
+    order = ShuffleConfig(last_batch="drop")
     _, rows = runs.train(tmp_path, runs.schedule(("sft", 3)), every=EVERY, order=order)
     assert all(0 < row["perf/data_wait_seconds"] < 60 for row in rows)
     assert [(row["data/epochs"], row["data/dropped"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
@@ -274,4 +277,6 @@ def test_the_order_of_a_run_cannot_change(tmp_path: Path) -> None:
 
     runs.train(tmp_path, runs.schedule(("sft", 2)), every=EVERY)
     with pytest.raises(EcholabError, match="order was"):
-        runs.train(tmp_path, runs.schedule(("sft", 3)), every=EVERY, order=Order(buffer=7))
+        runs.train(
+            tmp_path, runs.schedule(("sft", 3)), every=EVERY, order=ShuffleConfig(shuffle_buffer=7)
+        )

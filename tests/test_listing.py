@@ -13,7 +13,7 @@ from data_prep.__main__ import main
 from data_prep.listing import caption_of, list_source
 from data_prep.options import RunOptions
 from data_prep.run import prepare, read_refused
-from echolab.data.shards import open_dataset
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, MediaError
 
 TEXT = "Elle dit « déjà vu » — 你好"
@@ -21,8 +21,8 @@ TEXT = "Elle dit « déjà vu » — 你好"
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two files of which no model need see anything."""
-    monkeypatch.setattr("data_prep.run.find_weight", lambda *_: tmp_path)
+    """Make a source of two files that no model needs to process."""
+    monkeypatch.setattr("data_prep.run.find_face_model", lambda *_: tmp_path)
     monkeypatch.setattr("data_prep.run.work", stand_in(()))
     folder = tmp_path / "source"
     folder.mkdir()
@@ -78,17 +78,17 @@ def test_a_caption_that_is_not_plain_is_refused_with_its_name(
     assert reasons(tmp_path / "out")["a.mp4"].startswith("caption: a.txt ")
 
 
-def test_the_longest_caption_is_whole(source: Path) -> None:
+def test_the_longest_caption_is_kept(source: Path) -> None:
     (source / "a.txt").write_text("é" * 2000)
     assert caption_of("no", source / "a.mp4", source) == "é" * 2000
 
 
-def test_an_edited_caption_is_taken_up_or_refused(
+def test_an_edited_caption_is_used_or_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(source, tmp_path / "out")
     (source / "a.txt").write_bytes("déjà".encode("latin-1"))
-    # Before the dataset is whole, what depends on the text is done again.
+    # Until the dataset is written, clips that depend on the text are cut again.
     monkeypatch.setattr("data_prep.run.work", stand_in({"b.mp4"}))
     with pytest.raises(Exception, match="killed"):
         prepare(options)
@@ -118,11 +118,11 @@ def test_linked_folders_are_followed_and_loops_end(source: Path, tmp_path: Path)
     (source / "deep" / "up").symlink_to("..")
     (source / "deep" / "self").symlink_to("self")
     (source / "again").symlink_to("deep")
-    found = list_source(source, tmp_path / "out")
-    assert [name for _, name in found.files] == [
+    listing = list_source(source, tmp_path / "out")
+    assert [name for _, name in listing.files] == [
         "a.mp4", "b.mp4", "corpus/c.mp4", "deep/d.mp4",
     ]  # fmt: skip
-    left_out = dict(found.left_out)
+    left_out = dict(listing.left_out)
     assert left_out.keys() == {"again", "corpus/back", "deep/self", "deep/up"}
     assert "a loop" in left_out["deep/up"] and "nowhere" not in left_out["deep/self"]
     prepare(RunOptions(source, tmp_path / "out"))
@@ -165,7 +165,7 @@ NAMES: Sequence[bytes] = (
 )  # fmt: skip
 
 
-def test_any_name_is_a_name(
+def test_any_file_name_works(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in NAMES:
@@ -173,9 +173,9 @@ def test_any_name_is_a_name(
             file.write(b"the same bytes")
     (source / "dots.in.name.txt").write_text("dots")
     prepare(RunOptions(source, tmp_path / "out", caption="{stem}"))
-    found = captions(tmp_path / "out")
-    assert len(found) == 2 + len(NAMES) and found["dots.in.name.mp4"] == "dots"
-    assert "\\udce9.mp4" in found and "\\udce8.mp4" in found
+    listing = captions(tmp_path / "out")
+    assert len(listing) == 2 + len(NAMES) and listing["dots.in.name.mp4"] == "dots"
+    assert "\\udce9.mp4" in listing and "\\udce8.mp4" in listing
     capsys.readouterr()
     broken = tmp_path / "line\nbreak"
     assert main(["run", str(broken), str(tmp_path / "other")]) == 1

@@ -24,8 +24,12 @@ from echolab.training.adapters.lora import (
     layers_matching,
     merge,
 )
-from echolab.training.adapters.lora_files import save_adapters, trained_tensors
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.adapters.lora_files import (
+    merge_adapters,
+    read_adapters,
+    save_adapters,
+    trained_tensors,
+)
 
 LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
 BASE = {name: value.clone() for name, value in tiny.net(trained=True).state_dict().items()}
@@ -61,9 +65,9 @@ def velocity(net: Callable[..., Tensor]) -> Tensor:
         ("audio2token", 1, "audio2token.proj"),
     ],
 )
-def test_targets_name_layers_by_whole_parts(target: str, count: int, one: str) -> None:
-    found = layers_matching(tiny.net(), (target,))
-    assert len(found) == len(set(found)) == count and one in found
+def test_targets_name_layers_by_complete_parts(target: str, count: int, one: str) -> None:
+    result = layers_matching(tiny.net(), (target,))
+    assert len(result) == len(set(result)) == count and one in result
 
 
 @pytest.mark.parametrize("target", ["self_att", "norm_q", "patch_embedding", "blocks.2"])
@@ -75,8 +79,8 @@ def test_a_target_that_names_no_linear_layer_is_refused(target: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rank": 0}, "lora.rank=0: must be 1 or more"),
-        ({"alpha": 0.0}, "lora.alpha=0: must be above 0"),
+        ({"rank": 0}, "lora.r=0: must be 1 or more"),
+        ({"alpha": 0.0}, "lora.lora_alpha=0: must be above 0"),
         ({"dropout": 1.0}, "lora.dropout=1: must lie in"),
     ],
 )
@@ -187,7 +191,7 @@ def test_an_earlier_average_shares_the_base() -> None:
 
 
 def test_a_network_without_adapters_has_no_base_to_refer_to() -> None:
-    with pytest.raises(ConfigError, match="reference=base: the network has no adapters"):
+    with pytest.raises(ConfigError, match="ref_model=base: the network has no adapters"):
         AdaptersOff(tiny.net())
 
 

@@ -19,17 +19,18 @@ from test_parity import net_of, theirs_of
 from torch import Tensor, nn
 
 from echolab.errors import WeightsError
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters, base_fingerprint, merge
 from echolab.training.adapters.lora_files import (
     audio_file_of,
     is_audio,
+    merge_adapters,
+    read_adapters,
     save_adapters,
     save_single_file,
     trained_tensors,
 )
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
 
 # The rank and the alpha of a layer, by its place in the list: every layer has its own.
 LAYERS = (
@@ -122,8 +123,8 @@ def test_diffusers_files(settings: str, folder: bool, tmp_path: Path) -> None:
     if settings == "metadata":
         ranks = {diffusers_stem(name): rank for name, rank in RANKS.items() if rank != 2}
         alphas = {diffusers_stem(name): alpha for name, alpha in ALPHAS.items() if alpha != 2.0}
-        told = {"r": 2, "lora_alpha": 2.0, "rank_pattern": ranks, "alpha_pattern": alphas}
-        packed = {f"transformer.{key}": value for key, value in told.items()}
+        report = {"r": 2, "lora_alpha": 2.0, "rank_pattern": ranks, "alpha_pattern": alphas}
+        packed = {f"transformer.{key}": value for key, value in report.items()}
         metadata["lora_adapter_metadata"] = json.dumps(packed)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(content, file, metadata)
@@ -168,7 +169,7 @@ def test_changes_of_biases_and_norms_are_added(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(net.state_dict()), wanted)
 
 
-# -- what is written ------------------------------------------------------------------------------
+# -- what is written --------------------------------------------------------------------------
 
 TARGETS = ("blocks", "head", "text_embedding", "time_embedding.2", "time_projection")
 
@@ -231,8 +232,8 @@ def test_every_key_maps_in_comfyui(tmp_path: Path) -> None:
     lora, tensors, base = trained(net, (*TARGETS, "img_emb"))
     [file] = save_single_file(tmp_path / "lora.safetensors", lora, tensors, base)
     merge(net)
-    found = patched_by_comfyui(before, load_file(file))
-    torch.testing.assert_close(found, dict(net.state_dict()), rtol=0, atol=1e-5)
+    result = patched_by_comfyui(before, load_file(file))
+    torch.testing.assert_close(result, dict(net.state_dict()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("blocks",), ("cross_attn.{k,v}_audio",)], ids=str)
@@ -275,7 +276,7 @@ def test_the_folder_and_the_file_say_the_same(dtype: torch.dtype, tmp_path: Path
 
 
 def test_a_weight_keeps_its_dtype_and_a_mapped_file_its_bytes(tmp_path: Path) -> None:
-    from echolab.models.released import load_released
+    from echolab.models.loading import load_released
 
     save_file(tiny.net(trained=True).bfloat16().state_dict(), tmp_path / "base.safetensors")
     before = (tmp_path / "base.safetensors").read_bytes()
@@ -286,7 +287,7 @@ def test_a_weight_keeps_its_dtype_and_a_mapped_file_its_bytes(tmp_path: Path) ->
     assert (tmp_path / "base.safetensors").read_bytes() == before
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------
 
 
 def without_half(content: Tensors) -> Tensors:

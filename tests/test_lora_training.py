@@ -1,4 +1,4 @@
-"""Training adapters: only they are kept, a run goes on bit for bit, every command takes the run."""
+"""Training of adapters: resuming, references on the same base, and the commands."""
 
 import json
 import os
@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from echolab.cli.__main__ import main
-from echolab.cli.policy import last_checkpoint, load_policy
+from echolab.config.networks import last_checkpoint, load_policy
 from echolab.launch import exit_codes
-from echolab.launch.local import run_ranks
+from echolab.launch.processes import run_ranks
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import base_fingerprint
-from echolab.training.adapters.lora_reader import merge_adapters, read_adapters
+from echolab.training.adapters.lora_files import merge_adapters, read_adapters
 from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_checkpoint
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))
 EVERY = Intervals(log=1, save=1)
@@ -42,16 +42,16 @@ def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
 
     plan = runs.schedule(*PLAN)
     made = adapted.settings(reference, lora)
-    whole, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
+    complete, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
     first, _ = runs.train(
         tmp_path / "b", plan, every=EVERY, on_step=interrupt, **adapted.settings(reference, lora)
     )
     torch.manual_seed(99)  # what is dropped must not hang on it
     second, _ = runs.train(tmp_path / "b", plan, every=EVERY, **adapted.settings(reference, lora))
-    assert first.stopped_by and second.done and whole.checkpoint and second.checkpoint
-    assert runs.tensors_of(second.checkpoint) == runs.tensors_of(whole.checkpoint)
+    assert first.stopped_by and second.done and complete.checkpoint and second.checkpoint
+    assert runs.tensors_of(second.checkpoint) == runs.tensors_of(complete.checkpoint)
     assert base_fingerprint(made["net"]) == base_fingerprint(tiny.net(trained=True))
-    checkpoint = open_checkpoint(whole.checkpoint)
+    checkpoint = open_checkpoint(complete.checkpoint)
     trained = {name for name, p in made["net"].named_parameters() if p.requires_grad}
     for part in PARTS:
         assert set(checkpoint.tensors(part)) == trained and len(trained) == 56
@@ -79,7 +79,7 @@ def test_the_base_as_reference_is_what_a_frozen_copy_of_it_is(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("lora", "base", "message"),
     [
-        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.rank=3"),
+        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.r=3"),
         (adapted.LORA._replace(alpha=1.0), {}, "alpha is 6.0 there, 1.0 here"),
         (adapted.LORA, {"trained": False}, "of other adapters: base is [0-9a-f]{32} there"),
         (None, {}, "of other adapters: targets is .* there, None here"),
@@ -115,9 +115,9 @@ def test_two_ranks_train_the_same_adapters(tmp_path: Path) -> None:
     runs.write_clips(tmp_path / "held", 4, 50)
     expected = ranked(tmp_path, "single", 1)
     for strategy in ("ddp", "zero2", "zero3"):
-        found = ranked(tmp_path, strategy, 2)
-        assert set(found) == set(expected)
-        for name, tensor in found.items():
+        result = ranked(tmp_path, strategy, 2)
+        assert set(result) == set(expected)
+        for name, tensor in result.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
 
 
@@ -126,50 +126,50 @@ def velocities(net: EchoTransformer) -> torch.Tensor:
     from echolab.types import Conditions
 
     one = {name: tensor[None] for name, tensor in encoded.tensors(0).items()}
-    told = Conditions(*(one[n] for n in ("text", "image", "audio", "face")),
+    report = Conditions(*(one[n] for n in ("text", "image", "audio", "face")),
                       one["known.i2v"], one["known_latents.i2v"])  # fmt: skip
     with torch.no_grad():
-        return net(one["latents"], torch.tensor([500.0]), told)
+        return net(one["latents"], torch.tensor([500.0]), report)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips, pairs = encoded.write(tmp_path / "data")
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}"]
-    lora = ["lora=attention", "lora.rank=2", "lora.alpha=4"]
+    lora = ["lora=attention", "lora.r=2", "lora.lora_alpha=4"]
 
     def train(name: str, *more: str, plan: str = encoded.plan(("sft", 2))) -> int:
-        return main([*words, f"run={tmp_path / name}", plan, *more])
+        return main([*words, f"run_dir={tmp_path / name}", plan, *more])
 
     assert train("base") == exit_codes.DONE
-    first = ["initial=" + str(tmp_path / "base"), *lora]
+    first = ["init_from=" + str(tmp_path / "base"), *lora]
     dpo = encoded.plan(("sft", 1), ("dpo", 2))
-    assert train("a", *first, "reference=base", plan=dpo) == exit_codes.DONE
-    assert train("b", f"initial={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
+    assert train("a", *first, "ref_model=base", plan=dpo) == exit_codes.DONE
+    assert train("b", f"init_from={tmp_path / 'a'}", *lora, plan=dpo) == exit_codes.DONE
     base, a, b = (last_checkpoint(tmp_path / name) for name in ("base", "a", "b"))
-    told = [open_checkpoint(path).state["adapters"] for path in (a, b)]
-    assert told[0] == told[1] and told[0]["origin"]["checkpoint"] == str(base)
-    assert told[0]["base"] == base_fingerprint(load_policy(base))
+    report = [open_checkpoint(path).state["adapters"] for path in (a, b)]
+    assert report[0] == report[1] and report[0]["origin"]["checkpoint"] == str(base)
+    assert report[0]["base"] == base_fingerprint(load_policy(base))
 
     merged, other = load_policy(a), load_policy(base)
     assert set(merged.state_dict()) == set(other.state_dict())
     assert (
-        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "weights=adapters"]) == 0
+        main(["export", str(tmp_path / "a"), f"out={tmp_path / 'folder'}", "which=adapters"]) == 0
     )
     merge_adapters(other, read_adapters(tmp_path / "folder", other))
     torch.testing.assert_close(velocities(merged), velocities(other), rtol=1e-5, atol=1e-5)
     assert not torch.equal(velocities(load_policy(b)), velocities(merged))
 
     # Full training from adapters starts from the merged network; adapters from a folder, from it.
-    assert train("c", f"initial={tmp_path / 'a'}", plan=encoded.plan(("sft", 1))) == 0
-    assert train("d", *first, f"lora.start={tmp_path / 'folder'}") == 0
+    assert train("c", f"init_from={tmp_path / 'a'}", plan=encoded.plan(("sft", 1))) == 0
+    assert train("d", *first, f"lora.init_from={tmp_path / 'folder'}") == 0
     capsys.readouterr()
     refused = {
-        "reference=base: means adapters": ["reference=base"],
-        "rank is 2 there, 3 here": ["initial=" + str(tmp_path / "a"), *lora, "lora.rank=3"],
-        "is 2, here 5; set lora.rank=2":
-            [*first, "lora.rank=5", f"lora.start={tmp_path / 'folder'}"],
-        "names none of the network's": [*first, "lora.targets=[nothing]"],
-        "adapters of another base": [*lora, f"lora.start={tmp_path / 'folder'}"],
+        "ref_model=base: means adapters": ["ref_model=base"],
+        "rank is 2 there, 3 here": ["init_from=" + str(tmp_path / "a"), *lora, "lora.r=3"],
+        "is 2, here 5; set lora.r=2":
+            [*first, "lora.r=5", f"lora.init_from={tmp_path / 'folder'}"],
+        "names none of the network's": [*first, "lora.target_modules=[nothing]"],
+        "adapters of another base": [*lora, f"lora.init_from={tmp_path / 'folder'}"],
     }  # fmt: skip
     for message, more in refused.items():
         assert train("refused", *more, plan=encoded.plan(("dpo", 1))) == 1

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from echolab.errors import ConfigError, DataError
-from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
+from echolab.tasks.masks import face_tokens, gray_out, known_pixels, latent_known
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE = 9, 64
 # The head moves to the right by a pixel a frame; the mouth opens and closes.
@@ -15,17 +16,17 @@ LIPS = torch.tensor([25.0, 34, 35, 38]) + SHIFT + OPEN
 
 
 def known(task: str, **changes) -> torch.Tensor:
-    told = {"frames": FRAMES, "height": SIZE, "width": SIZE, "face": FACE, "lips": LIPS}
-    return known_pixels(task, **(told | changes))
+    arguments = {"frames": FRAMES, "height": SIZE, "width": SIZE, "face": FACE, "lips": LIPS}
+    return known_pixels(task, **(arguments | changes))
 
 
-def test_the_soup_is_ordered_from_hard_to_easy() -> None:
+def test_the_tasks_are_ordered_from_hard_to_easy() -> None:
     assert TASKS == ("t2v", "i2v", "flf2v", "avatar_sync", "lip_sync", "continuation")
     generated = [float((~known(task)).float().mean()) for task in TASKS[:5]]
     assert generated == sorted(generated, reverse=True)
 
 
-def test_whole_frames() -> None:
+def test_masks_of_full_frames() -> None:
     def frames(task: str, **changes) -> list[int]:
         mask = known(task, **changes)
         assert torch.equal(mask.flatten(1).any(1), mask.flatten(1).all(1))
@@ -47,7 +48,7 @@ def test_avatar_sync_hides_the_head_and_follows_it() -> None:
     assert mask.flatten(1).any(1).all(), "what lies outside is given"
 
 
-def test_lip_sync_hides_the_lips_and_does_not_tell_how_far_they_open() -> None:
+def test_lip_sync_hides_the_lips_and_how_far_they_open() -> None:
     mask = known("lip_sync")
     for frame in range(FRAMES):
         x0, y0, x1, y1 = LIPS[frame].int().tolist()
@@ -60,12 +61,12 @@ def test_lip_sync_hides_the_lips_and_does_not_tell_how_far_they_open() -> None:
 def test_known_and_generated_partition_the_clip(task: str) -> None:
     mask, pixels = known(task), torch.rand(FRAMES, 3, SIZE, SIZE) * 2 - 1
     assert mask.shape == (FRAMES, 1, SIZE, SIZE) and mask.dtype == torch.bool
-    given, generated = grey_out(pixels, mask), grey_out(pixels, ~mask)
+    given, generated = gray_out(pixels, mask), gray_out(pixels, ~mask)
     assert torch.equal(given + generated, pixels)
     assert not (given * generated).any()
 
 
-def test_latent_masks_of_whole_frames() -> None:
+def test_latent_masks_of_full_frames() -> None:
     i2v = latent_known(known("i2v"))
     assert i2v.shape == (4, 3, 8, 8)
     assert i2v[:, 0].eq(1).all() and not i2v[:, 1:].any()
@@ -77,7 +78,7 @@ def test_latent_masks_of_whole_frames() -> None:
 
 
 def test_a_channel_is_a_frame() -> None:
-    """Channel c of latent frame i >= 1 is frame 4i - 3 + c; frame 0 fills the first four."""
+    """Check channel c of latent frame i >= 1: frame 4i - 3 + c; frame 0 fills the first."""
     for frame in range(1, FRAMES):
         mask = torch.zeros(FRAMES, 1, 16, 16, dtype=torch.bool)
         mask[frame] = True
@@ -86,7 +87,7 @@ def test_a_channel_is_a_frame() -> None:
 
 
 def test_borders_are_fractional_and_time_does_not_mix() -> None:
-    """The same numbers as the trilinear resize of the released pipeline, first frame apart."""
+    """Compare with the trilinear resize of the released pipeline, except for the first frame."""
     mask = known("lip_sync")
     shuffled = torch.cat([mask[:1].expand(4, -1, -1, -1), mask[1:]]).float()
     rows = shuffled.view(1, 3, 4, SIZE, SIZE).transpose(1, 2)  # [1, 4, F, Y, X]

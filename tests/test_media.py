@@ -17,8 +17,8 @@ from echolab.data.media import (
     encode_mp4,
     encode_tracks,
     read_audio,
+    read_audio_track,
     read_image,
-    read_sound,
     write_video,
 )
 from echolab.errors import DiskFullError, MediaError
@@ -88,7 +88,7 @@ def test_sound_that_is_none(samples: np.ndarray) -> None:
 def test_a_written_video_keeps_its_sound_in_step(tmp_path: Path) -> None:
     samples = chirp(25 * 640)
     write_video(tmp_path / "a.mp4", ramp(25), samples)
-    sound = read_sound(tmp_path / "a.mp4")
+    sound = read_audio_track(tmp_path / "a.mp4")
     heard = sound.samples[: len(samples)]
     lag = np.correlate(heard[4000:8000], samples[3900:8100], "valid").argmax() - 100
     assert abs(sound.start_seconds + lag / 16000) < 0.002

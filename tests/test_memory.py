@@ -9,18 +9,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echolab.errors import ConfigError
+from echolab.heartbeat import Heartbeat
 from echolab.models.attention import sdpa
-from echolab.training.engine import memory
-from echolab.training.engine.memory import ATTENTION, checkpoint_blocks, compile_blocks, speed_up
+from echolab.training.engine import activation_checkpointing
+from echolab.training.engine.activation_checkpointing import (
+    ATTENTION,
+    checkpoint_blocks,
+    compile_blocks,
+    speed_up,
+)
 from echolab.training.module import DiffusionModule, Optim
-from echolab.training.sections import Beats
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
 
 
 def step(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = net(tiny.latents(), TIMESTEPS, tiny.conditions())
-    (found * tiny.latents(seed=5)).sum().backward()
+    result = net(tiny.latents(), TIMESTEPS, tiny.conditions())
+    (result * tiny.latents(seed=5)).sum().backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
@@ -47,10 +52,10 @@ def test_gradients_and_names_are_the_same_bit_for_bit(keep: tuple[str, ...]) -> 
     net = tiny.net(trained=True)
     expected, names = step(copy.deepcopy(net)), list(net.state_dict())
     checkpoint_blocks(net, keep)
-    found = step(net)
-    assert list(net.state_dict()) == names and list(found) == names
+    result = step(net)
+    assert list(net.state_dict()) == names and list(result) == names
     for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+        assert torch.equal(result[name], gradient), name
 
 
 def test_what_is_recomputed() -> None:
@@ -94,13 +99,15 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    assert all(torch.equal(found, expected[name]) for name, found in step(other).items())
+    assert all(torch.equal(result, expected[name]) for name, result in step(other).items())
 
 
 def test_the_fused_optimiser_is_adamw() -> None:
     """What the training module takes, beside torch's plain loop over parameters."""
     nets = tiny.net(trained=True), tiny.net(trained=True)
-    module = DiffusionModule(nets[0], {}, optim=Optim(), seed=0, shift=5.0, beats=Beats(None))
+    module = DiffusionModule(
+        nets[0], {}, optim=Optim(), seed=0, shift=5.0, heartbeat=Heartbeat(None)
+    )
     fused = module.configure_optimizers()
     groups = [
         {"params": [p for p in nets[1].parameters() if p.ndim >= 2]},
@@ -131,7 +138,7 @@ def test_settings_by_name() -> None:
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.shutil, "which", lambda name: None)
+    monkeypatch.setattr(activation_checkpointing.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"compile=true: no C\+\+ compiler .*; install one"):
         compile_blocks(tiny.net())
 

@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.data.mixing import Mixing, floor_sum
-from echolab.data.plan import Drawn, Order, Plan, Source
+from echolab.data.batch_sampler import (
+    BatchSampler,
+    DrawnSample,
+    Interleaver,
+    ShuffleConfig,
+    Source,
+    floor_sum,
+)
 from echolab.errors import ConfigError
 
 WEIGHTS = st.lists(st.sampled_from([0, 0.1, 1, 2, 3.5]), min_size=1, max_size=5).filter(sum)
@@ -25,17 +31,17 @@ def test_the_sum_of_floors(count: int, modulus: int, slope: int, offset: int) ->
 def test_what_was_before_is_counted_without_going_there(
     weights: list[float], seed: int, first: int, more: int
 ) -> None:
-    mixing = Mixing(weights, seed)
+    mixing = Interleaver(weights, seed)
     members = mixing.members(0, first + more)
     assert members[first:].tolist() == mixing.members(first, first + more).tolist()
-    assert np.bincount(members[:first], minlength=len(weights)).tolist() == mixing.before(first)
+    assert np.bincount(members[:first], minlength=len(weights)).tolist() == mixing.counts(first)
 
 
 @given(WEIGHTS, st.integers(0, 3), st.integers(0, 10**12))
 def test_everyone_has_had_its_share_at_every_moment(
     weights: list[float], seed: int, position: int
 ) -> None:
-    counts = Mixing(weights, seed).before(position)
+    counts = Interleaver(weights, seed).counts(position)
     assert sum(counts) == position
     for count, weight in zip(counts, weights, strict=True):
         share = position * weight / sum(weights)
@@ -45,7 +51,7 @@ def test_everyone_has_had_its_share_at_every_moment(
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
 def test_weights_that_say_nothing_are_refused(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="need one 0 or more for each dataset"):
-        Mixing(weights)
+        Interleaver(weights)
 
 
 SOURCES = st.lists(
@@ -62,17 +68,17 @@ SOURCES = st.lists(
 )
 
 
-def counted(plan: Plan, batches: int) -> list[Counter[tuple[int, int]]]:
+def counted(plan: BatchSampler, batches: int) -> list[Counter[tuple[int, int]]]:
     """For each dataset, how often each (epoch, sample) came."""
     found: list[Counter[tuple[int, int]]] = [Counter() for _ in plan.sources]
     for number in range(batches):
         for drawn in plan.batch(number):
-            if drawn.share:
+            if drawn.loss_weight:
                 found[drawn.source][drawn.epoch, drawn.sample] += 1
     return found
 
 
-def check_exact(plan: Plan, batches: int, left_out: dict[int, int] | None = None) -> None:
+def check_exact(plan: BatchSampler, batches: int, left_out: dict[int, int] | None = None) -> None:
     """No sample twice an epoch; none missing in an epoch that was gone through."""
     for number, seen in enumerate(counted(plan, batches)):
         samples = plan.sources[number].samples
@@ -90,7 +96,7 @@ def check_exact(plan: Plan, batches: int, left_out: dict[int, int] | None = None
 
 @given(SOURCES, st.integers(1, 8), st.integers(0, 2))
 def test_every_sample_comes_once_an_epoch(sources: list[Source], batch: int, seed: int) -> None:
-    check_exact(Plan(sources, batch_size=batch, seed=seed), 30)
+    check_exact(BatchSampler(sources, batch_size=batch, seed=seed), 30)
 
 
 @given(SOURCES, st.integers(1, 6), st.data())
@@ -99,7 +105,9 @@ def test_batches_have_one_size_and_about_as_many_tokens(
 ) -> None:
     largest = max(int(np.prod(source.size)) for source in sources)
     budget = data.draw(st.none() | st.integers(largest, 4 * largest))
-    plan = Plan(sources, batch_size=batch, seed=0, order=Order(token_budget=budget))
+    plan = BatchSampler(
+        sources, batch_size=batch, seed=0, shuffle=ShuffleConfig(token_budget=budget)
+    )
     for number in range(20):
         clips = plan.batch(number)
         sizes = {plan.sources[clip.source].size for clip in clips}
@@ -111,7 +119,7 @@ def test_batches_have_one_size_and_about_as_many_tokens(
 
 def test_datasets_come_by_weight() -> None:
     sources = [Source("a", "a", [50], SIZES[0], 3.0), Source("b", "b", [500], SIZES[0], 1.0)]
-    plan = Plan(sources, batch_size=8, seed=0)
+    plan = BatchSampler(sources, batch_size=8, seed=0)
     for count in (1, 10, 100):
         seen = Counter(clip.source for i in range(count) for clip in plan.batch(i))
         assert seen[0] == pytest.approx(6 * count, abs=5)
@@ -121,7 +129,7 @@ def test_datasets_come_by_weight() -> None:
 def test_sizes_share_the_clips_by_the_datasets_numbers() -> None:
     # Four small clips stand in the place of one large one: batches of them come a quarter as often.
     sources = [Source("a", "a", [400], (4, 4, 4)), Source("b", "b", [400], (4, 8, 8))]
-    plan = Plan(sources, batch_size=2, seed=0)
+    plan = BatchSampler(sources, batch_size=2, seed=0)
     batches = [plan.batch(i) for i in range(250)]
     assert {len(clips) for clips in batches} == {2, 8}
     seen = Counter(clip.source for clips in batches for clip in clips)
@@ -132,9 +140,9 @@ def test_sizes_share_the_clips_by_the_datasets_numbers() -> None:
 def test_remainders(samples: list[int]) -> None:
     total, batch = sum(samples), 4
 
-    def plan(remainder: str) -> Plan:
-        order = Order(remainder=remainder)  # type: ignore[arg-type]
-        return Plan([Source("a", "a", samples)], batch_size=batch, seed=0, order=order)
+    def plan(remainder: str) -> BatchSampler:
+        order = ShuffleConfig(last_batch=remainder)  # type: ignore[arg-type]
+        return BatchSampler([Source("a", "a", samples)], batch_size=batch, seed=0, shuffle=order)
 
     check_exact(plan("carry"), 12)
     whole = total // batch
@@ -149,36 +157,44 @@ def test_remainders(samples: list[int]) -> None:
     for number in range(12):
         clips = padding.batch(number)
         real = total - (of_epoch - 1) * batch if number % of_epoch == of_epoch - 1 else batch
-        shares = sorted(clip.share for clip in clips)
+        shares = sorted(clip.loss_weight for clip in clips)
         assert shares == pytest.approx([0.0] * (batch - real) + [batch / real] * real)
 
 
 @pytest.mark.parametrize(
     ("sources", "order", "words"),
     [
-        ([("a", [3], 1), ("b", [3], 1)], Order(remainder="drop"), "a, b are mixed in one batch"),
-        ([("a", [3], None)], Order(remainder="drop"), "less than one global batch of 4"),
-        ([("a", [3], None)], Order(remainder="keep"), "data.remainder=keep"),  # type: ignore[arg-type]
-        ([("a", [3], None)], Order(block=0), "data.block=0"),
-        ([("a", [3], None)], Order(token_budget=5), "token_budget=5: the largest clips have 32"),
-        ([("a", [3], 1), ("b", [3], None)], Order(), "one for each dataset, or none"),
+        (
+            [("a", [3], 1), ("b", [3], 1)],
+            ShuffleConfig(last_batch="drop"),
+            "a, b are mixed in one batch",
+        ),
+        ([("a", [3], None)], ShuffleConfig(last_batch="drop"), "less than one global batch of 4"),
+        ([("a", [3], None)], ShuffleConfig(last_batch="keep"), "data.last_batch=keep"),  # type: ignore[arg-type]
+        ([("a", [3], None)], ShuffleConfig(shuffle_block_size=0), "data.shuffle_block_size=0"),
+        (
+            [("a", [3], None)],
+            ShuffleConfig(token_budget=5),
+            "token_budget=5: the largest clips have 32",
+        ),
+        ([("a", [3], 1), ("b", [3], None)], ShuffleConfig(), "one for each dataset, or none"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(
-    sources: list[tuple[str, list[int], float | None]], order: Order, words: str
+    sources: list[tuple[str, list[int], float | None]], order: ShuffleConfig, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        Plan(
+        BatchSampler(
             [Source(name, name, shards, SIZES[0], weight) for name, shards, weight in sources],
             batch_size=4,
             seed=0,
-            order=order,
+            shuffle=order,
         )
 
 
 def test_a_dataset_of_weight_nothing_is_not_met() -> None:
     sources = [Source("a", "a", [50], SIZES[0], 1.0), Source("b", "b", [50], SIZES[1], 0.0)]
-    plan = Plan(sources, batch_size=4, seed=0)
+    plan = BatchSampler(sources, batch_size=4, seed=0)
     assert {clip.source for i in range(20) for clip in plan.batch(i)} == {0}
     assert plan.progress(20)[1] == (0, 0)
 
@@ -186,7 +202,7 @@ def test_a_dataset_of_weight_nothing_is_not_met() -> None:
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
 def test_every_rank_meets_every_shard_of_every_dataset(size: tuple[int, int, int]) -> None:
     sources = [Source("a", "a", [10] * 8, SIZES[0]), Source("b", "b", [10] * 8, size)]
-    plan, ranks = Plan(sources, batch_size=16, seed=0), 4
+    plan, ranks = BatchSampler(sources, batch_size=16, seed=0), 4
     met: list[set[tuple[int, int]]] = [set() for _ in range(ranks)]
     for number in range(80):
         clips = plan.batch(number)
@@ -201,9 +217,9 @@ SHARDS_OF_MANY, RANKS, WORKERS, A_RANK = 2000, 1024, 8, 8
 
 
 def test_a_thousand_ranks_of_eight_workers_all_read_neighbours() -> None:
-    # One dataset of two million samples, 8 clips a rank and step, cut as MicroBatches cuts it.
+    # One dataset of two million samples, 8 clips a rank and step, cut as TrainDataset cuts it.
     source = Source("a", "a", [1000] * SHARDS_OF_MANY)
-    plan = Plan([source], batch_size=RANKS * A_RANK, seed=0)
+    plan = BatchSampler([source], batch_size=RANKS * A_RANK, seed=0)
     shards_of_rank: list[set[int]] = [set() for _ in range(RANKS)]
     reads_of_worker = np.zeros((RANKS, WORKERS), dtype=int)
     near = adjacent = reads = 0
@@ -224,5 +240,5 @@ def test_a_thousand_ranks_of_eight_workers_all_read_neighbours() -> None:
 
 
 def test_the_drawn_clips_are_told_by_integers() -> None:
-    clip = Plan([Source("a", "a", [5])], batch_size=2, seed=0).batch(3)[0]
-    assert isinstance(clip, Drawn) and all(type(value) is int for value in clip[:3])
+    clip = BatchSampler([Source("a", "a", [5])], batch_size=2, seed=0).batch(3)[0]
+    assert isinstance(clip, DrawnSample) and all(type(value) is int for value in clip[:3])

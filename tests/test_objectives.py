@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from echolab.diffusion.objectives import (
-    Beta,
+    AdaptiveBeta,
     NegativePreference,
     Preference,
     Supervised,
     stacked,
     velocity_error,
 )
-from echolab.diffusion.pair_losses import PAIR_LOSSES
-from echolab.diffusion.phases import FLAT, PHDA, KeepModalities, ScaleModalities
+from echolab.diffusion.phases import FLAT, PHDA, ModalityDropout, ModalityScaling
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
 from echolab.types import Draws, PreferencePair
 
-PHASES = KeepModalities(FLAT)
+PHASES = ModalityDropout(FLAT)
 DRAWS = draw(["clip-0", "clip-1"], tiny.SHAPE, seed=0, epoch=0)
 
 
@@ -71,9 +71,9 @@ def test_supervised_is_the_mean_and_reports_each_clip() -> None:
     assert loss.parts["error"].shape == (2,) and not loss.parts["error"].requires_grad
 
 
-@pytest.mark.parametrize("phases", [KeepModalities(PHDA), ScaleModalities(PHDA)])
+@pytest.mark.parametrize("phases", [ModalityDropout(PHDA), ModalityScaling(PHDA)])
 def test_an_untrained_policy_has_log_2_and_half_the_gradient(phases) -> None:
-    """At the reference the factor is 1/2, so the gradient is half of chosen - rejected error's."""
+    """Check the factor 1/2 at the reference: half the gradient of chosen - rejected error."""
     net = tiny.net(trained=True)
     pair = tiny.pair()
     loss = Preference(phases, frozen(net), beta=700.0)(net, pair, DRAWS)
@@ -130,9 +130,9 @@ def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
     pair = tiny.pair()
     Preference(PHASES, recording, 50.0)(recording, pair, DRAWS)
     assert len(seen) == 2, "one forward of the policy and one of the reference"
-    (reference, times, told), (policy, policy_times, policy_told) = seen
+    (reference, times, context), (policy, policy_times, policy_conditions) = seen
     assert torch.equal(reference, policy) and torch.equal(times, policy_times)
-    assert all(torch.equal(a, b) for a, b in zip(told, policy_told, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(context, policy_conditions, strict=True))
     sigmas = times[:2].reshape(2, 1, 1, 1, 1) / 1000
     chosen, rejected = policy.chunk(2)  # the clean halves taken away, the noise is left
     noise = chosen - (1 - sigmas) * pair.chosen, rejected - (1 - sigmas) * pair.rejected
@@ -141,7 +141,7 @@ def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    """Velocities chosen so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
+    """Choose velocities so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
     pair, ones = tiny.pair(1), torch.ones(1, *tiny.SHAPE)
     draws = Draws(*(part[:1] for part in DRAWS))
     targets = torch.cat([draws.noise - pair.chosen, draws.noise - pair.rejected])
@@ -162,14 +162,14 @@ def test_the_anchor_adds_the_chosen_error() -> None:
     reference = tiny.net(trained=True)
     policy, pair = moved(reference), tiny.pair()
     free = Preference(PHASES, frozen(reference), 50.0)(policy, pair, DRAWS)
-    tied = Preference(PHASES, frozen(reference), 50.0, anchor=3.0)(policy, pair, DRAWS)
+    tied = Preference(PHASES, frozen(reference), 50.0, sft_weight=3.0)(policy, pair, DRAWS)
     added = 3.0 * free.parts["error/chosen"].mean()
     torch.testing.assert_close(tied.value, free.value + added)
 
 
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_every_loss_type_has_gradients_of_error_size(loss_type: str) -> None:
-    """Whatever beta is: a learning rate found for one serves the others."""
+    """Check every beta: a learning rate tuned for one serves the others."""
     net, pair = tiny.net(trained=True), tiny.pair()
     size = gradient(net, Supervised(PHASES)(net, tiny.batch(), DRAWS).value).norm()
     for beta in (20.0, 2000.0):
@@ -202,41 +202,41 @@ def test_the_reference_learns_nothing() -> None:
 
 
 def test_beta_follows_the_margin_to_the_target() -> None:
-    beta = Beta(1000.0, target=0.1)
+    beta = AdaptiveBeta(1000.0, target=0.1)
     assert beta.value == 1000.0
     for _ in range(200):
-        beta.observe(0.01)
+        beta.update(0.01)
     assert 1 / (1 + math.exp(beta.value / 2 * 0.01)) == pytest.approx(0.1, rel=1e-6)
     for _ in range(200):
-        beta.observe(10.0)
+        beta.update(10.0)
     assert beta.value == 100.0, "not below a tenth of the limit"
     for _ in range(400):
-        beta.observe(-1.0)
+        beta.update(-1.0)
     assert beta.value == 1000.0, "a margin below 0 asks for all there is"
 
 
 def test_beta_goes_on_from_its_state_bit_for_bit() -> None:
     margins = (torch.rand(20, generator=torch.Generator().manual_seed(0)) / 100).tolist()
-    unbroken, first = Beta(1000.0, 0.2), Beta(1000.0, 0.2)
+    unbroken, first = AdaptiveBeta(1000.0, 0.2), AdaptiveBeta(1000.0, 0.2)
     for margin in margins:
-        unbroken.observe(margin)
+        unbroken.update(margin)
     for margin in margins[:9]:
-        first.observe(margin)
-    second = Beta(1000.0, 0.2)
+        first.update(margin)
+    second = AdaptiveBeta(1000.0, 0.2)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for margin in margins[9:]:
-        second.observe(margin)
+        second.update(margin)
     assert second.value == unbroken.value and second.state_dict() == unbroken.state_dict()
 
 
 def test_a_call_leaves_beta_alone_and_a_step_moves_it() -> None:
     reference = tiny.net(trained=True)
     policy = moved(reference)
-    objective = Preference(PHASES, frozen(reference), 1000.0, target_gradient_factor=0.1)
+    objective = Preference(PHASES, frozen(reference), 1000.0, target_grad_factor=0.1)
     for _ in range(3):
         objective(policy, tiny.pair(), DRAWS)
     assert objective.beta.value == 1000.0
-    objective.observe(0.005)
+    objective.update(0.005)
     assert objective.beta.value == pytest.approx(2 * math.log(9) / 0.005, rel=1e-6)
 
 
@@ -247,7 +247,7 @@ def test_a_call_leaves_beta_alone_and_a_step_moves_it() -> None:
         ({"beta": 1.0, "loss_type": "sigmoidal"}, "loss_type=sigmoidal"),
         ({"beta": 1.0, "label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"beta": 1.0, "loss_type": "exo_pair"}, "exo_pair"),
-        ({"beta": 1.0, "target_gradient_factor": 0.5}, "target_gradient_factor=0.5"),
+        ({"beta": 1.0, "target_grad_factor": 0.5}, "target_grad_factor=0.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:

@@ -1,20 +1,81 @@
 """The order of an epoch: everything once, repeatable, local, and different each time."""
 
-import json
 import tracemalloc
+from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-import runs
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import chi2, chisquare
 
-from echolab.cli.__main__ import main
-from echolab.data.order import EpochOrder, epoch_order
-from echolab.data.shuffling import Shuffling, shuffling, uniformity
+from echolab.data.shuffle import BLOCK_SIZE, EpochOrder, epoch_order
+
+BINS = 20  # parts of the epoch, for the test of uniformity
+
+
+class Shuffling(NamedTuple):
+    """Measures of one order of all samples."""
+
+    adjacency: float  # share of samples that still stand before their neighbour on disk
+    moved: float  # mean distance from the place on disk, in epochs; 1/3 for a perfect shuffle
+    shards: float  # mean number of different shards among 100 samples in a row
+    open_blocks: int  # most blocks that were begun and not finished: what a reader comes back to
+
+
+def shuffling(
+    samples_by_shard: Sequence[int], order: np.ndarray, *, block: int = BLOCK_SIZE
+) -> Shuffling:
+    """Measure `order` [samples], the samples of an epoch in the order they are met."""
+    samples = len(order)
+    if samples < 2:
+        return Shuffling(1.0, 0.0, float(samples), samples)
+    shard = np.repeat(np.arange(len(samples_by_shard)), samples_by_shard)  # [samples] of each id
+    inside = np.arange(samples) - np.searchsorted(shard, shard)
+    rows = [len(set(shard[order[i : i + 100]].tolist())) for i in range(0, samples, 100)]
+    where = np.empty(samples, dtype=np.int64)
+    where[order] = np.arange(samples)
+    return Shuffling(
+        adjacency=float(np.mean(np.diff(order) == 1)),
+        moved=float(np.mean(np.abs(where - np.arange(samples))) / samples),
+        shards=float(np.mean(rows)),
+        open_blocks=_open_at_once(where, shard, inside // block),
+    )
+
+
+def uniformity(orders: Sequence[np.ndarray], *, block: int = BLOCK_SIZE) -> float | None:
+    """How likely epochs are to look at least so uneven by chance; below 0.001 something is wrong.
+
+    The chi-square test of where the samples of the first tenth stand, one of each block, since
+    those of a block stand together.  `orders` are epochs, [samples] each; None where they are too
+    few to tell.
+    """
+    samples = len(orders[0])
+    watched = np.arange(0, max(1, samples // 10), block)
+    expected = len(watched) * len(orders) / BINS
+    if expected < 5 or samples < BINS:
+        return None
+    seen = np.zeros(BINS, dtype=np.int64)
+    for order in orders:
+        where = np.empty(samples, dtype=np.int64)
+        where[order] = np.arange(samples)
+        seen += np.bincount(where[watched] * BINS // samples, minlength=BINS)
+    return float(chi2.sf(((seen - expected) ** 2 / expected).sum(), BINS - 1))
+
+
+def _open_at_once(where: np.ndarray, shard: np.ndarray, part: np.ndarray) -> int:
+    """The most blocks of which some samples were met and others not yet."""
+    _, number = np.unique(np.stack([shard, part]), axis=1, return_inverse=True)
+    begun = np.full(number.max() + 1, len(where))
+    np.minimum.at(begun, number, where)
+    ended = np.zeros(number.max() + 1, dtype=np.int64)
+    np.maximum.at(ended, number, where)
+    change = np.bincount(begun, minlength=len(where) + 1)
+    change -= np.bincount(ended + 1, minlength=len(where) + 1)
+    return int(change.cumsum().max())
+
 
 SHARDS = st.lists(st.integers(0, 40), max_size=12)
 
@@ -23,7 +84,7 @@ SHARDS = st.lists(st.integers(0, 40), max_size=12)
 def test_every_sample_is_met_exactly_once(
     shards: list[int], seed: int, epoch: int, block: int, buffer: int
 ) -> None:
-    order = epoch_order(shards, "f", seed=seed, epoch=epoch, block=block, buffer=buffer)
+    order = epoch_order(shards, "f", seed=seed, epoch=epoch, block_size=block, buffer_size=buffer)
     assert sorted(order.tolist()) == list(range(sum(shards)))
 
 
@@ -37,13 +98,13 @@ def test_it_depends_on_fingerprint_seed_and_epoch_alone() -> None:
 
 
 def test_without_a_buffer_neighbours_stay_together() -> None:
-    order = epoch_order([64, 64], "f", seed=0, epoch=0, block=8, buffer=0)
+    order = epoch_order([64, 64], "f", seed=0, epoch=0, block_size=8, buffer_size=0)
     assert (np.diff(order.reshape(-1, 8), axis=1) == 1).all()
 
 
 def test_the_buffer_bounds_how_far_a_sample_moves() -> None:
-    still = epoch_order([500], "f", seed=0, epoch=0, block=20, buffer=0)
-    moved = epoch_order([500], "f", seed=0, epoch=0, block=20, buffer=30)
+    still = epoch_order([500], "f", seed=0, epoch=0, block_size=20, buffer_size=0)
+    moved = epoch_order([500], "f", seed=0, epoch=0, block_size=20, buffer_size=30)
     place = {int(sample): at for at, sample in enumerate(still)}
     distance = [abs(place[int(sample)] - at) for at, sample in enumerate(moved)]
     assert 0 < max(distance) < 30
@@ -51,20 +112,20 @@ def test_the_buffer_bounds_how_far_a_sample_moves() -> None:
 
 def test_the_order_is_the_one_that_runs_of_today_resume_in() -> None:
     # If this changes, a run that was stopped before the change meets other samples after it.
-    assert epoch_order([3, 4], "f", seed=0, epoch=0, block=2).tolist() == [5, 6, 0, 3, 2, 1, 4]
+    assert epoch_order([3, 4], "f", seed=0, epoch=0, block_size=2).tolist() == [5, 6, 0, 3, 2, 1, 4]
 
 
 @given(SHARDS, st.integers(1, 50), st.integers(0, 60), st.data())
 def test_any_part_is_worked_out_by_itself(
     shards: list[int], block: int, buffer: int, data: st.DataObject
 ) -> None:
-    order = EpochOrder(shards, "f", seed=1, epoch=2, block=block, buffer=buffer)
-    whole = epoch_order(shards, "f", seed=1, epoch=2, block=block, buffer=buffer)
+    order = EpochOrder(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
+    whole = epoch_order(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
     first = data.draw(st.integers(0, len(order)))
     stop = data.draw(st.integers(first, len(order)))
-    turns = order.turns(first, stop)
-    assert order.samples(turns).tolist() == whole[first:stop].tolist()
-    assert all(abs(int(turn) - at) < max(1, buffer) for at, turn in enumerate(turns, first))
+    indices = order.indices(first, stop)
+    assert order.samples(indices).tolist() == whole[first:stop].tolist()
+    assert all(abs(int(index) - at) < max(1, buffer) for at, index in enumerate(indices, first))
 
 
 IDS = 20_000
@@ -122,22 +183,8 @@ def test_planning_ten_to_the_eight_samples_takes_little_memory() -> None:
     shards = np.full(100_000, 1000, dtype=np.int64)
     tracemalloc.start()
     order = EpochOrder(shards, "f", seed=0, epoch=0)
-    found = order.samples(order.turns(1_000_000, 1_000_064))
+    found = order.samples(order.indices(1_000_000, 1_000_064))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200e6 and len(order) == 10**8
     assert len(set(found.tolist())) == 64 and 0 <= found.min() and found.max() < 10**8
-
-
-def test_the_command_measures_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    many, one = runs.write_clips(tmp_path / "many", 30), runs.write_clips(tmp_path / "one", 1)
-    assert main(["data", "shuffle-report", str(many.folder), "format=json", "block=2"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["samples"], told["shards"], told["good"]) == (30, 10, True)
-    assert 0 < told["adjacency"] < 0.2 and told["repeated"] < 0.2
-    assert main(["data", "shuffle-report", str(many.folder), "buffer=0", "block=9"]) == 0
-    assert "take a larger buffer" in capsys.readouterr().out
-    assert main(["data", "shuffle-report", str(one.folder)]) == 1  # every epoch is the same
-    assert "in two epochs 100.00%" in capsys.readouterr().out
-    assert main(["data", "shuffle-report", str(many.folder), "epochs=1"]) == 1
-    assert "epochs=1 is not a whole number, at least 2" in capsys.readouterr().err

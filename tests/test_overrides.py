@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from echolab.cli import train
-from echolab.cli.members import members
-from echolab.cli.overrides import DATASETS, TEXTS, as_hydra, quoted
-from echolab.cli.settings import Settings
-from echolab.cli.train import command, compose, compose_both
-from echolab.launch import runs
+from echolab.cli.train import command
+from echolab.config.compose import compose, compose_both
+from echolab.config.overrides import DATASETS, TEXTS, as_hydra, quoted
+from echolab.config.schema import Settings
+from echolab.config.sweep_members import members
+from echolab.launch import run_dir
 
 TYPED = (
     "runs/a=b#c", "/d/(x)/~y/ü", "~/x", "a b", " a ", "a:b@c", "it's", 'say "x"', "'a'b", '"',
@@ -38,10 +39,10 @@ def setting(config: dict[str, Any], key: str) -> Any:
 @pytest.mark.parametrize("key", TEXTS)
 def test_text_is_taken_as_typed(key: str) -> None:
     """Composing takes a quarter of a second: one odd text for each setting, and all below."""
-    start = "" if key in ("lora.start", "data.clips") else "data.clips=x"
+    start = "" if key in ("lora.init_from", "data.clips") else "data.clips=x"
     text = TYPED[TEXTS.index(key)]
     config = compose([word for word in (start, "lora=all", f"{key}={text}") if word] + (
-        ["data.clips=x"] if key == "lora.start" else []
+        ["data.clips=x"] if key == "lora.init_from" else []
     ))  # fmt: skip
     assert setting(config, key) == text
 
@@ -52,7 +53,7 @@ def read(word: str) -> Any:
     return OmegaConf.to_container(OmegaConf.create({"key": value}), resolve=True)["key"]
 
 
-@pytest.mark.parametrize("key", ["run", "+weights", "data.clips", "logger.project"])
+@pytest.mark.parametrize("key", ["run_dir", "+pretrained", "data.clips", "logger.project"])
 def test_every_text_reads_back(key: str) -> None:
     for text in TYPED:
         assert read(as_hydra([f"{key}={text}"])[0]) == text, text
@@ -68,16 +69,19 @@ def test_every_text_reads_back(key: str) -> None:
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("weights='a'", "a"),
-        ('run="a b"', "a b"),
-        ("weights=null", None),
-        ("initial='null'", "null"),
+        ("pretrained='a'", "a"),
+        ('run_dir="a b"', "a b"),
+        ("pretrained=null", None),
+        ("init_from='null'", "null"),
         ("data.clips=[a=b, 'c,d',/e#(1)]", ["a=b", "c,d", "/e#(1)"]),
         ("data.pairs=[]", []),
-        ("run=[a]", "[a]"),
+        ("run_dir=[a]", "[a]"),
         ("seed=3", 3),
         ("optim.betas=[0.9,0.95]", [0.9, 0.95]),
-        ("schedule.epochs=[{kind:sft,steps:2,lr:1e-3}]", [{"kind": "sft", "steps": 2, "lr": 1e-3}]),
+        (
+            "schedule.epochs=[{kind:sft,steps:2,lr_scale:1e-3}]",
+            [{"kind": "sft", "steps": 2, "lr_scale": 1e-3}],
+        ),
     ],
 )
 def test_what_remains_hydras(word: str, value: Any) -> None:
@@ -85,10 +89,10 @@ def test_what_remains_hydras(word: str, value: Any) -> None:
 
 
 def test_interpolations_remain() -> None:
-    config = compose(["data.clips=x", "seed=7", "run=runs/a=b (${seed})"])
-    assert config["run"] == "runs/a=b (7)"
-    assert as_hydra(["--cfg", "job", "-m", "~optim.clip", "seed"]) == [
-        "--cfg", "job", "-m", "~optim.clip", "seed",
+    config = compose(["data.clips=x", "seed=7", "run_dir=runs/a=b (${seed})"])
+    assert config["run_dir"] == "runs/a=b (7)"
+    assert as_hydra(["--cfg", "job", "-m", "~optim.max_grad_norm", "seed"]) == [
+        "--cfg", "job", "-m", "~optim.max_grad_norm", "seed",
     ]  # fmt: skip
 
 
@@ -97,19 +101,19 @@ def test_in_a_sweep_a_comma_separates_and_quotes_keep_it() -> None:
     found = members([f"data.clips={','.join(typed)},'p,q',[r=s,t]"], compose_both)
     values = [compose(member.words)["data"]["clips"] for member in found]
     assert values == [*typed, "p,q", ["r=s", "t"]]
-    chosen = members(["data.clips=x", "weights=choice(/a/(x),b#c)"], compose_both)
-    assert [member.config["weights"] for member in chosen] == ["/a/(x)", "b#c"]
+    chosen = members(["data.clips=x", "pretrained=choice(/a/(x),b#c)"], compose_both)
+    assert [member.config["pretrained"] for member in chosen] == ["/a/(x)", "b#c"]
 
 
 def test_words_pass_through_the_command_of_a_rank() -> None:
     """And the folder of a member, whatever it is called."""
-    words = [f"weights={text}" for text in TYPED]
+    words = [f"pretrained={text}" for text in TYPED]
     program = "import json, sys; print(json.dumps(sys.argv[1:]))"
     given = [sys.executable, "-c", program, *command(words)[-len(words) :]]
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == words
     for text in (*TYPED, "\\${", "${seed}", "\\\\${a}\\", "'a'", "null"):
-        assert read(as_hydra([f"run={quoted(text)}"])[0]) == text
+        assert read(as_hydra([f"run_dir={quoted(text)}"])[0]) == text
 
 
 @pytest.mark.parametrize("run", ["runs/${now:%H%M%S%f}", "runs/a=b#c (d)", "'x,y'", "2024"])
@@ -128,10 +132,10 @@ def test_ranks_get_the_folder_of_their_supervisor(
 
     monkeypatch.setattr(train, "Supervisor", Recorded)
     monkeypatch.chdir(tmp_path)
-    words = ["data.clips=x", f"run={run}"]
+    words = ["data.clips=x", f"run_dir={run}"]
     train.supervise(words, compose(words))
     *command, folder = commands[0]
-    assert compose(command[command.index("train") + 1 :])["run"] == folder
+    assert compose(command[command.index("train") + 1 :])["run_dir"] == folder
 
 
 def test_all_settings_that_hold_paths_or_text_are_known() -> None:
@@ -151,7 +155,7 @@ def test_all_settings_that_hold_paths_or_text_are_known() -> None:
         return True
 
     config = compose(["data.clips=x", "lora=all"])
-    keys = [tuple(key.split(".")) for key in runs.flat(config)]
+    keys = [tuple(key.split(".")) for key in run_dir.flatten(config)]
     found = {".".join(key) for key in keys if takes_text(config, key)}
     assert found - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
     assert set(DATASETS) < set(TEXTS)

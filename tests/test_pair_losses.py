@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echolab.diffusion.pair_losses import PAIR_LOSSES, PairErrors
+from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors
 
 warnings.filterwarnings("ignore")
 trl = pytest.importorskip("trl")
@@ -29,7 +29,7 @@ class _OneProcess:
 
 
 def oracle(errors: PairErrors, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
-    """trl's loss of one-token completions whose log-likelihood is minus the error."""
+    """Return trl's loss of one-token completions whose log-likelihood is minus the error."""
     logps = -torch.cat([errors.chosen, errors.rejected])[:, None]
     rest = torch.zeros_like(logps.detach())
     outputs = types.SimpleNamespace(
@@ -85,7 +85,7 @@ def test_value_and_gradient_are_those_of_trl(loss_type: str, beta: float) -> Non
 
 
 def test_ours_are_all_of_trls() -> None:
-    """A loss type that trl adds, or drops, is noticed here."""
+    """Check that a loss type which trl adds or drops is noticed."""
     with pytest.raises(ValueError, match="Unknown loss type") as refused:
         oracle(drawn(0), "none of them", 1.0, 0.0)
     named = set(str(refused.value).split("[", 1)[1].rstrip("]").replace("'", "").split(", "))

@@ -9,23 +9,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.draw import DrawOptions, draw_dataset
+from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
-from echolab.data.batches import collate_clips, read_clip, read_pair, read_tensors
-from echolab.data.shards import ShardDataset, open_dataset
+from data_prep.options import DrawOptions
+from echolab.data.collate import collate_clips, read_clip, read_pair, read_tensors
+from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
-from echolab.diffusion.generation import generate
-from echolab.encoders import picture, sound, words
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.diffusion.pipeline import generate
+from echolab.encoders import demo_features
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import ConfigError, DataError
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates
 from echolab.preference.judge import Verdict, best_and_worst, judge, totals
-from echolab.preference.pack import ELSEWHERE, append_verdicts, pack_pairs, read_verdicts
+from echolab.preference.pack import BACKGROUND_WEIGHT, append_verdicts, pack_pairs, read_verdicts
 
 PROMPTS, CANDIDATES = 3, 3
 
@@ -33,7 +34,7 @@ PROMPTS, CANDIDATES = 3, 3
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     root = tmp_path_factory.mktemp("encoded")
-    draw_dataset(DrawOptions(root / "raw", clips=4, frames=5, size=32), lambda done: None)
+    draw_dataset(DrawOptions(root / "raw", num_clips=4, frames=5, size=32), lambda done: None)
     torch.manual_seed(0)
     encoders = demo_encoders(CausalAutoencoder(width=16, depth=1).eval())
     encode_dataset(root / "raw", root / "encoded", encoders, lambda done: None)
@@ -44,9 +45,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 def net() -> EchoTransformer:
     made = EchoTransformer(
         dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16,
-        text_dim=words.SIZE, image_dim=picture.SIZE, audio_dim=sound.SIZE,
+        text_dim=demo_features.CAPTION_DIM, image_dim=demo_features.IMAGE_DIM,
+        audio_dim=demo_features.AUDIO_DIM,
     )  # fmt: skip
-    initialise(made, torch.Generator().manual_seed(0))
+    initialize(made, torch.Generator().manual_seed(0))
     with torch.no_grad():  # Wan's head begins at zero
         made.head.head.weight.normal_(std=0.1)
     return made.eval()
@@ -196,7 +198,9 @@ def test_pairs_are_packed_whole_and_read_back(
         assert torch.equal(pair.conditions.known, own["known.i2v"])
         assert torch.equal(pair.conditions.known_latents, own["known_latents.i2v"])
         stored, about = read_tensors(pairs, i)
-        torch.testing.assert_close(stored["weight"], own["lips"] + ELSEWHERE, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            stored["weight"], own["lips"] + BACKGROUND_WEIGHT, rtol=1e-3, atol=1e-3
+        )
         assert about["chosen"]["candidate"] == best and about["rejected"]["sync"] == 0  # type: ignore[index]
         assert float(pair.weight.mean()) == pytest.approx(1, rel=1e-5)
 
@@ -221,7 +225,9 @@ def test_candidates_without_verdicts_or_prompts_leave_no_dataset(
     dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
     few = verdicts_of(dataset, [[0, 4, 9], [9]])
-    with pytest.raises(DataError, match=f"{dataset.keys[1]} has 3 candidates and not two verdicts"):
+    with pytest.raises(
+        DataError, match=f"{dataset.keys[1]} has 3 candidates and less than two verdicts"
+    ):
         pack_pairs(candidates, few, dataset, tmp_path / "out", least_margin=0.1)
     for path in candidates.iterdir():
         path.unlink()

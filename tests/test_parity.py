@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
 
@@ -17,13 +17,13 @@ TEXT, IMAGE = 512, 257  # tokens: diffusers finds the picture's by counting the 
 
 
 def net_of(image: bool) -> EchoTransformer:
-    """Wider than usual here, with heads of Wan's own 128 channels, and moved from the start."""
+    """Return a wider network, with heads of Wan's 128 channels, moved from its initialization."""
     shape: dict[str, object] = {} if image else {"in_channels": tiny.CHANNELS, "image_dim": None}
     return tiny.net(trained=True, dim=256, ffn_dim=384, freq_dim=64, audio_dim=None, **shape)
 
 
 def theirs_of(net: EchoTransformer) -> nn.Module:
-    """diffusers' network with the same weights."""
+    """Return diffusers' network with the same weights."""
     from diffusers import WanTransformer3DModel
 
     image = net.img_emb is not None
@@ -36,7 +36,7 @@ def theirs_of(net: EchoTransformer) -> nn.Module:
     return theirs
 
 
-def told() -> Conditions:
+def context() -> Conditions:
     generator = torch.Generator().manual_seed(2)
     return tiny.conditions()._replace(
         text=torch.randn(2, TEXT, 10, generator=generator),
@@ -45,8 +45,8 @@ def told() -> Conditions:
 
 
 def both(net: EchoTransformer, theirs: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Velocities of the two, for the same clips."""
-    conditions = Conditions(*(part.to(dtype) for part in told()))
+    """Return the velocities of both, for the same clips."""
+    conditions = Conditions(*(part.to(dtype) for part in context()))
     noisy = tiny.latents().to(dtype)
     image = net.img_emb is not None
     given = torch.cat([noisy, conditions.known, conditions.known_latents], 1) if image else noisy
@@ -57,18 +57,18 @@ def both(net: EchoTransformer, theirs: nn.Module, dtype: torch.dtype) -> tuple[T
     return net(noisy, TIMESTEPS, conditions), expected
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().float(), expected.detach().float()
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().float(), expected.detach().float()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def gradients(velocity: Tensor, net: nn.Module) -> dict[str, Tensor]:
-    """Of every parameter, along one direction of the velocity."""
+    """Compare gradients of every parameter, along one direction of the velocity."""
     net.zero_grad()
     (velocity.float() * tiny.latents(seed=5)).sum().backward()
-    found = {name: parameter.grad for name, parameter in net.named_parameters()}
-    assert all(gradient is not None for gradient in found.values())
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+    actual = {name: parameter.grad for name, parameter in net.named_parameters()}
+    assert all(gradient is not None for gradient in actual.values())
+    return {name: gradient for name, gradient in actual.items() if gradient is not None}
 
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
@@ -88,14 +88,14 @@ def test_fp32_output_and_every_gradient(image: bool) -> None:
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
 def test_bf16_is_as_near_to_fp32_as_theirs(image: bool) -> None:
-    """Parameters and clips in bf16, as released; the truth is fp32 with the rounded weights."""
+    """Use parameters and clips in bf16, as released; the truth is fp32 with the rounded weights."""
     net = net_of(image).bfloat16().float()
     theirs = theirs_of(net)
     exact, _ = both(net, theirs, torch.float32)
     truth = gradients(exact, net)
-    found, expected = both(net.bfloat16(), _half(theirs), torch.bfloat16)
-    assert relative(found, exact) < 1.5 * relative(expected, exact) < 0.05
-    mine, known = gradients(found, net), gradients(expected, theirs)
+    actual, expected = both(net.bfloat16(), _half(theirs), torch.bfloat16)
+    assert relative(actual, exact) < 1.5 * relative(expected, exact) < 0.05
+    mine, known = gradients(actual, net), gradients(expected, theirs)
     ratios = [
         relative(mine[name], truth[name]) / relative(known[to_diffusers(name)], truth[name])
         for name in truth
@@ -105,7 +105,7 @@ def test_bf16_is_as_near_to_fp32_as_theirs(image: bool) -> None:
 
 
 def _half(theirs: nn.Module) -> nn.Module:
-    """In bf16, but for the modules that diffusers itself keeps in fp32 when it loads bf16."""
+    """Use bf16, but for the modules that diffusers itself keeps in fp32 when it loads bf16."""
     kept = theirs._keep_in_fp32_modules
     for name, module in theirs.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

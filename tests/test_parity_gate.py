@@ -16,10 +16,10 @@ from gated import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
 from echolab.errors import ConfigError, DiskFullError, ParityError, StorageError
+from echolab.training.callbacks.export_check import REPORT, TOLERANCE, Parity, passed_before
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.fit import FitResult, Machine
-from echolab.training.parity import REPORT, TOLERANCE, Parity, passed_before
-from echolab.training.parts import Intervals
 
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 FAULTS = ("swap of averages", "perturbed", "names")
@@ -61,7 +61,7 @@ def check(found: dict[str, Any]) -> None:
     """The gate lets the right export pass, and none of the wrong ones."""
     assert found["nothing"]["difference"] <= found["nothing"]["bound"] == TOLERANCE
     for how in FAULTS:
-        assert "differ by" in found[how] and "at most 1.00e-04 in fp32; look at" in found[how]
+        assert "differ by" in found[how] and "at most 1.00e-04 in fp32; check" in found[how]
         assert "\n" not in found[how]
     assert found["unchanged"]
 
@@ -99,8 +99,8 @@ def test_bf16_has_a_bound_that_was_measured(gate: Gate, tmp_path: Path, strategy
     for rank in gate(strategy, tmp_path / "out", precision="bf16-mixed"):
         assert TOLERANCE < rank["nothing"]["bound"] < 0.1
         assert rank["nothing"]["difference"] <= rank["nothing"]["bound"] / 2
-        assert "in bf16; look at" in rank["swap of averages"]
-        assert "in bf16; look at" in rank["names"]
+        assert "in bf16; check" in rank["swap of averages"]
+        assert "in bf16; check" in rank["names"]
         assert rank["unchanged"]
 
 
@@ -137,24 +137,25 @@ KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
 
 
 def end(folder: str, strategy: str, killed: str) -> int:
-    """Train two steps in a rank that kills itself at a moment of its end ("": it does not)."""
-    from echolab.training import callbacks, evaluation, parity
+    """In a rank: a run of two steps, which kills itself at one moment of its end ("": not)."""
+    from echolab.training.callbacks import export_check, validation
+    from echolab.training.callbacks.checkpoints import Checkpoints
 
     def die(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write = parity.write_whole
+    write = export_check.write_atomic
     module, name, action = {
-        "saving": (callbacks.Saving, "publish", die),
-        "validating": (evaluation, "validate", die),
-        "sampling": (parity, "sample", die),
-        "exporting": (parity, "write_original", die),
+        "saving": (Checkpoints, "publish", die),
+        "validating": (validation, "validate", die),
+        "sampling": (export_check, "sample", die),
+        "exporting": (export_check, "write_original", die),
         "reporting": (
-            parity,
-            "write_whole",
+            export_check,
+            "write_atomic",
             lambda *given, **named: (write(*given, **named), die()),
         ),
-        "": (parity, "STEPS", parity.STEPS),
+        "": (export_check, "STEPS", export_check.STEPS),
     }[killed]
     setattr(module, name, action)
     devices = RANKS[strategy]
@@ -206,7 +207,7 @@ def test_killed_in_its_end_no_step_is_repeated(
     else:
         assert any("val/loss" in row for row in rows)
         assert any("parity/difference" in row for row in rows)
-        assert "compared again" in again.output(0)
+        assert "the check is repeated" in again.output(0)
     after = tmp_path / "run/checkpoints/step-000002"
     assert runs.tensors_of(after) == saved["step-000002"]
 
@@ -227,7 +228,7 @@ def test_a_disk_says_nothing_of_an_export(
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(kind, match="cannot be compared"):
-        patch.setattr("echolab.training.parity.write_original", fail)
+        patch.setattr("echolab.training.callbacks.export_check.write_original", fail)
         trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))
     assert trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))[0].done
 

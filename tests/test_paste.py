@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echolab.cli.paste import known_weight, paste_known
+from echolab.inference.render import known_weight, paste_known
 
 
 def outside_of_disc(size: int, radius: float) -> np.ndarray:

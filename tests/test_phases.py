@@ -8,10 +8,10 @@ from echolab.diffusion.phases import (
     FLAT,
     PHDA,
     PHDA_BY_PROGRESS,
-    KeepModalities,
+    ModalityDropout,
+    ModalityScaling,
     Ramp,
-    ScaleModalities,
-    of_preferences,
+    without_dropout,
 )
 
 TIMESTEPS = torch.linspace(0, 1000, 1001)
@@ -37,40 +37,42 @@ def test_the_other_reading_of_the_axis_is_the_mirror_image() -> None:
 
 
 def test_keeping_zeroes_where_the_uniform_is_not_below_the_weight() -> None:
-    told = conditions(4)
+    context = conditions(4)
     uniforms = torch.tensor([[0.4, 0.6], [0.6, 0.4], [0.6, 0.6], [0.4, 0.4]])
-    kept, weights = KeepModalities(PHDA)(told, torch.full((4,), 100.0), uniforms)
+    kept, weights = ModalityDropout(PHDA)(context, torch.full((4,), 100.0), uniforms)
     assert weights is None
     assert kept.image.flatten(1).any(1).tolist() == [True, False, False, True]
     assert kept.audio.flatten(1).any(1).tolist() == [False, True, False, True]
-    assert torch.equal(kept.image[0], told.image[0]) and torch.equal(kept.text, told.text)
+    assert torch.equal(kept.image[0], context.image[0]) and torch.equal(kept.text, context.text)
 
 
 def test_flat_keeps_everything() -> None:
-    told = conditions(2)
-    kept, _ = KeepModalities(FLAT)(told, torch.tensor([0.0, 999.0]), torch.full((2, 2), 0.9999))
-    assert all(torch.equal(a, b) for a, b in zip(kept, told, strict=True))
+    context = conditions(2)
+    kept, _ = ModalityDropout(FLAT)(context, torch.tensor([0.0, 999.0]), torch.full((2, 2), 0.9999))
+    assert all(torch.equal(a, b) for a, b in zip(kept, context, strict=True))
 
 
 def test_the_share_kept_is_the_weight() -> None:
-    told = conditions(1)
-    many = type(told)(*(part.expand(2000, *part.shape[1:]) for part in told))
+    context = conditions(1)
+    many = type(context)(*(part.expand(2000, *part.shape[1:]) for part in context))
     uniforms = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
-    kept, _ = KeepModalities(PHDA)(many, torch.full((2000,), 450.0), uniforms)
+    kept, _ = ModalityDropout(PHDA)(many, torch.full((2000,), 450.0), uniforms)
     assert kept.image.flatten(1).any(1).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 def test_scaling_leaves_the_conditions() -> None:
-    told = conditions(2)
-    same, weights = ScaleModalities(PHDA)(told, torch.tensor([0.0, 1000.0]), torch.zeros(2, 2))
-    assert same is told and weights is not None
+    context = conditions(2)
+    same, weights = ModalityScaling(PHDA)(context, torch.tensor([0.0, 1000.0]), torch.zeros(2, 2))
+    assert same is context and weights is not None
     assert weights.audio.tolist() == [0.5, 1.0]
 
 
 def test_a_preference_is_trained_with_every_condition() -> None:
-    told, uniforms = conditions(2), torch.full((2, 2), 0.999)
+    context, uniforms = conditions(2), torch.full((2, 2), 0.999)
     for timesteps in (torch.zeros(2), torch.full((2,), 1000.0)):
-        kept, weights = of_preferences(KeepModalities(PHDA))(told, timesteps, uniforms)
+        kept, weights = without_dropout(ModalityDropout(PHDA))(context, timesteps, uniforms)
         assert weights is None
-        assert torch.equal(kept.image, told.image) and torch.equal(kept.audio, told.audio)
-    assert of_preferences(ScaleModalities(PHDA)) == ScaleModalities(PHDA)  # nothing is zeroed there
+        assert torch.equal(kept.image, context.image) and torch.equal(kept.audio, context.audio)
+    assert without_dropout(ModalityScaling(PHDA)) == ModalityScaling(
+        PHDA
+    )  # nothing is zeroed there

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from echolab.data import pieces as module
-from echolab.data import tensors as tensors_module
-from echolab.data.batches import read_fp32
-from echolab.data.contents import Undecodable
-from echolab.data.pieces import Pieces
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
-from echolab.data.tensors import DTYPES, take_fp32
+from echolab.data import collate
+from echolab.data import member_reader as module
+from echolab.data.collate import DTYPES, read_fp32, take_fp32
+from echolab.data.member_reader import MemberError, MemberReader
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DataError
 
 TENSORS = {
@@ -43,7 +42,7 @@ def test_tensors_are_those_of_safetensors(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
-    monkeypatch.setattr(tensors_module, "CHUNK", chunk)
+    monkeypatch.setattr(collate, "CHUNK", chunk)
     dataset = dataset_of(tmp_path, save(TENSORS))
     found = read_fp32(dataset, 0)
     assert set(found) == set(TENSORS)
@@ -90,7 +89,7 @@ def test_a_type_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, save({"a": torch.zeros(2, dtype=torch.uint16)}))
     with pytest.raises(DataError, match="sample a: tensor a: U16 cannot be read"):
         read_fp32(dataset, 0)
-    assert "U16" not in DTYPES and issubclass(Undecodable, ValueError)
+    assert "U16" not in DTYPES and issubclass(MemberError, ValueError)
 
 
 @given(
@@ -107,7 +106,7 @@ def test_pieces_are_the_bytes_and_their_checksum(
     usual, module.CHUNK = module.CHUNK, chunk
     try:
         os.write(file, data)
-        pieces = Pieces(file, offset, size)
+        pieces = MemberReader(file, offset, size)
         position, end = offset, min(len(data), offset + size)
         for i, count in enumerate(sizes):
             if i % 3 == 2:
@@ -115,10 +114,10 @@ def test_pieces_are_the_bytes_and_their_checksum(
             else:
                 assert pieces.take(count).tobytes() == data[position : min(position + count, end)]
             position = min(position + count, end)
-            assert pieces.passed == position - offset
+            assert pieces.position == position - offset
             assert pieces.crc32 == zlib.crc32(data[offset:position])
         assert pieces.rest() == data[position:end]
-        assert (pieces.passed, pieces.crc32) == (end - offset, zlib.crc32(data[offset:end]))
+        assert (pieces.position, pieces.crc32) == (end - offset, zlib.crc32(data[offset:end]))
     finally:
         module.CHUNK = usual
         os.close(file)
@@ -127,5 +126,5 @@ def test_pieces_are_the_bytes_and_their_checksum(
 def test_pieces_of_a_cut_member_are_undecodable(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(save(TENSORS)[:-8])
-    with path.open("rb") as file, pytest.raises(Undecodable):
-        take_fp32(Pieces(file.fileno(), 0, len(save(TENSORS))))
+    with path.open("rb") as file, pytest.raises(MemberError):
+        take_fp32(MemberReader(file.fileno(), 0, len(save(TENSORS))))

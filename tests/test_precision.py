@@ -32,7 +32,7 @@ def moved(dtype: torch.dtype) -> float:
     return float(weight.detach())
 
 
-def test_the_law_tells_precisions_apart() -> None:
+def test_the_law_distinguishes_precisions() -> None:
     """A weight alone in bf16 stays where it is: its neighbours are 1/256 away, a step is 1/1000."""
     assert moved(torch.float64) == pytest.approx(0.9, abs=1e-6)
     assert moved(torch.float32) == pytest.approx(moved(torch.float64), abs=2e-6)
@@ -53,8 +53,8 @@ def test_a_small_gradient_moves_a_weight_as_in_fp32(
         arguments={"cases": cases, "world": world, "to": str(tmp_path)},
     )
     for case in cases:
-        found, _ = engines.measured(tmp_path, engines.name_of(case))
-        fallen = engines.Even().weight.double() - found["99/master/weight"].double()
+        result, _ = engines.measured(tmp_path, engines.name_of(case))
+        fallen = engines.Even().weight.double() - result["99/master/weight"].double()
         error = (fallen - (1 - moved(torch.float64))).abs().max()
         assert error < 6e-6, (case, float(error))
 

@@ -1,50 +1,50 @@
-"""Preference settings: in trl's words, and refused in one line."""
+"""Settings of the preference objectives: trl's names, and a one-line error for a wrong value."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
+from echolab.config.check import check
+from echolab.config.compose import compose
 from echolab.diffusion.objectives import Preference
-from echolab.diffusion.pair_losses import PAIR_LOSSES
-from echolab.diffusion.phases import PHDA, KeepModalities
+from echolab.diffusion.phases import PHDA, ModalityDropout
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
-from echolab.preference.settings import PreferenceSettings, checked
 
-
-@pytest.fixture
-def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder in which trl must leave nothing."""
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert list(tmp_path.iterdir()) == []
+BASE = compose(["schedule=dpo", "data.clips=x", "data.pairs=y"])
 
 
 @pytest.mark.parametrize("name", list(PAIR_LOSSES))
-def test_every_loss_that_we_have_is_one_of_trl(name: str, quiet: Path) -> None:
+def test_trl_accepts_every_loss_that_the_settings_accept(name: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
     smoothing = 0.1 if name in ("sigmoid", "robust", "exo_pair") else 0.0
-    settings = PreferenceSettings(loss_type=name, label_smoothing=smoothing)
-    assert checked(settings) is settings
+    settings = {"beta": 300.0, "label_smoothing": smoothing}
+    checked = check({**BASE, "objective": {**BASE["objective"], **settings, "loss_type": name}})
+    assert checked["objective"]["loss_type"] == name
+    trl.DPOConfig(
+        output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True, loss_type=[name],
+        **settings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"loss_type": "sigmoidal"}, "loss_type=sigmoidal: unknown; one of sigmoid"),
-        ({"anchor": -1.0}, "anchor=-1: must be 0 or more"),
-        ({"beta": "strong"}, "beta=strong: must be a number"),
-        ({"label_smoothing": True}, "label_smoothing=True: must be a number"),
+        ({"loss_type": "sigmoidal"}, "objective.loss_type=sigmoidal: must be one of sigmoid"),
+        ({"loss_type": "nonsense"}, "objective.loss_type=nonsense: must be one of sigmoid"),
+        ({"sft_weight": -1.0}, "objective.sft_weight=-1"),
+        ({"beta": "strong"}, "objective.beta=strong: must be a number"),
+        ({"beta": -5.0}, "objective.beta=-5"),
+        ({"label_smoothing": True}, "objective.label_smoothing=.*: must be a number"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
-    wrong: dict[str, object], message: str, quiet: Path
-) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        checked(PreferenceSettings(**wrong))  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
+def test_wrong_settings_are_refused_in_one_line(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        check({**BASE, "objective": {**BASE["objective"], **wrong}})
+    assert "\n" not in str(error.value)
 
 
 REFERENCE = Frozen(tiny.net())
@@ -56,12 +56,11 @@ REFERENCE = Frozen(tiny.net())
         ({"beta": 0.0}, "beta=0: must be above 0"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5: must lie in \[0, 0.5\)"),
         ({"loss_type": "exo_pair"}, "loss_type=exo_pair: infinite at label_smoothing=0"),
-        ({"target_gradient_factor": 0.5}, "target_gradient_factor=0.5"),
+        ({"loss_type": "sigmoidal"}, "loss_type=sigmoidal: unknown; one of sigmoid"),
+        ({"target_grad_factor": 0.5}, "target_grad_factor=0.5"),
     ],
 )
-def test_ranges_are_refused_where_the_objective_is_made(
-    wrong: dict[str, object], message: str
-) -> None:
-    settings = asdict(PreferenceSettings(**wrong))  # type: ignore[arg-type]
+def test_the_objective_refuses_values_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    settings = {"beta": 300.0, "loss_type": "sigmoid", "label_smoothing": 0.0, **wrong}
     with pytest.raises(ConfigError, match=message):
-        Preference(KeepModalities(PHDA), REFERENCE, **settings)
+        Preference(ModalityDropout(PHDA), REFERENCE, **settings)

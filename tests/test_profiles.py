@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from echolab.errors import CheckpointError, ConfigError
 from echolab.training.checkpoints.checkpoint import latest_valid, open_checkpoint
 from echolab.training.checkpoints.snapshots import average_of_width
-from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import masters_of
-from echolab.training.engine.profiles import Profile, coefficients, exponent_of, newest_share, width
+from echolab.training.engine.ema import (
+    Ema,
+    Profile,
+    coefficients,
+    exponent_of,
+    newest_share,
+    width,
+)
+from echolab.training.engine.master_weights import masters_of
 
 KEPT = (0.05, 0.1)
 
@@ -59,8 +65,8 @@ def test_the_recursion_has_the_profile() -> None:
 
 def test_a_kept_average_is_made_of_itself() -> None:
     kept = [Profile(exponent_of(s), t) for t in (100, 200, 300) for s in KEPT]
-    found = coefficients(kept, kept[-1])
-    assert found[:-1] == pytest.approx([0] * 5, abs=1e-6) and found[-1] == pytest.approx(1)
+    result = coefficients(kept, kept[-1])
+    assert result[:-1] == pytest.approx([0] * 5, abs=1e-6) and result[-1] == pytest.approx(1)
 
 
 def walk(folder: Path, steps: int, every: int, wanted: float) -> tuple[saved.Saver, torch.Tensor]:
@@ -89,8 +95,8 @@ def test_an_average_of_another_width_from_snapshots(tmp_path: Path, wanted: floa
     newest, _ = latest_valid(tmp_path)
     assert newest and len(list((tmp_path / "snapshots").iterdir())) == 16
     assert len(list(tmp_path.glob("step-*"))) == 2  # the checkpoints are gone, the snapshots stay
-    found = average_of_width(newest, wanted)
-    made = torch.cat([found[name].flatten() for name in saver.masters.parameters])
+    result = average_of_width(newest, wanted)
+    made = torch.cat([result[name].flatten() for name in saver.masters.parameters])
 
     def error(other: torch.Tensor) -> float:
         return float((other - truth).square().mean().sqrt())
@@ -119,7 +125,7 @@ def test_a_run_without_them_says_how_to_have_them(tmp_path: Path) -> None:
     saved.Saver(tmp_path).save(1)
     newest, _ = latest_valid(tmp_path)
     assert newest
-    with pytest.raises(CheckpointError, match="train with optim.ema_widths"):
+    with pytest.raises(CheckpointError, match="train with optim.posthoc_ema_stds"):
         average_of_width(newest, 0.08)
 
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from echolab.data import progress as module
-from echolab.data.progress import progress
+from echolab import progress as module
+from echolab.progress import progress
 
 
 class Clock:

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load, save, save_file
 
-from echolab.cli.pairs import VERDICTS, judge_candidates
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.batches import read_pair
-from echolab.data.provenance import check_same_encoders, shared_samples
-from echolab.data.shards import ShardWriter, open_dataset
-from echolab.encoders.autoencoder import CausalAutoencoder
+from echolab.config.compose import compose
+from echolab.data.collate import read_pair
+from echolab.data.shard_reader import check_same_encoders, open_dataset, shared_samples
+from echolab.data.shard_writer import ShardWriter
+from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError, EcholabError
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.inference.pairs import VERDICTS, judge_candidates
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.preference.judge import Verdict
 from echolab.preference.pack import append_verdicts, pack_pairs, read_verdicts
 
@@ -60,13 +60,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
     told = [f"{name}={place}" for name, place in places.items()]
     plan = encoded.plan(("sft", 1), *([("dpo", 1)] if "data.pairs" in places else []))
-    return train(compose([*encoded.SETTINGS, "parity=false", f"run={run}", plan, *told, *words]))
+    return train(
+        compose([*encoded.SETTINGS, "verify_export=false", f"run_dir={run}", plan, *told, *words])
+    )
 
 
 def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
     """All that meet in a run, by ONE but for what is `changed`."""
-    names = {"data.clips": "clips", "data.held_out": "held", "data.pairs": "pairs",
-             "initial": "run", "reference": "run"}  # fmt: skip
+    names = {"data.clips": "clips", "data.val_clips": "held", "data.pairs": "pairs",
+             "init_from": "run", "ref_model": "run"}  # fmt: skip
     return {
         setting: made[f"{changed.get(setting.removeprefix('data.'), 'one')}/{kind}"]
         for setting, kind in names.items()
@@ -80,9 +82,9 @@ def test_what_one_network_made_meets(made: dict[str, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("what", "encoder"),
     [
-        *((what, name) for what in ("held_out", "pairs") for name in ONE),
-        ("initial", "video"),
-        ("reference", "video"),
+        *((what, name) for what in ("val_clips", "pairs") for name in ONE),
+        ("init_from", "video"),
+        ("ref_model", "video"),
     ],
 )
 def test_what_different_networks_made_does_not(
@@ -112,18 +114,18 @@ def test_clips_that_are_trained_on_are_not_held_out(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips = made["one/clips"]
-    with pytest.raises(DataError, match="is the training set .* data.held_out_overlaps=accept"):
-        train_on(tmp_path / "a", {"data.clips": clips, "data.held_out": clips})
-    same = {"data.clips": clips, "data.held_out": clips}
-    assert train_on(tmp_path / "a", same, "data.held_out_overlaps=accept").done
-    assert "warning: data.held_out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="is the training set .* data.val_overlaps=accept"):
+        train_on(tmp_path / "a", {"data.clips": clips, "data.val_clips": clips})
+    same = {"data.clips": clips, "data.val_clips": clips}
+    assert train_on(tmp_path / "a", same, "data.val_overlaps=accept").done
+    assert "warning: data.val_clips" in capsys.readouterr().err
     part = tmp_path / "part"
     with ShardWriter(part, kind="encoded", encoders=ONE) as writer:
         for place in (made["one/held"], clips):
             dataset = open_dataset(place)
             writer.write(dataset.keys[1], dataset.read(1))
     assert shared_samples(open_dataset(part), open_dataset(clips)) == 1
-    assert train_on(tmp_path / "b", {"data.clips": clips, "data.held_out": part}).done
+    assert train_on(tmp_path / "b", {"data.clips": clips, "data.val_clips": part}).done
     assert "1 of its 2 samples are in the training set" in capsys.readouterr().err
 
 
@@ -152,7 +154,9 @@ def test_a_clip_is_not_preferred_to_itself(made: dict[str, Path], tmp_path: Path
 
 
 def test_adapters_need_a_trained_base(made: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapters need a trained base.*give weights= or initial"):
+    with pytest.raises(
+        ConfigError, match="adapters need a trained base.*give pretrained= or init_from"
+    ):
         train_on(tmp_path / "run", {"data.clips": made["one/clips"]}, "lora=attention")
 
 

@@ -13,13 +13,14 @@ from fault_server import serving, status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echolab.data.fetch import FetchError, Patience
-from echolab.data.micro_batches import MicroBatches, Place, stock
-from echolab.data.quarantine import Tolerant, allowed, read_quarantine
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.data.bad_samples import TolerantReader, max_bad_samples, read_quarantine
+from echolab.data.remote.download import FetchError, RetryPolicy
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.train_dataset import StepPlan, TrainDataset, build_mixture
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 PER_SHARD, SHARDS = 20, 5
 COUNT = PER_SHARD * SHARDS
@@ -56,23 +57,31 @@ def number(dataset: ShardDataset, i: int) -> int:
 
 def test_the_first_bad_sample_stops_all(dataset: ShardDataset, tmp_path: Path) -> None:
     bad = corrupted(dataset, {3})
-    reader = Tolerant(bad)
+    reader = TolerantReader(bad)
     assert reader.read(2, lambda j: number(bad, j)) == 2
     with pytest.raises(DataError, match="sample clip-003"):
         reader.read(3, lambda j: number(bad, j))
 
 
 def test_shares_are_not_rounded_up_by_chance() -> None:
-    assert [allowed(700, 0.01), allowed(1000, 0.001), allowed(1, 0.001)] == [7, 1, 1]
-    assert [allowed(1001, 0.001), allowed(1000, 0.0), allowed(0, 0.5)] == [2, 0, 0]
+    assert [
+        max_bad_samples(700, 0.01),
+        max_bad_samples(1000, 0.001),
+        max_bad_samples(1, 0.001),
+    ] == [7, 1, 1]
+    assert [max_bad_samples(1001, 0.001), max_bad_samples(1000, 0.0), max_bad_samples(0, 0.5)] == [
+        2,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_budget_is_a_share(dataset: ShardDataset, tmp_path: Path, share: float) -> None:
-    with pytest.raises(ConfigError, match="skip_budget"):
-        Tolerant(dataset, skip_budget=share, quarantine=tmp_path / "q")
-    with pytest.raises(ConfigError, match="skip_budget"):
-        Tolerant(dataset, skip_budget=0.1)
+    with pytest.raises(ConfigError, match="max_bad_fraction"):
+        TolerantReader(dataset, max_bad_fraction=share, quarantine=tmp_path / "q")
+    with pytest.raises(ConfigError, match="max_bad_fraction"):
+        TolerantReader(dataset, max_bad_fraction=0.1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,7 +99,7 @@ def test_it_stops_exactly_when_the_budget_is_exceeded(
 ) -> None:
     path = tmp_path_factory.mktemp("run") / "quarantine.jsonl"
     damaged = corrupted(dataset, bad)
-    reader = Tolerant(damaged, skip_budget=budget, quarantine=path)
+    reader = TolerantReader(damaged, max_bad_fraction=budget, quarantine=path)
     met: list[int] = []  # bad samples, in the order they are met
 
     def read(j: int) -> int:
@@ -100,15 +109,15 @@ def test_it_stops_exactly_when_the_budget_is_exceeded(
 
     def exceeded() -> bool:
         shards = Counter(j // PER_SHARD for j in met)
-        return len(met) > allowed(COUNT, budget) or any(
-            count > allowed(PER_SHARD, budget) for count in shards.values()
+        return len(met) > max_bad_samples(COUNT, budget) or any(
+            count > max_bad_samples(PER_SHARD, budget) for count in shards.values()
         )
 
     for i in np.random.default_rng(seed).permutation(COUNT).tolist():
         try:
             j = reader.read(i, read)
         except DataError as error:
-            assert exceeded() and "skip_budget" in str(error) and "\n" not in str(error)
+            assert exceeded() and "max_bad_fraction" in str(error) and "\n" not in str(error)
             break
         assert not exceeded() and j not in bad
         # A pure function of the data: the next good one, whoever reads and whatever came before.
@@ -125,7 +134,7 @@ def test_it_stops_exactly_when_the_budget_is_exceeded(
 
 def part(folder: Path, path: Path, numbers: list[int]) -> None:
     dataset = open_dataset(folder)
-    reader = Tolerant(dataset, skip_budget=0.1, quarantine=path)
+    reader = TolerantReader(dataset, max_bad_fraction=0.1, quarantine=path)
     for i in numbers:
         reader.read(i, lambda j: number(dataset, j))
 
@@ -154,7 +163,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over(
     dataset: ShardDataset, tmp_path: Path
 ) -> None:
     path, damaged = tmp_path / "quarantine.jsonl", corrupted(dataset, {3, 50})
-    reader = Tolerant(damaged, skip_budget=0.1, quarantine=path)
+    reader = TolerantReader(damaged, max_bad_fraction=0.1, quarantine=path)
     reader.read(3, lambda j: number(damaged, j))
     with path.open("a") as file:
         file.write('{"dataset": "x", "ke')
@@ -167,9 +176,11 @@ def test_a_server_that_is_down_is_no_bad_sample(dataset: ShardDataset, tmp_path:
     with serving(dataset.folder) as server:
         server.always["encoded-000001.tar"] = status(500)
         there = open_dataset(
-            server.url, cache=tmp_path / "cache", patience=Patience(2, 0.2, 2.0, 0.001, 0.001)
+            server.url,
+            cache_dir=tmp_path / "cache",
+            retry_policy=RetryPolicy(2, 0.2, 2.0, 0.001, 0.001),
         )
-        reader = Tolerant(there, skip_budget=0.5, quarantine=tmp_path / "q")
+        reader = TolerantReader(there, max_bad_fraction=0.5, quarantine=tmp_path / "q")
         assert reader.read(3, lambda j: number(there, j)) == 3
         with pytest.raises(FetchError, match="HTTP 500"):
             reader.read(25, lambda j: number(there, j))
@@ -178,8 +189,10 @@ def test_a_server_that_is_down_is_no_bad_sample(dataset: ShardDataset, tmp_path:
 
 def test_nothing_good_left_is_an_error(dataset: ShardDataset, tmp_path: Path) -> None:
     damaged = corrupted(dataset, {3})
-    reader = Tolerant(damaged, skip_budget=0.5, quarantine=tmp_path / "q", stand_ins=lambda i: [i])
-    with pytest.raises(DataError, match="no good stand-in"):
+    reader = TolerantReader(
+        damaged, max_bad_fraction=0.5, quarantine=tmp_path / "q", substitutes=lambda i: [i]
+    )
+    with pytest.raises(DataError, match="no good substitute"):
         reader.read(3, lambda j: number(damaged, j))
 
 
@@ -191,12 +204,12 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
         file.write(b"damaged")
 
     def keys(world: int, **tolerance: Any) -> list[str]:
-        """Return the keys of two epochs, over all ranks."""
-        clips = stock([whole], kind="encoded", batch_size=2, seed=1, **tolerance)
-        other = stock([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
+        """Of two epochs, over all ranks."""
+        clips = build_mixture([whole], kind="encoded", batch_size=2, seed=1, **tolerance)
+        other = build_mixture([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
         ranks = [
-            MicroBatches(
-                clips, other, place=lambda step: Place("sft", step),
+            TrainDataset(
+                clips, other, step_plan=lambda step: StepPlan("sft", step),
                 curriculum=Curriculum(hard_to_easy(4)), batch_size=2, accumulation=1, seed=1,
                 steps=9, rank=rank, world=world,
             )
@@ -207,8 +220,8 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
     path = tmp_path / "run" / "quarantine.jsonl"
     with pytest.raises(DataError, match="sample clip-004, byte"):
         keys(1)
-    found = keys(1, skip_budget=0.1, quarantine=path)
-    assert found == keys(2, skip_budget=0.1, quarantine=path)
+    found = keys(1, max_bad_fraction=0.1, quarantine=path)
+    assert found == keys(2, max_bad_fraction=0.1, quarantine=path)
     expected = {key: 2 for key in whole.keys if key != "clip-004"} | {"clip-005": 4}
     assert Counter(found) == expected
     assert [entry["key"] for entry in read_quarantine(path)] == ["clip-004"]

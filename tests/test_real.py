@@ -37,7 +37,7 @@ def test_from_real_videos_to_a_talking_portrait(media: Path, weights: Path, tmp_
     assert json.loads(told)["clips"] >= 4
     refused = [json.loads(line) for line in (real / "raw" / "refused.jsonl").open()]
     reasons = {entry["source"]: entry["reason"] for entry in refused}
-    assert "sound" in reasons["noaudio_iplap129.mp4"] and "bad_rot90.mov" in reasons
+    assert "no audio" in reasons["noaudio_iplap129.mp4"] and "bad_rot90.mov" in reasons
     assert all(
         set(entry) == {"source", "start_seconds", "end_seconds", "reason"} for entry in refused
     )
@@ -45,7 +45,7 @@ def test_from_real_videos_to_a_talking_portrait(media: Path, weights: Path, tmp_
     run(tmp_path, weights, "echolab.cli", "fit", "autoencoder", str(real / "raw"), str(network),
         "steps=20")  # fmt: skip
     run(tmp_path, weights, "data_prep", "encode", str(real / "raw"), str(real / "encoded"),
-        f"video={network}")  # fmt: skip
+        f"vae={network}")  # fmt: skip
     run(tmp_path, weights, "echolab.cli", "data", "verify", str(real / "encoded"))
 
     run(tmp_path, weights, "echolab.cli", "train", "experiment=real_smoke")
@@ -56,7 +56,7 @@ def test_from_real_videos_to_a_talking_portrait(media: Path, weights: Path, tmp_
     out = tmp_path / "talking.mp4"
     run(tmp_path, weights, "echolab.cli", "generate",
         f"image={media / 'image' / 'hallo_1.jpg'}", f"audio={media / 'audio' / 'hallo_1.wav'}",
-        f"out={out}", "checkpoint=runs/real_smoke", f"video={network}", "seconds=2", "steps=3",
+        f"out={out}", "checkpoint=runs/real_smoke", f"vae={network}", "seconds=2", "num_steps=3",
         )  # fmt: skip
     with av.open(str(out)) as video:
         assert len(video.streams.video) == 1 and len(video.streams.audio) == 1

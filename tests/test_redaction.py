@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from echolab import redaction
-from echolab.data.transport import shown, url_of
+from echolab.data.remote.transport import parse_url, public_url
 from echolab.errors import ConfigError
-from echolab.redaction import conceal, masked, masked_values
+from echolab.redaction import mask_secrets, mask_values, register_secrets
 
 CANARY = "c4nary-0123456789"
 
@@ -47,8 +47,8 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_address_is_masked(text: str, clean: str) -> None:
-    assert masked(text) == clean
-    assert masked(clean) == clean
+    assert mask_secrets(text) == clean
+    assert mask_secrets(clean) == clean
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_address_is_masked(text: str, clean: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert masked(text) == text
+    assert mask_secrets(text) == text
 
 
 @pytest.mark.parametrize(
@@ -80,34 +80,34 @@ def test_which_variables_are_secret(
     monkeypatch: pytest.MonkeyPatch, name: str, secret: bool
 ) -> None:
     monkeypatch.setenv(name, CANARY)
-    assert (CANARY not in masked(f"HTTP 401: {CANARY} is not valid")) is secret
+    assert (CANARY not in mask_secrets(f"HTTP 401: {CANARY} is not valid")) is secret
 
 
 def test_a_file_named_by_a_secret_variable_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
-    assert masked(f"{tmp_path}: cannot be read") == f"{tmp_path}: cannot be read"
+    assert mask_secrets(f"{tmp_path}: cannot be read") == f"{tmp_path}: cannot be read"
 
 
 def test_the_secrets_of_an_address_are_masked_by_themselves() -> None:
     """As libraries have them in their messages: decoded, in pieces, as a header."""
     url = f"https://user:p%40{CANARY}@h/d?X-Amz-Credential=AKIA%2F20260101&sig=abcdefgh12&v=3"
-    assert url_of(url) == url
+    assert parse_url(url) == url
     for text in (f"p@{CANARY}", f"p%40{CANARY}", "AKIA/20260101", "/d?sig=abcdefgh12",
                  "Basic dXNlcjpwQGM0bmFyeS0wMTIzNDU2Nzg5"):  # fmt: skip
-        assert "***" in masked(f"InvalidURL({text!r})"), text
-    assert masked("version 3 of user") == "version 3 of user"
+        assert "***" in mask_secrets(f"InvalidURL({text!r})"), text
+    assert mask_secrets("version 3 of user") == "version 3 of user"
 
 
 def test_short_words_are_not_blotted_out() -> None:
-    conceal("https://train:clips@h/d?token=raw")
-    assert masked("train: raw clips") == "train: raw clips"
+    register_secrets("https://train:clips@h/d?token=raw")
+    assert mask_secrets("train: raw clips") == "train: raw clips"
 
 
 def test_nested_values() -> None:
     value = {"a": [f"http://u:{CANARY}@h", 1, None, 2.5, True], "b": {"c": Path("https://u:p@h")}}
-    assert masked_values(value) == {
+    assert mask_values(value) == {
         "a": ["http://***@h", 1, None, 2.5, True],
         "b": {"c": "https:/***@h"},
     }
@@ -115,11 +115,11 @@ def test_nested_values() -> None:
 
 def test_an_address_with_a_raw_slash_in_its_password_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^https://\*\*\*@host/d: .*%2F"):
-        url_of(f"https://user:{CANARY}/x@host/d")
-    assert url_of("HTTPS://user:a@host/d") == "https://user:a@host/d"
-    assert shown("https://user:a@host/d?sig=x#y") == "https://host/d"
+        parse_url(f"https://user:{CANARY}/x@host/d")
+    assert parse_url("HTTPS://user:a@host/d") == "https://user:a@host/d"
+    assert public_url("https://user:a@host/d?sig=x#y") == "https://host/d"
     with pytest.raises(ConfigError, match="chained") as told:
-        url_of(f"simplecache::https://u:{CANARY}@h/d")
+        parse_url(f"simplecache::https://u:{CANARY}@h/d")
     assert CANARY not in str(told.value)
 
 
@@ -139,7 +139,7 @@ def test_an_address_with_a_raw_slash_in_its_password_is_refused() -> None:
 def test_a_command_writes_no_secret(program: str) -> None:
     """Whoever writes it: the program, a library, a thread, or the interpreter at the end."""
     words = (
-        "import sys\nfrom echolab.redaction import masked_output\nwith masked_output():\n"
+        "import sys\nfrom echolab.redaction import mask_output\nwith mask_output():\n"
         f"    {program.format(CANARY)}\n"
     )
     # From standard input: the interpreter shows no source lines, which would be the test's own.

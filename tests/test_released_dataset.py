@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 import released
 import torch
+from safetensors.torch import load, save
 
-from data_prep import encode, stages
-from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.raw import boxes_of, caption_of, open_raw, pixels_of, sound_of
-from echolab.data.batches import read_clip
-from echolab.data.shards import open_dataset
+from data_prep import encode
+from data_prep.__main__ import encode as encode_action
+from data_prep.draw import draw_dataset
+from data_prep.encode import audio_of, boxes_of, caption_of, open_raw, pixels_of
+from data_prep.options import DrawOptions
+from echolab.data.collate import read_clip
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.encoders.encode import Encoders, encode_clip
-from echolab.encoders.released import Resident, find_released, released_encoders
+from echolab.encoders.loading import Resident, find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
 from echolab.errors import ConfigError, DataError, WeightsError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 
 FRAMES, SIZE, CLIPS = 13, 32, 2
 
@@ -30,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     released.write_base_960h(folder / "base")
     released.write_chinese_base(folder / "chinese")
     draw_dataset(
-        DrawOptions(folder / "raw", clips=CLIPS, frames=FRAMES, size=SIZE), lambda done: None
+        DrawOptions(folder / "raw", num_clips=CLIPS, frames=FRAMES, size=SIZE), lambda done: None
     )
     return folder
 
@@ -41,25 +45,25 @@ def made(world: Path, *, audio: str = "base", speech: str = "preview", **more: i
 
 
 def command(world: Path, out: Path, *more: str) -> list[str]:
-    return [str(world / "raw"), str(out), "encoders=released", f"weights={world / 'release'}",
-            f"audio={world / 'base'}", "dtype=fp32", *more]  # fmt: skip
+    return [str(world / "raw"), str(out), "encoders=released", f"encoder_dir={world / 'release'}",
+            f"wav2vec={world / 'base'}", "dtype=fp32", *more]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("audio", "speech", "shape"),
     [("base", "preview", (2 * FRAMES, 16)), ("chinese", "flash", (FRAMES, 12, 16))],
 )
-def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
+def test_a_dataset_holds_the_output_of_each_encoder(
     world: Path, tmp_path: Path, audio: str, speech: str, shape: tuple[int, ...]
 ) -> None:
     encoders = made(world, audio=audio, speech=speech)
-    assert stages.encode_in_stages(world / "raw", tmp_path / "out", encoders, {}) == CLIPS
+    assert encode.encode_in_stages(world / "raw", tmp_path / "out", encoders, {}) == CLIPS
     dataset, raw = open_dataset(tmp_path / "out"), open_raw(world / "raw")
     assert dataset.keys == raw.keys and dataset.encoders == encoders.fingerprints
     assert not (tmp_path / "out" / ".work").exists()
     members = raw.read(1)
     expected = encode_clip(made(world, audio=audio, speech=speech, resident=4), pixels_of(members),
-                           sound_of(members), caption_of(members), *boxes_of(members))  # fmt: skip
+                           audio_of(members), caption_of(members), *boxes_of(members))  # fmt: skip
     assert expected["audio"].shape == shape
     for task in TASKS:
         clip = read_clip(dataset, 1, task)
@@ -75,25 +79,25 @@ def test_a_dataset_holds_what_each_encoder_makes_of_its_clips(
 def test_the_command_and_its_summary(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert encode.main(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["clips"] == CLIPS and told["encoders"]["text"].endswith(" cleaned")
+    assert encode_action(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["clips"] == CLIPS and summary["encoders"]["text"].endswith(" cleaned")
     assert open_dataset(tmp_path / "out").description["dtype"] == "fp32"
     with pytest.raises(DataError, match="already holds a dataset"):
-        encode.main(command(world, tmp_path / "out"))
+        encode_action(command(world, tmp_path / "out"))
 
 
-def test_a_stopped_command_goes_on_where_it_was(
+def test_a_stopped_command_resumes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert encode.main(command(world, whole)) == 0
+    complete, out = tmp_path / "whole", tmp_path / "out"
+    assert encode_action(command(world, complete)) == 0
     calls: list[str] = []
 
     def watched(stop_in: str | None) -> None:
-        def stages_of(encoders: Encoders) -> dict[str, stages.Stage]:
-            def stage(name: str, inner: stages.Stage) -> stages.Stage:
-                def run(members: stages.Members) -> dict[str, torch.Tensor]:
+        def stages_of(encoders: Encoders) -> dict[str, encode.Stage]:
+            def stage(name: str, inner: encode.Stage) -> encode.Stage:
+                def run(members: encode.Members) -> dict[str, torch.Tensor]:
                     calls.append(name)
                     if name == stop_in:
                         raise KeyboardInterrupt
@@ -103,45 +107,103 @@ def test_a_stopped_command_goes_on_where_it_was(
 
             return {name: stage(name, inner) for name, inner in original(encoders).items()}
 
-        monkeypatch.setattr(stages, "stages_of", stages_of)
+        monkeypatch.setattr(encode, "stages_of", stages_of)
 
-    original = stages.stages_of
-    watched(stop_in="sound")
+    original = encode.stages_of
+    watched(stop_in="audio")
     with pytest.raises(KeyboardInterrupt):
-        encode.main(command(world, out))
-    assert calls == ["text"] * CLIPS + ["image"] * CLIPS + ["sound"]
+        encode_action(command(world, out))
+    assert calls == ["text"] * CLIPS + ["image"] * CLIPS + ["audio"]
     assert not (out / "dataset.json").exists()
     calls.clear()
     watched(stop_in=None)
-    assert encode.main(command(world, out)) == 0
-    assert calls == ["sound"] * CLIPS + ["video"] * CLIPS
-    assert open_dataset(out).fingerprint == open_dataset(whole).fingerprint
+    assert encode_action(command(world, out)) == 0
+    assert calls == ["audio"] * CLIPS + ["video"] * CLIPS
+    assert open_dataset(out).fingerprint == open_dataset(complete).fingerprint
 
 
-def test_leftovers_of_another_command_are_not_taken_up(world: Path, tmp_path: Path) -> None:
+def without_tasks(complete: Path, out: Path, tasks: tuple[str, ...]) -> Path:
+    """Copy an encoded dataset without the known latents of some tasks."""
+    dataset = open_dataset(complete)
+    with ShardWriter(
+        out, kind="encoded", encoders=dataset.encoders, description=dataset.description
+    ) as writer:
+        for i, key in enumerate(dataset.keys):
+            members = dataset.read(i)
+            tensors = load(members["safetensors"])
+            kept = {n: t for n, t in tensors.items() if n.partition(".")[2] not in tasks}
+            writer.write(key, {"safetensors": save(kept), "json": members["json"]})
+    return out
+
+
+def test_a_new_task_is_added_without_encoding_the_rest_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ("flf2v", "lip_sync")
+    assert encode_action(command(world, tmp_path / "complete")) == 0
+    old = without_tasks(tmp_path / "complete", tmp_path / "old", tasks)
+    stages: list[str] = []
+    original = encode._run_stage
+
+    def watched(dataset: object, folder: Path, stage: encode.Stage, title: str) -> None:
+        stages.append(title)
+        original(dataset, folder, stage, title)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encode, "_run_stage", watched)
+    assert encode_action(command(world, tmp_path / "new", f"encoded={old}")) == 0
+    assert stages == ["encoding known"]
+    complete, new = open_dataset(tmp_path / "complete"), open_dataset(tmp_path / "new")
+    assert new.keys == complete.keys and new.description["added_tasks"] == list(tasks)
+    for i in range(CLIPS):
+        expected, tensors = (load(d.read(i)["safetensors"]) for d in (complete, new))
+        assert tensors.keys() == expected.keys()
+        torch.testing.assert_close(tensors, expected)
+        kept = [name for name in expected if name.partition(".")[2] not in tasks]
+        assert all(torch.equal(tensors[name], expected[name]) for name in kept)
+
+
+def test_tasks_are_added_to_a_dataset_of_the_same_source_and_encoders_alone(
+    world: Path, tmp_path: Path
+) -> None:
+    assert encode_action(command(world, tmp_path / "complete")) == 0
+    with pytest.raises(DataError, match="has the known latents of all tasks"):
+        encode_action(command(world, tmp_path / "new", f"encoded={tmp_path / 'complete'}"))
+    old = without_tasks(tmp_path / "complete", tmp_path / "old", ("i2v",))
+    with pytest.raises(DataError, match="is of other encoders"):
+        encode_action(command(world, tmp_path / "new", f"encoded={old}", "clean=wan"))
+    draw_dataset(
+        DrawOptions(tmp_path / "raw", num_clips=1, seed=9, frames=FRAMES, size=SIZE),
+        lambda done: None,
+    )
+    with pytest.raises(DataError, match="was not encoded from"):
+        encode.add_tasks(tmp_path / "raw", old, tmp_path / "new", made(world))
+    assert not (tmp_path / "new" / "dataset.json").exists()
+
+
+def test_leftovers_of_another_command_are_not_used(world: Path, tmp_path: Path) -> None:
     one, other = made(world), made(world, audio="chinese", speech="flash")
     dataset = open_raw(world / "raw")
     names = {
-        stages._identity(dataset, one, {"dtype": "fp32"}),
-        stages._identity(dataset, one, {"dtype": "bf16"}),
-        stages._identity(dataset, other, {"dtype": "fp32"}),
+        encode._work_name(dataset, one, {"dtype": "fp32"}),
+        encode._work_name(dataset, one, {"dtype": "bf16"}),
+        encode._work_name(dataset, other, {"dtype": "fp32"}),
     }
     assert len(names) == 3
-    assert stages._identity(dataset, made(world), {"dtype": "fp32"}) in names
+    assert encode._work_name(dataset, made(world), {"dtype": "fp32"}) in names
 
 
 def test_an_error_names_the_sample_and_leaves_no_dataset(world: Path, tmp_path: Path) -> None:
-    draw_dataset(DrawOptions(tmp_path / "raw", clips=1, frames=9, size=SIZE), lambda done: None)
+    draw_dataset(DrawOptions(tmp_path / "raw", num_clips=1, frames=9, size=SIZE), lambda done: None)
     flash = made(world, audio="chinese", speech="flash")
     key = open_dataset(tmp_path / "raw").keys[0]
-    with pytest.raises(Exception, match=f"raw: sample {key}: sound of .* has no loudness"):
-        stages.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
+    with pytest.raises(Exception, match=f"raw: sample {key}: audio of .* has no loudness"):
+        encode.encode_in_stages(tmp_path / "raw", tmp_path / "out", flash, {})
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_values_beyond_fp16_are_refused() -> None:
     with pytest.raises(DataError, match="sample a: text is not finite in fp16"):
-        stages.stored("a", {"text": torch.tensor([1e6])})
+        encode.to_safetensors("a", {"text": torch.tensor([1e6])})
 
 
 def test_at_most_so_many_networks_are_in_memory() -> None:
@@ -193,7 +255,7 @@ def test_fingerprints_follow_the_files_alone(world: Path, tmp_path: Path) -> Non
     assert again["text"].split()[0] == one["text"].split()[0] and cleaned is not as_written
 
 
-def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_path: Path) -> None:
+def test_both_layouts_work_and_a_missing_part_is_named(world: Path, tmp_path: Path) -> None:
     release = find_released(world / "release", world / "base")
     assert release.video.name == "Wan2.1_VAE.pth" and release.tokenizer.name == "umt5-xxl"
     pipeline = find_released(world / "pipeline", world / "base")
@@ -208,20 +270,20 @@ def test_both_layouts_are_found_and_a_missing_part_is_named(world: Path, tmp_pat
         partial = tmp_path / part
         released.write_release(partial)
         (partial / name).unlink()
-        with pytest.raises(WeightsError, match=f"no {part} .*need one of {name}") as told:
+        with pytest.raises(WeightsError, match=f"no {part} .*need one of {name}") as summary:
             find_released(partial, world / "base")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(summary.value)
 
 
-def test_options_that_cannot_be(world: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
     raw, out = str(world / "raw"), str(tmp_path / "out")
-    with pytest.raises(ConfigError, match="video=: needed with encoders=demo"):
-        encode.main([raw, out])
-    with pytest.raises(ConfigError, match="weights=: needed with encoders=released"):
-        encode.main([raw, out, "encoders=released", f"audio={world / 'base'}"])
-    with pytest.raises(ConfigError, match="audio=: needed"):
-        encode.main([raw, out, "encoders=released", f"weights={world / 'release'}"])
+    with pytest.raises(ConfigError, match="vae=: needed with encoders=demo"):
+        encode_action([raw, out])
+    with pytest.raises(ConfigError, match="encoder_dir=: needed with encoders=released"):
+        encode_action([raw, out, "encoders=released", f"wav2vec={world / 'base'}"])
+    with pytest.raises(ConfigError, match="wav2vec=: needed"):
+        encode_action([raw, out, "encoders=released", f"encoder_dir={world / 'release'}"])
     for device in ("cuda:63", "nonsense"):
         with pytest.raises(ConfigError, match=f"device={device}: not here"):
-            encode.main(command(world, tmp_path / "out", f"device={device}"))
+            encode_action(command(world, tmp_path / "out", f"device={device}"))
     assert not (tmp_path / "out").exists()

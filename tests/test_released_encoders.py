@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import CLIPVisionModel
 
 from echolab.encoders import clip, umt5, wan_vae
-from echolab.encoders.clip import MEAN, STD, load_image_encoder, squeeze
+from echolab.encoders.clip import MEAN, STD, load_image_encoder, resize
 from echolab.encoders.umt5 import load_text_encoder
 from echolab.encoders.wan_vae import load_autoencoder
 from echolab.errors import WeightsError
@@ -47,7 +47,7 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 # The autoencoder
 
 
-def test_latents_are_the_mode_normalised_by_the_published_numbers(pipeline: Path) -> None:
+def test_latents_are_the_mode_normalized_by_the_published_statistics(pipeline: Path) -> None:
     mean = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]  # fmt: skip
     std = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -84,9 +84,9 @@ def test_slicing_changes_nothing_and_tiling_only_where_there_are_tiles(pipeline:
     tiled = load_autoencoder(folder, CPU, FP32, tiling=True)
     torch.testing.assert_close(tiled.encode(pixels()), at_once)
     wide = pixels(1, 1, 32, 272)
-    whole = load_autoencoder(folder, CPU, FP32).encode(wide)
-    assert tiled.encode(wide).shape == whole.shape
-    assert not torch.equal(tiled.encode(wide), whole)
+    full = load_autoencoder(folder, CPU, FP32).encode(wide)
+    assert tiled.encode(wide).shape == full.shape
+    assert not torch.equal(tiled.encode(wide), full)
 
 
 def test_the_authors_names_give_the_same_autoencoder(
@@ -114,9 +114,9 @@ def test_an_autoencoder_in_bf16_still_gives_fp32(release: Path) -> None:
 def test_an_autoencoder_of_other_channels_is_refused_in_one_line(tmp_path: Path) -> None:
     wide = released.vae(z_dim=48, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
     wide.save_pretrained(tmp_path / "vae")
-    with pytest.raises(WeightsError, match=r"config.json: z_dim is 48, need 16.*Wan 2.1") as told:
+    with pytest.raises(WeightsError, match=r"config.json: z_dim is 48, need 16.*Wan 2.1") as caught:
         load_autoencoder(tmp_path / "vae", CPU, FP32)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     torch.save(released.vae_original(wide), tmp_path / "vae.pth")
     with pytest.raises(WeightsError, match=r"vae.pth: channels of post_quant_conv is 48, need 16"):
         load_autoencoder(tmp_path / "vae.pth", CPU, FP32)
@@ -130,7 +130,7 @@ def test_an_autoencoder_of_other_channels_is_refused_in_one_line(tmp_path: Path)
 
 
 def wan_image_states(tensors: dict[str, Tensor], pixels: Tensor, blocks: int) -> Tensor:
-    """Wan's vision tower by its own names, as `wan/modules/clip.py` describes it: [N, D]."""
+    """Compute Wan's vision tower by its own names, as `wan/modules/clip.py` does: [N, D]."""
     named = {name.removeprefix("visual."): value for name, value in tensors.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -154,7 +154,7 @@ def wan_image_states(tensors: dict[str, Tensor], pixels: Tensor, blocks: int) ->
     return x
 
 
-def picture(height: int = 64, width: int = 96) -> Tensor:
+def photo(height: int = 64, width: int = 96) -> Tensor:
     return pixels(1, 1, height, width)[0, :, 0]
 
 
@@ -162,50 +162,50 @@ def test_image_tokens_leave_the_last_block_but_one(release: Path, pipeline: Path
     oracle = CLIPVisionModel.from_pretrained(pipeline / "image_encoder").eval()
     ours = load_image_encoder(pipeline / "image_encoder", CPU, FP32)
     with torch.no_grad():
-        states = oracle(squeeze(picture(), 224), output_hidden_states=True).hidden_states
-    tokens = ours(picture())
+        states = oracle(resize(photo(), 224), output_hidden_states=True).hidden_states
+    tokens = ours(photo())
     assert tokens.shape == (257, 32) and tokens.dtype == FP32
     torch.testing.assert_close(tokens, states[-2][0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tokens, states[-1][0], atol=1e-2)
     tensors = released.clip_original(released.clip())
-    expected = wan_image_states(tensors, squeeze(picture(), 224), released.CLIP_LAYERS - 1)
+    expected = wan_image_states(tensors, resize(photo(), 224), released.CLIP_LAYERS - 1)
     original = load_image_encoder(release / released.IMAGE, CPU, FP32)
-    torch.testing.assert_close(original(picture()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(original(photo()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_authors_names_give_the_same_image_encoder(release: Path, pipeline: Path) -> None:
     original = load_image_encoder(release / released.IMAGE, CPU, FP32)
     folder = load_image_encoder(pipeline / "image_encoder", CPU, FP32)
     assert same_state(original.net, folder.net)
-    assert torch.equal(original(picture()), folder(picture()))
+    assert torch.equal(original(photo()), folder(photo()))
 
 
-def test_no_picture_is_zeros_of_the_same_shape(release: Path) -> None:
+def test_no_image_is_zeros_of_the_same_shape(release: Path) -> None:
     ours = load_image_encoder(release / released.IMAGE, CPU, torch.bfloat16)
     assert torch.equal(ours(None), torch.zeros(257, 32))
-    assert ours(picture()).shape == (257, 32)
+    assert ours(photo()).shape == (257, 32)
 
 
-def test_a_picture_is_squeezed_whatever_its_shape() -> None:
+def test_an_image_of_any_shape_is_resized() -> None:
     scale = torch.tensor(STD).view(1, 3, 1, 1)
-    grey = -torch.tensor(MEAN).view(1, 3, 1, 1) / scale
+    gray = -torch.tensor(MEAN).view(1, 3, 1, 1) / scale
     for height, width in ((64, 96), (832, 480), (224, 224), (17, 300)):
-        black = squeeze(torch.full((3, height, width), -1.0), 224)
-        torch.testing.assert_close(black, grey.expand(1, 3, 224, 224), rtol=1e-4, atol=1e-4)
-    exact = picture(224, 224)
-    expected = (exact[None] / 2 + 0.5) / scale + grey
-    torch.testing.assert_close(squeeze(exact, 224), expected, rtol=1e-4, atol=1e-4)
+        black = resize(torch.full((3, height, width), -1.0), 224)
+        torch.testing.assert_close(black, gray.expand(1, 3, 224, 224), rtol=1e-4, atol=1e-4)
+    exact = photo(224, 224)
+    expected = (exact[None] / 2 + 0.5) / scale + gray
+    torch.testing.assert_close(resize(exact, 224), expected, rtol=1e-4, atol=1e-4)
     # Nothing is cut off: a mark in the last columns of a wide picture is in the last columns still.
     wide = torch.full((3, 224, 896), -1.0)
     wide[..., -40:] = 1
-    columns = squeeze(wide, 224)[0, 0].mean(0)
+    columns = resize(wide, 224)[0, 0].mean(0)
     assert bool((columns[-8:] > 1).all()) and bool((columns[:-14] < -1).all())
 
 
 # Wrong files
 
 
-def test_what_is_wrong_with_a_file_is_told_in_one_line(release: Path, tmp_path: Path) -> None:
+def test_a_fault_of_a_file_is_one_line(release: Path, tmp_path: Path) -> None:
     tensors = released.umt5_original(released.umt5())
     words = release / "google/umt5-xxl"
     path = tmp_path / "t5.pth"
@@ -237,9 +237,9 @@ def test_a_folder_that_lacks_a_tensor_or_a_shard_is_refused(tmp_path: Path) -> N
     net.save_pretrained(tmp_path / "image")
     state = {name: value for name, value in net.state_dict().items() if "fc1.bias" not in name}
     save_file(state, tmp_path / "image" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"image: lacks .*fc1.bias \(3 missing\)") as told:
+    with pytest.raises(WeightsError, match=r"image: lacks .*fc1.bias \(3 missing\)") as caught:
         load_image_encoder(tmp_path / "image", CPU, FP32)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     released.edit_json(tmp_path / "image" / "config.json", hidden_size=64)
     with pytest.raises(WeightsError, match="image: "):
         load_image_encoder(tmp_path / "image", CPU, FP32)
@@ -251,7 +251,7 @@ def test_a_folder_that_lacks_a_tensor_or_a_shard_is_refused(tmp_path: Path) -> N
 def test_the_released_sizes_are_read_from_the_released_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing but shapes: on the meta device, with the authors' names and the published sizes."""
+    """Compare shapes on the meta device, with the authors' names and the published sizes."""
 
     def meta(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

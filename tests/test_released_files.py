@@ -14,22 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echolab.errors import CheckpointError, EcholabError, WeightsError
-from echolab.models.names import to_diffusers
-from echolab.models.released import load_released, read_tensors
-from echolab.models.weights import AUDIO_PARTS, IMAGE_PARTS, released_shapes
+from echolab.models.loading import load_released, read_tensors
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, released_shapes, to_diffusers
 
 PREVIEW = tiny.architecture("echomimicv3_preview")
 
 
 def released(model: str) -> dict[str, Tensor]:
-    """What the released file of a model holds, at a small size."""
+    """Return the tensors of a model's released file, at a small size."""
     generator = torch.Generator().manual_seed(0)
     shapes = released_shapes(tiny.model(model))
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    """Three shards and their index, as Hugging Face lays them out."""
+    """Write three shards and their index, as Hugging Face does."""
     folder.mkdir()
     places = {name: f"w-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
     for place in set(places.values()):
@@ -104,8 +103,8 @@ def test_a_folder_of_diffusers_is_read(image: bool, tmp_path: Path) -> None:
             assert torch.equal(parameter, own[to_diffusers(name)]), name
 
 
-def test_a_base_starts_the_whole_network(tmp_path: Path) -> None:
-    """What the file lacks is there, finite, named, and zero where sound comes in."""
+def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
+    """Check that what the file lacks is finite, reported, and zero in the audio branch."""
     save_file(released("wan_t2v_1b3"), tmp_path / "base.safetensors")
     net, report = load_released(
         tmp_path / "base.safetensors", PREVIEW, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=1
@@ -114,17 +113,17 @@ def test_a_base_starts_the_whole_network(tmp_path: Path) -> None:
     assert all(parameter.isfinite().all() for parameter in net.parameters())
     assert report.widened == ["patch_embedding.weight"] and len(report.fresh) == 5 + 2 * 8 + 6
     assert not net.patch_embedding.weight[:, tiny.CHANNELS :].any()
-    told, times = tiny.conditions(), torch.tensor([5.0, 800.0])
-    louder = told._replace(audio=told.audio * 9, known=1 - told.known)
-    assert torch.equal(net(tiny.latents(), times, told), net(tiny.latents(), times, louder))
+    conditions, times = tiny.conditions(), torch.tensor([5.0, 800.0])
+    louder = conditions._replace(audio=conditions.audio * 9, known=1 - conditions.known)
+    assert torch.equal(net(tiny.latents(), times, conditions), net(tiny.latents(), times, louder))
     assert any("blocks.*.cross_attn.v_audio.weight" in line for line in report.lines())
     with pytest.raises(CheckpointError, match="holds wan_t2v_1b3"):
         load_released(tmp_path / "base.safetensors", PREVIEW)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-def test_what_is_learnt_does_not_reach_the_file(name: str, tmp_path: Path) -> None:
-    """Parameters are the file's own pages, until they are written to."""
+def test_training_does_not_change_the_file(name: str, tmp_path: Path) -> None:
+    """Check that parameters are the file's own pages, until they are written to."""
     tensors, file = released("wan_t2v_1b3"), tmp_path / name
     save_file(tensors, file) if name.endswith("safetensors") else torch.save(tensors, file)
     before = file.read_bytes()
@@ -150,7 +149,7 @@ class Intruder:
 
 
 def write_wrong(folder: Path) -> dict[str, Path]:
-    """Files that cannot be used, by what is wrong."""
+    """Return files that cannot be used, by their fault."""
     tensors = released("echomimicv3_preview")
     names = ("flash", "fp8", "lora", "cut", "vae")
     wrong = {name: folder / f"{name}.safetensors" for name in names}
@@ -246,7 +245,7 @@ def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from echolab.models.released import load_released
+from echolab.models.loading import load_released
 architecture = dict(dim=768, ffn_dim=3072, num_heads=6, num_layers=6, text_dim=64, image_dim=None,
                     audio_dim=None, in_channels=16)
 def peak():  # of this program alone; ru_maxrss would also know its parent's
@@ -260,7 +259,7 @@ print((peak() - before) / size, size)
 
 
 def test_loading_needs_the_network_once(tmp_path: Path) -> None:
-    """Resident memory of a process that loads, and reads all of, 220 MB: one copy, not two."""
+    """Measure resident memory of a process that loads and reads 220 MB: one copy, not two."""
     from echolab.models.transformer import EchoTransformer
 
     net = EchoTransformer(
@@ -270,9 +269,9 @@ def test_loading_needs_the_network_once(tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     torch.save(net.state_dict(), tmp_path / "a.pth")
     for name in ("a.safetensors", "a.pth"):
-        told = subprocess.run(
+        report = subprocess.run(
             [sys.executable, "-c", MEASURE, str(tmp_path / name)],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        copies, size = map(float, told.split())
+        copies, size = map(float, report.split())
         assert size > 2e8 and 0.9 < copies < 1.3, f"{name}: {copies:.2f} copies"

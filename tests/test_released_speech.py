@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` as facebook's wav2vec2-base-960h, `chinese` as chinese-wav2vec2-base."""
+    """Write `base` as facebook's wav2vec2-base-960h, `chinese` as chinese-wav2vec2-base."""
     folder = tmp_path_factory.mktemp("speech")
     released.write_base_960h(folder / "base")
     released.write_chinese_base(folder / "chinese")
@@ -36,7 +36,7 @@ def sound(samples: int) -> Tensor:
 
 
 @pytest.mark.parametrize("more", [0, 1, 79, 80, 640, 5000])
-def test_two_tokens_a_frame_whatever_follows(folders: Path, more: int) -> None:
+def test_two_tokens_a_frame_for_any_audio_that_follows(folders: Path, more: int) -> None:
     speech = load_preview_speech(folders / "base", CPU)
     for frames in (1, 2, 5, 13, 49, 81):
         tokens = speech(sound(640 * frames + more), frames)
@@ -68,14 +68,14 @@ def test_where_the_release_works_its_tokens_are_ours(folders: Path) -> None:
 
 
 def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
-    """The 80 samples are added after normalising: the clip's own sound stays what it was."""
+    """Check that the 80 samples are added after normalizing: the clip's own audio is unchanged."""
     speech = load_preview_speech(folders / "base", CPU)
     given = []
     speech.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
     samples = sound(640 * 5)
     speech(samples, 5)
     assert given[0].shape == (1, 640 * 5 + 80) and not given[0][0, -80:].any()
-    assert torch.equal(given[0][:, :-80], speech.normalised(samples))
+    assert torch.equal(given[0][:, :-80], speech.normalized(samples))
 
 
 @pytest.mark.parametrize("kind", ["base", "chinese"])
@@ -85,7 +85,7 @@ def test_sound_shorter_than_the_clip_is_refused_with_both_numbers(folders: Path,
         load(folders / kind, CPU)(sound(640 * 13 - 1), 13)
 
 
-def test_flash_hears_every_layer_once_a_frame(folders: Path) -> None:
+def test_flash_uses_every_layer_once_a_frame(folders: Path) -> None:
     frames, samples = 17, sound(640 * 20)
     speech = load_flash_speech(folders / "chinese", CPU)
     layers = speech(samples, frames)
@@ -114,7 +114,7 @@ def test_flash_gives_one_vector_a_frame(folders: Path, frames: int) -> None:
     assert not speech.net.feature_extractor._forward_hooks  # nothing is left behind
 
 
-def test_a_pickle_with_old_names_is_loaded_whole(folders: Path) -> None:
+def test_a_pickle_with_old_names_is_loaded_completely(folders: Path) -> None:
     torch.manual_seed(4)
     written = released.Wav2Vec2ForPreTraining(released.wav2vec_config()).wav2vec2.state_dict()
     loaded = load_flash_speech(folders / "chinese", CPU).net.state_dict()

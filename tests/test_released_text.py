@@ -37,7 +37,7 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def wan_text_states(tensors: dict[str, Tensor], ids: Tensor, heads: int = 4) -> Tensor:
-    """Wan's text encoder by its own names, as `wan/modules/t5.py` describes it: [L, D]."""
+    """Compute Wan's text encoder by its own names, as `wan/modules/t5.py` describes it: [L, D]."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * tensors[f"{name}.weight"]
@@ -105,10 +105,10 @@ def test_a_text_is_cut_so_that_its_end_is_kept(pipeline: Path, words: int) -> No
     ours = load_text_encoder(pipeline / "text_encoder", pipeline / "tokenizer", CPU, FP32)
     given = []
     ours.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0][0].tolist()))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         states = ours(" ".join(["blue"] * words))
-    cut = [str(one.message) for one in told if "tokens is cut" in str(one.message)]
+    cut = [str(one.message) for one in caught if "tokens is cut" in str(one.message)]
     assert len(cut) == (words + 1 > LENGTH)
     assert len(given[0]) == min(words + 1, LENGTH) and given[0][-1] == 1
     assert int(states.any(dim=1).sum()) == len(given[0])

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from safetensors.torch import load, save
 
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.config.compose import compose
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError, DivergedError
 from echolab.tracking.metrics import read_metrics
 from echolab.training.checkpoints.checkpoint import saved_steps
@@ -31,8 +33,8 @@ NEEDED = ["data.clips=x", "data.pairs=y"]
     [
         (["sede=1"], "did you mean seed?", ["seed=1"]),
         (["optim.bettas=[0,0]"], "did you mean optim.betas?", ["optim.betas=[0,0]"]),
-        (["optim.clip=0"], ".inf: no limit", ["optim.clip=.inf"]),
-        (["optim.clip=0"], "above 0, or .inf", ["optim.clip=inf"]),
+        (["optim.max_grad_norm=0"], ".inf: no limit", ["optim.max_grad_norm=.inf"]),
+        (["optim.max_grad_norm=0"], "above 0, or .inf", ["optim.max_grad_norm=inf"]),
         (["batch_size=6", "micro_batch_size=4"], "take 8, or another micro_batch_size",
          ["batch_size=8", "micro_batch_size=4"]),
         (["trainer=ddp", "batch_size=3"], "take 8, or", ["trainer=ddp", "batch_size=8"]),
@@ -49,21 +51,22 @@ NEEDED = ["data.clips=x", "data.pairs=y"]
          ["trainer=zero3", "trainer.compile=true", "trainer.strategy=zero2"]),
         (["trainer.precision=16-mixed"], "one of 32-true, bf16-mixed",
          ["trainer.precision=bf16-mixed"]),
-        (["every.save=4", "every.snapshot=6"], "must be a multiple of every.save=4",
-         ["every.save=4", "every.snapshot=8"]),
-        (["guards.warmup=1"], "at least 2", ["guards.warmup=2"]),
-        (["guards.warmup=200"], "48 and 128 are usual", ["guards.warmup=48", "guards.window=128"]),
+        (["save_every=4", "snapshot_every=6"], "must be a multiple of save_every=4",
+         ["save_every=4", "snapshot_every=8"]),
+        (["loss_spike.min_history=1"], "at least 2", ["loss_spike.min_history=2"]),
+        (["loss_spike.min_history=200"],
+         "48 and 128 are usual", ["loss_spike.min_history=48", "loss_spike.window=128"]),
         (["data.pairs=null", "schedule=dpo"], "give one", ["data.pairs=y", "schedule=dpo"]),
-        (["data.weights=[1,2]"], "give one for each, or null", ["data.weights=[1]"]),
-        (["data.weights=[0]"], "or null", ["data.weights=null"]),
-        (["tasks.floor=0.2"], "take a smaller one", ["tasks.floor=0.19"]),
-        (["reference=base"], "give lora=attention", ["reference=base", "lora=attention"]),
-        (["lora.start=x"], "give lora=attention too", ["lora.start=x", "lora=attention"]),
-        (["lora.start=x"], "or lora.start=null", ["lora.start=null"]),
-        (["preference.loss_type=exo_pair"], "set it to 1e-3",
-         ["preference.loss_type=exo_pair", "preference.label_smoothing=1e-3"]),
+        (["data.clip_weights=[1,2]"], "give one for each, or null", ["data.clip_weights=[1]"]),
+        (["data.clip_weights=[0]"], "or null", ["data.clip_weights=null"]),
+        (["tasks.min_prob=0.2"], "take a smaller one", ["tasks.min_prob=0.19"]),
+        (["ref_model=base"], "give lora=attention", ["ref_model=base", "lora=attention"]),
+        (["lora.init_from=x"], "give lora=attention too", ["lora.init_from=x", "lora=attention"]),
+        (["lora.init_from=x"], "or lora.init_from=null", ["lora.init_from=null"]),
+        (["objective.loss_type=exo_pair"], "set it to 1e-3",
+         ["objective.loss_type=exo_pair", "objective.label_smoothing=1e-3"]),
         (["model.in_channels=20"], "or 36 with the known mask", ["model.in_channels=36"]),
-        (["optim.ema_more=[0.9,0.9]"], "give each once", ["optim.ema_more=[0.9]"]),
+        (["optim.extra_ema_decays=[0.9,0.9]"], "give each once", ["optim.extra_ema_decays=[0.9]"]),
     ],
 )  # fmt: skip
 def test_settings(wrong: list[str], advice: str, followed: list[str]) -> None:
@@ -86,7 +89,7 @@ def words(tmp_path: Path) -> Words:
     def of(*more: str) -> list[str]:
         return [
             *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}", "batch_size=2",
-            "every.log=1", "parity=false", f"run={tmp_path / 'run'}", *more,
+            "log_every=1", "verify_export=false", f"run_dir={tmp_path / 'run'}", *more,
         ]  # fmt: skip
 
     return of
@@ -116,9 +119,11 @@ def finite(folder: Path) -> bool:
 
 def test_a_limit_of_the_gradient_may_be_left_out(words: Words, tmp_path: Path) -> None:
     plan = encoded.plan(("sft", 2))
-    assert run(words(plan, "optim.clip=.inf")).done and finite(tmp_path / "run")
-    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["clip"] == math.inf
-    assert run(words(plan, "optim.clip=inf")).done, "it is the same limit"
+    assert run(words(plan, "optim.max_grad_norm=.inf")).done and finite(tmp_path / "run")
+    assert (
+        json.loads((tmp_path / "run/config.json").read_text())["optim"]["max_grad_norm"] == math.inf
+    )
+    assert run(words(plan, "optim.max_grad_norm=inf")).done, "it is the same limit"
     assert main(["replay", str(tmp_path / "run"), "step=2"]) == 0
 
 
@@ -130,7 +135,7 @@ def test_a_bad_clip_is_gone_past_by_the_budget_that_the_error_names(
     with pytest.raises(DataError, match=r"sample clip-3: .* not finite") as told:
         run(words(plan))
     budget = str(told.value).rpartition(" by ")[2]
-    assert budget == "data.skip_budget=0.01"
+    assert budget == "data.max_bad_fraction=0.01"
     assert run(words(plan, budget)).done, "in the same folder"
     assert [e["key"] for e in read_quarantine(tmp_path / "run/quarantine.jsonl")] == ["clip-3"]
 
@@ -139,8 +144,8 @@ def test_a_budget_that_is_used_up_may_be_raised(words: Words, tmp_path: Path) ->
     spoil(tmp_path / "clips", 2, 3)
     plan = encoded.plan(("sft", 4))
     with pytest.raises(DataError, match=r"2 of 7 samples are bad, .* raise"):
-        run(words(plan, "data.skip_budget=0.01"))
-    assert run(words(plan, "data.skip_budget=0.3")).done and finite(tmp_path / "run")
+        run(words(plan, "data.max_bad_fraction=0.01"))
+    assert run(words(plan, "data.max_bad_fraction=0.3")).done and finite(tmp_path / "run")
 
 
 def test_a_bad_clip_that_is_encoded_again_is_trained_on(
@@ -161,7 +166,8 @@ def test_a_bad_clip_that_is_encoded_again_is_trained_on(
 
 
 def diverging(rate: str) -> str:
-    return f"schedule.epochs=[{{kind:sft,steps:3,lr:1e-3}},{{kind:sft,steps:5,lr:{rate}}}]"
+    scale = Decimal(rate) / Decimal("1e-3")
+    return f"schedule.epochs=[{{kind:sft,steps:3}},{{kind:sft,steps:5,lr_scale:{scale:f}}}]"
 
 
 def test_a_run_that_diverged_goes_on_as_it_was_told(
@@ -175,9 +181,7 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
     # Replay names the clips, and does not say again what sent the user there.
     assert main(["replay", str(folder), "step=5"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "step 4 (sft): loss nan is not finite, here as in the run; clips of its sft batch 4" in said
-    )
+    assert "step 4 (sft): loss nan is not finite, as in the run; clips of its sft batch 4" in said
     assert said.count("clip-") == 2 and "replay" not in said
     assert main(["replay", str(folder), "step=5", "format=json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -190,22 +194,21 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
 def test_a_policy_that_goes_back_may_be_set_afterwards(
     words: Words, tmp_path: Path, policy: str
 ) -> None:
-    with pytest.raises(DivergedError, match="guards.policy=recompute or rollback goes back"):
+    with pytest.raises(DivergedError, match="loss_spike.policy=recompute or rollback goes back"):
         run(words(diverging("1e30")))
     with pytest.raises(DivergedError) as told:  # it goes back, and says that this did not help
-        run(words(diverging("1e30"), f"guards.policy={policy}"))
-    assert "guards.at_most" in str(told.value)
+        run(words(diverging("1e30"), f"loss_spike.policy={policy}"))
+    assert "loss_spike.max_rollbacks" in str(told.value)
     events = (tmp_path / "run/events.jsonl").read_text()
     assert f'"{policy}"' in events
 
 
 def test_without_a_checkpoint_a_lower_rate_starts_again(words: Words, tmp_path: Path) -> None:
-    plan = "schedule.epochs=[{{kind:sft,steps:6,lr:{}}}]"
-    late = "every.save=100"
+    late = ("schedule.epochs=[{kind:sft,steps:6}]", "save_every=100")
     with pytest.raises(DivergedError, match="lower the learning rate"):
-        run(words(plan.format("1e30"), late))
+        run(words(*late, "optim.lr=1e30"))
     assert not saved_steps(tmp_path / "run/checkpoints")
-    assert run(words(plan.format("1e-4"), late)).done
+    assert run(words(*late, "optim.lr=1e-4")).done
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -216,20 +219,18 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "drawn"
     steps: list[tuple[list[str], str, list[str]]] = [
         (["data", "verifi", "x"], "verify", ["data", "verify", str(data)]),
-        (["data", "verify", str(data), "workers=0"], "must be 1 or more",
+        (["data", "verify", str(data), "workers=0"], "at least 1",
          ["data", "verify", str(data), "workers=1"]),
-        (["data", "shuffle-report", str(data), "epochs=1"], "at least 2",
-         ["data", "shuffle-report", str(data), "epochs=2"]),
         (["fit", "autoencoder", str(data), f"out={data}"], "is a folder; name a file in it",
          ["fit", "autoencoder", str(data), f"out={data / 'net.safetensors'}", "steps=1"]),
         (["estimate", "model=nothing"], "one of demo", ["estimate", "model=demo"]),
-        (["estimate", "demo", "frames=8"], "must be 4n + 1", ["estimate", "demo", "frames=9"]),
+        (["estimate", "demo", "frames=8"], "must be 4n+1", ["estimate", "demo", "frames=9"]),
     ]  # fmt: skip
     from data_prep.__main__ import main as prepare
 
-    assert prepare(["draw", str(data), "clips=3", "frames=6"]) == 1
+    assert prepare(["draw", str(data), "num_clips=3", "frames=6"]) == 1
     assert "must be 4n+1 and 5 or more" in capsys.readouterr().err
-    assert prepare(["draw", str(data), "clips=3", "frames=5", "size=32"]) == 0
+    assert prepare(["draw", str(data), "num_clips=3", "frames=5", "size=32"]) == 0
     for wrong, advice, followed in steps:
         assert main(wrong) != 0, wrong
         assert advice in capsys.readouterr().err, wrong

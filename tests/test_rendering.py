@@ -1,4 +1,4 @@
-"""What each task is given: as a scene, in windows, in chunks."""
+"""The known pixels of each task, in a scene, in windows and in chunks."""
 
 from pathlib import Path
 
@@ -8,34 +8,35 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_prep.talker import draw_talker
-from echolab.cli.colours import match_colours
-from echolab.cli.footage import Footage, footage_of
-from echolab.cli.found_faces import face_around, lips_in
-from echolab.cli.generate_arguments import GenerateArguments
-from echolab.cli.rendering import (
+from data_prep.synthetic_face import draw_talker
+from echolab.data.clips import to_frames, to_pixels
+from echolab.data.media import write_video
+from echolab.diffusion.pipeline import DEMO, PREVIEW
+from echolab.encoders.encode import Encoders
+from echolab.geometry import WAN
+from echolab.inference.conditions import conditions_of, encode_scene
+from echolab.inference.faces import face_around, lips_in
+from echolab.inference.inputs import Footage, footage_of
+from echolab.inference.options import GenerateArguments
+from echolab.inference.render import (
     Renderer,
     frames_of,
+    match_colors,
     render_chunks,
     render_windows,
     spans_of,
     steps_of,
 )
-from echolab.cli.scene import CHANNELS, conditions_of, encode_scene
-from echolab.data.clips import to_frames, to_pixels
-from echolab.data.media import write_video
-from echolab.diffusion.recipes import DEMO, PREVIEW
-from echolab.encoders.encode import Encoders
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.types import Conditions
 
 FRAMES, CPU = 21, torch.device("cpu")
-RECIPE = DEMO._replace(steps=2, window=17, overlap=1, by_clip=False)
+RECIPE = DEMO._replace(num_steps=2, window=17, overlap=1, by_clip=False)
 CHUNKS = RECIPE._replace(overlap=8)
 
 
 class Notes:
-    """An autoencoder without loss: eight by eight mean colours of each group's last frame."""
+    """An autoencoder without loss: 8 x 8 mean colors of each group's last frame."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -44,7 +45,7 @@ class Notes:
     def encode(self, pixels: Tensor) -> Tensor:
         self.seen.append(pixels)
         small = torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
-        return torch.cat([small, small.new_zeros(1, CHANNELS - 3, *small.shape[2:])], 1)
+        return torch.cat([small, small.new_zeros(1, WAN.channels - 3, *small.shape[2:])], 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         frames = 4 * (latents.shape[2] - 1) + 1
@@ -54,15 +55,15 @@ class Notes:
         return self.made[-1]
 
 
-class Heard(nn.Module):
-    """A network that keeps what it was told and moves nothing."""
+class RecordingNet(nn.Module):
+    """A network that records its conditions and predicts zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[Conditions] = []
+        self.received: list[Conditions] = []
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        self.told.append(conditions)
+        self.received.append(conditions)
         return torch.zeros_like(noisy)
 
 
@@ -70,7 +71,7 @@ def encoders(video: Notes) -> Encoders:
     return Encoders(
         video=video,
         text=lambda words: torch.full((2, 4), float(len(words))),
-        image=lambda picture: torch.zeros(3, 4) if picture is None else torch.ones(3, 4),
+        image=lambda reference: torch.zeros(3, 4) if reference is None else torch.ones(3, 4),
         audio=lambda samples, frames: samples[::320][: 2 * frames, None].expand(-1, 4),
         fingerprints={},
     )
@@ -79,26 +80,28 @@ def encoders(video: Notes) -> Encoders:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, drawn = tmp_path_factory.mktemp("given"), draw_talker(3, 0, frames=30)
-    files = {name: folder / f"{name}.png" for name in ("image", "last")}
+    files = {name: folder / f"{name}.png" for name in ("image", "last_image")}
     Image.fromarray(drawn.frames[0]).save(files["image"])
-    Image.fromarray(255 - drawn.frames[0]).save(files["last"])
+    Image.fromarray(255 - drawn.frames[0]).save(files["last_image"])
     write_video(folder / "source.mp4", drawn.frames, drawn.samples)
-    return files | {"source": folder / "source.mp4"}
+    return files | {"source_video": folder / "source.mp4"}
 
 
 def footage(task: str, given: dict[str, Path], **more: object) -> Footage:
-    """For FRAMES frames; the face and the mouth in the middle of 64 x 64 pixels."""
-    names = {"i2v": ["image"], "flf2v": ["image", "last"], "t2v": []}.get(task, ["source"])
+    """Return the inputs for FRAMES frames; face and mouth are in the middle of 64 x 64 pixels."""
+    names = {"i2v": ["image"], "flf2v": ["image", "last_image"], "t2v": []}.get(
+        task, ["source_video"]
+    )
     boxes = {"face": (16.0, 16.0, 48.0, 48.0)} if task != "t2v" else {}
     if task == "lip_sync":
         boxes = {"box": (24.0, 36.0, 40.0, 46.0)}
     arguments = GenerateArguments(
-        out=Path("v.mp4"), task=task, crop="whole", **{n: given[n] for n in names}, **boxes, **more
+        out=Path("v.mp4"), task=task, crop="frame", **{n: given[n] for n in names}, **boxes, **more
     )  # type: ignore[arg-type]
     return footage_of(arguments, FRAMES)
 
 
-WHOLE = {  # which of FRAMES frames are known whole
+KNOWN_FRAMES = {  # of FRAMES, the frames that are fully known
     "t2v": [],
     "i2v": [0],
     "flf2v": [0, FRAMES - 1],
@@ -107,22 +110,22 @@ WHOLE = {  # which of FRAMES frames are known whole
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_task_is_given_its_own_pixels(task: str, given: dict[str, Path]) -> None:
+def test_each_task_knows_its_own_pixels(task: str, given: dict[str, Path]) -> None:
     made = footage(task, given)
     assert made.pixels.shape == (3, FRAMES, 64, 64)
-    if task in WHOLE:
-        whole = made.known.flatten(1).all(1).nonzero().flatten().tolist()
-        assert whole == WHOLE[task]
-        assert made.known.flatten(1).any(1).sum() == len(whole), "and the rest not at all"
+    if task in KNOWN_FRAMES:
+        video_out = made.known.flatten(1).all(1).nonzero().flatten().tolist()
+        assert video_out == KNOWN_FRAMES[task]
+        assert made.known.flatten(1).any(1).sum() == len(video_out), "and the rest not at all"
     else:
-        assert made.known[:, 0, 40, 32].logical_not().all(), "the mouth is made anew"
+        assert made.known[:, 0, 40, 32].logical_not().all(), "the mouth is regenerated"
         assert made.known[:, 0, 2, 2].all() and made.known[:, 0, 60, 60].all()
         cheek = made.known[:, 0, 20, 20]
         assert cheek.all() if task == "lip_sync" else not cheek.any()
-    assert (made.picture is None) is (task == "t2v")
+    assert (made.image is None) is (task == "t2v")
 
 
-def test_the_last_picture_is_at_the_end_and_stays_there(given: dict[str, Path]) -> None:
+def test_the_last_image_is_at_the_end_and_is_repeated(given: dict[str, Path]) -> None:
     made = footage("flf2v", given)
     assert (made.pixels[:, 0] + made.pixels[:, -1]).abs().max() < 1e-5, (
         "one is the other's negative"
@@ -138,7 +141,7 @@ def test_continuation_begins_with_the_end_of_the_source(given: dict[str, Path]) 
     assert not torch.equal(last.pixels[:, 0], first.pixels[:, 0])
 
 
-def test_a_size_that_is_asked_for_is_cut_from_the_middle(given: dict[str, Path]) -> None:
+def test_a_requested_size_is_cropped_from_the_center(given: dict[str, Path]) -> None:
     made = footage("i2v", given, width=64, height=32)
     square = footage("i2v", given)
     assert made.pixels.shape[2:] == (32, 64)
@@ -146,56 +149,56 @@ def test_a_size_that_is_asked_for_is_cut_from_the_middle(given: dict[str, Path])
     torch.testing.assert_close(made.face[0], torch.tensor([16.0, 0.0, 48.0, 32.0]))
 
 
-def renderer(recipe: object) -> tuple[Renderer, Notes, Heard]:
-    video, net = Notes(), Heard()
-    return Renderer(net, encoders(video), recipe, "batch", 0, 0.0), video, net  # type: ignore[arg-type]
+def renderer(recipe: object) -> tuple[Renderer, Notes, RecordingNet]:
+    video, net = Notes(), RecordingNet()
+    return Renderer(net, encoders(video), recipe, "batched", 0, 0.0), video, net  # type: ignore[arg-type]
 
 
-def test_t2v_is_told_of_no_picture_at_all(given: dict[str, Path]) -> None:
+def test_t2v_has_no_image_condition(given: dict[str, Path]) -> None:
     video = Notes()
     scene = encode_scene(encoders(video), footage("t2v", given), None, "a", None)
-    told = conditions_of(encoders(video), scene, CPU)
-    for part in (told.known, told.known_latents, told.image, told.audio):
+    conditions = conditions_of(encoders(video), scene, CPU)
+    for part in (conditions.known, conditions.known_latents, conditions.image, conditions.audio):
         assert not part.any()
-    assert not video.seen, "zeros, not an encoded grey video"
-    assert told.face.all() and told.known_latents.shape == (1, CHANNELS, 6, 8, 8)
+    assert not video.seen, "zeros, not an encoded gray video"
+    assert conditions.face.all() and conditions.known_latents.shape == (1, WAN.channels, 6, 8, 8)
 
 
-def test_unknown_pixels_are_grey_when_they_are_encoded(given: dict[str, Path]) -> None:
+def test_unknown_pixels_are_gray_when_encoded(given: dict[str, Path]) -> None:
     video, made = Notes(), footage("lip_sync", given)
     scene = encode_scene(encoders(video), made, torch.zeros(640 * 3), "a", "no")
-    told = conditions_of(encoders(video), scene, CPU)
+    conditions = conditions_of(encoders(video), scene, CPU)
     seen = video.seen[0][0]
     assert (seen[:, ~made.known[:, 0]] == 0).all()
     assert torch.equal(seen[:, made.known[:, 0]], made.pixels[:, made.known[:, 0]])
     assert scene.negative is not None and scene.negative.shape == (1, 2, 4)
-    assert told.audio.shape == (1, 2 * FRAMES, 4)
+    assert conditions.audio.shape == (1, 2 * FRAMES, 4)
 
 
-def test_a_chunk_goes_on_from_the_decoded_end_of_the_one_before(given: dict[str, Path]) -> None:
+def test_a_chunk_continues_the_decoded_end_of_the_previous_one(given: dict[str, Path]) -> None:
     made, (renders, video, net) = footage("i2v", given), renderer(CHUNKS)
-    frames = frames_of(40, CHUNKS, "chunks")
-    assert spans_of(40, CHUNKS, "chunks") == [(0, 17), (9, 26), (18, 35), (27, 40)]
-    assert frames == 40 and steps_of(40, CHUNKS, "chunks") == 8
+    frames = frames_of(40, CHUNKS, "chunked")
+    assert spans_of(40, CHUNKS, "chunked") == [(0, 17), (9, 26), (18, 35), (27, 40)]
+    assert frames == 40 and steps_of(40, CHUNKS, "chunked") == 8
     sound = torch.arange(2.0 * frames).repeat_interleave(320)
     scene = encode_scene(renders.encoders, made.extended(frames), sound, "a", None)
     steps: list[int] = []
-    whole = render_chunks(renders, scene, lambda done, note: steps.append(done))
-    assert whole.shape == (3, 40, 64, 64) and steps == [*range(1, 9)]
+    video_out = render_chunks(renders, scene, lambda done, note: steps.append(done))
+    assert video_out.shape == (3, 40, 64, 64) and steps == [*range(1, 9)]
     for before, after in zip(video.made, video.seen[1:], strict=False):
         assert torch.equal(after[0, :, :8], before[0, :, -8:]) and not after[0, :, 8:].any()
-    first, second = net.told[0], net.told[2]
+    first, second = net.received[0], net.received[2]
     assert first.known[0, 0, :, 0, 0].tolist() == [1, 0, 0, 0, 0]
     assert second.known[0, :, :, 0, 0].sum(0).tolist() == [4, 4, 3, 0, 0], "7 and 1 make 8 frames"
-    assert second.audio[-1, :, 0].tolist() == [*range(18, 52)], "its own sound"
-    assert torch.equal(first.image, second.image), "the reference picture stays"
-    torch.testing.assert_close(whole[:, :9], video.made[0][0, :, :9])
-    torch.testing.assert_close(whole[:, -5:], video.made[-1][0, :, -5:])
+    assert second.audio[-1, :, 0].tolist() == [*range(18, 52)], "its own audio"
+    assert torch.equal(first.image, second.image), "the reference image stays"
+    torch.testing.assert_close(video_out[:, :9], video.made[0][0, :, :9])
+    torch.testing.assert_close(video_out[:, -5:], video.made[-1][0, :, -5:])
 
 
 @pytest.mark.parametrize("task", ["lip_sync", "flf2v"])
-def test_chunks_keep_what_the_task_is_given(task: str, given: dict[str, Path]) -> None:
-    (renders, video, _), frames = renderer(CHUNKS), frames_of(FRAMES, CHUNKS, "chunks")
+def test_chunks_keep_the_known_pixels(task: str, given: dict[str, Path]) -> None:
+    (renders, video, _), frames = renderer(CHUNKS), frames_of(FRAMES, CHUNKS, "chunked")
     made = footage(task, given).extended(frames)
     scene = encode_scene(renders.encoders, made, torch.zeros(1), "a", None)
     render_chunks(renders, scene, lambda done, note: None)
@@ -205,23 +208,23 @@ def test_chunks_keep_what_the_task_is_given(task: str, given: dict[str, Path]) -
     assert torch.equal(last[:, 8:][:, known], made.pixels[:, 17:][:, known]) and known.any()
 
 
-def test_windows_are_made_of_one_encoding(given: dict[str, Path]) -> None:
+def test_windows_share_one_encoding(given: dict[str, Path]) -> None:
     made, (renders, video, net) = footage("i2v", given), renderer(RECIPE)
     scene = encode_scene(renders.encoders, made, torch.zeros(1), "a", None)
     steps: list[int] = []
-    whole = render_windows(renders, scene, lambda done, note: steps.append(done))
-    assert whole.shape == (3, FRAMES, 64, 64) and steps == [1, 2]
+    video_out = render_windows(renders, scene, lambda done, note: steps.append(done))
+    assert video_out.shape == (3, FRAMES, 64, 64) and steps == [1, 2]
     assert len(video.seen) == len(video.made) == 1
-    assert [told.known.shape[2] for told in net.told] == [5, 2, 5, 2]
+    assert [conditions.known.shape[2] for conditions in net.received] == [5, 2, 5, 2]
 
 
 @pytest.mark.parametrize(("by_clip", "tokens"), [(False, 40), (True, 34)])
-def test_by_clip_encodes_the_sound_of_each_window_alone(
+def test_by_clip_encodes_the_audio_of_each_window_alone(
     given: dict[str, Path], by_clip: bool, tokens: int
 ) -> None:
     recipe = RECIPE._replace(by_clip=by_clip)
     renders, _, net = renderer(recipe)
-    frames, calls = frames_of(FRAMES, recipe, "windows"), []
+    frames, calls = frames_of(FRAMES, recipe, "joint"), []
     made, audio = footage("i2v", given).extended(frames), renders.encoders.audio
 
     def counted(samples: Tensor, count: int) -> Tensor:
@@ -232,32 +235,32 @@ def test_by_clip_encodes_the_sound_of_each_window_alone(
     sound = torch.arange(2.0 * frames).repeat_interleave(320)
     render_windows(renders, encode_scene(renders.encoders, made, sound, "a", None), lambda *_: None)
     assert calls == ([33, 17, 17] if by_clip else [21])
-    assert net.told[0].audio[-1, :, 0].tolist() == [*range(tokens)]
-    assert net.told[1].audio[-1, 0, 0] == 32, "latent frame 4 begins with token 32"
+    assert net.received[0].audio[-1, :, 0].tolist() == [*range(tokens)]
+    assert net.received[1].audio[-1, 0, 0] == 32, "latent frame 4 begins with token 32"
 
 
-def test_by_clip_makes_every_window_whole() -> None:
+def test_by_clip_fills_every_window() -> None:
     filled = RECIPE._replace(by_clip=True)
-    assert spans_of(21, RECIPE, "windows") == [(0, 5), (4, 6)]
-    assert spans_of(21, filled, "windows") == [(0, 5), (4, 9)]
-    assert spans_of(7, filled, "windows") == [(0, 5)] and spans_of(7, RECIPE, "windows") == [(0, 3)]
-    assert frames_of(21, filled, "windows") == 33 and frames_of(229, PREVIEW, "windows") == 229
+    assert spans_of(21, RECIPE, "joint") == [(0, 5), (4, 6)]
+    assert spans_of(21, filled, "joint") == [(0, 5), (4, 9)]
+    assert spans_of(7, filled, "joint") == [(0, 5)] and spans_of(7, RECIPE, "joint") == [(0, 3)]
+    assert frames_of(21, filled, "joint") == 33 and frames_of(229, PREVIEW, "joint") == 229
 
 
-def test_lips_and_face_tell_of_each_other() -> None:
+def test_lip_and_face_boxes_invert_each_other() -> None:
     face = (10.0, 20.0, 50.0, 90.0)
     assert face_around(lips_in(face)) == pytest.approx(face)
 
 
-def test_frames_and_pixels_are_one_another() -> None:
+def test_frames_and_pixels_invert_each_other() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
     assert np.array_equal(to_frames(to_pixels(frames)), frames)
 
 
-def test_matched_colours_have_the_first_frame_s_mean_and_spread() -> None:
+def test_matched_colors_have_the_first_frame_s_mean_and_spread() -> None:
     rng = np.random.default_rng(0)
     first = rng.integers(100, 156, (16, 16, 3)).astype(np.uint8)
     drifted = np.clip(first * np.array([0.9, 1.1, 0.8]) + 10, 0, 255).astype(np.uint8)
-    found = match_colours(np.stack([first, drifted, first])).astype(float)
-    assert np.array_equal(found[0], first) and np.abs(found[2] - first).max() <= 1
-    assert np.abs(found[1] - first).mean() < 3 < np.abs(drifted.astype(float) - first).mean()
+    matched = match_colors(np.stack([first, drifted, first])).astype(float)
+    assert np.array_equal(matched[0], first) and np.abs(matched[2] - first).max() <= 1
+    assert np.abs(matched[1] - first).mean() < 3 < np.abs(drifted.astype(float) - first).mean()

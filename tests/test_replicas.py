@@ -1,7 +1,8 @@
-"""What all ranks should hold alike is compared bit by bit; a difference names tensor and rank."""
+"""Replicated state is compared between ranks, and a difference names tensor and rank."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import guarded
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from echolab.models.frozen import Frozen
-from echolab.training.guards.digests import (
+from echolab.training.callbacks.reference_model import ReferenceModel
+from echolab.training.guards.replica_check import (
     CHUNK,
     MIX_1,
     Unchanged,
@@ -29,7 +31,6 @@ from echolab.training.guards.digests import (
     odd_rank,
     replicated,
 )
-from echolab.training.preference import References
 
 BITS = 1 << 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -86,9 +87,9 @@ def test_any_bit_and_any_swap_is_seen(data: st.DataObject, dtype: torch.dtype, s
 
 
 def test_layout_in_memory_does_not_matter_and_nan_is_a_value() -> None:
-    whole = torch.randn(6, 5)
-    assert digests({"x": whole.t()}) == digests({"x": whole.t().contiguous()})
-    assert digests({"x": whole[1:, 2]}) == digests({"x": whole[1:, 2].clone()})
+    complete = torch.randn(6, 5)
+    assert digests({"x": complete.t()}) == digests({"x": complete.t().contiguous()})
+    assert digests({"x": complete[1:, 2]}) == digests({"x": complete[1:, 2].clone()})
     check_replicas({"x": torch.tensor([float("nan"), 0.0]), "none": torch.zeros(0)})
     assert digests({"x": torch.tensor(0.0)}) != digests({"x": torch.tensor(-0.0)}) != {}
     zeros = [digest({"x": torch.zeros(2, dtype=dtype)}) for dtype in DTYPES]
@@ -140,14 +141,16 @@ class Mixed(nn.Module):
         self.cut.data = torch.empty(0)
 
 
-def test_what_is_whole_on_every_rank() -> None:
+def test_what_is_replicated_on_every_rank() -> None:
     net = Mixed()
     assert list(replicated(net)) == ["plain", "kept", "table"]
     assert {name: len(piece) for name, piece in frozen(net).items()} == {"kept": 2}
     assert list(frozen(Frozen(tiny.net()).net)) == [n for n, _ in tiny.net().named_parameters()]
 
 
-def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_is_read_again_after_a_rollback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     reads: list[Path] = []
 
     class Saved:
@@ -158,19 +161,33 @@ def test_a_reference_is_read_again_after_going_back(monkeypatch: pytest.MonkeyPa
             assert part == "ema"
             return dict(tiny.net().named_parameters())
 
-    monkeypatch.setattr("echolab.training.preference.open_alike", Saved)
+    monkeypatch.setattr("echolab.training.callbacks.reference_model.open_on_all_ranks", Saved)
     reference = Frozen(tiny.net())
-    objective = runs.Preference(runs.PHASES, reference, 100.0)
-    references = References({"dpo": objective}, reference)
-    device = torch.device("cpu")
-    start = references.state_dict()
-    assert references.enter(Path("a"), fresh=True, device=device)
-    assert not references.enter(Path("a"), fresh=False, device=device)
+    watched: list[bool] = []
+    config = SimpleNamespace(
+        reference=reference,
+        reference_checkpoint=None,
+        objectives={"dpo": runs.Preference(runs.PHASES, reference, 100.0)},
+    )
+    callback = ReferenceModel(
+        config,  # type: ignore[arg-type]
+        SimpleNamespace(folder=tmp_path),  # type: ignore[arg-type]
+        SimpleNamespace(watch_reference=lambda: watched.append(True)),  # type: ignore[arg-type]
+    )
+    module = SimpleNamespace(device=torch.device("cpu"))
+    plan = runs.schedule(("sft", 2), ("dpo", 4))
+    state: Any = SimpleNamespace(step=2, schedule=plan, module=module)
+    start = callback.state_dict()
+    callback.before_step(state)
+    state.step = 3
+    callback.before_step(state)
+    assert len(watched) == 1  # read once an epoch
     still = Unchanged("the reference", dict(reference.net.named_parameters()))
     still.check(dict(reference.net.named_parameters()))
-    references.load_state_dict(start)
-    assert references.enter(Path("a"), fresh=True, device=device)
-    assert reads == [Path("a"), Path("a")]
+    callback.load_state_dict(start)
+    callback.before_step(state)
+    assert len(watched) == 2
+    assert reads == [tmp_path / "step-000002"] * 2
 
 
 # -- real ranks -----------------------------------------------------------------------------------
@@ -181,22 +198,26 @@ def test_three_ranks_name_each_fault(fork_server: ForkServer, tmp_path: Path) ->
     fork_server.run("guarded:compare", world=3, arguments={"to": str(tmp_path)})
     of_ranks = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(3)]
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank goes on alone
-    told = of_ranks[0]
-    assert told["alike"] == told["still"] == ""
+    report = of_ranks[0]
+    assert report["alike"] == report["still"] == ""
     for name in ("weight", "bias", "steps"):
-        assert told[name].startswith(f"{name} is not the same on all ranks: rank 1 against the oth")
-        assert "echolab rollback" in told[name] and "\n" not in told[name]
+        assert report[name].startswith(
+            f"{name} is not the same on all ranks: rank 1 against the oth"
+        )
+        assert "echolab rollback" in report[name] and "\n" not in report[name]
     having = {"weight": 1, "bias": 1, "steps": 1, "state": 2, "less": 0, "each": None, "changed": 2}
-    assert all(told[name].endswith(f"; of rank {rank}") for name, rank in having.items())
-    assert told["state"].startswith("state is not the same on all ranks: rank 2 against the others")
-    assert told["less"].startswith("bias is not the same on all ranks: rank 0 against the others")
-    assert "rank 0 against rank 1 against rank 2" in told["each"]
-    assert told["changed"].startswith("the reference is frozen, and b has changed on rank 2;")
-    assert told["events"] == [[3, "rollback", {"to": 1, "skip": ["sft", 5, 2]}]]
-    assert told["skips"] == [["sft", 5, 2]]
+    assert all(report[name].endswith(f"; of rank {rank}") for name, rank in having.items())
+    assert report["state"].startswith(
+        "state is not the same on all ranks: rank 2 against the others"
+    )
+    assert report["less"].startswith("bias is not the same on all ranks: rank 0 against the others")
+    assert "rank 0 against rank 1 against rank 2" in report["each"]
+    assert report["changed"].startswith("the reference is frozen, and b has changed on rank 2;")
+    assert report["events"] == [[3, "rollback", {"to": 1, "skip": ["sft", 5, 2]}]]
+    assert report["skips"] == [["sft", 5, 2]]
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
     # Slow from window 1 on, told once after three; then another.
-    assert told["slow"] == [[], [], [], ["1 node-1 forward"], [], [], [], ["2 node-2 data_wait"]]
+    assert report["slow"] == [[], [], [], ["1 node-1 forward"], [], [], [], ["2 node-2 data_wait"]]
 
 
 @pytest.mark.slow

@@ -251,11 +251,11 @@ def test_a_stranger_s_samples_are_no_links_and_are_videos(
     clip.unlink()
     for content in (b"root:x:0:0", b""):
         clip.write_bytes(content)
-        with pytest.raises(MediaError, match=r"a\.mp4: no mp4"):
+        with pytest.raises(MediaError, match=r"a\.mp4: not an mp4 file"):
             command.main([str(tmp_path / "run")])
     clip.unlink()
     os.mkfifo(clip)  # would be read for ever
-    with pytest.raises(MediaError, match=r"a\.mp4: not there"):
+    with pytest.raises(MediaError, match=r"a\.mp4: not found"):
         command.main([str(tmp_path / "run")])
     assert not (tmp_path / "run" / "report.html").exists()
 
@@ -326,5 +326,5 @@ def test_a_report_of_the_wrong_form_is_named(
     write_report(tmp_path / "report.html", **report)
     given = json.loads((tmp_path / "report.json").read_text()) | change
     (tmp_path / "report.json").write_text(json.dumps(given))
-    with pytest.raises(DataError, match=r"report\.json: not what a report was made from"):
+    with pytest.raises(DataError, match=r"report\.json: not the inputs of a report"):
         write_again(tmp_path / "report.html")

@@ -13,18 +13,18 @@ import pytest
 import runs
 
 from echolab.training.checkpoints.checkpoint import saved_steps
+from echolab.training.config import Intervals
+from echolab.training.control_files import REQUESTS
 from echolab.training.fit import FitResult
-from echolab.training.parts import Intervals
-from echolab.training.requests import REQUESTS
-from echolab.training.stopping import StopSignals
+from echolab.training.signals import StopSignals
 
 STEPS = 6
 
 
 @pytest.fixture(autouse=True)
 def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echolab.training.requests.SECONDS", 0.0)
-    monkeypatch.setattr("echolab.training.vote.PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.callbacks.step_sync.PAUSE_SECONDS", 0.02)
 
 
 def train(root: Path, at_two: Any, **changes: Any) -> FitResult:
@@ -150,7 +150,7 @@ def test_a_signal_ends_after_the_step(tmp_path: Path, number: signal.Signals) ->
 def test_without_time_for_a_save_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echolab.training.checkpoints.saving.SAVE_TIMES", 1e6)
+    monkeypatch.setattr("echolab.training.callbacks.checkpoints.SAVE_TIMES", 1e6)
     every = Intervals(log=0, save=1)
 
     def on_step(step: int, steps: int) -> None:
@@ -172,7 +172,7 @@ def test_without_time_for_a_save_there_is_none(
 def test_late_means_not_done_and_what_was_begun_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    monkeypatch.setattr("echolab.training.checkpoints.saving.SAVE_TIMES", 1e6)
+    monkeypatch.setattr("echolab.training.callbacks.checkpoints.SAVE_TIMES", 1e6)
 
     def on_step(step: int, steps: int) -> None:
         if step == at:

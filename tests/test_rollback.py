@@ -9,15 +9,14 @@ from typing import Any
 import encoded
 import pytest
 
-from echolab.cli import replay
+from echolab.cli import replay_steps
 from echolab.cli.__main__ import main
-from echolab.cli.train import compose
 from echolab.cli.train_rank import train
-from echolab.data.audit import audit
-from echolab.data.ledger import read_ledger
+from echolab.config.compose import compose
+from echolab.data.ledger import audit_run, read_ledger
 from echolab.errors import ConfigError
 from echolab.launch.lease import LEASE
-from echolab.launch.runs import held
+from echolab.launch.run_dir import held
 from echolab.tracking.metrics import MetricsLog, read_metrics
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
@@ -25,7 +24,7 @@ from echolab.training.checkpoints.checkpoint import (
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.checkpoints.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.diff import state_differences, tensor_differences
 from echolab.training.guards import events
 
 PLAN = encoded.plan(("sft", 4), ("dpo", 2), ("sft", 4))
@@ -35,24 +34,24 @@ PLAN = encoded.plan(("sft", 4), ("dpo", 2), ("sft", 4))
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, pairs = encoded.write(tmp_path_factory.mktemp("encoded"), 7)
     return [
-        *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}", "data.ledger=true",
-        "batch_size=2", "every.log=1", "parity=false", PLAN,
+        *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}", "data.log_samples=true",
+        "batch_size=2", "log_every=1", "verify_export=false", PLAN,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of ten steps, with checkpoints of 4, 6, 8 and 10."""
+    """Train a run of ten steps, with checkpoints of 4, 6, 8 and 10."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    assert train(compose([*words, f"run={run}"])).done
+    assert train(compose([*words, f"run_dir={run}"])).done
     return run
 
 
 def copied(run: Path, to: Path) -> Path:
-    """The same run in another folder, which its settings name."""
+    """Copy a run to another folder and name that in its settings."""
     shutil.copytree(run, to)
     config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**config, "run": str(to)}, indent=1))
+    (to / "config.json").write_text(json.dumps({**config, "run_dir": str(to)}, indent=1))
     return to
 
 
@@ -74,7 +73,7 @@ def same_end(a: Path, b: Path) -> bool:
     return not [*tensor_differences(one, other), *state_differences(one.state, other.state)]
 
 
-def test_rolled_back_runs_never_meet_what_they_left_out(
+def test_rolled_back_runs_never_train_on_skipped_batches(
     trained: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh = copied(trained, tmp_path / "fresh")
@@ -86,19 +85,19 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
         assert saved_steps(run / "checkpoints") == [6, 4]
         aside = run / "checkpoints/rolled-back-1"
         assert [path.name for path in sorted(aside.iterdir())] == ["step-000008", "step-000010"]
-        assert open_checkpoint(folder_of(aside, 10)).step == 10  # whole, should anyone want it
+        assert open_checkpoint(folder_of(aside, 10)).step == 10  # kept complete
     said = capsys.readouterr().out
-    assert f"{a}: goes on from step 6, without sft batches 5:7 (event 1)" in said
+    assert f"{a}: resumes from step 6, without sft batches 5:7 (event 1)" in said
     for run in (a, b, fresh):
-        train(compose([*words, f"run={run}"]))
+        train(compose([*words, f"run_dir={run}"]))
     assert same_end(a, b) and same_end(a, fresh) and not same_end(a, trained)
     # Steps 6 to 9 are supervised steps 4 to 7.
     assert keys(a) == keys(b) == keys(fresh)
     assert {s: k for s, k in keys(a).items() if s < 7} == {
         s: k for s, k in keys(trained).items() if s < 7
     }
-    found = audit(a, events.skips(a))
-    assert found.exact and (found.steps, found.attempts, found.skipped) == (10, 2, 4)
+    result = audit_run(a, events.skips(a))
+    assert result.exact and (result.steps, result.attempts, result.skipped) == (10, 2, 4)
     assert main(["data", "audit", str(a)]) == 0
     assert "; 4 of skipped batches left out" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(a / "metrics.jsonl")] == list(range(1, 11))
@@ -106,7 +105,7 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
     assert main(["data", "audit", str(a)]) == 1
     assert "sft batch 5 was left out, and no event" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give back its events.jsonl"):
-        train(compose([*words, f"run={a}"]))
+        train(compose([*words, f"run_dir={a}"]))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_rolled_back_runs_never_meet_what_they_left_out(
         (["to=8"], "step-000008/ema"),
     ],
 )
-def test_a_rollback_that_cannot_be_changes_nothing(
+def test_a_refused_rollback_changes_nothing(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     asked: list[str], message: str,
 ) -> None:  # fmt: skip
@@ -134,20 +133,20 @@ def test_a_rollback_that_cannot_be_changes_nothing(
     assert files(run) == before
 
 
-def test_a_run_at_work_is_left_alone(
+def test_a_run_in_use_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copied(trained, tmp_path / "run")
     with held(run):
         assert main(["rollback", str(run), "to=6"]) == 77
-    assert "is at work there" in capsys.readouterr().err
+    assert "is using this run folder" in capsys.readouterr().err
     assert main(["rollback", str(tmp_path), "to=6"]) == 1
     assert "config.json: cannot be read" in capsys.readouterr().err
     for number in (1, 2):  # the second has nothing to move
         assert main(["rollback", str(run), "to=6", "format=json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["event"] == number and told["skip"] is None
-        assert told["moved_to"] == (None if number == 2 else f"{run}/checkpoints/rolled-back-1")
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["event"] == number and figures["skip"] is None
+        assert figures["moved_to"] == (None if number == 2 else f"{run}/checkpoints/rolled-back-1")
 
 
 def replayed(
@@ -157,7 +156,7 @@ def replayed(
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_any_step_comes_out_bit_for_bit_and_the_run_stays_as_it_is(
+def test_any_step_repeats_bit_for_bit_and_the_run_does_not_change(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(trained)
@@ -166,7 +165,7 @@ def test_any_step_comes_out_bit_for_bit_and_the_run_stays_as_it_is(
         code, lines = replayed(trained, step, capsys, out=out)
         last = lines[-1]
         assert (code, last.split(": ", 1)[1]) == (
-            0, f"steps {start + 1} to {step} are as they were (bit for bit), by ledger, metrics"
+            0, f"steps {start + 1} to {step} repeat (bit for bit), by ledger, metrics"
             + (", checkpoint" if step == 10 else ""),
         )  # fmt: skip
         assert min(read_ledger(out).steps) == start and max(read_ledger(out).steps) == step - 1
@@ -174,7 +173,7 @@ def test_any_step_comes_out_bit_for_bit_and_the_run_stays_as_it_is(
     assert files(trained) == before
 
 
-def test_every_difference_is_told(
+def test_every_difference_is_reported(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copied(trained, tmp_path / "run")
@@ -187,8 +186,8 @@ def test_every_difference_is_told(
     (row,) = [row for row in rows if row["step"] == 10 and "train/loss" in row]
     row["train/loss"] *= 1 + 1e-15
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, found = replayed(run, 10, capsys)
-    assert code == 1 and [line.split(" was")[0] for line in found] == [
+    code, result = replayed(run, 10, capsys)
+    assert code == 1 and [line.split(" was")[0] for line in result] == [
         "step 9: noise differ from the ledger's",
         "step 10: train/loss",
     ]
@@ -196,10 +195,10 @@ def test_every_difference_is_told(
     config["optim"]["weight_decay"] = 0.5
     (run / "config.json").write_text(json.dumps(config))
     assert main(["replay", str(run), "step=10", "format=json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["exact"] and told["first_step"] == 8
-    assert told["compared"] == ["ledger", "metrics", "checkpoint"]
-    assert any("step 10: master" in line for line in told["differences"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["exact"] and figures["first_step"] == 8
+    assert figures["compared"] == ["ledger", "metrics", "checkpoint"]
+    assert any("step 10: master" in line for line in figures["differences"])
     for step, message in ((0, "must be 1 or more"), (11, "the run's schedule has 10 steps")):
         assert main(["replay", str(run), f"step={step}"]) == 1
         assert message in capsys.readouterr().err
@@ -215,7 +214,7 @@ def test_a_run_of_several_ranks_is_replayed_by_one_to_rounding(
     code, lines = replayed(run, 9, capsys)  # a clip at a time, as two ranks had them
     assert (code, lines[-1]) == (
         0,
-        f"{run}: steps 9 to 9 are as they were (losses to 0.001), by ledger, metrics",
+        f"{run}: steps 9 to 9 repeat (losses to 0.001), by ledger, metrics",
     )
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -230,8 +229,8 @@ def test_only_means_over_the_same_steps_are_compared() -> None:
     def rows(*steps: tuple[int, int]) -> list[dict[str, Any]]:
         return [{"step": step, "attempt": n, "train/loss": 1.0} for step, n in steps]
 
-    def spans(told: list[dict[str, Any]], start: int, log: int) -> list[tuple[int, int]]:
-        return [span for span, _ in replay._by_span(told, start, log)]
+    def spans(figures: list[dict[str, Any]], start: int, log: int) -> list[tuple[int, int]]:
+        return [span for span, _ in replay_steps._by_span(figures, start, log)]
 
     # The second attempt went on from some step between 20 and 25, nobody says which.
     two = rows((10, 1), (20, 1), (25, 2), (30, 2))
@@ -248,5 +247,5 @@ def test_rows_from_before_going_back_do_not_count(tmp_path: Path) -> None:
             log.log(step, {"train/loss": value})
             log.log(step, {"val/loss": value})
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    told = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    assert told == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0), (5, 1.0)] and len(rows) == 10
+    figures = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert figures == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0), (5, 1.0)] and len(rows) == 10

@@ -7,7 +7,7 @@ import saved
 from forked import ForkServer
 
 from echolab.training.checkpoints.checkpoint import latest_valid
-from echolab.training.checkpoints.difference import state_differences, tensor_differences
+from echolab.training.checkpoints.diff import state_differences, tensor_differences
 
 pytestmark = pytest.mark.slow
 

@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.cli import training_objects
-from echolab.cli.train import compose
-from echolab.data.batches import form_of, read_clip, read_pair
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardDataset, ShardWriter, open_dataset
+from echolab.config import build
+from echolab.config.compose import compose
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.collate import common_shapes, read_clip, read_pair
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
+from echolab.training.callbacks.validation import read_share
+from echolab.training.config import Intervals, Training
 from echolab.training.datamodule import HeldOut
-from echolab.training.parts import Intervals, Training
-from echolab.training.validation import read_share
 
 Tensors = dict[str, Tensor]
 BAD, COUNT = 4, 7
@@ -170,7 +171,7 @@ def test_the_first_sample_is_no_measure_of_the_others(tmp_path: Path) -> None:
             tensors = shorter("text", 0)(tensors) if i == 0 else tensors
             writer.write(f"clip-{i}", {"safetensors": save(tensors), "json": b"{}"})
     dataset = open_dataset(tmp_path)
-    assert tuple(form_of(dataset)["text"]) == (5, 10)
+    assert tuple(common_shapes(dataset)["text"]) == (5, 10)
     assert [fault.sample for fault in find_faults(tmp_path, deep=True)] == ["clip-0"]
 
 
@@ -183,7 +184,7 @@ def test_training_ends_at_a_bad_clip_or_goes_past_it(
 ) -> None:
     write(tmp_path / "clips", "encoded", CHANGES["encoded", *wrong])
     write(tmp_path / "pairs", "preference", CHANGES["preference", *wrong])
-    with pytest.raises(DataError, match=r"sample clip-004: .*data\.skip_budget=0.01"):
+    with pytest.raises(DataError, match=r"sample clip-004: .*data\.max_bad_fraction=0.01"):
         runs.train(tmp_path, PLAN, clips=[open_dataset(tmp_path / "clips")])
     result, rows = runs.train(
         tmp_path, PLAN, skip_budget=0.4, every=Intervals(log=1), folder=tmp_path / "again",
@@ -255,9 +256,9 @@ def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> N
             members = {"safetensors": save(lacking(runs.clip_tensors(i))), "json": b"{}"}
             writer.write(f"clip-{i}", members)
     few = open_dataset(tmp_path / "few")
-    with pytest.raises(ConfigError, match="tasks.order: task lip_sync, for which the clips of"):
+    with pytest.raises(ConfigError, match="tasks.tasks: task lip_sync, for which the clips of"):
         check(tmp_path, clips=few)
-    with pytest.raises(ConfigError, match="data.held_out_tasks: task lip_sync"):
+    with pytest.raises(ConfigError, match="data.val_tasks: task lip_sync"):
         check(tmp_path, held_out=HeldOut(few))
     check(tmp_path, held_out=HeldOut(few, tasks=("t2v", "i2v")))
     pairs = runs.write_pairs(tmp_path / "pairs", 2)
@@ -276,15 +277,15 @@ def test_data_are_looked_at_before_weights_are_read(
     def no_weights(*_: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(training_objects, "start_of", no_weights)
+    monkeypatch.setattr(build, "start_of", no_weights)
     clips, _ = encoded.write(tmp_path)
-    words = [*encoded.SETTINGS, f"data.clips={clips}", f"run={tmp_path / 'run'}"]
+    words = [*encoded.SETTINGS, f"data.clips={clips}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match="model.text_dim=8: the clips of"):
-        training_objects.training_from(compose([*words, "model.text_dim=8"]), "")
+        build.training_from(compose([*words, "model.text_dim=8"]), "")
     with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
-        training_objects.training_from(compose([*words, "data.held_out=nowhere"]), "")
+        build.training_from(compose([*words, "data.val_clips=nowhere"]), "")
     with pytest.raises(AssertionError, match="weights are read"):
-        training_objects.training_from(compose(words), "")
+        build.training_from(compose(words), "")
 
 
 def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> None:
@@ -299,5 +300,5 @@ def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
 def test_a_flow_shift_is_above_0(tmp_path: Path, shift: float) -> None:
-    with pytest.raises(ConfigError, match="shift=.*: must be above 0"):
+    with pytest.raises(ConfigError, match="flow_shift=.*: must be above 0"):
         check(tmp_path, shift=shift)

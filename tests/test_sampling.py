@@ -8,17 +8,24 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from echolab.diffusion.recipes import DEMO, FLASH, PREVIEW, SOLVERS, sigmas_of, timesteps_of
-from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.pipeline import (
+    DEMO,
+    FLASH,
+    PREVIEW,
+    SOLVERS,
+    sampler_sigmas,
+    sampler_timesteps,
+)
 from echolab.diffusion.sigmas import sampling_sigmas
+from echolab.diffusion.solvers import sample_euler
 
 START = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
 
 
 def error(steps: int) -> float:
-    """dx / dsigma = x from sigma 1 to 0 ends at x / e."""
-    found = sample_euler(lambda x, sigma: x, START, torch.linspace(1, 0, steps + 1))
-    return abs(found.item() - 1 / torch.e)
+    """Solve dx / dsigma = x from sigma 1 to 0, which ends at x / e."""
+    actual = sample_euler(lambda x, sigma: x, START, torch.linspace(1, 0, steps + 1))
+    return abs(actual.item() - 1 / torch.e)
 
 
 def test_halving_the_step_halves_the_error() -> None:
@@ -28,26 +35,26 @@ def test_halving_the_step_halves_the_error() -> None:
 
 def test_a_field_that_depends_on_sigma_alone_is_summed_on_the_grid_given() -> None:
     sigmas = torch.tensor([1.0, 0.7, 0.1, 0.0])
-    found = sample_euler(lambda x, sigma: sigma.expand_as(x), START, sigmas)
+    actual = sample_euler(lambda x, sigma: sigma.expand_as(x), START, sigmas)
     expected = 1 - (0.3 * 1.0 + 0.6 * 0.7 + 0.1 * 0.1)
-    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_step_is_reported_and_nothing_keeps_a_graph() -> None:
     seen = []
     weight = torch.ones(1, requires_grad=True)
-    found = sample_euler(
+    actual = sample_euler(
         lambda x, sigma: weight * x, START, torch.linspace(1, 0, 4), lambda i, x: seen.append(i)
     )
-    assert seen == [0, 1, 2] and not found.requires_grad
+    assert seen == [0, 1, 2] and not actual.requires_grad
 
 
 def curved_error(solver: str, steps: int) -> float:
-    """A path that bends: dx / dsigma = x + sigma from 1 at sigma 0.9 to sigma 0.1."""
+    """Solve a curved path: dx / dsigma = x + sigma from 1 at sigma 0.9 to sigma 0.1."""
     sigmas, start = torch.linspace(0.9, 0.1, steps + 1), torch.ones(1, 1, 1, 1, 1)
-    found = SOLVERS[solver](lambda x, sigma: x + sigma, start, sigmas, None)
+    actual = SOLVERS[solver](lambda x, sigma: x + sigma, start, sigmas, None)
     truth = 2.9 * math.exp(-0.8) - 0.1 - 1  # x = c e^sigma - sigma - 1
-    return abs(found.item() - truth)
+    return abs(actual.item() - truth)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("unipc", 2), ("dpmpp", 2)])
@@ -61,14 +68,14 @@ def test_the_order_of_convergence(solver: str, order: int) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_straight_path_is_followed_to_its_end(solver: str) -> None:
     noise, data = tiny.latents(1, 2), tiny.latents(1, 3)
-    found = SOLVERS[solver](lambda x, sigma: noise - data, noise, sampling_sigmas(8, 5.0), None)
-    torch.testing.assert_close(found, data, rtol=1e-4, atol=1e-4)
+    actual = SOLVERS[solver](lambda x, sigma: noise - data, noise, sampling_sigmas(8, 5.0), None)
+    torch.testing.assert_close(actual, data, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("recipe", [DEMO, PREVIEW, FLASH], ids=["demo", "preview", "flash"])
 def test_the_shift_is_applied_once(solver: str, recipe) -> None:
-    """The levels asked for are those of the hand formula, and they are where the latents are."""
+    """Compare the levels with the formula by hand, and with the levels of the latents."""
     seen: list[tuple[float, float]] = []
     noise, data = torch.tensor(2.0).reshape(1, 1, 1, 1, 1), 0.0
 
@@ -76,14 +83,14 @@ def test_the_shift_is_applied_once(solver: str, recipe) -> None:
         seen.append((float(sigma), latents.item() / 2))
         return noise - data
 
-    SOLVERS[solver](velocity, noise, sigmas_of(recipe), None)
-    shift, count = recipe.shift, recipe.steps
+    SOLVERS[solver](velocity, noise, sampler_sigmas(recipe), None)
+    shift, count = recipe.flow_shift, recipe.num_steps
     lowest = shift / 1000 / (1 + (shift - 1) / 1000)
     even = {
         "even": [1 - k / count for k in range(count)],
         "wan": [0.999 * (1 - k / count) for k in range(count)],
         "flow_match": [1 - (1 - lowest) * k / (count - 1) for k in range(count)],
-    }[recipe.grid]
+    }[recipe.sigma_schedule]
     by_hand = [shift * u / (1 + (shift - 1) * u) for u in even]
     assert [level for level, _ in seen] == pytest.approx(by_hand, abs=1e-6)
     assert [level for _, level in seen] == pytest.approx(by_hand, abs=1e-3)
@@ -99,10 +106,10 @@ def test_unipc_is_the_scheduler_itself_on_its_own_levels() -> None:
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             latents = scheduler.step(net(latents).tanh(), timestep, latents).prev_sample
-    found = SOLVERS["unipc"](lambda x, sigma: net(x).tanh(), noise, levels, None)
-    torch.testing.assert_close(found, latents)
+    actual = SOLVERS["unipc"](lambda x, sigma: net(x).tanh(), noise, levels, None)
+    torch.testing.assert_close(actual, latents)
 
 
-def test_flash_is_eight_whole_timesteps() -> None:
-    assert timesteps_of(FLASH).tolist() == [999, 972, 937, 892, 833, 749, 624, 416]
-    assert FLASH.solver == "unipc" and len(sigmas_of(FLASH)) == 9
+def test_flash_has_eight_integer_timesteps() -> None:
+    assert sampler_timesteps(FLASH).tolist() == [999, 972, 937, 892, 833, 749, 624, 416]
+    assert FLASH.solver == "unipc" and len(sampler_sigmas(FLASH)) == 9

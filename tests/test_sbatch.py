@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from echolab.launch.blame import Observation
-from echolab.launch.records import NodeRecord
+from echolab.launch.diagnosis import Observation
+from echolab.launch.launch_records import NodeRecord
 
 SCRIPT = Path(__file__).parents[1] / "slurm/train.sbatch"
 ECHOLAB = Path(sys.executable).parent / "echolab"
@@ -61,7 +61,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes: object) -> None:
-    seen = Observation(0, "n1", "forward", 7, 40, 1.0, exit=-9, died=9.0)
+    seen = Observation(0, "n1", "forward", 7, 40, 1.0, exit_code=-9, ended_at=9.0)
     folder = run / "attempts" / launch
     folder.mkdir(parents=True)
     record = NodeRecord(launch, 0, 1, "n1", 1, [0], 1, "", 1.0, ended=2.0, rank=0)
@@ -75,7 +75,7 @@ def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes:
     ("run", "words"),
     [
         ("runs/sft", ["experiment=sft"]),  # which names it
-        ("runs/mine", ["experiment=sft", "run=runs/mine"]),
+        ("runs/mine", ["experiment=sft", "run_dir=runs/mine"]),
         ("runs/train", []),
     ],
 )
@@ -104,7 +104,7 @@ def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
 @pytest.mark.parametrize("told", [False, True])
 def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, told: bool) -> None:
     """Both leave no end: only the second is a failure."""
-    write_attempt(job.folder / "runs/sft", "", ended=None, asked=0)
+    write_attempt(job.folder / "runs/sft", "", ended=None, stop_signal=0)
     write_command(job.folder / "commands/sinfo", "echo n1 mixed")
     signal = "kill -TERM $PPID; " if told else ""
     write_command(job.folder / "commands/srun", f"{signal}exit 137")
@@ -133,7 +133,7 @@ def spooled(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["checkout", "a check out"])
-@pytest.mark.parametrize("words", [[], ["experiment=sft", "run=my runs/a"]])
+@pytest.mark.parametrize("words", [[], ["experiment=sft", "run_dir=my runs/a"]])
 def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
     job: Job, name: str, words: list[str]
 ) -> None:

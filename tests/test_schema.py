@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from echolab.cli.__main__ import main as echolab
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.checkpoint import folder_of, latest_valid, open_checkpoint
-from echolab.training.checkpoints.manifest import serialise
+from echolab.training.checkpoints.manifest import serialize
 from echolab.training.checkpoints.schema import STATE, state_faults
 from echolab.training.checkpoints.writer import write_file
-from echolab.training.parts import Intervals
+from echolab.training.config import Intervals
 
 State = dict[str, Any]
 
@@ -38,7 +38,7 @@ def seal(path: Path, **changes: Any) -> None:
     content.pop("sha256")
     files = {name: write_file(path / name, [(path / name).read_bytes()])
              for name in content["files"]}  # fmt: skip
-    (path / "manifest.json").write_bytes(serialise({**content, "files": files, **changes}))
+    (path / "manifest.json").write_bytes(serialize({**content, "files": files, **changes}))
 
 
 def remove(*keys: str) -> Callable[[State], object]:
@@ -97,8 +97,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def state(trained: Path) -> State:
-    found: State = json.loads((trained / "state.json").read_text())
-    return found
+    result: State = json.loads((trained / "state.json").read_text())
+    return result
 
 
 def copy(state: State) -> State:
@@ -124,10 +124,10 @@ def test_wrong_types_and_ranges_are_named(
 ) -> None:
     changed = copy(state)
     change(changed)
-    found = state_faults(changed, 6)
-    assert len(found) == 1
+    result = state_faults(changed, 6)
+    assert len(result) == 1
     with pytest.raises(AssertionError, match=words):
-        raise AssertionError(found[0])
+        raise AssertionError(result[0])
 
 
 @pytest.mark.parametrize("other", [None, [], "text", 3])
@@ -138,7 +138,7 @@ def test_no_entry_may_be_of_any_kind(state: State, other: Any) -> None:
         state_faults({**state, key: other}, 6)
 
 
-# -- on disk --------------------------------------------------------------------------------------
+# -- on disk ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,8 +198,8 @@ def test_tensors_agree_with_the_manifest_and_are_finite(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     change_tensors(folder_of(folder, 2), part, change)
-    found, rejected = latest_valid(folder)
-    assert found and found.step == 1 and len(rejected) == 1
+    checkpoint, rejected = latest_valid(folder)
+    assert checkpoint and checkpoint.step == 1 and len(rejected) == 1
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(folder_of(folder, 2))
     assert echolab(["checkpoint", "verify", str(folder_of(folder, 2))]) == 1
@@ -227,8 +227,8 @@ def test_the_manifest_has_types_too(folder: Path, changes: State, words: str) ->
     seal(folder_of(folder, 2), **changes)
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(folder_of(folder, 2))
-    found, _ = latest_valid(folder)
-    assert found and found.step == 1
+    result, _ = latest_valid(folder)
+    assert result and result.step == 1
 
 
 def test_a_manifest_without_files_is_none(folder: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_manifest_without_files_is_none(folder: Path) -> None:
     content = json.loads(path.read_text())
     for key in ("files", "parameters", "step", "tied"):
         left = {k: v for k, v in content.items() if k not in ("sha256", key)}
-        path.write_bytes(serialise(left))
+        path.write_bytes(serialize(left))
         with pytest.raises(CheckpointError, match=f"{key} is missing"):
             open_checkpoint(path.parent)
 
@@ -254,16 +254,16 @@ def test_a_run_resumes_from_the_one_before(
     plan, every = runs.schedule(("sft", 6)), Intervals(log=1, save=2)
     runs.train(tmp_path, plan, every=every)
     checkpoints = tmp_path / "run/checkpoints"
-    whole = runs.tensors_of(folder_of(checkpoints, 6))
+    complete = runs.tensors_of(folder_of(checkpoints, 6))
     rewrite(folder_of(checkpoints, 6), remove("optimizer_updates"))
     result, rows = runs.train(tmp_path, plan, every=every)
     assert result.done and [row["step"] for row in rows] == [5, 6]
     said = capfd.readouterr().err
-    assert "passed over" in said and "optimizer_updates is missing" in said
-    assert runs.tensors_of(folder_of(checkpoints, 6)) == whole
+    assert "echolab: skipped: " in said and "optimizer_updates is missing" in said
+    assert runs.tensors_of(folder_of(checkpoints, 6)) == complete
 
 
-def test_all_ranks_decide_alike(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_all_ranks_decide_the_same(fork_server: ForkServer, tmp_path: Path) -> None:
     saver = saved.Saver(tmp_path / "checkpoints", more=())
     for step in (1, 2):
         saver.save(step)
@@ -280,8 +280,8 @@ def see_newest(folder: str, out: str) -> None:
 
     import torch.distributed as dist
 
-    from echolab.training.checkpoints.agreed import newest
+    from echolab.training.checkpoints.checkpoint import newest
 
     dist.init_process_group("gloo")
-    found = newest(Path(folder))
-    (Path(out) / f"saw-{os.environ['RANK']}").write_text(str(found and found.step))
+    checkpoint = newest(Path(folder))
+    (Path(out) / f"saw-{os.environ['RANK']}").write_text(str(checkpoint and checkpoint.step))

@@ -8,23 +8,21 @@ import pytest
 import torch
 
 from echolab.errors import DataError
-from echolab.metrics.fit_networks import (
-    contrast,
-    fit_clip_features,
-    fit_frame_features,
-    fit_sync,
-    talker_labels,
-)
-from echolab.metrics.networks import (
+from echolab.metrics.demo_networks import (
     CROP_HEIGHT,
     CROP_MARGIN,
     CROP_WIDTH,
     ClipFeatures,
     FrameFeatures,
     SyncNetDemo,
+    contrastive_loss,
     correlation,
     crop_lips,
+    fit_clip_features,
+    fit_frame_features,
+    fit_sync,
     mouth_darkness,
+    talker_labels,
 )
 from echolab.metrics.scores import (
     PERFECT_PSNR,
@@ -111,11 +109,11 @@ def test_contrast_is_least_where_each_window_finds_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     lips = torch.nn.functional.normalize(torch.randn(3, 10, 32, generator=generator), dim=-1)
     sharp = torch.tensor(50.0)
-    own = contrast(lips, lips, sharp)
+    own = contrastive_loss(lips, lips, sharp)
     assert own < 0.01
-    assert contrast(lips, lips.roll(1, 1), sharp) > own + 1  # other windows of the clip
-    assert contrast(lips, lips.roll(1, 0), sharp) > own + 1  # other clips
-    torch.testing.assert_close(contrast(lips, 2 * lips, sharp / 2), own)
+    assert contrastive_loss(lips, lips.roll(1, 1), sharp) > own + 1  # other windows of the clip
+    assert contrastive_loss(lips, lips.roll(1, 0), sharp) > own + 1  # other clips
+    torch.testing.assert_close(contrastive_loss(lips, 2 * lips, sharp / 2), own)
 
 
 def test_a_syncnet_of_a_few_steps_already_hears(tmp_path: Path) -> None:
@@ -199,5 +197,5 @@ def test_clips_that_the_networks_cannot_take_are_refused_in_a_line() -> None:
     small = drawn.clips(4, frames=9, size=32).float_pixels()
     scoring = judges()
     for network, pixels in ((scoring.frame, small[:, :, 0]), (scoring.clip, small)):
-        with pytest.raises(DataError, match="32 x 32 pixels, .*fitted on 64 x 64"):
+        with pytest.raises(DataError, match="32 x 32 pixels: .*trained on 64 x 64"):
             network(pixels)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from echolab.errors import ConfigError
-from echolab.launch.local import run_ranks
-from echolab.training.engine.sequence import SequenceSplit
+from echolab.launch.processes import run_ranks
+from echolab.training.engine.sequence_parallel import SequenceSplit
 
 HERE = Path(__file__).parent
 
@@ -27,10 +27,10 @@ def test_several_ranks_compute_what_one_does(tmp_path: Path, world: int) -> None
     assert code == 0
     expected = sequenced.result(split=False)
     for rank in range(world):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert found.keys() == expected.keys()
+        result = load_file(tmp_path / f"{rank}.safetensors")
+        assert result.keys() == expected.keys()
         for name, tensor in expected.items():
-            error = (found[name] - tensor).norm() / tensor.norm()
+            error = (result[name] - tensor).norm() / tensor.norm()
             assert error < 1e-5, (rank, name)
 
 
@@ -42,7 +42,7 @@ def test_a_run_with_clips_over_two_ranks_is_the_run_of_one(tmp_path: Path, strat
     runs.write_pairs(tmp_path / "pairs", 5)
     runs.write_clips(tmp_path / "held", 4, 50)
     plan = 'plan=[["sft", 2], ["dpo", 1]]'
-    found = []
+    result = []
     for name, world, words in (
         ("single", 1, []),
         (strategy, 2, ["together=2", "checkpointing=selective"]),
@@ -50,8 +50,8 @@ def test_a_run_with_clips_over_two_ranks_is_the_run_of_one(tmp_path: Path, strat
         command = [sys.executable, str(HERE / "ranked.py"), str(tmp_path), name, str(world)]
         assert run_ranks([*command, str(tmp_path / name), plan, *words], world) == 0
         rows = json.loads((tmp_path / name / "rows.json").read_text())
-        found.append([{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows])
-    for row, expected in zip(*found, strict=True):
+        result.append([{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows])
+    for row, expected in zip(*result, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
@@ -65,10 +65,10 @@ def test_heads_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_one_rank_is_the_network_itself(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        net, told = tiny.net(trained=True), tiny.conditions()
-        expected = net(tiny.latents(), sequenced.TIMESTEPS, told)
+        net, report = tiny.net(trained=True), tiny.conditions()
+        expected = net(tiny.latents(), sequenced.TIMESTEPS, report)
         SequenceSplit(net)
-        found = net(tiny.latents(), sequenced.TIMESTEPS, told)
-        torch.testing.assert_close(found, expected)
+        result = net(tiny.latents(), sequenced.TIMESTEPS, report)
+        torch.testing.assert_close(result, expected)
     finally:
         dist.destroy_process_group()

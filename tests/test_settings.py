@@ -16,41 +16,38 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from echolab.cli import settings as schema
-from echolab.cli import training_objects as objects
 from echolab.cli.__main__ import main
-from echolab.cli.settings_check import check, names, shown
-from echolab.cli.train import CONF, compose
-from echolab.data.plan import REMAINDERS
-from echolab.diffusion.pair_losses import PAIR_LOSSES
+from echolab.config import build as objects
+from echolab.config import parts, schema
+from echolab.config.build_adapters import lora_from
+from echolab.config.check import check, names, shown
+from echolab.config.compose import compose
+from echolab.config.folders import CONF
+from echolab.data.batch_sampler import LAST_BATCH_MODES
+from echolab.diffusion.objectives import Preference
+from echolab.diffusion.preference_losses import PAIR_LOSSES
 from echolab.errors import ConfigError
-from echolab.launch.deadlines import Deadlines
 from echolab.models import attention
 from echolab.models.transformer import EchoTransformer
-from echolab.preference.settings import PreferenceSettings
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.tracking.wandb_run import MODES
-from echolab.training.adapters.lora import Lora
 from echolab.training.engine import machine
-from echolab.training.engine.memory import KEPT
-from echolab.training.engine.profiles import WIDEST
-from echolab.training.guards.spikes import Guards
-from echolab.training.intervals import Intervals
-from echolab.training.module import Optim
+from echolab.training.engine.activation_checkpointing import KEPT
+from echolab.training.engine.ema import WIDEST
 from echolab.training.schedule import KINDS
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "debug")
+    if path.parent.name not in ("experiment", "debug") and path.stem != "default"
 )
 NEEDED = ["data.clips=x", "data.pairs=y"]
 BASE = compose(NEEDED)
 Where = tuple[str | int, ...]
 
 
-# -- wrong values, made from the types ------------------------------------------------------------
+# -- wrong values, made from the types --------------------------------------------------------
 
 
 def limits(metadata: Any) -> dict[str, Any]:
@@ -171,14 +168,16 @@ def test_the_values_of_the_issue_are_refused_by_the_parent(
 ) -> None:
     run = tmp_path / "run"
     for word in (
-        "batch_size=abc", "batch_size=0", "every.save=abc", "every.save=-1", "every.save=2.5",
-        "optim.clip=abc", "optim.clip=nan", "optim.betas=[2,0.9]", "optim.betas=[0.9]",
-        "schedule.warmup=-5", "schedule.warmup=abc", "shift=-1", "shift=0", "seed=-1", "seed=null",
+        "batch_size=abc", "batch_size=0", "save_every=abc", "save_every=-1", "save_every=2.5",
+        "optim.max_grad_norm=abc", "optim.max_grad_norm=nan", "optim.betas=[2,0.9]",
+        "optim.betas=[0.9]",
+        "schedule.warmup=-5", "schedule.warmup=abc", "flow_shift=-1", "flow_shift=0", "seed=-1",
+        "seed=null",
         "micro_batch_size=0", "+foo=1", "+data.foo=1", "trainer.devices=two", "~seed", "sede=1",
-        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0,lr:1}]", "data.workers=true",
-        "data=[1]", "model=nothing", "supervise.save=soon", "logger.mode=loud",
+        "model.dim=wide", "schedule.epochs=[{kind:sft,steps:0}]", "data.num_workers=true",
+        "data=[1]", "model=nothing", "timeouts.save=soon", "logger.mode=loud",
     ):  # fmt: skip
-        assert main(["train", *NEEDED, f"run={run}", word]) == 1, word
+        assert main(["train", *NEEDED, f"run_dir={run}", word]) == 1, word
         said = capsys.readouterr().err
         key = word.lstrip("+~").partition("=")[0]
         assert said.startswith(f"echolab: error: {key}") and said.count("\n") == 1, said
@@ -199,12 +198,13 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
     ("words", "message"),
     [
         (["batch_size=6", "micro_batch_size=4"], "batch_size=6: not a multiple of 1 ranks x micro"),
-        (["every.save=4", "every.snapshot=6"], "every.snapshot=6: must be a multiple of"),
+        (["save_every=4", "snapshot_every=6"], "snapshot_every=6: must be a multiple of"),
         (["data.pairs=null", "schedule=dpo"], "data.pairs=null: ndpo and dpo epochs need"),
-        (["data.weights=[1,2]"], "data.weights=[1.0,2.0]: 2 weights for 1 datasets"),
-        (["data.clips=[x,y]", "data.weights=[0,0]"], "data.weights=[0.0,0.0]: all are 0"),
-        (["guards.warmup=200"], "guards.warmup=200: must be 2 or more and at most guards.window"),
-        (["tasks.floor=0.2"], "tasks.floor=0.2: times 5 tasks must stay below 1"),
+        (["data.clip_weights=[1,2]"], "data.clip_weights=[1.0,2.0]: 2 weights for 1 datasets"),
+        (["data.clips=[x,y]", "data.clip_weights=[0,0]"], "data.clip_weights=[0.0,0.0]: all are 0"),
+        (["loss_spike.min_history=200"],
+         "loss_spike.min_history=200: must be 2 or more and at most loss_spike.window"),
+        (["tasks.min_prob=0.2"], "tasks.min_prob=0.2: times 5 tasks must stay below 1"),
         (["tasks.stages=[{steps:1,targets:{t2v:0}}]"], 'tasks.stages[0].targets={"t2v":0.0}'),
         (["trainer=ddp", "trainer.strategy=single"], "trainer.strategy=single: not for 8 ranks"),
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: under DeepSpeed it is pure"),
@@ -215,10 +215,11 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
          "trainer.sequence_parallel=8: must divide model.num_heads=4"),
         (["model.num_heads=3"], "model.dim=256: must be a multiple of 2 x model.num_heads=3"),
         (["model.in_channels=20"], "model.in_channels=20: must be model.out_channels=16, or 36"),
-        (["reference=base"], "reference=base: means adapters"),
-        (["lora.start=folder"], "lora.start=folder: this run has no adapters"),
-        (["optim.ema_more=[0.9,0.9]"], "optim.ema_more=[0.9,0.9]: one is given twice"),
-        (["preference.loss_type=exo_pair"], "preference.loss_type=exo_pair: infinite at"),
+        (["ref_model=base"], "ref_model=base: means adapters"),
+        (["lora.init_from=folder"], "lora.init_from=folder: this run has no adapters"),
+        (["optim.extra_ema_decays=[0.9,0.9]"],
+         "optim.extra_ema_decays=[0.9,0.9]: one is given twice"),
+        (["objective.loss_type=exo_pair"], "objective.loss_type=exo_pair: infinite at"),
         (["data.clips=???"], "data.clips: is missing; give text"),
     ],
 )  # fmt: skip
@@ -234,17 +235,21 @@ def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
     monkeypatch.setenv("RATE", "1e-4")
     config = compose(
         [
-            *NEEDED, "optim.eps='1e-4'", "optim.clip=.inf", "batch_size='16'", "every.save=1e3",
-            "schedule.epochs=[{kind:sft,steps:'5',lr:'${oc.env:RATE}'}]", "shift=3", "run=2027",
+            *NEEDED, "optim.eps='1e-4'", "optim.max_grad_norm=.inf", "batch_size='16'",
+            "save_every=1e3",
+            "schedule.epochs=[{kind:sft,steps:'5',lr_scale:'1e-1'}]", "optim.lr=${oc.env:RATE}",
+            "flow_shift=3",
+            "run_dir=2027",
         ]
     )  # fmt: skip
-    assert config["optim"]["eps"] == 1e-4 and config["optim"]["clip"] == math.inf
-    assert config["batch_size"] == 16 and config["schedule"]["epochs"][0]["lr"] == 1e-4
-    assert config["every"]["save"] == 1000 and type(config["every"]["save"]) is int
-    assert type(config["shift"]) is float and config["run"] == "2027"
+    assert config["optim"]["eps"] == 1e-4 and config["optim"]["max_grad_norm"] == math.inf
+    assert config["batch_size"] == 16 and config["optim"]["lr"] == 1e-4
+    assert config["schedule"]["epochs"] == [{"kind": "sft", "steps": 5, "lr_scale": 0.1}]
+    assert config["save_every"] == 1000 and type(config["save_every"]) is int
+    assert type(config["flow_shift"]) is float and config["run_dir"] == "2027"
 
 
-# -- the shipped settings -------------------------------------------------------------------------
+# -- the shipped settings ---------------------------------------------------------------------
 
 
 def leaves(config: Any, at: str = "") -> Iterator[str]:
@@ -256,7 +261,8 @@ def leaves(config: Any, at: str = "") -> Iterator[str]:
 
 
 def test_what_ships_has_all_settings_and_no_others() -> None:
-    optional = {"model.audio_layers", "model.eps", "model.patch_size"}  # the network has them
+    given = ("audio_layers", "eps", "patch_size", "time_stride", "space_stride")
+    optional = {f"model.{name}" for name in given}  # the network has defaults of them
     assert set(leaves(BASE)) | optional == set(names())
 
 
@@ -279,57 +285,72 @@ def choices(section: type[BaseModel], name: str) -> tuple[str, ...]:
 def test_the_choices_are_those_of_the_code() -> None:
     assert typing.get_args(schema.Task) == TASKS
     assert choices(schema.Epoch, "kind") == KINDS
-    assert choices(schema.Data, "remainder") == REMAINDERS
-    assert choices(schema.PreferenceLoss, "loss_type") == tuple(PAIR_LOSSES)
+    assert choices(schema.Data, "last_batch") == LAST_BATCH_MODES
+    assert choices(schema.Objective, "loss_type") == tuple(PAIR_LOSSES)
     assert choices(schema.Phases, "schedule") == tuple(objects.PHASES)
-    assert choices(schema.Phases, "act") == tuple(objects.ALLOCATORS)
+    assert choices(schema.Phases, "mode") == tuple(objects.ALLOCATORS)
     assert choices(schema.Logger, "mode") == MODES
     assert choices(schema.Trainer, "attention") == attention.NAMES
     assert choices(schema.Trainer, "strategy") == machine.STRATEGIES
     assert choices(schema.Trainer, "offload") == machine.OFFLOADS
-    assert set(choices(schema.Trainer, "checkpointing")) == {"none", *KEPT}
+    assert set(choices(schema.Trainer, "activation_checkpointing")) == {"none", *KEPT}
     assert set(machine.CHECKPOINTINGS) == {"none", *KEPT}
-    assert limits([schema.Optim.model_fields["ema_widths"]]) or WIDEST > 0.2886
+    assert limits([schema.Optim.model_fields["posthoc_ema_stds"]]) or WIDEST > 0.2886
 
 
 def test_the_settings_are_those_that_the_code_takes() -> None:
-    def keys(section: type[BaseModel]) -> set[str]:
-        return {field.alias or name for name, field in section.model_fields.items()}
+    """Every setting reaches an argument, and every argument has a setting."""
+    assert set(schema.Model.model_fields) == set(inspect.signature(EchoTransformer).parameters)
 
-    assert keys(schema.Model) == set(inspect.signature(EchoTransformer).parameters)
-    assert keys(schema.Trainer) == set(machine.Machine._fields)
-    assert keys(schema.Guards) == set(Guards._fields)
-    assert keys(schema.Optim) == set(Optim._fields)
-    assert keys(schema.Lora) == {*Lora._fields, "start"}
-    assert keys(schema.Supervise) == {*Deadlines._fields, "infrastructure"}
-    assert keys(schema.Every) == set(inspect.signature(Intervals).parameters)
-    assert keys(schema.PreferenceLoss) == set(PreferenceSettings.__dataclass_fields__)
+    def distinct(section: type[BaseModel], **given: Any) -> dict[str, Any]:
+        numbers = {name: 2.0 + i for i, name in enumerate(section.model_fields)}
+        return {**numbers, **given}
+
+    def reach(part: tuple[Any, ...], settings: dict[str, Any]) -> bool:
+        return sorted(map(str, part)) == sorted(map(str, settings.values()))
+
+    trainer, timeouts = distinct(schema.Trainer), distinct(schema.Timeouts)
+    assert reach(parts.machine_from(trainer), trainer)
+    assert reach(parts.timeouts_from(timeouts), timeouts)
+    spike = distinct(schema.LossSpike, policy="record", min_history=2, window=99)
+    assert reach(parts.guards_from(spike), spike)
+    intervals = dict(zip(parts.INTERVALS, (1, 2, 3, 5, 4), strict=True))
+    assert reach(tuple(vars(parts.intervals_from(intervals)).values()), intervals)
+    optim = distinct(schema.Optim, betas=(0.1, 0.2), extra_ema_decays=(), posthoc_ema_stds=(0.3,))
+    assert reach((*objects.optim_from(optim), optim["lr"]), optim)
+    lora = distinct(schema.Lora, target_modules=("a",))
+    assert reach((*lora_from(lora), lora["init_from"]), lora)
+    arguments = set(inspect.signature(Preference).parameters) - {"phases", "reference"}
+    assert set(schema.Objective.model_fields) == arguments
 
 
-# -- what passes is understood --------------------------------------------------------------------
+# -- what passes is understood ----------------------------------------------------------------
 
 WHOLE = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
 REAL = st.one_of(st.floats(), st.integers(-2, 10**6), st.sampled_from(["1e-4", ".inf", "x", None]))
-EPOCH = st.fixed_dictionaries({"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr": REAL})
+EPOCH = st.fixed_dictionaries(
+    {"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr_scale": REAL}
+)
 STAGE = st.fixed_dictionaries(
     {"steps": WHOLE, "targets": st.dictionaries(st.sampled_from(TASKS), REAL, max_size=3)}
 )
 
 
 @given(
-    epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
-    stages=st.none() | st.lists(STAGE, max_size=3), momentum=REAL, floor=REAL,
+    lr=REAL, epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
+    stages=st.none() | st.lists(STAGE, max_size=3), ema_decay=REAL, min_prob=REAL,
 )  # fmt: skip
 def test_what_passes_is_understood_below(
-    epochs: Any, warmup: Any, cycles: Any, stages: Any, momentum: Any, floor: Any
+    lr: Any, epochs: Any, warmup: Any, cycles: Any, stages: Any, ema_decay: Any, min_prob: Any
 ) -> None:
     schedule = {"epochs": epochs, "warmup": warmup, "cycles": cycles, "decay": "cosine"}
-    tasks = {**BASE["tasks"], "stages": stages, "momentum": momentum, "floor": floor}
+    tasks = {**BASE["tasks"], "stages": stages, "ema_decay": ema_decay, "min_prob": min_prob}
     try:
-        config = check({**BASE, "schedule": schedule, "tasks": tasks})
+        optim = {**BASE["optim"], "lr": lr}
+        config = check({**BASE, "schedule": schedule, "tasks": tasks, "optim": optim})
     except ConfigError:
         return
-    planned = objects.schedule_from(config["schedule"])
+    planned = objects.schedule_from(config)
     assert planned.steps > 0 and all(math.isfinite(planned.lr(step)) for step in (0, 1))
     shares = objects.curriculum_from(config["tasks"]).probabilities(1)
     assert sum(shares.values()) == pytest.approx(1)

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import webdataset
 
-from echolab.data import writing
-from echolab.data.files import exclusive
-from echolab.data.foreign import index_folder
+from echolab.atomic_io import lock_folder
+from echolab.data import shard_writer
 from echolab.data.index import INDEX, MEMBERS, REQUIRED
-from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.data.index_tars import index_folder
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.verify import verify
 from echolab.errors import BusyError, DataError, DiskFullError
 
 RNG = np.random.default_rng(0)
@@ -155,7 +157,7 @@ def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, kind="raw") as writer:
         writer.write("a", SAMPLES["clip-000"])
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="no whole dataset"):
+    with pytest.raises(DataError, match="no complete dataset"):
         open_dataset(tmp_path)
     write(tmp_path)  # clears what was left
     assert verify(tmp_path) == []
@@ -174,7 +176,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(DiskFullError) as caught, ShardWriter(tmp_path, kind="raw") as writer:
-        monkeypatch.setattr(writing._Partial, "write", full)
+        monkeypatch.setattr(shard_writer._Partial, "write", full)
         writer.write("a", {**SAMPLES["clip-000"], "mp4": bytes(100_000)})
     monkeypatch.undo()
     message = str(caught.value)
@@ -186,7 +188,7 @@ def test_a_real_limit_leaves_nothing_behind(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DiskFullError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
@@ -248,7 +250,7 @@ with ShardWriter(Path({str(tmp_path / "out")!r}), kind="raw", samples_per_shard=
 
 
 def test_a_lock_is_for_other_threads_too(tmp_path: Path) -> None:
-    with exclusive(tmp_path), exclusive(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError):
             pool.submit(write, tmp_path).result()
     write(tmp_path)

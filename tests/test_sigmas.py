@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from echolab.diffusion.sigmas import (
-    GRIDS,
+    SIGMA_SCHEDULES,
     draw,
     flow_match_sigmas,
     sampling_sigmas,
@@ -31,14 +31,14 @@ def test_sampling_goes_from_noise_to_data_once_shifted() -> None:
     assert sigmas.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", SIGMA_SCHEDULES)
 def test_every_grid_goes_down_to_zero(grid: str) -> None:
     for steps in (1, 8, 25):
-        sigmas = GRIDS[grid](steps, 5.0)
+        sigmas = SIGMA_SCHEDULES[grid](steps, 5.0)
         assert len(sigmas) == steps + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
         assert sigmas[0] > 0.999 and sigmas.dtype == torch.float32
     with pytest.raises(ConfigError, match="steps=0"):
-        GRIDS[grid](0, 5.0)
+        SIGMA_SCHEDULES[grid](0, 5.0)
 
 
 def test_the_grid_of_the_released_preview_is_the_scheduler_s() -> None:
@@ -48,7 +48,7 @@ def test_the_grid_of_the_released_preview_is_the_scheduler_s() -> None:
 
 
 def test_the_grid_of_wan_is_the_scheduler_s() -> None:
-    """diffusers' DPM++ has Wan's levels by its own shift; a shift of one and ours give the same."""
+    """Compare with diffusers' DPM++, which has Wan's levels by its own shift or by ours."""
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )

@@ -12,7 +12,7 @@ import runs
 import signalled
 from forked import ForkServer
 
-from echolab.cli.train import compose
+from echolab.config.compose import compose
 from echolab.launch.exit_codes import DONE, STOPPED_SAVED
 from echolab.training.checkpoints.checkpoint import latest_valid, saved_steps
 
@@ -32,12 +32,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return compose(
         [
             *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}",
-            f"data.held_out={clips}", "data.held_out_overlaps=accept",
-            "data.held_out_clips=4", "data.workers=1",
+            f"data.val_clips={clips}", "data.val_overlaps=accept",
+            "data.val_num_clips=4", "data.num_workers=1",
             encoded.plan(("sft", STEPS // 2), ("ndpo", 4), ("sft", STEPS // 2 - 4)),
             "trainer=zero1", f"trainer.devices={WORLD}", "trainer.accelerator=cpu",
-            "trainer.precision=32-true", "trainer.checkpointing=none", "batch_size=4",
-            "every.save=3", "every.validate=5", "every.log=1",
+            "trainer.precision=32-true", "trainer.activation_checkpointing=none", "batch_size=4",
+            "save_every=3", "val_every=5", "log_every=1",
         ]
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_signals_at_any_moment(
     chance = random.Random(SEED)
     unbroken = tmp_path / "unbroken"
     whole = signalled.start(
-        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "beats"
+        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "heartbeat"
     )
     assert whole.wait() == [DONE] * WORLD, whole.outputs()
     expected = checkpoint_bytes(unbroken)
@@ -64,10 +64,10 @@ def test_signals_at_any_moment(
         codes = [STOPPED_SAVED] * WORLD
         while codes != [DONE] * WORLD:
             number += 1
-            beats = tmp_path / f"beats-{number}"
-            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, beats)
+            heartbeat = tmp_path / f"heartbeat-{number}"
+            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, heartbeat)
             if done < COUNT:
-                told = signalled.signal_one(ranks, beats, WORLD, chance)
+                told = signalled.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1
             codes = ranks.wait(120)
             print(f"{done}: {told}: {codes[0]}, step {step}", flush=True)

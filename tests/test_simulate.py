@@ -1,4 +1,4 @@
-"""The simulated step against what a real one allocates, as torch's own profiler tells it."""
+"""The estimate of activation memory against real steps."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from echolab.diffusion.objectives import velocity_error
-from echolab.diffusion.phases import PHDA, KeepModalities
-from echolab.models.layers import rope_table
+from echolab.diffusion.phases import PHDA, ModalityDropout
+from echolab.models.layers import rope_freqs
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters
-from echolab.training.engine.memory import ATTENTION, checkpoint_blocks
-from echolab.training.engine.simulate import Clip, Step, like_gpu, simulate
+from echolab.training.engine.activation_checkpointing import ATTENTION, checkpoint_blocks
+from echolab.training.engine.activation_memory import Clip, Step, like_gpu, simulate
 from echolab.types import Batch, Conditions, Draws
 
 SMALL = {
@@ -64,7 +64,7 @@ def measured(
 
     def forward() -> torch.Tensor:
         latents = torch.randn(clip.clips, 16, *grid)
-        told = Conditions(
+        report = Conditions(
             torch.randn(clip.clips, clip.text, architecture["text_dim"]),
             torch.randn(clip.clips, clip.image, architecture["image_dim"]),
             torch.randn(clip.clips, *audio),
@@ -72,16 +72,16 @@ def measured(
             torch.zeros(clip.clips, 4, *grid),
             torch.randn(clip.clips, 16, *grid),
         )
-        batch = Batch(latents, told, torch.ones(clip.clips, 1, *grid), [], [])
+        batch = Batch(latents, report, torch.ones(clip.clips, 1, *grid), [], [])
         draws = Draws(torch.randn_like(latents), *(torch.rand(clip.clips, *s) for s in ((), (2,))))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return velocity_error(net, batch, draws, KeepModalities(PHDA)).mean()
+            return velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
 
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as first:
         loss = forward()
     del loss
-    rope_table.cache_clear()
+    rope_freqs.cache_clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as second:
         forward().backward()
     return peak(first), peak(second)
@@ -121,11 +121,11 @@ def test_a_gpu_never_keeps_every_query_with_every_key_and_less_in_bf16() -> None
     grown = [of(large, **more).activations / of(small, **more).activations
              for more in ({}, {"autocast": True}, {"weights": torch.bfloat16})]  # fmt: skip
     assert all(2.5 < ratio < 4.2 for ratio in grown)  # as the tokens, not as their square
-    whole, mixed, half = (
+    complete, mixed, half = (
         of(large, **more).activations
         for more in ({}, {"autocast": True}, {"weights": torch.bfloat16})
     )
-    assert half < mixed < whole and half > 0.45 * whole
+    assert half < mixed < complete and half > 0.45 * complete
 
 
 def test_a_simulation_leaves_the_process_as_it_was() -> None:
@@ -133,8 +133,8 @@ def test_a_simulation_leaves_the_process_as_it_was() -> None:
     simulate({**SMALL, "num_heads": 4}, clip, autocast=True)
     net = tiny.net(trained=True)
     with torch.no_grad():
-        found = net(tiny.latents(), torch.tensor([200.0, 900.0]), tiny.conditions())
-    assert type(found) is torch.Tensor and found.isfinite().all()
+        result = net(tiny.latents(), torch.tensor([200.0, 900.0]), tiny.conditions())
+    assert type(result) is torch.Tensor and result.isfinite().all()
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 

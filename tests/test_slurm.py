@@ -36,7 +36,7 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
     run, log = tmp_path / "run", tmp_path / "log"
     steps = 60
     settings = [
-        *data, encoded.plan(("sft", steps)), f"run={run}", "logger=wandb", "every.save=20",
+        *data, encoded.plan(("sft", steps)), f"run_dir={run}", "logger=wandb", "save_every=20",
         "trainer=zero2", "trainer.accelerator=cpu", "trainer.precision=32-true",
     ]  # fmt: skip
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
@@ -70,11 +70,11 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
 ) -> None:
     """`scancel` reaches the tracker and its service too; the next job goes on from that step."""
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    settings = [*data, encoded.plan(("sft", 60)), "every.save=1000", "trainer.strategy=ddp"]
+    settings = [*data, encoded.plan(("sft", 60)), "save_every=1000", "trainer.strategy=ddp"]
 
     def submit(folder: Path, *words: str) -> str:
         options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
-        words = (*settings, f"run={folder}", *words)
+        words = (*settings, f"run_dir={folder}", *words)
         return cluster("exec", "sbatch", *options, BATCH, *words, cwd=tmp_path).strip()
 
     def state(job: str) -> str:
@@ -106,7 +106,7 @@ def test_a_rank_that_dies_on_the_second_node(
     run, log = tmp_path / "run", tmp_path / "log"
     steps = 80
     settings = [
-        *data, encoded.plan(("sft", steps)), f"run={run}", "every.save=5", "batch_size=4",
+        *data, encoded.plan(("sft", steps)), f"run_dir={run}", "save_every=5", "batch_size=4",
         "trainer.strategy=ddp", "trainer.devices=2",
     ]  # fmt: skip
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_on_the_second_node(
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8, 180, log)
     launch = next((run / "attempts").iterdir())
     record = json.loads((launch / "node-1.json").read_text())
-    assert (record["host"], record["ranks"], record["supervisors"]) == ("n2", [2, 3], 2)
+    assert (record["host"], record["ranks"], record["num_supervisors"]) == ("n2", [2, 3], 2)
     cluster("on", "n2", "kill", "-KILL", str(record["pids"][1]))
     wait_for(
         lambda: "JobState=COMPLETED" in cluster("exec", "scontrol", "show", "job", job), 300, log
@@ -169,8 +169,8 @@ def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
 ) -> None:
     """Use a folder of any name; members that ask for GPUs, of which there are none, are refused."""
     words = [
-        *data, encoded.plan(("sft", 3)), f"run={tmp_path / 'a=b #c (d)~ü'}", "launcher=slurm",
-        "hydra.launcher.timeout_min=5", "data.workers=1", "trainer=gpu,cpu", "seed=1,2",
+        *data, encoded.plan(("sft", 3)), f"run_dir={tmp_path / 'a=b #c (d)~ü'}", "launcher=slurm",
+        "hydra.launcher.timeout_min=5", "data.num_workers=1", "trainer=gpu,cpu", "seed=1,2",
     ]  # fmt: skip
     script = f'{ECHOLAB} train -m "$@" 2>&1; echo "code $?"'
 
@@ -192,7 +192,7 @@ def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
             done = cluster("exec", "sacct", "-nPj", numbers[name], "--format=JobID,AllocCPUS")
             assert f"{numbers[name]}.0|3" in done.split()  # of the task, by srun
             assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
-            assert json.loads((folder / "config.json").read_text())["run"] == str(folder)
+            assert json.loads((folder / "config.json").read_text())["run_dir"] == str(folder)
             hosts.add(json.loads((folder / "attempts.jsonl").read_text())["SLURM_JOB_ID"])
     assert len(hosts) == 2
     again = sweep()
@@ -204,7 +204,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
 ) -> None:
     """Its driver killed, a member queued again by Slurm, and SIGTERM: all saved, nothing twice."""
     words = [
-        *data, encoded.plan(("sft", 20000)), f"run={tmp_path / 'sweep'}", "launcher=slurm",
+        *data, encoded.plan(("sft", 20000)), f"run_dir={tmp_path / 'sweep'}", "launcher=slurm",
         "hydra.launcher.timeout_min=10",
     ]  # fmt: skip
     script = f"""
@@ -225,7 +225,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
     log = (tmp_path / "second.log").read_text()
     assert out.split() == ["code", str(exit_codes.STOPPED_SAVED)], out + log
     assert log.count(": job ") == 1  # of seed=3 alone
-    assert log.count("preempted: stopped by a signal, saved") == 2 * 3
+    assert log.count("preempted: stopped by a signal, checkpoint saved") == 2 * 3
     for folder in (tmp_path / "sweep").glob("seed-*"):
         newest, rejected = latest_valid(folder / "checkpoints")
         steps = [
@@ -241,7 +241,7 @@ def test_ranks_have_the_cpus_that_were_asked_for_and_find_their_checkout(tmp_pat
     conf.write_text("TaskPlugin=task/affinity\n")
     says = "import os; print('CPUs', len(os.sched_getaffinity(0)))"
     command.write_text(
-        f'#!/usr/bin/env bash\n[[ $* != *trainer.nodes=* ]] || python3 -c "{says}"\n'
+        f'#!/usr/bin/env bash\n[[ $* != *trainer.num_nodes=* ]] || python3 -c "{says}"\n'
     )
     command.chmod(0o755)
     settings = {"ECHOLAB_SLURM_CPUS": "2", "ECHOLAB_SLURM_EXTRA_CONF": str(conf)}
@@ -260,4 +260,4 @@ def test_ranks_have_the_cpus_that_were_asked_for_and_find_their_checkout(tmp_pat
         found = "nonsense=1: there is no such setting"  # it is echolab that says so
         assert found in submit(2, bare, "--export=NONE", str(BATCH), "nonsense=1")
         there = BATCH.parent
-        assert found in submit(3, bare, BATCH.name, "run=a b", "nonsense=1", cwd=there)
+        assert found in submit(3, bare, BATCH.name, "run_dir=a b", "nonsense=1", cwd=there)

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 STEPS = 60
 SETTINGS = (
     *encoded.SETTINGS, encoded.plan(("sft", STEPS)), "batch_size=4", "trainer.strategy=ddp",
-    "logger=wandb", "every.save=20", "every.validate=15", "data.held_out_batch_size=2",
+    "logger=wandb", "save_every=20", "val_every=15", "data.val_batch_size=2",
 )  # fmt: skip
 # Preemption as Slurm does it by itself: TERM, and KILL when the partition's grace is over.
 CONF = "SlurmctldParameters=idle_on_node_suspend\n"
@@ -39,12 +39,13 @@ SLOW = {
 WAITS = """
 import sys, time
 from pathlib import Path
-from echolab.training.sections import read_beat
+from echolab.heartbeat import read_heartbeat
 wanted, least = sys.argv[1].split(","), int(sys.argv[2])
 end = time.monotonic() + 400
 while time.monotonic() < end:
-    beats = [read_beat(path) for path in Path("/dev/shm").glob("echolab-beats-*/rank-0.beats")]
-    if any(beat and beat.section in wanted and beat.step >= least for beat in beats):
+    paths = Path("/dev/shm").glob("echolab-rank-*/rank-0.heartbeat")
+    states = [read_heartbeat(path) for path in paths]
+    if any(state and state.section in wanted and state.step >= least for state in states):
         sys.exit()
     time.sleep(0.002)
 sys.exit("never")
@@ -126,8 +127,8 @@ def chosen() -> list[Drill]:
 
 
 def submit(cluster: Cluster, folder: Path, clips: Path, log: Path) -> str:
-    words = [*SETTINGS, f"data.clips={clips}", f"run={folder / 'run'}"]
-    words += [f"data.held_out={clips}", "data.held_out_overlaps=accept"]
+    words = [*SETTINGS, f"data.clips={clips}", f"run_dir={folder / 'run'}"]
+    words += [f"data.val_clips={clips}", "data.val_overlaps=accept"]
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
     return cluster("exec", "sbatch", *options, BATCH, *words, cwd=folder).strip()
 

@@ -1,4 +1,4 @@
-"""Spikes are found and noise is not; what is then done is a function of what happened before."""
+"""Spikes are detected, false alarms are rare, and every rank takes the same decision."""
 
 import json
 import math
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from echolab.errors import ConfigError, DivergedError
 from echolab.training.guards.events import Event, History
-from echolab.training.guards.recovery import (
+from echolab.training.guards.spike_policy import (
     NOTHING,
     What,
     clipped,
     decide,
-    told,
+    event_details,
     without_checkpoint,
 )
 from echolab.training.guards.spikes import LEAST, Guards, Spike, SpikeDetector, deviations
@@ -29,10 +29,10 @@ AT_MOST = 1e-5  # false alarms a value, at the usual limit
 
 def detector_after(values: list[float], kind: str = "sft", **options: Any) -> SpikeDetector:
     """One that has seen these as losses and, twice as large, as gradient norms."""
-    found = SpikeDetector(**options)
+    result = SpikeDetector(**options)
     for step, value in enumerate(values):
-        found.observe(kind, value, 2 * abs(value), step=step)
-    return found
+        result.observe(kind, value, 2 * abs(value), step=step)
+    return result
 
 
 def noise(count: int, sigma: float = 0.2, seed: int = 0) -> list[float]:
@@ -53,7 +53,7 @@ def test_stationary_noise_raises_no_alarm() -> None:
     sigma=st.floats(0.02, 0.3), seed=st.integers(0, 99), factor=st.floats(20, 1e9),
     of_gradient=st.booleans(),
 )  # fmt: skip
-def test_a_spike_is_found_and_named(
+def test_a_spike_is_detected_and_named(
     sigma: float, seed: int, factor: float, of_gradient: bool
 ) -> None:
     detector = detector_after(noise(60, sigma, seed))
@@ -93,8 +93,8 @@ def test_losses_of_preferences_come_near_zero_and_below() -> None:
     signed = rng.normal(-0.1, 0.5, 400).tolist()
     for values in (near_zero, signed):
         detector = SpikeDetector()
-        found = [detector.observe("dpo", v, 1.0, step=i, epoch=1) for i, v in enumerate(values)]
-        assert not any(found)
+        result = [detector.observe("dpo", v, 1.0, step=i, epoch=1) for i, v in enumerate(values)]
+        assert not any(result)
         spike = detector.observe("dpo", 50.0, 1.0, step=400, epoch=1)
         assert spike and spike.measure == "loss" and spike.deviations > 8
     # A hinge that is mostly satisfied says nothing of how large it may be.
@@ -122,7 +122,7 @@ def test_kinds_and_preference_epochs_are_judged_by_themselves() -> None:
 def test_what_is_not_finite_is_always_a_spike(value: float) -> None:
     spike = SpikeDetector().observe("ndpo", value, 1.0, step=0)
     assert spike and not spike.finite and "not finite" in spike.reason
-    json.dumps(spike.told(), allow_nan=False)
+    json.dumps(spike.details(), allow_nan=False)
     detector = detector_after(noise(60))
     before = detector.state_dict()
     spike = detector.observe("sft", 1e9, value, step=60)
@@ -142,18 +142,18 @@ def test_decisions_are_the_same_after_a_resume(seed: int, cut: int) -> None:
     rng = np.random.default_rng(seed)
     values = np.exp(rng.standard_t(2, 150)).tolist()  # heavy tails: many alarms
     kinds = rng.choice(["sft", "dpo"], 150).tolist()
-    whole, cut_one = SpikeDetector(limit=3, warmup=8), SpikeDetector(limit=3, warmup=8)
-    told_by = []
+    complete, cut_one = SpikeDetector(limit=3, warmup=8), SpikeDetector(limit=3, warmup=8)
+    decisions = []
     for step, (kind, value) in enumerate(zip(kinds, values, strict=True)):
         if step == cut:
             state = json.loads(json.dumps(cut_one.state_dict(), allow_nan=False))
             cut_one = SpikeDetector(limit=3, warmup=8)
             cut_one.load_state_dict(state)
         epoch = step // 70
-        told_by.append(
-            [d.observe(kind, value, value**2, step=step, epoch=epoch) for d in (whole, cut_one)]
+        decisions.append(
+            [d.observe(kind, value, value**2, step=step, epoch=epoch) for d in (complete, cut_one)]
         )
-    assert all(one == other for one, other in told_by) and any(one for one, _ in told_by)
+    assert all(one == other for one, other in decisions) and any(one for one, _ in decisions)
 
 
 # -- what is done ---------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_record_goes_on_but_not_with_nan() -> None:
     guards = Guards("record")
     assert decide(None, guards, [], PLAN) == NOTHING
     assert decide(HIGH, guards, [], PLAN)[:2] == (What.RECORD, "spike")
-    with pytest.raises(DivergedError, match="step 700 .*not finite; .*guards.policy=recompute"):
+    with pytest.raises(DivergedError, match="step 700 .*not finite; .*loss_spike.policy=recompute"):
         decide(BROKEN, guards, [], PLAN)
 
 
@@ -226,23 +226,23 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
     history = History(tmp_path)
     action = decide(BROKEN, Guards("rollback"), history.events, PLAN)
     assert action.skip
-    history.add(BROKEN.step, action.event, **told(BROKEN, 500, action.skip))
+    history.add(BROKEN.step, action.event, **event_details(BROKEN, 500, action.skip))
     for count in (1, 2):
         with pytest.raises(DivergedError, match=f"rolled back {count} times"):
             decide(BROKEN, Guards("rollback", at_most=count), History(tmp_path).events, PLAN)
-        history.add(BROKEN.step, action.event, **told(BROKEN, 500))
-    assert history.events[0].told["skip"] == ["sft", 550, 200]
+        history.add(BROKEN.step, action.event, **event_details(BROKEN, 500))
+    assert history.events[0].details["skip"] == ["sft", 550, 200]
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"policy": "hope"}, "guards.policy=hope: unknown"),
-        ({"limit": 0}, "guards.limit=0: must be above 0"),
-        ({"limit": math.nan}, "guards.limit=nan"),
-        ({"warmup": 1}, "guards.warmup=1"),
-        ({"window": 10}, "at most guards.window=10"),
-        ({"at_most": -1}, "guards.at_most=-1: must be 0 or more"),
+        ({"policy": "hope"}, "loss_spike.policy=hope: unknown"),
+        ({"limit": 0}, "loss_spike.threshold=0: must be above 0"),
+        ({"limit": math.nan}, "loss_spike.threshold=nan"),
+        ({"warmup": 1}, "loss_spike.min_history=1"),
+        ({"window": 10}, "at most loss_spike.window=10"),
+        ({"at_most": -1}, "loss_spike.max_rollbacks=-1: must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

@@ -17,18 +17,18 @@ import runs
 import saved
 from forked import ForkServer
 
-from echolab.data import files
-from echolab.data.files import LineLog, append_text, retried, write_whole
+from echolab import atomic_io
+from echolab.atomic_io import LineLog, append_text, retry, write_atomic
+from echolab.data.bad_samples import TolerantReader, read_quarantine
 from echolab.data.ledger import read_ledger
-from echolab.data.pieces import Pieces
-from echolab.data.quarantine import Tolerant, read_quarantine
-from echolab.data.shards import open_dataset
+from echolab.data.member_reader import MemberReader
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, DiskFullError, SaveError, StorageError
 from echolab.launch.exit_codes import CAUSES, FATAL, RETRYABLE, cause_of_exception
 from echolab.tracking.metrics import MetricsLog, read_metrics, series
 from echolab.training.checkpoints.checkpoint import folder_of, latest_valid, open_checkpoint
+from echolab.training.config import Intervals
 from echolab.training.guards import events
-from echolab.training.parts import Intervals
 
 PASSING = [
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EACCES, errno.EIO, errno.EPERM,
@@ -40,7 +40,7 @@ FULL = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.0, 0.01, 0.0))
+    monkeypatch.setattr(atomic_io, "PAUSES", (0.0, 0.01, 0.0))
 
 
 class Failing:
@@ -68,10 +68,10 @@ def test_a_read_bears_with_an_error_that_passes(
     clips: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
     dataset = open_dataset(clips)
-    expected = dataset.take(1, "safetensors", Pieces.rest)
+    expected = dataset.take(1, "safetensors", MemberReader.rest)
     other = open_dataset(clips)
     monkeypatch.setattr(os, name, failing := Failing(getattr(os, name), number, 2))
-    assert other.take(1, "safetensors", Pieces.rest) == expected
+    assert other.take(1, "safetensors", MemberReader.rest) == expected
     assert failing.calls > 2
 
 
@@ -80,10 +80,10 @@ def test_a_read_that_fails_for_good_names_file_and_number(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     dataset = open_dataset(clips)
-    reader = Tolerant(dataset, skip_budget=0.9, quarantine=tmp_path / "quarantine.jsonl")
+    reader = TolerantReader(dataset, max_bad_fraction=0.9, quarantine=tmp_path / "quarantine.jsonl")
     monkeypatch.setattr(os, "preadv", Failing(os.preadv, number, float("inf")))
     with pytest.raises(StorageError, match=rf"encoded-0.*\.tar.*errno {number}\)") as caught:
-        reader.read(0, lambda i: dataset.take(i, "safetensors", Pieces.rest))
+        reader.read(0, lambda i: dataset.take(i, "safetensors", MemberReader.rest))
     assert "\n" not in str(caught.value)
     assert read_quarantine(tmp_path / "quarantine.jsonl") == []
     assert cause_of_exception(caught.value, "data_wait") == "storage"
@@ -101,7 +101,7 @@ def test_a_stale_handle_is_opened_again(clips: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(os, "open", opens)
-    assert dataset.take(0, "safetensors", Pieces.rest)
+    assert dataset.take(0, "safetensors", MemberReader.rest)
     assert opens.calls == 2
 
 
@@ -129,7 +129,7 @@ def test_damaged_bytes_stay_data(clips: Path) -> None:
     data[dataset.sample(0).members["safetensors"][0] + 9] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError) as caught:
-        dataset.take(0, "safetensors", Pieces.rest)
+        dataset.take(0, "safetensors", MemberReader.rest)
     assert cause_of_exception(caught.value, "data_wait") == "data"
 
 
@@ -141,11 +141,11 @@ def test_patient_writes_bear_with_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, 2))
-    write_whole(tmp_path / "a", b"whole", patient=True)
+    write_atomic(tmp_path / "a", b"whole", patient=True)
     assert (tmp_path / "a").read_bytes() == b"whole"
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, float("inf")))
     with pytest.raises(StorageError, match=rf"b: could not be written .*errno {number}\)") as error:
-        write_whole(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"whole", patient=True)
     assert not isinstance(error.value, DiskFullError)
     assert cause_of_exception(error.value, "save") == "storage"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -157,20 +157,20 @@ def test_no_room_is_the_disk_and_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(os, "fsync", failing := Failing(os.fsync, number, float("inf")))
     with pytest.raises(DiskFullError) as error:
-        write_whole(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"whole", patient=True)
     assert failing.calls == 1 and cause_of_exception(error.value, "vote") == "disk"
     assert cause_of_exception(OSError(number, "words"), "vote") == "disk"
 
 
 def test_retries_end(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Failing(lambda: 7, errno.ESTALE, 3)
-    assert retried(failing) == 7 and failing.calls == 4
+    assert retry(failing) == 7 and failing.calls == 4
     failing = Failing(lambda: 7, errno.ESTALE, 4)
     with pytest.raises(OSError):
-        retried(failing)
+        retry(failing)
     failing = Failing(lambda: 7, errno.ENOENT, 1)
     with pytest.raises(FileNotFoundError):
-        retried(failing)
+        retry(failing)
     assert failing.calls == 1
 
 
@@ -179,7 +179,7 @@ class Outages:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range, number: int) -> None:
         self.count, self.calls, self.number = 0, calls, number
-        monkeypatch.setattr(files, "append_text", self)
+        monkeypatch.setattr(atomic_io, "append_text", self)
 
     def __call__(self, path: Path, text: str, *, patient: bool = False) -> None:
         self.count += 1
@@ -188,7 +188,7 @@ class Outages:
             return
         if self.count % 2:  # half of it came to the disk
             append_text(path, text[: len(text) // 2])
-        raise files.write_error(path, OSError(self.number, os.strerror(self.number)))
+        raise atomic_io.write_error(path, OSError(self.number, os.strerror(self.number)))
 
 
 @pytest.mark.parametrize("number", [*PASSING[:6], *FULL], ids=errno.errorcode.get)
@@ -339,9 +339,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
 
 def train_with_workers(root: str, how: str) -> int:
     """In a rank: a run with two workers, of which one dies; print the cause, exit with its code."""
-    from echolab.launch.told import tell_failure
+    from echolab.launch.rank_process import write_error_file
 
-    files.PAUSES = (0.0, 0.0)
+    atomic_io.PAUSES = (0.0, 0.0)
     parent, calls, preadv = os.getpid(), 0, os.preadv
 
     def read_in_worker(*given: Any) -> int:
@@ -356,7 +356,7 @@ def train_with_workers(root: str, how: str) -> int:
     os.preadv = read_in_worker  # type: ignore[assignment]
 
     def on_failure(error: BaseException) -> None:
-        code = tell_failure(Path(root), 0, error, "data_wait", 3)
+        code = write_error_file(Path(root), 0, error, "data_wait", 3)
         os._exit(code)
 
     runs.train(Path(root), runs.schedule(("sft", 40)), workers=2, on_failure=on_failure)
@@ -409,7 +409,7 @@ def fill_shared(leave: int) -> None:
 
 def train_in_little_memory(root: str, when: str) -> int:
     """In a rank: a run with two workers and little /dev/shm, that others fill at some moment."""
-    from echolab.launch.told import tell_failure
+    from echolab.launch.rank_process import write_error_file
 
     mount_shared(WHOLE if when != "too small" else 1 << 16)
     if when == "before":
@@ -420,7 +420,7 @@ def train_in_little_memory(root: str, when: str) -> int:
             fill_shared(0)
 
     def on_failure(error: BaseException) -> None:
-        os._exit(tell_failure(Path(root), 0, error, "data_wait", 3))
+        os._exit(write_error_file(Path(root), 0, error, "data_wait", 3))
 
     runs.train(
         Path(root), runs.schedule(("sft", 60)), workers=2, on_step=on_step, on_failure=on_failure
@@ -433,7 +433,7 @@ def train_in_little_memory(root: str, when: str) -> int:
     ("when", "code", "cause", "words"),
     [
         ("never", 0, "", ""),
-        ("too small", FATAL, "config", "data.workers=2: 1 ranks x 6 batches of .* bytes need"),
+        ("too small", FATAL, "config", "data.num_workers=2: 1 ranks x 6 batches of .* bytes need"),
         ("before", RETRYABLE, "shared_memory", "free of 4,194,304; make room there"),
         ("meanwhile", RETRYABLE, "shared_memory", "/dev/shm: no room for a batch of"),
     ],
@@ -450,28 +450,28 @@ def test_shared_memory_that_is_full_is_named(
     if cause:
         told = json.loads((tmp_path / "rank-0.error.json").read_text())
         assert told["cause"] == cause and re.search(words, told["message"]), told
-        assert "/dev/shm" in told["message"] and "data.workers" in told["message"]
+        assert "/dev/shm" in told["message"] and "data.num_workers" in told["message"]
 
 
 def tell_from_a_full_memory(root: str) -> int:
     """In a process: everything that a rank tells still comes, once /dev/shm is full."""
-    from echolab.launch import told
-    from echolab.training.sections import Beats, beats_path, read_beat, stacks_path
+    from echolab.heartbeat import Heartbeat, heartbeat_path, read_heartbeat, stacks_path
+    from echolab.launch import rank_process
 
     mount_shared(WHOLE)
-    folder = told.make_folder(range(2))
+    folder = rank_process.make_local_folder(range(2))
     assert str(folder).startswith("/dev/shm")
     fill_shared(0)
-    beats = Beats(beats_path(folder, 1))
-    beats.enter("data_wait", 3)
-    seen = read_beat(beats_path(folder, 1))
+    heartbeat = Heartbeat(heartbeat_path(folder, 1))
+    heartbeat.enter("data_wait", 3)
+    seen = read_heartbeat(heartbeat_path(folder, 1))
     assert seen and (seen.section, seen.step) == ("data_wait", 3)
-    told.tell_failure(folder, 1, ValueError("x" * 20_000), "vote", 3)
-    failure = told.failure_of(folder, 1)
+    rank_process.write_error_file(folder, 1, ValueError("x" * 20_000), "vote", 3)
+    failure = rank_process.read_error_file(folder, 1)
     assert failure and failure.message == "x" * 20_000
     with stacks_path(folder, 1).open("ab") as file:
         file.write(b"stack\n" * 10_000)
-    other = told.make_folder([0])  # a start on a node that is full
+    other = rank_process.make_local_folder([0])  # a start on a node that is full
     assert not str(other).startswith("/dev/shm")
     shutil.rmtree(other)
     return 0

@@ -5,21 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echolab.heartbeat import SECTIONS
 from echolab.training.guards.stragglers import LIMIT, OWN_PACE, STEP, Stragglers, scores
-from echolab.training.sections import SECTIONS
 
 
 def window(data_wait: float = 0.1, forward: float = 1.0, backward: float = 2.0) -> dict[str, float]:
-    told = dict.fromkeys(STEP, 0.0)
-    return told | {"data_wait": data_wait, "forward": forward, "backward": backward}
+    report = dict.fromkeys(STEP, 0.0)
+    return report | {"data_wait": data_wait, "forward": forward, "backward": backward}
 
 
 WINDOWS = st.lists(st.builds(window, *[st.floats(0, 100)] * 3), min_size=1, max_size=5)
 
 
 def test_scores_by_hand() -> None:
-    told = scores([window(), window(forward=2.0), window(data_wait=0.4)])
-    assert told == [{"forward": 1.0}, {"forward": 0.5}, {"data_wait": 0.25, "forward": 1.0}]
+    report = scores([window(), window(forward=2.0), window(data_wait=0.4)])
+    assert report == [{"forward": 1.0}, {"forward": 0.5}, {"data_wait": 0.25, "forward": 1.0}]
     # 0.1 s of 3.1 s are less than a twentieth of the step: not looked at.
     assert scores([window(), window(forward=2.0)], ["data_wait"]) == [{}, {}]
     # No wait at all is the best that there is.
@@ -28,33 +28,31 @@ def test_scores_by_hand() -> None:
 
 
 @given(WINDOWS, st.floats(0.01, 100))
-def test_scores_are_shares_whatever_the_unit(
-    windows: list[dict[str, float]], factor: float
-) -> None:
-    told = scores(windows)
-    assert all(0 <= score <= 1 for own in told for score in own.values())
+def test_scores_do_not_depend_on_the_unit(windows: list[dict[str, float]], factor: float) -> None:
+    report = scores(windows)
+    assert all(0 <= score <= 1 for own in report for score in own.values())
     for section in OWN_PACE:  # the fastest has 1, if it counts
         best = min(range(len(windows)), key=lambda rank: windows[rank][section])
-        assert told[best].get(section, 1.0) == 1.0
+        assert report[best].get(section, 1.0) == 1.0
     scaled = scores([{name: factor * s for name, s in w.items()} for w in windows])
-    for one, other in zip(told, scaled, strict=True):
+    for one, other in zip(report, scaled, strict=True):
         for section in set(one) & set(other):
             assert one[section] == pytest.approx(other[section])
 
 
 def alarms(slow: list[float], rank: int = 1) -> list[int]:
     """The windows that name a rank, which takes so many times as long as the others."""
-    watch, found = Stragglers(["a", "b", "c"]), []
+    watch, result = Stragglers(["a", "b", "c"]), []
     for number, times in enumerate(slow):
         windows = [window(forward=times if at == rank else 1.0) for at in range(3)]
-        values, told = watch.judge(windows)
+        values, report = watch.judge(windows)
         assert values["perf/straggler_score"] == pytest.approx(1 / times)
-        for one in told:
+        for one in report:
             assert (one.rank, one.host, one.section) == (rank, "abc"[rank], "forward")
             assert one.score < LIMIT and one.seconds == times and one.best == pytest.approx(1)
             assert f"rank {rank} on {'abc'[rank]} is slow in forward" in one.words
-            found.append(number)
-    return found
+            result.append(number)
+    return result
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ import encoded
 import fault_server
 import pytest
 
-from echolab.data import fetch
-from echolab.data.fetch import Expected, FetchError, Patience
 from echolab.data.index import fingerprint
-from echolab.data.shards import ShardWriter, open_dataset, verify
+from echolab.data.remote import download
+from echolab.data.remote.download import Expected, FetchError, RetryPolicy
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.verify import verify
 from echolab.errors import ConfigError, DataError, EcholabError
-from echolab.launch import job_array
+from echolab.launch import slurm
 
 # Modules that the interpreter, the libraries and the packages import, and some that they look for.
 SHADOWS = (
@@ -57,8 +59,13 @@ ECHOLAB = str(Path(sys.executable).parent / "echolab")
 def test_a_run_executes_no_module_of_the_working_folder(trap: Path, tmp_path: Path) -> None:
     """Neither its ranks, nor their loader workers, nor wandb's service."""
     clips, _ = encoded.write(tmp_path / "data")
-    words = [*encoded.SETTINGS, encoded.plan(("sft", 1)), f"data.clips={clips}", "data.workers=1"]
-    done = run([ECHOLAB, "train", *words, "logger=wandb", f"run={tmp_path / 'run'}"], trap)
+    words = [
+        *encoded.SETTINGS,
+        encoded.plan(("sft", 1)),
+        f"data.clips={clips}",
+        "data.num_workers=1",
+    ]
+    done = run([ECHOLAB, "train", *words, "logger=wandb", f"run_dir={tmp_path / 'run'}"], trap)
     check_nothing_ran(done, tmp_path)
 
 
@@ -68,7 +75,7 @@ def test_nor_do_workers_that_are_spawned(trap: Path, tmp_path: Path) -> None:
         for i in range(2):
             writer.write(f"clip-{i}", {"json": b"{}"})
     done = run([ECHOLAB, "data", "verify", str(tmp_path / "data"), "workers=2"], trap)
-    assert "whole" in done.stdout or "has no" in done.stdout
+    assert "complete" in done.stdout or "has no" in done.stdout
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
 
 
@@ -88,8 +95,8 @@ def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stay
     """An empty part of PYTHONPATH names nothing; children inherit what is left."""
     root = str(Path(__file__).resolve().parent.parent)
     program = (
-        "import os, sys; from echolab.safe_path import leave_working_folder\n"
-        "leave_working_folder()\n"
+        "import os, sys; from echolab.safe_path import remove_working_directory\n"
+        "remove_working_directory()\n"
         "print(os.getcwd() in map(os.path.abspath, sys.path[:-1]), sys.flags.safe_path)\n"
         "if len(sys.argv) < 2: os.execv(sys.executable, [sys.executable, '-c', sys.argv.append('x')"
         " or open(os.environ['ME']).read(), 'x'])\n"
@@ -167,7 +174,7 @@ def test_places_of_a_stranger_are_checked_by_the_reader(
         open_dataset(foreign)
 
 
-QUICK = Patience(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
+QUICK = RetryPolicy(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -178,10 +185,10 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
     with fault_server.serving(tmp_path) as server, (tmp_path / "got").open("w+b") as file:
         server.always["a.tar"] = fault_server.endless
         if right:  # the first bytes are those that are wanted
-            fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+            download.fetch(f"{server.url}/a.tar", file, expected, QUICK)
         else:
             with pytest.raises(FetchError, match="wrong bytes"):
-                fetch.fetch(f"{server.url}/a.tar", file, expected, QUICK)
+                download.fetch(f"{server.url}/a.tar", file, expected, QUICK)
     assert (tmp_path / "got").stat().st_size == len(data)
 
 
@@ -189,11 +196,11 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
 def test_an_index_that_never_ends_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: fault_server.Fault
 ) -> None:
-    monkeypatch.setattr(fetch, "LARGEST", 2**20)
+    monkeypatch.setattr(download, "MAX_BYTES", 2**20)
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = fault
         with pytest.raises(FetchError, match=r"dataset\.json: .*1048576"):
-            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
         assert server.asked["dataset.json"] == 1
 
 
@@ -202,7 +209,7 @@ def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) ->
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
         with pytest.raises(FetchError) as told:
-            open_dataset(server.url, cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
     assert str(told.value).isprintable() and "root:" not in str(told.value)
 
 
@@ -224,7 +231,7 @@ def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(SlurmExecutor, "_submit_command", refuse)
     monkeypatch.setattr(SlurmExecutor, "affinity", classmethod(lambda _: 1))
     with pytest.raises(ConfigError, match="no Slurm here"):
-        job_array.submit(print, [["a"]], {"submitit_folder": str(trap / "%j"), "timeout_min": 1})
+        slurm.submit(print, [["a"]], {"submitit_folder": str(trap / "%j"), "timeout_min": 1})
     lines = scripts[0].splitlines()
     start = next(i for i, line in enumerate(lines) if "submitit.core._submit" in line)
     assert any("PYTHONSAFEPATH=1" in line for line in lines[:start])
@@ -243,5 +250,5 @@ def test_a_password_is_not_sent_on_to_another_server(tmp_path: Path) -> None:
         one.always["dataset.json"] = fault_server.sent_to(f"{other.url}/dataset.json")
         url = one.url.replace("://", "://user:password@")
         with pytest.raises(FetchError, match="HTTP 404"):
-            open_dataset(f"{url}?sig=x", cache=tmp_path / "cache", patience=QUICK)
+            open_dataset(f"{url}?sig=x", cache_dir=tmp_path / "cache", retry_policy=QUICK)
     assert seen == [("/dataset.json", None)]

@@ -15,15 +15,15 @@ import pytest
 from safetensors.torch import save
 
 from echolab.cli.__main__ import main
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_writer import ShardWriter
+from echolab.heartbeat import heartbeat_path, read_heartbeat
 from echolab.launch import exit_codes
-from echolab.launch.records import NodeRecord, read_launches
-from echolab.training.sections import beats_path, read_beat
+from echolab.launch.launch_records import NodeRecord, read_launches
 
 pytestmark = pytest.mark.slow
 
 # Steps of tiny networks on a crowded machine take up to a second.
-DEADLINES = ("supervise.floor=8", "supervise.step=20", "supervise.data_wait=20")
+DEADLINES = ("timeouts.min_step_timeout=8", "timeouts.step=20", "timeouts.data_wait=20")
 BOUND = 600.0  # seconds after which it hangs, on a machine with other work
 
 
@@ -38,10 +38,15 @@ class Training:
     def __init__(self, run: Path, clips: Path, ranks: int, *words: str) -> None:
         self.run, self.ranks = run, ranks
         command = [sys.executable, "-m", "echolab.cli", "train", *encoded.SETTINGS]
-        command += [f"data.clips={clips}", f"run={run}", encoded.plan(("sft", 5000)), *DEADLINES]
+        command += [
+            f"data.clips={clips}",
+            f"run_dir={run}",
+            encoded.plan(("sft", 5000)),
+            *DEADLINES,
+        ]
         command += ["trainer.strategy=ddp", f"trainer.devices={ranks}", f"batch_size={ranks}"]
         self.process = subprocess.Popen(
-            [*command, "every.save=5", *words],
+            [*command, "save_every=5", *words],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -61,7 +66,10 @@ class Training:
         while time.monotonic() < end:
             assert self.process.poll() is None, self.process.communicate()[1]
             for record in (r for launch in read_launches(self.run) for r in launch):
-                found = [read_beat(beats_path(Path(record.beats), r)) for r in record.ranks]
+                found = [
+                    read_heartbeat(heartbeat_path(Path(record.local_folder), r))
+                    for r in record.ranks
+                ]
                 if all(beat and beat.step >= steps for beat in found):
                     return record
             time.sleep(0.1)
@@ -133,8 +141,10 @@ def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = why(training.run, capsys)
     assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
     stacks = {p.stem: p.read_text() for p in training.run.glob("attempts/*/rank-*.stack")}
-    assert [name for name in stacks if "data/stores.py" in stacks[name]] == [f"rank-{told['rank']}"]
-    assert len(stacks) == 2 and any("data/stores.py" in frame for frame in told["stack"])
+    assert [name for name in stacks if "data/remote/stores.py" in stacks[name]] == [
+        f"rank-{told['rank']}"
+    ]
+    assert len(stacks) == 2 and any("data/remote/stores.py" in frame for frame in told["stack"])
 
 
 def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +152,8 @@ def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with Training(tmp_path / "run", many(tmp_path / "clips"), 1) as training:
         record = training.at_work()
         block(sorted((tmp_path / "clips").glob("*.tar"))[7])
-        path, end = beats_path(Path(record.beats), 0), time.monotonic() + BOUND
-        while not ((beat := read_beat(path)) and time.monotonic() - beat.since > 3):
+        path, end = heartbeat_path(Path(record.local_folder), 0), time.monotonic() + BOUND
+        while not ((beat := read_heartbeat(path)) and time.monotonic() - beat.since > 3):
             assert time.monotonic() < end
             time.sleep(0.05)
         for _ in range(2):  # to the rank alone: its supervisor has no part in it

@@ -15,12 +15,12 @@ import pytest
 from echolab.cli.__main__ import main
 from echolab.launch import exit_codes, lease
 from echolab.launch.attempts import attempts_of
-from echolab.launch.records import read_launch
+from echolab.launch.launch_records import read_launch
 
 PLAYED = Path(__file__).parent / "played.py"
-DEADLINES = {
+TIMEOUTS = {
     "init": 3, "first_step": 2, "step": 1.5, "eval": 1.5, "save": 1.5, "data_wait": 1.5,
-    "teardown": 1.5, "factor": 10, "floor": 1.5,
+    "teardown": 1.5, "safety_factor": 10, "min_step_timeout": 1.5,
 }  # fmt: skip
 BOUND = 300.0  # seconds after which it hangs, on a machine with other work
 
@@ -32,7 +32,7 @@ class Launch:
         self, folder: Path, parts: dict[str, Any], env: dict[str, str] | None = None, **about: Any
     ) -> None:
         self.folder, self.run = folder, folder / "run"
-        told = json.dumps({"ranks": 3, "deadlines": DEADLINES, **about})
+        told = json.dumps({"ranks": 3, "timeouts": TIMEOUTS, **about})
         words = ["supervise", str(folder), json.dumps(parts), told]
         self.process = subprocess.Popen(
             [sys.executable, str(PLAYED), *words],
@@ -122,7 +122,7 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
     if case.does in ("loop", "fifo", "stop", "sleep"):
         assert any("in act" in frame for frame in told["stack"])
         assert (folder / "run/attempts/played/rank-1.stack").exists()
-    assert not Path(record.beats).exists()
+    assert not Path(record.local_folder).exists()
 
 
 @pytest.mark.slow
@@ -130,9 +130,9 @@ def test_a_stopped_rank_is_seen_in_any_section(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Though a read may take long: who is stopped does not read."""
-    patient = {**DEADLINES, "data_wait": 10_000.0, "step": 10_000.0}
+    patient = {**TIMEOUTS, "data_wait": 10_000.0, "step": 10_000.0}
     does = {"1": {"at": "data_wait", "does": "stop", "step": 3}}
-    code, said = Launch(folder, does, deadlines=patient).end()
+    code, said = Launch(folder, does, timeouts=patient).end()
     told = why(folder / "run", capsys)
     found = (told["cause"], told["rank"], told["section"], told["step"])
     assert found == ("stopped_process", 1, "data_wait", 3), said
@@ -204,8 +204,8 @@ def test_under_nohup_a_closed_terminal_is_nothing(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
     """Stopped as a whole for longer than any deadline, in a section of any rank."""
-    deadlines = {**dict.fromkeys(DEADLINES, 6.0), "factor": 10}
-    launch = Launch(folder, {"all": {"steps": 300}}, deadlines=deadlines)
+    timeouts = {**dict.fromkeys(TIMEOUTS, 6.0), "safety_factor": 10}
+    launch = Launch(folder, {"all": {"steps": 300}}, timeouts=timeouts)
     pids = [launch.process.pid, *launch.pids()]
     for _ in range(2):
         for pid in pids:
@@ -223,13 +223,18 @@ def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
 def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str], grace: float | None
 ) -> None:
-    """Stop ranks that wait, such as for a batch that never comes, long before their deadline."""
-    patient = {**dict.fromkeys(DEADLINES, 10_000.0), "step": 3.0, "factor": 10, "floor": 3.0}
+    """As for a batch that never comes, though its deadline is far away."""
+    patient = {
+        **dict.fromkeys(TIMEOUTS, 10_000.0),
+        "step": 3.0,
+        "safety_factor": 10,
+        "min_step_timeout": 3.0,
+    }
     does = {"1": {"at": "data_wait", "does": "sleep", "step": 8}}
     about = {"grace": {signal.SIGTERM: grace}} if grace else {}
-    launch = Launch(folder, does, deadlines=patient, **about)
+    launch = Launch(folder, does, timeouts=patient, **about)
     pids = launch.pids()
-    while not list(folder.glob("step-7-*")):
+    while len(list(folder.glob("step-7-*"))) < 3:  # all ranks have looked for a signal in step 7
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
@@ -244,15 +249,15 @@ def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
 def test_a_supervisor_that_is_killed_leaves_nothing_in_memory(folder: Path) -> None:
     launch = Launch(folder, {"all": {"steps": 100_000}})
     pids = launch.pids()
-    beats = Path(read_launch(launch.run / "attempts/played")[0].beats)
-    assert (beats / "rank-0.beats").exists()
+    local_folder = Path(read_launch(launch.run / "attempts/played")[0].local_folder)
+    assert (local_folder / "rank-0.heartbeat").exists()
     launch.process.kill()
     launch.process.wait()
     assert gone(pids)
     end = time.monotonic() + 20
-    while beats.exists() and time.monotonic() < end:
+    while local_folder.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    assert not beats.exists()
+    assert not local_folder.exists()
 
 
 @pytest.mark.slow
@@ -283,8 +288,8 @@ def test_ctrl_c_twice_ends_ranks_that_cannot_listen(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One is stopped; the others wait for it."""
-    usual = {**DEADLINES, "step": 1000, "floor": 1000}
-    launch = Launch(folder, {"all": {"steps": 100_000}}, deadlines=usual)
+    usual = {**TIMEOUTS, "step": 1000, "min_step_timeout": 1000}
+    launch = Launch(folder, {"all": {"steps": 100_000}}, timeouts=usual)
     os.kill(launch.pids()[1], signal.SIGSTOP)
     launch.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -311,7 +316,7 @@ def test_a_full_disk_hides_nothing(folder: Path) -> None:
         subprocess.run(["umount", str(folder / "run")], check=True)
     assert code == exit_codes.RETRYABLE and "could not be written (No space left" in said
     last = said.splitlines()[-1]
-    assert "rank 1 (host-0): an exception in forward at step 40: ZeroDivisionError" in last
+    assert "rank 1 (host-0): exception in the code in forward at step 40: ZeroDivisionError" in last
 
 
 @pytest.mark.slow
@@ -345,7 +350,7 @@ def test_of_two_nodes_the_one_behind_is_named(
     only = [o for o in records[0].observations if o.stack]
     assert only and all("played.py" in o.stack for o in only)
     (folder / "run/attempts/two/node-1.json").unlink()
-    assert attempts_of(folder / "run", over=True)[0].cause == "node_lost"
+    assert attempts_of(folder / "run", assume_ended=True)[0].cause == "node_lost"
 
 
 # -- two launches in one folder ---------------------------------------------------------------
@@ -359,7 +364,9 @@ def test_of_two_starts_at_once_one_trains_and_the_other_leaves_no_trace(
     ended = sorted(launch.end() for launch in both)
     assert [code for code, _ in ended] == [0, exit_codes.RETRYABLE]
     assert ended[0][1] == ""
-    assert "is at work there; wait for its end" in ended[1][1] and ended[1][1].count("\n") == 1
+    assert (
+        "is using this run folder; wait for its end" in ended[1][1] and ended[1][1].count("\n") == 1
+    )
     told = why(folder / "run", capsys)
     assert (told["cause"], told["attempts"], told["exit_code"]) == ("done", 1, 0)
     assert len(list((folder / "run/attempts").iterdir())) == 1
@@ -384,11 +391,11 @@ def test_a_later_start_of_the_job_fences_the_one_before(
         folder, {}, {**job, "SLURM_RESTART_COUNT": "1"}, launch="slurm-7-1-0"
     )  # fmt: skip
     code, said = first.end()
-    assert code == exit_codes.RETRYABLE and "a later launch has taken the run" in said
+    assert code == exit_codes.RETRYABLE and "a later launch took over the run" in said
     assert gone(pids)
     before = written(folder / "run/attempts/slurm-7-0-0")
     code, said = second.end()
-    assert code == 0 and "waits for launch slurm-7-0-0 of Slurm job 7" in said, said
+    assert code == 0 and "waiting for launch slurm-7-0-0 of Slurm job 7" in said, said
     assert written(folder / "run/attempts/slurm-7-0-0") == before
     record = read_launch(folder / "run/attempts/slurm-7-0-0")[0]
     assert record.ended is None
@@ -412,10 +419,10 @@ def test_a_signal_while_it_waits_is_not_lost(
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGUSR1)
     code, said = launch.end()
-    assert code == exit_codes.STOPPED_UNSAVED and "waits for launch slurm-7-0-0" in said
+    assert code == exit_codes.STOPPED_UNSAVED and "waiting for launch slurm-7-0-0" in said
     told = why(folder / "run", capsys)
     assert (told["cause"], told["requeue"]) == ("preempted_unsaved", True)
-    assert told["detail"] == "SIGUSR1 before the ranks began" and told["exit_code"] == 76
+    assert told["detail"] == "SIGUSR1 before the ranks started" and told["exit_code"] == 76
     assert Launch(folder, {}, {**env, "SLURM_RESTART_COUNT": "2"}, launch="l").end()[0] == 0
 
 
@@ -423,7 +430,7 @@ def test_a_signal_while_it_waits_is_not_lost(
 def test_a_launch_that_was_frozen_finds_itself_fenced(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = {"BEAT_SECONDS": 0.2, "SILENT_SECONDS": 3.0, "OBSERVE_SECONDS": 1.0}
+    quick = {"RENEW_SECONDS": 0.2, "SILENT_SECONDS": 3.0, "OBSERVE_SECONDS": 1.0}
     first = Launch(folder, {"all": {"steps": 100_000}}, launch="first", lease=quick)
     pids = [first.process.pid, *first.pids()]
     for pid in pids:
@@ -432,7 +439,7 @@ def test_a_launch_that_was_frozen_finds_itself_fenced(
         path.unlink()
     before = written(folder / "run/attempts/first")
     code, said = Launch(folder, {}, launch="second", lease=quick).end()
-    assert code == exit_codes.RETRYABLE and "is at work there" in said  # it beat just now
+    assert code == exit_codes.RETRYABLE and "is using this run folder" in said  # it beat just now
     time.sleep(3)
     second = Launch(folder, {}, launch="second", lease=quick)
     assert second.end()[0] == 0
@@ -440,7 +447,7 @@ def test_a_launch_that_was_frozen_finds_itself_fenced(
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     code, said = first.end()
-    assert code == exit_codes.RETRYABLE and "a later launch has taken the run" in said
+    assert code == exit_codes.RETRYABLE and "a later launch took over the run" in said
     assert written(folder / "run/attempts/first") == before
     assert written(folder / "run/checkpoints") == done
     told = why(folder / "run", capsys)

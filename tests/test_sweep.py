@@ -15,16 +15,17 @@ import pytest
 
 from echolab.cli import sweep
 from echolab.cli.__main__ import main
-from echolab.cli.members import Member, members, name_of, without_signature
-from echolab.cli.overrides import launcher_of
-from echolab.cli.train import compose, compose_both
+from echolab.config.compose import compose, compose_both
+from echolab.config.overrides import launcher_of
+from echolab.config.sweep_members import Member, members, name_of, without_signature
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
+from echolab.launch.run_dir import FORMAT
 from echolab.tracking.metrics import read_metrics
 from echolab.training.guards import events
 
 CLIPS = "data.clips=x"
-EPOCHS = "schedule.epochs=[{kind:sft,steps:STEPS,lr:1e-3}]"
+EPOCHS = "schedule.epochs=[{kind:sft,steps:STEPS}]"
 SHORT, LONG = (EPOCHS.replace("STEPS", steps) for steps in ("1", "2"))
 
 
@@ -45,27 +46,27 @@ def names(*words: str) -> list[str]:
         (f"{SHORT},{LONG.partition('=')[2]}", 2),
         ("data.clips=a,b", 2),
         ("data.clips=[a,b],[a],c", 3),
-        ("weights=a/b,a-b", 2),
-        ("weights=a/b,a_b,null,'a,b'", 4),
+        ("pretrained=a/b,a-b", 2),
+        ("pretrained=a/b,a_b,null,'a,b'", 4),
         ("experiment=sft,dpo", 2),
         ("trainer=ddp,zero2", 2),
         ("trainer.precision=32-true,bf16-mixed", 2),
-        ("data.workers=0,2", 2),
-        ("data.cache=/a/b,/a-b", 2),
+        ("data.num_workers=0,2", 2),
+        ("data.cache_dir=/a/b,/a-b", 2),
         ("logger=none,wandb", 2),
         ("logger.project=a/b,a-b", 2),
-        ("supervise.save=700,800", 2),
+        ("timeouts.save=700,800", 2),
         ("model=glob(wan*)", 2),
         ("+model.eps=1e-6,1e-5", 2),
         ("++seed=1,2", 2),
         ("phases=phda,flat", 2),
-        ("run=runs/a,runs/b", 2),
-        ("weights=${oc.env:HOME,x}/a,${oc.env:HOME,x}/b", 2),
-        ("weights=" + ",".join("/data" + "/long" * 50 + end for end in "ab"), 2),
+        ("run_dir=runs/a,runs/b", 2),
+        ("pretrained=${oc.env:HOME,x}/a,${oc.env:HOME,x}/b", 2),
+        ("pretrained=" + ",".join("/data" + "/long" * 50 + end for end in "ab"), 2),
     ],
 )
 def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
-    found = made("shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
+    found = made("flow_shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
     key = swept.partition("=")[0].lstrip("+")
     assert len({member.name for member in found}) == len(found) == count
     assert len({member.folder for member in found}) == count
@@ -74,8 +75,8 @@ def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
         assert member.name.startswith(f"{key}-") and len(member.name) < 120
         assert "shift" not in member.name and "optim" not in member.name
         config = compose(member.words)
-        assert Path(config.pop("run")) == member.folder
-        assert config == {k: v for k, v in member.config.items() if k != "run"}
+        assert Path(config.pop("run_dir")) == member.folder
+        assert config == {k: v for k, v in member.config.items() if k != "run_dir"}
 
 
 def test_a_member_keeps_its_name() -> None:
@@ -84,18 +85,19 @@ def test_a_member_keeps_its_name() -> None:
     assert set(names("trainer=cpu,ddp", "seed=0,1")) == set(once)
     assert set(once) < set(names("seed=0,1,7", "trainer=zero2,cpu,ddp"))
     # Not of the run: where it is kept, and how it is watched.
-    again = names("seed=0,1", "trainer=cpu,ddp", "every.log=3", "logger=none", "run=elsewhere")
+    again = names("seed=0,1", "trainer=cpu,ddp", "log_every=3", "logger=none", "run_dir=elsewhere")
     assert again == once
-    assert not set(names("seed=0,1", "trainer=cpu,ddp", "shift=4")) & set(once)
+    assert not set(names("seed=0,1", "trainer=cpu,ddp", "flow_shift=4")) & set(once)
 
 
 def test_the_ends_of_long_values_are_shown() -> None:
     long = "/data/" + "common/" * 40
-    found = names("optim.eps=1e-8,1e-7", f"weights={long}first.pth,{long}second.pth")
+    found = names("optim.eps=1e-8,1e-7", f"pretrained={long}first.pth,{long}second.pth")
     assert ["first.pth" in name for name in found] == [True, False] * 2
     assert all("optim.eps-1e-0" in name for name in found)
     many = [f"model.{key}=64,128" for key in ("dim", "ffn_dim", "text_dim", "image_dim")]
-    assert all(name.count("-64") + name.count("-128") == 4 for name in names(*many))
+    shown = [name.rpartition("-")[0] for name in names(*many)]  # without the hash
+    assert all(name.count("-64") + name.count("-128") == 4 for name in shown)
 
 
 def test_two_spellings_of_a_path_are_one_member(
@@ -118,11 +120,11 @@ SECRETS = (
 
 
 def test_a_name_holds_no_secret() -> None:
-    found = names(f"data.held_out={SECRETS[0]},{SECRETS[1]}")
-    assert found[0].startswith("data.held_out-host-d-a-")
+    found = names(f"data.val_clips={SECRETS[0]},{SECRETS[1]}")
+    assert found[0].startswith("data.val_clips-host-d-a-")
     assert not [name for name in found if re.search("PASSWORD|SECRET|WHO|user", name)]
     renewed = [address.replace("SECRET", "OTHER") for address in SECRETS]
-    assert names(f"data.held_out={renewed[0]},{renewed[1]}") == found
+    assert names(f"data.val_clips={renewed[0]},{renewed[1]}") == found
     assert without_signature("s3://a/b?part=1") == "s3://a/b?part=1"
     assert "hunter" not in name_of(made()[0].config, {"+logger.api_key": "hunter2"})
 
@@ -236,12 +238,12 @@ sys.exit(test_sweep.swept("seed=0,60,1"))
     ("words", "expected"),
     [
         ("trainer=ddp", {"gpus_per_node": 8, "cpus_per_task": 2, "tasks_per_node": 8}),
-        ("trainer=ddp data.workers=4 trainer.nodes=2", {"cpus_per_task": 6, "nodes": 2}),
-        ("trainer=gpu data.workers=4", {"gpus_per_node": 1, "cpus_per_task": 6}),
+        ("trainer=ddp data.num_workers=4 trainer.num_nodes=2", {"cpus_per_task": 6, "nodes": 2}),
+        ("trainer=gpu data.num_workers=4", {"gpus_per_node": 1, "cpus_per_task": 6}),
         ("trainer=cpu", {"gpus_per_node": None, "cpus_per_task": 2}),
         # One task a node starts all ranks of it.
         (
-            "trainer=ddp hydra.launcher.tasks_per_node=1 data.workers=1",
+            "trainer=ddp hydra.launcher.tasks_per_node=1 data.num_workers=1",
             {"gpus_per_node": 8, "cpus_per_task": 24, "tasks_per_node": 1},
         ),
         # What the user gives stays.
@@ -268,7 +270,10 @@ def test_a_job_asks_for_the_gpus_and_cpus_of_its_ranks(
     [
         (["hydra/launcher=submitit_slurm"], "give launcher=local or launcher=slurm"),
         (["hydra/launcher=submitit_local"], "give launcher=local or launcher=slurm"),
-        (["launcher=slurm", "weights=https://a:PASSWORD1@host/w"], "Slurm would keep its secret"),
+        (
+            ["launcher=slurm", "pretrained=https://a:PASSWORD1@host/w"],
+            "Slurm would keep its secret",
+        ),
     ],
 )
 def test_launchers_that_are_refused(words: list[str], message: str) -> None:
@@ -303,15 +308,18 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     data: list[str], tmp_path: Path
 ) -> None:
     """And again: done, diverged and pruned members stay, one that was rolled back goes on."""
-    rates = ",".join(f"[{{kind:sft,steps:3,lr:{lr}}}]" for lr in ("1e30", "1e-3", "1e-4"))
-    words = [*data, f"run='{tmp_path}/a sweep, #1 (x=y)'", f"schedule.epochs={rates}"]
+    words = [*data, f"run_dir='{tmp_path}/a sweep, #1 (x=y)'",
+    "schedule.epochs=[{kind:sft,steps:3}]",
+             "optim.lr=1e30,1e-3,1e-4"]  # fmt: skip
     found = members(words, compose_both)
     diverging, plain, pruned = found
     pruned.folder.mkdir(parents=True)
     (pruned.folder / "PRUNE").touch()
-    (pruned.folder / "run.json").write_text(json.dumps({"id": "pruned", "made": 0.0}))
+    (pruned.folder / "run.json").write_text(
+        json.dumps({"format": FORMAT, "id": "pruned", "made": 0.0})
+    )
     (pruned.folder / "config.json").write_text(
-        json.dumps({**pruned.config, "run": str(pruned.folder)})
+        json.dumps({**pruned.config, "run_dir": str(pruned.folder)})
     )
 
     def run() -> subprocess.CompletedProcess[str]:
@@ -324,7 +332,7 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     assert f"{pruned.name}  pruned:" in re.sub(" +", "  ", first.stdout)
     assert read_metrics(plain.folder / "metrics.jsonl")[-1]["step"] == 3
     configs = [json.loads((member.folder / "config.json").read_text()) for member in found]
-    assert [config["run"] for config in configs] == [str(member.folder) for member in found]
+    assert [config["run_dir"] for config in configs] == [str(member.folder) for member in found]
     made_now = [attempts(member) for member in found]
     again = run()
     assert again.returncode == exit_codes.FATAL and again.stdout.count("not started again") == 3

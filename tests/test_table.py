@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echolab.data.index import fingerprint
-from echolab.data.table import parse_index
+from echolab.data.index import fingerprint, parse_index
 from echolab.errors import DataError
 
 places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(0, 2**32 - 1))

@@ -6,10 +6,11 @@ import drawn
 import numpy as np
 import pytest
 
-from data_prep import voice
-from data_prep.draw import DrawOptions, draw_dataset
-from data_prep.talker import (
-    MOUTH_CENTRE,
+from data_prep import synthetic_voice
+from data_prep.draw import draw_dataset
+from data_prep.options import DrawOptions
+from data_prep.synthetic_face import (
+    MOUTH_CENTER,
     Look,
     Motion,
     Talker,
@@ -19,22 +20,23 @@ from data_prep.talker import (
     draw_motion,
     draw_talker,
 )
-from data_prep.voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesise
+from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesize
 from echolab.data.clips import load_clips
 from echolab.data.media import encode_flac
-from echolab.data.shards import ShardWriter, open_dataset
+from echolab.data.shard_reader import open_dataset
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError
 
 
 def correlation_at(first: np.ndarray, second: np.ndarray, delay: int) -> float:
-    """Of two curves, the second taken `delay` places later."""
+    """Return the correlation of two curves, the second shifted by `delay`."""
     count = len(first)
     a = first[max(0, -delay) : count - max(0, delay)]
     b = second[max(0, delay) : count - max(0, -delay)]
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def test_a_talker_is_a_pure_function_of_seed_and_number() -> None:
+def test_a_talker_is_a_pure_function_of_seed_and_index() -> None:
     np.random.seed(1)
     one = draw_talker(7, 3, frames=9, size=32)
     np.random.seed(2)
@@ -58,7 +60,7 @@ def test_shapes_and_ranges() -> None:
         assert curve.shape == (13,) and curve.min() >= 0 and curve.max() <= 1
 
 
-def test_the_size_of_the_picture_changes_neither_voice_nor_visemes() -> None:
+def test_the_image_size_changes_neither_voice_nor_visemes() -> None:
     small, large = (draw_talker(2, 5, frames=9, size=size) for size in (32, 64))
     assert np.array_equal(small.samples, large.samples)
     assert np.array_equal(small.opening, large.opening)
@@ -86,9 +88,11 @@ def test_a_closed_mouth_has_no_voice() -> None:
 
 @pytest.mark.parametrize("name", ["a", "i", "u"])
 def test_a_vowel_sounds_where_its_formants_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)])
+    monkeypatch.setattr(
+        synthetic_voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)]
+    )
     power = np.mean(
-        [np.abs(np.fft.rfft(synthesise(np.random.default_rng(n), 1.0).samples)) ** 2
+        [np.abs(np.fft.rfft(synthesize(np.random.default_rng(n), 1.0).samples)) ** 2
          for n in range(8)], axis=0,
     )  # fmt: skip
     loudest = int(power.argmax())  # in Hz, as the sound lasts one second
@@ -102,7 +106,7 @@ def test_glide_keeps_constants_steps_sides_and_length() -> None:
     assert len(smooth) == 100 and np.all(np.diff(smooth) >= -1e-12)
     np.testing.assert_allclose(smooth, 1 - smooth[::-1], atol=1e-12)  # no delay
     np.testing.assert_allclose(glide(np.full(30, 0.4)), 0.4)
-    reach = int(voice.GLIDE_SECONDS * CONTROL_HZ)
+    reach = int(synthetic_voice.GLIDE_SECONDS * CONTROL_HZ)
     assert smooth[49 - reach] == 0 and smooth[50 + reach] == pytest.approx(1)
 
 
@@ -112,15 +116,15 @@ def still(rng: np.random.Generator) -> tuple[Look, Motion]:
 
 @pytest.mark.parametrize("number", range(6))
 def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) -> None:
-    """All that a mouth may change of a picture lies in the box, and reaches near its sides."""
+    """Check that the widest mouth changes pixels of its box alone, and reaches near its sides."""
     look, motion = still(np.random.default_rng(number))
     changed, size = np.zeros((96, 96), bool), 96
     shut, pen = draw_frame(size, look, motion, 4, 0.0, 0.0)
     for opening, width in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
-        picture, pen = draw_frame(size, look, motion, 4, opening, width)
-        changed |= np.abs(picture.astype(int) - shut).max(-1) > 0
+        image, pen = draw_frame(size, look, motion, 4, opening, width)
+        changed |= np.abs(image.astype(int) - shut).max(-1) > 0
     turn = float(motion.turn[4])
-    x, y = MOUTH_CENTRE
+    x, y = MOUTH_CENTER
     left, top, right, bottom = box_around(pen, x + turn, y, 0.42, 0.33)
     rows, columns = np.nonzero(changed)
     assert left - 1 <= columns.min() and columns.max() <= right + 1  # the edge is smoothed
@@ -129,7 +133,7 @@ def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) 
     assert rows.max() - rows.min() > 0.8 * (bottom - top)
 
 
-def test_the_lip_box_lies_in_the_face_box_and_the_face_in_the_picture() -> None:
+def test_the_lip_box_is_in_the_face_box_and_that_in_the_image() -> None:
     for talker in drawn.talkers(16):
         assert np.all(talker.face[:, :2] <= talker.lips[:, :2])
         assert np.all(talker.lips[:, 2:] <= talker.face[:, 2:])
@@ -138,7 +142,7 @@ def test_the_lip_box_lies_in_the_face_box_and_the_face_in_the_picture() -> None:
         assert np.all(sides > 24) and np.all(sides < 64)
 
 
-def test_a_caption_says_what_is_drawn() -> None:
+def test_a_caption_describes_the_talker() -> None:
     captions = {talker.look.caption() for talker in drawn.talkers(16)}
     assert len(captions) > 12
     look = drawn.talkers(16)[0].look
@@ -147,11 +151,11 @@ def test_a_caption_says_what_is_drawn() -> None:
     assert ("glasses" in look.caption()) is look.glasses
 
 
-def test_a_dataset_holds_the_talkers_that_were_drawn(tmp_path: Path) -> None:
-    options = DrawOptions(tmp_path / "one", clips=3, seed=9, first=2, frames=9, size=32)
-    told: list[int] = []
-    draw_dataset(options, told.append)
-    assert told == [1, 2, 3]
+def test_a_dataset_holds_the_drawn_talkers(tmp_path: Path) -> None:
+    options = DrawOptions(tmp_path / "one", num_clips=3, seed=9, first=2, frames=9, size=32)
+    progress: list[int] = []
+    draw_dataset(options, progress.append)
+    assert progress == [1, 2, 3]
     clips = load_clips(options.out)
     assert clips.keys == [f"talker_9_{number:06d}" for number in (2, 3, 4)]
     for place, number in enumerate((2, 3, 4)):
@@ -168,14 +172,16 @@ def test_a_dataset_holds_the_talkers_that_were_drawn(tmp_path: Path) -> None:
 
 def test_the_same_numbers_give_the_same_dataset(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        draw_dataset(DrawOptions(tmp_path / name, clips=2, frames=5, size=32), lambda done: None)
+        draw_dataset(
+            DrawOptions(tmp_path / name, num_clips=2, frames=5, size=32), lambda done: None
+        )
     one, two = (open_dataset(tmp_path / name) for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
 
 
 @pytest.mark.parametrize(
     ("wrong", "number"),
-    [({"clips": 0}, "clips=0"), ({"frames": 24}, "frames=24"), ({"frames": 1}, "frames=1"),
+    [({"num_clips": 0}, "num_clips=0"), ({"frames": 24}, "frames=24"), ({"frames": 1}, "frames=1"),
      ({"size": 40}, "size=40"), ({"size": 16}, "size=16")],
 )  # fmt: skip
 def test_sizes_that_the_network_cannot_take_are_refused(
@@ -194,7 +200,7 @@ def test_clips_of_other_kinds_and_sizes_are_refused(tmp_path: Path) -> None:
 
     with ShardWriter(tmp_path / "mixed", kind="raw") as writer:
         for size in (32, 48):
-            options = DrawOptions(tmp_path / str(size), clips=1, seed=size, frames=5, size=size)
+            options = DrawOptions(tmp_path / str(size), num_clips=1, seed=size, frames=5, size=size)
             draw_dataset(options, lambda done: None)
             source = open_dataset(options.out)
             writer.write(source.keys[0], source.read(0))

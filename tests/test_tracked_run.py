@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,11 @@ import runs
 from test_tracker import KEY, closed_port, never_answers, rows_of, tracker
 
 from echolab.cli import train_rank
-from echolab.cli.train import compose
 from echolab.cli.train_rank import exit_code, train
+from echolab.config.compose import compose
+from echolab.heartbeat import Heartbeat
 from echolab.launch.exit_codes import DONE
 from echolab.training.checkpoints.checkpoint import saved_steps
-from echolab.training.sections import Beats
 
 STEPS = 4
 Fault = Callable[[pytest.MonkeyPatch, Path], Any]
@@ -31,14 +32,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     clips, _ = encoded.write(tmp_path_factory.mktemp("encoded"))
     return [
         *encoded.SETTINGS, encoded.plan(("sft", STEPS)), f"data.clips={clips}",
-        f"data.held_out={clips}", "data.held_out_overlaps=accept", "data.held_out_clips=2",
-        "every.validate=2", "parity=true",
+        f"data.val_clips={clips}", "data.val_overlaps=accept", "data.val_num_clips=2",
+        "val_every=2", "verify_export=true",
     ]  # fmt: skip
 
 
 def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[int], Any, Any]:
     """Exit code, saved steps, the last checkpoint's tensors, and what metrics.jsonl says."""
-    result = train(compose([*settings, f"run={folder}", f"logger={logger}"]), Beats(None))
+    result = train(compose([*settings, f"run_dir={folder}", f"logger={logger}"]), Heartbeat(None))
     steps = saved_steps(folder / "checkpoints")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [
@@ -55,16 +56,36 @@ def expected(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> A
     return trained(tmp_path_factory.mktemp("without") / "run", settings, "none")
 
 
+@pytest.mark.parametrize("strategy", ["single", "zero1"])
+def test_a_rank_without_a_tracker_imports_neither_wandb_nor_trl(
+    tmp_path: Path, strategy: str
+) -> None:
+    """A real rank, through all kinds of epochs; Python itself lists what it imports."""
+    clips, pairs = encoded.write(tmp_path / "encoded")
+    settings = [
+        *encoded.SETTINGS, encoded.plan(("sft", 1), ("ndpo", 1), ("dpo", 1)),
+        f"data.clips={clips}", f"data.pairs={pairs}", f"run_dir={tmp_path / 'run'}", "logger=none",
+        f"trainer.strategy={strategy}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "echolab.cli", "train", *settings]
+    env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    packages = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+    assert done.returncode == DONE, done.stderr
+    assert {"torch", "lightning_fabric"} <= packages and not packages & {"wandb", "trl"}
+
+
 def killed(number: int, section: str) -> Fault:
     """All processes of the tracker get a signal when a section begins at the second step."""
 
     @contextmanager
     def fault(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
-        enter, hit = Beats.enter, []
+        enter, hit = Heartbeat.enter, []
 
-        def enter_and_kill(beats: Beats, entered: str, step: int | None = None) -> None:
-            enter(beats, entered, step)
-            if entered == section and beats.step == 2 and not hit:
+        def enter_and_kill(heartbeat: Heartbeat, entered: str, step: int | None = None) -> None:
+            enter(heartbeat, entered, step)
+            if entered == section and heartbeat.step == 2 and not hit:
                 while not list(run.glob("wandb/offline-run-*/run-*.wandb")):
                     time.sleep(0.01)  # it is open
                 ours, services = tracker()
@@ -72,7 +93,7 @@ def killed(number: int, section: str) -> Fault:
                 for pid in hit:
                     os.kill(pid, number)
 
-        patch.setattr(Beats, "enter", enter_and_kill)
+        patch.setattr(Heartbeat, "enter", enter_and_kill)
         yield
         assert hit
 
@@ -125,7 +146,7 @@ FAULTS: dict[str, tuple[Fault, bool, str]] = {  # fault, whether wandb has all, 
     "no server": (without_server(closed_port), True, "recorded offline instead, `wandb sync"),
     "silent server": (without_server(never_answers), True, "recorded offline instead, `wandb sync"),
     "wrong key": (wrong_key, True, "recorded offline instead, `wandb sync"),
-    "full disk": (full_disk, False, "records are missing there"),
+    "full disk": (full_disk, False, "records are missing"),
 }
 
 
@@ -146,7 +167,7 @@ def test_it_trains_saves_and_ends_as_without(
         assert found == expected and found[0] == DONE
         rows = rows_of(run) if complete else []
     told = [line for line in capfd.readouterr().err.splitlines() if "echolab: wandb" in line]
-    assert len(told) == bool(said) and all("metrics.jsonl has every number" in t for t in told)
+    assert len(told) == bool(said) and all("metrics.jsonl has all values" in t for t in told)
     if "server" in name and "not finished" in told[0]:  # the machine was too busy
         return
     assert all(said in line for line in told), told

@@ -14,8 +14,8 @@ import tiny
 import torch
 
 from echolab.errors import ConfigError, EcholabError
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
-from echolab.training.parts import Intervals
 
 PLAN = (("sft", 2), ("ndpo", 2), ("sft", 1), ("dpo", 3))
 EVERY = Intervals(log=1, save=1)
@@ -56,7 +56,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
 ) -> None:
     program = (
         "import os, sys, signal; sys.path.insert(0, sys.argv[2]); import runs\n"
-        "from pathlib import Path; from echolab.training.parts import Intervals\n"
+        "from pathlib import Path; from echolab.training.config import Intervals\n"
         "kill = lambda step, steps: step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
         f"runs.train(Path(sys.argv[1]), runs.schedule(*{PLAN}), on_step=kill, "
         "every=Intervals(save=2))\n"

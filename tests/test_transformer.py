@@ -5,20 +5,20 @@ import tiny
 import torch
 from torch import Tensor
 
-from echolab.cli.policy import architecture_of
+from echolab.config.networks import architecture_of
 from echolab.errors import ConfigError, DataError
 from echolab.models.attention import sdpa
 from echolab.models.audio import (
     FLASH,
     PREVIEW,
+    AudioAttentionConfig,
     FlashAudioTokens,
-    Hearing,
     audio_windows,
     flash_windows,
 )
-from echolab.models.layers import RMSNorm, rope_split, rope_table, sinusoid, turn
-from echolab.models.transformer import CrossAttention, EchoTransformer, Told
-from echolab.models.weights import initialise, released_shapes
+from echolab.models.layers import RMSNorm, apply_rope, rope_freqs, rope_split, timestep_embedding
+from echolab.models.state_dict import initialize, released_shapes
+from echolab.models.transformer import Context, CrossAttention, EchoTransformer
 from echolab.types import Conditions, ModalityWeights
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
@@ -51,71 +51,80 @@ def test_sizes_of_the_released_files(model: str, tensors: int, parameters: int) 
     assert sum(shape.numel() for shape in dead.values()) == len(dead) // 2 * (1536 * 1536 + 1536)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 @SOUND
 def test_a_new_network_ignores_sound_and_says_nothing(layers: int | None) -> None:
-    net, told = tiny.net(audio_layers=layers), tiny.conditions(layers=layers)
-    assert not net(tiny.latents(), TIMESTEPS, told).any(), "the head starts at zero"
+    net, conditions = tiny.net(audio_layers=layers), tiny.conditions(layers=layers)
+    assert not net(tiny.latents(), TIMESTEPS, conditions).any(), "the head starts at zero"
     with torch.no_grad():
         net.head.head.weight.normal_()
-    louder = told._replace(audio=told.audio * 9)
-    assert torch.equal(net(tiny.latents(), TIMESTEPS, told), net(tiny.latents(), TIMESTEPS, louder))
+    louder = conditions._replace(audio=conditions.audio * 9)
+    assert torch.equal(
+        net(tiny.latents(), TIMESTEPS, conditions), net(tiny.latents(), TIMESTEPS, louder)
+    )
 
 
 def test_a_zero_weight_is_a_missing_branch() -> None:
-    net, told = tiny.net(trained=True), tiny.conditions()
+    net, conditions = tiny.net(trained=True), tiny.conditions()
     ones, zeros = torch.ones(2), torch.zeros(2)
-    deaf = net(tiny.latents(), TIMESTEPS, told, ModalityWeights(ones, ones, zeros))
-    masked = net(tiny.latents(), TIMESTEPS, told._replace(face=told.face * 0))
+    deaf = net(tiny.latents(), TIMESTEPS, conditions, ModalityWeights(ones, ones, zeros))
+    masked = net(tiny.latents(), TIMESTEPS, conditions._replace(face=conditions.face * 0))
     torch.testing.assert_close(deaf, masked)
-    usual = net(tiny.latents(), TIMESTEPS, told)
+    usual = net(tiny.latents(), TIMESTEPS, conditions)
     torch.testing.assert_close(
-        net(tiny.latents(), TIMESTEPS, told, ModalityWeights(ones, ones, ones)), usual
+        net(tiny.latents(), TIMESTEPS, conditions, ModalityWeights(ones, ones, ones)), usual
     )
     for index in range(3):
         less = [ones, ones, ones]
         less[index] = ones / 2
-        assert relative(net(tiny.latents(), TIMESTEPS, told, ModalityWeights(*less)), usual) > 1e-4
+        assert (
+            relative(net(tiny.latents(), TIMESTEPS, conditions, ModalityWeights(*less)), usual)
+            > 1e-4
+        )
 
 
 @SOUND
 def test_two_clips_are_one_and_one(layers: int | None) -> None:
-    net, told = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
-    together = net(tiny.latents(), TIMESTEPS, told)
+    net, conditions = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
+    together = net(tiny.latents(), TIMESTEPS, conditions)
     for clip in range(2):
         one = slice(clip, clip + 1)
-        alone = net(tiny.latents()[one], TIMESTEPS[one], Conditions(*(part[one] for part in told)))
+        alone = net(
+            tiny.latents()[one], TIMESTEPS[one], Conditions(*(part[one] for part in conditions))
+        )
         torch.testing.assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
 
 
 @SOUND
 def test_gradients_reach_every_parameter_and_every_input(layers: int | None) -> None:
-    """But for Flash's face: it has no mask."""
-    net, told = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
-    told = Conditions(*(part.requires_grad_() for part in told))
-    net(tiny.latents(), TIMESTEPS, told).square().sum().backward()
+    """Check all conditions but Flash's face: it has no mask."""
+    net, conditions = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
+    conditions = Conditions(*(part.requires_grad_() for part in conditions))
+    net(tiny.latents(), TIMESTEPS, conditions).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
     deaf = [
-        name for name, part in told._asdict().items() if part.grad is None or not part.grad.any()
+        name
+        for name, part in conditions._asdict().items()
+        if part.grad is None or not part.grad.any()
     ]
     assert deaf == (["face"] if layers else [])
 
 
-def test_sound_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
-    """One cross-attention: a token moves the frames whose window holds it, where face is 1."""
+def test_audio_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
+    """Check that a token changes the frames whose window holds it, if face is 1."""
     torch.manual_seed(0)
-    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=PREVIEW)
+    layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=PREVIEW)
     face = tiny.conditions(1).face
     tokens, audio = torch.randn(1, 3 * 6, 48), torch.randn(1, 18, 48)
-    told = Told(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
-    usual = layer(tokens, told)
+    conditions = Context(torch.randn(1, 5, 48), None, audio, face[:, None, :, None], None)
+    usual = layer(tokens, conditions)
     for token in range(18):
         changed = audio.clone()
         changed[:, token] += 1
-        moved = (layer(tokens, told._replace(audio=changed)) != usual).any(-1).view(3, 6)
+        moved = (layer(tokens, conditions._replace(audio=changed)) != usual).any(-1).view(3, 6)
         frames = [frame for frame in range(3) if 8 * frame - 11 <= token <= 8 * frame + 5]
         expected = torch.zeros(3, 6, dtype=torch.bool)
         expected[frames] = face[0].bool()
@@ -134,7 +143,7 @@ def test_audio_windows_of_81_frames() -> None:
 
 
 def test_flash_windows_of_81_frames() -> None:
-    """Latent frame i >= 1 is video frames 4i-3 to 4i, heard with two on each side."""
+    """Check that latent frame i >= 1 gets video frames 4i-3 to 4i and two on each side."""
     frames = torch.arange(81.0)[None, :, None, None]
     first, later = (window[0, ..., 0, 0].tolist() for window in flash_windows(frames))
     assert first == [[0, 0, 0, 1, 2]]
@@ -146,7 +155,7 @@ def test_flash_windows_of_81_frames() -> None:
 
 
 def test_flash_tokens_by_the_released_steps() -> None:
-    """Five frames around each video frame, of which a latent frame keeps eight; then the layers."""
+    """Compare with five frames around each video frame, of which a latent frame keeps eight."""
     torch.manual_seed(0)
     tokens, features = FlashAudioTokens(6, 3, 48), torch.randn(2, 9, 3, 6)
     around = (torch.arange(9)[:, None] + torch.arange(-2, 3)).clamp(0, 8)
@@ -165,40 +174,40 @@ def test_flash_tokens_by_the_released_steps() -> None:
     torch.testing.assert_close(tokens(features), expected)
 
 
-@pytest.mark.parametrize("hearing", [PREVIEW, FLASH], ids=["preview", "flash"])
-def test_sound_is_added_as_released(hearing: Hearing) -> None:
-    """Frame by frame: the valid tokens, zeros after them, keys normed; the mask on what is read."""
+@pytest.mark.parametrize("config", [PREVIEW, FLASH], ids=["preview", "flash"])
+def test_audio_is_added_as_released(config: AudioAttentionConfig) -> None:
+    """Compare frame by frame: valid tokens, zeros after them, normed keys, masked output."""
     torch.manual_seed(0)
-    layer = CrossAttention(48, 2, 1e-6, image=False, hearing=hearing)
+    layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=config)
     torch.nn.init.normal_(layer.norm_k_audio.weight)
     face, text, tokens = tiny.conditions(1).face, torch.randn(1, 5, 48), torch.randn(1, 3 * 6, 48)
-    audio = torch.randn(1, 18, 48) if hearing is PREVIEW else torch.randn(1, 3, 32, 48)
-    told = Told(text, None, audio, face[:, None, :, None], None)
+    audio = torch.randn(1, 18, 48) if config is PREVIEW else torch.randn(1, 3, 32, 48)
+    conditions = Context(text, None, audio, face[:, None, :, None], None)
     queries = layer.norm_q(layer.q(tokens)).view(3, 6, 2, 24)
     read = []
     for frame in range(3):
-        heard = audio[0, frame] if hearing is FLASH else torch.zeros(17, 48)
-        if hearing is PREVIEW:
+        attended = audio[0, frame] if config is FLASH else torch.zeros(17, 48)
+        if config is PREVIEW:
             valid = audio[0, max(0, 8 * frame - 11) : 8 * frame + 6]
-            heard[: len(valid)] = valid
-        keys = layer.norm_k_audio(layer.k_audio(heard)).view(-1, 2, 24)
-        values = layer.v_audio(heard).view(-1, 2, 24)
+            attended[: len(valid)] = valid
+        keys = layer.norm_k_audio(layer.k_audio(attended)).view(-1, 2, 24)
+        values = layer.v_audio(attended).view(-1, 2, 24)
         scores = torch.einsum("snd,knd->nsk", queries[frame], keys) / 24**0.5
         out = torch.einsum("nsk,knd->snd", scores.softmax(-1), values).flatten(1)
-        read.append(out * face[0][:, None] if hearing is PREVIEW else out)
-    silent = layer(tokens, told._replace(audio=None))
+        read.append(out * face[0][:, None] if config is PREVIEW else out)
+    silent = layer(tokens, conditions._replace(audio=None))
     expected = silent + torch.cat(read)[None] @ layer.o.weight.T
-    torch.testing.assert_close(layer(tokens, told), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(tokens, conditions), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rope_turns_by_differences_of_position() -> None:
     assert rope_split(128) == (44, 42, 42) and rope_split(32) == (12, 10, 10)
     grid = (3, 4, 5)
-    table = rope_table(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
+    table = rope_freqs(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
     query, key = torch.randn(2, 24)
 
     def score(at: tuple[int, int, int], other: tuple[int, int, int]) -> Tensor:
-        return (turn(query[None], table[at]) * turn(key[None], table[other])).sum()
+        return (apply_rope(query[None], table[at]) * apply_rope(key[None], table[other])).sum()
 
     torch.testing.assert_close(score((0, 1, 2), (1, 3, 3)), score((1, 0, 1), (2, 2, 2)))
     torch.testing.assert_close(score((0, 0, 0), (0, 0, 0)), (query * key).sum())
@@ -206,16 +215,16 @@ def test_rope_turns_by_differences_of_position() -> None:
 
 
 def test_a_table_made_in_inference_still_serves_training() -> None:
-    rope_table.cache_clear()
-    net, told = tiny.net(trained=True), tiny.conditions()
+    rope_freqs.cache_clear()
+    net, conditions = tiny.net(trained=True), tiny.conditions()
     with torch.inference_mode():
-        net(tiny.latents(), TIMESTEPS, told)
-    net(tiny.latents(), TIMESTEPS, told).sum().backward()
+        net(tiny.latents(), TIMESTEPS, conditions)
+    net(tiny.latents(), TIMESTEPS, conditions).sum().backward()
     assert net.blocks[0].self_attn.q.weight.grad.isfinite().all()
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
-    values = sinusoid(torch.tensor([250.0]), 4)[0]
+    values = timestep_embedding(torch.tensor([250.0]), 4)[0]
     expected = torch.tensor([250.0, 2.5], dtype=torch.float64)
     torch.testing.assert_close(values, torch.cat([expected.cos(), expected.sin()]).float())
 
@@ -233,21 +242,21 @@ def test_norm_and_attention_by_their_definitions() -> None:
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])
 def test_half_precision_is_close_and_time_stays_fp32(how: str) -> None:
-    net, told = tiny.net(trained=True), tiny.conditions()
-    expected = net(tiny.latents(), TIMESTEPS, told)
+    net, conditions = tiny.net(trained=True), tiny.conditions()
+    expected = net(tiny.latents(), TIMESTEPS, conditions)
     if how == "parameters":
         net = net.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        found = net(tiny.latents(), TIMESTEPS, told)
-        assert net.time_embedding(sinusoid(TIMESTEPS, 16)).dtype == torch.float32
-    assert relative(found.float(), expected) < 0.03
+        actual = net(tiny.latents(), TIMESTEPS, conditions)
+        assert net.time_embedding(timestep_embedding(TIMESTEPS, 16)).dtype == torch.float32
+    assert relative(actual.float(), expected) < 0.03
 
 
 def test_the_same_generator_gives_the_same_network() -> None:
     one, other = tiny.net(), tiny.net()
     for (name, left), right in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right), name
-    initialise(other, torch.Generator().manual_seed(1))
+    initialize(other, torch.Generator().manual_seed(1))
     assert not torch.equal(one.blocks[0].ffn[0].weight, other.blocks[0].ffn[0].weight)
     for name, parameter in one.named_parameters():
         zero = "_audio.weight" in name and "norm" not in name or name == "head.head.weight"
@@ -276,17 +285,17 @@ def test_there_is_no_state_besides_parameters() -> None:
 def test_the_network_takes_audio_of_the_clips_own_length(
     layers: int | None, count: int, fits: bool
 ) -> None:
-    """For 9 frames: 18 tokens (24 in a window of a longer video), or 9 of Flash's."""
+    """Check 9 frames: 18 tokens (24 in a window of a longer video), or 9 of Flash's."""
     net = tiny.net(audio_layers=layers)
-    told = tiny.conditions(1, layers=layers)
-    audio = torch.zeros(1, count, *told.audio.shape[2:])
-    given = (tiny.latents(1), torch.tensor([500.0]), told._replace(audio=audio))
+    conditions = tiny.conditions(1, layers=layers)
+    audio = torch.zeros(1, count, *conditions.audio.shape[2:])
+    given = (tiny.latents(1), torch.tensor([500.0]), conditions._replace(audio=audio))
     if fits:
         assert net(*given).shape == tiny.latents(1).shape
         return
     with pytest.raises(DataError, match="a clip of 9 frames needs") as error:
         net(*given)
     assert "\n" not in str(error.value)
-    swapped = told._replace(audio=tiny.conditions(1, layers=None if layers else 3).audio)
+    swapped = conditions._replace(audio=tiny.conditions(1, layers=None if layers else 3).audio)
     with pytest.raises(DataError, match="audio features"):
         net(given[0], given[1], swapped)

@@ -12,16 +12,16 @@ import tiny
 import torch
 from torch import nn
 
-from echolab.data.shards import ShardDataset
+from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.flow import interpolate, velocity_target
 from echolab.diffusion.sigmas import draw
 from echolab.errors import ConfigError
-from echolab.training import validation
+from echolab.training.callbacks import validation
+from echolab.training.callbacks.validation import FILLS_UP, Share, places_of, read_share, validate
+from echolab.training.config import Intervals
 from echolab.training.datamodule import HeldOut
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MOMENTS, Masters, masters_of
-from echolab.training.parts import Intervals
-from echolab.training.validation import FILLS_UP, Share, places_of, read_share, validate
+from echolab.training.engine.master_weights import MOMENTS, Masters, masters_of
 
 CLIPS = 5
 CPU = torch.device("cpu")
@@ -192,11 +192,13 @@ def over_ranks(
 ) -> dict[str, float]:
     """What all ranks of `rows` would get, one after the other in this process."""
     told: list[list[float]] = []
-    monkeypatch.setattr(validation.ranks, "sums", lambda values: told.append(values) or values)
+    monkeypatch.setattr(
+        validation.distributed, "sums", lambda values: told.append(values) or values
+    )
     for row in range(rows):
         learner.look(read_share(HeldOut(clips, batch_size=size), row, rows))
     total = [sum(parts) for parts in zip(*told, strict=True)]
-    monkeypatch.setattr(validation.ranks, "sums", lambda values: total)
+    monkeypatch.setattr(validation.distributed, "sums", lambda values: total)
     return learner.look(read_share(HeldOut(clips, batch_size=size), 0, rows))
 
 
@@ -221,7 +223,9 @@ def test_ranks_that_share_a_clip_count_it_once(
     clips: ShardDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, told = seeded(), []
-    monkeypatch.setattr(validation.ranks, "sums", lambda values: told.append(values) or values)
+    monkeypatch.setattr(
+        validation.distributed, "sums", lambda values: told.append(values) or values
+    )
     learner.look(read_share(HeldOut(clips)), counts=False)
     assert set(told[0]) == {0.0}
 
@@ -234,7 +238,7 @@ def test_autocast_is_used_where_the_weights_are_fp32(clips: ShardDataset) -> Non
 
 
 def test_no_clips_are_refused_in_words(clips: ShardDataset) -> None:
-    with pytest.raises(ConfigError, match="held_out_clips=0; give at least one, or every.validate"):
+    with pytest.raises(ConfigError, match="held_out_clips=0; give at least one, or val_every"):
         read_share(HeldOut(clips, at_most=0))
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from echolab.cli.__main__ import main
 from echolab.data.index import REQUIRED, Sample, Shard, fingerprint
 from echolab.data.media import encode_flac, encode_mp4
-from echolab.data.shards import ShardWriter
+from echolab.data.shard_writer import ShardWriter
 from echolab.data.tars import read_tar
 from echolab.data.verify import Fault, find_faults, verify
 
@@ -320,7 +320,7 @@ def test_no_false_alarm_on_tars_of_others(tmp_path: Path, form: str) -> None:
 
 def test_the_command_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}: whole\n"
+    assert capsys.readouterr().out == f"{folder}: complete\n"
     path = folder / "raw-000001.tar"
     path.write_bytes(path.read_bytes()[:1024])
     assert main(["data", "verify", str(folder), "workers=2"]) == 1

@@ -5,17 +5,18 @@ import tiny
 import torch
 
 from echolab.errors import CheckpointError
-from echolab.models.names import from_diffusers, to_diffusers
-from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import (
+from echolab.models.state_dict import (
     AUDIO_PARTS,
     IMAGE_PARTS,
     MARKS,
-    initialise,
+    from_diffusers,
+    initialize,
     load_weights,
     model_of,
     released_shapes,
+    to_diffusers,
 )
+from echolab.models.transformer import EchoTransformer
 
 NAMES = [
     ("patch_embedding.weight", "patch_embedding.weight"),
@@ -52,7 +53,7 @@ def test_there_and_back_is_the_identity(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", tiny.MODELS)
-def test_a_file_tells_which_model_it_is(model: str) -> None:
+def test_a_file_identifies_its_model(model: str) -> None:
     assert model_of(tiny.model(model).state_dict()) == model
     assert model_of(["encoder.conv1.weight"]) is None
     assert set(MARKS) == set(tiny.MODELS)
@@ -89,30 +90,33 @@ def test_flash_names_its_dead_query_as_unused() -> None:
         load_weights(net, {name: t for name, t in file.items() if "proj1_vf" not in name})
 
 
-def test_a_text_to_video_file_starts_the_whole_network() -> None:
-    """Same output as its source, whatever picture, sound and known pixels are told."""
+def test_a_text_to_video_file_starts_the_full_network() -> None:
+    """Compare the output with its source's for any image, audio and known pixels."""
     source = tiny.net(trained=True, in_channels=tiny.CHANNELS, image_dim=None, audio_dim=None)
-    net, told = tiny.net(), tiny.conditions()
+    net, conditions = tiny.net(), tiny.conditions()
     report = load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS, IMAGE_PARTS))
     assert report.widened == ["patch_embedding.weight"]
     assert set(report.fresh) == set(net.state_dict()) - set(source.state_dict())
     for block in net.blocks:
         torch.nn.init.zeros_(block.cross_attn.v_img.weight)
     torch.testing.assert_close(
-        net(tiny.latents(), TIMES, told), source(tiny.latents(), TIMES, told), rtol=1e-4, atol=1e-5
+        net(tiny.latents(), TIMES, conditions),
+        source(tiny.latents(), TIMES, conditions),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-def test_a_base_with_pictures_starts_the_network_unchanged(layers: int | None) -> None:
-    """New sound adds nothing to the base, whatever is heard."""
+def test_a_base_with_image_parts_starts_the_network_unchanged(layers: int | None) -> None:
+    """Check that a new audio branch adds nothing to the base, for any audio."""
     source = tiny.net(trained=True, audio_dim=None)
     net = tiny.net(audio_layers=layers)
     load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS,))
-    told = tiny.conditions(layers=layers)
-    for heard in (told, told._replace(audio=told.audio * 9)):
+    conditions = tiny.conditions(layers=layers)
+    for audible in (conditions, conditions._replace(audio=conditions.audio * 9)):
         torch.testing.assert_close(
-            net(tiny.latents(), TIMES, heard), source(tiny.latents(), TIMES, told)
+            net(tiny.latents(), TIMES, audible), source(tiny.latents(), TIMES, conditions)
         )
 
 
@@ -154,7 +158,7 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
     net = tiny.net(trained=True)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     part = {name for name in before if any(piece in name for piece in AUDIO_PARTS)}
-    initialise(net, torch.Generator().manual_seed(3), only=part)
+    initialize(net, torch.Generator().manual_seed(3), only=part)
     changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
     assert changed == part
     for block in net.blocks:
@@ -163,9 +167,9 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
 
 
 def test_first_values_by_kind_of_parameter() -> None:
-    """Wan's `init_weights`: Xavier but for text and time (0.02), modulations, and what is zero."""
+    """Compare with Wan's `init_weights`: Xavier but for text, time (0.02), modulations, zeros."""
     net = EchoTransformer(dim=96, ffn_dim=128, num_heads=2, num_layers=1, text_dim=64, freq_dim=64)
-    initialise(net.requires_grad_(False), torch.Generator().manual_seed(0))
+    initialize(net.requires_grad_(False), torch.Generator().manual_seed(0))
     bound = (6 / (96 + 128)) ** 0.5
     ffn = net.blocks[0].ffn[0].weight
     assert ffn.abs().max() <= bound and ffn.std() == pytest.approx(bound / 3**0.5, rel=0.05)

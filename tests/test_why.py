@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.launch.blame import Failure, Observation
-from echolab.launch.processes import birth
-from echolab.launch.records import NodeRecord
+from echolab.launch.diagnosis import Failure, Observation
+from echolab.launch.launch_records import NodeRecord
+from echolab.launch.processes import process_identity
 
 WAITS = """Current thread 0x00007f0000000000 (most recent call first):
   File "/site-packages/torch/distributed/distributed_c10d.py", line 2806 in all_reduce
-  File "/echolab/training/ranks.py", line 40 in sums
+  File "/echolab/training/distributed.py", line 40 in sums
 """
 READS = """Thread 0x00007f0000000001 (most recent call first):
   File "/lib/threading.py", line 324 in wait
@@ -29,8 +29,9 @@ Current thread 0x00007f0000000000 (most recent call first):
 
 def record(launch: str, node: int, **changes: Any) -> NodeRecord:
     told: dict[str, Any] = {
-        "launch": launch, "supervisor": node, "supervisors": 2, "host": f"n{node + 1}", "world": 4,
-        "ranks": [2 * node, 2 * node + 1], "pid": 1, "born": "", "started": 1_760_000_000.0,
+        "launch": launch, "supervisor": node, "num_supervisors": 2, "host": f"n{node + 1}",
+        "world_size": 4, "ranks": [2 * node, 2 * node + 1], "pid": 1, "identity": "",
+        "started": 1_760_000_000.0,
         "ended": 1_760_000_300.0, "first_step": 0, "last_step": 40, "checkpoint": 30,
         "section": "vote", "stay": 60.0, "seconds": {"init": 40.0, "forward": 80.0, "vote": 160.0},
         "longest": {"save": 2.0}, **changes,
@@ -41,7 +42,7 @@ def record(launch: str, node: int, **changes: Any) -> NodeRecord:
 def seen(rank: int, **changes: Any) -> Observation:
     told: dict[str, Any] = {
         "host": f"n{rank // 2 + 1}", "section": "vote", "step": 40, "switches": 200,
-        "stay": 60.0, "late": 60.0, "state": "S", "stack": WAITS, **changes,
+        "stay": 60.0, "timeout": 60.0, "process_state": "S", "stack": WAITS, **changes,
     }  # fmt: skip
     return Observation(rank, **told)
 
@@ -67,19 +68,19 @@ HANG = [
     ),
 ]  # fmt: skip
 GOLDEN = """\
-RUN: hang: no progress within the deadline
+RUN: hang: no progress within the timeout
   rank 3 on n2, in data_wait at step 39
   blocked, in data_wait for 60 s
     File "/echolab/data/tars.py", line 31 in read
     File "/echolab/training/datamodule.py", line 60 in __next__
-  exit code 77; next: read the stack; run again
-  newest checkpoint: step 30; again: True (infrastructure failure 1 of 3 allowed)
+  exit code 77; next: read the stack; run the same command again
+  newest checkpoint: step 30; restart: yes (infrastructure failure 1 of 3 allowed)
 
-  attempt  began (UTC)       seconds  steps       saved  ended by
+  attempt  started (UTC)     seconds  steps       saved  cause
         1  2025-10-09 08:53      300  0-40           30  hang, rank 3 on n2
 
   goodput 45.0% of 300 s; lost: init 40 s, rework 45 s, hang 60 s, other 20 s
-  a checkpoint every 416 s would lose least to failures and saves
+  best checkpoint interval for these failures and saves: 416 s
 """
 
 
@@ -104,9 +105,11 @@ def test_the_earliest_exception_of_all_nodes(
     write(
         tmp_path,
         record(
-            "a", 0, observations=[seen(0, exit=1, failure=later), seen(1, exit=1, failure=echo)]
+            "a",
+            0,
+            observations=[seen(0, exit_code=1, failure=later), seen(1, exit_code=1, failure=echo)],
         ),
-        record("a", 1, observations=[seen(2, exit=1, failure=bug), seen(3)]),
+        record("a", 1, observations=[seen(2, exit_code=1, failure=bug), seen(3)]),
     )
     told = why(tmp_path, capsys)
     assert (told["cause"], told["rank"], told["host"]) == ("code", 2, "n2")
@@ -122,7 +125,9 @@ def test_replicas_that_differ_are_of_the_rank_that_has_it(
     fault = Failure("ReplicaError", "differ", "replicas", 50.0, shared=True, rank=has)
     for number in range(2):
         about = {"started": 2e9 + 1000 * number, "checkpoint_before": number, "rank": -1}
-        observations = [seen(rank, exit=77, failure=fault, section="vote") for rank in range(4)]
+        observations = [
+            seen(rank, exit_code=77, failure=fault, section="vote") for rank in range(4)
+        ]
         for node, own in enumerate((observations[:2], observations[2:])):
             about["checkpoint"] = number + 1
             write(tmp_path, record(f"slurm-7-{number}-0", node, observations=own, **about))
@@ -139,26 +144,30 @@ def test_attempts_are_counted_and_budgets_kept(
         later = {"started": 2e9 + 1000 * number, "ended": 2e9 + 1000 * number + 300}
         gone = {"checkpoint_before": 30, "checkpoint": 30, **later}
         launch = f"slurm-7-{number}-0"
-        observations = [seen(2, exit=-9, died=1.0), seen(3)]
+        observations = [seen(2, exit_code=-9, ended_at=1.0), seen(3)]
         write(tmp_path, record(launch, 0, observations=[seen(0), seen(1)], **gone))
         write(tmp_path, record(launch, 1, observations=observations, **gone))
     told = why(tmp_path, capsys)
     assert (told["cause"], told["rank"], told["attempts"]) == ("killed", 2, 2)
     assert not told["requeue"] and told["exclude"] == ["n2"]
-    assert told["next_action"].startswith("stop: 2 attempts in a row made no checkpoint; ")
+    assert told["next_action"].startswith(
+        "do not restart: 2 attempts in a row saved no checkpoint; "
+    )
     assert [row["cause"] for row in told["history"]] == ["killed", "killed"]
-    (tmp_path / "config.json").write_text(json.dumps({"supervise": {"infrastructure": 0}}))
+    (tmp_path / "config.json").write_text(json.dumps({"max_infra_restarts": 0}))
     assert not why(tmp_path, capsys)["requeue"]
 
 
 def test_a_run_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"ended": None, "host": socket.gethostname(), "pid": os.getpid()}
-    write(tmp_path, record("a", 0, supervisors=1, born=birth(os.getpid()), **own))
+    write(
+        tmp_path, record("a", 0, num_supervisors=1, identity=process_identity(os.getpid()), **own)
+    )
     told = why(tmp_path, capsys)
     assert told["cause"] == "running" and told["exit_code"] is None and not told["requeue"]
     assert told["section"] == "vote" and told["step"] == 40
     # The pid is another process's by now: lost.
-    write(tmp_path, record("a", 0, supervisors=1, born="another", **own))
+    write(tmp_path, record("a", 0, num_supervisors=1, identity="another", **own))
     told = why(tmp_path, capsys)
     assert told["cause"] == "node_lost" and told["exit_code"] == 77
 
@@ -169,9 +178,9 @@ def test_a_node_that_told_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert why(tmp_path, capsys)["cause"] == "running"
     told = why(tmp_path, capsys, "over=true")
     assert (told["cause"], told["rank"], told["host"]) == ("node_lost", 2, "n2")
-    assert told["detail"] == "no end was told by n2"
+    assert told["detail"] == "no end recorded by n2"
     # But where the first node knows better, it is believed.
-    own = seen(1, exit=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
+    own = seen(1, exit_code=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
     write(tmp_path, record("slurm-7-0-0", 0, observations=[seen(0), own]))
     assert why(tmp_path, capsys, "over=true")["cause"] == "code"
 
@@ -217,14 +226,17 @@ def test_slurm_proves_the_end(
     scontrol: str, squeue: str, running: bool,
 ) -> None:  # fmt: skip
     commands(tmp_path, monkeypatch, scontrol=scontrol, squeue=squeue)
-    write(tmp_path / "run", record("slurm-7-0-0", 0, supervisors=1, **NO_END))
+    write(tmp_path / "run", record("slurm-7-0-0", 0, num_supervisors=1, **NO_END))
     assert (why(tmp_path / "run", capsys)["cause"] == "running") is running
 
 
 def test_a_later_launch_proves_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, record("slurm-7-0-0", 0, supervisors=1, **NO_END))
+    write(tmp_path, record("slurm-7-0-0", 0, num_supervisors=1, **NO_END))
     own = {"ended": None, "host": socket.gethostname(), "pid": os.getpid(), "started": 2e9}
-    write(tmp_path, record("slurm-7-1-0", 0, supervisors=1, born=birth(os.getpid()), **own))
+    write(
+        tmp_path,
+        record("slurm-7-1-0", 0, num_supervisors=1, identity=process_identity(os.getpid()), **own),
+    )
     told = why(tmp_path, capsys)
     assert [row["cause"] for row in told["history"]] == ["node_lost", "running"]
 
@@ -264,7 +276,7 @@ def test_a_killed_job_and_a_lost_node_are_told_apart(
     for number in range(2):  # what happens twice to a host leaves it out
         launch, later = f"slurm-7-{number}-0", {"started": 1e9 + 1000 * number, "ended": None}
         steps = {"checkpoint_before": number, "checkpoint": number + 1, **later}
-        both = [record(launch, n, asked=case.asked[n], **steps) for n in range(2)]
+        both = [record(launch, n, stop_signal=case.asked[n], **steps) for n in range(2)]
         write(tmp_path, *both)
         if case.evidence:
             (tmp_path / "attempts" / launch / "slurm.json").write_text(json.dumps(case.evidence))
@@ -289,7 +301,7 @@ def test_ranks_that_waited_for_a_node_that_slurm_lost(
     told = why(tmp_path, capsys)
     assert (told["cause"], told["rank"], told["host"]) == ("node_lost", 2, "n2")
     # Who knows why it failed is believed all the same.
-    bug = seen(1, exit=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
+    bug = seen(1, exit_code=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
     write(tmp_path, replace(HANG[0], observations=[seen(0), bug]))
     assert why(tmp_path, capsys)["cause"] == "code"
 
@@ -322,7 +334,7 @@ def test_killed_once_it_had_saved_it_is_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Slurm's patience ended between the save and the record of it."""
-    write(tmp_path, *(record("slurm-7-0-0", n, ended=None, asked=15) for n in range(2)))
+    write(tmp_path, *(record("slurm-7-0-0", n, ended=None, stop_signal=15) for n in range(2)))
     assert why(tmp_path, capsys, "over=true")["cause"] == "preempted_unsaved"
     (tmp_path / "checkpoints/step-000041").mkdir(parents=True)
     told = why(tmp_path, capsys, "over=true")
@@ -333,7 +345,7 @@ def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its daemon was dead and its ranks were not: they saved at the signal to the others."""
-    saved = {"cause": "preempted", "exit_code": 75, "asked": 15, "detail": "SIGTERM"}
+    saved = {"cause": "preempted", "exit_code": 75, "stop_signal": 15, "detail": "SIGTERM"}
     write(tmp_path, *(record("slurm-7-0-0", n, observations=[], **saved) for n in range(2)))
     assert why(tmp_path, capsys)["cause"] == "preempted"
     found = {"down": ["n2"], "state": "NODE_FAIL", "job_ended": True}
@@ -361,7 +373,7 @@ def test_the_checkpoints_are_those_on_the_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last words of a lost supervisor are older than they are."""
-    write(tmp_path, record("a", 0, supervisors=1, ended=None, checkpoint=-1))
+    write(tmp_path, record("a", 0, num_supervisors=1, ended=None, checkpoint=-1))
     for step in (20, 40):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
     told = why(tmp_path, capsys, "over=true")
@@ -369,7 +381,7 @@ def test_the_checkpoints_are_those_on_the_disk(
     assert told["decision"] == "infrastructure failure 1 of 3 allowed"
     # Rolled back, a finished run has steps to do.
     done = {"cause": "done", "exit_code": 0, "checkpoint": 40, "last_step": 40}
-    write(tmp_path, record("a", 0, supervisors=1, **done))
+    write(tmp_path, record("a", 0, num_supervisors=1, **done))
     assert why(tmp_path, capsys)["next_action"].startswith("nothing")
     (tmp_path / "checkpoints/step-000040").rename(tmp_path / "elsewhere")
     told = why(tmp_path, capsys)

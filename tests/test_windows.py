@@ -5,10 +5,15 @@ import tiny
 import torch
 
 from echolab.diffusion.guidance import guided
-from echolab.diffusion.recipes import SOLVERS
-from echolab.diffusion.sampling import sample_euler
+from echolab.diffusion.long_video import (
+    blend_weights,
+    window_conditions,
+    windowed_velocity,
+    windows,
+)
+from echolab.diffusion.pipeline import SOLVERS
 from echolab.diffusion.sigmas import sampling_sigmas
-from echolab.diffusion.windows import blend_weights, window_conditions, windowed, windows
+from echolab.diffusion.solvers import sample_euler
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 
@@ -52,23 +57,23 @@ def test_an_overlap_as_long_as_the_window_is_refused() -> None:
 
 def test_a_field_without_context_is_the_same_in_windows() -> None:
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
-    whole = sample_euler(lambda x, s: x * s, noise, sampling_sigmas(5, 3.0))
-    parts = windowed([lambda x, s: x * s] * len(spans), spans)
-    torch.testing.assert_close(sample_euler(parts, noise, sampling_sigmas(5, 3.0)), whole)
+    full = sample_euler(lambda x, s: x * s, noise, sampling_sigmas(5, 3.0))
+    parts = windowed_velocity([lambda x, s: x * s] * len(spans), spans)
+    torch.testing.assert_close(sample_euler(parts, noise, sampling_sigmas(5, 3.0)), full)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_solver_with_a_memory_has_one_for_the_whole_video(solver: str) -> None:
-    """Velocities are blended before the solver sees them, so windows change nothing here."""
+def test_a_multistep_solver_keeps_one_history_for_a_long_video(solver: str) -> None:
+    """Check that velocities are blended before the solver, so that windows change nothing."""
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
     field, sigmas = lambda x, s: (x * s).tanh(), sampling_sigmas(6, 3.0)
-    whole = SOLVERS[solver](field, noise, sigmas, None)
-    parts = SOLVERS[solver](windowed([field] * len(spans), spans), noise, sigmas, None)
-    torch.testing.assert_close(parts, whole)
+    full = SOLVERS[solver](field, noise, sigmas, None)
+    parts = SOLVERS[solver](windowed_velocity([field] * len(spans), spans), noise, sigmas, None)
+    torch.testing.assert_close(parts, full)
 
 
-def long_told(per_frame: int = 2) -> Conditions:
-    """9 latent frames, 33 frames; each value tells its own place."""
+def long_conditions(per_frame: int = 2) -> Conditions:
+    """Return audio of 9 latent frames, 33 frames; each value is its own index."""
     audio = torch.arange(33.0 * per_frame)[None, :, None]
     places = torch.arange(9.0)[None, None, :, None, None]
     return tiny.conditions(1)._replace(
@@ -76,19 +81,19 @@ def long_told(per_frame: int = 2) -> Conditions:
     )
 
 
-def given(told: Conditions, *frames: int) -> Conditions:
-    known = told.known.clone()
+def given(conditions: Conditions, *frames: int) -> Conditions:
+    known = conditions.known.clone()
     known[:, :, list(frames)] = 1
-    return told._replace(known=known)
+    return conditions._replace(known=known)
 
 
 def test_the_windows_sound_is_the_released_slice() -> None:
-    """Tokens 8k .. 8(k + P); the last window's end with the video."""
-    told = given(long_told(), 0)
-    assert window_conditions(told, 4, 7).audio.flatten().tolist() == [*range(32, 56)]
-    assert window_conditions(told, 6, 9).audio.flatten().tolist() == [*range(48, 66)]
-    assert window_conditions(told, 0, 9).audio.shape[1] == 66
-    flash = window_conditions(given(long_told(per_frame=1), 0), 4, 7)
+    """Check tokens 8k .. 8(k + P); the last window's end with the video."""
+    conditions = given(long_conditions(), 0)
+    assert window_conditions(conditions, 4, 7).audio.flatten().tolist() == [*range(32, 56)]
+    assert window_conditions(conditions, 6, 9).audio.flatten().tolist() == [*range(48, 66)]
+    assert window_conditions(conditions, 0, 9).audio.shape[1] == 66
+    flash = window_conditions(given(long_conditions(per_frame=1), 0), 4, 7)
     assert flash.audio.flatten().tolist() == [*range(16, 25)], "4n + 1 entries, one a frame"
 
 
@@ -104,45 +109,45 @@ def test_the_windows_sound_is_the_released_slice() -> None:
         ((0,), (0, 3), [0, 1, 2]),
     ],
 )
-def test_a_window_is_given_its_own_pixels_and_else_the_first_picture(
+def test_a_window_gets_its_own_pixels_or_else_the_first_image(
     known: tuple[int, ...], span: tuple[int, int], places: list[int]
 ) -> None:
-    told = given(long_told(), *known)
-    part = window_conditions(told, *span)
+    conditions = given(long_conditions(), *known)
+    part = window_conditions(conditions, *span)
     assert part.known_latents[0, 0, :, 0, 0].tolist() == places
-    assert torch.equal(part.known, told.known[:, :, places])
+    assert torch.equal(part.known, conditions.known[:, :, places])
 
 
 def test_one_window_is_the_clip_itself() -> None:
-    told = tiny.conditions()
-    whole = window_conditions(told, 0, tiny.LATENT_FRAMES)
-    assert all(torch.equal(one, other) for one, other in zip(whole, told, strict=True))
+    conditions = tiny.conditions()
+    full = window_conditions(conditions, 0, tiny.LATENT_FRAMES)
+    assert all(torch.equal(one, other) for one, other in zip(full, conditions, strict=True))
 
 
 @pytest.mark.parametrize("task", ["i2v", "avatar_sync"])
-def test_windows_are_told_what_the_network_takes(task: str) -> None:
-    """A window's sound has as many windows of its own as it has latent frames."""
-    told, net = tiny.conditions(1), tiny.net(trained=True)
-    told = told._replace(
+def test_conditions_of_windows_have_the_shapes_of_the_network(task: str) -> None:
+    """Check that a window's audio has as many windows as it has latent frames."""
+    conditions, net = tiny.conditions(1), tiny.net(trained=True)
+    conditions = conditions._replace(
         audio=torch.randn(1, 66, 6),
         known=torch.ones(1, 4, 9, *tiny.SHAPE[2:]) * (task == "avatar_sync"),
         known_latents=torch.randn(1, tiny.CHANNELS, 9, *tiny.SHAPE[2:]),
     )
     for start, stop in windows(9, 4, 1):
-        part = window_conditions(told, start, stop)
+        part = window_conditions(conditions, start, stop)
         noisy = torch.randn_like(part.known_latents)
         assert net(noisy, torch.tensor([500.0]), part).shape == noisy.shape
 
 
 def test_a_long_video_is_made_of_windows_of_a_network() -> None:
     net, length = tiny.net(trained=True), 7
-    told, spans = tiny.conditions(1), windows(length, tiny.LATENT_FRAMES, 1)
-    told = told._replace(
+    conditions, spans = tiny.conditions(1), windows(length, tiny.LATENT_FRAMES, 1)
+    conditions = conditions._replace(
         audio=torch.randn(1, 2 * (4 * (length - 1) + 1), 6),
         known=torch.zeros(1, 4, length, *tiny.SHAPE[2:]),
         known_latents=torch.zeros(1, tiny.CHANNELS, length, *tiny.SHAPE[2:]),
     )
-    parts = [guided(net, window_conditions(told, *span), audio_scale=2.0) for span in spans]
+    parts = [guided(net, window_conditions(conditions, *span), audio_scale=2.0) for span in spans]
     noise = torch.randn(1, tiny.CHANNELS, length, tiny.HEIGHT, tiny.WIDTH)
-    found = sample_euler(windowed(parts, spans), noise, sampling_sigmas(2, 5.0))
-    assert found.shape == noise.shape and found.isfinite().all()
+    actual = sample_euler(windowed_velocity(parts, spans), noise, sampling_sigmas(2, 5.0))
+    assert actual.shape == noise.shape and actual.isfinite().all()

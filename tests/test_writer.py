@@ -1,4 +1,4 @@
-"""Saving beside the training: what was copied is what is written, whole or not at all."""
+"""Saves in the background: complete or absent, the same bytes from every rank, and clear errors."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from echolab.errors import CheckpointError, SaveError
-from echolab.training.checkpoints import room, writer
+from echolab.training.checkpoints import writer
 from echolab.training.checkpoints.checkpoint import (
     folder_of,
     latest_valid,
     open_checkpoint,
     saved_steps,
 )
-from echolab.training.checkpoints.layout import ITEM, layout
 from echolab.training.checkpoints.retention import Retention
+from echolab.training.checkpoints.shard_plan import ITEM, layout
 from echolab.training.checkpoints.writer import CheckpointWriter
 
 SHAPES = st.dictionaries(
@@ -55,7 +55,7 @@ def test_every_tensor_is_in_one_file_of_each_part(
     assert len({file.writer for file in files}) <= max(1, total // shard_bytes)
 
 
-def test_large_networks_are_written_by_all_ranks_alike() -> None:
+def test_large_networks_are_written_by_all_ranks_equally() -> None:
     shapes = {f"blocks.{i}.weight": (1536, 8960) for i in range(94)}  # 1.3 B values
     files = layout(shapes, ["master", "exp_avg", "exp_avg_sq", "ema"], world=8, shard_bytes=1 << 30)
     shares = [sum(f.numel for f in files if f.writer == rank) for rank in range(8)]
@@ -72,10 +72,10 @@ def test_a_header_is_what_safetensors_reads(
     values = torch.arange(file.numel, dtype=torch.float32)
     path = tmp_path_factory.mktemp("header") / file.name
     writer.write_file(path, [file.header(shapes), memoryview(values.numpy()).cast("B")])  # type: ignore[arg-type]
-    found = load_file(path)
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == dict(shapes)
+    result = load_file(path)
+    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == dict(shapes)
     for name, start in file.starts.items():
-        assert torch.equal(found[name].flatten(), values[start : start + found[name].numel()])
+        assert torch.equal(result[name].flatten(), values[start : start + result[name].numel()])
 
 
 def test_training_goes_on_while_a_save_is_written(
@@ -147,7 +147,7 @@ def test_left_overs_of_killed_saves_go_and_a_replaced_one_returns(tmp_path: Path
     saved.check(open_checkpoint(tmp_path / "step-000003"))
 
 
-# -- what stays -----------------------------------------------------------------------------------
+# -- what stays -------------------------------------------------------------------------------
 
 
 @given(
@@ -183,7 +183,7 @@ def test_those_above_the_last_are_left_alone(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [9, 8, 3, 2]
 
 
-# -- disks ----------------------------------------------------------------------------------------
+# -- disks ------------------------------------------------------------------------------------
 
 
 class Disk:
@@ -206,15 +206,15 @@ def test_room_is_asked_for_before_anything_is_written(
         (Disk(size, 99), rf"needs [\d,]+ bytes, {size // 512 * 512:,} are free; make room"),
         (Disk(10 * size, 3), r"needs \d+ inodes, 3 are free; remove files"),
     ]:
-        monkeypatch.setattr(room.os, "statvfs", lambda path, told=disk: told)
+        monkeypatch.setattr(writer.os, "statvfs", lambda path, here=disk: here)
         with pytest.raises(SaveError, match=words) as caught:
             saver.save(2)
         assert "\n" not in str(caught.value) and not saver.writer.pending
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    monkeypatch.setattr(room.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
+    monkeypatch.setattr(writer.os, "statvfs", lambda path: Disk(int(1.5 * size), 99))
     with pytest.raises(SaveError, match="make room"):
         saver.writer.check_start()  # enough for one, not for two
-    monkeypatch.setattr(room.os, "statvfs", real)
+    monkeypatch.setattr(writer.os, "statvfs", real)
     saver.writer.check_start()
     saver.save(2)
 
@@ -248,32 +248,32 @@ def test_a_full_disk_costs_one_save(
         with pytest.raises(CheckpointError, match=words) as caught:
             saver.save(2)
     assert "\n" not in str(caught.value)
-    found, rejected = latest_valid(small_disk)
-    assert found and found.step == 1 and not rejected
+    checkpoint, rejected = latest_valid(small_disk)
+    assert checkpoint and checkpoint.step == 1 and not rejected
     assert sorted(path.name for path in small_disk.iterdir()) == ["ballast", "step-000001"]
     ballast.unlink()
     saver.save(2)
     saved.check(open_checkpoint(small_disk / "step-000002"))
 
 
-# -- several ranks --------------------------------------------------------------------------------
+# -- several ranks ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "words"), [("write", "rank 1: this rank cannot"), ("memory", "")])
-def test_one_rank_that_fails_is_heard_by_all(
+def test_a_failure_of_one_rank_is_raised_on_all(
     fork_server: ForkServer, tmp_path: Path, at: str, words: str
 ) -> None:
     """Its clock is off by decades too: nothing takes its name from a clock."""
     arguments = {"out": str(tmp_path), "at": at}
     fork_server.run("saved:save_with_fault", world=2, arguments=arguments)
-    told = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
-    assert len(told) == 1
-    assert (words or "no host memory to save from (this rank cannot)") in told.pop()
+    report = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
+    assert len(report) == 1
+    assert (words or "no host memory to save from (this rank cannot)") in report.pop()
     saw = {(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)}
-    assert len(saw) == 1 and "is not the checkpoint that rank 0 found" in saw.pop()
-    found, rejected = latest_valid(tmp_path)
-    assert found and found.step == 3 and not rejected
+    assert len(saw) == 1 and "is not the checkpoint that rank 0 opened" in saw.pop()
+    checkpoint, rejected = latest_valid(tmp_path)
+    assert checkpoint and checkpoint.step == 3 and not rejected
     assert saved_steps(tmp_path) == [3, 1]
     for step in (1, 3):
         saved.check(open_checkpoint(folder_of(tmp_path, step)))

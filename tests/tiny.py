@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import initialise
 from echolab.types import Batch, Conditions, PreferencePair
 
 CHANNELS, LATENT_FRAMES, HEIGHT, WIDTH = 4, 3, 4, 6
@@ -42,7 +42,7 @@ def net(*, trained: bool = False, initialised: bool = True, **changes: object) -
     if not initialised:
         return made
     generator = torch.Generator().manual_seed(0)
-    initialise(made, generator)
+    initialize(made, generator)
     if trained:
         with torch.no_grad():
             for parameter in made.parameters():

@@ -9,10 +9,10 @@ import ranked
 import runs
 
 from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.config import Intervals
 from echolab.training.engine.ema import EMA, Ema
-from echolab.training.engine.masters import Masters
+from echolab.training.engine.master_weights import Masters
 from echolab.training.fit import Machine
-from echolab.training.parts import Intervals
 
 BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches
 OPTIM = runs.Optim(clip=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step

@@ -16,7 +16,7 @@ from echolab.errors import DataError
 
 
 def setup() -> Callable[[str, Callable[[float], None]], str]:
-    """Runs in the worker."""
+    """Return the task of a worker."""
     return behave
 
 
@@ -58,7 +58,7 @@ def behave(job: str, progress: Callable[[float], None]) -> str:
 
 
 def stand_in(stopped: Collection[str]) -> Callable[..., Iterator[Any]]:
-    """Stands for `work`: makes a clip of every file, but for those that are stopped."""
+    """Return a stand-in for `work` that makes a clip of every file except stopped ones."""
 
     def work_on(_: object, jobs: Sequence[Job], *__: object) -> Iterator[Any]:
         for job in jobs:

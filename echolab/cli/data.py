@@ -1,38 +1,200 @@
-"""`echolab data STEP`: look at shards, and at what a run read of them."""
+"""`echolab data verify|index|audit`: check datasets, and the samples that a run trained on."""
 
-import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from echolab.errors import ConfigError
+from echolab.arguments import Action, argument, parse, run_action
+from echolab.errors import DataError
+from echolab.geometry import WAN, LatentGeometry
+from echolab.progress import progress
 
-STEPS = {
-    "verify": ("echolab.cli.data_verify", "is a dataset whole?"),
-    "index": ("echolab.cli.data_index", "dataset.json for plain WebDataset tars of any writer"),
-    "audit": ("echolab.cli.data_audit", "did a run train on every sample exactly once an epoch?"),
-    "shuffle-report": ("echolab.cli.data_shuffle", "how well a dataset's order shuffles"),
+if TYPE_CHECKING:
+    from echolab.data.index_tars import Indexed
+
+SHOWN = 3  # names of files in no sample that are printed
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Check every shard of a dataset against dataset.json; print one line a fault.
+
+    The exit code is 1 if there is any fault.
+    """
+
+    folder: Path = argument("dataset folder")
+    deep: bool = argument("also decode all members, and check shapes and values", False)
+    workers: int | None = argument("processes", None, ge=1, default_text="one per core")
+    format: Literal["text", "json"] = argument("output format", "text")
+
+
+@dataclass(frozen=True)
+class IndexArguments:
+    """Read every tar of a folder once and write dataset.json to the folder.
+
+    The tars do not change.  Tars that keep the contract of raw, encoded or preference samples can
+    then be trained on; others become kind foreign.
+    """
+
+    folder: Path = argument("folder of the tars")
+    kind: Literal["raw", "encoded", "preference", "foreign"] | None = argument(
+        "refuse any other kind", None, default_text="detected from the members"
+    )
+    members: tuple[str, ...] = argument(
+        "members whose names have a dot, such as seg.png,depth.npy", ()
+    )
+    about: Path | None = argument(
+        "JSON file with `encoders`, `geometry` and `description`, such as a dataset.json", None
+    )
+    replace: bool = argument("replace a dataset.json that differs", False)
+    workers: int | None = argument("processes", None, ge=1, default_text="one per core")
+    format: Literal["text", "json"] = argument("output format", "text")
+
+
+@dataclass(frozen=True)
+class AuditArguments:
+    """Check a run's ledger against its datasets: each sample exactly once an epoch.
+
+    Print one line a fault; the exit code is 1 if there is any.  The run must have been trained with
+    data.log_samples=true.  Steps that one attempt trained, and a later one repeated after a resume,
+    count once.  Batches that events of the run skipped may be missing.
+    """
+
+    run: Path = argument("run folder")
+    format: Literal["text", "json"] = argument("output format", "text")
+
+
+ACTIONS = {
+    "verify": Action("echolab.cli.data:verify", "check a dataset against its dataset.json"),
+    "index": Action(
+        "echolab.cli.data:index", "write dataset.json for WebDataset tars of any writer"
+    ),
+    "audit": Action(
+        "echolab.cli.data:audit", "check that a run trained on each sample once an epoch"
+    ),
 }
 
 
-def help_text() -> str:
-    """Every step with one line."""
-    width = max(map(len, STEPS))
-    return "\n".join(
-        [
-            "usage: echolab data STEP [key=value ...]",
-            "",
-            *(f"  {name:<{width}}  {summary}" for name, (_, summary) in STEPS.items()),
-            "",
-            "`echolab data STEP --help` says what a step takes.",
-        ]
-    )
+def main(argv: list[str]) -> int:
+    """Run one action."""
+    return run_action(argv, ACTIONS, command="echolab data")
 
 
-def main(argv: list[str]) -> int | None:
-    """Run one step."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
-    if name not in STEPS:
-        raise ConfigError(f"data {name}: unknown; one of {', '.join(STEPS)}")
-    code: int | None = importlib.import_module(STEPS[name][0]).main(rest)
-    return code
+def verify(argv: list[str]) -> int:
+    """Print every fault of a dataset."""
+    command = "echolab data verify"
+    arguments = parse(VerifyArguments, argv, command=command, positional=("folder",))
+    from echolab.data.verify import find_faults
+
+    folder = arguments.folder
+    shards = sum(1 for _ in folder.glob("*.tar"))
+    with progress("checking shards", shards) as advance:
+        faults = find_faults(
+            folder, workers=arguments.workers, deep=arguments.deep, advance=advance
+        )
+    lines = [fault.line(folder) for fault in faults]
+    if arguments.format == "json":
+        details = [fault._asdict() for fault in faults]
+        print(json.dumps({"folder": str(folder), "faults": lines, "details": details}))
+    else:
+        print("\n".join(lines) if lines else f"{folder}: complete")
+    return 1 if faults else 0
+
+
+def index(argv: list[str]) -> int:
+    """Write dataset.json and print what it holds."""
+    command = "echolab data index"
+    arguments = parse(IndexArguments, argv, command=command, positional=("folder",))
+    encoders, geometry, description = read_about(arguments.about)
+    from echolab.data.index_tars import index_folder
+
+    tars = sum(1 for _ in arguments.folder.glob("*.tar"))
+    with progress("indexing shards", tars) as advance:
+        indexed = index_folder(
+            arguments.folder,
+            kind=arguments.kind,
+            compounds=frozenset(member.lower() for member in arguments.members),
+            encoders=encoders,
+            geometry=geometry,
+            description=description,
+            replace=arguments.replace,
+            workers=arguments.workers,
+            advance=advance,
+        )
+    if arguments.format == "json":
+        print(json.dumps(summary(arguments.folder, indexed)))
+    else:
+        print(summary_text(arguments.folder, indexed))
+    return 0
+
+
+def read_about(about: Path | None) -> tuple[dict[str, str], LatentGeometry, dict[str, Any]]:
+    """Return encoders' fingerprints, geometry and description of a JSON file; raise DataError."""
+    if about is None:
+        return {}, WAN, {}
+    try:
+        content = json.loads(about.read_bytes())
+        encoders, description = content.get("encoders", {}), content.get("description", {})
+        named = all(isinstance(name, str) for name in encoders.values())
+        if not named or not isinstance(description, dict):
+            raise ValueError("encoders are name to fingerprint, description is an object")
+        geometry = WAN._replace(**content.get("geometry", {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"about={about}: cannot be read ({error}); give a dataset.json") from error
+    return encoders, geometry, description
+
+
+def summary(folder: Path, indexed: "Indexed") -> dict[str, Any]:
+    """Return the result of indexing as figures."""
+    content = indexed.content
+    return {
+        "folder": str(folder),
+        "kind": content["kind"],
+        "fingerprint": content["fingerprint"],
+        "shards": len(content["shards"]),
+        "samples": len(content["samples"]),
+        "bytes": sum(shard["bytes"] for shard in content["shards"]),
+        "written": indexed.written,
+        "left_out": indexed.left_out,
+        "not_of_kind": indexed.misfits,
+    }
+
+
+def summary_text(folder: Path, indexed: "Indexed") -> str:
+    """Return the result of indexing as text."""
+    figures = summary(folder, indexed)
+    state = "written" if indexed.written else "was there already, and equal"
+    size = f"{figures['samples']} samples in {figures['shards']} shards"
+    size += f", {figures['bytes'] / 1e6:.6g} MB"
+    lines = [f"{folder / 'dataset.json'}: {state}; kind {figures['kind']}, {size}"]
+    if figures["kind"] == "foreign":
+        lines += [f"not {kind}: {reason}" for kind, reason in indexed.misfits.items()]
+    if indexed.left_out:
+        names = ", ".join(map(repr, indexed.left_out[:SHOWN]))
+        lines.append(f"{len(indexed.left_out)} files are part of no sample: {names}")
+    return "\n".join(lines)
+
+
+def audit(argv: list[str]) -> int:
+    """Print which keys are missing, doubled or foreign."""
+    arguments = parse(AuditArguments, argv, command="echolab data audit", positional=("run",))
+    from echolab.data.ledger import audit_run as audit_run
+    from echolab.training.guards import events
+
+    result = audit_run(arguments.run, events.skips(arguments.run))
+    if arguments.format == "json":
+        figures = {"run": str(arguments.run), "exact": result.exact, **result._asdict()}
+        for name in ("missing", "doubled", "strange"):
+            figures[name] = [finding._asdict() for finding in figures[name]]
+        print(json.dumps(figures))
+    elif result.exact:
+        print(
+            f"{arguments.run}: {result.steps} steps in {result.attempts} attempts, "
+            f"{result.samples} samples: each exactly once an epoch"
+            + (f", except {result.quarantined} bad ones" if result.quarantined else "")
+            + (f"; {result.skipped} of skipped batches left out" if result.skipped else "")
+        )
+    else:
+        print("\n".join(result.lines()))
+    return 0 if result.exact else 1

@@ -1,117 +1,342 @@
-"""`echolab demo`: the whole way on two CPU cores, from drawn talkers to a report.
+"""`echolab demo`: run the public commands on two CPU cores, from drawn talkers to a report.
 
-Every stage leaves its result in the folder and is not done again: stopped at any point, the same
-command goes on where it was.
+The demo is a list of commands, as a user would type them.  The folder notes which are done, so the
+same `echolab demo` resumes after a stop: within a stage by that command's own resume.
 """
 
 import json
 import secrets
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from echolab.arguments import parse
-from echolab.cli.demo_judges import draw_talkers, encode_talkers, fit_judges
-from echolab.cli.demo_pages import sample_tasks, write_pages
-from echolab.cli.demo_runs import make_pairs, score, train
-from echolab.cli.demo_settings import DemoSettings, Folder
-from echolab.data.files import write_whole
+from echolab.arguments import argument, parse
+from echolab.atomic_io import write_atomic
 from echolab.errors import ConfigError
-from echolab.launch.runs import held
+from echolab.launch.run_dir import held
+from echolab.tracking.score_table import REFERENCES
 
 STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
+FIRST_HELD_OUT = 1_000_000  # index of the first held-out talker: none is in the training set
+INDEX = "dataset.json"  # the file that every dataset has, written last
+BATCH = 16  # of conf/experiment/demo_sft.yaml: each dataset holds a batch or more
+SFT_STEPS, PREFERENCE_STEPS = 800, 30  # of conf/experiment/demo_*.yaml
+ABOUT = (
+    "Talking faces drawn by the program, with a synthesized voice. The network has seen none of "
+    "these talkers: it is given the first frame, the audio and a caption, and generates the rest. "
+    "Scores are those of small demo networks, and say so in their names; click a clip to hear it."
+)
 
 
-@dataclass(frozen=True)
-class DemoArguments(DemoSettings):
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
     """Draw talkers, train everything on them, compare supervised and preference training.
 
     The defaults take some thirteen minutes on two slow cores.  `seeds=3` is the longer run
     whose table is in the README.
     """
 
-    out: Path = field(default=Path("runs/demo"), metadata={"help": "the demo's folder"})
-    seeds: int = field(default=1, metadata={"ge": 1, "help": "trainings, each from another seed"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+    out: Path = argument("folder of the demo", Path("runs/demo"))
+    seeds: int = argument("number of trainings, each from another seed", 1, ge=1)
+    train_clips: int = argument("talkers to train on", 640, ge=BATCH, section="Data")
+    held_out_clips: int = argument("talkers to score on", 64, ge=BATCH)
+    data_seed: int = argument("seed of the talkers", 0, ge=0)
+    autoencoder_steps: int = argument(
+        "optimizer steps of the video autoencoder", 500, ge=1, section="Training"
+    )
+    sync_steps: int = argument("optimizer steps of each of the two SyncNets", 220, ge=1)
+    feature_steps: int = argument("optimizer steps of the frame features", 160, ge=1)
+    sft_steps: int = argument("supervised steps over all tasks", SFT_STEPS, ge=1)
+    preference_steps: int = argument("preference steps per cycle", PREFERENCE_STEPS, ge=1)
+    prompts: int = argument("clips to sample pairs for", 128, ge=1, section="Sampling")
+    candidates: int = argument("samples per prompt", 4, ge=2)
+    sampling_steps: int = argument("solver steps", 10, ge=1)
+    format: Literal["text", "json"] = argument("summary format", "text", section="Output")
+
+    def check(self) -> None:
+        """Raise ConfigError for numbers that exclude each other."""
+        if self.prompts > self.train_clips:
+            raise ConfigError(
+                f"prompts={self.prompts}: more than train_clips={self.train_clips}; give fewer"
+            )
+
+
+class Stage(NamedTuple):
+    """One command of the demo."""
+
+    name: str
+    words: tuple[str, ...]  # such as echolab fit sync DATA OUT
+    result: Path | None = None  # the file that the command writes last, if it ends with one
+
+    @property
+    def shown(self) -> str:
+        """The command as a user types it."""
+        program = {"data_prep": "python -m data_prep"}.get(self.words[0], self.words[0])
+        return f"{program} {shlex.join(self.words[1:])}"
+
+
+# -- the commands --------------------------------------------------------------------------------
+
+
+def stages(demo: DemoArguments, token: str) -> Iterator[Stage]:
+    """Yield all commands in order.  `token` is part of the wandb ids."""
+    yield from preparation(demo)
+    for seed in range(demo.seeds):
+        yield from one_training(demo, seed)
+    yield Stage(
+        "report",
+        ("echolab", "report", f"{demo.out}", "title=echolab demo", "compare=ground_truth,dpo",
+         "wandb_project=echolab-demo", f"wandb_id=demo-{token}-scores"),
+    )  # fmt: skip
+
+
+def preparation(demo: DemoArguments) -> Iterator[Stage]:
+    """Yield the commands that make data, demo networks and the reference rows of the table."""
+    data, networks = demo.out / "data", demo.out / "networks"
+    for name, clips, first in (
+        ("train", demo.train_clips, 0),
+        ("held_out", demo.held_out_clips, FIRST_HELD_OUT),
+    ):
+        folder = data / f"raw_{name}"
+        numbers = (f"num_clips={clips}", f"seed={demo.data_seed}", f"first={first}")
+        yield Stage(f"draw {name}", ("data_prep", "draw", f"{folder}", *numbers), folder / INDEX)
+
+    # The SyncNet that judges pairs and the one that evaluates share neither seed nor talkers.
+    half, vae = demo.train_clips // 2, networks / "autoencoder.safetensors"
+    networks_to_fit: tuple[tuple[str, str, int, int, tuple[str, ...]], ...] = (
+        ("autoencoder", "autoencoder", demo.autoencoder_steps, 0, ()),
+        ("sync_judge", "sync", demo.sync_steps, 1, (f"num_clips={half}", f"vae={vae}")),
+        ("sync_evaluator", "sync", demo.sync_steps, 2, (f"first_clip={half}", f"vae={vae}")),
+        ("frames", "frames", demo.feature_steps, 3, ()),
+        ("clips", "clips", max(1, demo.feature_steps // 2), 4, ()),
+    )
+    for name, network, steps, seed, further in networks_to_fit:
+        file = networks / f"{name}.safetensors"
+        words = (network, f"{data}/raw_train", f"{file}", f"steps={steps}", f"seed={seed}")
+        yield Stage(f"fit {name}", ("echolab", "fit", *words, *further), file)
+
+    for name in ("train", "held_out"):
+        folder = data / name
+        encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
+        yield Stage(f"encode {name}", encode, folder / INDEX)
+    for name in REFERENCES:
+        chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")
+        yield Stage(f"score {name}", ("echolab", "evaluate", *chosen, *evaluation(demo)))
+
+
+def one_training(demo: DemoArguments, seed: int) -> Iterator[Stage]:
+    """Yield the commands that train and score all checkpoints from one seed."""
+    for name in CHECKPOINTS:
+        if name == "ndpo":
+            yield from preference_round(demo, seed)
+        run = demo.out / f"seed_{seed}" / name
+        yield Stage(f"{name} {seed}", ("echolab", "train", *training(demo, name, seed)))
+        words = [f"name={name}", f"train_seed={seed}", "unguided=true"]
+        if seed == 0:  # one training's clips are enough for the report
+            words.append(f"samples={demo.out}/samples/{name}")
+            if name == CHECKPOINTS[-1]:
+                words.append(f"task_samples={demo.out}/samples/other_tasks")
+        yield Stage(
+            f"score {name} {seed}",
+            ("echolab", "evaluate", f"{run}", *words, *sampling(demo), *evaluation(demo)),
+        )
+
+
+def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
+    """Return the settings of one training: an experiment file, and what depends on the demo."""
+    import torch
+
+    from echolab.fitting import work_dtype
+
+    folder = demo.out / f"seed_{seed}"
+    words = [
+        f"experiment=demo_{name}",
+        f"run_dir={folder / name}",
+        f"data.clips={demo.out}/data/train",
+        f"data.val_clips={demo.out}/data/held_out",
+    ]
+    if work_dtype() == torch.bfloat16:
+        words.append("trainer.precision=bf16-mixed")  # this CPU computes in it
+    if name == "sft":
+        words += [f"seed={seed}", *shortened(name, demo.sft_steps / SFT_STEPS)]
+    else:
+        words += [f"seed={1000 + seed}", f"init_from={folder}/sft"]
+        words += shortened(name, demo.preference_steps / PREFERENCE_STEPS)
+    if name in ("ndpo", "dpo"):
+        words.append(f"data.pairs={folder}/pairs")
+    return words
+
+
+def shortened(name: str, scale: float) -> list[str]:
+    """Return the settings that make an experiment `scale` times as long; none for 1."""
+    if scale == 1:
+        return []
+    from echolab.config.compose import compose
+
+    config = compose([f"experiment=demo_{name}"])
+    schedule, tasks = config["schedule"], config["tasks"]
+    for part in [*schedule["epochs"], *tasks["stages"]]:
+        part["steps"] = max(1, round(part["steps"] * scale))
+    ema_decay = max(0.5, 1 - (1 - tasks["ema_decay"]) / scale)
+    return [
+        f"schedule.epochs={in_hydra(schedule['epochs'])}",
+        f"schedule.warmup={max(1, round(schedule['warmup'] * scale))}",
+        f"tasks.stages={in_hydra(tasks['stages'])}",
+        f"tasks.ema_decay={ema_decay}",
+        f"val_every={max(1, round(config['val_every'] * scale))}",
+    ]
+
+
+def in_hydra(value: Any) -> str:
+    """Return a plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{in_hydra(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(in_hydra, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+def preference_round(demo: DemoArguments, seed: int) -> Iterator[Stage]:
+    """Yield the commands that make preference pairs with the supervised checkpoint."""
+    folder, data = demo.out / f"seed_{seed}", demo.out / "data"
+    pairs = ("echolab", "pairs")
+    yield Stage(
+        f"pairs sample {seed}",
+        (*pairs, "sample", f"{folder}/candidates", f"checkpoint={folder}/sft",
+         f"clips={data}/train", f"num_prompts={demo.prompts}",
+         f"num_candidates={demo.candidates}", f"num_steps={demo.sampling_steps}",
+         "flow_shift=3.0", f"seed={100 + seed}"),
+    )  # fmt: skip
+    yield Stage(
+        f"pairs score {seed}",
+        (*pairs, "score", f"{folder}/candidates", f"raw={data}/raw_train",
+         f"networks={demo.out}/networks"),
+    )  # fmt: skip
+    yield Stage(
+        f"pairs pack {seed}",
+        (*pairs, "pack", f"{folder}/candidates", f"clips={data}/train", f"out={folder}/pairs"),
+        folder / "pairs" / INDEX,
+    )
+
+
+def sampling(demo: DemoArguments) -> list[str]:
+    """Return the arguments with which checkpoints are sampled."""
+    return [f"num_steps={demo.sampling_steps}", "flow_shift=3.0", "audio_guidance_scale=1.5"]
+
+
+def evaluation(demo: DemoArguments) -> list[str]:
+    """Return the arguments that all rows of the score table share."""
+    data = demo.out / "data"
+    return [
+        f"num_clips={demo.held_out_clips}", f"raw={data}/raw_held_out", f"clips={data}/held_out",
+        f"real={data}/raw_train", f"networks={demo.out}/networks",
+        f"scores={demo.out}/scores.json",
+    ]  # fmt: skip
+
+
+# -- running them --------------------------------------------------------------------------------
 
 
 class Progress:
-    """Which stages are done, and how long each took; kept in the folder."""
+    """The stages that are done, and the seconds of each; kept in the folder."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
+        """Read the stages of an earlier start.  Raise ConfigError if its settings differ."""
+        self.path, self.settings = path, settings
         self.seconds: dict[str, float] = {}
-        self.settings = settings
-        self.token = secrets.token_hex(4)  # of the demo's wandb runs, kept from the first start
-        if path.exists():
-            kept = json.loads(path.read_text())
-            for key, value in settings.items():
-                if kept["settings"].get(key) != value:
-                    raise ConfigError(
-                        f"{path.parent}: holds a demo with {key}={kept['settings'].get(key)}, "
-                        f"not {value}; give out=FOLDER for another"
-                    )
-            self.seconds, self.token = kept["seconds"], kept["token"]
-        else:
+        self.token = secrets.token_hex(4)
+        if not path.exists():
             self.write()
-
-    def run(self, name: str, stage: Callable[[], None]) -> None:
-        """Do a stage unless it is done."""
-        if name in self.seconds:
             return
-        began = time.monotonic()
-        stage()
-        self.seconds[name] = round(time.monotonic() - began, 1)
-        self.write()
+        kept = json.loads(path.read_text())
+        for key, value in settings.items():
+            if kept["settings"].get(key) != value:
+                raise ConfigError(
+                    f"{path.parent}: holds a demo with {key}={kept['settings'].get(key)}, "
+                    f"not {value}; give out=FOLDER for another"
+                )
+        self.seconds, self.token = kept["seconds"], kept["token"]
 
     def write(self) -> None:
+        """Write the file atomically."""
         state = {"settings": self.settings, "token": self.token, "seconds": self.seconds}
-        write_whole(self.path, json.dumps(state, indent=1).encode())
+        write_atomic(self.path, json.dumps(state, indent=1).encode())
+
+    def run(self, stage: Stage) -> int:
+        """Run a stage's command unless it is done, and return its exit code."""
+        if stage.name in self.seconds:
+            return 0
+        began = time.monotonic()
+        code = 0
+        if stage.result is None or not stage.result.exists():
+            print(f"$ {stage.shown}", file=sys.stderr, flush=True)
+            code = self._call(stage)
+        if code == 0:
+            self.seconds[stage.name] = round(time.monotonic() - began, 1)
+            self.write()
+        return code
+
+    def _call(self, stage: Stage) -> int:
+        from data_prep import __main__ as data_prep
+        from echolab.cli import __main__ as front_door
+
+        program, *words = stage.words
+        # The commands' own main functions: the same door, without the imports of a new process.
+        door = {"echolab": front_door.main, "data_prep": data_prep.main}[program]
+        with redirect_stdout(sys.stderr):  # standard output is the demo's own summary
+            return door(words)
 
 
 def main(argv: list[str]) -> int:
-    arguments = parse(DemoArguments, argv, command="echolab demo")
-    arguments.check()
-    kept = asdict(arguments)
-    settings = {name: kept[name] for name in kept if name not in ("out", "format", "seeds")}
-    with held(arguments.out):
-        progress = Progress(arguments.out / STAGES, settings)
-        out = Folder(arguments.out, progress.token)
-        run_stages(arguments, out, progress)
-    rows = json.loads(out.scores.read_text())["rows"]
-    if arguments.format == "json":
-        print(json.dumps({"report": str(out.report), "scores": rows, "seconds": progress.seconds}))
-    else:
-        print_table(rows)
-        print(f"{sum(progress.seconds.values()):.0f} s of work; report: {out.report}")
+    """Run all commands that are not done, and print the score table."""
+    demo = parse(DemoArguments, argv, command="echolab demo")
+    demo.check()
+    settings = {
+        name: value
+        for name, value in asdict(demo).items()
+        if name not in ("out", "format", "seeds")
+    }
+    with held(demo.out):
+        progress = Progress(demo.out / STAGES, settings)
+        for stage in stages(demo, progress.token):
+            if stage.name == "report":
+                progress.seconds.pop("report", None)  # a demo of more seeds writes it again
+                write_summary(demo, progress)
+            if code := progress.run(stage):
+                return code
+    print_scores(demo, progress)
     return 0
 
 
-def run_stages(arguments: DemoArguments, out: Folder, progress: Progress) -> None:
-    """Everything in order."""
-    progress.run("draw", lambda: draw_talkers(arguments, out))
-    progress.run("judges", lambda: fit_judges(arguments, out))
-    progress.run("encode", lambda: encode_talkers(arguments, out))
-    progress.run("score truth", lambda: score(arguments, out, "ground_truth", 0))
-    progress.run("score shuffled", lambda: score(arguments, out, "shuffled_sound", 0))
-    for seed in range(arguments.seeds):
-        for name in CHECKPOINTS:
-            if name == "ndpo":
-                progress.run(f"pairs {seed}", lambda: make_pairs(arguments, out, seed))  # noqa: B023
-            progress.run(f"{name} {seed}", lambda: train(arguments, out, name, seed))  # noqa: B023
-            progress.run(f"score {name} {seed}", lambda: score(arguments, out, name, seed))  # noqa: B023
-        progress.run(f"tasks {seed}", lambda: sample_tasks(arguments, out, seed))  # noqa: B023
-    write_pages(arguments, out, arguments.seeds, progress.seconds)
+def write_summary(demo: DemoArguments, progress: Progress) -> None:
+    """Write summary.json, the facts for the head of the report."""
+    facts = {
+        "about": ABOUT,
+        "Talkers": f"{demo.train_clips} to train on, {demo.held_out_clips} held out",
+        "Clip": "1 s, 64 x 64, 25 frames a second, 16 kHz",
+        "Supervised steps": demo.sft_steps,
+        "Seeds": demo.seeds,
+        "Work": f"{sum(progress.seconds.values()) / 60:.1f} min",
+    }
+    write_atomic(demo.out / "summary.json", json.dumps(facts, indent=1).encode())
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The score table on the terminal."""
+def print_scores(demo: DemoArguments, progress: Progress) -> None:
+    """Print the score table, or as one line of JSON with the seconds of each stage."""
+    rows = json.loads((demo.out / "scores.json").read_text())["rows"]
+    report = demo.out / "report.html"
+    if demo.format == "json":
+        print(json.dumps({"report": str(report), "scores": rows, "seconds": progress.seconds}))
+        return
     names = list(rows[-1]["scores"])
     table = Table("checkpoint", "seed", *names)
     for row in rows:
@@ -119,3 +344,4 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
         table.add_row(row["checkpoint"], str(row["seed"]), *shown)
     Console(width=140).print(table)
+    print(f"{sum(progress.seconds.values()):.0f} s of work; report: {report}")

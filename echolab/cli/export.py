@@ -1,159 +1,73 @@
 """`echolab export RUN out=FOLDER`: trained weights as safetensors that other programs read."""
 
-import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from echolab.arguments import parse
-from echolab.cli.adapters import export_adapters
-from echolab.cli.policy import architecture_of, last_checkpoint, load_start
-from echolab.data.files import prove_writable
+from echolab.arguments import argument, parse
+from echolab.atomic_io import check_writable
 from echolab.errors import ConfigError
-from echolab.models.export import write_diffusers, write_original
-from echolab.models.released import read_tensors
-from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import match_weights
-from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.checkpoints.exporting import exported_weights
-from echolab.training.checkpoints.snapshots import average_of_width
-from echolab.training.engine.ema import EMA, POWER
-from echolab.training.engine.masters import MASTER
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
-WRITERS = {"original": write_original, "diffusers": write_diffusers}
+AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     """Write weights with the names of Wan and EchoMimicV3, or as a folder for diffusers.
 
     The source is a run, one of its checkpoints, or released weights with `model=`.  What is written
-    can start a training (`weights=`).  diffusers has no sound; it loads networks without.  Of a run
-    with adapters the network is written with them added.  With weights=adapters they are written
-    alone: out=FOLDER as peft's folder and FOLDER.safetensors for diffusers and ComfyUI,
-    out=NAME.safetensors as the latter alone; layers of the audio branch, which those programs
-    lack, get a file NAME.audio.safetensors of their own.
+    can start a training (`pretrained=`).  diffusers has no audio branch and loads networks without.
+    Adapters of a run are merged.  With which=adapters they are written alone: out=FOLDER as peft's
+    folder and FOLDER.safetensors for diffusers and ComfyUI, out=NAME.safetensors as the latter
+    alone; layers of the audio branch, which those programs lack, go to NAME.audio.safetensors.
     """
 
-    source: Path = field(metadata={"help": "a run, a checkpoint, or released weights"})
-    out: Path = field(metadata={"help": "a new file .safetensors, or a new folder"})
-    names: Literal["original", "diffusers"] = field(
-        default="original", metadata={"help": "of the tensors"}
+    source: Path = argument("run, checkpoint, or released weights", section="Source")
+    which: str = argument(
+        "weights of a checkpoint: ema, ema-0.9999, ... (an average), raw, or adapters", "ema",
+        aka=("weights",),
+    )  # fmt: skip
+    ema_std: float | None = argument(
+        "average of this relative width, from a run's snapshots", None, gt=0
     )
-    dtype: Literal["bf16", "fp32", "same"] | None = field(
-        default=None,
-        metadata={
-            "help": "of the tensors; none: bf16 of a run, fp32 of adapters, the same of released "
-            "weights"
-        },
+    model: str | None = argument(
+        "architecture of released weights, a name in conf/model", None, default_text="run's"
     )
-    weights: str = field(
-        default="ema",
-        metadata={"help": "a checkpoint's average (ema, ema-0.9999, ...), raw, or its adapters"},
-    )
-    ema_std: float | None = field(
-        default=None, metadata={"gt": 0, "help": "an average of this width, from a run's snapshots"}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "of released weights: a name in conf/model"}
-    )
-    shard_gb: float = field(default=5.0, metadata={"help": "the most of one file of a folder"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+
+    out: Path = argument("new .safetensors file, or new folder", section="Output")
+    names: Literal["original", "diffusers"] = argument("naming of the tensors", "original")
+    dtype: Literal["bf16", "fp32", "same"] | None = argument(
+        "type of the tensors", None,
+        default_text="bf16 for runs, fp32 for adapters, same for released weights",
+    )  # fmt: skip
+    shard_gb: float = argument("largest file of a folder, GB", 5.0, gt=0, lt=1e6)
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+    def check(self) -> None:
+        """Raise ConfigError for arguments that are unknown or do not go together."""
+        if self.which not in ("ema", "raw", "adapters") and not self.which.startswith(AVERAGES):
+            raise ConfigError(
+                f"which={self.which}: unknown; ema, raw, adapters, or an average by the name in "
+                "`echolab checkpoint inspect`"
+            )
+        if self.which == "adapters" and self.names != "original":
+            raise ConfigError("names=diffusers: is for networks; leave it out with which=adapters")
+        if self.model is not None and (self.which != "ema" or self.ema_std is not None):
+            raise ConfigError(f"which={self.which}: is for a run; leave it out with model=")
+        if self.ema_std is not None and self.which != "ema":
+            raise ConfigError(f"ema_std={self.ema_std:g}: is an average; leave out which=")
+        if self.out.suffix and self.out.suffix != ".safetensors":
+            raise ConfigError(
+                f"out={self.out}: name a file .safetensors, or a folder without a suffix"
+            )
 
 
 def main(argv: list[str]) -> int:
+    """Parse and check the arguments, then import torch and export."""
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
-    if not 0 < arguments.shard_gb < 1e6:
-        raise ConfigError(f"shard_gb={arguments.shard_gb:g}: must be above 0; 5 is usual")
-    _check_weights(arguments)
-    out = arguments.out
-    if out.suffix and out.suffix != ".safetensors":
-        raise ConfigError(f"out={out}: name a file .safetensors, or a folder without a suffix")
-    prove_writable(out, folder=not out.suffix)
-    if arguments.weights == "adapters":
-        if out.exists():
-            raise ConfigError(f"out={out}: already there; name another, or remove it")
-        checkpoint = open_checkpoint(last_checkpoint(arguments.source))
-        dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-        files = export_adapters(checkpoint, out, load_start, dtype)
-    else:
-        net, tensors = read_source(arguments)
-        files = WRITERS[arguments.names](
-            out,
-            net,
-            tensors,
-            dtype=DTYPES[arguments.dtype or ("same" if arguments.model else "bf16")],
-            shard_bytes=round(arguments.shard_gb * 1e9),
-        )
-    _report(out, files, arguments.format)
+    arguments.check()
+    check_writable(arguments.out, folder=not arguments.out.suffix)
+    from echolab.cli.export_weights import export
+
+    export(arguments)
     return 0
-
-
-def _check_weights(arguments: ExportArguments) -> None:
-    """ConfigError for weights that are not named so, or not those of the source."""
-    weights = arguments.weights
-    if weights not in ("ema", "raw", "adapters") and not weights.startswith((f"{EMA}-", POWER)):
-        raise ConfigError(
-            f"weights={weights}: unknown; ema, raw, adapters, or another average by the name that "
-            "`echolab checkpoint inspect` tells"
-        )
-    if weights == "adapters" and arguments.names != "original":
-        raise ConfigError("names=diffusers: is of networks; leave it out with weights=adapters")
-    if arguments.model is not None and (weights != "ema" or arguments.ema_std is not None):
-        raise ConfigError(f"weights={weights}: is of a run; leave it out with model=")
-    if arguments.ema_std is not None and weights != "ema":
-        raise ConfigError(f"ema_std={arguments.ema_std:g}: is an average; leave out weights=")
-
-
-def _report(out: Path, files: list[Path], kind: str) -> None:
-    """What the files hold, as they are on disk."""
-    shapes: list[list[int]] = []
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as content:
-                shapes += [content.get_slice(name).get_shape() for name in content.keys()]
-    figures = {
-        "out": str(out),
-        "files": [file.name for file in files],
-        "bytes": sum(file.stat().st_size for file in files),
-        "tensors": len(shapes),
-        "parameters": sum(map(math.prod, shapes)),
-    }
-    plain = (
-        f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, "
-        f"{figures['bytes']:,} bytes in {len(files)} files"
-    )
-    print(json.dumps(figures) if kind == "json" else plain)
-
-
-def read_source(arguments: ExportArguments) -> tuple[EchoTransformer, dict[str, Tensor]]:
-    """The network, on the meta device where it need not be made, and its weights by name."""
-    if arguments.model is not None:
-        with torch.device("meta"):
-            net = EchoTransformer(**architecture_of(arguments.model))
-        there = read_tensors(arguments.source)
-        match_weights(net, there, source=str(arguments.source))
-        return net, there
-    if not arguments.source.is_dir():
-        raise ConfigError(
-            f"{arguments.source}: no run or checkpoint; of released weights say which: model=NAME"
-        )
-    checkpoint = open_checkpoint(last_checkpoint(arguments.source))
-    if checkpoint.state.get("adapters") and arguments.weights != "ema":
-        raise ConfigError(
-            f"{checkpoint.path}: adapters are merged averaged; give weights=ema, or adapters"
-        )
-    if arguments.ema_std is not None:
-        if checkpoint.state.get("adapters"):
-            raise ConfigError(f"{checkpoint.path}: of adapters; leave out ema_std=")
-        with torch.device("meta"):
-            net = EchoTransformer(**checkpoint.state["architecture"])
-        return net, average_of_width(checkpoint, arguments.ema_std)
-    part = MASTER if arguments.weights == "raw" else arguments.weights
-    return exported_weights(checkpoint, load_start, part)

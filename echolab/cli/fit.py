@@ -1,123 +1,52 @@
-"""`echolab fit WHAT DATA OUT`: the small networks that stand in for the big released ones."""
+"""`echolab fit NETWORK DATA OUT`: fit the demo networks that stand in for large released ones."""
 
 import json
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
-
-from echolab.arguments import parse
-from echolab.data.clips import load_clips
-from echolab.data.files import prove_writable
-from echolab.data.progress import progress
-from echolab.encoders.fit_autoencoder import WIDTH, fit_autoencoder
-from echolab.errors import ConfigError, DataError
-from echolab.fitting import Report, save_net
-from echolab.metrics.fit_networks import (
-    fit_clip_features,
-    fit_frame_features,
-    fit_sync,
-    talker_labels,
-)
-from echolab.metrics.scores import cepstra_of
-from echolab.types import Clips
+from echolab.arguments import argument, parse
+from echolab.atomic_io import check_writable
+from echolab.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitArguments:
-    """Fit a stand-in network on a small raw dataset.
+    """Fit a demo network on a small raw dataset.
 
-    autoencoder: pixels to latents and back.  sync: lips and sound, for Sync-C_demo.  frames, clips:
-    features for FID_demo and FVD_demo, which need drawn talkers (their visemes are known).
-    A fit that was stopped goes on when the same command is given again.
+    autoencoder: pixels to latents and back.  sync: lips and speech, for Sync-C_demo.  frames and
+    clips: features for FID_demo and FVD_demo, which need drawn talkers, whose visemes are known.
+    The same command resumes a fit that was stopped.
     """
 
-    what: Literal["autoencoder", "sync", "frames", "clips"] = field(
-        metadata={"help": "which network"}
-    )
-    data: Path = field(metadata={"help": "a dataset of the raw kind"})
-    out: Path = field(metadata={"help": "the network's file, .safetensors"})
-    steps: int = field(default=800, metadata={"help": "optimizer steps"})
-    seed: int = field(default=0, metadata={"ge": 0, "help": "of first values and batches"})
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the summary"})
+    network: Literal["autoencoder", "sync", "frames", "clips"] = argument("network to fit")
+    data: Path = argument("raw dataset")
+    out: Path = argument("file of the fitted network, .safetensors")
+    steps: int = argument("optimizer steps", 800, ge=1)
+    first_clip: int = argument("first clip to fit on, from 0", 0, ge=0)
+    num_clips: int | None = argument("clips to fit on", None, ge=1, default_text="all others")
+    vae: Path | None = argument(
+        "autoencoder; sync: fit on its reconstructions of the clips as well", None,
+        default_text="none", aka=("autoencoder",),
+    )  # fmt: skip
+    seed: int = argument("seed of initialization and batches", 0, ge=0)
+    format: Literal["text", "json"] = argument("summary format", "text")
 
 
 def main(argv: list[str]) -> int:
+    """Parse and check the arguments, then import torch, fit and print a summary."""
     arguments = parse(FitArguments, argv, command="echolab fit",
-                      positional=("what", "data", "out"))  # fmt: skip
-    if arguments.steps < 1:
-        raise ConfigError(f"steps={arguments.steps}: must be 1 or more")
-    prove_writable(arguments.out)
-    clips = load_clips(arguments.data)
-    last = fit_network(arguments.what, clips, arguments.out, steps=arguments.steps,
-                       seed=arguments.seed)  # fmt: skip
-    figures = {"out": str(arguments.out), "steps": arguments.steps, "loss": last}
-    plain = f"{arguments.out}: {arguments.what} after {arguments.steps} steps, loss {last:.4f}"
+                      positional=("network", "data", "out"))  # fmt: skip
+    if arguments.vae and arguments.network != "sync":
+        raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
+    check_writable(arguments.out)
+    from echolab.inference.fit import fit_network, read_clips
+
+    clips = read_clips(arguments.data, arguments.first_clip, arguments.num_clips, arguments.vae)
+    loss = fit_network(
+        arguments.network, clips, arguments.out, steps=arguments.steps, seed=arguments.seed
+    )
+    figures = {"out": str(arguments.out), "steps": arguments.steps, "loss": loss}
+    plain = f"{arguments.out}: {arguments.network} after {arguments.steps} steps, loss {loss:.4f}"
     print(json.dumps(figures) if arguments.format == "json" else plain)
     return 0
-
-
-def fit_network(what: str, clips: Clips, out: Path, *, steps: int, seed: int) -> float:
-    """Fit one network and write it; the last loss that was reported."""
-    last = float("nan")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Named after the clips: a fit is never continued on other ones.
-    state = out.with_suffix(f".{zlib.crc32(clips.pixels.numpy().data):08x}.progress")
-    with progress(f"fitting {out.stem}", steps) as advance:
-
-        def report(done: int, total: int, loss: float) -> None:
-            nonlocal last
-            last = loss
-            advance(done, f"loss {loss:.4f}")
-
-        net, config = FITS[what](clips, steps, seed, state, report)
-    save_net(out, net, config)
-    state.unlink(missing_ok=True)
-    return last
-
-
-Fitted = tuple[nn.Module, dict[str, int]]
-
-
-def _autoencoder(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    net = fit_autoencoder(clips.pixels, clips.lips, steps=steps, seed=seed, progress=state,
-                          report=report)  # fmt: skip
-    return net, {"width": WIDTH}
-
-
-def _sync(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    net = fit_sync(clips.pixels, clips.lips, cepstra_of(clips), steps=steps, seed=seed,
-                   progress=state, report=report)  # fmt: skip
-    return net, {}
-
-
-def _frames(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    labels = talker_labels(clips.face, _visemes(clips))
-    net = fit_frame_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
-                             report=report)  # fmt: skip
-    return net, {"labels": net.head.out_features, "size": clips.pixels.shape[-1]}
-
-
-def _clips(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    labels = talker_labels(clips.face, _visemes(clips))
-    net = fit_clip_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
-                            report=report)  # fmt: skip
-    return net, {"labels": net.head.out_features, "size": clips.pixels.shape[-1]}
-
-
-def _visemes(clips: Clips) -> Tensor:
-    if clips.visemes is None:
-        raise DataError("feature networks are fitted on visemes, which only drawn talkers have; "
-                        "give a dataset of `python -m data_prep draw`")  # fmt: skip
-    return clips.visemes
-
-
-FITS: dict[str, Callable[[Clips, int, int, Path, Report], Fitted]] = {
-    "autoencoder": _autoencoder,
-    "sync": _sync,
-    "frames": _frames,
-    "clips": _clips,
-}

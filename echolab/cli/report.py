@@ -1,76 +1,204 @@
-"""`echolab report RUN`: write a run's report.html again, with what has been logged since."""
+"""`echolab report RUN`: write report.html for a run folder, or for a folder of several runs."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from echolab.arguments import parse
-from echolab.data.files import prove_writable
+from echolab.arguments import argument, parse
+from echolab.atomic_io import check_writable
 from echolab.errors import DataError
+from echolab.tasks.table import TASK_TABLE
 from echolab.tracking.metrics import read_metrics
-from echolab.tracking.report import Video, checked, inside, write_again, write_report
+from echolab.tracking.report import Video, inside, validated_scores, write_again, write_report
+from echolab.tracking.score_table import CHECKPOINTS
+
+METRICS = ("metrics.jsonl", "*/metrics.jsonl", "*/*/metrics.jsonl")
+# Of samples.png: clips, every so many of their frames, magnification.
+SHEET_CLIPS, SHEET_STRIDE, SHEET_SCALE = 3, 3, 2
 
 
-@dataclass
-class Arguments:
-    """Write report.html in a run folder again.
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write report.html in a run folder, or in a folder that holds several runs.
 
-    What the report was made from at first is in report.json beside it.  Where there is none, the
-    report is made from metrics.jsonl, scores.json and samples/ in the folder.
+    It shows metrics.jsonl of each run, scores.json, the clips in samples/, and the facts in
+    summary.json, if they are there.  What a report was made from is kept in report.json; without
+    further arguments an existing report is written again from that.
     """
 
-    run: Path = field(metadata={"help": "the run folder, such as runs/demo"})
+    run: Path = argument("run folder, such as runs/demo")
+    title: str | None = argument("title of the page", None, default_text="the folder's name")
+    compare: tuple[str, ...] = argument(
+        "groups of samples to set one above the other in samples.png", ()
+    )
+    wandb_project: str | None = argument(
+        "wandb project to log scores and samples to", None, default_text="not logged"
+    )
+    wandb_id: str = argument("id of the wandb run of the scores", "scores")
 
 
 def main(argv: list[str]) -> int:
-    run = parse(Arguments, argv, command="echolab report", positional=("run",)).run
+    """Write the report and print its path."""
+    arguments = parse(ReportArguments, argv, command="echolab report", positional=("run",))
+    run = arguments.run
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder")
     out = run / "report.html"
-    prove_writable(out)
-    if out.with_suffix(".json").is_file():
+    check_writable(out)
+    if out.with_suffix(".json").is_file() and arguments == ReportArguments(run=run):
         write_again(out)
     else:
-        _first(run, out)
+        _write(arguments, out)
     print(out)
     return 0
 
 
-def _first(run: Path, out: Path) -> None:
-    """From the run folder alone: samples of one folder stand in one row."""
-    rows = read_metrics(run / "metrics.jsonl")
-    clips = sorted((run / "samples").rglob("*.mp4"))
-    videos = [
-        Video(_own(run, clip), clip.stem.replace("_", " "), group="" if top == "samples" else top)
-        for clip in clips
-        if (top := clip.parent.name)
-    ]
-    summary = {
+def _write(arguments: ReportArguments, out: Path) -> None:
+    """Write the page, samples.png and the wandb run from what the folder holds."""
+    run, scores = arguments.run, _scores(arguments.run / "scores.json")
+    order = list(dict.fromkeys(str(row["checkpoint"]) for row in scores))
+    runs, videos = _runs(run, order), _videos(run, order)
+    write_report(
+        out,
+        title=arguments.title or run.resolve().name,
+        runs=runs,
+        scores=scores,
+        videos=videos,
+        summary=_summary(run, runs),
+    )
+    if arguments.compare:
+        _write_sheet(run, arguments.compare)
+    if arguments.wandb_project:
+        _log_to_wandb(arguments, scores, videos)
+
+
+# -- what the folder holds -----------------------------------------------------------------------
+
+
+def _runs(run: Path, order: Sequence[str]) -> dict[str, Path]:
+    """Return the metrics files by name of their run, in the order of the score table."""
+    paths = [_own(run, path) for pattern in METRICS for path in sorted(run.glob(pattern))]
+    if not paths:
+        return {run.resolve().name: run / METRICS[0]}  # `write_report` says what is missing
+    short = [path.parent.resolve().name for path in paths]
+    unique = len(set(short)) == len(short)
+    named = {
+        name if unique else str(path.parent.relative_to(run)): path
+        for name, path in zip(short, paths, strict=True)
+    }
+    return dict(sorted(named.items(), key=lambda item: _rank(item[1].parent.name, order)))
+
+
+def _videos(run: Path, order: Sequence[str]) -> list[Video]:
+    """Return all clips in samples/; those of one folder stand in one row."""
+    folder = run / "samples"
+    clips = sorted(folder.rglob("*.mp4"), key=lambda clip: _rank(clip.parent.name, order))
+    videos = []
+    for clip in clips:
+        group = "" if clip.parent == folder else clip.parent.name
+        title = CHECKPOINTS[group][0] if group in CHECKPOINTS else group.replace("_", " ")
+        task = TASK_TABLE.get(clip.stem)
+        videos.append(
+            Video(
+                path=_own(run, clip),
+                title=task.title if task else clip.stem.replace("_", " "),
+                caption=task.given if task else "",
+                group=title,
+            )
+        )
+    return videos
+
+
+def _rank(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _own(run: Path, path: Path) -> Path:
+    """Return a path in the folder.  Raise DataError if it is a link that leaves the folder."""
+    try:
+        return inside(run, path.relative_to(run))
+    except ValueError as error:
+        raise DataError(f"{path}: a link out of the run folder; remove it") from error
+
+
+def _summary(run: Path, runs: dict[str, Path]) -> dict[str, Any]:
+    """Return the facts for the head of the page: summary.json, or counts from the metrics."""
+    path = run / "summary.json"
+    if path.is_file():
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            return {str(name): str(value) for name, value in facts.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}: not a table of facts ({error}); remove it") from error
+    rows = [row for metrics in runs.values() for row in read_metrics(metrics)]
+    return {
         "Steps": max((row["step"] for row in rows), default=0),
         "Attempts": len({row["attempt"] for row in rows}),
     }
-    name = run.resolve().name
-    write_report(
-        out,
-        title=name,
-        runs={name: run / "metrics.jsonl"},
-        scores=_scores(run / "scores.json"),
-        videos=videos,
-        summary=summary,
-    )
 
 
-def _own(run: Path, clip: Path) -> Path:
-    try:
-        return inside(run, clip.relative_to(run))
-    except ValueError as error:
-        raise DataError(f"{clip}: a link out of the run folder; remove it") from error
-
-
-def _scores(path: Path) -> list[dict[str, object]]:
+def _scores(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return checked(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        return validated_scores(json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a table of scores ({error}); score the run again") from error
+
+
+# -- what is made besides the page ---------------------------------------------------------------
+
+
+def _write_sheet(run: Path, groups: Sequence[str]) -> None:
+    """Write samples.png: frames of the first clips, each group's below the one before."""
+    import numpy as np
+    from PIL import Image
+
+    from echolab.data.media import decode_mp4
+
+    samples = run / "samples"
+    rows = []
+    for clip in sorted((samples / groups[0]).glob("*.mp4"))[:SHEET_CLIPS]:
+        for group in groups:
+            path = _own(run, samples / group / clip.name)
+            if not path.is_file():
+                raise DataError(f"{path}: no such clip; compare= takes groups of the same clips")
+            frames = decode_mp4(path.read_bytes())[::SHEET_STRIDE]
+            rows.append(np.concatenate(list(frames), axis=1))
+    if not rows:
+        raise DataError(f"{samples / groups[0]}: no clips; compare= takes folders in samples/")
+    sheet = np.concatenate(rows, axis=0).repeat(SHEET_SCALE, 0).repeat(SHEET_SCALE, 1)
+    Image.fromarray(sheet).save(run / "samples.png")
+
+
+def _log_to_wandb(
+    arguments: ReportArguments, scores: list[dict[str, Any]], videos: list[Video]
+) -> None:
+    """Log the score table and the sample clips as a wandb run of their own."""
+    from echolab.tracking.wandb_run import WandbRun
+
+    assert arguments.wandb_project
+    wandb_run = WandbRun(
+        arguments.run, project=arguments.wandb_project, run_id=arguments.wandb_id, name="scores",
+        config={"rows": len(scores)},
+    )  # fmt: skip
+    try:
+        columns = list(dict.fromkeys(name for row in scores for name in row["scores"]))
+        table = [
+            [row["checkpoint"], row.get("seed"), *(row["scores"].get(name) for name in columns)]
+            for row in scores
+        ]
+        wandb_run.log_table("eval/scores", ["checkpoint", "seed", *columns], table)
+        first = next((row.get("seed") for row in scores), None)
+        wandb_run.log(0, {
+            f"eval/{row['checkpoint']}/{name}": value
+            for row in scores if row.get("seed") == first
+            for name, value in row["scores"].items() if value is not None
+        })  # fmt: skip
+        wandb_run.log_videos(0, {
+            f"samples/{video.path.parent.name}/{video.path.stem}": video.path for video in videos
+        })  # fmt: skip
+    finally:
+        wandb_run.finish()

@@ -1,6 +1,6 @@
-"""A sweep: its members one after another, or in a Slurm job each, and how each of them ended.
+"""Run the members of a sweep one after another, or as Slurm jobs, and report how each ended.
 
-No member stops another.  The same command goes on with the sweep: members that are done, pruned or
+No member stops another.  The same command resumes the sweep: members that are done, pruned or
 diverged stay as they are, the others are started again.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.cli.members import Member
-from echolab.cli.overrides import launcher_of
+from echolab.config.overrides import launcher_of
+from echolab.config.sweep_members import Member
 from echolab.errors import ConfigError, EcholabError
-from echolab.launch import exit_codes, job_array
+from echolab.launch import exit_codes, slurm
 from echolab.launch.attempts import RUNNING, Attempt, attempts_of
 from echolab.launch.exit_codes import CAUSES
-from echolab.launch.local import SignalRelay
-from echolab.launch.records import newest_checkpoint
-from echolab.redaction import masked
+from echolab.launch.launch_records import newest_checkpoint
+from echolab.launch.processes import SignalRelay
+from echolab.redaction import mask_secrets
 
 POLL_SECONDS = 5.0  # between two looks at Slurm's queue
 RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
 JOB_FILE = ".job"  # in a member's folder: the Slurm job that it waits or trains in
-HELPERS = 2  # processors of a rank beside those of its loader workers
+EXTRA_CPUS = 2  # of a rank, besides those of its loader workers
 # Exit codes of a sweep, the first that a member ended with: stopped by hand, to be run again for
 # the rest, worth another try, a fault to correct.
 WORST = (
@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 
     member: Member
     code: int  # of launch.exit_codes
-    says: str
+    summary: str
 
     @property
     def well(self) -> bool:
@@ -71,7 +71,7 @@ def run(
         parameters = {m.name: slurm_parameters(m.config, launcher_of(m.overrides)) for m in todo}
         finished = in_slurm(todo, parameters, job)
     for one in finished:
-        print(f"echolab: {one.member.name}: {one.says}", flush=True)
+        print(f"echolab: {one.member.name}: {one.summary}", flush=True)
         ended[one.member.name] = one
     return report([ended[member.name] for member in members])
 
@@ -93,10 +93,10 @@ def refuse_secrets(members: Sequence[Member]) -> None:
     """Raise ConfigError if a member's words hold a secret: Slurm would keep them in files."""
     for member in members:
         for word in member.words:
-            if masked(word) != word:
+            if mask_secrets(word) != word:
                 raise ConfigError(
-                    f"{masked(word)}: Slurm would keep its secret in files; put it into a variable "
-                    "and write ${oc.env:NAME} in its place"
+                    f"{mask_secrets(word)}: Slurm would keep its secret in files; put it into a "
+                    "variable and write ${oc.env:NAME} in its place"
                 )
 
 
@@ -106,7 +106,7 @@ def report(ended: Sequence[Ended]) -> int:
     width = max(len(one.member.name) for one in rows)
     print(f"echolab: a sweep of {len(rows)}:")
     for one in rows:
-        print(f"  {one.member.name:<{width}}  {one.says}  {one.member.folder}")
+        print(f"  {one.member.name:<{width}}  {one.summary}  {one.member.folder}")
     bad = [one for one in rows if not one.well]
     sys.stdout.flush()
     if bad:
@@ -139,7 +139,7 @@ def settled(member: Member) -> Ended | None:
     if last.cause == "diverged" and rolled_back(member.folder, last):
         return None
     ended = ended_with(member, last)
-    return ended._replace(says=f"{ended.says} (not started again)")
+    return ended._replace(summary=f"{ended.summary} (not started again)")
 
 
 def rolled_back(folder: Path, last: Attempt) -> bool:
@@ -152,7 +152,7 @@ def rolled_back(folder: Path, last: Attempt) -> bool:
 def known_attempts(folder: Path, *, over: bool = False) -> list[Attempt]:
     """Return the attempts of a run, none if their records cannot be read."""
     try:
-        return attempts_of(folder, over=over)
+        return attempts_of(folder, assume_ended=over)
     except EcholabError:
         return []
 
@@ -161,7 +161,7 @@ def ended_with(member: Member, last: Attempt) -> Ended:
     """Return how the last attempt of a member ended."""
     code = last.exit_code if last.exit_code >= 0 else CAUSES[last.cause].exit_code
     step = f" at step {last.step}" if last.step > 0 and last.cause != "done" else ""
-    return Ended(member, code, f"{last.cause}: {CAUSES[last.cause].says}{step}")
+    return Ended(member, code, f"{last.cause}: {CAUSES[last.cause].summary}{step}")
 
 
 def ended_since(
@@ -183,7 +183,7 @@ def ended_since(
 
 
 def launch_of(attempt: Attempt) -> Launch:
-    """Return what tells an attempt from others; two starts in one job step share its id."""
+    """Return the identity of an attempt; two starts in one job step share its id."""
     return attempt.launch, attempt.started
 
 
@@ -230,7 +230,7 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
         filled["gpus_per_node"] = devices
     if not given & {"cpus_per_task", "cpus_per_gpu"}:
         ranks = max(1, devices // int(filled["tasks_per_node"]))  # that one task starts
-        filled["cpus_per_task"] = ranks * (int(config["data"]["workers"]) + HELPERS)
+        filled["cpus_per_task"] = ranks * (int(config["data"]["num_workers"]) + EXTRA_CPUS)
     if filled.get("gpus_per_node") == 0:
         filled["gpus_per_node"] = None
     return filled
@@ -248,7 +248,7 @@ def in_slurm(
     """
     with SignalRelay() as relay:
         jobs = {number: member for member in todo if (number := job_of(member))}
-        known = job_array.states(list(jobs)) or {}
+        known = slurm.job_states(list(jobs)) or {}
         jobs = {number: member for number, member in jobs.items() if number in known}
         new = [member for member in todo if member not in jobs.values()]
         launches = {member.name: launches_of(member) for member in new}
@@ -258,11 +258,11 @@ def in_slurm(
             pause(relay, bool(stopped))
             if stopped and len(relay.received) > 1:
                 break
-            alive = job_array.states(list(jobs))
+            alive = slurm.job_states(list(jobs))
             if alive is None:
                 continue
             if relay.received:
-                stopped |= job_array.stop(alive, stopped)
+                stopped |= slurm.stop_jobs(alive, stopped)
             for number in set(jobs) - set(alive):
                 member = jobs.pop(number)
                 before, own = launches.get(member.name, set()), parameters[member.name]
@@ -276,11 +276,14 @@ def ended_in_job(
 ) -> Ended:
     """Return how a member ended whose job has left the queue."""
     (member.folder / JOB_FILE).unlink(missing_ok=True)
-    log = job_array.log_of(str(parameters["submitit_folder"]), job)
-    says = f"job {job} ended before it trained; see {log}"
-    otherwise = Ended(member, exit_codes.RETRYABLE, says)
+    log = slurm.log_path(str(parameters["submitit_folder"]), job)
+    summary = f"job {job} ended before it trained; see {log}"
+    otherwise = Ended(member, exit_codes.RETRYABLE, summary)
     if stopped:
         otherwise = Ended(member, exit_codes.STOPPED_SAVED, "not started")
+    elif (known := slurm.job_of(job)) and known.exit_code == exit_codes.FATAL:
+        # The supervisor refused the settings before it took the run folder.
+        otherwise = Ended(member, exit_codes.FATAL, f"config: refused in job {job}; see {log}")
     return ended_since(member, launches, otherwise, RECORD_SECONDS)
 
 
@@ -296,7 +299,7 @@ def submitted(
     jobs: dict[str, Member] = {}
     for group in groups.values():
         own = parameters[group[0].name]
-        numbers = job_array.submit(job, [member.words for member in group], own)
+        numbers = slurm.submit(job, [member.words for member in group], own)
         for number, member in zip(numbers, group, strict=True):
             jobs[number] = member
             member.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""`echolab train`: starts the ranks of a run and watches them; Hydra's settings to plain values.
+"""`echolab train`: start the ranks of a run and supervise them.
 
-echolab train [experiment=NAME] [key=value ...]    one run; the same command goes on with it
+echolab train [experiment=NAME] [key=value ...]    one run; the same command resumes it
 echolab train -m key=a,b,c [launcher=slurm]        a sweep; each member is its own process, or job
 echolab train --help                               groups and settings
 
@@ -16,62 +16,57 @@ from pathlib import Path
 from typing import Any
 
 from echolab.cli import sweep
-from echolab.cli.members import members
-from echolab.cli.overrides import CONF, as_hydra, hydra_config, quoted
-from echolab.cli.settings_check import check
-from echolab.data.transport import url_of
+from echolab.config.compose import compose, compose_both, compose_unresolved
+from echolab.config.folders import folders_of, with_absolute_folder, without_folder
+from echolab.config.overrides import as_hydra, quoted
+from echolab.config.parts import timeouts_from
+from echolab.config.sweep_members import members
+from echolab.data.remote.transport import parse_url
 from echolab.errors import BusyError, ConfigError, EcholabError
-from echolab.launch import exit_codes, job_array, local, runs, told
-from echolab.launch.deadlines import Deadlines
-from echolab.launch.layout import LAUNCH, cpu_warning, layout
+from echolab.heartbeat import Heartbeat, heartbeat_from_environment
+from echolab.launch import exit_codes, processes, rank_process, run_dir, slurm
 from echolab.launch.supervisor import Supervisor
-from echolab.redaction import masked, masked_output
-from echolab.training.sections import Beats, beats_from_environment
-from echolab.training.stopping import SIGNALS, StopSignals, grace_from
+from echolab.launch.topology import LAUNCH, cpu_warning, find_topology
+from echolab.redaction import mask_output, mask_secrets
+from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
-HYDRAS = re.compile(r"(-h|--help|--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HYDRAS = re.compile(r"(--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HELP = ("-h", "--help")
 SWEEP = ("-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
+    argv = with_absolute_folder(argv)
+    if any(word in HELP for word in argv):
+        return print_help([word for word in argv if word not in HELP])
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
     words = [word for word in argv if word not in SWEEP]
-    if options := [word for word in words if word.startswith("-")]:
+    if options := [word for word in without_folder(words) if word.startswith("-")]:
         raise ConfigError(
-            f"train: no option {options[0]}; -m, --help and --cfg are, and settings are key=value"
+            f"train: no option {options[0]}; options are -m, --config-dir, --help and --cfg, and "
+            "settings are written key=value"
         )
     if len(words) < len(argv):
         return sweep.run(members(words, compose_both), command, job)
     if LAUNCH in os.environ:
         return rank(argv)
-    return supervise(argv, compose(argv)).code
+    return supervise(argv, compose(argv)).exit_code
 
 
-def compose(overrides: list[str]) -> dict[str, Any]:
-    """Return the resolved and checked settings as plain values.
+def print_help(words: list[str]) -> int:
+    """Print the help of all settings, or of those that words without `=` name.
 
-    Raise ConfigError, in one line, for what Hydra or `settings_check.check` refuses.
+    With overrides the defaults are those of the composed settings.
     """
-    return compose_both(overrides)[0]
+    from echolab.config.help import help_of
 
-
-def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of `compose`, and the same without secrets, for the run's folder."""
-    from hydra import compose as hydra_compose
-    from omegaconf import OmegaConf
-
-    from echolab.cli.stored_settings import stored, with_types
-
-    with hydra_config(overrides):
-        config = hydra_compose("train", as_hydra(overrides))
-        plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            config, resolve=True, throw_on_missing=True
-        )
-        kept = stored(config)
-    checked = check(plain)
-    return checked, with_types(kept, plain, checked)
+    wanted = [word for word in words if "=" not in word and not word.startswith("-")]
+    overrides = [word for word in without_folder(words) if "=" in word]
+    composed = compose_unresolved(words) if overrides else None
+    print(help_of(wanted, folders_of(words), composed))
+    return exit_codes.DONE
 
 
 def command(words: list[str]) -> list[str]:
@@ -80,24 +75,30 @@ def command(words: list[str]) -> list[str]:
 
 
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
-    """Start the ranks of this machine and wait for their end, which the supervisor then tells.
+    """Start the ranks of this machine and wait for their end.
 
-    Raises ConfigError or BusyError before anything is written where the run's folder cannot be
-    taken.
+    Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
+    written if the run's folder cannot be taken, or a path or the devices are not there.
     """
-    if url := url_of(config["run"]):
-        raise ConfigError(f"run={masked(url)}: a run's folder lies on a disk; give a path")
-    folder, trainer, told_of = Path(config["run"]), config["trainer"], dict(config["supervise"])
-    told_of.pop("infrastructure")
-    places = layout(trainer["devices"], trainer["nodes"])
-    if places.supervisor == 0:
-        runs.check_ours(folder)
-    if warning := cpu_warning(places, int(config["data"]["workers"])):
+    from echolab.config.paths import check_gpus, check_paths
+
+    if url := parse_url(config["run_dir"]):
+        raise ConfigError(
+            f"run_dir={mask_secrets(url)}: a run's folder lies on a disk; give a path"
+        )
+    folder, trainer = Path(config["run_dir"]), config["trainer"]
+    topology = find_topology(trainer["devices"], trainer["num_nodes"])
+    if topology.supervisor == 0:
+        run_dir.check_run_folder(folder)
+        check_paths(config)
+    check_gpus(trainer)
+    if warning := cpu_warning(topology, int(config["data"]["num_workers"])):
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
-    words = [*argv, f"run={quoted(config['run'])}"]
-    deadlines, grace = Deadlines(**told_of), grace_from(config["grace"])
-    supervisor = Supervisor(places, command(words), folder, deadlines, grace)
+    words = [*argv, f"run_dir={quoted(config['run_dir'])}"]
+    timeouts = timeouts_from(config["timeouts"])
+    grace = grace_from(config["signal_grace_seconds"])
+    supervisor = Supervisor(topology, command(words), folder, timeouts, grace)
     supervisor.watch()
     return supervisor
 
@@ -105,58 +106,61 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
 def rank(argv: list[str]) -> int:
     """Train as one rank of a launch.
 
-    The supervisor started it with signals blocked: from here on they are kept for the first vote.
-    An exception is told in a file, and the process ends there: nothing that an exit would run, no
+    The supervisor started it with signals blocked: they are kept for the first step sync.  An
+    exception is written to a file, and the process ends there: nothing that an exit would run, no
     collective and no destructor, can hang.
     """
-    beats = beats_from_environment()
+    heartbeat = heartbeat_from_environment()
     StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        code = _trained(*compose_both(argv), beats)
+        code = _trained(*compose_both(argv), heartbeat)
     except BaseException as error:
-        _end_at_once(error, beats)
+        _end_at_once(error, heartbeat)
         raise
-    beats.enter("teardown")
+    heartbeat.enter("teardown")
     return code
 
 
-def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], beats: Beats) -> int:
+def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
     result = train_rank.train(
-        config, beats, lambda error: _end_at_once(error, beats), _tell_end, kept
+        config, heartbeat, lambda error: _end_at_once(error, heartbeat), _record_end, kept
     )
-    return train_rank.exit_code(result, Path(config["run"]))
+    return train_rank.exit_code(result, Path(config["run_dir"]))
 
 
-def _tell_end(result: Any) -> None:
-    if folder := told.own_folder():
-        end = told.End(result.reason, result.stopped_by, result.unsaved, result.step, result.steps)
-        told.tell_end(folder, runs.own_rank(), end)
+def _record_end(result: Any) -> None:
+    if folder := rank_process.local_folder():
+        end = rank_process.End(
+            result.reason, result.stopped_by, result.unsaved, result.step, result.steps
+        )
+        rank_process.write_end_file(folder, run_dir.rank_from_environment(), end)
 
 
-def _end_at_once(error: BaseException, beats: Beats) -> None:
-    """Tell of an exception and end this process, where a supervisor started it."""
-    folder = told.own_folder()
+def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
+    """Record an exception and end this process, if a supervisor started it."""
+    folder = rank_process.local_folder()
     if folder is None:
         return
-    code = told.tell_failure(folder, runs.own_rank(), error, beats.section, beats.step)
+    code = rank_process.write_error_file(
+        folder, run_dir.rank_from_environment(), error, heartbeat.section, heartbeat.step
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _with_hydra(argv: list[str]) -> int:
-    """Help, completion and --cfg are Hydra's own; raise ConfigError for what it would refuse."""
+    """Answer --cfg by Hydra itself; raise ConfigError for what it would refuse."""
     import hydra
 
-    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-    with hydra_config(overrides):
-        hydra.compose("train", as_hydra(overrides))
+    compose_unresolved(argv)
+    folder = str(folders_of(argv)[0])
     before, sys.argv = sys.argv, ["echolab train", *as_hydra(argv)]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_refuse)()
+        hydra.main(version_base="1.3", config_path=folder, config_name="train")(_refuse)()
     finally:
         sys.argv = before
     return exit_codes.DONE
@@ -173,7 +177,7 @@ def job(words: list[str]) -> None:
     supervisor's exit code.
     """
     supervisor = None
-    with local.SignalRelay() as relay, masked_output():
+    with processes.SignalRelay() as relay, mask_output():
         try:
             config = compose(words)
             if not relay.received:
@@ -182,10 +186,10 @@ def job(words: list[str]) -> None:
             print(f"echolab: error: {error}", file=sys.stderr, flush=True)
             busy = isinstance(error, BusyError)
             raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
-    asked = supervisor.asked if supervisor else relay.received[0]
-    code = supervisor.code if supervisor else exit_codes.STOPPED_SAVED
+    asked = supervisor.stop_signal if supervisor else relay.received[0]
+    code = supervisor.exit_code if supervisor else exit_codes.STOPPED_SAVED
     cause = exit_codes.CAUSES[supervisor.record.cause if supervisor else "preempted"]
     if cause.budget == "preemption" and asked not in (signal.SIGTERM, signal.SIGINT):
-        job_array.queue_again()
+        slurm.requeue_this_job()
     if code:
         raise SystemExit(code)

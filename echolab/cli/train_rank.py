@@ -8,46 +8,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from echolab.cli.training_objects import training_from
-from echolab.data.files import write_whole
-from echolab.data.progress import progress
+from echolab.atomic_io import write_atomic
+from echolab.config.build import training_from
 from echolab.errors import ConfigError, StorageError
-from echolab.launch import exit_codes, runs
+from echolab.heartbeat import Heartbeat, heartbeat_from_environment
+from echolab.launch import exit_codes, run_dir
 from echolab.launch.exit_codes import CAUSES, cause_of_result
-from echolab.redaction import masked_values
+from echolab.progress import progress
+from echolab.redaction import mask_values
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import FINISH_SECONDS, HURRY_SECONDS, WandbRun
 from echolab.training.fit import FitResult, Training, fit
-from echolab.training.sections import Beats, beats_from_environment
 
 
 def train(
     config: Mapping[str, Any],
-    beats: Beats | None = None,
+    heartbeat: Heartbeat | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
     on_end: Callable[[FitResult], None] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
-    """Train the run of these settings; rank 0 holds its folder and tells metrics.
+    """Train the run of these settings; rank 0 holds its folder and logs metrics.
 
-    `beats` are by default those that the environment names.  `on_failure` is told of an exception
-    before anything is tidied up, by Lightning too: that may take long, or hang, and makes of a
-    KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited for.
-    `kept` are the settings to store and to send, without secrets.
+    `heartbeat` is by default those that the environment names.  `on_failure` is told of an
+    exception before anything is tidied up, by Lightning too: that may take long, or hang, and makes
+    of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
+    for. `kept` are the settings to store and to send, without secrets.
     """
-    kept = masked_values(config) if kept is None else kept
-    beats = beats or beats_from_environment()
-    training = _training(config)._replace(beats=beats, on_failure=on_failure)
+    kept = mask_values(config) if kept is None else kept
+    heartbeat = heartbeat or heartbeat_from_environment()
+    training = _training(config)._replace(heartbeat=heartbeat, on_failure=on_failure)
     on_end = on_end or (lambda result: None)
-    if runs.own_rank() != 0:
+    if run_dir.rank_from_environment() != 0:
         on_end(result := fit(training))
         return result
-    with runs.claim(training.folder, kept, may_change=may_change(config)) as run:
-        training = training._replace(on_begin=partial(runs.begin, run, kept))
+    with run_dir.claim(training.folder, kept, may_change=may_change(config)) as run:
+        training = training._replace(on_begin=partial(run_dir.begin, run, kept))
         wandb_run = _wandb_run(config["logger"], kept, run)
         try:
             on_end(result := _fit(training, run, wandb_run))
-            beats.enter("teardown")
+            heartbeat.enter("teardown")
             wandb_run.finish(HURRY_SECONDS if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
@@ -58,12 +58,12 @@ def train(
             wandb_run.finish()
 
 
-def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
+def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult:
     """Train as the rank that logs and shows the progress."""
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
     def log(step: int, values: dict[str, float]) -> None:
-        with suppress(OSError):  # a file system that fails does not tell who has the run
+        with suppress(OSError):  # a file system that fails does not say who holds the run
             run.lease.check()
         metrics.log(step, values)
         wandb_run.log(step, values)
@@ -77,20 +77,24 @@ def _fit(training: Training, run: runs.Run, wandb_run: WandbRun) -> FitResult:
 
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the settings that a run may go on with others of, where its past allows it."""
+    """Return the settings that may differ when a run resumes, if its past steps allow it."""
     accepted = config["data"].get("changed") == "accept"
-    return ("schedule", *(("data.weights", "data.pair_weights") if accepted else ()))
+    return (
+        "schedule",
+        "optim.lr",
+        *(("data.clip_weights", "data.pair_weights") if accepted else ()),
+    )
 
 
 def _say(folder: Path, lines: list[str]) -> None:
     print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
     try:
-        write_whole(folder / "engine.txt", "\n".join([*lines, ""]).encode())
+        write_atomic(folder / "engine.txt", "\n".join([*lines, ""]).encode())
     except StorageError as error:  # it was said above
         print(f"echolab: {error}", file=sys.stderr, flush=True)
 
 
-def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run) -> WandbRun:
+def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: run_dir.Run) -> WandbRun:
     return WandbRun(
         run.folder,
         project=logger["project"],
@@ -103,7 +107,7 @@ def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: runs.Run
 
 def _training(config: Mapping[str, Any]) -> Training:
     try:
-        return training_from(config, runs.digest(config))
+        return training_from(config, run_dir.digest(config))
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"
@@ -111,15 +115,15 @@ def _training(config: Mapping[str, Any]) -> Training:
 
 
 def exit_code(result: FitResult, folder: Path) -> int:
-    """Say how the run ended, and which code tells it."""
+    """Print how the run ended and return its exit code."""
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
-    if runs.own_rank() == 0:
+    if run_dir.rank_from_environment() == 0:
         if result.done:
             print(f"echolab: {folder}: all {result.steps} steps done; newest {result.checkpoint}")
         else:
             by = f" ({signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
             print(
-                f"echolab: {folder}: {cause.says}{by} at step {result.step} of {result.steps}; "
+                f"echolab: {folder}: {cause.summary}{by} at step {result.step} of {result.steps}; "
                 f"{cause.next_action}",
                 file=sys.stderr,
             )

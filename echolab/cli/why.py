@@ -1,70 +1,66 @@
-"""`echolab why RUN`: how a run ended, which rank is to blame, and what to do."""
+"""`echolab why RUN`: how a run ended, in which rank the failure began, and what to do."""
 
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from echolab.arguments import parse
-from echolab.errors import ConfigError, StorageError, printable
+from echolab.arguments import argument, parse
+from echolab.errors import ConfigError, StorageError, escape_unprintable
 from echolab.launch import slurm
 from echolab.launch.attempts import attempts_of
-from echolab.launch.evidence import note
-from echolab.launch.explain import figures, words
-from echolab.launch.records import read_launches
+from echolab.launch.explain import format_summary, summarize
+from echolab.launch.launch_records import read_launches, record_slurm_state
 
 
 @dataclass(frozen=True)
 class WhyArguments:
-    """Say why a run ended: cause, rank, host, section, step, stack and what to do.
+    """Explain why a run ended: cause, rank, host, section, step, stack and what to do.
 
-    From what its supervisors and ranks wrote into RUN/attempts, on whatever machine.
+    Reads the records of supervisors and ranks in RUN/attempts, on any machine.
     """
 
-    run: Path = field(metadata={"help": "the run's folder"})
-    over: bool = field(
-        default=False,
-        metadata={"help": "the job has ended: nodes that told no end are lost"},
+    run: Path = argument("run folder")
+    over: bool = argument("the job has ended: count nodes without a recorded end as lost", False)
+    stopped: bool = argument(
+        "with over=true: Slurm ended the job (its script received SIGTERM)", False
     )
-    stopped: bool = field(
-        default=False,
-        metadata={"help": "with over: Slurm ended the job, as its signal to the script tells"},
-    )
-    format: Literal["text", "json"] = field(default="text", metadata={"help": "of the answer"})
+    format: Literal["text", "json"] = argument("output format", "text")
 
 
 def main(argv: list[str]) -> int:
-    """Print it; 0 whatever the run ended with."""
+    """Print the explanation; return 0, however the run ended."""
     arguments = parse(WhyArguments, argv, command="echolab why", positional=("run",))
     if arguments.over:
-        _note(arguments.run, stopped=arguments.stopped)
-    attempts = attempts_of(arguments.run, over=arguments.over)
+        _ask_slurm(arguments.run, stopped=arguments.stopped)
+    attempts = attempts_of(arguments.run, assume_ended=arguments.over)
     if not attempts:
         raise ConfigError(
-            f"{arguments.run}: no attempts of a run in it; give what `echolab train` had as run="
+            f"{arguments.run}: no attempts of a run in it; give the run folder of `echolab train`"
         )
-    told = figures(arguments.run, attempts, _infrastructure(arguments.run))
-    print(json.dumps(told) if arguments.format == "json" else printable(words(told)))
+    summary = summarize(arguments.run, attempts, _max_infrastructure(arguments.run))
+    as_json = arguments.format == "json"
+    print(json.dumps(summary) if as_json else escape_unprintable(format_summary(summary)))
     return 0
 
 
-def _note(run: Path, *, stopped: bool) -> None:
-    """In the job of the last launch: write down what Slurm says of its nodes, while it knows."""
+def _ask_slurm(run: Path, *, stopped: bool) -> None:
+    """Record the state of the last launch's nodes, if this is its job and Slurm still knows it."""
     launches = read_launches(run)
-    about = slurm.parsed(launches[-1][0].launch) if launches else None
-    if about and about[0] == os.environ.get("SLURM_JOB_ID"):
+    parsed = slurm.parse_launch(launches[-1][0].launch) if launches else None
+    if parsed and parsed[0] == os.environ.get("SLURM_JOB_ID"):
         try:
-            note(run, launches[-1], job_ended=stopped)
-        except StorageError as error:  # a full disk: the verdict does without
+            record_slurm_state(run, launches[-1], job_ended=stopped)
+        except StorageError as error:  # a full disk: the diagnosis works without it
             print(f"echolab: {error}", file=sys.stderr)
 
 
-def _infrastructure(run: Path) -> int:
-    """The budget of the run's own settings; of older runs, the usual one."""
+def _max_infrastructure(run: Path) -> int:
+    """Return the budget of machine failures in the run's settings, or the default."""
     try:
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):  # it ended before its settings were written
+    except (OSError, ValueError):  # the run ended before its settings were written
         config = {}
-    return int(config.get("supervise", {}).get("infrastructure", 3))
+    return int(config.get("max_infra_restarts", 3))

@@ -1,8 +1,8 @@
-"""Decoded frames of a media file in order, each with its time; PyAV decodes.
+"""Decode the frames of a media file in order with PyAV, each with its time.
 
-Whoever numbers pictures reads this sequence from the first packet on, without a seek: a seek lands
-before, on or behind the wanted frame as the container has it (MPEG program and transport streams,
-open groups of pictures), while a sequence that is read twice is the same twice.
+Frames are numbered by reading from the first packet on, without a seek: depending on the container
+a seek lands before, on or after the requested frame (MPEG program and transport streams, open
+groups of pictures), while a sequence that is read twice is the same twice.
 """
 
 import os
@@ -16,10 +16,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.contents import LARGEST_PICTURE
+from echolab.data.member_reader import MAX_PIXELS
 from echolab.errors import MediaError
 
-THREADS = 4  # of one decoder: each keeps some pictures in memory
+THREADS = 4  # of one decoder: each keeps some frames in memory
 USUAL_STEP = 0.04  # seconds between frames of a file that does not say
 MEMORY_PROBE_BYTES = 2**28
 BACK_SECONDS = 0.5  # a time stamp that goes back by more begins another recording
@@ -40,7 +40,7 @@ Advance = Callable[[float], None]  # share of the file that is read
 
 
 @contextmanager
-def opened(source: Path | BinaryIO) -> Iterator[Any]:
+def open_media(source: Path | BinaryIO) -> Iterator[Any]:
     """Open a file as a PyAV container; tags in any text encoding are no damage.
 
     Raises ValueError for what is no container, such as a playlist, and for absurd sizes.
@@ -54,8 +54,8 @@ def opened(source: Path | BinaryIO) -> Iterator[Any]:
         container = stack.enter_context(_open(file))
         for stream in container.streams.video:
             coded = stream.codec_context  # none if no decoder is known
-            if coded is not None and coded.width * coded.height > LARGEST_PICTURE:
-                raise ValueError(f"pictures of {coded.width} x {coded.height} pixels")
+            if coded is not None and coded.width * coded.height > MAX_PIXELS:
+                raise ValueError(f"frames of {coded.width} x {coded.height} pixels")
         yield container
 
 
@@ -71,7 +71,7 @@ def _open(file: Any) -> Any:
 
 
 def _is_memory_short() -> bool:
-    """Tell a lack of memory from a damaged size, which asks for more than any machine has."""
+    """Return if memory is short, and not asked for by a damaged size beyond any machine."""
     try:
         bytearray(MEMORY_PROBE_BYTES)
     except MemoryError:
@@ -79,19 +79,19 @@ def _is_memory_short() -> bool:
     return False
 
 
-def picture_stream(container: Any) -> Any:
+def video_stream(container: Any) -> Any:
     """Return the first video stream that is no cover; raise MediaError if there is none."""
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
-        raise MediaError("no picture: the file holds no video track")
+        raise MediaError("no video: the file holds no video track")
     if streams[0].codec_context is None:
-        raise MediaError("no picture: no decoder is known for the video track")
+        raise MediaError("no video: no decoder is known for the video track")
     streams[0].thread_type = "AUTO"
     streams[0].codec_context.thread_count = THREADS
     return streams[0]
 
 
-def decoded(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[float, Any]]:
+def decode_frames(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[float, Any]]:
     """Yield (seconds, frame) with ascending times; the frame is None for a packet that is damaged.
 
     A frame without a time stamp follows the one before it by its duration, and one with the stamp
@@ -124,10 +124,10 @@ def _stamped(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[fl
     """
     ordered = container.format.name == "avi"
     ticks: deque[float] = deque()
-    for packet in packets(container, stream, advance):
+    for packet in read_packets(container, stream, advance):
         if ordered and packet is not None and packet.size and packet.dts is not None:
             ticks.append(float(packet.dts * packet.time_base))
-        for frame in frames_of(packet) if packet is not None else [None]:
+        for frame in decode_packet(packet) if packet is not None else [None]:
             if not ordered:
                 yield _time(frame), frame
             elif frame is None:
@@ -136,7 +136,7 @@ def _stamped(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[fl
                 yield (ticks.popleft() if ticks else None), frame
 
 
-def packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]:
+def read_packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]:
     """Yield the packets of a stream; None, at the end, for one that cannot be read.
 
     Raises OSError if the file itself cannot be read, and MemoryError.
@@ -157,11 +157,11 @@ def packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]:
         yield None
 
 
-def ignore(share: float) -> None:
-    """Take no note of progress."""
+def ignore_progress(share: float) -> None:
+    """Ignore progress."""
 
 
-def frames_of(packet: Any) -> list[Any]:
+def decode_packet(packet: Any) -> list[Any]:
     """Return the frames that a packet completes; [None] if it cannot be decoded."""
     try:
         return list(packet.decode())
@@ -173,10 +173,10 @@ def frames_of(packet: Any) -> list[Any]:
         return [None]
 
 
-def upright(frame: Any) -> NDArray[np.uint8]:
-    """Return the picture [Y, X, 3] of a frame, turned as the file asks."""
-    picture = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-    return np.ascontiguousarray(picture)
+def rotate_upright(frame: Any) -> NDArray[np.uint8]:
+    """Return a frame as [Y, X, 3], rotated as the file asks."""
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    return np.ascontiguousarray(pixels)
 
 
 def _time(frame: Any) -> float | None:
@@ -199,5 +199,5 @@ def _step(stream: Any) -> float:
 
 
 def _is_cover(stream: Any) -> bool:
-    """Music files carry their cover as a video track of one picture."""
+    """Return if a video track is the cover of a music file: a single image."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)

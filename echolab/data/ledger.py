@@ -1,30 +1,34 @@
-"""The ledger: which samples each optimizer step trained on, appended as training goes.
+"""Record which samples each optimizer step trained on, and audit that each came once an epoch.
 
 A run's folder `ledger` holds one file for each rank of each attempt, attempt-0002-rank-00001.jsonl.
-Its first line tells the attempt, the rank, the world, the first step and the datasets; then comes
-one line a step, written when the optimizer has made it:
+Its first line names the attempt, the rank, the world, the first step and the datasets; then comes
+one line a step, written after the optimizer's update:
 
     {"step": 7, "kind": "sft", "sources": [0, ...], "epochs": [1, ...], "keys": ["clip-3", ...],
      "noise": ["9f86d081884c7d65", ...]}
 
-What was read ahead and never trained on is in no line.  An attempt that goes on from a checkpoint
-trains some steps again; the rows of earlier attempts from its first step on led nowhere, and
-`read_ledger` leaves them out.
+Samples that were prefetched and never trained on are in no line.  An attempt that resumes from a
+checkpoint trains some steps again: `read_ledger` drops the rows of earlier attempts from its first
+step on.
 
-skipped.jsonl lists the samples of every global batch that the run was told to leave out.
+skipped.jsonl lists the samples of every global batch that the run was asked to skip.
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import LineLog, append_text, retried, write_error
+from echolab.atomic_io import LineLog, append_text, retry, write_error
+from echolab.data.bad_samples import QUARANTINE, read_quarantine
+from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError
 
 LEDGER = "ledger"
 SKIPPED = "skipped.jsonl"
 FORMAT = 1
+FILES = "attempt-????-rank-?????.jsonl"
 
 
 class Row(NamedTuple):
@@ -32,13 +36,13 @@ class Row(NamedTuple):
 
     step: int  # from 0
     kind: str
-    sources: list[int]  # number of the dataset
+    sources: list[int]  # index of the dataset
     epochs: list[int]
     keys: list[str]
     noise: list[str]  # a hash of each clip's noise and noise level
 
 
-class LeftOut(NamedTuple):
+class SkippedBatch(NamedTuple):
     """One global batch that is never trained on; lists are aligned."""
 
     kind: str  # sft or preference
@@ -49,23 +53,33 @@ class LeftOut(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """Where an attempt began, and with what."""
+    """The start of an attempt."""
 
     attempt: int
-    world: int  # ranks that write: those that share their clips with others count once
+    world: int  # ranks that write: those that get the same clips count once
     first_step: int
-    clips: list[dict[str, Any]]  # the datasets, as the plan tells them
+    clips: list[dict[str, Any]]  # `BatchSampler.datasets`
     pairs: list[dict[str, Any]]
+
+
+class Ledger(NamedTuple):
+    """The attempts of a run, and the steps that led to its state."""
+
+    attempts: list[Attempt]
+    steps: dict[int, list[Row]]  # by step, the rows of the ranks in order
+    faults: list[str]  # gaps of the ledger itself
+
+
+# Writing
 
 
 class LedgerWriter:
     """Appends to one rank's file of one attempt."""
 
     def __init__(self, folder: Path, attempt: Attempt, rank: int) -> None:
-        """Raises StorageError where the folder cannot be written, DataError where the attempt is
-        there already."""
+        """Write the first line; raise StorageError, or DataError if the attempt exists already."""
         try:
-            retried(lambda: folder.mkdir(parents=True, exist_ok=True))
+            retry(lambda: folder.mkdir(parents=True, exist_ok=True))
         except OSError as error:
             raise write_error(folder, error) from error
         self.path = folder / f"attempt-{attempt.attempt:04d}-rank-{rank:05d}.jsonl"
@@ -76,68 +90,68 @@ class LedgerWriter:
         self._lines = LineLog(self.path)
 
     def write(self, row: Row) -> None:
-        """Write what this rank trained on in one step, now or, if it cannot be, later."""
+        """Write the samples of one step, now or, if that fails, later."""
         self._lines.add(_line(row._asdict()))
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the lines that still wait."""
         self._lines.close()
 
 
-class Ledger(NamedTuple):
-    """What a run's ledger proves: the attempts, and the steps that led to its state."""
-
-    attempts: list[Attempt]
-    steps: dict[int, list[Row]]  # by step, the rows of the ranks in order
-    faults: list[str]  # what is missing in the ledger itself
-
-
-def write_left_out(folder: Path, batches: Iterable[LeftOut]) -> None:
-    """Add to what the ledger in `folder` says was left out; StorageError where that cannot be."""
+def write_skipped(folder: Path, batches: Iterable[SkippedBatch]) -> None:
+    """Append skipped batches to the ledger in `folder`; raise StorageError."""
     text = "".join(_line(batch._asdict()) for batch in batches)
     if text:
         append_text(folder / SKIPPED, text, patient=True)
 
 
-def read_left_out(folder: Path) -> list[LeftOut]:
-    """What the ledger in `folder` says was left out; a line cut off is none."""
-    path = folder / SKIPPED
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for line in lines if (row := _parsed(line))]
-    return [LeftOut(*(row[name] for name in LeftOut._fields)) for row in rows]
-
-
 def next_attempt(folder: Path) -> int:
-    """A number above those of all attempts so far; from 1."""
-    found = [int(path.name[8:12]) for path in folder.glob("attempt-????-rank-?????.jsonl")]
-    return max(found, default=0) + 1
+    """Return an index above those of all attempts so far; from 1."""
+    return max((int(path.name[8:12]) for path in folder.glob(FILES)), default=0) + 1
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":")) + "\n"
+
+
+# Reading
+
+
+def read_skipped(folder: Path) -> list[SkippedBatch]:
+    """Return the skipped batches in the ledger `folder`; a line that was cut is ignored."""
+    path = folder / SKIPPED
+    return [
+        SkippedBatch(*(row[name] for name in SkippedBatch._fields))
+        for row in (_rows(path) if path.exists() else [])
+    ]
 
 
 def read_ledger(run: Path) -> Ledger:
-    """The effective rows of a run; raises DataError where there is no ledger, or no sense in it."""
+    """Return the rows that led to a run's state; raise DataError if there is no readable ledger."""
     folder = run / LEDGER
     files: dict[int, dict[int, list[dict[str, Any]]]] = {}
-    for path in sorted(folder.glob("attempt-????-rank-?????.jsonl")):
-        lines = [row for line in path.read_text().splitlines() if (row := _parsed(line))]
+    for path in sorted(folder.glob(FILES)):
+        lines = _rows(path)
         if not lines or lines[0].get("format") != FORMAT:
-            continue  # killed before its first line was whole: it trained nothing
+            continue  # killed before its first line was complete: it trained nothing
         files.setdefault(lines[0]["attempt"], {})[lines[0]["rank"]] = lines
     if not files:
-        raise DataError(f"{folder}: holds no ledger; a run with data.ledger=true writes one")
+        raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
     attempts: list[Attempt] = []
     steps: dict[int, list[Row]] = {}
     faults: list[str] = []
     try:
-        for number in sorted(files):
-            head = next(iter(files[number].values()))[0]
+        for index in sorted(files):
+            head = next(iter(files[index].values()))[0]
             attempt = Attempt(*(head[name] for name in Attempt._fields))
             attempts.append(attempt)
+            # This attempt trains the later steps of earlier ones again.
             steps = {step: rows for step, rows in steps.items() if step < attempt.first_step}
-            steps |= _steps_of(attempt, files[number], faults)
+            steps |= _steps_of(attempt, files[index], faults)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{folder}: attempt {number} cannot be understood ({error!r})") from error
+        raise DataError(f"{folder}: attempt {index} cannot be understood ({error!r})") from error
     if not steps:
-        faults.append("the ledger tells no step")
+        faults.append("the ledger lists no step")
     first, last = min(steps, default=0), max(steps, default=-1)
     if attempts[0].first_step:
         faults.append(f"the ledger begins at step {attempts[0].first_step}, not at step 0")
@@ -148,7 +162,7 @@ def read_ledger(run: Path) -> Ledger:
 def _steps_of(
     attempt: Attempt, ranks: Mapping[int, Sequence[Mapping[str, Any]]], faults: list[str]
 ) -> dict[int, list[Row]]:
-    """The steps of one attempt; a last one that only some ranks wrote does not count.
+    """Return the steps of one attempt; a last one that only some ranks wrote does not count.
 
     The ranks vote after every step, so that none is more than one step ahead when all die.
     """
@@ -160,8 +174,8 @@ def _steps_of(
     ends = [max(rows.get(rank, {}), default=none) for rank in range(attempt.world)]
     if max(ends) - min(ends) > 1:
         faults.append(
-            f"attempt {attempt.attempt}: rank {ends.index(min(ends))} tells no step beyond "
-            f"{min(ends)}, rank {ends.index(max(ends))} goes on to {max(ends)}"
+            f"attempt {attempt.attempt}: rank {ends.index(min(ends))} lists no step beyond "
+            f"{min(ends)}, rank {ends.index(max(ends))} continues to {max(ends)}"
         )
     steps = {}
     for step in range(attempt.first_step, min(ends) + 1):
@@ -173,14 +187,232 @@ def _steps_of(
     return steps
 
 
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, separators=(",", ":")) + "\n"
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, without a line that a killed process did not finish."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and row]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A row; None for what a killed process left unfinished."""
+# Auditing
+
+
+class Finding(NamedTuple):
+    """One sample that was not trained on as it should be."""
+
+    dataset: str  # its folder
+    epoch: int
+    key: str
+    steps: list[int]  # those that trained on it in that epoch
+
+
+class Audit(NamedTuple):
+    """The result of an audit; `exact` if it has no finding and no fault."""
+
+    steps: int
+    attempts: int
+    samples: int  # trained on, over all datasets and epochs
+    missing: list[Finding]
+    doubled: list[Finding]
+    strange: list[Finding]  # keys that the dataset does not hold
+    faults: list[str]
+    quarantined: int = 0  # bad samples that others replaced, as the run recorded
+    skipped: int = 0  # samples of batches that events of the run skipped
+
+    @property
+    def exact(self) -> bool:
+        """Return if every sample was trained on exactly once an epoch."""
+        return not (self.missing or self.doubled or self.strange or self.faults)
+
+    def lines(self) -> list[str]:
+        """Return one line for each fault."""
+        lines = list(self.faults)
+        for words, findings in (
+            ("missing", self.missing),
+            ("doubled", self.doubled),
+            ("not in the dataset", self.strange),
+        ):
+            for dataset, epoch, key, steps in findings:
+                where = f" (steps {', '.join(map(str, steps))})" if steps else ""
+                lines.append(f"{dataset}: epoch {epoch}: {key} is {words}{where}")
+        return lines
+
+
+Seen = dict[int, dict[str, list[int]]]  # epoch -> key -> the steps that trained on it
+SkippedKeys = dict[int, set[str]]  # epoch -> keys
+
+
+def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
+    """Compare a run's ledger with its datasets; raise DataError without a ledger.
+
+    In every epoch no sample may come twice, and in a finished epoch none may be missing beyond
+    those that last_batch=drop drops: so each comes k or k + 1 times in all.  Bad samples in the
+    run's quarantine may be missing, and as many others come once more.  `skips` are the batches
+    that events of the run skipped, (sft or preference, first, count): their samples must be missing
+    in the epoch that they would have come in.  If the run changed its samples
+    (data.changed=accept), those before are a fault: they cannot be compared.
+    """
+    ledger = read_ledger(run)
+    faults = list(ledger.faults)
+    batches = _skipped_batches(run, skips, faults)
+    quarantine = read_quarantine(run / QUARANTINE)
+    last = ledger.attempts[-1]
+    audit = Audit(len(ledger.steps), len(ledger.attempts), 0, [], [], [], faults, len(quarantine))
+    for supervised, datasets in ((True, last.clips), (False, last.pairs)):
+        kind = "sft" if supervised else "preference"
+        start = _first_comparable_step(ledger, supervised)
+        if start:
+            faults.append(
+                f"{run / LEDGER}: from step {start} on the run trained on other {kind} data "
+                "(data.changed=accept); what it trained on before cannot be compared with these"
+            )
+        for index, dataset in enumerate(datasets):
+            seen = _seen(ledger, supervised, index, start)
+            fingerprints = _fingerprints(ledger, supervised, index, start)
+            bad = {e["key"] for e in quarantine if e["dataset"] in fingerprints}
+            skipped = _skipped_keys(batches, kind, index)
+            trained = sum(len(steps) for keys in seen.values() for steps in keys.values())
+            audit = audit._replace(
+                samples=audit.samples + trained,
+                skipped=audit.skipped + sum(map(len, skipped.values())),
+            )
+            _compare(dataset, seen, bad, skipped, audit, changed=start > 0)
+    return audit
+
+
+def _orders(attempt: Attempt, supervised: bool) -> list[str]:
+    """Return what the order of each dataset depended on in an attempt."""
+    datasets = attempt.clips if supervised else attempt.pairs
+    return [dataset.get("order", dataset["fingerprint"]) for dataset in datasets]
+
+
+def _first_comparable_step(ledger: Ledger, supervised: bool) -> int:
+    """Return the first step of the attempts whose samples came in the order of the last attempt.
+
+    Data that were encoded again keep their order.  0 if no sample was trained on before that step.
+    """
+    history: list[tuple[int, list[str]]] = []  # of the run's state: (first step, orders)
+    for attempt in ledger.attempts:
+        history = [entry for entry in history if entry[0] < attempt.first_step]
+        history.append((attempt.first_step, _orders(attempt, supervised)))
+    same = itertools.takewhile(lambda entry: entry[1] == history[-1][1], reversed(history))
+    start = min(first for first, _ in same)
+    before = [row for step in range(start) for row in ledger.steps.get(step, [])]
+    return start if any((row.kind == "sft") == supervised for row in before) else 0
+
+
+def _fingerprints(ledger: Ledger, supervised: bool, index: int, start: int) -> set[str]:
+    """Return those of one dataset in the attempts since step `start`."""
+    named = [a.clips if supervised else a.pairs for a in ledger.attempts if a.first_step >= start]
+    return {datasets[index]["fingerprint"] for datasets in named if index < len(datasets)}
+
+
+def _skipped_batches(
+    run: Path, skips: Iterable[tuple[str, int, int]], faults: list[str]
+) -> list[SkippedBatch]:
+    """Return the skipped batches of the ledger; one that no event asked for is a fault."""
+    asked = {(kind, b) for kind, first, count in skips for b in range(first, first + count)}
+    batches = read_skipped(run / LEDGER)
+    faults += [
+        f"{run / LEDGER / SKIPPED}: {batch.kind} batch {batch.batch} was left out, and no event of "
+        "the run asked for it"
+        for batch in batches
+        if (batch.kind, batch.batch) not in asked
+    ]
+    return [batch for batch in batches if (batch.kind, batch.batch) in asked]
+
+
+def _skipped_keys(batches: list[SkippedBatch], kind: str, index: int) -> SkippedKeys:
+    """Return the skipped keys of one dataset by epoch."""
+    keys: SkippedKeys = {}
+    for batch in batches:
+        if batch.kind == kind:
+            for source, epoch, key in zip(batch.sources, batch.epochs, batch.keys, strict=True):
+                if source == index:
+                    keys.setdefault(epoch, set()).add(key)
+    return keys
+
+
+def _seen(ledger: Ledger, supervised: bool, index: int, start: int) -> Seen:
+    seen: Seen = {}
+    for step, rows in sorted(ledger.steps.items()):
+        for row in rows if step >= start else []:
+            if (row.kind == "sft") == supervised:
+                for source, epoch, key in zip(row.sources, row.epochs, row.keys, strict=True):
+                    if source == index:
+                        seen.setdefault(epoch, {}).setdefault(key, []).append(step)
+    return seen
+
+
+def _compare(
+    dataset: Mapping[str, Any],
+    seen: Seen,
+    bad: set[str],
+    skipped: SkippedKeys,
+    audit: Audit,
+    *,
+    changed: bool,
+) -> None:
+    """Add the findings of one dataset to `audit`; if `changed`, its first epoch is incomplete."""
+    folder = dataset["folder"]
+    audit.faults.extend(_trained_though_skipped(folder, seen, skipped))
+    audit.doubled.extend(_doubled(folder, seen, bad))
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        keys = _keys(dataset)
+    except DataError as error:
+        audit.faults.append(str(error))
+        return
+    audit.strange.extend(
+        Finding(folder, epoch, key, trained[key])
+        for epoch, trained in sorted(seen.items())
+        for key in sorted(set(trained) - keys)
+    )
+    first = min(seen, default=0) + 1 if changed else 0
+    audit.missing.extend(_missing(dataset, seen, keys, bad, skipped, first))
+
+
+def _trained_though_skipped(folder: str, seen: Seen, skipped: SkippedKeys) -> Iterator[str]:
+    for epoch, keys in sorted(skipped.items()):
+        for key in sorted(keys & set(seen.get(epoch, {}))):
+            steps = ", ".join(map(str, seen[epoch][key]))
+            yield f"{folder}: epoch {epoch}: {key} was to be left out (steps {steps})"
+
+
+def _keys(dataset: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the dataset; raise DataError if another dataset was trained on."""
+    opened = open_dataset(dataset["folder"])
+    if opened.fingerprint != dataset["fingerprint"]:
+        raise DataError(
+            f"{dataset['folder']}: is not the dataset that was trained on; put that one there"
+        )
+    return set(opened.keys)
+
+
+def _doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
+    for epoch, keys in sorted(seen.items()):
+        if sum(len(steps) - 1 for steps in keys.values()) <= len(bad - set(keys)):
+            continue  # they replace bad ones
+        for key, steps in sorted(keys.items()):
+            if len(steps) > 1:
+                yield Finding(folder, epoch, key, steps)
+
+
+def _missing(
+    dataset: Mapping[str, Any],
+    seen: Seen,
+    keys: set[str],
+    bad: set[str],
+    skipped: SkippedKeys,
+    first: int,
+) -> Iterator[Finding]:
+    """Yield missing samples of each epoch from `first` on but the last, which may be unfinished."""
+    unused = max(0, len(keys) - dataset["span"])
+    for epoch in range(first, max(seen, default=0)):
+        lacking = keys - set(seen.get(epoch, {})) - bad - skipped.get(epoch, set())
+        if len(lacking) > unused:
+            for key in sorted(lacking):
+                yield Finding(dataset["folder"], epoch, key, [])

@@ -1,7 +1,7 @@
-"""Bytes of video, sound, pictures and tracks, to arrays and back.
+"""Encode and decode video, audio, images and face tracks.
 
-Shapes: T frames, Y, X pixels, n sound samples.  Frames are RGB uint8, sound is mono float32 in
-[-1, 1].  Whatever cannot be used is a MediaError that names the file and the remedy.
+Shapes: T frames, Y, X pixels, n audio samples.  Frames are RGB uint8, audio is mono float32 in
+[-1, 1].  A file that cannot be used is a MediaError that names the file and the remedy.
 """
 
 import ctypes
@@ -20,29 +20,29 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from echolab.data.contents import LARGEST_PICTURE, Undecodable, arrays_of, sound_of
+from echolab.atomic_io import write_atomic
 from echolab.data.decoding import (
     BACK_SECONDS,
     Advance,
-    decoded,
-    frames_of,
-    ignore,
-    opened,
-    packets,
-    picture_stream,
-    upright,
+    decode_frames,
+    decode_packet,
+    ignore_progress,
+    open_media,
+    read_packets,
+    rotate_upright,
+    video_stream,
 )
-from echolab.data.files import write_whole
+from echolab.data.member_reader import MAX_PIXELS, MemberError, read_arrays, read_flac
 from echolab.errors import MediaError
 
 FPS = 25
 RATE_HZ = 16000
 KEYFRAME_INTERVAL = 12  # short, so that a random frame is near: see decord's timings
 LONGEST_GAP_SECONDS = 3600.0
-GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a hole in the sound
-ALIKE = 2.0  # mean difference of one picture from two decoders, of 255
+GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a gap of the audio
+MAX_DIFFERENCE = 2.0  # mean, of one frame from two decoders, of 255
 RATES = (1000, 1_000_000)  # samples a second that a file may have
-BLOCK_SECONDS = 10  # of sound joined at once
+BLOCK_SECONDS = 10  # of audio joined at once
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # that an mp4 may begin with
 LARGEST_VIDEO = 2**31  # bytes of decoded frames of one sample
 M_PERTURB, FILLING = -6, 1  # of mallopt(3); any byte but 0 fills memory
@@ -55,8 +55,8 @@ Boxes = NDArray[np.float32]
 decord.logging.set_level(decord.logging.QUIET)
 
 
-class Sound(NamedTuple):
-    """Sound on the clock of its container."""
+class AudioTrack(NamedTuple):
+    """Audio on the clock of its container."""
 
     samples: Samples  # [n] mono
     start_seconds: float  # time of the first sample
@@ -70,19 +70,19 @@ class Tracks(NamedTuple):
     face: Boxes  # [T, 4]
     lips: Boxes  # [T, 4]
     person: Boxes | None  # [T, 4]
-    extra: dict[str, NDArray[Any]]  # whatever else is known of each frame, such as visemes
+    extra: dict[str, NDArray[Any]]  # other values of each frame, such as visemes
 
 
 def encode_mp4(frames: Frames, fps: int = FPS, crf: int = 12) -> bytes:
-    """An H.264 mp4 of frames [T, Y, X, 3]; the same frames give the same bytes."""
+    """Return an H.264 mp4 of frames [T, Y, X, 3]; the same frames give the same bytes."""
     return _mux(frames, None, fps, RATE_HZ, {"crf": str(crf), "preset": "medium"})
 
 
 def decode_mp4(data: bytes) -> Frames:
-    """Frames [T, Y, X, 3] of a video held in memory, decoded by decord if PyAV sees the same.
+    """Return frames [T, Y, X, 3] of a video in memory, decoded by decord if PyAV agrees.
 
-    The first, the middle and the last picture and their number are compared: of what is not written
-    by `encode_mp4`, such as edit lists and open groups of pictures, decord shows other frames.
+    The first, middle and last frame and their number are compared: with edit lists and open groups
+    of pictures, which `encode_mp4` does not write, decord returns other frames.
     """
     if data[4:8] not in BOXES:  # decord would follow a playlist
         raise MediaError(f"a video of {len(data)} bytes cannot be decoded: it is no mp4")
@@ -96,7 +96,11 @@ def decode_mp4(data: bytes) -> Frames:
         frames = _decord_frames(data)
     except (decord.DECORDError, RuntimeError):
         frames = np.zeros((0, 0, 0, 3), np.uint8)
-    return frames if _is_alike(frames, seen) else np.stack([upright(frame) for frame in seen])
+    return (
+        frames
+        if _is_same_video(frames, seen)
+        else np.stack([rotate_upright(frame) for frame in seen])
+    )
 
 
 def _av_frames(data: bytes) -> list[Any]:
@@ -105,8 +109,8 @@ def _av_frames(data: bytes) -> list[Any]:
     PyAV comes first, for damaged bytes crash decord.
     """
     frames: list[Any] = []
-    with opened(io.BytesIO(data)) as container:
-        for time, frame in decoded(container, picture_stream(container), ignore):
+    with open_media(io.BytesIO(data)) as container:
+        for time, frame in decode_frames(container, video_stream(container), ignore_progress):
             if frame is None or frame.is_corrupt:
                 raise MediaError(f"the picture is damaged at {time:.2f} s")
             frames.append(frame)
@@ -118,11 +122,11 @@ def _av_frames(data: bytes) -> list[Any]:
 
 def _decord_frames(data: bytes) -> Frames:
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-    return np.stack([_picture(reader.next().asnumpy()) for _ in range(len(reader))])
+    return np.stack([_without_padding(reader.next().asnumpy()) for _ in range(len(reader))])
 
 
 def _check_size(count: int, height: int, width: int) -> None:
-    """A few bytes can stand for hours of a picture that stays as it is."""
+    """Raise MediaError for a video too large: a few bytes can stand for hours of a still image."""
     if 3 * count * height * width > LARGEST_VIDEO:
         raise MediaError(
             f"a video of {count} or more frames of {height} x {width} is too large for a sample; "
@@ -130,33 +134,33 @@ def _check_size(count: int, height: int, width: int) -> None:
         )
 
 
-def _is_alike(frames: Frames, seen: list[Any]) -> bool:
-    """Return whether PyAV decoded as many frames, and the first, middle and last are similar."""
+def _is_same_video(frames: Frames, seen: list[Any]) -> bool:
+    """Return if frames are as many as PyAV's, and the first, middle and last are about equal."""
     if len(frames) != len(seen):
         return False
-    pairs = [(frames[n], upright(seen[n])) for n in (0, len(seen) // 2, len(seen) - 1)]
-    return all(a.shape == b.shape and _distance(a, b) <= ALIKE for a, b in pairs)
+    pairs = [(frames[n], rotate_upright(seen[n])) for n in (0, len(seen) // 2, len(seen) - 1)]
+    return all(a.shape == b.shape and _distance(a, b) <= MAX_DIFFERENCE for a, b in pairs)
 
 
 def _distance(one: Frames, other: Frames) -> float:
     return float(np.abs(one.astype(np.int16) - other).mean())
 
 
-def _picture(decoded: Frames) -> Frames:
-    """A picture [Y, X, 3] from decord, which at some widths under 74 hands out its padding too.
+def _without_padding(frame: Frames) -> Frames:
+    """Return a frame [Y, X, 3] of decord, which at some widths under 74 includes its padding.
 
     It then takes the padded bytes of a row divided by the width for the number of channels.
     """
-    height, width = decoded.shape[:2]
-    return decoded.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+    height, width = frame.shape[:2]
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def write_video(
     path: Path, frames: Frames, samples: Samples | None, fps: int = FPS, rate: int = RATE_HZ
 ) -> None:
-    """Write an mp4 that plays everywhere, with its sound [n] as AAC; whole or not at all."""
+    """Write an mp4 that plays everywhere, with audio [n] as AAC, atomically."""
     data = _mux(frames, samples, fps, rate, {"crf": "18", "preset": "medium"})
-    write_whole(Path(path), data)
+    write_atomic(Path(path), data)
 
 
 def _mux(
@@ -179,8 +183,8 @@ def _mux(
         if samples is not None:
             sound = container.add_stream("aac", rate=rate, layout="mono")
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(video.encode(picture))
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(video.encode(image))
         container.mux(video.encode(None))
         if sound is not None and samples is not None:
             for piece in _sound_frames(_checked(samples), rate):
@@ -220,18 +224,18 @@ def _checked(samples: Samples) -> Samples:
 
 
 def encode_flac(samples: Samples, rate: int = RATE_HZ) -> bytes:
-    """Lossless 16-bit sound [n]; values beyond [-1, 1] are clipped."""
-    whole = np.clip(np.rint(_checked(samples) * 32768), -32768, 32767).astype(np.int16)
+    """Return lossless 16-bit FLAC of audio [n]; values beyond [-1, 1] are clipped."""
+    integers = np.clip(np.rint(_checked(samples) * 32768), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
-    soundfile.write(buffer, whole, rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, integers, rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 
 def decode_flac(data: bytes) -> Samples:
-    """Samples [n] of a mono sound held in memory."""
+    """Return samples [n] of mono FLAC in memory; raise MediaError."""
     try:
-        samples = sound_of(data)
-    except Undecodable as error:
+        samples = read_flac(data)
+    except MemberError as error:
         raise MediaError(f"a sound of {len(data)} bytes cannot be decoded: {error}") from error
     if samples.ndim != 1:
         raise MediaError(f"a sound of {samples.shape[1]} channels; shards hold mono")
@@ -239,11 +243,12 @@ def decode_flac(data: bytes) -> Samples:
 
 
 def read_audio(path: Path, rate: int = RATE_HZ, since: float | None = None) -> Samples:
-    """The first sound track of any file, mono [n] at `rate`.
+    """Return the first audio track of any file, mono [n] at `rate`.
 
-    From its first sample on, or from `since` seconds on the file's clock: silence before the first.
+    It begins at its first sample, or at `since` seconds on the file's clock: silence before the
+    first.
     """
-    sound = read_sound(path, rate)
+    sound = read_audio_track(path, rate)
     end = sound.start_seconds + len(sound.samples) / rate
     holes = [first for first, last in sound.damaged if first < last and first < end - GAP_SECONDS]
     if holes:
@@ -252,15 +257,17 @@ def read_audio(path: Path, rate: int = RATE_HZ, since: float | None = None) -> S
     return np.concatenate([np.zeros(max(-begin, 0), np.float32), sound.samples[max(begin, 0) :]])
 
 
-def read_sound(path: Path, rate: int = RATE_HZ, advance: Advance = ignore) -> Sound:
-    """Read as read_audio does, with the time of the first sample; gaps in the track become silence.
+def read_audio_track(
+    path: Path, rate: int = RATE_HZ, advance: Advance = ignore_progress
+) -> AudioTrack:
+    """Return the first audio track and the time of its first sample; gaps become silence.
 
-    Holes of packets that cannot be decoded are listed.  Raises MediaError if there is no sound to
-    use, OSError if the file cannot be read, and MemoryError.
+    Packets that cannot be decoded are listed.  Raises MediaError if there is no usable audio,
+    OSError if the file cannot be read, and MemoryError.
     """
     damaged: list[tuple[float, float]] = []
     try:
-        with opened(path) as container:
+        with open_media(path) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: has no sound track; give a file with sound")
             blocks = deque(_blocks(container, rate, damaged, advance))
@@ -275,21 +282,21 @@ def read_sound(path: Path, rate: int = RATE_HZ, advance: Advance = ignore) -> So
         raise MediaError(f"{path}: the sound track is empty ({what}); give a file with sound")
     start = blocks[0][0]
     ends = [round((at - start) * rate) + offset + len(piece) for at, offset, piece in blocks]
-    heard = sum(len(piece) for _, _, piece in blocks)
-    if max(ends) > heard + LONGEST_GAP_SECONDS * rate:
+    decoded = sum(len(piece) for _, _, piece in blocks)
+    if max(ends) > decoded + LONGEST_GAP_SECONDS * rate:
         raise MediaError(f"{path}: the time stamps of the sound jump by hours; repair it")
     samples = np.zeros(max(ends), np.float32)
-    while blocks:  # one after another, so that the sound is in memory once
+    while blocks:  # one after another, so that the audio is in memory once
         at, offset, piece = blocks.popleft()
         first = max(0, round((at - start) * rate) + offset)
         samples[first : first + len(piece)] = piece[: len(samples) - first]
-    return Sound(samples, start, rate, damaged)
+    return AudioTrack(samples, start, rate, damaged)
 
 
 def _blocks(
     container: Any, rate: int, damaged: list[tuple[float, float]], advance: Advance
 ) -> Iterator[tuple[float, int, Samples]]:
-    """Yield blocks of sound: time at which its unbroken stretch began, offset in it, samples."""
+    """Yield blocks of audio: time at which its unbroken stretch began, offset in it, samples."""
     start, offset, pieces = 0.0, 0, list[Samples]()
     for at, piece in _resampled(container, rate, damaged, advance):
         if pieces and (at != start or sum(map(len, pieces)) > BLOCK_SECONDS * rate):
@@ -312,8 +319,8 @@ def _resampled(
     resampler: Any = None
     start = end = 0.0
     form: tuple[Any, ...] = ()
-    for packet in packets(container, stream, advance):
-        for frame in frames_of(packet) if packet is not None else [None]:
+    for packet in read_packets(container, stream, advance):
+        for frame in decode_packet(packet) if packet is not None else [None]:
             if frame is None or not _is_finite(frame):
                 damaged.append(_span(packet, end))
                 continue
@@ -338,7 +345,7 @@ def _resampled(
 
 
 def _is_finite(frame: Any) -> bool:
-    """Return whether all samples of an audio frame are finite."""
+    """Return if all samples of an audio frame are finite."""
     is_float = frame.format.name.startswith(("flt", "dbl"))
     return not is_float or bool(np.isfinite(frame.to_ndarray()).all())
 
@@ -352,18 +359,18 @@ def _span(packet: Any, end: float) -> tuple[float, float]:
 
 
 def _joined(frames: list[Any]) -> Samples:
-    # Whole numbers: only for these does the resampler mix channels down without adding level.
+    # Integers: only for these does the resampler mix channels down without adding level.
     arrays = [np.zeros(0, np.int32), *(frame.to_ndarray()[0] for frame in frames)]
     return (np.concatenate(arrays) / 2**31).astype(np.float32)
 
 
 def read_image(path: Path) -> Frames:
-    """A picture [Y, X, 3] the way round it is meant to be seen; transparency goes over white."""
+    """Return an image [Y, X, 3], upright by its EXIF tag; transparency goes over white."""
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > LARGEST_PICTURE:
-                raise ValueError(f"{picture.width} x {picture.height} pixels")
-            image = ImageOps.exif_transpose(picture)
+        with Image.open(path) as stored:
+            if stored.width * stored.height > MAX_PIXELS:
+                raise ValueError(f"{stored.width} x {stored.height} pixels")
+            image = ImageOps.exif_transpose(stored)
             if image.mode in ("RGBA", "LA", "PA", "P"):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -381,7 +388,7 @@ def encode_tracks(
     person: Boxes | None = None,
     extra: dict[str, NDArray[Any]] | None = None,
 ) -> bytes:
-    """An npz of the boxes [T, 4] of one clip, and of anything else with one row a frame."""
+    """Return an npz of the boxes [T, 4] of one clip, and of other arrays with one row a frame."""
     arrays = {"face": np.asarray(face, np.float32), "lips": np.asarray(lips, np.float32)}
     if person is not None:
         arrays["person"] = np.asarray(person, np.float32)
@@ -395,16 +402,16 @@ def encode_tracks(
 
 
 def decode_tracks(data: bytes) -> Tracks:
-    """The inverse of encode_tracks; nothing is unpickled."""
+    """Return the tracks in an npz of `encode_tracks`; nothing is unpickled."""
     try:
-        arrays = arrays_of(data)
+        arrays = read_arrays(data)
         face, lips = arrays.pop("face"), arrays.pop("lips")
-    except (Undecodable, KeyError) as error:
+    except (MemberError, KeyError) as error:
         raise MediaError(f"tracks of {len(data)} bytes cannot be read: {_line(error)}") from error
     return Tracks(face, lips, arrays.pop("person", None), arrays)
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error of a library: decord's carry a stack."""
+    """Return the first line of a library's error: decord's carry a stack."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

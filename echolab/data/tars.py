@@ -1,19 +1,25 @@
-"""A strict reader of plain tars, whoever wrote them: ustar, pax or GNU.
+"""Read plain tars of any writer (ustar, pax or GNU) strictly, several in parallel.
 
 tarfile and webdataset end cleanly on a tar that is cut at a member's border, so a cut shard looks
-like a shorter shard.  This walk takes nothing for granted: every header's checksum, every padding
-byte and the end of the archive are checked, and a fault is told with its byte offset.
+like a shorter shard.  Here every header's checksum, every padding byte and the end of the archive
+are checked, and a fault names its byte offset.
 
 Bytes are read in order and once, never mapped: a bad disk is then an OSError, not a signal.
 """
 
 import hashlib
+import multiprocessing
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from isal import isal_zlib
+
+from echolab.errors import DataError
 
 BLOCK = 512
 END = 2 * BLOCK  # two blocks of zeros end an archive
@@ -24,8 +30,8 @@ PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
-class TarFault(Exception):
-    """What is wrong with a tar, and at which byte."""
+class TarError(Exception):
+    """A fault of a tar, and its byte."""
 
     def __init__(self, offset: int, what: str) -> None:
         super().__init__(f"byte {offset}: {what}")
@@ -42,35 +48,35 @@ class TarMember(NamedTuple):
     crc32: int
 
 
-class Passing:
-    """The bytes of a file in order, hashed as they pass."""
+class HashingReader:
+    """The bytes of a file in order, hashed as they are read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position, self.sha256 = file, 0, hashlib.sha256()
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes; fewer at the end of the file."""
+        """Return the next `size` bytes; fewer at the end of the file."""
         data = self.file.read(size)
         self.sha256.update(data)
         self.position += len(data)
         return data
 
     def checksum(self, size: int) -> tuple[int, int]:
-        """(crc32, number of bytes there were) of the next `size` bytes."""
+        """Return crc32 and number of the next `size` bytes, which may be fewer."""
         crc32 = passed = 0
         while data := self.take(min(CHUNK, size - passed)):
             crc32, passed = isal_zlib.crc32(data, crc32), passed + len(data)
         return crc32, passed
 
 
-def walk(tar: Passing) -> Iterator[TarMember]:
-    """The members of a tar in order, its folders too; raises TarFault or OSError."""
+def walk(tar: HashingReader) -> Iterator[TarMember]:
+    """Yield the members of a tar in order, folders too; raise TarError or OSError."""
     first, extra = tar.position, dict[str, str]()
     while True:
         position = tar.position
         header = tar.take(BLOCK)
         if len(header) < BLOCK:
-            raise TarFault(position, "the tar is cut: no end of archive")
+            raise TarError(position, "the tar is cut: no end of archive")
         if not any(header):
             break
         info = _parsed(header, position)
@@ -80,7 +86,7 @@ def walk(tar: Passing) -> Iterator[TarMember]:
         yield _member(info, extra, tar, first)
         first, extra = tar.position, {}
     if extra:
-        raise TarFault(position, "the tar is cut: an extended header without its file")
+        raise TarError(position, "the tar is cut: an extended header without its file")
     _end(tar)
 
 
@@ -88,56 +94,58 @@ def _parsed(header: bytes, position: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError, ValueError) as error:
-        raise TarFault(position, f"damaged header ({error})") from error
+        raise TarError(position, f"damaged header ({error})") from error
 
 
-def _member(info: tarfile.TarInfo, extra: dict[str, str], tar: Passing, first: int) -> TarMember:
+def _member(
+    info: tarfile.TarInfo, extra: dict[str, str], tar: HashingReader, first: int
+) -> TarMember:
     name, start = extra.get("path", info.name), tar.position
     if info.type == tarfile.DIRTYPE and not info.size:
         return TarMember(f"{name.rstrip('/')}/", first, start, 0, 0)
     if info.type not in PLAIN:
-        raise TarFault(first, f"{name!r} is not a plain file")
+        raise TarError(first, f"{name!r} is not a plain file")
     if any(key.startswith("GNU.sparse") for key in extra):
-        raise TarFault(first, f"{name!r} is stored with holes; pack it without --sparse")
+        raise TarError(first, f"{name!r} is stored with holes; pack it without --sparse")
     size = int(extra["size"]) if extra.get("size", "").isdecimal() else info.size
     crc32, have = tar.checksum(size)
     if have < size:
-        raise TarFault(start, f"{name} is cut: {have} of {size} bytes")
+        raise TarError(start, f"{name} is cut: {have} of {size} bytes")
     _padding(tar, size, name)
     return TarMember(name, first, start, size, crc32)
 
 
-def _padding(tar: Passing, size: int, name: str) -> None:
-    """What fills the last block of `size` bytes must be zeros."""
+def _padding(tar: HashingReader, size: int, name: str) -> None:
+    """Raise TarError unless the last block of `size` bytes is filled with zeros."""
     position, missing = tar.position, -size % BLOCK
     padding = tar.take(missing)
     if len(padding) < missing or any(padding):
-        raise TarFault(position, f"the padding after {name} is damaged or cut")
+        raise TarError(position, f"the padding after {name} is damaged or cut")
 
 
-def _extra(info: tarfile.TarInfo, tar: Passing, position: int) -> dict[str, str]:
-    """What an extended header says of the file that follows it."""
+def _extra(info: tarfile.TarInfo, tar: HashingReader, position: int) -> dict[str, str]:
+    """Return the records of an extended header for the file that follows it."""
     if not 0 < info.size <= LONGEST_EXTRA:
-        raise TarFault(position, f"damaged header (an extended header of {info.size} bytes)")
+        raise TarError(position, f"damaged header (an extended header of {info.size} bytes)")
     data = tar.take(info.size)
     if len(data) < info.size:
-        raise TarFault(position, f"an extended header is cut: {len(data)} of {info.size} bytes")
+        raise TarError(position, f"an extended header is cut: {len(data)} of {info.size} bytes")
     _padding(tar, info.size, "an extended header")
     try:
         if info.type == tarfile.GNUTYPE_LONGNAME:
             return {"path": data.rstrip(b"\0").decode()}
         records = dict(_records(data))
     except (UnicodeDecodeError, ValueError) as error:
-        raise TarFault(position, f"damaged extended header ({error})") from error
-    if info.type == tarfile.XGLTYPE:  # of the whole archive: comments and the like
+        raise TarError(position, f"damaged extended header ({error})") from error
+    if info.type == tarfile.XGLTYPE:  # of the archive: comments and the like
         if {"path", "size"} & set(records):
-            raise TarFault(position, "an extended header gives all files one name or size")
+            raise TarError(position, "an extended header gives all files one name or size")
         return {}
     return records
 
 
 def _records(data: bytes) -> Iterator[tuple[str, str]]:
-    """Pax records `LENGTH key=value\\n`; ValueError where they do not fill `data`."""
+    """Yield pax records `LENGTH key=value\\n`; raise ValueError unless they fill `data`."""
     while data:
         length, space, _ = data.partition(b" ")
         end = int(length) if length.isdigit() else 0
@@ -150,20 +158,75 @@ def _records(data: bytes) -> Iterator[tuple[str, str]]:
         data = data[end:]
 
 
-def _end(tar: Passing) -> None:
-    """After one block of zeros: at least one more, and zeros only."""
+def _end(tar: HashingReader) -> None:
+    """Raise TarError unless one more block of zeros follows, and zeros only."""
     second = tar.position
     while data := tar.take(CHUNK):
         if data.count(0) < len(data):
             at = tar.position - len(data.lstrip(b"\0"))
-            raise TarFault(at, "there is something after the end of the archive")
+            raise TarError(at, "there is something after the end of the archive")
     if tar.position - second < END - BLOCK:
-        raise TarFault(second, "the tar is cut: half an end of archive")
+        raise TarError(second, "the tar is cut: half an end of archive")
 
 
 def read_tar(path: Path) -> tuple[list[TarMember], str, int]:
-    """All members of a tar, its sha256 and its size in bytes; raises TarFault or OSError."""
+    """Return all members of a tar, its sha256 and size in bytes; raise TarError or OSError."""
     with path.open("rb") as file:
-        tar = Passing(file)
+        tar = HashingReader(file)
         members = list(walk(tar))
         return members, tar.sha256.hexdigest(), tar.position
+
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+MIN_BYTES = 2**27  # for one process, or starting it takes longer than reading
+
+
+def count_processes(workers: int | None, sizes: Sequence[int]) -> int:
+    """Count the processes to use for files of so many bytes.
+
+    By default one a core, and fewer if there is little to read.  Raises DataError for less than
+    one.
+    """
+    if workers is not None and workers < 1:
+        raise DataError(f"workers={workers}: must be 1 or more")
+    useful = min(len(os.sched_getaffinity(0)), sum(sizes) // MIN_BYTES)
+    return max(1, min(useful if workers is None else workers, len(sizes)))
+
+
+def map_parallel(
+    work: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Yield (index of the job, its result) in the order of completion; one worker is this process.
+
+    `work` is a function of a module; an exception in it ends all jobs.  Few jobs are held at a
+    time.
+    """
+    if workers == 1:
+        yield from ((index, work(job)) for index, job in enumerate(jobs))
+        return
+    # Not forked: this process may hold threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        index_of: dict[Future[Result], int] = {}
+        try:
+            for index, job in enumerate(jobs):
+                index_of[pool.submit(work, job)] = index
+                if len(index_of) >= 2 * workers:
+                    yield from _done(index_of)
+            while index_of:
+                yield from _done(index_of)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died (killed, or out of memory?); run again with workers=1"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _done(index_of: dict[Future[Result], int]) -> list[tuple[int, Result]]:
+    """Wait for at least one job, and remove the completed ones."""
+    done, _ = wait(index_of, return_when=FIRST_COMPLETED)
+    return [(index_of.pop(future), future.result()) for future in done]

@@ -1,38 +1,77 @@
-"""Is a dataset whole?  Every fault is one line that names shard, sample and byte offset.
+"""Check that a dataset is complete and undamaged.
 
-Of each shard: its size and sha256, the structure of the tar to its last block, each member's place,
-size and crc32 against dataset.json, and that the content can be decoded.
+Each fault is one line that names shard, sample and byte offset.  Of each shard it checks the size
+and sha256, the structure of the tar to its last block, the location, size and crc32 of each member
+against dataset.json, and that the content can be decoded.
 """
 
+import io
 import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from echolab.data.contents import Undecodable, content_fault
-from echolab.data.index import INDEX, Shard, missing_members
-from echolab.data.names import PARTIAL, dotted, split_file
-from echolab.data.pieces import Pieces
-from echolab.data.progress import Advance
-from echolab.data.samples import COMPARED, TENSORS, TRIED, Shapes, shapes_of, take_about, usual
-from echolab.data.spread import processes, spread
-from echolab.data.table import Table, parse_index
-from echolab.data.tars import BLOCK, Passing, TarFault, TarMember, walk
-from echolab.errors import DataError, printable
+import numpy as np
 
-Place = tuple[int, int, int]  # offset, size, crc32
+from echolab.data.index import (
+    INDEX,
+    PARTIAL_INDEX,
+    SampleIndex,
+    Shard,
+    geometry_in,
+    has_foreign_dot,
+    missing_members,
+    parse_index,
+    split_path,
+)
+from echolab.data.member_reader import (
+    MAX_PIXELS,
+    MemberError,
+    MemberReader,
+    Read,
+    first_line,
+    parse_header,
+    parse_json,
+    read_array,
+    read_arrays,
+    read_flac,
+)
+from echolab.data.samples import (
+    COMPARED,
+    TENSORS,
+    TRIED,
+    Shapes,
+    most_common_shapes,
+    read_metadata,
+    shapes_of,
+)
+from echolab.data.tars import (
+    BLOCK,
+    HashingReader,
+    TarError,
+    TarMember,
+    count_processes,
+    map_parallel,
+    walk,
+)
+from echolab.errors import DataError, escape_unprintable
+from echolab.geometry import WAN, LatentGeometry
+from echolab.progress import Advance
+
+Location = tuple[int, int, int]  # offset, size, crc32
 Name = tuple[str, str]  # key, member
 
 # Of a tar header: name, size, the digits of its checksum, and the first part of a long name.
-OWN_FIELDS = ((0, 100), (124, 136), (148, 154), (345, 500))
+VARYING_FIELDS = ((0, 100), (124, 136), (148, 154), (345, 500))
+FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 class Fault(NamedTuple):
-    """One thing that is not as dataset.json says."""
+    """One difference from dataset.json or from the contract."""
 
     file: str  # a shard, or dataset.json
     what: str
@@ -40,34 +79,35 @@ class Fault(NamedTuple):
     sample: str | None = None
 
     def line(self, folder: Path) -> str:
-        """For people."""
+        """Return the fault as one line of text."""
         byte = "" if self.byte is None else f"byte {self.byte}: "
         sample = "" if self.sample is None else f"sample {self.sample}: "
-        line = printable(f"{folder / self.file}: {byte}{sample}{self.what}")
+        line = escape_unprintable(f"{folder / self.file}: {byte}{sample}{self.what}")
         return line.replace("\n", "\\n")
 
 
-class _Look(NamedTuple):
-    """How closely to look."""
+class _Options(NamedTuple):
+    """What to check of each shard."""
 
     deep: bool
     kind: str  # of the dataset
-    form: Shapes  # that all samples of it must have
+    common: Shapes  # of all its samples
+    geometry: LatentGeometry = WAN  # of its latents
 
 
-class _Shard:
-    """What dataset.json says of one shard, and whose each byte is."""
+class _Expected:
+    """The content of one shard by dataset.json, and the sample that owns each byte."""
 
-    def __init__(self, about: Shard, expected: dict[Name, Place], foreign: bool) -> None:
-        self.name, self.bytes, self.sha256 = about.name, about.bytes, about.sha256
-        self.expected, self.foreign = expected, foreign
-        places = sorted((place[0], place[1], key) for (key, _), place in expected.items())
-        self._keys = [key for _, _, key in places]
-        # A member's bytes go from the end of the one before it to the end of its own last block.
-        self._ends = [offset + size + -size % BLOCK for offset, size, _ in places]
+    def __init__(self, shard: Shard, members: dict[Name, Location], foreign: bool) -> None:
+        self.name, self.bytes, self.sha256 = shard.name, shard.bytes, shard.sha256
+        self.members, self.foreign = members, foreign
+        located = sorted((at[0], at[1], key) for (key, _), at in members.items())
+        self._keys = [key for _, _, key in located]
+        # A member's bytes go from the end of the one before it to the end of its last block.
+        self._ends = [offset + size + -size % BLOCK for offset, size, _ in located]
 
     def owner(self, byte: int) -> str | None:
-        """The sample that a byte belongs to; the end of the archive belongs to the last one."""
+        """Return the sample that owns a byte; the end of the archive belongs to the last one."""
         if not self._keys:
             return None
         return self._keys[min(bisect_right(self._ends, byte), len(self._keys) - 1)]
@@ -83,10 +123,10 @@ def verify(
     deep: bool = False,
     advance: Advance | None = None,
 ) -> list[str]:
-    """All faults of a dataset, a line each; an empty list says that every byte is as written."""
+    """Return all faults of a dataset, a line each; an empty list if every byte is as written."""
     folder = Path(folder)
-    found = find_faults(folder, workers=workers, deep=deep, advance=advance)
-    return [fault.line(folder) for fault in found]
+    faults = find_faults(folder, workers=workers, deep=deep, advance=advance)
+    return [fault.line(folder) for fault in faults]
 
 
 def find_faults(
@@ -96,185 +136,269 @@ def find_faults(
     deep: bool = False,
     advance: Advance | None = None,
 ) -> list[Fault]:
-    """All faults of a dataset, shard by shard.
+    """Return all faults of a dataset, shard by shard.
 
-    `workers` processes share the shards, None is one a core; `deep` also decodes videos, sounds
-    and pictures, and looks whether tensors can be trained on: shapes that fit, finite values.
+    `workers` processes divide the shards, None is one a core.  `deep` also decodes videos, audio
+    and images, and checks that tensors can be trained on: shapes that fit, finite values.
     """
     path = folder / INDEX
     try:
-        index, table = parse_index(path.read_bytes(), path)
+        index, samples = parse_index(path.read_bytes(), path)
     except DataError as error:
         return [Fault(INDEX, str(error).removeprefix(f"{path}: "))]
     except OSError as error:
-        why = "not there" if isinstance(error, FileNotFoundError) else error.strerror
-        return [Fault(INDEX, f"{why}; the folder is no whole dataset")]
-    kind = index["kind"]
-    found = _doubled_keys(table.keys) + _lacking(kind, table)
-    found += _other_files(folder, {shard.name for shard in table.shards})
-    count = processes(workers, [shard.bytes for shard in table.shards])
+        reason = "not there" if isinstance(error, FileNotFoundError) else error.strerror
+        return [Fault(INDEX, f"{reason}; the folder is no complete dataset")]
+    # Faults of dataset.json and of the folder's listing.
+    kind, geometry = index["kind"], geometry_in(index)
+    faults = _duplicate_keys(samples.keys) + _missing(kind, samples)
+    faults += _unlisted_files(folder, {shard.name for shard in samples.shards})
+    # Faults of each shard, in parallel.
+    deep_tensors = deep and kind in TENSORS
+    common = _common_shapes(folder, samples, kind, geometry) if deep_tensors else {}
+    work = partial(_shard_faults, folder, _Options(deep, kind, common, geometry))
+    count = count_processes(workers, [shard.bytes for shard in samples.shards])
     results: dict[int, list[Fault]] = {}
-    look = _Look(deep, kind, _form(folder, table, kind) if deep and kind in TENSORS else {})
-    shards = _shards(table, kind == "foreign")
-    for number, result in spread(partial(_shard_faults, folder, look), shards, count):
-        results[number] = result
+    for i, result in map_parallel(work, _expected_shards(samples, kind == "foreign"), count):
+        results[i] = result
         if advance is not None:
             advance(len(results), "")
-    return found + [fault for number in sorted(results) for fault in results[number]]
+    return faults + [fault for i in sorted(results) for fault in results[i]]
 
 
-def _doubled_keys(keys: Sequence[str]) -> list[Fault]:
+def _duplicate_keys(keys: Sequence[str]) -> list[Fault]:
     counts = Counter(keys)
     return [Fault(INDEX, "is listed twice", None, key) for key, n in counts.items() if n > 1]
 
 
-def _lacking(kind: str, table: Table) -> list[Fault]:
-    """Samples without a member that their kind requires."""
+def _missing(kind: str, samples: SampleIndex) -> list[Fault]:
+    """Return samples without a member that their kind requires."""
     return [
         Fault(
-            table.shards[table.shard_of(i)].name,
+            samples.shards[samples.shard_of(i)].name,
             f"has no {name}, which {kind} samples have",
             None,
-            table.keys[i],
+            samples.keys[i],
         )
-        for i in range(len(table))
-        for name in missing_members(kind, table.members(i))
+        for i in range(len(samples))
+        for name in missing_members(kind, samples.members(i))
     ]
 
 
-def _shards(table: Table, foreign: bool) -> Iterator[_Shard]:
-    starts = table.shard_starts.tolist()
-    for shard, first, stop in zip(table.shards, starts, starts[1:], strict=False):
-        samples = [(table.keys[i], table.members(i)) for i in range(first, stop)]
-        expected = {(key, name): at for key, found in samples for name, at in found.items()}
-        yield _Shard(shard, expected, foreign)
+def _expected_shards(samples: SampleIndex, foreign: bool) -> Iterator[_Expected]:
+    starts = samples.shard_starts.tolist()
+    for shard, first, stop in zip(samples.shards, starts, starts[1:], strict=False):
+        members = {
+            (samples.keys[i], name): location
+            for i in range(first, stop)
+            for name, location in samples.members(i).items()
+        }
+        yield _Expected(shard, members, foreign)
 
 
-def _other_files(folder: Path, named: set[str]) -> list[Fault]:
-    """Tars that nobody would read, and what a killed writer left."""
+def _unlisted_files(folder: Path, listed: set[str]) -> list[Fault]:
+    """Return tars that nobody would read, and what a killed writer left."""
     names = sorted(path.name for path in folder.iterdir())
     tars = [name for name in names if re.search(r"\.(tar|tgz|partial)(\.|$)", name)]
-    extra = [name for name in tars if name not in named and name != PARTIAL]
+    extra = [name for name in tars if name not in listed and name != PARTIAL_INDEX]
     return [Fault(name, f"not listed in {INDEX}", 0) for name in extra]
 
 
-def _form(folder: Path, table: Table, kind: str) -> Shapes:
-    """Return the shapes that all samples must have, as training finds them."""
-    found: list[Shapes] = []
-    for i in range(min(len(table), TRIED)):
-        place = table.members(i).get("safetensors")
+def _common_shapes(
+    folder: Path, samples: SampleIndex, kind: str, geometry: LatentGeometry
+) -> Shapes:
+    """Return the shapes that all samples must have, by the rule of training."""
+    shapes: list[Shapes] = []
+    for i in range(min(len(samples), TRIED)):
+        location = samples.members(i).get("safetensors")
         try:
-            with (folder / table.shards[table.shard_of(i)].name).open("rb") as file:
-                if place:
-                    found.append(shapes_of(Pieces(file.fileno(), *place[:2]), kind))
-        except (OSError, Undecodable):
+            with (folder / samples.shards[samples.shard_of(i)].name).open("rb") as file:
+                if location:
+                    member = MemberReader(file.fileno(), *location[:2])
+                    shapes.append(shapes_of(member, kind, geometry))
+        except (OSError, MemberError):
             continue
-        if len(found) == COMPARED:
+        if len(shapes) == COMPARED:
             break
-    return usual(found)
+    return most_common_shapes(shapes)
 
 
-def _shard_faults(folder: Path, look: _Look, shard: _Shard) -> list[Fault]:
+def _shard_faults(folder: Path, options: _Options, shard: _Expected) -> list[Fault]:
     try:
         with (folder / shard.name).open("rb") as file:
-            return list(_tar_faults(file, shard, look))
+            return list(_tar_faults(file, shard, options))
     except OSError as error:
-        first = min((place[0] for place in shard.expected.values()), default=0)
+        first = min((location[0] for location in shard.members.values()), default=0)
         return [shard.fault(first, error.strerror or str(error))]
 
 
-def _tar_faults(file: BinaryIO, shard: _Shard, look: _Look) -> Iterator[Fault]:
+def _tar_faults(file: BinaryIO, shard: _Expected, options: _Options) -> Iterator[Fault]:
     size = file.seek(0, 2)
     file.seek(0)
     if size != shard.bytes:
         what = f"the shard has {size} bytes, {INDEX} says {shard.bytes}"
         yield shard.fault(min(size, shard.bytes), what)
-    tar, members = Passing(file), list[TarMember]()
-    found = []
+    # The structure of the tar, then its members.
+    tar, members, faults = HashingReader(file), list[TarMember](), list[Fault]()
     try:
         members += walk(tar)
-    except TarFault as fault:
-        found.append(shard.fault(fault.offset, fault.what))
-    found += _member_faults(file, members, shard, look)
-    yield from found
-    if not found and size == shard.bytes and tar.sha256.hexdigest() != shard.sha256:
-        # Not in the data, the padding or the end: those were compared.
+    except TarError as fault:
+        faults.append(shard.fault(fault.offset, fault.what))
+    faults += _member_faults(file, members, shard, options)
+    yield from faults
+    # Data, padding and end were compared: only a header can still differ.
+    if not faults and size == shard.bytes and tar.sha256.hexdigest() != shard.sha256:
         what = f"sha256 differs from {INDEX}, in the header of a member"
-        yield shard.fault(_odd_header(file, members), what)
+        yield shard.fault(_unusual_header(file, members), what)
 
 
 def _member_faults(
-    file: BinaryIO, members: list[TarMember], shard: _Shard, look: _Look
+    file: BinaryIO, members: list[TarMember], shard: _Expected, options: _Options
 ) -> Iterator[Fault]:
-    found: set[Name] = set()
+    present: set[Name] = set()
     closed: set[str] = set()
     current: str | None = None
     for member in members:
-        name = split_file(member.name)
+        name = split_path(member.name)
         if name is None:
             if not shard.foreign:
                 yield shard.fault(member.header, f"{member.name!r} is part of no sample")
             continue
+        # The members of a sample follow each other, each once.
         key, kind = name
         if key != current:
             closed |= {current} if current is not None else set()
             current = key
             if key in closed:
                 yield shard.fault(member.header, f"{kind} follows after another sample began", key)
-        if name in found:
+        if name in present:
             yield shard.fault(member.header, f"a second {kind}", key)
-        found.add(name)
-        yield from _content_faults(file, member, shard, name, look)
-    for (key, kind), (offset, _, _) in shard.expected.items():
-        if (key, kind) not in found:
+        present.add(name)
+        yield from _content_faults(file, member, shard, name, options)
+    for (key, kind), (offset, _, _) in shard.members.items():
+        if (key, kind) not in present:
             yield shard.fault(offset, f"{kind} is missing", key)
 
 
 def _content_faults(
-    file: BinaryIO, member: TarMember, shard: _Shard, name: Name, look: _Look
+    file: BinaryIO, member: TarMember, shard: _Expected, name: Name, options: _Options
 ) -> Iterator[Fault]:
-    (key, kind), expected = name, shard.expected.get(name)
+    (key, kind), expected = name, shard.members.get(name)
     if expected is None:
-        why = " (a key with dots?)" if dotted(kind) else ""
-        yield shard.fault(member.header, f"{kind} is not in {INDEX}{why}", key)
+        hint = " (a key with dots?)" if has_foreign_dot(kind) else ""
+        yield shard.fault(member.header, f"{kind} is not in {INDEX}{hint}", key)
     elif (member.offset, member.size) != expected[:2]:
-        place = f"{expected[1]} at byte {expected[0]}"
-        yield shard.fault(
-            member.offset, f"{kind} of {member.size} bytes, {INDEX} says {place}", key
-        )
+        location = f"{expected[1]} at byte {expected[0]}"
+        what = f"{kind} of {member.size} bytes, {INDEX} says {location}"
+        yield shard.fault(member.offset, what, key)
     elif member.crc32 != expected[2]:
         yield shard.fault(member.offset, f"{kind} does not match its checksum", key)
-    elif what := _fault_within(Pieces(file.fileno(), member.offset, member.size), kind, look):
-        yield shard.fault(member.offset, f"{kind} {what}", key)
+    else:
+        reader = MemberReader(file.fileno(), member.offset, member.size)
+        if fault := _decoding_fault(reader, kind, options):
+            yield shard.fault(member.offset, f"{kind} {fault}", key)
 
 
-def _fault_within(pieces: Pieces, member: str, look: _Look) -> str | None:
-    """Why a member cannot be used; where it is trained on, by the rule of training itself."""
-    if not (look.deep and look.kind in TENSORS and member in ("safetensors", "json")):
-        return content_fault(member, pieces.at, pieces.size, deep=look.deep)
+def _decoding_fault(reader: MemberReader, member: str, options: _Options) -> str | None:
+    """Return why a member cannot be used, or None; what is trained on follows training's rule."""
+    if not (options.deep and options.kind in TENSORS and member in ("safetensors", "json")):
+        return find_content_fault(member, reader.at, reader.size, deep=options.deep)
     try:
         if member == "json":
-            take_about(pieces)
+            read_metadata(reader)
         else:
-            from echolab.data.tensors import take_sample  # and torch, only for a deep look
+            from echolab.data.collate import take_sample
 
-            take_sample(pieces, look.kind, look.form)
-    except Undecodable as error:
+            take_sample(reader, options.kind, options.common, geometry=options.geometry)
+    except MemberError as error:
         return f"cannot be trained on ({error})"
     return None
 
 
-def _odd_header(file: BinaryIO, members: list[TarMember]) -> int:
-    """The byte at which one header differs from most others in what is not a member's own."""
-    seen = []
+def _unusual_header(file: BinaryIO, members: list[TarMember]) -> int:
+    """Return the byte at which one header differs from most others outside `VARYING_FIELDS`."""
+    headers = []
     for member in members:
         header = bytearray(os.pread(file.fileno(), BLOCK, member.offset - BLOCK))
-        for start, stop in OWN_FIELDS:
+        for start, stop in VARYING_FIELDS:
             header[start:stop] = bytes(stop - start)
-        seen.append(bytes(header))
-    usual = Counter(seen).most_common(1)[0][0] if seen else b""
-    for member, found in zip(members, seen, strict=True):
-        if found != usual:
-            at = next(i for i in range(BLOCK) if found[i] != usual[i])
+        headers.append(bytes(header))
+    usual = Counter(headers).most_common(1)[0][0] if headers else b""
+    for member, masked in zip(members, headers, strict=True):
+        if masked != usual:
+            at = next(i for i in range(BLOCK) if masked[i] != usual[i])
             return member.offset - BLOCK + at
     return 0
+
+
+# Content: structure by default (JSON parses, a safetensors header accounts for every byte, arrays
+# load); deep: videos, audio and images are decoded, and tensors hold finite numbers.
+
+
+def find_content_fault(member: str, read: Read, size: int, *, deep: bool = False) -> str | None:
+    """Return why a member of `size` bytes cannot be decoded, or None; unknown kinds pass."""
+    suffix = member.rpartition(".")[2]
+    try:
+        if suffix == "safetensors":
+            _check_safetensors(read, size, deep=deep)
+        elif suffix in STRUCTURED:
+            STRUCTURED[suffix](read(0, size))
+        elif deep and suffix in DEEP:
+            DEEP[suffix](read(0, size))
+    except MemberError as error:
+        return f"cannot be decoded ({error})"
+    except RecursionError:
+        return "cannot be decoded (nested too deeply)"
+    return None
+
+
+def _check_safetensors(read: Read, size: int, *, deep: bool) -> None:
+    """Raise MemberError for a bad header; if `deep`, also for a value that is not finite."""
+    for name, (dtype, _, begin, end) in parse_header(read, size).items():
+        if not deep:
+            continue
+        data = read(begin, end - begin)
+        if dtype == "BF16":  # the upper half of fp32
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif dtype in FLOATS:
+            values = np.frombuffer(data, FLOATS[dtype])
+        else:
+            continue
+        if not np.isfinite(values).all():
+            raise MemberError(f"tensor {name}: {int((~np.isfinite(values)).sum())} not finite")
+
+
+def _check_video(data: bytes) -> None:
+    import av  # decoders are slow to import, and only a deep check needs them
+
+    from echolab.data.decoding import open_media
+
+    try:
+        with open_media(io.BytesIO(data)) as container:
+            stated = container.streams.video[0].frames
+            count = sum(1 for _ in container.decode(video=0))
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise MemberError(first_line(error)) from error
+    if not count or count < stated:
+        raise MemberError(f"{count} of {stated} frames")
+
+
+def _check_image(data: bytes) -> None:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise MemberError(f"{image.width} x {image.height} pixels")
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MemberError(str(error).split("\n")[0]) from error
+
+
+STRUCTURED: dict[str, Callable[[bytes], Any]] = {
+    "json": parse_json, "npy": read_array, "npz": read_arrays,
+}  # fmt: skip
+DEEP: dict[str, Callable[[bytes], Any]] = {
+    "mp4": _check_video, "flac": read_flac, "jpg": _check_image, "jpeg": _check_image,
+    "png": _check_image, "webp": _check_image,
+}  # fmt: skip

@@ -1,49 +1,191 @@
-"""A video of any length by a recipe, in windows that share every denoising step."""
+"""Videos longer than a clip: windows that share every denoising step, or one chunk after another.
 
-from collections.abc import Callable
+Windows: overlapping latent frames.  Each window is denoised with full guidance, and neighbors are
+cross-faded in their overlap (EchoMimicV3 `pipeline`, 775-888, without its failures at L <= P).  An
+Euler step is linear in the velocity, so blending velocities is blending steps.
+
+Chunks: each is given the last decoded frames of the one before (EchoMimicV3 `infer_preview.py`,
+299-377: 113 frames, of which the first 8 are known); the shared frames are cross-faded as pixels.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from echolab.diffusion.caching import Net, branch_of
-from echolab.diffusion.recipes import SOLVERS, Recipe, sigmas_of, velocity_of
-from echolab.diffusion.sampling import OnStep
-from echolab.diffusion.windows import window_conditions, windowed, windows
+from echolab.diffusion.pipeline import (
+    SOLVERS,
+    SamplerConfig,
+    check_clip_length,
+    guided_velocity,
+    sampler_sigmas,
+)
+from echolab.diffusion.solvers import OnStep, VelocityFunction
+from echolab.diffusion.teacache import Net, branch_of
+from echolab.errors import ConfigError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.types import Conditions
 
+Span = tuple[int, int]  # (start, stop)
 
-def window_latents(recipe: Recipe) -> int:
-    """Latent frames of a window."""
-    return (recipe.window - 1) // 4 + 1
+
+def windows(latent_frames: int, size: int, overlap: int) -> list[Span]:
+    """Return (start, stop) of windows of `size` frames that cover all; the last may be shorter.
+
+    windows(58, 29, 8) = [(0, 29), (21, 50), (42, 58)].
+    """
+    if not 0 <= overlap < size:
+        raise ConfigError(f"overlap={overlap}: must be 0 or more and below the window's {size}")
+    # Windows start at a fixed stride until one reaches the end.
+    stride, starts = size - overlap, [0]
+    while starts[-1] + size < latent_frames:
+        starts.append(starts[-1] + stride)
+    return [(start, min(start + size, latent_frames)) for start in starts]
+
+
+def window_latents(config: SamplerConfig, geometry: LatentGeometry = WAN) -> int:
+    """Return the latent frames of a window."""
+    return geometry.latent_frames(config.window)
+
+
+def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
+    """Return the weights [stop - start] of each window; at every frame they sum to 1.
+
+    A new window fades in from 0: its first frame is the reference image, not what belongs there.
+    """
+    # Each overlap fades the new window in and all earlier windows out, by the same ramp.
+    weights = [torch.ones(stop - start) for start, stop in spans]
+    for index, (start, _) in enumerate(spans[1:], start=1):
+        overlap = spans[index - 1][1] - start
+        if overlap <= 0:
+            continue
+        fade = torch.linspace(0, 1, overlap) if overlap > 1 else torch.full((1,), 0.5)
+        weights[index][:overlap] *= fade
+        for earlier, (_, stop) in zip(weights[:index], spans, strict=False):
+            shared = stop - start  # a narrow stride overlaps more windows than the last one
+            if shared > 0:
+                earlier[-shared:] *= 1 - fade[:shared]
+    return weights
+
+
+def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditions:
+    """Return the conditions of one window of a long video: its own audio and known pixels.
+
+    Known pixels that lie in the window stay where they are.  If there are none, the window gets the
+    video's first image as its own first frame (the fade hides it), and the gray after it, as the
+    released code does.  Audio: two tokens a frame are cut as released, [8 start, 8 stop), which
+    is three frames more than the window has, but its last latent frame attends to them; one entry a
+    frame (Flash) is cut to the window's 4 (n - 1) + 1 frames.
+    """
+    # A mask has one channel for each frame of a latent frame.
+    stride, latent_frames = conditions.known.shape[1:3]
+    count = stop - start
+
+    # The window's part of the audio.
+    per_frame = conditions.audio.shape[1] // (stride * (latent_frames - 1) + 1)
+    frames = stride * count if per_frame > 1 else stride * (count - 1) + 1
+    first = stride * start * per_frame
+
+    # Each frame of the window takes its own known pixels, or those at the start of the video.
+    # Several known frames at the start, such as a clip to continue, stay there.
+    has_known = conditions.known.transpose(0, 2).flatten(1).any(1)  # [F]
+    takes_own = has_known[start:stop] | has_known[:count]
+    takes_own[0] = has_known[start]
+    sources = torch.arange(count, device=has_known.device) + start * takes_own
+    return conditions._replace(
+        audio=conditions.audio[:, first : first + frames * per_frame],
+        known=conditions.known[:, :, sources],
+        known_latents=conditions.known_latents[:, :, sources],
+    )
+
+
+def windowed_velocity(
+    velocities: Sequence[VelocityFunction], spans: Sequence[Span]
+) -> VelocityFunction:
+    """Return one velocity function for a long video from one for each window."""
+    weights = blend_weights(spans)
+
+    def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
+        blended = torch.zeros_like(noisy_latents, dtype=torch.float32)
+        # Each window adds its faded velocity; the weights sum to 1 at every frame.
+        for (start, stop), weight, part in zip(spans, weights, velocities, strict=True):
+            faded = weight.to(blended.device)[:, None, None]
+            blended[:, :, start:stop] += faded * part(noisy_latents[:, :, start:stop], sigma)
+        return blended
+
+    return velocity
 
 
 @torch.no_grad()
 def sample_windows(
     net: Net,
     conditions: Conditions,
-    recipe: Recipe,
+    config: SamplerConfig,
     noise: Tensor,
     *,
     negative: Tensor | None = None,
-    branches: str = "batch",
-    told: Callable[[Conditions, int, int], Conditions] = window_conditions,
+    cfg: str = "batched",
+    conditions_of: Callable[[Conditions, int, int], Conditions] = window_conditions,
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Latents [B, C, F, H, W] from noise of that shape; the network runs in `dtype`.
+    """Return latents [B, C, F, H, W] from noise of that shape; the network runs in `dtype`.
 
-    One window where the clip is not longer.  `negative` [1, L, D] are the states of the recipe's
-    negative text; `branches` is a key of `guidance.RUNS`; `told` gives the conditions of latent
-    frames [start, stop).
+    There is one window if the clip is not longer.  `negative` [1, L, D] are the states of the
+    negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
+    of latent frames [start, stop).
     """
-    spans = windows(noise.shape[2], window_latents(recipe), recipe.overlap)
+    geometry = WAN._replace(time_stride=conditions.known.shape[1])
+    # Each window is guided by its own conditions, and has its own step cache.
+    spans = windows(noise.shape[2], window_latents(config, geometry), config.overlap)
     velocities = [
-        velocity_of(
-            branch_of(net, f"window {start}"), told(conditions, start, stop),
-            recipe, negative, branches,
+        guided_velocity(
+            branch_of(net, f"window {start}"), conditions_of(conditions, start, stop),
+            config, negative, cfg,
         )
         for start, stop in spans
     ]  # fmt: skip
+    # The solver sees one blended velocity, so it keeps one history for the video.
     with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
-        solver = SOLVERS[recipe.solver]
-        return solver(windowed(velocities, spans), noise, sigmas_of(recipe), on_step)
+        solver = SOLVERS[config.solver]
+        return solver(windowed_velocity(velocities, spans), noise, sampler_sigmas(config), on_step)
+
+
+def chunk_spans(
+    frames: int, size: int, overlap: int, fill: bool = False, geometry: LatentGeometry = WAN
+) -> list[Span]:
+    """Return (start, stop) in frames of chunks that cover a video; each is 4n + 1 frames long.
+
+    All are `size` long but the last, which ends with the video or up to three frames later, and is
+    `size` long too if `fill`.  chunk_spans(229, 113, 8) = [(0, 113), (105, 218), (210, 231)].
+    """
+    check_clip_length("window", size, geometry)
+    if not 1 <= overlap < size:
+        raise ConfigError(f"overlap={overlap}: must be 1 or more and below the window's {size}")
+    # Each chunk begins `overlap` frames before the end of the one before.
+    starts = [0]
+    while starts[-1] + size < frames:
+        starts.append(starts[-1] + size - overlap)
+    # The last chunk is as short as latent frames allow, unless it is to be filled.
+    rest = geometry.covering_latent_frames(frames - starts[-1])
+    last = size if fill else geometry.frames(rest)
+    return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]
+
+
+def cross_fade(before: Tensor, after: Tensor, overlap: int) -> Tensor:
+    """Join two videos [3, T, Y, X]; the last `overlap` frames of the first fade into the second.
+
+    The fade is linspace(0, 1, overlap), as released: it begins with the one and ends with the
+    other.
+    """
+    fade = torch.linspace(0, 1, overlap, device=before.device)[:, None, None]
+    shared = torch.lerp(before[:, -overlap:], after[:, :overlap], fade)
+    return torch.cat([before[:, :-overlap], shared, after[:, overlap:]], 1)
+
+
+def joined(chunks: Sequence[Tensor], overlap: int) -> Tensor:
+    """Return all chunks [3, T, Y, X] as one video."""
+    video = chunks[0]
+    for chunk in chunks[1:]:
+        video = cross_fade(video, chunk, overlap)
+    return video

@@ -1,7 +1,7 @@
 """One forward, three objectives: supervised, paired preference, negative preference.
 
 Each objective is called as `objective(net, batch, draws) -> Loss`.  None draws anything itself, and
-policy and reference, chosen and rejected always meet the same noise at the same level.
+policy and reference, chosen and rejected always get the same noise at the same level.
 """
 
 import math
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.flow import interpolate, to_timesteps, velocity_target
-from echolab.diffusion.pair_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
 from echolab.diffusion.phases import Allocator
+from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
 from echolab.errors import ConfigError
 from echolab.types import Batch, Conditions, Draws, Loss, ModalityWeights, PreferencePair
 
 Net = Callable[[Tensor, Tensor, Conditions, ModalityWeights | None], Tensor]
 
-SATURATED = 10.0  # a logit beyond this has a gradient below 5e-5: the pair teaches nothing more
-MEMORY = 0.95  # of the running mean margin that beta follows
+SATURATION_LOGIT = 10.0  # beyond it the gradient is below 5e-5: the pair teaches nothing more
+EMA_DECAY = 0.95  # of the running mean margin that beta follows
 
 
 def velocity_error(net: Net, batch: Batch, draws: Draws, phases: Allocator) -> Tensor:
-    """Squared error of the predicted velocity, a weighted mean over each clip.  [B], fp32."""
+    """Return the squared velocity error, a weighted mean over each clip.  [B], fp32."""
+    # Noise the latents, and drop or scale modalities by the noise level.
     noisy_latents = interpolate(batch.latents, draws.noise, draws.sigmas)
     timesteps = to_timesteps(draws.sigmas)
     conditions, weights = phases(batch.conditions, timesteps, draws.uniforms)
+    # Mean over channels, then a weighted mean over frames, rows and columns.
     velocity = net(noisy_latents, timesteps, conditions, weights).float()
     squares = (velocity - velocity_target(batch.latents, draws.noise)).square().mean(1)
     weight = batch.weight.float().squeeze(1)  # [B, F, H, W]
@@ -41,18 +43,18 @@ class Supervised:
     phases: Allocator
 
     def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
-        """Parts: `error` [B]."""
+        """Return the mean error; parts: `error` [B]."""
         error = velocity_error(net, batch, draws, self.phases)
         return Loss(error.mean(), {"error": error.detach()})
 
 
-class Beta:
+class AdaptiveBeta:
     """How fast a preference saturates: fixed, or following the margin.
 
     The gradient factor of a margin m is sigmoid(-beta m / 2).  A growing margin at a fixed beta
-    soon leaves no gradient (0.01 after a few hundred steps); with a `target`, beta is what gives
-    the running mean margin the target factor, within [limit / 10, limit].  Gradients are in error
-    units whatever beta is, so this changes which pairs count, not the size of a step.
+    soon leaves no gradient (0.01 after a few hundred steps); with a `target`, beta gives the
+    running mean margin the target factor, within [limit / 10, limit].  Gradients are in error units
+    for every beta, so this changes which pairs count, not the size of a step.
     """
 
     def __init__(self, limit: float, target: float | None):
@@ -60,7 +62,7 @@ class Beta:
             raise ConfigError(f"beta={limit:g}: must be above 0; 100 to 5000 is usual")
         if target is not None and not 0 < target < 0.5:
             raise ConfigError(
-                f"target_gradient_factor={target:g}: must lie between 0 and 0.5, an untrained "
+                f"target_grad_factor={target:g}: must lie between 0 and 0.5, an untrained "
                 "policy's; 0.1 to 0.2 is usual"
             )
         self.limit, self.target = limit, target
@@ -71,28 +73,29 @@ class Beta:
         """The beta of the next step."""
         if self.target is None or self._sum <= 0:
             return self.limit
+        # Solve sigmoid(-beta m / 2) = target for beta, at the running mean margin.
         logit = math.log(1 / self.target - 1)
         return min(max(2 * logit * self._weight / self._sum, self.limit / 10), self.limit)
 
-    def observe(self, margin: float) -> None:
+    def update(self, margin: float) -> None:
         """Take the mean margin of an optimizer step into the running mean."""
         if self.target is not None:
-            self._sum = MEMORY * self._sum + (1 - MEMORY) * margin
-            self._weight = MEMORY * self._weight + (1 - MEMORY)
+            self._sum = EMA_DECAY * self._sum + (1 - EMA_DECAY) * margin
+            self._weight = EMA_DECAY * self._weight + (1 - EMA_DECAY)
 
     def state_dict(self) -> dict[str, float]:
-        """Plain floats."""
+        """Return plain floats."""
         return {"margin_sum": self._sum, "margin_weight": self._weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state_dict()`, bit for bit."""
+        """Continue from `state_dict()`, bit-exactly."""
         self._sum, self._weight = state["margin_sum"], state["margin_weight"]
 
 
-class _AgainstReference:
-    """What both preference objectives hold: phases, the frozen reference, and beta's state.
+class _ReferenceObjective:
+    """The state of both preference objectives: phases, the frozen reference, and beta's state.
 
-    A call leaves the state alone.  After an optimizer step the training gives `observe` the mean
+    A call leaves the state alone.  After an optimizer step, training calls `update` with the mean
     margin of all its clips, so that beta depends on neither micro-batches nor ranks.
     """
 
@@ -101,43 +104,45 @@ class _AgainstReference:
         phases: Allocator,
         reference: Net,
         beta: float,
-        target_gradient_factor: float | None = None,
+        target_grad_factor: float | None = None,
     ):
         self.phases, self.reference = phases, reference
-        self.beta = Beta(beta, target_gradient_factor)
+        self.beta = AdaptiveBeta(beta, target_grad_factor)
 
-    def observe(self, margin: float) -> None:
-        """Take the mean margin of an optimizer step; beta follows it from the next step on."""
-        self.beta.observe(margin)
+    def update(self, margin: float) -> None:
+        """Take the mean margin of an optimizer step into the next step's beta."""
+        self.beta.update(margin)
 
     def state_dict(self) -> dict[str, float]:
-        """The running margin that beta follows; plain floats."""
+        """Return the running margin that beta follows, as plain floats."""
         return self.beta.state_dict()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state_dict()`."""
+        """Continue from `state_dict()`."""
         self.beta.load_state_dict(state)
 
     def _errors(self, net: Net, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Of the policy and of the reference, each [B]."""
+        """Return the errors of the policy and of the reference, each [B]."""
+        # The reference first, so that its activations are freed before the policy's graph is built.
         with torch.no_grad():
             reference = velocity_error(self.reference, batch, draws, self.phases)
         return velocity_error(net, batch, draws, self.phases), reference
 
     def _parts(self, margin: Tensor, beta: float) -> dict[str, Tensor]:
+        """Return the values to log of margins [B]."""
         margin = margin.detach()
         logits = beta / 2 * margin
         return {
             "margin": margin,
             "accuracy": (margin > 0).float(),
             "gradient_factor": (-logits).sigmoid(),
-            "saturated": (logits.abs() > SATURATED).float(),
+            "saturated": (logits.abs() > SATURATION_LOGIT).float(),
             "beta": torch.tensor(beta),
         }
 
 
 def stacked(pair: PreferencePair) -> Batch:
-    """Both halves as one batch of 2B, chosen first, under the same conditions."""
+    """Return both halves as one batch of 2B, chosen first, under the same conditions."""
     return Batch(
         latents=torch.cat([pair.chosen, pair.rejected]),
         conditions=Conditions(*(torch.cat([part, part]) for part in pair.conditions)),
@@ -147,13 +152,13 @@ def stacked(pair: PreferencePair) -> Batch:
     )
 
 
-class Preference(_AgainstReference):
+class Preference(_ReferenceObjective):
     """Flow-DPO on pairs, in the units of the supervised error.
 
     margin = (ref_c - pol_c) - (ref_r - pol_r), logit = (beta / 2) margin; the loss of the logit
-    (`pair_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that for "sigmoid" its gradient is
-    -sigmoid(-logit) grad(margin): beta only sets where it saturates.  `anchor` adds that multiple
-    of the chosen clip's error, which keeps both errors from rising together.
+    (`preference_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that "sigmoid" has the gradient
+    -sigmoid(-logit) grad(margin): beta only sets where it saturates.  `sft_weight` adds that
+    multiple of the chosen clip's error, which keeps both errors from rising together.
 
     Worked example: pol_c 1.0, ref_c 1.2, pol_r 1.5, ref_r 1.5, beta 10 give margin 0.2, logit 1,
     loss (2 / 10) log(1 + 1 / e) = 0.0627.
@@ -166,32 +171,35 @@ class Preference(_AgainstReference):
         beta: float,
         loss_type: str = "sigmoid",
         label_smoothing: float = 0.0,
-        anchor: float = 0.0,
-        target_gradient_factor: float | None = None,
+        sft_weight: float = 0.0,
+        target_grad_factor: float | None = None,
     ):
-        super().__init__(phases, reference, beta, target_gradient_factor)
+        super().__init__(phases, reference, beta, target_grad_factor)
         if loss_type not in PAIR_LOSSES:
             raise ConfigError(f"loss_type={loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}")
         if not 0 <= label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing={label_smoothing:g}: must lie in [0, 0.5)")
         if loss_type == "exo_pair" and label_smoothing == 0:
             raise ConfigError("loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3")
-        self.loss_type, self.label_smoothing, self.anchor = loss_type, label_smoothing, anchor
+        self.loss_type, self.label_smoothing = loss_type, label_smoothing
+        self.sft_weight = sft_weight
 
     def __call__(self, net: Net, batch: PreferencePair, draws: Draws) -> Loss:
-        """Parts: `preference` (the loss before scaling), margin and what follows, errors."""
+        """Return the loss; parts: `preference` (before scaling), margin and its figures, errors."""
+        # Both halves get the same noise, sigmas and uniforms.
         twice = Draws(*(torch.cat([part, part]) for part in draws))
         policy, reference = self._errors(net, stacked(batch), twice)
+        # The losses use trl's beta, which is half of Diffusion-DPO's.
         errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
         beta = self.beta.value
         loss = PAIR_LOSSES[self.loss_type](errors, beta / 2, self.label_smoothing)
         value = loss.mean() * error_units(self.loss_type, beta / 2)
         parts = {"preference": loss.detach(), **self._parts(errors.margin, beta)}
         parts |= {f"error/{name}": error.detach() for name, error in errors._asdict().items()}
-        return Loss(value + self.anchor * errors.chosen.mean(), parts)
+        return Loss(value + self.sft_weight * errors.chosen.mean(), parts)
 
 
-class NegativePreference(_AgainstReference):
+class NegativePreference(_ReferenceObjective):
     """The rejected half alone: -log sigmoid((beta / 2) (policy - reference)), times 2 / beta.
 
     Diffusion-DPO without its preferred term; published as the training cycle's second half, its
@@ -200,7 +208,7 @@ class NegativePreference(_AgainstReference):
     """
 
     def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
-        """`batch` holds rejected clips.  Parts as those of `Preference`."""
+        """Return the loss of rejected clips; parts as those of `Preference`."""
         policy, reference = self._errors(net, batch, draws)
         margin, beta = policy - reference, self.beta.value
         loss = smoothed(beta / 2 * margin, 0.0)

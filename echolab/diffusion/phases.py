@@ -1,11 +1,11 @@
 """Timestep phase-aware modality allocation (PhDA): how much each modality counts at a noise level.
 
-The curve is digitised from the published architecture figure (values from 0.5 to 1, ramp ends
+The curve is digitized from the published architecture figure (values from 0.5 to 1, ramp ends
 rounded to hundreds).  The figure does not say how the weights act; both readings are here:
 
-* `KeepModalities`: the weight is the probability that the modality is kept.  What is kept has
-  scale 1, as in the released inference code, and dropping it is what guidance needs.
-* `ScaleModalities`: the weight multiplies the modality's cross-attention output.
+* `ModalityDropout`: the weight is the probability that the modality is kept.  A kept modality has
+  scale 1, as in the released inference code, and guidance needs that it is dropped at times.
+* `ModalityScaling`: the weight multiplies the modality's cross-attention output.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Ramp(NamedTuple):
     end: float
 
     def __call__(self, timesteps: Tensor) -> Tensor:
-        """The ramp at timesteps in 0..1000, any shape."""
+        """Return the ramp at timesteps in 0..1000, any shape."""
         rise = ((timesteps.float() - self.start) / (self.end - self.start)).clamp(0, 1)
         return self.low + (self.high - self.low) * rise
 
@@ -41,7 +41,7 @@ class PhaseSchedule(NamedTuple):
     audio: Ramp
 
     def __call__(self, timesteps: Tensor) -> ModalityWeights:
-        """Weights at timesteps [B], each [B]."""
+        """Return the weights at timesteps [B], each [B]."""
         return ModalityWeights(*(ramp(timesteps) for ramp in self))
 
 
@@ -53,20 +53,21 @@ PHDA_BY_PROGRESS = PhaseSchedule(ALWAYS, Ramp(1.0, 0.5, 400.0, 700.0), Ramp(1.0,
 
 
 def _zeroed_unless(keep: Tensor, features: Tensor) -> Tensor:
-    """The features [B, ...] of the clips to keep [B], zeros for the others."""
+    """Return the features [B, ...] of the clips to keep [B], zeros for the others."""
     return features * keep.to(features.dtype).view(-1, *[1] * (features.ndim - 1))
 
 
 @dataclass(frozen=True)
-class KeepModalities:
-    """Zero the image or audio features of a clip where its uniform is not below the weight."""
+class ModalityDropout:
+    """Zero the image or audio features of a clip if its uniform is not below the weight."""
 
     schedule: PhaseSchedule
 
     def __call__(
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, None]:
-        """Conditions after the draw, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        """Return what is kept, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        # Text is never dropped: its weight is 1 in every published schedule.
         weights = self.schedule(timesteps)
         kept = conditions._replace(
             image=_zeroed_unless(uniforms[:, 0] < weights.image, conditions.image),
@@ -76,22 +77,22 @@ class KeepModalities:
 
 
 @dataclass(frozen=True)
-class ScaleModalities:
-    """Leave the conditions; scale what cross-attention makes of them."""
+class ModalityScaling:
+    """Leave the conditions; scale the outputs of cross-attention."""
 
     schedule: PhaseSchedule
 
     def __call__(
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, ModalityWeights]:
-        """The same conditions, and the weights [B] at timesteps [B]."""
+        """Return the same conditions, and the weights [B] at timesteps [B]."""
         return conditions, self.schedule(timesteps)
 
 
-def of_preferences(phases: Allocator) -> Allocator:
-    """What a preference is trained under: as `phases`, with nothing zeroed.
+def without_dropout(phases: Allocator) -> Allocator:
+    """Return the allocator of preference epochs: `phases`, with no modality dropped.
 
-    Both clips of a pair were made with every condition.  Teaching the preference to the network
-    without sound as well would move the branch that guidance subtracts.
+    Both clips of a pair were made with every condition.  Training the preference without audio as
+    well would move the branch that guidance subtracts.
     """
-    return KeepModalities(FLAT) if isinstance(phases, KeepModalities) else phases
+    return ModalityDropout(FLAT) if isinstance(phases, ModalityDropout) else phases

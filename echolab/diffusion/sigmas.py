@@ -1,6 +1,6 @@
 """Noise levels, and all the random numbers of a training step.
 
-A step's randomness is a pure function of (seed, epoch, sample key, draw index): the same clip meets
+The randomness of a step is a pure function of (seed, epoch, sample key, draw index): a clip gets
 the same noise on any rank, in any batch, before and after a resume.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from echolab.errors import ConfigError
 from echolab.types import Draws
 
-GRID = 1000  # training noise levels, as in Wan's scheduler
+TRAIN_LEVELS = 1000  # training noise levels, as in Wan's scheduler
 
 
 def shift_sigmas(u: Tensor, shift: float) -> Tensor:
@@ -25,40 +25,43 @@ def shift_sigmas(u: Tensor, shift: float) -> Tensor:
 
 
 def _shifted(levels: Tensor, shift: float) -> Tensor:
-    """A grid of levels [steps], shifted once and ended with 0: fp32 [steps + 1]."""
+    """Return levels [steps], shifted once and ended with 0: fp32 [steps + 1]."""
     return torch.cat([shift_sigmas(levels, shift), levels.new_zeros(1)]).float()
 
 
 def _even(top: float, bottom: float, steps: int, points: int) -> Tensor:
+    """Return evenly spaced levels in fp64; raise ConfigError for no steps."""
     if steps < 1:
         raise ConfigError(f"steps={steps}: sampling needs at least one step; set steps=1 or more")
     return torch.linspace(top, bottom, points, dtype=torch.float64)
 
 
 def sampling_sigmas(steps: int, shift: float) -> Tensor:
-    """The levels of a sampling run, from 1 down to 0.  [steps + 1]."""
+    """Return the levels of a sampling run, from 1 down to 0.  [steps + 1]."""
     return shift_sigmas(_even(1, 0, steps, steps + 1), shift).float()
 
 
 def wan_sigmas(steps: int, shift: float) -> Tensor:
-    """The levels of Wan's UniPC and DPM++ (`fm_solvers*.py`): evenly from 0.999 before the shift.
+    """Return the levels of Wan's UniPC and DPM++: evenly from 0.999 before the shift.
 
-    Both are built there with shift 1 and given shifted levels.  EchoMimicV3's preview scripts build
-    DPM++ with shift 5 and give it shifted levels too, which is a shift of 25: that is not copied.
+    In Wan's `fm_solvers*.py` both are built with shift 1 and given shifted levels.  EchoMimicV3's
+    preview scripts build DPM++ with shift 5 and give it shifted levels too, which is a shift of 25:
+    that is not copied.
     """
-    return _shifted(_even(1 - 1 / GRID, 0, steps, steps + 1)[:-1], shift)
+    return _shifted(_even(1 - 1 / TRAIN_LEVELS, 0, steps, steps + 1)[:-1], shift)
 
 
 def flow_match_sigmas(steps: int, shift: float) -> Tensor:
-    """The levels of diffusers' `FlowMatchEulerDiscreteScheduler`, as the released preview has them.
+    """Return the levels of diffusers' `FlowMatchEulerDiscreteScheduler`, as in the preview.
 
-    Evenly from 1 to the lowest training level, which is already shifted, then all of them shifted.
+    The levels lie evenly from 1 to the lowest training level, itself shifted, and are shifted then.
     """
-    lowest = float(shift_sigmas(torch.tensor(1 / GRID, dtype=torch.float64), shift))
+    # diffusers shifts its lowest level when it is built, and all levels again.
+    lowest = float(shift_sigmas(torch.tensor(1 / TRAIN_LEVELS, dtype=torch.float64), shift))
     return _shifted(_even(1, lowest, steps, steps), shift)
 
 
-GRIDS: dict[str, Callable[[int, float], Tensor]] = {
+SIGMA_SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
     "even": sampling_sigmas,
     "wan": wan_sigmas,
     "flow_match": flow_match_sigmas,
@@ -66,6 +69,7 @@ GRIDS: dict[str, Callable[[int, float], Tensor]] = {
 
 
 def _generator(seed: int, epoch: int, key: str, draw_index: int) -> torch.Generator:
+    """Return a generator that depends on nothing but its arguments."""
     digest = blake2b(f"{seed}/{epoch}/{draw_index}/{key}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -79,17 +83,19 @@ def draw(
     draw_index: int = 0,
     shift: float = 5.0,
 ) -> Draws:
-    """Noise, sigmas and uniforms for the clips named by `keys`, on the CPU in fp32.
+    """Draw noise, sigmas and uniforms for the clips named by `keys`, on the CPU in fp32.
 
     `shape` is (C, F, H, W) of one clip.  Sigma is uniform over the shifted grid of 1000 levels
     (VideoX-Fun `train.py`, `--uniform_sampling`), so it lies in (0, 1].  The small numbers are
-    drawn before the noise: a clip keeps its sigma when its size changes.
+    drawn before the noise, so that a clip keeps its sigma if its size changes.
     """
     levels, uniforms, noise = [], [], []
     for key in keys:
         generator = _generator(seed, epoch, key, draw_index)
-        levels.append(torch.randint(1, GRID + 1, (), generator=generator))
+        # The order of these three draws is part of what a seed means.
+        levels.append(torch.randint(1, TRAIN_LEVELS + 1, (), generator=generator))
         uniforms.append(torch.rand(2, generator=generator))
         noise.append(torch.randn(shape, generator=generator))
-    sigmas = shift_sigmas(torch.stack(levels).float() / GRID, shift)
+    # Uniform levels first, the shift afterwards, in fp32.
+    sigmas = shift_sigmas(torch.stack(levels).float() / TRAIN_LEVELS, shift)
     return Draws(torch.stack(noise), sigmas, torch.stack(uniforms))

@@ -1,1 +1,1 @@
-"""Frozen encoders: pictures, sound and text to what the network is given."""
+"""Frozen encoders: images, audio and text to the conditions of the network."""

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from echolab.encoders.files import from_folder, frozen, read_file, shape_of, take_over
 
-HEADS = 16  # of ViT-H; the shapes in a file do not tell
+HEADS = 16  # of ViT-H; shapes in a file do not determine it
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 WHAT = "the CLIP of Wan, models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -36,11 +36,12 @@ _TOP = {
 
 
 def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of Wan's vision tower, named without `visual.`, as those of CLIPVisionModel.
+    """Return a tensor of Wan's vision tower, named without `visual.`, as in CLIPVisionModel.
 
     Query, key and value are one tensor there and three here.
     Source: Wan-Video/Wan2.1, `wan/modules/clip.py`.
     """
+    # Split the index of the block from the name in it.
     block = re.match(r"transformer\.(\d+)\.", name)
     start, rest = (f"encoder.layers.{block[1]}.", name[block.end() :]) if block else ("", name)
     if rest.startswith("attn.to_qkv."):
@@ -57,19 +58,20 @@ def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-def squeeze(picture: Tensor, side: int) -> Tensor:
-    """A picture [3, Y, X] in [-1, 1] as CLIP takes it, [1, 3, side, side]: its sides are not kept.
+def resize(image: Tensor, side: int) -> Tensor:
+    """Return an image [3, Y, X] in [-1, 1] as CLIP takes it, [1, 3, side, side].
 
-    Bicubic without smoothing, as in the release.
+    Bicubic without smoothing, as in the release; the aspect ratio is not kept.
     """
     size = (side, side)
-    small = functional.interpolate(picture[None].float(), size, mode="bicubic", align_corners=False)
-    mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    # CLIP's own mean and spread, for pixels in [0, 1].
+    small = functional.interpolate(image[None].float(), size, mode="bicubic", align_corners=False)
+    mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (small / 2 + 0.5 - mean) / std
 
 
 class ImageEncoder:
-    """A picture [3, Y, X] in [-1, 1] to what leaves the last block but one: [257, D], fp32.
+    """Maps an image [3, Y, X] in [-1, 1] to the output of the last block but one: [257, D], fp32.
 
     The last block is dropped: nothing here uses it.
     """
@@ -79,18 +81,18 @@ class ImageEncoder:
         self.net = net
 
     @torch.no_grad()
-    def __call__(self, picture: Tensor | None) -> Tensor:
-        """Zeros where there is no picture."""
+    def __call__(self, image: Tensor | None) -> Tensor:
+        """Return the states; zeros for None."""
         config = self.net.config
-        if picture is None:
+        if image is None:
             return torch.zeros(self.net.embeddings.num_positions, config.hidden_size)
-        pixels = squeeze(picture.to(self.net.device), config.image_size)
+        pixels = resize(image.to(self.net.device), config.image_size)
         states = self.net(pixels.to(self.net.dtype)).last_hidden_state[0]
-        return states.float().to(picture.device)
+        return states.float().to(image.device)
 
 
 def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-    """The image encoder of a transformers folder, or of Wan's file in its original names."""
+    """Load the image encoder of a transformers folder, or of Wan's file in its original names."""
     net = (
         from_folder(CLIPVisionModel, path, dtype)
         if path.is_dir()
@@ -100,7 +102,8 @@ def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisionModel:
-    """The vision tower; the file's text tower and the projection to its space are not needed."""
+    """Return the vision tower; text tower and projection of the file are not needed."""
+    # Keep the vision tower, under transformers' names.
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_file(path).items():
         if name.startswith("visual.") and name != "visual.head":
@@ -116,14 +119,14 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisi
 
 def _config(tensors: Mapping[str, Tensor], path: Path) -> CLIPVisionConfig:
     width, _, patch, _ = shape_of(tensors, "embeddings.patch_embedding.weight", path, WHAT)
-    places = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
+    positions = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
     hidden = shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", path, WHAT)[0]
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=hidden,
         num_hidden_layers=len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers")}),
         num_attention_heads=HEADS,
-        image_size=patch * round((places - 1) ** 0.5),
+        image_size=patch * round((positions - 1) ** 0.5),
         patch_size=patch,
         hidden_act="gelu",
     )

@@ -1,4 +1,4 @@
-"""A clip to everything that training needs of it: latents, known latents a task, conditions."""
+"""Encode a clip for training: latents, known latents for each task, conditions."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.encoders.autoencoder import CausalAutoencoder
-from echolab.encoders.picture import encode_picture
-from echolab.encoders.sound import encode_sound
-from echolab.encoders.words import encode_words
-from echolab.tasks.masks import TASKS, face_tokens, grey_out, known_pixels, latent_known
+from echolab.encoders.demo_features import encode_audio, encode_caption, encode_image
+from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.geometry import WAN, LatentGeometry
+from echolab.tasks.masks import face_tokens, gray_out, known_pixels, latent_known
+from echolab.tasks.table import KNOWN_TASKS
 
 FACE_EMPHASIS, LIP_EMPHASIS = 1.0, 4.0  # added to the weight of the error there
 
 
 class Autoencoder(Protocol):
-    """Pixels [B, 3, T, Y, X] in [-1, 1] to normalised latents [B, 16, F, Y / 8, X / 8] and back."""
+    """Maps pixels [B, 3, T, Y, X] in [-1, 1] to normalized latents [B, C, F, H, W] and back."""
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -31,39 +31,44 @@ class Encoders(NamedTuple):
 
     video: Autoencoder
     text: Callable[[str], Tensor]  # caption -> [L, D]
-    image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without a picture
+    image: Callable[[Tensor | None], Tensor]  # [3, Y, X] -> [N, D]; zeros without an image
     audio: Callable[[Tensor, int], Tensor]  # samples, frames -> [2 T, D]; Flash: [T, layers, D]
     fingerprints: dict[str, str]
+    geometry: LatentGeometry = WAN
 
 
 def fingerprint(net: nn.Module) -> str:
-    """The sha256 of a network's tensors, by name."""
+    """Return the sha256 of a network's tensors, by name."""
     return hashlib.sha256(
         save({k: v.contiguous() for k, v in net.state_dict().items()})
     ).hexdigest()
 
 
 def demo_encoders(video: CausalAutoencoder) -> Encoders:
-    """The stand-ins around a fitted autoencoder."""
+    """Return the demo's encoders around a fitted autoencoder."""
     names = {"text": "word-pairs-32", "image": "patches-16", "audio": "log-mel-5x40"}
     return Encoders(
-        video, encode_words, encode_picture, encode_sound, {"video": fingerprint(video), **names}
-    )
+        video, encode_caption, encode_image, encode_audio,
+        {"video": fingerprint(video), **names}, video.geometry,
+    )  # fmt: skip
 
 
-def covered(boxes: Tensor, height: int, width: int) -> Tensor:
-    """The share of each latent's four frames in which boxes [T, 4] touch it: [1, F, H, W]."""
-    rows, columns = torch.arange(height) * 8 + 4, torch.arange(width) * 8 + 4  # centres in pixels
+def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
+    """Return the share of each latent's frames in which boxes [T, 4] touch it: [1, F, H, W]."""
+    side, stride = geometry.space_stride, geometry.time_stride
+    half = side // 2
+    # A latent counts as touched if its square of pixels meets the box.
+    rows, columns = torch.arange(height) * side + half, torch.arange(width) * side + half  # centers
     x0, y0, x1, y1 = (boxes[:, None, k] for k in range(4))
-    inside_y = ((rows >= y0 - 4) & (rows <= y1 + 4)).float()  # [T, H]
-    inside_x = ((columns >= x0 - 4) & (columns <= x1 + 4)).float()  # [T, W]
+    inside_y = ((rows >= y0 - half) & (rows <= y1 + half)).float()  # [T, H]
+    inside_x = ((columns >= x0 - half) & (columns <= x1 + half)).float()  # [T, W]
     frames = inside_y[:, :, None] * inside_x[:, None, :]
-    fours = torch.cat([frames[:1].expand(4, -1, -1), frames[1:]])
-    return rearrange(fours, "(f k) h w -> f k h w", k=4).mean(1)[None]
+    groups = torch.cat([frames[:1].expand(stride, -1, -1), frames[1:]])
+    return rearrange(groups, "(f k) h w -> f k h w", k=stride).mean(1)[None]
 
 
 def emphasis(face: Tensor, lips: Tensor) -> Tensor:
-    """How much each place counts, with mean 1, from what face and lips cover [1, F, H, W]."""
+    """Return the loss weight, of mean 1, from the shares of face and lips [1, F, H, W]."""
     weight = 1 + FACE_EMPHASIS * face + LIP_EMPHASIS * lips
     return weight / weight.mean()
 
@@ -72,9 +77,9 @@ def emphasis(face: Tensor, lips: Tensor) -> Tensor:
 def encode_clip(
     encoders: Encoders, pixels: Tensor, samples: Tensor, caption: str, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors of one encoded sample: pixels [3, T, Y, X] in [-1, 1], sound at 16 kHz."""
+    """Return the tensors of one sample: pixels [3, T, Y, X] in [-1, 1], audio at 16 kHz."""
     return {
-        **encode_pixels(encoders.video, pixels, face, lips),
+        **encode_pixels(encoders, pixels, face, lips),
         "text": encoders.text(caption),
         "image": encoders.image(pixels[:, 0]),
         "audio": encoders.audio(samples, pixels.shape[1]),
@@ -83,29 +88,33 @@ def encode_clip(
 
 @torch.no_grad()
 def encode_pixels(
-    video: Autoencoder, pixels: Tensor, face: Tensor, lips: Tensor
+    encoders: Encoders, pixels: Tensor, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """What is seen of a clip [3, T, Y, X]: latents, known latents a task, face, weight and lips.
+    """Return the visual tensors of a clip [3, T, Y, X]: latents, known latents, face, weight, lips.
 
-    `t2v` is given nothing, so it has no known latents: the network gets zeros.
+    A task that is given no pixels has no known latents: the network gets zeros.
     """
     _, frames, height, width = pixels.shape
-    tasks = [task for task in TASKS if task != "t2v"]
+    # The given pixels of each task, the rest gray.
     known = {
         task: known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
-        for task in tasks
+        for task in KNOWN_TASKS
     }
     moving = rearrange(pixels, "c t y x -> t c y x")
-    views = torch.stack([moving, *(grey_out(moving, known[task]) for task in tasks)])
-    latents = video.encode(rearrange(views, "n t c y x -> n c t y x"))
-    lip_cover = covered(lips, height // 8, width // 8)
+    # One call of the autoencoder for the clip and all its masked versions.
+    views = torch.stack([moving, *(gray_out(moving, known[task]) for task in KNOWN_TASKS)])
+    latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
+    geometry = encoders.geometry
+    size = geometry.latent_size(height, width)
+    # Where face and lips lie, at latent resolution.
+    lip_cover = covered(lips, *size, geometry)
     tensors = {
         "latents": latents[0],
-        "face": face_tokens(face, height // 8, width // 8),
-        "weight": emphasis(covered(face, height // 8, width // 8), lip_cover),
+        "face": face_tokens(face, *size, geometry),
+        "weight": emphasis(covered(face, *size, geometry), lip_cover),
         "lips": lip_cover,
     }
-    for place, task in enumerate(tasks, start=1):
-        tensors[f"known.{task}"] = latent_known(known[task])
-        tensors[f"known_latents.{task}"] = latents[place]
+    for index, task in enumerate(KNOWN_TASKS, start=1):
+        tensors[f"known.{task}"] = latent_known(known[task], geometry)
+        tensors[f"known_latents.{task}"] = latents[index]
     return tensors

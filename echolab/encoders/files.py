@@ -1,8 +1,8 @@
-"""Files of released encoders: which they are, what identifies them, and networks made of them.
+"""Files of released encoders: names, fingerprints, and the networks in them.
 
 A network comes from a folder as its library writes it (config.json and weights), or from a file in
 the names its authors used.  Such a file is mapped into memory and its tensors become the
-parameters: there is no second copy.  Nothing is unpickled but tensors.
+parameters: there is no second copy.  Only tensors are unpickled.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
 
 from echolab.errors import WeightsError
-from echolab.models.released import (
+from echolab.models.loading import (
     check_archive,
     check_precision,
     read_pickle,
@@ -30,14 +30,14 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_
 
 
 def need(path: Path, what: str) -> Path:
-    """`path`, which must be there; WeightsError says what it is."""
+    """Return `path`; raise WeightsError, which says what it is, if it is not there."""
     if not path.exists():
         raise WeightsError(f"{path}: not there; it is {what}: download or copy it")
     return path
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The weights of a folder that diffusers or transformers wrote, all shards of them."""
+    """Return the weights of a folder of diffusers or transformers, all shards of them."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -45,7 +45,9 @@ def weights_in(folder: Path) -> list[Path]:
             shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
             for shard in shards or [""]:
                 if Path(shard).name != shard or not shard:
-                    raise WeightsError(f"{index}: {shard!r} is no file beside it; copy it again")
+                    raise WeightsError(
+                        f"{index}: {shard!r} is no file in its folder; copy it again"
+                    )
             return [need(folder / shard, f"a shard that {index.name} names") for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
@@ -53,7 +55,7 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """One sha256 for files and their names, read in pieces; of one file alone it is its own."""
+    """Return one sha256 for files and their names; that of one file is its own."""
     digests = []
     for path in files:
         try:
@@ -67,7 +69,7 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, such as a config.json; WeightsError where there is none."""
+    """Return the object in a JSON file, such as a config.json; raise WeightsError."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -80,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or pickled file by name, mapped into memory."""
+    """Return the tensors of a .safetensors or pickled file by name, mapped into memory."""
     if not path.is_file():
         raise WeightsError(f"{path}: not there; download or copy it")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -89,7 +91,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, path: Path, what: str) -> tuple[int, ...]:
-    """The shape of a tensor that tells a network's size; without it the file is another one."""
+    """Return the shape of a tensor that determines a network's size; raise WeightsError."""
     if name not in tensors:
         some = next(iter(tensors), "nothing")
         raise WeightsError(
@@ -106,6 +108,7 @@ def take_over(
     dtype: torch.dtype,
 ) -> None:
     """Make `tensors` the parameters of `net`, which was built on the meta device; all or none."""
+    # Collect all faults, so that the error can count them.
     own = net.state_dict()
     faults = [f"lacks {name}" for name in own if name not in tensors]
     faults += [f"has {name}, which the network lacks" for name in tensors if name not in own]
@@ -123,7 +126,8 @@ def take_over(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No tables of tensors and no bars on standard error; what matters is told by an error."""
+    """Suppress the tables and progress bars of the libraries; faults are raised as errors."""
+    # Remember the levels, to restore them afterwards.
     before = [(log, log.get_verbosity()) for log in (transformers_log, diffusers_log)]
     bars = transformers_log.is_progress_bar_enabled()
     for log, _ in before:
@@ -141,16 +145,17 @@ def _quiet() -> Iterator[None]:
 def from_folder(
     network: Any, folder: Path, dtype: torch.dtype, *, unused: Collection[str] = ()
 ) -> Any:
-    """A network by its library's `from_pretrained`, whole: WeightsError where a tensor is missing.
+    """Load a network by its library's `from_pretrained`; raise WeightsError if a tensor is missing.
 
     The libraries draw missing tensors at random and warn.  `unused` names those without effect.
     """
+    # Check archives before the library opens them.
     need(folder / CONFIG, f"what {network.__name__} is made by")
     for file in weights_in(folder):
         check_archive(file)
     try:
         with _quiet():
-            net, told = network.from_pretrained(
+            net, report = network.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -158,9 +163,9 @@ def from_folder(
         raise WeightsError(
             f"{folder}: no {network.__name__} can be made of it ({line}); copy it again"
         ) from error
-    missing = sorted(name for name in told["missing_keys"] if name not in unused)
-    if missing or told["mismatched_keys"]:
-        what = f"lacks {missing[0]}" if missing else f"{told['mismatched_keys'][0]} does not fit"
+    missing = sorted(name for name in report["missing_keys"] if name not in unused)
+    if missing or report["mismatched_keys"]:
+        what = f"lacks {missing[0]}" if missing else f"{report['mismatched_keys'][0]} does not fit"
         raise WeightsError(
             f"{folder}: {what} ({len(missing)} missing); give a folder of {network.__name__}"
         )
@@ -168,5 +173,5 @@ def from_folder(
 
 
 def frozen(net: Any, device: torch.device) -> Any:
-    """A network as it is used here: on its device, never trained."""
+    """Return a network on its device, for use without training."""
     return net.to(device).eval().requires_grad_(False)

@@ -36,7 +36,7 @@ _TOP = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
 
 
 def to_transformers(name: str) -> str:
-    """The name in UMT5EncoderModel of a tensor of Wan's text encoder.
+    """Return the name in UMT5EncoderModel of a tensor of Wan's text encoder.
 
     Source: Wan-Video/Wan2.1, `wan/modules/t5.py`.
     """
@@ -49,17 +49,17 @@ def to_transformers(name: str) -> str:
 
 
 def as_written(text: str) -> str:
-    """The text itself: EchoMimicV3 and VideoX-Fun give it to the tokenizer as it is."""
+    """Return the text itself, as EchoMimicV3 and VideoX-Fun give it to the tokenizer."""
     return text
 
 
 def cleaned(text: str) -> str:
-    """What Wan and diffusers make of a text: no mojibake, entities or runs of white space."""
+    """Return a text as Wan and diffusers clean it: no mojibake, entities or runs of spaces."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 class TextEncoder:
-    """A text to its states [512, D] in fp32, zero after its end."""
+    """Maps a text to its states [512, D] in fp32, zero after its end."""
 
     def __init__(
         self, net: UMT5EncoderModel, tokenizer: Tokenizer, clean: Callable[[str], str]
@@ -68,7 +68,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
-        """What is over 512 tokens is cut, with a warning; the last token is the end of the text."""
+        """Return the states; a text of over 512 tokens is cut, with a warning."""
         encoded = self.tokenizer.encode(self.clean(text))
         tokens = encoded.ids
         if encoded.overflowing:
@@ -79,12 +79,13 @@ class TextEncoder:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder such as `google/umt5-xxl`, by its tokenizer.json alone."""
+    """Load the tokenizer of a folder such as `google/umt5-xxl`, from its tokenizer.json."""
     path = need(folder / "tokenizer.json", "the tokenizer of google/umt5-xxl")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no class of its own
         raise WeightsError(f"{path}: damaged ({error}); download or copy it again") from error
+    # Padding would only cost time: states after the end are zeros.
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     if tokenizer.encode("a").tokens[-1:] != [END]:
@@ -100,13 +101,14 @@ def load_text_encoder(
     *,
     clean: Callable[[str], str] = as_written,
 ) -> TextEncoder:
-    """The text encoder of a transformers folder, or of Wan's file in its original names."""
+    """Load the text encoder of a transformers folder, or of Wan's file in its original names."""
     tokenizer = load_tokenizer(tokenizer_folder)
     net = (
         from_folder(UMT5EncoderModel, path, dtype)
         if path.is_dir()
         else _from_file(path, device, dtype)
     )
+    # A tokenizer of another model would index beyond the table.
     words, rows = tokenizer.get_vocab_size(), net.shared.weight.shape[0]
     if words > rows:
         raise WeightsError(
@@ -118,6 +120,7 @@ def load_text_encoder(
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
     tensors = {to_transformers(name): tensor for name, tensor in read_file(path).items()}
+    # All sizes of the network follow from shapes in the file.
     vocabulary, width = shape_of(tensors, "shared.weight", path, WHAT)
     first = "encoder.block.0.layer.{}.weight"
     attention = shape_of(tensors, first.format("0.SelfAttention.q"), path, WHAT)[0]

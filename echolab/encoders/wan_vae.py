@@ -21,9 +21,10 @@ from echolab.encoders.files import (
     take_over,
 )
 from echolab.errors import WeightsError
+from echolab.geometry import WAN
 
-CHANNELS = 16
-WHAT = "the VAE of Wan 2.1 (16 channels)"
+CHANNELS = WAN.channels
+WHAT = f"the VAE of Wan 2.1 ({CHANNELS} channels)"
 
 _TOP = {
     "conv1.": "quant_conv.",
@@ -47,32 +48,34 @@ _UP_PARTS = 4  # of a stage of the decoder: three residual blocks, then what mak
 
 
 def to_diffusers(name: str) -> str:
-    """The name in AutoencoderKLWan of a tensor of Wan2.1_VAE.pth.
+    """Return the name in AutoencoderKLWan of a tensor of Wan2.1_VAE.pth.
 
     Source: diffusers, `scripts/convert_wan_to_diffusers.py`.
     """
     for old, new in _TOP.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
-    found = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
-    if not found:
+    match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
+    if not match:
         return name
-    half, part, number, rest = found.groups()
+    # Names within a residual block.
+    half, part, number, rest = match.groups()
     for old, new in _RESIDUAL.items():
         rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
     if part == "middle":
         return f"{half}.mid_block.{_MIDDLE.get(number, number + '.')}{rest}"
     if part == "downsamples":  # the encoder keeps one row of blocks
         return f"{half}.down_blocks.{number}.{rest}"
-    stage, place = divmod(int(number), _UP_PARTS)
-    block = "upsamplers.0" if place == _UP_PARTS - 1 else f"resnets.{place}"
+    # The decoder groups its blocks by stage.
+    stage, index = divmod(int(number), _UP_PARTS)
+    block = "upsamplers.0" if index == _UP_PARTS - 1 else f"resnets.{index}"
     return f"{half}.up_blocks.{stage}.{block}.{rest}"
 
 
 class WanAutoencoder:
-    """Pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, 16, F, H, W] and back.
+    """Maps pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, 16, F, H, W] and back.
 
-    Latents are the posterior's mode, normalised by the mean and spread of each channel; diffusers
+    Latents are the posterior's mode, normalized by the mean and spread of each channel; diffusers
     leaves them raw.  Results are fp32 and lie where the input lay.  `slicing` takes one clip at a
     time, `tiling` pieces of 256 x 256 pixels that are blended: both need less memory, and only
     slicing changes nothing.
@@ -84,21 +87,21 @@ class WanAutoencoder:
             net.enable_slicing()
         if tiling:
             net.enable_tiling()
-        place = next(net.parameters()).device
+        device = next(net.parameters()).device
         shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(net.config.latents_mean, device=place).view(shape)
-        self.std = torch.tensor(net.config.latents_std, device=place).view(shape)
+        self.mean = torch.tensor(net.config.latents_mean, device=device).view(shape)
+        self.std = torch.tensor(net.config.latents_std, device=device).view(shape)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised latents of clips of 4n + 1 frames, with sides that are multiples of 8."""
+        """Return normalized latents of clips of 4n + 1 frames, with sides of multiples of 8."""
         parameter = next(self.net.parameters())
         raw = self.net.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mode()
         return ((raw.float() - self.mean) / self.std).to(pixels.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of normalised latents, clipped to [-1, 1]."""
+        """Return pixels of normalized latents, clipped to [-1, 1]."""
         parameter = next(self.net.parameters())
         raw = latents.to(parameter.device, torch.float32) * self.std + self.mean
         return self.net.decode(raw.to(parameter.dtype)).sample.float().to(latents.device)
@@ -112,7 +115,7 @@ def load_autoencoder(
     slicing: bool = True,
     tiling: bool = False,
 ) -> WanAutoencoder:
-    """The autoencoder of a diffusers `vae` folder, or of Wan2.1_VAE.pth (or .safetensors).
+    """Load the autoencoder of a diffusers `vae` folder, or of Wan2.1_VAE.pth (or .safetensors).
 
     Raises WeightsError, in one line, for one of other channels.
     """
@@ -121,6 +124,7 @@ def load_autoencoder(
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
+    # Wan 2.2's VAE has 48 channels: refuse it before it is loaded.
     config = read_json(folder / CONFIG)
     _check_channels(folder / CONFIG, "z_dim", config.get("z_dim", CHANNELS))
     for key in ("latents_mean", "latents_std"):
@@ -131,6 +135,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
+    # The authors' names, or already diffusers'.
     tensors = read_file(path)
     if "post_quant_conv.weight" not in tensors:
         tensors = {to_diffusers(name): tensor for name, tensor in tensors.items()}
@@ -145,6 +150,7 @@ def _size(tensors: Mapping[str, Tensor], layer: str, path: Path) -> int:
     return shape_of(tensors, f"{layer}.weight", path, WHAT)[0]
 
 
-def _check_channels(path: Path, what: str, found: int) -> None:
-    if found != CHANNELS:
-        raise WeightsError(f"{path}: {what} is {found}, need {CHANNELS}: give {WHAT}")
+def _check_channels(path: Path, what: str, channels: int) -> None:
+    """Raise WeightsError for another number of channels."""
+    if channels != CHANNELS:
+        raise WeightsError(f"{path}: {what} is {channels}, need {CHANNELS}: give {WHAT}")

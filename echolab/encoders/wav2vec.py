@@ -1,4 +1,4 @@
-"""Speech by wav2vec2 (transformers): two tokens a frame for preview, all layers for Flash.
+"""Audio features by wav2vec2 (transformers): two tokens a frame for preview, all layers for Flash.
 
 Both compute in fp32, as the release does: the network is small.
 """
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
+from echolab.encoders.demo_features import RATE_HZ, SAMPLES_PER_FRAME, check_length
 from echolab.encoders.files import from_folder, frozen, need
-from echolab.encoders.sound import RATE_HZ, SAMPLES_PER_FRAME, check_length
 from echolab.errors import MediaError, WeightsError
 
 LOUDNESS_LUFS = -23.0
-BLOCK_SECONDS = 0.4  # the shortest sound that has a loudness
+BLOCK_SECONDS = 0.4  # the shortest audio that has a loudness
 EXTRACTOR = "preprocessor_config.json"
 UNUSED = ("masked_spec_embed",)  # of training; wav2vec2-base-960h lacks it
 
 
 def least_samples(net: Wav2Vec2Model, tokens: int) -> int:
-    """The fewest samples of which wav2vec2's convolutions make `tokens` tokens."""
+    """Return the fewest samples of which wav2vec2's convolutions make `tokens` tokens."""
+    # Walk the convolutions backwards from the tokens to the samples.
     length = tokens
     steps = zip(net.config.conv_kernel, net.config.conv_stride, strict=True)
     for kernel, stride in reversed(list(steps)):
@@ -32,12 +33,13 @@ def least_samples(net: Wav2Vec2Model, tokens: int) -> int:
 
 
 def at_loudness(samples: Tensor, lufs: float = LOUDNESS_LUFS) -> Tensor:
-    """Sound [n] at 16 kHz brought to an integrated loudness; silence stays silence."""
+    """Return audio [n] at 16 kHz at an integrated loudness; silence stays silence."""
     if len(samples) < BLOCK_SECONDS * RATE_HZ:
         raise MediaError(
-            f"sound of {len(samples)} samples ({len(samples) / RATE_HZ:.2f} s) has no loudness, "
+            f"audio of {len(samples)} samples ({len(samples) / RATE_HZ:.2f} s) has no loudness, "
             f"need {BLOCK_SECONDS} s; give a longer clip"
         )
+    # Silence has no finite loudness.
     wave = samples.double().numpy()
     loudness = pyloudnorm.Meter(RATE_HZ).integrated_loudness(wave)
     if not np.isfinite(loudness):
@@ -46,69 +48,72 @@ def at_loudness(samples: Tensor, lufs: float = LOUDNESS_LUFS) -> Tensor:
 
 
 class SpeechEncoder:
-    """What both ways share: the network, and the feature extractor that normalises the sound."""
+    """The network, and the feature extractor that normalizes its input."""
 
     def __init__(self, net: Wav2Vec2Model, extractor: Wav2Vec2FeatureExtractor) -> None:
         self.net, self.extractor = net, extractor
 
-    def normalised(self, samples: Tensor) -> Tensor:
-        """Sound [n] as the network takes it, [1, n] on its device."""
+    def normalized(self, samples: Tensor) -> Tensor:
+        """Return audio [n] as the network takes it, [1, n] on its device."""
         wave = samples.float().cpu().numpy()
         values = self.extractor(wave, sampling_rate=RATE_HZ, return_tensors="pt").input_values
         return values.to(self.net.device, torch.float32)
 
 
 class PreviewSpeech(SpeechEncoder):
-    """Sound to the last hidden state, two tokens a frame: [2 T, 768]."""
+    """Maps audio to the last hidden state, two tokens a frame: [2 T, 768]."""
 
     @torch.no_grad()
     def __call__(self, samples: Tensor, frames: int) -> Tensor:
-        """Sound [n] in [-1, 1] at 16 kHz, at least as long as the clip, to exactly 2 T tokens.
+        """Return exactly 2 T tokens of audio [n] in [-1, 1] at 16 kHz.
 
-        As in the release, the network hears all of the sound, and the tokens are then cut.  Of a
-        sound as long as its clip it makes 2 T - 1, and the release fails; here zeros, 80 samples at
-        most, follow it.  Raises MediaError where the sound is shorter than the clip.
+        As in the release, the network gets all of the audio, and the tokens are then cut.  Of audio
+        as long as its clip it makes 2 T - 1, and the release fails; here zeros, 80 samples at most,
+        are added.  Longer audio is allowed.  Raises MediaError for audio shorter than the clip.
         """
         check_length(samples, frames)
-        values = self.normalised(samples)
+        values = self.normalized(samples)
+        # Pad with zeros, so that there are enough tokens.
         short = max(0, least_samples(self.net, 2 * frames) - values.shape[1])
         states = self.net(functional.pad(values, (0, short))).last_hidden_state[0]
         return states[: 2 * frames].cpu()
 
 
 class FlashSpeech(SpeechEncoder):
-    """Sound to every layer's states, one vector a frame: [T, 12, 768]."""
+    """Maps audio to the states of every layer, one vector a frame: [T, 12, 768]."""
 
     @torch.no_grad()
     def __call__(self, samples: Tensor, frames: int) -> Tensor:
-        """Sound [n] in [-1, 1] at 16 kHz, at least as long as the clip.
+        """Return the states of audio [n] in [-1, 1] at 16 kHz, as long as the clip or longer.
 
-        The loudness is that of all of the sound; what the network hears is cut to the clip, and
-        the convolutions' features are stretched to T positions before the transformer.
+        The loudness is that of all of the audio; the network's input is cut to the clip, and the
+        convolutions' features are stretched to T positions before the transformer.
         """
         check_length(samples, frames)
+        # Loudness of all audio, then cut to the clip.
         loud = at_loudness(samples.float().cpu())[: frames * SAMPLES_PER_FRAME]
 
         def to_frames(net: nn.Module, inputs: tuple[Tensor], features: Tensor) -> Tensor:
             return functional.interpolate(features, frames, mode="linear", align_corners=True)
 
         with self.net.feature_extractor.register_forward_hook(to_frames):
-            states = self.net(self.normalised(loud), output_hidden_states=True).hidden_states
+            states = self.net(self.normalized(loud), output_hidden_states=True).hidden_states
         return torch.stack(states[1:], dim=2)[0].cpu()
 
 
 def load_preview_speech(folder: Path, device: torch.device) -> PreviewSpeech:
-    """The encoder of the preview model, from a folder such as facebook/wav2vec2-base-960h."""
+    """Load the encoder of the preview model, from a folder such as facebook/wav2vec2-base-960h."""
     return PreviewSpeech(*_load(folder, device))
 
 
 def load_flash_speech(folder: Path, device: torch.device) -> FlashSpeech:
-    """The encoder of Flash, from a folder such as TencentGameMate/chinese-wav2vec2-base."""
+    """Load the encoder of Flash, from a folder such as TencentGameMate/chinese-wav2vec2-base."""
     return FlashSpeech(*_load(folder, device))
 
 
 def _load(folder: Path, device: torch.device) -> tuple[Wav2Vec2Model, Wav2Vec2FeatureExtractor]:
-    path = need(folder / EXTRACTOR, "how wav2vec2's sound is normalised")
+    """Load network and feature extractor of a folder; raise WeightsError."""
+    path = need(folder / EXTRACTOR, "how wav2vec2's input is normalized")
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

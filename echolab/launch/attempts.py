@@ -1,4 +1,4 @@
-"""What the records of all supervisors of a launch come to: one attempt, with one verdict."""
+"""Attempts of a run: the records of all supervisors of a launch, merged into one verdict."""
 
 import signal
 import time
@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from echolab.launch import slurm
-from echolab.launch.blame import (
+from echolab.launch.diagnosis import (
     Observation,
     Verdict,
-    culprit,
+    find_root_cause,
     in_collective,
-    is_echo,
-    witness,
-)  # fmt: skip
-from echolab.launch.evidence import BY_SIGNAL, Evidence, read_evidence
+    is_secondary_failure,
+    root_cause_observation,
+)
 from echolab.launch.exit_codes import CAUSES, Cause
-from echolab.launch.layout import this_host
-from echolab.launch.records import NodeRecord, alive, newest_checkpoint, read_launches
+from echolab.launch.launch_records import (
+    BY_SIGNAL,
+    NodeRecord,
+    SlurmRecord,
+    is_alive,
+    newest_checkpoint,
+    read_launches,
+    read_slurm_record,
+)
+from echolab.launch.topology import this_host
 
 RUNNING = "running"
-# Of several supervisors' words on an end without failure, the first here counts.
+# If supervisors recorded different planned ends, the first in this list counts.
 ENDS = (
     "interrupted", "preempted_unsaved", "pruned", "stop", "memory", "time", "preempted", "done",
 )  # fmt: skip
@@ -32,101 +39,105 @@ class Attempt(NamedTuple):
 
     launch: str
     cause: str  # of exit_codes.CAUSES, or running
-    rank: int  # to blame, -1 where nobody is
-    host: str  # its own, "" where it is not known
+    rank: int  # root cause, -1 if none
+    host: str  # of that rank, "" if unknown
     section: str
     step: int
     detail: str
     exit_code: int  # -1 while running
     started: float
-    ended: float  # or when a record was written last
-    elapsed: float  # seconds between the two, though the clock was set meanwhile
+    ended: float  # or time of the last record
+    elapsed: float  # seconds between the two, also if the clock was set in between
     hosts: tuple[str, ...]
-    first_step: int  # the first that was told, -1 where none was
+    first_step: int  # the first that was recorded, -1 if none
     last_step: int
     checkpoint_before: int  # step of the newest, -1 without
     checkpoint: int
     seconds: dict[str, float]  # of the first rank, by section
     save_seconds: float  # the longest save
-    waited: float  # seconds, for the launch before to leave
+    waited: float  # seconds for the previous launch to leave
     last_section: str  # of the first rank
-    last_stay: float  # of the first rank in it
+    last_stay: float  # seconds of the first rank in it
     stack: str
-    earliest: str  # the earliest exception of any rank that is not an echo
+    first_error: str  # the earliest exception of any rank that is not secondary
 
     @property
-    def why(self) -> Cause | None:
-        """What the cause means; None while running."""
+    def definition(self) -> Cause | None:
+        """Definition of the cause; None while running."""
         return CAUSES.get(self.cause)
 
     @property
     def progressed(self) -> bool:
-        """Whether a checkpoint was made."""
+        """Whether a checkpoint was saved."""
         return self.checkpoint > self.checkpoint_before
 
 
-def attempts_of(run: Path, *, over: bool = False) -> list[Attempt]:
-    """Every launch of a run, the oldest first.
+def attempts_of(run: Path, *, assume_ended: bool = False) -> list[Attempt]:
+    """Return every launch of a run, the oldest first.
 
-    With `over` no supervisor works any more: who told no end is lost.
+    If `assume_ended`, nodes that never recorded an end count as lost.
     """
     launches = read_launches(run)
-    merged = []
-    for number, records in enumerate(launches):
-        lost = [r.supervisor for r in records if r.ended is None]
-        missing = set(range(records[0].supervisors)) - {r.supervisor for r in records}
-        told_none = [*lost, *sorted(missing)]
-        later = launches[number + 1 :]
-        lives = not over and not later and _lives(records)
-        evidence = read_evidence(run, records[0].launch)
-        one = merge(records, lost=told_none, lives=lives, evidence=evidence)
-        if told_none:  # their last words may be older than the last checkpoint
-            seen = min(r.checkpoint_before for r in later[0]) if later else newest_checkpoint(run)
-            one = _with_its_last_save(one, seen)
-        merged.append(one)
-    return merged
+    attempts = []
+    for index, records in enumerate(launches):
+        # Supervisors without a recorded end, or without any record.
+        unfinished = [r.supervisor for r in records if r.ended is None]
+        missing = set(range(records[0].num_supervisors)) - {r.supervisor for r in records}
+        lost = [*unfinished, *sorted(missing)]
+        later = launches[index + 1 :]
+        running = not assume_ended and not later and _is_running(records)
+        slurm_record = read_slurm_record(run, records[0].launch)
+        attempt = merge(records, lost=lost, running=running, slurm_record=slurm_record)
+        if lost:  # their last records may be older than the last checkpoint
+            newest = min(r.checkpoint_before for r in later[0]) if later else newest_checkpoint(run)
+            attempt = _with_last_checkpoint(attempt, newest)
+        attempts.append(attempt)
+    return attempts
 
 
-def _with_its_last_save(attempt: Attempt, newest: int) -> Attempt:
-    """The checkpoint that one published after its last words; then it was stopped, saved."""
-    found = attempt._replace(checkpoint=max(attempt.checkpoint, newest))
+def _with_last_checkpoint(attempt: Attempt, newest: int) -> Attempt:
+    """Add a checkpoint that was published after the last record; the attempt then ended saved."""
+    updated = attempt._replace(checkpoint=max(attempt.checkpoint, newest))
     if attempt.cause == "preempted_unsaved" and newest >= max(attempt.last_step, 1):
-        return found._replace(cause="preempted", exit_code=CAUSES["preempted"].exit_code)
-    return found
+        return updated._replace(cause="preempted", exit_code=CAUSES["preempted"].exit_code)
+    return updated
 
 
-def _lives(records: Sequence[NodeRecord]) -> bool:
-    """Whether a supervisor of the last launch is at work, where it is seen or Slurm sees it."""
+def _is_running(records: Sequence[NodeRecord]) -> bool:
+    """Return whether a supervisor of the last launch runs, by this host or by Slurm."""
     host, now = this_host(), time.time()
-    living = [record for record in records if alive(record, host, now)]
-    if not living or any(record.host == host for record in living):
-        return bool(living)
-    return slurm.state_of(records[0].launch) not in ("over", "anew")
+    alive = [record for record in records if is_alive(record, host, now)]
+    if not alive or any(record.host == host for record in alive):
+        return bool(alive)
+    return slurm.state_of(records[0].launch) not in ("over", "restarted")
 
 
 def merge(
     records: Sequence[NodeRecord],
     *,
     lost: Sequence[int],
-    lives: bool,
-    evidence: Evidence | None = None,
+    running: bool,
+    slurm_record: SlurmRecord | None = None,
 ) -> Attempt:
-    """One attempt of its supervisors' records; `lost` told no end, `lives`: some are at work."""
-    seen = [o for record in records for o in record.observations]
-    verdict = Verdict(-1, RUNNING, "") if lives else _verdict(records, seen, lost, evidence)
-    observed = witness(verdict.rank, verdict.cause, seen)
-    own = next((r for r in records if verdict.rank in r.ranks), records[0])
+    """Merge the records of a launch's supervisors; those in `lost` recorded no end."""
+    observations = [o for record in records for o in record.observations]
+    if running:
+        verdict = Verdict(-1, RUNNING, "")
+    else:
+        verdict = _verdict(records, observations, lost, slurm_record)
+    observation = root_cause_observation(verdict.rank, verdict.cause, observations)
+    record = next((r for r in records if verdict.rank in r.ranks), records[0])
     return Attempt(
         launch=records[0].launch,
         cause=verdict.cause,
         rank=verdict.rank,
         host=_host(verdict, records),
-        section=observed.section if observed else own.section,
-        step=observed.step if observed else own.last_step,
+        section=observation.section if observation else record.section,
+        step=observation.step if observation else record.last_step,
         detail=verdict.detail,
         exit_code=_exit_code(records, verdict.cause),
         started=min(r.started for r in records),
-        ended=max(r.ended or r.seen for r in records),
+        ended=max(r.ended or r.written_at for r in records),
         elapsed=_elapsed(records),
         hosts=tuple(dict.fromkeys(r.host for r in records)),
         first_step=records[0].first_step,
@@ -138,38 +149,43 @@ def merge(
         waited=max(r.waited for r in records),
         last_section=records[0].section,
         last_stay=records[0].stay,
-        stack=observed.stack if observed else "",
-        earliest=earliest(seen),
+        stack=observation.stack if observation else "",
+        first_error=first_error(observations),
     )
 
 
 def _elapsed(records: Sequence[NodeRecord]) -> float:
-    """Return the seconds from the first start to the last word.
+    """Return the seconds from the first start to the last record.
 
-    The starts of several nodes are compared by their clocks, which are seconds apart at most; where
-    it is more, a clock was set.  Records of older versions tell no more than clocks.
+    Starts of several nodes are compared by their clocks, which usually agree within seconds.  A
+    larger difference means that a clock was set, and is ignored.
     """
     first = min(r.started for r in records)
-    apart = {r.supervisor: r.started - first for r in records}
-    known = [r.ran + (apart[r.supervisor] if apart[r.supervisor] < r.ran else 0.0) for r in records]
-    return max(known) or max(max(r.ended or r.seen for r in records) - first, 0.0)
+    offsets = {r.supervisor: r.started - first for r in records}
+    elapsed = [
+        r.elapsed + (offsets[r.supervisor] if offsets[r.supervisor] < r.elapsed else 0.0)
+        for r in records
+    ]
+    return max(elapsed) or max(max(r.ended or r.written_at for r in records) - first, 0.0)
 
 
 def _verdict(
     records: Sequence[NodeRecord],
-    seen: Sequence[Observation],
+    observations: Sequence[Observation],
     lost: Sequence[int],
-    evidence: Evidence | None,
+    slurm_record: SlurmRecord | None,
 ) -> Verdict:
-    found = culprit(seen)
-    if found is None or found.cause in BY_SIGNAL or _only_waits(found, seen):
-        if verdict := _of_a_node(records, found, lost, evidence):
-            return verdict
-    if found:
-        asked = next((r for r in records if r.cause == "preempted_unsaved"), None)
-        if found.cause == "hang" and asked:  # it was given no more time than the signal left
-            return Verdict(found.rank, asked.cause, asked.detail)
-        return found
+    verdict = find_root_cause(observations)
+    # A lost node explains a failure better than a rank that only waited for it.
+    if verdict is None or verdict.cause in BY_SIGNAL or _only_waits(verdict, observations):
+        if node_verdict := _node_verdict(records, verdict, lost, slurm_record):
+            return node_verdict
+    if verdict:
+        stopped = next((r for r in records if r.cause == "preempted_unsaved"), None)
+        if verdict.cause == "hang" and stopped:  # the signal left it no more time
+            return Verdict(verdict.rank, stopped.cause, stopped.detail)
+        return verdict
+    # No rank failed: the causes that the supervisors recorded, a failure before a planned end.
     causes = [record.cause for record in records]
     failed = [cause for cause in causes if cause and cause not in ENDS]
     worst = failed[0] if failed else next((c for c in ENDS if c in causes), causes[0])
@@ -177,76 +193,80 @@ def _verdict(
     return Verdict(-1 if worst == "done" else record.rank, worst, record.detail)
 
 
-def _of_a_node(
+def _node_verdict(
     records: Sequence[NodeRecord],
-    found: Verdict | None,
+    verdict: Verdict | None,
     lost: Sequence[int],
-    evidence: Evidence | None,
+    slurm_record: SlurmRecord | None,
 ) -> Verdict | None:
-    """A node that was lost, or a job that was killed before it could save; None for neither.
+    """Return a verdict for a lost node or a job that was killed before it could save; else None.
 
-    Those nodes are lost which Slurm does not reach: that is then why it stopped the job, were there
-    time to save or not.  Of those that told no end also which alone did not hear its signal.  Where
-    it reaches all, and ended the job, it was a preemption.
+    Nodes that Slurm cannot reach are lost, and that is then why it stopped the job, saved or not.
+    So are those that alone did not receive its signal.  If Slurm reaches all nodes and ended the
+    job, it was a preemption.
     """
-    stopped = any(record.cause in BY_SIGNAL for record in records)
-    if not (lost or found or stopped):
+    by_signal = any(record.cause in BY_SIGNAL for record in records)
+    if not (lost or verdict or by_signal):
         return None
-    down = evidence.down if evidence else ()
-    if gone := [record for record in records if record.host in down]:
-        state = f" ({evidence.state})" if evidence and evidence.state else ""
-        names = ", ".join(dict.fromkeys(record.host for record in gone))
+    down = slurm_record.down if slurm_record else ()
+    if down_records := [record for record in records if record.host in down]:
+        state = f" ({slurm_record.state})" if slurm_record and slurm_record.state else ""
+        names = ", ".join(dict.fromkeys(record.host for record in down_records))
         saved = ", saved" if any(record.cause == "preempted" for record in records) else ""
-        return Verdict(gone[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
-    if not lost or (found and found.cause in BY_SIGNAL):
+        return Verdict(down_records[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
+    if not lost or (verdict and verdict.cause in BY_SIGNAL):
         return None
+    # Of the supervisors without an end: those that received no signal.
     silent = [record for record in records if record.supervisor in lost]
-    deaf = [record for record in silent if not record.asked]
-    asked = next((record.asked for record in records if record.asked), 0)
-    preempted = evidence is not None and evidence.job_ended and len(deaf) in (0, len(records))
-    if preempted or (asked and not deaf):
-        how = signal.Signals(asked).name if asked else "killed by Slurm without a signal before"
-        return Verdict(-1, "preempted_unsaved", how)
-    if asked:
-        names = ", ".join(dict.fromkeys(record.host for record in deaf))
-        return Verdict(deaf[0].ranks[0], "node_lost", f"{names} did not hear the signal to stop")
-    told = {record.supervisor: record for record in silent}
+    unsignaled = [record for record in silent if not record.stop_signal]
+    number = next((record.stop_signal for record in records if record.stop_signal), 0)
+    job_ended = slurm_record is not None and slurm_record.job_ended
+    if (job_ended and len(unsignaled) in (0, len(records))) or (number and not unsignaled):
+        detail = signal.Signals(number).name if number else "killed by Slurm without a signal"
+        return Verdict(-1, "preempted_unsaved", detail)
+    if number:
+        names = ", ".join(dict.fromkeys(record.host for record in unsignaled))
+        rank = unsignaled[0].ranks[0]
+        return Verdict(rank, "node_lost", f"{names} did not receive the signal to stop")
+    hosts = {record.supervisor: record.host for record in silent}
     rank = silent[0].ranks[0] if silent else -1
-    which = ", ".join(told[n].host if n in told else f"supervisor {n}" for n in lost)
-    return Verdict(rank, "node_lost", f"no end was told by {which}")
+    names = ", ".join(hosts.get(index, f"supervisor {index}") for index in lost)
+    return Verdict(rank, "node_lost", f"no end recorded by {names}")
 
 
 def _host(verdict: Verdict, records: Sequence[NodeRecord]) -> str:
-    """Of the rank to blame; of an end that nobody is to blame for, that of the first."""
+    """Return the host of the root-cause rank; for a planned end that of the first rank."""
     if verdict.rank < 0 and verdict.cause not in (*ENDS, RUNNING):
         return ""
     hosts = [record.host for record in records if verdict.rank in record.ranks or verdict.rank < 0]
     return hosts[0] if hosts else ""
 
 
-def _only_waits(verdict: Verdict, seen: Sequence[Observation]) -> bool:
-    """Whether the best that was found is a rank that missed another."""
-    one = witness(verdict.rank, verdict.cause, seen)
-    assert one
-    echoed = one.failure is not None and is_echo(one.failure)
-    return echoed or (verdict.cause == "hang" and in_collective(one.stack))
+def _only_waits(verdict: Verdict, observations: Sequence[Observation]) -> bool:
+    """Return whether the verdict names a rank that only missed another rank."""
+    observation = root_cause_observation(verdict.rank, verdict.cause, observations)
+    assert observation
+    failure = observation.failure
+    secondary = failure is not None and is_secondary_failure(failure)
+    return secondary or (verdict.cause == "hang" and in_collective(observation.stack))
 
 
 def _exit_code(records: Sequence[NodeRecord], cause: str) -> int:
     if cause == RUNNING:
         return -1
-    if cause in ENDS:  # ranks chose it themselves
-        own = CAUSES[cause].exit_code
-        return max((r.exit_code for r in records if r.cause == cause), default=own)
+    if cause in ENDS:  # the ranks chose the code themselves
+        default = CAUSES[cause].exit_code
+        return max((r.exit_code for r in records if r.cause == cause), default=default)
     return CAUSES[cause].exit_code
 
 
-def earliest(seen: Sequence[Observation]) -> str:
-    """The first exception of a launch, in words; "" where there was none."""
-    failed = [o for o in seen if o.failure]
-    own = [o for o in failed if o.failure and not is_echo(o.failure)] or failed
-    if not own:
+def first_error(observations: Sequence[Observation]) -> str:
+    """Return the first exception of a launch in words; "" without one."""
+    failed = [o for o in observations if o.failure]
+    primary = [o for o in failed if o.failure and not is_secondary_failure(o.failure)] or failed
+    if not primary:
         return ""
-    first = min(own, key=lambda o: (o.failure.time if o.failure else 0.0, o.rank))
+    first = min(primary, key=lambda o: (o.failure.time if o.failure else 0.0, o.rank))
     assert first.failure
-    return f"rank {first.rank} ({first.host}): {first.failure.kind}: {first.failure.message}"
+    failure = first.failure
+    return f"rank {first.rank} ({first.host}): {failure.error_type}: {failure.message}"

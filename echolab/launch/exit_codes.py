@@ -1,9 +1,9 @@
-"""How a run ended: causes, the exit codes that a batch script acts on, and what to do next."""
+"""Causes of the end of a run, with the exit code for batch scripts and the remedy for users."""
 
 import re
 from typing import Literal, NamedTuple
 
-from echolab.data.files import FULL
+from echolab.atomic_io import FULL
 from echolab.errors import (
     BusyError,
     CheckpointError,
@@ -21,17 +21,17 @@ from echolab.errors import (
     StorageError,
     WeightsError,
     WorkerError,
-)  # fmt: skip
+)
 
 DONE = 0
 FATAL = 1  # a wrong setting, damaged data, a diverged loss: the same command would fail again
-STOPPED_SAVED = 75  # stopped with a checkpoint: the same command goes on
-STOPPED_UNSAVED = 76  # stopped without one; what came after the last checkpoint is lost
-RETRYABLE = 77  # a failure that may be the machine's: worth another try within the budget
-PRUNED = 78  # given up by a sweep
-INTERRUPTED = 130  # Ctrl-C twice: what was done since the last checkpoint is lost
+STOPPED_SAVED = 75  # stopped with a checkpoint: the same command resumes from it
+STOPPED_UNSAVED = 76  # stopped without one: steps after the last checkpoint are lost
+RETRYABLE = 77  # a failure that may lie in the machine: retried within the budget
+PRUNED = 78  # pruned by a sweep
+INTERRUPTED = 130  # second Ctrl-C: steps after the last checkpoint are lost
 
-# By which budget an attempt is counted (launch.budgets).
+# The budget of restarts that an attempt counts against (launch.restart_policy).
 Budget = Literal["none", "preemption", "infrastructure", "code", "fatal"]
 
 
@@ -40,128 +40,117 @@ class Cause(NamedTuple):
 
     exit_code: int
     budget: Budget
-    says: str  # what happened, for one line
-    next_action: str  # what the user does now
+    summary: str  # what happened, in one line
+    next_action: str  # what the user can do
 
 
-# In this order: the first type that an exception is an instance of counts.
-OF_THE_SYSTEM: dict[type[BaseException], str] = {
+# The first type that an exception is an instance of counts.
+SYSTEM_ERRORS: dict[type[BaseException], str] = {
     DiskFullError: "disk", StorageError: "storage", SharedMemoryError: "shared_memory",
     WorkerError: "worker",
 }  # fmt: skip
-BY_TYPE: dict[type[BaseException], str] = {
+ECHOLAB_ERRORS: dict[type[BaseException], str] = {
     ConfigError: "config", DataError: "data", MediaError: "data", DivergedError: "diverged",
     ReplicaError: "replicas", ParityError: "parity", SaveError: "disk",
     BusyError: "busy", FencedError: "fenced",
 }  # fmt: skip
-# OSErrors that say nothing of a file: a process or a peer is gone, or a path is wrong.
-OF_NO_FILE = (
+# OSErrors that do not come from storage: a process or a peer ended, or a path is wrong.
+NOT_STORAGE = (
     ConnectionError, ChildProcessError, ProcessLookupError,
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# How PyTorch and NCCL report that /dev/shm is full, and that a loader's worker was killed.
+# How PyTorch and NCCL report that /dev/shm is full, and that a data loader worker was killed.
 SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|\(shm\)|Bus error", re.IGNORECASE)
 WORKER = re.compile(r"DataLoader worker \(pid")
-AGAIN = "run the same command again; it goes on from the newest checkpoint"
+
+RERUN = "run the same command again"
+RESUME = f"{RERUN}; training resumes from the newest checkpoint"
+
+
+def _saved(summary: str, budget: Budget = "preemption", remedy: str = RESUME) -> Cause:
+    return Cause(STOPPED_SAVED, budget, f"{summary}, checkpoint saved", remedy)
+
+
+def _infrastructure(summary: str, remedy: str) -> Cause:
+    return Cause(RETRYABLE, "infrastructure", summary, f"{remedy}; {RERUN}")
+
+
+def _fatal(summary: str, remedy: str) -> Cause:
+    return Cause(FATAL, "fatal", summary, remedy)
+
+
 CAUSES = {
-    "done": Cause(DONE, "none", "all steps done", "nothing; evaluate or export it"),
-    "preempted": Cause(STOPPED_SAVED, "preemption", "stopped by a signal, saved", AGAIN),
+    # Planned ends.
+    "done": Cause(DONE, "none", "all steps done", "nothing to do; evaluate or export the run"),
+    "preempted": _saved("stopped by a signal"),
     "preempted_unsaved": Cause(
-        STOPPED_UNSAVED, "preemption", "stopped by a signal before it could save", AGAIN
+        STOPPED_UNSAVED, "preemption", "stopped by a signal before a checkpoint was saved", RESUME
     ),
-    "time": Cause(STOPPED_SAVED, "preemption", "the job's time was nearly up, saved", AGAIN),
-    "memory": Cause(
-        STOPPED_SAVED, "preemption", "host memory was nearly full, saved", f"{AGAIN}; find the leak"
+    "time": _saved("stopped shortly before the job's time limit"),
+    "memory": _saved(
+        "stopped because host memory was nearly full", remedy=f"{RESUME}; find the memory leak"
     ),
-    "stop": Cause(STOPPED_SAVED, "none", "a STOP file asked for it, saved", AGAIN),
-    "pruned": Cause(PRUNED, "none", "given up by the sweep", "nothing"),
-    "interrupted": Cause(INTERRUPTED, "none", "Ctrl-C twice", AGAIN),
+    "stop": _saved("stopped by a STOP file", "none"),
+    "pruned": Cause(PRUNED, "none", "pruned by the sweep", "nothing to do"),
+    "interrupted": Cause(INTERRUPTED, "none", "interrupted by a second Ctrl-C", RESUME),
+    # Another launch has the run.
     "busy": Cause(
-        RETRYABLE, "none", "another launch is at work in the run's folder", "wait for its end"
+        RETRYABLE, "none", "another launch uses the run folder", "wait until that launch ends"
     ),
     "fenced": Cause(
-        RETRYABLE, "none", "a later launch has taken the run", "nothing; the later launch goes on"
+        RETRYABLE, "none", "a later launch took over the run", "nothing to do; it continues the run"
     ),
-    "config": Cause(FATAL, "fatal", "a setting is wrong", "correct the setting"),
-    "data": Cause(
-        FATAL,
-        "fatal",
-        "the data are damaged",
-        "echolab data verify FOLDER deep=true; encode what it names again",
+    # The same command would fail again.
+    "config": _fatal("invalid setting", "correct the setting"),
+    "data": _fatal(
+        "damaged data", "echolab data verify FOLDER deep=true; encode the samples it names again"
     ),
-    "start": Cause(
-        FATAL, "fatal", "a file it starts from cannot be used", "name another, or mend it"
+    "start": _fatal("a file to start from cannot be used", "give another file, or repair it"),
+    "diverged": _fatal("the loss is not finite", "echolab rollback, or lower the learning rate"),
+    "parity": _fatal("the exported weights differ", "read parity.json; correct the export"),
+    "refused": _fatal("training cannot continue", "follow the message"),
+    # Failures of the machine.
+    "disk": _infrastructure("a file could not be written", "free disk space"),
+    "storage": _infrastructure(
+        "a file system or server failed", "check that file system or server"
     ),
-    "diverged": Cause(
-        FATAL, "fatal", "the loss is not finite", "echolab rollback, or lower the learning rate"
+    "worker": _infrastructure(
+        "a data loader worker was killed",
+        "SIGKILL: out of memory; lower data.num_workers or request more memory (--mem)",
     ),
-    "parity": Cause(
-        FATAL, "fatal", "the exported weights differ", "read parity.json; mend the export"
-    ),
-    "refused": Cause(FATAL, "fatal", "training refused to go on", "do what the message says"),
-    "disk": Cause(
-        RETRYABLE, "infrastructure", "a file could not be written", "make room there, run it again"
-    ),
-    "storage": Cause(
-        RETRYABLE,
-        "infrastructure",
-        "a file system or server failed",
-        "check that file system or server, run it again",
-    ),
-    "worker": Cause(
-        RETRYABLE,
-        "infrastructure",
-        "a worker of the data loader was killed",
-        "SIGKILL: it is memory; lower data.workers or ask for more (--mem), run it again",
-    ),
-    "shared_memory": Cause(
-        RETRYABLE,
-        "infrastructure",
+    "shared_memory": _infrastructure(
         "/dev/shm is full",
-        "make room in /dev/shm (in a container: --shm-size), or lower data.workers; run it again",
+        "free space in /dev/shm (in a container: --shm-size), or lower data.num_workers",
     ),
-    "code": Cause(RETRYABLE, "code", "an exception", "read the stack; once more may be luck"),
     "replicas": Cause(
-        RETRYABLE,
-        "infrastructure",
-        "replicas differ: silent damage",
-        "leave that host out, if it is known",
+        RETRYABLE, "infrastructure", "replicas differ: silent data corruption",
+        "exclude that host, if it is known",
     ),
-    "killed": Cause(
-        RETRYABLE,
-        "infrastructure",
-        "killed by a signal",
-        "SIGKILL: look for the out-of-memory killer in dmesg; run it again",
+    "killed": _infrastructure(
+        "killed by a signal", "SIGKILL: look for the out-of-memory killer in dmesg"
     ),
-    "exited": Cause(
-        RETRYABLE, "infrastructure", "a rank ended without a word", "read its log; run it again"
+    "exited": _infrastructure("a rank exited without an error message", "read its log"),
+    "hang": _infrastructure("no progress within the timeout", "read the stack"),
+    "stopped_process": _infrastructure(
+        "the process was suspended (SIGSTOP)", "find out who suspended it"
     ),
-    "hang": Cause(
-        RETRYABLE, "infrastructure", "no progress within the deadline", "read the stack; run again"
-    ),
-    "stopped_process": Cause(
-        RETRYABLE,
-        "infrastructure",
-        "the process was stopped (SIGSTOP)",
-        "ask who stopped it; run it again",
-    ),
-    "node_lost": Cause(
-        RETRYABLE, "infrastructure", "a node told no end", "look at that node; run it again"
-    ),
+    "node_lost": _infrastructure("lost contact with a node", "check that node"),
     "teardown": Cause(
-        RETRYABLE, "infrastructure", "failed after training", "run it again: it ends at once"
+        RETRYABLE, "infrastructure", "failure after training", f"{RERUN}: it ends at once"
     ),
-}
+    # An exception that no rule above explains.
+    "code": Cause(RETRYABLE, "code", "exception in the code", "read the traceback; retried once"),
+}  # fmt: skip
 
 
 def cause_of_exception(error: BaseException, section: str) -> str:
-    """The name of a cause for an exception in a section."""
+    """Return the name of the cause for an exception in a section."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if found := _of_the_system(error):
-        return found
-    for kind, cause in BY_TYPE.items():
-        if isinstance(error, kind):
+    if cause := _system_cause(error):
+        return cause
+    for error_type, cause in ECHOLAB_ERRORS.items():
+        if isinstance(error, error_type):
             return cause
     if isinstance(error, CheckpointError | WeightsError):
         return "start" if section == "init" else "disk"
@@ -170,16 +159,17 @@ def cause_of_exception(error: BaseException, section: str) -> str:
     return "teardown" if section == "teardown" else "code"
 
 
-def _of_the_system(error: BaseException | None) -> str:
-    """Return the cause of an exception that began as an error of the operating system; else ""."""
-    for kind, cause in OF_THE_SYSTEM.items():
-        if isinstance(error, kind):
+def _system_cause(error: BaseException | None) -> str:
+    """Return the cause of an exception that an operating system error started; else ""."""
+    for error_type, cause in SYSTEM_ERRORS.items():
+        if isinstance(error, error_type):
             return cause
+    # Follow the chain of causes down to the error of the system.
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number in FULL:
             return "disk"
-        if number and not isinstance(error, OF_NO_FILE):
+        if number and not isinstance(error, NOT_STORAGE):
             return "storage"
         if isinstance(error, RuntimeError) and WORKER.search(str(error)):
             return "shared_memory" if SHARED_MEMORY.search(str(error)) else "worker"
@@ -190,15 +180,15 @@ def _of_the_system(error: BaseException | None) -> str:
 
 
 def cause_of_result(reason: str, *, unsaved: bool = False) -> str:
-    """The name of a cause for a run that ended by itself (`FitResult.reason`)."""
+    """Return the name of the cause for training that ended by itself (`FitResult.reason`)."""
     if unsaved and reason != "prune":
         return "preempted_unsaved"
     return {"signal": "preempted", "prune": "pruned", "until": "done"}.get(reason, reason)
 
 
-def cause_of_code(code: int) -> str:
-    """The name of a cause for ranks that ended together, and told no more than a code."""
+def cause_of_code(exit_code: int) -> str:
+    """Return the name of the cause for ranks that ended together with only an exit code."""
     return {
         DONE: "done", STOPPED_SAVED: "preempted", STOPPED_UNSAVED: "preempted_unsaved",
         PRUNED: "pruned",
-    }[code]  # fmt: skip
+    }[exit_code]  # fmt: skip

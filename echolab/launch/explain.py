@@ -1,25 +1,70 @@
-"""Why a run is as it is, from all its attempts: figures for programs, words for people."""
+"""Explain how a run ended: the supervisor's last message, and the answer of `echolab why`."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from echolab.launch.attempts import RUNNING, Attempt
-from echolab.launch.blame import main_thread
-from echolab.launch.budgets import Decision, decide
+from echolab.launch.diagnosis import Observation, main_thread, root_cause_observation
 from echolab.launch.exit_codes import CAUSES
-from echolab.launch.goodput import account, checkpoint_interval
-from echolab.launch.records import newest_checkpoint
+from echolab.launch.launch_records import NodeRecord, newest_checkpoint
+from echolab.launch.restart_policy import Decision, decide
+from echolab.launch.run_dir import ATTEMPTS
+from echolab.launch.section_timeouts import STEP
 
-FRAMES = 8  # of the stack, in words
+# Causes that the user can correct: the error message alone says how.
+USER_ERRORS = ("config", "data", "start", "refused", "diverged", "parity")
+LOG_LINES = 20
+FRAMES = 8  # of the stack, in the text
+LOSSES = ("waiting", "init", "data_wait", "eval", "save", "pause", "rework", "hang", "other")
+PRIOR_SECONDS = 24 * 3600.0  # between failures, before any was observed
+SHORTEST, LONGEST = 300.0, 4 * 3600.0  # seconds between checkpoints
 
 
-def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict[str, Any]:
-    """Of the last attempt, and of all; JSON."""
-    last, decision = attempts[-1], decide(attempts, infrastructure)
-    goodput = account(attempts)
-    # What is on the disk now, whatever was told of it then.
+# -- the supervisor's last message ----------------------------------------------------------------
+
+
+def failure_message(run: Path, record: NodeRecord) -> str:
+    """Return one line with rank, host, cause, section, step and remedy, after the rank's output."""
+    observation = root_cause_observation(record.rank, record.cause, record.observations)
+    if record.cause == "interrupted":
+        return "echolab: stopped"
+    if observation and observation.failure and record.cause in USER_ERRORS:
+        return f"echolab: error: {observation.failure.message}"
+    cause = CAUSES[record.cause]
+    position = f" in {observation.section} at step {observation.step}" if observation else ""
+    if record.rank < 0:
+        rank = "all ranks"
+    else:
+        rank = f"rank {record.rank}" + (f" ({record.host})" if record.rank in record.ranks else "")
+    line = (
+        f"echolab: error: {run}: {rank}: {cause.summary}{position}: {record.detail}; "
+        f"{cause.next_action} (echolab why {run})"
+    )
+    return "\n".join([*_rank_output(run, record, observation), " ".join(line.split())])
+
+
+def _rank_output(run: Path, record: NodeRecord, observation: Observation | None) -> list[str]:
+    """Return the traceback of a bug, or the last lines of the log of a rank that was killed."""
+    if observation and observation.failure and record.cause in ("code", "teardown"):
+        return [observation.failure.traceback.rstrip()]
+    log = run / ATTEMPTS / record.launch / f"rank-{record.rank}.log"
+    if record.cause not in ("killed", "exited") or not log.exists():
+        return []
+    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return [f"rank {record.rank}| {line}" for line in lines]
+
+
+# -- `echolab why` --------------------------------------------------------------------------------
+
+
+def summarize(run: Path, attempts: Sequence[Attempt], max_infrastructure: int) -> dict[str, Any]:
+    """Return figures of the last attempt and of all attempts, as JSON values."""
+    last, decision = attempts[-1], decide(attempts, max_infrastructure)
+    goodput = measure_goodput(attempts)
+    # The newest checkpoint on the disk now, which may differ from the recorded one.
     saved = newest_checkpoint(run) if (run / "checkpoints").is_dir() else last.checkpoint
     return {
         "run": str(run),
@@ -32,39 +77,40 @@ def figures(run: Path, attempts: Sequence[Attempt], infrastructure: int) -> dict
         "detail": last.detail,
         "exit_code": None if last.exit_code < 0 else last.exit_code,
         "next_action": next_action(last, decision, saved),
-        "requeue": decision.go_on,
-        "decision": decision.why,
+        "requeue": decision.restart,
+        "decision": decision.reason,
         "exclude": list(decision.exclude),
         "attempts": len(attempts),
         "checkpoint": None if saved < 0 else saved,
-        "earliest_error": last.earliest or None,
+        "earliest_error": last.first_error or None,
         "stack": main_thread(last.stack),
         "goodput": round(goodput.share, 4),
         "allocated_seconds": round(goodput.allocated, 3),
         "useful_seconds": round(goodput.useful, 3),
         "lost_seconds": {name: round(seconds, 3) for name, seconds in goodput.losses.items()},
         "checkpoint_interval_seconds": round(checkpoint_interval(attempts), 1),
-        "history": [_row(attempt) for attempt in attempts],
+        "history": [_history_entry(attempt) for attempt in attempts],
     }
 
 
 def next_action(last: Attempt, decision: Decision, saved: int) -> str:
-    """What to do; where starting again would be in vain, that first.
+    """Return what the user can do; a restart that would be in vain is named first.
 
-    `saved` is the step of the newest checkpoint now.
+    `saved` is the step of the newest checkpoint on the disk.
     """
     if last.cause == RUNNING:
-        return "wait; STOP, SAVE or PAUSE in its folder steer it"
+        return "wait; create a file STOP, SAVE or PAUSE in the run folder to control it"
     if last.cause == "done" and saved < last.last_step:
-        return f"run the same command again: it is back at its checkpoint of step {max(saved, 0)}"
-    says = CAUSES[last.cause].next_action
-    idle = last.why and last.why.budget in ("infrastructure", "code", "preemption")
-    if idle and not decision.go_on:
-        return f"stop: {decision.why}; {says}"
-    return says
+        return f"run the same command again: the run was rolled back to step {max(saved, 0)}"
+    action = CAUSES[last.cause].next_action
+    definition = last.definition
+    restartable = definition and definition.budget in ("infrastructure", "code", "preemption")
+    if restartable and not decision.restart:
+        return f"do not restart: {decision.reason}; {action}"
+    return action
 
 
-def _row(attempt: Attempt) -> dict[str, Any]:
+def _history_entry(attempt: Attempt) -> dict[str, Any]:
     return {
         "launch": attempt.launch, "cause": attempt.cause, "rank": attempt.rank,
         "host": attempt.host, "started": attempt.started,
@@ -74,50 +120,130 @@ def _row(attempt: Attempt) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def words(told: dict[str, Any]) -> str:
-    """The figures, for people."""
-    cause = CAUSES[told["cause"]].says if told["cause"] in CAUSES else "at work"
-    lines = [f"{told['run']}: {told['cause']}: {cause}"]
-    if told["rank"] is not None:
-        lines.append(
-            f"  rank {told['rank']} on {told['host']}, in {told['section']} at step {told['step']}"
-        )
+def format_summary(summary: dict[str, Any]) -> str:
+    """Return the figures of `summarize` as text."""
+    # How the last attempt ended, and where.
+    name = summary["cause"]
+    cause = CAUSES[name].summary if name in CAUSES else "training"
+    lines = [f"{summary['run']}: {name}: {cause}"]
+    section, step = summary["section"], summary["step"]
+    if summary["rank"] is not None:
+        lines.append(f"  rank {summary['rank']} on {summary['host']}, in {section} at step {step}")
     else:
-        where = "" if told["cause"] == "done" else f"in {told['section']} "
-        lines.append(f"  {where}at step {told['step']}")
-    lines += [f"  {told['detail']}"] if told["detail"] else []
-    lines += [f"  first error: {told['earliest_error']}"] if told["earliest_error"] else []
-    lines += [f"    {frame}" for frame in told["stack"][:FRAMES]]
-    if told["exit_code"] is not None:
-        lines.append(f"  exit code {told['exit_code']}; next: {told['next_action']}")
+        lines.append(f"  {'' if name == 'done' else f'in {section} '}at step {step}")
+    lines += [f"  {summary['detail']}"] if summary["detail"] else []
+    if summary["earliest_error"]:
+        lines.append(f"  first error: {summary['earliest_error']}")
+    lines += [f"    {frame}" for frame in summary["stack"][:FRAMES]]
+    # What to do.
+    if summary["exit_code"] is not None:
+        lines.append(f"  exit code {summary['exit_code']}; next: {summary['next_action']}")
     else:
-        lines.append(f"  next: {told['next_action']}")
-    saved = "none" if told["checkpoint"] is None else f"step {told['checkpoint']}"
-    lines.append(f"  newest checkpoint: {saved}; again: {told['requeue']} ({told['decision']})")
-    if told["exclude"]:
-        lines.append(f"  hosts to leave out: {', '.join(told['exclude'])}")
-    return "\n".join([*lines, "", *_history(told["history"]), "", *_goodput(told)])
+        lines.append(f"  next: {summary['next_action']}")
+    saved = "none" if summary["checkpoint"] is None else f"step {summary['checkpoint']}"
+    restart = "yes" if summary["requeue"] else "no"
+    lines.append(f"  newest checkpoint: {saved}; restart: {restart} ({summary['decision']})")
+    if summary["exclude"]:
+        lines.append(f"  hosts to exclude: {', '.join(summary['exclude'])}")
+    # All attempts.
+    return "\n".join([*lines, "", *_history(summary["history"]), "", *_goodput_lines(summary)])
 
 
-def _history(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["  attempt  began (UTC)       seconds  steps       saved  ended by"]
-    for number, row in enumerate(rows, 1):
-        began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row["started"]))
-        steps = f"{max(row['first_step'], 0)}-{row['last_step']}"
-        made = row["checkpoint"] if row["checkpoint"] > row["checkpoint_before"] else "-"
-        where = f", rank {row['rank']} on {row['host']}" if row["rank"] >= 0 else ""
+def _history(entries: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["  attempt  started (UTC)     seconds  steps       saved  cause"]
+    for number, entry in enumerate(entries, 1):
+        started = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry["started"]))
+        steps = f"{max(entry['first_step'], 0)}-{entry['last_step']}"
+        saved = entry["checkpoint"] if entry["checkpoint"] > entry["checkpoint_before"] else "-"
+        rank = f", rank {entry['rank']} on {entry['host']}" if entry["rank"] >= 0 else ""
         lines.append(
-            f"  {number:>7}  {began}  {row['seconds']:>7.0f}  {steps:<10}  {made!s:>5}  "
-            f"{row['cause']}{where}"
+            f"  {number:>7}  {started}  {entry['seconds']:>7.0f}  {steps:<10}  {saved!s:>5}  "
+            f"{entry['cause']}{rank}"
         )
     return lines
 
 
-def _goodput(told: dict[str, Any]) -> list[str]:
-    losses = ", ".join(f"{name} {s:.0f} s" for name, s in told["lost_seconds"].items() if s >= 0.5)
+def _goodput_lines(summary: dict[str, Any]) -> list[str]:
+    losses = [f"{name} {s:.0f} s" for name, s in summary["lost_seconds"].items() if s >= 0.5]
     return [
-        f"  goodput {told['goodput']:.1%} of {told['allocated_seconds']:.0f} s; lost: "
-        f"{losses or 'nothing'}",
-        "  a checkpoint every "
-        f"{told['checkpoint_interval_seconds']:.0f} s would lose least to failures and saves",
+        f"  goodput {summary['goodput']:.1%} of {summary['allocated_seconds']:.0f} s; lost: "
+        f"{', '.join(losses) or 'nothing'}",
+        "  best checkpoint interval for these failures and saves: "
+        f"{summary['checkpoint_interval_seconds']:.0f} s",
     ]
+
+
+# -- goodput --------------------------------------------------------------------------------------
+
+
+class Goodput(NamedTuple):
+    """Seconds of one rank, which stands for all: useful, allocated, and what took the rest."""
+
+    useful: float
+    allocated: float
+    losses: dict[str, float]  # by LOSSES; together with `useful` they sum to `allocated`
+
+    @property
+    def share(self) -> float:
+        """Useful share of the allocated time; 0 if nothing was allocated."""
+        return self.useful / self.allocated if self.allocated else 0.0
+
+
+def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
+    """Measure goodput over all attempts, the oldest first.
+
+    Useful is the time in steps that no later attempt had to repeat.  If a rank hangs, the last stay
+    of the first rank, which waits for it or is it, is lost entirely.
+    """
+    useful, allocated = 0.0, 0.0
+    losses = dict.fromkeys(LOSSES, 0.0)
+    for index, attempt in enumerate(attempts):
+        seconds = dict(attempt.seconds)
+        # Time of the hang is not time of the section that hung.
+        hang = 0.0
+        if attempt.cause in ("hang", "stopped_process"):
+            hang = min(attempt.last_stay, seconds.get(attempt.last_section, 0.0))
+            seconds[attempt.last_section] = seconds.get(attempt.last_section, 0.0) - hang
+        # Time of steps that a later attempt repeated.
+        steps = sum(seconds.get(name, 0.0) for name in STEP)
+        rework = steps * lost_share(attempt, attempts[index + 1 :])
+        for name in ("init", "data_wait", "eval", "save", "pause"):
+            losses[name] += seconds.get(name, 0.0)
+        losses["waiting"] += attempt.waited
+        losses["rework"] += rework
+        losses["hang"] += hang
+        # The rest of the attempt.
+        known = sum(seconds.values()) - seconds.get("teardown", 0.0) + hang + attempt.waited
+        losses["other"] += max(attempt.elapsed - known, 0.0)
+        useful += steps - rework
+        allocated += max(attempt.elapsed, known)
+    return Goodput(useful, allocated, losses)
+
+
+def lost_share(attempt: Attempt, later: Sequence[Attempt]) -> float:
+    """Return the share of an attempt's steps that were lost: those that the next one repeated."""
+    first = attempt.first_step if attempt.first_step >= 0 else 0
+    done = attempt.last_step - first
+    if done <= 0:
+        return 0.0
+    following = next((a for a in later if a.first_step >= 0), None)
+    if following is not None:
+        kept = following.first_step
+    elif attempt.cause == "done" or attempt.definition is None:
+        return 0.0
+    else:
+        kept = max(attempt.checkpoint, 0)
+    return min(max(attempt.last_step - kept, 0), done) / done
+
+
+def checkpoint_interval(attempts: Sequence[Attempt]) -> float:
+    """Return the interval between checkpoints that loses the least time, in seconds.
+
+    Young's formula: sqrt(2 x save time x mean time between failures), with a prior of one failure a
+    day, within bounds.
+    """
+    save = max((a.save_seconds for a in attempts), default=0.0)
+    failures = sum(1 for a in attempts if a.definition and a.definition.budget == "infrastructure")
+    allocated = sum(a.elapsed for a in attempts)
+    between = (allocated + PRIOR_SECONDS) / (failures + 1)
+    return min(max(math.sqrt(2 * save * between), SHORTEST), LONGEST)

@@ -1,15 +1,15 @@
-"""Which launch may write into a run folder: one at a time, in numbered epochs.
+"""Lease of a run folder: only one launch at a time may write, in numbered epochs.
 
-    RUN/.lease/000007.json    made once, by the launch that took the run: who and where it is; the
-                              time of its last change is the holder's heartbeat
-    RUN/.lease/000007.left    its holder has left
+    RUN/.lease/000007.json    created once, by the launch that took the run, with its identity; the
+                              modification time is the holder's heartbeat
+    RUN/.lease/000007.left    the holder has left
 
-A number is taken by making its file, which every file system lets one process do.  A launch whose
-number is not the highest is fenced: it leaves, and writes nothing any more.  A shared file system
-may show it the later file only after a while: so the later launch waits until the earlier has left
-or is silent, and a checkpoint that was not published by then never is (`writer`).  No lock of the
-file system takes part: a process on a node that was cut off may hold one for ever, and some file
-systems have none.
+A launch takes an epoch by creating its file, which every file system grants to one process only.  A
+launch whose epoch is not the highest is fenced: it leaves and writes nothing more.  A shared file
+system may show it the later file with a delay.  The later launch therefore waits until the earlier
+one has left or is silent, and a checkpoint that was not published by then never is (`writer`).  No
+file lock is used: a process on a node that was cut off may hold one forever, and some file systems
+have none.
 """
 
 import json
@@ -22,37 +22,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_error
+from echolab.atomic_io import write_error
 from echolab.errors import BusyError, FencedError
 from echolab.launch import slurm
-from echolab.launch.layout import this_host
-from echolab.launch.processes import birth
+from echolab.launch.processes import process_identity
+from echolab.launch.topology import this_host
 
 LEASE = ".lease"
-EPOCH = "ECHOLAB_EPOCH"  # in the environment of ranks: the number that their launch holds
-BEAT_SECONDS = 5.0  # between two heartbeats
-SILENT_SECONDS = 60.0  # without a heartbeat a holder is dead, or as good as dead
-OBSERVE_SECONDS = 15.0  # of this machine's time without one, before clocks are believed
-QUIET_SECONDS = 20.0  # without a heartbeat, after which a fenced holder is not waited for
-LEAVE_SECONDS = 120.0  # the most that a fenced holder is waited for
+EPOCH = "ECHOLAB_EPOCH"  # environment variable of ranks: the epoch that their launch holds
+RENEW_SECONDS = 5.0  # between two heartbeats
+SILENT_SECONDS = 60.0  # without a heartbeat a holder counts as dead
+OBSERVE_SECONDS = 15.0  # a heartbeat must stay old so long by this machine's monotonic clock
+QUIET_SECONDS = 20.0  # without a heartbeat a fenced holder is not waited for any longer
+LEAVE_SECONDS = 120.0  # the longest wait for a fenced holder
 NAME = re.compile(r"(\d{6})\.json")
 
 
 class Holder(NamedTuple):
-    """A launch, and the process that beats for it."""
+    """A launch, and the process that renews its lease."""
 
     launch: str
-    job: str = ""  # the id of its Slurm job
-    restart: int = 0  # how often Slurm had started the job before
+    job: str = ""  # id of its Slurm job
+    restart: int = 0  # number of earlier starts of the job
     host: str = ""
-    machine: str = ""  # boot and process table: where `pid` means something
+    machine: str = ""  # boot id and pid namespace in which `pid` is valid
     pid: int = 0
-    born: str = ""
-    taken: float = 0.0  # seconds since 1970, by its own clock
+    identity: str = ""  # of the process, distinct from a later one with its pid
+    taken: float = 0.0  # seconds since 1970, by its clock
 
 
 def this_process(launch: str) -> Holder:
-    """Return the holder that this process is, of a launch."""
+    """Return this process as the holder of a launch."""
     return Holder(
         launch=launch,
         job=os.environ.get("SLURM_JOB_ID", ""),
@@ -60,7 +60,7 @@ def this_process(launch: str) -> Holder:
         host=this_host(),
         machine=_machine(),
         pid=os.getpid(),
-        born=birth(os.getpid()),
+        identity=process_identity(os.getpid()),
         taken=time.time(),
     )
 
@@ -78,7 +78,7 @@ class Lease(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file whose making took the epoch."""
+        """File whose creation took the epoch."""
         return self.run / LEASE / f"{self.epoch:06d}.json"
 
     @property
@@ -86,50 +86,50 @@ class Lease(NamedTuple):
         return self.path.with_suffix(".left")
 
     def fenced(self) -> bool:
-        """Return whether a later launch has taken the run; one that cannot be seen has not."""
-        return os.path.exists(Lease(self.run, self.epoch + 1).path)  # False where it cannot look
+        """Return whether a later launch took the run; False if the folder cannot be read."""
+        return os.path.exists(Lease(self.run, self.epoch + 1).path)
 
     def check(self) -> None:
-        """Raise FencedError where a later launch has taken the run."""
+        """Raise FencedError if a later launch took the run."""
         if self.fenced():
             later = newest(self.run)
-            who = described(later) if later else "another launch"
+            holder = describe(later) if later else "another launch"
             raise FencedError(
-                f"{self.run}: {who} has taken the run; this launch leaves and writes nothing more"
+                f"{self.run}: {holder} took over the run; this launch leaves and writes no more"
             )
 
-    def beat(self) -> None:
-        """Tell that the holder is at work; a fenced one is silent."""
+    def renew(self) -> None:
+        """Write a heartbeat, unless the lease is fenced."""
         if not self.fenced():
             with suppress(OSError):  # the next one may succeed
                 os.utime(self.path)
 
     def leave(self) -> None:
-        """Tell that the holder writes nothing any more."""
-        with suppress(OSError):  # full or gone: the heartbeat ends all the same
+        """Record that the holder writes nothing more."""
+        with suppress(OSError):  # a full or missing folder: the heartbeat ends in any case
             self._left.touch()
 
     def has_left(self) -> bool:
-        """Return whether its holder told so, or is a process of this machine that has ended."""
+        """Return whether the holder recorded it, or was a process of this machine and ended."""
         if os.path.exists(self._left):
             return True
         holder = holder_of(self)
-        return holder is not None and holder.machine == _machine() and _gone(holder)
+        return holder is not None and holder.machine == _machine() and _has_ended(holder)
 
-    def beaten(self) -> float:
-        """Return the time of the last heartbeat by the clock of the file system; 0 if unknown."""
+    def renewed_at(self) -> float:
+        """Return the time of the last heartbeat by the file system's clock; 0 if unknown."""
         try:
             return self.path.stat().st_mtime
         except OSError:
             return 0.0
 
 
-def _gone(holder: Holder) -> bool:
-    return birth(holder.pid) != holder.born
+def _has_ended(holder: Holder) -> bool:
+    return process_identity(holder.pid) != holder.identity
 
 
 def newest(run: Path) -> Lease | None:
-    """Return the highest epoch that was taken; None where none was."""
+    """Return the highest epoch that was taken; None without one."""
     try:
         names = os.listdir(run / LEASE)
     except FileNotFoundError:
@@ -139,16 +139,16 @@ def newest(run: Path) -> Lease | None:
 
 
 def holder_of(lease: Lease) -> Holder | None:
-    """Return who took an epoch; None while its file is being written, or was cut short."""
+    """Return the holder of an epoch; None while its file is incomplete."""
     try:
-        told: dict[str, Any] = json.loads(lease.path.read_text())
-        return Holder(**told)
+        values: dict[str, Any] = json.loads(lease.path.read_text())
+        return Holder(**values)
     except (OSError, ValueError, TypeError):
         return None
 
 
-def described(lease: Lease) -> str:
-    """Return who holds a lease, in words."""
+def describe(lease: Lease) -> str:
+    """Return the holder of a lease in words."""
     holder = holder_of(lease)
     if holder is None:
         return f"the holder of {lease.path}"
@@ -157,11 +157,11 @@ def described(lease: Lease) -> str:
 
 
 def take(run: Path, me: Holder) -> Lease:
-    """Take the next epoch of a run folder, which is made where it is missing.
+    """Take the next epoch of a run folder, which is created if it is missing.
 
-    Raises BusyError while another launch is at work there.  That it is over is proven by its own
-    word, by the end of its process on this machine, by a later start of its Slurm job (this one),
-    by Slurm, or by its silence.  Raises DataError where the folder cannot be written.
+    Raises BusyError while another launch uses the folder.  That launch counts as over if it left,
+    if its process on this machine ended, if this is a later start of its Slurm job, if Slurm says
+    so, or if it is silent.  Raises DataError if the folder cannot be written.
     """
     try:
         (run / LEASE).mkdir(parents=True, exist_ok=True)
@@ -169,11 +169,11 @@ def take(run: Path, me: Holder) -> Lease:
             last = newest(run)
             if last and not is_over(last, me):
                 raise BusyError(
-                    f"{run}: {described(last)} is at work there; wait for its end, or give "
-                    "another folder by run=..."
+                    f"{run}: {describe(last)} is using this run folder; wait for its end, or give "
+                    "another folder by run_dir=..."
                 )
             lease = Lease(run, last.epoch + 1 if last else 1)
-            with suppress(FileExistsError):  # another was faster: look who
+            with suppress(FileExistsError):  # another launch took it first: look at that one
                 with lease.path.open("x") as file:
                     file.write(json.dumps(me._asdict()))
                 return lease
@@ -182,7 +182,7 @@ def take(run: Path, me: Holder) -> Lease:
 
 
 def is_over(lease: Lease, me: Holder) -> bool:
-    """Return whether nobody holds `lease` any more, or nobody may beside `me`."""
+    """Return whether a lease is not held any more, or `me` may take it from its holder."""
     if lease.has_left():
         return True
     holder = holder_of(lease)
@@ -194,20 +194,20 @@ def is_over(lease: Lease, me: Holder) -> bool:
 
 
 def _is_silent(lease: Lease) -> bool:
-    """Return whether the heartbeat is old, and stays so while this machine's own clock runs."""
-    beaten = lease.beaten()
-    if abs(_now(lease.run) - beaten) < SILENT_SECONDS:
+    """Return whether the heartbeat is old, and stays old by this machine's monotonic clock."""
+    renewed_at = lease.renewed_at()
+    if abs(_now(lease.run) - renewed_at) < SILENT_SECONDS:
         return False
     end = time.monotonic() + OBSERVE_SECONDS
     while time.monotonic() < end:
-        if lease.beaten() != beaten or lease.has_left():
+        if lease.renewed_at() != renewed_at or lease.has_left():
             break
         time.sleep(0.5)
-    return lease.beaten() == beaten
+    return lease.renewed_at() == renewed_at
 
 
 def _now(run: Path) -> float:
-    """Return the time by the clock that heartbeats are written with: the file system's."""
+    """Return the time by the clock of the file system, which also dates the heartbeats."""
     probe = run / LEASE / f".now-{os.getpid()}-{threading.get_native_id()}"
     probe.touch()
     now = probe.stat().st_mtime
@@ -215,36 +215,38 @@ def _now(run: Path) -> float:
     return now
 
 
-class Leaving(NamedTuple):
-    """The wait of a launch for the one before it, which is fenced and may not know yet."""
+class Handover(NamedTuple):
+    """Wait of a launch for the previous one, which is fenced and may not know it yet."""
 
-    before: Lease
+    previous: Lease
     began: float  # time.monotonic()
-    age: float  # seconds that its heartbeat was old then
-    beaten: float
+    age: float  # seconds since its last heartbeat at that moment
+    renewed_at: float
 
-    def over(self) -> bool:
-        """Return whether it has left, has been silent for long, or was waited for long enough."""
+    def is_over(self) -> bool:
+        """Return whether it left, has been silent for long, or was waited for long enough."""
         waited = time.monotonic() - self.began
-        if self.before.has_left() or waited > LEAVE_SECONDS:
+        if self.previous.has_left() or waited > LEAVE_SECONDS:
             return True
-        return self.before.beaten() == self.beaten and waited + self.age > QUIET_SECONDS
+        silent = self.previous.renewed_at() == self.renewed_at
+        return silent and waited + self.age > QUIET_SECONDS
 
 
-def leaving(lease: Lease) -> Leaving | None:
-    """Return the wait for the launch before; None where there is none to wait for."""
-    before = Lease(lease.run, lease.epoch - 1)
-    if not before.path.exists() or before.has_left():
+def handover(lease: Lease) -> Handover | None:
+    """Return the wait for the previous launch; None if there is none to wait for."""
+    previous = Lease(lease.run, lease.epoch - 1)
+    if not previous.path.exists() or previous.has_left():
         return None
-    beaten = before.beaten()
-    return Leaving(before, time.monotonic(), max(_now(lease.run) - beaten, 0.0), beaten)
+    renewed_at = previous.renewed_at()
+    age = max(_now(lease.run) - renewed_at, 0.0)
+    return Handover(previous, time.monotonic(), age, renewed_at)
 
 
-def joined(run: Path, launch: str) -> Lease | None:
-    """Return the lease that the first supervisor of `launch` took; None while it has not."""
+def lease_of(run: Path, launch: str) -> Lease | None:
+    """Return the lease that the first supervisor of `launch` took; None before it did."""
     try:
         lease = newest(run)
-    except OSError:  # asked again
+    except OSError:  # the caller tries again
         return None
     holder = holder_of(lease) if lease else None
     return lease if lease and holder and holder.launch == launch and not lease.has_left() else None
@@ -252,28 +254,28 @@ def joined(run: Path, launch: str) -> Lease | None:
 
 @contextmanager
 def held(run: Path, launch: str) -> Iterator[Lease]:
-    """Hold a run folder, with a thread that beats; BusyError while another launch does."""
+    """Hold a run folder and renew its lease in a thread; BusyError while another launch does."""
     lease = take(run, this_process(launch))
     over = threading.Event()
 
-    def beat() -> None:
-        while not over.wait(BEAT_SECONDS):
-            lease.beat()
+    def renew() -> None:
+        while not over.wait(RENEW_SECONDS):
+            lease.renew()
 
-    beating = threading.Thread(target=beat, name="lease", daemon=True)
-    beating.start()
+    renewing = threading.Thread(target=renew, name="lease", daemon=True)
+    renewing.start()
     try:
-        if wait := leaving(lease):
-            while not wait.over():
+        if wait := handover(lease):
+            while not wait.is_over():
                 time.sleep(0.1)
         yield lease
     finally:
         over.set()
-        beating.join()
+        renewing.join()
         lease.leave()
 
 
-def of_environment(run: Path) -> Lease | None:
-    """Return the lease that this rank's supervisor holds; None where none started it."""
+def from_environment(run: Path) -> Lease | None:
+    """Return the lease that this rank's supervisor holds; None without a supervisor."""
     epoch = os.environ.get(EPOCH)
     return Lease(run, int(epoch)) if epoch else None

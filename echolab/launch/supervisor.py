@@ -1,7 +1,7 @@
-"""Starts the ranks of a launch that are this machine's, watches them, and ends them with a verdict.
+"""Supervisor: starts the ranks of this machine, monitors them, and ends them with a diagnosis.
 
-A thin process: it imports no torch, talks to no rank but by signals and small files, and takes part
-in no collective.  So whatever happens to a rank, it is there to say what, and to end the job.
+It is a small process that imports no torch, talks to the ranks only through signals and small
+files, and joins no collective.  It can therefore report any failure of a rank and end the job.
 """
 
 import os
@@ -14,412 +14,467 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from echolab.data.files import retried, write_error
+from echolab.atomic_io import retry, write_error
 from echolab.errors import BusyError, StorageError
-from echolab.launch import evidence, exit_codes, lease, processes, records, told
-from echolab.launch.blame import Verdict, culprit
-from echolab.launch.deadlines import (
-    Deadlines,
-    RunningClock,
-    limit,
-    longest_of,
-    overdue,
-    unheard_limit,
-)
+from echolab.heartbeat import LOCAL_DIR, HeartbeatState
+from echolab.launch import exit_codes, launch_records, lease, processes
+from echolab.launch.diagnosis import Verdict, find_root_cause
 from echolab.launch.exit_codes import CAUSES
-from echolab.launch.layout import Layout
+from echolab.launch.explain import failure_message
+from echolab.launch.launch_records import NodeRecord, newest_checkpoint, record_earlier_launches
 from echolab.launch.lease import Lease
-from echolab.launch.records import NodeRecord
-from echolab.launch.runs import ATTEMPTS
-from echolab.launch.telling import last_words
-from echolab.launch.watch import Rank, observe
-from echolab.training.sections import FOLDER as BEATS
-from echolab.training.sections import Beat
-from echolab.training.stopping import SIGNALS, caught, leave_terminal
+from echolab.launch.rank_process import (
+    Rank,
+    is_planned,
+    make_local_folder,
+    observe,
+    read_end_file,
+)
+from echolab.launch.run_dir import ATTEMPTS
+from echolab.launch.section_timeouts import (
+    RunningClock,
+    SectionTimeouts,
+    allowed_seconds,
+    longest_stays,
+    overdue_ranks,
+    stop_timeout,
+)
+from echolab.launch.topology import Topology
+from echolab.training.signals import SIGNALS, caught, leave_terminal
 
 POLL_SECONDS = 0.05
-LOOK_SECONDS = 0.5  # between two looks at the sections, and at other supervisors
-GRACE_SECONDS = 2.0  # after a rank failed, for the others to tell what they saw
-KILL_SECONDS = 5.0  # for the kernel to end what was killed
-END_SECONDS = 45.0  # for the stacks, the record, and others' records
-OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to see it and write their records
-JOIN_SECONDS = 600.0  # that the first supervisor of a launch may take to take the run
-OVER = "over"  # the file by which a supervisor tells others that the launch failed
-ENDED = "ended-"  # the files by which each supervisor says that its record is whole
+CHECK_SECONDS = 0.5  # between two checks of the heartbeats, and of other supervisors
+GRACE_SECONDS = 2.0  # after the failure of a rank, for the others to write their error files
+KILL_SECONDS = 5.0  # for the kernel to end killed processes
+END_SECONDS = 45.0  # for stacks, the record, and the records of other supervisors
+OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to write their records
+JOIN_SECONDS = 600.0  # for the first supervisor of a launch to take the run
+FAILED = "over"  # file by which a supervisor announces that the launch failed
+ENDED = "ended-"  # prefix of the files by which supervisors announce that their record is complete
 
 
 class Supervisor:
-    """One launch, on one machine."""
+    """One launch on one machine; `watch` runs it to its end."""
+
+    record: NodeRecord
 
     def __init__(
         self,
-        layout: Layout,
+        topology: Topology,
         command: Sequence[str],
         run: Path,
-        deadlines: Deadlines,
+        timeouts: SectionTimeouts,
         grace: Mapping[int, float] | None = None,
     ) -> None:
-        """`grace` is how many seconds a signal leaves until Slurm kills all, by its number."""
-        self.layout, self.command, self.run, self.deadlines = layout, command, run, deadlines
+        """Store the settings; `grace`: seconds from a signal to the kill, by signal number."""
+        self.topology, self.command, self.run, self.timeouts = topology, command, run, timeouts
         self.grace = dict(grace or {})
         self.clock = RunningClock()
-        self.folder = run.absolute() / ATTEMPTS / layout.launch
+        self.folder = run.absolute() / ATTEMPTS / topology.launch
         self.ranks: list[Rank] = []
-        self.asked = 0  # the first signal that was passed on
-        self.asked_at = 0.0
-        self.impatient_since = 0.0  # the second Ctrl-C, 0 before
-        self._steps_when_asked: dict[int, int] | None = None
-        self.unheard = 0.0  # seconds after a signal in which no step ended, if that is the end
-        self.late: dict[int, float] = {}
-        self.stopped_since: dict[int, float] = {}
-        self.followed = False
+        # Signals that were received.
+        self.stop_signal = 0  # the first signal that was forwarded
+        self.stop_signal_at = 0.0
+        self.second_interrupt_at = 0.0  # second Ctrl-C, 0 before
+        self._steps_at_signal: dict[int, int] | None = None
+        # Why the launch failed.
+        self.overdue: dict[int, float] = {}  # ranks with the timeout that they exceeded
+        self.exceeded_stop_timeout = 0.0  # seconds after a signal in which no step ended
+        self.suspended_since: dict[int, float] = {}
+        self.followed = False  # another supervisor announced the failure
         self.lease: Lease | None = None
-        self.fenced = False  # a later launch has taken the run
-        self._beaten = time.monotonic()
-        self.code = exit_codes.RETRYABLE  # until the end is known
-        self._quiet = threading.Event()  # nothing is to be told any more
+        self.fenced = False  # a later launch took over the run
+        self._renewed_at = time.monotonic()
+        self.exit_code = exit_codes.RETRYABLE  # until the end is known
+        self._end_of_updates = threading.Event()
 
     def watch(self) -> int:
-        """Until all ranks have ended; the exit code of `exit_codes`.
+        """Supervise until all ranks have ended; return an exit code of `exit_codes`.
 
-        SIGNALS are passed on.  However it ends, no rank is left.
-        Raises BusyError, before anything is written, while another launch is at work in the run.
+        Stop signals are forwarded, and no rank survives.  Raises BusyError, before anything is
+        written, while another launch uses the run.
         """
-        before = {number: signal.signal(number, self._pass_on) for number in caught()}
+        handlers = {number: signal.signal(number, self._forward) for number in caught()}
         try:
-            if self._take_the_run():
+            if self._take_run():
                 self._begin_record()
-                if self._wait_for_the_one_before():
+                if self._wait_for_previous_launch():
                     self._run_ranks()
                 else:
                     self._give_up()
             else:
-                self.code = exit_codes.STOPPED_UNSAVED
-            return self.code
+                self.exit_code = exit_codes.STOPPED_UNSAVED
+            return self.exit_code
         finally:
-            if self.lease and self.layout.supervisor == 0:
+            if self.lease and self.topology.supervisor == 0:
                 self.lease.leave()
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _run_ranks(self) -> None:
-        self.beats = told.make_folder(self.layout.numbers)
-        remover = processes.remove_after(self.beats)
-        try:
-            self._start()
-            failed = self._until_the_end()
-            self._quiet.set()
-            self._end_within_bounds(failed)
-        finally:
-            self._kill()
-            processes.removed(*remover)
+    # -- the start ----------------------------------------------------------------------------
 
-    def _take_the_run(self) -> bool:
-        """Hold the run, or join the first supervisor in it; False where a signal came meanwhile."""
-        began, launch = time.monotonic(), self.layout.launch
-        if self.layout.supervisor == 0:
+    def _take_run(self) -> bool:
+        """Take the run, or wait for the first supervisor to take it; False after a stop signal."""
+        began, launch = time.monotonic(), self.topology.launch
+        if self.topology.supervisor == 0:
             self.lease = lease.take(self.run, lease.this_process(launch))
-        while self.lease is None and not self.asked:
-            self.lease = lease.joined(self.run, launch)
+        while self.lease is None and not self.stop_signal:
+            self.lease = lease.lease_of(self.run, launch)
             if time.monotonic() - began > JOIN_SECONDS:
-                raise BusyError(f"{self.run}: the launch's first supervisor did not take the run")
+                raise BusyError(
+                    f"{self.run}: the first supervisor of the launch did not take the run in "
+                    f"{JOIN_SECONDS:.0f} s; see the log of the first node"
+                )
             time.sleep(POLL_SECONDS)
         return self.lease is not None
 
     def _begin_record(self) -> None:
-        """From here on `echolab why` knows of this launch."""
+        """Write the first record, by which `echolab why` knows of this launch."""
         assert self.lease
-        layout = self.layout
-        if layout.launch.startswith("torchrun"):  # which gives every start the same name
-            layout = self.layout = layout._replace(launch=f"{layout.launch}-{self.lease.epoch}")
-        self.folder = self.run.absolute() / ATTEMPTS / layout.launch
+        topology = self.topology
+        if topology.launch.startswith("torchrun"):  # which gives every start the same name
+            launch = f"{topology.launch}-{self.lease.epoch}"
+            topology = self.topology = topology._replace(launch=launch)
+        self.folder = self.run.absolute() / ATTEMPTS / topology.launch
         try:
-            retried(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            retry(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         except OSError as error:
             raise write_error(self.folder, error) from error
         self.record = NodeRecord(
-            layout.launch, layout.supervisor, layout.supervisors, layout.host, layout.world,
-            list(layout.numbers), os.getpid(),
-            processes.birth(os.getpid()), time.time(),
-            epoch=self.lease.epoch, checkpoint_before=records.newest_checkpoint(self.run),
+            topology.launch, topology.supervisor, topology.num_supervisors, topology.host,
+            topology.world_size, list(topology.ranks), os.getpid(),
+            processes.process_identity(os.getpid()), time.time(),
+            epoch=self.lease.epoch, checkpoint_before=newest_checkpoint(self.run),
         )  # fmt: skip
         self._began = self._written = time.monotonic()
         self._write_record()
-        if layout.supervisor == 0:
-            evidence.note_earlier(self.run, layout.launch)
+        if topology.supervisor == 0:
+            record_earlier_launches(self.run, topology.launch)
 
-    def _wait_for_the_one_before(self) -> bool:
-        """Until the launch from which the run was taken has left; False where a signal came."""
+    def _wait_for_previous_launch(self) -> bool:
+        """Wait until the launch that held the run before has left; False after a signal."""
         assert self.lease
-        began, wait = time.monotonic(), lease.leaving(self.lease)
-        if wait and not wait.over() and self.layout.supervisor == 0:
-            who = lease.described(wait.before)
-            print(f"echolab: {self.run}: waits for {who} to leave", file=sys.stderr, flush=True)
-        while wait and not wait.over():
-            self._keep_the_run()
-            if self.asked or self.fenced:
+        began, wait = time.monotonic(), lease.handover(self.lease)
+        if wait and not wait.is_over() and self.topology.supervisor == 0:
+            holder = lease.describe(wait.previous)
+            print(
+                f"echolab: {self.run}: waiting for {holder} to leave", file=sys.stderr, flush=True
+            )
+        while wait and not wait.is_over():
+            self._renew_lease()
+            if self.stop_signal or self.fenced:
                 return False
             time.sleep(POLL_SECONDS)
         self.record.waited = time.monotonic() - began
-        self.record.checkpoint_before = records.newest_checkpoint(self.run)
+        self.record.checkpoint_before = newest_checkpoint(self.run)
         return True
 
     def _give_up(self) -> None:
         """End before any rank was started."""
         if self.fenced:
-            self.code = CAUSES["fenced"].exit_code
+            self.exit_code = CAUSES["fenced"].exit_code
             return
-        self.code = self.record.exit_code = exit_codes.STOPPED_UNSAVED
-        self.record.cause, self.record.asked = "preempted_unsaved", self.asked
-        self.record.detail = f"{signal.Signals(self.asked).name} before the ranks began"
+        self.exit_code = self.record.exit_code = exit_codes.STOPPED_UNSAVED
+        self.record.cause, self.record.stop_signal = "preempted_unsaved", self.stop_signal
+        self.record.detail = f"{signal.Signals(self.stop_signal).name} before the ranks started"
         self.record.ended = time.time()
         self._write_record()
 
-    def _keep_the_run(self) -> None:
-        """Beat, where this supervisor is the first; and see whether a later launch came."""
-        assert self.lease
-        with suppress(OSError):  # the next look may succeed
-            self.fenced = self.lease.fenced()
-        if self.layout.supervisor == 0 and time.monotonic() - self._beaten > lease.BEAT_SECONDS:
-            self._beaten = time.monotonic()
-            self.lease.beat()
+    def _run_ranks(self) -> None:
+        self.local_folder = make_local_folder(self.topology.ranks)
+        remover = processes.remove_at_exit(self.local_folder)
+        try:
+            self._start_ranks()
+            failed = self._wait_until_end()
+            self._end_of_updates.set()
+            self._end_within_bounds(failed)
+        finally:
+            self._kill_ranks()
+            processes.remove_now(*remover)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            leave_terminal()
-        if not self.asked:
-            self.asked, self.asked_at = number, time.monotonic()
-        elif self.asked == number == signal.SIGINT and "SLURM_PROCID" not in os.environ:
-            self.impatient_since = self.impatient_since or time.monotonic()
-        # Slurm tells every process of a step: a second SIGINT would mean impatience.
-        if number == signal.SIGINT and "SLURM_PROCID" in os.environ:
-            number = signal.SIGTERM
-        self._send(number)
-
-    def _send(self, number: int) -> None:
-        for rank in self.ranks:
-            if rank.exit is None:
-                processes.send(rank.pid, number)
-
-    def _start(self) -> None:
-        layout, early = self.layout, self.asked
-        self.record.beats = str(self.beats)
-        # Signals wait until a rank can take them: none is lost, and none ends it unheard.
+    def _start_ranks(self) -> None:
+        early_signal = self.stop_signal
+        self.record.local_folder = str(self.local_folder)
+        # Ranks start with signals blocked until they have handlers, so that no signal is lost or
+        # ends a rank unnoticed.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            for number in range(layout.ranks):
-                self._start_rank(number)
+            for rank in self.topology.ranks:
+                self._start_rank(rank)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        if early:  # it came when there were no ranks to pass it on to
-            self._send(early)
+        if early_signal:  # it arrived before there were ranks to forward it to
+            self._signal_ranks(early_signal)
         self.record.pids = [rank.pid for rank in self.ranks]
-        self._tell()
-        self._talker = threading.Thread(target=self._talk, name="talk", daemon=True)
-        self._talker.start()
+        self._update_record()
+        self._updater = threading.Thread(target=self._keep_updating, name="record", daemon=True)
+        self._updater.start()
 
-    def _talk(self) -> None:
-        """All that touches the run's folder meanwhile: a file system that hangs stops but this."""
-        while not self._quiet.wait(LOOK_SECONDS):
-            self._keep_the_run()
+    def _start_rank(self, rank: int) -> None:
+        assert self.lease
+        topology = self.topology
+        env = {**os.environ, **topology.environment(rank - topology.first_rank)}
+        env |= {LOCAL_DIR: str(self.local_folder), lease.EPOCH: str(self.lease.epoch)}
+        if rank == 0:  # has the terminal
+            process = processes.start(self.command, env, None)
+        else:
+            with (self.folder / f"rank-{rank}.log").open("ab") as log:
+                process = processes.start(self.command, env, log)
+        self.ranks.append(Rank(rank, process, self.local_folder))
+
+    # -- during training ----------------------------------------------------------------------
+
+    def _renew_lease(self) -> None:
+        """Renew the lease, if this is the first supervisor, and check for a later launch."""
+        assert self.lease
+        with suppress(OSError):  # the next check may succeed
+            self.fenced = self.lease.fenced()
+        is_due = time.monotonic() - self._renewed_at > lease.RENEW_SECONDS
+        if self.topology.supervisor == 0 and is_due:
+            self._renewed_at = time.monotonic()
+            self.lease.renew()
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        in_slurm = "SLURM_PROCID" in os.environ
+        if not self.stop_signal:
+            self.stop_signal, self.stop_signal_at = number, time.monotonic()
+        elif self.stop_signal == number == signal.SIGINT and not in_slurm:
+            self.second_interrupt_at = self.second_interrupt_at or time.monotonic()
+        # Slurm signals every process of a step: a rank would take a second SIGINT for a second
+        # Ctrl-C.
+        if number == signal.SIGINT and in_slurm:
+            number = signal.SIGTERM
+        self._signal_ranks(number)
+
+    def _signal_ranks(self, number: int) -> None:
+        for rank in self.ranks:
+            if rank.exit_code is None:
+                processes.send(rank.pid, number)
+
+    def _keep_updating(self) -> None:
+        """Update the record and the lease; a hung file system blocks only this thread."""
+        while not self._end_of_updates.wait(CHECK_SECONDS):
+            self._renew_lease()
             if self.fenced:
                 return
-            self.followed = os.access(self.folder / OVER, os.F_OK)
-            news = self.asked != self.record.asked
-            if news or time.monotonic() - self._written > records.SECONDS:
-                self._tell()
+            self.followed = os.access(self.folder / FAILED, os.F_OK)
+            new_signal = self.stop_signal != self.record.stop_signal
+            if new_signal or time.monotonic() - self._written > launch_records.SECONDS:
+                self._update_record()
 
-    def _start_rank(self, number: int) -> None:
-        env = {**os.environ, **self.layout.environment(number)}
-        assert self.lease
-        env |= {BEATS: str(self.beats), lease.EPOCH: str(self.lease.epoch)}
-        rank = self.layout.first + number
-        if rank == 0:  # has the terminal
-            self.ranks.append(Rank(rank, processes.start(self.command, env, None), self.beats))
-            return
-        with (self.folder / f"rank-{rank}.log").open("ab") as log:
-            self.ranks.append(Rank(rank, processes.start(self.command, env, log), self.beats))
-
-    def _until_the_end(self) -> bool:
-        """Whether the launch failed; otherwise all ranks have ended by themselves."""
-        looked = 0.0
-        while any(rank.look() is None for rank in self.ranks):
-            if any(rank.exit and not told.expected(rank.exit) for rank in self.ranks):
-                self._wait_for_words()
+    def _wait_until_end(self) -> bool:
+        """Return whether the launch failed; otherwise all ranks have ended as planned."""
+        last_check = 0.0
+        while any(rank.poll() is None for rank in self.ranks):
+            if any(rank.exit_code and not is_planned(rank.exit_code) for rank in self.ranks):
+                self._wait_for_error_files()
                 return True
             if self.fenced:
                 return True
-            if self.impatient_since and time.monotonic() - self.impatient_since > GRACE_SECONDS:
-                return True  # in a collective no rank can listen
-            if self.clock.tick() - looked >= LOOK_SECONDS:
-                looked = self.clock.tick()
-                self.late = self._overdue(looked)
-                if self.late or self.followed:
+            second = self.second_interrupt_at
+            if second and time.monotonic() - second > GRACE_SECONDS:
+                return True  # a rank in a collective cannot react
+            if self.clock.tick() - last_check >= CHECK_SECONDS:
+                last_check = self.clock.tick()
+                self.overdue = self._find_overdue(last_check)
+                if self.overdue or self.followed:
                     return True
             time.sleep(POLL_SECONDS)
-        return any(not told.expected(rank.exit or 0) for rank in self.ranks)
+        return any(not is_planned(rank.exit_code or 0) for rank in self.ranks)
 
-    def _wait_for_words(self) -> None:
+    def _wait_for_error_files(self) -> None:
         end = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < end and any(rank.look() is None for rank in self.ranks):
+        while time.monotonic() < end and any(rank.poll() is None for rank in self.ranks):
             time.sleep(POLL_SECONDS)
 
-    def _overdue(self, now: float) -> dict[int, float]:
-        told = {rank.number: rank.beat() for rank in self.ranks if rank.exit is None}
-        beats = {
-            n: beat._replace(since=now - self.clock.ran(beat.since)) for n, beat in told.items()
-        }
-        late = overdue(beats, now, self.deadlines, elsewhere=self.layout.supervisors > 1)
-        return late or self._deaf(beats) or self._unheard(beats) or self._stopped(now)
+    # -- timeouts -----------------------------------------------------------------------------
 
-    def _stopped(self, now: float) -> dict[int, float]:
-        """Ranks that somebody stopped, and left so: in no section will they go on by themselves."""
-        floor = self.deadlines.floor
-        states = {r.number: processes.see(r.pid).state for r in self.ranks if r.exit is None}
-        stopped = [number for number, state in states.items() if state == "T"]
-        self.stopped_since = {n: self.stopped_since.get(n, now) for n in stopped}
+    def _find_overdue(self, now: float) -> dict[int, float]:
+        """Return the ranks that exceeded a timeout, each with that timeout in seconds."""
+        states = {rank.rank: rank.heartbeat() for rank in self.ranks if rank.exit_code is None}
+        # Exclude the time in which this process did not run.
+        states = {
+            rank: state._replace(since=now - self.clock.elapsed(state.since))
+            for rank, state in states.items()
+        }
+        has_remote_ranks = self.topology.num_supervisors > 1
+        return (
+            overdue_ranks(states, now, self.timeouts, has_remote_ranks=has_remote_ranks)
+            or self._find_ignoring_signal(states)
+            or self._find_unable_to_stop(states)
+            or self._find_suspended(now)
+        )
+
+    def _find_suspended(self, now: float) -> dict[int, float]:
+        """Return ranks that were suspended and left so: they cannot continue by themselves."""
+        allowed = self.timeouts.min_step_timeout
+        suspended = [
+            rank.rank
+            for rank in self.ranks
+            if rank.exit_code is None and processes.process_state(rank.pid).state == "T"
+        ]
+        self.suspended_since = {rank: self.suspended_since.get(rank, now) for rank in suspended}
         return {
-            n: floor for n, since in self.stopped_since.items() if self.clock.ran(since) > floor
+            rank: allowed
+            for rank, since in self.suspended_since.items()
+            if self.clock.elapsed(since) > allowed
         }
 
-    def _votes(self, beats: Mapping[int, Beat]) -> int:
-        """Return how many steps have ended on all ranks since they were asked to stop."""
-        steps = {number: beat.step for number, beat in beats.items()}
-        if self._steps_when_asked is None:
-            self._steps_when_asked = steps
-        return min(steps[number] - self._steps_when_asked[number] for number in steps)
+    def _steps_since_signal(self, states: Mapping[int, HeartbeatState]) -> int:
+        """Return how many steps have ended on all ranks since the stop signal."""
+        steps = {rank: state.step for rank, state in states.items()}
+        if self._steps_at_signal is None:
+            self._steps_at_signal = steps
+        return min(steps[rank] - self._steps_at_signal[rank] for rank in steps)
 
-    def _deaf(self, beats: Mapping[int, Beat]) -> dict[int, float]:
-        """Ranks that were asked to stop, and went on through vote after vote."""
-        if not self.asked or not beats:
+    def _find_ignoring_signal(self, states: Mapping[int, HeartbeatState]) -> dict[int, float]:
+        """Return ranks that received a stop signal and train step after step."""
+        if not self.stop_signal or not states:
             return {}
-        stays = longest_of(beats)
-        allowed = sum(limit(self.deadlines, k, stays) for k in ("step", "save", "teardown"))
-        late = self._votes(beats) > 2 and self.clock.ran(self.asked_at) > allowed
-        return dict.fromkeys(beats, allowed) if late else {}
+        longest = longest_stays(states.values())
+        sections = ("step", "save", "teardown")
+        allowed = sum(allowed_seconds(self.timeouts, name, longest) for name in sections)
+        exceeded = self.clock.elapsed(self.stop_signal_at) > allowed
+        return (
+            dict.fromkeys(states, allowed)
+            if self._steps_since_signal(states) > 2 and exceeded
+            else {}
+        )
 
-    def _unheard(self, beats: Mapping[int, Beat]) -> dict[int, float]:
-        """Return ranks that were asked to stop and come to no vote in which they could hear it."""
-        if not self.asked or not beats or self._votes(beats):
+    def _find_unable_to_stop(self, states: Mapping[int, HeartbeatState]) -> dict[int, float]:
+        """Return ranks that received a stop signal and reach no step end at which to stop."""
+        if not self.stop_signal or not states or self._steps_since_signal(states):
             return {}
-        number = signal.SIGTERM if self.asked == signal.SIGINT else self.asked
-        allowed = unheard_limit(self.deadlines, self.grace.get(number), beats.values())
-        if allowed is None or self.clock.ran(self.asked_at) <= allowed:
+        number = signal.SIGTERM if self.stop_signal == signal.SIGINT else self.stop_signal
+        allowed = stop_timeout(self.timeouts, self.grace.get(number), states.values())
+        if allowed is None or self.clock.elapsed(self.stop_signal_at) <= allowed:
             return {}
-        self.unheard = allowed
-        return dict.fromkeys(beats, allowed)
+        self.exceeded_stop_timeout = allowed
+        return dict.fromkeys(states, allowed)
 
     # -- the end ------------------------------------------------------------------------------
 
     def _end_within_bounds(self, failed: bool) -> None:
-        """The verdict and its record; where the run's folder does not answer, without."""
+        """Diagnose and record the end; give up after a time if the run folder does not respond."""
 
         def end() -> None:
-            self._talker.join()
-            self._keep_the_run()
+            self._updater.join()
+            self._renew_lease()
             if self.fenced:
-                self._kill()
-                self.code = CAUSES["fenced"].exit_code
-                print(f"echolab: {self.run}: {CAUSES['fenced'].says}", file=sys.stderr, flush=True)
+                self._kill_ranks()
+                self.exit_code = CAUSES["fenced"].exit_code
+                message = f"echolab: {self.run}: {CAUSES['fenced'].summary}"
+                print(message, file=sys.stderr, flush=True)
                 return
-            self.code = self._judge() if failed else self._finish()
-            if self.code:
-                self._wait_for_others(OTHERS_SECONDS if failed else self.deadlines.teardown)
+            self.exit_code = self._diagnose() if failed else self._finish()
+            if self.exit_code:
+                self._wait_for_others(OTHERS_SECONDS if failed else self.timeouts.teardown)
 
         ending = threading.Thread(target=end, name="end", daemon=True)
         ending.start()
-        ending.join(END_SECONDS + (0.0 if failed else self.deadlines.teardown))
+        ending.join(END_SECONDS + (0.0 if failed else self.timeouts.teardown))
         if ending.is_alive():
-            print(f"echolab: error: {self.folder}: does not answer", file=sys.stderr, flush=True)
+            message = (
+                f"echolab: error: {self.folder}: the file system does not respond; check it, and "
+                "run the same command again"
+            )
+            print(message, file=sys.stderr, flush=True)
 
-    def _judge(self) -> int:
-        if self.impatient_since:  # whatever the ranks were at
-            verdict: Verdict | None = Verdict(self.layout.first, "interrupted", "")
+    def _diagnose(self) -> int:
+        """Record the root cause of a failure, kill the ranks, report; return the exit code."""
+        if self.second_interrupt_at:  # regardless of what the ranks were doing
+            verdict: Verdict | None = Verdict(self.topology.first_rank, "interrupted", "")
         else:
-            seen = observe(self.ranks, self.folder, self.layout.host, self.late)
-            self.record.observations = seen
-            verdict = culprit(seen)
-        if verdict and self.unheard and verdict.cause == "hang":
-            name = signal.Signals(self.asked).name
-            words = f"{name}, and no step ended within {self.unheard:.0f} s: {verdict.detail}"
-            verdict = verdict._replace(cause="preempted_unsaved", detail=words)
-        if verdict is None:  # its ranks only wait for those of another supervisor
-            verdict = Verdict(self.layout.first, "node_lost", "ended with the others")
-        self._declare_over()
-        code = CAUSES[verdict.cause].exit_code
-        self._close(verdict.cause, verdict.rank, verdict.detail, code)
-        self._kill()
+            host = self.topology.host
+            self.record.observations = observe(self.ranks, self.folder, host, self.overdue)
+            verdict = find_root_cause(self.record.observations)
+        if verdict and self.exceeded_stop_timeout and verdict.cause == "hang":
+            name, seconds = signal.Signals(self.stop_signal).name, self.exceeded_stop_timeout
+            detail = f"{name}, and no step ended within {seconds:.0f} s: {verdict.detail}"
+            verdict = verdict._replace(cause="preempted_unsaved", detail=detail)
+        if verdict is None:  # these ranks only wait for those of another supervisor
+            verdict = Verdict(self.topology.first_rank, "node_lost", "ended with the other nodes")
+        self._announce_failure()
+        exit_code = CAUSES[verdict.cause].exit_code
+        self._close_record(verdict, exit_code)
+        self._kill_ranks()
         if not self.followed:
-            print(last_words(self.run, self.record), file=sys.stderr, flush=True)
-        return code
+            print(failure_message(self.run, self.record), file=sys.stderr, flush=True)
+        return exit_code
 
-    def _declare_over(self) -> None:
-        """Tell the other supervisors, unless another was the first."""
+    def _announce_failure(self) -> None:
+        """Announce the failure to the other supervisors, unless another one did before."""
         try:
-            (self.folder / OVER).touch(exist_ok=False)
+            (self.folder / FAILED).touch(exist_ok=False)
         except FileExistsError:
             self.followed = True
         except OSError as error:
-            print(f"echolab: {write_error(self.folder / OVER, error)}", file=sys.stderr)
+            print(f"echolab: {write_error(self.folder / FAILED, error)}", file=sys.stderr)
 
     def _finish(self) -> int:
-        """All ranks ended by themselves, as planned."""
-        ends = [told.end_of(self.beats, rank.number) for rank in self.ranks]
-        code = max(rank.exit or 0 for rank in self.ranks)
+        """Record a planned end of all ranks; return the exit code."""
+        ends = [read_end_file(self.local_folder, rank.rank) for rank in self.ranks]
+        exit_code = max(rank.exit_code or 0 for rank in self.ranks)
         end = next((end for end in ends if end), None)
-        cause = exit_codes.cause_of_code(code)
-        detail = ""
+        cause, detail = exit_codes.cause_of_code(exit_code), ""
         if end:
             cause = exit_codes.cause_of_result(end.reason, unsaved=end.unsaved)
             detail = signal.Signals(end.stopped_by).name if end.stopped_by else ""
-        self._close(cause, self.layout.first, detail, code)
-        return code
-
-    def _tell(self) -> None:
-        first = self.ranks[0].beat()
-        present = {first.section: time.monotonic() - first.since}
-        record = self.record
-        record.seconds = {k: v + present.get(k, 0.0) for k, v in first.seconds.items()}
-        record.longest = longest_of({rank.number: rank.beat() for rank in self.ranks})
-        record.first_step, record.last_step = first.first, first.step
-        record.section, record.stay = first.section, present[first.section]
-        record.checkpoint = records.newest_checkpoint(self.run)
-        record.asked = self.asked
-        self._write_record()
-
-    def _write_record(self) -> None:
-        self._written = time.monotonic()
-        self.record.ran = self._written - self._began
-        try:
-            self.record.write(self.folder)
-        except StorageError as error:  # a full disk must not end the watch
-            print(f"echolab: {error}", file=sys.stderr, flush=True)
-
-    def _close(self, cause: str, rank: int, detail: str, code: int) -> None:
-        record = self.record
-        record.cause, record.rank, record.detail = cause, rank, detail
-        record.exit_code, record.followed = code, self.followed
-        record.ended = time.time()
-        self._tell()
-        try:
-            (self.folder / f"{ENDED}{record.supervisor}").touch()
-        except OSError:  # full: said above
-            pass
+        self._close_record(Verdict(self.topology.first_rank, cause, detail), exit_code)
+        return exit_code
 
     def _wait_for_others(self, seconds: float) -> None:
-        """Slurm kills a step once one of its tasks ends with a code: until all have told theirs."""
+        """Wait for the records of all supervisors.
+
+        Slurm kills a job step as soon as one of its tasks exits with an error.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with suppress(OSError):
                 ended = sum(name.startswith(ENDED) for name in os.listdir(self.folder))
-                if ended >= self.layout.supervisors:
+                if ended >= self.topology.num_supervisors:
                     return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
 
-    def _kill(self) -> None:
+    def _kill_ranks(self) -> None:
         for rank in self.ranks:
-            if rank.exit is None:
+            if rank.exit_code is None:
                 processes.kill_group(rank.pid)
         end = time.monotonic() + KILL_SECONDS
-        while any(rank.look() is None for rank in self.ranks) and time.monotonic() < end:
+        while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
+
+    # -- the record ---------------------------------------------------------------------------
+
+    def _update_record(self) -> None:
+        """Write the record with the state of the first rank."""
+        state = self.ranks[0].heartbeat()
+        stay = time.monotonic() - state.since
+        record = self.record
+        record.seconds = dict(state.seconds)
+        record.seconds[state.section] += stay
+        record.longest = longest_stays(rank.heartbeat() for rank in self.ranks)
+        record.first_step, record.last_step = state.first_step, state.step
+        record.section, record.stay = state.section, stay
+        record.checkpoint = newest_checkpoint(self.run)
+        record.stop_signal = self.stop_signal
+        self._write_record()
+
+    def _write_record(self) -> None:
+        self._written = time.monotonic()
+        self.record.elapsed = self._written - self._began
+        try:
+            self.record.write(self.folder)
+        except StorageError as error:  # a full disk must not end the supervision
+            print(f"echolab: {error}", file=sys.stderr, flush=True)
+
+    def _close_record(self, verdict: Verdict, exit_code: int) -> None:
+        record = self.record
+        record.rank, record.cause, record.detail = verdict
+        record.exit_code, record.followed = exit_code, self.followed
+        record.ended = time.time()
+        self._update_record()
+        with suppress(OSError):  # a full disk: reported above
+            (self.folder / f"{ENDED}{record.supervisor}").touch()

@@ -1,13 +1,13 @@
-"""Sync-C and Sync-D: how well lips and sound agree, by SyncNet's published score.
+"""Sync-C and Sync-D: SyncNet's published scores of the agreement of lips and audio.
 
     d(i, j) = |V_i - A_(i + j)|,  j = -s .. s
     D(j)    = mean over i of d(i, j)
     Sync-D  = min D,  Sync-C = median D - min D,  offset = -argmin
 
-Window i is frames i .. i + 4 with cepstra 4 i .. 4 i + 19.  A positive offset says that the sound
-is early.  The original pads A with zeros at both ends; on short clips the padding itself earns
-confidence (over 20 for 20 unrelated windows), so the padded form is kept for comparison with
-published numbers and the unpadded one is used on clips of a few seconds.
+Window i is frames i .. i + 4 with cepstra 4 i .. 4 i + 19.  A positive offset means that the audio
+is early.  The original pads A with zeros at both ends; on short clips the padding itself adds
+confidence (over 20 for 20 unrelated windows).  The padded form is therefore for comparison with
+published numbers, the unpadded one for clips of a few seconds.
 """
 
 from typing import NamedTuple
@@ -31,19 +31,22 @@ class Sync(NamedTuple):
 
 
 def window_count(frames: int, samples: int) -> int:
-    """Windows of a clip, one fewer than possible, as in the original; 640 samples a frame."""
+    """Return the windows of a clip, one less than possible as in the original."""
     return min(frames, samples // 640) - FRAMES_PER_WINDOW
 
 
 def padded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
-    """D(j), [2 s + 1], of embeddings [L, D], with zeros beyond the ends of the sound."""
+    """Return D(j), [2 s + 1], of embeddings [L, D], with zeros beyond the ends of the audio."""
     padded = functional.pad(audio, (0, 0, max_shift, max_shift))
     shifted = padded.unfold(0, 2 * max_shift + 1, 1).transpose(1, 2)  # [L, 2 s + 1, D]
     return (visual[:, None] - shifted + 1e-6).norm(dim=-1).mean(0)
 
 
 def unpadded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
-    """D(j), [2 s + 1], over those windows alone that have sound at shift j."""
+    """Return D(j), [2 s + 1], over only those windows that have audio at shift j.
+
+    Raises ValueError if there are not more windows than the largest shift.
+    """
     count = len(visual)
     if count <= max_shift:
         raise ValueError(f"{count} windows, need more than the largest shift, {max_shift}")
@@ -55,8 +58,8 @@ def unpadded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
 
 
 def sync_score(distances: Tensor, windows: int) -> Sync:
-    """Sync-C, Sync-D and the offset of D(j)."""
-    lowest, place = distances.min(0)
-    offset = (len(distances) - 1) // 2 - int(place)
+    """Return Sync-C, Sync-D and the offset of D(j)."""
+    lowest, index = distances.min(0)
+    offset = (len(distances) - 1) // 2 - int(index)
     median = distances.quantile(0.5)
     return Sync(float(median - lowest), float(lowest), offset, windows)

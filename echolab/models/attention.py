@@ -1,11 +1,11 @@
-"""Attention over heads, by the fastest kernel that the machine has.
+"""Attention over heads, by the fastest kernel of the machine.
 
 Every attention module of the network holds one plain function, `attend`; it is torch's own until
 `use_attention(net, attention_from(NAME))` sets another from outside.
 
-There is no kernel for sequences of different lengths here, because the network pads nothing that
-should not be looked at: the zeros after a text and outside a window of sound are keys like any
-other, as in the released model, and the clips of a batch have one size.
+There is no kernel for sequences of different lengths here, because no key is masked: the zeros
+after a text and outside a window of audio are keys like any other, as in the released model, and
+the clips of a batch have one size.
 
 Shapes: B clips, S queries, K keys, N heads, d channels of a head.
 """
@@ -43,7 +43,8 @@ CUDNN_FIRST = [
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's `scaled_dot_product_attention`, by the kernel that torch prefers."""
+    """Attend by torch's `scaled_dot_product_attention`, with the kernel that torch prefers."""
+    # torch expects heads before tokens: [B, N, S, d].
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if values.device.type == "cpu" and min(queries.shape[1], keys.shape[1]) < SHORT:
         with torch.autocast("cpu", enabled=False):
@@ -54,13 +55,14 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's, but cuDNN's kernel wherever it can: on Hopper much faster than FlashAttention 2."""
+    """Attend by cuDNN's kernel if it can: on Hopper much faster than FlashAttention 2."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return sdpa(queries, keys, values)
 
 
 def _flash(name: str) -> Attend:
-    """The function of a FlashAttention package; ConfigError where it is not installed."""
+    """Return the function of a FlashAttention package; raise ConfigError if not installed."""
+    # The packages are optional; torch's kernels are the default.
     try:
         kernel: Callable[..., Any] = import_module(PACKAGES[name]).flash_attn_func
     except ImportError as error:
@@ -75,16 +77,17 @@ def _flash(name: str) -> Attend:
                 f"attention={name}: computes in bf16 or fp16, not {values.dtype}; "
                 "take precision bf16-mixed, or attention=sdpa"
             )
-        # Under autocast norms give fp32, which torch's own kernels would be given in bf16.
+        # Under autocast norms give fp32; torch's own kernels would get bf16.
         mixed = kernel(queries.type_as(values), keys.type_as(values), values)
-        # FlashAttention 3 gave (output, log-sum-exp) before 3.0.0b2.
+        # FlashAttention 3 returned (output, log-sum-exp) before 3.0.0b2.
         return mixed[0] if isinstance(mixed, tuple) else mixed
 
     return attend
 
 
 def _fastest(device: torch.device) -> str:
-    """On Hopper FlashAttention 3, else cuDNN; elsewhere torch's own choice is the best."""
+    """Return FlashAttention 3 or cuDNN on Hopper; elsewhere torch's own choice is the best."""
+    # Before Hopper torch's own choice is the fastest.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return "sdpa"
     try:
@@ -95,12 +98,13 @@ def _fastest(device: torch.device) -> str:
 
 
 def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
-    """The function that a name stands for on a device; `auto` is the fastest there.
+    """Return the attention function of a name on a device; `auto` is the fastest there.
 
     Raises ConfigError for an unknown name and for a package that is not installed.
     """
     if name not in NAMES:
         raise ConfigError(f"attention={name}: unknown; one of {', '.join(NAMES)}")
+    # Resolve `auto` first: what it chooses always runs on the device.
     device = torch.device(device)
     if name == "auto":
         name = _fastest(device)
@@ -110,12 +114,12 @@ def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
 
 
 def attention_modules(net: nn.Module) -> Iterator[Any]:
-    """Both attentions of every block."""
+    """Yield both attentions of every block."""
     for block in net.blocks:  # type: ignore[union-attr]
         yield from (block.self_attn, block.cross_attn)
 
 
 def use_attention(net: nn.Module, attend: Attend) -> None:
-    """Every attention of the network computes by `attend` from now on."""
+    """Set `attend` as the kernel of every attention of the network."""
     for module in attention_modules(net):
         module.attend = attend

@@ -1,8 +1,7 @@
-"""Weights out: safetensors in the released names or in diffusers', whole or not at all."""
+"""Export of weights: safetensors in the released names or in diffusers', complete or not at all."""
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from echolab.atomic_io import fsync
 from echolab.errors import CheckpointError, ConfigError, WeightsError
-from echolab.models.names import to_diffusers
+from echolab.models.state_dict import DEAD_PART, released_shapes, to_diffusers
 from echolab.models.transformer import EchoTransformer
-from echolab.models.weights import DEAD_PART, released_shapes
 
 NAME = "diffusion_pytorch_model"  # as the releases and diffusers call it
 Config = dict[str, Any]
@@ -30,13 +29,14 @@ def write_original(
     dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> list[Path]:
-    """A file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
+    """Write a file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
 
     `tensors` are all parameters of `net` (which may be on the meta device), by name, in `dtype`, or
-    None for each one's own.  Flash's dead query for sound is written as it is given, else as
+    None for each one's own.  Flash's dead query for audio is written as it is given, else as
     zeros, so that strict readers find all 1,203 names.
     Returns the files.  Raises CheckpointError, ConfigError or WeightsError; then nothing is left.
     """
+    # Names and order of the released file, with zeros for what it holds without effect.
     _check_complete(net, tensors)
     named: dict[str, Tensor] = {}
     for name, shape in released_shapes(net).items():
@@ -53,9 +53,9 @@ def write_diffusers(
     dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> list[Path]:
-    """A folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
+    """Write a folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
 
-    diffusers has no sound: tensors of that branch get names of ours, which it warns of and leaves.
+    diffusers has no audio: tensors of that branch get names of ours, which it reports and ignores.
     Otherwise as `write_original`.
     """
     _check_complete(net, tensors)
@@ -66,6 +66,7 @@ def write_diffusers(
 
 
 def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `tensors` are the parameters of `net`, in their shapes."""
     parameters = dict(net.named_parameters())
     for name in [*parameters, *(name for name in tensors if DEAD_PART not in name)]:
         have, need = tensors.get(name), parameters.get(name)
@@ -77,7 +78,7 @@ def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None
 
 
 def _original_config(net: EchoTransformer) -> Config:
-    """config.json as Wan's own code reads it."""
+    """Return config.json as Wan's own code reads it."""
     return {
         "_class_name": "WanModel",
         "model_type": "t2v" if net.img_emb is None else "i2v",
@@ -99,6 +100,7 @@ def _original_config(net: EchoTransformer) -> Config:
 
 
 def _diffusers_config(net: EchoTransformer) -> Config:
+    """Return config.json as diffusers reads it."""
     own = _original_config(net)
     image_dim = None if net.img_emb is None else net.img_emb.proj[1].in_features
     return {
@@ -124,7 +126,7 @@ def _diffusers_config(net: EchoTransformer) -> Config:
 def _shards(
     named: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[dict[str, Tensor]]:
-    """In order, each as large as may be; one tensor that is larger is a shard of its own."""
+    """Return shards in order, as large as allowed; a larger tensor is a shard of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in named.items():
@@ -144,32 +146,35 @@ def _write(
     dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> list[Path]:
+    """Write the shards and config.json under a temporary name, then rename."""
+    # Refuse before anything is written.
     shards = _shards(named, dtype, shard_bytes)
-    alone = out.suffix == ".safetensors"
+    single_file = out.suffix == ".safetensors"
     if out.exists():
         raise ConfigError(f"out={out}: already there; name another, or remove it")
-    if alone and len(shards) > 1:
+    if single_file and len(shards) > 1:
         size = sum(t.numel() * (dtype or t.dtype).itemsize for t in named.values())
         raise ConfigError(
             f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
             "name a folder, or raise shard_gb"
         )
+    # Write into a folder under a temporary name, sync, then rename.
     partial = out.with_name(f".partial-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         files = _write_shards(partial, shards, dtype)
-        if alone:
+        if single_file:
             files[0].replace(out)
             partial.rmdir()
             return [out]
-        _write_synced(partial / "config.json", config)
+        _write_json(partial / "config.json", config)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise WeightsError(
-            f"{out}: could not be written ({error}); make room there, or give another place"
+            f"{out}: could not be written ({error}); make room there, or give another path"
         ) from error
     return sorted(out.iterdir())
 
@@ -177,35 +182,29 @@ def _write(
 def _write_shards(
     folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dtype | None
 ) -> list[Path]:
-    """The shards, and their index where there are several; one is in memory at a time."""
+    """Write the shards, and their index if several; one is in memory at a time."""
     files: list[Path] = []
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files.append(folder / f"{NAME}{part}.safetensors")
+        # Convert one shard at a time, so that host memory holds no second copy.
         kept = {
             name: tensor.detach().to(dtype or tensor.dtype).contiguous()
             for name, tensor in shard.items()
         }
         save_file(kept, files[-1], {"format": "pt"})
-        _sync(files[-1])
-        places |= dict.fromkeys(shard, files[-1].name)
+        fsync(files[-1])
+        weight_map |= dict.fromkeys(shard, files[-1].name)
         size += sum(tensor.nbytes for tensor in kept.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        _write_synced(folder / f"{NAME}.safetensors.index.json", index)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(folder / f"{NAME}.safetensors.index.json", index)
     return files
 
 
-def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file through to the disk."""
     path.write_text(json.dumps(content, indent=2) + "\n")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path)

@@ -11,22 +11,26 @@ class Frozen:
     """Calls `net` without gradients, in eval mode.
 
     Not an nn.Module: a module that holds one neither trains it, nor moves it, nor saves it.
-    `net` itself is frozen; give it a copy of a network that goes on learning.
+    `net` itself is frozen; give it a copy of a network that is still trained.
     """
 
     def __init__(self, net: nn.Module):
         self.net = net.eval().requires_grad_(False)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights by parameter name, all of them."""
-        self.net.load_state_dict(weights)
+        """Set all weights by parameter name; a network on the meta device uses the tensors given.
+
+        Those of a mapped file are then shared by all ranks of a node, or moved to each rank's GPU.
+        """
+        on_meta = any(parameter.is_meta for parameter in self.net.parameters())
+        self.net.load_state_dict(weights, assign=on_meta)
 
     def to(self, device: torch.device | str) -> "Frozen":
-        """Move it; nobody else will."""
+        """Move `net`, which no module moves otherwise."""
         self.net.to(device)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What `net` returns, outside the graph."""
+        """Return the output of `net`, outside the graph."""
         with torch.no_grad():
             return self.net(*args, **kwargs)

@@ -24,7 +24,8 @@ class PatchEmbedding(nn.Conv3d):
         super().__init__(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, S, D], row-major over (frames, rows, columns)."""
+        """Map [B, C, F, H, W] to [B, S, D], row-major over (frames, rows, columns)."""
+        # Cut patches in the layout of the convolution's weight, then multiply.
         p, q, r = self.kernel_size
         patches = rearrange(latents, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
@@ -44,29 +45,30 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Zeros stand for no picture."""
+        """Project the tokens; zeros stand for no image."""
         return self.proj(image)
 
 
 class Linear32(nn.Linear):
-    """A linear layer that computes in fp32, whatever its parameters and autocast say."""
+    """A linear layer that computes in fp32, for parameters of any dtype and under autocast."""
 
     def forward(self, values: Tensor) -> Tensor:
-        """[..., in] -> [..., out], fp32."""
+        """Map [..., in] to [..., out], in fp32."""
         with torch.autocast(values.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(values.float(), self.weight.float(), bias)
 
 
 class _RootMeanSquare(torch.autograd.Function):
-    """RMS norm that keeps its input and one number a row for the way back.
+    """RMS norm that keeps its input and one number a row for the backward pass.
 
     torch has one kernel for it on GPUs alone; elsewhere autograd would keep two more tensors of the
-    input's size, and go over memory twice as often.
+    input's size, and pass over memory twice as often.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # fp32 at least; fp64 stays fp64, for gradient checks.
         dtype = torch.promote_types(values.dtype, torch.float32)
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype)
         inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
@@ -76,9 +78,10 @@ class _RootMeanSquare(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With r the inverse: r w g - x r^3 mean(x w g), and the sum of r x g over the rows."""
+        """Return r w g - x r^3 mean(x w g), with r the inverse, and the sum of r x g over rows."""
         values, weight, inverse = ctx.saved_tensors
         gradient, factors = gradient.to(inverse.dtype), weight.to(inverse.dtype)
+        # Row means of x w g by one matrix product.
         product = (gradient * values).flatten(0, -2)
         rows = inverse.view(-1)
         means = (product @ factors).mul_(rows.pow(3)).div_(values.shape[-1])
@@ -90,23 +93,23 @@ class _RootMeanSquare(torch.autograd.Function):
 class RMSNorm(nn.RMSNorm):
     """Over all channels, before they are split into heads; computed in fp32.
 
-    On GPUs the weight follows the values' dtype: where the two differ, as under autocast, torch
-    would not take its fused kernel.
+    On GPUs the weight gets the values' dtype: if the two differ, as under autocast, torch does not
+    take its fused kernel.
     """
 
     def forward(self, values: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Normalize [..., D] over the last dimension."""
         if values.device.type == "cpu":
-            found: Tensor = _RootMeanSquare.apply(values, self.weight, self.eps)
-            return found
+            normed: Tensor = _RootMeanSquare.apply(values, self.weight, self.eps)
+            return normed
         return F.rms_norm(values, self.normalized_shape, self.weight.type_as(values), self.eps)
 
 
-def modulated(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D].
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Apply a layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D].
 
     Scale and shift are a layer norm's weight and bias: clip by clip it is one kernel, which keeps
-    its input alone for the way back.
+    only its input for the backward pass.
     """
     shape = tokens.shape[-1:]
     clips = zip(tokens.float(), 1 + scale[:, 0], shift[:, 0], strict=True)
@@ -114,11 +117,12 @@ def modulated(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     return (normed[0][None] if len(normed) == 1 else torch.stack(normed)).type_as(tokens)
 
 
-def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """Wan's embedding of timesteps [B] in 0..1000: cosines, then sines.  [B, dim], fp32.
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Return Wan's embedding of timesteps [B] in 0..1000: cosines, then sines.  [B, dim], fp32.
 
-    In fp64 within: 1000 radians in fp32 would be off by 3e-5, and this is B numbers.
+    Computed in fp64: 1000 radians in fp32 would be off by 3e-5, and this is B numbers.
     """
+    # Frequencies from 1 down to 1 / 10000.
     half = dim // 2
     powers = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
     angles = timesteps.double()[:, None] * torch.pow(10000.0, -powers)
@@ -126,16 +130,17 @@ def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with time, row and column: 44, 42, 42 of 128."""
+    """Return the channels of a head that rotate with time, row and column: 44, 42, 42 of 128."""
+    # Even thirds for rows and columns; time gets the rest.
     third = 2 * (head_dim // 6)
     return head_dim - 2 * third, third, third
 
 
 @lru_cache(maxsize=32)
-def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Cosines and sines that turn channel pairs by their position.  [S, 1, head_dim / 2, 2]."""
+def rope_freqs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return cosines and sines that rotate channel pairs by position.  [S, 1, head_dim / 2, 2]."""
     axes = []
-    with torch.inference_mode(False):  # made in validation, it must still serve in training
+    with torch.inference_mode(False):  # a table made in validation is reused in training
         for axis, (channels, length) in enumerate(zip(rope_split(head_dim), grid, strict=True)):
             powers = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
             positions = torch.arange(length, dtype=torch.float64, device=device)
@@ -147,12 +152,12 @@ def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
         return torch.stack([angles.cos(), angles.sin()], -1).float()
 
 
-def turn(heads: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of adjacent channel pairs.  [B, S, N, d] and [S, 1, d / 2, 2]."""
+def apply_rope(heads: Tensor, freqs: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs by their position.  [B, S, N, d] and [S, 1, d / 2, 2]."""
     pairs = heads.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # Inductor fuses no complex numbers
-        (x, y), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
+        (x, y), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
+        rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
     else:  # one pass over memory
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return turned.flatten(-2).type_as(heads)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(freqs))
+    return rotated.flatten(-2).type_as(heads)

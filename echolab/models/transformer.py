@@ -1,15 +1,16 @@
-"""EchoMimicV3's network: Wan 2.1's diffusion transformer with a third, local branch of sound.
+"""EchoMimicV3's network: Wan 2.1's diffusion transformer with a third, local audio branch.
 
-Parameters carry the names of the released files (825 tensors for Wan2.1-T2V-1.3B, 983 with the
-image branch, 1,076 with the preview's sound; 1,143 of Flash's 1,203, whose `q_audio` does nothing).
-The network is told timesteps, conditions and modality weights; it
-knows no task, noise level, device or rank.  Source: antgroup/echomimic_v3,
-`src/wan_transformer3d_audio.py`; Wan-Video/Wan2.1, `wan/modules/model.py`.
+Parameters have the names of the released files (825 tensors for Wan2.1-T2V-1.3B, 983 with the
+image branch, 1,076 with the preview's audio; 1,143 of Flash's 1,203, whose `q_audio` does nothing).
+The network gets timesteps, conditions and modality weights; it knows no task, noise level, device
+or rank.  Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py`; Wan-Video/Wan2.1,
+`wan/modules/model.py`.
 
 Shapes: B clips, S = F P tokens of a clip, P tokens of a latent frame, D width, N heads, d = D / N.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,23 +18,31 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError, DataError
+from echolab.geometry import WAN, LatentGeometry
 from echolab.models.attention import Attend, sdpa
-from echolab.models.audio import FLASH, PREVIEW, AudioTokens, FlashAudioTokens, Hearing
+from echolab.models.audio import (
+    FLASH,
+    PREVIEW,
+    TOKENS_PER_FRAME,
+    AudioAttentionConfig,
+    AudioTokens,
+    FlashAudioTokens,
+)
 from echolab.models.layers import (
     ImageEmbedding,
     Linear32,
     PatchEmbedding,
     RMSNorm,
-    modulated,
-    rope_table,
-    sinusoid,
-    turn,
+    apply_rope,
+    modulate,
+    rope_freqs,
+    timestep_embedding,
 )
 from echolab.types import Conditions, ModalityWeights
 
 
-class Told(NamedTuple):
-    """The conditions as every block reads them."""
+class Context(NamedTuple):
+    """The conditions as tokens, for every block."""
 
     text: Tensor  # [B, L, D]
     image: Tensor | None  # [B, N, D]
@@ -42,13 +51,20 @@ class Told(NamedTuple):
     weights: ModalityWeights | None  # each [B]
 
 
-def weighed(values: Tensor, weight: Tensor | None) -> Tensor:
-    """[B, S, D] times one weight a clip [B]; None is 1."""
+def scale_per_sample(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Multiply [B, S, D] by one weight a clip [B]; None is 1."""
     return values if weight is None else values * weight.to(values.dtype)[:, None, None]
 
 
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return two linear layers with an approximate GELU between them."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs)
+    )
+
+
 class SelfAttention(nn.Module):
-    """Every token of the clip looks at every other; positions turn queries and keys."""
+    """Every token of the clip attends to every other; positions rotate queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -58,10 +74,10 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, tokens: Tensor, rope: Tensor) -> Tensor:
-        """[B, S, D], [S, 1, d / 2, 2] -> [B, S, D]."""
+        """Attend over all tokens: [B, S, D], [S, 1, d / 2, 2] -> [B, S, D]."""
         heads = (self.num_heads, -1)
-        queries = turn(self.norm_q(self.q(tokens)).unflatten(-1, heads), rope)
-        keys = turn(self.norm_k(self.k(tokens)).unflatten(-1, heads), rope)
+        queries = apply_rope(self.norm_q(self.q(tokens)).unflatten(-1, heads), rope)
+        keys = apply_rope(self.norm_k(self.k(tokens)).unflatten(-1, heads), rope)
         values = self.v(tokens).unflatten(-1, heads)
         return self.o(self.attend(queries, keys, values).flatten(2))
 
@@ -69,64 +85,79 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """One query, keys and values of its own for each modality, one output for their sum.
 
-    Queries and the output projection are coupled, the rest is not.  The sound's branch starts at
-    zero, so a new network equals its base.
+    Queries and the output projection are shared, the rest is not.  The audio branch starts at zero,
+    so a new network equals its base.
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float, image: bool, hearing: Hearing | None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        eps: float,
+        image: bool,
+        audio_config: AudioAttentionConfig | None,
+    ):
         super().__init__()
-        self.num_heads, self.hearing = num_heads, hearing
+        self.num_heads, self.audio_config = num_heads, audio_config
         self.attend: Attend = sdpa
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if image:
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
-        if hearing:
-            self.k_audio = nn.Linear(dim, dim, bias=hearing.biases)
-            self.v_audio = nn.Linear(dim, dim, bias=hearing.biases)
+        if audio_config:
+            self.k_audio = nn.Linear(dim, dim, bias=audio_config.biases)
+            self.v_audio = nn.Linear(dim, dim, bias=audio_config.biases)
             self.norm_k_audio = RMSNorm(dim, eps)
 
     def heads(self, values: Tensor) -> Tensor:
-        """[..., D] -> [..., N, d]."""
+        """Split [..., D] into heads [..., N, d]."""
         return values.unflatten(-1, (self.num_heads, -1))
 
-    def read(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[B, S, N, d], [B, K, D] twice -> [B, S, D]."""
+    def attend_heads(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend and join the heads: [B, S, N, d], [B, K, D] twice -> [B, S, D]."""
         return self.attend(queries, self.heads(keys), self.heads(values)).flatten(2)
 
-    def forward(self, tokens: Tensor, told: Told) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """Return the sum of the modalities' outputs: [B, S, D] -> [B, S, D]."""
+        # One query for all modalities; text is always there.
         queries = self.heads(self.norm_q(self.q(tokens)))
-        keys = self.norm_k(self.k(told.text))
-        read = self.read(queries, keys, self.v(told.text))
-        weights = told.weights or (None, None, None)
-        total = weighed(read, weights[0])
-        if told.image is not None:
-            keys = self.norm_k_img(self.k_img(told.image))
-            seen = self.read(queries, keys, self.v_img(told.image))
-            total = total + weighed(seen, weights[1])
-        if told.audio is not None and self.hearing:
-            heard = self.heard(queries, told.audio, told.face, self.hearing)
-            total = total + weighed(heard, weights[2])
+        keys = self.norm_k(self.k(context.text))
+        text = self.attend_heads(queries, keys, self.v(context.text))
+        weights = context.weights or (None, None, None)
+        total = scale_per_sample(text, weights[0])
+        # The image branch of Wan's image-to-video networks.
+        if context.image is not None:
+            keys = self.norm_k_img(self.k_img(context.image))
+            image = self.attend_heads(queries, keys, self.v_img(context.image))
+            total = total + scale_per_sample(image, weights[1])
+        # EchoMimicV3's audio branch, local in time and, for the preview, to the face.
+        if context.audio is not None and self.audio_config:
+            audio = self.audio_attention(queries, context.audio, context.face, self.audio_config)
+            total = total + scale_per_sample(audio, weights[2])
         return self.o(total)
 
-    def heard(self, queries: Tensor, audio: Tensor, face: Tensor, hearing: Hearing) -> Tensor:
-        """Each latent frame attends to its own W tokens of sound.
+    def audio_attention(
+        self, queries: Tensor, audio: Tensor, face: Tensor, config: AudioAttentionConfig
+    ) -> Tensor:
+        """Let each latent frame attend to its own W audio tokens.
 
         [B, S, N, d], [B, 2 T, D] or [B, F, W, D], [B, 1, P, 1] -> [B, S, D].
         """
-        keys = hearing.windows(self.norm_k_audio(self.k_audio(audio)))  # [B, F, W, D]
-        values = hearing.windows(self.v_audio(audio))
+        keys = config.windows(
+            self.norm_k_audio(self.k_audio(audio)), config.time_stride
+        )  # [B, F, W, D]
+        values = config.windows(self.v_audio(audio), config.time_stride)
+        # Fold latent frames into the batch, so that each attends to its own window.
         clips, frames = keys.shape[:2]
         framewise = queries.unflatten(1, (frames, -1)).flatten(0, 1)  # [B F, P, N, d]
-        sound = self.read(framewise, keys.flatten(0, 1), values.flatten(0, 1))  # [B F, P, D]
-        sound = sound.unflatten(0, (clips, frames))
-        return (sound * face if hearing.masked else sound).flatten(1, 2)
+        output = self.attend_heads(framewise, keys.flatten(0, 1), values.flatten(0, 1))
+        output = output.unflatten(0, (clips, frames))  # [B, F, P, D]
+        return (output * face if config.masked else output).flatten(1, 2)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the time steers the first and the last."""
+    """Self-attention, cross-attention and FFN, with adaLN modulation on the first and the last."""
 
     def __init__(
         self,
@@ -135,27 +166,27 @@ class Block(nn.Module):
         num_heads: int,
         eps: float,
         image: bool,
-        hearing: Hearing | None,
+        audio_config: AudioAttentionConfig | None,
     ):
         super().__init__()
         self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(dim, num_heads, eps, image, hearing)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
-        )
+        self.cross_attn = CrossAttention(dim, num_heads, eps, image, audio_config)
+        self.ffn = _mlp(dim, ffn_dim, dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, tokens: Tensor, time: Tensor, told: Told, rope: Tensor) -> Tensor:
-        """[B, S, D], [B, 6, D] in fp32, conditions, positions -> [B, S, D]."""
-        steering = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = steering
-        moved = self.self_attn(modulated(tokens, shift, scale, self.eps), rope)
-        tokens = torch.addcmul(tokens.float(), gate, moved).type_as(tokens)
-        tokens = tokens + self.cross_attn(self.norm3(tokens), told)
-        moved = self.ffn(modulated(tokens, ffn_shift, ffn_scale, self.eps))
-        return torch.addcmul(tokens.float(), ffn_gate, moved).type_as(tokens)
+    def forward(self, tokens: Tensor, time: Tensor, context: Context, rope: Tensor) -> Tensor:
+        """Return the next tokens: [B, S, D], [B, 6, D] in fp32, context, positions -> [B, S, D]."""
+        modulation = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        # Self-attention, gated; the gate multiplies in fp32.
+        update = self.self_attn(modulate(tokens, shift, scale, self.eps), rope)
+        tokens = torch.addcmul(tokens.float(), gate, update).type_as(tokens)
+        tokens = tokens + self.cross_attn(self.norm3(tokens), context)
+        # The FFN, gated in the same way.
+        update = self.ffn(modulate(tokens, ffn_shift, ffn_scale, self.eps))
+        return torch.addcmul(tokens.float(), ffn_gate, update).type_as(tokens)
 
 
 class Head(nn.Module):
@@ -168,27 +199,42 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, dim))
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """[B, S, D], [B, D] in fp32 -> [B, S, values]."""
+        """Map tokens to patches: [B, S, D], [B, D] in fp32 -> [B, S, values]."""
         shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
-        return self.head(modulated(tokens, shift, scale, self.eps))
+        return self.head(modulate(tokens, shift, scale, self.eps))
 
 
-def _check_sizes(dim: int, num_heads: int, in_channels: int, out_channels: int) -> None:
+def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeometry) -> None:
+    """Raise ConfigError for sizes that do not fit each other."""
     if dim % (2 * num_heads):
         raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
-    if in_channels not in (out_channels, 2 * out_channels + 4):
-        wanted = f"{out_channels}, or {2 * out_channels + 4} with the known mask and latents"
+    out_channels, mask_channels = geometry.channels, geometry.time_stride
+    if in_channels not in (out_channels, 2 * out_channels + mask_channels):
+        wanted = (
+            f"{out_channels}, or {2 * out_channels + mask_channels} with the known mask and latents"
+        )
         raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
 
 
+def _audio_proj(
+    audio_dim: int | None, audio_layers: int | None, dim: int, time_stride: int
+) -> AudioTokens | FlashAudioTokens | None:
+    """Return what makes tokens of audio features: the preview's, Flash's, or None without audio."""
+    if audio_dim is None:
+        return None
+    if audio_layers is None:
+        return AudioTokens(audio_dim, dim)
+    return FlashAudioTokens(audio_dim, audio_layers, dim, time_stride)
+
+
 class EchoTransformer(nn.Module):
-    """Noisy latents, timesteps and conditions in; velocity out.
+    """The diffusion transformer: noisy latents, timesteps and conditions in; velocity out.
 
     `image_dim=None` and `audio_dim=None` leave the branch out, and `in_channels == out_channels`
-    the known pixels: with all three it is Wan2.1's text-to-video network.  `audio_layers=None` is
-    the preview's sound, two tokens [audio_dim] a video frame; Flash hears 12 layers [12, audio_dim]
-    a video frame and has no face mask.  Parameters are made as torch makes them;
-    `models.weights.initialise` gives them Wan's starting values.
+    the mask and known latents: with all three it is Wan2.1's text-to-video network.
+    `audio_layers=None` is the preview's audio, two tokens [audio_dim] a video frame; Flash takes 12
+    layers [12, audio_dim] a video frame and has no face mask.  Parameters have torch's own
+    initialization; `models.loading.initialize` gives them Wan's.
     """
 
     def __init__(
@@ -199,35 +245,36 @@ class EchoTransformer(nn.Module):
         num_heads: int,
         num_layers: int,
         in_channels: int = 36,
-        out_channels: int = 16,
+        out_channels: int = WAN.channels,
         text_dim: int = 4096,
         image_dim: int | None = 1280,
         audio_dim: int | None = 768,
         audio_layers: int | None = None,
         freq_dim: int = 256,
-        patch_size: tuple[int, int, int] = (1, 2, 2),
+        patch_size: Sequence[int] = (1, WAN.patch, WAN.patch),
+        time_stride: int = WAN.time_stride,
+        space_stride: int = WAN.space_stride,
         eps: float = 1e-6,
     ):
         super().__init__()
-        _check_sizes(dim, num_heads, in_channels, out_channels)
+        self.geometry = LatentGeometry(out_channels, time_stride, space_stride, patch_size[1])
+        _check_sizes(dim, num_heads, in_channels, self.geometry)
         self.head_dim, self.freq_dim = dim // num_heads, freq_dim
-        self.patch_size = patch_size
-        self.takes_known = in_channels > out_channels
+        self.patch_size: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
+        self.has_mask_input = in_channels > out_channels
         self.patch_embedding = PatchEmbedding(in_channels, dim, self.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        # Embeddings of the conditions, under the names of the released files.
+        self.text_embedding = _mlp(text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear32(freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.img_emb = None if image_dim is None else ImageEmbedding(image_dim, dim)
-        self.audio2token: AudioTokens | None = None
-        self.audio_injection: FlashAudioTokens | None = None
-        if audio_dim is not None and audio_layers is None:
-            self.audio2token = AudioTokens(audio_dim, dim)
-        elif audio_dim is not None and audio_layers is not None:
-            self.audio_injection = FlashAudioTokens(audio_dim, audio_layers, dim)
-        hearing = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
-        like = (dim, ffn_dim, num_heads, eps, image_dim is not None, hearing)
+        audio = _audio_proj(audio_dim, audio_layers, dim, time_stride)
+        self.audio2token = audio if isinstance(audio, AudioTokens) else None
+        self.audio_injection = audio if isinstance(audio, FlashAudioTokens) else None
+        audio_config = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
+        audio_config = audio_config and audio_config._replace(time_stride=time_stride)
+        # The blocks, and the way back to latents.
+        like = (dim, ffn_dim, num_heads, eps, image_dim is not None, audio_config)
         self.blocks = nn.ModuleList(Block(*like) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
 
@@ -238,27 +285,29 @@ class EchoTransformer(nn.Module):
         conditions: Conditions,
         weights: ModalityWeights | None = None,
     ) -> Tensor:
-        """Velocity [B, C, F, H, W] of noisy latents [B, C, F, H, W] at timesteps [B] in 0..1000.
+        """Return the velocity of noisy latents [B, C, F, H, W] at timesteps [B] in 0..1000.
 
         `weights` scale the three cross-attention outputs; None is 1 everywhere.  Raises DataError
         for audio features of another number of frames.
         """
+        # Latents to tokens, with mask and known latents as further channels.
         latents = noisy_latents
         self._check_audio(conditions.audio, latents.shape[2])
-        if self.takes_known:
+        if self.has_mask_input:
             latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
         p, q, r = self.patch_size
         frames, rows, columns = latents.shape[2] // p, latents.shape[3] // q, latents.shape[4] // r
-        # The residual stream has the parameters' dtype: bf16 as in the release, or fp32 as in Wan's
-        # own mixed precision, where autocast would make it bf16.
+        # The residual stream has the dtype of the parameters: bf16 as in the release, or fp32 as in
+        # Wan's own mixed precision, which autocast would make bf16.
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(latents.to(dtype)).to(dtype)
-        time = self.time_embedding(sinusoid(timesteps, self.freq_dim))  # [B, D]
-        steering = self.time_projection(time).unflatten(1, (6, -1))  # [B, 6, D]
-        told = self.told(conditions, weights, tokens.dtype)
-        rope = rope_table(self.head_dim, (frames, rows, columns), tokens.device)
+        # Timesteps and conditions, once for all blocks.
+        time = self.time_embedding(timestep_embedding(timesteps, self.freq_dim))  # [B, D]
+        modulation = self.time_projection(time).unflatten(1, (6, -1))  # [B, 6, D]
+        context = self.context(conditions, weights, tokens.dtype)
+        rope = rope_freqs(self.head_dim, (frames, rows, columns), tokens.device)
         for block in self.blocks:
-            tokens = block(tokens, steering, told, rope)
+            tokens = block(tokens, modulation, context, rope)
         return rearrange(
             self.head(tokens, time),
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
@@ -268,29 +317,31 @@ class EchoTransformer(nn.Module):
     def _check_audio(self, audio: Tensor, latent_frames: int) -> None:
         """Raise DataError unless the audio features are those of so many latent frames.
 
-        Windows would be cut from any number of them, and the wrong audio be heard without a word.
-        The preview's may also fill up the last latent frame, in a window of a longer video.
+        Windows could be cut from any number of them, and wrong audio would go unnoticed.  The
+        preview's may also fill the last latent frame, in a window of a longer video.
         """
-        frames, layers = 4 * (latent_frames - 1) + 1, self.audio_injection is not None
-        allowed = (frames,) if layers else (2 * frames, 8 * latent_frames)
-        heard = layers or self.audio2token is not None
-        if heard and (audio.ndim != 3 + layers or audio.shape[1] not in allowed):
+        # Feature counts that the windows can be cut from.
+        frames, layers = self.geometry.frames(latent_frames), self.audio_injection is not None
+        filled = TOKENS_PER_FRAME * self.geometry.time_stride * latent_frames
+        allowed = (frames,) if layers else (TOKENS_PER_FRAME * frames, filled)
+        has_audio = layers or self.audio2token is not None
+        if has_audio and (audio.ndim != 3 + layers or audio.shape[1] not in allowed):
             kind = "[B, frames, layers, width]" if layers else "[B, 2 x frames, width]"
             raise DataError(
                 f"audio features {list(audio.shape)}: a clip of {frames} frames needs {allowed[0]} "
                 f"of them, {kind}; encode the audio for the clip's own length"
             )
 
-    def told(
+    def context(
         self, conditions: Conditions, weights: ModalityWeights | None, dtype: torch.dtype
-    ) -> Told:
-        """The conditions as tokens of the network's width."""
+    ) -> Context:
+        """Return the conditions as tokens of the network's width."""
         text, image, audio = (part.to(dtype) for part in conditions[:3])
-        listen = self.audio2token or self.audio_injection
-        return Told(
+        audio_proj = self.audio2token or self.audio_injection
+        return Context(
             text=self.text_embedding(text),
             image=None if self.img_emb is None else self.img_emb(image),
-            audio=None if listen is None else listen(audio),
+            audio=None if audio_proj is None else audio_proj(audio),
             face=conditions.face.to(dtype)[:, None, :, None],
             weights=weights,
         )

@@ -1,1 +1,1 @@
-"""Preference data made by the product: sample candidates, judge them, pack pairs."""
+"""Preference datasets: sample candidates, judge them, pack pairs."""

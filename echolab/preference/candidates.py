@@ -1,11 +1,11 @@
-"""Candidates of a prompt: several clips for the same conditions, from other noise and guidance.
+"""Sample candidates: several clips for the same conditions, with different noise and guidance.
 
-Candidates of one guidance differ by chance alone, and a preference between them is mostly noise
-that training learns by heart.  Over several strengths of guidance by sound, from none on, they
-differ in what the preference is about.
+Candidates with equal guidance differ only by chance, and training would memorize the noise of a
+preference between them.  With audio guidance from none to strong, they differ in lip sync, which is
+what the preference is about.
 
-Each batch of prompts becomes one safetensors file, so that sampling can be stopped and goes on
-with the first file that is missing.
+Each batch of prompts becomes one safetensors file, so that sampling can be interrupted and resumes
+with the first missing file.
 """
 
 import json
@@ -20,16 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from echolab.data.batches import collate_clips, read_clip
-from echolab.data.files import write_whole
-from echolab.data.shards import ShardDataset
-from echolab.diffusion.generation import generate
+from echolab.atomic_io import write_atomic
+from echolab.data.collate import collate_clips, read_clip
+from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.guidance import Net
+from echolab.diffusion.pipeline import generate
 from echolab.errors import ConfigError, DataError
+from echolab.tasks.table import DEFAULT_TASK
 from echolab.types import Batch
 
 REQUEST = "request.json"
-TASK = "i2v"  # what the candidates are asked for: a picture and its sound
+TASK = DEFAULT_TASK  # the candidates' task: an image and its audio
 
 
 def sample_candidates(
@@ -48,10 +49,11 @@ def sample_candidates(
     dtype: torch.dtype,
     report: Callable[[int], None],
 ) -> None:
-    """Sample for the first `prompts` clips of an encoded dataset; `report` gets prompts done.
+    """Sample candidates for the first `prompts` clips of an encoded dataset.
 
-    Candidate i is guided by `audio_scales[i % len]`.  `weights` says which checkpoint `net` is.  A
-    folder goes on only with the same request.
+    Candidate i is guided by `audio_scales[i % len]`.  `weights` names the checkpoint of `net`;
+    `report` receives the number of prompts done.  Raises ConfigError for a folder of other
+    arguments.
     """
     if not 0 < prompts <= len(dataset):
         raise DataError(f"{dataset.folder}: {len(dataset)} clips, prompts={prompts}; ask for fewer")
@@ -62,38 +64,38 @@ def sample_candidates(
         "clips": dataset.fingerprint, "weights": weights, "encoders": dict(dataset.encoders),
     }  # fmt: skip
     keep_request(folder / REQUEST, request)
-    one_each = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
+    sample_one = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
     scales = list(islice(cycle(audio_scales), candidates))
     for first in range(0, prompts, batch):
         path = folder / f"candidates-{first:06d}.safetensors"
         if not path.exists():
-            numbers = range(first, min(first + batch, prompts))
-            clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in numbers])
-            write_whole(path, save(several(one_each, clips, scales)))
+            indices = range(first, min(first + batch, prompts))
+            clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in indices])
+            write_atomic(path, save(sample_each_scale(sample_one, clips, scales)))
         report(min(first + batch, prompts))
 
 
-def several(
-    one_each: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
+def sample_each_scale(
+    sample_one: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
 ) -> dict[str, Tensor]:
-    """A clip of each guidance for each of some prompts, by `key/number`."""
-    found = {}
+    """Return one clip for each prompt and guidance scale, by `key/candidate`."""
+    samples = {}
     for candidate, scale in enumerate(scales):
-        latents = one_each(clips.conditions, clips.keys, audio_scale=scale, draw_index=candidate)
+        latents = sample_one(clips.conditions, clips.keys, audio_scale=scale, draw_index=candidate)
         for key, clip in zip(clips.keys, latents, strict=True):
-            found[f"{key}/{candidate}"] = clip.half().contiguous()
-    return found
+            samples[f"{key}/{candidate}"] = clip.half().contiguous()
+    return samples
 
 
 def keep_request(path: Path, request: dict[str, object]) -> None:
-    """Note what a folder of candidates was asked for; ConfigError where it was something else."""
+    """Record the arguments of a folder of candidates; raise ConfigError if they differ."""
     if not path.exists():
-        write_whole(path, json.dumps(request, indent=1).encode())
+        write_atomic(path, json.dumps(request, indent=1).encode())
         return
     kept = json.loads(path.read_text())
     for name, value in request.items():
         if name == "encoders" and name not in kept:
-            continue  # sampled before they were noted; the dataset's fingerprint covers them
+            continue  # recorded since a later version; the dataset's fingerprint covers them
         if kept.get(name) != value:
             raise ConfigError(
                 f"{path.parent}: its candidates were sampled with {name}={kept.get(name)}, not "
@@ -102,7 +104,7 @@ def keep_request(path: Path, request: dict[str, object]) -> None:
 
 
 def read_request(folder: Path) -> dict[str, Any]:
-    """Return what the candidates of a folder were sampled with; {} if nothing says so."""
+    """Return the arguments that the candidates of a folder were sampled with; {} if unknown."""
     path = folder / REQUEST
     try:
         request: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -112,7 +114,10 @@ def read_request(folder: Path) -> dict[str, Any]:
 
 
 def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each prompt's key and its candidates [K, C, F, H, W], in the order of sampling."""
+    """Yield each prompt's key and its candidates [K, C, F, H, W], in the order of sampling.
+
+    Raises DataError if there are none, or for a damaged file.
+    """
     paths = sorted(folder.glob("candidates-*.safetensors"))
     if not paths:
         raise DataError(f"{folder}: holds no candidates; run `echolab pairs sample` first")
@@ -120,13 +125,17 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             tensors = load_file(path)
         except SafetensorError as error:
-            raise DataError(f"{path}: damaged ({error}); remove it and sample again") from error
+            raise DataError(
+                f"{path}: damaged ({error}); remove the file and sample again"
+            ) from error
         by_prompt: dict[str, dict[int, Tensor]] = {}
         for name, clip in tensors.items():
-            key, _, number = name.rpartition("/")
-            if not key or not number.isdecimal():
-                raise DataError(f"{path}: {name!r} is no candidate; remove it and sample again")
-            by_prompt.setdefault(key, {})[int(number)] = clip.float()
+            key, _, candidate = name.rpartition("/")
+            if not key or not candidate.isdecimal():
+                raise DataError(
+                    f"{path}: {name!r} is not a candidate; remove the file and sample again"
+                )
+            by_prompt.setdefault(key, {})[int(candidate)] = clip.float()
         for key in sorted(by_prompt):
-            found = by_prompt[key]
-            yield key, torch.stack([found[number] for number in sorted(found)])
+            candidates = by_prompt[key]
+            yield key, torch.stack([candidates[index] for index in sorted(candidates)])

@@ -1,4 +1,4 @@
-"""Judging candidates without people: lip sync, identity and flicker, each as a plain number."""
+"""Judge candidates automatically by lip sync, identity and flicker."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echolab.metrics.networks import FrameFeatures, SyncNetDemo
+from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import sync_of
 
 WEIGHTS = {"sync": 1.0, "identity": 0.25, "flicker": -0.25}
 
 
 class Verdict(NamedTuple):
-    """How one candidate did."""
+    """Measurements of one candidate."""
 
-    sync: float  # Sync-C of the judge
-    identity: float  # cosine of a frame's features with those of the reference picture, mean
-    flicker: float  # mean change from frame to frame, of a pixel in [-1, 1]
+    sync: float  # Sync-C by the judge's network
+    identity: float  # mean cosine similarity of the frames' features with the reference image's
+    flicker: float  # mean absolute change of a pixel in [-1, 1] from frame to frame
 
 
 @torch.no_grad()
@@ -29,18 +29,18 @@ def judge(
     boxes: Tensor,
     cepstra: Tensor,
 ) -> list[Verdict]:
-    """Verdicts on clips [B, 3, T, Y, X], reference pictures [B, 3, Y, X], lip boxes [B, 4]."""
+    """Judge clips [B, 3, T, Y, X] with reference images [B, 3, Y, X] and lip boxes [B, 4]."""
     syncs = sync_of(sync, pixels, boxes, cepstra)
     clips, frames = pixels.shape[0], pixels.shape[2]
-    seen = frame(pixels.transpose(1, 2).flatten(0, 1)).view(clips, frames, -1)
-    identity = functional.cosine_similarity(seen, frame(reference)[:, None], dim=-1).mean(1)
+    features = frame(pixels.transpose(1, 2).flatten(0, 1)).view(clips, frames, -1)
+    identity = functional.cosine_similarity(features, frame(reference)[:, None], dim=-1).mean(1)
     flicker = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean((1, 2, 3, 4))
     rows = zip(syncs, identity.tolist(), flicker.tolist(), strict=True)
-    return [Verdict(sync.confidence, alike, change) for sync, alike, change in rows]
+    return [Verdict(sync.confidence, similarity, change) for sync, similarity, change in rows]
 
 
 def totals(verdicts: dict[tuple[str, int], Verdict]) -> dict[tuple[str, int], float]:
-    """One number a candidate: the standardised parts, weighted by WEIGHTS."""
+    """Return one score for each candidate: the standardized parts, weighted by WEIGHTS."""
     table = torch.tensor([tuple(verdict) for verdict in verdicts.values()], dtype=torch.float64)
     spread = table.std(0).clamp(min=1e-9) if len(table) > 1 else torch.ones(3)
     scaled = (table - table.mean(0)) / spread
@@ -49,9 +49,9 @@ def totals(verdicts: dict[tuple[str, int], Verdict]) -> dict[tuple[str, int], fl
 
 
 def best_and_worst(scores: dict[tuple[str, int], float]) -> dict[str, tuple[int, int]]:
-    """For each prompt its best and its worst candidate; prompts with one candidate give none."""
+    """Return the best and the worst candidate of each prompt that has several."""
     prompts: dict[str, list[tuple[float, int]]] = {}
     for (key, candidate), score in scores.items():
         prompts.setdefault(key, []).append((score, candidate))
-    ordered = {key: sorted(found) for key, found in prompts.items() if len(found) > 1}
-    return {key: (found[-1][1], found[0][1]) for key, found in ordered.items()}
+    ranked = {key: sorted(scored) for key, scored in prompts.items() if len(scored) > 1}
+    return {key: (scored[-1][1], scored[0][1]) for key, scored in ranked.items()}

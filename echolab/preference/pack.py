@@ -1,4 +1,4 @@
-"""Pairs to shards of the preference kind: best and worst candidate of each prompt."""
+"""Pack preference pairs into shards: the best and the worst candidate of each prompt."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,55 +9,55 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.data.batches import FEATURES, read_tensors
-from echolab.data.files import append_text
-from echolab.data.provenance import check_same_encoders
-from echolab.data.shards import ShardDataset, ShardWriter
+from echolab.atomic_io import append_text
+from echolab.data.collate import FEATURES, read_tensors
+from echolab.data.shard_reader import ShardDataset, check_same_encoders
+from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DataError
 from echolab.preference.candidates import TASK, read_candidates, read_request
 from echolab.preference.judge import Verdict, best_and_worst, totals
 
-Verdicts = dict[tuple[str, int], Verdict]  # by prompt and number of the candidate
+Verdicts = dict[tuple[str, int], Verdict]  # by prompt and candidate index
 
-ELSEWHERE = 0.02  # weight of what lies outside the lips: the judgement was made on the lips
+BACKGROUND_WEIGHT = 0.02  # loss weight outside of the lips, on which the judge decides
 
 
 def pair_members(tensors: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """What is stored of a pair, in fp16, from the encoded tensors of its prompt.
+    """Return the stored tensors of a pair, in fp16, from the encoded tensors of its prompt.
 
-    The error counts at the lips, where the judge looked.
+    The loss is weighted at the lips, on which the judge decides.
     """
     members = {
         "chosen": chosen,
         "rejected": rejected,
         "known": tensors[f"known.{TASK}"],
         "known_latents": tensors[f"known_latents.{TASK}"],
-        "weight": tensors["lips"] + ELSEWHERE,
+        "weight": tensors["lips"] + BACKGROUND_WEIGHT,
         **{name: tensors[name] for name in FEATURES},
     }
     return {name: value.half().contiguous() for name, value in members.items()}
 
 
 def record_of(verdicts: Verdicts, key: str, candidate: int) -> dict[str, float]:
-    """What the json member says of one half of a pair."""
+    """Return the JSON record of one half of a pair."""
     return {"candidate": candidate, **verdicts[key, candidate]._asdict()}
 
 
 def best_against_worst(
     candidates: Path, verdicts: Verdicts, least_margin: float
 ) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Key, candidates [K, C, F, H, W], number of the best and of the worst, where they differ.
+    """Yield key, candidates [K, C, F, H, W], and the indices of the best and the worst.
 
-    A pair whose total scores differ by less than `least_margin` standard deviations teaches noise
-    and is left out.
+    Pairs whose scores differ by less than `least_margin` standard deviations would teach noise, and
+    are left out.  Raises DataError for a prompt without verdicts.
     """
     scores = totals(verdicts)
     chosen = best_and_worst(scores)
     for key, clips in read_candidates(candidates):
         if key not in chosen:
             raise DataError(
-                f"{candidates}: prompt {key} has {len(clips)} candidates and not two verdicts; "
-                "sample with candidates=2 or more, then run `echolab pairs score`"
+                f"{candidates}: prompt {key} has {len(clips)} candidates and less than two "
+                "verdicts; sample with candidates=2 or more, then run `echolab pairs score`"
             )
         best, worst = chosen[key]
         if scores[key, best] - scores[key, worst] >= least_margin:
@@ -67,14 +67,16 @@ def best_against_worst(
 def pack_pairs(
     candidates: Path, verdicts: Verdicts, dataset: ShardDataset, out: Path, *, least_margin: float
 ) -> int:
-    """Write a preference dataset from prompts of an encoded one; the number of pairs."""
+    """Write a preference dataset from prompts of an encoded dataset; return the pair count."""
     _check_prompts(candidates, dataset)
-    number_of = {key: number for number, key in enumerate(dataset.keys)}
-    made_from, pairs = {"prompts": dataset.fingerprint}, 0
-    encoders = dataset.encoders
-    with ShardWriter(out, kind="preference", encoders=encoders, description=made_from) as writer:
+    index_of = {key: index for index, key in enumerate(dataset.keys)}
+    pairs = 0
+    with ShardWriter(
+        out, kind="preference", encoders=dataset.encoders, geometry=dataset.geometry,
+        description={"prompts": dataset.fingerprint},
+    ) as writer:  # fmt: skip
         for key, clips, best, worst in best_against_worst(candidates, verdicts, least_margin):
-            if key not in number_of:
+            if key not in index_of:
                 raise DataError(
                     f"{candidates}: prompt {key} is not in {dataset.folder}; "
                     "give clips= the dataset that was sampled from"
@@ -84,7 +86,7 @@ def pack_pairs(
                     f"{candidates}: prompt {key}: candidates {best} and {worst} are the same clip; "
                     "sample with other audio_scales, or raise least_margin"
                 )
-            tensors, about = read_tensors(dataset, number_of[key])
+            tensors, about = read_tensors(dataset, index_of[key])
             members = pair_members(tensors, clips[best], clips[worst])
             record = {
                 "task": TASK,
@@ -114,24 +116,24 @@ def _check_prompts(candidates: Path, dataset: ShardDataset) -> None:
 
 
 def read_verdicts(path: Path) -> Verdicts:
-    """Verdicts of a jsonl file; a line whose writing was cut short is left out.
+    """Read the verdicts of a JSONL file, without an incomplete line.
 
-    Raises DataError for a line that is no verdict, and where they are of two judges: their numbers
-    cannot be compared.
+    Raises DataError for a line that is not a verdict, and for verdicts of different judges, whose
+    scores cannot be compared.
     """
-    found = {}
+    verdicts = {}
     for row in _rows(path):
         try:
             verdict = Verdict(*(float(row[name]) for name in Verdict._fields))
-            found[str(row["key"]), int(row["candidate"])] = verdict
+            verdicts[str(row["key"]), int(row["candidate"])] = verdict
         except (KeyError, TypeError, ValueError) as error:
             line = json.dumps(row)[:80]
-            raise DataError(f"{path}: no verdict ({error!r}): {line}; score again") from error
-    return found
+            raise DataError(f"{path}: not a verdict ({error!r}): {line}; score again") from error
+    return verdicts
 
 
 def judges_of(path: Path) -> dict[str, str]:
-    """Return the fingerprints of the networks that made the verdicts, by name; {} if unknown."""
+    """Return the fingerprints of the judge's networks by name; {} if unknown."""
     return next((_judges(row) for row in _rows(path) if _judges(row)), {})
 
 
@@ -154,23 +156,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_judges(path: Path, one: Mapping[str, str], other: Mapping[str, str]) -> None:
-    """Raise DataError naming the first network in which two judges differ."""
+    """Raise DataError that names the first network in which two judges differ."""
     for name in sorted(one.keys() & other.keys()):
         if one[name] != other[name]:
             raise DataError(
                 f"{path}: verdicts by the {name} network {one[name][:12]}, and by "
-                f"{other[name][:12]}; give the networks that judged the first, or remove the file "
-                "and score all of them again"
+                f"{other[name][:12]}; give the networks of the first verdicts, or remove the file "
+                "and score all candidates again"
             )
 
 
 def append_verdicts(
     path: Path, key: str, verdicts: list[Verdict], judges: Mapping[str, str] | None = None
 ) -> None:
-    """Add a prompt's verdicts, one line each, with the fingerprints of who judged."""
-    told = {"judges": dict(judges)} if judges else {}
+    """Append a prompt's verdicts, one line each, with the fingerprints of the judge's networks."""
+    fingerprints = {"judges": dict(judges)} if judges else {}
     lines = [
-        json.dumps({"key": key, "candidate": number, **verdict._asdict(), **told}) + "\n"
-        for number, verdict in enumerate(verdicts)
+        json.dumps({"key": key, "candidate": candidate, **verdict._asdict(), **fingerprints}) + "\n"
+        for candidate, verdict in enumerate(verdicts)
     ]
     append_text(path, "".join(lines))

@@ -1,4 +1,4 @@
-"""How often each task is trained, as a function of the step: hard tasks first, easy ones joining.
+"""Task probabilities as a function of the step: hard tasks first, easy ones join later.
 
 The live probabilities follow the stage's targets with an EMA, so a new task enters smoothly; a
 floor keeps old tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task allocation"; its
@@ -11,45 +11,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from echolab.errors import ConfigError
-from echolab.tasks.masks import TASKS
-
-SOUP = tuple(task for task in TASKS if task != "continuation")
+from echolab.tasks.table import CURRICULUM_TASKS, TASKS
 
 
 class Stage(NamedTuple):
-    """For so many steps, move towards these probabilities (any positive scale)."""
+    """Steps, and the probabilities to move towards in them (any positive scale)."""
 
     steps: int
     targets: dict[str, float]
 
 
-def hard_to_easy(steps: int, tasks: Sequence[str] = SOUP) -> list[Stage]:
-    """One stage for each task, of `steps` steps; each adds the next task, all equally likely."""
+def hard_to_easy(steps: int, tasks: Sequence[str] = CURRICULUM_TASKS) -> list[Stage]:
+    """Return a stage of `steps` steps for each task; each adds a task, all equally likely."""
     return [
         Stage(steps, dict.fromkeys(tasks[:count], 1 / count)) for count in range(1, len(tasks) + 1)
     ]
 
 
 def draw_task(probabilities: Mapping[str, float], u: float) -> str:
-    """The task where the cumulative probability first exceeds u, in [0, 1)."""
-    left = u * sum(probabilities.values())
+    """Return the task at which the cumulative probability first exceeds u, in [0, 1)."""
+    remaining = u * sum(probabilities.values())
     for task, probability in probabilities.items():
-        if left < probability:
+        if remaining < probability:
             return task
-        left -= probability
-    # Rounding can leave a rest of 1e-16: it belongs to the last task that can be drawn.
+        remaining -= probability
+    # Rounding can leave 1e-16 over: it belongs to the last task that can be drawn.
     return [task for task, probability in probabilities.items() if probability > 0][-1]
 
 
-def _checked(stages: Sequence[Stage], momentum: float, floor: float) -> None:
+def _checked(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
     """Raise ConfigError for a curriculum that cannot be followed."""
     if not stages:
         raise ConfigError("tasks.stages: empty; give at least one stage")
-    if not 0 <= momentum < 1:
-        raise ConfigError(f"tasks.momentum={momentum:g}: must lie in [0, 1)")
+    if not 0 <= ema_decay < 1:
+        raise ConfigError(f"tasks.ema_decay={ema_decay:g}: must lie in [0, 1)")
     named = {task for stage in stages for task in stage.targets}
-    if not 0 <= floor * len(named) < 1:
-        raise ConfigError(f"tasks.floor={floor:g}: times {len(named)} tasks must stay below 1")
+    if not 0 <= min_prob * len(named) < 1:
+        raise ConfigError(
+            f"tasks.min_prob={min_prob:g}: times {len(named)} tasks must stay below 1"
+        )
     for number, stage in enumerate(stages):
         unknown = [task for task in stage.targets if task not in TASKS]
         if unknown:
@@ -66,26 +66,28 @@ def _checked(stages: Sequence[Stage], momentum: float, floor: float) -> None:
 class Curriculum:
     """Task probabilities at a step: a recursion from a known origin, the same on every rank.
 
-    p(0) is the first stage's target and p(k + 1) = momentum p(k) + (1 - momentum) target(k), in
-    Python floats; the last stage goes on for ever.  The floor is mixed into the targets of all
-    tasks introduced so far: target = floor + (1 - n floor) stage target, which sums to 1.
+    p(0) is the first stage's target and p(k + 1) = ema_decay p(k) + (1 - ema_decay) target(k), in
+    Python floats; the last stage has no end.  `min_prob` is mixed into the targets of all
+    tasks introduced so far: target = min_prob + (1 - n min_prob) stage target, which sums to 1.
     """
 
-    def __init__(self, stages: Sequence[Stage], momentum: float = 0.999, floor: float = 0.0):
+    def __init__(self, stages: Sequence[Stage], ema_decay: float = 0.999, min_prob: float = 0.0):
+        # Tasks in the table's order, so that saved probabilities mean the same everywhere.
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
-        _checked(stages, momentum, floor)
-        self.momentum = momentum
+        _checked(stages, ema_decay, min_prob)
+        self.ema_decay = ema_decay
         wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
         self.tasks = tuple(task for task in TASKS if task in wanted)
         self._ends, self._targets, introduced, end = [], [], set[str](), 0
+        # The target of each stage, with min_prob mixed in for tasks introduced so far.
         for stage in stages:
             introduced |= {task for task, share in stage.targets.items() if share > 0}
             end, total = end + stage.steps, sum(stage.targets.values())
-            own = 1 - floor * len(introduced)
+            own = 1 - min_prob * len(introduced)
             self._ends.append(end)
             self._targets.append(
                 [
-                    (floor if task in introduced else 0.0)
+                    (min_prob if task in introduced else 0.0)
                     + own * stage.targets.get(task, 0.0) / total
                     for task in self.tasks
                 ]
@@ -94,14 +96,15 @@ class Curriculum:
         self.before = 0  # steps of the run that this one started from: the stages count them too
 
     def _stage(self, step: int) -> int:
-        """Return the number of the stage that a step is in."""
+        """Return the index of the stage that a step is in."""
         return min(bisect.bisect(self._ends, self.before + step), len(self._ends) - 1)
 
     def probabilities(self, step: int) -> dict[str, float]:
-        """Of each task that some stage wants, hard to easy; they sum to 1.
+        """Return the probability of each task of the stages, hard to easy; they sum to 1.
 
         Raises ConfigError for a step before the loaded state, which cannot be known.
         """
+        # The recursion runs forward only: restart it from the known origin.
         if step < self._latest[0]:
             self._latest = self._origin
         at, live = self._latest
@@ -109,7 +112,7 @@ class Curriculum:
             raise ConfigError(
                 f"step {step}: the curriculum was loaded at step {at}; ask from there"
             )
-        keep = self.momentum
+        keep = self.ema_decay
         for number in range(at, step):
             target = self._targets[self._stage(number)]
             live = [keep * p + (1 - keep) * t for p, t in zip(live, target, strict=True)]
@@ -117,9 +120,9 @@ class Curriculum:
         return dict(zip(self.tasks, live, strict=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """All that the future depends on, as JSON: the step and its probabilities.
+        """Return what later steps depend on, as JSON: the step and its probabilities.
 
-        `stages_left` tells a run that starts from this one whether any task is still to join.
+        `stages_left` is for a run that starts from this one: whether a task is still to join.
         """
         return {
             "step": step,
@@ -132,10 +135,11 @@ class Curriculum:
         """Return the curriculum of a run that starts from another's weights at `state_dict()`.
 
         Its step 0 has the probabilities and the stage that the other had reached; the last stage of
-        one is the last of the other, whatever their lengths.  Runs without a task in common have
-        nothing to follow.
+        one is the last of the other, for any lengths.  A run without a task in common with the
+        other keeps its own beginning.
         """
         other = copy.copy(self)
+        # Steps of all earlier runs count for the stage that is reached.
         done = int(state.get("before", 0)) + int(state["step"])
         last = self._ends[-2] if len(self._ends) > 1 else 0
         try:
@@ -146,11 +150,12 @@ class Curriculum:
         return other
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`, bit for bit.
+        """Continue from `state_dict()`, bit-exactly.
 
-        A task that the state does not know starts from 0; one that no stage wants any more gives
-        its share to the others.  Raises ConfigError if the two have no task in common.
+        A task that the state lacks starts from 0; the share of a task that no stage has any more
+        goes to the others.  Raises ConfigError if the two have no task in common.
         """
+        # Keep shares of known tasks; renormalize if a task was dropped.
         saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
         if not sum(saved):
             raise ConfigError(

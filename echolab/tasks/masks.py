@@ -1,6 +1,6 @@
-"""The tasks of the soup: which pixels are given, and the same at latent resolution.
+"""Mask rules of the tasks: which pixels are given, and the same at latent resolution.
 
-Everything is a rule for `known`: 1 where a pixel is given, 0 where it is to be generated.  Boxes
+A rule makes `known`: 1 for a given pixel, 0 for one to be generated.  Boxes
 are (x0, y0, x1, y1) in pixels, one a frame.  Margins and shapes of the two local tasks are not
 published; the figure shows a square over the head of a quarter to a third of the frame's width,
 and a disc at the mouth.
@@ -15,16 +15,16 @@ from einops import rearrange
 from torch import Tensor
 
 from echolab.errors import ConfigError, DataError
+from echolab.geometry import WAN, LatentGeometry
+from echolab.tasks.table import TASK_TABLE, TASKS
 
 HEAD_MARGIN = 0.35  # of the face box's size, added on each side: hair and chin move with the head
 LIP_MARGIN = 1.5  # the disc's diameter, in sizes of the largest lip box
 TOKEN_MARGIN = 0.15  # of the union face box, added on each side before it is cut into tokens
-SPACE = 8  # pixels of a latent, in both directions
-TOKEN = 16  # pixels of a token, in both directions
 
 
 class Clip(NamedTuple):
-    """What a rule may look at."""
+    """The inputs of a mask rule."""
 
     frames: int
     height: int
@@ -34,36 +34,37 @@ class Clip(NamedTuple):
     known_frames: int
 
     def all_frames(self, known: bool) -> Tensor:
-        """[T, 1, Y, X] of one value."""
+        """Return a mask [T, 1, Y, X] of one value."""
         return torch.full((self.frames, 1, self.height, self.width), known)
 
 
 def nothing(clip: Clip) -> Tensor:
-    """Text to video."""
+    """Return the mask of text to video: no pixel is given."""
     return clip.all_frames(False)
 
 
 def first_frames(clip: Clip, count: int) -> Tensor:
-    """The first `count` frames are given."""
+    """Return the mask that gives the first `count` frames."""
     known = clip.all_frames(False)
     known[:count] = True
     return known
 
 
 def first_and_last(clip: Clip) -> Tensor:
-    """The two ends are given."""
+    """Return the mask that gives the first and the last frame."""
     known = first_frames(clip, 1)
     known[-1] = True
     return known
 
 
 def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
-    """Centres of the pixel rows [1, Y, 1] and columns [1, 1, X]."""
+    """Return the centers of the pixel rows [1, Y, 1] and columns [1, 1, X]."""
     return torch.arange(clip.height)[None, :, None] + 0.5, torch.arange(clip.width) + 0.5
 
 
-def outside_the_head(clip: Clip) -> Tensor:
-    """Avatar sync: a box that follows the head is to be generated."""
+def outside_head(clip: Clip) -> Tensor:
+    """Return the mask of avatar sync: a box that follows the head is generated."""
+    # A box for each frame, tested against pixel centers.
     boxes = enlarged(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
@@ -71,14 +72,15 @@ def outside_the_head(clip: Clip) -> Tensor:
     return ~inside[:, None]
 
 
-def outside_the_lips(clip: Clip) -> Tensor:
-    """Lip sync: a disc over the mouth is to be generated.
+def outside_lips(clip: Clip) -> Tensor:
+    """Return the mask of lip sync: a disc over the mouth is generated.
 
-    The disc has one size for the whole clip and rides on the face box, at the lips' usual place in
-    it: were it cut to each frame's lips, its shape would tell how far the mouth is open.
+    The disc has one size for all frames and moves with the face box, at the median position of the
+    lips in it: a disc cut to each frame's lips would reveal how far the mouth is open.
     """
-    face_x, face_y = centres(clip.face).unbind(1)
-    off_x, off_y = (centres(clip.lips) - centres(clip.face)).median(0).values
+    # The disc keeps the median offset from the face, and one radius.
+    face_x, face_y = centers(clip.face).unbind(1)
+    off_x, off_y = (centers(clip.lips) - centers(clip.face)).median(0).values
     radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
     rows, columns = _grid(clip)
     across = columns - (face_x + off_x)[:, None, None]
@@ -86,29 +88,30 @@ def outside_the_lips(clip: Clip) -> Tensor:
     return (across.square() + down.square() > radius.square())[:, None]
 
 
-RULES: dict[str, Callable[[Clip], Tensor]] = {
-    "t2v": nothing,
-    "i2v": lambda clip: first_frames(clip, 1),
-    "flf2v": first_and_last,
-    "avatar_sync": outside_the_head,
-    "lip_sync": outside_the_lips,
-    "continuation": lambda clip: first_frames(clip, clip.known_frames),
+# The names are those of `table.Task.mask`.
+MASK_RULES: dict[str, Callable[[Clip], Tensor]] = {
+    "nothing": nothing,
+    "first_frame": lambda clip: first_frames(clip, 1),
+    "first_frames": lambda clip: first_frames(clip, clip.known_frames),
+    "first_and_last_frame": first_and_last,
+    "outside_head": outside_head,
+    "outside_lips": outside_lips,
 }
-TASKS = tuple(RULES)  # from hard to easy, by what is to be generated; then continuation
 
 
-def centres(boxes: Tensor) -> Tensor:
-    """[T, 4] -> [T, 2], x and y."""
+def centers(boxes: Tensor) -> Tensor:
+    """Return the centers [T, 2], x and y, of boxes [T, 4]."""
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
 def enlarged(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes [T, 4] with `margin` times their own size added on each side."""
+    """Return boxes [T, 4] with `margin` times their own size added on each side."""
     size = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
 
 
 def _boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
+    """Return boxes in fp32; raise DataError unless they are finite [frames, 4]."""
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
     if boxes.shape != (frames, 4) or not boxes.isfinite().all():
         raise DataError(
@@ -128,50 +131,55 @@ def known_pixels(
     lips: Tensor,
     known_frames: int = 8,
 ) -> Tensor:
-    """Where the pixels of a clip are given: bool [T, 1, Y, X].
+    """Return the mask of given pixels of a clip: bool [T, 1, Y, X].
 
     `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
     chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
     """
-    if task not in RULES:
+    if task not in TASK_TABLE:
         raise ConfigError(f"task={task}: unknown; one of {', '.join(TASKS)}")
     face, lips = _boxes(face, "face", frames), _boxes(lips, "lip", frames)
-    return RULES[task](Clip(frames, height, width, face, lips, known_frames))
+    return MASK_RULES[TASK_TABLE[task].mask](Clip(frames, height, width, face, lips, known_frames))
 
 
-def grey_out(pixels: Tensor, known: Tensor) -> Tensor:
-    """Pixels [T, 3, Y, X] in [-1, 1], mid-grey (0) where they are not known [T, 1, Y, X]."""
+def gray_out(pixels: Tensor, known: Tensor) -> Tensor:
+    """Return pixels [T, 3, Y, X] in [-1, 1], mid-gray (0) outside of known [T, 1, Y, X]."""
     return pixels * known.to(pixels.dtype)
 
 
-def latent_known(known: Tensor) -> Tensor:
-    """Known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
+def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
+    """Return known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
 
     The four channels are the four frames of a latent frame: channel c of latent frame i is frame
     4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
-    interpolation, so borders are fractional; frames do not mix.  (EchoMimicV3
+    interpolation, so borders are fractional; frames are not mixed.  (EchoMimicV3
     `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the other sign before that.)
     """
     frames, _, height, width = known.shape
-    if (frames - 1) % 4:
-        raise DataError(f"{frames} frames: latent frames need 4n+1; trim the clip")
-    if height % SPACE or width % SPACE:
-        raise DataError(f"{height}x{width} pixels: need multiples of {SPACE}; resize the clip")
-    small = F.interpolate(known.float(), (height // SPACE, width // SPACE), mode="bilinear")
-    fours = torch.cat([small[:1].expand(4, -1, -1, -1), small[1:]])
-    return rearrange(fours, "(f c) 1 h w -> c f h w", c=4)
+    stride, space = geometry.time_stride, geometry.space_stride
+    if not geometry.is_clip_length(frames):
+        lengths = geometry.clip_lengths
+        raise DataError(f"{frames} frames: latent frames need {lengths}; trim the clip")
+    if height % space or width % space:
+        raise DataError(f"{height}x{width} pixels: need multiples of {space}; resize the clip")
+    # Space by interpolation, time by regrouping frames into channels.
+    small = F.interpolate(known.float(), geometry.latent_size(height, width), mode="bilinear")
+    groups = torch.cat([small[:1].expand(stride, -1, -1, -1), small[1:]])
+    return rearrange(groups, "(f c) 1 h w -> c f h w", c=stride)
 
 
-def face_tokens(face: Tensor, height: int, width: int) -> Tensor:
-    """Where sound may act: float [P], 1 on the tokens that the face ever touches.
+def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
+    """Return the tokens that attend to audio: float [P], 1 if the face ever touches one.
 
     `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The union over the clip,
-    somewhat enlarged: the released model takes the first frame's box alone, which a moving head
+    somewhat enlarged: the released model takes the box of the first frame, which a moving head
     leaves.  Row-major over (height / 2, width / 2) tokens.
     """
     face = _boxes(face, "face", len(face))
+    # One box around the face over all frames, in units of tokens.
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
-    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / TOKEN).tolist()
-    rows, columns = torch.arange(height // 2)[:, None], torch.arange(width // 2)
+    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
+    patch = geometry.patch
+    rows, columns = torch.arange(height // patch)[:, None], torch.arange(width // patch)
     inside = (rows + 1 > y0) & (rows < y1) & (columns + 1 > x0) & (columns < x1)
     return inside.float().flatten()

@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: its metrics, its wandb run, its report."""
+"""Metrics, wandb run and report of a run."""

@@ -1,8 +1,8 @@
-"""A run's metrics as JSON lines: append-only, the truth that wandb and the report mirror.
+"""Metrics of a run as append-only JSON lines, from which wandb and the report are made.
 
-A run is one or more attempts: each requeue or restart is a new one.  An attempt that resumes from
-a checkpoint repeats steps that an earlier attempt had logged already; those older rows stay in the
-file, but they do not belong to the series any more, and `read_metrics` leaves them out.
+A run has one or more attempts: each requeue or restart is a new one.  An attempt that resumes from
+a checkpoint repeats steps that an earlier attempt logged.  The older rows stay in the file, and
+`read_metrics` leaves them out.
 """
 
 import json
@@ -12,72 +12,71 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echolab.data.files import LineLog
+from echolab.atomic_io import LineLog
 from echolab.errors import DataError
 
 
 class MetricsLog:
-    """Appends rows to a file; each is on its way to disk when `log` returns.
+    """Appends rows to a file; each is handed to the system when `log` returns.
 
-    A file that cannot be written stops no run: rows wait for the next time (`LineLog`).
+    A file that cannot be written does not stop the run: rows wait for the next write (`LineLog`).
     """
 
     def __init__(self, path: Path, attempt: int) -> None:
-        """`attempt` counts from 0 (or 1): higher is later."""
+        """Open the file; a higher `attempt` is a later one."""
         self.attempt = attempt
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = LineLog(path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One row.  Values that are not finite are written as null, which JSON has, unlike NaN."""
+        """Append a row; values that are not finite are written as null, because JSON has no NaN."""
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
         for name, value in values.items():
             row[name] = float(value) if math.isfinite(value) else None
         self._lines.add(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the rows that wait."""
         self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of the effective series, in step order; null is read as NaN.
+    """Read the rows of the effective series, in step order; null is read as NaN.
 
-    A row of an older attempt is superseded from the first step of any later attempt on (at that
-    step itself, if they share a name), and so is one of the same attempt where it went back.
-    Lines that a killed process left unfinished are passed over; a file in which no line can be
-    read raises DataError.
+    Rows of an older attempt end at the first step of any later attempt (at that step itself, if
+    they share a name); rows of the same attempt end where it rolled back.  Lines that a killed
+    process left incomplete are skipped.  Raises DataError if no line can be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; a run writes it from its first logged step on")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = _without_what_led_nowhere(row for line in lines if (row := _row(line)) is not None)
+    rows = _without_rolled_back(row for line in lines if (row := _row(line)) is not None)
     if lines and not rows:
         raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
-    begins = _begins(rows)
-    kept = [row for row in rows if not _superseded(row, begins)]
+    first_steps = _first_steps(rows)
+    kept = [row for row in rows if not _superseded(row, first_steps)]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
 
 
-def _begins(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:
+def _first_steps(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:
     """Return the first step of each attempt and the names that it logged there."""
-    begins: dict[int, tuple[int, set[str]]] = {}
+    first_steps: dict[int, tuple[int, set[str]]] = {}
     for row in rows:
-        step, names = begins.get(row["attempt"], (row["step"], set()))
+        step, names = first_steps.get(row["attempt"], (row["step"], set()))
         if row["step"] <= step:
             kept = names if row["step"] == step else set()
-            begins[row["attempt"]] = row["step"], kept | _names(row)
-    return begins
+            first_steps[row["attempt"]] = row["step"], kept | _names(row)
+    return first_steps
 
 
-def _superseded(row: dict[str, Any], begins: dict[int, tuple[int, set[str]]]) -> bool:
-    """Return whether a later attempt repeated what a row tells.
+def _superseded(row: dict[str, Any], first_steps: dict[int, tuple[int, set[str]]]) -> bool:
+    """Return whether a later attempt repeated a row.
 
-    An attempt that only repeats the checks of the last step has no new row of the step itself.
+    An attempt that only repeats the validation of the last step has no new row of the step itself.
     """
     return any(
         row["step"] > step or (row["step"] == step and bool(names & _names(row)))
-        for attempt, (step, names) in begins.items()
+        for attempt, (step, names) in first_steps.items()
         if attempt > row["attempt"]
     )
 
@@ -86,10 +85,13 @@ def _names(row: dict[str, Any]) -> set[str]:
     return set(row) - {"step", "attempt", "time"}
 
 
-def _without_what_led_nowhere(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A step below that of the row before: the attempt went back to a checkpoint before it."""
+def _without_rolled_back(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop rows that the same attempt logged before it rolled back to an earlier checkpoint.
+
+    A step below that of the previous row marks a rollback.
+    """
     rows: list[dict[str, Any]] = []
-    for row in told:
+    for row in log:
         last = rows[-1] if rows else row
         if row["attempt"] == last["attempt"] and row["step"] < last["step"]:
             rows = [r for r in rows if r["attempt"] != row["attempt"] or r["step"] < row["step"]]
@@ -98,9 +100,9 @@ def _without_what_led_nowhere(told: Iterable[dict[str, Any]]) -> list[dict[str, 
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, without the rows that lack it or hold NaN."""
-    found = [(row["step"], row[name]) for row in rows if not math.isnan(row.get(name, math.nan))]
-    return [step for step, _ in found], [value for _, value in found]
+    """Return steps and values of one metric, without rows that lack it or hold NaN."""
+    points = [(row["step"], row[name]) for row in rows if not math.isnan(row.get(name, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -24,10 +24,10 @@ const run = (video) => {
 };
 const hear = (frame) => {
   frames.forEach((other) => {
-    const heard = other === frame && !other.classList.contains("heard");
-    other.classList.toggle("heard", heard);
-    other.querySelector("video").muted = !heard;
-    if (heard) {
+    const audible = other === frame && !other.classList.contains("audible");
+    other.classList.toggle("audible", audible);
+    other.querySelector("video").muted = !audible;
+    if (audible) {
       const video = other.querySelector("video");
       video.currentTime = 0;
       video.play().catch(() => {});
@@ -121,10 +121,10 @@ all(".chart").forEach((chart) => {
       const far = Math.abs(one.steps[n] - step) > (x[1] - x[0]) / 20;
       if (far) continue; // this line has no value here
       if (!piled) draw("circle", { cx: place(one.steps[n], x), cy: place(one.values[n], y), r: 3.5,
-        style: `fill:var(--${one.colour})` });
+        style: `fill:var(--${one.color})` });
       const row = document.createElement("div");
       const dot = document.createElement("i");
-      dot.style.setProperty("--c", `var(--${one.colour})`);
+      dot.style.setProperty("--c", `var(--${one.color})`);
       const label = document.createElement("em");
       label.textContent = ` ${one.label}`;
       row.append(dot, piled ? `${(100 * one.values[n]).toFixed(0)} %` : one.values[n].toPrecision(4), label);

@@ -1,7 +1,7 @@
-"""`report.html`: one file that shows what a run has learnt, with nothing outside it.
+"""`report.html`: samples, scores and curves of a run in one self-contained file.
 
-Videos lie in it as base64, curves as inline SVG, style and script as text; a content policy in the
-page forbids it to fetch anything.
+Videos are embedded as base64, curves as inline SVG, style and script as text.  A content security
+policy forbids the page to fetch anything.
 """
 
 import base64
@@ -14,17 +14,47 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import write_whole
+from echolab.atomic_io import write_atomic
 from echolab.errors import DataError, MediaError
-from echolab.tracking.curve_sections import colours_of, curve_sections
-from echolab.tracking.metrics import read_metrics
-from echolab.tracking.score_table import score_table
+from echolab.tasks.table import TASK_TABLE, TASKS
+from echolab.tracking.curves import Series, area_chart, line_chart
+from echolab.tracking.metrics import read_metrics, series
+from echolab.tracking.score_table import CHECKPOINTS, score_table
 
-LEAST_COLUMNS, MOST_COLUMNS = 4, 8
+MIN_COLUMNS, MAX_COLUMNS = 4, 8  # clips in a row
+
+# Every checkpoint and task has the same color in all charts; others take the free ones in turn.
+COLORS = {
+    "ground_truth": "truth", "shuffled_sound": "chance",
+    "sft": "run-0", "sft_longer": "run-1", "ndpo": "run-2", "dpo": "run-3",
+}  # fmt: skip
+FREE_COLORS = ("run-4", "run-5", "run-6", "run-7")
+TASK_TITLES = {name: task.title for name, task in TASK_TABLE.items()}
+
+TITLES = {
+    "train/loss": "Training loss", "val/loss": "Validation loss",
+    "train/margin": "Preference margin", "train/accuracy": "Preference accuracy",
+    "train/gradient_factor": "Gradient factor", "train/beta": "Beta",
+    "train/lr": "Learning rate", "train/gradient_norm": "Gradient norm",
+    "perf/steps_per_second": "Steps per second",
+}  # fmt: skip
+SECTIONS = {
+    "Loss": ("train/loss", "val/loss"),
+    "Preference training": (
+        "train/margin", "train/accuracy", "train/gradient_factor", "train/beta",
+    ),
+    "Optimizer and speed": ("train/lr", "train/gradient_norm", "perf/steps_per_second"),
+}  # fmt: skip
+WIDE = ("train/loss",)
+HALVES = ("chosen", "rejected")  # of a pair: train/error/chosen, train/error/reference_chosen
+
+PREFIXES = ("train/error/", "val/error/", "tasks/probability/")
+
+Rows = list[dict[str, Any]]
 
 
 class Video(NamedTuple):
-    """An mp4 file to show.  Videos of one `group` stand in one row, under its name."""
+    """An mp4 file to show; videos of one `group` share a row under its name."""
 
     path: Path
     title: str
@@ -41,42 +71,44 @@ def write_report(
     videos: Sequence[Video],
     summary: Mapping[str, Any],
 ) -> None:
-    """Write one self-contained page to `out`, whole or not at all.
+    """Write one self-contained page to `out`, atomically.
 
-    `runs`: run name -> its metrics.jsonl (or the folder that holds it).  `scores`: the rows of
-    scores.json.  `summary`: a few facts for the head of the page; `about`, if it is there, is its
-    opening paragraph.  What the page was made from is kept beside it, `report.json` for
-    `report.html`, for `write_again`.  Raises MediaError for a missing video, DataError for
-    unreadable metrics.
+    `runs`: metrics.jsonl, or the folder that holds it, by run name.  `scores`: the rows of
+    scores.json.  `summary`: facts for the head of the page; its entry `about` is the opening
+    paragraph.  The inputs are kept next to the page for `write_again`: `report.json` for
+    `report.html`.  Raises MediaError for a missing video, DataError for unreadable metrics.
     """
     logs = {
         name: read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
         for name, path in runs.items()
     }
-    colours = colours_of([*logs, *(str(row["checkpoint"]) for row in scores)])
+    # Sections of the page.
+    colors = assign_colors([*logs, *(str(row["checkpoint"]) for row in scores)])
     sections = {
         "Samples": _samples(videos),
-        "Scores": score_table(scores, colours),
-        **curve_sections(logs, colours),
+        "Scores": score_table(scores, colors),
+        **curve_sections(logs, colors),
     }
     page = _page(title, summary, {name: body for name, body in sections.items() if body})
+    # Its inputs, for `write_again`.
     given = {
         "title": title,
-        "runs": {name: _from(out.parent, path) for name, path in runs.items()},
+        "runs": {name: _relative(out.parent, path) for name, path in runs.items()},
         "scores": [dict(row) for row in scores],
-        "videos": [{**v._asdict(), "path": _from(out.parent, v.path)} for v in videos],
+        "videos": [{**v._asdict(), "path": _relative(out.parent, v.path)} for v in videos],
         "summary": {name: str(value) for name, value in summary.items()},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out.with_suffix(".json"), json.dumps(given, indent=1).encode())
-    # A file name that is no UTF-8 holds surrogates, which UTF-8 has no bytes for.
-    write_whole(out, page.encode(errors="backslashreplace"))
+    write_atomic(out.with_suffix(".json"), json.dumps(given, indent=1).encode())
+    # A file name that is not UTF-8 contains surrogates, which UTF-8 cannot encode.
+    write_atomic(out, page.encode(errors="backslashreplace"))
 
 
 def write_again(out: Path) -> None:
-    """Write the page anew, with what has been logged since, from the json file beside it.
+    """Write the page again with the rows logged since, from the JSON file next to it.
 
-    That file may be a stranger's: it can name nothing outside its folder.
+    The file may come from a stranger, so it can name no file outside of its folder.  Raises
+    DataError if it is not valid.
     """
     kept = out.with_suffix(".json")
     try:
@@ -88,24 +120,28 @@ def write_again(out: Path) -> None:
             )
             for v in given["videos"]
         ]
-        title, scores, summary = str(given["title"]), checked(given["scores"]), given["summary"]
+        title, scores, summary = (
+            str(given["title"]),
+            validated_scores(given["scores"]),
+            given["summary"],
+        )
         summary = {name: str(value) for name, value in summary.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"{kept}: not what a report was made from ({type(error).__name__}: {error})"
-        raise DataError(f"{problem}; delete it to start from the run folder") from error
+        problem = f"{kept}: not the inputs of a report ({type(error).__name__}: {error})"
+        raise DataError(f"{problem}; delete it to make the report from the run folder") from error
     write_report(out, title=title, runs=runs, scores=scores, videos=videos, summary=summary)
 
 
 def inside(folder: Path, name: Path | str) -> Path:
-    """Return a file in `folder`; ValueError for one that lies elsewhere, be it by a link."""
+    """Return the path of a file in `folder`; ValueError if it lies elsewhere, also by a link."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} lies outside {folder}")
     return path
 
 
-def checked(rows: Any) -> list[dict[str, Any]]:
-    """Return rows of scores as they must be; raises ValueError or the like for others."""
+def validated_scores(rows: Any) -> list[dict[str, Any]]:
+    """Return validated rows of scores; raise ValueError, KeyError or TypeError for invalid ones."""
     return [
         {
             **row,
@@ -116,8 +152,8 @@ def checked(rows: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _from(folder: Path, path: Path) -> str:
-    """`path` as seen from `folder`, so that a run folder may be moved."""
+def _relative(folder: Path, path: Path) -> str:
+    """Return `path` relative to `folder`, so that a run folder can be moved."""
     return os.path.relpath(path, folder)
 
 
@@ -127,8 +163,8 @@ def _samples(videos: Sequence[Video]) -> str:
         groups.setdefault(video.group, []).append(video)
     if not groups:
         return ""
-    # as many columns as the longest row has clips, so that rows stand under each other
-    columns = min(MOST_COLUMNS, max(LEAST_COLUMNS, *(len(group) for group in groups.values())))
+    # As many columns as the longest row has clips, so that rows are aligned.
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, *(len(group) for group in groups.values())))
     rows = "".join(
         f'<div class="group{"" if name else " unnamed"}"><h3>{escape(name)}</h3>'
         f'<div class="clips" style="--columns:{columns}">{"".join(map(_clip, group))}</div></div>'
@@ -136,11 +172,11 @@ def _samples(videos: Sequence[Video]) -> str:
     )
     return (
         '<div class="tools" hidden><button data-do="play">Pause</button>'
-        '<button data-do="restart">From the start</button>'
+        '<button data-do="restart">Restart</button>'
         '<button data-do="slow" aria-pressed="false">Half speed</button>'
         '<button data-do="loop" aria-pressed="true">Loop</button>'
         '<button data-do="smooth" aria-pressed="false">Smooth</button>'
-        '<span class="hint">Click a clip to hear it.</span></div>' + rows
+        '<span class="hint">Click a clip to hear its audio.</span></div>' + rows
     )
 
 
@@ -148,10 +184,12 @@ def _clip(video: Video) -> str:
     try:
         content = video.path.read_bytes() if video.path.is_file() else None
     except OSError as error:
-        raise MediaError(f"{video.path}: {error.strerror}; the report embeds it") from error
+        raise MediaError(
+            f"{video.path}: {error.strerror}; the report embeds it, check the file"
+        ) from error
     if content is None or content[4:8] != b"ftyp":
-        what = "not there" if content is None else "no mp4"
-        raise MediaError(f"{video.path}: {what}; the report embeds it")
+        fault = "not found" if content is None else "not an mp4 file"
+        raise MediaError(f"{video.path}: {fault}; remove it, or write the video again")
     data = base64.b64encode(content).decode("ascii")
     caption = f"<small>{escape(video.caption)}</small>" if video.caption else ""
     return (
@@ -186,23 +224,144 @@ def _page(title: str, summary: Mapping[str, Any], sections: Mapping[str, str]) -
         "body": body,
     }
     frame = (here / "report.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame)
 
 
 _NOTES = {
     "Loss": (
-        '<p class="note">Faint lines are as logged, bold ones their moving average. '
-        "Point at a chart for its numbers.</p>"
+        '<p class="note">Faint lines are the logged values, bold lines their moving average. '
+        "Point at a chart to see its values.</p>"
     ),
     "Scores": (
-        '<p class="note">Each measure is taken on clips that were held out. '
-        "Ground truth is what those clips themselves score; shuffled sound is the same clips with "
-        "the voice of another. A bar is empty at shuffled sound and full at ground truth. "
-        "<em>demo</em> marks measures by small stand-in networks: they compare rows of this "
-        "table, and nothing else.</p>"
+        '<p class="note">All measures are computed on clips that were held out. Ground truth: the '
+        "scores of these clips themselves. Shuffled audio: the same clips with the audio of "
+        "another clip. A bar is empty at shuffled audio and full at ground truth. "
+        "<em>demo</em> marks measures of small stand-in networks, which can only be compared "
+        "within this table.</p>"
     ),
     "Tasks": (
-        '<p class="note">The tasks come in from hard to easy. Errors are squared errors of the '
-        "velocity, averaged over the clips of that task.</p>"
+        '<p class="note">The curriculum introduces tasks from hard to easy. The error is the mean '
+        "squared error of the velocity over the clips of a task; dashed lines are validation.</p>"
     ),
 }
+
+
+# -- curves ---------------------------------------------------------------------------------------
+
+
+def assign_colors(names: Sequence[str]) -> dict[str, str]:
+    """Return the CSS variable of each run or checkpoint."""
+    others = [name for name in dict.fromkeys(names) if name not in COLORS]
+    free = {name: FREE_COLORS[n % len(FREE_COLORS)] for n, name in enumerate(others)}
+    return {**COLORS, **free}
+
+
+def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[str, str]:
+    """Return the charts as HTML, by section title."""
+    names = {name for rows in logs.values() for row in rows for name in row}
+    names -= {"step", "attempt", "time"}
+    known = {name for group in SECTIONS.values() for name in group}
+    other = sorted(name for name in names - known if not name.startswith(PREFIXES))
+    charts = {
+        section: "".join(_chart(name, logs, colors) for name in group)
+        for section, group in SECTIONS.items()
+    }
+    return {
+        "Loss": _chart_grid(charts["Loss"]),
+        "Tasks": _chart_grid(_probabilities(logs) + _tasks(names, logs, colors)),
+        "Noise levels": _chart_grid(_noise_levels(names, logs)),
+        "Preference training": _chart_grid(charts["Preference training"] + _halves(logs)),
+        "Optimizer and speed": _chart_grid(charts["Optimizer and speed"]),
+        "Other metrics": _chart_grid("".join(_chart(name, logs, colors) for name in other)),
+    }
+
+
+def _chart_grid(charts: str) -> str:
+    return f'<div class="charts">{charts}</div>' if charts else ""
+
+
+def _chart(name: str, logs: Mapping[str, Rows], colors: Mapping[str, str]) -> str:
+    lines = [
+        Series(_run_title(run), colors[run], *series(rows, name)) for run, rows in logs.items()
+    ]
+    title = TITLES.get(name, name.split("/", 1)[-1].replace("_", " "))
+    return line_chart(title, name, lines, wide=name in WIDE)
+
+
+def _tasks(names: set[str], logs: Mapping[str, Rows], colors: Mapping[str, str]) -> str:
+    """Return one chart for each task: its training error, and its validation error dashed."""
+    errors = [(name, prefix) for prefix in PREFIXES[:2] for name in names]
+    seen = {name.removeprefix(prefix) for name, prefix in errors if name.startswith(prefix)}
+    charts = []
+    for task in [*TASKS, *sorted(seen - set(TASKS))]:
+        if task not in seen or task.startswith("sigma_") or task.endswith(HALVES):
+            continue
+        lines = []
+        for run, rows in logs.items():
+            train, validation = (series(rows, f"{prefix}{task}") for prefix in PREFIXES[:2])
+            lines.append(Series(_run_title(run), colors[run], *train))
+            lines.append(Series(_run_title(run), colors[run], *validation, dashed="validation"))
+        charts.append(line_chart(TASK_TITLES.get(task, task), f"train/error/{task}", lines))
+    return "".join(charts)
+
+
+def _halves(logs: Mapping[str, Rows]) -> str:
+    """Return one chart for each run: the errors of both halves of the pairs."""
+    charts = []
+    for run, rows in logs.items():
+        lines = [
+            Series(half, f"half-{half}", *series(rows, f"{PREFIXES[0]}{name}"), dashed=meaning)
+            for half in HALVES
+            for name, meaning in ((half, ""), (f"reference_{half}", "reference"))
+        ]
+        title = f"Errors of preference pairs, {_run_title(run)}"
+        charts.append(line_chart(title, "train/error/chosen, rejected", lines, wide=True))
+    return "".join(charts)
+
+
+def _probabilities(logs: Mapping[str, Rows]) -> str:
+    """Return one chart for each run: the sampling probability of each task over the steps."""
+    charts = []
+    for run, rows in logs.items():
+        prefix = PREFIXES[2]
+        logged = dict.fromkeys(n for row in rows for n in row if n.startswith(prefix))
+        names = sorted(logged, key=lambda name: _task_order(name.removeprefix(prefix)))
+        complete = [row for row in rows if all(name in row for name in names)] if names else []
+        areas = [
+            Series(TASK_TITLES.get(task, task), f"task-{min(_task_order(task), 5)}", *values)
+            for name in names
+            if (task := name.removeprefix(prefix)) and (values := series(complete, name))
+        ]
+        if areas and len(areas[0].steps) > 1:
+            title = f"Sampling probability of tasks, {_run_title(run)}"
+            charts.append(area_chart(title, f"{prefix}*", areas))
+    return "".join(charts)
+
+
+def _task_order(task: str) -> int:
+    return TASKS.index(task) if task in TASKS else len(TASKS)
+
+
+def _noise_levels(names: set[str], logs: Mapping[str, Rows]) -> str:
+    """Return one chart for each run: validation error at each fixed noise level."""
+    levels = sorted(name for name in names if name.startswith("val/error/sigma_"))
+    charts = []
+    for run, rows in logs.items():
+        lines = [
+            Series(
+                "σ " + level.rsplit("_", 1)[-1],
+                f"ramp-{round(4 * n / max(1, len(levels) - 1))}",
+                *series(rows, level),
+            )
+            for n, level in enumerate(levels)
+        ]
+        charts.append(
+            line_chart(
+                f"Validation error by noise level, {_run_title(run)}", "val/error/sigma_*", lines
+            )
+        )
+    return "".join(charts)
+
+
+def _run_title(run: str) -> str:
+    return CHECKPOINTS[run][0] if run in CHECKPOINTS else run

@@ -1,7 +1,7 @@
-"""The table of scores: checkpoints down, measures across, the best marked.
+"""Score table as HTML: checkpoints in rows, measures in columns, the best of each marked.
 
-Ground truth and shuffled sound are no checkpoints: they say what is possible and what chance gives,
-so they stand apart and can not be best.
+Ground truth and shuffled audio are references, not checkpoints: they show what is possible and what
+chance gives, so they are never marked as best.
 """
 
 import math
@@ -11,20 +11,26 @@ from html import escape
 from typing import Any, NamedTuple
 
 REFERENCES = ("ground_truth", "shuffled_sound")
-CHANGES = (("dpo", "sft"), ("dpo", "sft_longer"))  # after and before; the second is the fair one
+CHANGES = (
+    ("dpo", "sft"),
+    ("dpo", "sft_longer"),
+)  # after and before; the second pair is the fair comparison
 
 CHECKPOINTS = {
-    "ground_truth": ("Ground truth", "the held-out clips themselves: the ceiling"),
+    "ground_truth": ("Ground truth", "the held-out clips themselves: upper bound"),
     "sft": ("SFT", "supervised training"),
-    "sft_longer": ("SFT, longer", "as many steps as preference training took: the fair baseline"),
-    "ndpo": ("NDPO", "SFT, then rejected clips alone"),
-    "dpo": ("DPO", "SFT, then chosen against rejected"),
-    "shuffled_sound": ("Shuffled sound", "true clips with another clip's voice: chance"),
+    "sft_longer": ("SFT, longer", "same number of steps as preference training: fair baseline"),
+    "ndpo": ("NDPO", "SFT, then rejected clips only"),
+    "dpo": ("DPO", "SFT, then chosen against rejected clips"),
+    "shuffled_sound": (
+        "Shuffled audio",
+        "held-out clips with the audio of another clip: chance level",
+    ),
 }
 
 
 class Measure(NamedTuple):
-    """How a score is called and read; `direction` is 1 where more is better, -1 where less."""
+    """Title and meaning of a score; `direction` is 1 if higher is better, -1 if lower."""
 
     title: str
     meaning: str
@@ -33,41 +39,41 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "sync_c": Measure("Sync-C", "lip-sync confidence", 1),
-    "sync_c_unguided": Measure("Sync-C, unguided", "lip sync without guidance by sound", 1),
+    "sync_c_unguided": Measure("Sync-C, unguided", "lip sync without audio guidance", 1),
     "sync_d": Measure("Sync-D", "lip-sync distance", -1),
     "fid": Measure("FID", "Fréchet distance of frames", -1),
     "fvd": Measure("FVD", "Fréchet distance of clips", -1),
-    "mouth_corr": Measure("Mouth corr.", "mouth opening against the true one", 1),
-    "mouth_corr_unguided": Measure("Mouth corr., unguided", "without guidance by sound", 1),
-    "psnr_first_frame": Measure("PSNR frame 1", "dB, likeness to the picture given", 1),
+    "mouth_corr": Measure("Mouth corr.", "correlation of mouth opening with ground truth", 1),
+    "mouth_corr_unguided": Measure("Mouth corr., unguided", "without audio guidance", 1),
+    "psnr_first_frame": Measure("PSNR frame 1", "dB, first frame against the reference image", 1),
     "psnr": Measure("PSNR", "dB", 1),
     "ssim": Measure("SSIM", "structural similarity", 1),
-    "identity": Measure("Identity", "likeness of the face", 1),
-    "flicker": Measure("Flicker", "change between frames", -1),
-    "val_loss": Measure("Loss", "held out", -1),
+    "identity": Measure("Identity", "face similarity", 1),
+    "flicker": Measure("Flicker", "mean change between frames", -1),
+    "val_loss": Measure("Loss", "validation", -1),
 }
 
 
 class Score(NamedTuple):
-    """Over the seeds: mean, standard deviation (0 for one seed), number of seeds."""
+    """Mean and standard deviation over seeds (0 for one seed), and the number of seeds."""
 
     mean: float
     spread: float
     seeds: int
 
 
-def measure(name: str) -> Measure:
-    """By its name in scores.json; `_demo` stays in the title: those networks are stand-ins."""
+def measure_of(name: str) -> Measure:
+    """Return the measure of a name in scores.json; the title keeps `_demo` of stand-in networks."""
     plain = name.removesuffix("_demo")
-    found = MEASURES.get(plain, Measure(plain.replace("_", " "), "", 0))
-    return found._replace(title=f"{found.title} demo") if plain != name else found
+    known = MEASURES.get(plain, Measure(plain.replace("_", " "), "", 0))
+    return known._replace(title=f"{known.title} demo") if plain != name else known
 
 
-def score_table(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
-    """HTML of the rows of scores.json: {"checkpoint", "seed", "scores": {measure: number}}.
+def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> str:
+    """Return the rows of scores.json as HTML: {"checkpoint", "seed", "scores": {measure: number}}.
 
-    Rows of one checkpoint are averaged over their seeds.  `colours` gives each checkpoint's
-    CSS variable.  Nothing at all for no rows.
+    Rows of one checkpoint are averaged over their seeds.  `colors` are CSS variables by checkpoint.
+    Without rows the result is empty.
     """
     scores = averaged(rows)
     if not scores:
@@ -78,7 +84,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -
     groups = (["ground_truth"], trained, ["shuffled_sound"])
     bodies = ""
     for group, kind in zip(groups, ("reference", "trained", "reference"), strict=True):
-        lines = [_row(c, scores, names, colours) for c in group if c in scores]
+        lines = [_row(c, scores, names, colors) for c in group if c in scores]
         bodies += f'<tbody class="{kind}">{"".join(lines)}</tbody>' if lines else ""
     lines = [
         _change(after, before, scores, names)
@@ -96,35 +102,35 @@ def score_table(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -
 
 
 def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Score]]:
-    """Checkpoint -> measure -> Score, in the order of CHECKPOINTS, then of appearance."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Return scores by checkpoint and measure, in the order of CHECKPOINTS, then of appearance."""
+    values_by: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        measures = found.setdefault(str(row["checkpoint"]), {})
+        measures = values_by.setdefault(str(row["checkpoint"]), {})
         for name, value in row["scores"].items():
             if value is not None and math.isfinite(value):
                 measures.setdefault(name, []).append(float(value))
-    order = [*CHECKPOINTS, *found]
+    order = [*CHECKPOINTS, *values_by]
     return {
-        checkpoint: {name: _score(values) for name, values in found[checkpoint].items()}
-        for checkpoint in sorted(found, key=order.index)
+        checkpoint: {name: _score(values) for name, values in values_by[checkpoint].items()}
+        for checkpoint in sorted(values_by, key=order.index)
     }
 
 
 def best(name: str, scores: Mapping[str, Mapping[str, Score]]) -> float | None:
-    """The best mean among trained checkpoints, if there are several and better has a direction."""
+    """Return the best mean of the trained checkpoints; None for one checkpoint or no direction."""
     means = [row[name].mean for c, row in scores.items() if c not in REFERENCES and name in row]
-    direction = measure(name).direction
+    direction = measure_of(name).direction
     return max(means, key=lambda mean: direction * mean) if direction and len(means) > 1 else None
 
 
-def written(value: float, decimals: int) -> str:
-    """With a true minus sign."""
+def format_number(value: float, decimals: int) -> str:
+    """Format a number with a typographic minus sign."""
     text = f"{abs(value):.{decimals}f}"
     return f"−{text}" if value < 0 and float(text) else text
 
 
 def decimals(name: str, scores: Mapping[str, Mapping[str, Score]]) -> int:
-    """The same for a whole column, so that its numbers can be compared at a glance."""
+    """Return the number of decimals of a column, the same for all its rows."""
     largest = max(abs(row[name].mean) for row in scores.values() if name in row)
     return 0 if largest >= 100 else 1 if largest >= 20 else 2
 
@@ -135,7 +141,7 @@ def _score(values: list[float]) -> Score:
 
 
 def _heading(name: str) -> str:
-    said = measure(name)
+    said = measure_of(name)
     arrow = {1: "higher is better", -1: "lower is better", 0: ""}[said.direction]
     sign = {1: "↑", -1: "↓", 0: ""}[said.direction]
     mark = f'<span class="sign" title="{arrow}" aria-label="{arrow}">{sign}</span>' if sign else ""
@@ -150,10 +156,10 @@ def _row(
     checkpoint: str,
     scores: Mapping[str, Mapping[str, Score]],
     names: Sequence[str],
-    colours: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> str:
     title, remark = CHECKPOINTS.get(checkpoint, (checkpoint, ""))
-    dot = f'<i style="--c:var(--{colours.get(checkpoint, "faint")})"></i>'
+    dot = f'<i style="--c:var(--{colors.get(checkpoint, "faint")})"></i>'
     cells = "".join(_cell(checkpoint, name, scores) for name in names)
     return (
         f'<tr data-checkpoint="{escape(checkpoint)}"><th scope="row">{dot}{escape(title)}'
@@ -172,15 +178,15 @@ def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]])
     return (
         f'<td class="{"leads" if leads else ""}" data-measure="{escape(name)}"'
         f' data-value="{score.mean!r}">{mark if leads else ""}'
-        f'<span class="figure">{written(score.mean, places)}</span>{spread}'
+        f'<span class="figure">{format_number(score.mean, places)}</span>{spread}'
         f"{_gauge(score.mean, name, scores)}</td>"
     )
 
 
 def _gauge(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
-    """A thin bar, empty at shuffled sound and full at ground truth.
+    """Return a thin bar, empty at shuffled audio and full at ground truth.
 
-    Only for measures of the sound: of the others (such as FID) those two say nothing.
+    Only for measures of audio sync: for others, such as FID, the two references mean nothing.
     """
     truth, chance = (scores.get(reference, {}).get(name) for reference in REFERENCES)
     if truth is None or chance is None or truth.mean == chance.mean:
@@ -199,7 +205,7 @@ def _gauge(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -
 def _change(
     after: str, before: str, scores: Mapping[str, Mapping[str, Score]], names: Sequence[str]
 ) -> str:
-    """One row of differences, with better and worse told apart."""
+    """Return one row of differences, each marked as better or worse."""
     cells = []
     for name in names:
         if name not in scores[after] or name not in scores[before]:
@@ -207,7 +213,7 @@ def _change(
             continue
         old = scores[before][name].mean
         change = scores[after][name].mean - old
-        gain = change * measure(name).direction
+        gain = change * measure_of(name).direction
         kind = "better" if gain > 0 else "worse" if gain < 0 else ""
         places = decimals(name, scores)
         share = f" <small>{_signed(100 * change / abs(old), 0)} %</small>" if old else ""
@@ -217,5 +223,5 @@ def _change(
 
 
 def _signed(value: float, places: int) -> str:
-    text = written(value, places)
+    text = format_number(value, places)
     return text if text.startswith("−") or not float(text) else f"+{text}"

@@ -1,9 +1,9 @@
-"""The process that speaks to wandb for `wandb_run.WandbRun`; nothing else in echolab imports wandb.
+"""The process that uses wandb for `wandb_run.WandbRun`; nothing else in echolab imports wandb.
 
-wandb starts a service, threads and exit handlers, waits on servers and raises in whoever logs.  All
-of that stays in this process.  It reads JSON lines from stdin: first how to open the run, then one
-record a line, then `{"finish": 0}`.  It writes JSON lines to stdout: one when the run is open, one
-when it ends.  It ends when its parent does.
+wandb starts a service, threads and exit handlers, waits for servers, and raises exceptions in the
+caller.  All of that stays in this process.  It reads JSON lines from stdin: how to open the run,
+one record a line, then `{"finish": 0}`.  It writes JSON lines to stdout: one when the run is open,
+one when it ends.  It ends when its parent does.
 """
 
 import json
@@ -20,19 +20,19 @@ STEP = "trainer/step"
 INIT_SECONDS = 30.0  # for a server to answer; wandb's own limit is 90 s
 FINISH_SECONDS = 20.0  # to finish in, once the parent asked for it
 ORPHAN_SECONDS = 5.0  # to finish in, once the parent is gone: another launch may begin soon
-FLUSH_SECONDS = 2.0  # between two writes to the disk of what the service was sent; 15 by default
-POLL_SECONDS = 1.0  # between two checks that the parent is still there
-BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with heads of 7 bytes, in blocks
+FLUSH_SECONDS = 2.0  # between two flushes of the service's file; wandb's default is 15 s
+POLL_SECONDS = 1.0  # between two checks that the parent is alive
+BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with headers of 7 bytes, in blocks
 HEAD = struct.Struct("<IHB")  # checksum, length, kind
 FULL, LAST = 1, 4  # kinds of a fragment that ends a record
 
 
 def main() -> None:
-    """Mirror one run until the parent asks to finish or ends."""
+    """Mirror one run until the parent requests the end or ends itself."""
     parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # wandb and its service print there
+    for stream in (1, 2):  # because wandb and its service print to them
         os.dup2(null, stream)
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     lines = _lines(parent)
@@ -47,8 +47,8 @@ def main() -> None:
         _answer(answers, opening)
         run = _open(about, mode)
     except BaseException as error:  # wandb.init also raises SystemExit and KeyboardInterrupt
-        # a service that was killed is no fault that the next process would meet again
-        _leave(answers, {"fault": "" if _service_ended() else _words(error)})
+        # A killed service is not a fault that the next process would meet again.
+        _leave(answers, {"fault": "" if _service_ended() else _message(error)})
     _answer(answers, {"folder": str(Path(run.dir).parent), "service": _children()})
     _Mirror(run, answers).mirror(lines)
 
@@ -58,11 +58,11 @@ class _Mirror:
 
     def __init__(self, run: Any, answers: Any) -> None:
         self.run, self.answers = run, answers
-        self.failed, self.fault = 0, ""  # records that wandb refused; why it refused the first
+        self.failed, self.fault = 0, ""  # records that wandb refused, and the first reason
         self.finishing = False
 
     def mirror(self, lines: Iterator[str]) -> NoReturn:
-        """Write records until one says `finish`, or the parent ends; then finish the run."""
+        """Write records until a `finish` record or the end of the parent; then finish the run."""
         threading.Thread(target=self._watch_service, daemon=True).start()
         exit_code = 1
         for line in lines:
@@ -80,7 +80,7 @@ class _Mirror:
 
             wandb.teardown()  # waits until the service has written its file
         except BaseException as error:
-            self.fault = self.fault or _words(error)
+            self.fault = self.fault or _message(error)
         _leave(self.answers, self._end() | {"recorded": recorded_rows(folder), "finished": True})
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -88,20 +88,20 @@ class _Mirror:
 
         try:
             row: dict[str, Any] = dict(record["row"])
-            # wandb.Video turns arrays into video by moviepy, but takes mp4 files as they are
+            # wandb.Video encodes arrays with moviepy, but takes mp4 files as they are.
             for name, path in record.get("videos", {}).items():
                 row[name] = wandb.Video(path, format="mp4")
             for name, table in record.get("tables", {}).items():
                 row[name] = wandb.Table(**table)
             self.run.log(row)
         except Exception as error:
-            if _service_ended():  # the record is not at fault: the next process gets it again
+            if _service_ended():  # the record is valid: the next process gets it again
                 self._leave_without_service()
             self.failed += 1
-            self.fault = self.fault or _words(error)
+            self.fault = self.fault or _message(error)
 
     def _watch_service(self) -> None:
-        """End this process when wandb's service ends: no record reaches it any more."""
+        """End this process when wandb's service ends, because no record reaches it then."""
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         except ChildProcessError:
@@ -144,7 +144,7 @@ def _open(about: dict[str, Any], mode: Any) -> Any:
         config=about["config"],
         dir=about["folder"],
         mode=mode,
-        # offline, wandb takes the id as it is, and warns if it is told to resume
+        # offline, wandb uses the id in any case, and warns about resume
         resume="allow" if mode == "online" else None,
         reinit="create_new",
         settings=wandb.Settings(
@@ -166,7 +166,7 @@ def _open(about: dict[str, Any], mode: Any) -> Any:
 
 
 def recorded_rows(folder: Path) -> int:
-    """Return how many history rows the .wandb file in a run's folder holds, a cut end left out."""
+    """Count the history rows of the .wandb file in a run's folder, without an incomplete end."""
     return sum(
         record.WhichOneof("record_type") == "history"
         for path in folder.glob("*.wandb")
@@ -175,35 +175,35 @@ def recorded_rows(folder: Path) -> int:
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Yield the records of a .wandb file up to its end, or to the first that is damaged."""
+    """Yield the records of a .wandb file up to its end or to the first damaged one."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole = path.read_bytes(), HEAD.size, b""  # the file's own head has the same size
+    data, at, message = path.read_bytes(), HEAD.size, b""  # the file header has the same size
     while at + HEAD.size <= len(data):
         left = BLOCK - at % BLOCK
         _, length, kind = HEAD.unpack_from(data, at)
-        if left < HEAD.size or kind == 0:  # filled up to the end of the block
+        if left < HEAD.size or kind == 0:  # padding up to the end of the block
             at += left
             continue
         end = at + HEAD.size + length
         if end > len(data):
-            return  # still being written, or cut
-        whole += data[at + HEAD.size : end]
+            return  # incomplete
+        message += data[at + HEAD.size : end]
         at = end
         if kind in (FULL, LAST):
             record = Record()
             try:
-                record.ParseFromString(whole)
+                record.ParseFromString(message)
             except Exception:  # protobuf's DecodeError
                 return
-            whole = b""
+            message = b""
             yield record
 
 
 def _lines(parent: int) -> Iterator[str]:
-    """Yield whole lines of stdin until it is closed or the parent has ended."""
+    """Yield complete lines of stdin until it is closed or the parent has ended."""
     kept = b""
-    while os.getppid() == parent:  # a fork of the parent may hold the pipe open
+    while os.getppid() == parent:  # a fork of the parent may keep the pipe open
         if not select.select([0], [], [], POLL_SECONDS)[0]:
             continue
         if not (data := os.read(0, 1 << 16)):
@@ -213,13 +213,13 @@ def _lines(parent: int) -> Iterator[str]:
 
 
 def _children() -> list[int]:
-    """Return the processes that this thread started: wandb's service."""
+    """Return the processes that this thread started, which are wandb's service."""
     path = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
 def _service_ended() -> bool:
-    """Return whether a child process ended within the last moment or does so in the next."""
+    """Return whether a child process has ended or does so within half a second."""
     for _ in range(10):
         try:
             if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG):
@@ -230,19 +230,19 @@ def _service_ended() -> bool:
     return False
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _answer(answers: Any, told: dict[str, Any]) -> None:
-    answers.write(json.dumps(told) + "\n")
+def _answer(answers: Any, values: dict[str, Any]) -> None:
+    answers.write(json.dumps(values) + "\n")
     answers.flush()
 
 
-def _leave(answers: Any, told: dict[str, Any]) -> NoReturn:
-    """Answer and end at once: wandb's exit handlers wait for servers."""
+def _leave(answers: Any, values: dict[str, Any]) -> NoReturn:
+    """Answer and exit at once, because wandb's exit handlers wait for servers."""
     try:
-        _answer(answers, told)
+        _answer(answers, values)
     finally:
         os._exit(0)
 

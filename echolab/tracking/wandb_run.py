@@ -1,7 +1,7 @@
-"""One run on Weights & Biases, mirrored from what the run folder holds; offline unless logged in.
+"""One run on Weights & Biases, a copy of what the run folder holds; offline unless logged in.
 
-Nothing that wandb does stops a run, delays a step or comes before a save: wandb lives in a process
-of its own (`wandb_process`), and a thread hands it the records from a queue.
+No failure of wandb stops training, delays a step or a save: wandb runs in a process of its own
+(`wandb_process`), and a thread sends it the records from a queue.
 
 Only plain scalars, mp4 files and tables are sent: no source code, command line, environment,
 machine description or console output.  https://docs.wandb.ai/ref/python/
@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.errors import ConfigError, MediaError
-from echolab.redaction import masked, masked_values
+from echolab.redaction import mask_secrets, mask_values
 from echolab.tracking.wandb_process import STEP
 
 PROCESS = (sys.executable, "-P", "-m", "echolab.tracking.wandb_process")
-# What Slurm, a shell or a terminal sends to all processes of a job: the process ends with its run.
+# Slurm, a shell or a terminal sends these to all processes of a job; the process ignores them and
+# ends with its run.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-STARTS = 4  # of the process in one attempt: after these, the rest is lost to wandb
-QUEUED = 10_000  # records that wait for the process; those above are lost to wandb
-KEPT = 2_000  # newest records to send again, should the process die before they are on disk
-POLL_SECONDS = 0.1  # between two checks that an idle process is alive
-FINISH_SECONDS = 20.0  # for what is queued to be recorded or sent
-HURRY_SECONDS = 2.0  # the same after a signal, which leaves little time until the kill
-KILL_SECONDS = 1.0  # for the kernel to end what was killed
+MAX_STARTS = 4  # of the process in one attempt; after these, wandb gets no more records
+MAX_QUEUED = 10_000  # records that wait for the process; more are dropped
+MAX_KEPT = 2_000  # newest records to send again if the process dies before they are on disk
+POLL_SECONDS = 0.1  # between two checks of an idle process
+FINISH_SECONDS = 20.0  # to record or send what is queued
+HURRY_SECONDS = 2.0  # the same after a signal, when the process will soon be killed
+KILL_SECONDS = 1.0  # for the kernel to end a killed process
 
 Mode = Literal["auto", "offline", "online", "disabled"]
 MODES = ("auto", "offline", "online", "disabled")
@@ -41,11 +42,11 @@ Cell = str | int | float | bool | None
 
 
 class WandbRun:
-    """A wandb run whose id is the caller's, so that every attempt of a run goes on in it.
+    """A wandb run with the caller's id, so that every attempt of a run continues it.
 
-    Records lie in `folder`/wandb.  wandb's own step only counts calls; curves are drawn over
-    `trainer/step`, since wandb drops whatever goes back in its own.  What does not reach wandb is
-    counted, and one line on stderr says so.
+    Records are stored in `folder`/wandb.  Curves are drawn over `trainer/step`, because wandb drops
+    records whose own step decreases.  Records that do not reach wandb are counted, and one line on
+    stderr reports them.
     """
 
     def __init__(
@@ -58,37 +59,41 @@ class WandbRun:
         config: Mapping[str, Any],
         mode: Mode = "auto",
     ) -> None:
-        """`auto` follows WANDB_MODE, is offline in a Slurm job, else online when logged in.
+        """Start the process.
+
+        Mode `auto` follows WANDB_MODE, is offline in a Slurm job, else online if logged in.
 
         Raises ConfigError for an unknown mode or an id that wandb would refuse.
         """
         if mode not in MODES:
-            raise ConfigError(f"wandb mode {mode!r} is not one of {', '.join(MODES)}")
+            raise ConfigError(f"logger.mode={mode}: must be one of {', '.join(MODES)}")
         if not re.fullmatch(r"[\w-]{1,64}", run_id):
             raise ConfigError(f"wandb run id {run_id!r}: use up to 64 letters, digits, - and _")
         self._mirror: _Mirror | None = None
         self._mode = _chosen(mode)
         if self._mode != "disabled":
             about = {
-                "folder": str(folder.absolute()), "project": masked(project), "run_id": run_id,
-                "name": masked(name), "config": masked_values(config),
+                "folder": str(folder.absolute()), "project": mask_secrets(project),
+                "run_id": run_id, "name": mask_secrets(name), "config": mask_values(config),
             }  # fmt: skip
             self._mirror = _Mirror(about, self._mode)
 
     @property
     def mode(self) -> Mode:
-        """What was asked for; once wandb has opened the run, `online` or `offline`."""
+        """The requested mode; `online` or `offline` once wandb has opened the run."""
         return self._mirror.mode if self._mirror else self._mode
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record scalars at an optimizer step.  Returns at once."""
+        """Record scalars at an optimizer step; return at once."""
         self._send({"row": {STEP: step, **scalars}})
 
     def log_videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Record mp4 files, with their sound, by name.  Raises MediaError if one is not there."""
+        """Record mp4 files with audio by name; raise MediaError if one does not exist."""
         for path in videos.values():
             if path.suffix != ".mp4" or not path.is_file():
-                raise MediaError(f"{path}: not an mp4 file that exists; wandb takes no other video")
+                raise MediaError(
+                    f"{path}: not an existing mp4 file; give one, wandb takes no other video"
+                )
         if videos:
             paths = {name: str(path.absolute()) for name, path in videos.items()}
             self._send({"row": {STEP: step}, "videos": paths})
@@ -111,14 +116,14 @@ class WandbRun:
 
 
 def _chosen(mode: Mode) -> Mode:
-    """Return the mode to ask for; `auto` remains where it depends on a login."""
+    """Return the mode to request; `auto` remains if it depends on a login."""
     if mode != "auto":
         return mode
     # mode= in code would beat WANDB_MODE, so the variable is read here
     match os.environ.get("WANDB_MODE"):
         case ("offline" | "online" | "disabled") as wanted:
             return wanted
-    # nodes of a cluster often reach no server; what is recorded is uploaded from elsewhere
+    # Nodes of a cluster often reach no server; `wandb sync` uploads the records from elsewhere.
     return "offline" if "SLURM_JOB_ID" in os.environ else "auto"
 
 
@@ -126,8 +131,8 @@ class _Process:
     """A running `wandb_process`, in a session of its own."""
 
     def __init__(self, about: Mapping[str, Any]) -> None:
-        """Raises OSError if it cannot be started."""
-        # another wandb process of this environment is not ours to use
+        """Start the process; raise OSError if it cannot be started."""
+        # Do not use the wandb service of another program in this environment.
         environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
         self._popen = subprocess.Popen(
             PROCESS,
@@ -141,7 +146,7 @@ class _Process:
         self.send(json.dumps(about, default=str))
 
     def send(self, line: str) -> bool:
-        """Write a line; return whether the process could take it."""
+        """Write a line; return False if the process has ended."""
         assert self._popen.stdin
         try:
             self._popen.stdin.write(line.encode() + b"\n")
@@ -151,7 +156,7 @@ class _Process:
         return True
 
     def receive(self) -> dict[str, Any]:
-        """Wait for an answer; empty if the process ended without one."""
+        """Wait for an answer; return {} if the process ended without one."""
         assert self._popen.stdout
         try:
             answer: dict[str, Any] = json.loads(self._popen.stdout.readline() or b"{}")
@@ -165,7 +170,7 @@ class _Process:
         return self._popen.poll() is None
 
     def kill(self) -> None:
-        """End it, and the service that wandb started in a session of its own."""
+        """Kill the process, and the service that wandb started in a session of its own."""
         self._popen.kill()
         for pid in self.service:
             try:
@@ -175,25 +180,25 @@ class _Process:
                 pass
         try:
             self._popen.wait(timeout=KILL_SECONDS)
-        except subprocess.TimeoutExpired:  # a file system holds it; its end is the kernel's affair
+        except subprocess.TimeoutExpired:  # blocked in a file system; the kernel ends it later
             pass
 
 
 class _Mirror:
-    """Hands records to a process from a thread, and starts another process when one dies."""
+    """Sends records to a process from a thread, and starts another process when one dies."""
 
     def __init__(self, about: Mapping[str, Any], mode: Mode) -> None:
         self.about, self.mode = about, mode
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._queued = self._dropped = 0  # by the caller
-        self._folder = ""  # of the present process, or of the one that died last
+        self._folder = ""  # of the present process, or of the last one that died
         self._sent = 0  # records handed to that process
-        self._recent: deque[str] = deque(maxlen=KEPT)  # the last of these
-        self._lost = 0  # that were handed over and are not on disk
-        self._fault = ""  # what lost the first record, or made the run be recorded offline
-        self._offline_instead = self._said = False
-        self._impatience = ""  # why `finish` did not wait for a server any longer
-        self._over = False  # no process is started any more
+        self._recent: deque[str] = deque(maxlen=MAX_KEPT)  # the last of these
+        self._lost = 0  # records that were sent and are not on disk
+        self._fault = ""  # why the first record was lost, or why the run is recorded offline
+        self._offline_instead = self._reported = False
+        self._wait_fault = ""  # why `finish` stopped waiting for a server
+        self._over = False  # start no further process
         self._process: _Process | None = None
         self._opened, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="wandb", daemon=True).start()
@@ -201,47 +206,51 @@ class _Mirror:
     def put(self, line: str) -> None:
         """Queue a record; drop it if too many wait."""
         self._queued += 1
-        if self._ended.is_set() or self._queue.qsize() >= QUEUED:
+        if self._ended.is_set() or self._queue.qsize() >= MAX_QUEUED:
             self._dropped += 1
         else:
             self._queue.put(line)
 
     def finish(self, seconds: float) -> None:
-        """Wait until all is recorded, for `seconds` at most; say what is not."""
+        """Wait until all records are stored, at most `seconds`; report those that are not."""
         self._queue.put(None)
+        # After half of the time, a server that does not respond is given up.
         half = seconds / 2 if seconds > HURRY_SECONDS else 0.0
         if (
             half
             and not self._ended.wait(half)
             and (self.mode == "offline") == self._opened.is_set()
         ):
-            # a server or a process that hangs: the next process records offline
-            self._impatience = f"no answer after {half:g} s"
+            # The next process records offline.
+            self._wait_fault = f"no answer after {half:g} s"
             self._kill()
+        # After all of the time, the process is.
         if not self._ended.wait(seconds - half):
             self._over = True
             self._kill()
-            rest = "some records may be missing there"
+            rest = "some records may be missing"
             if self.mode == "online" and self._folder:
                 rest = f"`wandb sync {self._folder}` uploads the rest"
-            self._say(f"not finished after {seconds:g} s; {rest}")
+            self._report(f"not finished after {seconds:g} s; {rest}")
         if lost := self._lost + self._dropped:
-            fault = self._fault or f"{QUEUED} records waited for it"
-            self._say(f"{fault}; {lost} of {self._queued} records are missing there")
+            fault = self._fault or f"{MAX_QUEUED} records waited in the queue"
+            self._report(f"{fault}; {lost} of {self._queued} records are missing")
 
     def _kill(self) -> None:
         if self._process:
             self._process.kill()
 
-    def _say(self, words: str) -> None:
-        """Print the one line about this run."""
-        if self._said:
+    def _report(self, message: str) -> None:
+        """Print a line about this run, only the first time."""
+        if self._reported:
             return
-        self._said = True
+        self._reported = True
         metrics = Path(self.about["folder"]) / "metrics.jsonl"
-        source = f"{metrics} has every number" if metrics.exists() else "the run folder has them"
+        source = (
+            f"{metrics} has all values" if metrics.exists() else "the run folder has all values"
+        )
         try:
-            print(masked(f"echolab: wandb: {words}; {source}"), file=sys.stderr, flush=True)
+            print(mask_secrets(f"echolab: wandb: {message}; {source}"), file=sys.stderr, flush=True)
         except (OSError, ValueError):  # stderr is closed
             pass
 
@@ -250,33 +259,33 @@ class _Mirror:
     def _run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # the process inherits this
         try:
-            for _ in range(STARTS):
+            for _ in range(MAX_STARTS):
                 if self._over or self._serve():
                     return
-            raise OSError("its process died again and again")
+            raise OSError(f"its process died {MAX_STARTS} times")
         except (OSError, subprocess.SubprocessError) as error:
             self._fault = self._fault or str(error)
-            self._say(f"{self._fault}; nothing more reaches it in this attempt")
+            self._report(f"{self._fault}; this attempt sends no more records")
         finally:
             self._ended.set()
 
     def _serve(self) -> bool:
-        """Start a process and hand it records; return whether it finished.  OSError: never will."""
+        """Start a process and send it records; return whether it finished."""
         about = {**self.about, "mode": self.mode, "previous": self._folder}
         process = self._process = _Process(about)
-        self._settle(first := process.receive())
+        self._keep_unrecorded(first := process.receive())
         self.mode = first.get("mode", self.mode)
         opened = process.receive()
         if "folder" not in opened:
             process.kill()
-            self._not_opened(opened.get("fault") or first.get("fault") or self._impatience)
+            self._not_opened(opened.get("fault") or first.get("fault") or self._wait_fault)
             return False
         self._folder = opened["folder"]
         self._opened.set()
-        self._say_where()
+        self._report_folder()
         again, self._sent = list(self._recent), 0
         self._recent.clear()
-        last = self._hand_over(process, again)
+        last = self._send_all(process, again)
         self._fault = self._fault or last.get("fault", "")
         if last.get("finished"):
             if self.mode == "offline":
@@ -288,19 +297,19 @@ class _Mirror:
         self._sent -= last.get("failed", 0)
         return False
 
-    def _settle(self, first: Mapping[str, Any]) -> None:
-        """Keep what the process before did not record, to be sent again."""
+    def _keep_unrecorded(self, first: Mapping[str, Any]) -> None:
+        """Keep the records that the previous process did not store, to send them again."""
         if "recorded" not in first:
             return
         missing = max(self._sent - first["recorded"], 0)
         again = list(self._recent)[len(self._recent) - min(missing, len(self._recent)) :]
         self._lost += missing - len(again)
-        self._recent, self._sent, self._folder = deque(again, maxlen=KEPT), len(again), ""
+        self._recent, self._sent, self._folder = deque(again, maxlen=MAX_KEPT), len(again), ""
 
     def _not_opened(self, fault: str) -> None:
-        """Go on offline if a server was the reason; OSError if there was none.
+        """Continue offline if a server was the reason; raise OSError if the run is offline already.
 
-        A process that was killed told no fault: the next one may do better.
+        A process that was killed reports no fault: the next one may succeed.
         """
         self._fault = self._fault or fault or "its process died"
         if not fault:
@@ -309,20 +318,20 @@ class _Mirror:
             raise OSError(fault)
         self.mode, self._offline_instead = "offline", True
 
-    def _say_where(self) -> None:
+    def _report_folder(self) -> None:
         if self._offline_instead:
-            self._say(
+            self._report(
                 f"{self._fault}; recorded offline instead, `wandb sync {self._folder}` uploads it"
             )
         elif not self._folder.startswith(self.about["folder"]):
-            self._say(
+            self._report(
                 f"cannot write to {self.about['folder']}/wandb; records are in {self._folder}"
             )
 
-    def _hand_over(self, process: _Process, again: Sequence[str]) -> dict[str, Any]:
-        """Send `again`, then what is queued; return the last answer of the process."""
+    def _send_all(self, process: _Process, again: Sequence[str]) -> dict[str, Any]:
+        """Send the records `again`, then the queued ones; return the last answer of the process."""
         for line in again:
-            self._hand(process, line)
+            self._send(process, line)
         while process.alive:
             try:
                 record = self._queue.get(timeout=POLL_SECONDS)
@@ -334,11 +343,11 @@ class _Mirror:
                 if not last.get("finished"):
                     self._queue.put(None)  # for the next process
                 return last
-            if not self._hand(process, record):
+            if not self._send(process, record):
                 break
         return process.receive()
 
-    def _hand(self, process: _Process, line: str) -> bool:
+    def _send(self, process: _Process, line: str) -> bool:
         self._sent += 1
         self._recent.append(line)
         return process.send(line)

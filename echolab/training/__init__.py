@@ -1,1 +1,1 @@
-"""Training: what goes in each step, who keeps the state, how a run is saved and goes on."""
+"""Training: the loop, its state, checkpoints, and how a run resumes."""

@@ -9,12 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from echolab.data.micro_batches import MicroBatch, MicroBatches, Place, Stock
-from echolab.data.quarantine import read_quarantine
-from echolab.data.shards import ShardDataset
+from echolab.data.bad_samples import read_quarantine
+from echolab.data.shard_reader import ShardDataset
+from echolab.data.train_dataset import DatasetMixture, MicroBatch, StepPlan, TrainDataset
+from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
-from echolab.training import ranks
-from echolab.training.sections import Beats
+from echolab.tasks.table import VALIDATION_TASKS
+from echolab.training import distributed
 from echolab.training.workers import (
     as_it_is,
     begin_worker,
@@ -32,15 +33,15 @@ class HeldOut:
     clips: ShardDataset
     at_most: int = 32  # clips
     batch_size: int = 16
-    tasks: tuple[str, ...] = ("i2v", "lip_sync")
+    tasks: tuple[str, ...] = VALIDATION_TASKS
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class Feed(NamedTuple):
     """What is trained on, and how it is cut."""
 
-    clips: Stock
-    pairs: Stock | None
+    clips: DatasetMixture
+    pairs: DatasetMixture | None
     batch_size: int  # clips of the largest size an optimizer step, over all ranks
     accumulation: int
     workers: int
@@ -50,18 +51,32 @@ class Feed(NamedTuple):
     quarantine: Path | None = None  # where bad samples are listed, if any are borne with
 
 
-class TimedLoader(DataLoader[MicroBatch]):
-    """Tells when it is waited for, and can be ended early."""
+def data_of(feed: Feed) -> dict[str, Any]:
+    """Return its datasets by content: [fingerprint, hash of the keys, order name] each."""
+    return {"clips": _listed(feed.clips), "pairs": _listed(feed.pairs)}
 
-    beats: Beats
+
+def _listed(stock: DatasetMixture | None) -> list[list[str]]:
+    return [
+        [dataset.fingerprint, dataset.keys_digest, source.order_seed]
+        for dataset, source in (
+            zip(stock.datasets, stock.sampler.sources, strict=True) if stock else ()
+        )
+    ]
+
+
+class TimedLoader(DataLoader[MicroBatch]):
+    """Marks the time that is spent waiting for it, and can be ended early."""
+
+    heartbeat: Heartbeat
     ended = False  # no more items: training goes on elsewhere
 
     def __iter__(self) -> Any:
-        """The loader's own items; raises errors of its workers as the workers raised them."""
+        """Yield the loader's items; raise errors of its workers as the workers raised them."""
         with reported():
             items = super().__iter__()
         while not self.ended:
-            self.beats.enter("data_wait")
+            self.heartbeat.enter("data_wait")
             with reported():
                 item = next(items, None)
             if item is None:
@@ -75,46 +90,46 @@ class ShardDataModule(pl.LightningDataModule):
     def __init__(
         self,
         feed: Feed,
-        place: Callable[[int], Place],
+        place: Callable[[int], StepPlan],
         steps: int,
         curriculum: Curriculum,
-        beats: Beats,
+        heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
         self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
-        self.beats = beats
+        self.heartbeat = heartbeat
         self.first_step = 0  # set when the checkpoint to go on from is known
         self.loader: TimedLoader | None = None
 
     @property
     def writer(self) -> int | None:
         """This rank's number in the ledger; None where another rank has the same clips."""
-        row, within = divmod(ranks.rank(), self.feed.sequence_parallel)
+        row, within = divmod(distributed.rank(), self.feed.sequence_parallel)
         return None if within else row
 
     def go_to(self, step: int) -> None:
-        """Step `step` (from 0) comes next: the loader ends, and Lightning asks for another."""
+        """Continue at step `step` (from 0): the loader ends, and Lightning requests another."""
         self.first_step = step
         if self.loader:
             self.loader.ended = True
 
     def train_dataloader(self) -> TimedLoader:
-        """Exactly what remains; the order is the same for every number of workers."""
+        """Load exactly what remains; the order is the same for every number of workers."""
         feed = self.feed
-        items = MicroBatches(
+        items = TrainDataset(
             feed.clips,
             feed.pairs,
-            place=self.place,
+            step_plan=self.place,
             curriculum=self.curriculum,
             batch_size=feed.batch_size,
             accumulation=feed.accumulation,
             seed=feed.seed,
             steps=self.steps,
-            rank=ranks.rank() // feed.sequence_parallel,
-            world=ranks.world() // feed.sequence_parallel,
+            rank=distributed.rank() // feed.sequence_parallel,
+            world=distributed.world() // feed.sequence_parallel,
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
-            items.plan(self.first_step)
+            items.global_batch(self.first_step)
         if feed.workers and not self.loader:
             self._check_room(items)
         self.loader = TimedLoader(
@@ -126,11 +141,11 @@ class ShardDataModule(pl.LightningDataModule):
             worker_init_fn=begin_worker if feed.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        self.loader.beats = self.beats
+        self.loader.heartbeat = self.heartbeat
         return self.loader
 
-    def _check_room(self, items: MicroBatches) -> None:
-        """See that the workers' batches fit in shared memory, by the first batch of each kind."""
+    def _check_room(self, items: TrainDataset) -> None:
+        """Check that the workers' batches fit in shared memory, by the first batch of each kind."""
         firsts: dict[str, int] = {}
         for step in range(self.first_step, self.steps):
             firsts.setdefault(self.place(step).kind, step)
@@ -141,16 +156,17 @@ class ShardDataModule(pl.LightningDataModule):
         check_room(max(sizes, default=0), self.feed.workers, self.feed.ranks_of_node)
 
     def progress(self, step: int) -> dict[str, float]:
-        """How far the clips were gone through after `step` steps, and what remainder=drop cost.
+        """Return the epochs of the clips after `step` steps, and how many samples were dropped.
 
-        Also how many bad samples all ranks passed over, where that is allowed.
+        Also count the bad samples that all ranks skipped, if that is allowed.
         """
-        found, quarantine = {}, self.feed.quarantine
+        values, quarantine = {}, self.feed.quarantine
         if quarantine:
-            found["data/skipped"] = float(len(read_quarantine(quarantine)))
+            values["data/skipped"] = float(len(read_quarantine(quarantine)))
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
-            return found
-        told = self.feed.clips.plan.progress(batch + 1)
-        found |= {"data/epochs": min(e for e, _ in told), "data/dropped": sum(d for _, d in told)}
-        return found
+            return values
+        counts = self.feed.clips.sampler.progress(batch + 1)
+        values["data/epochs"] = min(epoch for epoch, _ in counts)
+        values["data/dropped"] = sum(dropped for _, dropped in counts)
+        return values

@@ -16,12 +16,17 @@ class Intervals:
     ) -> None:
         if snapshot and (not save or snapshot % save):
             raise ConfigError(
-                f"every.snapshot={snapshot}: must be a multiple of every.save={save}; change either"
+                f"snapshot_every={snapshot}: must be a multiple of save_every={save}; change either"
             )
         self.log, self.save, self.validate = log, save, validate
-        self.snapshot = snapshot  # keep the averages of optim.ema_widths
-        self.replicas = replicas  # compare what all ranks hold alike
+        self.snapshot = snapshot  # keep the averages of optim.posthoc_ema_stds
+        self.replicas = replicas  # compare what all ranks should hold
 
     def keeps_snapshot(self, step: int) -> bool:
-        """Whether the power averages of a checkpoint of this step stay."""
-        return self.snapshot > 0 and step % self.snapshot == 0
+        """Return whether the power averages of the checkpoint of this step stay."""
+        return self.due(self.snapshot, step)
+
+    @staticmethod
+    def due(every: int, step: int) -> bool:
+        """Return whether `step` is one of every `every` steps."""
+        return every > 0 and step % every == 0

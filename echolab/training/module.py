@@ -9,11 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from echolab.data.micro_batches import MicroBatch
+from echolab.data.train_dataset import MicroBatch
 from echolab.diffusion.sigmas import draw
-from echolab.training.engine.sequence import SequenceSplit, neighbours
-from echolab.training.meter import Meter
-from echolab.training.sections import Beats
+from echolab.heartbeat import Heartbeat
+from echolab.tasks.table import TASKS
+from echolab.training import distributed
+from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
 from echolab.types import Draws, Loss, PreferencePair
 
 
@@ -21,6 +22,16 @@ class Objective(Protocol):
     """`objectives.Supervised` and its kin."""
 
     def __call__(self, net: Any, batch: Any, draws: Draws) -> Loss: ...
+
+
+class Reference(Protocol):
+    """`models.frozen.Frozen`, or a network's base or earlier adapters (`adapters.lora`)."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Optim(NamedTuple):
@@ -31,12 +42,50 @@ class Optim(NamedTuple):
     weight_decay: float = 0.01
     clip: float = 1.0  # limit of the gradient's norm
     ema_decay: float = 0.999
-    ema_more: tuple[float, ...] = ()  # decays of further averages, kept beside the first
+    ema_more: tuple[float, ...] = ()  # decays of further averages, kept besides the first
     ema_widths: tuple[float, ...] = ()  # of power averages, from which others are made later
 
 
+class Meter:
+    """Collects losses and their parts on the device; `flush` averages them over steps and ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+        self._tasks: list[str] = []
+
+    def add(self, loss: Loss, tasks: list[str]) -> None:
+        """Add one micro-batch: the loss, and parts [B] or []."""
+        self.add_value("loss", loss.value)
+        for name, part in loss.parts.items():
+            self.add_value(name, part)
+        if "error" in loss.parts:
+            self._tasks += tasks
+
+    def add_value(self, name: str, value: Tensor) -> None:
+        """Add any number of values [...]."""
+        self._values.setdefault(name, []).append(value.detach().reshape(-1))
+
+    def flush(self) -> dict[str, float]:
+        """Return the means below `train/` and reset; collective.
+
+        Every rank has added values of the same names.
+        """
+        totals: dict[str, tuple[float, int]] = {}
+        for name, parts in self._values.items():
+            values = torch.cat(parts).double().cpu()
+            if name == "error":  # by task; ranks draw different tasks, so list all
+                for task in TASKS:
+                    pairs = zip(values.tolist(), self._tasks, strict=True)
+                    errors = [error for error, one in pairs if one == task]
+                    totals[f"train/error/{task}"] = (sum(errors), len(errors))
+            else:
+                totals[f"train/{name}"] = (float(values.sum()), len(values))
+        self._values, self._tasks = {}, []
+        return distributed.means(totals)
+
+
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
-    """The randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
+    """Draw the randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
     clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
     shape = tuple(clips.shape[1:])
     of_epochs = []
@@ -47,9 +96,9 @@ def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
 
 
 def number_of(item: MicroBatch, seed: int) -> int:
-    """A 56-bit seed, a pure function of (seed, epoch, key) of all clips."""
-    told = f"{seed} {item.kind} {item.epochs} {item.batch.keys}".encode()
-    return int.from_bytes(blake2b(told, digest_size=7).digest(), "big")
+    """Return a 56-bit seed, a pure function of (seed, epoch, key) of all clips."""
+    text = f"{seed} {item.kind} {item.epochs} {item.batch.keys}".encode()
+    return int.from_bytes(blake2b(text, digest_size=7).digest(), "big")
 
 
 class DiffusionModule(pl.LightningModule):
@@ -66,7 +115,7 @@ class DiffusionModule(pl.LightningModule):
         clip_here: bool = True,
         loss_factor: float = 1.0,
         sequence_parallel: int = 1,
-        beats: Beats,
+        heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
         self.net = net
@@ -77,7 +126,7 @@ class DiffusionModule(pl.LightningModule):
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
         self.meter = Meter()
-        self.beats = beats
+        self.heartbeat = heartbeat
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
         self._margins: list[tuple[Tensor, float]] = []  # of preferences: mean and share of each
         self.norm: Tensor | None = None  # of the last gradient before clipping
@@ -85,23 +134,23 @@ class DiffusionModule(pl.LightningModule):
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
 
     def setup(self, stage: str) -> None:
-        """The ranks know of each other by now."""
+        """Split sequences among ranks, which are connected by now."""
         if self.sequence_parallel > 1:
-            SequenceSplit(self.net, neighbours(self.sequence_parallel))
+            SequenceSplit(self.net, sequence_group(self.sequence_parallel))
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
-        """The loss of one micro-batch."""
-        self.beats.enter("forward")
+        """Compute the loss of one micro-batch."""
+        self.heartbeat.enter("forward")
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
             self.on_draws(item, draws)
         if self.drops:  # by the clips alone too, so that a resumed run drops the same
             torch.manual_seed(number_of(item, self.seed))
         loss = self.objectives[item.kind](self.net, item.batch, draws)
-        value = loss.value * item.share
-        if item.share:
+        value = loss.value * item.loss_weight
+        if item.loss_weight:
             if "margin" in loss.parts:
-                self._margins.append((loss.parts["margin"].mean(), item.share))
+                self._margins.append((loss.parts["margin"].mean(), item.loss_weight))
             self.meter.add(loss._replace(value=value), item.batch.tasks)
         else:  # these clips are not in the batch: ranks must name the same values all the same
             nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
@@ -111,7 +160,7 @@ class DiffusionModule(pl.LightningModule):
         return value * self.loss_factor
 
     def take_loss(self) -> Tensor:
-        """Sum of this rank's micro-batches since the last time; not yet read from the device."""
+        """Return and reset the sum of this rank's losses; not yet read from the device."""
         assert self._loss is not None
         taken, self._loss = self._loss, None
         return taken
@@ -125,7 +174,7 @@ class DiffusionModule(pl.LightningModule):
         return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
 
     def take_norm(self) -> Tensor:
-        """Of the whole gradient of the last step before clipping; not yet read from the device."""
+        """Return the gradient's norm before clipping; not yet read from the device."""
         if not self.clip_here:
             engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
             self.norm = torch.as_tensor(engine.get_global_grad_norm())
@@ -134,18 +183,18 @@ class DiffusionModule(pl.LightningModule):
         return self.norm
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Tell the supervisor."""
-        self.beats.enter("backward")
+        """Mark the section for the supervisor."""
+        self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
-        self.beats.enter("optimizer")
+        self.heartbeat.enter("optimizer")
         if self.clip_here:
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip, foreach=True)
             self.norm = norm.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; vectors (norms, biases, modulation) are not decayed."""
+        """Make AdamW; vectors (norms, biases, modulation) are not decayed."""
         trained = [p for p in self.net.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2]},

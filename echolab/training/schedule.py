@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from echolab.data.micro_batches import Place
+from echolab.data.train_dataset import StepPlan
 from echolab.errors import ConfigError
 
 KINDS = ("sft", "ndpo", "dpo")
@@ -46,7 +46,7 @@ class Skip(NamedTuple):
         return self.first + self.batches
 
     def check(self) -> "Skip":
-        """Itself; ConfigError for what cannot be."""
+        """Return itself; raise ConfigError for values out of range."""
         if self.kind not in GROUPS or self.first < 0 or self.batches < 1:
             raise ConfigError(
                 f"skip {tuple(self)}: kind is one of {', '.join(GROUPS)}, first 0 or more, "
@@ -75,12 +75,12 @@ class Rates(NamedTuple):
 
 
 def group_of(kind: str) -> str:
-    """Which datasets an epoch of this kind draws from."""
+    """Return the group of datasets that an epoch of this kind draws from."""
     return "sft" if kind == "sft" else "preference"
 
 
 def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tuple[int, int]]:
-    """The batches [first, stop) that are left out of a group, in order and apart; below `stop`."""
+    """Return the batches [first, stop) that a group skips, in order and disjoint; below `stop`."""
     spans: list[tuple[int, int]] = []
     for skip in sorted(skip for skip in skips if skip.kind == kind):
         end = skip.stop if stop is None else min(skip.stop, stop)
@@ -92,7 +92,7 @@ def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tu
 
 
 class Schedule:
-    """The whole run as a function of the step; holds no state.
+    """A run as a function of the step; it holds no state.
 
     The learning rate is the epoch's, times a linear warm-up over the run's first `warmup` steps,
     times (with decay="cosine") half a cosine from 1 to 0 over the run.  Steps that were trained
@@ -134,30 +134,30 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         return self.starts[-1]
 
     def locate(self, step: int) -> Position:
-        """The epoch that step `step` (from 0) belongs to; the end belongs to the last."""
+        """Return the epoch of step `step` (from 0); the end belongs to the last epoch."""
         number = len(self.epochs) - 1
         while number and self.starts[number] > step:
             number -= 1
         within = step - self.starts[number]
         return Position(number, number // self.one_cycle, self.epochs[number], within)
 
-    def place(self, step: int) -> Place:
-        """The dataset batch of a step: sft and preference epochs each go on where they stopped."""
+    def place(self, step: int) -> StepPlan:
+        """Return the dataset batch of a step: each group continues where its last epoch stopped."""
         kind = self.locate(step).epoch.kind
-        return Place(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
+        return StepPlan(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
 
     def _done(self, group: str, step: int) -> int:
-        """How many of the first `step` steps took a batch of a group."""
+        """Count the steps among the first `step` that took a batch of a group."""
         number, _, epoch, within = self.locate(step)
         done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
         return done + (within if group_of(epoch.kind) == group else 0)
 
     def _batch(self, group: str, turn: int) -> tuple[int, int]:
-        """The batch that a group's step number `turn` takes, and how many were left out before."""
+        """Return the batch of a group's step number `turn`, and how many were skipped before."""
         batch = turn
         for first, stop in self._spans[group]:
             if batch >= first:
@@ -165,21 +165,21 @@ class Schedule:
         return batch, batch - turn
 
     def begun(self, group: str, step: int) -> int:
-        """The number of the first batch of a group that comes after all those of `step` steps."""
+        """Return the index of the first batch of a group after all those of `step` steps."""
         done = self._done(group, step)
         return self._batch(group, done - 1)[0] + 1 if done else 0
 
     def leaving_out(self, skips: Iterable[Skip]) -> "Schedule":
-        """The same with these batches left out too."""
+        """Return the same schedule with these batches skipped too."""
         other = copy.copy(self)
         other.skipped = tuple(dict.fromkeys([*self.skipped, *(skip.check() for skip in skips)]))
         other._spans = {group: merged(other.skipped, group) for group in GROUPS}
         return other
 
     def skipping(self, skip: Skip, step: int) -> "Schedule":
-        """The same with `skip` left out too, for a run that goes on from `step`.
+        """Return the same schedule with `skip` too, for a run that continues from `step`.
 
-        Raises ConfigError where a batch of it was trained on by then.
+        Raise ConfigError if a batch of it was trained on by then.
         """
         begun = self.begun(skip.check().kind, step)
         if skip.first < begun:
@@ -190,27 +190,27 @@ class Schedule:
         return self.leaving_out([skip])
 
     def supervised_steps(self, step: int) -> int:
-        """How many of the first `step` steps are supervised: what the curriculum counts."""
+        """Count the supervised steps among the first `step`, which the curriculum counts."""
         return self._done("sft", step)
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return next(rates for rates in reversed(self.rates) if rates.first <= step).lr(step)
 
     def is_boundary(self, step: int) -> bool:
-        """Whether an epoch ends at this step."""
+        """Return whether an epoch ends at this step."""
         return step in self.starts[1:]
 
     def needs_reference(self, step: int) -> bool:
-        """Whether a preference epoch starts at this step."""
+        """Return whether a preference epoch starts at this step."""
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
     def keeps(self, step: int) -> bool:
-        """Whether the checkpoint of this step stays: an epoch ends there, or refers to it."""
+        """Return whether the checkpoint stays: an epoch ends at this step, or refers to it."""
         return self.is_boundary(step) or self.needs_reference(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs, the batches left out, and the rates by first step, as JSON."""
+        """Return the epochs, the skipped batches, and the rates by first step, as JSON."""
         return {
             "epochs": [list(epoch) for epoch in self.epochs],
             "skipped": [list(skip) for skip in self.skipped],
@@ -271,7 +271,7 @@ class Schedule:
                 raise ConfigError(
                     f"schedule.epochs[{number}]: {new and tuple(new)}, but the run trained "
                     f"{tuple(old)} up to step {step}; only what is still to come may change: give "
-                    "this epoch as it was, or train another run with initial= this one"
+                    "this epoch as it was, or train another run with init_from= this one"
                 )
             done += old.steps
 
@@ -286,5 +286,5 @@ class Schedule:
             if step and over and was != now:
                 raise ConfigError(
                     f"schedule.{key}={now}: it was {was} and is over at step {step}; "
-                    f"give schedule.{key}={was}, or train another run with initial= this one"
+                    f"give schedule.{key}={was}, or train another run with init_from= this one"
                 )

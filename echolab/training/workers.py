@@ -1,8 +1,8 @@
 """The data loader's worker processes: how their batches travel, and how their errors are seen.
 
-A batch travels in shared memory, files of /dev/shm.  PyTorch puts it there in a thread that can
-tell nobody that there is no room: the batch is lost and the rank waits for ever.  So a worker does
-it before, where an exception reaches the rank.
+A batch travels in shared memory, files of /dev/shm.  PyTorch puts it there in a thread
+that cannot report that there is no room: the batch is lost and the rank waits for ever.  So a
+worker moves it before, and its exception reaches the rank.
 """
 
 import errno
@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from echolab.errors import ConfigError, EcholabError, SharedMemoryError, WorkerError
-from echolab.training.sections import stacks_of_environment
-from echolab.training.stopping import ignore_signals
+from echolab.heartbeat import open_stacks_file
+from echolab.training.signals import ignore_signals
 
 SHARED = Path("/dev/shm")
 PREFETCHED = 2  # batches that a worker makes ahead: PyTorch's default
 IN_USE = 2  # batches that a rank holds: it trains on one, and Lightning has the next
 SENDING_FAILED = 74  # exit code of a worker that cannot send a batch
-REMEDY = "make room there (in a container: --shm-size), or lower data.workers"
+REMEDY = "make room there (in a container: --shm-size), or lower data.num_workers"
 
 DIED = re.compile(r"DataLoader worker \(pid")
 
@@ -47,7 +47,7 @@ def tensors_of(item: Any) -> Iterator[Tensor]:
 
 
 def as_it_is(item: Item) -> Item:
-    """Return an item as it is: a dataset's items are whole batches."""
+    """Return an item as it is: a dataset's items are complete batches."""
     return item
 
 
@@ -66,34 +66,34 @@ def _full(size: int) -> str:
 
 
 def _free() -> int:
-    found = os.statvfs(SHARED)
-    return found.f_bavail * found.f_frsize
+    disk = os.statvfs(SHARED)
+    return disk.f_bavail * disk.f_frsize
 
 
 def check_room(size: int, workers: int, ranks: int) -> None:
-    """See that the batches of all workers fit in /dev/shm; `size` is the bytes of one batch.
+    """Check that the batches of all workers fit in /dev/shm; `size` is the bytes of one batch.
 
     `ranks` are those of this node.  Raise ConfigError if they never fit, SharedMemoryError if the
     room is taken by others now.
     """
     batches = workers * PREFETCHED + IN_USE
     needed = size * batches * ranks
-    found = os.statvfs(SHARED)
-    whole, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+    disk = os.statvfs(SHARED)
+    total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     words = (
-        f"data.workers={workers}: {ranks} ranks x {batches} batches of {size:,} bytes need "
+        f"data.num_workers={workers}: {ranks} ranks x {batches} batches of {size:,} bytes need "
         f"{needed:,} bytes of {SHARED}, which has"
     )
-    if needed > whole:
-        raise ConfigError(f"{words} {whole:,}; {REMEDY}")
+    if needed > total:
+        raise ConfigError(f"{words} {total:,}; {REMEDY}")
     if needed > free:
-        raise SharedMemoryError(f"{words} {free:,} free of {whole:,}; {REMEDY}")
+        raise SharedMemoryError(f"{words} {free:,} free of {total:,}; {REMEDY}")
 
 
 def begin_worker(number: int) -> None:
     """Prepare a worker: only its parent decides when to stop; its end is never silent."""
     ignore_signals()
-    stacks = stacks_of_environment()
+    stacks = open_stacks_file()
     faulthandler.disable()  # as this rank enabled it, below the handlers of PyTorch
     faulthandler.enable(sys.stderr if stacks is None else stacks)
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def _end(error: BaseException, item: Any) -> None:
 def reported() -> Iterator[None]:
     """Raise an error of a worker as the worker raised it, in one line.
 
-    PyTorch hands on the type, and as message the whole traceback.
+    PyTorch keeps the type, and makes the traceback its message.
     """
     try:
         yield
@@ -135,10 +135,10 @@ def reported() -> Iterator[None]:
 
 
 def _death(error: RuntimeError) -> EcholabError:
-    """Return the error for a worker that died, as PyTorch tells it and, below that, its signal."""
+    """Return the error for a worker that died, with the signal that PyTorch reports."""
     words = [str(error), str(error.__cause__ or "")]
     signalled = next((one for one in words if "killed by signal" in one), words[0])
     line = " ".join(signalled.split())
     if "Bus error" in line:  # a page of shared memory that there is no room for
         return SharedMemoryError(f"{SHARED}: {line}; {REMEDY}")
-    return WorkerError(f"{line}; if it was memory, lower data.workers or ask for more of it")
+    return WorkerError(f"{line}; if it was memory, lower data.num_workers or ask for more of it")

@@ -15,8 +15,8 @@ from typing import Any
 
 SLOWED = {
     "echolab.training.checkpoints.writer": ("write_file", "ECHOLAB_DRILL_SAVE"),
-    "echolab.training.validation": ("on_device", "ECHOLAB_DRILL_EVAL"),
-    "echolab.training.vote": ("of_step", "ECHOLAB_DRILL_STEP"),
+    "echolab.training.callbacks.validation": ("on_device", "ECHOLAB_DRILL_EVAL"),
+    "echolab.training.callbacks.step_sync": ("step_vote", "ECHOLAB_DRILL_STEP"),
 }
 
 

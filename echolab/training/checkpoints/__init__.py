@@ -1,1 +1,1 @@
-"""Canonical checkpoints: written beside the training, whole or not there, for any topology."""
+"""Checkpoints: format, verification, writing, retention and comparison."""

@@ -1,19 +1,20 @@
-"""Checkpoints that know nothing of ranks or ZeRO stages.
+"""Checkpoints, independent of ranks and ZeRO stages.
 
     step-000123/  master-00001-of-00002.safetensors ...   and so exp_avg, exp_avg_sq, ema
                   state.json     step, schedule, curriculum, data, objectives, architecture
-                  manifest.json  what must be there, with sizes and sha256; written last
+                  manifest.json  files with sizes and sha256; written last
 
-Every tensor is whole, fp32 and under the parameter's own name, so any world size and stage loads
-it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is ever
-unpickled.
+Every tensor is complete, fp32 and stored under its parameter's name, so any world size and stage
+loads it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is
+ever unpickled.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,8 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from echolab.data.files import ABSENT, read_error, read_whole, retried
-from echolab.errors import CheckpointError
+from echolab.atomic_io import ABSENT, read_error, read_file, retry
+from echolab.errors import CheckpointError, StorageError
+from echolab.training import distributed
 from echolab.training.checkpoints.manifest import (
     MANIFEST,
     REMEDY,
@@ -37,11 +39,11 @@ from echolab.training.checkpoints.manifest import (
 )
 from echolab.training.checkpoints.schema import state_faults
 from echolab.training.engine.ema import EMA, POWER, Ema, part_names
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
 PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
 NAME = re.compile(r"step-(\d{6,})")
-REPLACED = ".replaced-"  # what a new checkpoint of the same step takes the place of
+REPLACED = ".replaced-"  # prefix of a checkpoint that a new one of the same step replaces
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -68,7 +70,7 @@ class Tensors(Mapping[str, Tensor]):
 def _opened(path: Path) -> Any:
     """Map a safetensors file into memory; raise StorageError where the file system fails."""
     try:
-        return retried(lambda: safe_open(path, "pt"))
+        return retry(lambda: safe_open(path, "pt"))
     except ABSENT:
         raise
     except OSError as error:
@@ -76,16 +78,16 @@ def _opened(path: Path) -> Any:
 
 
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the future depends on beside the tensors."""
-        found: dict[str, Any] = json.loads(read_whole(self.path / STATE))
-        return found
+        """Everything besides the tensors that the rest of the run depends on."""
+        state: dict[str, Any] = json.loads(read_file(self.path / STATE))
+        return state
 
     @property
     def step(self) -> int:
@@ -94,7 +96,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Tells its content from any other's."""
+        """Hash of the content."""
         return str(self.manifest["sha256"])
 
     @property
@@ -103,7 +105,7 @@ class Checkpoint:
         return list(files_of(self.manifest))
 
     def tensors(self, part: str) -> Tensors:
-        """One of `parts` by parameter name, on the CPU."""
+        """Return one of `parts` by parameter name, on the CPU."""
         names = files_of(self.manifest).get(part)
         if names is None:
             raise CheckpointError(f"{self.path}: has no {part}, but {', '.join(self.parts)}")
@@ -111,29 +113,31 @@ class Checkpoint:
 
 
 def folder_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:06d}"
 
 
 def recover(folder: Path) -> None:
-    """Give back its name to one whose successor was killed before it had taken it."""
+    """Give a checkpoint its name back if its successor was killed before taking the name."""
     for path in folder.glob(f"{REPLACED}*"):
-        whole = folder / path.name.removeprefix(REPLACED)
-        if not whole.exists():
-            path.rename(whole)
+        # The new checkpoint of that step never got its name: the old one is still the valid one.
+        complete = folder / path.name.removeprefix(REPLACED)
+        if not complete.exists():
+            path.rename(complete)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; without its manifest it does not count from the first moment on."""
+    """Remove a checkpoint; it is invalid from the moment its manifest is removed."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of `path`; raises CheckpointError saying what is wrong."""
+    """Verify every byte of `path`; raise CheckpointError with the first fault."""
     manifest = read_manifest(path)
-    if found := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
-        raise CheckpointError(found[0])
+    # Bytes first, so that contents are read from undamaged files only.
+    if wrong := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
+        raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
 
 
@@ -147,8 +151,9 @@ def content_faults(checkpoint: Checkpoint) -> list[str]:
         state = checkpoint.state
     except (ValueError, RecursionError) as error:
         return [f"{file}: is no JSON ({error}); {REMEDY}"]
-    if found := state_faults(state, checkpoint.step):
-        return [f"{file}: {fault}; {REMEDY}" for fault in found]
+    # Types and ranges of the state, before any entry is used.
+    if wrong := state_faults(state, checkpoint.step):
+        return [f"{file}: {fault}; {REMEDY}" for fault in wrong]
     return _part_faults(checkpoint) or _tensor_faults(checkpoint)
 
 
@@ -158,6 +163,7 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
     averages = part_names(ema.get("more", []), ema.get("widths", []))
     expected = {MASTER, *MOMENTS, *averages}
     powers = {part for part in averages if part.startswith(POWER)}
+    # A checkpoint has all parts, a snapshot only its power averages.
     if set(checkpoint.parts) not in (expected, powers):
         wanted, there = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
         return [f"{checkpoint.path}: has the parts {there}, its state names {wanted}; {REMEDY}"]
@@ -172,27 +178,29 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
 def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
     """Compare names, shapes and dtype with the manifest; all values must be finite."""
     shapes = {name: tuple(dims) for name, dims in checkpoint.manifest["parameters"].items()}
-    found = []
+    wrong = []
+    # Threads: reading and summing release the interpreter lock.
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1, 8) or 1) as pool:
         for part in checkpoint.parts:
             try:
                 tensors = checkpoint.tensors(part)
             except SafetensorError as error:
-                found.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
+                wrong.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
                 continue
-            if odd := sorted(set(tensors) ^ set(shapes)):
-                found.append(
-                    f"{checkpoint.path}: {part} and the manifest's parameters differ in {odd[0]}; "
-                    f"{REMEDY}"
+            # Every part has exactly the parameters of the manifest.
+            if extra := sorted(set(tensors) ^ set(shapes)):
+                wrong.append(
+                    f"{checkpoint.path}: {part} and the manifest's parameters differ in "
+                    f"{extra[0]}; {REMEDY}"
                 )
                 continue
             checked = pool.map(partial(_tensor_fault, part, tensors), shapes, shapes.values())
-            found += [
+            wrong += [
                 f"{checkpoint.path}: {part}: {name} {fault}; {REMEDY}"
                 for name, fault in zip(shapes, checked, strict=True)
                 if fault
             ]
-    return found
+    return wrong
 
 
 def _tensor_fault(
@@ -200,28 +208,29 @@ def _tensor_fault(
 ) -> str:
     tensor = tensors[name]
     if tensor.dtype is not torch.float32 or tuple(tensor.shape) != shape:
-        found = f"{tuple(tensor.shape)} of {tensor.dtype}"
-        return f"is {found}, must be {shape} of torch.float32"
-    # A sum needs no second tensor; where it is too large for fp32, every value is looked at.
+        actual = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        return f"is {actual}, must be {shape} of torch.float32"
+    # A sum needs no second tensor; if it overflows fp32, every value is checked.
     finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
     if not finite:
         return "holds values that are not finite"
+    # The second moment is an average of squares.
     negative = part == MOMENTS[1] and tensor.numel() and tensor.min() < 0
     return "holds negative squares" if negative else ""
 
 
 def open_verified(path: Path) -> Checkpoint:
-    """One that another rank has verified: the manifest and sizes are looked at, no tensor is."""
+    """Open a checkpoint that another rank has verified: check manifest and sizes only."""
     manifest = read_manifest(path)
-    if found := shallow_faults(path, manifest):
-        raise CheckpointError(found[0])
+    if wrong := shallow_faults(path, manifest):
+        raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of all folders that look like checkpoints, newest first."""
+    """Return the steps of all folders named like checkpoints, newest first."""
     try:
-        names = retried(lambda: os.listdir(folder))
+        names = retry(lambda: os.listdir(folder))
     except ABSENT:
         names = []
     except OSError as error:
@@ -230,9 +239,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, of step `at_most` or before, and one line for each rejected.
+    """Return the newest complete checkpoint up to step `at_most`, and one line for each rejected.
 
-    Raise StorageError where one cannot be read: it may be whole, and an older one is no substitute.
+    Raise StorageError if a checkpoint cannot be read: it may be complete, and an older one is no
+    substitute.
     """
     rejected: list[str] = []
     for step in saved_steps(folder):
@@ -240,18 +250,20 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
             continue
         path = folder_of(folder, step)
         try:
-            found = open_checkpoint(path)
+            checkpoint = open_checkpoint(path)
         except CheckpointError as error:
             rejected.append(str(error))
             continue
-        if found.step == step:
-            return found, rejected
-        rejected.append(f"{path}: is the checkpoint of step {found.step}, not of its name")
+        # A folder that was renamed by hand must not pass for another step.
+        if checkpoint.step == step:
+            return checkpoint, rejected
+        rejected.append(f"{path}: is the checkpoint of step {checkpoint.step}, not of its name")
     return None, rejected
 
 
 def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the first setting in which two networks differ."""
+    # Through JSON, so that tuples and lists compare equal.
     saved, given = checkpoint.state["architecture"], json.loads(json.dumps(dict(architecture)))
     for key in sorted(set(saved) | set(given)):
         if saved.get(key) != given.get(key):
@@ -262,11 +274,14 @@ def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) 
 
 
 def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError where one has adapters and the other not, or others on another base."""
+    """Raise CheckpointError if two sets of adapters differ, or only one side has any."""
     saved, given = checkpoint.state.get("adapters") or {}, json.loads(json.dumps(adapters or {}))
-    for key in ("targets", "rank", "alpha", "base"):
+    settings = {"targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "base": ""}
+    for key, setting in settings.items():
         if saved.get(key) != given.get(key):
-            remedy = "weights= or initial=" if key == "base" else f"lora.{key}={saved.get(key)}"
+            remedy = (
+                "pretrained= or init_from=" if key == "base" else f"lora.{setting}={saved.get(key)}"
+            )
             raise CheckpointError(
                 f"{checkpoint.path}: of other adapters: {key} is {saved.get(key)} there, "
                 f"{given.get(key)} here; give {remedy} as it was, or another folder"
@@ -274,7 +289,7 @@ def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -
 
 
 def _check_parameters(checkpoint: Checkpoint, masters: Masters) -> None:
-    """Every trained parameter is in the checkpoint, under its own name or tied, and no other."""
+    """Raise CheckpointError unless the checkpoint has exactly the trained parameters."""
     manifest, remedy = checkpoint.manifest, "give a checkpoint of this network"
     there = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
     for name in [*masters.shapes, *there]:
@@ -304,19 +319,90 @@ def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
 def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     """Set weights, moments, step counts and averages, bit for bit; collective.
 
-    A rank reads only the pages of the files in which its own pieces lie.
+    A rank reads only the pages of the files that hold its own pieces.
     """
     _check_parameters(checkpoint, masters)
     _check_averages(checkpoint, ema)
+    # Moments exist only after a first step: create them, to be filled.
     masters.prepare()
     for part in (MASTER, *MOMENTS):
         tensors = checkpoint.tensors(part)
         if {name: tuple(tensors[name].shape) for name in tensors} != masters.shapes:
             raise CheckpointError(f"{checkpoint.path}: {part} is not whole; {REMEDY}")
         masters.fill(masters.flats(part), tensors)
+    # Allocate the averages, then fill them.
     ema.start(masters)
     for part in ema.parts:
         masters.fill(ema.flats[part], checkpoint.tensors(part))
     masters.updates = int(checkpoint.state["optimizer_updates"])
     ema.load_state_dict(checkpoint.state["ema"])
+    # The network computes with the restored weights from here on.
     masters.show(masters.local)
+
+
+# -- collective: rank 0 verifies every byte, the others check that they open the same checkpoint;
+# errors are raised on every rank or on none
+
+
+def open_on_all_ranks(path: Path) -> Checkpoint:
+    """Open the checkpoint at `path` on all ranks; rank 0 verifies it."""
+    checkpoint = _open_same(path.parent, lambda: open_checkpoint(path))
+    assert checkpoint
+    return checkpoint
+
+
+def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
+    """Open the newest valid checkpoint up to step `at_most`; rank 0 prints the rejected ones."""
+
+    def find() -> Checkpoint | None:
+        recover(folder)
+        checkpoint, rejected = latest_valid(folder, at_most)
+        for line in rejected:
+            print(f"echolab: skipped: {line}", file=sys.stderr)
+        return checkpoint
+
+    return _open_same(folder, find)
+
+
+def oldest(folder: Path, at_most: int) -> Checkpoint | None:
+    """Open the oldest valid checkpoint up to step `at_most`."""
+
+    def find() -> Checkpoint | None:
+        steps = sorted(step for step in saved_steps(folder) if step <= at_most)
+        tried = (latest_valid(folder, step)[0] for step in steps)
+        return next((checkpoint for checkpoint in tried if checkpoint), None)
+
+    return _open_same(folder, find)
+
+
+def _open_same(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Open on all ranks what `find` returns on rank 0; others may see its folder later."""
+    checkpoint: Checkpoint | None = None
+    fault, broken, message = "", "", "[]"
+    if distributed.rank() == 0:
+        try:
+            checkpoint = find()
+        except CheckpointError as error:
+            fault = str(error)
+        except StorageError as error:
+            broken = str(error)
+        except OSError as error:
+            broken = str(read_error(folder, error))
+        message = json.dumps([checkpoint.path.name, checkpoint.digest] if checkpoint else [])
+    distributed.raise_together(CheckpointError, fault)
+    distributed.raise_together(StorageError, broken)
+    # Name and hash travel; the content is on the shared disk.
+    message = distributed.gather_text(message)[0]
+    if json.loads(message) and distributed.rank() > 0:
+        name, digest = json.loads(message)
+        try:
+            checkpoint = open_verified(folder / name)
+            if checkpoint.digest != digest:
+                fault = f"{folder / name}: is not the checkpoint that rank 0 opened; {REMEDY}"
+        except CheckpointError as error:
+            fault = str(error)
+        except StorageError as error:
+            broken = str(error)
+    distributed.raise_together(CheckpointError, fault)
+    distributed.raise_together(StorageError, broken)
+    return checkpoint

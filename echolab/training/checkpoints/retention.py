@@ -1,4 +1,4 @@
-"""Which checkpoints go, and what killed attempts left behind."""
+"""Retention: removal of old checkpoints and of what killed attempts left."""
 
 import shutil
 from collections.abc import Callable
@@ -15,22 +15,23 @@ from echolab.training.checkpoints.checkpoint import (
 )
 
 PARTIAL = ".partial-"  # a folder that is being written
-NEVER_FEWER = 2  # valid ones that stay, whatever is asked
+NEVER_FEWER = 2  # valid ones that stay at least
 ASIDE = "rolled-back-"  # and a number: a folder of those that a rollback moved away
 
 
 def tidy(folder: Path) -> None:
-    """Make the folder, and remove what a killed save left in it."""
+    """Create the folder, and remove what a killed save left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
+    # Killed saves leave partial folders, here and among the snapshots.
     for path in [*folder.rglob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 class Retention:
-    """The newest valid ones stay, and those that `keep` is true for.
+    """Keeps the newest valid checkpoints, and those that `keep` is true for.
 
-    `check` raises where nothing may be removed any more.
+    `check` raises if nothing may be removed any more.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Retention:
     ) -> None:
         self.folder, self.keep, self.newest = folder, keep, max(newest, NEVER_FEWER)
         self.check = check
-        self.valid: dict[int, bool] = {}  # what was found, or written by us
+        self.valid: dict[int, bool] = {}  # by step: verified, or written by this process
 
     def _is_valid(self, step: int) -> bool:
         if step not in self.valid:
@@ -54,12 +55,13 @@ class Retention:
         return self.valid[step]
 
     def prune(self, last: int) -> None:
-        """After `last` was saved: remove older ones once enough newer ones are known to be whole.
+        """Remove checkpoints older than `last` once enough newer ones are known to be complete.
 
         One from an earlier attempt is verified before it counts.  Those above `last` are left.
         """
         newer = 0
         for step in [step for step in saved_steps(self.folder) if step <= last]:
+            # Enough newer ones are valid: this one may go, unless it is to be kept.
             if newer >= self.newest:
                 if not self.keep(step):
                     self.check()
@@ -69,14 +71,15 @@ class Retention:
 
 
 def set_aside(folder: Path, step: int) -> Path | None:
-    """Move all checkpoints newer than `step` to rolled-back-<n>, where nobody looks for any.
+    """Move all checkpoints newer than `step` to rolled-back-<n>, which nothing reads.
 
-    The newest first: one that is killed leaves a run that goes on from the newest left.  Gives the
-    new folder, None where there was nothing to move; raises OSError.
+    The newest first: if killed midway, the run resumes from the newest one left.  Return the new
+    folder, or None if there was nothing to move; raise OSError.
     """
     newer = [other for other in saved_steps(folder) if other > step]
     if not newer:
         return None
+    # A fresh folder each time: an earlier rollback is never overwritten.
     numbers = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
     to = folder / f"{ASIDE}{max(numbers, default=0) + 1}"
     to.mkdir()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from echolab.tasks.masks import TASKS
+from echolab.tasks.table import TASKS
 from echolab.training.schedule import GROUPS, KINDS
 
 Check = Callable[[Any, str], Iterator[str]]
@@ -173,19 +173,21 @@ STATE = fields(
 
 def state_faults(state: Any, step: int) -> list[str]:
     """Return one line for each entry of the state of step `step` that cannot be."""
-    found = list(STATE(state, ""))
-    return found or list(_contradictions(state, step))
+    wrong = list(STATE(state, ""))
+    return wrong or list(_contradictions(state, step))
 
 
 def _contradictions(state: Mapping[str, Any], step: int) -> Iterator[str]:
     if state["step"] != step:
         yield f"step is {state['step']}, the manifest says {step}"
+    # A run cannot have done more steps than its schedule has.
     planned = sum(epoch[1] for epoch in state["schedule"]["epochs"])
     if planned < step:
         yield f"schedule.epochs are {planned} steps, {step} are done"
     curriculum = state["curriculum"]
     if curriculum["step"] > step:
         yield f"curriculum.step is {curriculum['step']}, {step} are done"
+    # Probabilities of tasks add up to one, but for rounding.
     total = sum(curriculum["probabilities"].values())
     if abs(total - 1) > SUM_TOLERANCE:
         yield f"curriculum.probabilities add up to {total:g}, must be 1"

@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training: it stops only for a copy to host memory."""
+"""Checkpoint writing in a background thread: training waits only for a copy to host memory."""
 
 import hashlib
 import json
@@ -15,26 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from echolab.data.files import FULL, described, retried, sync
+from echolab.atomic_io import FULL, describe_error, fsync, retry
 from echolab.errors import FencedError, SaveError, StorageError
-from echolab.training import ranks
+from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
-from echolab.training.checkpoints.gather import gather, host_buffer
-from echolab.training.checkpoints.layout import ITEM, File, layout
-from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialise
+from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialize
 from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
-from echolab.training.checkpoints.room import FACTOR, check_room
+from echolab.training.checkpoints.shard_plan import ITEM, File, gather, host_buffer, layout
 from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
 from echolab.training.engine.ema import Ema
-from echolab.training.engine.masters import MASTER, MOMENTS, Masters
+from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
+SPARE = 1.05  # for headers, folders and other files of the run
+FACTOR = 2  # at the start of a run: a new one is complete before an old one is removed
 NICENESS = 10  # of the thread that writes
 CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
 Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
 
 
 class Fault(NamedTuple):
-    """What went wrong on one rank ("": nothing), to be raised on all; JSON."""
+    """What failed on one rank ("": nothing), to be raised on all ranks; JSON."""
 
     words: str
     passing: str  # "yes": the file system may be well again
@@ -48,21 +48,21 @@ class Fault(NamedTuple):
     def raise_together(self) -> None:
         """Raise the first rank's fault on every rank; collective."""
         for kind, raised in ((SaveError, not self.passing), (StorageError, self.passing)):
-            ranks.raise_together(kind, self.words if raised else "")
+            distributed.raise_together(kind, self.words if raised else "")
 
 
 def fault_of(error: Exception) -> Fault:
-    """Tell a disk that is full from a file system that fails."""
+    """Distinguish a disk that is full from a file system that fails."""
     if isinstance(error, OSError) and error.errno and error.errno not in FULL:
         place = f"{error.filename}: " if error.filename else ""
-        return Fault(f"{place}{described(error)}", "yes")
+        return Fault(f"{place}{describe_error(error)}", "yes")
     return Fault(str(error), "")
 
 
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
-    """Write and fsync, again where an error passes; the hash is of what was meant to be written."""
+    """Write and fsync, with retries; the hash is of the bytes that were to be written."""
     parts = list(contents)
-    return retried(lambda: _write_once(path, parts))
+    return retry(lambda: _write_once(path, parts))
 
 
 def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
@@ -82,10 +82,10 @@ def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
 class CheckpointWriter:
     """Saves by `begin` and, steps later, `finish`; both at once is a save that waits.
 
-    Each rank's thread writes the files that `layout` gives it; rank 0 publishes them.  `newest`
-    valid ones stay, at least two, and those whose step `keep` is true for; where `snapshot` is, the
-    power averages stay too (`snapshots`).  Making one is collective, and removes what a killed
-    attempt left in `folder`.  `check` raises where rank 0 must write nothing any more.
+    Each rank's thread writes the files that `layout` assigns to it; rank 0 publishes them.  The
+    `newest` valid ones stay, at least two, and those whose step `keep` is true for.  If `snapshot`
+    is true for a step, its power averages stay too (`snapshots`).  The constructor is collective,
+    and removes what a killed attempt left in `folder`.  `check` raises if rank 0 must not write.
     """
 
     def __init__(
@@ -101,16 +101,17 @@ class CheckpointWriter:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
-        self.seconds = 0.0  # of the longest save so far, what went on beside the training included
+        self.seconds = 0.0  # of the longest save so far, with its time in the background
+        # Every rank computes the same plan, so that none has to be sent.
         parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
-        self.files = layout(self.shapes, parts, world=ranks.world(), shard_bytes=shard_bytes)
+        self.files = layout(self.shapes, parts, world=distributed.world(), shard_bytes=shard_bytes)
         self._snapshot = snapshot
         self._on_gpu = next(iter(masters.parameters.values())).is_cuda
         self._check = check
         # No two attempts write into one folder; a later one removes those of the earlier, so that
         # what is left of an attempt that was given up finds nothing to publish.
-        self._own = ranks.gather_text(secrets.token_hex(4))[0]
+        self._own = distributed.gather_text(secrets.token_hex(4))[0]
         self._retention = Retention(folder, keep, newest, check)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -133,23 +134,23 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has been begun and not finished."""
+        """Whether a save has begun and not finished."""
         return self._thread is not None
 
     def written(self) -> bool:
-        """Whether this rank's files of the pending save are on disk, or failed; not collective."""
+        """Return whether this rank's pending files are on disk, or failed; not collective."""
         return self._thread is not None and not self._thread.is_alive()
 
     def check_start(self) -> None:
-        """SaveError where twice a checkpoint would not fit; for the start; collective."""
+        """Raise SaveError if two checkpoints would not fit; at the start; collective."""
         self._on_first(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
 
     def _on_first(self, work: Callable[[], object]) -> None:
-        """Let rank 0 do it; what goes wrong is raised on every rank."""
+        """Run `work` on rank 0, and raise its error on every rank."""
         fault = Fault("", "")
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             try:
-                retried(work)
+                retry(work)
             except (OSError, SaveError) as error:
                 fault = fault_of(error)
         fault.raise_together()
@@ -157,24 +158,27 @@ class CheckpointWriter:
     # -- begin --------------------------------------------------------------------------------
 
     def begin(self, state: dict[str, Any]) -> None:
-        """Take `state` and a copy of all tensors, and go on in a thread; collective.
+        """Copy `state` and all tensors, and write them in a thread; collective.
 
-        Finishes an earlier save first.  Raises SaveError on every rank, before anything is
-        written, where there is no room on the disk or in memory.
+        Finish an earlier save first.  Raise SaveError on every rank, before anything is written, if
+        there is no room on the disk or in memory.
         """
         self.finish()
         self.close()
         started = time.monotonic()
+        # Room on the disk and in memory first: nothing is written if either is missing.
         self._path = folder_of(self.folder, state["step"])
         self._receipts, self._fault = {}, Fault("", "")
         text = json.dumps(state, indent=1).encode()
         self._on_first(lambda: self._make_room(len(text)))
         self._make_buffers()
         for file in self.files:
+            # Training waits for these copies, and for nothing else.
             gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
         if self._on_gpu:
             torch.cuda.synchronize()
         self._spent = time.monotonic() - started
+        # The buffers belong to the thread until `finish`.
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
 
@@ -193,11 +197,13 @@ class CheckpointWriter:
         fault = ""
         try:
             for file in self.files:
-                if file.writer == ranks.rank() and file.name not in self._buffers:
+                if file.writer == distributed.rank() and file.name not in self._buffers:
                     self._buffers[file.name] = host_buffer(file, pinned=self._on_gpu)
         except RuntimeError as error:  # torch has no other name for it
-            fault = f"rank {ranks.rank()}: no host memory to save from ({error})".split("\n")[0]
-        ranks.raise_together(SaveError, fault)
+            fault = f"rank {distributed.rank()}: no host memory to save from ({error})".split("\n")[
+                0
+            ]
+        distributed.raise_together(SaveError, fault)
 
     def _flats(self, part: str) -> list[Tensor]:
         return self.ema.flats[part] if part in self.ema.flats else self.masters.flats(part)
@@ -205,19 +211,19 @@ class CheckpointWriter:
     # -- in the thread ------------------------------------------------------------------------
 
     def _write(self, state: bytes) -> None:
-        """This rank's files.  The thread says what went wrong in `finish`."""
+        """Write this rank's files.  `finish` raises what failed here."""
         started = time.monotonic()
         try:
             # Linux counts niceness by thread: the steps that go on come first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             for file in self.files:
-                if file.writer == ranks.rank():
+                if file.writer == distributed.rank():
                     self._receipts[file.name] = self._write_tensors(file)
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 self._receipts[STATE] = write_file(self._partial / STATE, [state])
         except Exception as error:
-            found = fault_of(error)
-            self._fault = found._replace(words=f"rank {ranks.rank()}: {found.words}")
+            fault = fault_of(error)
+            self._fault = fault._replace(words=f"rank {distributed.rank()}: {fault.words}")
         self._spent += time.monotonic() - started
 
     def _write_tensors(self, file: File) -> Receipt:
@@ -227,9 +233,9 @@ class CheckpointWriter:
     # -- finish -------------------------------------------------------------------------------
 
     def finish(self) -> Path | None:
-        """Wait for the pending save and publish it; None where there is none; collective.
+        """Wait for the pending save and publish it; return None if there is none; collective.
 
-        Raises SaveError on every rank where one failed; earlier checkpoints are untouched.
+        Raise SaveError on every rank if one failed; earlier checkpoints are untouched.
         """
         if self._thread is None:
             return None
@@ -237,14 +243,16 @@ class CheckpointWriter:
         self._thread = None
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
-        told = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
-        fault = next((f for one in told if (f := Fault(*one["fault"])).words), Fault("", ""))
-        if ranks.rank() == 0:
+        # All ranks learn of a fault of any, and rank 0 of all files.
+        reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
+        fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))
+        if distributed.rank() == 0:
             try:
                 if not fault.words:
-                    self._publish({name: r for one in told for name, r in one["files"].items()})
+                    self._publish({name: r for one in reports for name, r in one["files"].items()})
             except OSError as error:
                 fault = fault_of(error)
+            # A partial folder is useless: remove it, and keep the earlier checkpoints.
             if fault.words:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 fault = fault._replace(
@@ -252,13 +260,14 @@ class CheckpointWriter:
                     f" it, earlier checkpoints are whole; {fault.remedy}"
                 )
         fault.raise_together()
-        spent = max(one["spent"] for one in told) + time.monotonic() - started
+        spent = max(one["spent"] for one in reports) + time.monotonic() - started
         self.seconds = max(self.seconds, spent)
         return self._path
 
     def _publish(self, receipts: dict[str, Receipt]) -> None:
-        """Rank 0: see that all files are here, write the manifest, give the folder its name."""
+        """Check on rank 0 that all files exist, write the manifest, and rename the folder."""
         self._check()
+        # Rank 0 sees the files of all ranks on the shared disk, in their full size.
         if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
             raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
         for name, receipt in receipts.items():
@@ -266,6 +275,7 @@ class CheckpointWriter:
             if size != receipt["bytes"]:
                 raise OSError(f"{name} has {size} bytes here, {receipt['bytes']} were written")
         step = int(self._path.name.removeprefix("step-"))
+        # The manifest comes last: without it the folder is no checkpoint.
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -273,17 +283,20 @@ class CheckpointWriter:
             "tied": self.masters.tied,
             "files": dict(sorted(receipts.items())),
         }
-        write_file(self._partial / MANIFEST, [serialise(manifest)])
-        retried(lambda: sync(self._partial))
+        write_file(self._partial / MANIFEST, [serialize(manifest)])
+        retry(lambda: fsync(self._partial))
+        # Links to the same files, before the folder gets its name.
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
-        retried(self._check)  # the snapshot took its time
+        retry(self._check)  # the snapshot took its time
+        # A rename is atomic: at any moment there is a complete checkpoint of this step, or none.
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
-            retried(lambda: self._path.rename(aside))
-        retried(lambda: self._partial.rename(self._path))
-        retried(lambda: sync(self.folder))
+            retry(lambda: self._path.rename(aside))
+        retry(lambda: self._partial.rename(self._path))
+        retry(lambda: fsync(self.folder))
         shutil.rmtree(aside, ignore_errors=True)
+        # Old checkpoints are removed in a thread: large files take seconds.
         self._retention.valid[step] = True
         self._pruning = threading.Thread(target=self._prune, args=(step,), daemon=True)
         self._pruning.start()
@@ -297,6 +310,27 @@ class CheckpointWriter:
             print(f"echolab: an old checkpoint could not be removed: {error}", file=sys.stderr)
 
     def close(self) -> None:
-        """Wait until old checkpoints are removed, which also goes on beside the training."""
+        """Wait until old checkpoints are removed, which is done in a thread."""
         if self._pruning.is_alive():
             self._pruning.join()
+
+
+def check_room(folder: Path, needed: int, files: int = 20) -> None:
+    """Raise SaveError if `folder`'s disk has less than 1.05 x `needed` bytes, or too few inodes.
+
+    These are the limits of an unprivileged user.  A quota shows only when a write fails.
+    """
+    # Blocks and inodes that are available without privileges.
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    wanted = int(needed * SPARE)
+    if free < wanted:
+        raise SaveError(
+            f"{folder}: a checkpoint needs {wanted:,} bytes, {free:,} are free; make room, or "
+            "give another run folder"
+        )
+    if disk.f_files and disk.f_favail < files:  # 0: a file system without fixed inodes
+        raise SaveError(
+            f"{folder}: a checkpoint needs {files} inodes, {disk.f_favail} are free; remove files "
+            "there, or give another run folder"
+        )

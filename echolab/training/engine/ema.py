@@ -1,9 +1,16 @@
-"""fp32 averages of the weights, kept beside the fp32 masters that each rank owns.
+"""fp32 averages of the weights, kept with the fp32 masters that each rank owns.
 
 Averaging is element by element, so a rank's pieces are enough: no gather, no communication, under
 every ZeRO stage.  Lightning's own callback loses its average under ZeRO.
+
+Power profiles make averages whose length is chosen after training (Karras et al. 2024,
+arXiv:2312.02696, section 3).  A profile of exponent g weighs the weights of time tau in (0, t] by
+tau^g: it forgets the start however long training lasts.  Its width, sigma, is its standard
+deviation relative to t.  From snapshots of a narrow and a wide one any other is made by least
+squares between profiles.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +19,14 @@ import torch
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.engine.masters import Masters
-from echolab.training.engine.profiles import exponent_of, newest_share
+from echolab.training.engine.master_weights import Masters
 
+WIDEST = 1 / math.sqrt(12)  # of exponent 0: the plain mean of all
 EMA, POWER = "ema", "power-"  # names of parts: the second begins those of power profiles
 
 
 def part_of(decay: float) -> str:
-    """The name under which a further average is saved."""
+    """Return the name under which a further average is saved."""
     return f"{EMA}-{decay!r}"
 
 
@@ -31,14 +38,15 @@ def part_names(more: Sequence[float], widths: Sequence[float]) -> list[str]:
 class Ema:
     """average <- d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)).
 
-    n counts updates: a young average forgets its start quickly (TensorFlow's rule).  The average of
-    `decay` is the one that validation and sampling use; those of `more` are kept beside it, and so
-    are power profiles of `widths` (`profiles`), from which others can be made later.
+    n counts updates: a young average forgets its start quickly (TensorFlow's rule).  Validation and
+    sampling use the average of `decay`.  Those of `more` are additional, and so are power profiles
+    of `widths`, from which others can be made later.
     """
 
     def __init__(
         self, decay: float, more: Sequence[float] = (), widths: Sequence[float] = ()
     ) -> None:
+        # Decays outside [0, 1) would diverge, and equal ones be one part.
         for number in (decay, *more):
             if not 0 <= number < 1:
                 raise ConfigError(f"ema_decay={number:g}: must lie in [0, 1); 0.999 is usual")
@@ -57,13 +65,14 @@ class Ema:
         return part_names(self.more, self.widths)
 
     def start(self, masters: Masters) -> None:
-        """Begin at the present weights."""
+        """Start from the current weights."""
         for part in self.parts:
             self.flats[part] = [tensor.detach().clone() for tensor in masters.local]
 
     @torch.no_grad()
     def update(self, masters: Masters) -> None:
         """Follow the weights by one optimizer step."""
+        # Power profiles have no decay: their share depends on the number of updates alone.
         young = (1 + self.updates) / (10 + self.updates)
         shares = {part: 1 - min(decay, young) for part, decay in self._decays.items()}
         for part, exponent in self._exponents.items():
@@ -74,7 +83,8 @@ class Ema:
 
     @contextmanager
     def applied(self, masters: Masters, part: str = EMA) -> Iterator[None]:
-        """The network computes with the average; afterwards all is as before, bit for bit."""
+        """Let the network compute with the average; restore its weights afterwards, bit for bit."""
+        # A copy of what the network computes with; masters and averages stay where they are.
         saved = masters.snapshot()
         try:
             masters.show(self.flats[part])
@@ -83,10 +93,60 @@ class Ema:
             masters.unshow(saved)
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON; the averages themselves are parts of a checkpoint."""
-        told = {"decay": self.decay, "more": list(self.more), "widths": list(self.widths)}
-        return {**told, "updates": self.updates}
+        """Return settings and count as JSON; the averages themselves are parts of a checkpoint."""
+        settings = {"decay": self.decay, "more": list(self.more), "widths": list(self.widths)}
+        return {**settings, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from `state_dict()`."""
+        """Continue counting from `state_dict()`."""
         self.updates = int(state["updates"])
+
+
+# -- power profiles ------------------------------------------------------------
+
+
+def width(exponent: float) -> float:
+    """Return sigma of a profile: the standard deviation of Beta(g + 1, 1)."""
+    return math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3)))
+
+
+def exponent_of(sigma: float) -> float:
+    """Return the exponent of a profile of this width; raise ConfigError outside (0, 0.2887)."""
+    if not 1e-4 <= sigma < WIDEST:
+        raise ConfigError(f"ema width {sigma:g}: must lie in [0.0001, {WIDEST:.4f}); 0.1 is usual")
+    # Bisection: the width decreases in the exponent.
+    low, high = 0.0, 2 / sigma  # width(g) < 1 / (g + 2)
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if width(middle) > sigma else (low, middle)
+    return low
+
+
+def newest_share(exponent: float, updates: int) -> float:
+    """Return the share of the newest weights in the average after `updates` (from 1) of them."""
+    return 1 - (1 - 1 / updates) ** (exponent + 1)
+
+
+class Profile:
+    """tau^g on (0, t], with integral 1."""
+
+    def __init__(self, exponent: float, time: float) -> None:
+        self.exponent, self.time = exponent, time
+
+    def dot(self, other: "Profile") -> float:
+        """Integrate the product: of tau^(g + h) up to the earlier end, both normalized."""
+        g, h = self.exponent, other.exponent
+        # Beyond the earlier end one of the two is zero.
+        early = min(self.time, other.time)
+        shares = (early / self.time) ** (g + 1) * (early / other.time) ** (h + 1)
+        return (g + 1) * (h + 1) * shares / ((g + h + 1) * early)
+
+
+def coefficients(kept: Sequence[Profile], wanted: Profile) -> list[float]:
+    """Return the share of each kept average in the wanted one, nearest in the mean square."""
+    # Normal equations of the least-squares problem.
+    matrix = torch.tensor([[a.dot(b) for b in kept] for a in kept], dtype=torch.float64)
+    right = torch.tensor([a.dot(wanted) for a in kept], dtype=torch.float64)
+    # Close snapshots make it nearly singular: the smallest solution, by SVD.
+    solution = torch.linalg.lstsq(matrix, right[:, None], rcond=1e-12, driver="gelsd").solution
+    return [float(value) for value in solution[:, 0]]

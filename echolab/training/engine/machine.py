@@ -59,7 +59,8 @@ def _unknown(machine: Machine) -> str | None:
     }
     for key, names in known.items():
         if (value := getattr(machine, key)) not in names:
-            return f"trainer.{key}={value}: unknown; one of {', '.join(names)}"
+            setting = "activation_checkpointing" if key == "checkpointing" else key
+            return f"trainer.{setting}={value}: unknown; one of {', '.join(names)}"
     if machine.precision in PRECISIONS:
         return None
     why = REFUSED.get(machine.precision, "unknown")
@@ -67,13 +68,14 @@ def _unknown(machine: Machine) -> str | None:
 
 
 def conflict(machine: Machine) -> str | None:
-    """Why these settings do not go together, in one line with the remedy; None where they do.
+    """Return why these settings do not go together, in one line with the remedy; None if they do.
 
     Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
     parallelism, offload, and any accumulation.
     """
-    if found := _unknown(machine):
-        return found
+    if fault := _unknown(machine):
+        return fault
+    # Ranks: one process needs no strategy, several need one.
     world, together = machine.world, machine.sequence_parallel
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
@@ -85,6 +87,7 @@ def conflict(machine: Machine) -> str | None:
             f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}; "
             "take 1, or another number of ranks"
         )
+    # Only ZeRO has separate masters, which can be moved to the host.
     if machine.offload == "optimizer" and not machine.sharded:
         return (
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
@@ -98,10 +101,11 @@ def conflict(machine: Machine) -> str | None:
     return None
 
 
-def cut(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
-    """Micro-batches a step and rank; raises ConfigError where it does not divide."""
+def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
+    """Return the micro-batches of a rank and step; raise ConfigError if they do not divide."""
     if why := conflict(machine):
         raise ConfigError(why)
+    # Ranks that share a clip count once.
     groups = machine.world // machine.sequence_parallel
     micro = micro_batch_size or max(1, batch_size // groups)
     least = groups * micro

@@ -1,7 +1,7 @@
 """How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs.
 
-`machine.conflict` is the whole table of what goes together: what it lets pass is trained in the
-tests, and comes to what one plain process comes to.
+`machine.conflict` is the complete table of what goes together: everything that it allows is trained
+in the tests, with the result of one plain process.
 """
 
 import os
@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators import CUDAAccelerator
@@ -17,9 +16,9 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from echolab.errors import ConfigError
+from echolab.training.engine.activation_checkpointing import compiler_missing
 from echolab.training.engine.machine import Machine, conflict
-from echolab.training.engine.masters import masters_of
-from echolab.training.engine.memory import compiler_missing
+from echolab.training.engine.master_weights import masters_of
 
 
 def refusal(machine: Machine) -> str | None:
@@ -80,27 +79,33 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         return None
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """The network casts what it is given; noise, targets and losses stay in fp32."""
+        """Keep noise, targets and losses in fp32: the network casts its own inputs."""
+        # Lightning would round the batch to bf16 here.
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         super().setup(trainer)
 
     def _setup_model_and_optimizer(self, model: nn.Module, *given: Any) -> tuple[Any, Any]:
-        """DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them."""
+        """Set up the engine; the fp32 masters start from the weights before they were rounded.
+
+        DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them.
+        """
         if self.precision_plugin.precision == "32-true":
             return super()._setup_model_and_optimizer(model, *given)
+        # References, not copies: rounding gives a parameter new memory, and leaves this as it is.
         first = {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            name: parameter.detach().float()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
         engine, zero = super()._setup_model_and_optimizer(model, *given)
+        # The masters were copied from the rounded weights: fill them again.
         masters = masters_of(model, zero)
         masters.fill(masters.local, first)
         return engine, zero
 
 
 def strategy_of(machine: Machine) -> Strategy | str:
-    """For Lightning's trainer.  Raises ConfigError for what `refusal` refuses."""
+    """Return the strategy for Lightning's trainer; raise ConfigError if `refusal` refuses."""
     if why := refusal(machine):
         raise ConfigError(why)
     if machine.strategy == "single":
@@ -125,9 +130,9 @@ def strategy_of(machine: Machine) -> Strategy | str:
 
 
 def cluster_environment() -> LightningEnvironment | SLURMEnvironment:
-    """Slurm's where srun itself started us; else ranks come from the launcher's environment.
+    """Return Slurm's environment if srun itself started this rank, else the launcher's.
 
-    Lightning never requeues: signals and requeueing are ours (`stopping`, slurm/train.sbatch).
+    Lightning never requeues: signals and requeueing are done by `signals` and slurm/train.sbatch.
     """
     if "ECHOLAB_LAUNCH" in os.environ:  # a supervisor started us, inside Slurm or not
         return LightningEnvironment()

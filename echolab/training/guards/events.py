@@ -1,10 +1,10 @@
-"""What happened to a run beside its steps: `events.jsonl` in its folder, one JSON line an event.
+"""Events of a run besides its steps: `events.jsonl` in its folder, one JSON line for each event.
 
     {"id": 3, "time": 1765432100.5, "step": 950, "kind": "rollback", "to": 800, "skip": [...], ...}
 
-Kinds: spike, recompute, reproducible, rollback, straggler, replicas, data (the run goes on with
-other data than before).  The file only grows, and rank 0 (or
-`echolab rollback`) alone writes it.  Skips are never undone.
+Kinds: spike, recompute, reproducible, rollback, straggler, replicas, data (the run continues with
+other data than before).  The file only grows, and rank 0 (or `echolab rollback`) alone writes it.
+Skips are never undone.
 """
 
 import json
@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.data.files import ABSENT, append_text, read_whole, retried, sync, write_error
+from echolab.atomic_io import ABSENT, append_text, fsync, read_file, retry, write_error
 from echolab.errors import DataError
-from echolab.redaction import masked_values
-from echolab.training import ranks
+from echolab.redaction import mask_values
+from echolab.training import distributed
 from echolab.training.schedule import Skip
 
 __all__ = ["EVENTS", "Event", "History", "Skip", "append", "read", "skips"]
@@ -30,50 +30,53 @@ class Event(NamedTuple):
     time: float  # seconds since 1970, by the writer's clock
     step: int  # of the run, from 0
     kind: str
-    told: dict[str, Any]  # all else
+    details: dict[str, Any]  # everything else
 
 
-def append(folder: Path, step: int, kind: str, **told: Any) -> Event:
-    """Add an event to the run in `folder`; it is on disk on return.
+def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
+    """Append an event for the run in `folder`; it is on disk on return.
 
-    Raise StorageError, after some patience, where it cannot be: what a run does next depends on it.
-
-    What a killed writer left of a line stays where it is, and stays unread.
+    Raise StorageError, after some retries, if it cannot be written: later steps depend on it.  What
+    a killed writer left of a line stays in the file, and is ignored.
     """
     path = folder / EVENTS
-    event = Event(1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, told)
-    head = {name: value for name, value in event._asdict().items() if name != "told"}
-    line = json.dumps(masked_values({**head, **told}), allow_nan=False) + "\n"
+    event = Event(
+        1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, details
+    )
+    head = {name: value for name, value in event._asdict().items() if name != "details"}
+    # Secrets of settings may be in messages.
+    line = json.dumps(mask_values({**head, **details}), allow_nan=False) + "\n"
     new = not path.exists()
     append_text(path, line, patient=True)
     try:
-        retried(lambda: sync(path))
+        retry(lambda: fsync(path))
         if new:
-            retried(lambda: sync(folder))
+            retry(lambda: fsync(folder))
     except OSError as error:
         raise write_error(path, error) from error
     return event
 
 
 def read(folder: Path) -> list[Event]:
-    """All events of a run, oldest first; none where there is no file.
+    """Return all events of a run, oldest first; none if there is no file.
 
-    Raises DataError for a line that is not an event, but for one that was cut off.
+    Raise DataError for a line that is not an event, except one that was cut off.
     """
     path = folder / EVENTS
     try:
-        text = read_whole(path).decode()
+        text = read_file(path).decode()
     except ABSENT:
         return []
     events = []
+    # A line that is no JSON was cut off by a kill; one that is JSON must be an event.
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            told = json.loads(line)
+            details = json.loads(line)
         except ValueError:
             continue  # its writer was killed within the line
         try:
-            head = {name: told.pop(name) for name in Event._fields[:-1]}
-            events.append(Event(**head, told=told))
+            head = {name: details.pop(name) for name in Event._fields[:-1]}
+            events.append(Event(**head, details=details))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: line {number} is no event ({error!r}); put back the file as it was"
@@ -82,33 +85,35 @@ def read(folder: Path) -> list[Event]:
 
 
 class History:
-    """The events of a run, alike on all ranks while it trains; rank 0 writes new ones."""
+    """The events of a run, the same on all ranks while it trains; rank 0 writes new ones."""
 
     def __init__(self, folder: Path) -> None:
-        """As rank 0 reads them: a shared disk shows a new line to some ranks late.  Collective."""
+        """Read them on rank 0: a shared disk shows new lines to some ranks late.  Collective."""
         self.folder = folder
-        own = read(folder) if ranks.rank() == 0 else []
-        told = ranks.gather_text(json.dumps([list(event) for event in own]))[0]
-        self.events = [Event(*event) for event in json.loads(told)]
+        # The file as rank 0 sees it is what all ranks decide by.
+        own = read(folder) if distributed.rank() == 0 else []
+        details = distributed.gather_text(json.dumps([list(event) for event in own]))[0]
+        self.events = [Event(*event) for event in json.loads(details)]
 
     @property
     def skips(self) -> tuple[Skip, ...]:
-        """The batches that events left out, for `Schedule.leaving_out`."""
+        """The batches that events skipped, for `Schedule.leaving_out`."""
         return _skips(self.events)
 
-    def add(self, step: int, kind: str, **told: Any) -> None:
-        """An event that every rank knows of; every rank says it."""
-        if ranks.rank() == 0:
-            self.events.append(append(self.folder, step, kind, **told))
+    def add(self, step: int, kind: str, **details: Any) -> None:
+        """Append an event; every rank must call this with the same arguments."""
+        if distributed.rank() == 0:
+            # Rank 0 writes; the others only remember.
+            self.events.append(append(self.folder, step, kind, **details))
         else:
-            self.events.append(Event(len(self.events) + 1, time.time(), step, kind, told))
+            self.events.append(Event(len(self.events) + 1, time.time(), step, kind, details))
 
 
 def skips(folder: Path) -> tuple[Skip, ...]:
-    """The batches that the events of a run left out."""
+    """Return the batches that the events of a run skipped."""
     return _skips(read(folder))
 
 
 def _skips(events: list[Event]) -> tuple[Skip, ...]:
-    found = [Skip(*event.told["skip"]) for event in events if event.told.get("skip")]
-    return tuple(skip.check() for skip in dict.fromkeys(found))
+    skipped = [Skip(*event.details["skip"]) for event in events if event.details.get("skip")]
+    return tuple(skip.check() for skip in dict.fromkeys(skipped))

@@ -1,6 +1,6 @@
-"""Host memory of a rank and its loader workers, and what is left of it on the node.
+"""Host memory of a rank and its loader workers, and the memory of its node.
 
-Slow leaks end in the kernel's killing some process.  A run that watches can save and restart first.
+Slow leaks end with the kernel killing some process.  A run that watches can save and restart first.
 """
 
 import os
@@ -21,21 +21,24 @@ def family(pid: int, proc: Path = PROC) -> list[int]:
     """
     children: dict[int, list[int]] = {}
     sessions: dict[int, int] = {}
+    # Parents and sessions of all processes, in one pass over /proc.
     for folder in proc.iterdir():
         if folder.name.isdecimal() and (stat := _text(folder / "stat")):
             _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
             children.setdefault(int(parent), []).append(int(folder.name))
             sessions[int(folder.name)] = int(session)
-    found = [pid]
-    for one in found:
-        found += [child for child in children.get(one, []) if sessions[child] == sessions.get(pid)]
-    return found
+    processes = [pid]
+    for process in processes:
+        processes += [
+            child for child in children.get(process, []) if sessions[child] == sessions.get(pid)
+        ]
+    return processes
 
 
 def used(pid: int, proc: Path = PROC) -> int:
-    """Bytes that a process keeps in memory; what n processes share counts 1/n for each.
+    """Return the bytes that a process keeps in memory; a page shared by n processes counts 1/n.
 
-    Where the kernel does not tell shares (smaps_rollup), it is all that is resident.
+    If the kernel does not report shares (smaps_rollup), these are all resident bytes.
     """
     for line in (_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
         if line.startswith("Pss:"):
@@ -45,18 +48,29 @@ def used(pid: int, proc: Path = PROC) -> int:
 
 
 def used_by_family(pid: int, proc: Path = PROC) -> int:
-    """Bytes of a process and all that descend from it."""
+    """Return the bytes of a process and all its descendants."""
     return sum(used(one, proc) for one in family(pid, proc))
 
 
 def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes that this process may still take: of the node, and of every cgroup that it is in."""
+    """Return the bytes that this process may still take, of the node and of its cgroups."""
     lines = (_text(proc / "meminfo") or "").splitlines()
+    # The smallest of what node and cgroups leave.
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min([*node, *_left_of_cgroups(proc, cgroups)])
+    left = [max(0, limit - taken) for limit, taken in _cgroups(proc, cgroups)]
+    return min([*node, *left])
 
 
-def _left_of_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
+def capacity(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
+    """Return the bytes of memory of this node, or of the smallest cgroup; None if unknown."""
+    lines = (_text(proc / "meminfo") or "").splitlines()
+    node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    limits = [limit for limit, _ in _cgroups(proc, cgroups)]
+    return min([*node, *limits], default=None)
+
+
+def _cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and usage in bytes, without file cache, of each cgroup that has a limit."""
     for line in (_text(proc / "self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -70,19 +84,19 @@ def _left_of_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
         # Limits of the groups above hold too; in a container the path may be the host's.
         for group in [own, *own.parents]:
             if group.is_relative_to(root):
-                yield from _left(group, limit, usage, cache)
+                yield from _limit(group, limit, usage, cache)
 
 
-def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+def _limit(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
     most, taken = _text(group / limit), _text(group / usage)
     if most and taken and most.strip() != "max":
         stat = (line.split() for line in (_text(group / "memory.stat") or "").splitlines())
-        given_back = next((int(value) for name, value in stat if name == cache), 0)
-        yield max(0, int(most) - int(taken) + given_back)
+        cached = next((int(value) for name, value in stat if name == cache), 0)
+        yield int(most), int(taken) - cached
 
 
 def _text(path: Path) -> str | None:
-    """A file of the kernel's; None where it is gone, or not for us."""
+    """Return the text of a file of the kernel; None if it is missing, or not readable."""
     try:
         return path.read_text()
     except OSError:
@@ -95,20 +109,21 @@ class HostMemory:
     def __init__(self, limit_gb: float | None, seconds: float = SECONDS) -> None:
         """`limit_gb` is in 10^9 bytes a rank, its loader workers included; None: no limit."""
         self.limit_gb, self.seconds = limit_gb, seconds
-        self._looked, self._used = -float("inf"), 0.0
+        self._read_at, self._used = -float("inf"), 0.0
 
     @property
     def used_gb(self) -> float:
-        """As of at most `seconds` ago."""
+        """Bytes in use / 10^9, at most `seconds` old."""
+        # Reading the shares of large processes is slow, so that it is done now and then.
         now = time.monotonic()
-        if now - self._looked >= self.seconds:
-            self._used, self._looked = used_by_family(os.getpid()) / GB, now
+        if now - self._read_at >= self.seconds:
+            self._used, self._read_at = used_by_family(os.getpid()) / GB, now
         return self._used
 
     def over(self) -> bool:
-        """Whether this rank should ask for a planned restart: save, and end as stopped.  Cheap."""
+        """Return whether this rank should ask for a planned restart: save and stop.  Cheap."""
         return self.limit_gb is not None and self.used_gb > self.limit_gb
 
     def values(self) -> dict[str, float]:
-        """For the log; 10^9 bytes, of this rank and of its node."""
+        """Return values for the log in 10^9 bytes, of this rank and of its node."""
         return {"perf/host_memory_gb": self.used_gb, "perf/host_memory_free_gb": free() / GB}

@@ -1,10 +1,10 @@
-"""Finds spikes of the loss and of the gradient's norm, by what the last steps of their kind were.
+"""Detection of spikes of the loss and of the gradient's norm, from the last steps of the same kind.
 
-A value counts as a spike where it lies too many robust standard deviations (1.4826 x the median
-absolute deviation) above the median of a window, both measured on asinh(value / scale): a logarithm
-that goes through zero, since losses of preferences come near zero, and some are negative.  The
-scale is the median of the absolute values, and up to ten times that where signs are mixed: values
-that lie on both sides of zero have no order of magnitude, and are to be measured linearly.
+A value is a spike if it lies too many robust standard deviations (1.4826 x the median absolute
+deviation) above the median of a window, both measured on asinh(value / scale): a logarithm that
+passes through zero, since losses of preferences come near zero, and some are negative.  The scale
+is the median of the absolute values, and up to ten times that if signs are mixed: values on both
+sides of zero have no order of magnitude, and are measured linearly.
 """
 
 import math
@@ -32,29 +32,35 @@ class Guards(NamedTuple):
     warmup: int = 48  # of these that must be there before anything but NaN is a spike
     back: int = 100  # steps that a rollback goes back at least
     skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
-    at_most: int = 3  # times that a run goes back, whatever the policy
+    at_most: int = 3  # times that a run goes back, under any policy
 
     def check(self) -> "Guards":
-        """Itself; ConfigError for what cannot be."""
+        """Return itself; raise ConfigError for a setting outside its range."""
         if self.policy not in ("record", "recompute", "rollback"):
             raise ConfigError(
-                f"guards.policy={self.policy}: unknown; record, recompute or rollback"
+                f"loss_spike.policy={self.policy}: unknown; record, recompute or rollback"
             )
         if not self.limit > 0:
-            raise ConfigError(f"guards.limit={self.limit}: must be above 0; 8 is usual")
+            raise ConfigError(f"loss_spike.threshold={self.limit}: must be above 0; 8 is usual")
         if not 2 <= self.warmup <= self.window:
             raise ConfigError(
-                f"guards.warmup={self.warmup}: must be 2 or more and at most guards.window="
+                f"loss_spike.min_history={self.warmup}: must be 2 or more and at most "
+                "loss_spike.window="
                 f"{self.window}; 48 and 128 are usual"
             )
-        for name in ("back", "skip_batches", "at_most"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"guards.{name}={value}: must be 0 or more")
+        counts = {
+            "rollback_steps": self.back,
+            "skip_batches": self.skip_batches,
+            "max_rollbacks": self.at_most,
+        }
+        for setting, value in counts.items():
+            if value < 0:
+                raise ConfigError(f"loss_spike.{setting}={value}: must be 0 or more")
         return self
 
 
 class Spike(NamedTuple):
-    """A step that is not like those before it."""
+    """A step that is unlike those before it."""
 
     step: int  # from 0, as the ledger counts
     kind: str  # of the epoch: sft, ndpo, dpo
@@ -65,19 +71,19 @@ class Spike(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the value is a number at all."""
+        """Whether the value is a finite number."""
         return math.isfinite(self.value)
 
     @property
     def reason(self) -> str:
-        """In words."""
+        """A description."""
         what = f"step {self.step} ({self.kind}): {self.measure.replace('_', ' ')} {self.value:g}"
         if not self.finite:
             return f"{what} is not finite"
         return f"{what}, usually {self.usual:g}: {self.deviations:.1f} robust deviations above"
 
-    def told(self) -> dict[str, Any]:
-        """As an event tells it: JSON has no NaN."""
+    def details(self) -> dict[str, Any]:
+        """Return the details for an event: JSON has no NaN."""
         usual = None if math.isnan(self.usual) else self.usual
         numbers = (
             {"value": self.value, "deviations": self.deviations}
@@ -89,21 +95,22 @@ class Spike(NamedTuple):
 
 
 def scale_of(window: Sequence[float]) -> float:
-    """Below it asinh(value / scale) is linear, above it a logarithm; 0 where most values are 0."""
+    """Return the value below which asinh(value / scale) is linear; 0 if most values are 0."""
     positive, negative = sum(one > 0 for one in window), sum(one < 0 for one in window)
     agreement = abs(positive - negative) / max(positive + negative, 1)  # 1: all of one sign
     return median(map(abs, window)) / max(agreement, 1 / MIXED)
 
 
 def deviations(value: float, window: Sequence[float]) -> float:
-    """Robust standard deviations of `value` above the median of `window`, which is not empty.
+    """Return the robust standard deviations of `value` above the median of `window`, not empty.
 
-    The same for any positive multiple of all numbers; 0 where most of the window is 0, which says
-    nothing of how large a value may be.
+    The same for any positive multiple of all numbers; 0 if most of the window is 0, which gives no
+    scale for other values.
     """
     scale = scale_of(window)
     if not scale:
         return 0.0
+    # Robust: median and median absolute deviation ignore single outliers.
     logs = [math.asinh(one / scale) for one in window]
     middle = median(logs)
     spread = NORMAL * median(abs(one - middle) for one in logs)
@@ -113,8 +120,8 @@ def deviations(value: float, window: Sequence[float]) -> float:
 class SpikeDetector:
     """Remembers the last values of each kind of epoch.
 
-    Every rank gives it the same values, so every rank finds the same.  Preference epochs start
-    afresh, since each begins with a new reference at the loss of indifference.
+    Every rank gives it the same values, so every rank finds the same.  Each preference epoch resets
+    the history: it starts with a new reference at the loss of indifference, log 2.
     """
 
     def __init__(self, *, limit: float = 8.0, window: int = 128, warmup: int = 48) -> None:
@@ -125,37 +132,39 @@ class SpikeDetector:
     def observe(
         self, kind: str, loss: float, gradient_norm: float, *, step: int, epoch: int = 0
     ) -> Spike | None:
-        """The spike of step `step`, if it is one; the loss comes first.
+        """Return the spike of step `step`, if it is one; the loss is judged first.
 
-        `epoch` is the number of the epoch in the run.  Values that are not finite are not
+        `epoch` is the index of the epoch in the run.  Values that are not finite are not
         remembered; spikes are, so that a lasting change of level becomes usual by itself.
         """
+        # A new reference starts from log 2: earlier values say nothing of it.
         if kind not in self._values or (kind != "sft" and self._epochs[kind] != epoch):
             self._values[kind] = {name: deque(maxlen=self.window) for name in MEASURES}
         self._epochs[kind] = epoch
-        found: list[Spike] = []
+        spikes: list[Spike] = []
         for measure, value in zip(MEASURES, (loss, gradient_norm), strict=True):
             window = self._values[kind][measure]
             usual = median(window) if window else math.nan
+            # Not remembered: the median of a window with NaN would be NaN.
             if not math.isfinite(value):
-                found.append(Spike(step, kind, measure, value, usual, math.inf))
+                spikes.append(Spike(step, kind, measure, value, usual, math.inf))
                 continue
             if len(window) >= self.warmup and (above := deviations(value, window)) > self.limit:
-                found.append(Spike(step, kind, measure, value, usual, above))
+                spikes.append(Spike(step, kind, measure, value, usual, above))
             window.append(value)
-        return min(found, key=lambda spike: spike.finite, default=None)
+        return min(spikes, key=lambda spike: spike.finite, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decisions depend on, as JSON, exactly."""
+        """Return everything that decisions depend on, as JSON, exactly."""
         return {
             kind: {"epoch": self._epochs[kind], **{name: list(v) for name, v in values.items()}}
             for kind, values in self._values.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; a shorter window than it had takes the last values."""
-        self._epochs = {kind: int(told["epoch"]) for kind, told in state.items()}
+        """Continue from `state_dict()`; a shorter window takes the last values."""
+        self._epochs = {kind: int(saved["epoch"]) for kind, saved in state.items()}
         self._values = {
-            kind: {name: deque(told[name], maxlen=self.window) for name in MEASURES}
-            for kind, told in state.items()
+            kind: {name: deque(saved[name], maxlen=self.window) for name in MEASURES}
+            for kind, saved in state.items()
         }

@@ -1,4 +1,4 @@
-"""Which rank is slower than the others, on which host and in which section of its steps.
+"""Stragglers: ranks slower than the others, with their host and section of the step.
 
 Only sections without collectives are compared: in the others the fast ranks wait for the slow.
 """
@@ -6,11 +6,11 @@ Only sections without collectives are compared: in the others the fast ranks wai
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from echolab.training import ranks
+from echolab.training import distributed
 
 OWN_PACE = ("data_wait", "forward")  # sections in which no rank waits for another
 STEP = ("data_wait", "forward", "backward", "optimizer", "vote")
-SHARE = 0.05  # of the step: shorter sections are not looked at
+SHARE = 0.05  # of the step: shorter sections are ignored
 LIMIT = 0.75  # of the score
 WINDOWS = 3  # in a row
 
@@ -27,7 +27,7 @@ class Straggler(NamedTuple):
 
     @property
     def words(self) -> str:
-        """One line."""
+        """One line for people."""
         return (
             f"rank {self.rank} on {self.host} is slow in {self.section}: {self.seconds:.3g} s, "
             f"the fastest rank {self.best:.3g} s (score {self.score:.2f})"
@@ -37,7 +37,7 @@ class Straggler(NamedTuple):
 def scores(
     windows: Sequence[Mapping[str, float]], sections: Sequence[str] = OWN_PACE
 ) -> list[dict[str, float]]:
-    """For each rank, given its seconds by section: best / own, in 0 to 1, of sections that count.
+    """Return best / own in 0 to 1 for each rank and section, given its seconds by section.
 
     A section counts for a rank that spends at least SHARE of its step in it.
     """
@@ -53,11 +53,13 @@ def scores(
 
 
 class Stragglers:
-    """Compares the ranks' seconds from one look to the next."""
+    """Compares the ranks' seconds from one call of `look` to the next."""
 
     def __init__(self, hosts: Sequence[str], sections: Sequence[str] = OWN_PACE) -> None:
-        """`hosts` by rank.  Leave out of `sections` what holds collectives: `forward` does under
-        ZeRO 3 and where ranks share a clip.
+        """Set the `hosts` by rank.
+
+        Leave out of `sections` those with collectives: `forward` has some under ZeRO 3 and if ranks
+        share a clip.
         """
         self.hosts, self.sections = list(hosts), tuple(sections)
         self._last = dict.fromkeys(STEP, 0.0)
@@ -68,37 +70,40 @@ class Stragglers:
         self._last = {name: seconds[name] for name in STEP}
 
     def look(self, seconds: Mapping[str, float]) -> tuple[dict[str, float], list[Straggler]]:
-        """Values for the log, and those that have just been slow for WINDOWS windows.
+        """Return values for the log, and ranks that have just been slow for WINDOWS windows.
 
-        `seconds` is `Beats.seconds`.  Collective: one all-reduce of a few numbers a rank.
+        `seconds` is `Heartbeat.seconds`.  Collective: one all-reduce of a few numbers for each
+        rank.
         """
         own = [seconds[name] - self._last[name] for name in STEP]
         self.start(seconds)
-        world, rank, width = ranks.world(), ranks.rank(), len(STEP)
+        world, rank, width = distributed.world(), distributed.rank(), len(STEP)
         if world == 1:
             return {}, []
+        # Each rank fills its own row; the sum over ranks is the table.
         flat = [0.0] * (world * width)
         flat[rank * width : (rank + 1) * width] = own
-        flat = ranks.sums(flat)
+        flat = distributed.sums(flat)
         rows = [flat[first : first + width] for first in range(0, len(flat), width)]
         return self.judge([dict(zip(STEP, row, strict=True)) for row in rows])
 
     def judge(
         self, windows: Sequence[Mapping[str, float]]
     ) -> tuple[dict[str, float], list[Straggler]]:
-        """The same, given all ranks' seconds of one window."""
-        found, low = [], {}
+        """Return the same, given all ranks' seconds of one window."""
+        stragglers, low = [], {}
         of_ranks = scores(windows, self.sections)
         for rank, own in enumerate(of_ranks):
             for section, score in own.items():
                 if score >= LIMIT:
                     continue
+                # Slow in several windows in a row, reported once.
                 low[rank, section] = self._low.get((rank, section), 0) + 1
                 if low[rank, section] == WINDOWS:
                     spent = windows[rank][section]
                     best = score * spent
                     host = self.hosts[rank]
-                    found.append(Straggler(rank, host, section, score, spent, best))
+                    stragglers.append(Straggler(rank, host, section, score, spent, best))
         self._low = low
         worst = min((score for own in of_ranks for score in own.values()), default=1.0)
-        return {"perf/straggler_score": worst}, found
+        return {"perf/straggler_score": worst}, stragglers

@@ -1,0 +1,277 @@
+"""Write files atomically, append lines, lock folders, and retry transient errors.
+
+Three things can be wrong with a file: its bytes, which the caller checks; the room on its disk
+(`FULL`); and all else that the operating system reports, such as ESTALE, ETIMEDOUT, ENOTCONN,
+EACCES or EIO of a shared file system.  The last may pass: the operation is retried for about half a
+minute, and then raises StorageError.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from echolab.errors import BusyError, ConfigError, DiskFullError, StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each further attempt
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no such file
+NEVER: tuple[float, ...] = ()  # no retry
+WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
+LOCK = ".lock"
+_HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds each
+
+Result = TypeVar("Result")
+
+
+def retry(
+    action: Callable[[], Result],
+    *,
+    pauses: Sequence[float] | None = None,
+    final: tuple[type[OSError], ...] = ABSENT,
+) -> Result:
+    """Return `action()`; after an OSError that may pass, wait and retry.
+
+    Raise the OSError of the last attempt, and at once one of `FULL` or of the types `final`.
+    """
+    for pause in PAUSES if pauses is None else pauses:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in FULL or isinstance(error, final):
+                raise
+        time.sleep(pause)
+    return action()
+
+
+def describe_error(error: OSError) -> str:
+    """Return the words and the number of an OSError: "Stale file handle, errno 116"."""
+    return f"{error.strerror or error}, errno {error.errno}"
+
+
+def read_error(path: Path | str, error: OSError) -> StorageError:
+    """Return the error of a file that the operating system cannot read."""
+    return StorageError(
+        f"{path}: could not be read ({describe_error(error)}); its bytes may be whole: check the "
+        "file system and its permissions, then run the same command again"
+    )
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file; raise StorageError, or one of `ABSENT` if it does not exist."""
+    try:
+        return retry(path.read_bytes)
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
+def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
+    """Write to a temporary name in the same folder, then rename: no reader sees half a file.
+
+    Raise DiskFullError or StorageError, in one line, if it cannot be written; `patient` waits for
+    an error to pass before.
+    """
+    partial = path.with_name(path.name + ".partial")
+
+    def write() -> None:
+        if partial.is_symlink() and (partial.is_file() or not partial.exists()):
+            partial.unlink()  # in a stranger's folder: it would be written through
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    try:
+        retry(write, pauses=None if patient else NEVER)
+    except OSError as error:
+        remove_quietly(partial)
+        raise write_error(path, error) from error
+
+
+def check_writable(out: Path, *, folder: bool = False) -> None:
+    """Create the folder that `out` is written in, and write and remove a small file there.
+
+    For the start of a command, so that no work is done for a result that cannot be saved.  With
+    `folder`, `out` is a folder itself.  Raises ConfigError.
+    """
+    if not folder and out.is_dir():
+        raise ConfigError(f"{out}: is a folder; name a file in it")
+    if folder and out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; name a folder")
+    probe = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.trial"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            remove_quietly(probe)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise ConfigError(f"{out}: cannot be written ({what}); give another place") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it; raise StorageError, in one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep all other writers out of a folder while the block runs.
+
+    The lock is the kernel's, so that it ends with its holder in any case.  The thread that holds a
+    folder may lock it again.  Raises BusyError, which names the holder, and StorageError if the
+    folder does not exist or cannot be written.
+    """
+    path = folder.resolve() / LOCK
+    if _HELD.get(path) == threading.get_ident():
+        yield
+        return
+    file = _locked(path)
+    _HELD[path] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _HELD[path]
+        remove_quietly(path)  # while it is held: whoever waits sees that it is another file
+        file.close()
+
+
+def _locked(path: Path) -> TextIO:
+    """Open and lock the file of a lock, and write its holder into it."""
+    while True:
+        if path.is_symlink():  # it came with a stranger's files: what it points to is not ours
+            remove_quietly(path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
+            file.close()
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise BusyError(
+                f"{path.parent}: {holder} is writing there; wait until it is done, or give another "
+                "folder"
+            ) from error
+        except OSError as error:
+            file.close()
+            raise write_error(path, error) from error
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_text(path: Path, text: str, *, patient: bool = False) -> None:
+    """Append complete lines to a file, below the rest of a line that a killed process left.
+
+    Raise DiskFullError or StorageError, in one line, if they cannot be written; `patient` waits for
+    an error to pass before.  Earlier lines stay.
+    """
+
+    def append() -> None:
+        with path.open("ab+") as file:
+            end = file.tell()
+            torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+            file.write(("\n" + text if torn else text).encode())
+
+    try:
+        retry(append, pauses=None if patient else NEVER)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+class LineLog:
+    """A log that never stops its writer: lines that cannot be written now are written later.
+
+    At most `limit` lines wait; then the oldest are dropped.  Failures, late lines and lost lines
+    are reported on standard error.
+    """
+
+    def __init__(self, path: Path, limit: int = WAITING_LINES) -> None:
+        self.path = path
+        self._waiting: deque[str] = deque(maxlen=limit)
+        self._failing, self._dropped = False, 0
+
+    def add(self, line: str) -> None:
+        """Write a line, which ends in a line break, after all that wait."""
+        self._dropped += len(self._waiting) == self._waiting.maxlen
+        self._waiting.append(line)
+        self._write(patient=False)
+
+    def close(self) -> None:
+        """Write the waiting lines with retries, and report those that cannot be written."""
+        if self._waiting:
+            self._write(patient=True)
+        if self._waiting:
+            lost = len(self._waiting) + self._dropped
+            self._report(f"{self.path}: {lost} lines are lost: it could not be written to the end")
+
+    def _write(self, *, patient: bool) -> None:
+        """Write line by line, so that no line is written twice."""
+        written = 0
+        while self._waiting:
+            try:
+                append_text(self.path, self._waiting[0], patient=patient)
+            except StorageError as error:
+                if not self._failing:
+                    self._report(f"{error}; lines are kept in memory, and written later")
+                self._failing = True
+                return
+            self._waiting.popleft()
+            written += 1
+        if self._failing:
+            self._report(f"{self.path}: {written} lines written late, {self._dropped} dropped")
+        self._failing, self._dropped = False, 0
+
+    def _report(self, words: str) -> None:
+        print(f"echolab: {words}", file=sys.stderr, flush=True)
+
+
+def write_error(path: Path, error: OSError) -> StorageError:
+    """Return the error of a file that could not be written."""
+    remedy = {
+        errno.ENOSPC: "free some space or choose another folder",
+        errno.EDQUOT: "free some of your quota or choose another folder",
+        errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+        errno.EROFS: "mount it for writing or choose another folder",
+    }.get(error.errno or 0, "check that the folder exists and can be written")
+    kind = DiskFullError if error.errno in FULL else StorageError
+    return kind(f"{path}: could not be written ({describe_error(error)}); {remedy}")
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a leftover; one that cannot be removed is no reason to hide the first error."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass

@@ -1,0 +1,337 @@
+"""`echolab bench data`: speed of reading shards, compared with plain webdataset and the disk."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from safetensors.torch import load, save
+from torch import Tensor
+
+from echolab.bench.measure import Row, say
+from echolab.bench.options import DataArguments
+from echolab.data.collate import FEATURES, read_fp32
+from echolab.data.media import decode_flac, decode_mp4, decode_tracks, encode_flac, encode_mp4
+from echolab.data.media import encode_tracks as encode_boxes
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_writer import ShardWriter
+from echolab.data.shuffle import epoch_order
+from echolab.errors import ConfigError
+from echolab.geometry import WAN
+from echolab.tasks.table import DEFAULT_TASK, KNOWN_TASKS
+
+OURS, PEER, LIMIT = "echolab", "webdataset", "sequential read"
+COMPARED = 4  # samples
+TASK = DEFAULT_TASK
+WANTED = ("latents", "weight", *FEATURES, f"known.{TASK}", f"known_latents.{TASK}")
+SHARD_BYTES = 2**28
+TEXT, IMAGE, AUDIO = (512, 4096), (257, 1280), 768  # as the released encoders give them
+CHUNK = 2**20
+
+
+Way = Callable[[], Iterable[object]]  # goes through all samples once
+
+
+def rows_of(arguments: DataArguments) -> list[Row]:
+    """Measure as the arguments say."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        return list(bench(arguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def bench(arguments: DataArguments) -> Iterator[Row]:
+    """Yield all rows."""
+    size = (arguments.frames, arguments.height, arguments.width)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-data-") as name:
+        folder = Path(name)
+        if arguments.clips is None:
+            say(f"drawing {arguments.gigabytes:g} GB of encoded clips")
+            write_encoded(folder / "encoded", size, arguments.gigabytes * 1e9)
+        if arguments.raw is None:
+            say(f"drawing {arguments.raw_clips} raw clips")
+            write_raw(folder / "raw", size, arguments.raw_clips)
+        yield from encoded_rows(arguments.clips or folder / "encoded", arguments.rounds)
+        yield from raw_rows(arguments.raw or folder / "raw", arguments.rounds)
+        yield from memory_rows(arguments.clips or folder / "encoded")
+
+
+def opened(folder: Path, kind: str) -> ShardDataset:
+    """Open a dataset.  Raise ConfigError if it is of another kind or empty."""
+    dataset = open_dataset(folder)
+    if dataset.kind != kind or not len(dataset):
+        raise ConfigError(f"{folder}: {len(dataset)} {dataset.kind} samples; need {kind} ones")
+    return dataset
+
+
+def encoded_rows(folder: Path, rounds: int) -> Iterator[Row]:
+    """Yield rows for the tensors that training needs of a clip, then for every tensor."""
+    dataset = opened(folder, "encoded")
+    yield Row("encoded/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
+    yield Row("encoded/difference", difference(dataset), "largest", PEER)
+    for name, wanted in (("encoded", WANTED), ("encoded/every_tensor", None)):
+        ways: dict[str, Way] = {
+            OURS: partial(tensors_of, dataset, wanted),
+            PEER: partial(webdataset_of, dataset, partial(decode_encoded, wanted=wanted)),
+            LIMIT: partial(sequentially, dataset),
+        }
+        yield from speed_rows(name, dataset, ways, rounds)
+
+
+def raw_rows(folder: Path, rounds: int) -> Iterator[Row]:
+    """Yield rows for decoded clips, where the video decoder takes the time, and for bytes."""
+    dataset = opened(folder, "raw")
+    yield Row("raw/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
+    limit = partial(sequentially, dataset)
+    decoded = partial(webdataset_of, dataset, decode_raw)
+    ways: dict[str, Way] = {OURS: partial(decoded_of, dataset), PEER: decoded, LIMIT: limit}
+    yield from speed_rows("raw", dataset, ways, rounds)
+    plain = partial(webdataset_of, dataset, dict)
+    ways = {OURS: partial(members_of, dataset), PEER: plain, LIMIT: limit}
+    yield from speed_rows("raw/bytes", dataset, ways, rounds)
+
+
+def difference(dataset: ShardDataset) -> float:
+    """Return the largest difference of a tensor between both readers; it should be 0."""
+    theirs = webdataset_of(dataset, partial(decode_encoded, wanted=WANTED))
+    largest = 0.0
+    for i, tensors in zip(range(COMPARED), theirs, strict=False):  # samples stand as in the tars
+        mine = read_fp32(dataset, i, WANTED)
+        largest = max(
+            largest, *(float((mine[name] - tensors[name]).abs().max()) for name in WANTED)
+        )
+    return largest
+
+
+def speed_rows(
+    name: str, dataset: ShardDataset, ways: dict[str, Way], rounds: int
+) -> Iterator[Row]:
+    """Yield samples and bytes per second, warm and cold, and the processor time per sample."""
+    samples, megabytes = len(dataset), sum(shard.bytes for shard in dataset.shards) / 1e6
+    for state in ("warm", "cold"):
+        say(f"measuring {name}, {state}")
+        why = evict(shards_of(dataset)) if state == "cold" else None
+        if why:
+            say(f"{name}/cold: skipped, {why}")
+            return
+        prepare = partial(evict, shards_of(dataset)) if state == "cold" else None
+        wall, processor = in_turns(ways, rounds, prepare)
+        here = f"{name}/{state}"
+        yield Row(f"{here}/samples", samples / wall[OURS], "1/s", PEER, samples / wall[PEER])
+        speed = {way: megabytes / seconds for way, seconds in wall.items()}
+        yield Row(f"{here}/bytes", speed[OURS], "MB/s", LIMIT, speed[LIMIT])
+        for other in (PEER, LIMIT):
+            cost = {way: 1e3 * seconds / samples for way, seconds in processor.items()}
+            label = f"{here}/processor_time/{other.replace(' ', '_')}"
+            yield Row(label, cost[OURS], "ms/sample", other, cost[other])
+
+
+def in_turns(
+    ways: dict[str, Way], rounds: int, prepare: Callable[[], object] | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median seconds of each way: wall time, and processor time of this process.
+
+    Each way is first in turn, so that what disturbs one disturbs all.
+    """
+    for way in ways.values():  # decoders at work, and all in the page cache
+        exhaust(way)
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if prepare is not None:
+                prepare()
+            start, busy = time.perf_counter(), time.process_time()
+            exhaust(ways[name])
+            wall[name].append(time.perf_counter() - start)
+            processor[name].append(max(time.process_time() - busy, 1e-9))
+    middle = statistics.median
+    return {n: middle(t) for n, t in wall.items()}, {n: middle(t) for n, t in processor.items()}
+
+
+def exhaust(way: Way) -> None:
+    """Read all samples."""
+    for _ in way():
+        pass
+
+
+def memory_rows(folder: Path) -> Iterator[Row]:
+    """Yield the memory of a worker that reads, above what it takes to start."""
+    grown = alone(reading_growth, folder, OURS)
+    yield Row("memory/worker", grown, "MB", PEER, alone(reading_growth, folder, PEER))
+
+
+def reading_growth(folder: Path, reader: str) -> float:
+    """Return the MB by which this process grew while it read a dataset."""
+    before = high_water()
+    dataset = open_dataset(folder)
+    decode = partial(decode_encoded, wanted=WANTED)
+    exhaust(
+        partial(tensors_of, dataset, WANTED)
+        if reader == OURS
+        else partial(webdataset_of, dataset, decode)
+    )
+    return high_water() - before
+
+
+def alone(work: Callable[..., Any], *given: object) -> Any:
+    """Call a function in a new process, whose memory is that of the function alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def high_water() -> float:
+    """Return the most MB that this process had in memory since its start."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+
+
+# -- shards to read ------------------------------------------------------------------------------
+
+
+def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
+    """Draw one random encoded clip in fp16 of (frames, height, width) pixels."""
+    frames, height, width = size
+    side = WAN.token_pixels
+    if not WAN.is_clip_length(frames) or height % side or width % side or min(size) < 1:
+        lengths = WAN.clip_lengths
+        raise ConfigError(f"{frames} frames of {width}x{height}: need {lengths}, sides of {side}")
+    generator = torch.Generator().manual_seed(seed)
+    grid = WAN.latent_grid(frames, height, width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (WAN.channels, *grid),
+        "weight": (1, *grid),
+    }
+    shapes |= {"text": TEXT, "image": IMAGE, "audio": (2 * frames, AUDIO)}
+    shapes["face"] = (WAN.tokens(*grid[1:]),)
+    for task in KNOWN_TASKS:
+        shapes |= {f"known.{task}": (WAN.time_stride, *grid)}
+        shapes |= {f"known_latents.{task}": (WAN.channels, *grid)}
+    made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
+    fractions = (name for name in made if name == "weight" or name.startswith("known."))
+    return made | {name: made[name].abs().clamp(max=1) for name in fractions}
+
+
+def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) -> None:
+    """Write random encoded clips of about so many bytes."""
+    one = len(save(draw_clip(size, 0)))
+    count = max(2, round(total_bytes / one))
+    each = max(1, SHARD_BYTES // one)
+    with ShardWriter(folder, kind="encoded", samples_per_shard=each) as writer:
+        for i in range(count):
+            about = json.dumps({"caption": f"clip {i}"}).encode()
+            writer.write(f"clip-{i}", {"safetensors": save(draw_clip(size, i)), "json": about})
+
+
+def write_raw(folder: Path, size: tuple[int, int, int], count: int) -> None:
+    """Write raw clips, all of the same moving image and audio."""
+    frames, height, width = size
+    wave = (
+        np.add.outer(np.arange(height), np.arange(width))[None]
+        + 3 * np.arange(frames)[:, None, None]
+    )
+    pixels = np.stack([(wave * k % 256).astype(np.uint8) for k in (1, 2, 3)], -1)
+    boxes = np.tile(np.array([0, 0, width, height], np.float32), (frames, 1))
+    members = {
+        "mp4": encode_mp4(pixels),
+        "flac": encode_flac(np.sin(np.arange(640 * frames, dtype=np.float32) / 20)),
+        "tracks.npz": encode_boxes(boxes, boxes),
+        "json": b'{"caption": "a moving image"}',
+    }
+    with ShardWriter(folder, kind="raw", samples_per_shard=max(1, count // 2)) as writer:
+        for i in range(count):
+            writer.write(f"clip-{i}", members)
+
+
+def decode_raw(members: dict[str, bytes]) -> tuple[Any, ...]:
+    """Decode frames, audio, boxes and caption with the strict decoders of training."""
+    return (
+        decode_mp4(members["mp4"]), decode_flac(members["flac"]),
+        decode_tracks(members["tracks.npz"]), json.loads(members["json"]),
+    )  # fmt: skip
+
+
+def decode_encoded(members: dict[str, bytes], wanted: Iterable[str] | None) -> dict[str, Tensor]:
+    """Decode tensors to fp32 in the plain way: safetensors copies each of them once."""
+    tensors = load(members["safetensors"])
+    return {name: tensors[name].float() for name in wanted or sorted(tensors)}
+
+
+# -- ways to read them ---------------------------------------------------------------------------
+
+
+def training_order(dataset: ShardDataset) -> list[int]:
+    """Return the samples in the order of an epoch."""
+    counts = dataset.samples_by_shard
+    order: list[int] = epoch_order(counts, dataset.fingerprint, seed=0, epoch=0).tolist()
+    return order
+
+
+def tensors_of(
+    dataset: ShardDataset, wanted: tuple[str, ...] | None
+) -> Iterator[dict[str, Tensor]]:
+    """Read every sample's tensors in fp32 with our reader."""
+    return (read_fp32(dataset, i, wanted) for i in training_order(dataset))
+
+
+def members_of(dataset: ShardDataset) -> Iterator[dict[str, bytes]]:
+    """Read every sample's bytes with our reader."""
+    return (dataset.read(i) for i in training_order(dataset))
+
+
+def decoded_of(dataset: ShardDataset) -> Iterator[tuple[Any, ...]]:
+    """Read and decode every raw sample with our reader."""
+    return map(decode_raw, members_of(dataset))
+
+
+def webdataset_of(
+    dataset: ShardDataset, decode: Callable[[dict[str, bytes]], object]
+) -> Iterator[Any]:
+    """Read every sample with plain webdataset, in tar order, decoded the same strict way."""
+    read = webdataset.WebDataset([str(path) for path in shards_of(dataset)], shardshuffle=False)
+    yield from read.map(decode)
+
+
+def sequentially(dataset: ShardDataset) -> Iterator[int]:
+    """Read the same bytes in tar order into one buffer, and yield the sizes of the pieces."""
+    memory = bytearray(CHUNK)
+    for path in shards_of(dataset):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(memory):
+                yield count
+
+
+def shards_of(dataset: ShardDataset) -> list[Path]:
+    """Return the files of a dataset in a folder."""
+    return [Path(dataset.folder) / shard.name for shard in dataset.shards]
+
+
+def evict(paths: list[Path]) -> str | None:
+    """Drop files from the page cache; return why that failed, or None."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.preadv(file, [bytearray(512)], path.stat().st_size // 2, os.RWF_NOWAIT)
+            return f"{path.name} stays in the page cache"
+        except BlockingIOError:
+            continue  # it would have to come from the disk: as wanted
+        except OSError as error:
+            return f"the page cache cannot be read ({error.strerror})"
+        finally:
+            os.close(file)
+    return None

@@ -1,0 +1,142 @@
+"""Rows of figures, and how time and memory are measured."""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[], object]
+
+
+class Row(NamedTuple):
+    """One figure, and the figure that it is compared with."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: str | None = None  # what it is compared with
+    baseline_value: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """value / baseline_value"""
+        return self.value / self.baseline_value if self.baseline_value else None
+
+
+class Cost(NamedTuple):
+    """The cost of one run, or the medians of several."""
+
+    seconds: float  # by the clock on the wall, the GPU's work included
+    processor_seconds: float  # of all threads: what others do on the same cores is not in it
+    peak: int = 0  # bytes
+
+
+class Pair(NamedTuple):
+    """The costs of two things that were run in turns."""
+
+    ours: Cost
+    baseline: Cost
+
+    def rows(self, name: str, baseline: str, device: str) -> list[Row]:
+        """Return the rows of time and memory."""
+        ours, other, mebi = self.ours, self.baseline, 2**20
+        rows = [Row(f"{name}/time", ours.seconds, "s", baseline, other.seconds)]
+        if device == "cpu":
+            taken = ours.processor_seconds, other.processor_seconds
+            rows.append(Row(f"{name}/processor_time", taken[0], "s", baseline, taken[1]))
+        peaks = ours.peak / mebi, other.peak / mebi
+        return [*rows, Row(f"{name}/peak_memory", peaks[0], "MiB", baseline, peaks[1])]
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """Return the rows as a JSON list of objects."""
+    return json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1)
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a table of text."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    cells = [("name", "value", "unit", "baseline", "value", "ratio")]
+    cells += [
+        (r.name, number(r.value), r.unit, r.baseline or "", number(r.baseline_value),
+         number(r.ratio))
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def cost_of(run: Run, device: str) -> Cost:
+    """Measure the time of one run."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start, processor = time.perf_counter(), time.process_time()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Cost(time.perf_counter() - start, time.process_time() - processor)
+
+
+def peak_of(run: Run, device: str) -> int:
+    """Return the most bytes that torch's allocator held in a run, above what it held before.
+
+    On GPUs the caching allocator counts them; on CPUs every allocation and release is taken from
+    torch's profiler.  What a run makes counts, gradients among it; the weights do not.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        run()
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
+    """Run both in turns, `pairs` times, and return their median costs.
+
+    Each is first every other time, so that what disturbs one disturbs the other.  Memory is that of
+    a round before them.
+    """
+    run()  # compilers and tables at work
+    baseline()
+    peaks = peak_of(run, device), peak_of(baseline, device)
+    costs: dict[Run, list[Cost]] = {run: [], baseline: []}
+    for index in range(pairs):
+        for one in (run, baseline)[:: -1 if index % 2 else 1]:
+            costs[one].append(cost_of(one, device))
+    ours, other = (
+        Cost(
+            statistics.median(cost.seconds for cost in costs[one]),
+            statistics.median(cost.processor_seconds for cost in costs[one]),
+            peak,
+        )
+        for one, peak in zip((run, baseline), peaks, strict=True)
+    )
+    return Pair(ours, other)
+
+
+def say(message: str) -> None:
+    """Print on standard error what is measured, and what is skipped and why."""
+    print(message, file=sys.stderr, flush=True)

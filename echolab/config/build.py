@@ -1,0 +1,215 @@
+"""From the plain settings of conf/train.yaml to the objects that `fit` takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from echolab.config.build_adapters import reference_of
+from echolab.config.callbacks import callbacks_from
+from echolab.config.data_checks import check_checkpoints, check_held_out
+from echolab.config.networks import checked_placement, start_of
+from echolab.config.origins import checkpoints_from, origins_from
+from echolab.config.parts import guards_from, intervals_from, machine_from, rate_of
+from echolab.data.batch_sampler import ShuffleConfig
+from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
+from echolab.diffusion.phases import (
+    FLAT,
+    PHDA,
+    PHDA_BY_PROGRESS,
+    Allocator,
+    ModalityDropout,
+    ModalityScaling,
+    PhaseSchedule,
+    without_dropout,
+)
+from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
+from echolab.training.checkpoints.checkpoint import open_verified
+from echolab.training.config import Training, check_data
+from echolab.training.datamodule import HeldOut
+from echolab.training.engine.machine import Machine
+from echolab.training.module import Optim, Reference
+from echolab.training.schedule import Epoch, Schedule
+from echolab.training.signals import end_of_job, grace_from
+
+PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
+ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
+    "dropout": ModalityDropout,
+    "scale": ModalityScaling,
+}
+
+
+def phases_from(config: Mapping[str, Any]) -> Allocator:
+    """Return how modalities are weighted at a noise level, from conf/phases."""
+    return ALLOCATORS[config["mode"]](PHASES[config["schedule"]])
+
+
+def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
+    """Return the curriculum of conf/tasks.
+
+    It continues that of the checkpoint `origin`, unless tasks.restart is set.
+    """
+    stages = (
+        [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
+        if config["stages"]
+        else hard_to_easy(config["steps_per_stage"], config["tasks"])
+    )
+    curriculum = Curriculum(stages, config["ema_decay"], config["min_prob"])
+    if origin is None or config.get("restart"):
+        return curriculum
+    return curriculum.following(open_verified(origin).state["curriculum"])
+
+
+def schedule_from(config: Mapping[str, Any]) -> Schedule:
+    """Return the epochs and their learning rates, from conf/schedule and optim.lr."""
+    schedule, lr = config["schedule"], float(config["optim"]["lr"])
+    epochs = [
+        Epoch(str(e["kind"]), int(e["steps"]), rate_of(lr, float(e.get("lr_scale", 1.0))))
+        for e in schedule["epochs"]
+    ]
+    return Schedule(
+        epochs, cycles=schedule["cycles"], warmup=schedule["warmup"], decay=schedule["decay"]
+    )
+
+
+def objectives_from(
+    config: Mapping[str, Any], phases: Allocator, reference: Reference | None
+) -> dict[str, Any]:
+    """Return the objectives by kind of epoch; those of preferences need a reference model."""
+    objectives: dict[str, Any] = {"sft": Supervised(phases)}
+    if reference:
+        all_modalities = without_dropout(phases)
+        objectives["ndpo"] = NegativePreference(
+            all_modalities, reference, config["beta"], config["target_grad_factor"]
+        )
+        objectives["dpo"] = Preference(
+            all_modalities,
+            reference,
+            config["beta"],
+            loss_type=config["loss_type"],
+            label_smoothing=config["label_smoothing"],
+            sft_weight=config["sft_weight"],
+            target_grad_factor=config["target_grad_factor"],
+        )
+    return objectives
+
+
+def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
+    """Open the datasets, if any, that the setting data.`key` names, and return them."""
+    named: str | Sequence[str] = config[key] or []
+    paths = [named] if isinstance(named, str) else named
+    cache, cache_gb = config["cache_dir"], float(config["cache_gb"])
+    return [open_dataset(path, cache_dir=cache, cache_gb=cache_gb) for path in paths]
+
+
+def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Training` that conf/data sets, without the validation data."""
+    return {
+        "clips": datasets_from(config, "clips"),
+        "pairs": datasets_from(config, "pairs"),
+        "weights": config["clip_weights"],
+        "pair_weights": config["pair_weights"],
+        "order": ShuffleConfig(
+            config["shuffle_block_size"],
+            config["shuffle_buffer"],
+            config["last_batch"],
+            config["token_budget"],
+        ),
+        "ledger": config["log_samples"],
+        "skip_budget": float(config["max_bad_fraction"]),
+        "accepts_changed_data": config.get("changed") == "accept",
+        "workers": config["num_workers"],
+    }
+
+
+def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
+    """Return the validation data of conf/data, or None without data.val_clips."""
+    if not config["val_clips"]:
+        return None
+    return HeldOut(
+        datasets_from(config, "val_clips")[0],
+        at_most=config["val_num_clips"],
+        batch_size=config["val_batch_size"],
+        tasks=tuple(config["val_tasks"]),
+    )
+
+
+def check_together(
+    data: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    held_out: HeldOut | None,
+    checkpoints: Sequence[Path | None],
+) -> None:
+    """Raise DataError for datasets and checkpoints that must not meet in one run."""
+    clips, pairs = reading["clips"], reading["pairs"]
+    check_checkpoints(checkpoints, clips[0])
+    if held_out:
+        accepted = data.get("val_overlaps") == "accept"
+        check_held_out(held_out.clips, clips, pairs, accepted)
+
+
+def optim_from(config: Mapping[str, Any]) -> Optim:
+    """Return the settings of AdamW and of the averages, from conf/optim."""
+    return Optim(
+        betas=tuple(config["betas"]),
+        eps=config["eps"],
+        weight_decay=config["weight_decay"],
+        clip=config["max_grad_norm"],
+        ema_decay=config["ema_decay"],
+        ema_more=tuple(config["extra_ema_decays"]),
+        ema_widths=tuple(config["posthoc_ema_stds"]),
+    )
+
+
+def data_from(
+    config: Mapping[str, Any], origin: Path | None, pinned: Path | None
+) -> dict[str, Any]:
+    """Return datasets and curriculum; raise EcholabError if they do not fit the network."""
+    reading, held_out = reading_from(config["data"]), held_out_from(config["data"])
+    check_together(config["data"], reading, held_out, (origin, pinned))
+    curriculum = curriculum_from(config["tasks"], origin)
+    datasets = (reading["clips"], reading["pairs"], held_out)
+    check_data(*datasets, config["model"], curriculum, config["verify_export"])
+    return {**reading, "curriculum": curriculum, "held_out": held_out}
+
+
+def training_from(
+    config: Mapping[str, Any], agreed: str, machine: Machine | None = None
+) -> Training:
+    """Build what `fit` takes; `agreed` is a digest of the settings, `machine` replaces theirs."""
+    schedule = schedule_from(config)
+    phases = phases_from(config["phases"])
+    seed, prefers = int(config["seed"]), schedule.prefers
+    origin, pinned = checkpoints_from(config)
+    parts = {"callbacks": callbacks_from(config["callbacks"]), **data_from(config, origin, pinned)}
+    machine = machine or machine_from(config["trainer"])
+    placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
+    net, own, initial = start_of(config, origin, seed, placement)
+    reference = reference_of(config, own, pinned) if prefers else None
+    return Training(
+        folder=Path(config["run_dir"]),
+        agreed=agreed,
+        net=net,
+        architecture=config["model"],
+        **parts,
+        schedule=schedule,
+        objectives=objectives_from(config["objective"], phases, reference),
+        phases=phases,
+        reference=reference,
+        reference_checkpoint=pinned,
+        initial=initial,
+        origins=origins_from(config, origin, pinned),
+        adapters=own.record if own else None,
+        optim=optim_from(config["optim"]),
+        machine=machine,
+        batch_size=config["batch_size"],
+        micro_batch_size=config["micro_batch_size"],
+        shift=float(config["flow_shift"]),
+        seed=seed,
+        every=intervals_from(config),
+        guards=guards_from(config["loss_spike"]),
+        host_memory_gb=config["max_host_memory_gb"],
+        parity=config["verify_export"],
+        grace=grace_from(config["signal_grace_seconds"]),
+        job_ends=end_of_job(),
+    )

@@ -1,0 +1,114 @@
+"""Folders of YAML settings: the one that echolab ships, and before it one of the user's.
+
+A file of the user's folder takes the place of the shipped file of the same name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from echolab.errors import ConfigError
+
+CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()  # travels in the wheel
+OPTION = "--config-dir"
+
+
+def with_absolute_folder(words: Sequence[str]) -> list[str]:
+    """Return the words with `--config-dir PATH` as one word with an absolute path.
+
+    It may then be handed to ranks, to members of a sweep and to jobs.  Raise ConfigError if no
+    folder is named, if it does not exist, or if it is given twice.
+    """
+    given: list[str] = []
+    rest: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        if word == OPTION:
+            given.append(next(remaining, ""))
+        elif word.startswith(f"{OPTION}="):
+            given.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if len(given) > 1:
+        raise ConfigError(f"{OPTION}={given[1]}: is given twice; give one folder")
+    for path in given:
+        if not path or not Path(path).expanduser().is_dir():
+            raise ConfigError(
+                f"{OPTION}={path}: no such folder; give one that holds YAML files as conf/ does"
+            )
+        rest.insert(0, f"{OPTION}={Path(path).expanduser().resolve()}")
+    return rest
+
+
+def folders_of(words: Sequence[str]) -> list[Path]:
+    """Return the folders in which settings are searched, in order."""
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{OPTION}=")]
+    return [*map(Path, given), CONF]
+
+
+def without_folder(words: Sequence[str]) -> list[str]:
+    """Return the words without the option --config-dir."""
+    return [word for word in words if not word.startswith(f"{OPTION}=")]
+
+
+def group_choices(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """Return the files of each group by choice; a file of an earlier folder comes first."""
+    groups: dict[str, dict[str, Path]] = {}
+    for folder in reversed(folders):
+        for path in sorted(folder.glob("*/*.yaml")):
+            groups.setdefault(path.parent.name, {})[path.stem] = path
+    return {
+        group: {choice: path for choice, path in sorted(files.items()) if choice != "default"}
+        for group, files in sorted(groups.items())
+    }
+
+
+def default_settings(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Return the settings of a run without any override, and the choice of each group.
+
+    The files are read without Hydra, which takes a second: interpolations stay as they are.
+    """
+    main = _read(folders, "train")
+    chosen: dict[str, str | None] = {}
+    settings: dict[str, Any] = {}
+    for entry in main.pop("defaults"):
+        if isinstance(entry, dict):
+            ((group, choice),) = entry.items()
+            if not group.startswith("override "):
+                chosen[group] = choice
+                if choice is not None:
+                    settings[group] = group_settings(folders, group, choice)
+    main.pop("hydra", None)
+    return {**settings, **main}, chosen
+
+
+def group_settings(folders: Sequence[Path], group: str, choice: str) -> dict[str, Any]:
+    """Return the settings of one choice of a group, with those that it inherits."""
+    own = _read(folders, f"{group}/{choice}")
+    inherited: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            inherited |= group_settings(folders, group, base)
+    return {**inherited, **own}
+
+
+def _read(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    import yaml
+
+    path = next(path for folder in folders if (path := folder / f"{name}.yaml").is_file())
+    content: Mapping[str, Any] | None = yaml.load(path.read_text(), yaml.CSafeLoader)
+    return dict(content or {})
+
+
+def summary_of(path: Path) -> str:
+    """Return what a file of settings says of itself: its first comment, as one line."""
+    words: list[str] = []
+    for line in path.read_text().splitlines():
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("# "):
+            break
+        words.append(line[2:].strip())
+        if line.rstrip().endswith((".", ":")):
+            break
+    return " ".join(words).rstrip(".:")

@@ -1,0 +1,100 @@
+"""Identify by content what a run starts from: checkpoints, released weights, adapters."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from echolab.config.networks import last_checkpoint
+from echolab.errors import CheckpointError, WeightsError
+from echolab.launch import run_dir
+from echolab.models.loading import weight_files
+from echolab.training.checkpoints.checkpoint import (
+    folder_of,
+    open_verified,
+    saved_steps,
+)
+from echolab.training.checkpoints.manifest import read_manifest
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """Return the origins that the newest readable checkpoint of a run records; {} without one."""
+    folder = run / "checkpoints"
+    for step in saved_steps(folder):
+        try:
+            return dict(open_verified(folder_of(folder, step)).state.get("origins", {}))
+        except (CheckpointError, OSError, ValueError):
+            continue
+    return {}
+
+
+def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the checkpoint that a setting names; of a run its newest, or the one that `was` is.
+
+    A run that refers to another one keeps to the checkpoint that it began with, for as long as that
+    is kept, even if the other has been trained since.
+    """
+    if not place:
+        return None
+    folder = Path(place) / "checkpoints"
+    for step in saved_steps(folder) if was else []:
+        path = folder_of(folder, step)
+        try:
+            if was and read_manifest(path)["sha256"] == was["content"]:
+                return path
+        except CheckpointError:
+            continue
+    return last_checkpoint(Path(place))
+
+
+def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+    """Return the checkpoints that `init_from` and `ref_model` mean for a run that may have "
+    "begun."""
+    was, reference = recorded(Path(config["run_dir"])), config["ref_model"]
+    return (
+        checkpoint_of(config["init_from"], was.get("init_from")),
+        checkpoint_of(None if reference == "base" else reference, was.get("ref_model")),
+    )
+
+
+def origins_from(
+    config: Mapping[str, Any], initial: Path | None, reference: Path | None
+) -> dict[str, Any]:
+    """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
+    if run_dir.rank_from_environment():
+        return {}
+    checkpoints = {"init_from": initial, "ref_model": reference}
+    origins: dict[str, Any] = {key: _checkpoint(path) for key, path in checkpoints.items() if path}
+    if config["pretrained"]:
+        origins["pretrained"] = {"content": _digest(weight_files(Path(config["pretrained"])))}
+    if config["lora"]["init_from"]:
+        start = Path(config["lora"]["init_from"])
+        inside = start.iterdir() if start.is_dir() else [start]
+        files = sorted(path for path in inside if path.suffix in (".json", ".safetensors"))
+        origins["lora.init_from"] = {"content": _digest(files)}
+    return origins
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    identity = path.parent.parent / "run.json"
+    try:
+        run = json.loads(identity.read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        run = None  # trained without the command line
+    return {"content": str(manifest["sha256"]), "step": int(manifest["step"]), "run": run}
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Return the sha256 of the files' sha256, in order."""
+    combined = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                combined.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise WeightsError(
+                f"{path}: cannot be read ({error.strerror}); give another file"
+            ) from error
+    return combined.hexdigest()

@@ -1,0 +1,91 @@
+"""Look at the paths and devices of a run before anything heavy is imported.
+
+The supervisor calls this, so that a typing error is answered in one line within a second. What
+needs the content of a dataset or of a checkpoint is checked by the ranks.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from echolab.data.index import FORMATS, INDEX
+from echolab.data.remote.transport import parse_url
+from echolab.errors import CheckpointError, ConfigError, DataError, WeightsError
+
+KINDS = {"clips": "encoded", "val_clips": "encoded", "pairs": "preference"}
+HEAD_BYTES = 2**18  # of dataset.json, before its list of shards
+# Device files of NVIDIA, AMD, and NVIDIA under WSL.
+GPU_FILES = ("dev/nvidia[0-9]*", "dev/kfd", "dev/dxg")
+
+
+def check_paths(config: Mapping[str, Any]) -> None:
+    """Raise EcholabError, naming setting and path, for what is missing or of another kind."""
+    for key, path in datasets_of(config["data"]):
+        check_dataset_head(f"data.{key}", path, KINDS[key])
+
+    # Checkpoints: whether one is complete is seen when it is opened.
+    for key in ("init_from", "ref_model"):
+        place = config[key]
+        if place and (key, place) != ("ref_model", "base") and not Path(place).is_dir():
+            raise CheckpointError(f"{key}={place}: no such folder; give a run or a checkpoint")
+
+    weights = {"pretrained": config["pretrained"], "lora.init_from": config["lora"]["init_from"]}
+    for key, place in weights.items():
+        if place and not Path(place).exists():
+            raise WeightsError(f"{key}={place}: no such file or folder; give another path")
+
+
+def datasets_of(data: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Yield setting and path of each dataset that lies on a disk."""
+    for key in KINDS:
+        named = data[key] or []
+        for place in [named] if isinstance(named, str) else named:
+            if not parse_url(place):
+                yield key, Path(place)
+
+
+def check_dataset_head(key: str, folder: Path, kind: str) -> None:
+    """Raise DataError if a folder holds no readable dataset of this kind and a known format."""
+    path = folder / INDEX
+    try:
+        head = read_head(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "there is no dataset.json in it" if folder.is_dir() else "no such folder"
+        raise DataError(f"{key}={folder}: {path}: not there ({what}); give a dataset") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}={folder}: {path}: cannot be read ({error})") from error
+    if head.get("format") not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise DataError(
+            f"{path}: format {head.get('format')}, this program reads {known}; "
+            "make the dataset again"
+        )
+    if head.get("kind") != kind:
+        raise DataError(
+            f"{key}={folder}: is a dataset of the kind {head.get('kind')}, this setting takes "
+            f"{kind}; give another dataset"
+        )
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """Return what dataset.json says before its list of shards; raise ValueError if it is none."""
+    with path.open("rb") as file:
+        start = file.read(HEAD_BYTES)
+        end = start.find(b'"shards":')
+        try:
+            head = json.loads(start[:end].rstrip(b", \n\t") + b"}")
+        except ValueError:
+            head = {}
+        if not isinstance(head, dict) or not {"format", "kind"} <= head.keys():
+            head = json.loads(start + file.read())  # written by another program
+    if not isinstance(head, dict):
+        raise ValueError("it holds no object")
+    return head
+
+
+def check_gpus(trainer: Mapping[str, Any], root: Path = Path("/")) -> None:
+    """Raise ConfigError if GPUs are asked for and this machine has no device file of any."""
+    wanted = trainer["accelerator"]
+    if wanted in ("gpu", "cuda") and not any(any(root.glob(name)) for name in GPU_FILES):
+        raise ConfigError(f"trainer.accelerator={wanted}: no GPU here; take trainer=cpu")

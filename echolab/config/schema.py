@@ -1,0 +1,414 @@
+"""Every setting of `echolab train`: its type, range, choices and meaning.  Imports no torch.
+
+The defaults are in conf/, one file for each value of a group; this module says what may stand
+there.  `check.check` compares a resolved configuration with it.  Every field is required,
+so a setting that is missing here or in conf/ is refused by name.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from echolab.geometry import WAN
+from echolab.tasks.table import TASKS
+
+MANY = 10**9  # more steps, clips or samples than any run has
+SPELLED = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's floats
+
+
+def as_number(value: Any) -> Any:
+    """Return `value` with text read as a number: YAML and the environment give `1e-4` as text.
+
+    Raise ValueError for true and false, which Python counts as 1 and 0.
+    """
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    for read in (int, float):
+        try:
+            return read(SPELLED.get(text, text))
+        except ValueError:
+            continue
+    return value
+
+
+def as_text(value: Any) -> Any:
+    """Return an integer as text, since the command line reads `run_dir=2027` as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+NUMBER = BeforeValidator(as_number)
+Size = Annotated[int, Field(ge=1, le=2**18), NUMBER]
+Count = Annotated[int, Field(ge=1, le=MANY), NUMBER]
+CountOrZero = Annotated[int, Field(ge=0, le=MANY), NUMBER]
+Positive = Annotated[float, Field(gt=0), NUMBER]
+PositiveOrZero = Annotated[float, Field(ge=0), NUMBER]
+Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Seconds = Positive
+# Text without control characters: names of files, or addresses.
+Text = Annotated[
+    str, BeforeValidator(as_text), StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[TASKS]
+Tasks = Annotated[list[Task], Field(min_length=1)]
+Weights = Annotated[list[PositiveOrZero], Field(min_length=1)]
+Datasets = Text | Annotated[list[Text], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; keys that it does not name are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    """conf/model: sizes of the network."""
+
+    dim: Size = Field(description="width of the network")
+    ffn_dim: Size = Field(description="width of the feed-forward layers")
+    num_heads: Size = Field(description="heads of attention; twice as many must divide dim")
+    num_layers: Size = Field(description="blocks")
+    in_channels: Size = Field(
+        description="channels of the input: out_channels; with known pixels 2 x that + time_stride"
+    )
+    out_channels: Size = Field(description="channels of the latents")
+    text_dim: Size = Field(description="width of the text features")
+    image_dim: Size | None = Field(description="width of the image features; null: no image branch")
+    audio_dim: Size | None = Field(description="width of the audio features; null: no audio branch")
+    freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2), NUMBER] = Field(
+        description="width of the timestep's sinusoids"
+    )
+    audio_layers: Size | None = Field(
+        default=None, description="layers of wav2vec2 that Flash hears; null: the preview's audio"
+    )
+    eps: Positive = Field(default=1e-6, description="added to variances by the norms")
+    patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] = Field(
+        default=[1, WAN.patch, WAN.patch], description="latents of a token: frames, height, width"
+    )
+    time_stride: Size = Field(
+        default=WAN.time_stride, description="frames of a latent frame, by the video autoencoder"
+    )
+    space_stride: Size = Field(
+        default=WAN.space_stride, description="pixels of a latent, by the video autoencoder"
+    )
+
+
+class Data(Section):
+    """conf/data: what is trained on, in which order, and what is held out."""
+
+    clips: Datasets = Field(description="dataset of encoded clips, or a list of them")
+    clip_weights: Weights | None = Field(
+        description="how often a clip comes from each of data.clips; null: as many as each holds"
+    )
+    pairs: Datasets | None = Field(
+        description="dataset of preference pairs, or a list of them; ndpo and dpo epochs need it"
+    )
+    pair_weights: Weights | None = Field(
+        description="how often a pair comes from each of data.pairs; null: as many as each holds"
+    )
+    shuffle_block_size: Count = Field(
+        description="neighboring samples in a shard that are read together"
+    )
+    shuffle_buffer: CountOrZero = Field(
+        description="places that the shuffle above blocks moves a sample"
+    )
+    last_batch: Literal["carry", "drop", "pad"] = Field(
+        description="what becomes of an epoch's samples that batch_size does not divide"
+    )
+    token_budget: Count | None = Field(
+        description="latent places that one clip of batch_size may take; null: the largest clip's"
+    )
+    log_samples: bool = Field(
+        description="record the samples of every step, for `echolab data audit`"
+    )
+    max_bad_fraction: Fraction = Field(
+        description="share of samples, of each shard and of all, that may be bad"
+    )
+    changed: Literal["refuse", "accept"] = Field(
+        default="refuse",
+        description="whether the run goes on with other clips or pairs than it was trained on",
+    )
+    cache_dir: Text | None = Field(
+        description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
+    )
+    cache_gb: Positive = Field(description="size of data.cache_dir in GB")
+    val_clips: Text | None = Field(description="dataset of encoded clips for the held-out error")
+    val_num_clips: Count = Field(description="held-out clips that are used")
+    val_batch_size: Count = Field(description="held-out clips a forward")
+    val_tasks: Tasks = Field(description="tasks of the held-out error")
+    val_overlaps: Literal["refuse", "accept"] = Field(
+        default="refuse",
+        description="whether held-out clips may be trained on; a trial of the program may",
+    )
+    num_workers: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(
+        description="loader processes a rank; 0: the rank reads by itself"
+    )
+
+
+class Stage(Section):
+    """One stage of the curriculum."""
+
+    steps: Count = Field(description="supervised steps of the stage")
+    targets: Annotated[dict[Task, PositiveOrZero], Field(min_length=1)] = Field(
+        description="share of each task, on any scale, one of them above 0"
+    )
+
+
+class Curriculum(Section):
+    """conf/tasks: how often each task is trained."""
+
+    stages: Annotated[list[Stage], Field(min_length=1)] | None = Field(
+        description="stages of the curriculum; null: one for each task of tasks.tasks"
+    )
+    tasks: Tasks = Field(description="tasks from hard to easy; each stage adds the next")
+    steps_per_stage: Count = Field(description="supervised steps of each stage of tasks.tasks")
+    ema_decay: Fraction = Field(description="of the average by which shares follow their targets")
+    min_prob: Fraction = Field(description="least share of a task that was introduced")
+    restart: bool = Field(
+        default=False,
+        description="whether a run with init_from= begins with the first stage again",
+    )
+
+
+class Phases(Section):
+    """conf/phases: how much each modality counts at a noise level."""
+
+    schedule: Literal["phda", "phda_by_progress", "flat"] = Field(description="curve of weights")
+    mode: Literal["dropout", "scale"] = Field(
+        description="dropout: the curve is the chance to keep a modality; scale: a factor on it"
+    )
+
+
+class Epoch(Section):
+    """One epoch of the schedule."""
+
+    kind: Literal["sft", "ndpo", "dpo"] = Field(description="objective of the epoch")
+    steps: Count = Field(description="optimizer steps of the epoch")
+    lr_scale: PositiveOrZero = Field(default=1.0, description="factor on optim.lr during the epoch")
+
+
+class Schedule(Section):
+    """conf/schedule: epochs and learning rates."""
+
+    epochs: Annotated[list[Epoch], Field(min_length=1)] = Field(description="epochs of one cycle")
+    cycles: Annotated[int, Field(ge=1, le=10**4), NUMBER] = Field(
+        description="how often the epochs are repeated"
+    )
+    warmup: CountOrZero = Field(description="steps over which the learning rate rises from 0")
+    decay: Literal["constant", "cosine"] = Field(description="of the learning rate over the run")
+
+
+class Objective(Section):
+    """conf/objective: the objectives of ndpo and dpo epochs, in trl's words."""
+
+    beta: Positive = Field(description="strength of the preference")
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
+    ] = Field(description="loss of dpo epochs")  # fmt: skip
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), NUMBER] = Field(
+        description="share of labels taken to be wrong"
+    )
+    sft_weight: PositiveOrZero = Field(
+        description="factor of the chosen clip's own error in the loss"
+    )
+    target_grad_factor: Annotated[float, Field(gt=0, lt=0.5), NUMBER] | None = Field(
+        description="gradient factor that beta follows; null: beta is constant"
+    )
+
+
+class Optim(Section):
+    """conf/optim: AdamW and the averages of the weights."""
+
+    lr: PositiveOrZero = Field(description="learning rate; schedule.epochs may scale it")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        description="decays of AdamW's first and second moment"
+    )
+    eps: Positive = Field(description="added to the root of AdamW's second moment")
+    weight_decay: PositiveOrZero = Field(description="AdamW's decay of matrices")
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), NUMBER] = Field(
+        description="limit of the gradient's norm; .inf: no limit"
+    )
+    ema_decay: Fraction = Field(description="decay of the average that is evaluated and exported")
+    extra_ema_decays: list[Fraction] = Field(description="decays of further averages")
+    posthoc_ema_stds: list[Annotated[float, Field(ge=1e-4, lt=0.2886), NUMBER]] = Field(
+        description="widths of power averages, from which export makes one of any width"
+    )
+
+
+class Lora(Section):
+    """conf/lora: adapters."""
+
+    target_modules: list[Text] = Field(
+        description="layers that get adapters; []: all weights are trained"
+    )
+    r: Size = Field(description="rank of the adapters")
+    lora_alpha: Positive = Field(description="the adapters' product is scaled by lora_alpha / r")
+    dropout: Fraction = Field(description="share of the adapters' inputs that are dropped")
+    init_from: Text | None = Field(description="adapters in peft's format to start from")
+
+
+class Trainer(Section):
+    """conf/trainer: devices, and how they share the work."""
+
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = Field(
+        description="how ranks share weights, gradients and moments"
+    )
+    devices: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(description="ranks a node")
+    num_nodes: Annotated[int, Field(ge=1, le=10**5), NUMBER] = Field(description="nodes")
+    accelerator: Literal["cpu", "gpu", "cuda"] = Field(description="device of every rank")
+    precision: Text = Field(description="32-true, or bf16-mixed")  # `machine.conflict` has reasons
+    zero3_shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
+    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
+        description="kernel of attention; auto: the fastest here"
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        description="recomputation of the blocks' activations"
+    )
+    compile: bool = Field(description="compile the blocks by torch.compile")
+    sequence_parallel: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(
+        description="ranks that share one clip"
+    )
+    offload: Literal["none", "optimizer"] = Field(
+        description="optimizer: ZeRO's fp32 masters and moments are in host memory"
+    )
+
+
+class Logger(Section):
+    """conf/logger: Weights & Biases."""
+
+    project: Text = Field(description="project on Weights & Biases")
+    mode: Literal["auto", "offline", "online", "disabled"] = Field(
+        description="auto: online if logged in, else offline"
+    )
+
+
+class Launcher(Section):
+    """conf/launcher: where members of a sweep are started."""
+
+    kind: Literal["local", "slurm"] = Field(description="local: one after the other; or as jobs")
+
+
+class CustomCallback(Section):
+    """A callback of the user's own."""
+
+    target: Text = Field(
+        description="class below echolab.training.callbacks or below an entry point of the group "
+        "echolab.callbacks, as package.module:Class, or the name of such an entry point"
+    )
+    args: dict[Text, Any] = Field(description="arguments of the class, by name")
+
+
+class Callbacks(Section):
+    """conf/callbacks: callbacks of the user's own."""
+
+    custom: list[CustomCallback] = Field(
+        description="callbacks of your own, called in this order after each step"
+    )
+
+
+class LossSpike(Section):
+    """Spikes of the loss and of the gradient's norm."""
+
+    policy: Literal["record", "recompute", "rollback"] = Field(description="what a spike causes")
+    threshold: Positive = Field(
+        description="robust standard deviations above the median of a spike"
+    )
+    window: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
+        description="steps of the same kind that a step is compared with"
+    )
+    min_history: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
+        description="steps that must be in the window first; at most loss_spike.window"
+    )
+    rollback_steps: CountOrZero = Field(description="steps that a rollback goes back at least")
+    skip_batches: CountOrZero = Field(description="batches around a spike that a rollback skips")
+    max_rollbacks: CountOrZero = Field(description="how often a run goes back")
+
+
+class SignalGrace(Section):
+    """Seconds from a signal of Slurm to the kill."""
+
+    TERM: PositiveOrZero = Field(description="seconds from SIGTERM to the kill (KillWait)")
+    USR1: PositiveOrZero = Field(description="seconds from SIGUSR1 to the kill")
+    USR2: PositiveOrZero = Field(description="seconds from SIGUSR2 to the kill")
+
+
+class Timeouts(Section):
+    """Seconds after which a rank that stays in a section is taken to hang."""
+
+    init: Seconds = Field(description="seconds for imports, data, weights and the first meeting")
+    first_step: Seconds = Field(description="seconds for the first step, with compilation")
+    step: Seconds = Field(description="seconds for forward, backward, optimizer and vote, each")
+    eval: Seconds = Field(description="seconds for a validation")
+    save: Seconds = Field(description="seconds for a checkpoint")
+    data_wait: Seconds = Field(description="seconds for the next batch")
+    teardown: Seconds = Field(description="seconds for the end of the process")
+    safety_factor: Positive = Field(description="times the longest step seen that a step may take")
+    min_step_timeout: Seconds = Field(description="seconds that a step may always take")
+
+
+class Settings(Section):
+    """conf/train.yaml: a run."""
+
+    run_dir: Text = Field(title="Run", description="folder of the run; of all members of a sweep")
+    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="of all randomness")
+    batch_size: Count = Field(description="clips an optimizer step, over all ranks")
+    micro_batch_size: Count | None = Field(
+        description="clips a forward; null: all of a rank's share"
+    )
+    flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
+        description="flow shift of the training noise levels"
+    )
+    init_from: Text | None = Field(
+        title="Start", description="run or checkpoint whose averaged weights training starts from"
+    )
+    pretrained: Text | None = Field(description="released weights that training starts from")
+    ref_model: Text | None = Field(
+        description="run or checkpoint of the reference of preference epochs; base: the adapters' "
+        "base; null: the average at the start of each epoch"
+    )
+    max_host_memory_gb: Positive | None = Field(
+        title="Safety",
+        description="GB of a rank and its loader workers above which the run saves and restarts",
+    )
+    verify_export: bool = Field(description="compare samples of the export before the run is done")
+    model: Model = Field(description="sizes of the network")
+    data: Data = Field(description="datasets and their order")
+    tasks: Curriculum = Field(description="how often each task is trained")
+    phases: Phases = Field(description="how much each modality counts at a noise level")
+    schedule: Schedule = Field(description="epochs and learning rates")
+    objective: Objective = Field(description="objectives of ndpo and dpo epochs")
+    optim: Optim = Field(description="optimizer and averages")
+    lora: Lora = Field(description="adapters")
+    trainer: Trainer = Field(description="devices, and how they share the work")
+    logger: Logger = Field(description="Weights & Biases")
+    callbacks: Callbacks = Field(description="callbacks of your own")
+    launcher: Launcher = Field(description="where members of a sweep are started")
+    log_every: CountOrZero = Field(
+        title="Intervals, in optimizer steps",
+        description="steps between lines of metrics.jsonl; 0: never",
+    )
+    save_every: CountOrZero = Field(
+        description="steps between checkpoints; 0: only where an epoch ends"
+    )
+    val_every: CountOrZero = Field(description="steps between validations; 0: never")
+    replica_check_every: CountOrZero = Field(
+        description="steps between comparisons of the replicas of all ranks; 0: never"
+    )
+    snapshot_every: CountOrZero = Field(
+        description="steps between kept averages of optim.posthoc_ema_stds, a multiple of "
+        "save_every; 0: never"
+    )
+    max_infra_restarts: CountOrZero = Field(
+        description="restarts after failures of machines (slurm/train.sbatch)"
+    )
+    loss_spike: LossSpike = Field(description="spikes of the loss and of the gradient's norm")
+    signal_grace_seconds: SignalGrace = Field(
+        description="seconds from a signal of Slurm to the kill"
+    )
+    timeouts: Timeouts = Field(description="deadlines of sections, in seconds")

@@ -1,0 +1,130 @@
+"""Store the settings of a run without secrets, and resolve stored settings.
+
+A value from the environment (`${oc.env:NAME}`) is kept as it was written, and an address without
+user, password and query.  So the files of a run hold no secret, and the same command resumes it if
+the variable has another value or the address another signature.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from echolab.errors import ConfigError
+from echolab.redaction import MASK, is_secret_name, mask_secrets
+
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+SHORT = 8  # characters: a shorter number is no secret
+VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)[^}]*\}")
+
+
+def stored(config: DictConfig) -> dict[str, Any]:
+    """Return composed settings as plain values: resolved, except for what may be secret.
+
+    A short number from a variable whose name is not that of a secret is kept as a number, so that
+    what was trained can be read from it (`seed=${oc.env:SLURM_ARRAY_TASK_ID}`).
+    """
+    read: set[str] = set()
+    with _on_environment(read.add):
+        kept: dict[str, Any] = _stored(config, OmegaConf.to_container(config), read)
+    return kept
+
+
+@contextmanager
+def _on_environment(call: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with the name of each variable before an interpolation gets its value."""
+
+    def value(name: str, *default: Any) -> Any:
+        call(name)
+        return oc.env(name, *default)
+
+    OmegaConf.register_new_resolver("oc.env", value, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _stored(node: DictConfig | ListConfig, written: Any, read: set[str]) -> Any:
+    """Return a node without secrets; `written` is its plain value with its interpolations."""
+    if isinstance(written, Mapping):
+        return {key: _kept(node, key, inner, read) for key, inner in written.items()}
+    return [_kept(node, number, inner, read) for number, inner in enumerate(written)]
+
+
+def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str]) -> Any:
+    if isinstance(written, Mapping | list):
+        return _stored(node[key], written, read)
+    if not isinstance(written, str):
+        return written
+    if "${" not in written:
+        return mask_secrets(written)
+    read.clear()
+    value = node[key]
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    secret = any(map(is_secret_name, read))
+    if not secret and isinstance(value, str) and NUMBER.fullmatch(value) and len(value) < SHORT:
+        return value
+    if (read and isinstance(value, str | list | dict)) or "${" in str(value):
+        return _without_defaults(mask_secrets(written))
+    return mask_secrets(value) if isinstance(value, str) else value
+
+
+def with_types(kept: Any, given: Any, checked: Any) -> Any:
+    """Return stored settings in which every value that hides nothing is the checked one.
+
+    `given` are the resolved settings before the check; `1e-4` given as text is kept as a number.
+    """
+    if isinstance(kept, Mapping) and isinstance(given, Mapping):
+        return {key: with_types(kept[key], given[key], checked[key]) for key in kept}
+    if isinstance(kept, list) and isinstance(given, list):
+        return [with_types(*three) for three in zip(kept, given, checked, strict=True)]
+    return checked if kept == given else kept
+
+
+def _without_defaults(written: str) -> str:
+    """Remove the defaults of secret variables, which may be secrets themselves."""
+
+    def bare(match: re.Match[str]) -> str:
+        return f"${{oc.env:{match[1]}}}" if is_secret_name(match[1]) else match[0]
+
+    return VARIABLE.sub(bare, written)
+
+
+def resolved(kept: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """Return stored settings with values for the `allowed` environment variables.
+
+    Others are refused, for the settings of a stranger's run could send any variable to an address
+    of theirs.  Raises ConfigError that names what is not allowed, not set, or not kept.
+    """
+
+    def check(*names: str) -> None:
+        if wanted := sorted(set(names) - set(allowed)):
+            raise ConfigError(
+                f"config.json: takes {', '.join(wanted)} from the environment; if you trust it, "
+                f"give env={','.join([*allowed, *wanted])}"
+            )
+
+    check(*VARIABLE.findall(str(kept)))
+    try:
+        config = OmegaConf.create(dict(kept))
+        with _on_environment(check):  # names may be interpolated themselves
+            plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"config.json: {words}; set it as where the run was trained") from error
+    return plain
+
+
+def hidden(kept: Any, name: str = "") -> list[str]:
+    """Return the dotted names of stored settings that hold `***` in place of a secret."""
+    if isinstance(kept, Mapping):
+        return [n for key, value in kept.items() for n in hidden(value, f"{name}.{key}".strip("."))]
+    if isinstance(kept, list):
+        return [n for value in kept for n in hidden(value, name)]
+    return [name] if isinstance(kept, str) and MASK in kept else []

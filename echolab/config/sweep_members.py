@@ -1,0 +1,143 @@
+"""The members of a sweep, `echolab train -m key=a,b`: their settings, names and folders.
+
+All members are composed, checked and named before the first starts.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from echolab.config.overrides import PATHS, expanded, quoted
+from echolab.errors import ConfigError
+from echolab.launch import run_dir
+from echolab.redaction import is_secret_name, mask_secrets, strip_secrets
+
+PREFIX = 100  # characters of a name that show what is swept
+HASH = 10  # hexadecimal digits
+ADDRESS = re.compile(r"\w+://[^\s'\",\]]+")
+SIGNATURE = re.compile(r"x-amz-|x-goog-|s[evprt]$|se$|expires", re.IGNORECASE)  # and its date
+
+
+class Member(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    folder: Path
+    overrides: list[str]
+    config: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """What `echolab train` gets."""
+        return [*self.overrides, f"run_dir={quoted(str(self.folder))}"]
+
+
+def members(
+    words: Sequence[str],
+    compose: Callable[[list[str]], tuple[dict[str, Any], dict[str, Any]]],
+) -> list[Member]:
+    """Return all members of a sweep, in order.
+
+    `compose` returns the settings of overrides, and the same without secrets.  Raises ConfigError
+    if the settings of one member are wrong, or if two are the same.
+    """
+    made: dict[Path, Member] = {}
+    for own, values in expanded(words):
+        for key in values:
+            if key.startswith(("hydra.", "hydra/")) or key == "launcher":
+                raise ConfigError(f"{key}: cannot be swept, it is the sweep's own; give one value")
+        config, kept = compose(own)
+        name = name_of(kept, values)
+        folder = Path(config["run_dir"]) / name
+        if folder in made:
+            same = " ".join(f"{key}={value}" for key, value in values.items())
+            raise ConfigError(
+                f"{same}: two members have these settings, in one folder {folder}; give each "
+                "value once"
+            )
+        made[folder] = Member(name, folder, own, config)
+    return list(made.values())
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def name_of(kept: Mapping[str, Any], values: Mapping[str, str]) -> str:
+    """Return a folder's name: what is swept in readable form, and a hash of the settings.
+
+    `kept` are a member's settings without secrets, `values` the overrides that differ between
+    members, by key.  The hash is of the resolved settings less those of the machine, and of all
+    that is swept.  So members that differ have different names, and the same member has the same
+    name when the sweep is run again or gets more values.
+    """
+    flat = {key: plain(key, value) for key, value in run_dir.flatten(kept).items()}
+    own = {key: value for key, value in flat.items() if not is_machines(key)}
+    swept = {key: chosen(flat, key, text) for key, text in values.items()}
+    text = json.dumps([own, swept], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:HASH]
+    return f"{prefix(values) or 'member'}-{digest}"
+
+
+def is_machines(key: str) -> bool:
+    """Return whether a setting may differ between attempts of one run."""
+    return bool({key, key.split(".")[0]} & set(run_dir.MACHINE))
+
+
+def chosen(flat: Mapping[str, Any], key: str, text: str) -> Any:
+    """Return what a swept override came to: a setting, all of a group's, or its text."""
+    if "://" in text:  # settings are kept without the queries of addresses
+        return re.sub(ADDRESS, lambda match: without_signature(match[0]), text)
+    name = key.lstrip("+").replace("/", ".")
+    values = {k: v for k, v in flat.items() if k == name or k.startswith(f"{name}.")}
+    return values or text
+
+
+def plain(key: str, value: Any) -> Any:
+    """Return a setting such that two spellings of one path are equal: absolute, without links."""
+    if isinstance(value, list):
+        return [plain(key, item) for item in value]
+    is_path = key in PATHS and isinstance(value, str) and "://" not in value
+    return os.path.realpath(value) if is_path and (key, value) != ("ref_model", "base") else value
+
+
+def without_signature(address: str) -> str:
+    """Return an address without user, password and what is secret in its query."""
+    query = parse_qsl(urlsplit(address).query)
+    open_ = [(name, value) for name, value in query if not SIGNATURE.match(name)]
+    open_ = [(name, value) for name, value in open_ if not is_secret_name(name)]
+    return f"{strip_secrets(address)}?{urlencode(open_)}" if open_ else strip_secrets(address)
+
+
+def prefix(values: Mapping[str, str]) -> str:
+    """Return the swept keys and the ends of their values, for people to read.
+
+    Long values are cut at their front, where paths are equal.  No secret is shown.
+    """
+    keys = {key: key.lstrip("+") for key in sorted(values)}
+    if sum(map(len, keys.values())) > PREFIX // 2:
+        keys = {key: name.split(".")[-1] for key, name in keys.items()}
+    room = max(1, PREFIX // max(1, len(keys)))
+    parts = []
+    for key, name in keys.items():
+        value = (
+            ""
+            if is_secret_name(key.rpartition(".")[2])
+            else clean(mask_secrets(shown(values[key])))
+        )
+        parts.append(f"{clean(name)}-{value[-max(8, room - len(name) - 1) :].lstrip('-')}")
+    return "_".join(parts)[:PREFIX].strip("-_.")
+
+
+def shown(text: str) -> str:
+    """Return a text with the addresses in it cut to host and path."""
+    return ADDRESS.sub(lambda match: strip_secrets(match[0]).partition("://")[2], text)
+
+
+def clean(text: str) -> str:
+    """Return a text of characters that need no quotes in any shell."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-")

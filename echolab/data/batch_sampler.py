@@ -1,0 +1,334 @@
+"""Choose the samples of each global batch: mix datasets by weight, bucket by size, keep remainders.
+
+A *stream* is one dataset, repeated without end.  A *bucket* is the streams whose clips have one
+size; a global batch comes from one bucket, so that it stacks.  Several small clips take the slot of
+a large one, so that every batch holds about as many tokens and takes about as long.  All of it is a
+function of the batch's index: fixed before the first step, and the same for any number of ranks,
+workers and micro-batches.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from echolab.data.shuffle import BLOCK_SIZE, BUFFER_SIZE, VERSION, EpochOrder, random_bits
+from echolab.errors import ConfigError, DataError
+
+LastBatch = Literal["carry", "drop", "pad"]
+LAST_BATCH_MODES = ("carry", "drop", "pad")
+Size = tuple[int, int, int]  # frames, height, width of the latents
+
+CIRCLE = 1 << 64  # a full circle, as an integer
+GOLDEN = 0x9E3779B97F4A7C15  # CIRCLE / golden ratio, odd
+
+
+class Source(NamedTuple):
+    """What the sampler knows of a dataset."""
+
+    name: str  # for messages
+    fingerprint: str
+    samples_by_shard: Sequence[int] | np.ndarray
+    size: Size = (1, 1, 1)
+    weight: float | None = None  # fraction of all clips; None: the number of its samples
+    order_name: str = ""  # what the order depends on; "": the fingerprint
+
+    @property
+    def order_seed(self) -> str:
+        """Return what the order depends on: a dataset that is encoded again may keep its order."""
+        return self.order_name or self.fingerprint
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples."""
+        return int(np.sum(self.samples_by_shard, dtype=np.int64))
+
+
+class ShuffleConfig(NamedTuple):
+    """How samples are ordered; a run resumes only with the values that it began with."""
+
+    shuffle_block_size: int = BLOCK_SIZE  # neighbors in a shard that stay together
+    shuffle_buffer: int = BUFFER_SIZE  # most positions that a sample then moves
+    last_batch: LastBatch = "carry"  # of an epoch that global batches do not divide
+    token_budget: int | None = None  # latent positions of a slot; None: those of the largest clip
+
+    def check(self) -> None:
+        """Raise ConfigError for a value out of range."""
+        if self.shuffle_block_size < 1 or self.shuffle_buffer < 0:
+            raise ConfigError(
+                f"data.shuffle_block_size={self.shuffle_block_size}, "
+                f"data.shuffle_buffer={self.shuffle_buffer}: need 1 or more, and 0 or more"
+            )
+        if self.last_batch not in LAST_BATCH_MODES:
+            raise ConfigError(
+                f"data.last_batch={self.last_batch}: unknown; one of {', '.join(LAST_BATCH_MODES)}"
+            )
+
+
+DEFAULT_SHUFFLE = ShuffleConfig()
+
+
+class DrawnSample(NamedTuple):
+    """One clip of a global batch."""
+
+    source: int  # index of the dataset
+    epoch: int  # of that dataset, from 0
+    sample: int
+    loss_weight: float = 1.0  # of its loss; 0 for a clip that only pads the batch
+
+
+def floor_sum(count: int, modulus: int, slope: int, offset: int) -> int:
+    """Return the sum of (slope * i + offset) // modulus over i in [0, count), as Euclid would."""
+    total = 0
+    while count:
+        quotient, slope = divmod(slope, modulus)
+        total += count * (count - 1) // 2 * quotient
+        quotient, offset = divmod(offset, modulus)
+        total += count * quotient
+        # The rest counts lattice points below a line: exchange the axes.
+        top = slope * count + offset
+        count, offset = divmod(top, modulus)
+        modulus, slope = slope, modulus
+    return total
+
+
+class Interleaver:
+    """Choose between members by weight, as a pure function of the position.
+
+    Position p falls on a point of [0, 1) that advances by the golden ratio, and each member owns an
+    interval as long as its relative weight.  Such points are spread evenly, so every member gets
+    its fraction, give or take a few, at every moment.  How many of the first p points fall into an
+    interval is a sum of floors, which takes some hundred steps for any p.  All in integers: the
+    same on every machine.  A member of weight 0 is never chosen.
+    """
+
+    def __init__(self, weights: Sequence[float], *parts: object) -> None:
+        """Seed with `parts`.  Raise ConfigError unless weights are 0 or more and one is above 0."""
+        if not weights or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
+            raise ConfigError(
+                f"weights {list(weights)}: need one 0 or more for each dataset, and one above 0"
+            )
+        total = sum(weights)
+        last = max(i for i, weight in enumerate(weights) if weight)  # it gets the rounding error
+        self._bounds = [0]
+        for i, weight in enumerate(weights):
+            end = self._bounds[-1] + round(weight / total * CIRCLE)
+            self._bounds.append(min(end, CIRCLE) if i < last else CIRCLE)
+        self._start = int(random_bits(1, *parts, "mixing")[0])
+
+    def counts(self, position: int) -> list[int]:
+        """Return how many of the first `position` positions each member has."""
+
+        def below(bound: int) -> int:
+            """Count points in [0, bound): those that do not wrap when CIRCLE - bound is added."""
+            wraps = floor_sum(position, CIRCLE, GOLDEN, self._start + CIRCLE - bound)
+            return position - (wraps - floor_sum(position, CIRCLE, GOLDEN, self._start))
+
+        counts = [below(bound) for bound in self._bounds]
+        return [after - before for before, after in zip(counts, counts[1:], strict=False)]
+
+    def members(self, first: int, stop: int) -> np.ndarray:
+        """Return the members at positions [first, stop), int64."""
+        at = np.arange(first, stop, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(self._start)
+        inner = [bound for bound in self._bounds[1:] if bound < CIRCLE]
+        return np.searchsorted(np.array(inner, dtype=np.uint64), at, side="right")
+
+
+class Stream:
+    """One dataset without end: position p is in epoch p div span, `span` positions an epoch."""
+
+    def __init__(
+        self, index: int, source: Source, shuffle: ShuffleConfig, seed: int, batch: int
+    ) -> None:
+        """Take the clips of a global batch as `batch`; raise DataError, ConfigError for too few."""
+        self.index, self.source, self.shuffle, self.seed = index, source, shuffle, seed
+        self.samples = source.samples
+        if not self.samples:
+            raise DataError(f"{source.name}: holds no sample; nothing to train on")
+        spans = {"carry": self.samples, "drop": self.samples // batch * batch}
+        self.span = spans.get(shuffle.last_batch, -(-self.samples // batch) * batch)
+        if not self.span:
+            raise ConfigError(
+                f"data.last_batch=drop: {source.name} has {self.samples} samples, less than one "
+                f"global batch of {batch}; take carry or pad"
+            )
+        self._orders: dict[int, EpochOrder] = {}
+
+    def order(self, epoch: int) -> EpochOrder:
+        """Return the order of an epoch; the two used last are cached."""
+        if epoch not in self._orders:
+            self._orders = dict(list(self._orders.items())[-1:])
+            self._orders[epoch] = EpochOrder(
+                self.source.samples_by_shard,
+                self.source.order_seed,
+                seed=self.seed,
+                epoch=epoch,
+                block_size=self.shuffle.shuffle_block_size,
+                buffer_size=self.shuffle.shuffle_buffer,
+            )
+        return self._orders[epoch]
+
+    def take(self, first: int, stop: int) -> list[DrawnSample]:
+        """Return the clips at positions [first, stop), by epoch, then by index.
+
+        Processes cut a batch by position; sorted so, each of them reads neighbors on disk.
+        """
+        drawn: list[DrawnSample] = []
+        while first < stop:
+            epoch, offset = divmod(first, self.span)
+            end = min(self.span, offset + stop - first)
+            order = self.order(epoch)
+            indices = np.sort(order.indices(offset, min(end, self.samples)))
+            samples = order.samples(indices).tolist()
+            drawn += [DrawnSample(self.index, epoch, sample) for sample in samples]
+            if end > self.samples:
+                padding = DrawnSample(self.index, epoch, samples[0], 0.0)
+                drawn += [padding] * (end - max(offset, self.samples))
+            first += end - offset
+        return drawn
+
+
+class Bucket:
+    """The streams whose clips have one size."""
+
+    def __init__(
+        self,
+        sources: dict[int, Source],
+        shuffle: ShuffleConfig,
+        seed: int,
+        batch_size: int,
+        clips_per_slot: int,
+    ) -> None:
+        """Let `clips_per_slot` clips of this size take the slot of one clip of the largest size."""
+        if len(sources) > 1 and shuffle.last_batch != "carry":
+            names = ", ".join(source.name for source in sources.values())
+            raise ConfigError(
+                f"data.last_batch={shuffle.last_batch}: {names} are mixed in one batch, and their "
+                "epochs end at different steps; take carry, or put them into one folder"
+            )
+        self.clips_per_slot, self.batch, self.seed = (
+            clips_per_slot,
+            batch_size * clips_per_slot,
+            seed,
+        )
+        self.streams = [Stream(i, s, shuffle, seed, self.batch) for i, s in sources.items()]
+        weights = relative_weights(list(sources.values()))
+        self.weight = sum(weights)
+        # Named by its content, so that another bucket changes nothing in this one.
+        self.name = "+".join(source.order_seed for source in sources.values())
+        self._interleaver = Interleaver(weights, self.name, seed)
+
+    def positions(self, index: int) -> list[tuple[Stream, int, int]]:
+        """Return the positions [first, stop) of each stream that batch `index` takes."""
+        starts = self._interleaver.counts(index * self.batch)
+        stops = self._interleaver.counts((index + 1) * self.batch)
+        return list(zip(self.streams, starts, stops, strict=True))
+
+    def take(self, index: int) -> list[DrawnSample]:
+        """Return the clips of batch `index` of this bucket."""
+        clips = [clip for s, first, stop in self.positions(index) for clip in s.take(first, stop)]
+        # The mean over the batch must be the mean over the clips that are no padding.
+        real = sum(clip.loss_weight > 0 for clip in clips)
+        if real < len(clips):
+            clips = [
+                clip._replace(loss_weight=clip.loss_weight * len(clips) / real) for clip in clips
+            ]
+        # Rotate at random, so that no process always gets the first datasets or the oldest blocks.
+        bits = random_bits(1, self.name, self.seed, "turn", first=index)
+        shift = int(bits[0] % len(clips))
+        return clips[shift:] + clips[:shift]
+
+
+def relative_weights(sources: Sequence[Source]) -> list[float]:
+    """Return the weights, by default the numbers of samples; raise ConfigError if some are None."""
+    given = [source.weight for source in sources if source.weight is not None]
+    if given and len(given) < len(sources):
+        raise ConfigError("data.clip_weights: give one for each dataset, or none")
+    return given or [float(source.samples) for source in sources]
+
+
+def positions_per_slot(sources: Sequence[Source], shuffle: ShuffleConfig) -> int:
+    """Return the number of latent positions in a slot of the batch; raise ConfigError."""
+    largest = max(int(np.prod(source.size)) for source in sources)
+    budget = shuffle.token_budget or largest
+    if budget < largest:
+        raise ConfigError(
+            f"data.token_budget={budget}: the largest clips have {largest} latent places; "
+            "give at least that, or null"
+        )
+    return budget
+
+
+class BatchSampler:
+    """Global batches by index, over all datasets of one kind."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: ShuffleConfig = DEFAULT_SHUFFLE,
+    ) -> None:
+        """Count `batch_size` in slots for clips of the largest size."""
+        shuffle.check()
+        Interleaver(relative_weights(sources))  # raises ConfigError for bad weights
+        self.sources, self.shuffle = list(sources), shuffle
+        used = {i: source for i, source in enumerate(sources) if source.weight != 0}
+        budget = positions_per_slot(list(used.values()), shuffle)
+        self.buckets = [
+            Bucket(
+                {i: source for i, source in used.items() if source.size == size},
+                shuffle, seed, batch_size, budget // int(np.prod(size)),
+            )
+            for size in sorted({source.size for source in used.values()})
+        ]  # fmt: skip
+        name = "+".join(bucket.name for bucket in self.buckets)
+        weights = [bucket.weight / bucket.clips_per_slot for bucket in self.buckets]
+        self._interleaver = Interleaver(weights, name, seed)
+
+    def bucket(self, index: int) -> tuple[Bucket, int]:
+        """Return the bucket of global batch `index`, and how many of its batches came before."""
+        member = int(self._interleaver.members(index, index + 1)[0])
+        return self.buckets[member], self._interleaver.counts(index)[member]
+
+    def batch(self, index: int) -> list[DrawnSample]:
+        """Return the clips of global batch `index`: batch_size, or more if they are small."""
+        bucket, before = self.bucket(index)
+        return bucket.take(before)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the order depends on, as JSON; it is the same at every step."""
+        block_size, buffer_size, last_batch, token_budget = self.shuffle
+        # The keys are those of checkpoints: they stay when a setting gets another name.
+        return {
+            "version": VERSION,
+            "block": block_size,
+            "buffer": buffer_size,
+            "remainder": last_batch,
+            "token_budget": token_budget,
+            "datasets": [[s.order_seed, list(s.size), s.weight] for s in self.sources],
+        }
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """Return what a ledger is audited against, as JSON."""
+        spans = {s.index: s.span for bucket in self.buckets for s in bucket.streams}
+        return [
+            {
+                "folder": source.name,
+                "fingerprint": source.fingerprint,
+                "order": source.order_seed,
+                "samples": source.samples,
+                "span": spans.get(index, 0),
+            }
+            for index, source in enumerate(self.sources)
+        ]
+
+    def progress(self, batches: int) -> list[tuple[int, int]]:
+        """Return (finished epochs, samples dropped) of each dataset after so many batches."""
+        progress = [(0, 0)] * len(self.sources)
+        for bucket, done in zip(self.buckets, self._interleaver.counts(batches), strict=True):
+            for stream, _, stop in bucket.positions(done - 1) if done else []:
+                epochs = stop // stream.span
+                progress[stream.index] = (epochs, epochs * max(0, stream.samples - stream.span))
+        return progress

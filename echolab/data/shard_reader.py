@@ -1,0 +1,350 @@
+"""Read datasets: a folder of plain WebDataset tars and one dataset.json, which is written last.
+
+A key names a sample and has no dots; a sample is its members, each named by what follows the dot:
+
+    raw      mp4 (H.264, 25 fps, 4n+1 frames), flac (16 kHz mono), tracks.npz (boxes), json
+    encoded  the same json, and safetensors in place of what it was made from
+
+dataset.json holds the geometry of the latents, for each shard its sha256, bytes and number of
+samples, and for each sample its members' [offset, size, crc32]; its fingerprint is the hash of all
+that.  Nothing is unpickled.
+
+The folder may also lie behind an address: http(s)://, s3://, or another that fsspec knows.
+"""
+
+import hashlib
+import io
+import json
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+from echolab.atomic_io import ABSENT, read_error, read_file, retry
+from echolab.data.index import INDEX, Sample, SampleIndex, geometry_in, parse_index
+from echolab.data.member_reader import MemberReader
+from echolab.data.remote.cache import RemoteStore, ShardCache, cache_folder
+from echolab.data.remote.download import RetryPolicy, backoff_seconds, fetch
+from echolab.data.remote.transport import join_url, parse_url, public_url
+from echolab.errors import ConfigError, DataError
+
+CACHE_GB = 50.0
+PREFETCHED_SHARDS = 4  # at most
+OPEN_FILES = 32  # a process and dataset; a bounded shuffle reads so many shards in turn
+RETRY_POLICY = RetryPolicy()
+
+Result = TypeVar("Result")
+
+
+class Store(Protocol):
+    """The shards of a dataset by index, as open files."""
+
+    def open(self, shard: int) -> AbstractContextManager[int]:
+        """Return a file descriptor to read at offsets; raise OSError or DataError."""
+
+    def path(self, shard: int) -> str:
+        """Return the path or address of a shard, for messages."""
+
+    def forget(self, shard: int) -> bool:
+        """Drop a copy whose bytes are wrong; return False if there is only the original."""
+
+    def release(self, shard: int) -> None:
+        """Close the file, so that the next read opens it again: a stale handle stays stale."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Prepare for reading these shards next, in this order."""
+
+
+class _OpenFile:
+    """A file that is closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class LocalStore:
+    """A folder.  Each process keeps the files that it read last open."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder, self.names = folder, names
+        self._forget_files()
+
+    def _forget_files(self) -> None:
+        self._owner, self._lock = os.getpid(), Lock()
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "names": self.names}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @contextmanager
+    def open(self, shard: int) -> Iterator[int]:
+        if self._owner != os.getpid():  # forked, perhaps while another thread had the lock
+            self._forget_files()
+        with self._lock:
+            file = self._files.pop(shard, None) or _OpenFile(self.folder / self.names[shard])
+            self._files[shard] = file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        yield file.descriptor  # `file` stays open here, though another thread may drop it
+
+    def path(self, shard: int) -> str:
+        return str(self.folder / self.names[shard])
+
+    def forget(self, shard: int) -> bool:
+        return False
+
+    def release(self, shard: int) -> None:
+        if self._owner == os.getpid():
+            with self._lock:
+                self._files.pop(shard, None)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        pass  # a local disk needs no preparation
+
+
+class CorruptSampleError(DataError):
+    """Bytes of a sample that do not match dataset.json."""
+
+
+class ShardDataset:
+    """A dataset, read sample by sample at random.  May be copied into workers, forked or not.
+
+    Every read is checked against dataset.json; a difference is a DataError that names shard, sample
+    and byte offset.  A file system that keeps failing is a StorageError.
+    """
+
+    def __init__(
+        self, folder: Path | str, index: dict[str, Any], samples: SampleIndex, store: Store
+    ) -> None:
+        self.folder = folder
+        self.kind: str = index["kind"]
+        self.encoders: dict[str, str] = index["encoders"]
+        self.geometry = geometry_in(index)
+        self.description: dict[str, Any] = index["description"]
+        self.fingerprint: str = index["fingerprint"]
+        self.shards, self.keys = samples.shards, samples.keys
+        self.common_shapes: Mapping[str, Sequence[int]] | None = None  # of all samples, once known
+        self._samples, self._store = samples, store
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @cached_property
+    def keys_digest(self) -> str:
+        """Return a hash of the keys and of the shards' sizes: equal if the order can be equal."""
+        digest = hashlib.sha256(json.dumps(self.samples_by_shard).encode())
+        for key in self.keys:
+            digest.update(f"{key}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def samples_by_shard(self) -> list[int]:
+        """Return the number of samples of each shard; samples are numbered shard after shard."""
+        return [shard.samples for shard in self.shards]
+
+    def sample(self, i: int) -> Sample:
+        """Return the location of sample `i`."""
+        i = range(len(self))[i]
+        shard = self.shards[self._samples.shard_of(i)]
+        return Sample(self.keys[i], shard.name, self._samples.members(i))
+
+    def expect(self, samples: Iterable[int]) -> None:
+        """Announce the samples that are read next, so that remote shards are prefetched."""
+        self._store.expect(self._samples.shard_of(i) for i in samples)
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """Return the members of sample `i`."""
+        members = self._samples.members(range(len(self))[i])
+        return {name: self.take(i, name, MemberReader.rest) for name in members}
+
+    def take(self, i: int, name: str, use: Callable[[MemberReader], Result]) -> Result:
+        """Return `use` of one member; raise KeyError if sample `i` has none of that name.
+
+        The checksum of the member is compared however much of it `use` reads.  `use` may see
+        damaged bytes: then its result or error is dropped.
+        """
+        i = range(len(self))[i]
+        location = self._samples.members(i)[name]
+        try:
+            return self._take(i, name, location, use)
+        except CorruptSampleError:
+            # A cached copy may be damaged on the local disk: read the original once more.
+            if not self._store.forget(self._samples.shard_of(i)):
+                raise
+            return self._take(i, name, location, use)
+
+    def _take(
+        self,
+        i: int,
+        name: str,
+        location: tuple[int, int, int],
+        use: Callable[[MemberReader], Result],
+    ) -> Result:
+        """Retry transient errors of the file system, which say nothing about the bytes."""
+        shard = self._samples.shard_of(i)
+
+        def attempt() -> Result:
+            try:
+                return self._take_once(i, name, location, use)
+            except OSError:
+                self._store.release(shard)
+                raise
+
+        try:
+            return retry(attempt, final=())
+        except OSError as error:
+            raise read_error(self._where(i), error) from error
+
+    def _take_once(
+        self,
+        i: int,
+        name: str,
+        location: tuple[int, int, int],
+        use: Callable[[MemberReader], Result],
+    ) -> Result:
+        offset, size, crc32 = location
+        with self._store.open(self._samples.shard_of(i)) as file:
+            member = MemberReader(file, offset, size)
+            try:
+                return use(member)
+            finally:
+                # The rest counts for the checksum, also if `use` raised.
+                member.skip(size - member.position)
+                if member.crc32 != crc32 or member.position != size:
+                    cut = f"is cut at {member.position}"
+                    fault = "does not match its checksum" if member.position == size else cut
+                    raise CorruptSampleError(
+                        f"{self._where(i)}, byte {offset}: {name} of {size} bytes {fault}; run "
+                        f"`echolab data verify {self.folder}`"
+                    )
+
+    def _where(self, i: int) -> str:
+        return f"{self._store.path(self._samples.shard_of(i))}: sample {self.keys[i]}"
+
+
+def open_dataset(
+    place: Path | str,
+    *,
+    cache_dir: Path | str | None = None,
+    cache_gb: float = CACHE_GB,
+    retry_policy: RetryPolicy = RETRY_POLICY,
+) -> ShardDataset:
+    """Open the dataset in a folder or behind an address.
+
+    Remote shards are downloaded to the folder `cache_dir` ($ECHOLAB_CACHE, ~/.cache/echolab), at
+    most `cache_gb` GB (1e9 bytes) of them, which all processes of the machine use together.
+    Raises DataError if dataset.json or a shard is missing or cut, FetchError if a server fails,
+    StorageError if a file system does, ConfigError for a bad address or cache.
+    """
+    url = parse_url(place)
+    if url:
+        return _open_remote(url, cache_folder(cache_dir), cache_gb, retry_policy)
+    return _open_local(Path(place))
+
+
+def _open_local(folder: Path) -> ShardDataset:
+    path = folder / INDEX
+    try:
+        index, samples = parse_index(read_file(path), path)
+    except ABSENT as error:
+        raise DataError(f"{path}: not there; the folder is no complete dataset") from error
+    for shard in samples.shards:
+        path = folder / shard.name
+        size = _size(path)
+        if size != shard.bytes:
+            actual = "is not there" if size is None else f"has {size} bytes"
+            raise DataError(
+                f"{path}: {actual}, dataset.json says {shard.bytes}; "
+                f"run `echolab data verify {folder}`"
+            )
+    store = LocalStore(folder, [shard.name for shard in samples.shards])
+    return ShardDataset(folder, index, samples, store)
+
+
+def _size(path: Path) -> int | None:
+    """Return the bytes of a file, or None if it does not exist."""
+    try:
+        status = retry(path.stat)
+    except ABSENT:
+        return None
+    except OSError as error:
+        raise read_error(path, error) from error
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _open_remote(
+    url: str, cache_dir: Path, cache_gb: float, retry_policy: RetryPolicy
+) -> ShardDataset:
+    if not cache_gb > 0:
+        raise ConfigError(f"cache_gb={cache_gb}: must be above 0")
+    index, samples = _remote_index(join_url(url, INDEX), retry_policy)
+    cache = ShardCache(cache_dir, int(cache_gb * 1e9), retry_policy)
+    # Prefetched shards must not evict those that are still to be read.
+    largest = max((shard.bytes for shard in samples.shards), default=1)
+    prefetched = min(PREFETCHED_SHARDS, cache.limit_bytes // (2 * largest))
+    store = RemoteStore(url, samples.shards, cache, prefetched)
+    return ShardDataset(public_url(url), index, samples, store)
+
+
+def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], SampleIndex]:
+    """Return dataset.json behind an address, and retry if its fingerprint does not fit."""
+    deadline = time.monotonic() + retry_policy.deadline_seconds
+    attempt = 0
+    while True:
+        attempt += 1
+        data = io.BytesIO()
+        left = deadline - time.monotonic()
+        fetch(url, data, None, retry_policy._replace(deadline_seconds=left))
+        try:
+            return parse_index(data.getvalue(), public_url(url))
+        except DataError:
+            seconds = backoff_seconds(attempt, retry_policy)
+            if attempt == retry_policy.attempts or time.monotonic() + seconds > deadline:
+                raise
+            time.sleep(seconds)
+
+
+# Provenance.  Latents of two autoencoders look similar and mean different images; so do features.
+# Every dataset, checkpoint and file of candidates carries the fingerprints of its encoders by name
+# (video, text, image, audio); a foreign dataset carries none, and is trusted.
+
+
+def check_same_encoders(
+    place: object, encoders: Mapping[str, str], other: object, others: Mapping[str, str]
+) -> None:
+    """Raise DataError that names the first encoder in which two things differ."""
+    for name in sorted(encoders.keys() & others.keys()):
+        if encoders[name] != others[name]:
+            raise DataError(
+                f"{place}: its {name} encoder is {encoders[name][:12]}, that of {other} is "
+                f"{others[name][:12]}; encode both with one, or give what was made with the same"
+            )
+
+
+def shared_samples(one: ShardDataset, other: ShardDataset) -> int:
+    """Return how many samples two datasets have in common: same key, sizes and checksums."""
+    index_of = {key: i for i, key in enumerate(one.keys)}
+    return sum(
+        _checksums(one, index_of[key]) == _checksums(other, i)
+        for i, key in enumerate(other.keys)
+        if key in index_of
+    )
+
+
+def _checksums(dataset: ShardDataset, i: int) -> dict[str, tuple[int, int]]:
+    """Return size and checksum of each member of a sample."""
+    return {name: location[1:] for name, location in dataset.sample(i).members.items()}

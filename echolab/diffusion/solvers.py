@@ -1,0 +1,96 @@
+"""ODE solvers from noise to latents along a velocity field: Euler, UniPC and DPM-Solver++.
+
+Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with the levels that
+it has to use, already shifted.  UniPC and DPM-Solver++ remember the step before, through diffusers'
+schedulers.  If windows of a long video share a step, their velocities are blended first
+(`long_video.windowed_velocity`), so that a solver sees one field and keeps one history.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VelocityFunction = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, sigma []) -> velocity
+OnStep = Callable[[int, Tensor], None]  # (step, latents after it)
+Solver = Callable[[VelocityFunction, Tensor, Tensor, OnStep | None], Tensor]
+
+ORDER = 2  # of UniPC and DPM-Solver++, as in Wan
+PURE_NOISE = 1 - 1e-6  # the highest level for a scheduler: at 1 it takes the logarithm of 0
+
+
+@torch.no_grad()
+def sample_euler(
+    velocity: VelocityFunction,
+    noise: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow `velocity` from `noise` [B, C, F, H, W] over `sigmas` [steps + 1], in fp32.
+
+    Euler's method, of first order.  `on_step(step, latents)` is called after every step.
+    """
+    latents = noise.float()
+    levels = sigmas.float().to(latents.device)
+    for step, (sigma, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        # The velocity is d latents / d sigma, so a step to a lower sigma subtracts it.
+        latents = latents + (lower - sigma) * velocity(latents, sigma).float()
+        if on_step is not None:
+            on_step(step, latents)
+    return latents
+
+
+def sample_unipc(
+    velocity: VelocityFunction,
+    noise: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample as `sample_euler`, by UniPC of second order (arXiv 2302.04867) from diffusers."""
+    # Imported here: Euler, which is all that training needs, works without diffusers.
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        solver_order=ORDER, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    return _sample_with(scheduler, velocity, noise, sigmas, on_step)
+
+
+def sample_dpmpp(
+    velocity: VelocityFunction,
+    noise: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample as `sample_euler`, by DPM-Solver++ of second order (arXiv 2211.01095)."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=ORDER, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    return _sample_with(scheduler, velocity, noise, sigmas, on_step)
+
+
+@torch.no_grad()
+def _sample_with(
+    scheduler: Any,
+    velocity: VelocityFunction,
+    noise: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None,
+) -> Tensor:
+    """Follow `velocity` with a diffusers scheduler over exactly `sigmas`."""
+    # Latents stay in fp32 between the steps, for a network of any dtype.
+    latents = noise.float()
+    levels = sigmas.float().to(latents.device)
+    # Replace the scheduler's own levels, so that the shift is applied once and the grid is ours.
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas = sigmas.float().cpu().clamp(max=PURE_NOISE)
+    scheduler.set_begin_index(0)
+    for step, (timestep, sigma) in enumerate(zip(scheduler.timesteps, levels[:-1], strict=True)):
+        output = velocity(latents, sigma).float()
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            on_step(step, latents)
+    return latents

@@ -1,0 +1,195 @@
+"""A small causal video autoencoder with the strides of the Wan VAE (4 in time, 8 in space).
+
+The demo uses it in place of the Wan VAE, whose 127 M parameters are too many there.  Frames are
+taken as 1, 4, 4, ...; the first frame is repeated four times, so that a still clip has the same
+latent in every latent frame and a network can copy the first frame forward.  No latent frame
+depends on a later one.
+
+A patch of 4 x 8 x 8 pixels is coded by a linear basis (principal components: a good codec from the
+first step) plus what convolutions over neighbouring patches add to it.
+
+Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), C latent channels, H = Y / 8,
+W = X / 8.
+"""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from echolab.fitting import Report, fit, work_dtype
+from echolab.geometry import WAN, LatentGeometry
+
+FRAMES, SIDE = WAN.time_stride, WAN.space_stride  # a patch, in frames and in pixels
+PATCH_VALUES = 3 * FRAMES * SIDE**2
+
+# Of fitting.
+SPAN = 9  # frames of a training crop
+LATENT_NOISE = 0.2  # at most, while training: latents near a sampler's target must decode well
+LIP_WEIGHT = 9.0
+WIDTH = 192
+BASIS_VALUES = 50_000_000  # of pixels, for the principal components: 160 clips of the demo
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_out(functional.silu(self.conv_in(functional.silu(self.norm(x)))))
+
+
+def to_patches(pixels: Tensor) -> Tensor:
+    """Cut [B, 3, T, Y, X] into [B F, 768, H, W]; the first frame fills a group of its own."""
+    padded = torch.cat([pixels[:, :, :1].expand(-1, -1, FRAMES - 1, -1, -1), pixels], dim=2)
+    return rearrange(
+        padded, "b c (f k) (h p) (w q) -> (b f) (k c p q) h w", k=FRAMES, p=SIDE, q=SIDE
+    )
+
+
+def from_patches(patches: Tensor, clips: int) -> Tensor:
+    """Invert `to_patches`; of the first group only the last frame is kept."""
+    padded = rearrange(
+        patches, "(b f) (k c p q) h w -> b c (f k) (h p) (w q)", b=clips, k=FRAMES, p=SIDE, q=SIDE
+    )
+    return padded[:, :, FRAMES - 1 :]
+
+
+class CausalAutoencoder(nn.Module):
+    """Pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, C, F, H, W] and back."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, channels: int = 16, width: int = 192, depth: int = 2) -> None:
+        super().__init__()
+        self.basis_in = nn.Conv2d(PATCH_VALUES, channels, 1)
+        self.basis_out = nn.Conv2d(channels, PATCH_VALUES, 1)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(PATCH_VALUES, width, 1),
+            *(Residual(width) for _ in range(depth)),
+            nn.Conv2d(width, channels, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(2 * channels, width, 3, padding=1),
+            *(Residual(width) for _ in range(depth)),
+            nn.Conv2d(width, PATCH_VALUES, 1),
+        )
+        # The convolutions start at zero, so that the linear basis is the first codec.
+        for last in (self.encoder[-1], self.decoder[-1]):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    @property
+    def geometry(self) -> LatentGeometry:
+        """Wan's strides, with the channels of this network."""
+        return WAN._replace(channels=len(self.mean))
+
+    @torch.no_grad()
+    def fit_basis(self, pixels: Tensor) -> None:
+        """Set the linear part to the principal components of clips [B, 3, T, Y, X]."""
+        # Principal components of the patches, largest variance last.
+        patches = rearrange(to_patches(pixels), "n d h w -> (n h w) d")
+        center = patches.mean(0)
+        covariance = (patches - center).T @ (patches - center) / len(patches)
+        values, vectors = torch.linalg.eigh(covariance)
+        channels = len(self.mean)
+        basis = vectors[:, -channels:]
+        # Half-way to white: with white latents an error in a patch's brightness, the first
+        # component, would count no more than one in its finest detail, and samples look tiled.
+        spread = values[-channels:].clamp(min=1e-6) ** 0.25
+        # The decoder's basis inverts the encoder's.
+        self.basis_in.weight.copy_((basis / spread).T[:, :, None, None])
+        assert self.basis_in.bias is not None and self.basis_out.bias is not None
+        self.basis_in.bias.copy_(-(center @ basis) / spread)
+        self.basis_out.weight.copy_((basis * spread)[:, :, None, None])
+        self.basis_out.bias.copy_(center)
+
+    def raw_latents(self, pixels: Tensor) -> Tensor:
+        """Return latents [B, C, F, H, W], not normalized."""
+        patches = to_patches(pixels)
+        latents = self.basis_in(patches) + self.encoder(patches)
+        return rearrange(latents, "(b f) c h w -> b c f h w", b=pixels.shape[0])
+
+    def raw_pixels(self, latents: Tensor) -> Tensor:
+        """Return pixels [B, 3, T, Y, X] of latents that are not normalized."""
+        before = torch.cat([latents[:, :, :1], latents[:, :, :-1]], dim=2)  # causal: one step back
+        now, both = (
+            rearrange(x, "b c f h w -> (b f) c h w")
+            for x in (latents, torch.cat([latents, before], dim=1))
+        )
+        return from_patches(self.basis_out(now) + self.decoder(both), latents.shape[0])
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return latents with mean 0 a channel and variance 1 over all, on the training set."""
+        raw = self.raw_latents(pixels)
+        return (raw - self.mean[:, None, None, None]) / self.std[:, None, None, None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels of normalized latents, clipped to [-1, 1]."""
+        raw = latents * self.std[:, None, None, None] + self.mean[:, None, None, None]
+        return self.raw_pixels(raw).clamp(-1, 1)
+
+
+def lip_weight(lips: Tensor, height: int, width: int) -> Tensor:
+    """Return the loss weight [B, 1, T, Y, X], 1 and more in lip boxes [B, T, 4] in pixels."""
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    x0, y0, x1, y1 = (lips[..., k, None, None] for k in range(4))
+    inside = (rows >= y0) & (rows <= y1) & (columns >= x0) & (columns <= x1)
+    return 1 + LIP_WEIGHT * inside[:, None].float()
+
+
+def fit_autoencoder(
+    pixels: Tensor,
+    lips: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Path,
+    report: Report,
+    batch: int = 16,
+) -> CausalAutoencoder:
+    """Fit and normalize an autoencoder to clips uint8 [N, 3, T, Y, X] with lip boxes [N, T, 4]."""
+    torch.manual_seed(seed)
+    # Start from the principal components of a sample of clips.
+    net = CausalAutoencoder(width=WIDTH)
+    enough = max(1, BASIS_VALUES // pixels[0].numel())
+    net.fit_basis(pixels[:enough].float() / 127.5 - 1)
+    count, frames = pixels.shape[0], pixels.shape[2]
+    span, dtype = min(SPAN, frames), work_dtype()
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        # A random crop in time of random clips.
+        which = torch.randint(count, (batch,), generator=generator)
+        start = int(torch.randint(frames - span + 1, (), generator=generator))
+        truth = pixels[which, :, start : start + span].float() / 127.5 - 1
+        weight = lip_weight(lips[which, start : start + span], *truth.shape[-2:])
+        # Encode, add noise as a sampler leaves it, decode.
+        with torch.autocast(truth.device.type, dtype, enabled=dtype != torch.float32):
+            raw = net.raw_latents(truth)
+            level = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator)
+            noise = level * torch.randn(raw.shape, generator=generator)
+            error = net.raw_pixels(raw + noise).float() - truth
+        # The last term holds the latents near unit size, so that LATENT_NOISE keeps its meaning.
+        return (weight * (error.abs() + 2 * error.square())).mean() + 1e-3 * raw.square().mean()
+
+    fit(net, loss_of, steps=steps, learning_rate=3e-3, seed=seed, progress=progress, report=report)
+    set_normalization(net, pixels[:200])
+    return net
+
+
+@torch.no_grad()
+def set_normalization(net: CausalAutoencoder, pixels: Tensor) -> None:
+    """Set each channel's mean, and one spread for all, from clips uint8 [N, 3, T, Y, X]."""
+    raw = torch.cat([net.raw_latents(part.float() / 127.5 - 1) for part in pixels.split(16)])
+    net.mean.copy_(raw.mean(dim=(0, 2, 3, 4)))
+    net.std.fill_((raw - net.mean[:, None, None, None]).square().mean().sqrt())

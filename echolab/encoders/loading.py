@@ -1,0 +1,223 @@
+"""The released encoders of a folder as one `Encoders`, and how large they are.
+
+They are loaded when they are used, and no more stay in memory than fit.
+"""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from echolab.encoders.clip import load_image_encoder
+from echolab.encoders.encode import Encoders
+from echolab.encoders.files import CONFIG, need, sha256_of, weights_in
+from echolab.encoders.umt5 import as_written, load_text_encoder
+from echolab.encoders.wan_vae import load_autoencoder
+from echolab.encoders.wav2vec import EXTRACTOR, load_flash_speech, load_preview_speech
+from echolab.errors import WeightsError
+
+SPEECH = {"preview": load_preview_speech, "flash": load_flash_speech}
+
+
+class ReleasedFiles(NamedTuple):
+    """The path of each encoder: a file in the authors' names, or its library's folder."""
+
+    video: Path
+    text: Path
+    tokenizer: Path
+    image: Path
+    audio: Path
+
+
+# Names in a folder, in the order they are tried: the release's own, then diffusers' folders.
+NAMES = {
+    "video": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae"),
+    "text": (
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_t5_umt5-xxl-enc-bf16.safetensors",
+        "text_encoder",
+    ),
+    "tokenizer": ("google/umt5-xxl", "tokenizer"),
+    "image": (
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
+        "image_encoder",
+    ),
+}
+
+
+def find_released(folder: Path, audio: Path) -> ReleasedFiles:
+    """Return the encoders in a folder such as Wan2.1-Fun-V1.1-1.3B-InP, and one of wav2vec2.
+
+    Reads no weights; raises WeightsError naming the first part that is not there.
+    """
+    need(folder, "the folder of the released encoders")
+    paths = {}
+    for part, names in NAMES.items():
+        existing = [folder / name for name in names if (folder / name).exists()]
+        if not existing:
+            raise WeightsError(
+                f"{folder}: no {part} encoder in it, need one of {', '.join(names)}: "
+                "download or copy it"
+            )
+        paths[part] = existing[0]
+    return ReleasedFiles(**paths, audio=need(audio, "the folder of wav2vec2"))
+
+
+def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str]) -> dict[str, str]:
+    """Return what identifies each encoder: the sha256 of its files, and how they are used."""
+
+    def of(path: Path, *others: Path) -> str:
+        inside = [path / CONFIG, *weights_in(path)] if path.is_dir() else [path]
+        return sha256_of([*inside, *others])
+
+    # Tokenizer and feature extractor change the features, so they are part of the identity.
+    words = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
+    extractor = need(files.audio / EXTRACTOR, "how wav2vec2's input is normalized")
+    return {
+        "video": of(files.video),
+        "text": f"{of(files.text, words)} {clean.__name__}",
+        "image": of(files.image),
+        "audio": f"{of(files.audio, extractor)} {speech}",
+    }
+
+
+class Resident:
+    """Networks that are loaded when they are used; at most `most` stay in memory."""
+
+    def __init__(self, loaders: dict[str, Callable[[], Any]], most: int) -> None:
+        self.loaders, self.most = loaders, most
+        self.held: OrderedDict[str, Any] = OrderedDict()
+
+    def __call__(self, name: str) -> Any:
+        """Return the network `name`; drop those used longest ago before it is loaded."""
+        # Make room first, so that two large networks never overlap.
+        if name not in self.held:
+            if len(self.held) == self.most:
+                self.held.popitem(last=False)
+                gc.collect()  # a network may hold itself in cycles
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            self.held[name] = self.loaders[name]()
+        self.held.move_to_end(name)
+        return self.held[name]
+
+
+class _Autoencoder:
+    """The autoencoder, loaded when it is used."""
+
+    def __init__(self, networks: Resident) -> None:
+        self.networks = networks
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.networks("video").encode(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.networks("video").decode(latents)
+
+
+def released_encoders(
+    files: ReleasedFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    speech: str,
+    resident: int = 1,
+    clean: Callable[[str], str] = as_written,
+    tiling: bool = False,
+) -> Encoders:
+    """Return the released encoders with the interface of the demo's; `speech` is preview or flash.
+
+    Each is loaded when it is first used, and at most `resident` (1 to 4) stay: encode all texts,
+    then all images, and so on, if not all fit.  umT5-XXL alone is 11 GB in bf16.
+    """
+    # Loaders by name; each network is built at its first use.
+    networks = Resident(
+        {
+            "video": partial(load_autoencoder, files.video, device, dtype, tiling=tiling),
+            "text": partial(
+                load_text_encoder, files.text, files.tokenizer, device, dtype, clean=clean
+            ),
+            "image": partial(load_image_encoder, files.image, device, dtype),
+            "audio": partial(SPEECH[speech], files.audio, device),
+        },
+        resident,
+    )
+    return Encoders(
+        video=_Autoencoder(networks),
+        text=lambda text: networks("text")(text),
+        image=lambda image: networks("image")(image),
+        audio=lambda samples, frames: networks("audio")(samples, frames),
+        fingerprints=fingerprints(files, speech, clean),
+    )
+
+
+# Sizes, from the configurations alone: Wan-Video/Wan2.1, `wan/configs` and `wan/modules/clip.py`.
+
+
+def _video() -> Any:
+    """Return Wan 2.1's VAE without weights."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan()
+
+
+def _text() -> Any:
+    """Return umT5-XXL's encoder without weights."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=256_384,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10_240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def _image() -> Any:
+    """Return open-CLIP's ViT-H/14 without weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            image_size=224,
+            patch_size=14,
+            hidden_act="gelu",
+        )
+    )
+
+
+def _audio() -> Any:
+    """Return wav2vec2-base without weights."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    return Wav2Vec2Model(Wav2Vec2Config())
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "video": _video,
+    "text": _text,
+    "image": _image,
+    "audio": _audio,
+}
+
+
+def parameters_of(part: str) -> int:
+    """Return the number of parameters of an encoder, a key of `NETWORKS`."""
+    with torch.device("meta"):
+        net = NETWORKS[part]()
+    return sum(parameter.numel() for parameter in net.parameters())

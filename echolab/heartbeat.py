@@ -1,0 +1,193 @@
+"""Heartbeat of a rank: the section of training it is in, kept in a small memory-mapped file.
+
+A rank that hangs cannot report where.  It therefore records each section on entry, with one write
+to memory that the supervisor on the same node reads.  The module imports nothing heavy, because the
+heartbeat must run before torch is imported.
+"""
+
+import ctypes
+import errno
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+SECTIONS = (
+    "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save", "pause",
+    "teardown",
+)  # fmt: skip
+# Environment variable that holds the node-local folder of the ranks' heartbeats and error files.
+LOCAL_DIR = "ECHOLAB_LOCAL_DIR"
+
+# Layout of the file: number of writes, section index, step, first step, start of the section, then
+# for each section the total and the longest seconds.  A CRC-32 follows, so that a reader can detect
+# a write in progress.
+LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}d")
+SIZE = LAYOUT.size + 4
+_INDEX = {name: index for index, name in enumerate(SECTIONS)}
+
+STACKS_BYTES = 1 << 18  # disk space reserved for the stack traces of a rank and its workers
+KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
+
+
+class HeartbeatState(NamedTuple):
+    """Content of a heartbeat file."""
+
+    section: str
+    step: int  # optimizer steps done
+    first_step: int  # the first step that was recorded, -1 before
+    switches: int  # sections entered
+    since: float  # time.monotonic() of this node at which the section was entered
+    seconds: dict[str, float]  # total by section, without the present section
+    longest: dict[str, float]  # longest single stay by section
+
+
+class Heartbeat:
+    """Measures the time in each section and publishes it in a file; without a path only measures.
+
+    The process counts as in `init` from the construction on.  Raises OSError if the file cannot be
+    made.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.section, self.step, self.first_step, self.switches = "init", 0, -1, 0
+        self.since = time.monotonic()
+        self._seconds, self._longest = [0.0] * len(SECTIONS), [0.0] * len(SECTIONS)
+        self._map: mmap.mmap | None = None
+        if path is not None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                # Missing disk space raises OSError here; through the map it would be a bus error.
+                os.posix_fallocate(descriptor, 0, SIZE)
+                self._map = mmap.mmap(descriptor, SIZE)
+            finally:
+                os.close(descriptor)
+        self._publish()
+
+    def enter(self, section: str, step: int | None = None) -> None:
+        """End the present section and begin `section`; `step` is the optimizer steps done.
+
+        Takes microseconds.  Entering the present section again starts a new stay: that is progress
+        too.  Raises ValueError for an unknown section.
+        """
+        if section not in _INDEX:
+            raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
+        # Account the stay that ends.
+        index, now = _INDEX[self.section], time.monotonic()
+        stay = now - self.since
+        self._seconds[index] += stay
+        self._longest[index] = max(self._longest[index], stay)
+        # Begin the next.
+        self.section, self.since = section, now
+        self.switches += 1
+        if step is not None:
+            self.step = step
+            self.first_step = step if self.first_step < 0 else self.first_step
+        self._publish()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Total seconds by section, without the present stay."""
+        return dict(zip(SECTIONS, self._seconds, strict=True))
+
+    @property
+    def longest(self) -> dict[str, float]:
+        """Longest stay in seconds by section, without the present stay."""
+        return dict(zip(SECTIONS, self._longest, strict=True))
+
+    def _publish(self) -> None:
+        if self._map is not None:
+            # Counted from 1: a file of zeros is one that was reserved and never written.
+            writes = self.switches + 1
+            values = (_INDEX[self.section], self.step, self.first_step, self.since)
+            data = LAYOUT.pack(writes, *values, *self._seconds, *self._longest)
+            self._map[:] = data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def heartbeat_path(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's heartbeat file."""
+    return folder / f"rank-{rank}.heartbeat"
+
+
+def stacks_path(folder: Path, rank: int) -> Path:
+    """Return the path to which a rank writes its stack traces on SIGQUIT."""
+    return folder / f"rank-{rank}.stacks"
+
+
+def read_heartbeat(path: Path) -> HeartbeatState | None:
+    """Read a heartbeat file; None if nothing was written yet or its writer stopped in a write."""
+    for _ in range(100):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if not any(content):  # reserved and never written
+            return None
+        data, crc = content[:-4], content[-4:]
+        if len(content) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
+            break
+        time.sleep(0.001)  # the writer may have lost its core during the write
+    else:
+        return None
+    writes, section, step, first_step, since, *durations = LAYOUT.unpack(data)
+    count = len(SECTIONS)
+    seconds = dict(zip(SECTIONS, durations[:count], strict=True))
+    longest = dict(zip(SECTIONS, durations[count:], strict=True))
+    return HeartbeatState(SECTIONS[section], step, first_step, writes - 1, since, seconds, longest)
+
+
+def reserve_files(folder: Path, rank: int) -> None:
+    """Create the heartbeat and stack files of a rank with disk space for all later writes.
+
+    A /dev/shm that fills up later then neither kills the rank nor hides why it ended.  Raises
+    OSError if there is no space now.
+    """
+    Heartbeat(heartbeat_path(folder, rank))
+    reserve_space(stacks_path(folder, rank), STACKS_BYTES)
+
+
+def reserve_space(path: Path, size: int) -> None:
+    """Create an empty file that can grow to `size` bytes on a full disk.
+
+    Raises OSError if the disk has no space for it.  File systems without reservation are accepted.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if libc.fallocate(descriptor, KEEP_SIZE, 0, size) and ctypes.get_errno() == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def heartbeat_from_environment() -> Heartbeat:
+    """Return the heartbeat of this rank, with a file if a supervisor started the rank.
+
+    SIGQUIT then makes this process write the stacks of all its threads, even if Python is blocked
+    in C; so does a fatal signal.  Both also hold for processes that are forked from this one.
+    """
+    stacks = open_stacks_file()
+    if stacks is None:
+        return Heartbeat(None)
+    faulthandler.register(signal.SIGQUIT, file=stacks, all_threads=True, chain=False)
+    faulthandler.enable(stacks)
+    return Heartbeat(heartbeat_path(Path(os.environ[LOCAL_DIR]), _rank()))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def open_stacks_file() -> int | None:
+    """Open the stack file of this rank and its workers; None without a supervisor."""
+    folder = os.environ.get(LOCAL_DIR)
+    if not folder:
+        return None
+    path = stacks_path(Path(folder), _rank())
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,0 +1,179 @@
+"""Records of a launch in the run folder: one of each supervisor, and one of how Slurm ended it.
+
+    RUN/attempts/LAUNCH/node-K.json    written at the start, during training and at the end; with
+                                       several supervisors it is all that they exchange
+    RUN/attempts/LAUNCH/slurm.json     state of its nodes and its job, by Slurm
+
+A launch that is killed with its job records no end.  Only Slurm knows whether a node was lost or
+the job was preempted, and it forgets.  Therefore the job's script asks (`echolab why RUN
+over=true`), or, if the script was killed too, the next launch of the run does.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from echolab.atomic_io import write_atomic
+from echolab.errors import DataError
+from echolab.launch import slurm
+from echolab.launch.diagnosis import Observation, observation_from
+from echolab.launch.processes import process_identity
+from echolab.launch.rank_process import read_json
+from echolab.launch.run_dir import ATTEMPTS, FORMAT
+from echolab.redaction import mask_values
+
+SECONDS = 15.0  # between two records of a running supervisor
+SILENT = 60.0  # seconds without a record after which a supervisor on another host counts as lost
+CHECKPOINT = re.compile(r"step-(\d+)")
+SLURM_FILE = "slurm.json"
+BY_SIGNAL = ("preempted", "preempted_unsaved")  # causes of a stop by a signal
+RECENT = 3  # earlier launches to ask Slurm about
+
+
+@dataclass
+class NodeRecord:
+    """One supervisor's part of a launch."""
+
+    launch: str
+    supervisor: int
+    num_supervisors: int
+    host: str
+    world_size: int
+    ranks: list[int]
+    pid: int
+    identity: str  # of the supervisor's process, distinct from a later one with its pid
+    started: float  # time.time()
+    epoch: int = 0  # of the lease: the order of launches, independent of clocks
+    elapsed: float = 0.0  # seconds from `started` to `written_at`, by a monotonic clock
+    written_at: float = 0.0  # time.time() of this record
+    ended: float | None = None
+    local_folder: str = ""  # of heartbeats and error files, on that host
+    pids: list[int] = field(default_factory=list)
+    checkpoint_before: int = -1  # step of the newest checkpoint at the start, -1 without
+    checkpoint: int = -1
+    waited: float = 0.0  # seconds before the ranks started, for the previous launch to leave
+    stop_signal: int = 0  # the first signal that was forwarded, 0 without
+    cause: str = ""  # of exit_codes.CAUSES, by this supervisor's diagnosis
+    rank: int = -1
+    detail: str = ""
+    exit_code: int = -1
+    followed: bool = False  # ended because another supervisor had ended
+    first_step: int = -1
+    last_step: int = -1
+    section: str = "init"  # of the first rank
+    stay: float = 0.0  # seconds in it at the end
+    seconds: dict[str, float] = field(default_factory=dict)  # by section, of the first rank
+    longest: dict[str, float] = field(default_factory=dict)
+    observations: list[Observation] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write the record atomically; raise StorageError if it cannot be written."""
+        self.written_at = time.time()
+        observations = [observation.to_json() for observation in self.observations]
+        values = {"format": FORMAT, **self.__dict__, "observations": observations}
+        text = json.dumps(mask_values(values), indent=1)
+        write_atomic(folder / f"node-{self.supervisor}.json", text.encode())
+
+
+def _read_record(path: Path) -> NodeRecord | None:
+    """Read one record; None while it is incomplete.  Raise DataError for another format."""
+    values = read_json(path)
+    if not values:
+        return None
+    if (version := values.pop("format", None)) != FORMAT:
+        raise DataError(
+            f"{path}: record of format {version}, this version of echolab reads format {FORMAT}; "
+            "use the version that wrote it"
+        )
+    observations = [observation_from(value) for value in values["observations"]]
+    return NodeRecord(**{**values, "observations": observations})
+
+
+def read_launch(folder: Path) -> list[NodeRecord]:
+    """Return the records of a launch, in the order of its supervisors."""
+    records = [_read_record(path) for path in folder.glob("node-*.json")]
+    return sorted((record for record in records if record), key=lambda record: record.supervisor)
+
+
+def read_launches(run: Path) -> list[list[NodeRecord]]:
+    """Return the records of all launches of a run, the oldest launch first."""
+    folders = [path for path in (run / ATTEMPTS).glob("*") if path.is_dir()]
+    launches = [records for path in folders if (records := read_launch(path))]
+    return sorted(launches, key=lambda records: min((r.epoch, r.started) for r in records))
+
+
+def is_alive(record: NodeRecord, host: str, now: float) -> bool:
+    """Return whether a supervisor still runs, seen from `host` at time.time() `now`."""
+    if record.ended is not None:
+        return False
+    if record.host == host:
+        return process_identity(record.pid) == record.identity
+    return now - record.written_at < SILENT
+
+
+def all_ended(records: Sequence[NodeRecord]) -> bool:
+    """Return whether all supervisors of a launch recorded their end."""
+    return len(records) == records[0].num_supervisors and all(r.ended is not None for r in records)
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Return the step of the newest published checkpoint by its name; -1 without one."""
+    try:
+        names = os.listdir(run / "checkpoints")
+    except OSError:
+        return -1
+    return max((int(m[1]) for m in map(CHECKPOINT.fullmatch, names) if m), default=-1)
+
+
+# -- what Slurm knows -----------------------------------------------------------------------------
+
+
+class SlurmRecord(NamedTuple):
+    """State of a launch by Slurm, shortly after it ended."""
+
+    down: tuple[str, ...]  # its nodes that were down or did not respond
+    state: str  # of the job's start, by accounting: NODE_FAIL, REQUEUED, PREEMPTED; or ""
+    job_ended: bool  # Slurm ended the job; otherwise only the step was over
+
+
+def read_slurm_record(run: Path, launch: str) -> SlurmRecord | None:
+    """Return what Slurm knew of a launch; None if nothing was recorded."""
+    values = read_json(run / ATTEMPTS / launch / SLURM_FILE)
+    return (
+        SlurmRecord(tuple(values["down"]), values["state"], values["job_ended"]) if values else None
+    )
+
+
+def record_slurm_state(run: Path, records: Sequence[NodeRecord], *, job_ended: bool) -> None:
+    """Ask Slurm about a launch that a signal or no recorded reason ended, and record the answer.
+
+    May be repeated: Slurm may notice only later that a node is down.  Raises DataError if the
+    answer cannot be written.
+    """
+    launch = records[0].launch
+    by_signal = any(r.followed or r.cause in BY_SIGNAL for r in records)
+    if all_ended(records) and not by_signal:
+        return
+    known = read_slurm_record(run, launch)
+    if slurm.parse_launch(launch) is None or (known and known.down):
+        return
+    down = slurm.lost_nodes(record.host for record in records)
+    if down is None:
+        return
+    job_ended = known.job_ended if known else job_ended
+    answer = SlurmRecord(down, slurm.accounting_state(launch), job_ended)
+    write_atomic(run / ATTEMPTS / launch / SLURM_FILE, json.dumps(answer._asdict()).encode())
+
+
+def record_earlier_launches(run: Path, this_launch: str) -> None:
+    """Record what Slurm knows of the launches before, whose job scripts may have been killed."""
+    earlier = [records for records in read_launches(run) if records[0].launch != this_launch]
+    for records in earlier[-RECENT:]:
+        theirs, ours = slurm.parse_launch(records[0].launch), slurm.parse_launch(this_launch)
+        same_start = theirs is not None and ours is not None and theirs[:2] == ours[:2]
+        record_slurm_state(run, records, job_ended=not same_start)

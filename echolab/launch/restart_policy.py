@@ -1,0 +1,80 @@
+"""Restart policy: whether to start a run again, by a budget for each kind of failure."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from echolab.launch.attempts import RUNNING, Attempt
+from echolab.launch.section_timeouts import STEP
+
+MAX_CODE_ERRORS = 1
+MAX_WITHOUT_PROGRESS = 2
+CHANCE_SECONDS = 600.0  # of steps after which a preempted attempt should have saved a checkpoint
+MAX_HOST_FAILURES = 2
+COUNTED = ("preemption", "infrastructure", "code")  # the other budgets: ended by a person
+HOST_CAUSES = ("killed", "exited", "hang", "stopped_process", "node_lost", "replicas")
+
+
+class Decision(NamedTuple):
+    """Whether to restart the run, the reason in words, and the hosts to exclude."""
+
+    restart: bool
+    reason: str
+    exclude: tuple[str, ...] = ()
+
+
+def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision:
+    """Decide from the attempts of a run, the oldest first, of which the last has ended.
+
+    Preemption is free.  `max_infrastructure` machine failures and one exception in the code are
+    allowed since the last attempt that saved a checkpoint; damaged data and wrong settings are not.
+    Two attempts in a row without a new checkpoint end the run, except for attempts that were
+    preempted early.
+    """
+    exclude = hosts_to_exclude(attempts)
+    if not attempts or attempts[-1].definition is None:
+        state = RUNNING if attempts else "not started"
+        return Decision(False, f"the run is {state}", exclude)
+    last = attempts[-1]
+    assert last.definition
+    budget = last.definition.budget
+    if budget in ("none", "fatal"):
+        return Decision(False, last.definition.summary, exclude)
+    # No progress in a row of attempts.
+    counted = since_progress(
+        [a for a in attempts if a.definition and a.definition.budget in COUNTED]
+    )
+    idle = [a for a in counted if not a.progressed and _had_time_to_save(a)]
+    if len(idle) >= MAX_WITHOUT_PROGRESS and last in idle:
+        return Decision(False, f"{len(idle)} attempts in a row saved no checkpoint", exclude)
+    if budget == "preemption":
+        return Decision(True, "preemption is free", exclude)
+    # Failures by budget.
+    failures: Counter[str] = Counter(a.definition.budget for a in counted if a.definition)
+    limits = {"code": MAX_CODE_ERRORS, "infrastructure": max_infrastructure}
+    for name, limit in limits.items():
+        if failures[name] > limit:
+            return Decision(False, f"{failures[name]} {name} failures, {limit} allowed", exclude)
+    reason = f"{budget} failure {failures[budget]} of {limits[budget]} allowed"
+    return Decision(True, reason, exclude)
+
+
+def since_progress(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Return the attempts from the last one that saved a checkpoint; all of them if none did."""
+    saved = [index for index, attempt in enumerate(attempts) if attempt.progressed]
+    return list(attempts[saved[-1] if saved else 0 :])
+
+
+def _had_time_to_save(attempt: Attempt) -> bool:
+    preempted = attempt.definition is not None and attempt.definition.budget == "preemption"
+    return not preempted or sum(attempt.seconds.get(name, 0.0) for name in STEP) > CHANCE_SECONDS
+
+
+def hosts_to_exclude(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Return the hosts on which two or more machine failures began."""
+    failures = Counter(
+        attempt.host
+        for attempt in attempts
+        if attempt.cause in HOST_CAUSES and attempt.rank >= 0 and attempt.host
+    )
+    return tuple(sorted(host for host, count in failures.items() if count >= MAX_HOST_FAILURES))

@@ -1,0 +1,304 @@
+"""Released weights from their files: safetensors, sharded or not, diffusers folders, and `.pth`.
+
+Files are mapped into memory, and a network uses the mapped tensors as its parameters, or copies
+them straight to a GPU: there is no second copy in host memory.  Nothing is ever executed: a pickle
+is read in torch's weights-only way.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from echolab.errors import WeightsError
+from echolab.models.state_dict import (
+    LoadReport,
+    fitted_tensors,
+    from_diffusers,
+    initial_values,
+    match_weights,
+    meta_network,
+    model_of,
+    place,
+)
+from echolab.models.transformer import EchoTransformer
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+INDEX = ".safetensors.index.json"
+PREFIXES = ("model.", "module.", "diffusion_model.", "transformer.")
+LORA = re.compile(r"(^|[._])lora([._]|$)|lora_(A|B|up|down|unet)")
+AGAIN = "download or copy it again"
+
+
+class Loaded(NamedTuple):
+    """A network with the weights of a file, and a report on the file's tensors."""
+
+    net: EchoTransformer
+    report: LoadReport
+
+
+def load_released(
+    path: Path,
+    architecture: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    fresh: Sequence[Sequence[str]] = (),
+    seed: int = 0,
+) -> Loaded:
+    """Return the network of `architecture` with the weights of a file or folder, in `dtype`.
+
+    Raise WeightsError or CheckpointError in one line; see `released_values` for `fresh` and `seed`.
+    """
+    net = meta_network(architecture).to(dtype)
+    report, values = released_values(net, path, fresh=fresh, seed=seed)
+    place(net, values())
+    return Loaded(net, report)
+
+
+def released_values(
+    net: EchoTransformer,
+    path: Path,
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> tuple[LoadReport, Callable[[], Iterator[tuple[str, Tensor]]]]:
+    """Return a report and a reader of all values of `net`, which may be on meta, from `path`.
+
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack: they get Wan's
+    initialization, drawn from `seed`; so new keys and values of audio are zero, and the network
+    computes what its base does.  The reader yields (parameter name, tensor) pairs, one at a time,
+    converted on `device`.  Raise WeightsError or CheckpointError before any value is read.
+    """
+    # All checks come first; values are read and drawn by the returned function.
+    tensors = read_tensors(path)
+    report = match_weights(net, tensors, fresh=fresh, source=str(path))
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        yield from fitted_tensors(net, tensors, report, device)
+        generator = torch.Generator().manual_seed(seed)
+        yield from initial_values(net, generator, only=set(report.fresh))
+
+    return report, values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a released file or folder by original names, mapped into memory.
+
+    A file is .safetensors, an index of shards, or .pth, .pt, .ckpt, .bin; a folder holds one of
+    these, or a diffusers model (recognized by its names), itself or in `transformer/`.
+    A `state_dict` inside, and a prefix of all names such as `model.`, are taken off.
+    Raises WeightsError, in one line, for a file that is missing, damaged, quantized, of another
+    network, a LoRA, or a pickle with code in it.
+    """
+    file = _file_of(path)
+    if file.name.endswith(INDEX):
+        tensors = _read_shards(file)
+    elif file.suffix == ".safetensors":
+        tensors = read_safetensors(file)
+    else:
+        tensors = read_pickle(file)
+    # One naming for all files.
+    tensors = _without_prefixes(tensors)
+    if any(name.startswith("condition_embedder.") for name in tensors):
+        tensors = {from_diffusers(name): tensor for name, tensor in tensors.items()}
+    _check_kind(path, tensors)
+    return tensors
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file to open: `path` itself, or the one of a folder."""
+    if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLES) and not path.name.endswith(INDEX):
+            raise WeightsError(
+                f"{path}: not a kind of weights file that is read here; give .safetensors, "
+                f"*{INDEX}, {', '.join(PICKLES)}, or a folder of these"
+            )
+        return path
+    if not path.is_dir():
+        raise WeightsError(f"{path}: not there; give a file or folder of released weights")
+    # A diffusers pipeline keeps the network in `transformer/`.
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    _check_config(folder / "config.json")
+    # Prefer an index, then safetensors, then pickles; two of a kind are ambiguous.
+    for kinds in ((INDEX,), (".safetensors",), PICKLES):
+        files = sorted(file for file in folder.iterdir() if file.name.endswith(kinds))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            names = ", ".join(file.name for file in files[:3])
+            raise WeightsError(
+                f"{folder}: {len(files)} files could be meant ({names}); give one of them"
+            )
+    raise WeightsError(f"{folder}: no .safetensors or {', '.join(PICKLES)} in it; give another")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that `read_tensors(path)` reads tensors from, and their index if any."""
+    file = _file_of(path)
+    if not file.name.endswith(INDEX):
+        return [file]
+    places = _read_json(file).get("weight_map")
+    shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    return [file, *(file.parent / shard for shard in shards if Path(shard).name == shard)]
+
+
+def _check_config(config: Path) -> None:
+    """Raise WeightsError for a diffusers folder of another network, such as a VAE."""
+    if not config.is_file():
+        return
+    kind = _read_json(config).get("_class_name", "Wan")
+    if not str(kind).startswith("Wan"):
+        raise WeightsError(
+            f"{config}: _class_name is {kind}, need a Wan transformer; give its folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raise WeightsError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a JSON object; {AGAIN}")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file, mapped into memory; raise WeightsError if damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of every shard of an index; each must hold what the index lists."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{index}: no weight_map in it; {AGAIN}")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, places.values()))):
+        names = {name for name, place in places.items() if place == shard}
+        file = index.parent / shard
+        if Path(shard).name != shard or not file.is_file():
+            raise WeightsError(
+                f"{file}: this shard of {len(names)} tensors is not there, {index.name} names it; "
+                "download or copy it"
+            )
+        shard_tensors = read_safetensors(file)
+        for name in sorted(names ^ set(shard_tensors)):
+            where = "is not in it" if name in names else "is in it"
+            raise WeightsError(f"{file}: {name} {where}, against {index.name}; {AGAIN}")
+        tensors |= shard_tensors
+    return tensors
+
+
+def check_archive(path: Path) -> None:
+    """Raise WeightsError for a `.pth` with packed parts, or parts longer than the file.
+
+    torch stores each part as it is; packed or doubled parts may unpack to any size.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
+    # Compare the sizes before anything is unpacked.
+    packed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
+    size = sum(part.file_size for part in parts)
+    if packed or size > path.stat().st_size:
+        what = f"{packed.filename} is packed" if packed else f"parts of {size} bytes overlap"
+        raise WeightsError(f"{path}: {what}, as torch never does; give a .safetensors file")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.pth`, mapped into memory; raise WeightsError for other content."""
+    check_archive(path)
+    try:
+        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"a pickle that wants {named[1]}" if named else "damaged, or not of tensors alone"
+        raise WeightsError(
+            f"{path}: {what}; nothing in it was run; give a .safetensors file"
+        ) from error
+    except Exception as error:  # torch reports damage by errors of every kind
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path}: damaged or cut short ({line}); {AGAIN}") from error
+    # Trainers nest the tensors under one of these keys.
+    for key in ("state_dict", "module", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = content if isinstance(content, dict) else {}
+    strange = [name for name, value in tensors.items() if not _is_plain(name, value)]
+    if strange or not tensors:
+        what = f"{strange[0]} is no plain tensor" if strange else "it holds no tensors by name"
+        raise WeightsError(f"{path}: {what}; give a file of weights alone")
+    return tensors
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Return whether `value` is a dense tensor with values, under a name.
+
+    A view that shows the same bytes many times may be of any size: there must be a byte for each.
+    """
+    if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
+        return False
+    if value.layout != torch.strided or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+
+
+def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError for quantized tensors, whose scales are not read here."""
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind in ("int8", "uint8") or kind.startswith("float8"):
+            quantized = "fp8" if kind.startswith("float8") else "quantized"
+            raise WeightsError(
+                f"{path}: {name} is {kind}, a {quantized} file; give the bf16 or fp32 release"
+            )
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by names without a prefix that all of them have."""
+    for prefix in PREFIXES * 2:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError for tensors that are no full-precision base of this network."""
+    # A LoRA is the most common file that looks like weights and is not.
+    lora = next((name for name in tensors if LORA.search(name)), None)
+    if lora is not None:
+        raise WeightsError(
+            f"{path}: a LoRA ({lora}), need base weights; give the base it was trained on"
+        )
+    check_precision(path, tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(f"{path}: {name} is {kind}, no weights; give another file")
+    if model_of(tensors) is None:
+        name = next(iter(tensors), "nothing")
+        raise WeightsError(
+            f"{path}: no weights of a Wan transformer ({len(tensors)} tensors, such as {name}); "
+            "give another file"
+        )

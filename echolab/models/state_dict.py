@@ -1,0 +1,322 @@
+"""A network's parameters: names in files, matching a file's tensors, initialization, placement.
+
+Names are those of Wan and EchoMimicV3, and those of diffusers.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from echolab.errors import CheckpointError
+from echolab.models.transformer import EchoTransformer
+
+_TOP = {
+    "text_embedding.0.": "condition_embedder.text_embedder.linear_1.",
+    "text_embedding.2.": "condition_embedder.text_embedder.linear_2.",
+    "time_embedding.0.": "condition_embedder.time_embedder.linear_1.",
+    "time_embedding.2.": "condition_embedder.time_embedder.linear_2.",
+    "time_projection.1.": "condition_embedder.time_proj.",
+    "img_emb.proj.0.": "condition_embedder.image_embedder.norm1.",
+    "img_emb.proj.1.": "condition_embedder.image_embedder.ff.net.0.proj.",
+    "img_emb.proj.3.": "condition_embedder.image_embedder.ff.net.2.",
+    "img_emb.proj.4.": "condition_embedder.image_embedder.norm2.",
+    "head.head.": "proj_out.",
+    "head.modulation": "scale_shift_table",
+    "audio2token.": "condition_embedder.audio_embedder.",  # ours: diffusers has no audio
+    "audio_injection.": "condition_embedder.audio_injection.",
+}
+_ATTENTION = {
+    "q.": "to_q.",
+    "k.": "to_k.",
+    "v.": "to_v.",
+    "o.": "to_out.0.",
+    "norm_q.": "norm_q.",
+    "norm_k.": "norm_k.",
+    "k_img.": "add_k_proj.",
+    "v_img.": "add_v_proj.",
+    "norm_k_img.": "norm_added_k.",
+    "q_audio.": "add_q_audio_proj.",  # these four are ours too
+    "k_audio.": "add_k_audio_proj.",
+    "v_audio.": "add_v_audio_proj.",
+    "norm_k_audio.": "norm_added_k_audio.",
+}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3.": "norm2.",  # diffusers counts the norms in the order they are used
+    "ffn.0.": "ffn.net.0.proj.",
+    "ffn.2.": "ffn.net.2.",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+}
+_TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
+_BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
+
+
+def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
+    """Return a name with its beginning replaced by the table of its level."""
+    number = re.match(r"blocks\.\d+\.", name)
+    start, rest = (number[0], name[number.end() :]) if number else ("", name)
+    for ours, theirs in (block if number else top).items():
+        if rest.startswith(ours):
+            return start + theirs + rest[len(ours) :]
+    return name  # patch_embedding is called the same
+
+
+def to_diffusers(name: str) -> str:
+    """Return a parameter's name in diffusers' WanTransformer3DModel."""
+    return _renamed(name, _TOP, _BLOCK)
+
+
+def from_diffusers(name: str) -> str:
+    """Return the original name of a parameter of WanTransformer3DModel."""
+    return _renamed(name, _TOP_BACK, _BLOCK_BACK)
+
+
+# Parts that a base checkpoint may lack, each completely: `load_weights(net, tensors, fresh=...)`.
+AUDIO_PARTS = ("audio2token.", "audio_injection.", ".k_audio.", ".v_audio.", ".norm_k_audio.")
+IMAGE_PARTS = ("img_emb.", ".k_img.", ".v_img.", ".norm_k_img.")
+# Flash's own query for audio: its code computes it and then overwrites it with the shared one.
+DEAD_PART = ".q_audio."
+
+# A parameter that only one of the released models has; the first that fits names the model.
+MARKS = {
+    "echomimicv3_flash": "audio_injection.norm.weight",
+    "echomimicv3_preview": "audio2token.norm.weight",
+    "wan_fun_inp_1b3": "img_emb.proj.0.weight",
+    "wan_t2v_1b3": "head.modulation",
+}
+
+
+def model_of(names: Collection[str]) -> str | None:
+    """Return the released model that has these parameters (original names), of any size."""
+    return next((model for model, mark in MARKS.items() if mark in names), None)
+
+
+class LoadReport(NamedTuple):
+    """A checkpoint's tensors and the network's parameters by name, sorted by how they match."""
+
+    loaded: list[str]  # as they are in the file, but for the dtype
+    widened: list[str]  # loaded, with zeros for input channels that the file lacks
+    fresh: list[str]  # not in the file: they keep their initialization
+    unused: list[str]  # in the file, and without effect in the released model
+
+    def lines(self) -> list[str]:
+        """Return one line a kind that names every tensor; `*` stands for the index of a block."""
+        reasons = {
+            "widened": "loaded, zeros for the input channels that the file lacks",
+            "fresh": "not in the file, keep their initialization",
+            "unused": "in the file, without effect in the released model",
+        }
+        lines = [f"{len(self.loaded)} tensors loaded as they are"]
+        for kind, reason in reasons.items():
+            names = getattr(self, kind)
+            patterns = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
+            if names:
+                lines.append(f"{len(names)} {reason}: {', '.join(patterns)}")
+        return lines
+
+
+def load_weights(
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    source: str = "checkpoint",
+) -> LoadReport:
+    """Make `tensors`, by original names, the parameters of `net`; see `match_weights`.
+
+    Tensors of the parameters' dtype are used as they are, not copied, so that a network on the
+    meta device and a memory-mapped file need no second copy; others are converted.
+    If CheckpointError is raised, `net` is unchanged.
+    """
+    report = match_weights(net, tensors, fresh=fresh, source=source)
+    place(net, fitted_tensors(net, tensors, report))
+    return report
+
+
+def fitted_tensors(
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    report: LoadReport,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a file's tensors by parameter name, in the parameters' shapes and dtypes.
+
+    A tensor is converted on `device`, where it is the rank's own; None converts it where it is.
+    """
+    parameters = dict(net.named_parameters())
+    for name in [*report.loaded, *report.widened]:
+        yield name, _fitted(tensors[name].detach(), parameters[name], device)
+
+
+def match_weights(
+    net: EchoTransformer,
+    tensors: Mapping[str, Tensor],
+    *,
+    fresh: Sequence[Sequence[str]] = (),
+    source: str = "checkpoint",
+) -> LoadReport:
+    """Match `tensors`, by original names, with the parameters of `net`: all, and no others.
+
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each completely.  With
+    any, a patch embedding of noisy latents alone is widened by zeros if the network also takes
+    known ones: a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
+    Raises CheckpointError naming the first tensor that does not fit.
+    """
+    # Flash's dead query may be in the file, and missing parts may be absent.
+    parameters = dict(net.named_parameters())
+    dead = {name: s for name, s in released_shapes(net).items() if name not in parameters}
+    unused = [name for name in tensors if name in dead and tensors[name].shape == dead[name]]
+    absent = _may_be_absent(parameters, tensors, fresh)
+    _check_names(parameters, set(tensors) - set(unused), absent, source)
+    # Shapes must agree, except for input channels that a text-to-video base lacks.
+    present = [name for name in parameters if name in tensors]
+    masks = net.geometry.time_stride
+    widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n], masks)]
+    for name in present:
+        have, need = list(tensors[name].shape), list(parameters[name].shape)
+        if have != need and name not in widened:
+            raise CheckpointError(
+                f"{source}: {name}: shape {have}, the network has {need}: "
+                "choose the model this file is of"
+            )
+    loaded = [name for name in present if name not in widened]
+    return LoadReport(loaded, widened, [n for n in parameters if n in absent], unused)
+
+
+def _may_be_absent(
+    parameters: Collection[str], there: Collection[str], fresh: Sequence[Sequence[str]]
+) -> set[str]:
+    """Return the parameters of those parts of which the file has no tensor."""
+    absent: set[str] = set()
+    for part in fresh:
+        names = {name for name in parameters if any(piece in name for piece in part)}
+        if names.isdisjoint(there):
+            absent |= names
+    return absent
+
+
+def _check_names(
+    parameters: Collection[str], there: set[str], absent: set[str], source: str
+) -> None:
+    lacking = [name for name in parameters if name not in there and name not in absent]
+    unknown = sorted(there - set(parameters))
+    if not lacking and not unknown:
+        return
+    # Name the model if the file is of another one: that is the usual mistake.
+    given, wanted = model_of(there), model_of(parameters)
+    if given and given != wanted:
+        raise CheckpointError(
+            f"{source}: holds {given} (it has {MARKS[given]}), the network is {wanted}: "
+            f"give model={given}, or a file of {wanted}"
+        )
+    what = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
+    raise CheckpointError(
+        f"{source}: {what} ({len(lacking)} missing, {len(unknown)} unknown): "
+        "choose the model this file is of"
+    )
+
+
+def _widens(name: str, parameter: Tensor, tensor: Tensor, mask_channels: int) -> bool:
+    """Return whether a patch embedding lacks the channels of the mask and the known latents."""
+    have, need = tensor.shape, parameter.shape
+    if name != "patch_embedding.weight" or len(have) != len(need):
+        return False
+    return 2 * have[1] + mask_channels == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
+
+
+def _fitted(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> Tensor:
+    """Return a file's tensor in the parameter's dtype and shape; missing channels are zeros."""
+    if tensor.shape != parameter.shape:
+        wide = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        wide[:, : tensor.shape[1]] = tensor
+        return wide
+    # Moved first: a conversion in host memory would be a private copy of every rank.
+    return tensor.to(device).to(parameter.dtype).contiguous()
+
+
+def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
+    """Return names and shapes of the released file's tensors, in order, with Flash's dead ones."""
+    shapes: dict[str, torch.Size] = {}
+    # Flash's files hold the dead query before each audio key.
+    for name, parameter in net.named_parameters():
+        if net.audio_injection is not None and ".k_audio." in name:
+            shapes[name.replace(".k_audio.", DEAD_PART)] = parameter.shape
+        shapes[name] = parameter.shape
+    return shapes
+
+
+def meta_network(architecture: Mapping[str, Any]) -> EchoTransformer:
+    """Return a network whose parameters have shapes and no values yet; see `place`."""
+    with torch.device("meta"):
+        return EchoTransformer(**architecture)
+
+
+@torch.no_grad()
+def place(
+    net: nn.Module, values: Iterable[tuple[str, Tensor]], device: torch.device | None = None
+) -> None:
+    """Make the tensors of (parameter name, tensor) pairs the parameters of `net`, on `device`.
+
+    None leaves each tensor where it is.  Each is moved as it comes, so that host memory holds one
+    at a time if the source makes them one at a time.
+    """
+    moved = {name: tensor.to(device) for name, tensor in values}
+    net.load_state_dict(moved, strict=False, assign=True)
+
+
+@torch.no_grad()
+def initial_values(
+    net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield Wan's initialization by parameter name, one tensor at a time, in host memory.
+
+    Xavier for linear layers, normal (0.02) for text and time, normal (1 / sqrt(D)) for
+    modulations, zero for the head and for the audio keys and values.  `only` names the parameters
+    to draw, None is all.  `net` may be on any device, meta too: values are drawn on the CPU, in the
+    order of the parameters, and depend on the generator's state alone.
+    """
+    # The modulations last: what a seed gives must not depend on how the layers are nested.
+    for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
+        if only is None or name in only:
+            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+            _draw(layer, name, value, generator)
+            yield name, value
+
+
+@torch.no_grad()
+def initialize(
+    net: EchoTransformer, generator: torch.Generator, only: Collection[str] | None = None
+) -> None:
+    """Set the parameters of `net` to Wan's initialization; see `initial_values`."""
+    parameters = dict(net.named_parameters())
+    for name, value in initial_values(net, generator, only):
+        parameters[name].copy_(value)
+
+
+def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for path, layer in net.named_modules():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            yield layer, f"{path}.{leaf}".removeprefix("."), parameter
+
+
+def _is_modulation(one: tuple[nn.Module, str, Tensor]) -> bool:
+    return one[1].endswith("modulation")
+
+
+def _draw(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
+    # Norms: weight 1, bias 0.
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        value.fill_(float(name.endswith("weight")))
+    elif name.endswith("modulation"):
+        value.normal_(0, 1 / math.sqrt(value.shape[-1]), generator=generator)
+    elif name.endswith("bias") or name.startswith("head.") or re.search(r"\.[kv]_audio\.", name):
+        value.zero_()
+    elif name.startswith(("text_embedding", "time_embedding")):
+        value.normal_(0, 0.02, generator=generator)
+    else:
+        nn.init.xavier_uniform_(value.flatten(1), generator=generator)

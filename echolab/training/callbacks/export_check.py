@@ -1,0 +1,343 @@
+"""The export check at the end of a run: the exported network computes what was trained.
+
+Samples of the training model (in its engine, with the averaged weights swapped in) are compared
+with samples of a second network that the ordinary loader made of an export of the checkpoint.
+Between them lie the swap, the gathering of shards, the file, the names and the merging of adapters;
+compilation, activation checkpointing and sharding are on one side only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from echolab.atomic_io import ABSENT, FULL, read_file, write_atomic
+from echolab.data.bad_samples import TolerantReader
+from echolab.data.collate import collate_clips, read_clip
+from echolab.diffusion.pipeline import generate
+from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
+from echolab.models.export import write_original
+from echolab.models.loading import load_released, released_values
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
+from echolab.models.transformer import EchoTransformer
+from echolab.training import distributed
+from echolab.training.adapters.lora_base import exported_weights
+from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.metrics import LogMetrics
+from echolab.training.callbacks.step_sync import EvaluationInterrupted, StepSync
+from echolab.training.callbacks.validation import (
+    Poll,
+    autocast_dtype,
+    compute_dtype,
+    on_device,
+    unchanged,
+)
+from echolab.training.checkpoints.checkpoint import open_checkpoint
+from echolab.training.config import Training
+from echolab.training.engine.ema import Ema
+from echolab.training.engine.master_weights import Masters
+from echolab.training.engine.placement import HOST, Placement
+from echolab.training.run_state import RunState
+from echolab.types import Batch
+
+STEPS = 4  # of Euler's method
+TOLERANCE = 1e-4  # relative, in fp32
+REPORT, EXPORT = "parity.json", "parity-export.safetensors"
+FAILURES = (ParityError, ParityError, StorageError, DiskFullError)  # by number; 0 is none
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+REMEDY = (
+    "check the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
+    "trainer.compile=true, the compiler; the checkpoint is complete, its export is another model"
+)
+
+
+class Sampling(NamedTuple):
+    """How both are sampled."""
+
+    seed: int
+    shift: float
+    steps: int = STEPS
+
+
+class Parity(NamedTuple):
+    """How much the samples differ, relative to their norm."""
+
+    difference: float  # the largest of the tasks
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the difference is within the bound; NaN is not."""
+        return self.difference <= self.bound
+
+    def values(self) -> dict[str, float]:
+        """Return the values to log."""
+        return {"parity/difference": self.difference, "parity/bound": self.bound}
+
+
+def parity_clips(reader: TolerantReader, tasks: Sequence[str]) -> list[Batch]:
+    """Return the first clip of a dataset, or its replacement, posed as each of the tasks."""
+    clips = reader.dataset
+    one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
+    return [collate_clips(clips, [clip]) for clip in one]
+
+
+def sample(
+    net: nn.Module,
+    clips: Sequence[Batch],
+    how: Sampling,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    poll: Poll = lambda: None,
+) -> list[Tensor]:
+    """Sample latents [B, C, F, H, W] for each batch, on the CPU in fp32; keys alone fix the noise.
+
+    `poll` is called after each step of the sampler.
+    """
+    samples = []
+    for clip in clips:
+        latents = generate(
+            net,
+            on_device(clip, device).conditions,
+            clip.keys,
+            steps=how.steps,
+            shift=how.shift,
+            audio_scale=1.0,
+            seed=how.seed,
+            dtype=autocast_dtype(net, dtype),
+            on_step=lambda step, latents: poll(),
+        )
+        samples.append(latents.float().cpu())
+    return samples
+
+
+def relative(sampled: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to that of `expected`."""
+    return float((sampled - expected).double().norm() / expected.double().norm())
+
+
+def _load(
+    path: Path, architecture: Mapping[str, Any], seed: int, placement: Placement = HOST
+) -> EchoTransformer:
+    net = meta_network(architecture)
+    _, values = released_values(net, path, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed)
+    place(net, values(), placement.device)
+    return net
+
+
+def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:
+    """Export a checkpoint to `file` and load the network from it; fp32, on the CPU."""
+    opened = open_checkpoint(checkpoint)
+    net, tensors = exported_weights(opened, _load)
+    size = sum(tensor.numel() * 4 for tensor in tensors.values())
+    file.unlink(missing_ok=True)
+    write_original(file, net, tensors, dtype=torch.float32, shard_bytes=2 * size + 1)
+    made = load_released(file, opened.state["architecture"]).net
+    return made.eval().requires_grad_(False)
+
+
+class _Where(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # to compute in
+    cast: bool  # the parameters are of that dtype too; else autocast
+
+
+def _differences(
+    fresh: nn.Module,
+    live: Sequence[Tensor],
+    clips: Sequence[Batch],
+    how: Sampling,
+    where: _Where,
+    poll: Poll,
+) -> tuple[list[float], float]:
+    """Return differences by batch, and the bound.
+
+    Each of two computations in a smaller dtype may differ from fp32 as much as the exported weights
+    are measured to, so from each other by twice that.
+    """
+    device, dtype, cast = where
+    shared: dict[str, Any] = {"device": device, "poll": poll}
+    exact = own = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
+    bound = TOLERANCE
+    if dtype != torch.float32:
+        own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
+        rounding = [relative(a, b) for a, b in zip(own, exact, strict=True)]
+        bound = max(bound, 2 * max(rounding))
+    return [relative(a, b) for a, b in zip(live, own, strict=True)], bound
+
+
+def _compare(
+    checkpoint: Path,
+    folder: Path,
+    live: Sequence[Tensor],
+    clips: Sequence[Batch],
+    how: Sampling,
+    where: _Where,
+    poll: Poll,
+) -> tuple[list[float], float]:
+    """Return differences by batch and the bound, and write them to the report in `folder`."""
+    try:
+        fresh = exported_net(checkpoint, folder / EXPORT)
+        with unchanged(fresh, where.device):
+            differences, bound = _differences(fresh, live, clips, how, where, poll)
+    finally:
+        (folder / EXPORT).unlink(missing_ok=True)
+    parity = judged(differences, bound)
+    report: dict[str, Any] = {"checkpoint": checkpoint.name}
+    report |= {"passed": parity.passed, **parity._asdict()}
+    report |= {"by_task": _by_task(clips, differences)}
+    report |= {"dtype": NAMES[where.dtype], "sampling": how._asdict()}
+    write_atomic(folder / REPORT, json.dumps(report, indent=1).encode(), patient=True)
+    return differences, bound
+
+
+def _exported(
+    checkpoint: Path,
+    folder: Path,
+    live: Sequence[Tensor],
+    clips: Sequence[Batch],
+    how: Sampling,
+    where: _Where,
+    poll: Poll,
+) -> tuple[list[float], float, Exception | None]:
+    """Return differences by batch, the bound, and an error; zeros on ranks other than 0."""
+    fault: Exception | None = None
+    differences, bound = [0.0] * len(clips), 0.0
+    passes = 1 if where.dtype == torch.float32 else 2
+    polls = iter([poll] * (passes * len(clips) * how.steps))  # one a step of the sampler
+    if distributed.rank() == 0:
+        try:
+            differences, bound = _compare(
+                checkpoint, folder, live, clips, how, where, lambda: next(polls)()
+            )
+        except (EcholabError, OSError, torch.OutOfMemoryError) as error:
+            fault = error
+    for missing in polls:  # other ranks, or a rank 0 that failed, poll as often
+        missing()
+    return differences, bound, fault
+
+
+def _failure(fault: BaseException | None) -> int:
+    """Return the index in FAILURES of an exception, 0 for none; a full disk is no bad export."""
+    kind = int(fault is not None)
+    while fault is not None:
+        if isinstance(fault, DiskFullError) or (isinstance(fault, OSError) and fault.errno in FULL):
+            return FAILURES.index(DiskFullError)
+        if isinstance(fault, StorageError | OSError):
+            return FAILURES.index(StorageError)
+        fault = fault.__cause__
+    return kind
+
+
+def judged(differences: Sequence[float], bound: float) -> Parity:
+    """Return the largest difference of all batches, and the bound."""
+    return Parity(float(torch.tensor(differences).max()), bound)  # torch's max keeps NaN
+
+
+def _by_task(clips: Sequence[Batch], differences: Sequence[float]) -> dict[str, float]:
+    return {clip.tasks[0]: value for clip, value in zip(clips, differences, strict=True)}
+
+
+def check_parity(
+    net: nn.Module,
+    ema: Ema,
+    masters: Masters,
+    *,
+    checkpoint: Path,
+    folder: Path,
+    clips: Sequence[Batch],
+    how: Sampling,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    poll: Poll = lambda: None,
+) -> Parity:
+    """Compare the training model with the export of `checkpoint`, the one it has just saved.
+
+    Collective: all ranks sample, with the same clips; rank 0 exports into `folder`, reads that back
+    and writes `parity.json`.  Raise ParityError on every rank if the samples differ too much, or if
+    the export cannot be made; StorageError if a disk is at fault.  It needs memory for one more
+    copy of the weights on rank 0.
+    `poll` is called on all ranks after each step of the sampler, here and on rank 0.
+    """
+    with unchanged(net, device), ema.applied(masters):
+        live = sample(net, clips, how, device=device, dtype=dtype, poll=poll)
+    where = _Where(device, dtype, autocast_dtype(net, dtype) != dtype)
+    differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where, poll)
+    *differences, bound, failed = distributed.sums([*differences, bound, float(_failure(fault))])
+    parity = judged(differences, bound)
+    if failed:  # all ranks know which error; rank 0 has its message
+        why = " ".join(str(fault or "see rank 0").split()) or type(fault).__name__
+        kind = FAILURES[int(failed)]
+        raise kind(f"{checkpoint}: its export cannot be compared: {why}")
+    if not parity.passed:
+        by_task = _by_task(clips, differences).items()
+        differing = ", ".join(f"{task} {value:.2e}" for task, value in by_task)
+        raise ParityError(
+            f"{folder / REPORT}: samples of the training model and of the export of "
+            f"{checkpoint.name} differ by {parity.difference:.2e} ({differing}), at most "
+            f"{bound:.2e} in {NAMES[dtype]}; {REMEDY}"
+        )
+    return parity
+
+
+def passed_before(folder: Path, checkpoint: Path) -> bool | None:
+    """Return whether the report in a run's folder passed a checkpoint; None if it has no report.
+
+    A check that passed is not repeated when its run is started again; any other is.
+    """
+    try:
+        report = json.loads(read_file(folder / REPORT))
+    except (*ABSENT, ValueError):
+        return None
+    return bool(report["passed"]) if report.get("checkpoint") == checkpoint.name else None
+
+
+class ExportCheck(Callback):
+    """Compares the export of the last checkpoint, before the run counts as done."""
+
+    def __init__(
+        self, config: Training, masters: Masters, ema: Ema, sync: StepSync, log: LogMetrics
+    ):
+        self.config, self.masters, self.ema = config, masters, ema
+        self.sync, self.log = sync, log
+
+    def on_end(self, state: RunState) -> None:
+        """Check a finished run; raise ParityError on every rank if its export differs.
+
+        If a rank requests an end, the run ends unverified, and its next start repeats the check.
+        """
+        done = state.step == state.schedule.steps and not state.unsaved
+        if not (done and self.config.parity and state.checkpoint):
+            return
+        self.sync.heartbeat.enter("eval")
+        try:
+            parity = self._check(state, state.checkpoint)
+        except EvaluationInterrupted as interruption:
+            what = "the check of the export"
+            self.sync.accept_interruption(state, interruption, what, "the next start repeats it")
+            state.unverified = True
+        else:
+            self.log.log(state, parity.values())
+
+    def _check(self, state: RunState, checkpoint: Path) -> Parity:
+        config = self.config
+        clips = config.held_out.clips if config.held_out else config.clips[0]
+        steps = config.schedule.supervised_steps(config.schedule.steps)
+        trained = [t for t, p in config.curriculum.probabilities(steps).items() if p > 0]
+        return check_parity(
+            state.module.net,
+            self.ema,
+            self.masters,
+            checkpoint=checkpoint,
+            folder=config.folder,
+            clips=parity_clips(config.reader_of(clips), trained),
+            how=Sampling(config.seed, config.shift),
+            device=state.module.device,
+            dtype=compute_dtype(config.machine),
+            poll=partial(self.sync.poll, state),
+        )

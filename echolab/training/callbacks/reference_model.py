@@ -1,0 +1,81 @@
+"""Preference epochs: the frozen reference network, and the running state of beta."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echolab.errors import ConfigError
+from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.checkpoints import Checkpoints
+from echolab.training.callbacks.replicas import ReplicaCheck
+from echolab.training.checkpoints.checkpoint import folder_of, open_on_all_ranks
+from echolab.training.config import Training
+from echolab.training.engine.ema import EMA
+from echolab.training.run_state import RunState
+
+
+class ReferenceModel(Callback):
+    """Loads the averaged weights into the frozen reference at the start of a preference epoch.
+
+    They are those of the checkpoint saved there, so that a resumed run reads the same reference;
+    `config.reference_checkpoint` replaces them in all epochs.  The state of an objective is reset
+    with each epoch: a margin against an earlier reference says nothing.
+    """
+
+    state_key = "objectives"
+
+    def __init__(
+        self, config: Training, checkpoints: Checkpoints, replica_check: ReplicaCheck
+    ) -> None:
+        self.reference, self.fixed = config.reference, config.reference_checkpoint
+        self.checkpoints, self.replica_check = checkpoints, replica_check
+        self.stateful: dict[str, Any] = {
+            kind: objective
+            for kind, objective in config.objectives.items()
+            if hasattr(objective, "load_state_dict")
+        }
+        self._initial = copy.deepcopy(self.state_dict())
+        self._loaded: Path | None = None  # the checkpoint at which the epoch began
+
+    def on_start(self, state: RunState) -> None:
+        """Save the checkpoint that a first epoch of preferences refers to."""
+        if not state.resumed and state.schedule.needs_reference(0):
+            self.checkpoints.save(state)
+
+    def before_step(self, state: RunState) -> None:
+        """Load the reference of a preference epoch, unless it is in place; collective."""
+        position = state.schedule.locate(state.step)
+        if position.epoch.kind == "sft":
+            return
+        boundary = folder_of(self.checkpoints.folder, state.step - position.within)
+        if self._loaded == boundary:
+            return
+        if self.reference is None:
+            raise ConfigError("schedule: preference epochs need a reference; give ref_model=")
+        self.reference.load(open_on_all_ranks(self.fixed or boundary).tensors(EMA))
+        self.reference.to(state.module.device)
+        if position.within == 0:
+            self.load_state_dict(self._initial)
+        self._loaded = boundary
+        self.replica_check.watch_reference()
+
+    def after_step(self, state: RunState) -> None:
+        """Give the objective the mean margin of the step, over all ranks."""
+        if state.vote.margin_share:
+            mean = state.vote.margin / state.vote.margin_share
+            self.stateful[state.kind].update(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every objective that has one, by kind."""
+        return {kind: dict(objective.state_dict()) for kind, objective in self.stateful.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; the reference is read again.
+
+        A run that was rolled back reaches the same boundary with other weights.
+        """
+        self._loaded = None
+        for kind, objective in self.stateful.items():
+            if kind in saved:
+                objective.load_state_dict(saved[kind])

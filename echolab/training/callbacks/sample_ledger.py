@@ -1,0 +1,118 @@
+"""The sample ledger: which samples each optimizer step trained on, and under which noise."""
+
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from echolab.data.batch_sampler import BatchSampler
+from echolab.data.ledger import (
+    LEDGER,
+    Attempt,
+    LedgerWriter,
+    Row,
+    SkippedBatch,
+    next_attempt,
+    read_skipped,
+    write_skipped,
+)
+from echolab.data.train_dataset import MicroBatch
+from echolab.training import distributed
+from echolab.training.callbacks.callback import Callback
+from echolab.training.datamodule import Feed, ShardDataModule
+from echolab.training.run_state import RunState
+from echolab.training.schedule import Skip
+from echolab.types import Draws
+
+
+def noise_hashes(draws: Draws) -> list[str]:
+    """Return 16 hexadecimal digits a clip, of its noise, noise level and uniforms.  [B]"""
+    parts = [part.detach().cpu() for part in (draws.noise, draws.sigmas, draws.uniforms)]
+    return [
+        blake2b(b"".join(part[i].numpy().tobytes() for part in parts), digest_size=8).hexdigest()
+        for i in range(len(draws.sigmas))
+    ]
+
+
+def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
+    """Return the datasets as the audit will open them: a local folder by its absolute path."""
+    return [
+        {**dataset, "folder": str(Path(dataset["folder"]).resolve())}
+        if Path(dataset["folder"]).is_dir()
+        else dataset
+        for dataset in plan.datasets()
+    ]
+
+
+def left_out(feed: Feed, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
+    """Yield the samples of the batches of `skips`, each batch once."""
+    batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
+    for kind, batch in batches:
+        stock = feed.clips if kind == "sft" else feed.pairs
+        if stock is None:
+            continue
+        drawn = [one for one in stock.sampler.batch(batch) if one.loss_weight]
+        yield SkippedBatch(
+            kind,
+            batch,
+            sources=[one.source for one in drawn],
+            epochs=[one.epoch for one in drawn],
+            keys=[stock.datasets[one.source].keys[one.sample] for one in drawn],
+        )
+
+
+class SampleLedger(Callback):
+    """Gathers the micro-batches of a step, and writes them once the optimizer has used them."""
+
+    def __init__(self, run_dir: Path, data: ShardDataModule) -> None:
+        self.folder, self.data = run_dir / LEDGER, data
+        self._items: list[tuple[MicroBatch, list[str]]] = []
+        self._writer: LedgerWriter | None = None
+
+    def on_start(self, state: RunState) -> None:
+        """Begin an attempt of the ledger; collective."""
+        feed = self.data.feed
+        number = next_attempt(self.folder) if distributed.rank() == 0 else 0
+        attempt = Attempt(
+            attempt=distributed.from_first(number),
+            world=distributed.world() // feed.sequence_parallel,
+            first_step=state.step,
+            clips=datasets_of(feed.clips.sampler),
+            pairs=datasets_of(feed.pairs.sampler) if feed.pairs else [],
+        )
+        # Of the ranks that share their clips, one writes.
+        writer = self.data.writer
+        self._items = []
+        self._writer = None if writer is None else LedgerWriter(self.folder, attempt, writer)
+        if distributed.rank() == 0:
+            known = {(batch.kind, batch.batch) for batch in read_skipped(self.folder)}
+            skipped = left_out(feed, state.schedule.skipped)
+            write_skipped(self.folder, (b for b in skipped if (b.kind, b.batch) not in known))
+        state.module.on_draws = self.add
+
+    def on_rollback(self, state: RunState) -> None:
+        """Begin another attempt: the audit knows by it that steps were undone."""
+        self.on_start(state)
+
+    def add(self, item: MicroBatch, draws: Draws) -> None:
+        """Add a micro-batch that was trained on, unless it only fills up a short batch."""
+        if self._writer and item.loss_weight:
+            self._items.append((item, noise_hashes(draws)))
+
+    def after_step(self, state: RunState) -> None:
+        """Write the samples of the step."""
+        items, self._items = self._items, []
+        if self._writer:
+            row = Row(
+                state.step - 1,  # the ledger counts steps from 0
+                state.kind,
+                sources=[source for item, _ in items for source in item.sources],
+                epochs=[epoch for item, _ in items for epoch in item.epochs],
+                keys=[key for item, _ in items for key in item.batch.keys],
+                noise=[noise for _, hashes in items for noise in hashes],
+            )
+            self._writer.write(row)
+
+    def on_end(self, state: RunState) -> None:
+        """Write the rows that could not be written when their steps were done."""
+        if self._writer:
+            self._writer.close()

@@ -1,0 +1,171 @@
+"""One all-reduce after each step, in which any rank can end or change what all ranks do.
+
+No other decision of a run depends on what one rank alone sees, so no rank ever waits in a
+collective that another does not enter.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from echolab.heartbeat import Heartbeat
+from echolab.training import distributed
+from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.checkpoints import Checkpoints
+from echolab.training.config import Training
+from echolab.training.control_files import ControlFiles
+from echolab.training.engine.engine_report import ClippedNorm
+from echolab.training.guards.host_memory import HostMemory
+from echolab.training.run_state import RunState, Vote
+from echolab.training.signals import StopSignals
+
+PAUSE_SECONDS = 1.0  # between two checks whether PAUSE is still there
+MARGIN_SECONDS = 60.0  # before a job's end: for the step in progress, and for the exit
+
+
+class EvaluationInterrupted(Exception):
+    """Raised on every rank, amid a validation or an export check, by a vote to end the run."""
+
+    def __init__(self, vote: Vote) -> None:
+        super().__init__(vote.reason)
+        self.vote = vote
+
+
+def sum_votes(own: Mapping[str, float | torch.Tensor]) -> Vote:
+    """Sum the votes of the ranks; collective.  Tensors are read from the device all at once."""
+    on_device = [name for name, value in own.items() if isinstance(value, torch.Tensor)]
+    votes = {name: float(value) for name, value in own.items() if name not in on_device}
+    if on_device:
+        scalars = [torch.as_tensor(own[name]).double().reshape(()) for name in on_device]
+        # Gradients of an offloaded optimizer are on the host, the loss is not.
+        device = max((scalar.device for scalar in scalars), key=lambda place: place.type != "cpu")
+        values = torch.stack([scalar.to(device) for scalar in scalars])
+        votes |= dict(zip(on_device, values.tolist(), strict=True))
+    return Vote(*distributed.sums(list(Vote(**votes))))
+
+
+def step_vote(loss: torch.Tensor, norm: torch.Tensor, clipped: torch.Tensor) -> dict[str, Any]:
+    """Return this rank's vote on a step: its loss [], its gradient's norm [] before clipping."""
+    return {
+        "loss": loss,
+        "norm": norm,
+        "norm_squared": norm.double().square(),
+        "not_finite": ~(torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)),
+        "clipped": clipped,
+    }
+
+
+def wait(requests: Callable[[], Mapping[str, float]]) -> Vote:
+    """Wait until no rank requests a pause any more, or something ends the run; collective."""
+    while True:
+        time.sleep(PAUSE_SECONDS)
+        vote = sum_votes(requests())
+        if vote.fenced or vote.reason or not vote.pause:
+            return vote
+
+
+class StepSync(Callback):
+    """Sums what the ranks measured and request, and decides whether the run ends."""
+
+    def __init__(
+        self,
+        config: Training,
+        accumulation: int,
+        *,
+        signals: StopSignals,
+        files: ControlFiles,
+        memory: HostMemory,
+        heartbeat: Heartbeat,
+        checkpoints: Checkpoints,
+        clipped: ClippedNorm,
+    ) -> None:
+        self.config, self.accumulation = config, accumulation
+        self.signals, self.files, self.memory = signals, files, memory
+        self.heartbeat, self.checkpoints, self.clipped = heartbeat, checkpoints, clipped
+
+    def after_step(self, state: RunState) -> None:
+        """Vote; raise FencedError on every rank if another process has taken the run."""
+        module = state.module
+        loss, norm = module.take_loss() / self.accumulation, module.take_norm()
+        own = step_vote(loss, norm, self.clipped.take()) | module.take_margin()
+        written = {"written": float(self.checkpoints.writer.written())}
+        state.vote = sum_votes(own | self.requests(state) | written)
+        state.loss, state.gradient_norm = float(loss), float(norm)
+        if state.vote.fenced:
+            raise self.config.taken()
+        last = state.step in (state.schedule.steps, self.config.until)
+        state.ends = last or bool(state.vote.reason)
+
+    def requests(self, state: RunState) -> dict[str, float]:
+        """Return this rank's vote on whether to end, save or wait.
+
+        The clock and the control files are those of rank 0 alone.
+        """
+        needed = self.checkpoints.seconds_needed
+        requests = {
+            "late": float(needed > self.signals.seconds_left),
+            "memory": float(self.memory.over()),
+            "unlogged": float(state.log_error is not None),
+            "stop": float(state.stop_requested),
+        }
+        if self.signals.received:
+            requests[signal.Signals(self.signals.received).name.lower()] = 1.0
+        if distributed.rank() == 0:
+            requests["time"] = float(time.time() + needed + MARGIN_SECONDS > self.config.job_ends)
+            requests |= {name.lower(): 1.0 for name in self.files.pending()}
+        return requests
+
+    def poll(self, state: RunState) -> None:
+        """Raise EvaluationInterrupted on every rank if one requests an end; between batches.
+
+        Memory can wait for the next step: with a run that ends for it, the last check would never
+        finish.
+        """
+        vote = sum_votes(self.requests(state) | {"memory": 0.0})
+        if vote.fenced or vote.reason:
+            raise EvaluationInterrupted(vote)
+        self.heartbeat.enter("eval")
+
+    def accept_interruption(
+        self, state: RunState, interruption: EvaluationInterrupted, what: str, result: str
+    ) -> None:
+        """End the run by the vote that interrupted `what`; print what that means for `result`.
+
+        Raise FencedError on every rank if another process has taken the run.
+        """
+        state.vote, state.ends = interruption.vote, True
+        if state.vote.fenced:
+            raise self.config.taken()
+        if distributed.rank() == 0:
+            print(
+                f"echolab: {state.run_dir}: {what} at step {state.step} was cut short "
+                f"({state.vote.reason}); {result}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_end(self, state: RunState) -> None:
+        """Remove the files that requested this end."""
+        self.files.clear("STOP", "PRUNE")
+
+
+class Pause(Callback):
+    """Waits while the file PAUSE is there, after everything else of the step."""
+
+    def __init__(self, sync: StepSync) -> None:
+        self.sync = sync
+
+    def after_step(self, state: RunState) -> None:
+        """Wait if that is requested; remove the file SAVE, whose checkpoint was begun."""
+        if state.vote.pause and not state.ends:
+            self.sync.heartbeat.enter("pause")
+            state.vote = wait(lambda: self.sync.requests(state))
+            if state.vote.fenced:
+                raise self.sync.config.taken()
+            state.ends = bool(state.vote.reason)
+        if state.vote.save:
+            self.sync.files.clear("SAVE")

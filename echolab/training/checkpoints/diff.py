@@ -1,0 +1,88 @@
+"""Differences between two checkpoints, bit by bit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from echolab.training.checkpoints.checkpoint import Checkpoint
+
+ORIGIN = "origin"  # world size and strategy that wrote it: ignored
+
+
+class TensorDifference(NamedTuple):
+    """A tensor that differs between the two."""
+
+    part: str
+    name: str
+    what: str  # "values", or why they cannot be compared
+    different: int = 0  # elements whose bits differ
+    of: int = 0  # elements in all
+    largest: float = 0.0  # of |a - b|; 0 where only signs of zeros differ
+
+    def line(self) -> str:
+        """Return one line for people."""
+        if self.what != "values":
+            return f"{self.part} {self.name}: {self.what}"
+        return (
+            f"{self.part} {self.name}: {self.different:,} of {self.of:,} values differ, by up to "
+            f"{self.largest:.3g}"
+        )
+
+
+def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested dicts; a list is one value."""
+    if isinstance(state, dict) and state:
+        for name, value in state.items():
+            yield from flatten(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, state
+
+
+def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return {"key", "a", "b"} of each entry that differs; a side without it is left out."""
+    one, other = (
+        dict(flatten({k: v for k, v in state.items() if k != ORIGIN})) for state in (a, b)
+    )
+    differences = []
+    for key in sorted(one.keys() | other.keys()):
+        values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
+        # An entry that only one side has is a difference too.
+        if len(values) < 2 or not _same(values["a"], values["b"]):
+            differences.append({"key": key, **values})
+    return differences
+
+
+def _same(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # 1 is not 1.0, and nan is nan
+
+
+def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifference]:
+    """Yield the differences of all parts; one tensor of each is in memory at a time."""
+    for part in sorted({*a.parts, *b.parts}):
+        if part not in a.parts or part not in b.parts:
+            yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
+            continue
+        # Mapped files: a tensor is read when it is compared.
+        one, other = a.tensors(part), b.tensors(part)
+        for name in sorted({*one, *other}):
+            if name not in one or name not in other:
+                where = "a" if name in one else "b"
+                yield TensorDifference(part, name, f"only in {where}")
+            elif difference := _compared(part, name, one[name], other[name]):
+                yield difference
+
+
+def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
+        return TensorDifference(part, name, f"{forms[0]} in a, {forms[1]} in b")
+    # As integers: NaN equals itself, and 0 differs from -0.
+    unequal = a.view(torch.int32) != b.view(torch.int32)
+    if not unequal.any():
+        return None
+    largest = float((a[unequal].double() - b[unequal].double()).abs().max())
+    largest = math.inf if math.isnan(largest) else largest
+    return TensorDifference(part, name, "values", int(unequal.sum()), a.numel(), largest)

@@ -1,0 +1,91 @@
+"""Collective operations.  On one rank each function is the identity; only `device` is local."""
+
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+
+
+def world() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the rank of this process."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def device() -> torch.device:
+    """Return the device of tensors that the backend can send."""
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def sums(values: list[float]) -> list[float]:
+    """Sum over the ranks, element by element."""
+    if world() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def largest(values: list[int]) -> list[int]:
+    """Return the maximum over the ranks, element by element."""
+    if world() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def agree(text: str) -> bool:
+    """Return whether all ranks pass the same text."""
+    number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+    highest, lowest = largest([number, -number])
+    return highest == -lowest
+
+
+def gather_text(text: str) -> list[str]:
+    """Return the text of each rank, by rank.  It is sent as bytes, so that nothing is pickled."""
+    if world() == 1:
+        return [text]
+    own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(text.encode())], device=device()))
+    lengths = [int(size) for size in sizes]
+    padded = own.new_zeros(max(1, *lengths))
+    padded[: len(own)] = own
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    pairs = zip(texts, lengths, strict=True)
+    return [bytes(t[:length].tolist()).decode() for t, length in pairs]
+
+
+def raise_together(kind: type[Exception], fault: str) -> None:
+    """Raise the first rank's fault ("": none) on every rank, so that none is left waiting."""
+    for message in gather_text(fault):
+        if message:
+            raise kind(message)
+
+
+def from_first(value: int) -> int:
+    """Return the value of rank 0."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device())
+    dist.broadcast(tensor, 0)
+    return int(tensor)
+
+
+def means(totals: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Return the mean over all ranks for each name, given (sum, count) of this rank.
+
+    Names with a count of zero on all ranks are left out.
+    """
+    names = sorted(totals)
+    flat = sums([float(x) for name in names for x in totals[name]])
+    pairs = zip(names, flat[::2], flat[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count}

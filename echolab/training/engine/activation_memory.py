@@ -1,0 +1,224 @@
+"""Activation memory of one training step, by running it on tensors without values.
+
+The network's own forward and backward run under torch's FakeTensorMode, and every storage that they
+allocate is counted while it lives.  So checkpointing, adapters, autocast and tensors saved by
+kernels are counted as they are, and no formula can go stale.  Not counted: scratch space inside
+kernels, the allocator's rounding and fragmentation, and the CUDA context.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from echolab.diffusion.objectives import velocity_error
+from echolab.diffusion.phases import PHDA, ModalityDropout
+from echolab.geometry import geometry_of
+from echolab.models.attention import use_attention
+from echolab.models.layers import RMSNorm, rope_freqs
+from echolab.models.transformer import EchoTransformer
+from echolab.types import Batch, Conditions, Draws
+
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+
+
+class Clip(NamedTuple):
+    """The size of a micro-batch: latents, and the tokens of its conditions."""
+
+    clips: int
+    frames: int  # of latents
+    height: int  # of latents
+    width: int
+    text: int = TEXT_TOKENS
+    image: int = IMAGE_TOKENS
+
+
+class Step(NamedTuple):
+    """Bytes beyond the weights, in one forward and backward."""
+
+    forward: int  # the most at once until the loss is there
+    activations: int  # the most at once in all, without gradients of weights
+    together: int  # the most at once in all, with gradients of weights
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all live storages that were allocated while it is active.
+
+    Storages of `known` tensors do not count.  `count_gradient` moves a storage to the gradients.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.live, self.gradients, self.peak, self.peak_together = 0, 0, 0, 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._of_weights: set[int] = set()
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._keys = {storage._cdata for storage in self._known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operator, and count the storages of its result."""
+        # Storages, not tensors: views of one storage count once.
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        self.peak_together = max(self.peak_together, self.live + self.gradients)
+        return result
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._keys and key not in self._storages:
+            size = storage.nbytes()
+            # The callback runs when the storage is freed.
+            self._storages[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            self.live += size
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._storages[key]
+        if key in self._of_weights:
+            self._of_weights.remove(key)
+            self.gradients -= size
+        else:
+            self.live -= size
+
+    def count_gradient(self, tensor: Tensor) -> None:
+        """Count a weight's gradient separately from the activations."""
+        storage = tensor.untyped_storage()
+        self._see(storage)
+        # From activations to gradients, in which the engine counts it.
+        if storage._cdata not in self._of_weights:
+            self._of_weights.add(storage._cdata)
+            self.live -= storage.nbytes()
+            self.gradients += storage.nbytes()
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Keep what every fast kernel keeps: its inputs, its output and one number for each query."""
+    # [B, S, N, d] -> [B, N, S, d], as torch takes them.
+    q, k, v = (heads.to(values.dtype).transpose(1, 2) for heads in (queries, keys, values))
+    mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return mixed.transpose(1, 2)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The shapes of CUDA's RMS norm, which keeps its input and a number for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weight, values.new_empty(values.shape[:-1]).float())
+        return torch.empty_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, weight, _ = ctx.saved_tensors
+        return torch.empty_like(values), torch.empty_like(weight)
+
+
+def _norm(weight: nn.Parameter, values: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # CUDA's autocast computes norms in fp32
+        values = values.float()
+    normed: Tensor = _FusedNorm.apply(values, weight.type_as(values))
+    return normed
+
+
+def like_gpu(net: nn.Module) -> None:
+    """Make a network to be simulated keep the activations that it keeps on a GPU.
+
+    Only the kernels of attention and RMS norm keep other tensors on a GPU than on a CPU.
+    """
+    use_attention(net, _flash)
+    for module in net.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = partial(_norm, module.weight)  # type: ignore[method-assign]
+
+
+def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
+    # The shapes of a batch, as the data pipeline makes them.
+    geometry, size = geometry_of(architecture), clip.clips
+    frames = geometry.frames(clip.frames)
+    layers, audio_dim = architecture.get("audio_layers"), architecture["audio_dim"] or 1
+    audio = (frames, layers, audio_dim) if layers else (2 * frames, audio_dim)
+    grid = (clip.frames, clip.height, clip.width)
+    return Conditions(
+        text=torch.empty(size, clip.text, architecture["text_dim"]),
+        image=torch.empty(size, clip.image, architecture["image_dim"] or 1),
+        audio=torch.empty(size, *audio),
+        face=torch.empty(size, geometry.tokens(clip.height, clip.width)),
+        known=torch.empty(size, geometry.time_stride, *grid),
+        known_latents=torch.empty(size, geometry.channels, *grid),
+    )
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Make tensors within the context have a shape and a dtype, and no values."""
+    rope_freqs.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        rope_freqs.cache_clear()  # a table without values must not serve a real network
+
+
+def _allocate(net: nn.Module, dtype: torch.dtype) -> None:
+    """Replace parameters on meta by parameters on the present device."""
+    for module in net.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            setattr(
+                module, name, nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
+            )
+
+
+def simulate(
+    architecture: Mapping[str, Any],
+    clip: Clip,
+    *,
+    weights: torch.dtype = torch.float32,
+    autocast: bool = False,
+    prepare: Callable[[nn.Module], None] = lambda net: None,
+    kernels: Callable[[nn.Module], None] = lambda net: None,
+) -> Step:
+    """Run one supervised step, with weights of a type, of a network that nobody has to hold.
+
+    `prepare` changes the network before (adapters, checkpointing); `kernels` may be `like_gpu`,
+    otherwise they are this CPU's.  bf16 by `autocast` or by the weights' type.
+    """
+    with torch.device("meta"):
+        net = EchoTransformer(**architecture)
+        prepare(net)
+    with _without_values():
+        _allocate(net, weights)
+        # Everything allocated before this is weights; everything after it is counted.
+        kernels(net)
+        with LiveBytes([*net.parameters(), *net.buffers()]) as counted:
+            for parameter in net.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: counted.count_gradient(p.grad)
+                    )
+            return _run(net, architecture, clip, counted, autocast)
+
+
+def _run(
+    net: nn.Module, architecture: Mapping[str, Any], clip: Clip, counted: LiveBytes, autocast: bool
+) -> Step:
+    shape = (clip.clips, architecture["out_channels"], clip.frames, clip.height, clip.width)
+    weight = torch.empty(clip.clips, 1, *shape[2:])
+    batch = Batch(torch.empty(shape), _conditions(architecture, clip), weight, [], [])
+    draws = Draws(torch.empty(shape), torch.empty(clip.clips), torch.empty(clip.clips, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
+    # The peak of the forward is where the loss is computed.
+    forward = counted.peak
+    loss.backward()
+    return Step(forward, counted.peak, counted.peak_together)

@@ -1,0 +1,327 @@
+"""What the live engine does, read from it after set-up and never from the settings.
+
+Labels lie: "16-mixed" under DeepSpeed is pure fp16, accumulation was reset to 1 silently, an
+optimizer clipped on some ranks only.  So: a plan read from the engine, printed and compared with
+the expected one; counters that agree at every step; and the gradient's norm as the optimizer got
+it.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from echolab.errors import ConfigError, EcholabError
+from echolab.models.frozen import Frozen
+from echolab.training.engine.master_weights import MOMENTS, Masters
+from echolab.training.engine.sequence_parallel import SequenceSplit
+from echolab.training.engine.strategies import Machine
+
+CLIP_SLACK = 1e-3  # by which share a norm after clipping may pass its limit
+
+# Hooks of a LightningModule that are not called: by any of our trainers, and by DeepSpeed.
+NEVER_CALLED = (
+    "validation_step", "test_step", "predict_step", "lr_scheduler_step",
+    "on_save_checkpoint", "on_load_checkpoint",
+)  # fmt: skip
+NOT_BY_DEEPSPEED = ("backward", "configure_gradient_clipping")
+
+
+class Plan(NamedTuple):
+    """What one rank's live engine does; floating-point types as torch names them."""
+
+    strategy: str  # of strategies.STRATEGIES
+    world: int  # ranks
+    data_parallel: int  # ranks, or groups of ranks, with clips of their own
+    sequence_parallel: int  # ranks that share a clip
+    accumulation: int  # micro-batches a rank and optimizer step
+    clip: float  # limit of the gradient's norm
+    optimizer: str
+    batches: str  # as objectives get them: noise, targets and losses are computed in it
+    compute: str  # of matrix products
+    parameters: str
+    masters: str
+    moments: str
+    gradients: str  # in which they are summed over micro-batches and ranks
+    average: str  # EMA
+    offload: str  # what lies in host memory: none, or optimizer
+    trained: int  # numbers
+    frozen: int
+    blocks: int
+    checkpointed: int  # of the blocks
+    compiled: int  # of the blocks
+    attention: str
+
+    def lines(self) -> list[str]:
+        """Return the lines to print when a run starts."""
+        width = max(map(len, self._fields))
+        return [f"{name:{width}}  {value}" for name, value in self._asdict().items()]
+
+
+def _types(tensors: Iterable[Tensor]) -> str:
+    names = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
+    return "+".join(sorted(names))
+
+
+def _strategy(trainer: pl.Trainer) -> str:
+    """Name the strategy by the objects that do the work."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        zero: Any = trainer.optimizers[0]
+        if hasattr(zero, "fp32_partitioned_groups_flat"):
+            return "zero3"
+        return "zero2" if zero.partition_gradients else "zero1"
+    return "ddp" if isinstance(trainer.strategy.model, DistributedDataParallel) else "single"
+
+
+def _compute(trainer: pl.Trainer, net: nn.Module) -> str:
+    """Return the dtype in which a matrix product of the network's parameters comes out."""
+    parameter = next(net.parameters())
+    # Computed, not read from a setting: autocast shows in the result alone.
+    probe = torch.ones(1, 1, dtype=parameter.dtype, device=parameter.device)
+    with trainer.precision_plugin.forward_context():
+        return _types([probe @ probe])
+
+
+def _gradients(trainer: pl.Trainer, net: nn.Module) -> str:
+    zero: Any = trainer.optimizers[0]
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return _types(p for p in net.parameters() if p.requires_grad)
+    kinds = {zero.gradient_accumulation_dtype, zero.communication_data_type}
+    return "+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+
+
+def _offload(trainer: pl.Trainer) -> str:
+    zero: Any = trainer.optimizers[0]
+    held = getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)
+    return "optimizer" if held else "none"
+
+
+def _together(net: nn.Module) -> tuple[int, str]:
+    """Return (ranks that share a clip, attention function) of the first block."""
+    attend: Any = net.blocks[0].self_attn.attend  # type: ignore[index, union-attr]
+    split = getattr(attend, "__self__", None)
+    if isinstance(split, SequenceSplit):
+        return split.world, split.attend.__name__
+    return 1, attend.__name__
+
+
+def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list[Tensor]) -> Plan:
+    """Read `trainer`'s engine, optimizer and `net`; after set-up, when `masters` are prepared.
+
+    `average` is this rank's EMA.
+    """
+    # Everything below is read from live objects.
+    strategy = _strategy(trainer)
+    zero = strategy.startswith("zero")
+    wrapper: Any = trainer.optimizers[0]
+    module: Any = trainer.lightning_module
+    engine: Any = trainer.strategy.model
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    together, attention = _together(net)
+    blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
+    accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
+    return Plan(
+        strategy=strategy,
+        world=world,
+        data_parallel=world // together,
+        sequence_parallel=together,
+        accumulation=accumulation,
+        clip=float(wrapper.clip_grad if zero else module.optim.clip * module.clip_here),
+        optimizer=type(masters.optimizer).__name__,
+        batches=_types([trainer.precision_plugin.convert_input(torch.ones(1))]),
+        compute=_compute(trainer, net),
+        parameters=_types(net.parameters()),
+        masters=_types(masters.local),
+        moments=_types(tensor for part in MOMENTS for tensor in masters.flats(part)),
+        gradients=_gradients(trainer, net),
+        average=_types(average),
+        offload=_offload(trainer),
+        trained=sum(p.requires_grad for p in net.parameters()),
+        frozen=sum(not p.requires_grad for p in net.parameters()),
+        blocks=len(blocks),
+        checkpointed=sum("forward" in vars(block) for block in blocks),
+        compiled=sum(block._compiled_call_impl is not None for block in blocks),
+        attention=attention,
+    )
+
+
+def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int) -> dict[str, Any]:
+    """Return what a plan must contain if these settings were followed."""
+    # The dtypes that the strategies promise for this precision.
+    low = "float32" if machine.precision == "32-true" else "bfloat16"
+    return {
+        "strategy": machine.strategy,
+        "world": machine.world,
+        "data_parallel": machine.world // machine.sequence_parallel,
+        "sequence_parallel": machine.sequence_parallel,
+        "accumulation": accumulation,
+        "clip": clip,
+        "batches": "float32",
+        "compute": low,
+        "parameters": low if machine.sharded else "float32",
+        "masters": "float32",
+        "moments": "float32",
+        "gradients": low if machine.sharded else "float32",
+        "average": "float32",
+        "offload": machine.offload,
+        "checkpointed": 0 if machine.checkpointing == "none" else blocks,
+        "compiled": blocks if machine.compile else 0,
+    }
+
+
+def check(plan: Plan, asked: dict[str, Any]) -> None:
+    """Raise EcholabError naming everything in which the engine differs from the settings."""
+    differ = [
+        f"{name} is {getattr(plan, name)}, asked for {value}"
+        for name, value in asked.items()
+        if getattr(plan, name) != value
+    ]
+    if differ:
+        raise EcholabError(
+            f"the training engine is not as set: {'; '.join(differ)}; "
+            "check the versions of deepspeed and pytorch-lightning against constraints.txt"
+        )
+
+
+def skipped(trainer: pl.Trainer) -> int:
+    """Return how many steps DeepSpeed skipped because of a gradient that is not finite."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return 0
+    return int(trainer.strategy.deepspeed_engine.skipped_steps)
+
+
+def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped: int = 0) -> None:
+    """Raise EcholabError unless the engine has counted `steps` optimizer steps since it began.
+
+    Call it after the last micro-batch of each step.  `skipped` is how many of them were rolled back
+    because their gradient was not finite.
+    """
+    # Lightning and DeepSpeed count on their own; both must agree with the loop.
+    counts = {"lightning's global_step": (trainer.global_step, steps)}
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        engine = trainer.strategy.deepspeed_engine
+        counts["deepspeed's global_steps"] = (engine.global_steps, steps)
+        counts["deepspeed's micro_steps"] = (engine.micro_steps, steps * accumulation)
+        counts["deepspeed's skipped_steps"] = (engine.skipped_steps, skipped)
+    differ = [f"{name} is {a}, not {b}" for name, (a, b) in counts.items() if a != b]
+    if differ:
+        raise EcholabError(
+            f"after {steps} steps of {accumulation} micro-batches: {'; '.join(differ)}; nothing "
+            "was saved after this; go on from the last checkpoint, with a lower learning rate "
+            "where steps were skipped"
+        )
+
+
+def check_hooks(module: pl.LightningModule, machine: Machine) -> None:
+    """Raise ConfigError for hooks that are never called: mistyped, or ignored by the engine."""
+    unknown = [
+        name
+        for name in dir(type(module))
+        if name.startswith(("on_", "configure_", "optimizer_")) and not hasattr(_PLAIN, name)
+    ]
+    # DeepSpeed runs backward and clipping itself.
+    ignored = NEVER_CALLED + (NOT_BY_DEEPSPEED if machine.sharded else ())
+    uncalled = unknown + [name for name in ignored if is_overridden(name, module)]
+    if uncalled:
+        raise ConfigError(
+            f"{type(module).__name__}.{uncalled[0]}: never called with strategy "
+            f"{machine.strategy}; remove it, or see that its name is one of Lightning's hooks"
+        )
+
+
+_PLAIN = pl.LightningModule
+
+
+class ClippedNorm:
+    """Sums the squares of the gradients that the optimizer was given, when it was given them.
+
+    Under ZeRO the optimizer steps group by group over fp32 partitions, unscaled and clipped, that
+    are freed afterwards; so this hooks into the optimizer itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, replicated: int = 1) -> None:
+        """Set `replicated`, the number of ranks with the same gradients: 1 under ZeRO, else all."""
+        self.replicated = replicated
+        self._squares: list[Tensor] = []
+        # After, not before: Lightning computes the gradients inside of `step`.
+        self._hook = optimizer.register_step_post_hook(self._listen)
+
+    def _listen(self, optimizer: torch.optim.Optimizer, given: Any, keywords: Any) -> None:
+        gradients = [
+            p.grad.float() for group in optimizer.param_groups for p in group["params"]
+            if p.grad is not None
+        ]  # fmt: skip
+        if gradients:
+            # One kernel for all tensors; nothing is read from the device here.
+            norms = torch._foreach_norm(gradients)
+            self._squares.append(torch.stack(norms).square().sum())
+
+    def take(self) -> Tensor:
+        """Return this rank's sum of squares since the last call, []; sum it over the ranks."""
+        if not self._squares:
+            return torch.zeros(())
+        total = torch.stack(self._squares).sum() / self.replicated
+        self._squares.clear()
+        return total
+
+
+def check_clipped(squares: float, limit: float, step: int) -> float:
+    """Return the norm of clipped gradients, given `take` over all ranks; raise EcholabError."""
+    norm = squares**0.5
+    if norm > limit * (1 + CLIP_SLACK):
+        raise EcholabError(
+            f"step {step}: the gradient's norm after clipping is {norm:.6g}, over "
+            f"optim.max_grad_norm={limit:g}: the engine did not clip on all ranks; "
+            "go on from the last checkpoint with another trainer.strategy"
+        )
+    return norm
+
+
+# -- trained and frozen networks --------------------------------------------------
+
+
+def _storages(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
+    return {p.untyped_storage().data_ptr(): name for name, p in parameters if p.numel()}
+
+
+def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
+    """Raise ConfigError if a frozen network is not frozen, or shares weights with `net`.
+
+    `frozen` are networks by their names in a message.  Call it before the engine takes `net`: ZeRO
+    3 leaves its parameters empty.  Not for adapters that are switched off, which are no copy.  A
+    reference that shares weights with the policy follows it, and then preference training teaches
+    nothing.
+    """
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ConfigError("the network has nothing to train: all its parameters are frozen")
+    # By storage: a view of a trained parameter is shared too.
+    own = _storages(net.named_parameters())
+    for called, other in frozen:
+        if other.net.training or any(p.requires_grad for p in other.net.parameters()):
+            raise ConfigError(f"{called}: must be in eval mode and without gradients; freeze it")
+        shared = own.keys() & _storages(other.net.named_parameters()).keys()
+        if shared:
+            raise ConfigError(
+                f"{called}: shares {len(shared)} tensors with the trained network, "
+                f"{own[min(shared)]} among them, and would follow it; give it a copy"
+            )
+
+
+def check_alone(module: nn.Module, net: nn.Module) -> None:
+    """Raise ConfigError if `module`, which the engine takes, holds parameters that are not `net`'s.
+
+    A frozen network inside the module tree would be wrapped, partitioned and saved.
+    """
+    own = {id(p) for p in net.parameters()}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in own:
+            raise ConfigError(
+                f"{type(module).__name__}.{name}: is no parameter of the trained network; "
+                "hold frozen networks outside the module tree, in models.frozen.Frozen"
+            )

@@ -1,0 +1,257 @@
+"""The fp32 state that an optimizer updates, under plain PyTorch, DDP and ZeRO 1, 2 and 3.
+
+A rank holds it as tensors that its optimizer updates (`local`), its moments and averages in tensors
+of the same shapes; `pieces` maps these to parts of parameters.  With that one map any such list, of
+weights, of a moment or of an average, is gathered to full tensors by parameter name
+(`full_tensor`), set from full tensors (`fill`), and shown to the network (`show`).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from echolab.errors import CheckpointError
+from echolab.training import distributed
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """A run of one parameter's values that this rank holds."""
+
+    name: str  # of the parameter
+    group: int  # which of the local tensors
+    offset: int  # in that tensor, flat
+    start: int  # in the parameter, flat
+    numel: int
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of the full parameter; under ZeRO 3 the tensor is empty between uses."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Masters:
+    """fp32 weights and moments of one process, unsharded: single process or DDP."""
+
+    sharded = False  # whether other ranks hold the other pieces
+
+    def __init__(self, net: nn.Module, optimizer: Any) -> None:
+        self.parameters: dict[str, Any] = {
+            name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
+        }
+        # Tied parameters appear once, under their first name.
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.tied = {  # other names of trained parameters
+            alias: names[id(parameter)]
+            for alias, parameter in net.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad and alias not in self.parameters
+        }
+        self.zero = optimizer  # DeepSpeed's wrapper, where there is one
+        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the full trained parameters, by name."""
+        return {name: tuple(shape(parameter)) for name, parameter in self.parameters.items()}
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """The fp32 tensors that this rank's optimizer updates, as they key its state."""
+        return list(self.parameters.values())
+
+    @property
+    def local(self) -> list[Tensor]:
+        """Values of `keys`."""
+        return [tensor.data for tensor in self.keys]
+
+    def flats(self, part: str) -> list[Tensor]:
+        """Return MASTER or one of MOMENTS, as this rank holds it."""
+        if part == MASTER:
+            return self.local
+        return [self.optimizer.state[key][part] for key in self.keys]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What this rank holds, in the order of the network."""
+        # Parameters without an optimizer are missing here; `check_complete` reports them.
+        updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [
+            Piece(name, group, 0, 0, parameter.numel())
+            for group, (name, parameter) in enumerate(self.parameters.items())
+            if id(parameter) in updated
+        ]
+
+    def check_complete(self) -> None:
+        """Raise CheckpointError for a trained parameter without an optimizer; collective."""
+        held = dict.fromkeys(self.parameters, 0)
+        for piece in self.pieces:
+            held[piece.name] += piece.numel
+        counts = list(map(float, held.values()))
+        if self.sharded:
+            counts = distributed.sums(counts)
+        for (name, parameter), count in zip(self.parameters.items(), counts, strict=True):
+            if (numel := shape(parameter).numel()) != count:
+                raise CheckpointError(
+                    f"{name}: {numel} values are trained, the optimizer has {count:.0f} of them; "
+                    "give it every parameter, or freeze those that are not trained"
+                )
+
+    def prepare(self) -> None:
+        """Create the moments that the first step would create, so that they can be read and set."""
+        # torch counts steps in a tensor, DeepSpeed in an int.
+        ours = type(self.optimizer).__module__.startswith("torch.")  # DeepSpeed's count in an int
+        for tensor in self.keys:
+            state = self.optimizer.state[tensor]
+            if "exp_avg" not in state:
+                zero = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                state["step"] = zero if ours else 0
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(tensor)
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer has made, as its bias correction counts them."""
+        return int(self.optimizer.state[self.keys[0]]["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for tensor in self.keys:
+            state = self.optimizer.state[tensor]
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(count)
+            else:
+                state["step"] = count
+
+    def full_tensor(self, name: str, flats: Sequence[Tensor]) -> Tensor:
+        """Return a parameter's full tensor in `flats`, laid out as `local`; collective."""
+        parameter = self.parameters[name]
+        if not self.sharded:
+            return flats[self.pieces_of(name)[0].group]
+        # Each rank adds its pieces to zeros; the sum over ranks is the full tensor.
+        bits = torch.zeros(shape(parameter).numel(), dtype=torch.int32, device=parameter.device)
+        for piece in self.pieces_of(name):
+            bits[piece.start : piece.start + piece.numel] = values(flats, piece).view(torch.int32)
+        dist.all_reduce(bits)  # of integers: 0 + x keeps every bit, of -0.0 and NaN too
+        return bits.view(torch.float32).view(shape(parameter))
+
+    def pieces_of(self, name: str) -> list[Piece]:
+        """Return this rank's pieces of one parameter; often none."""
+        return self._by_name.get(name, [])
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Piece]]:
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            pieces.setdefault(piece.name, []).append(piece)
+        return pieces
+
+    @torch.no_grad()
+    def fill(self, flats: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Set this rank's pieces from full tensors by name; after the masters, `show` them."""
+        for piece in self.pieces:
+            flat_values = tensors[piece.name].reshape(-1)
+            values(flats, piece).copy_(flat_values[piece.start : piece.start + piece.numel])
+
+    @torch.no_grad()
+    def show(self, flats: Sequence[Tensor]) -> None:
+        """Let the network compute with the values of `flats`; collective if sharded."""
+        for name, parameter in self.parameters.items():
+            self._set(parameter, self.full_tensor(name, flats))
+
+    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
+        parameter.data.copy_(full_tensor)
+
+    def snapshot(self) -> list[Tensor]:
+        """Return what `show` overwrites, for `unshow`."""
+        return [parameter.data.clone() for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def unshow(self, saved: list[Tensor]) -> None:
+        """Put back the network's own weights, bit for bit."""
+        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
+            parameter.data.copy_(kept)
+
+
+class PartitionedMasters(Masters):
+    """ZeRO 1 and 2: full weights on each rank, one flat fp32 partition of each group."""
+
+    sharded = True
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        pieces = []
+        for name, parameter in self.parameters.items():
+            # DeepSpeed links each 16-bit parameter to its part of the fp32 partition.
+            mapping = getattr(parameter, "_hp_mapping", None)  # None: all of it is elsewhere
+            if mapping is not None:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                group = mapping.param_group_index
+                pieces.append(Piece(name, group, here.start, there.start, here.numel))
+        return pieces
+
+
+class ShardedMasters(Masters):
+    """ZeRO 3: weights and masters both in pieces."""
+
+    sharded = True
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What this rank holds, without the last rank's padding, which is never written."""
+        pieces = []
+        for name, parameter in self.parameters.items():
+            position = self.zero.grad_position.get(self.zero.get_param_id(parameter))
+            if position is not None:
+                group, offset, longest = position
+                # Ranks hold consecutive pieces of equal length.
+                start = longest * dist.get_rank(group=parameter.ds_process_group)
+                count = min(longest, parameter.ds_numel - start)
+                if count > 0:
+                    pieces.append(Piece(name, group, offset, start, count))
+        return pieces
+
+    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(full_tensor)
+
+    def snapshot(self) -> list[Tensor]:
+        return [parameter.ds_tensor.data.clone() for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def unshow(self, saved: list[Tensor]) -> None:
+        self.show(
+            self.local
+        )  # this partitions parameters again, and gathers those that are not partitioned
+        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
+            parameter.ds_tensor.data.copy_(kept)
+
+
+def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:
+    """Return a piece's values: a flat view that can be written."""
+    return flats[piece.group].view(-1).narrow(0, piece.offset, piece.numel)
+
+
+def masters_of(net: nn.Module, optimizer: Any) -> Masters:
+    """Return the right kind for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
+    # By their attributes: DeepSpeed has no common base class for them.
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return ShardedMasters(net, optimizer)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return PartitionedMasters(net, optimizer)
+    return Masters(net, optimizer)

@@ -1,0 +1,234 @@
+"""Build a network on the device of its rank, with at most one copy of it in a node's host memory.
+
+A network is made on the meta device, without values, and filled tensor by tensor: from mapped
+files, whose pages all ranks of a node share, or from values that one rank draws for all of them
+(`share_on_node`).  Values depend neither on the device nor on the number of ranks.
+"""
+
+import contextlib
+import math
+import os
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from echolab.errors import ConfigError
+from echolab.models.state_dict import initial_values, meta_network, place
+from echolab.models.transformer import EchoTransformer
+from echolab.training.engine.machine import Machine
+
+ALIGNMENT = 64  # bytes, as torch aligns tensors in host memory
+PATIENCE = 600.0  # seconds that ranks of one node wait for each other
+Values = Iterable[tuple[str, Tensor]]  # by parameter name
+
+
+class Placement(NamedTuple):
+    """Where a rank keeps its network, and how many ranks its node has."""
+
+    device: torch.device = torch.device("cpu")
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the network stays in host memory."""
+        return self.device.type == "cpu"
+
+
+HOST = Placement()
+
+
+def check_device(machine: Machine) -> None:
+    """Raise ConfigError if this rank's device is not there."""
+    if machine.device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={machine.accelerator}: no GPU here; take trainer=cpu"
+        )
+    if (count := torch.cuda.device_count()) < machine.devices:
+        raise ConfigError(
+            f"trainer.devices={machine.devices}: {count} GPUs are visible here; "
+            f"take trainer.devices={count}"
+        )
+
+
+def placement_of(machine: Machine) -> Placement:
+    """Return this rank's placement, by its launcher's environment, before ranks can communicate.
+
+    A process that no launcher started has no ranks to share with, even with settings for several.
+    """
+    launched = "LOCAL_RANK" in os.environ
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    gpu = machine.device == "cuda"
+    device = torch.device("cuda", local) if gpu else torch.device(machine.device)
+    return Placement(device, local, machine.devices if launched else 1)
+
+
+def initialized_network(
+    architecture: Mapping[str, Any], seed: int, placement: Placement = HOST
+) -> EchoTransformer:
+    """Return a network with Wan's initialization, drawn on the CPU by one rank of each node."""
+    net = meta_network(architecture)
+
+    def values() -> Values:
+        return initial_values(net, torch.Generator().manual_seed(seed))
+
+    place(net, share_on_node(net, values, placement, f"initialization {seed}"), placement.device)
+    return net
+
+
+def filled_network(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], placement: Placement = HOST
+) -> EchoTransformer:
+    """Return a network with the values of `tensors`, by parameter name, such as a checkpoint's."""
+    net = meta_network(architecture)
+    # A checkpoint of another network fails here, before memory is taken.
+    missing = {name for name, _ in net.named_parameters()} ^ set(tensors)
+    if missing:  # torch's own error names them
+        net.load_state_dict(tensors, assign=True)
+    place_shared(net, tensors.items, placement, "checkpoint")
+    return net
+
+
+def place_shared(
+    net: nn.Module, values: Callable[[], Values], placement: Placement, subject: str
+) -> None:
+    """Make `values()`, which come from mapped files, the parameters of `net` on its rank's device.
+
+    A GPU takes them straight from the file.  Ranks on the CPU would each keep what they convert or
+    copy, so that they share it.
+    """
+    shared = share_on_node(net, values, placement, subject) if placement.on_cpu else values()
+    place(net, shared, placement.device)
+
+
+# -- one copy for all ranks of a node -------------------------------------------------------------
+
+
+def share_on_node(
+    net: nn.Module, values: Callable[[], Values], placement: Placement, subject: str
+) -> Values:
+    """Return `values()`, made once on each node and mapped into memory by all its ranks.
+
+    These are the values of all parameters of `net`, which may be on the meta device; only local
+    rank 0 makes them.  It writes them to a file without a name and hands the descriptor to the
+    other ranks of the node through a socket, so that nothing stays behind, however a rank ends.
+    A mapped tensor is private: a rank that trains it changes its own copy, page by page.
+    Without the means to share (no room for the file, a rank that does not answer), each rank calls
+    `values` itself.  `subject` must differ between networks that a launch shares.
+    """
+    if placement.local_world == 1:
+        return values()
+    try:
+        if placement.local_rank == 0:
+            return _lead(net, values, placement.local_world - 1, _address(subject))
+        return _follow(net, _address(subject))
+    except OSError:
+        return values()
+
+
+def _address(subject: str) -> bytes:
+    """Return the name of an abstract Unix socket that only this launch uses."""
+    keys = ("ECHOLAB_LAUNCH", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    launch = [os.environ.get(key, "") for key in keys]
+    text = repr([os.getuid(), subject, *launch])
+    return b"\0echolab-" + blake2b(text.encode(), digest_size=12).hexdigest().encode()
+
+
+def _lead(net: nn.Module, values: Callable[[], Values], followers: int, address: bytes) -> Values:
+    """Write the values, hand the file to the followers, and map it too."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(address)  # before the values are made, so that the others can wait here
+        listener.listen(followers)
+        listener.settimeout(PATIENCE)
+        # Unlinked from the start: the kernel frees it when the last rank has let go of it.
+        file = stack.enter_context(tempfile.TemporaryFile())
+        offsets, size = _layout(net)
+        os.posix_fallocate(
+            file.fileno(), 0, size
+        )  # a full disk is an error now, not a signal later
+        # One tensor at a time in host memory.
+        for name, tensor in values():
+            file.seek(offsets[name])
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        # Every rank of the node gets the descriptor; the file outlives this process.
+        for _ in range(followers):
+            connection = _accept_own(listener)
+            with connection:
+                socket.send_fds(connection, [b"."], [file.fileno()])
+        return _mapped(net, file.fileno())
+
+
+def _accept_own(listener: socket.socket) -> socket.socket:
+    """Return the next connection of this user's processes; refuse those of others."""
+    while True:
+        connection, _ = listener.accept()
+        if _is_own(connection):
+            return connection
+        connection.close()
+
+
+def _is_own(connection: socket.socket) -> bool:
+    # (pid, uid, gid) of the other end, as the kernel knows them.
+    sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", sent)[1] == os.getuid())
+
+
+def _follow(net: nn.Module, address: bytes) -> Values:
+    """Wait for the file of local rank 0, and map it."""
+    deadline = time.monotonic() + PATIENCE
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE)
+        while True:
+            try:
+                connection.connect(address)
+                break
+            except ConnectionRefusedError:  # local rank 0 is not there yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        # Abstract sockets have no permissions: anyone on the host could listen there.
+        if not _is_own(connection):
+            raise PermissionError("the socket belongs to another user")
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    if not descriptors:
+        raise ConnectionResetError("local rank 0 ended")
+    try:
+        return _mapped(net, descriptors[0])
+    finally:
+        os.close(descriptors[0])
+
+
+def _layout(net: nn.Module) -> tuple[dict[str, int], int]:
+    """Return the offset in bytes of each parameter, and the size of the file."""
+    offsets, size = {}, 0
+    for name, parameter in net.named_parameters():
+        offsets[name] = size
+        size += math.ceil(parameter.nbytes / ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
+def _mapped(net: nn.Module, descriptor: int) -> Iterator[tuple[str, Tensor]]:
+    """Return the parameters in a file, mapped privately; the file may be closed afterwards."""
+    offsets, size = _layout(net)
+    path = str(Path("/proc/self/fd") / str(descriptor))
+    storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
+
+    def tensor_of(name: str, parameter: Tensor) -> Tensor:
+        # A view into the one mapping.
+        start = offsets[name] // parameter.element_size()
+        empty = torch.empty(0, dtype=parameter.dtype)
+        return empty.set_(storage, start, parameter.shape)  # type: ignore[call-overload]
+
+    return iter([(name, tensor_of(name, p)) for name, p in net.named_parameters()])

@@ -1,0 +1,230 @@
+"""Resume a run: which checkpoint it continues from, and whether the settings allow that.
+
+Rank 0 decides, the other ranks follow.  Datasets compare by fingerprint, checkpoints and weights by
+content: their paths are no part of what a run is.  The state of a checkpoint holds
+
+    "data": [{"first": 0, "clips": [[fingerprint, hash of the keys, order name], ...],
+              "pairs": [...]}, {"first": 400, ...}]
+    "origins": {"init_from": {"content": ..., "step": ..., "run": ...}, "pretrained": {...}, ...}
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from echolab.data.shard_reader import check_same_encoders
+from echolab.errors import EcholabError
+from echolab.training import distributed
+from echolab.training.callbacks.export_check import REPORT, passed_before
+from echolab.training.checkpoints import checkpoint as checkpoints
+from echolab.training.checkpoints.checkpoint import Checkpoint
+from echolab.training.config import Training
+from echolab.training.datamodule import Feed, ShardDataModule, data_of
+from echolab.training.guards.events import History
+from echolab.training.module import DiffusionModule
+from echolab.training.run_state import RunState
+from echolab.training.schedule import Schedule
+
+Data = dict[str, Any]
+GROUPS = {"clips": "sft", "pairs": "preference"}  # key of `Training`: group of the schedule
+
+
+def open_run(config: Training, data: ShardDataModule, module: DiffusionModule) -> RunState:
+    """Return the state to start from: of the newest checkpoint, or of step 0; collective.
+
+    The tensors are not restored yet.  Raise EcholabError if the ranks or the checkpoint disagree
+    with the settings.
+    """
+    folder = config.folder / "checkpoints"
+    identity = config.identity(data.feed)
+    # Rank 0 alone hashed the weights and checkpoints that this run started from.
+    origins = distributed.gather_text(json.dumps(dict(config.origins)))[0]
+    identity["origins"] = json.loads(origins)
+    check_same_settings(config.agreed, identity, config.schedule.state_dict())
+    events = History(config.folder)
+    schedule = config.schedule.leaving_out(events.skips)
+    state = RunState(config.folder, module, schedule, events, identity)
+    data.place = schedule.place
+    if checkpoint := checkpoints.newest(folder):
+        check_continues(checkpoint, identity, schedule)
+        _continue_data(state, config, data, checkpoint)
+        go_to(state, data, checkpoint)
+        state.resumed = checkpoint
+    return state
+
+
+def _continue_data(
+    state: RunState, config: Training, data: ShardDataModule, checkpoint: Checkpoint
+) -> None:
+    """Draw from the datasets of these settings; record an event if they have changed."""
+    data.feed = continued_feed(checkpoint, config, data.feed, state.schedule)
+    identity = config.identity(data.feed)
+    state.identity = {
+        **identity,
+        "origins": checkpoint.state.get("origins", identity["origins"]),
+    }
+    was, now = saved_data(checkpoint.state)[-1], identity["data"][0]
+    changed = changed_data(was, now)
+    if changed and checkpoint.step < state.schedule.steps:
+        details = {key: {"was": was[key], "now": now[key]} for key in changed}
+        state.events.add(checkpoint.step, "data", **details)
+
+
+def go_to(state: RunState, data: ShardDataModule, checkpoint: Checkpoint) -> None:
+    """Set everything but tensors and callbacks to a checkpoint: step, schedule, data."""
+    state.step, state.checkpoint = checkpoint.step, checkpoint.path
+    state.schedule = state.schedule.continuing(checkpoint.state["schedule"], checkpoint.step)
+    sources = continued_data(checkpoint.state, state.identity["data"][-1], checkpoint.step)
+    state.identity = {**state.identity, "data": sources}
+    data.go_to(checkpoint.step)
+    data.curriculum.load_state_dict(checkpoint.state["curriculum"])
+
+
+def check_same_settings(
+    agreed: str, identity: Mapping[str, Any], schedule: Mapping[str, Any]
+) -> None:
+    """Raise EcholabError if ranks were given different settings; collective."""
+    if not distributed.agree(json.dumps([agreed, identity, schedule])):
+        raise EcholabError("the ranks were given different settings; start them all alike")
+
+
+def awaits_export_check(checkpoint: Checkpoint, config: Training) -> bool:
+    """Return whether all steps are done, but the export of the checkpoint was not verified yet.
+
+    A process that is killed between the last save and the end of the check leaves such a
+    checkpoint, and so does a check that fails.  No step is repeated, only the check.  Collective.
+    """
+    if not config.parity or checkpoint.step < config.schedule.steps:
+        return False
+    passed = distributed.from_first(int(passed_before(config.folder, checkpoint.path) is True))
+    if not passed and distributed.rank() == 0:
+        print(
+            f"echolab: {checkpoint.path}: all steps are done, but its export was not verified yet "
+            f"({config.folder / REPORT}); the check is repeated",
+            file=sys.stderr,
+        )
+    return not passed
+
+
+def check_continues(
+    checkpoint: Checkpoint, identity: Mapping[str, Any], schedule: Schedule
+) -> None:
+    """Raise EcholabError, naming the difference, if the checkpoint is of another run."""
+    checkpoints.check_architecture(checkpoint, identity["architecture"])
+    checkpoints.check_adapters(checkpoint, identity.get("adapters"))
+    schedule.check_continues(checkpoint.state["schedule"], checkpoint.step)
+    encoders = checkpoint.state.get("encoders") or {}
+    check_same_encoders(checkpoint.path, encoders, "data.clips", identity["encoders"])
+    if "origins" in checkpoint.state:
+        check_origins(checkpoint.state["origins"], identity["origins"], str(checkpoint.path))
+    for key in ("seed", "batch_size", "order"):
+        was, now = checkpoint.state.get(key), identity[key]
+        if was and key == "order":  # its datasets are compared by `continued_feed`
+            was, now = {**was, "datasets": []}, {**now, "datasets": []}
+        if was != now:
+            raise EcholabError(
+                f"{checkpoint.path}: {key} was {was}, now {now}; give the old value, or a new run "
+                "folder"
+            )
+
+
+def continued_feed(
+    checkpoint: Checkpoint, config: Training, feed: Feed, schedule: Schedule
+) -> Feed:
+    """Return the batches to continue with: those that were planned, or of accepted other data.
+
+    Raise EcholabError if the datasets are not those that were trained on, and that is not accepted.
+    """
+    was, now = saved_data(checkpoint.state)[-1], data_of(feed)
+    changed = [
+        key
+        for key in changed_data(was, now)
+        if schedule.begun(GROUPS[key], checkpoint.step)  # else nothing of it was trained on
+    ]
+    if changed and not config.accepts_changed_data:
+        key = changed[0]
+        names = ", ".join(str(dataset.folder) for dataset in getattr(config, key)) or "nothing"
+        prints = [[row[0][:12] for row in each[key]] for each in (was, now)]
+        raise EcholabError(
+            f"data.{key}: {names} is not what the run was trained on up to step {checkpoint.step} "
+            f"(fingerprints {prints[0]} then, {prints[1]} now); put that back, or give "
+            "data.changed=accept to go on with this, which events.jsonl then records"
+        )
+    names_of = order_names(was, now)
+    kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
+    feed = feed if kept else config.feed(names_of)
+    if not changed and (old := checkpoint.state.get("order")) != (
+        new := feed.clips.sampler.state()
+    ):
+        raise EcholabError(
+            f"{checkpoint.path}: order was {old}, now {new}; give the old value, or a new run "
+            "folder"
+        )
+    return feed
+
+
+def saved_data(state: Mapping[str, Any]) -> list[Data]:
+    """Return the data of a checkpoint by first step; one from before they were saved had one."""
+    if "data" in state:
+        return list(state["data"])
+    clips = [[name, "", name] for name in state["clips"]]
+    return [{"first": 0, "clips": clips, "pairs": [[p, "", p] for p in state.get("pairs", [])]}]
+
+
+def continued_data(state: Mapping[str, Any], now: Data, step: int) -> list[Data]:
+    """Return the data by first step of a run that continues from `step` with `now`."""
+    now = {key: now[key] for key in GROUPS}
+    before = [data for data in saved_data(state) if data["first"] < step]
+    if before and all(before[-1][key] == now[key] for key in GROUPS):
+        return before
+    return [*before, {"first": step if before else 0, **now}]
+
+
+def order_names(was: Data, now: Data) -> dict[str, list[str]]:
+    """Return the names by which each dataset is shuffled from here on.
+
+    The same samples, encoded again, keep the order of those that they replace, so that the present
+    epoch still contains each of them once.
+    """
+    return {
+        key: [
+            old[2] if old and (old[0] == new[0] or old[1] == new[1]) else new[0]
+            for old, new in zip(_padded(was[key], len(now[key])), now[key], strict=True)
+        ]
+        for key in GROUPS
+    }
+
+
+def _padded(rows: Sequence[list[str]], length: int) -> list[list[str]]:
+    return [*rows, *[[] for _ in range(length)]][:length]
+
+
+def changed_data(was: Data, now: Data) -> list[str]:
+    """Return the keys whose datasets are not those that were trained on."""
+    return [key for key in GROUPS if [r[0] for r in was[key]] != [r[0] for r in now[key]]]
+
+
+def check_origins(was: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+    """Raise EcholabError if a run started from, or refers to, other weights than are given now."""
+    for key in sorted({*was, *now}):
+        if not _same_origin(key, was.get(key), now.get(key)):
+            raise EcholabError(
+                f"{place}: {key}= was {_words(was.get(key))}, now {_words(now.get(key))}; give "
+                "what the run began with, or a new run folder by run_dir=..."
+            )
+
+
+def _same_origin(key: str, was: Any, now: Any) -> bool:
+    if was is None or now is None:
+        return was is now
+    # The run that this one started from may have been trained on since: its weights are past.
+    moved_on = key == "init_from" and was.get("run") and was["run"] == now.get("run")
+    return bool(was["content"] == now["content"] or (moved_on and now["step"] >= was["step"]))
+
+
+def _words(origin: Mapping[str, Any] | None) -> str:
+    if origin is None:
+        return "not given"
+    step = f"step {origin['step']}, " if "step" in origin else ""
+    return f"{step}sha256 {origin['content'][:12]}..."

@@ -1,0 +1,99 @@
+"""Signals and the clock ask for a stop; the stop itself happens between two steps, on all ranks."""
+
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FOREVER = float("inf")
+
+
+def caught() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop: not SIGHUP under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
+def leave_terminal() -> None:
+    """Write to nothing instead of a terminal, for one that was closed: writing there would fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(null, stream)
+    os.close(null)
+
+
+class StopSignals:
+    """Remembers the first signal, and does nothing else in the handler.
+
+    `grace` is how many seconds a signal leaves until the process is killed, by number; without an
+    entry, for ever.  The handlers before it come back at the end.  A second Ctrl-C is not patient
+    any more: KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are
+    none.  A signal that an outer `StopSignals` caught, before this one began, counts too.
+    """
+
+    def __init__(self, grace: Mapping[int, float] | None = None) -> None:
+        self.grace = dict(grace or {})
+        self.received = 0
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the process is killed because of the signal."""
+        if not self.received:
+            return FOREVER
+        return self.grace.get(self.received, FOREVER) - (time.monotonic() - self._at)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in caught()}
+            for number in self._before:
+                signal.signal(number, self._remember)
+            outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+            if isinstance(outer, StopSignals) and outer.received:
+                self.received, self._at = outer.received, outer._at
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """Ignore all signals, in a loader worker: only its parent decides when to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_of_job() -> float:
+    """Return when Slurm ends the job, in seconds of the system's clock; infinity without Slurm."""
+    try:
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return FOREVER
+
+
+def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
+    """Return the seconds from a signal to the kill, by its number; empty without Slurm."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}

@@ -1,0 +1,1 @@
+"""Video files and faces: decode, detect, track, crop."""
