@@ -1,6 +1,6 @@
 """`python -m data_prep ACTION`: parse arguments, run the action, print errors in one line."""
 
-from echolab.safe_path import remove_working_directory
+from echolab import remove_working_directory
 
 if __name__ == "__main__":
     remove_working_directory()  # before anything else is imported

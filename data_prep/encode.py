@@ -23,7 +23,7 @@ from echolab.data.index import INDEX
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.shard_writer import ShardWriter
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders, encode_clip, encode_pixels
 from echolab.encoders.loading import find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned

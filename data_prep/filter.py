@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.vision.faces import Rows
+from echolab.vision.faces import Rows, Track
 from echolab.vision.normalize import SAMPLES_PER_FRAME, Grid
-from echolab.vision.track import Track
 
 AUDIBLE_DBFS = -50.0  # of the 40 ms of one frame
 AUDIBLE_SHARE = 0.2  # of a clip's frames: people pause

@@ -35,7 +35,17 @@ from echolab.data.media import (
 )
 from echolab.errors import MediaError
 from echolab.geometry import WAN
-from echolab.vision.faces import FaceDetector, FaceMesh, Mesh, Rows, boxes, mouth_from_corners
+from echolab.vision.faces import (
+    FaceDetector,
+    FaceMesh,
+    Mesh,
+    Rows,
+    SceneCuts,
+    Track,
+    Tracker,
+    boxes,
+    mouth_from_corners,
+)
 from echolab.vision.normalize import (
     Crop,
     Grid,
@@ -47,9 +57,7 @@ from echolab.vision.normalize import (
     has_audio,
     make_grid,
 )
-from echolab.vision.probe import Probe, probe
-from echolab.vision.track import SceneCuts, Track, Tracker
-from echolab.vision.video_reader import VideoReader
+from echolab.vision.video_reader import Probe, VideoReader, probe
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
 # Progress at the beginning and end of each part of the work on one file.

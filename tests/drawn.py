@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.synthetic_face import Talker, draw_talker
+from data_prep.draw import Talker, draw_talker
 from echolab.types import Clips
 
 SEED = 41

@@ -9,14 +9,14 @@ import torch
 from data_prep.draw import draw_dataset
 from data_prep.encode import encode_dataset
 from data_prep.options import DrawOptions
-from echolab.data.clips import load_clips
 from echolab.data.shard_reader import open_dataset
 from echolab.diffusion.objectives import Supervised
-from echolab.encoders import demo_features
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders import demo
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.fitting import load_net
 from echolab.inference.fit import fit_network
+from echolab.inference.inputs import load_clips
 from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
 from echolab.tasks.curriculum import Curriculum, Stage
@@ -24,8 +24,8 @@ from echolab.training.fit import Training, fit
 
 ARCHITECTURE = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
-    "text_dim": demo_features.CAPTION_DIM, "image_dim": demo_features.IMAGE_DIM,
-    "audio_dim": demo_features.AUDIO_DIM,
+    "text_dim": demo.CAPTION_DIM, "image_dim": demo.IMAGE_DIM,
+    "audio_dim": demo.AUDIO_DIM,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import drawn
 import pytest
 import torch
 
-from echolab.encoders.demo_vae import (
+from echolab.encoders.demo import (
     LIP_WEIGHT,
     CausalAutoencoder,
     from_patches,
@@ -140,7 +140,7 @@ def test_the_loss_weighs_the_lips_more() -> None:
 
 
 def test_a_few_steps_lower_the_error_of_the_basis(tmp_path: Path) -> None:
-    from echolab.encoders import demo_vae as fitting
+    from echolab.encoders import demo as fitting
 
     clips = drawn.clips(8, frames=5, size=32)
     losses: list[float] = []

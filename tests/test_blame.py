@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from echolab.data.remote.download import FetchError, UnreachableError
+from echolab.data.download import FetchError, UnreachableError
 from echolab.errors import CheckpointError as Damaged
 from echolab.errors import (
     CollectiveError,

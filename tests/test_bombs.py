@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_prep.encode import caption_of
-from echolab.data import media, member_reader
+from echolab.data import media, samples
 from echolab.data.decoding import open_media
 from echolab.data.verify import find_content_fault
 from echolab.encoders.files import weights_in
@@ -55,7 +55,7 @@ def test_tracks_unpack_to_no_more_than_a_bound(
 ) -> None:
     bomb = npz(method, face=BOXES, lips=BOXES, extra=ZEROS)
     assert len(bomb) < 2**16 and len(media.decode_tracks(bomb).extra["extra"]) == 2**22
-    monkeypatch.setattr(member_reader, "MAX_ARRAY_BYTES", 2**20)
+    monkeypatch.setattr(samples, "MAX_ARRAY_BYTES", 2**20)
     with pytest.raises(MediaError, match=r"arrays of \d+ bytes, at most 1048576"):
         media.decode_tracks(bomb)
     fault = find_content_fault("tracks.npz", lambda at, n: bomb[at : at + n], len(bomb))
@@ -90,7 +90,7 @@ def test_an_array_is_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
 
 
 def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(member_reader, "MAX_AUDIO_VALUES", 16000 * 60)
+    monkeypatch.setattr(samples, "MAX_AUDIO_VALUES", 16000 * 60)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * 61, np.int16), 16000, format="FLAC")
     with pytest.raises(MediaError, match="samples, at most 960000"):

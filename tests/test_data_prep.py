@@ -25,7 +25,7 @@ from data_prep.source import Models, Source, cut_span, read_source
 from data_prep.workers import Clock, Failed, Finished, Progressed, Unfinished, work
 from echolab.atomic_io import lock_folder
 from echolab.data.media import read_audio_track
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.errors import (
     ConfigError,
     DataError,
@@ -36,7 +36,7 @@ from echolab.errors import (
 )
 from echolab.fitting import save_net
 from echolab.vision.face_models import YUNET, find_face_model
-from echolab.vision.faces import boxes
+from echolab.vision.faces import SceneCuts, Tracker, boxes
 from echolab.vision.normalize import (
     audio_of,
     boxes_in_crop,
@@ -46,9 +46,7 @@ from echolab.vision.normalize import (
     has_audio,
     make_grid,
 )
-from echolab.vision.probe import probe
-from echolab.vision.track import SceneCuts, Tracker
-from echolab.vision.video_reader import VideoReader
+from echolab.vision.video_reader import VideoReader, probe
 
 FLASH = 7  # number of the source frame that is white and sounds
 

@@ -19,8 +19,7 @@ from echolab.data.shard_reader import open_dataset
 from echolab.data.verify import verify
 from echolab.errors import MediaError
 from echolab.vision.face_models import YUNET, find_face_model
-from echolab.vision.probe import probe
-from echolab.vision.video_reader import VideoReader
+from echolab.vision.video_reader import VideoReader, probe
 
 pytestmark = pytest.mark.media
 

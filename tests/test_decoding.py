@@ -17,16 +17,14 @@ from coded import flashes, number_of, write_coded
 from data_prep.filter import Refusal
 from data_prep.options import RunOptions
 from data_prep.source import Models, Source, read_source
-from echolab.data.clips import to_frames
 from echolab.data.decoding import decode_frames, ignore_progress, open_media, video_stream
 from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_audio_track
 from echolab.errors import MediaError
 from echolab.inference.generate import read_speech
-from echolab.inference.inputs import video_footage
+from echolab.inference.inputs import to_frames, video_footage
 from echolab.inference.options import GenerateArguments
 from echolab.vision.normalize import audio_of, has_audio, make_grid
-from echolab.vision.probe import probe
-from echolab.vision.video_reader import VideoReader
+from echolab.vision.video_reader import VideoReader, probe
 
 EVEN = [k / 25 for k in range(40)]
 NTSC = [k * 1001 / 30000 for k in range(45)]

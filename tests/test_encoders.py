@@ -14,15 +14,15 @@ from echolab.data.collate import read_clip
 from echolab.data.media import encode_flac
 from echolab.data.shard_reader import open_dataset
 from echolab.data.shard_writer import ShardWriter
-from echolab.encoders import demo_features
-from echolab.encoders.demo_features import (
+from echolab.encoders import demo
+from echolab.encoders.demo import (
     MELS,
     NEIGHBORS,
+    CausalAutoencoder,
     encode_audio,
     encode_caption,
     encode_image,
 )
-from echolab.encoders.demo_vae import CausalAutoencoder
 from echolab.encoders.encode import (
     FACE_EMPHASIS,
     LIP_EMPHASIS,
@@ -53,7 +53,7 @@ def center(tokens: torch.Tensor) -> torch.Tensor:
 def test_two_audio_tokens_a_frame_for_any_audio_that_follows(frames: int) -> None:
     samples = torch.randn(frames * 640 + 1234, generator=torch.Generator().manual_seed(0)) * 0.1
     tokens = encode_audio(samples, frames)
-    assert tokens.shape == (2 * frames, demo_features.AUDIO_DIM)
+    assert tokens.shape == (2 * frames, demo.AUDIO_DIM)
     assert torch.equal(tokens, encode_audio(samples[: frames * 640], frames))
 
 
@@ -82,7 +82,7 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
         for hertz in (200, 500, 1000, 2000, 4000)
     ]
     assert peaks == sorted(set(peaks))
-    filters = demo_features.mel_filters()
+    filters = demo.mel_filters()
     assert filters.min() == 0 and filters.max() <= 1 and bool((filters.sum(1) > 0).all())
 
 
@@ -99,7 +99,7 @@ def test_silent_tokens_still_know_their_place() -> None:
 
 def test_a_caption_becomes_pairs_of_words() -> None:
     tokens = encode_caption("A man, with blue eyes; in a blue shirt.")
-    assert tokens.shape == (demo_features.CAPTION_TOKENS, demo_features.CAPTION_DIM)
+    assert tokens.shape == (demo.CAPTION_TOKENS, demo.CAPTION_DIM)
     assert torch.equal(tokens, encode_caption("a man with blue eyes in a BLUE shirt"))
     count = 9
     assert bool((tokens[:count].abs().sum(1) > 0).all()) and not tokens[count:].any()
@@ -114,12 +114,10 @@ def test_an_image_becomes_patches_in_order() -> None:
     still = torch.zeros(3, 64, 96)
     still[:, :16, 24:48] = 1  # the second patch of the first row
     tokens = encode_image(still)
-    assert tokens.shape == (demo_features.IMAGE_TOKENS, demo_features.IMAGE_DIM)
-    lit = tokens[:, : -demo_features.IMAGE_TOKENS].mean(1)
+    assert tokens.shape == (demo.IMAGE_TOKENS, demo.IMAGE_DIM)
+    lit = tokens[:, : -demo.IMAGE_TOKENS].mean(1)
     assert lit[1] == 1 and lit.sum() == 1
-    assert torch.equal(
-        tokens[:, -demo_features.IMAGE_TOKENS :], torch.eye(demo_features.IMAGE_TOKENS)
-    )
+    assert torch.equal(tokens[:, -demo.IMAGE_TOKENS :], torch.eye(demo.IMAGE_TOKENS))
 
 
 def test_what_boxes_cover_is_counted_in_frames() -> None:
@@ -150,7 +148,7 @@ def test_a_clip_holds_all_that_each_task_needs() -> None:
                           clips.lips[0])  # fmt: skip
     grid = (3, SIZE // 8, SIZE // 8)
     assert tensors["latents"].shape == (16, *grid)
-    assert tensors["audio"].shape == (2 * FRAMES, demo_features.AUDIO_DIM)
+    assert tensors["audio"].shape == (2 * FRAMES, demo.AUDIO_DIM)
     assert tensors["face"].shape == (SIZE // 16 * (SIZE // 16),)
     assert float(tensors["weight"].mean()) == pytest.approx(1, rel=1e-5)
     with torch.no_grad():
@@ -198,7 +196,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
     assert dataset.encoders == encoders.fingerprints
     for task in TASKS:
         batch = read_clip(dataset, 1, task)
-        assert batch.conditions.audio.shape == (2 * FRAMES, demo_features.AUDIO_DIM)
+        assert batch.conditions.audio.shape == (2 * FRAMES, demo.AUDIO_DIM)
         assert bool(batch.latents.isfinite().all())
     with pytest.raises(DataError, match="raw kind"):
         encode_dataset(out, tmp_path / "twice", encoders, reported.append)

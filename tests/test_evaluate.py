@@ -8,10 +8,10 @@ import small_run
 import torch
 
 from echolab.cli import evaluate, fit, report
-from echolab.data.clips import load_clips
 from echolab.errors import CheckpointError, ConfigError, DataError
 from echolab.inference.evaluate import add_row
 from echolab.inference.fit import read_clips
+from echolab.inference.inputs import load_clips
 from echolab.tasks.table import TASKS
 from echolab.tracking.score_table import REFERENCES
 

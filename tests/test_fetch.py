@@ -36,10 +36,9 @@ from fault_server import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echolab.data.remote import cache as caches
-from echolab.data.remote.cache import ShardCache, file_lock
-from echolab.data.remote.download import FetchError, RetryPolicy, fetch
-from echolab.data.remote.transport import join_url, parse_url, public_url
+from echolab.data import shard_cache as caches
+from echolab.data.download import FetchError, RetryPolicy, fetch, join_url, parse_url, public_url
+from echolab.data.shard_cache import ShardCache, file_lock
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError

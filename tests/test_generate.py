@@ -13,12 +13,12 @@ import small_run
 import soundfile
 from PIL import Image
 
-from data_prep.synthetic_face import draw_talker
+from data_prep.draw import draw_talker
 from echolab.cli.__main__ import main
-from echolab.data.clips import load_clips
 from echolab.data.media import write_video
 from echolab.inference import generate as module
 from echolab.inference.fit import fit_network
+from echolab.inference.inputs import load_clips
 from echolab.tasks.table import TASKS
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_prep.synthetic_face import draw_talker
+from data_prep.draw import draw_talker
 from echolab.cli.__main__ import main
 from echolab.data.media import decode_mp4
 from echolab.inference import generate

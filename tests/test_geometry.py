@@ -11,7 +11,7 @@ import torch
 from echolab.data.index import fingerprint
 from echolab.data.shard_reader import open_dataset
 from echolab.data.shard_writer import ShardWriter
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import covered, demo_encoders, encode_pixels
 from echolab.errors import ConfigError, DataError
 from echolab.geometry import WAN, LatentGeometry, geometry_of

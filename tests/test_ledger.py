@@ -182,7 +182,9 @@ def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["data", "audit", str(tmp_path)]) == 1
     assert "a run with data.log_samples=true writes one" in capsys.readouterr().err
     assert main(["data", "adit"]) == 1
-    assert "no such action; did you mean audit?; use verify, index, audit" in capsys.readouterr().err
+    assert (
+        "no such action; did you mean audit?; use verify, index, audit" in capsys.readouterr().err
+    )
 
 
 def test_two_processes_cannot_write_one_attempt(tmp_path: Path) -> None:

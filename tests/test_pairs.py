@@ -16,8 +16,8 @@ from echolab.data.collate import collate_clips, read_clip, read_pair, read_tenso
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.verify import verify
 from echolab.diffusion.pipeline import generate
-from echolab.encoders import demo_features
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders import demo
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import ConfigError, DataError
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
@@ -45,8 +45,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 def net() -> EchoTransformer:
     made = EchoTransformer(
         dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16,
-        text_dim=demo_features.CAPTION_DIM, image_dim=demo_features.IMAGE_DIM,
-        audio_dim=demo_features.AUDIO_DIM,
+        text_dim=demo.CAPTION_DIM, image_dim=demo.IMAGE_DIM,
+        audio_dim=demo.AUDIO_DIM,
     )  # fmt: skip
     initialize(made, torch.Generator().manual_seed(0))
     with torch.no_grad():  # Wan's head begins at zero

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from echolab.data import collate
-from echolab.data import member_reader as module
+from echolab.data import samples as module
 from echolab.data.collate import DTYPES, read_fp32, take_fp32
-from echolab.data.member_reader import MemberError, MemberReader
+from echolab.data.samples import MemberError, MemberReader
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DataError

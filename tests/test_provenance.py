@@ -16,7 +16,7 @@ from echolab.config.compose import compose
 from echolab.data.collate import read_pair
 from echolab.data.shard_reader import check_same_encoders, open_dataset, shared_samples
 from echolab.data.shard_writer import ShardWriter
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import ConfigError, DataError, EcholabError
 from echolab.inference.pairs import VERDICTS, judge_candidates

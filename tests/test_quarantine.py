@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echolab.data.bad_samples import TolerantReader, max_bad_samples, read_quarantine
-from echolab.data.remote.download import FetchError, RetryPolicy
+from echolab.data.download import FetchError, RetryPolicy
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.shard_writer import ShardWriter
 from echolab.data.train_dataset import StepPlan, TrainDataset, build_mixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from echolab import redaction
-from echolab.data.remote.transport import parse_url, public_url
+from echolab.data.download import parse_url, public_url
 from echolab.errors import ConfigError
 from echolab.redaction import mask_secrets, mask_values, register_secrets
 

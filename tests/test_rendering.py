@@ -8,15 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_prep.synthetic_face import draw_talker
-from echolab.data.clips import to_frames, to_pixels
+from data_prep.draw import draw_talker
 from echolab.data.media import write_video
 from echolab.diffusion.pipeline import DEMO, PREVIEW
 from echolab.encoders.encode import Encoders
 from echolab.geometry import WAN
 from echolab.inference.conditions import conditions_of, encode_scene
 from echolab.inference.faces import face_around, lips_in
-from echolab.inference.inputs import Footage, footage_of
+from echolab.inference.inputs import Footage, footage_of, to_frames, to_pixels
 from echolab.inference.options import GenerateArguments
 from echolab.inference.render import (
     Renderer,

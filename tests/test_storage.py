@@ -21,7 +21,7 @@ from echolab import atomic_io
 from echolab.atomic_io import LineLog, append_text, retry, write_atomic
 from echolab.data.bad_samples import TolerantReader, read_quarantine
 from echolab.data.ledger import read_ledger
-from echolab.data.member_reader import MemberReader
+from echolab.data.samples import MemberReader
 from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, DiskFullError, SaveError, StorageError
 from echolab.launch.exit_codes import CAUSES, FATAL, RETRYABLE, cause_of_exception

@@ -12,9 +12,9 @@ import encoded
 import fault_server
 import pytest
 
+from echolab.data import download
+from echolab.data.download import Expected, FetchError, RetryPolicy
 from echolab.data.index import fingerprint
-from echolab.data.remote import download
-from echolab.data.remote.download import Expected, FetchError, RetryPolicy
 from echolab.data.shard_reader import open_dataset
 from echolab.data.shard_writer import ShardWriter
 from echolab.data.verify import verify
@@ -95,7 +95,7 @@ def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stay
     """An empty part of PYTHONPATH names nothing; children inherit what is left."""
     root = str(Path(__file__).resolve().parent.parent)
     program = (
-        "import os, sys; from echolab.safe_path import remove_working_directory\n"
+        "import os, sys; from echolab import remove_working_directory\n"
         "remove_working_directory()\n"
         "print(os.getcwd() in map(os.path.abspath, sys.path[:-1]), sys.flags.safe_path)\n"
         "if len(sys.argv) < 2: os.execv(sys.executable, [sys.executable, '-c', sys.argv.append('x')"

@@ -141,10 +141,10 @@ def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = why(training.run, capsys)
     assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
     stacks = {p.stem: p.read_text() for p in training.run.glob("attempts/*/rank-*.stack")}
-    assert [name for name in stacks if "data/remote/stores.py" in stacks[name]] == [
+    assert [name for name in stacks if "data/shard_reader.py" in stacks[name]] == [
         f"rank-{told['rank']}"
     ]
-    assert len(stacks) == 2 and any("data/remote/stores.py" in frame for frame in told["stack"])
+    assert len(stacks) == 2 and any("data/shard_reader.py" in frame for frame in told["stack"])
 
 
 def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 
 from data_prep import synthetic_voice
-from data_prep.draw import draw_dataset
-from data_prep.options import DrawOptions
-from data_prep.synthetic_face import (
+from data_prep.draw import (
     MOUTH_CENTER,
     Look,
     Motion,
     Talker,
     box_around,
+    draw_dataset,
     draw_frame,
     draw_look,
     draw_motion,
     draw_talker,
 )
+from data_prep.options import DrawOptions
 from data_prep.synthetic_voice import CONTROL_HZ, PAUSE, VOWELS, control_curves, glide, synthesize
-from echolab.data.clips import load_clips
 from echolab.data.media import encode_flac
 from echolab.data.shard_reader import open_dataset
 from echolab.data.shard_writer import ShardWriter
 from echolab.errors import ConfigError, DataError
+from echolab.inference.inputs import load_clips
 
 
 def correlation_at(first: np.ndarray, second: np.ndarray, delay: int) -> float:

@@ -1,6 +1,6 @@
 """The command `echolab`: import the module of a command, run it, print errors in one line."""
 
-from echolab.safe_path import remove_working_directory
+from echolab import remove_working_directory
 
 if __name__ == "__main__":
     remove_working_directory()  # before anything else is imported

@@ -13,9 +13,9 @@ from torch import nn
 
 from echolab.cli.estimate import EstimateArguments
 from echolab.config.networks import architecture_of
-from echolab.encoders.demo_features import CAPTION_TOKENS as DEMO_TEXT_TOKENS
-from echolab.encoders.demo_features import IMAGE_TOKENS as DEMO_IMAGE_TOKENS
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CAPTION_TOKENS as DEMO_TEXT_TOKENS
+from echolab.encoders.demo import IMAGE_TOKENS as DEMO_IMAGE_TOKENS
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.loading import NETWORKS as RELEASED
 from echolab.encoders.loading import parameters_of as encoder_parameters
 from echolab.errors import ConfigError

@@ -21,7 +21,7 @@ from echolab.config.folders import folders_of, with_absolute_folder, without_fol
 from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
 from echolab.config.sweep_members import members
-from echolab.data.remote.transport import parse_url
+from echolab.data.download import parse_url
 from echolab.errors import BusyError, ConfigError, EcholabError
 from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, processes, rank_process, run_dir, slurm

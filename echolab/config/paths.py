@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from echolab.data.download import parse_url
 from echolab.data.index import FORMATS, INDEX
-from echolab.data.remote.transport import parse_url
 from echolab.errors import CheckpointError, ConfigError, DataError, WeightsError
 
 KINDS = {"clips": "encoded", "val_clips": "encoded", "pairs": "preference"}

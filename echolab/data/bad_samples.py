@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from echolab.atomic_io import ABSENT, read_file, retry, write_error
-from echolab.data.remote.download import FetchError
+from echolab.data.download import FetchError
 from echolab.data.shard_reader import ShardDataset
 from echolab.errors import ConfigError, DataError
 from echolab.redaction import mask_secrets

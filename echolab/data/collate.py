@@ -19,15 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echolab.data.member_reader import CHUNK, Header, MemberError, MemberReader, read_header
-from echolab.data.remote.download import FetchError
+from echolab.data.download import FetchError
 from echolab.data.samples import (
+    CHUNK,
     COMPARED,
     TRIED,
+    Header,
+    MemberError,
+    MemberReader,
     Shapes,
     check_same_shapes,
     check_shapes,
     most_common_shapes,
+    read_header,
     read_metadata,
     shapes_of,
 )

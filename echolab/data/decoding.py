@@ -16,7 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from echolab.data.member_reader import MAX_PIXELS
+from echolab.data.samples import MAX_PIXELS
 from echolab.errors import MediaError
 
 THREADS = 4  # of one decoder: each keeps some frames in memory

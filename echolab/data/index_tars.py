@@ -28,8 +28,7 @@ from echolab.data.index import (
     missing_members,
     split_path,
 )
-from echolab.data.member_reader import MemberError, parse_header
-from echolab.data.samples import TENSORS
+from echolab.data.samples import TENSORS, MemberError, parse_header
 from echolab.data.tars import (
     HashingReader,
     TarError,

@@ -32,7 +32,7 @@ from echolab.data.decoding import (
     rotate_upright,
     video_stream,
 )
-from echolab.data.member_reader import MAX_PIXELS, MemberError, read_arrays, read_flac
+from echolab.data.samples import MAX_PIXELS, MemberError, read_arrays, read_flac
 from echolab.errors import MediaError
 
 FPS = 25

@@ -1,4 +1,11 @@
-"""Shapes of the tensors of one sample: one rule for verifying, training and validation.
+"""Read the members of a sample and check their structure: bytes, arrays, and the shapes of tensors.
+
+A clip of 81 frames has some 30 MB, most of it known latents of tasks that it was not drawn for.
+Read at once, it is written to memory and fetched back for its checksum and again for each tensor;
+read in chunks into memory that is reused, it stays in the processor's caches.  Nothing is
+unpickled.
+
+One rule of shapes holds for verifying, training and validation:
 
     encoded      latents [C, F, H, W]; for each task but t2v known.<task>, known_latents.<task>
     preference   chosen, rejected, known_latents [C, F, H, W]; known
@@ -11,13 +18,36 @@ stacked, so all samples of a dataset have the shapes of its first ones.  `collat
 checks values.
 """
 
+import io
 import json
+import lzma
+import math
+import os
+import struct
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from echolab.data.member_reader import MemberError, MemberReader, read_header
+import numpy as np
+from isal import isal_zlib
+
 from echolab.geometry import WAN, LatentGeometry
+
+CHUNK = 2**20  # bytes
+MAX_HEADER_BYTES = 100 * 10**6  # as safetensors has it
+MAX_ARRAY_BYTES = 2**28  # unpacked
+MAX_PIXELS = 2**27  # of an image or a frame: four times 8K
+MAX_AUDIO_VALUES = 2**28  # of one channel at 16 kHz, 4.6 hours
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+Read = Callable[[int, int], bytes]  # (offset within the member, size)
+Header = Mapping[str, tuple[str, list[int], int, int]]  # name -> dtype, shape, begin, end
 
 CONDITIONS = ("text", "image", "audio", "face", "weight")
 TENSORS = {
@@ -27,6 +57,171 @@ TENSORS = {
 TRIED, COMPARED = 100, 3  # of the first samples, at most; and the good ones that are enough
 
 Shapes = Mapping[str, Sequence[int]]
+
+
+class MemberError(ValueError):
+    """The content of a member is wrong."""
+
+
+class MemberReader:
+    """`size` bytes of an open file from `offset` on, and the crc32 of those read so far."""
+
+    def __init__(self, file: int, offset: int, size: int) -> None:
+        self.size, self.crc32, self.position = size, 0, 0
+        self._file, self._offset = file, offset
+        self._memory = np.empty(min(size, CHUNK), np.uint8)
+        self._small = self._read(0, size) if size <= CHUNK else None  # one call is then enough
+
+    def take(self, size: int) -> np.ndarray:
+        """Return the next bytes, uint8 [size], fewer at the end; the next call overwrites them."""
+        size = min(size, self.size - self.position)
+        if self._small is None:
+            chunk = self._read(self.position, size)
+        else:
+            chunk = self._small[self.position : self.position + size]
+        self.position += len(chunk)
+        self.crc32 = isal_zlib.crc32(chunk, self.crc32)
+        return chunk
+
+    def _read(self, start: int, size: int) -> np.ndarray:
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        chunk, filled = self._memory[:size], 0
+        while filled < size:
+            at = self._offset + start + filled
+            count = os.preadv(self._file, [chunk[filled:].data], at)
+            if not count:
+                break  # the file was cut
+            filled += count  # one call reads 2 GiB at most
+        return chunk[:filled]
+
+    def at(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset within the member, without moving the position."""
+        return os.pread(self._file, size, self._offset + offset)
+
+    def rest(self) -> bytes:
+        """Return the remaining bytes in memory of their own; fewer if the file ends."""
+        if self._small is not None:
+            return self.take(self.size).tobytes()
+        data, end, start = b"", self.size - self.position, self._offset + self.position
+        while more := os.pread(self._file, end - len(data), start + len(data)):
+            data = data + more if data else more
+        self.position += len(data)
+        self.crc32 = isal_zlib.crc32(data, self.crc32)
+        return data
+
+    def skip(self, size: int) -> None:
+        """Skip so many bytes; they count for the checksum."""
+        end = self.position + size
+        while self.position < end and len(self.take(min(CHUNK, end - self.position))):
+            pass
+
+
+def read_header(member: MemberReader) -> Header:
+    """Return the header of a safetensors member at its start; raise MemberError."""
+    return parse_header(lambda _, size: member.take(size).tobytes(), member.size)
+
+
+def parse_header(read: Read, size: int) -> Header:
+    """Return name -> (dtype, shape, begin, end) of a safetensors member, bytes from its start.
+
+    Raises MemberError unless header and tensors fill the member exactly.
+    """
+    length = int.from_bytes(read(0, 8), "little") if size >= 8 else -1
+    if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+        raise MemberError(f"a safetensors header of {length} bytes in {size}")
+    header = parse_json(read(8, length))
+    if not isinstance(header, dict):
+        raise MemberError("the safetensors header is no object")
+    tensors = {k: _tensor(k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
+    # No gap and no overlap: each tensor begins where the one before it ends.
+    position = 8 + length
+    for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise MemberError(f"tensor {name} begins at byte {begin}, not at {position}")
+        position = end
+    if position != size:
+        raise MemberError(f"tensors end at byte {position} of {size}")
+    return tensors
+
+
+def _tensor(name: str, entry: Any, start: int) -> tuple[str, list[int], int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        natural = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        bits = BITS[dtype] * math.prod(shape) if natural else -1
+    except (TypeError, ValueError, KeyError) as error:
+        raise MemberError(f"tensor {name}: {type(error).__name__}: {error}") from error
+    if bits != 8 * (end - begin):
+        raise MemberError(f"tensor {name}: {dtype} {shape} in bytes {begin} to {end}")
+    return dtype, shape, start + begin, start + end
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON text; raise MemberError."""
+    try:
+        return json.loads(data)
+    except ValueError as error:  # of the encoding too
+        raise MemberError(f"{type(error).__name__}: {error}") from error
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """Return the array of an npy file; raise MemberError unless its size fits its header."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file, max_header_size=1000)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+            raise MemberError(f"an array {shape} of {dtype} in {len(data)} bytes")
+        return np.load(io.BytesIO(data), allow_pickle=False, max_header_size=1000)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, RecursionError) as error:
+        raise MemberError(first_line(error)) from error
+
+
+def read_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file by name, at most `MAX_ARRAY_BYTES`; raise MemberError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            # zipfile reads no more of a file than is listed here, however it is packed.
+            unpacked = sum(info.file_size for info in file.infolist())
+            if unpacked > MAX_ARRAY_BYTES:
+                raise MemberError(f"arrays of {unpacked} bytes, at most {MAX_ARRAY_BYTES} are read")
+            return {n.removesuffix(".npy"): read_array(file.read(n)) for n in file.namelist()}
+    except (
+        OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error,
+        lzma.LZMAError,
+    ) as error:  # fmt: skip
+        raise MemberError(first_line(error)) from error
+
+
+def read_flac(data: bytes) -> np.ndarray:
+    """Return audio samples [n] or [n, channels], float32; raise MemberError.
+
+    A few bytes of FLAC can stand for hours: `MAX_AUDIO_VALUES` values are read at most.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if not 0 <= file.frames * file.channels <= MAX_AUDIO_VALUES:
+                raise MemberError(f"{file.frames} samples, at most {MAX_AUDIO_VALUES} are read")
+            samples: np.ndarray = file.read(dtype="float32")
+            return samples
+    except soundfile.LibsndfileError as error:
+        raise MemberError(error.error_string) from error
+    except RuntimeError as error:
+        raise MemberError(first_line(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+# Shapes
 
 
 def shapes_of(

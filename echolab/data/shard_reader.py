@@ -27,11 +27,17 @@ from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 from echolab.atomic_io import ABSENT, read_error, read_file, retry
+from echolab.data.download import (
+    RetryPolicy,
+    backoff_seconds,
+    fetch,
+    join_url,
+    parse_url,
+    public_url,
+)
 from echolab.data.index import INDEX, Sample, SampleIndex, geometry_in, parse_index
-from echolab.data.member_reader import MemberReader
-from echolab.data.remote.cache import RemoteStore, ShardCache, cache_folder
-from echolab.data.remote.download import RetryPolicy, backoff_seconds, fetch
-from echolab.data.remote.transport import join_url, parse_url, public_url
+from echolab.data.samples import MemberReader
+from echolab.data.shard_cache import RemoteStore, ShardCache, cache_folder
 from echolab.errors import ConfigError, DataError
 
 CACHE_GB = 50.0

@@ -28,24 +28,22 @@ from echolab.data.index import (
     parse_index,
     split_path,
 )
-from echolab.data.member_reader import (
+from echolab.data.samples import (
+    COMPARED,
     MAX_PIXELS,
+    TENSORS,
+    TRIED,
     MemberError,
     MemberReader,
     Read,
+    Shapes,
     first_line,
+    most_common_shapes,
     parse_header,
     parse_json,
     read_array,
     read_arrays,
     read_flac,
-)
-from echolab.data.samples import (
-    COMPARED,
-    TENSORS,
-    TRIED,
-    Shapes,
-    most_common_shapes,
     read_metadata,
     shapes_of,
 )

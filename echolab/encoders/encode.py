@@ -9,8 +9,7 @@ from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from echolab.encoders.demo_features import encode_audio, encode_caption, encode_image
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder, encode_audio, encode_caption, encode_image
 from echolab.geometry import WAN, LatentGeometry
 from echolab.tasks.masks import face_tokens, gray_out, known_pixels, latent_known
 from echolab.tasks.table import KNOWN_TASKS

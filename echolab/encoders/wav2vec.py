@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
-from echolab.encoders.demo_features import RATE_HZ, SAMPLES_PER_FRAME, check_length
+from echolab.encoders.demo import RATE_HZ, SAMPLES_PER_FRAME, check_length
 from echolab.encoders.files import from_folder, frozen, need
 from echolab.errors import MediaError, WeightsError
 

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from echolab.encoders.demo_features import SAMPLES_PER_FRAME
+from echolab.encoders.demo import SAMPLES_PER_FRAME
 from echolab.encoders.encode import Encoders
 from echolab.inference.inputs import Footage
 from echolab.tasks.masks import face_tokens, gray_out, latent_known

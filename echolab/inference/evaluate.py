@@ -16,16 +16,16 @@ from torch import Tensor
 
 from echolab.atomic_io import write_atomic
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
-from echolab.data.clips import load_clips, to_frames
 from echolab.data.collate import collate_clips, read_clip
 from echolab.data.media import write_video
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.diffusion.guidance import Net
 from echolab.diffusion.pipeline import generate
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import DataError
 from echolab.fitting import load_net, work_dtype
+from echolab.inference.inputs import load_clips, to_frames
 from echolab.inference.options import EvaluateArguments
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import Judges, cepstra_of, features_of, score_clips

@@ -8,10 +8,16 @@ from numpy.typing import NDArray
 
 from echolab.errors import MediaError
 from echolab.vision.face_models import LANDMARKER, YUNET, find_face_model
-from echolab.vision.faces import FaceDetector, FaceMesh, Image, Row, boxes, mouth_from_corners
-from echolab.vision.probe import Probe
-from echolab.vision.track import Tracker
-from echolab.vision.video_reader import VideoReader
+from echolab.vision.faces import (
+    FaceDetector,
+    FaceMesh,
+    Image,
+    Row,
+    Tracker,
+    boxes,
+    mouth_from_corners,
+)
+from echolab.vision.video_reader import Probe, VideoReader
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
 # A second face makes an image ambiguous from this score, and this share of the largest face.

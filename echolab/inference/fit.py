@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from echolab.data.clips import load_clips
 from echolab.data.index import INDEX
-from echolab.encoders.demo_vae import WIDTH, CausalAutoencoder, fit_autoencoder
+from echolab.encoders.demo import WIDTH, CausalAutoencoder, fit_autoencoder
 from echolab.errors import DataError
 from echolab.fitting import Report, load_net, save_net
+from echolab.inference.inputs import load_clips
 from echolab.metrics.demo_networks import (
     fit_clip_features,
     fit_frame_features,

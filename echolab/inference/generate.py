@@ -21,17 +21,15 @@ from echolab.config.networks import (
     load_policy,
     load_released,
 )
-from echolab.data.clips import to_frames
 from echolab.data.media import FPS, Frames, Samples, read_audio, write_video
 from echolab.diffusion.teacache import IDENTITY, WAN_1B3
-from echolab.encoders.demo_features import SAMPLES_PER_FRAME
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import SAMPLES_PER_FRAME, CausalAutoencoder
 from echolab.encoders.encode import Encoders, demo_encoders
 from echolab.encoders.loading import find_released, released_encoders
 from echolab.errors import ConfigError, MediaError
 from echolab.fitting import load_net, work_dtype
 from echolab.inference.conditions import encode_scene
-from echolab.inference.inputs import Footage, footage_of, open_source
+from echolab.inference.inputs import Footage, footage_of, open_source, to_frames
 from echolab.inference.options import GenerateArguments
 from echolab.inference.render import (
     Renderer,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from echolab.atomic_io import check_writable
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
-from echolab.data.clips import load_clips
 from echolab.data.shard_reader import check_same_encoders, open_dataset
-from echolab.encoders.demo_vae import CausalAutoencoder
+from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import fingerprint
 from echolab.errors import DataError
 from echolab.fitting import load_net, work_dtype
 from echolab.inference.evaluate import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
+from echolab.inference.inputs import load_clips
 from echolab.inference.options import PairsArguments
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import cepstra_of

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from echolab.data.media import FPS, RATE_HZ, AudioTrack
 from echolab.geometry import WAN
 from echolab.vision.faces import Image
-from echolab.vision.probe import Probe
+from echolab.vision.video_reader import Probe
 
 SAMPLES_PER_FRAME = RATE_HZ // FPS
 FROZEN_SECONDS = 0.2  # a source frame farther away than this does not show the moment

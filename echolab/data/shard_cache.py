@@ -19,9 +19,15 @@ from threading import Condition, Thread
 from typing import BinaryIO
 
 from echolab.atomic_io import remove_quietly, retry, write_error
+from echolab.data.download import (
+    Expected,
+    RetryPolicy,
+    UnreachableError,
+    fetch,
+    join_url,
+    public_url,
+)
 from echolab.data.index import Shard
-from echolab.data.remote.download import Expected, RetryPolicy, UnreachableError, fetch
-from echolab.data.remote.transport import join_url, public_url
 from echolab.errors import ConfigError, DataError, EcholabError
 
 FOLDER_VARIABLE = "ECHOLAB_CACHE"
