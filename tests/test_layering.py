@@ -87,7 +87,7 @@ def faults(name: str, source: str) -> list[str]:
             found.append(f"{name}: relative import {module}")
         elif top == "data_prep" and here not in ("data_prep", "cli"):
             found.append(f"{name}: {module} is not part of echolab; only cli may use it")
-        elif top == "echolab" and there != here:
+        elif top == "echolab" and there in LAYERS and there != here:
             lower = LAYERS[there] < layer or LAYERS[there] == layer == 0
             if not (lower or (here == "data_prep" and LAYERS[there] <= layer)):
                 found.append(f"{name}: layer {layer} imports {module} of layer {LAYERS[there]}")
