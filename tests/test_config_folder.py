@@ -15,8 +15,7 @@ from echolab.cli.__main__ import main
 from echolab.cli.train import command
 from echolab.config.compose import compose, compose_both
 from echolab.config.folders import CONF, with_absolute_folder
-from echolab.config.overrides import launcher_of
-from echolab.config.sweep_members import members
+from echolab.config.sweep_members import launcher_of, members
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
 

@@ -10,7 +10,7 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.config.callbacks import callbacks_from, registered_path
+from echolab.config.parts import callbacks_from, registered_path
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
 from echolab.tracking.metrics import read_metrics

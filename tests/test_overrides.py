@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from echolab.cli import train
 from echolab.cli.train import command
-from echolab.config.compose import compose, compose_both
-from echolab.config.overrides import DATASETS, TEXTS, as_hydra, quoted
+from echolab.config.compose import DATASETS, TEXTS, as_hydra, compose, compose_both, quoted
 from echolab.config.schema import Settings
 from echolab.config.sweep_members import members
 from echolab.launch import run_dir
@@ -131,6 +130,7 @@ def test_ranks_get_the_folder_of_their_supervisor(
             pass
 
     monkeypatch.setattr(train, "Supervisor", Recorded)
+    monkeypatch.setattr("echolab.config.paths.check_paths", lambda config: None)  # x is no dataset
     monkeypatch.chdir(tmp_path)
     words = ["data.clips=x", f"run_dir={run}"]
     train.supervise(words, compose(words))

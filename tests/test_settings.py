@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 from echolab.cli.__main__ import main
 from echolab.config import build as objects
 from echolab.config import parts, schema
-from echolab.config.build_adapters import lora_from
 from echolab.config.check import check, names, shown
 from echolab.config.compose import compose
 from echolab.config.folders import CONF
+from echolab.config.networks import lora_from
 from echolab.data.batch_sampler import LAST_BATCH_MODES
 from echolab.diffusion.objectives import Preference
 from echolab.diffusion.preference_losses import PAIR_LOSSES

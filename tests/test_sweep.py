@@ -16,8 +16,7 @@ import pytest
 from echolab.cli import sweep
 from echolab.cli.__main__ import main
 from echolab.config.compose import compose, compose_both
-from echolab.config.overrides import launcher_of
-from echolab.config.sweep_members import Member, members, name_of, without_signature
+from echolab.config.sweep_members import Member, launcher_of, members, name_of, without_signature
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
 from echolab.launch.run_dir import FORMAT

@@ -9,8 +9,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from echolab.cli.export import ExportArguments
-from echolab.config.build_adapters import export_adapters
-from echolab.config.networks import architecture_of, last_checkpoint, load_start
+from echolab.config.networks import (
+    architecture_of,
+    export_adapters,
+    last_checkpoint,
+    load_start,
+)
 from echolab.errors import ConfigError
 from echolab.models.export import write_diffusers, write_original
 from echolab.models.loading import read_tensors

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echolab.config.overrides import launcher_of
-from echolab.config.sweep_members import Member
+from echolab.config.sweep_members import Member, launcher_of
 from echolab.errors import ConfigError, EcholabError
 from echolab.launch import exit_codes, slurm
 from echolab.launch.attempts import RUNNING, Attempt, attempts_of

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from echolab.cli import sweep
-from echolab.config.compose import compose, compose_both, compose_unresolved
+from echolab.config.compose import as_hydra, compose, compose_both, compose_unresolved, quoted
 from echolab.config.folders import folders_of, with_absolute_folder, without_folder
-from echolab.config.overrides import as_hydra, quoted
 from echolab.config.parts import timeouts_from
 from echolab.config.sweep_members import members
 from echolab.data.download import parse_url

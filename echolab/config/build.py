@@ -1,17 +1,20 @@
 """From the plain settings of conf/train.yaml to the objects that `fit` takes."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echolab.config.build_adapters import reference_of
-from echolab.config.callbacks import callbacks_from
-from echolab.config.data_checks import check_checkpoints, check_held_out
-from echolab.config.networks import checked_placement, start_of
+from echolab.config.networks import checked_placement, reference_of, start_of
 from echolab.config.origins import checkpoints_from, origins_from
-from echolab.config.parts import guards_from, intervals_from, machine_from, rate_of
+from echolab.config.parts import callbacks_from, guards_from, intervals_from, machine_from, rate_of
 from echolab.data.batch_sampler import ShuffleConfig
-from echolab.data.shard_reader import ShardDataset, open_dataset
+from echolab.data.shard_reader import (
+    ShardDataset,
+    check_same_encoders,
+    open_dataset,
+    shared_samples,
+)
 from echolab.diffusion.objectives import NegativePreference, Preference, Supervised
 from echolab.diffusion.phases import (
     FLAT,
@@ -23,6 +26,8 @@ from echolab.diffusion.phases import (
     PhaseSchedule,
     without_dropout,
 )
+from echolab.errors import DataError
+from echolab.launch.run_dir import rank_from_environment
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import Training, check_data
@@ -32,6 +37,7 @@ from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
 
+ACCEPT = "data.val_overlaps=accept"
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
     "dropout": ModalityDropout,
@@ -146,6 +152,50 @@ def check_together(
     if held_out:
         accepted = data.get("val_overlaps") == "accept"
         check_held_out(held_out.clips, clips, pairs, accepted)
+
+
+def check_checkpoints(checkpoints: Sequence[Path | None], clips: ShardDataset) -> None:
+    """Raise DataError for a checkpoint that was trained on what other encoders made."""
+    for path in checkpoints:
+        if path:
+            encoders = open_verified(path).state.get("encoders") or {}
+            check_same_encoders(path, encoders, clips.folder, clips.encoders)
+
+
+def check_held_out(
+    held_out: ShardDataset,
+    clips: Sequence[ShardDataset],
+    pairs: Sequence[ShardDataset],
+    accepted: bool,
+) -> None:
+    """Raise DataError for held-out clips that are trained on; some of them are a warning.
+
+    What is trained on has no held-out error.  With `accepted`, that is only said.
+    """
+    for dataset in clips:
+        if dataset.fingerprint == held_out.fingerprint:
+            _say(
+                f"data.val_clips: {held_out.folder} is the training set {dataset.folder}", accepted
+            )
+        elif shared := shared_samples(held_out, dataset):
+            few = shared < len(held_out)
+            words = f"{shared} of its {len(held_out)} samples are in the training set"
+            _say(f"data.val_clips: {held_out.folder}: {words} {dataset.folder}", accepted or few)
+    for dataset in pairs:
+        if dataset.description.get("prompts") == held_out.fingerprint:
+            words = f"data.pairs: {dataset.folder} was sampled from the held-out clips"
+            _say(f"{words} {held_out.folder}", accepted)
+
+
+def _say(words: str, accepted: bool) -> None:
+    """Print a warning, or raise what is not accepted."""
+    if not accepted:
+        raise DataError(f"{words}; give other clips, or {ACCEPT} if that is meant")
+    if rank_from_environment() == 0:
+        print(
+            f"echolab: warning: {words}: val/loss says nothing about new clips there",
+            file=sys.stderr,
+        )
 
 
 def optim_from(config: Mapping[str, Any]) -> Optim:

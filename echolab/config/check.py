@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from echolab.arguments import closest
-from echolab.config.callbacks import check_targets
 from echolab.config.parts import (
+    check_targets,
     guards_from,
     intervals_from,
     machine_from,

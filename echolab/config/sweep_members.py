@@ -8,11 +8,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from echolab.config.overrides import PATHS, expanded, quoted
+from echolab.config.compose import PATHS, as_hydra, hydra_config, quoted
+from echolab.config.folders import without_folder
 from echolab.errors import ConfigError
 from echolab.launch import run_dir
 from echolab.redaction import is_secret_name, mask_secrets, strip_secrets
@@ -62,6 +64,71 @@ def members(
             )
         made[folder] = Member(name, folder, own, config)
     return list(made.values())
+
+
+# -- overrides -----------------------------------------------------------------------------------
+
+
+class Swept(NamedTuple):
+    """The overrides of one member of a sweep."""
+
+    words: list[str]
+    values: dict[str, str]  # of the overrides that differ between members, by key, as Hydra's text
+
+
+def expanded(words: Sequence[str]) -> list[Swept]:
+    """Return the members of a sweep over `key=a,b`, choice, range and glob: all combinations.
+
+    An experiment may name more of them in hydra.sweeper.params; the command line counts, and of an
+    override that is given twice the last.  Raises ConfigError for words that Hydra cannot read, and
+    for a sweep with one value twice.
+    """
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices: dict[str, list[tuple[str, str]]] = {}
+    folder = [word for word in words if word not in without_folder(words)]
+    with hydra_config(folder):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(as_hydra(words, sweep=True))
+    one = [str(override.input_line) for override in given if not override.is_sweep_override()]
+    with hydra_config([*folder, *one]):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
+        more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
+        for override in [*parser.parse_overrides(more), *given]:
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                choices[key] = [(str(override.input_line), "")]
+            elif override.is_discrete_sweep():
+                values = list(override.sweep_string_iterator())
+                if len(set(values)) < len(values):
+                    raise ConfigError(f"{override.input_line}: a value is given twice")
+                choices[key] = [(f"{key}={value}", value) for value in values]
+            else:
+                raise ConfigError(f"{override.input_line}: no single values; use choice or range")
+    swept = [key for key, options in choices.items() if len({value for _, value in options}) > 1]
+    return [
+        Swept(
+            [*folder, *(word for word, _ in options)],
+            {k: value for k, (_, value) in zip(choices, options, strict=True) if k in swept},
+        )
+        for options in product(*choices.values())
+    ]
+
+
+def launcher_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of hydra.launcher, resolved: how a sweep is started."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    with hydra_config(words):
+        config = compose("train", as_hydra(words), return_hydra_config=True)
+        launcher: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            config.hydra.launcher, resolve=True
+        )
+    return launcher
 
 
 # -- names ---------------------------------------------------------------------------------------
