@@ -106,10 +106,16 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 class Action(NamedTuple):
-    """A sub-command: `echolab data verify`."""
+    """A command or sub-command: `echolab data`, `echolab data verify`."""
 
-    target: str  # MODULE or MODULE:FUNCTION, imported only when it runs; takes argv
+    target: str  # MODULE (its function main) or MODULE:FUNCTION, imported only when it runs
     summary: str
+
+    def run(self, argv: list[str]) -> int:
+        """Import the function, call it with the words after the command, return its exit code."""
+        module, _, function = self.target.partition(":")
+        code: int | None = getattr(importlib.import_module(module), function or "main")(argv)
+        return code or 0
 
 
 def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) -> int:
@@ -128,9 +134,7 @@ def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) 
     if name not in actions:
         known = ", ".join(actions)
         raise ConfigError(f"{command} {name}: no such action{closest(name, actions)}; use {known}")
-    module, _, function = actions[name].target.partition(":")
-    code: int | None = getattr(importlib.import_module(module), function or "main")(rest)
-    return code or 0
+    return actions[name].run(rest)
 
 
 def help_text(schema: type, *, command: str, positional: tuple[str, ...] = ()) -> str:

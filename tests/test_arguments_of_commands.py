@@ -33,9 +33,10 @@ def command_lines() -> list[list[str]]:
     """Return the words of every command and action, such as data verify."""
     lines = []
     for name, command in COMMANDS.items():
-        actions = getattr(importlib.import_module(command.module), "ACTIONS", None)
+        module, _, function = command.target.partition(":")
+        actions = None if function else getattr(importlib.import_module(module), "ACTIONS", None)
         lines += [[name, action] for action in actions] if actions else [[name]]
-    return [words for words in lines if words[-1] != "shuffle-report"]  # which is to go
+    return lines
 
 
 def run(module: str, words: list[str]) -> tuple[int, list[str], str]:

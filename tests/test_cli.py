@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 
+from echolab.arguments import Action
 from echolab.cli import __main__ as cli
 from echolab.errors import MediaError
 
@@ -14,7 +15,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch, main: object) -> int:
     module = ModuleType("echolab.cli.stand_in")
     module.main = main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(module.__name__, ""))
+    monkeypatch.setitem(cli.COMMANDS, "demo", Action(module.__name__, ""))
     return cli.main(["demo", "a=1"])
 
 
@@ -27,7 +28,7 @@ def raising(error: BaseException) -> object:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_module(name: str) -> None:
-    assert find_spec(cli.COMMANDS[name].module) is not None
+    assert find_spec(cli.COMMANDS[name].target.partition(":")[0]) is not None
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

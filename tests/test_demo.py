@@ -14,10 +14,9 @@ import pytest
 from data_prep.options import DrawOptions, EncodeOptions
 from echolab.arguments import parse
 from echolab.cli.demo import CHECKPOINTS, DemoArguments, Stage, in_hydra, shortened, stages
-from echolab.cli.fit import FitArguments
 from echolab.cli.report import ReportArguments
 from echolab.config.compose import compose
-from echolab.inference.options import EvaluateArguments, PairsArguments
+from echolab.inference.commands import EvaluateArguments, FitArguments, PairsArguments
 from echolab.tracking.metrics import read_metrics
 from echolab.tracking.score_table import REFERENCES
 

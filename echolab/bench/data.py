@@ -18,8 +18,8 @@ import webdataset
 from safetensors.torch import load, save
 from torch import Tensor
 
+from echolab.bench.commands import DataArguments
 from echolab.bench.measure import Row, say
-from echolab.bench.options import DataArguments
 from echolab.data.collate import FEATURES, read_fp32
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks, encode_flac, encode_mp4
 from echolab.data.media import encode_tracks as encode_boxes

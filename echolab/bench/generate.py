@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from echolab.bench.commands import GenerateArguments
 from echolab.bench.measure import Row, cost_of, peak_of, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
-from echolab.bench.options import GenerateArguments
 from echolab.config.networks import architecture_of
 from echolab.diffusion.long_video import sample_windows
 from echolab.diffusion.pipeline import PRESETS, SOLVERS, SamplerConfig, check_sampler

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echolab.bench.commands import StepArguments
 from echolab.bench.engine import (
     Subject,
     average_rows,
@@ -30,7 +31,6 @@ from echolab.bench.models import (
     shapes_of,
     with_audio,
 )
-from echolab.bench.options import StepArguments
 from echolab.config.networks import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention

@@ -6,14 +6,12 @@ if __name__ == "__main__":
     remove_working_directory()  # before anything else is imported
 
 import errno
-import importlib
 import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import NamedTuple
 
-from echolab.arguments import closest
+from echolab.arguments import Action, closest
 from echolab.errors import BusyError, DiskFullError, EcholabError, FencedError, StorageError
 from echolab.launch.exit_codes import RETRYABLE
 from echolab.redaction import mask_output
@@ -25,33 +23,32 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
-class Command(NamedTuple):
-    module: str  # has main(argv: list[str]) -> int | None; imported only when it is run
-    summary: str
-
-
 COMMANDS = {
-    "demo": Command(
+    "demo": Action(
         "echolab.cli.demo", "data, training and report of a small example on two CPU cores"
     ),
-    "train": Command("echolab.cli.train", "train a run, or a sweep with -m"),
-    "why": Command("echolab.cli.why", "cause of a run's end: rank, host, step, remedy"),
-    "rollback": Command(
+    "train": Action("echolab.cli.train", "train a run, or a sweep with -m"),
+    "why": Action("echolab.cli.why", "cause of a run's end: rank, host, step, remedy"),
+    "rollback": Action(
         "echolab.cli.rollback", "resume a run from an earlier checkpoint, skipping batches"
     ),
-    "replay": Command(
-        "echolab.cli.replay", "repeat training steps and compare them with the run's"
+    "replay": Action("echolab.cli.replay", "repeat training steps and compare them with the run's"),
+    "generate": Action(
+        "echolab.inference.commands:generate", "image + speech + prompt -> talking video"
     ),
-    "generate": Command("echolab.cli.generate", "image + speech + prompt -> talking video"),
-    "evaluate": Command("echolab.cli.evaluate", "score a checkpoint on held-out clips"),
-    "estimate": Command("echolab.cli.estimate", "GPU memory of training, by kind"),
-    "fit": Command("echolab.cli.fit", "fit a demo network: autoencoder, SyncNet, features"),
-    "export": Command("echolab.cli.export", "weights as safetensors for other programs"),
-    "checkpoint": Command("echolab.cli.checkpoint", "inspect, verify or compare checkpoints"),
-    "pairs": Command("echolab.cli.pairs", "preference pairs: sample, score, pack"),
-    "data": Command("echolab.cli.data", "datasets: verify, index, audit"),
-    "bench": Command("echolab.cli.bench", "speed on this machine: step, generate, data"),
-    "report": Command("echolab.cli.report", "rewrite a run's report.html"),
+    "evaluate": Action(
+        "echolab.inference.commands:evaluate", "score a checkpoint on held-out clips"
+    ),
+    "estimate": Action("echolab.bench.commands:estimate", "GPU memory of training, by kind"),
+    "fit": Action(
+        "echolab.inference.commands:fit", "fit a demo network: autoencoder, SyncNet, features"
+    ),
+    "export": Action("echolab.cli.export", "weights as safetensors for other programs"),
+    "checkpoint": Action("echolab.cli.checkpoint", "inspect, verify or compare checkpoints"),
+    "pairs": Action("echolab.inference.commands:pairs", "preference pairs: sample, score, pack"),
+    "data": Action("echolab.cli.data", "datasets: verify, index, audit"),
+    "bench": Action("echolab.bench.commands", "speed on this machine: step, generate, data"),
+    "report": Action("echolab.cli.report", "rewrite a run's report.html"),
 }
 
 
@@ -101,13 +98,13 @@ def _run(words: list[str]) -> int:
         remedy = closest(name, COMMANDS) or f"; known: {', '.join(COMMANDS)}"
         print(f"echolab: error: no command {name!r}{remedy}", file=sys.stderr)
         return 2
-    return _guarded(lambda: importlib.import_module(COMMANDS[name].module).main(rest))
+    return _guarded(lambda: COMMANDS[name].run(rest))
 
 
-def _guarded(run: Callable[[], int | None]) -> int:
+def _guarded(run: Callable[[], int]) -> int:
     """Run a command and turn errors that the user can fix into one line and an exit code."""
     try:
-        return run() or 0
+        return run()
     except EcholabError as error:
         print(f"echolab: error: {error}", file=sys.stderr)
         transient = isinstance(error, StorageError) and not isinstance(error, DiskFullError)

@@ -1,12 +1,19 @@
 """`echolab export RUN out=FOLDER`: trained weights as safetensors that other programs read."""
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from echolab.arguments import argument, parse
 from echolab.atomic_io import check_writable
 from echolab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echolab.models.transformer import EchoTransformer
 
 AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
 
@@ -63,11 +70,99 @@ class ExportArguments:
 
 
 def main(argv: list[str]) -> int:
-    """Parse and check the arguments, then import torch and export."""
+    """Parse and check the arguments, then export."""
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
     arguments.check()
     check_writable(arguments.out, folder=not arguments.out.suffix)
-    from echolab.cli.export_weights import export
-
     export(arguments)
     return 0
+
+
+def export(arguments: ExportArguments) -> None:
+    """Write the weights, or the adapters alone, and print a summary."""
+    import torch
+
+    from echolab.config.networks import export_adapters, last_checkpoint, load_start
+    from echolab.models.export import write_diffusers, write_original
+    from echolab.training.checkpoints.checkpoint import open_checkpoint
+
+    out = arguments.out
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
+    if arguments.which == "adapters":
+        if out.exists():
+            raise ConfigError(f"out={out}: already there; name another, or remove it")
+        checkpoint = open_checkpoint(last_checkpoint(arguments.source))
+        dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+        files = export_adapters(checkpoint, out, load_start, dtype)
+    else:
+        net, tensors = read_source(arguments)
+        write = write_original if arguments.names == "original" else write_diffusers
+        files = write(
+            out,
+            net,
+            tensors,
+            dtype=dtypes[arguments.dtype or ("same" if arguments.model else "bf16")],
+            shard_bytes=round(arguments.shard_gb * 1e9),
+        )
+    _report(out, files, arguments.format)
+
+
+def _report(out: Path, files: list[Path], format: str) -> None:
+    """Print the content of the files, read back from disk."""
+    from safetensors import safe_open
+
+    shapes: list[list[int]] = []
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                shapes += [content.get_slice(name).get_shape() for name in content.keys()]
+    figures = {
+        "out": str(out),
+        "files": [file.name for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes)),
+    }
+    plain = (
+        f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, "
+        f"{figures['bytes']:,} bytes in {len(files)} files"
+    )
+    print(json.dumps(figures) if format == "json" else plain)
+
+
+def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str, Tensor]]":
+    """Return the network, on the meta device if its weights are read, and its weights by name."""
+    from echolab.config.networks import architecture_of, last_checkpoint, load_start
+    from echolab.models.loading import read_tensors
+    from echolab.models.state_dict import match_weights, meta_network
+    from echolab.training.adapters.lora_base import exported_weights
+    from echolab.training.checkpoints.checkpoint import open_checkpoint
+    from echolab.training.checkpoints.snapshots import average_of_width
+    from echolab.training.engine.master_weights import MASTER
+
+    # Released weights, by the name of their architecture.
+    if arguments.model is not None:
+        net = meta_network(architecture_of(arguments.model))
+        tensors = read_tensors(arguments.source)
+        match_weights(net, tensors, source=str(arguments.source))
+        return net, tensors
+
+    # A run: its adapters merged, an average of another width, or a part of its checkpoint.
+    if not arguments.source.is_dir():
+        raise ConfigError(
+            f"{arguments.source}: no run or checkpoint; for released weights give model=NAME"
+        )
+    checkpoint = open_checkpoint(last_checkpoint(arguments.source))
+    if checkpoint.state.get("adapters") and arguments.which != "ema":
+        raise ConfigError(
+            f"{checkpoint.path}: adapters are merged averaged; give which=ema, or adapters"
+        )
+    if arguments.ema_std is not None:
+        if checkpoint.state.get("adapters"):
+            raise ConfigError(
+                f"{checkpoint.path}: holds adapters, which have no snapshots; leave out ema_std="
+            )
+        net = meta_network(checkpoint.state["architecture"])
+        return net, average_of_width(checkpoint, arguments.ema_std)
+    part = MASTER if arguments.which == "raw" else arguments.which
+    return exported_weights(checkpoint, load_start, part)

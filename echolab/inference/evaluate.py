@@ -25,8 +25,8 @@ from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import DataError
 from echolab.fitting import load_net, work_dtype
+from echolab.inference.commands import EvaluateArguments
 from echolab.inference.inputs import load_clips, to_frames
-from echolab.inference.options import EvaluateArguments
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import Judges, cepstra_of, features_of, score_clips
 from echolab.progress import progress
@@ -103,7 +103,7 @@ def check_same_clips(raw: Clips, encoded: ShardDataset) -> None:
 # -- evaluation ----------------------------------------------------------------------------------
 
 
-def evaluate(arguments: EvaluateArguments) -> None:
+def evaluate_checkpoint(arguments: EvaluateArguments) -> None:
     """Score generated clips, or the held-out clips themselves, and print the scores."""
     subject = str(arguments.reference)
     if arguments.checkpoint:

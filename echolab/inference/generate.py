@@ -28,9 +28,9 @@ from echolab.encoders.encode import Encoders, demo_encoders
 from echolab.encoders.loading import find_released, released_encoders
 from echolab.errors import ConfigError, MediaError
 from echolab.fitting import load_net, work_dtype
+from echolab.inference.commands import GenerateArguments
 from echolab.inference.conditions import encode_scene
 from echolab.inference.inputs import Footage, footage_of, open_source, to_frames
-from echolab.inference.options import GenerateArguments
 from echolab.inference.render import (
     Renderer,
     frames_of,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from echolab.cli.estimate import EstimateArguments
+from echolab.bench.commands import EstimateArguments
 from echolab.config.networks import architecture_of
 from echolab.encoders.demo import CAPTION_TOKENS as DEMO_TEXT_TOKENS
 from echolab.encoders.demo import IMAGE_TOKENS as DEMO_IMAGE_TOKENS
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     net: nn.Module
 
 
-def estimate(arguments: EstimateArguments) -> None:
+def print_estimate(arguments: EstimateArguments) -> None:
     """Print the figures, with format=json as one object."""
     # Build the network without values, with its adapters.
     architecture = architecture_of(arguments.model)

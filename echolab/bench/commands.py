@@ -1,13 +1,17 @@
-"""The arguments of `echolab bench step`, `generate` and `data`.
+"""The commands `echolab bench ACTION` and `echolab estimate`: their arguments and entry points.
 
 This module imports nothing heavy, so that a wrong argument is refused at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from echolab.arguments import argument
+from echolab.arguments import Action, argument, parse, run_action
+
+if TYPE_CHECKING:
+    from echolab.bench.measure import Row
 
 ATTENTION = "attention kernel: auto, sdpa, cudnn, flash2, flash3"
 
@@ -105,3 +109,109 @@ class DataArguments:
     rounds: int = argument("runs of each", 5, ge=1)
     scratch: Path | None = argument("folder for drawn shards", None, default_text="the system's")
     format: Literal["table", "json"] = argument("output format", "table")
+
+
+@dataclass(frozen=True)
+class EstimateArguments:
+    """Predict the bytes of one rank in training, by kind, and whether they fit.
+
+    Weights, gradients, moments and EMA are exact.  Activations are those of one step, run on
+    tensors without values: the peak, at the end of the forward or in the backward.  Not counted:
+    the CUDA context (about 0.5 GiB), fragmentation, scratch space of kernels.
+    """
+
+    model: str = argument("network, a name in conf/model", section="Model")
+    lora: Literal["none", "attention", "all"] = argument("layers with LoRA adapters", "none")
+    lora_rank: int = argument("rank of the adapters", 16, ge=1, aka=("rank",))
+    encoders: Literal["none", "largest", "all"] = argument(
+        "encoders in memory at the same time; training needs none", "none"
+    )
+
+    objective: Literal["sft", "ndpo", "dpo"] = argument(
+        "training objective", "sft", section="Training", aka=("kind",)
+    )
+    zero_stage: Literal[0, 1, 2, 3] = argument(
+        "ZeRO stage, 0 for one process or DDP", 0, aka=("stage", "zero")
+    )
+    world_size: int = argument("ranks", 1, ge=1, aka=("world", "ranks"))
+    precision: Literal["bf16-mixed", "32-true"] = argument("trainer precision", "bf16-mixed")
+    micro_batch: int = argument("clips per forward", 1, ge=1, aka=("micro_batch_size",))
+    activation_checkpointing: Literal["none", "full", "selective"] = argument(
+        "recomputation of the blocks' activations", "none", aka=("checkpointing",)
+    )
+
+    height: int | None = argument(
+        "clip height, pixels", None, section="Clip", ge=1, default_text="480, demo 64"
+    )
+    width: int | None = argument("clip width, pixels", None, ge=1, default_text="832, demo 64")
+    frames: int | None = argument("clip frames, 4n+1", None, ge=1, default_text="81, demo 25")
+
+    kernels: Literal["gpu", "cpu"] = argument(
+        "kernels that run the step", "gpu", section="Device and output"
+    )
+    gpu_gib: float | None = argument(
+        "memory of one GPU in GiB; also print the largest micro-batches that fit", None, gt=0,
+        aka=("memory",),
+    )  # fmt: skip
+    format: Literal["text", "json"] = argument("output format", "text")
+
+
+# -- entry points --------------------------------------------------------------------------------
+
+ACTIONS = {
+    "step": Action(
+        "echolab.bench.commands:step", "a training step, compared with diffusers' network"
+    ),
+    "generate": Action("echolab.bench.commands:generate", "a video by solver, steps and window"),
+    "data": Action(
+        "echolab.bench.commands:data", "reading shards, compared with plain webdataset and the disk"
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark.
+
+    With format=json it prints a list of rows, each with name, value, unit, baseline, baseline_value
+    and ratio = value / baseline_value.
+    """
+    return run_action(argv, ACTIONS, command="echolab bench")
+
+
+def step(argv: list[str]) -> None:
+    """Measure a training step and print the rows."""
+    arguments = parse(StepArguments, argv, command="echolab bench step")
+    from echolab.bench.step import rows_of
+
+    _print_rows(rows_of(arguments), arguments.format)
+
+
+def generate(argv: list[str]) -> None:
+    """Measure the generation of videos and print the rows."""
+    arguments = parse(GenerateArguments, argv, command="echolab bench generate")
+    from echolab.bench.generate import rows_of
+
+    _print_rows(rows_of(arguments), arguments.format)
+
+
+def data(argv: list[str]) -> None:
+    """Measure reading and print the rows."""
+    arguments = parse(DataArguments, argv, command="echolab bench data")
+    from echolab.bench.data import rows_of
+
+    _print_rows(rows_of(arguments), arguments.format)
+
+
+def _print_rows(rows: "Sequence[Row]", style: str) -> None:
+    from echolab.bench.measure import as_json, as_table
+
+    print(as_json(rows) if style == "json" else as_table(rows))
+
+
+def estimate(argv: list[str]) -> int:
+    """Estimate the GPU memory of training, before there is a GPU."""
+    arguments = parse(EstimateArguments, argv, command="echolab estimate", positional=("model",))
+    from echolab.bench.estimate import print_estimate
+
+    print_estimate(arguments)
+    return 0

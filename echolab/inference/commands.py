@@ -1,15 +1,18 @@
-"""The arguments of `echolab generate`, `evaluate` and `pairs`, and checks that they go together.
+"""The commands `echolab generate`, `evaluate`, `pairs` and `fit`: their arguments and entry points.
 
-This module imports nothing heavy, so that a wrong argument is refused at once.
+This module imports nothing heavy, so that a wrong argument is refused at once.  Each entry point
+parses and checks the arguments, and then imports torch with the module that does the work.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from echolab.arguments import argument
+from echolab.arguments import argument, parse
+from echolab.atomic_io import check_writable
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
@@ -30,6 +33,7 @@ INPUT_TITLES = {
     "image": "the image to animate", "last_image": "the image to end with",
     "source_video": "a video", "audio": "the speech",
 }  # fmt: skip
+MADE = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}  # by action of `pairs`
 # Arguments that replace a field of the preset.
 PRESET_FIELDS = (
     "solver", "sigma_schedule", "num_steps", "flow_shift", "guidance_scale", "audio_guidance_scale",
@@ -348,3 +352,86 @@ class PairsArguments:
         if value is None:
             raise ConfigError(f"echolab pairs {self.action}: give {name}=")
         return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitArguments:
+    """Fit a demo network on a small raw dataset.
+
+    autoencoder: pixels to latents and back.  sync: lips and speech, for Sync-C_demo.  frames and
+    clips: features for FID_demo and FVD_demo, which need drawn talkers, whose visemes are known.
+    The same command resumes a fit that was stopped.
+    """
+
+    network: Literal["autoencoder", "sync", "frames", "clips"] = argument("network to fit")
+    data: Path = argument("raw dataset")
+    out: Path = argument("file of the fitted network, .safetensors")
+    steps: int = argument("optimizer steps", 800, ge=1)
+    first_clip: int = argument("first clip to fit on, from 0", 0, ge=0)
+    num_clips: int | None = argument("clips to fit on", None, ge=1, default_text="all others")
+    vae: Path | None = argument(
+        "autoencoder; sync: fit on its reconstructions of the clips as well", None,
+        default_text="none", aka=("autoencoder",),
+    )  # fmt: skip
+    seed: int = argument("seed of initialization and batches", 0, ge=0)
+    format: Literal["text", "json"] = argument("summary format", "text")
+
+
+# -- entry points --------------------------------------------------------------------------------
+
+
+def generate(argv: list[str]) -> int:
+    """Generate a talking video."""
+    arguments = parse(GenerateArguments, argv, command="echolab generate")
+    arguments.check()
+    from echolab.inference.generate import generate_video
+
+    return generate_video(arguments, argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Sample held-out clips from a checkpoint and score them: one row of the score table."""
+    command = "echolab evaluate"
+    arguments = parse(EvaluateArguments, argv, command=command, positional=("checkpoint",))
+    arguments.check()
+    for folder in (arguments.samples, arguments.task_samples):
+        if folder:
+            check_writable(folder, folder=True)
+    from echolab.inference.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(arguments)
+    return 0
+
+
+def pairs(argv: list[str]) -> int:
+    """Run one action of a preference round and print a summary."""
+    command = "echolab pairs"
+    arguments = parse(PairsArguments, argv, command=command, positional=("action", "folder"))
+    check_writable(arguments.folder, folder=True)
+    from echolab.inference.pairs import pack, sample, score
+
+    made = {"sample": sample, "score": score, "pack": pack}[arguments.action](arguments)
+    figures = {"folder": str(arguments.folder), "action": arguments.action, "made": made}
+    written = arguments.out if arguments.action == "pack" else arguments.folder
+    plain = f"{written}: {made} {MADE[arguments.action]}"
+    print(json.dumps(figures) if arguments.format == "json" else plain)
+    return 0
+
+
+def fit(argv: list[str]) -> int:
+    """Fit a demo network and print a summary."""
+    command = "echolab fit"
+    arguments = parse(FitArguments, argv, command=command, positional=("network", "data", "out"))
+    if arguments.vae and arguments.network != "sync":
+        raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
+    check_writable(arguments.out)
+    from echolab.inference.fit import fit_network, read_clips
+
+    clips = read_clips(arguments.data, arguments.first_clip, arguments.num_clips, arguments.vae)
+    loss = fit_network(
+        arguments.network, clips, arguments.out, steps=arguments.steps, seed=arguments.seed
+    )
+    figures = {"out": str(arguments.out), "steps": arguments.steps, "loss": loss}
+    plain = f"{arguments.out}: {arguments.network} after {arguments.steps} steps, loss {loss:.4f}"
+    print(json.dumps(figures) if arguments.format == "json" else plain)
+    return 0
