@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from echolab.bench import commands
 from echolab.bench import measure as bench_measure
 from echolab.bench import step as bench_step
 from echolab.bench.measure import Row, as_json, as_table, measure, peak_of
@@ -22,7 +23,6 @@ from echolab.bench.models import (
     shapes_of,
     with_audio,
 )
-from echolab.cli import bench
 from echolab.errors import ConfigError
 from echolab.models.flops import Shapes, forward_flops, step_flops
 
@@ -127,7 +127,7 @@ def test_step_rows_of_the_command(
 ) -> None:
     monkeypatch.setattr(bench_step, "SMALL", SIZES)
     monkeypatch.setattr(bench_step, "compiler_missing", lambda device: "no compiler")
-    bench.main(["step", *TINY, "format=json", "precision=fp32"])
+    commands.main(["step", *TINY, "format=json", "precision=fp32"])
     shown = capsys.readouterr()
     rows = {row["name"]: row for row in json.loads(shown.out)}
     assert rows["fp32/output_difference"]["value"] < 1e-5
@@ -145,7 +145,7 @@ def test_step_rows_of_the_command(
 
 def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["frames=17", "height=32", "width=32", "num_steps=1,2", "windows=9,17", "format=json"]
-    bench.main(["generate", *words, "solvers=euler,unipc"])
+    commands.main(["generate", *words, "solvers=euler,unipc"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     names = [
         f"{solver}/steps={steps}/window={window}/time"
@@ -174,12 +174,12 @@ def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        bench.main(words)
+        commands.main(words)
 
 
 def test_help_is_there_without_torch() -> None:
     """Print help without torch, which takes seconds to import."""
-    script = "import sys; from echolab.cli import bench; bench.main(['--help']); "
+    script = "import sys; from echolab.bench import commands; commands.main(['--help']); "
     script += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "step" in done.stdout, done.stderr

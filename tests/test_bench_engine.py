@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from echolab.bench import engine
+from echolab.bench import commands, engine
 from echolab.bench import step as bench_step
 from echolab.bench.engine import (
     SMALLEST,
@@ -22,7 +22,6 @@ from echolab.bench.engine import (
 )
 from echolab.bench.measure import Cost
 from echolab.bench.models import draw_inputs
-from echolab.cli import bench
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.fit import fit
 
@@ -83,7 +82,7 @@ def test_engine_and_bare_steps_are_measured_separately(monkeypatch: pytest.Monke
 
 
 def rows_of(argv: list[str], shown: Callable[[], Any]) -> dict[str, dict[str, Any]]:
-    bench.main(["step", *argv, "format=json"])
+    commands.main(["step", *argv, "format=json"])
     return {row["name"]: row for row in json.loads(shown().out)}
 
 

@@ -7,8 +7,9 @@ import pytest
 import small_run
 import torch
 
-from echolab.cli import evaluate, fit, report
+from echolab.cli import report
 from echolab.errors import CheckpointError, ConfigError, DataError
+from echolab.inference import commands
 from echolab.inference.evaluate import add_row
 from echolab.inference.fit import read_clips
 from echolab.inference.inputs import load_clips
@@ -31,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> small_run.SmallRun:
     }
     for name, (network, *words) in networks.items():
         out = made.video.with_name(f"{name}.safetensors")
-        assert fit.main([network, str(made.raw), str(out), "steps=1", *words]) == 0
+        assert commands.fit([network, str(made.raw), str(out), "steps=1", *words]) == 0
     return made
 
 
@@ -60,11 +61,11 @@ def test_rows_samples_and_report_of_evaluations(
     table, samples = tmp_path / "scores.json", tmp_path / "samples"
     for name in REFERENCES:
         words = [f"reference={name}", f"scores={table}", f"samples={samples / name}"]
-        assert evaluate.main(words_of(made, *words, "num_samples=2")) == 0
+        assert commands.evaluate(words_of(made, *words, "num_samples=2")) == 0
     words = [str(made.run), f"scores={table}", f"samples={samples / 'run'}", "unguided=true"]
     words += [f"task_samples={samples / 'tasks'}", "train_seed=3", "format=json"]
     capsys.readouterr()
-    assert evaluate.main(words_of(made, *words)) == 0
+    assert commands.evaluate(words_of(made, *words)) == 0
 
     printed = json.loads(capsys.readouterr().out)
     rows = {row["checkpoint"]: row for row in json.loads(table.read_text())["rows"]}
@@ -109,8 +110,8 @@ def test_a_row_replaces_an_earlier_one_of_the_same_name_and_seed(tmp_path: Path)
 def test_what_is_scored_is_one_thing(tmp_path: Path) -> None:
     for words in ([], [str(tmp_path), "reference=ground_truth"]):
         with pytest.raises(ConfigError, match="needs checkpoint= or reference="):
-            evaluate.main(words)
+            commands.evaluate(words)
     with pytest.raises(CheckpointError):
-        evaluate.main([str(tmp_path / "none")])
+        commands.evaluate([str(tmp_path / "none")])
     with pytest.raises(ConfigError, match="vae=x: is for the network sync"):
-        fit.main(["frames", str(tmp_path), str(tmp_path / "out"), "vae=x"])
+        commands.fit(["frames", str(tmp_path), str(tmp_path / "out"), "vae=x"])
