@@ -113,7 +113,7 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
     Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size < 2**20
 
-    with pytest.raises(MediaError, match=r"a\.png: not a readable picture .13000 x 13000"):
+    with pytest.raises(MediaError, match=r"a\.png: not a readable image .13000 x 13000"):
         media.read_image(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     assert find_content_fault("png", lambda at, n: data[at : at + n], len(data), deep=True)

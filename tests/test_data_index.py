@@ -78,7 +78,7 @@ def test_tars_of_others_become_datasets(tmp_path: Path, form: str) -> None:
         else:
             foreign.pack(folder / name, part, getattr(tarfile, f"{form.upper()}_FORMAT"))
     found = index_folder(folder)
-    assert (found.content["kind"], found.left_out) == ("foreign", [])
+    assert (found.content["kind"], found.ignored) == ("foreign", [])
     assert verify(folder) == []
     dataset = open_dataset(folder)
     assert dataset.samples_by_shard == [3, 4]
@@ -95,7 +95,7 @@ def test_what_webdataset_leaves_out_is_left_out_and_told(tmp_path: Path) -> None
     words = ["tar", "--sort=name", "-cf", str(tmp_path / "d" / "a.tar"), "-C", str(tmp_path / "s")]
     subprocess.run([*words, "train", "__meta__"], check=True)  # with its folders
     found = index_folder(tmp_path / "d")
-    assert sorted(found.left_out) == sorted(name for name, _ in extra)
+    assert sorted(found.ignored) == sorted(name for name, _ in extra)
     assert len(found.content["samples"]) == len(PICTURES)
     assert verify(tmp_path / "d") == []
 

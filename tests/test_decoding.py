@@ -177,7 +177,7 @@ def test_joined_recordings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "two.mpg").write_bytes((tmp_path / "one.mpg").read_bytes() * 2)
     with pytest.raises(MediaError, match=r"time stamps: they go back from .* give each"):
         probe(tmp_path / "two.mpg")
-    with pytest.raises(MediaError, match=r"time stamps of the sound go back"):
+    with pytest.raises(MediaError, match=r"time stamps of the audio go back"):
         read_audio_track(tmp_path / "two.mpg")
 
 
@@ -198,7 +198,7 @@ def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
     covered = has_audio(sound, grid)
     assert not covered[math.ceil(first * 25) : math.floor(last * 25)].any()
     assert covered[:10].all() and covered[18:35].all()
-    with pytest.raises(MediaError, match=r"a\.mkv: the sound is damaged at 0\.4"):
+    with pytest.raises(MediaError, match=r"a\.mkv: the audio is damaged at 0\.4"):
         read_audio(path)
 
 
@@ -279,7 +279,7 @@ def test_an_impossible_rate_is_damage(tmp_path: Path) -> None:
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 67_156_864, 0, "NONE", ""))
         file.writeframes(bytes(200_000))
-    with pytest.raises(MediaError, match=r"a\.wav: the sound is damaged \(67156864 samples"):
+    with pytest.raises(MediaError, match=r"a\.wav: the audio is damaged \(67156864 samples"):
         read_audio_track(path)
 
 

@@ -153,7 +153,7 @@ def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) 
     found = audit_run(tmp_path, [("sft", 1, 2)])
     assert found.exact and found.skipped == 2  # K[0] is of another dataset
     unasked = audit_run(tmp_path, skips)
-    assert "sft batch 2 was left out, and no event of the run asked for it" in unasked.lines()[0]
+    assert "sft batch 2 was skipped, and no event of the run asked for it" in unasked.lines()[0]
     assert [f.key for f in unasked.missing] == [K[3]]
     assert not audit_run(tmp_path, [("preference", 1, 2)]).exact
 
@@ -162,7 +162,7 @@ def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
     write(tmp_path, 1, GOOD)
     write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
     told = audit_run(tmp_path, [("sft", 1, 1)]).lines()
-    assert len(told) == 2 and f"epoch 0: {K[1]} was to be left out (steps 1)" in told[0]
+    assert len(told) == 2 and f"epoch 0: {K[1]} was trained on, though skipped (steps 1)" in told[0]
 
 
 def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ def test_rolled_back_runs_never_train_on_skipped_batches(
     assert [row["step"] for row in read_metrics(a / "metrics.jsonl")] == list(range(1, 11))
     (a / events.EVENTS).unlink()  # nobody asked for it, then
     assert main(["data", "audit", str(a)]) == 1
-    assert "sft batch 5 was left out, and no event" in capsys.readouterr().out
+    assert "sft batch 5 was skipped, and no event" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give back its events.jsonl"):
         train(compose([*words, f"run_dir={a}"]))
 

@@ -156,7 +156,7 @@ def summary(folder: Path, indexed: "Indexed") -> dict[str, Any]:
         "samples": len(content["samples"]),
         "bytes": sum(shard["bytes"] for shard in content["shards"]),
         "written": indexed.written,
-        "left_out": indexed.left_out,
+        "left_out": indexed.ignored,
         "not_of_kind": indexed.misfits,
     }
 
@@ -170,9 +170,9 @@ def summary_text(folder: Path, indexed: "Indexed") -> str:
     lines = [f"{folder / 'dataset.json'}: {state}; kind {figures['kind']}, {size}"]
     if figures["kind"] == "foreign":
         lines += [f"not {kind}: {reason}" for kind, reason in indexed.misfits.items()]
-    if indexed.left_out:
-        names = ", ".join(map(repr, indexed.left_out[:SHOWN]))
-        lines.append(f"{len(indexed.left_out)} files are part of no sample: {names}")
+    if indexed.ignored:
+        names = ", ".join(map(repr, indexed.ignored[:SHOWN]))
+        lines.append(f"{len(indexed.ignored)} files are part of no sample: {names}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Replace bad samples within a budget; by default there is no budget, and one bad sample ends all.
+"""Replace bad samples within a budget; without a budget, the default, a bad sample stops the run.
 
 A bad sample is one whose bytes or content break the contract; a file system, server or network
 that fails does not make a sample bad.  A bad sample is replaced by the next good one of its
@@ -43,6 +43,7 @@ def read_quarantine(path: Path) -> list[Entry]:
 
 
 def _parse_entries(lines: Iterable[bytes]) -> list[Entry]:
+    # Of a sample that is listed twice the first line counts: ranks may meet it at the same time.
     entries: dict[tuple[str, str], Entry] = {}
     for line in lines:
         try:
@@ -77,6 +78,7 @@ class TolerantReader:
             raise ConfigError(
                 f"max_bad_fraction={max_bad_fraction}: must be a fraction from 0 to under 1"
             )
+        # A budget without a file would be counted by each process for itself.
         if max_bad_fraction and quarantine is None:
             raise ConfigError(
                 f"max_bad_fraction={max_bad_fraction}: needs a file to list bad samples in"
@@ -93,6 +95,7 @@ class TolerantReader:
         if not self.max_bad_fraction or self.quarantine is None:
             return self._read_strictly(i, read)
         substitutes = self.substitutes or next_samples(len(self.dataset))
+        # Try the sample, then its substitutes, and list each bad one.
         for j in chain([i], substitutes(i)):
             try:
                 return read(j)
@@ -115,6 +118,7 @@ class TolerantReader:
 
     def _quarantine(self, i: int, error: DataError, path: Path) -> None:
         """List a bad sample; raise DataError if there are too many."""
+        # The fingerprint, since datasets may share keys; the message may hold an address with secrets.
         sample = self.dataset.sample(i)
         entry = {
             "dataset": self.dataset.fingerprint,
@@ -130,11 +134,12 @@ class TolerantReader:
         self._check_budget([e for e in entries if e["dataset"] == entry["dataset"]], entry, path)
 
     def _check_budget(self, entries: list[Entry], entry: Entry, path: Path) -> None:
-        dataset, shard = self.dataset, entry["shard"]
-        samples_of = {one.name: one.samples for one in dataset.shards}
-        bad_of_shard = sum(e["shard"] == shard for e in entries)
+        dataset, name_of_shard = self.dataset, entry["shard"]
+        samples_of = {shard.name: shard.samples for shard in dataset.shards}
+        bad_of_shard = sum(e["shard"] == name_of_shard for e in entries)
+        # A budget for each shard too: a damaged shard must not use up that of the dataset.
         for name, bad, samples in (
-            (f"{dataset.folder}/{shard}", bad_of_shard, samples_of[shard]),
+            (f"{dataset.folder}/{name_of_shard}", bad_of_shard, samples_of[name_of_shard]),
             (str(dataset.folder), len(entries), len(dataset)),
         ):
             limit = max_bad_samples(samples, self.max_bad_fraction)
@@ -156,6 +161,7 @@ def _append_entry(path: Path, entry: Entry) -> list[Entry]:
 
 
 def _append_locked(file: BinaryIO, entry: Entry) -> list[Entry]:
+    # Read under the lock: another rank may have listed this sample.
     file.seek(0)
     text = file.read()
     entries = _parse_entries(text.splitlines())

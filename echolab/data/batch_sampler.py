@@ -24,7 +24,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # CIRCLE / golden ratio, odd
 
 
 class Source(NamedTuple):
-    """What the sampler knows of a dataset."""
+    """One dataset, as far as the sampler needs it."""
 
     name: str  # for messages
     fingerprint: str
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
     @property
     def order_seed(self) -> str:
-        """Return what the order depends on: a dataset that is encoded again may keep its order."""
+        """Return the name that seeds the order, which may outlive a new encoding of the dataset."""
         return self.order_name or self.fingerprint
 
     @property
@@ -48,7 +48,7 @@ class ShuffleConfig(NamedTuple):
     """How samples are ordered; a run resumes only with the values that it began with."""
 
     shuffle_block_size: int = BLOCK_SIZE  # neighbors in a shard that stay together
-    shuffle_buffer: int = BUFFER_SIZE  # most positions that a sample then moves
+    shuffle_buffer: int = BUFFER_SIZE  # maximum number of positions that a sample then moves
     last_batch: LastBatch = "carry"  # of an epoch that global batches do not divide
     token_budget: int | None = None  # latent positions of a slot; None: those of the largest clip
 
@@ -78,8 +78,9 @@ class DrawnSample(NamedTuple):
 
 
 def floor_sum(count: int, modulus: int, slope: int, offset: int) -> int:
-    """Return the sum of (slope * i + offset) // modulus over i in [0, count), as Euclid would."""
+    """Return the sum of (slope * i + offset) // modulus over i in [0, count), by Euclid's steps."""
     total = 0
+    # Each round takes the integer parts out of slope and offset, and at least halves the numbers.
     while count:
         quotient, slope = divmod(slope, modulus)
         total += count * (count - 1) // 2 * quotient
@@ -108,6 +109,7 @@ class Interleaver:
             raise ConfigError(
                 f"weights {list(weights)}: need one 0 or more for each dataset, and one above 0"
             )
+        # Each member owns an interval of the circle, as long as its relative weight.
         total = sum(weights)
         last = max(i for i, weight in enumerate(weights) if weight)  # it gets the rounding error
         self._bounds = [0]
@@ -124,14 +126,17 @@ class Interleaver:
             wraps = floor_sum(position, CIRCLE, GOLDEN, self._start + CIRCLE - bound)
             return position - (wraps - floor_sum(position, CIRCLE, GOLDEN, self._start))
 
+        # The points in [0, end of a member's interval), less those before its start.
         counts = [below(bound) for bound in self._bounds]
         return [after - before for before, after in zip(counts, counts[1:], strict=False)]
 
     def members(self, first: int, stop: int) -> np.ndarray:
         """Return the members at positions [first, stop), int64."""
-        at = np.arange(first, stop, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(self._start)
+        # Products beyond 64 bits wrap, as the circle does.
+        steps = np.arange(first, stop, dtype=np.uint64)
+        points = steps * np.uint64(GOLDEN) + np.uint64(self._start)
         inner = [bound for bound in self._bounds[1:] if bound < CIRCLE]
-        return np.searchsorted(np.array(inner, dtype=np.uint64), at, side="right")
+        return np.searchsorted(np.array(inner, dtype=np.uint64), points, side="right")
 
 
 class Stream:
@@ -140,11 +145,12 @@ class Stream:
     def __init__(
         self, index: int, source: Source, shuffle: ShuffleConfig, seed: int, batch: int
     ) -> None:
-        """Take the clips of a global batch as `batch`; raise DataError, ConfigError for too few."""
+        """Cut epochs for global batches of `batch` clips; raise DataError or ConfigError."""
         self.index, self.source, self.shuffle, self.seed = index, source, shuffle, seed
         self.samples = source.samples
         if not self.samples:
             raise DataError(f"{source.name}: holds no sample; nothing to train on")
+        # Positions of an epoch: all samples, or rounded down or up to full batches.
         spans = {"carry": self.samples, "drop": self.samples // batch * batch}
         self.span = spans.get(shuffle.last_batch, -(-self.samples // batch) * batch)
         if not self.span:
@@ -174,6 +180,7 @@ class Stream:
         Processes cut a batch by position; sorted so, each of them reads neighbors on disk.
         """
         drawn: list[DrawnSample] = []
+        # A range may cross the ends of epochs: take it epoch by epoch.
         while first < stop:
             epoch, offset = divmod(first, self.span)
             end = min(self.span, offset + stop - first)
@@ -181,6 +188,7 @@ class Stream:
             indices = np.sort(order.indices(offset, min(end, self.samples)))
             samples = order.samples(indices).tolist()
             drawn += [DrawnSample(self.index, epoch, sample) for sample in samples]
+            # Padding repeats a sample with weight 0, so that it changes no gradient.
             if end > self.samples:
                 padding = DrawnSample(self.index, epoch, samples[0], 0.0)
                 drawn += [padding] * (end - max(offset, self.samples))
@@ -206,11 +214,8 @@ class Bucket:
                 f"data.last_batch={shuffle.last_batch}: {names} are mixed in one batch, and their "
                 "epochs end at different steps; take carry, or put them into one folder"
             )
-        self.clips_per_slot, self.batch, self.seed = (
-            clips_per_slot,
-            batch_size * clips_per_slot,
-            seed,
-        )
+        self.clips_per_slot, self.seed = clips_per_slot, seed
+        self.batch = batch_size * clips_per_slot  # clips of a global batch
         self.streams = [Stream(i, s, shuffle, seed, self.batch) for i, s in sources.items()]
         weights = relative_weights(list(sources.values()))
         self.weight = sum(weights)
@@ -253,7 +258,7 @@ def positions_per_slot(sources: Sequence[Source], shuffle: ShuffleConfig) -> int
     budget = shuffle.token_budget or largest
     if budget < largest:
         raise ConfigError(
-            f"data.token_budget={budget}: the largest clips have {largest} latent places; "
+            f"data.token_budget={budget}: the largest clips have {largest} latent positions; "
             "give at least that, or null"
         )
     return budget
@@ -274,6 +279,7 @@ class BatchSampler:
         shuffle.check()
         Interleaver(relative_weights(sources))  # raises ConfigError for bad weights
         self.sources, self.shuffle = list(sources), shuffle
+        # A dataset of weight 0 is never drawn from, and must not decide the size of a slot.
         used = {i: source for i, source in enumerate(sources) if source.weight != 0}
         budget = positions_per_slot(list(used.values()), shuffle)
         self.buckets = [
@@ -284,6 +290,7 @@ class BatchSampler:
             for size in sorted({source.size for source in used.values()})
         ]  # fmt: skip
         name = "+".join(bucket.name for bucket in self.buckets)
+        # A bucket of small clips takes several in a slot, so it is drawn so many times less often.
         weights = [bucket.weight / bucket.clips_per_slot for bucket in self.buckets]
         self._interleaver = Interleaver(weights, name, seed)
 
@@ -298,7 +305,7 @@ class BatchSampler:
         return bucket.take(before)
 
     def state(self) -> dict[str, Any]:
-        """Return what the order depends on, as JSON; it is the same at every step."""
+        """Return all that the order depends on, as JSON; it is the same at every step."""
         block_size, buffer_size, last_batch, token_budget = self.shuffle
         # The keys are those of checkpoints: they stay when a setting gets another name.
         return {
@@ -311,7 +318,7 @@ class BatchSampler:
         }
 
     def datasets(self) -> list[dict[str, Any]]:
-        """Return what a ledger is audited against, as JSON."""
+        """Return the description of each dataset that a ledger is audited against, as JSON."""
         spans = {s.index: s.span for bucket in self.buckets for s in bucket.streams}
         return [
             {
@@ -326,6 +333,7 @@ class BatchSampler:
 
     def progress(self, batches: int) -> list[tuple[int, int]]:
         """Return (finished epochs, samples dropped) of each dataset after so many batches."""
+        # The positions of the last batch of each bucket show how far its streams have come.
         progress = [(0, 0)] * len(self.sources)
         for bucket, done in zip(self.buckets, self._interleaver.counts(batches), strict=True):
             for stream, _, stop in bucket.positions(done - 1) if done else []:

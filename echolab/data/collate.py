@@ -76,6 +76,7 @@ def take_sample(
     `common` are the shapes that the dataset's samples have.  Raises MemberError for a tensor that
     is missing, does not fit the others or `common`, or holds values that cannot be trained on.
     """
+    # The header first: a wrong shape is refused before a byte of a tensor is read.
     header = read_header(member)
     shapes = {name: tuple(shape) for name, (_, shape, _, _) in header.items()}
     check_shapes(kind, shapes, geometry)
@@ -93,6 +94,7 @@ def take_listed(
 
     Raises MemberError, also for a value that is not finite in fp32.
     """
+    # In the order of the bytes, so that the member is read from front to back.
     tensors = {}
     for name, (dtype, shape, begin, end) in sorted(header.items(), key=lambda item: item[1][2]):
         if names is not None and name not in names:
@@ -113,9 +115,9 @@ def _take_values(member: MemberReader, dtype: torch.dtype, size: int) -> tuple[T
     # numpy asks the kernel for huge pages: with small ones, every clip would fault in thousands.
     values, nonfinite = torch.from_numpy(np.empty(count, np.float32)), 0
     for first in range(0, count, step):
-        due = min(step, count - first) * dtype.itemsize
-        data = member.take(due)
-        if len(data) < due:
+        chunk_bytes = min(step, count - first) * dtype.itemsize
+        data = member.take(chunk_bytes)
+        if len(data) < chunk_bytes:
             raise MemberError(f"cut at byte {member.position}")
         part = values[first : first + step].copy_(torch.from_numpy(data).view(dtype))
         # A sum is cheap while the chunk is in the processor's cache, and no NaN is lost in it.
@@ -129,7 +131,7 @@ def check_values(name: str, tensor: Tensor) -> None:
     if name == "weight" and (float(tensor.min()) < 0 or float(tensor.mean()) < MIN_MEAN_WEIGHT):
         low, mean = float(tensor.min()), float(tensor.mean())
         raise MemberError(
-            f"tensor weight: least {low:g}, mean {mean:g}; must be 0 or more everywhere, and "
+            f"tensor weight: minimum {low:g}, mean {mean:g}; must be 0 or more everywhere, and "
             f"{MIN_MEAN_WEIGHT:g} or more on average, or nothing is learned from it"
         )
     if name == "known" or name.startswith("known."):
@@ -196,6 +198,7 @@ def _first_shapes(dataset: ShardDataset) -> list[Shapes]:
     def read_shapes(member: MemberReader) -> Shapes:
         return shapes_of(member, dataset.kind, dataset.geometry)
 
+    # Some samples may be bad: take the shapes of the first few good ones.
     shapes: list[Shapes] = []
     faults = []
     for i in range(min(len(dataset), TRIED)):
@@ -236,6 +239,7 @@ def _conditions(tensors: dict[str, Tensor], known: Tensor, known_latents: Tensor
 
 def position_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_WEIGHT) -> Tensor:
     """Return the stored weight [1, F, H, W], less at known positions [4, F, H, W]; mean 1."""
+    # The known part needs no generation, so its error counts less.
     fraction = known.mean(0, keepdim=True)
     weight = stored * (1 - fraction + known_weight * fraction)
     return weight / weight.mean().clamp_min(1e-6)
@@ -243,9 +247,10 @@ def position_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_W
 
 def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     """Return sample `i` with the known region of `task`, as a batch without its first dimension."""
+    # Read the known latents of this task alone: those of the others are most of a sample.
     has_known = TASK_TABLE[task].has_known
-    of_task = (f"known.{task}", f"known_latents.{task}") if has_known else ()
-    tensors = read_sample(dataset, i, ("latents", "weight", *FEATURES, *of_task))
+    known_names = (f"known.{task}", f"known_latents.{task}") if has_known else ()
+    tensors = read_sample(dataset, i, ("latents", "weight", *FEATURES, *known_names))
     latents = tensors["latents"]
     if has_known:
         known = _select(dataset, i, tensors, f"known.{task}")
@@ -263,6 +268,7 @@ def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
     """Return sample `i` of a preference dataset, without batch dimension; raise DataError."""
     tensors, metadata = read_tensors(dataset, i)
     chosen, rejected, known = tensors["chosen"], tensors["rejected"], tensors["known"]
+    # Two equal clips have no preference, so their loss would only add noise.
     if torch.equal(chosen, rejected):
         raise DataError(
             f"{dataset.folder}: sample {dataset.keys[i]}: chosen and rejected are the same clip, "
@@ -278,6 +284,7 @@ def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
 
 
 def _stack(dataset: ShardDataset, name: str, parts: list[Tensor]) -> Tensor:
+    # Name the tensor and the remedy, which torch's own error does not.
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
         raise DataError(
@@ -295,6 +302,7 @@ def _collate_conditions(dataset: ShardDataset, parts: list[Conditions]) -> Condi
 
 def collate_clips(dataset: ShardDataset, clips: list[Batch]) -> Batch:
     """Return clips without a batch dimension as one batch; raise DataError if sizes differ."""
+    # Sampled tasks differ between clips, so each clip of a batch may have a task of its own.
     return Batch(
         _stack(dataset, "latents", [clip.latents for clip in clips]),
         _collate_conditions(dataset, [clip.conditions for clip in clips]),

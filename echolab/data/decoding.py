@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from echolab.data.samples import MAX_PIXELS
 from echolab.errors import MediaError
 
-THREADS = 4  # of one decoder: each keeps some frames in memory
-USUAL_STEP = 0.04  # seconds between frames of a file that does not say
+THREADS = 4  # of one decoder
+DEFAULT_STEP = 0.04  # seconds between frames of a file that states no rate
 MEMORY_PROBE_BYTES = 2**28
 BACK_SECONDS = 0.5  # a time stamp that goes back by more begins another recording
 
@@ -46,12 +46,14 @@ def open_media(source: Path | BinaryIO) -> Iterator[Any]:
     Raises ValueError for what is no container, such as a playlist, and for absurd sizes.
     """
     with ExitStack() as stack:
+        # No name is taken for an address, and no playlist is followed.
         file: Any = source
         if isinstance(source, Path):
-            file = os.path.abspath(source)  # no name is taken for an address
+            file = os.path.abspath(source)
             if not file.isprintable():  # FFmpeg takes UTF-8 alone
                 file = stack.enter_context(source.open("rb"))
         container = stack.enter_context(_open(file))
+        # A few bytes can state a size that would fill memory: refuse before a frame is decoded.
         for stream in container.streams.video:
             coded = stream.codec_context  # none if no decoder is known
             if coded is not None and coded.width * coded.height > MAX_PIXELS:
@@ -63,11 +65,11 @@ def _open(file: Any) -> Any:
     try:
         return av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
     except av.ArgumentError:
-        raise ValueError("a kind of file that is not read here") from None
+        raise ValueError("a container format that is not supported") from None
     except MemoryError:
         if _is_memory_short():
             raise
-        raise ValueError("its sizes are impossible") from None
+        raise ValueError("it states sizes beyond any memory") from None
 
 
 def _is_memory_short() -> bool:
@@ -84,6 +86,7 @@ def video_stream(container: Any) -> Any:
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
         raise MediaError("no video: the file holds no video track")
+    # Frame and slice threads, but few: each keeps some frames in memory.
     if streams[0].codec_context is None:
         raise MediaError("no video: no decoder is known for the video track")
     streams[0].thread_type = "AUTO"
@@ -100,6 +103,7 @@ def decode_frames(container: Any, stream: Any, advance: Advance) -> Iterator[tup
     """
     step = _step(stream)
     last: float | None = None
+    # Yield only times that ascend: a reader looks frames up by their time.
     for time, frame in _stamped(container, stream, advance):
         if frame is None:
             yield (0.0 if last is None else last), None
@@ -117,18 +121,19 @@ def decode_frames(container: Any, stream: Any, advance: Advance) -> Iterator[tup
 
 
 def _stamped(container: Any, stream: Any, advance: Advance) -> Iterator[tuple[float | None, Any]]:
-    """Yield (seconds or None, frame or None) as the container stamps them.
+    """Yield (seconds or None, frame or None) with the container's time stamps.
 
-    AVI knows the order of its packets alone, one each tick, and what PyAV reports for reordered
-    frames is a guess: the n-th frame seen gets the time of the n-th packet.
+    AVI stores the order of its packets alone, one each tick, and PyAV's times of reordered frames
+    are a guess: the n-th decoded frame gets the time of the n-th packet.
     """
-    ordered = container.format.name == "avi"
+    is_avi = container.format.name == "avi"
     ticks: deque[float] = deque()
     for packet in read_packets(container, stream, advance):
-        if ordered and packet is not None and packet.size and packet.dts is not None:
+        if is_avi and packet is not None and packet.size and packet.dts is not None:
             ticks.append(float(packet.dts * packet.time_base))
         for frame in decode_packet(packet) if packet is not None else [None]:
-            if not ordered:
+            # A damaged packet yields no frame, so its tick is the last one added.
+            if not is_avi:
                 yield _time(frame), frame
             elif frame is None:
                 yield (ticks.pop() if ticks else None), None
@@ -143,6 +148,7 @@ def read_packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]
     """
     size = container.size
     try:
+        # The position in the file is the only progress that every container has.
         for packet in container.demux(stream):
             if size and packet.pos:
                 advance(min(1.0, packet.pos / size))
@@ -186,6 +192,7 @@ def _time(frame: Any) -> float | None:
 
 
 def _duration(frame: Any, step: float) -> float:
+    # A wrong duration would shift all frames after it.
     duration = float(frame.duration * frame.time_base) if frame.duration else 0.0
     return duration if 0.001 < duration < 10 else step
 
@@ -195,7 +202,7 @@ def _step(stream: Any) -> float:
     for rate in (stream.average_rate, stream.guessed_rate):
         if rate and 1 <= rate <= 1000:
             return float(1 / rate)
-    return USUAL_STEP
+    return DEFAULT_STEP
 
 
 def _is_cover(stream: Any) -> bool:

@@ -1,7 +1,11 @@
-"""Request a remote object from a given byte: http(s) by urllib, all else by fsspec.
+"""Fetch a remote object completely and verified, or raise a typed error within a deadline.
 
-Both return a Response or raise one of two errors: PermanentError, if a retry would not help, and
+One request asks for the object from a given byte: http(s) by urllib, all else by fsspec.  Both
+return a Response or raise one of two errors: PermanentError, if a retry would not help, and
 TransientError, if it may.
+
+A broken transfer is retried after a random pause that doubles, from the byte where it broke if the
+server still has the same object, else from the start.
 """
 
 import base64
@@ -35,7 +39,7 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
 
 
 class PermanentError(Exception):
-    """The server refused, and would again; with the remedy."""
+    """A refusal that the server would repeat; `remedy` is for the user."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -53,10 +57,10 @@ class TransientError(Exception):
 class Response(NamedTuple):
     """A body that is being received."""
 
-    start: int  # the first byte of what `read` gives
+    start: int  # byte of the object at which `read` begins
     size: int | None  # of the object, if the server states it
-    tag: str | None  # differs where the object does
-    read: Callable[[], bytes]  # the next bytes; none at the end
+    tag: str | None  # version of the object: another object has another tag
+    read: Callable[[], bytes]  # returns the next bytes; none at the end
     close: Callable[[], None]
 
 
@@ -69,10 +73,11 @@ def parse_url(place: Path | str) -> str | None:
     parts = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/(.*)|(.+))", str(place), re.DOTALL)
     if re.search(r"::[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
         raise ConfigError(
-            f"{mask_secrets(str(place))}: chained addresses are not read; give one address"
+            f"{mask_secrets(str(place))}: chained addresses are not supported; give one address"
         )
     if not parts:
         return None
+    # Register the secrets first, so that no later message shows them.
     rest = parts[2] if parts[2] is not None else parts[3]
     url = f"{parts[1].lower()}://{rest}".rstrip("/")
     register_secrets(url)
@@ -118,6 +123,7 @@ def ask(url: str, start: int, tag: str | None, seconds: float) -> Response:
 
 
 def _request(url: str, start: int, tag: str | None) -> urllib.request.Request:
+    # Credentials go into a header, which a redirect does not carry to another host.
     parts = urlsplit(url)
     credentials, _, host = parts.netloc.rpartition("@")
     # A server that compresses would send other bytes than it stores.
@@ -132,6 +138,7 @@ def _request(url: str, start: int, tag: str | None) -> urllib.request.Request:
 
 
 def _ask_http(url: str, start: int, tag: str | None, seconds: float) -> Response:
+    # What may pass is retried; a wrong certificate or a refusal is not.
     try:
         response = _WEB.open(_request(url, start, tag), timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -140,12 +147,13 @@ def _ask_http(url: str, start: int, tag: str | None, seconds: float) -> Response
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise PermanentError(
-                f"no connection ({error.reason})", "check its certificate"
+                f"no connection ({error.reason})", "check the server's certificate"
             ) from error
         raise _broken("no connection", error.reason, seconds) from error
     except (OSError, http.client.HTTPException) as error:
         raise _broken("the connection broke", error, seconds) from error
 
+    # An IncompleteRead or a reset is a fault of the transfer, not of the object.
     def read() -> bytes:
         try:
             return response.read1(HTTP_BYTES)
@@ -186,7 +194,7 @@ def _extent(response: Any) -> tuple[int, int | None]:
     sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     if not sent:
         response.close()
-        raise TransientError("a part was sent that does not say which", lost=True)
+        raise TransientError("the server sent a part without its Content-Range", lost=True)
     return int(sent[1]), int(sent[2]) if sent[2].isdigit() else None
 
 
@@ -203,6 +211,7 @@ def _ask_fsspec(url: str, start: int, tag: str | None) -> Response:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{public_url(url)}: {error}; give a folder or an address") from error
+    # Seek to the byte only if the object is still the one that was begun.
     try:
         now = str(system.ukey(path))
         size = int(system.info(path)["size"])
@@ -237,7 +246,7 @@ def _words(error: object) -> str:
 Result = TypeVar("Result")
 
 MAX_BYTES = 2**31  # of an object whose size is unknown: it is kept in memory
-INDEXED = "the object is not the one that was indexed; upload the size dataset again"
+INDEXED = "the object is not the one that was indexed; upload the whole dataset again"
 
 # Pauses must differ between processes, and must not advance the seeded generators.
 _RANDOM = random.SystemRandom()
@@ -331,9 +340,10 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: Ret
     one line that names the address, the fault and the remedy; UnreachableError if the same request
     may succeed later.
     """
+    # Attempts until the object is complete, the policy is used up, or a fault is permanent.
     began = time.monotonic()
     deadline = began + retry_policy.deadline_seconds
-    body, last, attempts = _Body(file), TransientError("no time to ask"), 0
+    body, last, attempts = _Body(file), TransientError("no time left for a request"), 0
     while attempts < retry_policy.attempts and time.monotonic() < deadline:
         if attempts:
             left = max(0.0, deadline - time.monotonic())
@@ -360,10 +370,11 @@ def _attempt(
 ) -> None:
     caller, close = _CallThread(), lambda: None
 
+    # Each wait ends at a stall or at the deadline, whichever is sooner.
     def seconds() -> float:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TransientError(f"too slow: {body.count} bytes came in time")
+            raise TransientError(f"too slow: {body.count} bytes came before the deadline")
         return min(stall, left)
 
     try:
@@ -381,6 +392,7 @@ def _attempt(
 
 def _begin(body: _Body, response: Response, expected: Expected | None) -> None:
     """Continue where the last attempt broke if this is the same object."""
+    # Bytes of two versions must not be mixed.
     if response.start and (response.start, response.tag) != (body.count, body.tag):
         what = f"the object changed (ETag {body.tag} to {response.tag})"
         raise TransientError(what, lost=True)
@@ -397,13 +409,14 @@ def _size_limit(response: Response, expected: Expected | None) -> int:
     if expected:
         return expected.bytes
     if response.size is not None and response.size > MAX_BYTES:
-        raise PermanentError(f"{response.size} bytes, at most {MAX_BYTES} are read", PLACE)
+        raise PermanentError(f"{response.size} bytes, the limit is {MAX_BYTES}", PLACE)
     return MAX_BYTES + 1 if response.size is None else response.size
 
 
 def _check(body: _Body, response: Response, expected: Expected | None) -> None:
+    # Length first: of a cut object the checksum says nothing.
     if body.count > MAX_BYTES and not expected:
-        raise PermanentError(f"does not end after {MAX_BYTES} bytes", PLACE)
+        raise PermanentError(f"longer than the limit of {MAX_BYTES} bytes", PLACE)
     size = expected.bytes if expected else response.size
     if size is not None and body.count < size:
         raise TransientError(f"cut at byte {body.count} of {size}")
@@ -414,6 +427,7 @@ def _check(body: _Body, response: Response, expected: Expected | None) -> None:
 
 def backoff_seconds(attempt: int, retry_policy: RetryPolicy) -> float:
     """Return seconds before the next attempt: doubling, and random so that ranks spread out."""
+    # Random, so that ranks which failed together do not come back together.
     limit = min(
         retry_policy.first_pause_seconds * 2.0 ** (attempt - 1), retry_policy.max_pause_seconds
     )

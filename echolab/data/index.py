@@ -28,7 +28,7 @@ REQUIRED = {
     "encoded": ("safetensors",),
     "preference": ("safetensors",),
 }
-LATENT_KINDS = ("encoded", "preference")  # whose dataset.json names a geometry
+LATENT_KINDS = ("encoded", "preference")  # their dataset.json names a geometry
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # fits a plain tar header with any member name
 KEY_RULE = "use 1 to 80 letters, digits, _ or -, without dots"
 SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
@@ -76,6 +76,7 @@ def missing_members(kind: str, members: Collection[str]) -> list[str]:
 
 def split_name(name: str) -> tuple[str, str]:
     """Split `clip_0001.tracks.npz` into (`clip_0001`, `tracks.npz`); raise DataError."""
+    # Split a name at its first dot, as webdataset does.
     key, _, member = name.partition(".")
     if not KEY.fullmatch(key):
         raise DataError(f"key {key!r}: {KEY_RULE}")
@@ -101,6 +102,7 @@ def key_fault(kind: str, key: str) -> str | None:
     """Return why a dataset of this kind cannot hold the key, or None."""
     if kind != "foreign":
         return None if KEY.fullmatch(key) else KEY_RULE
+    # A foreign key may be a path, for webdataset keeps folders in keys; it stays below its root.
     base = key.rpartition("/")[2]
     if not base or "." in base or not key.isprintable():
         return "a key has no dots, and nothing that cannot be printed"
@@ -164,6 +166,7 @@ def encoded_index(
     geometry: LatentGeometry = WAN,
 ) -> bytes:
     """Return the bytes of dataset.json; shards and samples are dictionaries."""
+    # The samples come last, so that a reader can parse them one by one.
     has_latents = kind in LATENT_KINDS
     geometry = geometry if has_latents else WAN
     index = {
@@ -219,6 +222,7 @@ class SampleIndex:
         # [S + 1] where the samples of each shard begin
         self.shard_starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.names: list[str] = []  # of members
+        # Entries of one batch, joined into arrays of the dataset when all are added.
         self._parts: list[Columns] = []
         self._join()
 
@@ -233,7 +237,9 @@ class SampleIndex:
         """Return member -> (offset, size, crc32) of sample `i`."""
         part = slice(int(self._ends[i - 1]) if i else 0, int(self._ends[i]))
         names, locations = self._member_names[part].tolist(), self._locations[part].tolist()
-        return {self.names[n]: tuple(at) for n, at in zip(names, locations, strict=True)}
+        return {
+            self.names[n]: tuple(location) for n, location in zip(names, locations, strict=True)
+        }
 
     def add(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Add entries of dataset.json, and yield each.
@@ -241,6 +247,7 @@ class SampleIndex:
         Raises KeyError, TypeError, ValueError or AttributeError for an entry that breaks the
         contract.
         """
+        # A few samples at a time, so that their dictionaries never fill memory.
         rest, count = iter(samples), 0
         while batch := list(islice(rest, BATCH)):
             self._check_shards(batch, count)
@@ -270,7 +277,7 @@ class SampleIndex:
         shards = self._shards_from(first, len(batch)).tolist()
         for sample, shard in zip(batch, shards, strict=True):
             if shard >= len(self.shards) or sample["shard"] != self.shards[shard].name:
-                raise ValueError(f"sample {sample['key']!r} is not where its shard counts it")
+                raise ValueError(f"sample {sample['key']!r} is not in the shard that counts it")
 
     def _check_locations(self, counts: np.ndarray, locations: np.ndarray, first: int) -> None:
         """Raise ValueError unless members lie within their shards."""
@@ -282,6 +289,7 @@ class SampleIndex:
     def _columns(self, batch: list[dict[str, Any]]) -> Columns:
         keys = [sample["key"].encode() for sample in batch]
         members = [sample["members"] for sample in batch]
+        # Names of members repeat: each is stored once, and a sample holds its number.
         new = dict.fromkeys(name for each in members for name in each)
         self.names += [name for name in new if name not in self.names]
         index_of = {name: i for i, name in enumerate(self.names)}
@@ -310,13 +318,14 @@ def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], SampleIn
                 f"{path}: format {index['format']}, this program reads "
                 f"{' and '.join(map(str, FORMATS))}; make the dataset again"
             )
+        # Check the shards first: the locations of all samples are checked against them.
         samples = SampleIndex([_shard(**shard) for shard in index["shards"]])
         head = index["kind"], index["encoders"], index["shards"]
         if not isinstance(index["kind"], str):
-            raise ValueError(f"kind {index['kind']!r} is no word")
+            raise ValueError(f"kind {index['kind']!r} is not a string")
         for name in ("encoders", "description"):
             if not isinstance(index[name], dict):
-                raise ValueError(f"{name} is no object")
+                raise ValueError(f"{name} is not a JSON object")
         # Entries are checked, added and hashed in one pass.
         checked = samples.add(_check_keys(index["kind"], entries))
         if fingerprint(*head, checked, geometry_in(index)) != index["fingerprint"]:
@@ -336,9 +345,9 @@ def _check_keys(kind: str, samples: Iterable[dict[str, Any]]) -> Iterator[dict[s
 
 def _shard(name: str, sha256: str, bytes: int, samples: int) -> Shard:
     if not SHARD_FILE.fullmatch(name) or not SHA256.fullmatch(sha256):
-        raise ValueError(f"{name!r} with sha256 {sha256!r} is no shard")
+        raise ValueError(f"shard {name!r} with sha256 {sha256!r}: not a tar's name and checksum")
     if bytes < 0 or samples < 0:
-        raise ValueError(f"{name} of {bytes} bytes and {samples} samples is no shard")
+        raise ValueError(f"shard {name}: {bytes} bytes and {samples} samples")
     return Shard(name, sha256, int(bytes), int(samples))
 
 
@@ -363,4 +372,4 @@ def _parse_one_by_one(text: str, position: int) -> Iterator[dict[str, Any]]:
         yield sample
         position += text[position] == ","
     if text[position:].strip() != "]}":
-        raise ValueError(f"something after the samples: {text[position : position + 20]!r}")
+        raise ValueError(f"text after the samples: {text[position : position + 20]!r}")

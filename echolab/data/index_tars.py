@@ -1,4 +1,4 @@
-"""Write dataset.json for plain WebDataset tars that another program wrote.
+"""Write dataset.json for plain WebDataset tars of another program.
 
 The tars are read once from front to back, each by one process, and never changed.  A folder whose
 samples keep the contract of a kind becomes a dataset of that kind; any other one becomes `foreign`,
@@ -49,8 +49,8 @@ class Scan(NamedTuple):
 
     shard: dict[str, Any]
     samples: list[dict[str, Any]]
-    misfits: dict[str, str]  # kind -> why the first sample that cannot be of it cannot
-    left_out: list[str]  # files that are part of no sample
+    misfits: dict[str, str]  # kind -> why the first sample that does not fit it does not
+    ignored: list[str]  # files that belong to no sample
 
 
 class Indexed(NamedTuple):
@@ -58,8 +58,8 @@ class Indexed(NamedTuple):
 
     content: dict[str, Any]
     misfits: dict[str, str]
-    left_out: list[str]
-    written: bool  # False: it was there already, and equal
+    ignored: list[str]
+    written: bool  # False: an equal one existed already
 
 
 def scan(compounds: frozenset[str], path: Path) -> Scan:
@@ -70,17 +70,19 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
     """
     samples: dict[str, Members] = {}
     misfits: dict[str, str] = {}
-    left_out: list[str] = []
+    ignored: list[str] = []
     try:
         with path.open("rb") as file:
+            # One pass over the bytes: locations, checksums and the hash of the tar.
             tar = HashingReader(file)
             for member in walk(tar):
                 name = _name(member, samples, compounds | set(MEMBERS), path)
                 if name is None:
-                    left_out += [] if member.name.endswith("/") else [member.name]
+                    ignored += [] if member.name.endswith("/") else [member.name]
                     continue
                 location = (member.offset, member.size, member.crc32)
                 samples.setdefault(name[0], {})[name[1]] = location
+            # The headers of safetensors, by which kinds are recognized, need all locations.
             for key, members in samples.items():
                 for kind, why in _misfits_of(key, members, file, path):
                     misfits.setdefault(kind, f"{path.name}: sample {key} {why}")
@@ -92,26 +94,28 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
         raise DataError(f"{path}: {error.strerror}") from error
     shard = Shard(path.name, tar.sha256.hexdigest(), tar.position, len(samples))
     listed = [Sample(key, path.name, members)._asdict() for key, members in samples.items()]
-    return Scan(shard._asdict(), listed, misfits, left_out)
+    return Scan(shard._asdict(), listed, misfits, ignored)
 
 
 def _name(
     member: TarMember, samples: dict[str, Members], compounds: frozenset[str], path: Path
 ) -> tuple[str, str] | None:
-    """Return key and member, or None if it is part of no sample; raise DataError."""
+    """Return key and member, or None for a file of no sample; raise DataError."""
     name = split_path(member.name)
     if name is None:
         return None
     key, kind = name
     at = f"{path}: byte {member.header}: sample {key!r}:"
-    why = key_fault("foreign", key)
-    if why or not kind.isprintable():
-        raise DataError(f"{at} {why or 'a member that cannot be printed'}; pack the tar again")
+    # Names must be printable, and unambiguous to a reader that splits at the first dot.
+    fault = key_fault("foreign", key)
+    if fault or not kind.isprintable():
+        raise DataError(f"{at} {fault or 'a member that cannot be printed'}; pack the tar again")
     if has_foreign_dot(kind, compounds):
         raise DataError(
             f"{at} {kind!r} has a dot: is it the tail of the key?  Then pack the tar again with "
             f"keys without dots; if it is a member of its own, give members={kind}"
         )
+    # Readers stream a tar, so the members of a sample must follow each other, each once.
     if kind in samples.get(key, ()):
         raise DataError(f"{at} a second {kind}; pack the tar again")
     if key in samples and key != next(reversed(samples)):
@@ -123,6 +127,7 @@ def _misfits_of(
     key: str, members: Members, file: BinaryIO, path: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, reason) for each kind that the sample does not fit."""
+    # The names of the tensors decide between encoded and preference samples.
     tensors: set[str] = set()
     if "safetensors" in members:
         offset, size, _ = members["safetensors"]
@@ -143,8 +148,8 @@ def _misfits_of(
             yield kind, f"has no {missing[0]}"
         elif unknown:
             yield kind, f"has no tensor {unknown[0]}"
-        elif why := key_fault(kind, key):
-            yield kind, f"has a key of another form ({why})"
+        elif fault := key_fault(kind, key):
+            yield kind, f"has a key that this kind does not allow ({fault})"
 
 
 def index_folder(
@@ -168,24 +173,25 @@ def index_folder(
         raise DataError(f"{folder}: no such folder; give one of tars")
     with lock_folder(folder):
         paths = _tars(folder)
-        if (
-            folder / PARTIAL_INDEX
-        ).is_symlink():  # it came with the tars: what it points to is not ours
-            remove_quietly(folder / PARTIAL_INDEX)
+        progress = folder / PARTIAL_INDEX
+        if progress.is_symlink():  # it came with the tars, and may point anywhere
+            remove_quietly(progress)
         scans = _scans(folder, paths, compounds, workers, advance)
+        # Checks over all tars: the kind, and keys that are unique.
         misfits = _first_misfits(scans)
         if kind in misfits:
             raise DataError(f"{folder}: not of kind {kind}: {misfits[kind]}; give kind=foreign")
         _refuse_doubles(folder, scans)
-        shards = [one.shard for one in scans]
-        samples = [sample for one in scans for sample in one.samples]
+        # The strictest kind that all samples fit; an empty folder has no kind of its own.
+        shards = [each.shard for each in scans]
+        samples = [sample for each in scans for sample in each.samples]
         kind = kind or next(k for k in (KINDS if samples else KINDS[-1:]) if k not in misfits)
-        about = dict(encoders or {}), dict(description or {})
-        data = encoded_index(kind, *about, shards, samples, geometry)
+        provenance = dict(encoders or {}), dict(description or {})
+        data = encoded_index(kind, *provenance, shards, samples, geometry)
         content = json.loads(data)
         written = _written(folder / INDEX, data, content, replace)
-        remove_quietly(folder / PARTIAL_INDEX)
-    return Indexed(content, misfits, [n for one in scans for n in one.left_out], written)
+        remove_quietly(progress)
+    return Indexed(content, misfits, [name for each in scans for name in each.ignored], written)
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -193,12 +199,16 @@ def _tars(folder: Path) -> list[Path]:
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; give the folder that holds tars") from error
+    # Refuse what cannot be read from the middle, rather than leave it out silently.
     for name in names:
         if re.search(r"\.(tgz|tar\.\w+)$", name):
             remedy = "unpack it to a plain .tar: samples are read from the middle"
             raise DataError(f"{folder / name}: compressed or half-written; {remedy}")
         if name.endswith(".tar") and not SHARD_FILE.fullmatch(name):
-            raise DataError(f"{folder / name}: a shard's name has letters, digits, . _ - + = alone")
+            raise DataError(
+                f"{folder / name}: a shard's name may hold letters, digits and . _ - + = , alone; "
+                "rename it"
+            )
     paths = [folder / name for name in names if name.endswith(".tar")]
     if not paths:
         raise DataError(f"{folder}: holds no .tar; give the folder that holds the shards")
@@ -213,14 +223,16 @@ def _scans(
     advance: Advance | None,
 ) -> list[Scan]:
     """Scan each tar that an interrupted run has not recorded yet."""
+    # A tar that was scanned before, and has not changed since, is not read again.
     stamps = [_stamp(path, compounds) for path in paths]
-    known = _known(folder / PARTIAL_INDEX)
-    scans = {i: known[stamp] for i, stamp in enumerate(stamps) if stamp in known}
-    left = [i for i in range(len(paths)) if i not in scans]
+    recorded = _recorded_scans(folder / PARTIAL_INDEX)
+    scans = {i: recorded[stamp] for i, stamp in enumerate(stamps) if stamp in recorded}
+    remaining = [i for i in range(len(paths)) if i not in scans]
+    # Each result is recorded at once, so that a kill loses the tars in work alone.
     work = partial(scan, compounds)
-    count = count_processes(workers, [paths[i].stat().st_size for i in left])
-    for j, result in map_parallel(work, [paths[i] for i in left], count):
-        i = left[j]
+    count = count_processes(workers, [paths[i].stat().st_size for i in remaining])
+    for j, result in map_parallel(work, [paths[i] for i in remaining], count):
+        i = remaining[j]
         scans[i] = result
         append_text(folder / PARTIAL_INDEX, json.dumps([stamps[i], result]) + "\n")
         if advance is not None:
@@ -233,39 +245,41 @@ def _stamp(path: Path, compounds: frozenset[str]) -> str:
     return f"{path.name} {status.st_size} {status.st_mtime_ns} {sorted(compounds)}"
 
 
-def _known(path: Path) -> dict[str, Scan]:
-    known: dict[str, Scan] = {}
+def _recorded_scans(path: Path) -> dict[str, Scan]:
+    scans: dict[str, Scan] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             stamp, fields = json.loads(line)
-            known[stamp] = Scan(*fields)
+            scans[stamp] = Scan(*fields)
         except (ValueError, TypeError):
             continue  # cut when the process was killed: that tar is read again
-    return known
+    return scans
 
 
 def _first_misfits(scans: list[Scan]) -> dict[str, str]:
+    # Of each kind the first reason stays.
     misfits: dict[str, str] = {}
-    for one in scans:
-        misfits = {**one.misfits, **misfits}
+    for each in scans:
+        misfits = {**each.misfits, **misfits}
     return misfits
 
 
 def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
     shard_of: dict[str, str] = {}
-    for sample in (sample for one in scans for sample in one.samples):
+    for sample in (sample for each in scans for sample in each.samples):
         key, shard = sample["key"], sample["shard"]
         if key in shard_of:
             byte = min(location[0] for location in sample["members"].values())
             raise DataError(
                 f"{folder / shard}: byte {byte}: sample {key}: is in {shard_of[key]} too; "
-                "a key names one sample of a dataset"
+                "give each sample of a dataset a key of its own, and pack the tar again"
             )
         shard_of[key] = shard
 
 
 def _written(path: Path, data: bytes, content: dict[str, Any], replace: bool) -> bool:
     """Write dataset.json unless an equal one is there; raise DataError if it differs."""
+    # An equal index stays as it is, so that a second run changes no file.
     if path.exists():
         try:
             if json.loads(path.read_bytes()) == content:
@@ -273,6 +287,6 @@ def _written(path: Path, data: bytes, content: dict[str, Any], replace: bool) ->
         except ValueError:
             pass  # damaged: differs
         if not replace:
-            raise DataError(f"{path}: is there and differs; give replace=true to write it again")
+            raise DataError(f"{path}: exists and differs; give replace=true to write it again")
     write_atomic(path, data)
     return True

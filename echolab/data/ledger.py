@@ -84,7 +84,9 @@ class LedgerWriter:
             raise write_error(folder, error) from error
         self.path = folder / f"attempt-{attempt.attempt:04d}-rank-{rank:05d}.jsonl"
         if self.path.exists():
-            raise DataError(f"{self.path}: is there already; do two processes train in this run?")
+            raise DataError(
+                f"{self.path}: exists already; stop the other process that trains in this run"
+            )
         head = _line({"format": FORMAT, "rank": rank, **attempt._asdict()})
         append_text(self.path, head, patient=True)
         self._lines = LineLog(self.path)
@@ -100,6 +102,7 @@ class LedgerWriter:
 
 def write_skipped(folder: Path, batches: Iterable[SkippedBatch]) -> None:
     """Append skipped batches to the ledger in `folder`; raise StorageError."""
+    # One append for all batches: a killed process leaves complete lines.
     text = "".join(_line(batch._asdict()) for batch in batches)
     if text:
         append_text(folder / SKIPPED, text, patient=True)
@@ -129,6 +132,7 @@ def read_skipped(folder: Path) -> list[SkippedBatch]:
 def read_ledger(run: Path) -> Ledger:
     """Return the rows that led to a run's state; raise DataError if there is no readable ledger."""
     folder = run / LEDGER
+    # The files of each attempt, by rank.
     files: dict[int, dict[int, list[dict[str, Any]]]] = {}
     for path in sorted(folder.glob(FILES)):
         lines = _rows(path)
@@ -137,6 +141,7 @@ def read_ledger(run: Path) -> Ledger:
         files.setdefault(lines[0]["attempt"], {})[lines[0]["rank"]] = lines
     if not files:
         raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
+    # Replay the attempts in order; the last one that trained a step counts.
     attempts: list[Attempt] = []
     steps: dict[int, list[Row]] = {}
     faults: list[str] = []
@@ -149,7 +154,11 @@ def read_ledger(run: Path) -> Ledger:
             steps = {step: rows for step, rows in steps.items() if step < attempt.first_step}
             steps |= _steps_of(attempt, files[index], faults)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{folder}: attempt {index} cannot be understood ({error!r})") from error
+        raise DataError(
+            f"{folder}: attempt {index} has a row of another format ({error!r}); audit it with the "
+            "program that wrote it"
+        ) from error
+    # Gaps: no attempt may leave out a step that a later one trained after.
     if not steps:
         faults.append("the ledger lists no step")
     first, last = min(steps, default=0), max(steps, default=-1)
@@ -170,6 +179,7 @@ def _steps_of(
         rank: {line["step"]: Row(*(line[name] for name in Row._fields)) for line in lines[1:]}
         for rank, lines in ranks.items()
     }
+    # The last step of each rank; one before the first if it wrote none.
     none = attempt.first_step - 1
     ends = [max(rows.get(rank, {}), default=none) for rank in range(attempt.world)]
     if max(ends) - min(ends) > 1:
@@ -177,6 +187,7 @@ def _steps_of(
             f"attempt {attempt.attempt}: rank {ends.index(min(ends))} lists no step beyond "
             f"{min(ends)}, rank {ends.index(max(ends))} continues to {max(ends)}"
         )
+    # Only steps of all ranks: one that a rank lacks was not finished, or its row is lost.
     steps = {}
     for step in range(attempt.first_step, min(ends) + 1):
         lacking = [rank for rank in range(attempt.world) if step not in rows[rank]]
@@ -218,7 +229,7 @@ class Audit(NamedTuple):
     samples: int  # trained on, over all datasets and epochs
     missing: list[Finding]
     doubled: list[Finding]
-    strange: list[Finding]  # keys that the dataset does not hold
+    unknown: list[Finding]  # keys that the dataset does not hold
     faults: list[str]
     quarantined: int = 0  # bad samples that others replaced, as the run recorded
     skipped: int = 0  # samples of batches that events of the run skipped
@@ -226,19 +237,19 @@ class Audit(NamedTuple):
     @property
     def exact(self) -> bool:
         """Return if every sample was trained on exactly once an epoch."""
-        return not (self.missing or self.doubled or self.strange or self.faults)
+        return not (self.missing or self.doubled or self.unknown or self.faults)
 
     def lines(self) -> list[str]:
         """Return one line for each fault."""
         lines = list(self.faults)
-        for words, findings in (
+        for fault, findings in (
             ("missing", self.missing),
             ("doubled", self.doubled),
-            ("not in the dataset", self.strange),
+            ("not in the dataset", self.unknown),
         ):
             for dataset, epoch, key, steps in findings:
-                where = f" (steps {', '.join(map(str, steps))})" if steps else ""
-                lines.append(f"{dataset}: epoch {epoch}: {key} is {words}{where}")
+                at_steps = f" (steps {', '.join(map(str, steps))})" if steps else ""
+                lines.append(f"{dataset}: epoch {epoch}: {key} is {fault}{at_steps}")
         return lines
 
 
@@ -262,9 +273,11 @@ def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     quarantine = read_quarantine(run / QUARANTINE)
     last = ledger.attempts[-1]
     audit = Audit(len(ledger.steps), len(ledger.attempts), 0, [], [], [], faults, len(quarantine))
+    # Supervised clips and preference pairs each have datasets and an order of their own.
     for supervised, datasets in ((True, last.clips), (False, last.pairs)):
         kind = "sft" if supervised else "preference"
         start = _first_comparable_step(ledger, supervised)
+        # Only rows of the same order are compared: others trained on other data.
         if start:
             faults.append(
                 f"{run / LEDGER}: from step {start} on the run trained on other {kind} data "
@@ -272,6 +285,7 @@ def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
             )
         for index, dataset in enumerate(datasets):
             seen = _seen(ledger, supervised, index, start)
+            # All fingerprints since: the same samples may have been encoded again.
             fingerprints = _fingerprints(ledger, supervised, index, start)
             bad = {e["key"] for e in quarantine if e["dataset"] in fingerprints}
             skipped = _skipped_keys(batches, kind, index)
@@ -295,10 +309,12 @@ def _first_comparable_step(ledger: Ledger, supervised: bool) -> int:
 
     Data that were encoded again keep their order.  0 if no sample was trained on before that step.
     """
-    history: list[tuple[int, list[str]]] = []  # of the run's state: (first step, orders)
+    # The attempts that the run's state comes from: each drops those of later steps before it.
+    history: list[tuple[int, list[str]]] = []  # (first step, orders)
     for attempt in ledger.attempts:
         history = [entry for entry in history if entry[0] < attempt.first_step]
         history.append((attempt.first_step, _orders(attempt, supervised)))
+    # Go back while the order is that of the last attempt.
     same = itertools.takewhile(lambda entry: entry[1] == history[-1][1], reversed(history))
     start = min(first for first, _ in same)
     before = [row for step in range(start) for row in ledger.steps.get(step, [])]
@@ -306,7 +322,7 @@ def _first_comparable_step(ledger: Ledger, supervised: bool) -> int:
 
 
 def _fingerprints(ledger: Ledger, supervised: bool, index: int, start: int) -> set[str]:
-    """Return those of one dataset in the attempts since step `start`."""
+    """Return the fingerprints of one dataset in the attempts since step `start`."""
     named = [a.clips if supervised else a.pairs for a in ledger.attempts if a.first_step >= start]
     return {datasets[index]["fingerprint"] for datasets in named if index < len(datasets)}
 
@@ -318,7 +334,7 @@ def _skipped_batches(
     asked = {(kind, b) for kind, first, count in skips for b in range(first, first + count)}
     batches = read_skipped(run / LEDGER)
     faults += [
-        f"{run / LEDGER / SKIPPED}: {batch.kind} batch {batch.batch} was left out, and no event of "
+        f"{run / LEDGER / SKIPPED}: {batch.kind} batch {batch.batch} was skipped, and no event of "
         "the run asked for it"
         for batch in batches
         if (batch.kind, batch.batch) not in asked
@@ -358,6 +374,7 @@ def _compare(
     changed: bool,
 ) -> None:
     """Add the findings of one dataset to `audit`; if `changed`, its first epoch is incomplete."""
+    # These need no dataset.
     folder = dataset["folder"]
     audit.faults.extend(_trained_though_skipped(folder, seen, skipped))
     audit.doubled.extend(_doubled(folder, seen, bad))
@@ -366,7 +383,7 @@ def _compare(
     except DataError as error:
         audit.faults.append(str(error))
         return
-    audit.strange.extend(
+    audit.unknown.extend(
         Finding(folder, epoch, key, trained[key])
         for epoch, trained in sorted(seen.items())
         for key in sorted(set(trained) - keys)
@@ -379,7 +396,7 @@ def _trained_though_skipped(folder: str, seen: Seen, skipped: SkippedKeys) -> It
     for epoch, keys in sorted(skipped.items()):
         for key in sorted(keys & set(seen.get(epoch, {}))):
             steps = ", ".join(map(str, seen[epoch][key]))
-            yield f"{folder}: epoch {epoch}: {key} was to be left out (steps {steps})"
+            yield f"{folder}: epoch {epoch}: {key} was trained on, though skipped (steps {steps})"
 
 
 def _keys(dataset: Mapping[str, Any]) -> set[str]:
@@ -387,15 +404,16 @@ def _keys(dataset: Mapping[str, Any]) -> set[str]:
     opened = open_dataset(dataset["folder"])
     if opened.fingerprint != dataset["fingerprint"]:
         raise DataError(
-            f"{dataset['folder']}: is not the dataset that was trained on; put that one there"
+            f"{dataset['folder']}: is not the dataset that was trained on; put that one back"
         )
     return set(opened.keys)
 
 
 def _doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
     for epoch, keys in sorted(seen.items()):
+        # As many may come twice as bad samples are missing: they replaced these.
         if sum(len(steps) - 1 for steps in keys.values()) <= len(bad - set(keys)):
-            continue  # they replace bad ones
+            continue
         for key, steps in sorted(keys.items()):
             if len(steps) > 1:
                 yield Finding(folder, epoch, key, steps)
@@ -410,6 +428,7 @@ def _missing(
     first: int,
 ) -> Iterator[Finding]:
     """Yield missing samples of each epoch from `first` on but the last, which may be unfinished."""
+    # With last_batch=drop an epoch leaves out so many samples, any of them.
     unused = max(0, len(keys) - dataset["span"])
     for epoch in range(first, max(seen, default=0)):
         lacking = keys - set(seen.get(epoch, {})) - bad - skipped.get(epoch, set())

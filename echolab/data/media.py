@@ -40,11 +40,11 @@ RATE_HZ = 16000
 KEYFRAME_INTERVAL = 12  # short, so that a random frame is near: see decord's timings
 LONGEST_GAP_SECONDS = 3600.0
 GAP_SECONDS = 0.02  # a jump of the time stamps beyond this is a gap of the audio
-MAX_DIFFERENCE = 2.0  # mean, of one frame from two decoders, of 255
-RATES = (1000, 1_000_000)  # samples a second that a file may have
+MAX_DIFFERENCE = 2.0  # mean, between one frame of two decoders; pixels go to 255
+RATES_HZ = (1000, 1_000_000)  # lowest and highest sample rate of a file
 BLOCK_SECONDS = 10  # of audio joined at once
-BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # that an mp4 may begin with
-LARGEST_VIDEO = 2**31  # bytes of decoded frames of one sample
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # types of an mp4's first box
+MAX_VIDEO_BYTES = 2**31  # of the decoded frames of one sample
 M_PERTURB, FILLING = -6, 1  # of mallopt(3); any byte but 0 fills memory
 AUDIO_FRAME = 1024  # samples handed to an encoder at once
 
@@ -61,7 +61,7 @@ class AudioTrack(NamedTuple):
     samples: Samples  # [n] mono
     start_seconds: float  # time of the first sample
     rate: int
-    damaged: list[tuple[float, float]]  # seconds whose packets cannot be decoded: silence here
+    damaged: list[tuple[float, float]]  # spans in seconds that cannot be decoded: silence
 
 
 class Tracks(NamedTuple):
@@ -86,8 +86,9 @@ def decode_mp4(data: bytes) -> Frames:
     """
     if data[4:8] not in BOXES:  # decord would follow a playlist
         raise MediaError(f"a video of {len(data)} bytes cannot be decoded: it is no mp4")
+    # PyAV first, for damaged bytes crash decord.
     try:
-        seen = _av_frames(data)
+        av_frames = _av_frames(data)
     except (av.FFmpegError, OSError, ValueError, MediaError) as error:
         raise MediaError(
             f"a video of {len(data)} bytes cannot be decoded: {_line(error)}"
@@ -96,23 +97,18 @@ def decode_mp4(data: bytes) -> Frames:
         frames = _decord_frames(data)
     except (decord.DECORDError, RuntimeError):
         frames = np.zeros((0, 0, 0, 3), np.uint8)
-    return (
-        frames
-        if _is_same_video(frames, seen)
-        else np.stack([rotate_upright(frame) for frame in seen])
-    )
+    if _is_same_video(frames, av_frames):
+        return frames
+    return np.stack([rotate_upright(frame) for frame in av_frames])
 
 
 def _av_frames(data: bytes) -> list[Any]:
-    """Decode a video held in memory by PyAV; MediaError if a frame is damaged.
-
-    PyAV comes first, for damaged bytes crash decord.
-    """
+    """Decode a video held in memory by PyAV; raise MediaError if a frame is damaged."""
     frames: list[Any] = []
     with open_media(io.BytesIO(data)) as container:
         for time, frame in decode_frames(container, video_stream(container), ignore_progress):
             if frame is None or frame.is_corrupt:
-                raise MediaError(f"the picture is damaged at {time:.2f} s")
+                raise MediaError(f"a frame is damaged at {time:.2f} s")
             frames.append(frame)
             _check_size(len(frames), frame.height, frame.width)
     if not frames:
@@ -121,29 +117,32 @@ def _av_frames(data: bytes) -> list[Any]:
 
 
 def _decord_frames(data: bytes) -> Frames:
+    # One thread: many workers decode at the same time.
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
     return np.stack([_without_padding(reader.next().asnumpy()) for _ in range(len(reader))])
 
 
 def _check_size(count: int, height: int, width: int) -> None:
     """Raise MediaError for a video too large: a few bytes can stand for hours of a still image."""
-    if 3 * count * height * width > LARGEST_VIDEO:
+    if 3 * count * height * width > MAX_VIDEO_BYTES:
         raise MediaError(
             f"a video of {count} or more frames of {height} x {width} is too large for a sample; "
-            "cut it"
+            "cut it into shorter clips"
         )
 
 
-def _is_same_video(frames: Frames, seen: list[Any]) -> bool:
+def _is_same_video(frames: Frames, av_frames: list[Any]) -> bool:
     """Return if frames are as many as PyAV's, and the first, middle and last are about equal."""
-    if len(frames) != len(seen):
+    count = len(av_frames)
+    if len(frames) != count:
         return False
-    pairs = [(frames[n], rotate_upright(seen[n])) for n in (0, len(seen) // 2, len(seen) - 1)]
+    # Wrong edit lists and groups of pictures shift frames, so three places are enough.
+    pairs = [(frames[n], rotate_upright(av_frames[n])) for n in (0, count // 2, count - 1)]
     return all(a.shape == b.shape and _distance(a, b) <= MAX_DIFFERENCE for a, b in pairs)
 
 
-def _distance(one: Frames, other: Frames) -> float:
-    return float(np.abs(one.astype(np.int16) - other).mean())
+def _distance(a: Frames, b: Frames) -> float:
+    return float(np.abs(a.astype(np.int16) - b).mean())
 
 
 def _without_padding(frame: Frames) -> Frames:
@@ -166,6 +165,7 @@ def write_video(
 def _mux(
     frames: Frames, samples: Samples | None, fps: int, rate: int, options: dict[str, str]
 ) -> bytes:
+    # Wrong shapes would end in the encoder's own, numbered errors.
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise MediaError(f"frames are {frames.dtype} {frames.shape}; need uint8 [T, Y, X, 3]")
     height, width = frames.shape[1:3]
@@ -179,23 +179,24 @@ def _mux(
         )
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         video.gop_size = KEYFRAME_INTERVAL
-        sound = None
+        audio = None
         if samples is not None:
-            sound = container.add_stream("aac", rate=rate, layout="mono")
+            audio = container.add_stream("aac", rate=rate, layout="mono")
+        # All of the video, then all of the audio; None drains an encoder.
         for frame in frames:
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(video.encode(image))
         container.mux(video.encode(None))
-        if sound is not None and samples is not None:
-            for piece in _sound_frames(_checked(samples), rate):
-                container.mux(sound.encode(piece))
-            container.mux(sound.encode(None))
+        if audio is not None and samples is not None:
+            for piece in _audio_frames(_checked(samples), rate):
+                container.mux(audio.encode(piece))
+            container.mux(audio.encode(None))
     return buffer.getvalue()
 
 
 @contextmanager
 def _filled_memory() -> Iterator[None]:
-    """Have glibc fill all memory that it hands out while the block runs.
+    """Make glibc fill all memory that it hands out while the block runs.
 
     Without B frames, x264's macroblock tree reads memory that was never set: of 800 encodings of
     the same frames, up to 8 had other bytes.
@@ -208,7 +209,7 @@ def _filled_memory() -> Iterator[None]:
         mallopt(M_PERTURB, 0)
 
 
-def _sound_frames(samples: Samples, rate: int) -> Iterator[av.AudioFrame]:
+def _audio_frames(samples: Samples, rate: int) -> Iterator[av.AudioFrame]:
     for start in range(0, len(samples), AUDIO_FRAME):
         piece = np.ascontiguousarray(samples[None, start : start + AUDIO_FRAME])
         frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
@@ -219,12 +220,13 @@ def _sound_frames(samples: Samples, rate: int) -> Iterator[av.AudioFrame]:
 def _checked(samples: Samples) -> Samples:
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
-        raise MediaError(f"sound of shape {samples.shape}: need finite samples [n], n > 0")
+        raise MediaError(f"audio of shape {samples.shape}: need finite samples [n], n > 0")
     return np.clip(samples, -1, 1)
 
 
 def encode_flac(samples: Samples, rate: int = RATE_HZ) -> bytes:
     """Return lossless 16-bit FLAC of audio [n]; values beyond [-1, 1] are clipped."""
+    # 1.0 itself has no 16-bit value: it becomes the largest.
     integers = np.clip(np.rint(_checked(samples) * 32768), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, integers, rate, format="FLAC", subtype="PCM_16")
@@ -236,9 +238,11 @@ def decode_flac(data: bytes) -> Samples:
     try:
         samples = read_flac(data)
     except MemberError as error:
-        raise MediaError(f"a sound of {len(data)} bytes cannot be decoded: {error}") from error
+        raise MediaError(f"audio of {len(data)} bytes cannot be decoded: {error}") from error
     if samples.ndim != 1:
-        raise MediaError(f"a sound of {samples.shape[1]} channels; shards hold mono")
+        raise MediaError(
+            f"audio of {samples.shape[1]} channels; shards hold mono: make the sample again"
+        )
     return np.asarray(samples, np.float32)
 
 
@@ -248,13 +252,15 @@ def read_audio(path: Path, rate: int = RATE_HZ, since: float | None = None) -> S
     It begins at its first sample, or at `since` seconds on the file's clock: silence before the
     first.
     """
-    sound = read_audio_track(path, rate)
-    end = sound.start_seconds + len(sound.samples) / rate
-    holes = [first for first, last in sound.damaged if first < last and first < end - GAP_SECONDS]
+    # A damaged packet at the very end leaves no gap in the audio.
+    track = read_audio_track(path, rate)
+    end = track.start_seconds + len(track.samples) / rate
+    holes = [first for first, last in track.damaged if first < last and first < end - GAP_SECONDS]
     if holes:
-        raise MediaError(f"{path}: the sound is damaged at {holes[0]:.2f} s; repair it")
-    begin = 0 if since is None else round((since - sound.start_seconds) * rate)
-    return np.concatenate([np.zeros(max(-begin, 0), np.float32), sound.samples[max(begin, 0) :]])
+        raise MediaError(f"{path}: the audio is damaged at {holes[0]:.2f} s; repair it")
+    # Cut before `since`, or begin with silence if the audio begins later.
+    begin = 0 if since is None else round((since - track.start_seconds) * rate)
+    return np.concatenate([np.zeros(max(-begin, 0), np.float32), track.samples[max(begin, 0) :]])
 
 
 def read_audio_track(
@@ -265,31 +271,34 @@ def read_audio_track(
     Packets that cannot be decoded are listed.  Raises MediaError if there is no usable audio,
     OSError if the file cannot be read, and MemoryError.
     """
+    # Decode blocks, each with its time.
     damaged: list[tuple[float, float]] = []
     try:
         with open_media(path) as container:
             if not container.streams.audio:
-                raise MediaError(f"{path}: has no sound track; give a file with sound")
+                raise MediaError(f"{path}: has no audio track; give a file with audio")
             blocks = deque(_blocks(container, rate, damaged, advance))
     except FileNotFoundError as error:
         raise MediaError(f"{path}: not there; check the name") from error
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, OSError | MemoryError):
             raise
-        raise MediaError(f"{path}: the sound is damaged ({_line(error)}); repair it") from error
+        raise MediaError(f"{path}: the audio is damaged ({_line(error)}); repair it") from error
     if not blocks:
-        what = "not one packet of the sound track can be decoded" if damaged else "is empty"
-        raise MediaError(f"{path}: the sound track is empty ({what}); give a file with sound")
+        what = "none of its packets can be decoded" if damaged else "it has no packet"
+        raise MediaError(f"{path}: the audio track is empty ({what}); give a file with audio")
+    # The length follows from the times: damaged stamps must not allocate hours of silence.
     start = blocks[0][0]
-    ends = [round((at - start) * rate) + offset + len(piece) for at, offset, piece in blocks]
-    decoded = sum(len(piece) for _, _, piece in blocks)
+    ends = [round((time - start) * rate) + offset + len(block) for time, offset, block in blocks]
+    decoded = sum(len(block) for _, _, block in blocks)
     if max(ends) > decoded + LONGEST_GAP_SECONDS * rate:
-        raise MediaError(f"{path}: the time stamps of the sound jump by hours; repair it")
+        raise MediaError(f"{path}: the time stamps of the audio jump by hours; repair it")
+    # Place the blocks one after another, so that the audio is in memory once.
     samples = np.zeros(max(ends), np.float32)
-    while blocks:  # one after another, so that the audio is in memory once
-        at, offset, piece = blocks.popleft()
-        first = max(0, round((at - start) * rate) + offset)
-        samples[first : first + len(piece)] = piece[: len(samples) - first]
+    while blocks:
+        time, offset, block = blocks.popleft()
+        first = max(0, round((time - start) * rate) + offset)
+        samples[first : first + len(block)] = block[: len(samples) - first]
     return AudioTrack(samples, start, rate, damaged)
 
 
@@ -297,14 +306,16 @@ def _blocks(
     container: Any, rate: int, damaged: list[tuple[float, float]], advance: Advance
 ) -> Iterator[tuple[float, int, Samples]]:
     """Yield blocks of audio: time at which its unbroken stretch began, offset in it, samples."""
+    # Join pieces of one stretch: a resampler returns a few samples for each frame.
     start, offset, pieces = 0.0, 0, list[Samples]()
-    for at, piece in _resampled(container, rate, damaged, advance):
-        if pieces and (at != start or sum(map(len, pieces)) > BLOCK_SECONDS * rate):
+    for stretch_start, piece in _resampled(container, rate, damaged, advance):
+        # A block ends with its stretch, or when it is long enough.
+        if pieces and (stretch_start != start or sum(map(len, pieces)) > BLOCK_SECONDS * rate):
             block = np.concatenate(pieces)
             yield start, offset, block
             offset, pieces = offset + len(block), []
-        if at != start:
-            start, offset = at, 0
+        if stretch_start != start:
+            start, offset = stretch_start, 0
         if len(piece):
             pieces.append(piece)
     if pieces:
@@ -318,22 +329,23 @@ def _resampled(
     stream = container.streams.audio[0]
     resampler: Any = None
     start = end = 0.0
-    form: tuple[Any, ...] = ()
+    layout: tuple[Any, ...] = ()  # sample format, channels and rate of the last frame
     for packet in read_packets(container, stream, advance):
         for frame in decode_packet(packet) if packet is not None else [None]:
             if frame is None or not _is_finite(frame):
                 damaged.append(_span(packet, end))
                 continue
-            if not RATES[0] <= frame.sample_rate <= RATES[1]:
+            if not RATES_HZ[0] <= frame.sample_rate <= RATES_HZ[1]:
                 raise ValueError(f"{frame.sample_rate} samples a second")
             time = end if frame.time is None else float(frame.time)
             if resampler is not None and time < end - BACK_SECONDS:
                 raise MediaError(
-                    f"{container.name}: the time stamps of the sound go back from {end:.2f} s to "
+                    f"{container.name}: the time stamps of the audio go back from {end:.2f} s to "
                     f"{time:.2f} s; give each recording as a file of its own"
                 )
-            changed = form != (form := (frame.format.name, frame.layout.name, frame.sample_rate))
-            if resampler is None or changed or abs(time - end) > GAP_SECONDS:
+            # A gap, or another format, begins a new stretch with a resampler of its own.
+            before, layout = layout, (frame.format.name, frame.layout.name, frame.sample_rate)
+            if resampler is None or layout != before or abs(time - end) > GAP_SECONDS:
                 if resampler is not None:
                     yield start, _joined(resampler.resample(None))
                 resampler, start, end = av.AudioResampler("s32", "mono", rate), time, time
@@ -365,9 +377,10 @@ def _joined(frames: list[Any]) -> Samples:
 
 
 def read_image(path: Path) -> Frames:
-    """Return an image [Y, X, 3], upright by its EXIF tag; transparency goes over white."""
+    """Return an image [Y, X, 3], upright by its EXIF tag; transparent pixels lie over white."""
     try:
         with Image.open(path) as stored:
+            # Before the pixels are decoded: a few bytes can stand for any size.
             if stored.width * stored.height > MAX_PIXELS:
                 raise ValueError(f"{stored.width} x {stored.height} pixels")
             image = ImageOps.exif_transpose(stored)
@@ -379,7 +392,9 @@ def read_image(path: Path) -> Frames:
     except FileNotFoundError as error:
         raise MediaError(f"{path}: not there; check the name") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: not a readable picture ({_line(error)})") from error
+        raise MediaError(
+            f"{path}: not a readable image ({_line(error)}); give another file"
+        ) from error
 
 
 def encode_tracks(
@@ -389,6 +404,7 @@ def encode_tracks(
     extra: dict[str, NDArray[Any]] | None = None,
 ) -> bytes:
     """Return an npz of the boxes [T, 4] of one clip, and of other arrays with one row a frame."""
+    # Boxes of all frames, finite: a wrong box would weight the wrong pixels in training.
     arrays = {"face": np.asarray(face, np.float32), "lips": np.asarray(lips, np.float32)}
     if person is not None:
         arrays["person"] = np.asarray(person, np.float32)

@@ -69,8 +69,9 @@ class MemberReader:
     def __init__(self, file: int, offset: int, size: int) -> None:
         self.size, self.crc32, self.position = size, 0, 0
         self._file, self._offset = file, offset
+        # A small member takes one call of the kernel; a large one is read chunk by chunk.
         self._memory = np.empty(min(size, CHUNK), np.uint8)
-        self._small = self._read(0, size) if size <= CHUNK else None  # one call is then enough
+        self._small = self._read(0, size) if size <= CHUNK else None
 
     def take(self, size: int) -> np.ndarray:
         """Return the next bytes, uint8 [size], fewer at the end; the next call overwrites them."""
@@ -86,13 +87,14 @@ class MemberReader:
     def _read(self, start: int, size: int) -> np.ndarray:
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
+        # One call reads 2 GiB at most, and less from some file systems.
         chunk, filled = self._memory[:size], 0
         while filled < size:
-            at = self._offset + start + filled
-            count = os.preadv(self._file, [chunk[filled:].data], at)
+            position = self._offset + start + filled
+            count = os.preadv(self._file, [chunk[filled:].data], position)
             if not count:
                 break  # the file was cut
-            filled += count  # one call reads 2 GiB at most
+            filled += count
         return chunk[:filled]
 
     def at(self, offset: int, size: int) -> bytes:
@@ -127,12 +129,13 @@ def parse_header(read: Read, size: int) -> Header:
 
     Raises MemberError unless header and tensors fill the member exactly.
     """
+    # A length beyond the member would allocate memory for nothing.
     length = int.from_bytes(read(0, 8), "little") if size >= 8 else -1
     if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-        raise MemberError(f"a safetensors header of {length} bytes in {size}")
+        raise MemberError(f"a safetensors header of {length} bytes in a member of {size}")
     header = parse_json(read(8, length))
     if not isinstance(header, dict):
-        raise MemberError("the safetensors header is no object")
+        raise MemberError("the safetensors header is not a JSON object")
     tensors = {k: _tensor(k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
     # No gap and no overlap: each tensor begins where the one before it ends.
     position = 8 + length
@@ -147,9 +150,10 @@ def parse_header(read: Read, size: int) -> Header:
 
 def _tensor(name: str, entry: Any, start: int) -> tuple[str, list[int], int, int]:
     try:
+        # JSON allows fractions and negative numbers; sizes and offsets are neither.
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        natural = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        bits = BITS[dtype] * math.prod(shape) if natural else -1
+        are_sizes = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        bits = BITS[dtype] * math.prod(shape) if are_sizes else -1
     except (TypeError, ValueError, KeyError) as error:
         raise MemberError(f"tensor {name}: {type(error).__name__}: {error}") from error
     if bits != 8 * (end - begin):
@@ -167,6 +171,7 @@ def parse_json(data: bytes) -> Any:
 
 def read_array(data: bytes) -> np.ndarray:
     """Return the array of an npy file; raise MemberError unless its size fits its header."""
+    # Compare sizes before numpy allocates what the header asks for.
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -235,6 +240,7 @@ def shapes_of(
 
 def most_common_shapes(shapes: Sequence[Shapes]) -> Shapes:
     """Return the shapes that most of some samples have; of several, the first."""
+    # Compare by JSON text, since dictionaries of lists cannot be counted.
     texts = Counter(json.dumps({name: list(shape) for name, shape in s.items()}) for s in shapes)
     return dict(json.loads(texts.most_common(1)[0][0])) if texts else {}
 
@@ -246,7 +252,7 @@ def read_metadata(member: MemberReader) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MemberError(f"json: {error}") from error
     if not isinstance(metadata, dict):
-        raise MemberError("json: no object")
+        raise MemberError("json: not an object")
     return metadata
 
 
@@ -255,6 +261,7 @@ def check_shapes(kind: str, shapes: Shapes, geometry: LatentGeometry = WAN) -> N
 
     Samples of other kinds may hold anything.
     """
+    # All tensors of the kind.
     for name in TENSORS.get(kind, ()):
         if name not in shapes:
             raise MemberError(f"no tensor {name!r}")
@@ -296,6 +303,7 @@ def _expected_shapes(
         yield "known_latents", latents
     if "lips" in names:
         yield "lips", (1, *positions)
+    # A dataset may hold known latents of any tasks: it may have been encoded before one was added.
     tasks = {name.partition(".")[2] for name in names if name.startswith(("known.", "known_lat"))}
     for task in sorted(tasks - {""}):
         yield f"known.{task}", (mask_channels, *positions)
@@ -303,9 +311,10 @@ def _expected_shapes(
 
 
 def _check_audio(shape: Sequence[int], frames: int, main: str, latents: tuple[int, ...]) -> None:
-    two_tokens = len(shape) == 2 and shape[0] == 2 * frames  # a frame
-    layered = len(shape) == 3 and shape[0] == frames  # all layers of each frame
-    if not (two_tokens or layered) or min(shape) < 1:
+    # Two tokens a frame, or all layers of each frame.
+    is_two_tokens = len(shape) == 2 and shape[0] == 2 * frames
+    is_layered = len(shape) == 3 and shape[0] == frames
+    if not (is_two_tokens or is_layered) or min(shape) < 1:
         raise MemberError(
             f"tensor audio {list(shape)}: must be [{2 * frames}, width], or [{frames}, layers, "
             f"width] for Flash, for the {frames} video frames of {main} {list(latents)}"

@@ -1,7 +1,8 @@
 """Cache shards of remote datasets on a local disk, for all processes of a machine.
 
     <sha256>.tar       a shard: it gets this name once its bytes have this sha256
-    <sha256>.partial   a shard on its way; as long as the shard from the start, to reserve its room
+    <sha256>.partial   a shard that is being fetched; as long as the shard from the start, to
+                       reserve its room
     <sha256>.lock      held by the process that fetches it; room.lock by the one that makes room
 
 A lock is the kernel's (flock): it ends with the process that held it.  A shard that is being read
@@ -60,6 +61,7 @@ def file_lock(path: Path, seconds: float) -> Iterator[bool]:
     """Hold the lock file `path` if it is free within so many seconds; yield if it is held."""
     deadline = time.monotonic() + seconds
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    # A lock counts only on the file that has the name: a holder removes its file at the end.
     try:
         while not (held := _lock(file, fcntl.LOCK_EX, path) and _same(file, path)):
             if not _same(file, path):  # its last holder removed it: lock the new one
@@ -92,6 +94,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int, retry_policy: RetryPolicy) -> None:
         self.folder, self.limit_bytes, self.retry_policy = folder, limit_bytes, retry_policy
+        # Killed processes leave partial shards, which count as used room.
         try:
             retry(lambda: folder.mkdir(parents=True, exist_ok=True))
             self._clear_leftovers()
@@ -125,12 +128,13 @@ class ShardCache:
         return self.folder / f"{shard.sha256}.tar"
 
     def _cached(self, shard: Shard) -> int | None:
+        # A shared lock, which keeps the shard from being evicted while it is read.
         path = self._path(shard)
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        # Only eviction locks it exclusively, and for a moment.
+        # Wait: only eviction locks it exclusively, and for a moment.
         while not _lock(file, fcntl.LOCK_SH, path):
             time.sleep(POLL_SECONDS)
         _mark_read(file)
@@ -145,6 +149,7 @@ class ShardCache:
 
     def _fetched_alone(self, shard: Shard, url: str, deadline: float) -> int:
         """Fetch it while no other process does, or wait for the one that does."""
+        # The others wait for the lock, and have the shard in the cache when they get it.
         seconds = max(deadline - time.monotonic(), 0.0)
         with file_lock(self.folder / f"{shard.sha256}.lock", seconds) as held:
             if not held:
@@ -157,6 +162,7 @@ class ShardCache:
 
     def _fetch(self, shard: Shard, url: str, deadline: float) -> int:
         partial = self.folder / f"{shard.sha256}.partial"
+        # Reserve room, fetch with what is left of the deadline, and rename when it is verified.
         try:
             self._reserve(partial, shard.bytes, deadline)
             retry_policy = self.retry_policy._replace(deadline_seconds=deadline - time.monotonic())
@@ -189,6 +195,7 @@ class ShardCache:
                 f"{self.folder}: a shard of {size} bytes does not fit in cache_gb="
                 f"{self.limit_bytes / 1e9:.3g}; raise it"
             )
+        # Wait until readers close shards that can be evicted, or until the deadline.
         while True:
             seconds = max(deadline - time.monotonic(), 0.0)
             with file_lock(self.folder / "room.lock", seconds) as held:
@@ -199,12 +206,13 @@ class ShardCache:
             if time.monotonic() >= deadline:
                 raise ConfigError(
                     f"{self.folder}: no room for {size} bytes within cache_gb="
-                    f"{self.limit_bytes / 1e9:.3g}: all of it is in use; raise it"
+                    f"{self.limit_bytes / 1e9:.3g}: all shards in it are being read; raise it"
                 )
             time.sleep(POLL_SECONDS)
 
     def _make_room(self, size: int) -> bool:
         self._clear_leftovers()
+        # Evict those read longest ago first, except those that a process reads.
         kept = [(stat.st_mtime_ns, stat.st_size, path) for path, stat in self._files()]
         used = sum(kept_size for _, kept_size, _ in kept)
         for _, freed, path in sorted(kept):
@@ -243,6 +251,7 @@ def _remove_unread(path: Path) -> bool:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
+    # Its exclusive lock excludes readers, which hold shared ones.
     try:
         if not _lock(file, fcntl.LOCK_EX, path):
             return False
@@ -268,11 +277,13 @@ class Prefetcher:
 
     def expect(self, shards: Iterable[int]) -> None:
         """Take indices of shards in the order in which they will be read; never block."""
+        # A forked process inherits no thread, so it starts its own.
         if self._owner != os.getpid():
             self._owner = os.getpid()
             self._expected: list[int] = []
             self._changed = Condition()
             Thread(target=self._work, name="prefetch", daemon=True).start()
+        # Each shard once, in the order of its first sample.
         with self._changed:
             self._expected = list(dict.fromkeys(shards))[: self.limit]
             self._changed.notify()
@@ -283,6 +294,7 @@ class Prefetcher:
                 while not self._expected:
                     self._changed.wait()
                 shard = self._expected.pop(0)
+            # A shard that cannot be fetched now is no reason to end the thread.
             try:
                 self.fetch(shard)
             except (EcholabError, OSError):

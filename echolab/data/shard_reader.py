@@ -98,7 +98,8 @@ class LocalStore:
 
     @contextmanager
     def open(self, shard: int) -> Iterator[int]:
-        if self._owner != os.getpid():  # forked, perhaps while another thread had the lock
+        # A fork copies the lock as it was, perhaps held by a thread that the child does not have.
+        if self._owner != os.getpid():
             self._forget_files()
         with self._lock:
             file = self._files.pop(shard, None) or _OpenFile(self.folder / self.names[shard])
@@ -152,6 +153,7 @@ class ShardDataset:
     @cached_property
     def keys_digest(self) -> str:
         """Return a hash of the keys and of the shards' sizes: equal if the order can be equal."""
+        # A hash, for a list of all keys would be too large for a checkpoint.
         digest = hashlib.sha256(json.dumps(self.samples_by_shard).encode())
         for key in self.keys:
             digest.update(f"{key}\n".encode())
@@ -210,6 +212,7 @@ class ShardDataset:
                 self._store.release(shard)
                 raise
 
+        # Any OSError may pass here: the file existed when the dataset was opened.
         try:
             return retry(attempt, final=())
         except OSError as error:
@@ -222,6 +225,7 @@ class ShardDataset:
         location: tuple[int, int, int],
         use: Callable[[MemberReader], Result],
     ) -> Result:
+        # `use` may see damaged bytes: compare the checksum whether it returns or raises.
         offset, size, crc32 = location
         with self._store.open(self._samples.shard_of(i)) as file:
             member = MemberReader(file, offset, size)
@@ -268,6 +272,7 @@ def _open_local(folder: Path) -> ShardDataset:
         index, samples = parse_index(read_file(path), path)
     except ABSENT as error:
         raise DataError(f"{path}: not there; the folder is no complete dataset") from error
+    # Detect a missing or cut shard at the start, not after hours of training.
     for shard in samples.shards:
         path = folder / shard.name
         size = _size(path)
@@ -283,6 +288,7 @@ def _open_local(folder: Path) -> ShardDataset:
 
 def _size(path: Path) -> int | None:
     """Return the bytes of a file, or None if it does not exist."""
+    # Absence is final; other errors of a shared file system may pass.
     try:
         status = retry(path.stat)
     except ABSENT:
@@ -308,6 +314,7 @@ def _open_remote(
 
 def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], SampleIndex]:
     """Return dataset.json behind an address, and retry if its fingerprint does not fit."""
+    # A dataset.json that is being uploaded again may be cut, or of another version.
     deadline = time.monotonic() + retry_policy.deadline_seconds
     attempt = 0
     while True:
@@ -333,20 +340,22 @@ def check_same_encoders(
     place: object, encoders: Mapping[str, str], other: object, others: Mapping[str, str]
 ) -> None:
     """Raise DataError that names the first encoder in which two things differ."""
+    # Encoders that only one of them names cannot differ.
     for name in sorted(encoders.keys() & others.keys()):
         if encoders[name] != others[name]:
             raise DataError(
                 f"{place}: its {name} encoder is {encoders[name][:12]}, that of {other} is "
-                f"{others[name][:12]}; encode both with one, or give what was made with the same"
+                f"{others[name][:12]}; encode both with the same encoder"
             )
 
 
-def shared_samples(one: ShardDataset, other: ShardDataset) -> int:
+def shared_samples(dataset_a: ShardDataset, dataset_b: ShardDataset) -> int:
     """Return how many samples two datasets have in common: same key, sizes and checksums."""
-    index_of = {key: i for i, key in enumerate(one.keys)}
+    # Shards may be packed differently, so offsets are not compared.
+    index_of = {key: i for i, key in enumerate(dataset_a.keys)}
     return sum(
-        _checksums(one, index_of[key]) == _checksums(other, i)
-        for i, key in enumerate(other.keys)
+        _checksums(dataset_a, index_of[key]) == _checksums(dataset_b, i)
+        for i, key in enumerate(dataset_b.keys)
         if key in index_of
     )
 

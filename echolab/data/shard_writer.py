@@ -76,7 +76,10 @@ class ShardWriter:
         description: dict[str, Any] | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z]+", kind) or samples_per_shard < 1:
-            raise DataError(f"{folder}: kind {kind!r} x {samples_per_shard}: need a word and >= 1")
+            raise DataError(
+                f"{folder}: kind={kind!r}, samples_per_shard={samples_per_shard}: need a word of "
+                "lower-case letters, and 1 or more"
+            )
         self.folder, self.kind = Path(folder), kind
         self.encoders, self.description = dict(encoders or {}), dict(description or {})
         self.geometry = geometry  # written for kinds that hold latents
@@ -88,6 +91,7 @@ class ShardWriter:
         self._tars: Any = None
 
     def __enter__(self) -> Self:
+        # The folder stays locked until the block ends.
         make_folder(self.folder)
         with ExitStack() as stack:
             stack.enter_context(lock_folder(self.folder))
@@ -105,10 +109,14 @@ class ShardWriter:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Add one sample with all members of its kind, named as in MEMBERS; raise DataError."""
+        # Refuse a sample before a byte of it is written.
         for name in members:
             split_name(f"{key}.{name}")
         if key in self._keys or not members:
-            raise DataError(f"{self.folder}: sample {key} is empty or was written before")
+            raise DataError(
+                f"{self.folder}: sample {key} has no member, or its key was written before; give "
+                "each sample a key of its own"
+            )
         missing = missing_members(self.kind, members)
         if missing:
             raise DataError(
@@ -139,11 +147,13 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an exception there is no dataset.json: no reader takes the folder for complete.
         try:
             if kind is None:
                 self._finish()
         finally:
             with self._held:
+                # A tar that was not finished is dropped.
                 if self._output:
                     self._output.abandon()
 

@@ -71,6 +71,7 @@ class EpochOrder:
         stop + 2 buffer_size on comes before one that ends up below `stop`: sorting what lies
         between is enough.
         """
+        # Only indices near the range can end up in it: compute keys for these alone.
         low = max(0, first - 2 * self.buffer_size)
         high = min(len(self), stop + 2 * self.buffer_size)
         # The top 53 bits make a double in [0, 1) exactly.
@@ -80,11 +81,12 @@ class EpochOrder:
 
     def samples(self, indices: np.ndarray) -> np.ndarray:
         """Return the sample at each index, int64."""
-        at = np.searchsorted(self._first_index, indices, side="right") - 1
-        blocks = self._blocks[at].astype(np.int64)
+        # The shuffled block that holds each index, its shard, and its start in that shard.
+        slots = np.searchsorted(self._first_index, indices, side="right") - 1
+        blocks = self._blocks[slots].astype(np.int64)
         shards = np.searchsorted(self._first_block, blocks, side="right") - 1
         within = (blocks - self._first_block[shards]) * self.block_size
-        return self._first_sample[shards] + within + indices - self._first_index[at]
+        return self._first_sample[shards] + within + indices - self._first_index[slots]
 
 
 def epoch_order(

@@ -1,8 +1,8 @@
 """Read plain tars of any writer (ustar, pax or GNU) strictly, several in parallel.
 
 tarfile and webdataset end cleanly on a tar that is cut at a member's border, so a cut shard looks
-like a shorter shard.  Here every header's checksum, every padding byte and the end of the archive
-are checked, and a fault names its byte offset.
+like a shorter shard.  This reader checks every header's checksum, every padding byte and the end of
+the archive, and a fault names its byte offset.
 
 Bytes are read in order and once, never mapped: a bad disk is then an OSError, not a signal.
 """
@@ -63,14 +63,16 @@ class HashingReader:
 
     def checksum(self, size: int) -> tuple[int, int]:
         """Return crc32 and number of the next `size` bytes, which may be fewer."""
-        crc32 = passed = 0
-        while data := self.take(min(CHUNK, size - passed)):
-            crc32, passed = isal_zlib.crc32(data, crc32), passed + len(data)
-        return crc32, passed
+        # Chunks, so that a large member is never in memory as a block.
+        crc32 = count = 0
+        while data := self.take(min(CHUNK, size - count)):
+            crc32, count = isal_zlib.crc32(data, crc32), count + len(data)
+        return crc32, count
 
 
 def walk(tar: HashingReader) -> Iterator[TarMember]:
     """Yield the members of a tar in order, folders too; raise TarError or OSError."""
+    # Extended headers come before the header of their file, and hold its long name or size.
     first, extra = tar.position, dict[str, str]()
     while True:
         position = tar.position
@@ -103,14 +105,16 @@ def _member(
     name, start = extra.get("path", info.name), tar.position
     if info.type == tarfile.DIRTYPE and not info.size:
         return TarMember(f"{name.rstrip('/')}/", first, start, 0, 0)
+    # Links, devices and sparse files have no bytes at their offset, or others than were packed.
     if info.type not in PLAIN:
         raise TarError(first, f"{name!r} is not a plain file")
     if any(key.startswith("GNU.sparse") for key in extra):
         raise TarError(first, f"{name!r} is stored with holes; pack it without --sparse")
+    # Pax holds sizes from 8 GiB on, which the plain header cannot.
     size = int(extra["size"]) if extra.get("size", "").isdecimal() else info.size
-    crc32, have = tar.checksum(size)
-    if have < size:
-        raise TarError(start, f"{name} is cut: {have} of {size} bytes")
+    crc32, count = tar.checksum(size)
+    if count < size:
+        raise TarError(start, f"{name} is cut: {count} of {size} bytes")
     _padding(tar, size, name)
     return TarMember(name, first, start, size, crc32)
 
@@ -125,12 +129,14 @@ def _padding(tar: HashingReader, size: int, name: str) -> None:
 
 def _extra(info: tarfile.TarInfo, tar: HashingReader, position: int) -> dict[str, str]:
     """Return the records of an extended header for the file that follows it."""
+    # A damaged length must not allocate memory.
     if not 0 < info.size <= LONGEST_EXTRA:
         raise TarError(position, f"damaged header (an extended header of {info.size} bytes)")
     data = tar.take(info.size)
     if len(data) < info.size:
         raise TarError(position, f"an extended header is cut: {len(data)} of {info.size} bytes")
     _padding(tar, info.size, "an extended header")
+    # GNU stores the name alone, pax a list of records.
     try:
         if info.type == tarfile.GNUTYPE_LONGNAME:
             return {"path": data.rstrip(b"\0").decode()}
@@ -163,8 +169,8 @@ def _end(tar: HashingReader) -> None:
     second = tar.position
     while data := tar.take(CHUNK):
         if data.count(0) < len(data):
-            at = tar.position - len(data.lstrip(b"\0"))
-            raise TarError(at, "there is something after the end of the archive")
+            offset = tar.position - len(data.lstrip(b"\0"))
+            raise TarError(offset, "there are bytes after the end of the archive")
     if tar.position - second < END - BLOCK:
         raise TarError(second, "the tar is cut: half an end of archive")
 
@@ -176,6 +182,8 @@ def read_tar(path: Path) -> tuple[list[TarMember], str, int]:
         members = list(walk(tar))
         return members, tar.sha256.hexdigest(), tar.position
 
+
+# Several in parallel
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -211,6 +219,7 @@ def map_parallel(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         index_of: dict[Future[Result], int] = {}
+        # Submit a few jobs ahead of the processes, and yield results as they come.
         try:
             for index, job in enumerate(jobs):
                 index_of[pool.submit(work, job)] = index
@@ -220,7 +229,7 @@ def map_parallel(
                 yield from _done(index_of)
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died (killed, or out of memory?); run again with workers=1"
+                "a worker process died (killed, or out of memory); run again with workers=1"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -31,7 +31,7 @@ from echolab.types import Batch, PreferencePair
 
 
 class StepPlan(NamedTuple):
-    """What one optimizer step trains on."""
+    """The global batch that one optimizer step trains on."""
 
     kind: str  # sft, ndpo or dpo
     batch: int  # index of the global batch that it takes from its datasets
@@ -39,7 +39,7 @@ class StepPlan(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """One forward and backward of one rank, with what its random draws depend on."""
+    """One forward and backward of one rank, with all that its random draws depend on."""
 
     kind: str
     step: int
@@ -59,6 +59,7 @@ class DatasetMixture(NamedTuple):
 
 def uniform(seed: int, epoch: int, key: str, purpose: str) -> float:
     """Return a number in [0, 1) that depends on nothing but the arguments."""
+    # A hash, not a generator: any process computes the value of any clip alone.
     digest = blake2b(f"{seed}/{epoch}/{purpose}/{key}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -76,7 +77,9 @@ def _check_datasets(
     """Raise DataError for a dataset of another kind or an empty one, ConfigError for weights."""
     for dataset in datasets:
         if dataset.kind != kind:
-            raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}")
+            raise DataError(
+                f"{dataset.folder}: kind {dataset.kind}, need {kind}; give another dataset"
+            )
         if not len(dataset):
             raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
     if weights is not None and len(weights) != len(datasets):
@@ -118,6 +121,7 @@ def build_mixture(
         for i, dataset in enumerate(datasets)
     ]
     sampler = BatchSampler(sources, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    # A reader for each dataset: budgets of bad samples are counted by dataset.
     readers = [
         TolerantReader(dataset, max_bad_fraction=max_bad_fraction, quarantine=quarantine)
         for dataset in datasets
@@ -151,7 +155,7 @@ class TrainDataset(Dataset[MicroBatch]):
         if batch_size % (world * accumulation):
             raise ConfigError(
                 f"batch_size={batch_size}: not a multiple of {world} ranks x {accumulation} "
-                "micro-batches; change it, or accumulation"
+                "micro-batches; change batch_size or accumulation"
             )
         self.clips, self.pairs = clips, pairs
         self.step_plan, self.curriculum, self.seed = step_plan, curriculum, seed
@@ -167,7 +171,9 @@ class TrainDataset(Dataset[MicroBatch]):
     def _mixture(self, kind: str) -> DatasetMixture:
         mixture = self.clips if kind == "sft" else self.pairs
         if mixture is None:
-            raise ConfigError(f"schedule: {kind} epochs, but no pairs dataset is given")
+            raise ConfigError(
+                f"schedule: has {kind} epochs, which need preference pairs; give data.pairs"
+            )
         return mixture
 
     def __getitem__(self, i: int) -> MicroBatch:
@@ -185,6 +191,7 @@ class TrainDataset(Dataset[MicroBatch]):
 
     def _announce_next(self, i: int) -> None:
         """Announce to the datasets what this process will read after item `i`."""
+        # Workers take items in turn.
         worker = get_worker_info()
         following = i + (worker.num_workers if worker else 1)
         self._next = None
@@ -198,6 +205,7 @@ class TrainDataset(Dataset[MicroBatch]):
 
     def _micro_batch(self, i: int) -> tuple[list[DrawnSample], float]:
         """Return the clips of a micro-batch, and the weight of their mean loss."""
+        # Every rank draws the full global batch, and cuts its own part by position.
         step, part = divmod(i, self.accumulation)
         drawn = self.global_batch(step)
         size = len(drawn) // (self.world * self.accumulation)
@@ -208,6 +216,7 @@ class TrainDataset(Dataset[MicroBatch]):
         return real or local[:1], sum(clip.loss_weight for clip in real) / size
 
     def _clips(self, drawn: list[DrawnSample], supervised_step: int) -> Batch:
+        # The task depends on the clip that is read: a substitute draws its own.
         probabilities = self.curriculum.probabilities(supervised_step)
         clips = []
         for source, epoch, i, _ in drawn:
@@ -227,5 +236,6 @@ class TrainDataset(Dataset[MicroBatch]):
             readers[source].read(i, partial(read_pair, datasets[source]))
             for source, _, i, _ in drawn
         ]
+        # Negative preference trains on the rejected clips alone.
         pair = collate_pairs(datasets[drawn[0].source], pairs)
         return rejected_half(pair) if kind == "ndpo" else pair

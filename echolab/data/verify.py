@@ -85,7 +85,7 @@ class Fault(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What to check of each shard."""
+    """The checks of each shard."""
 
     deep: bool
     kind: str  # of the dataset
@@ -99,6 +99,7 @@ class _Expected:
     def __init__(self, shard: Shard, members: dict[Name, Location], foreign: bool) -> None:
         self.name, self.bytes, self.sha256 = shard.name, shard.bytes, shard.sha256
         self.members, self.foreign = members, foreign
+        # Sort the members by offset, so that bisection gives the owner of a byte.
         located = sorted((at[0], at[1], key) for (key, _), at in members.items())
         self._keys = [key for _, _, key in located]
         # A member's bytes go from the end of the one before it to the end of its last block.
@@ -139,6 +140,7 @@ def find_faults(
     `workers` processes divide the shards, None is one a core.  `deep` also decodes videos, audio
     and images, and checks that tensors can be trained on: shapes that fit, finite values.
     """
+    # Parse dataset.json; without it there is nothing to compare with.
     path = folder / INDEX
     try:
         index, samples = parse_index(path.read_bytes(), path)
@@ -195,7 +197,7 @@ def _expected_shards(samples: SampleIndex, foreign: bool) -> Iterator[_Expected]
 
 
 def _unlisted_files(folder: Path, listed: set[str]) -> list[Fault]:
-    """Return tars that nobody would read, and what a killed writer left."""
+    """Return tars that dataset.json does not list, and files that a killed writer left."""
     names = sorted(path.name for path in folder.iterdir())
     tars = [name for name in names if re.search(r"\.(tar|tgz|partial)(\.|$)", name)]
     extra = [name for name in tars if name not in listed and name != PARTIAL_INDEX]
@@ -208,6 +210,7 @@ def _common_shapes(
     """Return the shapes that all samples must have, by the rule of training."""
     shapes: list[Shapes] = []
     for i in range(min(len(samples), TRIED)):
+        # Samples that cannot be read are faults of their own, and have no shapes.
         location = samples.members(i).get("safetensors")
         try:
             with (folder / samples.shards[samples.shard_of(i)].name).open("rb") as file:
@@ -231,6 +234,7 @@ def _shard_faults(folder: Path, options: _Options, shard: _Expected) -> list[Fau
 
 
 def _tar_faults(file: BinaryIO, shard: _Expected, options: _Options) -> Iterator[Fault]:
+    # A wrong size is not the end: the members show where bytes are missing.
     size = file.seek(0, 2)
     file.seek(0)
     if size != shard.bytes:
@@ -273,6 +277,7 @@ def _member_faults(
             yield shard.fault(member.header, f"a second {kind}", key)
         present.add(name)
         yield from _content_faults(file, member, shard, name, options)
+    # Members of dataset.json that the tar does not hold.
     for (key, kind), (offset, _, _) in shard.members.items():
         if (key, kind) not in present:
             yield shard.fault(offset, f"{kind} is missing", key)
@@ -281,6 +286,7 @@ def _member_faults(
 def _content_faults(
     file: BinaryIO, member: TarMember, shard: _Expected, name: Name, options: _Options
 ) -> Iterator[Fault]:
+    # From the outside in: listed, in its place, unchanged, decodable.
     (key, kind), expected = name, shard.members.get(name)
     if expected is None:
         hint = " (a key with dots?)" if has_foreign_dot(kind) else ""
@@ -315,6 +321,7 @@ def _decoding_fault(reader: MemberReader, member: str, options: _Options) -> str
 
 def _unusual_header(file: BinaryIO, members: list[TarMember]) -> int:
     """Return the byte at which one header differs from most others outside `VARYING_FIELDS`."""
+    # All headers of one writer are equal outside these fields.
     headers = []
     for member in members:
         header = bytearray(os.pread(file.fileno(), BLOCK, member.offset - BLOCK))
@@ -324,8 +331,8 @@ def _unusual_header(file: BinaryIO, members: list[TarMember]) -> int:
     usual = Counter(headers).most_common(1)[0][0] if headers else b""
     for member, masked in zip(members, headers, strict=True):
         if masked != usual:
-            at = next(i for i in range(BLOCK) if masked[i] != usual[i])
-            return member.offset - BLOCK + at
+            position = next(i for i in range(BLOCK) if masked[i] != usual[i])
+            return member.offset - BLOCK + position
     return 0
 
 
@@ -371,6 +378,7 @@ def _check_video(data: bytes) -> None:
 
     from echolab.data.decoding import open_media
 
+    # A cut video decodes to fewer frames than its header states.
     try:
         with open_media(io.BytesIO(data)) as container:
             stated = container.streams.video[0].frames
