@@ -118,7 +118,7 @@ class TolerantReader:
 
     def _quarantine(self, i: int, error: DataError, path: Path) -> None:
         """List a bad sample; raise DataError if there are too many."""
-        # The fingerprint, since datasets may share keys; the message may hold an address with secrets.
+        # The fingerprint, since datasets may share keys; messages may hold an address with secrets.
         sample = self.dataset.sample(i)
         entry = {
             "dataset": self.dataset.fingerprint,
