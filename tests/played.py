@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from echolab.errors import BusyError, ConfigError, DataError
-from echolab.heartbeat import Heartbeat, heartbeat_from_environment
+from echolab.heartbeat import Heartbeat, SectionTimeouts, heartbeat_from_environment
 from echolab.launch import lease, rank_process
 from echolab.launch.exit_codes import RETRYABLE
-from echolab.launch.section_timeouts import SectionTimeouts
 from echolab.launch.supervisor import Supervisor
 from echolab.launch.topology import Topology
 from echolab.training.signals import SIGNALS, StopSignals

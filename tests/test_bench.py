@@ -12,7 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from echolab.bench import commands
 from echolab.bench import measure as bench_measure
 from echolab.bench import step as bench_step
-from echolab.bench.measure import Row, as_json, as_table, measure, peak_of
+from echolab.bench.measure import (
+    Row,
+    Shapes,
+    as_json,
+    as_table,
+    forward_flops,
+    measure,
+    peak_of,
+    step_flops,
+)
 from echolab.bench.models import (
     diffusers_net,
     draw_inputs,
@@ -24,7 +33,6 @@ from echolab.bench.models import (
     with_audio,
 )
 from echolab.errors import ConfigError
-from echolab.models.flops import Shapes, forward_flops, step_flops
 
 SIZES = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "in_channels": 36,

@@ -23,13 +23,18 @@ from echolab.errors import (
     StorageError,
     WorkerError,
 )
-from echolab.heartbeat import SECTIONS, HeartbeatState
+from echolab.heartbeat import (
+    SECTIONS,
+    HeartbeatState,
+    SectionTimeouts,
+    allowed_seconds,
+    overdue_ranks,
+)
 from echolab.launch.diagnosis import Failure, Observation, find_root_cause, in_collective
 from echolab.launch.exit_codes import CAUSES, cause_of_exception
 from echolab.launch.explain import failure_message
 from echolab.launch.launch_records import NodeRecord
 from echolab.launch.rank_process import read_error_file, write_error_file
-from echolab.launch.section_timeouts import SectionTimeouts, allowed_seconds, overdue_ranks
 from echolab.launch.topology import cpu_warning, find_topology, slurm_address
 
 COLLECTIVE = """Thread 0x00007f0000000001 (most recent call first):

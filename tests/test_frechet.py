@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from echolab.metrics.frechet import frechet_distance
+from echolab.metrics.scores import frechet_distance
 
 
 def normal(count: int, dim: int, seed: int = 0) -> Tensor:

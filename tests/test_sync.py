@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echolab.metrics.sync import (
+from echolab.metrics.scores import (
     padded_distances,
     sync_score,
     unpadded_distances,

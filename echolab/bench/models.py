@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from echolab.bench.measure import Shapes
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
-from echolab.models.flops import Shapes
 from echolab.models.state_dict import initialize, to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions

@@ -17,7 +17,7 @@ from echolab.bench.engine import (
     module_rows,
     write_clips,
 )
-from echolab.bench.measure import Pair, Row, Run, measure, say
+from echolab.bench.measure import FORMULA, Pair, Row, Run, measure, say, step_flops
 from echolab.bench.models import (
     SMALL,
     Inputs,
@@ -34,7 +34,6 @@ from echolab.bench.models import (
 from echolab.config.networks import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
-from echolab.models.flops import FORMULA, step_flops
 from echolab.training.engine.activation_checkpointing import (
     KEPT,
     checkpoint_blocks,

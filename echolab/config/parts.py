@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from echolab.errors import ConfigError
-from echolab.launch.section_timeouts import SectionTimeouts
+from echolab.heartbeat import SectionTimeouts
 from echolab.training.engine.machine import Machine
 from echolab.training.guards.spikes import Guards
 from echolab.training.intervals import Intervals

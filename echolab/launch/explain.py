@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from echolab.heartbeat import STEP_SECTIONS
 from echolab.launch.attempts import RUNNING, Attempt
 from echolab.launch.diagnosis import Observation, main_thread, root_cause_observation
 from echolab.launch.exit_codes import CAUSES
 from echolab.launch.launch_records import NodeRecord, newest_checkpoint
 from echolab.launch.restart_policy import Decision, decide
 from echolab.launch.run_dir import ATTEMPTS
-from echolab.launch.section_timeouts import STEP
 
 # Causes that the user can correct: the error message alone says how.
 USER_ERRORS = ("config", "data", "start", "refused", "diverged", "parity")
@@ -205,7 +205,7 @@ def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
             hang = min(attempt.last_stay, seconds.get(attempt.last_section, 0.0))
             seconds[attempt.last_section] = seconds.get(attempt.last_section, 0.0) - hang
         # Time of steps that a later attempt repeated.
-        steps = sum(seconds.get(name, 0.0) for name in STEP)
+        steps = sum(seconds.get(name, 0.0) for name in STEP_SECTIONS)
         rework = steps * lost_share(attempt, attempts[index + 1 :])
         for name in ("init", "data_wait", "eval", "save", "pause"):
             losses[name] += seconds.get(name, 0.0)

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from echolab.heartbeat import STEP_SECTIONS
 from echolab.launch.attempts import RUNNING, Attempt
-from echolab.launch.section_timeouts import STEP
 
 MAX_CODE_ERRORS = 1
 MAX_WITHOUT_PROGRESS = 2
@@ -67,7 +67,10 @@ def since_progress(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 def _had_time_to_save(attempt: Attempt) -> bool:
     preempted = attempt.definition is not None and attempt.definition.budget == "preemption"
-    return not preempted or sum(attempt.seconds.get(name, 0.0) for name in STEP) > CHANCE_SECONDS
+    return (
+        not preempted
+        or sum(attempt.seconds.get(name, 0.0) for name in STEP_SECTIONS) > CHANCE_SECONDS
+    )
 
 
 def hosts_to_exclude(attempts: Sequence[Attempt]) -> tuple[str, ...]:

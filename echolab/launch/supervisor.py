@@ -16,7 +16,16 @@ from types import FrameType
 
 from echolab.atomic_io import retry, write_error
 from echolab.errors import BusyError, StorageError
-from echolab.heartbeat import LOCAL_DIR, HeartbeatState
+from echolab.heartbeat import (
+    LOCAL_DIR,
+    HeartbeatState,
+    RunningClock,
+    SectionTimeouts,
+    allowed_seconds,
+    longest_stays,
+    overdue_ranks,
+    stop_timeout,
+)
 from echolab.launch import exit_codes, launch_records, lease, processes
 from echolab.launch.diagnosis import Verdict, find_root_cause
 from echolab.launch.exit_codes import CAUSES
@@ -31,14 +40,6 @@ from echolab.launch.rank_process import (
     read_end_file,
 )
 from echolab.launch.run_dir import ATTEMPTS
-from echolab.launch.section_timeouts import (
-    RunningClock,
-    SectionTimeouts,
-    allowed_seconds,
-    longest_stays,
-    overdue_ranks,
-    stop_timeout,
-)
 from echolab.launch.topology import Topology
 from echolab.training.signals import SIGNALS, caught, leave_terminal
 

@@ -14,8 +14,11 @@ from torch.nn import functional
 
 from echolab.errors import DataError
 from echolab.fitting import Report, fit
-from echolab.metrics.sync import CEPSTRA_PER_FRAME, CEPSTRA_PER_WINDOW, FRAMES_PER_WINDOW
 
+# Windows of SyncNet, as published: 5 frames of 25 Hz with 20 cepstra of 100 Hz.
+FRAMES_PER_WINDOW = 5
+CEPSTRA_PER_WINDOW = 20
+CEPSTRA_PER_FRAME = 4
 CROP_HEIGHT, CROP_WIDTH = 24, 32
 CROP_MARGIN = 1.3  # times the lip box, because the head moves and the crop does not
 
