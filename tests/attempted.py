@@ -8,7 +8,7 @@ from echolab.launch.exit_codes import CAUSES
 
 def attempt(cause: str, **changes: Any) -> Attempt:
     """One that made no checkpoint, of rank 1 on n1."""
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "launch": "slurm-12-0-0", "cause": cause, "rank": 1, "host": "n1", "section": "forward",
         "step": 7, "detail": "", "exit_code": CAUSES[cause].exit_code if cause in CAUSES else -1,
         "started": 1000.0, "ended": 1100.0, "hosts": ("n1", "n2"), "first_step": 0,
@@ -16,7 +16,7 @@ def attempt(cause: str, **changes: Any) -> Attempt:
         "save_seconds": 0.0, "waited": 0.0, "last_section": "vote", "last_stay": 0.0, "stack": "",
         "first_error": "", **changes,
     }  # fmt: skip
-    return Attempt(**{"elapsed": told["ended"] - told["started"], **told})
+    return Attempt(**{"elapsed": fields["ended"] - fields["started"], **fields})
 
 
 def saved(cause: str, before: int, after: int, **changes: Any) -> Attempt:

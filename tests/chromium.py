@@ -79,8 +79,8 @@ class Page:
             " : addEventListener('load', () => done()))"
         )
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+    def screenshot(self, path: Path, *, full_page: bool = False) -> None:
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=full_page)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def _next(self) -> dict[str, Any]:

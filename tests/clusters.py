@@ -69,6 +69,6 @@ def started(nodes: int, **environment: str) -> Iterator[Cluster]:
 def wait_for(what: Callable[[], bool], seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
     while not what():
-        told = log.read_text()[-4000:] if log.exists() else "no log"
-        assert time.monotonic() < end, f"waited {seconds} s; {told}"
+        output = log.read_text()[-4000:] if log.exists() else "no log"
+        assert time.monotonic() < end, f"waited {seconds} s; {output}"
         time.sleep(0.5)

@@ -78,8 +78,8 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
             **parts_of(case),
         )
     assert isinstance(result, fitting.FitResult) and result.checkpoint
-    found = open_checkpoint(result.checkpoint)
-    return {f"{part}/{k}": t for part in PARTS for k, t in found.tensors(part).items()}
+    checkpoint = open_checkpoint(result.checkpoint)
+    return {f"{part}/{k}": t for part in PARTS for k, t in checkpoint.tensors(part).items()}
 
 
 def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
@@ -88,9 +88,9 @@ def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
     for case in cases:
         print(time.strftime("%X"), case, flush=True)
         torch._dynamo.reset()
-        found = one(folder, case, world)
+        tensors = one(folder, case, world)
         if distributed.rank() == 0:
-            save_file(found, folder / f"{name_of(case)}.safetensors")
+            save_file(tensors, folder / f"{name_of(case)}.safetensors")
     if distributed.rank() == 0:
         for case in {case["adapters"]: case for case in cases}.values():
             start = trained(case)

@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slurm)
 
 
-def _folder(variable: str, beside: str) -> Path:
+def _folder(variable: str, default: str) -> Path:
     """The folder an environment variable names, else the one beside the repository, or skip."""
-    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / beside)
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / default)
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set {variable}")
     return folder

@@ -27,7 +27,7 @@ class Answer(BaseHTTPRequestHandler):
         with server.guard:
             server.asked[name] += 1
             waiting = server.faults.get(name)
-            fault = waiting.popleft() if waiting else server.always.get(name, whole)
+            fault = waiting.popleft() if waiting else server.always.get(name, complete)
         self.data = (server.folder / name).read_bytes() if (server.folder / name).exists() else None
         self.tag = server.tags.get(name, '"1"')
         self.close_connection = True
@@ -66,7 +66,7 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
-def whole(answer: Answer) -> None:
+def complete(answer: Answer) -> None:
     answer.wfile.write(answer.body())
 
 
@@ -147,13 +147,13 @@ def new_tag(answer: Answer) -> None:
 def stubborn(answer: Answer) -> None:
     """Sends the part asked for, whatever object it was to be of."""
     answer.headers.replace_header("If-Range", answer.tag)
-    whole(answer)
+    complete(answer)
 
 
 def from_the_start(answer: Answer) -> None:
     """A server that knows no ranges."""
     del answer.headers["Range"]
-    whole(answer)
+    complete(answer)
 
 
 def other_part(answer: Answer) -> None:

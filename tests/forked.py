@@ -125,8 +125,8 @@ class ForkServer:
             "MASTER_PORT": str(port),
             **(environment or {}),
         }
-        told = {"function": function, "arguments": dict(arguments or {}), "folder": str(folder)}
-        pids = self._ask({"start": told, "world": world, "environment": common})["pids"]
+        call = {"function": function, "arguments": dict(arguments or {}), "folder": str(folder)}
+        pids = self._ask({"start": call, "world": world, "environment": common})["pids"]
         return Ranks(self, pids, folder)
 
     def run(self, function: str, *, seconds: float = HANGS, **how: Any) -> Ranks:
@@ -146,13 +146,13 @@ class ForkServer:
 # -- in the server ----------------------------------------------------------------------------
 
 
-def _call(told: Mapping[str, Any], rank: int) -> int:
+def _call(call: Mapping[str, Any], rank: int) -> int:
     """In a rank: run the function; its exit code."""
     import torch.distributed as dist
 
-    module, name = told["function"].split(":")
+    module, name = call["function"].split(":")
     try:
-        code = getattr(importlib.import_module(module), name)(**told["arguments"])
+        code = getattr(importlib.import_module(module), name)(**call["arguments"])
         if dist.is_initialized():
             dist.barrier()  # gloo aborts where one rank leaves while another still talks
             dist.destroy_process_group()
@@ -164,18 +164,18 @@ def _call(told: Mapping[str, Any], rank: int) -> int:
         return 1
 
 
-def _be_rank(told: Mapping[str, Any], rank: int, environment: Mapping[str, str]) -> None:
+def _be_rank(call: Mapping[str, Any], rank: int, environment: Mapping[str, str]) -> None:
     """Never returns."""
     code = 1
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        out = os.open(f"{told['folder']}/rank-{rank}.txt", os.O_WRONLY | os.O_APPEND)
+        out = os.open(f"{call['folder']}/rank-{rank}.txt", os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(out, stream)
         faulthandler.enable(2)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-        code = _call(told, rank)
+        code = _call(call, rank)
         atexit._run_exitfuncs()  # multiprocessing ends loader workers here
         sys.stdout.flush()
         sys.stderr.flush()
@@ -196,8 +196,8 @@ def _fork(request: Mapping[str, Any], words: Any) -> list[int]:
 
 def _poll(pid: int, ended: dict[int, int]) -> int | None:
     if pid not in ended:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        if ended_pid:
             ended[pid] = os.waitstatus_to_exitcode(status)
     return ended.get(pid)
 

@@ -84,13 +84,13 @@ def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[
     share = read_share(held, distributed.rank(), distributed.world())
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
-    told: dict[str, Any] = {"values": dict(values)}
+    results: dict[str, Any] = {"values": dict(values)}
     saved, _ = latest_valid(loop.config.folder / "checkpoints")
     assert saved and saved.step == 4
     for how in ("nothing", "swap of averages", "perturbed", "names"):
         with broken(how):
             try:
-                found = check_parity(
+                check = check_parity(
                     *subject,
                     checkpoint=saved.path,
                     folder=out,
@@ -98,13 +98,13 @@ def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[
                     how=Sampling(seed=1, shift=5.0, steps=3),
                     **where,
                 )
-                told[how] = found._asdict()
+                results[how] = check._asdict()
             except ParityError as error:
-                told[how] = str(error)
+                results[how] = str(error)
         if distributed.rank() == 0:
-            told[f"{how}/report"] = json.loads((out / "parity.json").read_text())
-    told["unchanged"] = held_bits(loop) == before
-    return told
+            results[f"{how}/report"] = json.loads((out / "parity.json").read_text())
+    results["unchanged"] = held_bits(loop) == before
+    return results
 
 
 def main(
@@ -121,8 +121,8 @@ def main(
 
     def and_gate(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         end(self, trainer, module)
-        told = gate(self, Path(out), held, DTYPES[precision])
-        (Path(out) / f"rank-{distributed.rank()}.json").write_text(json.dumps(told))
+        results = gate(self, Path(out), held, DTYPES[precision])
+        (Path(out) / f"rank-{distributed.rank()}.json").write_text(json.dumps(results))
 
     TrainLoop.on_train_end = and_gate  # type: ignore[method-assign]
     settings: dict[str, Any] = {}

@@ -70,17 +70,17 @@ def main(
         checkpointing="none",
     )  # fmt: skip
     result, rows = train(Path(root), folder=folder, machine=machine)
-    told = {
+    record = {
         "result": [result.step, result.reason, result.stopped_by, result.done, result.unsaved],
         "val": [row["step"] for row in rows if "val/loss" in row],
         "trained": [row["step"] for row in rows if "train/loss" in row],
         "parity": [row["step"] for row in rows if "parity/difference" in row],
     }
-    texts = distributed.gather_text(json.dumps([told["result"], saved]))
+    texts = distributed.gather_text(json.dumps([record["result"], saved]))
     assert len({str(json.loads(text)[0]) for text in texts}) == 1, texts  # the ranks agree
-    told["saved"] = json.loads(texts[victim])[1] if place else []
+    record["saved"] = json.loads(texts[victim])[1] if place else []
     if own == 0:
-        Path(f"{folder}.json").write_text(json.dumps(told))
+        Path(f"{folder}.json").write_text(json.dumps(record))
     return 0
 
 

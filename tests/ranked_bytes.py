@@ -41,12 +41,12 @@ def count(self: TrainLoop) -> dict[str, int]:
 def main() -> None:
     """Train one step."""
     folder, strategy, ranks, precision, lora = sys.argv[1:]
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     original = TrainLoop.on_train_batch_end
 
     def after(self: TrainLoop, *arguments: Any) -> None:
-        found.update(count(self))
+        sizes.update(count(self))
         original(self, *arguments)
 
     TrainLoop.on_train_batch_end = after  # type: ignore[assignment,method-assign]
@@ -60,7 +60,7 @@ def main() -> None:
     )
     if os.environ.get("LOCAL_RANK", "0") == "0":
         name = f"{strategy}-{precision}-{lora}.json"
-        (Path(folder) / name).write_text(json.dumps(found))
+        (Path(folder) / name).write_text(json.dumps(sizes))
 
 
 main()

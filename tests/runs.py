@@ -28,13 +28,13 @@ PHASES = ModalityDropout(PHDA)
 def clip_tensors(seed: int) -> dict[str, Tensor]:
     """One encoded clip, random, with what each task needs."""
     batch = tiny.batch(1, seed)
-    told = batch.conditions._asdict()
-    tensors = {name: told[name][0] for name in ("text", "image", "audio", "face")}
+    known = batch.conditions._asdict()
+    tensors = {name: known[name][0] for name in ("text", "image", "audio", "face")}
     tensors |= {"latents": batch.latents[0], "weight": batch.weight[0]}
     for task in TASKS:
         if task != "t2v":
-            tensors[f"known.{task}"] = told["known"][0].clone()
-            tensors[f"known_latents.{task}"] = told["known_latents"][0].clone()
+            tensors[f"known.{task}"] = known["known"][0].clone()
+            tensors[f"known_latents.{task}"] = known["known_latents"][0].clone()
     return tensors
 
 

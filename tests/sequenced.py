@@ -20,14 +20,14 @@ def result(*, split: bool) -> dict[str, torch.Tensor]:
     if split:
         checkpoint_blocks(net)
         SequenceSplit(net)
-    found = net(tiny.latents(), TIMESTEPS, tiny.conditions())
-    (found * tiny.latents(seed=5)).sum().backward()
+    output = net(tiny.latents(), TIMESTEPS, tiny.conditions())
+    (output * tiny.latents(seed=5)).sum().backward()
     gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     if split:
         for gradient in gradients.values():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
-    return {"output": found.detach(), **gradients}
+    return {"output": output.detach(), **gradients}
 
 
 def main() -> None:

@@ -56,31 +56,31 @@ def seen(items: list[MicroBatch]) -> list[tuple[int, str, str, int]]:
 def test_ranks_and_micro_batches_only_cut_the_global_batch(
     folder: Path, world: int, accumulation: int
 ) -> None:
-    whole = batches(folder)
+    expected = batches(folder)
     parts = [
         batches(folder, world=world, rank=rank, accumulation=accumulation) for rank in range(world)
     ]
     for step in range(PLAN.steps):
         of_step = range(step * accumulation, (step + 1) * accumulation)
-        assert seen([whole[step]]) == seen([part[i] for part in parts for i in of_step])
+        assert seen([expected[step]]) == seen([part[i] for part in parts for i in of_step])
 
 
 def test_each_pass_over_a_dataset_meets_every_clip_once(folder: Path) -> None:
-    whole = batches(folder)
-    clips = seen([whole[i] for i in (0, 1, 2, 3, 9, 10)])
+    expected = batches(folder)
+    clips = seen([expected[i] for i in (0, 1, 2, 3, 9, 10)])
     first_pass = [key for epoch, key, _, _ in clips if epoch == 0]
     second_pass = [key for epoch, key, _, _ in clips if epoch == 1]
     assert len(first_pass) == 7 == len(set(first_pass)) and len(set(second_pass)) == 7
-    pairs = seen([whole[i] for i in range(4, 9)])  # dpo and ndpo go on in one sequence
+    pairs = seen([expected[i] for i in range(4, 9)])  # dpo and ndpo go on in one sequence
     assert sorted(epoch for epoch, *_ in pairs) == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert len({(epoch, key) for epoch, key, *_ in pairs}) == 20
 
 
 def test_workers_change_nothing(folder: Path) -> None:
-    whole = batches(folder)
-    loader = DataLoader(whole, batch_size=None, sampler=range(2, 9), num_workers=2)
+    expected = batches(folder)
+    loader = DataLoader(expected, batch_size=None, sampler=range(2, 9), num_workers=2)
     for i, item in zip(range(2, 9), loader, strict=True):
-        again = whole[i]
+        again = expected[i]
         assert seen([item]) == seen([again])
         assert all(
             torch.equal(a, b)
@@ -89,11 +89,11 @@ def test_workers_change_nothing(folder: Path) -> None:
 
 
 def test_a_kind_of_epoch_gives_its_kind_of_batch(folder: Path) -> None:
-    whole = batches(folder)
-    assert isinstance(whole[0].batch, Batch) and isinstance(whole[4].batch, PreferencePair)
-    negative = whole[7]
+    expected = batches(folder)
+    assert isinstance(expected[0].batch, Batch) and isinstance(expected[4].batch, PreferencePair)
+    negative = expected[7]
     assert negative.kind == "ndpo" and isinstance(negative.batch, Batch)
-    pair = whole._pairs("dpo", whole.global_batch(7))
+    pair = expected._pairs("dpo", expected.global_batch(7))
     assert isinstance(pair, PreferencePair)
     assert negative.batch.keys == pair.keys
     assert torch.equal(negative.batch.latents, pair.rejected)

@@ -58,11 +58,11 @@ PEER = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1
 
 
 def seen(rank: int, **changes: Any) -> Observation:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "host": "n1", "section": "vote", "step": 7, "switches": 40, "stay": 61.0,
         "process_state": "S", "stack": COLLECTIVE, **changes,
     }  # fmt: skip
-    return Observation(rank, **told)
+    return Observation(rank, **fields)
 
 
 def failed(kind: str, message: str, time: float, cause: str = "code") -> Failure:
@@ -111,8 +111,8 @@ NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged"
 )
 def test_the_culprit(observations: list[Observation], rank: int | None, cause: str | None) -> None:
     for order in (observations, observations[::-1]):
-        found = find_root_cause(order)
-        assert (found.rank, found.cause) == (rank, cause) if found else rank is None
+        root_cause = find_root_cause(order)
+        assert (root_cause.rank, root_cause.cause) == (rank, cause) if root_cause else rank is None
 
 
 @pytest.mark.parametrize("kind", [DivergedError, ReplicaError])
@@ -128,11 +128,15 @@ def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
         failure = read_error_file(tmp_path, rank)
         assert failure and failure.rank == has
         observations.append(seen(rank, exit_code=1, failure=failure))
-    found = find_root_cause(observations)
-    assert found and found.rank == blamed and found.detail == f"{kind.__name__}: {error}"
+    root_cause = find_root_cause(observations)
+    assert (
+        root_cause
+        and root_cause.rank == blamed
+        and root_cause.detail == f"{kind.__name__}: {error}"
+    )
     record = NodeRecord("x", 0, 1, "n1", 3, [0, 1, 2], 1, "", 0.0)
-    record.observations, record.detail = observations, found.detail
-    record.cause, record.rank = found.cause, found.rank
+    record.observations, record.detail = observations, root_cause.detail
+    record.cause, record.rank = root_cause.cause, root_cause.rank
     words = failure_message(tmp_path, record)
     assert "step 7: not finite" in words and "rank -1" not in words
 

@@ -72,9 +72,9 @@ def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
 def test_bad_settings_are_one_line(
     data: list[str], tmp_path: Path, words: list[str], message: str
 ) -> None:
-    with pytest.raises(EcholabError, match=re.escape(message)) as told:
+    with pytest.raises(EcholabError, match=re.escape(message)) as error:
         train(compose([*data, f"run_dir={tmp_path / 'run'}", *words]))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -127,8 +127,8 @@ def test_what_a_rank_refuses_is_one_line_too(
         and said.count("\n") == 1
     )
     assert main(["why", str(run), "format=json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert (told["cause"], told["exit_code"], told["requeue"]) == ("start", 1, False)
+    report = json.loads(capfd.readouterr().out)
+    assert (report["cause"], report["exit_code"], report["requeue"]) == ("start", 1, False)
 
 
 def test_the_supervisor_imports_no_torch() -> None:
@@ -223,8 +223,8 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
     for step in range(training.schedule.steps):
         if training.schedule.locate(step).epoch.kind == "sft" and step % 50 == 0:
             counted = training.schedule.supervised_steps(step)
-            found = training.curriculum.probabilities(counted)
-            assert found["t2v"] < 0.3 and found["lip_sync"] > 0.15
+            probabilities = training.curriculum.probabilities(counted)
+            assert probabilities["t2v"] < 0.3 and probabilities["lip_sync"] > 0.15
     again = objects.training_from({**config, "tasks": {**config["tasks"], "restart": True}}, "")
     assert again.curriculum.probabilities(0)["t2v"] == 1.0
 

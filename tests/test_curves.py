@@ -39,10 +39,10 @@ def test_every_point_lies_inside_the_axes(values: list[float], label: str) -> No
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     low, high = sorted((low, high))
     if high - low > 1e-3 * max(1.0, abs(low)):
-        found = Axis(low, high, 0, 1).ticks(4)
+        marks = Axis(low, high, 0, 1).ticks(4)
         slack = (high - low) * 1e-6
-        assert 1 <= len(found) <= 9
-        assert all(low - slack <= tick <= high + slack for tick in found)
+        assert 1 <= len(marks) <= 9
+        assert all(low - slack <= tick <= high + slack for tick in marks)
 
 
 def test_values_that_span_decades_get_a_logarithmic_axis() -> None:

@@ -20,7 +20,7 @@ from echolab.data.shard_writer import ShardWriter
 from echolab.data.verify import verify
 from echolab.errors import DataError
 
-PICTURES = {
+IMAGES = {
     f"train/{i:04d}": {"jpg": b"\xff" * (i + 1), "cls": b"%d" % i, "txt": b"a cat"}
     for i in range(7)
 }
@@ -63,40 +63,40 @@ def test_of_our_own_shards_it_is_what_the_writer_wrote(
     assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", *sorted(before)]
     assert "written" in capsys.readouterr().out
     assert main([*words, "format=json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["kind"], told["samples"], told["written"]) == (kind, 5, False)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["samples"], report["written"]) == (kind, 5, False)
 
 
 @pytest.mark.parametrize("form", ["pax", "gnu", "ustar", "tar gnu", "tar pax", "tar v7"])
 def test_tars_of_others_become_datasets(tmp_path: Path, form: str) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
-    members = foreign.files(PICTURES)
+    members = foreign.files(IMAGES)
     for name, part in (("a-00.tar", members[:9]), ("b.tar", members[9:])):
         if form.startswith("tar "):
             foreign.gnu_tar(folder / name, part, tmp_path / name, form[4:])
         else:
             foreign.pack(folder / name, part, getattr(tarfile, f"{form.upper()}_FORMAT"))
-    found = index_folder(folder)
-    assert (found.content["kind"], found.ignored) == ("foreign", [])
+    summary = index_folder(folder)
+    assert (summary.content["kind"], summary.ignored) == ("foreign", [])
     assert verify(folder) == []
     dataset = open_dataset(folder)
     assert dataset.samples_by_shard == [3, 4]
-    assert {key: dataset.read(i) for i, key in enumerate(dataset.keys)} == PICTURES
+    assert {key: dataset.read(i) for i, key in enumerate(dataset.keys)} == IMAGES
 
 
 def test_what_webdataset_leaves_out_is_left_out_and_told(tmp_path: Path) -> None:
     extra = [("train/README", b"1"), ("train/.hidden.txt", b"1"), ("__meta__/a.json", b"{}")]
     (tmp_path / "s" / "train").mkdir(parents=True)
     (tmp_path / "d").mkdir()
-    for name, data in [*foreign.files(PICTURES), *extra]:
+    for name, data in [*foreign.files(IMAGES), *extra]:
         (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "s" / name).write_bytes(data)
     words = ["tar", "--sort=name", "-cf", str(tmp_path / "d" / "a.tar"), "-C", str(tmp_path / "s")]
     subprocess.run([*words, "train", "__meta__"], check=True)  # with its folders
-    found = index_folder(tmp_path / "d")
-    assert sorted(found.ignored) == sorted(name for name, _ in extra)
-    assert len(found.content["samples"]) == len(PICTURES)
+    summary = index_folder(tmp_path / "d")
+    assert sorted(summary.ignored) == sorted(name for name, _ in extra)
+    assert len(summary.content["samples"]) == len(IMAGES)
     assert verify(tmp_path / "d") == []
 
 
@@ -139,9 +139,9 @@ def test_members_with_a_dot_are_taken_when_they_are_named(tmp_path: Path) -> Non
 
 
 def test_a_cut_tar_and_a_broken_member_are_refused(tmp_path: Path) -> None:
-    folder = packed(tmp_path, foreign.files(PICTURES))
-    whole = (folder / "a.tar").read_bytes()
-    (folder / "a.tar").write_bytes(whole[:5120])
+    folder = packed(tmp_path, foreign.files(IMAGES))
+    original_bytes = (folder / "a.tar").read_bytes()
+    (folder / "a.tar").write_bytes(original_bytes[:5120])
     with pytest.raises(DataError, match=r"a\.tar: byte 5120: .*cut.* \(after sample train/0001\)"):
         index_folder(folder)
     packed(tmp_path, [("a.safetensors", b"12345678901")])
@@ -155,15 +155,15 @@ def test_the_kind_asked_for_is_the_one_that_is_had(tmp_path: Path) -> None:
     folder = packed(tmp_path, foreign.files(members))
     with pytest.raises(DataError, match=r"not of kind raw: a\.tar: sample clip-001 has no json"):
         index_folder(folder, kind="raw")
-    found = index_folder(folder)
-    assert found.content["kind"] == "foreign"
-    assert found.misfits["encoded"] == "a.tar: sample clip-000 has no tensor latents"
-    whole = packed(tmp_path / "w", foreign.files(foreign.raw_samples(3)))
-    assert index_folder(whole).content["kind"] == "raw"
+    summary = index_folder(folder)
+    assert summary.content["kind"] == "foreign"
+    assert summary.misfits["encoded"] == "a.tar: sample clip-000 has no tensor latents"
+    original_bytes = packed(tmp_path / "w", foreign.files(foreign.raw_samples(3)))
+    assert index_folder(original_bytes).content["kind"] == "raw"
     with pytest.raises(DataError, match="replace=true"):
-        index_folder(whole, kind="foreign")
-    assert verify(whole) == []  # a refusal leaves the dataset as it was
-    assert index_folder(whole, kind="foreign", replace=True).content["kind"] == "foreign"
+        index_folder(original_bytes, kind="foreign")
+    assert verify(original_bytes) == []  # a refusal leaves the dataset as it was
+    assert index_folder(original_bytes, kind="foreign", replace=True).content["kind"] == "foreign"
 
 
 def test_tars_without_a_sample_are_of_no_kind(tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def test_tars_without_a_sample_are_of_no_kind(tmp_path: Path) -> None:
 
 
 def test_another_dataset_json_stays_unless_it_may_go(tmp_path: Path) -> None:
-    folder = packed(tmp_path, foreign.files(PICTURES))
+    folder = packed(tmp_path, foreign.files(IMAGES))
     assert index_folder(folder).written and not index_folder(folder).written
     old = (folder / "dataset.json").read_bytes()
-    packed(tmp_path, foreign.files(PICTURES)[:6])
+    packed(tmp_path, foreign.files(IMAGES)[:6])
     with pytest.raises(DataError, match="replace=true"):
         index_folder(folder)
     assert (folder / "dataset.json").read_bytes() == old and verify(folder)
@@ -202,7 +202,7 @@ def test_what_was_read_before_a_stop_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = written_by_us(tmp_path / "d", "raw")
-    whole = (folder / "dataset.json").read_bytes()
+    original_bytes = (folder / "dataset.json").read_bytes()
     (folder / "dataset.json").unlink()
     read: list[str] = []
 
@@ -223,15 +223,15 @@ def test_what_was_read_before_a_stop_is_not_read_again(
     assert verify(folder) != []
     index_folder(folder, description={"source": "x"})
     assert read == ["raw-000000.tar", "raw-000001.tar", "raw-000002.tar"]
-    assert (folder / "dataset.json").read_bytes() == whole
+    assert (folder / "dataset.json").read_bytes() == original_bytes
     assert not (folder / PARTIAL_INDEX).exists()
 
 
 def test_a_tar_that_changed_is_read_again(tmp_path: Path) -> None:
-    folder = packed(tmp_path, foreign.files(PICTURES))
+    folder = packed(tmp_path, foreign.files(IMAGES))
     index_folder(folder)
     shutil.rmtree(folder)
-    folder = packed(tmp_path, foreign.files(PICTURES)[:9])
+    folder = packed(tmp_path, foreign.files(IMAGES)[:9])
     (folder / PARTIAL_INDEX).write_text(json.dumps(["a.tar 1 2 []", [{}, [], {}, []]]) + "\n")
     assert len(index_folder(folder).content["samples"]) == 3
 

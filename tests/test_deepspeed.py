@@ -27,8 +27,8 @@ class Run:
         """One run."""
         words = [f"plan={json.dumps(plan)}", *(f"{k}={v}" for k, v in options.items())]
         world = RANKS[strategy]
-        told = [str(self.data), strategy, str(world), str(out), *words]
-        self.server.run("ranked:main", world=world, arguments={"words": told})
+        arguments = [str(self.data), strategy, str(world), str(out), *words]
+        self.server.run("ranked:main", world=world, arguments={"words": arguments})
 
 
 def rows(out: Path) -> list[dict[str, float]]:

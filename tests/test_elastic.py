@@ -171,17 +171,17 @@ def trained(
 ) -> None:
     """Go through the schedule in these attempts, and keep the ledger."""
     first = 0
-    told = [mixture.sampler.datasets() for mixture in stocks]
+    contents = [mixture.sampler.datasets() for mixture in stocks]
     for cut in cuts:
         stop = min(first + cut.steps, PLAN.steps)
-        attempt = Attempt(next_attempt(run / LEDGER), cut.world, first, *told)
+        attempt = Attempt(next_attempt(run / LEDGER), cut.world, first, *contents)
         for rank in range(cut.world):
             writer = LedgerWriter(run / LEDGER, attempt, rank)
             size = cut.accumulation
             items = case.items(stocks, cut, rank)
-            found = loaded(items, first * size, stop * size, cut.workers)
-            for i in range(0, len(found), size):
-                writer.write(row(case.seed, found[i : i + size]))
+            audit = loaded(items, first * size, stop * size, cut.workers)
+            for i in range(0, len(audit), size):
+                writer.write(row(case.seed, audit[i : i + size]))
         first = min(first + cut.saved, PLAN.steps)
 
 
@@ -256,10 +256,10 @@ def test_clips_of_two_sizes_train_together(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.done and len(rows) == 6
     steps = read_ledger(tmp_path / "run").steps
-    told = [set(step[0].sources) for step in steps.values()]
+    sources = [set(step[0].sources) for step in steps.values()]
     # A wide clip takes the place of three narrow ones.
-    assert [len(step[0].keys) for step in steps.values()] == [2 if s == {0} else 6 for s in told]
-    assert {0} in told and {1} in told and audit_run(tmp_path / "run").exact
+    assert [len(step[0].keys) for step in steps.values()] == [2 if s == {0} else 6 for s in sources]
+    assert {0} in sources and {1} in sources and audit_run(tmp_path / "run").exact
 
 
 # -- real processes ---------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def kill_at(words: list[str], run: Path, step: int) -> None:
     )
     metrics, end = run / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
-        told = metrics.read_text() if metrics.exists() else ""
-        if told.count("\n") >= step:
+        shown = metrics.read_text() if metrics.exists() else ""
+        if shown.count("\n") >= step:
             break
         time.sleep(0.002)
     for pid in (process.pid, *descendants(process.pid)):
@@ -310,20 +310,22 @@ def test_killed_and_gone_on_with_on_other_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips, _ = encoded.write(tmp_path / "data", 10)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(whole, clips, 1, "trainer.strategy=single")) == 0
+    unbroken, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(unbroken, clips, 1, "trainer.strategy=single")) == 0
     step = random.SystemRandom().randint(1, 6)
     words = command(killed, clips, 3, "data.num_workers=1", "micro_batch_size=1")
     kill_at(words, killed, step)
     subprocess.run([*ECHOLAB, *command(killed, clips, 2)], check=True, timeout=900)
 
-    def told(run: Path) -> list[list[tuple[Any, ...]]]:
+    def effective(run: Path) -> list[list[tuple[Any, ...]]]:
         steps = read_ledger(run).steps
         return [[clip for row in steps[n] for clip in zip(*row[2:], strict=True)] for n in range(8)]
 
-    assert told(killed) == told(whole)  # keys, epochs and noise of every step, in order
-    assert losses(killed) == pytest.approx(losses(whole), rel=1e-3)
+    assert effective(killed) == effective(
+        unbroken
+    )  # keys, epochs and noise of every step, in order
+    assert losses(killed) == pytest.approx(losses(unbroken), rel=1e-3)
     capsys.readouterr()
     assert main(["data", "audit", str(killed), "format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["exact"] and found["steps"] == 8 and found["attempts"] == 2, (step, found)
+    audit = json.loads(capsys.readouterr().out)
+    assert audit["exact"] and audit["steps"] == 8 and audit["attempts"] == 2, (step, audit)

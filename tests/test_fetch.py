@@ -120,13 +120,13 @@ def test_a_fault_that_passes_changes_nothing(
     ],
 )
 def test_a_fault_that_stays_is_a_typed_error(
-    server: FaultServer, tmp_path: Path, fault: Fault, told: str, asked: int
+    server: FaultServer, tmp_path: Path, fault: Fault, words: str, asked: int
 ) -> None:
     dataset = remote(server, tmp_path)
     server.always[SHARD] = fault
     if fault in (stall, silent):
         dataset = remote(server, tmp_path, STALLING._replace(attempts=asked))
-    with pytest.raises(FetchError, match=told) as caught:
+    with pytest.raises(FetchError, match=words) as caught:
         dataset.read(4)
     message = str(caught.value)
     assert f"{server.url}/{SHARD}: " in message and "\n" not in message and ";" in message
@@ -233,11 +233,11 @@ def test_a_kill_leaves_nothing_that_looks_whole(server: FaultServer, tmp_path: P
         time.sleep(0.01)
     victim.kill()
     victim.join()
-    whole = [name for name in names(tmp_path) if name.endswith(".tar")]
-    assert all(sha256(tmp_path / name) == name.removesuffix(".tar") for name in whole)
+    complete = [name for name in names(tmp_path) if name.endswith(".tar")]
+    assert all(sha256(tmp_path / name) == name.removesuffix(".tar") for name in complete)
     assert {Path(name).suffix for name in names(tmp_path)} >= {".partial", ".lock"}
     dataset = remote(server, tmp_path)  # clears what was left
-    assert names(tmp_path) == whole
+    assert names(tmp_path) == complete
     assert stream(dataset) == SAMPLES
 
 
@@ -379,13 +379,13 @@ def test_a_file_system_that_hangs_or_breaks_is_borne_with(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = type(fsspec.filesystem("file"))
-    whole = local.info
+    original_info = local.info
     faults = deque([lambda: time.sleep(1), lambda: 1 / 0])
 
     def info(self: object, path: str, **words: object) -> object:
         if faults and path.endswith(SHARD):
             faults.popleft()()
-        return whole(self, path, **words)
+        return original_info(self, path, **words)
 
     dataset = open_dataset(f"file://{folder}", cache_dir=tmp_path, retry_policy=STALLING)
     monkeypatch.setattr(local, "info", info)

@@ -30,12 +30,12 @@ def test_commuting_covariances_in_closed_form() -> None:
     """|dm|^2 + sum (sqrt a - sqrt b)^2 where both share their eigenvectors."""
     a, b, turn = torch.rand(6).double() + 0.1, torch.rand(6).double() + 0.1, rotation(6)
     first, second = normal(1, 6, 1)[0], normal(1, 6, 2)[0]
-    found = frechet_distance(
+    distance = frechet_distance(
         with_covariance(turn @ a.diag() @ turn.T, first),
         with_covariance(turn @ b.diag() @ turn.T, second, count=99, seed=3),
     )
     expected = (first - second).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-    assert found == pytest.approx(float(expected), rel=1e-9)
+    assert distance == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_two_dimensions_in_closed_form() -> None:
@@ -43,10 +43,10 @@ def test_two_dimensions_in_closed_form() -> None:
     a = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
     b = torch.tensor([[0.7, -0.3], [-0.3, 3.0]]).double()
     zero = torch.zeros(2).double()
-    found = frechet_distance(with_covariance(a, zero), with_covariance(b, zero, seed=1))
+    distance = frechet_distance(with_covariance(a, zero), with_covariance(b, zero, seed=1))
     product = a @ b
     root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
-    assert found == pytest.approx(float(a.trace() + b.trace()) - 2 * root, rel=1e-9)
+    assert distance == pytest.approx(float(a.trace() + b.trace()) - 2 * root, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (12, 60)])  # more and fewer samples than features
@@ -74,8 +74,8 @@ def test_a_set_against_itself_is_zero_and_never_less(shape: tuple[int, int]) -> 
 def test_few_samples_look_far_apart() -> None:
     """Two samples of one Gaussian: the published bias, within a tenth."""
     for count, published in ((16, 713.6), (100, 478.3), (512, 157.9)):
-        found = frechet_distance(normal(count, 400, 1), normal(count, 400, 2))
-        assert found == pytest.approx(published, rel=0.1)
+        distance = frechet_distance(normal(count, 400, 1), normal(count, 400, 2))
+        assert distance == pytest.approx(published, rel=0.1)
 
 
 def test_below_two_samples_there_is_no_covariance() -> None:
@@ -92,8 +92,8 @@ class Features(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(normal(3 * 8 * 8, 12, 5).float() / 8)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return (pictures.flatten(1) @ self.weight).tanh()
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.flatten(1) @ self.weight).tanh()
 
 
 def test_torchmetrics_says_the_same() -> None:

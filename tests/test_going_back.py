@@ -18,9 +18,9 @@ from echolab.types import Batch
 
 
 def final(root: Path) -> dict[str, bytes]:
-    found, rejected = latest_valid(root / "run/checkpoints")
-    assert found and found.step == STEPS and not rejected
-    return runs.tensors_of(found.path)
+    checkpoint, rejected = latest_valid(root / "run/checkpoints")
+    assert checkpoint and checkpoint.step == STEPS and not rejected
+    return runs.tensors_of(checkpoint.path)
 
 
 def audited(run: Path) -> bool:
@@ -35,8 +35,8 @@ def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
     train(tmp_path / "sound", lambda batch: 1.0)
     rows = train(tmp_path / "faulty", Once(factor), policy="recompute")
     assert final(tmp_path / "faulty") == final(tmp_path / "sound")
-    told = events.read(tmp_path / "faulty/run")
-    assert [(e.kind, e.step, e.details["to"]) for e in told] == [("recompute", 7, 6)]
+    recorded = events.read(tmp_path / "faulty/run")
+    assert [(e.kind, e.step, e.details["to"]) for e in recorded] == [("recompute", 7, 6)]
     # Step 7 was right the first time and again: the same figures twice.
     seventh = [row["train/loss"] for row in rows if row["step"] == 7]
     assert len(seventh) == 2 and seventh[0] == seventh[1]
@@ -70,9 +70,9 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
     guards = {"policy": "rollback", "back": 1, "skip_batches": 2}
     for name in ("a", "b"):
         train(tmp_path / name, eighth_batch(), **guards)
-        told = events.read(tmp_path / name / "run")
-        assert [(e.kind, e.step, e.details["to"]) for e in told] == [("rollback", 7, 6)]
-        assert told[0].details["skip"] == ["sft", 6, 2]
+        recorded = events.read(tmp_path / name / "run")
+        assert [(e.kind, e.step, e.details["to"]) for e in recorded] == [("rollback", 7, 6)]
+        assert recorded[0].details["skip"] == ["sft", 6, 2]
     assert final(tmp_path / "a") == final(tmp_path / "b")
     state = json.loads((tmp_path / "a/run/checkpoints/step-000012/state.json").read_text())
     assert state["schedule"]["skipped"] == [["sft", 6, 2]]
@@ -111,8 +111,10 @@ def test_what_is_gone_back_to_is_not_pruned_meanwhile(
     discard = retention.discard
     monkeypatch.setattr(retention, "discard", slowly)
     train(tmp_path, eighth_batch(), policy="rollback", back=4, skip_batches=2, save=1)
-    told = events.read(tmp_path / "run")
-    assert [(e.kind, e.details["to"]) for e in told] == [("rollback", 6)]  # the oldest there was
+    recorded = events.read(tmp_path / "run")
+    assert [(e.kind, e.details["to"]) for e in recorded] == [
+        ("rollback", 6)
+    ]  # the oldest there was
     assert saved_steps(tmp_path / "run/checkpoints")[:2] == [12, 11]
 
 

@@ -30,21 +30,21 @@ THIRD = saved(
 
 
 def test_every_second_is_somewhere() -> None:
-    found = measure_goodput([FIRST, SECOND, THIRD])
-    assert found.allocated == 150 + 112 + 190  # the queue between them is nobody's
-    assert found.losses == pytest.approx({
+    goodput = measure_goodput([FIRST, SECOND, THIRD])
+    assert goodput.allocated == 150 + 112 + 190  # the queue between them is nobody's
+    assert goodput.losses == pytest.approx({
         "waiting": 0, "init": 90, "data_wait": 5, "eval": 8, "save": 12, "pause": 0,
         "rework": 0.4 * 100 + 20,  # steps 7 to 10 of the first, both of the second
         "hang": 60,
         "other": 10 + 2 + 5,
     })  # fmt: skip
-    assert found.useful == pytest.approx(60 + 140)
-    assert found.useful + sum(found.losses.values()) == pytest.approx(found.allocated)
-    assert found.share == pytest.approx(200 / 452)
+    assert goodput.useful == pytest.approx(60 + 140)
+    assert goodput.useful + sum(goodput.losses.values()) == pytest.approx(goodput.allocated)
+    assert goodput.share == pytest.approx(200 / 452)
     # A wait for the launch before is part of an attempt's time.
     later = measure_goodput([FIRST, SECOND, THIRD._replace(elapsed=220.0, waited=30.0)])
-    assert later.losses == pytest.approx(found.losses | {"waiting": 30})
-    assert later.useful == found.useful and later.allocated == found.allocated + 30
+    assert later.losses == pytest.approx(goodput.losses | {"waiting": 30})
+    assert later.useful == goodput.useful and later.allocated == goodput.allocated + 30
 
 
 def test_what_no_checkpoint_has_is_lost_at_once() -> None:
@@ -59,8 +59,8 @@ def test_the_interval_between_checkpoints() -> None:
     # BLOOM: 40 s a save, a failure a week
     week, day = 7 * 24 * 3600.0, 24 * 3600.0
     run = attempt("killed", started=0.0, ended=2 * week - day, save_seconds=40.0)
-    found = checkpoint_interval([run])
-    assert found == pytest.approx(math.sqrt(2 * 40 * week)) and 1.8 < found / 3600 < 2.0
+    interval = checkpoint_interval([run])
+    assert interval == pytest.approx(math.sqrt(2 * 40 * week)) and 1.8 < interval / 3600 < 2.0
     assert checkpoint_interval([attempt("done")]) == 300
     assert checkpoint_interval([attempt("done", save_seconds=3600.0)]) == 4 * 3600
 
@@ -70,18 +70,18 @@ def test_a_clock_that_is_set_moves_no_figure(tmp_path: Path, jump: float) -> Non
     """Of the first of two launches, in its middle; the order of both stays too."""
 
     def record(name: str, epoch: int, started: float, ended: float) -> None:
-        told = NodeRecord(
+        node_record = NodeRecord(
             name, 0, 1, "host", 1, [0], 1, "", started, epoch=epoch, elapsed=100.0, ended=ended,
             cause="done", exit_code=0, seconds={"forward": 90.0}, last_step=epoch,
         )  # fmt: skip
         (tmp_path / "attempts" / name).mkdir(parents=True)
-        told.write(tmp_path / "attempts" / name)
+        node_record.write(tmp_path / "attempts" / name)
 
     record("first", 1, 1e9, 1e9 + 100 + jump)
     record("second", 2, 1e9 + 200 + jump, 1e9 + 300 + jump)
     attempts = attempts_of(tmp_path)
     assert [attempt.launch for attempt in attempts] == ["first", "second"]
-    found = measure_goodput(attempts)
-    assert (found.allocated, found.useful) == (200.0, 180.0)
+    goodput = measure_goodput(attempts)
+    assert (goodput.allocated, goodput.useful) == (200.0, 180.0)
     rows = summarize(tmp_path, attempts, 3)["history"]
     assert [row["seconds"] for row in rows] == [100.0, 100.0]

@@ -22,21 +22,21 @@ def calls(tree: ast.AST) -> list[tuple[str, dict[str, ast.expr]]]:
 
 def unsafe(source: str) -> list[str]:
     """Calls that unpickle, run a shell, or unpack an archive as it pleases."""
-    found = []
+    unsafe_calls = []
     for name, keywords in calls(ast.parse(source)):
         last = name.rsplit(".", 1)[-1]
         weights_only = isinstance(only := keywords.get("weights_only"), ast.Constant) and only.value
         if name in ("os.system", "os.popen") or last == "extractall":
-            found.append(name)
+            unsafe_calls.append(name)
         if name == "torch.load" and weights_only is not True:
-            found.append(name)
+            unsafe_calls.append(name)
         if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal"):
-            found.append(name)
+            unsafe_calls.append(name)
         for word in ("shell", "allow_pickle"):
             value = keywords.get(word)
             if value is not None and not (isinstance(value, ast.Constant) and value.value is False):
-                found.append(f"{name}({word}={ast.unparse(value)})")
-    return found
+                unsafe_calls.append(f"{name}({word}={ast.unparse(value)})")
+    return unsafe_calls
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

@@ -41,24 +41,24 @@ def run_of(root: Path, *words: str) -> FitResult:
 def plan(*epochs: tuple[str, int, float], **more: Any) -> list[str]:
     """Return the overrides of a schedule."""
     scales = [Decimal(str(lr)) / Decimal("1e-3") for _, _, lr in epochs]  # of encoded.SETTINGS
-    told = ",".join(
+    fields = ",".join(
         f"{{kind:{kind},steps:{steps},lr_scale:{scale:f}}}"
         for (kind, steps, _), scale in zip(epochs, scales, strict=True)
     )
-    return [f"schedule.epochs=[{told}]", *(f"schedule.{k}={v}" for k, v in more.items())]
+    return [f"schedule.epochs=[{fields}]", *(f"schedule.{k}={v}" for k, v in more.items())]
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    found, _ = latest_valid(run / "checkpoints")
-    assert found
-    return found.state
+    checkpoint, _ = latest_valid(run / "checkpoints")
+    assert checkpoint
+    return checkpoint.state
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """Return the files that say what a run is, and what came out."""
     kept = ("config.json", "configs.jsonl", "events.jsonl", "state.json", "manifest.json")
-    found = [path for path in sorted(folder.rglob("*")) if path.name in kept]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths = [path for path in sorted(folder.rglob("*")) if path.name in kept]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_other_content_is_refused_and_nothing_is_written(
         is_path = word in (*NAMED, "lora.init_from") and place != "null"
         places[word] = str(data / place) if is_path else place
     before = files(run)
-    with pytest.raises(EcholabError, match=message) as told:
+    with pytest.raises(EcholabError, match=message) as error:
         run_of(run, *(f"{name}={path}" for name, path in places.items()), *MORE)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert files(run) == before
 
 
@@ -177,10 +177,10 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     words = [f"data.clips={clips}", *plan(("sft", 9, 1e-3))]
     run_of(run, *words[:1], *plan(("sft", 4, 1e-3)))
     (tar,) = clips.glob("*.tar")
-    whole = tar.read_bytes()
+    original = tar.read_bytes()
     index = json.loads((clips / "dataset.json").read_text())
     offset, size, _ = index["samples"][3]["members"]["safetensors"]
-    tar.write_bytes(whole[: offset + 999] + b"damage" + whole[offset + 1005 :])
+    tar.write_bytes(original[: offset + 999] + b"damage" + original[offset + 1005 :])
     with pytest.raises(EcholabError, match="does not match its checksum"):
         run_of(run, *words)
     saved = state_of(run)["step"]
@@ -193,8 +193,8 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     with pytest.raises(EcholabError, match="give data.changed=accept"):
         run_of(run, *words)
     assert run_of(run, *words, "data.changed=accept").done
-    told = events.read(run)
-    assert [(event.kind, event.step) for event in told] == [("data", saved)]
+    recorded = events.read(run)
+    assert [(event.kind, event.step) for event in recorded] == [("data", saved)]
     old, new = (open_dataset(path).fingerprint for path in (data / "clips", clips))
     assert [piece["first"] for piece in state_of(run)["data"]] == [0, saved]
     assert [piece["clips"][0][0] for piece in state_of(run)["data"]] == [old, new]
@@ -323,8 +323,8 @@ def test_a_change_within_the_running_epoch_is_recorded_from_its_step_on(
     run = shutil.copytree(stopped, tmp_path / "run")
     assert run_of(run, f"data.clips={data / 'clips'}", *words).done
     assert list(rates(run).values()) == pytest.approx(expected, rel=1e-3)
-    told = state_of(run)["schedule"]["rates"]
-    assert [piece["first"] for piece in told] == ([0] if words is TWO else [0, 4])
+    pieces = state_of(run)["schedule"]["rates"]
+    assert [piece["first"] for piece in pieces] == ([0] if words is TWO else [0, 4])
     kept = [json.loads(line) for line in (run / "configs.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["step"]) for line in kept] == [(1, 0), (2, 4)]
     assert kept[0]["config"]["schedule"] == json.loads(
@@ -390,8 +390,8 @@ def test_a_finished_run_may_be_made_longer(data: Path, tmp_path: Path, decay: st
     more = plan(("sft", 2, 1e-3), ("sft", 2, 2e-3), warmup=0, decay=decay)
     assert run_of(run, clips, *more).done
     assert run_of(run, clips, *more, "schedule.cycles=2").step == 8
-    told = state_of(run)["schedule"]["rates"]
-    assert [piece["first"] for piece in told] == [0, 2, 4]
+    pieces = state_of(run)["schedule"]["rates"]
+    assert [piece["first"] for piece in pieces] == [0, 2, 4]
     assert {step: rates(run)[step] for step in was} == was
     for step in (2, 3, 8):
         assert main(["replay", str(run), f"step={step}"]) == 0

@@ -27,14 +27,14 @@ class Starts:
 
     def __call__(self, kind: str, run: str, place: str = "", count: int = 0) -> dict[str, Any]:
         devices, together = KINDS[kind]
-        told = {
+        arguments = {
             "root": str(self.data), "run": run, "strategy": kind.removesuffix("-shared"),
             "devices": devices, "together": together, "place": place, "count": count,
             "victim": 0 if place == "export" else devices - 1,
         }  # fmt: skip
-        self.server.run("interrupted:main", world=devices, arguments=told)
-        found: dict[str, Any] = json.loads((self.data / f"{run}.json").read_text())
-        return found
+        self.server.run("interrupted:main", world=devices, arguments=arguments)
+        record: dict[str, Any] = json.loads((self.data / f"{run}.json").read_text())
+        return record
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +58,27 @@ SIGNALED = ["signal", signal.SIGTERM, False, False]
 )  # fmt: skip
 def test_a_run_that_is_stopped_in_each_look(starts: Starts, kind: str) -> None:
     """5 held-out clips on 2 ranks are uneven; one rank alone is signaled."""
-    whole = starts(kind, f"{kind}-whole")
-    assert whole["result"] == [STEPS, "done", 0, True, False]
-    assert whole["val"] == [2, STEPS] and whole["parity"] == [STEPS]
+    not_stopped = starts(kind, f"{kind}-whole")
+    assert not_stopped["result"] == [STEPS, "done", 0, True, False]
+    assert not_stopped["val"] == [2, STEPS] and not_stopped["parity"] == [STEPS]
 
     run = f"{kind}-run"
-    found = starts(kind, run, "validation", 2)
-    assert found["result"] == [2, *SIGNALED]
-    assert found["saved"] == [2], "the save is published before the validation begins"
-    assert found["val"] == [] and found["trained"] == [1, 2]
-    found = starts(kind, run, "validation", 5)
-    assert found["result"] == [STEPS, *SIGNALED]
-    assert found["saved"] == [STEPS, 2]
-    assert found["val"] == [] and found["trained"] == [3, STEPS]
+    record = starts(kind, run, "validation", 2)
+    assert record["result"] == [2, *SIGNALED]
+    assert record["saved"] == [2], "the save is published before the validation begins"
+    assert record["val"] == [] and record["trained"] == [1, 2]
+    record = starts(kind, run, "validation", 5)
+    assert record["result"] == [STEPS, *SIGNALED]
+    assert record["saved"] == [STEPS, 2]
+    assert record["val"] == [] and record["trained"] == [3, STEPS]
     for place in ("sampling", "export"):
-        found = starts(kind, run, place, 1)
-        assert found["result"] == [STEPS, *SIGNALED]
-        assert found["val"] == [STEPS] and found["trained"] == found["parity"] == []
+        record = starts(kind, run, place, 1)
+        assert record["result"] == [STEPS, *SIGNALED]
+        assert record["val"] == [STEPS] and record["trained"] == record["parity"] == []
         assert not (starts.data / run / "parity.json").exists()
-    found = starts(kind, run)
-    assert found["result"] == [STEPS, "done", 0, True, False]
-    assert found["parity"] == [STEPS] and found["trained"] == []
+    record = starts(kind, run)
+    assert record["result"] == [STEPS, "done", 0, True, False]
+    assert record["parity"] == [STEPS] and record["trained"] == []
     last = f"checkpoints/step-{STEPS:06d}"
     unbroken, broken = (runs.tensors_of(starts.data / r / last) for r in (f"{kind}-whole", run))
     assert unbroken == broken
@@ -99,8 +99,8 @@ def test_stop_and_the_clock_end_a_validation_too(
     assert (result.step, result.reason, result.unsaved) == (2, "stop", False)
     assert saved_steps(run / "checkpoints") == [2] and not (run / "STOP").exists()
     assert not any("val/loss" in row for row in rows)
-    told = capfd.readouterr().err
-    assert "validation at step 2 was cut short (stop)" in told
+    message = capfd.readouterr().err
+    assert "validation at step 2 was cut short (stop)" in message
     result, rows = interrupted.train(tmp_path, every=every)
     assert result.done and [row["step"] for row in rows if "val/loss" in row] == [STEPS]
 

@@ -55,15 +55,15 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 def imports(source: str) -> list[str]:
     """Every module that a source text imports, wherever in it; relative ones start with a dot."""
-    found = []
+    modules = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             # `from echolab import data` imports echolab.data
-            found += [f"{base}.{a.name}" for a in node.names] if base == "echolab" else [base]
-    return found
+            modules += [f"{base}.{a.name}" for a in node.names] if base == "echolab" else [base]
+    return modules
 
 
 def package(name: str) -> str:
@@ -80,20 +80,20 @@ def faults(name: str, source: str) -> list[str]:
             f"echolab/__init__.py imports {i}" for i in imports(source) if i not in ("os", "sys")
         ]
     layer = DATA_PREP_LAYER if here == "data_prep" else LAYERS[here]
-    found = []
+    broken = []
     for module in imports(source):
         top, there = module.split(".")[0], package(module)
         if module.startswith("."):
-            found.append(f"{name}: relative import {module}")
+            broken.append(f"{name}: relative import {module}")
         elif top == "data_prep" and here not in ("data_prep", "cli"):
-            found.append(f"{name}: {module} is not part of echolab; only cli may use it")
+            broken.append(f"{name}: {module} is not part of echolab; only cli may use it")
         elif top == "echolab" and there in LAYERS and there != here:
             lower = LAYERS[there] < layer or LAYERS[there] == layer == 0
             if not (lower or (here == "data_prep" and LAYERS[there] <= layer)):
-                found.append(f"{name}: layer {layer} imports {module} of layer {LAYERS[there]}")
+                broken.append(f"{name}: layer {layer} imports {module} of layer {LAYERS[there]}")
         elif top not in sys.stdlib_module_names | {"echolab", "data_prep"}:
-            found += _third_party_faults(name, here, layer, top)
-    return found
+            broken += _third_party_faults(name, here, layer, top)
+    return broken
 
 
 def _third_party_faults(name: str, here: str, layer: int, top: str) -> list[str]:

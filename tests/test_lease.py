@@ -182,15 +182,15 @@ def test_silence_elsewhere(tmp_path: Path, age: float, renews: bool, taken: bool
     first = take(tmp_path, elsewhere())
     older(first, age)
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(take, tmp_path, this_process("local-1"))
+        lease = pool.submit(take, tmp_path, this_process("local-1"))
         for n in range(10 if renews else 0):
             time.sleep(0.1)
             older(first, age + n)
         if taken:
-            assert found.result(300).epoch == 2
+            assert lease.result(300).epoch == 2
         else:
             with pytest.raises(BusyError):
-                found.result(300)
+                lease.result(300)
 
 
 def commands(folder: Path, scontrol: str, squeue: str = "true") -> None:

@@ -69,8 +69,8 @@ GOOD: Steps = [[K[2], K[0]], [K[1], K[3]], [K[3], K[0]], [K[1], K[2]]]
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_without_fault_is_exact(tmp_path: Path, world: int) -> None:
     write(tmp_path, 1, GOOD, world=world)
-    found = audit_run(tmp_path)
-    assert found.exact and (found.steps, found.samples, found.lines()) == (4, 8, [])
+    audit = audit_run(tmp_path)
+    assert audit.exact and (audit.steps, audit.samples, audit.lines()) == (4, 8, [])
     assert main(["data", "audit", str(tmp_path)]) == 0
 
 
@@ -78,8 +78,8 @@ def test_steps_that_led_nowhere_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 1, [*GOOD[:3], [K[0], K[0]]], world=2)
     write(tmp_path, 2, [], first=3)  # killed before its first step
     write(tmp_path, 3, GOOD[2:], first=2)
-    found = audit_run(tmp_path)
-    assert found.exact and (found.steps, found.attempts) == (4, 3)
+    audit = audit_run(tmp_path)
+    assert audit.exact and (audit.steps, audit.attempts) == (4, 3)
 
 
 def test_a_step_that_only_some_ranks_wrote_does_not_count(tmp_path: Path) -> None:
@@ -94,19 +94,19 @@ def test_a_step_that_only_some_ranks_wrote_does_not_count(tmp_path: Path) -> Non
     assert "rank 1 lists no step beyond -1, rank 0 continues to 3" in audit_run(tmp_path).lines()[0]
 
 
-def found_by(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def audit_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command says of a run that has faults."""
     assert main(["data", "audit", str(folder)]) == 1
     text = capsys.readouterr().out
     assert main(["data", "audit", str(folder), "format=json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert not told["exact"] and told["run"] == str(folder)
+    report = json.loads(capsys.readouterr().out)
+    assert not report["exact"] and report["run"] == str(folder)
     return text
 
 
 def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 1, [[K[2], K[0]], [K[1], K[2]], *GOOD[2:]])
-    text = found_by(tmp_path, capsys)
+    text = audit_of(tmp_path, capsys)
     assert f"epoch 0: {K[3]} is missing" in text
     assert f"epoch 0: {K[2]} is doubled (steps 0, 1)" in text
 
@@ -126,8 +126,8 @@ def test_bad_samples_in_quarantine_are_excused(tmp_path: Path) -> None:
     write(tmp_path, 1, [[K[2], K[0]], [K[1], K[2]], *GOOD[2:]])
     entry = {"dataset": datasets(tmp_path)[0]["fingerprint"], "key": K[3]}
     (tmp_path / "quarantine.jsonl").write_text(json.dumps(entry) + "\n")
-    found = audit_run(tmp_path)
-    assert found.exact and found.quarantined == 1  # another stood for it in the first epoch
+    audit = audit_run(tmp_path)
+    assert audit.exact and audit.quarantined == 1  # another stood for it in the first epoch
     write(tmp_path / "two", 1, [[K[2], K[0]], [K[2], K[2]], *GOOD[2:]])
     (tmp_path / "two/quarantine.jsonl").write_text(json.dumps(entry) + "\n")
     assert [(f.key, f.steps) for f in audit_run(tmp_path / "two").doubled] == [(K[2], [0, 1, 1])]
@@ -150,8 +150,8 @@ def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) 
     with (tmp_path / LEDGER / SKIPPED).open("a") as file:
         file.write('{"kind": "sft", "bat')  # killed while it wrote
     assert [batch.batch for batch in read_skipped(tmp_path / LEDGER)] == [1, 2]
-    found = audit_run(tmp_path, [("sft", 1, 2)])
-    assert found.exact and found.skipped == 2  # K[0] is of another dataset
+    audit = audit_run(tmp_path, [("sft", 1, 2)])
+    assert audit.exact and audit.skipped == 2  # K[0] is of another dataset
     unasked = audit_run(tmp_path, skips)
     assert "sft batch 2 was skipped, and no event of the run asked for it" in unasked.lines()[0]
     assert [f.key for f in unasked.missing] == [K[3]]
@@ -161,21 +161,23 @@ def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) 
 def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
     write(tmp_path, 1, GOOD)
     write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
-    told = audit_run(tmp_path, [("sft", 1, 1)]).lines()
-    assert len(told) == 2 and f"epoch 0: {K[1]} was trained on, though skipped (steps 1)" in told[0]
+    lines = audit_run(tmp_path, [("sft", 1, 1)]).lines()
+    assert (
+        len(lines) == 2 and f"epoch 0: {K[1]} was trained on, though skipped (steps 1)" in lines[0]
+    )
 
 
 def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a", 1, [["nobody", K[0]]])
-    assert "nobody is not in the dataset (steps 0)" in found_by(tmp_path / "a", capsys)
+    assert "nobody is not in the dataset (steps 0)" in audit_of(tmp_path / "a", capsys)
     write(tmp_path / "b", 1, GOOD[:1], first=1)
-    assert "begins at step 1" in found_by(tmp_path / "b", capsys)
+    assert "begins at step 1" in audit_of(tmp_path / "b", capsys)
     write(tmp_path / "c", 1, GOOD[:1])
     write(tmp_path / "c", 2, GOOD[2:], first=2)
-    assert "step 1 is in no attempt" in found_by(tmp_path / "c", capsys)
+    assert "step 1 is in no attempt" in audit_of(tmp_path / "c", capsys)
     write(tmp_path / "d", 1, GOOD)
     (tmp_path / "d/clips/dataset.json").unlink()
-    assert "dataset.json: not there" in found_by(tmp_path / "d", capsys)
+    assert "dataset.json: not there" in audit_of(tmp_path / "d", capsys)
 
 
 def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,8 +213,8 @@ def test_training_keeps_a_ledger_over_its_attempts(tmp_path: Path) -> None:
     assert 4 <= first.step < 9
     runs.train(tmp_path / "cut", plan, every=EVERY, ledger=True, micro_batch_size=1, workers=1)
     assert effective(tmp_path / "cut") == effective(tmp_path / "whole")
-    found = audit_run(tmp_path / "cut/run")
-    assert found.exact and (found.steps, found.attempts, found.samples) == (9, 2, 36)
+    audit = audit_run(tmp_path / "cut/run")
+    assert audit.exact and (audit.steps, audit.attempts, audit.samples) == (9, 2, 36)
     noise = [row.noise for rows in effective(tmp_path / "cut").values() for row in rows]
     assert len({one for row in noise for one in row}) == 36  # every clip of every epoch has its own
 
@@ -234,8 +236,8 @@ def test_padding_trains_on_no_clip_and_changes_no_mean(tmp_path: Path) -> None:
     (alone,) = read_ledger(tmp_path / "a/run").steps[1]
     assert len(alone.keys) == 1 and audit_run(tmp_path / "b/run").exact
     # The second step's loss is that of its one clip: the mean over both steps is the epoch's.
-    (whole,) = losses(tmp_path / "c", batch_size=5, schedule=runs.schedule(("sft", 1), lr=0.0))
-    assert (4 * padded[0] + padded[1]) / 5 == pytest.approx(whole, rel=1e-3)
+    (only,) = losses(tmp_path / "c", batch_size=5, schedule=runs.schedule(("sft", 1), lr=0.0))
+    assert (4 * padded[0] + padded[1]) / 5 == pytest.approx(only, rel=1e-3)
 
 
 def test_ranks_that_share_their_clips_write_once(
@@ -261,8 +263,8 @@ def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Pat
     ]  # fmt: skip
     assert main([*words, encoded.plan(("sft", 2))]) == 0
     assert main([*words, "data.num_workers=1", "micro_batch_size=2", encoded.plan(("sft", 4))]) == 0
-    found = audit_run(tmp_path / "run")
-    assert found.exact and (found.steps, found.attempts, found.samples) == (4, 2, 16)
+    audit = audit_run(tmp_path / "run")
+    assert audit.exact and (audit.steps, audit.attempts, audit.samples) == (4, 2, 16)
     sources = [s for rows in read_ledger(tmp_path / "run").steps.values() for s in rows[0].sources]
     assert sources.count(0) == pytest.approx(12, abs=1)
 

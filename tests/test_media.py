@@ -28,8 +28,8 @@ def ramp(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
     """Smooth moving pictures, which a codec keeps well."""
     y, x = np.mgrid[:height, :width]
     time = np.arange(frames)[:, None, None]
-    grey = 127 + 80 * np.sin(x / 9 + time / 5) * np.cos(y / 11)
-    return np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+    gray = 127 + 80 * np.sin(x / 9 + time / 5) * np.cos(y / 11)
+    return np.repeat(gray[..., None], 3, -1).astype(np.uint8)
 
 
 def chirp(samples: int = 16000) -> np.ndarray:
@@ -89,8 +89,8 @@ def test_a_written_video_keeps_its_sound_in_step(tmp_path: Path) -> None:
     samples = chirp(25 * 640)
     write_video(tmp_path / "a.mp4", ramp(25), samples)
     sound = read_audio_track(tmp_path / "a.mp4")
-    heard = sound.samples[: len(samples)]
-    lag = np.correlate(heard[4000:8000], samples[3900:8100], "valid").argmax() - 100
+    decoded = sound.samples[: len(samples)]
+    lag = np.correlate(decoded[4000:8000], samples[3900:8100], "valid").argmax() - 100
     assert abs(sound.start_seconds + lag / 16000) < 0.002
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 25

@@ -27,9 +27,9 @@ def test_columns_of_a_sound(samples: int, columns: int) -> None:
 def test_the_reference_program_gives_the_same(media: Path) -> None:
     """python_speech_features on the sound of a real clip; ffmpeg's resampler stands between."""
     golden = np.load(media / "syncnet_golden_seed1000.npz", allow_pickle=False)["mfcc"]
-    found = mfcc(read_audio(media / "video" / "th_lrs3_crop224.mp4"))
-    assert found.shape == (1573, 13)
-    difference = np.abs(found[: len(golden)] - golden)
+    cepstra = mfcc(read_audio(media / "video" / "th_lrs3_crop224.mp4"))
+    assert cepstra.shape == (1573, 13)
+    difference = np.abs(cepstra[: len(golden)] - golden)
     assert difference.max() < 0.1 and difference.mean() < 0.005
 
 
@@ -44,10 +44,10 @@ def test_the_scale_of_the_samples_moves_the_log_energy_alone() -> None:
 
 def test_samples_count_as_integers() -> None:
     """The log energy of a constant 1 of 32768, pre-emphasised: 1, 0.03, 0.03, ..."""
-    found = mfcc(np.full(400, 1 / 32768, np.float32))[0, 0]
+    cepstra = mfcc(np.full(400, 1 / 32768, np.float32))[0, 0]
     emphasised = np.r_[1.0, np.full(399, 0.03)]
     energy = (np.abs(np.fft.rfft(emphasised, 512)) ** 2 / 512).sum()
-    assert found == pytest.approx(math.log(energy), abs=1e-5)
+    assert cepstra == pytest.approx(math.log(energy), abs=1e-5)
 
 
 def test_a_full_scale_sound_keeps_its_sign() -> None:

@@ -70,12 +70,12 @@ SOURCES = st.lists(
 
 def counted(plan: BatchSampler, batches: int) -> list[Counter[tuple[int, int]]]:
     """For each dataset, how often each (epoch, sample) came."""
-    found: list[Counter[tuple[int, int]]] = [Counter() for _ in plan.sources]
+    counts: list[Counter[tuple[int, int]]] = [Counter() for _ in plan.sources]
     for number in range(batches):
         for drawn in plan.batch(number):
             if drawn.loss_weight:
-                found[drawn.source][drawn.epoch, drawn.sample] += 1
-    return found
+                counts[drawn.source][drawn.epoch, drawn.sample] += 1
+    return counts
 
 
 def check_exact(plan: BatchSampler, batches: int, left_out: dict[int, int] | None = None) -> None:
@@ -145,13 +145,13 @@ def test_remainders(samples: list[int]) -> None:
         return BatchSampler([Source("a", "a", samples)], batch_size=batch, seed=0, shuffle=order)
 
     check_exact(plan("carry"), 12)
-    whole = total // batch
+    batches = total // batch
     dropping = plan("drop")
-    check_exact(dropping, 12, {0: total - whole * batch})
-    assert [c.epoch for i in range(2 * whole) for c in dropping.batch(i)] == [0] * (
-        whole * batch
-    ) + [1] * (whole * batch)
-    assert dropping.progress(2 * whole) == [(2, 2 * (total - whole * batch))]
+    check_exact(dropping, 12, {0: total - batches * batch})
+    assert [c.epoch for i in range(2 * batches) for c in dropping.batch(i)] == [0] * (
+        batches * batch
+    ) + [1] * (batches * batch)
+    assert dropping.progress(2 * batches) == [(2, 2 * (total - batches * batch))]
     padding, of_epoch = plan("pad"), -(-total // batch)
     check_exact(padding, 12)
     for number in range(12):

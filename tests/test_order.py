@@ -120,11 +120,11 @@ def test_any_part_is_worked_out_by_itself(
     shards: list[int], block: int, buffer: int, data: st.DataObject
 ) -> None:
     order = EpochOrder(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
-    whole = epoch_order(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
+    full_order = epoch_order(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
     first = data.draw(st.integers(0, len(order)))
     stop = data.draw(st.integers(first, len(order)))
     indices = order.indices(first, stop)
-    assert order.samples(indices).tolist() == whole[first:stop].tolist()
+    assert order.samples(indices).tolist() == full_order[first:stop].tolist()
     assert all(abs(int(index) - at) < max(1, buffer) for at, index in enumerate(indices, first))
 
 
@@ -183,8 +183,8 @@ def test_planning_ten_to_the_eight_samples_takes_little_memory() -> None:
     shards = np.full(100_000, 1000, dtype=np.int64)
     tracemalloc.start()
     order = EpochOrder(shards, "f", seed=0, epoch=0)
-    found = order.samples(order.indices(1_000_000, 1_000_064))
+    part = order.samples(order.indices(1_000_000, 1_000_064))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200e6 and len(order) == 10**8
-    assert len(set(found.tolist())) == 64 and 0 <= found.min() and found.max() < 10**8
+    assert len(set(part.tolist())) == 64 and 0 <= part.min() and part.max() < 10**8

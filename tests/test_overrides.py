@@ -97,8 +97,8 @@ def test_interpolations_remain() -> None:
 
 def test_in_a_sweep_a_comma_separates_and_quotes_keep_it() -> None:
     typed = ["/d/(x)/~y/ü", "a=b#c", "$x{y}", "it's", "a\\b", "2024"]
-    found = members([f"data.clips={','.join(typed)},'p,q',[r=s,t]"], compose_both)
-    values = [compose(member.words)["data"]["clips"] for member in found]
+    runs = members([f"data.clips={','.join(typed)},'p,q',[r=s,t]"], compose_both)
+    values = [compose(member.words)["data"]["clips"] for member in runs]
     assert values == [*typed, "p,q", ["r=s", "t"]]
     chosen = members(["data.clips=x", "pretrained=choice(/a/(x),b#c)"], compose_both)
     assert [member.config["pretrained"] for member in chosen] == ["/a/(x)", "b#c"]
@@ -156,6 +156,6 @@ def test_all_settings_that_hold_paths_or_text_are_known() -> None:
 
     config = compose(["data.clips=x", "lora=all"])
     keys = [tuple(key.split(".")) for key in run_dir.flatten(config)]
-    found = {".".join(key) for key in keys if takes_text(config, key)}
-    assert found - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
+    texts = {".".join(key) for key in keys if takes_text(config, key)}
+    assert texts - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
     assert set(DATASETS) < set(TEXTS)

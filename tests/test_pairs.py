@@ -57,13 +57,13 @@ def net() -> EchoTransformer:
 def sample(
     net: EchoTransformer, dataset: ShardDataset, folder: Path, **changes: object
 ) -> list[int]:
-    told: list[int] = []
+    reported: list[int] = []
     settings = {
         "prompts": PROMPTS, "candidates": CANDIDATES, "batch": 2, "steps": 2, "shift": 5.0,
         "audio_scales": (1.0,), "seed": 0, "weights": "a", "dtype": torch.float32,
     }  # fmt: skip
-    sample_candidates(net, dataset, folder, report=told.append, **{**settings, **changes})  # type: ignore[arg-type]
-    return told
+    sample_candidates(net, dataset, folder, report=reported.append, **{**settings, **changes})  # type: ignore[arg-type]
+    return reported
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def verdicts_of(dataset: ShardDataset, syncs: list[list[float]]) -> dict[tuple[s
 def test_candidates_are_a_pure_function_of_seed_key_and_number(
     net: EchoTransformer, dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
-    found = dict(read_candidates(candidates))
-    assert list(found) == dataset.keys[:PROMPTS]
-    assert all(clips.shape == (CANDIDATES, 16, 2, 4, 4) for clips in found.values())
+    drawn = dict(read_candidates(candidates))
+    assert list(drawn) == dataset.keys[:PROMPTS]
+    assert all(clips.shape == (CANDIDATES, 16, 2, 4, 4) for clips in drawn.values())
     sample(net, dataset, tmp_path / "other", batch=3)
     for key, clips in read_candidates(tmp_path / "other"):
-        torch.testing.assert_close(clips, found[key], rtol=1e-2, atol=1e-2)  # stored in fp16
-    every = torch.cat(list(found.values())).flatten(1)
+        torch.testing.assert_close(clips, drawn[key], rtol=1e-2, atol=1e-2)  # stored in fp16
+    every = torch.cat(list(drawn.values())).flatten(1)
     assert len(every.unique(dim=0)) == PROMPTS * CANDIDATES
 
 
@@ -99,9 +99,9 @@ def test_each_candidate_has_the_next_guidance(
 ) -> None:
     sample(net, dataset, tmp_path / "found", prompts=1, audio_scales=(0.0, 2.0))
     ((key, clips),) = read_candidates(tmp_path / "found")
-    told = collate_clips(dataset, [read_clip(dataset, 0, TASK)])
+    batch = collate_clips(dataset, [read_clip(dataset, 0, TASK)])
     for number, scale in enumerate((0.0, 2.0, 0.0)):
-        alone = generate(net, told.conditions, [key], steps=2, shift=5.0, audio_scale=scale,
+        alone = generate(net, batch.conditions, [key], steps=2, shift=5.0, audio_scale=scale,
                          seed=0, draw_index=number)  # fmt: skip
         torch.testing.assert_close(clips[number], alone[0], rtol=1e-2, atol=1e-2)
 
@@ -110,10 +110,10 @@ def test_sampling_goes_on_with_the_first_file_that_is_missing(
     net: EchoTransformer, dataset: ShardDataset, candidates: Path
 ) -> None:
     first, last = sorted(candidates.glob("*.safetensors"))
-    whole, stamp = last.read_bytes(), first.stat().st_mtime_ns
+    original, stamp = last.read_bytes(), first.stat().st_mtime_ns
     last.unlink()
     assert sample(net, dataset, candidates) == [2, 3]
-    assert last.read_bytes() == whole and first.stat().st_mtime_ns == stamp
+    assert last.read_bytes() == original and first.stat().st_mtime_ns == stamp
 
 
 def test_missing_and_damaged_candidates_are_named(
@@ -160,12 +160,12 @@ def test_a_verdict_tells_sync_identity_and_flicker() -> None:
 
 def test_a_total_is_of_standardised_parts() -> None:
     verdicts = {("a", n): Verdict(1.0 * n, 0.5, 0.1) for n in range(4)}
-    found = totals(verdicts)
-    assert sum(found.values()) == pytest.approx(0)
-    assert [found["a", n] for n in range(4)] == sorted(found.values())
+    scores = totals(verdicts)
+    assert sum(scores.values()) == pytest.approx(0)
+    assert [scores["a", n] for n in range(4)] == sorted(scores.values())
     scaled = {place: v._replace(sync=100 * v.sync + 7) for place, v in verdicts.items()}
     for place, total in totals(scaled).items():
-        assert total == pytest.approx(found[place])
+        assert total == pytest.approx(scores[place])
     good, shaky, strange = Verdict(1, 0.9, 0.1), Verdict(1, 0.9, 0.3), Verdict(1, 0.2, 0.1)
     total = totals({("a", 0): good, ("a", 1): shaky, ("a", 2): strange})
     assert total["a", 0] > max(total["a", 1], total["a", 2])
@@ -245,11 +245,11 @@ def test_verdicts_survive_a_stop_in_the_middle_of_a_line(tmp_path: Path) -> None
     a, b = [Verdict(0.1, 0.2, 0.3), Verdict(1, 2, 3)], [Verdict(4, 5, 6), Verdict(7, 8, 9)]
     append_verdicts(path, "a", a)
     append_verdicts(path, "b", b)
-    whole = path.read_bytes()
+    original = path.read_bytes()
     every = {("a", 0): a[0], ("a", 1): a[1], ("b", 0): b[0], ("b", 1): b[1]}
     assert read_verdicts(path) == every
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
+    for cut in range(len(original) + 1):
+        path.write_bytes(original[:cut])
         kept = read_verdicts(path)
         assert kept == {place: every[place] for place in kept}
         append_verdicts(path, "a", a)

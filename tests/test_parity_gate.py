@@ -35,8 +35,13 @@ class Gate:
         """Return the results of each rank."""
         out.mkdir(exist_ok=True)
         world = RANKS[strategy]
-        told = {"folder": str(self.data), "strategy": strategy, "devices": world, "out": str(out)}
-        self.server.run("gated:main", world=world, arguments={**told, **options})
+        arguments = {
+            "folder": str(self.data),
+            "strategy": strategy,
+            "devices": world,
+            "out": str(out),
+        }
+        self.server.run("gated:main", world=world, arguments={**arguments, **options})
         return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -57,13 +62,13 @@ def alone(gate: Gate) -> dict[str, Any]:
     return gate("single", gate.data / "single")[0]
 
 
-def check(found: dict[str, Any]) -> None:
+def check(result: dict[str, Any]) -> None:
     """The gate lets the right export pass, and none of the wrong ones."""
-    assert found["nothing"]["difference"] <= found["nothing"]["bound"] == TOLERANCE
+    assert result["nothing"]["difference"] <= result["nothing"]["bound"] == TOLERANCE
     for how in FAULTS:
-        assert "differ by" in found[how] and "at most 1.00e-04 in fp32; check" in found[how]
-        assert "\n" not in found[how]
-    assert found["unchanged"]
+        assert "differ by" in result[how] and "at most 1.00e-04 in fp32; check" in result[how]
+        assert "\n" not in result[how]
+    assert result["unchanged"]
 
 
 def test_alone(alone: dict[str, Any]) -> None:
@@ -85,10 +90,10 @@ def test_nothing_is_left_of_the_export(alone: dict[str, Any], gate: Gate) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_every_strategy(gate: Gate, alone: dict[str, Any], tmp_path: Path, strategy: str) -> None:
-    found = gate(strategy, tmp_path / "out")
-    for rank in found:
+    result = gate(strategy, tmp_path / "out")
+    for rank in result:
         check(rank)
-        assert rank["values"] == found[0]["values"]
+        assert rank["values"] == result[0]["values"]
         # 5 clips on 2 ranks: none is left out, none counts twice
         assert rank["values"] == pytest.approx(alone["values"], rel=1e-3)
 
@@ -105,10 +110,10 @@ def test_bf16_has_a_bound_that_was_measured(gate: Gate, tmp_path: Path, strategy
 
 
 def test_adapters_are_compared_merged(gate: Gate, tmp_path: Path) -> None:
-    found = gate("single", tmp_path / "out", lora=True)[0]
-    assert 0 < found["nothing"]["difference"] <= TOLERANCE
-    assert "differ by" in found["swap of averages"] and "differ by" in found["names"]
-    assert found["unchanged"]
+    result = gate("single", tmp_path / "out", lora=True)[0]
+    assert 0 < result["nothing"]["difference"] <= TOLERANCE
+    assert "differ by" in result["swap of averages"] and "differ by" in result["names"]
+    assert result["unchanged"]
 
 
 def test_the_report_is_of_one_checkpoint(tmp_path: Path) -> None:
@@ -247,5 +252,5 @@ def test_a_run_is_done_only_behind_the_gate(tmp_path: Path) -> None:
     again, more = trained(tmp_path, plan, **settings)
     assert again.done and more == []  # what was let pass is not done again
     assert runs.tensors_of(tmp_path / "run/checkpoints/step-000004") == weights
-    whole, _ = runs.train(tmp_path, plan, folder=tmp_path / "other", **settings)
-    assert whole.done and runs.tensors_of(tmp_path / "other/checkpoints/step-000004") == weights
+    unbroken, _ = runs.train(tmp_path, plan, folder=tmp_path / "other", **settings)
+    assert unbroken.done and runs.tensors_of(tmp_path / "other/checkpoints/step-000004") == weights

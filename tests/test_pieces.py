@@ -44,37 +44,39 @@ def test_tensors_are_those_of_safetensors(
     monkeypatch.setattr(module, "CHUNK", chunk)
     monkeypatch.setattr(collate, "CHUNK", chunk)
     dataset = dataset_of(tmp_path, save(TENSORS))
-    found = read_fp32(dataset, 0)
-    assert set(found) == set(TENSORS)
+    tensors = read_fp32(dataset, 0)
+    assert set(tensors) == set(TENSORS)
     for name, tensor in load(dataset.read(0)["safetensors"]).items():
-        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor.float()), name
+        assert tensors[name].dtype == torch.float32 and torch.equal(
+            tensors[name], tensor.float()
+        ), name
 
 
 def test_only_what_is_wanted_is_made(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, save(TENSORS))
-    found = read_fp32(dataset, 0, ("brain", "single", "nothing"))
-    assert set(found) == {"brain", "single"}
+    tensors = read_fp32(dataset, 0, ("brain", "single", "nothing"))
+    assert set(tensors) == {"brain", "single"}
     again = read_fp32(dataset, 0, ("single",))
     again["single"].zero_()  # of their own memory
-    assert torch.equal(found["single"], TENSORS["single"])
+    assert torch.equal(tensors["single"], TENSORS["single"])
 
 
 def test_no_flip_and_no_cut_passes(tmp_path: Path) -> None:
     """Also in the header, in tensors nobody wants, and where the file got shorter."""
     dataset = dataset_of(tmp_path, save(TENSORS))
     path = tmp_path / "encoded-000000.tar"
-    whole = path.read_bytes()
+    original = path.read_bytes()
     offset, size, _ = dataset.sample(0).members["safetensors"]
     rng = np.random.default_rng(0)
     for at in [*range(offset, offset + 24), *rng.integers(offset, offset + size, 100)]:
-        damaged = bytearray(whole)
+        damaged = bytearray(original)
         damaged[at] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"sample a, byte {offset}: .*checksum") as caught:
             read_fp32(dataset, 0, ("half",))
         assert "\n" not in str(caught.value)
     for end in rng.integers(offset, offset + size, 30):
-        path.write_bytes(whole[:end])
+        path.write_bytes(original[:end])
         with pytest.raises(DataError, match=f"is cut at {end - offset}"):
             read_fp32(dataset, 0, ("half",))
 

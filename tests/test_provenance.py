@@ -46,22 +46,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Clips, pairs, held-out clips and a run by ONE; `video/...` and so on by others."""
     root = tmp_path_factory.mktemp("made")
     clips, pairs = encoded.write(root / "plain", 4)
-    found = {}
+    datasets = {}
     for name, encoders in {"one": ONE, **OTHERS}.items():
-        found[f"{name}/clips"] = rewritten(clips, root / name / "clips", encoders)
-        found[f"{name}/held"] = rewritten(clips, root / name / "held", encoders, 50)
-        found[f"{name}/pairs"] = rewritten(pairs, root / name / "pairs", encoders)
+        datasets[f"{name}/clips"] = rewritten(clips, root / name / "clips", encoders)
+        datasets[f"{name}/held"] = rewritten(clips, root / name / "held", encoders, 50)
+        datasets[f"{name}/pairs"] = rewritten(pairs, root / name / "pairs", encoders)
     for name in ("one", "video"):
-        found[f"{name}/run"] = root / name / "run"
-        train_on(found[f"{name}/run"], {"data.clips": found[f"{name}/clips"]})
-    return found
+        datasets[f"{name}/run"] = root / name / "run"
+        train_on(datasets[f"{name}/run"], {"data.clips": datasets[f"{name}/clips"]})
+    return datasets
 
 
 def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
-    told = [f"{name}={place}" for name, place in places.items()]
+    settings = [f"{name}={place}" for name, place in places.items()]
     plan = encoded.plan(("sft", 1), *([("dpo", 1)] if "data.pairs" in places else []))
     return train(
-        compose([*encoded.SETTINGS, "verify_export=false", f"run_dir={run}", plan, *told, *words])
+        compose(
+            [*encoded.SETTINGS, "verify_export=false", f"run_dir={run}", plan, *settings, *words]
+        )
     )
 
 
@@ -91,9 +93,9 @@ def test_what_different_networks_made_does_not(
     made: dict[str, Path], tmp_path: Path, what: str, encoder: str
 ) -> None:
     words = f"{encoder} encoder is .*; encode both with one"
-    with pytest.raises(EcholabError, match=words) as told:
+    with pytest.raises(EcholabError, match=words) as error:
         train_on(tmp_path / "run", places_of(made, **{what: encoder}))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_accepted_data_must_be_of_the_same_encoders(made: dict[str, Path], tmp_path: Path) -> None:
@@ -160,10 +162,10 @@ def test_adapters_need_a_trained_base(made: dict[str, Path], tmp_path: Path) -> 
         train_on(tmp_path / "run", {"data.clips": made["one/clips"]}, "lora=attention")
 
 
-def candidates(folder: Path, found: list[torch.Tensor], **request: Any) -> Path:
+def candidates(folder: Path, latents: list[torch.Tensor], **request: Any) -> Path:
     """A folder of candidates of one prompt."""
     folder.mkdir()
-    tensors = {f"key-0/{number}": clip.clone() for number, clip in enumerate(found)}
+    tensors = {f"key-0/{number}": clip.clone() for number, clip in enumerate(latents)}
     save_file(tensors, folder / "candidates-000000.safetensors")
     (folder / "request.json").write_text(json.dumps(request))
     return folder
@@ -192,10 +194,10 @@ def test_a_round_has_one_autoencoder_and_one_judge(tmp_path: Path, other: str | 
         judge_candidates(folder, clips, *given.values(), lambda done: None)  # all is judged
         assert len(read_verdicts(folder / VERDICTS)) == 2
         return
-    with pytest.raises(DataError, match=f"{other} (encoder|network)") as told:
+    with pytest.raises(DataError, match=f"{other} (encoder|network)") as error:
         judge_candidates(folder, clips, *given.values(), lambda done: None)
     both = (fingerprint(first[other])[:12], fingerprint(second[other])[:12])
-    assert all(name in str(told.value) for name in both)
+    assert all(name in str(error.value) for name in both)
     append_verdicts(folder / VERDICTS, "b", [Verdict(3, 1, 1)], {**judges, other: "0" * 64})
     with pytest.raises(DataError, match=f"verdicts by the {other} network"):
         read_verdicts(folder / VERDICTS)

@@ -197,15 +197,18 @@ def test_nothing_good_left_is_an_error(dataset: ShardDataset, tmp_path: Path) ->
 
 
 def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
-    whole, pairs = runs.write_clips(tmp_path / "clips", 9), runs.write_pairs(tmp_path / "pairs", 4)
-    place = whole.sample(4)
+    encoded_clips, pairs = (
+        runs.write_clips(tmp_path / "clips", 9),
+        runs.write_pairs(tmp_path / "pairs", 4),
+    )
+    place = encoded_clips.sample(4)
     with (tmp_path / "clips" / place.shard).open("r+b") as file:
         file.seek(place.members["safetensors"][0] + 5000)
         file.write(b"damaged")
 
     def keys(world: int, **tolerance: Any) -> list[str]:
         """Of two epochs, over all ranks."""
-        clips = build_mixture([whole], kind="encoded", batch_size=2, seed=1, **tolerance)
+        clips = build_mixture([encoded_clips], kind="encoded", batch_size=2, seed=1, **tolerance)
         other = build_mixture([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
         ranks = [
             TrainDataset(
@@ -220,18 +223,18 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
     path = tmp_path / "run" / "quarantine.jsonl"
     with pytest.raises(DataError, match="sample clip-004, byte"):
         keys(1)
-    found = keys(1, max_bad_fraction=0.1, quarantine=path)
-    assert found == keys(2, max_bad_fraction=0.1, quarantine=path)
-    expected = {key: 2 for key in whole.keys if key != "clip-004"} | {"clip-005": 4}
-    assert Counter(found) == expected
+    met = keys(1, max_bad_fraction=0.1, quarantine=path)
+    assert met == keys(2, max_bad_fraction=0.1, quarantine=path)
+    expected = {key: 2 for key in encoded_clips.keys if key != "clip-004"} | {"clip-005": 4}
+    assert Counter(met) == expected
     assert [entry["key"] for entry in read_quarantine(path)] == ["clip-004"]
 
 
 def test_a_run_counts_what_it_skipped(tmp_path: Path) -> None:
     for write, count in ((runs.write_clips, 7), (runs.write_pairs, 5)):
-        whole = write(tmp_path / write.__name__.removeprefix("write_"), count)
-        place = whole.sample(0)
-        with (tmp_path / whole.folder / place.shard).open("r+b") as file:
+        clips = write(tmp_path / write.__name__.removeprefix("write_"), count)
+        place = clips.sample(0)
+        with (tmp_path / clips.folder / place.shard).open("r+b") as file:
             file.seek(place.members["safetensors"][0] + 5000)
             file.write(b"damaged")
     plan = runs.schedule(("sft", 2), ("dpo", 2))

@@ -32,9 +32,9 @@ def test_from_real_videos_to_a_talking_portrait(media: Path, weights: Path, tmp_
     real = tmp_path / "runs" / "real"
     network = real / "networks" / "autoencoder.safetensors"
 
-    told = run(tmp_path, weights, "data_prep", "run", str(videos), str(real / "raw"),
+    output = run(tmp_path, weights, "data_prep", "run", str(videos), str(real / "raw"),
                "frames=25", "size=64", "format=json")  # fmt: skip
-    assert json.loads(told)["clips"] >= 4
+    assert json.loads(output)["clips"] >= 4
     refused = [json.loads(line) for line in (real / "raw" / "refused.jsonl").open()]
     reasons = {entry["source"]: entry["reason"] for entry in refused}
     assert "no audio" in reasons["noaudio_iplap129.mp4"] and "bad_rot90.mov" in reasons

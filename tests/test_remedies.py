@@ -70,9 +70,9 @@ NEEDED = ["data.clips=x", "data.pairs=y"]
     ],
 )  # fmt: skip
 def test_settings(wrong: list[str], advice: str, followed: list[str]) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         compose([*NEEDED, *wrong])
-    assert advice in str(told.value)
+    assert advice in str(error.value)
     compose([*NEEDED, *followed])
 
 
@@ -132,9 +132,9 @@ def test_a_bad_clip_is_gone_past_by_the_budget_that_the_error_names(
 ) -> None:
     spoil(tmp_path / "clips", 3)
     plan = encoded.plan(("sft", 4))
-    with pytest.raises(DataError, match=r"sample clip-3: .* not finite") as told:
+    with pytest.raises(DataError, match=r"sample clip-3: .* not finite") as error:
         run(words(plan))
-    budget = str(told.value).rpartition(" by ")[2]
+    budget = str(error.value).rpartition(" by ")[2]
     assert budget == "data.max_bad_fraction=0.01"
     assert run(words(plan, budget)).done, "in the same folder"
     assert [e["key"] for e in read_quarantine(tmp_path / "run/quarantine.jsonl")] == ["clip-3"]
@@ -174,18 +174,18 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
     words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(DivergedError) as told:
+    with pytest.raises(DivergedError) as error:
         run(words(diverging("1e30")))
-    assert "`echolab rollback RUN to=STEP` if the newest is spoilt" in str(told.value)
-    assert "`echolab replay RUN step=5` names the clips" in str(told.value)
+    assert "`echolab rollback RUN to=STEP` if the newest is spoilt" in str(error.value)
+    assert "`echolab replay RUN step=5` names the clips" in str(error.value)
     # Replay names the clips, and does not say again what sent the user there.
     assert main(["replay", str(folder), "step=5"]) == 0
     said = capsys.readouterr().out
     assert "step 4 (sft): loss nan is not finite, as in the run; clips of its sft batch 4" in said
     assert said.count("clip-") == 2 and "replay" not in said
     assert main(["replay", str(folder), "step=5", "format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["reproduced"] and found["batch"] == 4 and len(found["clips"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["reproduced"] and report["batch"] == 4 and len(report["clips"]) == 2
     assert main(["rollback", str(folder), f"to={min(saved_steps(folder / 'checkpoints'))}"]) == 0
     assert run(words(diverging("1e-4"))).done and finite(folder)
 
@@ -196,9 +196,9 @@ def test_a_policy_that_goes_back_may_be_set_afterwards(
 ) -> None:
     with pytest.raises(DivergedError, match="loss_spike.policy=recompute or rollback goes back"):
         run(words(diverging("1e30")))
-    with pytest.raises(DivergedError) as told:  # it goes back, and says that this did not help
+    with pytest.raises(DivergedError) as error:  # it goes back, and says that this did not help
         run(words(diverging("1e30"), f"loss_spike.policy={policy}"))
-    assert "loss_spike.max_rollbacks" in str(told.value)
+    assert "loss_spike.max_rollbacks" in str(error.value)
     events = (tmp_path / "run/events.jsonl").read_text()
     assert f'"{policy}"' in events
 

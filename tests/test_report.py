@@ -225,13 +225,13 @@ def test_a_stranger_s_report_embeds_nothing_from_elsewhere(
     name = {"videos": "secret.mp4", "runs": "metrics.jsonl"}[what]
     place = outside(tmp_path) / name
     (tmp_path / f"link-{name}").symlink_to(place)
-    told = {"absolute": str(place), "relative": f"samples/../../{place.parent.name}/{name}",
+    values = {"absolute": str(place), "relative": f"samples/../../{place.parent.name}/{name}",
             "link": f"link-{name}"}[way]  # fmt: skip
     given = json.loads((tmp_path / "report.json").read_text())
     if what == "videos":
-        given["videos"][0]["path"] = told
+        given["videos"][0]["path"] = values
     else:
-        given["runs"]["sft"] = told
+        given["runs"]["sft"] = values
     (tmp_path / "report.json").write_text(json.dumps(given))
     before = (tmp_path / "report.html").read_bytes()
     with pytest.raises(DataError, match=r"report\.json: .*lies outside.*delete it"):
@@ -295,12 +295,12 @@ def test_no_word_of_a_stranger_becomes_markup(tmp_path: Path, report: dict[str, 
     write_again(tmp_path / "report.html")
 
     class Tags(html.parser.HTMLParser):
-        def handle_starttag(self, tag: str, found: list[tuple[str, str | None]]) -> None:
-            assert tag != "img" and not any(name.startswith("on") for name, _ in found), (
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            assert tag != "img" and not any(name.startswith("on") for name, _ in attributes), (
                 tag,
-                found,
+                attributes,
             )
-            assert tag != "b" or not found
+            assert tag != "b" or not attributes
 
     page = (tmp_path / "report.html").read_text()
     Tags().feed(page)

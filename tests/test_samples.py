@@ -94,25 +94,25 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
 
 def changes() -> dict[tuple[str, str, str], Callable[[Tensors], Tensors]]:
     """Every way in which one tensor can be wrong, by (kind, tensor, what)."""
-    found: dict[tuple[str, str, str], Callable[[Tensors], Tensors]] = {}
+    faults: dict[tuple[str, str, str], Callable[[Tensors], Tensors]] = {}
     for kind, make in MAKERS.items():
         for name, tensor in make(0).items():
             for dim in range(tensor.ndim):
-                found[kind, name, f"shorter in {dim}"] = shorter(name, dim)
-                found[kind, name, f"longer in {dim}"] = longer(name, dim)
-            found[kind, name, "flat"] = lambda t, name=name: t | {name: t[name].flatten()[None]}
-            found[kind, name, "nan"] = holding(name, math.nan)
-            found[kind, name, "inf in fp16"] = holding(name, -math.inf, torch.float16)
-            found[kind, name, "nan in bf16"] = holding(name, math.nan, torch.bfloat16)
-            found[kind, name, "over fp32"] = holding(name, 1e300, torch.float64)
-            found[kind, name, "missing"] = without(name)
-        found[kind, "weight", "zero"] = times("weight", 0.0)
-        found[kind, "weight", "tiny"] = times("weight", 1e-9)
-        found[kind, "weight", "negative"] = times("weight", -1.0)
+                faults[kind, name, f"shorter in {dim}"] = shorter(name, dim)
+                faults[kind, name, f"longer in {dim}"] = longer(name, dim)
+            faults[kind, name, "flat"] = lambda t, name=name: t | {name: t[name].flatten()[None]}
+            faults[kind, name, "nan"] = holding(name, math.nan)
+            faults[kind, name, "inf in fp16"] = holding(name, -math.inf, torch.float16)
+            faults[kind, name, "nan in bf16"] = holding(name, math.nan, torch.bfloat16)
+            faults[kind, name, "over fp32"] = holding(name, 1e300, torch.float64)
+            faults[kind, name, "missing"] = without(name)
+        faults[kind, "weight", "zero"] = times("weight", 0.0)
+        faults[kind, "weight", "tiny"] = times("weight", 1e-9)
+        faults[kind, "weight", "negative"] = times("weight", -1.0)
         known = "known.i2v" if kind == "encoded" else "known"
-        found[kind, known, "over 1"] = holding(known, 1.5)
-        found[kind, known, "below 0"] = holding(known, -0.5)
-    return found
+        faults[kind, known, "over 1"] = holding(known, 1.5)
+        faults[kind, known, "below 0"] = holding(known, -0.5)
+    return faults
 
 
 CHANGES = changes()
@@ -133,9 +133,9 @@ def test_reading_and_deep_verification_agree(tmp_path: Path, kind: str, name: st
     for what, change in of_tensor.items():
         dataset = write(tmp_path / what, kind, change)
         key = dataset.keys[BAD]
-        with pytest.raises(DataError, match=f"sample {key}: .*; encode it again") as told:
+        with pytest.raises(DataError, match=f"sample {key}: .*; encode it again") as error:
             read_all(dataset, BAD)
-        line = str(told.value)
+        line = str(error.value)
         assert "\n" not in line and ("tensor" in line), (what, line)
         assert find_faults(tmp_path / what) == [], what
         (fault,) = find_faults(tmp_path / what, deep=True)
@@ -209,8 +209,8 @@ def test_a_bad_held_out_clip_is_found_before_the_first_step(tmp_path: Path) -> N
     with pytest.raises(DataError, match="held: sample clip-004"):
         runs.train(tmp_path, plan, **settings, log=lambda step, values: rows.append(step))
     assert rows == []
-    _, found = runs.train(tmp_path, plan, **settings, skip_budget=0.4)
-    losses = [row["val/loss"] for row in found if "val/loss" in row]
+    _, logged = runs.train(tmp_path, plan, **settings, skip_budget=0.4)
+    losses = [row["val/loss"] for row in logged if "val/loss" in row]
     assert losses and all(map(math.isfinite, losses))
     assert [e["key"] for e in read_quarantine(tmp_path / "run/quarantine.jsonl")] == ["clip-004"]
 

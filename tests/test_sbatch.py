@@ -102,15 +102,15 @@ def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, told: bool) -> None:
+def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, recorded: bool) -> None:
     """Both leave no end: only the second is a failure."""
     write_attempt(job.folder / "runs/sft", "", ended=None, stop_signal=0)
     write_command(job.folder / "commands/sinfo", "echo n1 mixed")
-    signal = "kill -TERM $PPID; " if told else ""
+    signal = "kill -TERM $PPID; " if recorded else ""
     write_command(job.folder / "commands/srun", f"{signal}exit 137")
     done = job.run(137, "experiment=sft", ECHOLAB=str(ECHOLAB))
-    cause = "preempted_unsaved: preemption is free" if told else "node_lost: infrastructure"
-    assert cause in done.stdout and done.returncode == (76 if told else 77)
+    cause = "preempted_unsaved: preemption is free" if recorded else "node_lost: infrastructure"
+    assert cause in done.stdout and done.returncode == (76 if recorded else 77)
 
 
 # -- which echolab --------------------------------------------------------------------------------
@@ -149,11 +149,11 @@ def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
 
 def test_else_it_is_that_of_the_folder_of_the_submission_or_on_the_path(job: Job) -> None:
     here, script = checkout(job.folder, "here").parents[1], spooled(job.folder)
-    told = f"JobId=7 Command={job.folder}/copied.sbatch WorkDir={here}"
-    job.run(0, script=script, SHOWN=told, SLURM_SUBMIT_DIR=str(here))
+    answer = f"JobId=7 Command={job.folder}/copied.sbatch WorkDir={here}"
+    job.run(0, script=script, SHOWN=answer, SLURM_SUBMIT_DIR=str(here))
     assert str(here / ".venv/bin/echolab") in job.ranks()
     write_command(job.folder / "commands/echolab", "true")
-    job.run(0, script=script, SHOWN=told, SLURM_SUBMIT_DIR="/")
+    job.run(0, script=script, SHOWN=answer, SLURM_SUBMIT_DIR="/")
     assert "echolab" in job.ranks()
 
 

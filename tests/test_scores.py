@@ -90,10 +90,10 @@ def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
     net = SyncNetDemo().eval()
     clips = drawn.clips(2)
     seen = net.embed_lips(crop_lips(clips.float_pixels(), clips.lips[:, 0]))
-    heard = net.embed_sound(cepstra_of(clips))
-    assert seen.shape == (2, 21, 64) and heard.shape == (2, 20, 64)
+    embeddings = net.embed_sound(cepstra_of(clips))
+    assert seen.shape == (2, 21, 64) and embeddings.shape == (2, 20, 64)
     torch.testing.assert_close(seen.norm(dim=-1), torch.ones(2, 21))
-    torch.testing.assert_close(heard.norm(dim=-1), torch.ones(2, 20))
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2, 20))
     # A window sees its five frames, and hears its twenty columns, alone.
     other = clips.float_pixels()
     other[:, :, 10:] = 0
@@ -101,7 +101,7 @@ def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
     assert changed[:, :6].max() < 1e-5 and changed[:, 6:].min() > 1e-4
     cepstra = cepstra_of(clips)
     cepstra[:, 40:] = 0
-    changed = (net.embed_sound(cepstra) - heard).abs().amax(-1)
+    changed = (net.embed_sound(cepstra) - embeddings).abs().amax(-1)
     assert changed[:, :6].max() < 1e-5 and changed[:, 6:].min() > 1e-4
 
 
@@ -147,7 +147,7 @@ def test_feature_networks_can_be_fitted(tmp_path: Path) -> None:
         losses: list[float] = []
         net = fit(
             clips.pixels, labels, steps=80, seed=0, batch=4, progress=tmp_path / "state",
-            report=lambda step, steps, loss, told=losses: told.append(loss),
+            report=lambda step, steps, loss, reported=losses: reported.append(loss),
         )  # fmt: skip
         assert min(losses) < losses[0]
         pixels = clips.float_pixels()

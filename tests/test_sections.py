@@ -75,15 +75,15 @@ def test_what_was_told_is_read(tmp_path: Path) -> None:
     path.write_bytes(bytes(SIZE))
     assert read_heartbeat(path) is None
     heartbeat = Heartbeat(path)
-    told = read_heartbeat(path)
-    assert told and (told.section, told.step, told.first_step, told.switches) == ("init", 0, -1, 0)
+    beat = read_heartbeat(path)
+    assert beat and (beat.section, beat.step, beat.first_step, beat.switches) == ("init", 0, -1, 0)
     heartbeat.enter("data_wait", 12)
     heartbeat.enter("forward")
     heartbeat.enter("vote", 13)
-    told = read_heartbeat(path)
-    assert told and (told.section, told.step, told.first_step, told.switches) == ("vote", 13, 12, 3)
-    assert told.since == heartbeat.since
-    assert told.seconds == heartbeat.seconds and told.longest == heartbeat.longest
+    beat = read_heartbeat(path)
+    assert beat and (beat.section, beat.step, beat.first_step, beat.switches) == ("vote", 13, 12, 3)
+    assert beat.since == heartbeat.since
+    assert beat.seconds == heartbeat.seconds and beat.longest == heartbeat.longest
 
 
 def test_a_reader_never_sees_half_a_word(tmp_path: Path) -> None:
@@ -93,12 +93,12 @@ def test_a_reader_never_sees_half_a_word(tmp_path: Path) -> None:
     try:
         while reads < 20_000 or (len(seen) <= 100 and time.monotonic() < end):
             reads += 1
-            told = read_heartbeat(heartbeat_path(tmp_path, 3))
-            assert told
-            if told.switches:
-                assert told.section == SECTIONS[(told.switches - 1) % len(SECTIONS)]
-                assert told.step == told.switches - 1
-            seen.add(told.switches)
+            beat = read_heartbeat(heartbeat_path(tmp_path, 3))
+            assert beat
+            if beat.switches:
+                assert beat.section == SECTIONS[(beat.switches - 1) % len(SECTIONS)]
+                assert beat.step == beat.switches - 1
+            seen.add(beat.switches)
     finally:
         process.kill()
         process.wait()
@@ -109,8 +109,8 @@ def test_stacks_come_from_a_process_that_is_blocked_in_c(tmp_path: Path) -> None
     process = start(BLOCKED, tmp_path)
     try:
         end = time.monotonic() + 20
-        while "read_for_ever" not in (told := stacks_path(tmp_path, 3).read_text()):
-            assert time.monotonic() < end, told
+        while "read_for_ever" not in (stacks := stacks_path(tmp_path, 3).read_text()):
+            assert time.monotonic() < end, stacks
             process.send_signal(signal.SIGQUIT)
             time.sleep(0.1)
         assert process.poll() is None

@@ -51,13 +51,13 @@ Where = tuple[str | int, ...]
 
 
 def limits(metadata: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
     for one in metadata:
-        found |= limits(one.metadata) if isinstance(one, FieldInfo) else {}
-        found |= {n: getattr(one, n) for n in dir(one) if n in ("ge", "gt", "le", "lt")}
-        found |= {n: getattr(one, n) for n in dir(one) if n in ("min_length", "max_length")}
-        found |= {"inf": True} if getattr(one, "allow_inf_nan", False) else {}
-    return found
+        bounds |= limits(one.metadata) if isinstance(one, FieldInfo) else {}
+        bounds |= {n: getattr(one, n) for n in dir(one) if n in ("ge", "gt", "le", "lt")}
+        bounds |= {n: getattr(one, n) for n in dir(one) if n in ("min_length", "max_length")}
+        bounds |= {"inf": True} if getattr(one, "allow_inf_nan", False) else {}
+    return bounds
 
 
 def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
@@ -67,8 +67,8 @@ def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
         return wrong(inner[0], [*inner[1:], *metadata])
     if origin in (types.UnionType, typing.Union):
         first, *others = [wrong(part) for part in inner if part is not type(None)]
-        found = [v for v in first if all(any(v is w or v == w for w in o) for o in others)]
-        return [v for v in found if v is not None or type(None) not in inner]
+        values = [v for v in first if all(any(v is w or v == w for w in o) for o in others)]
+        return [v for v in values if v is not None or type(None) not in inner]
     bound = limits(metadata)
     if annotation in (int, float):
         return [*numbers(annotation, bound), "abc", "", True, False, [1], [], {"a": 1}, {}, None]
@@ -80,10 +80,10 @@ def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
         return ["nonsense", "", 1, 2.5, True, [inner[0]], [], {"a": inner[0]}, {}, None]
     if origin is list:
         good = right(inner[0])
-        found = ["abc", 1, 2.5, True, {}, {"a": 1}, None]
-        found += [[bad] * bound.get("min_length", 1) for bad in wrong(inner[0])]
-        found += [[good] * (bound["min_length"] - 1)] if bound.get("min_length") else []
-        return found + ([[good] * (bound["max_length"] + 1)] if "max_length" in bound else [])
+        values = ["abc", 1, 2.5, True, {}, {"a": 1}, None]
+        values += [[bad] * bound.get("min_length", 1) for bad in wrong(inner[0])]
+        values += [[good] * (bound["min_length"] - 1)] if bound.get("min_length") else []
+        return values + ([[good] * (bound["max_length"] + 1)] if "max_length" in bound else [])
     if origin is dict:
         good = right(inner[0])
         return ["abc", 1, True, [], None, {}, {"nonsense": 1}] + [
@@ -94,14 +94,14 @@ def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
 
 
 def numbers(kind: type, bound: dict[str, Any]) -> list[Any]:
-    found: list[Any] = [math.nan, "nan", ".nan", -math.inf, "-.inf"]
-    found += [] if bound.get("inf") else [math.inf, ".inf", "1e999"]
-    found += [10**30] if kind is int or "le" in bound or "lt" in bound else []
-    found += [2.5, "2.5"] if kind is int else []
+    values: list[Any] = [math.nan, "nan", ".nan", -math.inf, "-.inf"]
+    values += [] if bound.get("inf") else [math.inf, ".inf", "1e999"]
+    values += [10**30] if kind is int or "le" in bound or "lt" in bound else []
+    values += [2.5, "2.5"] if kind is int else []
     step = 1 if kind is int else 1e-9
-    found += [bound["ge"] - step] if "ge" in bound else []
-    found += [bound["le"] + step * 1e6] if "le" in bound else []
-    return found + [bound[name] for name in ("gt", "lt") if name in bound]
+    values += [bound["ge"] - step] if "ge" in bound else []
+    values += [bound["le"] + step * 1e6] if "le" in bound else []
+    return values + [bound[name] for name in ("gt", "lt") if name in bound]
 
 
 def right(annotation: Any, metadata: Any = ()) -> Any:
@@ -156,9 +156,9 @@ def test_every_setting_has_a_type_and_a_range(where: Where, field: FieldInfo) ->
     values = wrong(field.annotation, field.metadata)
     assert len(values) > 3
     for value in values:
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as error:
             check(changed(BASE, where, value))
-        line = str(told.value)
+        line = str(error.value)
         assert line.startswith(dotted(where)) and "; " in line, (value, line)
         assert line.isprintable() and len(line) < 600, line
 
@@ -224,9 +224,9 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         compose([*NEEDED, *words])
-    assert str(told.value).startswith(message) and "\n" not in str(told.value)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
@@ -326,18 +326,18 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
 
 # -- what passes is understood ----------------------------------------------------------------
 
-WHOLE = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
+INTEGERS = st.one_of(st.integers(-2, 10**6), st.floats(-2, 100), st.sampled_from(["3", "1e3", "x"]))
 REAL = st.one_of(st.floats(), st.integers(-2, 10**6), st.sampled_from(["1e-4", ".inf", "x", None]))
 EPOCH = st.fixed_dictionaries(
-    {"kind": st.sampled_from([*KINDS, "x"]), "steps": WHOLE, "lr_scale": REAL}
+    {"kind": st.sampled_from([*KINDS, "x"]), "steps": INTEGERS, "lr_scale": REAL}
 )
 STAGE = st.fixed_dictionaries(
-    {"steps": WHOLE, "targets": st.dictionaries(st.sampled_from(TASKS), REAL, max_size=3)}
+    {"steps": INTEGERS, "targets": st.dictionaries(st.sampled_from(TASKS), REAL, max_size=3)}
 )
 
 
 @given(
-    lr=REAL, epochs=st.lists(EPOCH, max_size=3), warmup=WHOLE, cycles=st.integers(-1, 20),
+    lr=REAL, epochs=st.lists(EPOCH, max_size=3), warmup=INTEGERS, cycles=st.integers(-1, 20),
     stages=st.none() | st.lists(STAGE, max_size=3), ema_decay=REAL, min_prob=REAL,
 )  # fmt: skip
 def test_what_passes_is_understood_below(

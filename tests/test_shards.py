@@ -60,8 +60,8 @@ def test_write_then_read_is_identity(tmp_path: Path) -> None:
 def test_webdataset_reads_the_same(tmp_path: Path) -> None:
     urls = [str(path) for path in sorted(write(tmp_path).glob("*.tar"))]
     read = webdataset.WebDataset(urls, shardshuffle=False)
-    found = {s["__key__"]: {k: v for k, v in s.items() if k[0] != "_"} for s in read}
-    assert found == SAMPLES
+    samples = {s["__key__"]: {k: v for k, v in s.items() if k[0] != "_"} for s in read}
+    assert samples == SAMPLES
 
 
 def test_same_samples_give_same_bytes(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_dataset_is_copied_into_workers(tmp_path: Path) -> None:
 
 def test_no_cut_goes_unseen(tmp_path: Path) -> None:
     path = write(tmp_path) / "raw-000001.tar"
-    whole = path.read_bytes()
-    for size in [*range(0, len(whole), 512), *RNG.integers(0, len(whole), 50)]:
-        path.write_bytes(whole[:size])
+    original = path.read_bytes()
+    for size in [*range(0, len(original), 512), *RNG.integers(0, len(original), 50)]:
+        path.write_bytes(original[:size])
         assert any(path.name in fault for fault in verify(tmp_path)), size
         with pytest.raises(DataError, match=r"raw-000001\.tar"):
             open_dataset(tmp_path)
@@ -90,9 +90,9 @@ def test_no_cut_goes_unseen(tmp_path: Path) -> None:
 
 def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
     path = write(tmp_path) / "raw-000000.tar"
-    whole = path.read_bytes()
-    for at in RNG.integers(0, len(whole), 200):
-        flipped = bytearray(whole)
+    original = path.read_bytes()
+    for at in RNG.integers(0, len(original), 200):
+        flipped = bytearray(original)
         flipped[at] ^= 1 << int(RNG.integers(8))
         path.write_bytes(flipped)
         faults = verify(tmp_path)

@@ -43,9 +43,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:
-    found, rejected = latest_valid(run / "checkpoints")
-    assert found and found.step == STEPS and not rejected
-    return runs.tensors_of(found.path)
+    checkpoint, rejected = latest_valid(run / "checkpoints")
+    assert checkpoint and checkpoint.step == STEPS and not rejected
+    return runs.tensors_of(checkpoint.path)
 
 
 def test_signals_at_any_moment(
@@ -53,12 +53,12 @@ def test_signals_at_any_moment(
 ) -> None:
     chance = random.Random(SEED)
     unbroken = tmp_path / "unbroken"
-    whole = signalled.start(
+    undisturbed = signalled.start(
         fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "heartbeat"
     )
-    assert whole.wait() == [DONE] * WORLD, whole.outputs()
+    assert undisturbed.wait() == [DONE] * WORLD, undisturbed.outputs()
     expected = checkpoint_bytes(unbroken)
-    done, number, told = 0, 0, "nothing"
+    done, number, event = 0, 0, "nothing"
     while done < COUNT:
         run, step, identity = tmp_path / f"run-{number}", 0, ""
         codes = [STOPPED_SAVED] * WORLD
@@ -67,15 +67,15 @@ def test_signals_at_any_moment(
             heartbeat = tmp_path / f"heartbeat-{number}"
             ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, heartbeat)
             if done < COUNT:
-                told = signalled.signal_one(ranks, heartbeat, WORLD, chance)
+                event = signalled.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1
             codes = ranks.wait(120)
-            print(f"{done}: {told}: {codes[0]}, step {step}", flush=True)
-            assert codes in ([DONE] * WORLD, [STOPPED_SAVED] * WORLD), told + ranks.outputs()
+            print(f"{done}: {event}: {codes[0]}, step {step}", flush=True)
+            assert codes in ([DONE] * WORLD, [STOPPED_SAVED] * WORLD), event + ranks.outputs()
             saved = saved_steps(run / "checkpoints")
             # stopped in its last checks, a run has no step left to do
-            assert saved and saved[0] >= min(step + (codes[0] == STOPPED_SAVED), STEPS), told
+            assert saved and saved[0] >= min(step + (codes[0] == STOPPED_SAVED), STEPS), event
             step = saved[0]
             identity = identity or json.loads((run / "run.json").read_text())["id"]
             assert json.loads((run / "run.json").read_text())["id"] == identity
-        assert checkpoint_bytes(run) == expected, told
+        assert checkpoint_bytes(run) == expected, event

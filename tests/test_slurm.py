@@ -69,7 +69,7 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
     """`scancel` reaches the tracker and its service too; the next job goes on from that step."""
-    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    unbroken, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     settings = [*data, encoded.plan(("sft", 60)), "save_every=1000", "trainer.strategy=ddp"]
 
     def submit(folder: Path, *words: str) -> str:
@@ -86,16 +86,16 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     # Slurm says CANCELLED as soon as it sends the signal, and may kill a supervisor before it has
     # written how its ranks ended: that is told from what they left.
     wait_for(lambda: not cluster("exec", "squeue", "--noheader", f"--jobs={job}"), 120, log)
-    told = json.loads(cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true"))
-    assert (told["cause"], told["exit_code"]) == ("preempted", 75), log.read_text()
+    verdict = json.loads(cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true"))
+    assert (verdict["cause"], verdict["exit_code"]) == ("preempted", 75), log.read_text()
     newest, _ = latest_valid(run / "checkpoints")
     assert newest and 5 < newest.step < 60
-    jobs = [submit(run, "logger=wandb"), submit(whole, "logger=none")]
+    jobs = [submit(run, "logger=wandb"), submit(unbroken, "logger=none")]
     wait_for(lambda: all("JobState=COMPLETED" in state(job) for job in jobs), 240, log)
     rows = [row for row in read_metrics(metrics) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [row["attempt"] for row in rows].count(1) == newest.step
-    last = [folder / "checkpoints/step-000060" for folder in (run, whole)]
+    last = [folder / "checkpoints/step-000060" for folder in (run, unbroken)]
     assert runs.tensors_of(last[0]) == runs.tensors_of(last[1])
 
 
@@ -120,8 +120,8 @@ def test_a_rank_that_dies_on_the_second_node(
     wait_for(
         lambda: "JobState=COMPLETED" in cluster("exec", "scontrol", "show", "job", job), 300, log
     )
-    told = cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true")
-    last = json.loads(told)
+    verdict = cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true")
+    last = json.loads(verdict)
     assert (last["cause"], last["attempts"], last["checkpoint"]) == ("done", 2, steps)
     first = last["history"][0]
     assert (first["cause"], first["rank"], first["host"]) == ("killed", 3, "n2")
@@ -257,7 +257,7 @@ def test_ranks_have_the_cpus_that_were_asked_for_and_find_their_checkout(tmp_pat
 
         assert "CPUs 2" in submit(1, [f"ECHOLAB={command}"], str(BATCH))
         bare = ["-u", "ECHOLAB", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
-        found = "nonsense=1: there is no such setting"  # it is echolab that says so
-        assert found in submit(2, bare, "--export=NONE", str(BATCH), "nonsense=1")
+        message = "nonsense=1: there is no such setting"  # it is echolab that says so
+        assert message in submit(2, bare, "--export=NONE", str(BATCH), "nonsense=1")
         there = BATCH.parent
-        assert found in submit(3, bare, BATCH.name, "run_dir=a b", "nonsense=1", cwd=there)
+        assert message in submit(3, bare, BATCH.name, "run_dir=a b", "nonsense=1", cwd=there)

@@ -66,7 +66,7 @@ class Drill(NamedTuple):
 class Outcome(NamedTuple):
     """Result of a drill."""
 
-    told: dict[str, Any]  # by `echolab why`
+    verdict: dict[str, Any]  # by `echolab why`
     weights: dict[str, bytes]
     rows: list[dict[str, Any]]
     jobs: list[str]  # what Slurm says of them
@@ -174,7 +174,7 @@ def outcome_of(drill: Drill | None, folder: Path, clips: Path) -> Outcome:
         if drill and drill.how.startswith("cut"):
             cluster("heal", HOW[drill.how].host or "")
             time.sleep(5)
-        told = cluster("exec", cluster.environment["ECHOLAB"], "why", run, "format=json")
+        verdict = cluster("exec", cluster.environment["ECHOLAB"], "why", run, "format=json")
         after, said = contents(run), [cluster.job(job) for job in jobs]
     newest, rejected = latest_valid(run / "checkpoints")
     assert newest and newest.step == STEPS and not rejected
@@ -183,7 +183,9 @@ def outcome_of(drill: Drill | None, folder: Path, clips: Path) -> Outcome:
     changed = {
         name: Path(name).read_text(errors="replace")[-2000:] for name in names if name in after
     }
-    return Outcome(json.loads(told), tensors_of(newest.path), rows, said, changed, log.read_text())
+    return Outcome(
+        json.loads(verdict), tensors_of(newest.path), rows, said, changed, log.read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -206,33 +208,33 @@ def test_the_run_goes_on_as_if_nothing_had_been(
     drill: Drill, outcomes: dict[str, Future[Outcome]]
 ) -> None:
     undisturbed = outcomes["None"].result()
-    found, how = outcomes[str(drill)].result(), HOW[drill.how]
-    told, (first, *later) = found.told, found.told["history"]
-    print(f"{drill}: {len(later) + 1} attempts; {first['cause']} {told['host']}", first)
-    assert told["cause"] == "done" and later[-1]["last_step"] == STEPS
-    assert len(later) == 1, found.log
-    assert first["cause"] in how.causes, found.log
+    outcome, how = outcomes[str(drill)].result(), HOW[drill.how]
+    verdict, (first, *later) = outcome.verdict, outcome.verdict["history"]
+    print(f"{drill}: {len(later) + 1} attempts; {first['cause']} {verdict['host']}", first)
+    assert verdict["cause"] == "done" and later[-1]["last_step"] == STEPS
+    assert len(later) == 1, outcome.log
+    assert first["cause"] in how.causes, outcome.log
     assert how.host in (None, first["host"])
-    assert not told["exclude"]
+    assert not verdict["exclude"]
     # Where there was time to save it goes on at the very step, else from the last that was saved.
     assert later[0]["first_step"] == first["checkpoint"] >= 20
     if first["cause"] == "preempted":
         assert first["checkpoint"] >= first["last_step"]
-    assert [row["step"] for row in found.rows] == list(range(1, STEPS + 1))
-    assert [row["train/loss"] for row in found.rows] == [
+    assert [row["step"] for row in outcome.rows] == list(range(1, STEPS + 1))
+    assert [row["train/loss"] for row in outcome.rows] == [
         row["train/loss"] for row in undisturbed.rows
     ]
-    assert found.weights == undisturbed.weights
-    assert not found.changed  # a node that was cut off writes nothing into a run that is done
+    assert outcome.weights == undisturbed.weights
+    assert not outcome.changed  # a node that was cut off writes nothing into a run that is done
 
 
 def test_another_job_of_the_run_waits_for_the_first(outcomes: dict[str, Future[Outcome]]) -> None:
     """Submitted twice by mistake: it is refused, goes back to the queue, and finds all done."""
-    undisturbed, found = outcomes["None"].result(), outcomes[str(ANOTHER)].result()
-    first, *later = found.told["history"]
-    assert first["cause"] == "done" and first["last_step"] == STEPS, found.log
+    undisturbed, outcome = outcomes["None"].result(), outcomes[str(ANOTHER)].result()
+    first, *later = outcome.verdict["history"]
+    assert first["cause"] == "done" and first["last_step"] == STEPS, outcome.log
     assert [row["cause"] for row in later] == ["done"] and later[0]["first_step"] in (-1, STEPS)
-    assert found.told["cause"] == "done" and found.weights == undisturbed.weights
-    assert "Restarts=0" in found.jobs[0] and "Restarts=1" in found.jobs[1]
-    assert all("JobState=COMPLETED" in said for said in found.jobs)
-    assert "job 1 is at work in" in found.log and "Dependency=afterany:1" in found.log
+    assert outcome.verdict["cause"] == "done" and outcome.weights == undisturbed.weights
+    assert "Restarts=0" in outcome.jobs[0] and "Restarts=1" in outcome.jobs[1]
+    assert all("JobState=COMPLETED" in said for said in outcome.jobs)
+    assert "job 1 is at work in" in outcome.log and "Dependency=afterany:1" in outcome.log

@@ -304,8 +304,8 @@ def test_a_save_that_fails_says_which_kind_it_is(
     with pytest.raises(kind, match=f"{os.strerror(number)}.*nothing was kept of it.*{words}"):
         saver.save(2)
     monkeypatch.undo()
-    found, rejected = latest_valid(tmp_path)
-    assert found and found.step == 1 and rejected == []
+    checkpoint, rejected = latest_valid(tmp_path)
+    assert checkpoint and checkpoint.step == 1 and rejected == []
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "ema-00001-of-00001.safetensors"])
@@ -380,9 +380,9 @@ def test_the_end_of_a_worker_has_a_cause(
     arguments = {"root": str(tmp_path), "how": how}
     ranks = fork_server.start("test_storage:train_with_workers", arguments=arguments)
     assert ranks.wait() == [RETRYABLE], ranks.outputs()
-    told = json.loads((tmp_path / "rank-0.error.json").read_text())
-    assert told["cause"] == cause and words in told["message"], told
-    assert "\n" not in told["message"].strip()
+    error = json.loads((tmp_path / "rank-0.error.json").read_text())
+    assert error["cause"] == cause and words in error["message"], error
+    assert "\n" not in error["message"].strip()
     if how in ("SIGSEGV", "SIGBUS"):  # with the stack of the worker
         assert "read_in_worker" in ranks.output(0)
 
@@ -390,7 +390,7 @@ def test_the_end_of_a_worker_has_a_cause(
 # -- shared memory ------------------------------------------------------------------------------
 
 CLONE_NEWNS = 0x20000
-WHOLE = 4 << 20  # bytes of the /dev/shm of these tests
+SHARED_BYTES = 4 << 20  # bytes of the /dev/shm of these tests
 
 
 def mount_shared(size: int) -> None:
@@ -402,16 +402,16 @@ def mount_shared(size: int) -> None:
 
 
 def fill_shared(leave: int) -> None:
-    found = os.statvfs("/dev/shm")
+    statvfs = os.statvfs("/dev/shm")
     with open(f"/dev/shm/other-{leave}", "wb") as file:
-        file.write(bytes(found.f_bavail * found.f_frsize - leave))
+        file.write(bytes(statvfs.f_bavail * statvfs.f_frsize - leave))
 
 
 def train_in_little_memory(root: str, when: str) -> int:
     """In a rank: a run with two workers and little /dev/shm, that others fill at some moment."""
     from echolab.launch.rank_process import write_error_file
 
-    mount_shared(WHOLE if when != "too small" else 1 << 16)
+    mount_shared(SHARED_BYTES if when != "too small" else 1 << 16)
     if when == "before":
         fill_shared(1 << 16)
 
@@ -448,17 +448,17 @@ def test_shared_memory_that_is_full_is_named(
     ranks = fork_server.start("test_storage:train_in_little_memory", arguments=arguments)
     assert ranks.wait() == [code], ranks.outputs()
     if cause:
-        told = json.loads((tmp_path / "rank-0.error.json").read_text())
-        assert told["cause"] == cause and re.search(words, told["message"]), told
-        assert "/dev/shm" in told["message"] and "data.num_workers" in told["message"]
+        error = json.loads((tmp_path / "rank-0.error.json").read_text())
+        assert error["cause"] == cause and re.search(words, error["message"]), error
+        assert "/dev/shm" in error["message"] and "data.num_workers" in error["message"]
 
 
-def tell_from_a_full_memory(root: str) -> int:
+def report_under_full_memory(root: str) -> int:
     """In a process: everything that a rank tells still comes, once /dev/shm is full."""
     from echolab.heartbeat import Heartbeat, heartbeat_path, read_heartbeat, stacks_path
     from echolab.launch import rank_process
 
-    mount_shared(WHOLE)
+    mount_shared(SHARED_BYTES)
     folder = rank_process.make_local_folder(range(2))
     assert str(folder).startswith("/dev/shm")
     fill_shared(0)

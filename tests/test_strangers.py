@@ -40,9 +40,14 @@ def trap(tmp_path: Path) -> Path:
 
 
 def run(words: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    whole = {**os.environ, "WANDB_MODE": "offline", **env}
+    full_environment = {**os.environ, "WANDB_MODE": "offline", **env}
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=whole, capture_output=True, text=True, timeout=900
+        [sys.executable, *words],
+        cwd=cwd,
+        env=full_environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
 
 
@@ -133,9 +138,9 @@ def foreign(tmp_path: Path) -> Path:
 )
 def test_a_key_of_a_stranger_is_checked_by_the_reader(foreign: Path, key: Any) -> None:
     reindexed(foreign, lambda index: index["samples"][0].update(key=key))
-    with pytest.raises(DataError, match=r"dataset\.json: cannot be read") as told:
+    with pytest.raises(DataError, match=r"dataset\.json: cannot be read") as error:
         open_dataset(foreign)
-    assert str(told.value).isprintable()
+    assert str(error.value).isprintable()
     assert len(verify(foreign)) == 1
 
 
@@ -208,9 +213,9 @@ def test_an_index_that_never_ends_is_refused(
 def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) -> None:
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
-        with pytest.raises(FetchError) as told:
+        with pytest.raises(FetchError) as error:
             open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
-    assert str(told.value).isprintable() and "root:" not in str(told.value)
+    assert str(error.value).isprintable() and "root:" not in str(error.value)
 
 
 def test_an_error_steers_no_terminal() -> None:
@@ -243,7 +248,7 @@ def test_a_password_is_not_sent_on_to_another_server(tmp_path: Path) -> None:
 
     def listen(answer: fault_server.Answer) -> None:
         seen.append((answer.path, answer.headers["Authorization"]))
-        fault_server.whole(answer)
+        fault_server.full_environment(answer)
 
     with fault_server.serving(tmp_path) as one, fault_server.serving(tmp_path) as other:
         other.always["dataset.json"] = listen

@@ -66,11 +66,11 @@ class Training:
         while time.monotonic() < end:
             assert self.process.poll() is None, self.process.communicate()[1]
             for record in (r for launch in read_launches(self.run) for r in launch):
-                found = [
+                progress = [
                     read_heartbeat(heartbeat_path(Path(record.local_folder), r))
                     for r in record.ranks
                 ]
-                if all(beat and beat.step >= steps for beat in found):
+                if all(beat and beat.step >= steps for beat in progress):
                     return record
             time.sleep(0.1)
         raise AssertionError("no steps were taken")
@@ -85,8 +85,8 @@ class Training:
 def why(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["why", str(run), "format=json"]) == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return told
+    verdict: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return verdict
 
 
 def send(number: int, rank: int) -> Callable[[NodeRecord], None]:
@@ -108,9 +108,9 @@ def test_a_rank_that_is_killed_or_stopped(
         record = training.at_work()
         hurt(record)
         said = training.end()
-    told = why(training.run, capsys)
-    assert (told["cause"], told["rank"]) == (cause, rank), said
-    assert told["requeue"] and told["checkpoint"] >= 5 and told["step"] >= 8
+    verdict = why(training.run, capsys)
+    assert (verdict["cause"], verdict["rank"]) == (cause, rank), said
+    assert verdict["requeue"] and verdict["checkpoint"] >= 5 and verdict["step"] >= 8
     assert f"rank {rank} (" in said.splitlines()[-1]
     assert not any(Path(f"/proc/{pid}").exists() for pid in record.pids)
 
@@ -138,13 +138,13 @@ def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[st
         training.at_work()
         block(shard)
         said = training.end()
-    told = why(training.run, capsys)
-    assert (told["cause"], told["section"]) == ("hang", "data_wait"), said
+    verdict = why(training.run, capsys)
+    assert (verdict["cause"], verdict["section"]) == ("hang", "data_wait"), said
     stacks = {p.stem: p.read_text() for p in training.run.glob("attempts/*/rank-*.stack")}
     assert [name for name in stacks if "data/shard_reader.py" in stacks[name]] == [
-        f"rank-{told['rank']}"
+        f"rank-{verdict['rank']}"
     ]
-    assert len(stacks) == 2 and any("data/shard_reader.py" in frame for frame in told["stack"])
+    assert len(stacks) == 2 and any("data/shard_reader.py" in frame for frame in verdict["stack"])
 
 
 def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,9 +161,13 @@ def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             time.sleep(0.5)
         said = training.process.communicate(timeout=BOUND)[1]
     assert training.process.returncode == exit_codes.INTERRUPTED, said
-    told = why(training.run, capsys)
-    assert (told["cause"], told["rank"], told["section"]) == ("interrupted", 0, "data_wait")
-    assert told["detail"].startswith("KeyboardInterrupt")
+    verdict = why(training.run, capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["section"]) == (
+        "interrupted",
+        0,
+        "data_wait",
+    )
+    assert verdict["detail"].startswith("KeyboardInterrupt")
 
 
 def test_a_signal_while_ranks_start_is_kept(
@@ -177,6 +181,6 @@ def test_a_signal_while_ranks_start_is_kept(
         training.process.send_signal(signal.SIGTERM)
         said = training.process.communicate(timeout=BOUND)[1]
     assert training.process.returncode == exit_codes.STOPPED_SAVED, said
-    told = why(training.run, capsys)
-    assert (told["cause"], told["step"], told["checkpoint"]) == ("preempted", 1, 1)
-    assert told["detail"] == "SIGTERM" and told["requeue"]
+    verdict = why(training.run, capsys)
+    assert (verdict["cause"], verdict["step"], verdict["checkpoint"]) == ("preempted", 1, 1)
+    assert verdict["detail"] == "SIGTERM" and verdict["requeue"]

@@ -32,8 +32,8 @@ class Launch:
         self, folder: Path, parts: dict[str, Any], env: dict[str, str] | None = None, **about: Any
     ) -> None:
         self.folder, self.run = folder, folder / "run"
-        told = json.dumps({"ranks": 3, "timeouts": TIMEOUTS, **about})
-        words = ["supervise", str(folder), json.dumps(parts), told]
+        fields = json.dumps({"ranks": 3, "timeouts": TIMEOUTS, **about})
+        words = ["supervise", str(folder), json.dumps(parts), fields]
         self.process = subprocess.Popen(
             [sys.executable, str(PLAYED), *words],
             stderr=subprocess.PIPE,
@@ -58,8 +58,8 @@ class Launch:
 def why(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["why", str(run), "format=json", *words]) == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return told
+    verdict: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return verdict
 
 
 def gone(pids: Sequence[int]) -> bool:
@@ -113,14 +113,14 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
     code, said = launch.end()
     record = read_launch(folder / "run/attempts/played")[0]
     assert gone(record.pids)
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["rank"], told["section"]) == (case.cause, 1, case.at), said
-    assert code == told["exit_code"] == case.code
-    assert told["host"] == "host-0" and told["next_action"]
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["section"]) == (case.cause, 1, case.at), said
+    assert code == verdict["exit_code"] == case.code
+    assert verdict["host"] == "host-0" and verdict["next_action"]
     assert case.words in said and said.startswith(("echolab: error: ", "Traceback"))
-    assert told["step"] == (0 if case.at == "init" else case.step)
+    assert verdict["step"] == (0 if case.at == "init" else case.step)
     if case.does in ("loop", "fifo", "stop", "sleep"):
-        assert any("in act" in frame for frame in told["stack"])
+        assert any("in act" in frame for frame in verdict["stack"])
         assert (folder / "run/attempts/played/rank-1.stack").exists()
     assert not Path(record.local_folder).exists()
 
@@ -133,19 +133,19 @@ def test_a_stopped_rank_is_seen_in_any_section(
     patient = {**TIMEOUTS, "data_wait": 10_000.0, "step": 10_000.0}
     does = {"1": {"at": "data_wait", "does": "stop", "step": 3}}
     code, said = Launch(folder, does, timeouts=patient).end()
-    told = why(folder / "run", capsys)
-    found = (told["cause"], told["rank"], told["section"], told["step"])
-    assert found == ("stopped_process", 1, "data_wait", 3), said
+    verdict = why(folder / "run", capsys)
+    root_cause = (verdict["cause"], verdict["rank"], verdict["section"], verdict["step"])
+    assert root_cause == ("stopped_process", 1, "data_wait", 3), said
     assert code == exit_codes.RETRYABLE
 
 
 @pytest.mark.slow
 def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = Launch(folder, {}).end()
-    told = why(folder / "run", capsys)
-    assert (code, said, told["cause"], told["requeue"]) == (0, "", "done", False)
-    assert told["checkpoint"] == 60 and told["step"] == 60 and told["rank"] is None
-    assert 0 < told["goodput"] < 1
+    verdict = why(folder / "run", capsys)
+    assert (code, said, verdict["cause"], verdict["requeue"]) == (0, "", "done", False)
+    assert verdict["checkpoint"] == 60 and verdict["step"] == 60 and verdict["rank"] is None
+    assert 0 < verdict["goodput"] < 1
 
 
 @pytest.mark.slow
@@ -157,9 +157,9 @@ def test_a_signal_to_the_supervisor_is_passed_on(
     assert why(launch.run, capsys)["cause"] == "running"
     launch.process.send_signal(signal.SIGUSR1)
     code, _ = launch.end()
-    told = why(launch.run, capsys)
-    assert code == told["exit_code"] == exit_codes.STOPPED_SAVED
-    assert told["cause"] == "preempted" and told["detail"] == "SIGUSR1" and told["requeue"]
+    verdict = why(launch.run, capsys)
+    assert code == verdict["exit_code"] == exit_codes.STOPPED_SAVED
+    assert verdict["cause"] == "preempted" and verdict["detail"] == "SIGUSR1" and verdict["requeue"]
 
 
 @pytest.mark.slow
@@ -171,8 +171,8 @@ def test_a_second_signal_after_the_end_changes_nothing(
     launch.pids()
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
-    told = why(launch.run, capsys)
-    assert (code, told["cause"]) == (exit_codes.STOPPED_SAVED, "preempted"), said
+    verdict = why(launch.run, capsys)
+    assert (code, verdict["cause"]) == (exit_codes.STOPPED_SAVED, "preempted"), said
 
 
 @pytest.mark.slow
@@ -185,8 +185,8 @@ def test_a_terminal_that_is_closed_saves(folder: Path, capsys: pytest.CaptureFix
     os.close(ours)  # hangs up
     launch.process.send_signal(signal.SIGHUP)
     assert launch.process.wait(BOUND) == exit_codes.STOPPED_SAVED
-    told = why(launch.run, capsys)
-    assert (told["cause"], told["detail"]) == ("preempted", "SIGHUP") and told["requeue"]
+    verdict = why(launch.run, capsys)
+    assert (verdict["cause"], verdict["detail"]) == ("preempted", "SIGHUP") and verdict["requeue"]
 
 
 @pytest.mark.slow
@@ -238,10 +238,14 @@ def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
-    told = why(launch.run, capsys)
-    assert code == told["exit_code"] == exit_codes.STOPPED_UNSAVED, said
-    assert (told["cause"], told["rank"], told["section"]) == ("preempted_unsaved", 1, "data_wait")
-    assert "SIGTERM, and no step ended within 3 s: blocked, in data_wait" in told["detail"]
+    verdict = why(launch.run, capsys)
+    assert code == verdict["exit_code"] == exit_codes.STOPPED_UNSAVED, said
+    assert (verdict["cause"], verdict["rank"], verdict["section"]) == (
+        "preempted_unsaved",
+        1,
+        "data_wait",
+    )
+    assert "SIGTERM, and no step ended within 3 s: blocked, in data_wait" in verdict["detail"]
     assert gone(pids)
 
 
@@ -295,8 +299,8 @@ def test_ctrl_c_twice_ends_ranks_that_cannot_listen(
     time.sleep(0.5)
     launch.process.send_signal(signal.SIGINT)
     assert launch.end() == (exit_codes.INTERRUPTED, "echolab: stopped\n")
-    told = why(launch.run, capsys)
-    assert told["cause"] == "interrupted" and told["exit_code"] == exit_codes.INTERRUPTED
+    verdict = why(launch.run, capsys)
+    assert verdict["cause"] == "interrupted" and verdict["exit_code"] == exit_codes.INTERRUPTED
 
 
 @pytest.mark.slow
@@ -326,9 +330,9 @@ def test_no_rank_outlives_its_supervisor(folder: Path, capsys: pytest.CaptureFix
     launch.process.kill()
     launch.process.wait()
     assert gone(pids)
-    told = why(launch.run, capsys, "over=true")
-    assert told["cause"] == "node_lost" and told["host"] == "host-0" and told["requeue"]
-    assert told["exit_code"] == exit_codes.RETRYABLE
+    verdict = why(launch.run, capsys, "over=true")
+    assert verdict["cause"] == "node_lost" and verdict["host"] == "host-0" and verdict["requeue"]
+    assert verdict["exit_code"] == exit_codes.RETRYABLE
 
 
 @pytest.mark.slow
@@ -341,8 +345,8 @@ def test_of_two_nodes_the_one_behind_is_named(
         for number in range(2)
     ]
     ended = [launch.end() for launch in both]
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["rank"], told["host"]) == ("hang", 2, "host-1")
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["host"]) == ("hang", 2, "host-1")
     assert [code for code, _ in ended] == [exit_codes.RETRYABLE] * 2
     records = read_launch(folder / "run/attempts/two")
     assert sorted(record.followed for record in records) == [False, True]
@@ -367,8 +371,8 @@ def test_of_two_starts_at_once_one_trains_and_the_other_leaves_no_trace(
     assert (
         "is using this run folder; wait for its end" in ended[1][1] and ended[1][1].count("\n") == 1
     )
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["attempts"], told["exit_code"]) == ("done", 1, 0)
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["attempts"], verdict["exit_code"]) == ("done", 1, 0)
     assert len(list((folder / "run/attempts").iterdir())) == 1
 
 
@@ -400,8 +404,8 @@ def test_a_later_start_of_the_job_fences_the_one_before(
     record = read_launch(folder / "run/attempts/slurm-7-0-0")[0]
     assert record.ended is None
     assert read_launch(folder / "run/attempts/slurm-7-1-0")[0].waited > 0
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["attempts"]) == ("done", 2)
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["attempts"]) == ("done", 2)
 
 
 @pytest.mark.slow
@@ -420,9 +424,9 @@ def test_a_signal_while_it_waits_is_not_lost(
     launch.process.send_signal(signal.SIGUSR1)
     code, said = launch.end()
     assert code == exit_codes.STOPPED_UNSAVED and "waiting for launch slurm-7-0-0" in said
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["requeue"]) == ("preempted_unsaved", True)
-    assert told["detail"] == "SIGUSR1 before the ranks started" and told["exit_code"] == 76
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["requeue"]) == ("preempted_unsaved", True)
+    assert verdict["detail"] == "SIGUSR1 before the ranks started" and verdict["exit_code"] == 76
     assert Launch(folder, {}, {**env, "SLURM_RESTART_COUNT": "2"}, launch="l").end()[0] == 0
 
 
@@ -450,5 +454,5 @@ def test_a_launch_that_was_frozen_finds_itself_fenced(
     assert code == exit_codes.RETRYABLE and "a later launch took over the run" in said
     assert written(folder / "run/attempts/first") == before
     assert written(folder / "run/checkpoints") == done
-    told = why(folder / "run", capsys)
-    assert (told["cause"], told["attempts"]) == ("done", 2)
+    verdict = why(folder / "run", capsys)
+    assert (verdict["cause"], verdict["attempts"]) == ("done", 2)

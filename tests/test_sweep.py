@@ -65,11 +65,11 @@ def names(*words: str) -> list[str]:
     ],
 )
 def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
-    found = made("flow_shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
+    result = made("flow_shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
     key = swept.partition("=")[0].lstrip("+")
-    assert len({member.name for member in found}) == len(found) == count
-    assert len({member.folder for member in found}) == count
-    for member in found:
+    assert len({member.name for member in result}) == len(result) == count
+    assert len({member.folder for member in result}) == count
+    for member in result:
         assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{10}", member.name)
         assert member.name.startswith(f"{key}-") and len(member.name) < 120
         assert "shift" not in member.name and "optim" not in member.name
@@ -91,9 +91,9 @@ def test_a_member_keeps_its_name() -> None:
 
 def test_the_ends_of_long_values_are_shown() -> None:
     long = "/data/" + "common/" * 40
-    found = names("optim.eps=1e-8,1e-7", f"pretrained={long}first.pth,{long}second.pth")
-    assert ["first.pth" in name for name in found] == [True, False] * 2
-    assert all("optim.eps-1e-0" in name for name in found)
+    result = names("optim.eps=1e-8,1e-7", f"pretrained={long}first.pth,{long}second.pth")
+    assert ["first.pth" in name for name in result] == [True, False] * 2
+    assert all("optim.eps-1e-0" in name for name in result)
     many = [f"model.{key}=64,128" for key in ("dim", "ffn_dim", "text_dim", "image_dim")]
     shown = [name.rpartition("-")[0] for name in names(*many)]  # without the hash
     assert all(name.count("-64") + name.count("-128") == 4 for name in shown)
@@ -106,8 +106,8 @@ def test_two_spellings_of_a_path_are_one_member(
     (tmp_path / "enc").mkdir()
     (tmp_path / "link").symlink_to("enc")
     spelled = ["enc", "enc/", "./enc", str(tmp_path / "enc"), "link", "[enc]"]
-    found = [members([f"data.clips={path}", "seed=0,1"], compose_both) for path in spelled]
-    assert len({member.name for one in found[:-1] for member in one}) == 2
+    result = [members([f"data.clips={path}", "seed=0,1"], compose_both) for path in spelled]
+    assert len({member.name for one in result[:-1] for member in one}) == 2
     with pytest.raises(ConfigError, match=r"data.clips.*: two members have these settings"):
         members(["data.clips=enc,enc/"], compose_both)
 
@@ -119,11 +119,11 @@ SECRETS = (
 
 
 def test_a_name_holds_no_secret() -> None:
-    found = names(f"data.val_clips={SECRETS[0]},{SECRETS[1]}")
-    assert found[0].startswith("data.val_clips-host-d-a-")
-    assert not [name for name in found if re.search("PASSWORD|SECRET|WHO|user", name)]
+    result = names(f"data.val_clips={SECRETS[0]},{SECRETS[1]}")
+    assert result[0].startswith("data.val_clips-host-d-a-")
+    assert not [name for name in result if re.search("PASSWORD|SECRET|WHO|user", name)]
     renewed = [address.replace("SECRET", "OTHER") for address in SECRETS]
-    assert names(f"data.val_clips={renewed[0]},{renewed[1]}") == found
+    assert names(f"data.val_clips={renewed[0]},{renewed[1]}") == result
     assert without_signature("s3://a/b?part=1") == "s3://a/b?part=1"
     assert "hunter" not in name_of(made()[0].config, {"+logger.api_key": "hunter2"})
 
@@ -276,9 +276,9 @@ def test_a_job_asks_for_the_gpus_and_cpus_of_its_ranks(
     ],
 )
 def test_launchers_that_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
+    with pytest.raises(ConfigError, match=message) as error:
         swept("seed=1,2", *words)
-    assert "PASSWORD1" not in str(told.value)
+    assert "PASSWORD1" not in str(error.value)
 
 
 def test_without_slurm_it_is_said_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -310,8 +310,8 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     words = [*data, f"run_dir='{tmp_path}/a sweep, #1 (x=y)'",
     "schedule.epochs=[{kind:sft,steps:3}]",
              "optim.lr=1e30,1e-3,1e-4"]  # fmt: skip
-    found = members(words, compose_both)
-    diverging, plain, pruned = found
+    result = members(words, compose_both)
+    diverging, plain, pruned = result
     pruned.folder.mkdir(parents=True)
     (pruned.folder / "PRUNE").touch()
     (pruned.folder / "run.json").write_text(
@@ -330,12 +330,12 @@ def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
     assert first.stdout.splitlines()[-1].split()[:2] == [diverging.name, "diverged:"]
     assert f"{pruned.name}  pruned:" in re.sub(" +", "  ", first.stdout)
     assert read_metrics(plain.folder / "metrics.jsonl")[-1]["step"] == 3
-    configs = [json.loads((member.folder / "config.json").read_text()) for member in found]
-    assert [config["run_dir"] for config in configs] == [str(member.folder) for member in found]
-    made_now = [attempts(member) for member in found]
+    configs = [json.loads((member.folder / "config.json").read_text()) for member in result]
+    assert [config["run_dir"] for config in configs] == [str(member.folder) for member in result]
+    made_now = [attempts(member) for member in result]
     again = run()
     assert again.returncode == exit_codes.FATAL and again.stdout.count("not started again") == 3
-    assert [attempts(member) for member in found] == made_now
+    assert [attempts(member) for member in result] == made_now
     assert sweep.settled(diverging) and sweep.settled(plain)
     events.append(diverging.folder, 3, "rollback", by="command", to=0, skip=None)
     shutil.rmtree(plain.folder / "checkpoints")

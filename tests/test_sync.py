@@ -42,17 +42,17 @@ def test_the_score_by_its_definition(distances: Distances) -> None:
     lips, sound, most = features(30, 1), features(30, 2), 4
     by_hand = []
     for j in range(-most, most + 1):
-        found = []
+        norms = []
         for i in range(30):
             inside = 0 <= i + j < 30
             if not inside and distances is unpadded_distances:
                 continue
-            heard = sound[i + j] if inside else torch.zeros(64)
-            found.append(float((lips[i] - heard).norm()))
-        by_hand.append(sum(found) / len(found))
-    found_ = distances(lips, sound, most)
-    torch.testing.assert_close(found_, torch.tensor(by_hand).double(), rtol=1e-5, atol=1e-4)
-    score = sync_score(found_, 30)
+            sound_window = sound[i + j] if inside else torch.zeros(64)
+            norms.append(float((lips[i] - sound_window).norm()))
+        by_hand.append(sum(norms) / len(norms))
+    computed = distances(lips, sound, most)
+    torch.testing.assert_close(computed, torch.tensor(by_hand).double(), rtol=1e-5, atol=1e-4)
+    score = sync_score(computed, 30)
     ordered = sorted(by_hand)
     assert score.distance == pytest.approx(ordered[0], rel=1e-5)
     assert score.confidence == pytest.approx(ordered[most] - ordered[0], abs=1e-4)

@@ -36,12 +36,12 @@ def datasets(draw: Any, most: int = 12) -> dict[str, Any]:
         for key, name in zip(keys, names, strict=True)
     ]
     head = {"kind": "foreign", "encoders": draw(st.dictionaries(texts, texts, max_size=2))}
-    told = {"samples": ['"samples":['], "text": draw(texts)}
+    fields = {"samples": ['"samples":['], "text": draw(texts)}
     content = [1, *head.values(), shards, samples]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     name = hashlib.sha256(text.encode()).hexdigest()
     return {
-        "format": 1, **head, "description": told, "fingerprint": name, "shards": shards,
+        "format": 1, **head, "description": fields, "fingerprint": name, "shards": shards,
         "samples": samples,
     }  # fmt: skip
 
@@ -61,8 +61,8 @@ def test_the_arrays_say_what_the_json_says(index: dict[str, Any], form: int) -> 
     assert list(table.keys) == [sample["key"] for sample in samples]
     assert table.keys[::-2] == list(table.keys)[::-2] and len(table) == len(samples)
     assert [table.members(i) for i in range(len(table))] == [s["members"] for s in samples]
-    found = [table.shards[table.shard_of(i)].name for i in range(len(table))]
-    assert found == [sample["shard"] for sample in samples]
+    names = [table.shards[table.shard_of(i)].name for i in range(len(table))]
+    assert names == [sample["shard"] for sample in samples]
     assert head["description"] == index["description"]
 
 
@@ -93,8 +93,8 @@ def test_the_fingerprint_is_that_of_the_whole(count: int) -> None:
     samples = [{"key": f"k{i}", "members": {"b": (i, 2, 3), "a": (4, 5, 6)}} for i in range(count)]
     content = [1, "raw", {"x": "y", "a": "ü"}, [{"name": "n"}], samples]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    found = fingerprint("raw", {"x": "y", "a": "ü"}, [{"name": "n"}], iter(samples))
-    assert found == hashlib.sha256(text.encode()).hexdigest()
+    names = fingerprint("raw", {"x": "y", "a": "ü"}, [{"name": "n"}], iter(samples))
+    assert names == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_samples_stand_in_the_order_of_their_shards() -> None:

@@ -21,11 +21,11 @@ FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
 def contents(path: Path) -> list[tuple[str, bytes]]:
     data = path.read_bytes()
-    found, sha256, size = read_tar(path)
+    content, sha256, size = read_tar(path)
     assert (sha256, size) == (hashlib.sha256(data).hexdigest(), len(data))
-    for member in found:
+    for member in content:
         assert member.crc32 == zlib.crc32(data[member.offset : member.offset + member.size])
-    return [(m.name, data[m.offset : m.offset + m.size]) for m in found]
+    return [(m.name, data[m.offset : m.offset + m.size]) for m in content]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -83,23 +83,23 @@ def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
 def test_no_cut_and_no_flip_passes(tmp_path: Path, form: str) -> None:
     """Of a foreign tar nothing is known: what its own checksums guard is what can be seen."""
     path = foreign.pack(tmp_path / "a.tar", MEMBERS[:6], FORMATS[form])
-    whole, (members, sha256, _) = path.read_bytes(), read_tar(path)
+    original, (members, sha256, _) = path.read_bytes(), read_tar(path)
     end = members[-1].offset + members[-1].size
     rng = np.random.default_rng(0)
-    for size in [*range(0, end, 512), *rng.integers(0, end, 50), end, len(whole) - 9217]:
+    for size in [*range(0, end, 512), *rng.integers(0, end, 50), end, len(original) - 9217]:
         if size < end + 1024:
             with pytest.raises(TarError):
-                list(walk(HashingReader(io.BytesIO(whole[:size]))))
-    for at in rng.integers(0, len(whole), 300):
-        flipped = bytearray(whole)
+                list(walk(HashingReader(io.BytesIO(original[:size]))))
+    for at in rng.integers(0, len(original), 300):
+        flipped = bytearray(original)
         flipped[at] ^= 1 << int(rng.integers(8))
         tar = HashingReader(io.BytesIO(flipped))
         try:
-            found = list(walk(tar))
+            walked = list(walk(tar))
         except TarError as fault:
-            assert 0 <= fault.offset <= len(whole)
+            assert 0 <= fault.offset <= len(original)
         else:
-            changed = [m for m, n in zip(found, members, strict=True) if m != n]
+            changed = [m for m, n in zip(walked, members, strict=True) if m != n]
             assert tar.sha256.hexdigest() != sha256 and len(changed) <= 1
 
 

@@ -66,22 +66,22 @@ class Attempts:
     def __init__(self, server: ForkServer, root: Path) -> None:
         self.server, self.root = server, root
 
-    def _told(self, where: Topology, out: Path, until: int, **more: Any) -> dict[str, Any]:
+    def _arguments(self, where: Topology, out: Path, until: int, **more: Any) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         arguments = {**where._asdict(), "root": str(self.root), "out": str(out), "until": until}
         return {"world": where.world, "arguments": {**arguments, **more}}
 
     def run(self, where: Topology, out: Path, until: int, **more: Any) -> Checkpoint:
         """To its end; the newest checkpoint."""
-        self.server.run("topologies:attempt", **self._told(where, out, until, **more))
-        found, rejected = latest_valid(out / "checkpoints")
-        assert found and found.step == until and not rejected
-        return found
+        self.server.run("topologies:attempt", **self._arguments(where, out, until, **more))
+        checkpoint, rejected = latest_valid(out / "checkpoints")
+        assert checkpoint and checkpoint.step == until and not rejected
+        return checkpoint
 
     def kill(self, where: Topology, out: Path, at: int, delay: float) -> None:
         """SIGKILL all ranks soon after step `at`."""
-        told = self._told(where, out, LAST, kill_at=at)
-        ranks = self.server.start("topologies:attempt", **told)
+        arguments = self._arguments(where, out, LAST, kill_at=at)
+        ranks = self.server.start("topologies:attempt", **arguments)
         while not (out / "reached").exists():
             assert not any(ranks.codes()), ranks.outputs()
             time.sleep(0.01)
@@ -101,14 +101,14 @@ def attempts(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) 
     return attempts
 
 
-def check_equal(found: Checkpoint, expected: Checkpoint, parts: Sequence[str] = PARTS) -> None:
+def check_equal(checkpoint: Checkpoint, expected: Checkpoint, parts: Sequence[str] = PARTS) -> None:
     """Weights, moments and average, within LIMIT."""
     for part in parts:
-        ours, theirs = found.tensors(part), expected.tensors(part)
+        ours, theirs = checkpoint.tensors(part), expected.tensors(part)
         assert set(ours) == set(theirs)
-        whole = torch.cat([theirs[name].double().flatten() for name in theirs])
+        expected_values = torch.cat([theirs[name].double().flatten() for name in theirs])
         error = torch.cat([(ours[n].double() - theirs[n].double()).flatten() for n in theirs])
-        assert error.norm() <= LIMIT * whole.norm(), part
+        assert error.norm() <= LIMIT * expected_values.norm(), part
         if part in ("master", "ema"):
             assert error.abs().max() <= LIMIT, part
 
@@ -124,9 +124,10 @@ def test_killed_and_resumed_is_the_run_of_one_process(attempts: Attempts, where:
     print(f"seed {SEED}: killed {delay:.3f} s after step {at}")
     out = folder(attempts, where)
     attempts.kill(where, out, at, delay)
-    found = attempts.run(where, out, FIRST)
+    checkpoint = attempts.run(where, out, FIRST)
     check_equal(
-        found, open_checkpoint(attempts.root / f"alone-first/checkpoints/{found.path.name}")
+        checkpoint,
+        open_checkpoint(attempts.root / f"alone-first/checkpoints/{checkpoint.path.name}"),
     )
 
 
@@ -142,7 +143,7 @@ def test_what_one_saved_another_loads_bit_for_bit_and_goes_on(
     assert saved and saved.step == FIRST
     before = {part: dict(saved.tensors(part)) for part in PARTS}
     updates = saved.state["optimizer_updates"]
-    found = attempts.run(second, tmp_path / "run", LAST, again=str(tmp_path / "again"))
+    checkpoint = attempts.run(second, tmp_path / "run", LAST, again=str(tmp_path / "again"))
     loaded, _ = latest_valid(tmp_path / "again")
     assert loaded and loaded.state["optimizer_updates"] == updates
     for part in PARTS:
@@ -150,7 +151,9 @@ def test_what_one_saved_another_loads_bit_for_bit_and_goes_on(
             assert torch.equal(
                 loaded.tensors(part)[name].view(torch.int32), tensor.view(torch.int32)
             )
-    check_equal(found, open_checkpoint(attempts.root / f"alone/checkpoints/{found.path.name}"))
+    check_equal(
+        checkpoint, open_checkpoint(attempts.root / f"alone/checkpoints/{checkpoint.path.name}")
+    )
 
 
 @pytest.mark.parametrize("part", PARTS[1:])
@@ -159,10 +162,10 @@ def test_a_resume_that_loses_a_part_would_be_seen(
 ) -> None:
     """The comparison itself, put to the test."""
     attempts.run(ALONE, tmp_path, FIRST // 2)
-    found = attempts.run(ALONE, tmp_path, FIRST, forget=part)
-    expected = open_checkpoint(attempts.root / f"alone-first/checkpoints/{found.path.name}")
+    checkpoint = attempts.run(ALONE, tmp_path, FIRST, forget=part)
+    expected = open_checkpoint(attempts.root / f"alone-first/checkpoints/{checkpoint.path.name}")
     with pytest.raises(AssertionError, match=part):
-        check_equal(found, expected, [part])
+        check_equal(checkpoint, expected, [part])
 
 
 def test_the_transitions_go_everywhere() -> None:

@@ -163,13 +163,13 @@ def test_it_trains_saves_and_ends_as_without(
         monkeypatch.setattr("echolab.cli.train_rank.FINISH_SECONDS", 12.0)
     with ExitStack() as stack:
         stack.enter_context(fault(monkeypatch, run))
-        found = trained(run, settings, "wandb")
-        assert found == expected and found[0] == DONE
+        result = trained(run, settings, "wandb")
+        assert result == expected and result[0] == DONE
         rows = rows_of(run) if complete else []
-    told = [line for line in capfd.readouterr().err.splitlines() if "echolab: wandb" in line]
-    assert len(told) == bool(said) and all("metrics.jsonl has all values" in t for t in told)
-    if "server" in name and "not finished" in told[0]:  # the machine was too busy
+    lines = [line for line in capfd.readouterr().err.splitlines() if "echolab: wandb" in line]
+    assert len(lines) == bool(said) and all("metrics.jsonl has all values" in t for t in lines)
+    if "server" in name and "not finished" in lines[0]:  # the machine was too busy
         return
-    assert all(said in line for line in told), told
+    assert all(said in line for line in lines), lines
     if complete:
         assert [row["trainer/step"] for row in rows] == [row["step"] for row in expected[3]]

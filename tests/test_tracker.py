@@ -27,8 +27,8 @@ KEY = "0123456789abcdef" * 3
 
 def children(parent: int) -> dict[int, str]:
     """Return the names of the child processes of a process by pid, of all its threads."""
-    told = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True)
-    lines = [line.split(maxsplit=1) for line in told.stdout.decode().splitlines()]
+    listing = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True)
+    lines = [line.split(maxsplit=1) for line in listing.stdout.decode().splitlines()]
     return {int(pid): name for pid, name in lines if name != "ps"}
 
 
@@ -162,9 +162,9 @@ def test_without_a_server_the_run_is_recorded_on_the_disk(
         wait_until(lambda: run.mode == "online")
         run.finish(12)
     assert run.mode == "offline" and recorded(tmp_path) == ALL[:STEPS]
-    told = capfd.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     folder = next(tmp_path.glob("wandb/offline-run-*"))
-    assert len(told) == 1 and f"`wandb sync {folder}`" in told[0] and KEY not in told[0]
+    assert len(lines) == 1 and f"`wandb sync {folder}`" in lines[0] and KEY not in lines[0]
 
 
 RUN = {"id": "r", "name": "r-1", "project": {"name": "tests", "entity": {"name": "somebody"}}}
@@ -208,9 +208,9 @@ def test_a_server_that_falls_silent_amid_a_run(
         assert run.mode == "online"
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours + services))
         server.shutdown()
-    (told,) = [line for line in capfd.readouterr().err.splitlines() if "echolab" in line]
+    (lines,) = [line for line in capfd.readouterr().err.splitlines() if "echolab" in line]
     folder = next(tmp_path.glob("wandb/run-*"))
-    assert "not finished after 8 s" in told and f"`wandb sync {folder}`" in told
+    assert "not finished after 8 s" in lines and f"`wandb sync {folder}`" in lines
     assert [row["loss"] for row in rows_of(tmp_path, "run-*") if "loss" in row] == ALL[:STEPS]
 
 
@@ -222,9 +222,9 @@ def test_a_wrong_key(
     log_all(run, tmp_path)
     run.finish(60)
     assert recorded(tmp_path) == ALL[:STEPS]
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 1 and "WANDB_API_KEY" in told[0] and "wandb sync" in told[0]
-    assert "too-short-a-key" not in told[0]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "WANDB_API_KEY" in lines[0] and "wandb sync" in lines[0]
+    assert "too-short-a-key" not in lines[0]
 
 
 @pytest.mark.parametrize("kilobytes", [4, 40])
@@ -244,8 +244,8 @@ def test_a_full_disk_is_told_with_what_is_missing(
         run.finish(60)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    (told,) = capfd.readouterr().err.splitlines()
-    assert "of 500 records are missing" in told, told
+    (lines,) = capfd.readouterr().err.splitlines()
+    assert "of 500 records are missing" in lines, lines
 
 
 def test_in_a_slurm_job_auto_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +278,9 @@ def test_a_tracker_that_takes_nothing_holds_up_nobody(
     run = begin(tmp_path / "c")
     run.log(1, {"loss": 1.0})
     run.finish(60)
-    told = capfd.readouterr().err.splitlines()
-    assert ["not finished" in line for line in told] == [True, True, False]
-    assert "missing" in told[2] and "sends no more records" in told[2]
+    lines = capfd.readouterr().err.splitlines()
+    assert ["not finished" in line for line in lines] == [True, True, False]
+    assert "missing" in lines[2] and "sends no more records" in lines[2]
     wait_until(lambda: children(os.getpid()).keys() <= before.keys())
 
 

@@ -27,7 +27,7 @@ def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
     """The uninterrupted run: its last tensors, and every loss."""
     result, rows = runs.train(tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), every=EVERY)
     assert result.done and result.checkpoint
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], l
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
 def test_stopping_and_going_on_changes_nothing(
-    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]], stop: int
+    tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]], stop: int
 ) -> None:
     def interrupt(step: int, steps: int) -> None:
         if step == stop - 1 or stop == step == 1:
@@ -47,12 +47,12 @@ def test_stopping_and_going_on_changes_nothing(
     assert first.stopped_by == signal.SIGUSR1 and not first.done
     second, late = runs.train(tmp_path, plan, every=EVERY)
     assert second.done and second.checkpoint
-    assert losses(early + late) == whole[1]
-    assert runs.tensors_of(second.checkpoint) == whole[0]
+    assert losses(early + late) == unbroken[1]
+    assert runs.tensors_of(second.checkpoint) == unbroken[0]
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+    tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     program = (
         "import os, sys, signal; sys.path.insert(0, sys.argv[2]); import runs\n"
@@ -64,15 +64,15 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     command = [sys.executable, "-c", program, str(tmp_path), str(HERE)]
     assert subprocess.run(command, timeout=900).returncode == -signal.SIGKILL
     result, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY)
-    assert losses(rows) == whole[1][5:]
-    assert result.checkpoint and runs.tensors_of(result.checkpoint) == whole[0]
+    assert losses(rows) == unbroken[1][5:]
+    assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
 
 def test_accumulation_and_workers_change_next_to_nothing(
-    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+    tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     _, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY, micro_batch_size=2, workers=1)
-    for (_, loss), (_, expected) in zip(losses(rows), whole[1], strict=True):
+    for (_, loss), (_, expected) in zip(losses(rows), unbroken[1], strict=True):
         assert loss == pytest.approx(expected, rel=1e-3)
 
 
@@ -104,13 +104,13 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 def test_looking_at_held_out_clips_changes_nothing(
-    tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
+    tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     held = HeldOut(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
     result, _ = runs.train(
         tmp_path, runs.schedule(*PLAN), every=Intervals(1, 0, 1), held_out=held, phases=runs.PHASES
     )
-    assert result.checkpoint and runs.tensors_of(result.checkpoint) == whole[0]
+    assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
 
 def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> None:

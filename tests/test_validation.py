@@ -136,7 +136,7 @@ def test_training_does_not_notice(clips: ShardDataset) -> None:
 
 def by_hand(net: nn.Module, clips: ShardDataset, task: str, sigma: float, seed: int) -> list[float]:
     """The definition, clip by clip: noise of (seed, key), everything given, place by place."""
-    found = []
+    values = []
     for i in range(len(clips)):
         batch = validation.collate_clips(clips, [validation.read_clip(clips, i, task)])
         noise = draw(batch.keys, tiny.SHAPE, seed=seed, epoch=-1).noise
@@ -145,8 +145,8 @@ def by_hand(net: nn.Module, clips: ShardDataset, task: str, sigma: float, seed: 
         with torch.no_grad():
             velocity = net(interpolate(batch.latents, noise, level), 1000 * level, given, weights)
         squares = (velocity - velocity_target(batch.latents, noise)).square().mean(1, keepdim=True)
-        found.append(float((squares * batch.weight).sum() / batch.weight.sum()))
-    return found
+        values.append(float((squares * batch.weight).sum() / batch.weight.sum()))
+    return values
 
 
 def test_values_are_the_means_of_the_definition(clips: ShardDataset) -> None:
@@ -191,13 +191,13 @@ def over_ranks(
     learner: Learner, clips: ShardDataset, rows: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, float]:
     """What all ranks of `rows` would get, one after the other in this process."""
-    told: list[list[float]] = []
+    received: list[list[float]] = []
     monkeypatch.setattr(
-        validation.distributed, "sums", lambda values: told.append(values) or values
+        validation.distributed, "sums", lambda values: received.append(values) or values
     )
     for row in range(rows):
         learner.look(read_share(HeldOut(clips, batch_size=size), row, rows))
-    total = [sum(parts) for parts in zip(*told, strict=True)]
+    total = [sum(parts) for parts in zip(*received, strict=True)]
     monkeypatch.setattr(validation.distributed, "sums", lambda values: total)
     return learner.look(read_share(HeldOut(clips, batch_size=size), 0, rows))
 
@@ -207,27 +207,27 @@ def test_values_do_not_depend_on_ranks_or_batches(
 ) -> None:
     learner = seeded()
     learner.step()
-    whole = learner.look(read_share(HeldOut(clips, batch_size=1)))
+    complete = learner.look(read_share(HeldOut(clips, batch_size=1)))
     for rows in (2, 3, 7):  # 5 divides by none of them
-        assert over_ranks(learner, clips, rows, 1, monkeypatch) == whole
-        assert over_ranks(learner, clips, rows, 2, monkeypatch) == pytest.approx(whole, rel=1e-5)
+        assert over_ranks(learner, clips, rows, 1, monkeypatch) == complete
+        assert over_ranks(learner, clips, rows, 2, monkeypatch) == pytest.approx(complete, rel=1e-5)
     monkeypatch.undo()
     large = learner.look(read_share(HeldOut(clips, batch_size=16)))
-    assert large == pytest.approx(whole, rel=1e-5)
-    assert learner.look(read_share(HeldOut(clips, batch_size=1)), seed=4) != whole
+    assert large == pytest.approx(complete, rel=1e-5)
+    assert learner.look(read_share(HeldOut(clips, batch_size=1)), seed=4) != complete
     random.seed(99), torch.manual_seed(99)
-    assert learner.look(read_share(HeldOut(clips, batch_size=1))) == whole
+    assert learner.look(read_share(HeldOut(clips, batch_size=1))) == complete
 
 
 def test_ranks_that_share_a_clip_count_it_once(
     clips: ShardDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner, told = seeded(), []
+    learner, received = seeded(), []
     monkeypatch.setattr(
-        validation.distributed, "sums", lambda values: told.append(values) or values
+        validation.distributed, "sums", lambda values: received.append(values) or values
     )
     learner.look(read_share(HeldOut(clips)), counts=False)
-    assert set(told[0]) == {0.0}
+    assert set(received[0]) == {0.0}
 
 
 def test_autocast_is_used_where_the_weights_are_fp32(clips: ShardDataset) -> None:
@@ -248,7 +248,7 @@ def test_a_part_of_the_clips_is_the_first_of_them(clips: ShardDataset, tmp_path:
 
 
 def test_a_run_with_validation_trains_as_one_without(clips: ShardDataset, tmp_path: Path) -> None:
-    plan, found = runs.schedule(("sft", 3), ("dpo", 2)), []
+    plan, values = runs.schedule(("sft", 3), ("dpo", 2)), []
     for number, every in enumerate((0, 1)):
         held = {"held_out": HeldOut(clips), "phases": runs.PHASES} if every else {}
         result, rows = runs.train(
@@ -259,5 +259,5 @@ def test_a_run_with_validation_trains_as_one_without(clips: ShardDataset, tmp_pa
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
         looks = sum("val_raw/loss" in row for row in rows)
         assert looks == 5 * every
-        found.append((losses, runs.tensors_of(result.checkpoint)))
-    assert found[0] == found[1] and len(found[0][0]) == 5
+        values.append((losses, runs.tensors_of(result.checkpoint)))
+    assert values[0] == values[1] and len(values[0][0]) == 5

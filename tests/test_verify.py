@@ -36,17 +36,17 @@ def folder(tmp_path: Path) -> Path:
 
 def regions(path: Path) -> dict[str, list[int]]:
     """Every byte of a shard by what it is for."""
-    found: dict[str, list[int]] = {name: [] for name in ("header", "checksum", "data", "padding")}
+    offsets: dict[str, list[int]] = {name: [] for name in ("header", "checksum", "data", "padding")}
     end = 0
     for member in read_tar(path)[0]:
         checksum = range(member.header + 148, member.header + 156)
-        found["checksum"] += checksum
-        found["header"] += [b for b in range(member.header, member.offset) if b not in checksum]
+        offsets["checksum"] += checksum
+        offsets["header"] += [b for b in range(member.header, member.offset) if b not in checksum]
         stop = member.offset + member.size
         end = stop + -stop % 512
-        found["data"] += range(member.offset, stop)
-        found["padding"] += range(stop, end)
-    return found | {"end": list(range(end, path.stat().st_size))}
+        offsets["data"] += range(member.offset, stop)
+        offsets["padding"] += range(stop, end)
+    return offsets | {"end": list(range(end, path.stat().st_size))}
 
 
 def all_placed(faults: list[Fault], shard: str, what: object) -> None:
@@ -61,9 +61,9 @@ def all_placed(faults: list[Fault], shard: str, what: object) -> None:
 
 def test_no_cut_goes_unseen(folder: Path) -> None:
     path = folder / "raw-000001.tar"
-    whole = path.read_bytes()
-    for size in [*range(0, len(whole), 512), *RNG.integers(0, len(whole), 200)]:
-        path.write_bytes(whole[:size])
+    original = path.read_bytes()
+    for size in [*range(0, len(original), 512), *RNG.integers(0, len(original), 200)]:
+        path.write_bytes(original[:size])
         faults = find_faults(folder)
         all_placed(faults, path.name, size)
         assert min(fault.byte or 0 for fault in faults) <= size
@@ -77,9 +77,9 @@ def owners(path: Path) -> Callable[[int], str]:
 @pytest.mark.parametrize("region", ["header", "checksum", "data", "padding", "end"])
 def test_no_flipped_byte_goes_unseen(folder: Path, region: str) -> None:
     path = folder / "raw-000001.tar"
-    whole, owner = path.read_bytes(), owners(path)
+    original, owner = path.read_bytes(), owners(path)
     for at in RNG.choice(regions(path)[region], 120):
-        damaged = bytearray(whole)
+        damaged = bytearray(original)
         damaged[at] ^= int(RNG.integers(1, 256))
         path.write_bytes(damaged)
         faults = find_faults(folder)
@@ -266,7 +266,7 @@ def foreign_dataset(folder: Path, path: Path, kind: str = "foreign") -> None:
             key, _, member = m.name.partition(".")
             samples.setdefault(key, {})[member] = (m.offset, m.size, m.crc32)
     shards = [Shard(path.name, sha256, size, len(samples))._asdict()]
-    listed = [Sample(key, path.name, found)._asdict() for key, found in samples.items()]
+    listed = [Sample(key, path.name, sample)._asdict() for key, sample in samples.items()]
     index = {
         "format": 1, "kind": kind, "encoders": {}, "description": {}, "shards": shards,
         "samples": listed, "fingerprint": fingerprint(kind, {}, shards, listed),
@@ -277,13 +277,13 @@ def foreign_dataset(folder: Path, path: Path, kind: str = "foreign") -> None:
 @pytest.mark.parametrize("kind", sorted(REQUIRED))
 def test_a_sample_that_lacks_a_member_is_seen(tmp_path: Path, kind: str) -> None:
     """As two drivers on one folder once wrote it: json alone, and dataset.json agrees."""
-    whole = foreign.raw_samples(3)
+    original = foreign.raw_samples(3)
     for name in REQUIRED[kind]:
         folder = tmp_path / name
         folder.mkdir()
-        kept = {member: data for member, data in whole["clip-001"].items() if member != name}
+        kept = {member: data for member, data in original["clip-001"].items() if member != name}
         path = folder / "raw-000000.tar"
-        foreign.pack(path, foreign.files({**whole, "clip-001": kept}))
+        foreign.pack(path, foreign.files({**original, "clip-001": kept}))
         foreign_dataset(folder, path, kind)
         (fault,) = find_faults(folder)
         assert (fault.file, fault.sample) == (path.name, "clip-001")
@@ -308,9 +308,9 @@ def test_no_false_alarm_on_tars_of_others(tmp_path: Path, form: str) -> None:
         foreign.pack(path, members, forms[form])
     foreign_dataset(folder, path)
     assert verify(folder, deep=False) == []
-    whole = path.read_bytes()
-    for at in RNG.integers(0, len(whole), 100):
-        damaged = bytearray(whole)
+    original = path.read_bytes()
+    for at in RNG.integers(0, len(original), 100):
+        damaged = bytearray(original)
         damaged[at] ^= int(RNG.integers(1, 256))
         path.write_bytes(damaged)
         for fault in (faults := find_faults(folder)):
@@ -327,10 +327,10 @@ def test_the_command_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert lines == verify(folder) and all(f"{path}: byte " in line for line in lines)
     assert main(["data", "verify", str(folder), "format=json", "deep=true"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    broken_media = [line for line in told["faults"] if "cannot be decoded" in line]
-    assert set(told["faults"]) - set(broken_media) == set(lines) and broken_media
-    assert told["details"][0] == find_faults(folder, deep=True)[0]._asdict()
+    report = json.loads(capsys.readouterr().out)
+    broken_media = [line for line in report["faults"] if "cannot be decoded" in line]
+    assert set(report["faults"]) - set(broken_media) == set(lines) and broken_media
+    assert report["details"][0] == find_faults(folder, deep=True)[0]._asdict()
     assert main(["data", "verify", str(folder), "workers=0"]) == 1
 
 

@@ -20,7 +20,7 @@ BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with 7-byte heads, in
 
 
 def records(path: Path) -> Iterator[Any]:
-    data, at, whole = path.read_bytes(), 7, b""
+    data, at, payload = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     while at < len(data):
         left = BLOCK - at % BLOCK
@@ -35,12 +35,12 @@ def records(path: Path) -> Iterator[Any]:
         if kind == 0:
             at += left
             continue
-        whole += data[at + 7 : at + 7 + length]
+        payload += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # full, or the last fragment
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
+            record.ParseFromString(payload)
+            payload = b""
             yield record
 
 
@@ -51,9 +51,9 @@ def finished(path: Path) -> list[Any]:
     ends, it is waited for.
     """
     for _ in range(500):
-        found = list(records(path))
-        if "exit" in [record.WhichOneof("record_type") for record in found]:
-            return found
+        all_records = list(records(path))
+        if "exit" in [record.WhichOneof("record_type") for record in all_records]:
+            return all_records
         time.sleep(0.02)
     raise AssertionError(f"{path} has no exit record after 10 seconds")
 
@@ -61,13 +61,13 @@ def finished(path: Path) -> list[Any]:
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """History rows in order of the attempts, and the run records."""
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    found = [record for path in files for record in finished(path)]
+    finished_records = [record for path in files for record in finished(path)]
     rows = [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-        for r in found
+        for r in finished_records
         if (items := r.history.item)
     ]
-    return rows, [r.run for r in found if r.WhichOneof("record_type") == "run"]
+    return rows, [r.run for r in finished_records if r.WhichOneof("record_type") == "run"]
 
 
 def small_mp4(path: Path) -> Path:

@@ -28,7 +28,7 @@ Current thread 0x00007f0000000000 (most recent call first):
 
 
 def record(launch: str, node: int, **changes: Any) -> NodeRecord:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "launch": launch, "supervisor": node, "num_supervisors": 2, "host": f"n{node + 1}",
         "world_size": 4, "ranks": [2 * node, 2 * node + 1], "pid": 1, "identity": "",
         "started": 1_760_000_000.0,
@@ -36,15 +36,15 @@ def record(launch: str, node: int, **changes: Any) -> NodeRecord:
         "section": "vote", "stay": 60.0, "seconds": {"init": 40.0, "forward": 80.0, "vote": 160.0},
         "longest": {"save": 2.0}, **changes,
     }  # fmt: skip
-    return NodeRecord(**told)
+    return NodeRecord(**fields)
 
 
 def seen(rank: int, **changes: Any) -> Observation:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "host": f"n{rank // 2 + 1}", "section": "vote", "step": 40, "switches": 200,
         "stay": 60.0, "timeout": 60.0, "process_state": "S", "stack": WAITS, **changes,
     }  # fmt: skip
-    return Observation(rank, **told)
+    return Observation(rank, **fields)
 
 
 def write(run: Path, *records: NodeRecord) -> None:
@@ -56,8 +56,8 @@ def write(run: Path, *records: NodeRecord) -> None:
 
 def why(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["why", str(run), "format=json", *words]) == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return told
+    verdict: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return verdict
 
 
 HANG = [
@@ -88,12 +88,12 @@ def test_of_two_nodes_word_for_word(tmp_path: Path, capsys: pytest.CaptureFixtur
     write(tmp_path, *HANG)
     assert main(["why", str(tmp_path)]) == 0
     assert capsys.readouterr().out.replace(str(tmp_path), "RUN") == GOLDEN
-    told = why(tmp_path, capsys)
+    verdict = why(tmp_path, capsys)
     wanted = {
         "cause": "hang", "rank": 3, "step": 39, "exit_code": 77, "requeue": True, "exclude": [],
         "host": "n2", "section": "data_wait", "attempts": 1, "checkpoint": 30, "goodput": 0.45,
     }  # fmt: skip
-    assert {key: told[key] for key in wanted} == wanted and told["next_action"]
+    assert {key: verdict[key] for key in wanted} == wanted and verdict["next_action"]
 
 
 def test_the_earliest_exception_of_all_nodes(
@@ -111,10 +111,10 @@ def test_the_earliest_exception_of_all_nodes(
         ),
         record("a", 1, observations=[seen(2, exit_code=1, failure=bug), seen(3)]),
     )
-    told = why(tmp_path, capsys)
-    assert (told["cause"], told["rank"], told["host"]) == ("code", 2, "n2")
-    assert told["earliest_error"] == "rank 2 (n2): KeyError: 'audio'"
-    assert told["requeue"] and told["decision"] == "code failure 1 of 1 allowed"
+    verdict = why(tmp_path, capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["host"]) == ("code", 2, "n2")
+    assert verdict["earliest_error"] == "rank 2 (n2): KeyError: 'audio'"
+    assert verdict["requeue"] and verdict["decision"] == "code failure 1 of 1 allowed"
 
 
 @pytest.mark.parametrize(("has", "host"), [(None, None), (3, "n2")])
@@ -131,10 +131,10 @@ def test_replicas_that_differ_are_of_the_rank_that_has_it(
         for node, own in enumerate((observations[:2], observations[2:])):
             about["checkpoint"] = number + 1
             write(tmp_path, record(f"slurm-7-{number}-0", node, observations=own, **about))
-    told = why(tmp_path, capsys)
-    assert (told["cause"], told["rank"], told["host"]) == ("replicas", has, host)
-    assert told["exclude"] == ([host] if host else []) and told["requeue"]
-    assert (told["section"], told["step"]) == ("vote", 40)
+    verdict = why(tmp_path, capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["host"]) == ("replicas", has, host)
+    assert verdict["exclude"] == ([host] if host else []) and verdict["requeue"]
+    assert (verdict["section"], verdict["step"]) == ("vote", 40)
 
 
 def test_attempts_are_counted_and_budgets_kept(
@@ -147,13 +147,13 @@ def test_attempts_are_counted_and_budgets_kept(
         observations = [seen(2, exit_code=-9, ended_at=1.0), seen(3)]
         write(tmp_path, record(launch, 0, observations=[seen(0), seen(1)], **gone))
         write(tmp_path, record(launch, 1, observations=observations, **gone))
-    told = why(tmp_path, capsys)
-    assert (told["cause"], told["rank"], told["attempts"]) == ("killed", 2, 2)
-    assert not told["requeue"] and told["exclude"] == ["n2"]
-    assert told["next_action"].startswith(
+    verdict = why(tmp_path, capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["attempts"]) == ("killed", 2, 2)
+    assert not verdict["requeue"] and verdict["exclude"] == ["n2"]
+    assert verdict["next_action"].startswith(
         "do not restart: 2 attempts in a row saved no checkpoint; "
     )
-    assert [row["cause"] for row in told["history"]] == ["killed", "killed"]
+    assert [row["cause"] for row in verdict["history"]] == ["killed", "killed"]
     (tmp_path / "config.json").write_text(json.dumps({"max_infra_restarts": 0}))
     assert not why(tmp_path, capsys)["requeue"]
 
@@ -163,22 +163,22 @@ def test_a_run_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     write(
         tmp_path, record("a", 0, num_supervisors=1, identity=process_identity(os.getpid()), **own)
     )
-    told = why(tmp_path, capsys)
-    assert told["cause"] == "running" and told["exit_code"] is None and not told["requeue"]
-    assert told["section"] == "vote" and told["step"] == 40
+    verdict = why(tmp_path, capsys)
+    assert verdict["cause"] == "running" and verdict["exit_code"] is None and not verdict["requeue"]
+    assert verdict["section"] == "vote" and verdict["step"] == 40
     # The pid is another process's by now: lost.
     write(tmp_path, record("a", 0, num_supervisors=1, identity="another", **own))
-    told = why(tmp_path, capsys)
-    assert told["cause"] == "node_lost" and told["exit_code"] == 77
+    verdict = why(tmp_path, capsys)
+    assert verdict["cause"] == "node_lost" and verdict["exit_code"] == 77
 
 
 def test_a_node_that_told_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, HANG[0], record("slurm-7-0-0", 1, ended=None))
     # n2 wrote lately, and might be at work
     assert why(tmp_path, capsys)["cause"] == "running"
-    told = why(tmp_path, capsys, "over=true")
-    assert (told["cause"], told["rank"], told["host"]) == ("node_lost", 2, "n2")
-    assert told["detail"] == "no end recorded by n2"
+    verdict = why(tmp_path, capsys, "over=true")
+    assert (verdict["cause"], verdict["rank"], verdict["host"]) == ("node_lost", 2, "n2")
+    assert verdict["detail"] == "no end recorded by n2"
     # But where the first node knows better, it is believed.
     own = seen(1, exit_code=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
     write(tmp_path, record("slurm-7-0-0", 0, observations=[seen(0), own]))
@@ -189,9 +189,9 @@ def test_ranks_that_ended_by_themselves(tmp_path: Path, capsys: pytest.CaptureFi
     for cause, code in (("preempted", 75), ("time", 75), ("preempted_unsaved", 76), ("done", 0)):
         both = {"cause": cause, "exit_code": code, "observations": []}
         write(tmp_path, record("a", 0, **both), record("a", 1, **both))
-        told = why(tmp_path, capsys)
-        assert (told["cause"], told["exit_code"]) == (cause, code)
-        assert told["requeue"] is (cause != "done")
+        verdict = why(tmp_path, capsys)
+        assert (verdict["cause"], verdict["exit_code"]) == (cause, code)
+        assert verdict["requeue"] is (cause != "done")
 
 
 # -- launches that told no end ------------------------------------------------------------------
@@ -237,8 +237,8 @@ def test_a_later_launch_proves_the_end(tmp_path: Path, capsys: pytest.CaptureFix
         tmp_path,
         record("slurm-7-1-0", 0, num_supervisors=1, identity=process_identity(os.getpid()), **own),
     )
-    told = why(tmp_path, capsys)
-    assert [row["cause"] for row in told["history"]] == ["node_lost", "running"]
+    verdict = why(tmp_path, capsys)
+    assert [row["cause"] for row in verdict["history"]] == ["node_lost", "running"]
 
 
 class Lost(NamedTuple):
@@ -280,13 +280,13 @@ def test_a_killed_job_and_a_lost_node_are_told_apart(
         write(tmp_path, *both)
         if case.evidence:
             (tmp_path / "attempts" / launch / "slurm.json").write_text(json.dumps(case.evidence))
-    told = why(tmp_path, capsys, "over=true")
-    assert told["cause"] == case.cause and told["requeue"]
-    assert told["exclude"] == ([case.host] if case.host else [])
+    verdict = why(tmp_path, capsys, "over=true")
+    assert verdict["cause"] == case.cause and verdict["requeue"]
+    assert verdict["exclude"] == ([case.host] if case.host else [])
     if case.host:
-        assert told["host"] == case.host
+        assert verdict["host"] == case.host
     else:
-        assert (told["rank"], told["exit_code"]) == (None, 76)
+        assert (verdict["rank"], verdict["exit_code"]) == (None, 76)
 
 
 def test_ranks_that_waited_for_a_node_that_slurm_lost(
@@ -296,10 +296,10 @@ def test_ranks_that_waited_for_a_node_that_slurm_lost(
     waits = [replace(HANG[0]), replace(HANG[1], observations=[seen(2), seen(3)])]
     write(tmp_path, *waits)
     assert why(tmp_path, capsys)["cause"] == "hang"
-    found = {"down": ["n2"], "state": "", "job_ended": False}
-    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(found))
-    told = why(tmp_path, capsys)
-    assert (told["cause"], told["rank"], told["host"]) == ("node_lost", 2, "n2")
+    slurm_record = {"down": ["n2"], "state": "", "job_ended": False}
+    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(slurm_record))
+    verdict = why(tmp_path, capsys)
+    assert (verdict["cause"], verdict["rank"], verdict["host"]) == ("node_lost", 2, "n2")
     # Who knows why it failed is believed all the same.
     bug = seen(1, exit_code=1, failure=Failure("KeyError", "'audio'", "code", 50.0))
     write(tmp_path, replace(HANG[0], observations=[seen(0), bug]))
@@ -322,10 +322,10 @@ def test_the_job_asks_slurm_once_its_step_is_over(
     why(run, capsys, *words)
     assert not kept.exists()  # not in its job: too late to know
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    told = why(run, capsys, *words)
-    assert (told["cause"], told["host"]) == ("node_lost", "n2")
-    found = {"down": ["n2"], "state": "CANCELLED", "job_ended": stopped}
-    assert json.loads(kept.read_text()) == found
+    verdict = why(run, capsys, *words)
+    assert (verdict["cause"], verdict["host"]) == ("node_lost", "n2")
+    slurm_record = {"down": ["n2"], "state": "CANCELLED", "job_ended": stopped}
+    assert json.loads(kept.read_text()) == slurm_record
     commands(tmp_path, monkeypatch, sinfo="printf 'n1 idle\nn2 idle\n'")  # it was healed
     assert why(run, capsys, "over=true")["host"] == "n2"
 
@@ -337,8 +337,8 @@ def test_killed_once_it_had_saved_it_is_saved(
     write(tmp_path, *(record("slurm-7-0-0", n, ended=None, stop_signal=15) for n in range(2)))
     assert why(tmp_path, capsys, "over=true")["cause"] == "preempted_unsaved"
     (tmp_path / "checkpoints/step-000041").mkdir(parents=True)
-    told = why(tmp_path, capsys, "over=true")
-    assert (told["cause"], told["exit_code"], told["checkpoint"]) == ("preempted", 75, 41)
+    verdict = why(tmp_path, capsys, "over=true")
+    assert (verdict["cause"], verdict["exit_code"], verdict["checkpoint"]) == ("preempted", 75, 41)
 
 
 def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
@@ -348,11 +348,11 @@ def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
     saved = {"cause": "preempted", "exit_code": 75, "stop_signal": 15, "detail": "SIGTERM"}
     write(tmp_path, *(record("slurm-7-0-0", n, observations=[], **saved) for n in range(2)))
     assert why(tmp_path, capsys)["cause"] == "preempted"
-    found = {"down": ["n2"], "state": "NODE_FAIL", "job_ended": True}
-    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(found))
-    told = why(tmp_path, capsys)
-    assert (told["cause"], told["host"], told["requeue"]) == ("node_lost", "n2", True)
-    assert told["detail"] == "Slurm lost n2 (NODE_FAIL), saved"
+    slurm_record = {"down": ["n2"], "state": "NODE_FAIL", "job_ended": True}
+    (tmp_path / "attempts/slurm-7-0-0/slurm.json").write_text(json.dumps(slurm_record))
+    verdict = why(tmp_path, capsys)
+    assert (verdict["cause"], verdict["host"], verdict["requeue"]) == ("node_lost", "n2", True)
+    assert verdict["detail"] == "Slurm lost n2 (NODE_FAIL), saved"
 
 
 # -- what is told is so now ---------------------------------------------------------------------
@@ -365,8 +365,8 @@ def test_one_supervisor_that_failed_is_enough(
     failed = {**done, "cause": "node_lost", "exit_code": 77, "followed": True, "rank": 2}
     for causes in ((done, failed), (failed, done)):
         write(tmp_path, *(record("a", n, **cause) for n, cause in enumerate(causes)))
-        told = why(tmp_path, capsys)
-        assert (told["cause"], told["exit_code"]) == ("node_lost", 77)
+        verdict = why(tmp_path, capsys)
+        assert (verdict["cause"], verdict["exit_code"]) == ("node_lost", 77)
 
 
 def test_the_checkpoints_are_those_on_the_disk(
@@ -376,16 +376,16 @@ def test_the_checkpoints_are_those_on_the_disk(
     write(tmp_path, record("a", 0, num_supervisors=1, ended=None, checkpoint=-1))
     for step in (20, 40):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
-    told = why(tmp_path, capsys, "over=true")
-    assert told["checkpoint"] == told["history"][0]["checkpoint"] == 40
-    assert told["decision"] == "infrastructure failure 1 of 3 allowed"
+    verdict = why(tmp_path, capsys, "over=true")
+    assert verdict["checkpoint"] == verdict["history"][0]["checkpoint"] == 40
+    assert verdict["decision"] == "infrastructure failure 1 of 3 allowed"
     # Rolled back, a finished run has steps to do.
     done = {"cause": "done", "exit_code": 0, "checkpoint": 40, "last_step": 40}
     write(tmp_path, record("a", 0, num_supervisors=1, **done))
     assert why(tmp_path, capsys)["next_action"].startswith("nothing")
     (tmp_path / "checkpoints/step-000040").rename(tmp_path / "elsewhere")
-    told = why(tmp_path, capsys)
-    assert told["checkpoint"] == 20 and "run the same command again" in told["next_action"]
+    verdict = why(tmp_path, capsys)
+    assert verdict["checkpoint"] == 20 and "run the same command again" in verdict["next_action"]
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,10 +36,10 @@ def model(name: str, *, trained: bool = True) -> EchoTransformer:
     return net(trained=trained, **MODELS[name])
 
 
-def net(*, trained: bool = False, initialised: bool = True, **changes: object) -> EchoTransformer:
+def net(*, trained: bool = False, initialized: bool = True, **changes: object) -> EchoTransformer:
     """Wan's first values; `trained` also moves what those leave at zero."""
     made = EchoTransformer(**{**SIZES, **changes})  # type: ignore[arg-type]
-    if not initialised:
+    if not initialized:
         return made
     generator = torch.Generator().manual_seed(0)
     initialize(made, generator)

@@ -30,7 +30,7 @@ def train(
 ) -> FitResult:
     """Train the run of these settings; rank 0 holds its folder and logs metrics.
 
-    `heartbeat` is by default those that the environment names.  `on_failure` is told of an
+    `heartbeat` is by default those that the environment names.  `on_failure` is given an
     exception before anything is tidied up, by Lightning too: that may take long, or hang, and makes
     of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
     for. `kept` are the settings to store and to send, without secrets.

@@ -154,8 +154,8 @@ class Training(NamedTuple):
     pair_weights: Sequence[float] | None = None
     order: ShuffleConfig = DEFAULT_SHUFFLE
     ledger: bool = False  # whether `folder/ledger` records the samples of each step
-    skip_budget: float = 0.0  # share of bad samples to go on with, listed in quarantine.jsonl
-    accepts_changed_data: bool = False  # goes on with other data than it was trained on so far
+    skip_budget: float = 0.0  # largest share of bad samples to skip; quarantine.jsonl lists them
+    accepts_changed_data: bool = False  # accepts other data than the run was trained on so far
     reference: Reference | None = None
     reference_checkpoint: Path | None = None
     initial: Path | None = None
@@ -171,13 +171,13 @@ class Training(NamedTuple):
     agreed: str = ""  # must be equal on all ranks: a digest of the settings, say
     log: Sink | None = None  # (step, values), on rank 0
     on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
-    until: int | None = None  # the step to end after, though the schedule goes on
+    until: int | None = None  # the step to end after, before the schedule's end
     grace: Mapping[int, float] | None = None  # seconds from a signal (its number) to the kill
     job_ends: float = FOREVER  # by the system's clock: the run is saved before
     guards: Guards = GUARDS
     host_memory_gb: float | None = None  # a rank's, workers included: above, the run is saved, ends
     parity: bool = False  # before it is done, samples of an export are compared
-    on_begin: Callable[[int], None] | None = None  # (step), on rank 0, where training goes on
+    on_begin: Callable[[int], None] | None = None  # (step), on rank 0, called when training starts
     say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0

@@ -69,7 +69,7 @@ class TimedLoader(DataLoader[MicroBatch]):
     """Marks the time that is spent waiting for it, and can be ended early."""
 
     heartbeat: Heartbeat
-    ended = False  # no more items: training goes on elsewhere
+    ended = False  # if true, yields no more items
 
     def __iter__(self) -> Any:
         """Yield the loader's items; raise errors of its workers as the workers raised them."""
@@ -98,7 +98,7 @@ class ShardDataModule(pl.LightningDataModule):
         super().__init__()
         self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
         self.heartbeat = heartbeat
-        self.first_step = 0  # set when the checkpoint to go on from is known
+        self.first_step = 0  # set when the checkpoint to resume from is known
         self.loader: TimedLoader | None = None
 
     @property

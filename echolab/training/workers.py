@@ -137,8 +137,8 @@ def reported() -> Iterator[None]:
 def _death(error: RuntimeError) -> EcholabError:
     """Return the error for a worker that died, with the signal that PyTorch reports."""
     words = [str(error), str(error.__cause__ or "")]
-    signalled = next((one for one in words if "killed by signal" in one), words[0])
-    line = " ".join(signalled.split())
+    signal_line = next((one for one in words if "killed by signal" in one), words[0])
+    line = " ".join(signal_line.split())
     if "Bus error" in line:  # a page of shared memory that there is no room for
         return SharedMemoryError(f"{SHARED}: {line}; {REMEDY}")
     return WorkerError(f"{line}; if it was memory, lower data.num_workers or ask for more of it")

@@ -214,7 +214,7 @@ class CheckpointWriter:
         """Write this rank's files.  `finish` raises what failed here."""
         started = time.monotonic()
         try:
-            # Linux counts niceness by thread: the steps that go on come first.
+            # Linux counts niceness by thread: training steps come first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             for file in self.files:
                 if file.writer == distributed.rank():

@@ -80,10 +80,10 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._keys and key not in self._storages:
             size = storage.nbytes()
             # The callback runs when the storage is freed.
-            self._storages[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size))
             self.live += size
 
-    def _gone(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int) -> None:
         del self._storages[key]
         if key in self._of_weights:
             self._of_weights.remove(key)
