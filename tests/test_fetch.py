@@ -105,7 +105,7 @@ def test_a_fault_that_passes_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told", "asked"),
+    ("fault", "words", "asked"),
     [
         (truncated, "cut at byte", 4),
         (reset, "connection broke", 4),

@@ -101,7 +101,7 @@ def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
     assert "requeue 7" in calls and "update JobId=7 Dependency=afterany:5" in calls
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
 def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, recorded: bool) -> None:
     """Both leave no end: only the second is a failure."""
     write_attempt(job.folder / "runs/sft", "", ended=None, stop_signal=0)
