@@ -99,6 +99,19 @@ def parse(
     return schema(**values)
 
 
+def check_exists(arguments: object, *names: str) -> None:
+    """Raise ConfigError for the first of the named arguments whose file or folder is not there.
+
+    Arguments that are None are not looked at.
+    """
+    for name in names:
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.exists():
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            remedy = closest(path.name, siblings) or "; check the name"
+            raise ConfigError(f"{name}={path}: not there{remedy}")
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known word nearest to `word`, or "" if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -328,6 +341,8 @@ def _described(hint: Any, about: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(str(choice) for choice in inner)
     if origin is tuple:
         if len(inner) == 2 and inner[1] is Ellipsis:
+            if typing.get_origin(inner[0]) is typing.Literal:
+                return f"a list with commas between, each {_described(inner[0], {})}"
             return f"a list of {inner[0].__name__} with commas between"
         return f"{len(inner)} values with commas between"
     return PLAIN_NAMES.get(hint, getattr(hint, "__name__", str(hint)))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from echolab.config.networks import architecture_of
+from echolab.config.folders import architecture_of
 from echolab.data.shard_writer import ShardWriter
 from echolab.tasks.table import KNOWN_TASKS
 

@@ -21,11 +21,13 @@ HEAVY = {"torch", "numpy", "av", "cv2", "safetensors", "transformers", "diffuser
 RUN = """
 import json, sys
 from {module} import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as error:
-    code = error.code
-print(json.dumps([code, sorted({heavy} & set(sys.modules))]), file=sys.stderr)
+for words in json.loads(sys.argv[1]):
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    heavy = sorted({heavy} & set(sys.modules))
+    print("\\0" + json.dumps([code, heavy]), end="\\0", file=sys.stderr)
 """
 
 
@@ -39,15 +41,19 @@ def command_lines() -> list[list[str]]:
     return lines
 
 
-def run(module: str, words: list[str]) -> tuple[int, list[str], str]:
-    """Return exit code, heavy modules that were imported and standard error of a process."""
+def run(module: str, lines: list[list[str]], cwd: Path = ROOT) -> list[tuple[int, list[str], str]]:
+    """Run command lines one after another in one process.
+
+    Return the exit code of each, the heavy modules that were imported until then, and its errors.
+    """
     script = RUN.format(module=module, heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT
-    )
-    *lines, last = done.stderr.splitlines()
-    code, heavy = json.loads(last)
-    return code, heavy, "\n".join(lines)
+        [sys.executable, "-c", script, json.dumps(lines)],
+        capture_output=True, text=True, cwd=cwd, timeout=120,
+    )  # fmt: skip
+    parts = done.stderr.split("\0")
+    assert len(parts) == 2 * len(lines) + 1, done.stderr
+    return [(*json.loads(parts[k + 1]), parts[k]) for k in range(0, len(parts) - 1, 2)]
 
 
 COMMAND_LINES = [
@@ -59,9 +65,151 @@ IDS = [" ".join(words) for _, words in COMMAND_LINES]
 
 @pytest.mark.parametrize(("module", "words"), COMMAND_LINES, ids=IDS)
 def test_help_and_a_wrong_argument_import_nothing_heavy(module: str, words: list[str]) -> None:
-    code, heavy, error = run(module, [*words, "no_such_argument=1"])
+    shown, wrong = run(module, [[*words, "--help"], [*words, "no_such_argument=1"]])
+    assert shown[:2] == (0, [])
+    code, heavy, error = wrong
     assert (code, heavy) == (1, []) and "no_such_argument" in error, error
-    assert run(module, [*words, "--help"])[:2] == (0, [])
+
+
+# For each command and action: command lines with a mistake, and what the one line says of it.
+# Nothing of TYPO exists.  TORCH_FREE are imported to look at a dataset or at settings.
+TORCH_FREE = {"numpy"}
+REMEDIES = (";", "give", "one of", "must ", "--help")
+MISTAKES: dict[str, list[tuple[str, str]]] = {
+    "demo": [
+        ("sft_stesp=1", "did you mean sft_steps=...?"),
+        ("seeds=0", "seeds=0 is not a whole number, at least 1"),
+        ("prompts=9999", "more than train_clips=640; give fewer"),
+    ],
+    "train": [
+        ("experiment=TYPO", "experiment=TYPO: must be one of demo_dpo, "),
+        ("experiment=stf", "did you mean sft?"),
+        ("model=dmeo data.clips=x", "did you mean demo?"),
+        ("experiment=sft data.clips=TYPO", "data.clips=TYPO: TYPO/dataset.json: not there"),
+        ("", "data.clips: is missing; give data.clips=..., dataset of encoded clips"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("data.clips=x optim.lr=-1", "optim.lr=-1: must be a number, at least 0"),
+        ("--dry-run", "no option --dry-run; options are -m"),
+        ("--config-dir=TYPO", "--config-dir=TYPO: no such folder"),
+        ("-m data.clips=x seed=1,1", "a value is given twice"),
+    ],
+    "why": [("TYPO", "TYPO: no attempts of a run in it; give"), ("run_dir=TYPO", "mean run=...?")],
+    "rollback": [
+        ("TYPO", "give to=..."),
+        ("TYPO to=x", "to=x is not a whole number, at least 0"),
+        ("TYPO to=1", "TYPO/config.json: cannot be read"),
+        ("TYPO to=1 skip=9", "skip=9: give first:stop"),
+    ],
+    "replay": [
+        ("TYPO", "give step=..."),
+        ("TYPO step=0", "step=0 is not a whole number, at least 1"),
+        ("TYPO step=1", "TYPO/config.json: cannot be read"),
+    ],
+    "generate": [
+        ("image=missing.png", "give out=..."),
+        ("image=missing.png audio=a.wav out=a.mp4", "image=missing.png: not there; check"),
+        ("image=portrat.png audio=a.wav out=a.mp4", "not there; did you mean portrait.png?"),
+        ("image=portrait.png audio=TYPO out=a.mp4", "audio=TYPO: not there; check the name"),
+        ("taks=i2v", "did you mean task=...?"),
+        ("task=i2vv", "did you mean i2v?"),
+        ("solver=eulr", "did you mean euler?"),
+        ("task=t2v seconds=1 out=a.mp4", "checkpoint=runs/demo/seed_0/dpo: not there"),
+        ("task=t2v seconds=1 out=a.mp4 model=dmeo encoder_dir=.", "did you mean demo?"),
+        ("task=t2v seconds=1 out=a.avi", "out=a.avi: must end in .mp4"),
+    ],
+    "evaluate": [
+        ("", "needs checkpoint= or reference="),
+        ("TYPO", "checkpoint=TYPO: not there"),
+        ("run_dir=TYPO", "did you mean checkpoint=...?"),
+        ("reference=shufled", "did you mean shuffled_sound?"),
+        ("reference=ground_truth raw=TYPO", "raw=TYPO: TYPO/dataset.json: not there"),
+        ("reference=ground_truth task=TYPO", "task=TYPO is not one of t2v, i2v"),
+    ],
+    "estimate": [
+        ("", "give model=..."),
+        ("dmeo", "model=dmeo: unknown; one of demo, "),
+        ("dmeo", "did you mean demo?"),
+        ("demo lora=atention", "did you mean attention?"),
+        ("demo height=17", "height=17: must be a multiple of 16"),
+        ("demo frames=18", "frames=18: must be 4n+1, such as 17"),
+    ],
+    "fit": [
+        ("", "give network=... data=... out=..."),
+        ("snc a b", "did you mean sync?"),
+        ("frames TYPO b.safetensors vae=x", "is for the network sync; leave it out"),
+        ("sync TYPO b.safetensors", "data=TYPO: TYPO/dataset.json: not there"),
+    ],
+    "export": [
+        ("", "give source=... out=..."),
+        ("TYPO out=a", "TYPO: no run or checkpoint; for released weights give model=NAME"),
+        ("TYPO out=a model=dmeo", "did you mean demo?"),
+        ("TYPO out=a model=demo", "source=TYPO: not there"),
+        ("TYPO out=a which=emaa", "which=emaa: unknown; ema, raw, adapters"),
+        ("TYPO out=a.bin", "name a file .safetensors, or a folder"),
+    ],
+    "pairs": [
+        ("sampel", "did you mean sample?"),
+        ("sample", "give folder=..."),
+        ("sample f", "echolab pairs sample: give clips="),
+        ("sample f clips=TYPO", "clips=TYPO: TYPO/dataset.json: not there"),
+        ("score f raw=TYPO", "raw=TYPO: TYPO/dataset.json: not there"),
+        ("pack f clips=TYPO", "clips=TYPO: TYPO/dataset.json: not there"),
+    ],
+    "report": [("", "give run=..."), ("TYPO", "TYPO: no such folder; give one")],
+    "checkpoint inspect": [("TYPO", "TYPO: no checkpoint there; give a run")],
+    "checkpoint verify": [("TYPO", "TYPO: no checkpoint there; give a run")],
+    "checkpoint diff": [("TYPO", "give b=..."), ("TYPO TYPO", "TYPO: no checkpoint there")],
+    "data verify": [("", "give folder=..."), ("TYPO workers=0", "at least 1")],
+    "data index": [
+        ("TYPO", "TYPO: no such folder; give one of tars"),
+        ("TYPO kind=rw", "did you mean raw?"),
+        ("TYPO about=TYPO", "about=TYPO: cannot be read"),
+    ],
+    "data audit": [("TYPO", "TYPO/ledger: holds no ledger; a run with data.log_samples=true")],
+    "bench step": [
+        ("model=dmeo", "did you mean demo?"),
+        ("attention=flash4", "is not one of auto, sdpa, cudnn, flash2, flash3"),
+        ("precision=fp16", "each one of fp32, bf16"),
+        ("frames=6", "frames=6: must be 4n+1, such as 5"),
+    ],
+    "bench generate": [
+        ("model=dmeo", "did you mean demo?"),
+        ("solvers=euler,heun", "each one of euler, unipc, dpmpp"),
+    ],
+    "bench data": [
+        ("clips=TYPO", "clips=TYPO: TYPO/dataset.json: not there"),
+        ("raw=TYPO", "raw=TYPO: TYPO/dataset.json: not there"),
+    ],
+}  # fmt: skip
+
+
+def test_every_command_has_mistakes_in_the_table() -> None:
+    assert set(MISTAKES) == {" ".join(words) for words in command_lines()}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(
+    command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "portrait.png").touch()
+    lines = [[*command.split(), *words.split()] for words, _ in MISTAKES[command]]
+    answers = run("echolab.cli.__main__", lines, tmp_path)
+    for (words, message), (code, heavy, error) in zip(MISTAKES[command], answers, strict=True):
+        assert code == 1 and set(heavy) <= TORCH_FREE, f"{words}: {code}, {heavy}, {error}"
+        assert error.startswith("echolab: error: ") and error.count("\n") == 1, error
+        assert message in error, error
+        assert any(word in error for word in REMEDIES), f"no remedy: {error}"
+    assert [path.name for path in tmp_path.iterdir()] == ["portrait.png"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("command", ["", "checkpoint", "data", "bench"])
+def test_an_unknown_word_gets_the_nearest_and_no_word_the_list(command: str) -> None:
+    nearest = {"": "trian", "checkpoint": "dif", "data": "veryfy", "bench": "stp"}[command]
+    known = {"": "train", "checkpoint": "diff", "data": "verify", "bench": "step"}[command]
+    words = command.split()
+    unknown, nothing = run("echolab.cli.__main__", [[*words, nearest], words])
+    assert unknown[:2] == (1 if command else 2, []) and f"did you mean {known}?" in unknown[2]
+    assert nothing == (2, [], "")
 
 
 def schemas() -> dict[str, type]:

@@ -66,7 +66,7 @@ def test_a_released_flash_file_comes_out_as_it_went_in(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = tiny.architecture("echomimicv3_flash")
-    monkeypatch.setattr("echolab.config.networks.architecture_of", lambda name: architecture)
+    monkeypatch.setattr("echolab.config.folders.architecture_of", lambda name: architecture)
     shapes = released_shapes(tiny.model("echomimicv3_flash"))
     before = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     save_file(before, tmp_path / "a.safetensors")
@@ -223,7 +223,7 @@ def test_released_weights_change_names(
 ) -> None:
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
-    monkeypatch.setattr("echolab.config.networks.architecture_of", tiny.architecture)
+    monkeypatch.setattr("echolab.config.folders.architecture_of", tiny.architecture)
     words = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
     assert main(["export", str(tmp_path / "in.safetensors"), *words]) == 0
     words = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]

@@ -220,7 +220,7 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
         (["optim.extra_ema_decays=[0.9,0.9]"],
          "optim.extra_ema_decays=[0.9,0.9]: one is given twice"),
         (["objective.loss_type=exo_pair"], "objective.loss_type=exo_pair: infinite at"),
-        (["data.clips=???"], "data.clips: is missing; give text"),
+        (["data.clips=???"], "data.clips: is missing; give data.clips=..., dataset"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:

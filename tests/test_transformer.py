@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from echolab.config.networks import architecture_of
+from echolab.config.folders import architecture_of
 from echolab.errors import ConfigError, DataError
 from echolab.models.attention import sdpa
 from echolab.models.audio import (

@@ -9,11 +9,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from echolab.arguments import Action, argument, parse, run_action
+from echolab.config.folders import architecture_of
+from echolab.errors import ConfigError
+from echolab.geometry import WAN, geometry_of
 
 if TYPE_CHECKING:
     from echolab.bench.measure import Row
 
-ATTENTION = "attention kernel: auto, sdpa, cudnn, flash2, flash3"
+Attention = Literal["auto", "sdpa", "cudnn", "flash2", "flash3"]
+Precision = Literal["fp32", "bf16"]
+DEMO = "demo"
+# (frames, height, width) that are measured unless others are given.
+STEP_SIZES = {"cpu": (25, 192, 256), "cuda": (81, 480, 832)}
+GENERATE_SIZES = {"cpu": (49, 48, 48), "cuda": (125, 480, 832)}
+
+
+def size_of(
+    given: tuple[int | None, int | None, int | None], usual: tuple[int, int, int], model: str
+) -> tuple[int, int, int]:
+    """Return (frames, height, width), the usual for what is not given.
+
+    Raise ConfigError for a model that is not in conf/model, or a size that it cannot take.
+    """
+    frames, height, width = (u if g is None else g for g, u in zip(given, usual, strict=True))
+    geometry = WAN if model == "small" else geometry_of(architecture_of(model))
+    if not geometry.is_clip_length(frames):
+        near = geometry.near_clip_length(frames)
+        raise ConfigError(f"frames={frames}: must be {geometry.clip_lengths}, such as {near}")
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < 1 or pixels % geometry.token_pixels:
+            side = geometry.token_pixels
+            raise ConfigError(f"{name}={pixels}: must be a multiple of {side} pixels")
+    return frames, height, width
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError if a GPU is asked for and this machine has none."""
+    from echolab.config.paths import has_gpu
+
+    if device == "cuda" and not has_gpu():
+        raise ConfigError("device=cuda: no GPU here; take device=cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +69,14 @@ class StepArguments:
     )
     height: int | None = argument("pixels, multiple of 16", None, default_text="192, on a GPU 480")
     width: int | None = argument("pixels, multiple of 16", None, default_text="256, on a GPU 832")
-    precision: tuple[str, ...] | None = argument(
-        "fp32, bf16 or both", None, default_text="both, on a GPU bf16"
+    precision: tuple[Precision, ...] | None = argument(
+        "one or both", None, default_text="both, on a GPU bf16"
     )
     activation_checkpointing: Literal["none", "full", "selective"] | None = argument(
         "activations to recompute; diffusers has full only", None,
         default_text="none, on a GPU selective",
     )  # fmt: skip
-    attention: str = argument(ATTENTION, "auto")
+    attention: Attention = argument("attention kernel", "auto")
     compile: bool = argument("compile the blocks of both", False)
     variants: bool = argument("also audio, checkpointing, compile and each kernel", True)
     engine: bool = argument("measure the engine instead of the network", False)
@@ -52,6 +87,16 @@ class StepArguments:
         "bf16 TFLOP/s of the GPU, for MFU", None, gt=0, default_text="that of its data sheet"
     )
     format: Literal["table", "json"] = argument("output format", "table")
+
+    def check(self) -> None:
+        """Raise ConfigError for a model, size or device that cannot be measured."""
+        check_device(self.device)
+        self.size()
+
+    def size(self) -> tuple[int, int, int]:
+        """Return (frames, height, width) of the clip."""
+        given = (self.frames, self.height, self.width)
+        return size_of(given, STEP_SIZES[self.device], self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +118,36 @@ class GenerateArguments:
     frames: int | None = argument("video frames, 4n+1", None, default_text="49, on a GPU 125 (5 s)")
     height: int | None = argument("pixels, multiple of 16", None, default_text="48, on a GPU 480")
     width: int | None = argument("pixels, multiple of 16", None, default_text="48, on a GPU 832")
-    solvers: tuple[str, ...] = argument("ODE solvers", ("euler", "unipc", "dpmpp"))
+    solvers: tuple[Literal["euler", "unipc", "dpmpp"], ...] = argument(
+        "ODE solvers", ("euler", "unipc", "dpmpp")
+    )
     num_steps: tuple[int, ...] = argument("numbers of solver steps", (8,), ge=1)
     windows: tuple[int, ...] | None = argument(
         "frames of a window, 4n+1", None, default_text="25,49, on a GPU 81,125"
     )
-    precision: Literal["fp32", "bf16"] | None = argument(
-        "precision", None, default_text="fp32, on a GPU bf16"
-    )
+    precision: Precision | None = argument("precision", None, default_text="fp32, on a GPU bf16")
     cfg: Literal["batched", "sequential"] = argument(
         "guidance branches in one batch, or one after another", "batched"
     )
-    attention: str = argument(ATTENTION, "auto")
+    attention: Attention = argument("attention kernel", "auto")
     compile: bool = argument("compile the blocks", False)
     seed: int = argument("seed of weights and inputs", 0, ge=0)
     format: Literal["table", "json"] = argument("output format", "table", section="Output")
+
+    def check(self) -> None:
+        """Raise ConfigError for a model, size or device that cannot be measured."""
+        check_device(self.device)
+        self.size()
+
+    @property
+    def model_name(self) -> str:
+        """The network that is measured."""
+        return self.model or ("demo" if self.device == "cpu" else "echomimicv3_preview")
+
+    def size(self) -> tuple[int, int, int]:
+        """Return (frames, height, width) of the video."""
+        given = (self.frames, self.height, self.width)
+        return size_of(given, GENERATE_SIZES[self.device], self.model_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +169,20 @@ class DataArguments:
     rounds: int = argument("runs of each", 5, ge=1)
     scratch: Path | None = argument("folder for drawn shards", None, default_text="the system's")
     format: Literal["table", "json"] = argument("output format", "table")
+
+    def check(self) -> None:
+        """Raise EcholabError for a dataset that is not there, or an impossible size."""
+        from echolab.config.paths import check_dataset_head
+
+        for key, kind in (("clips", "encoded"), ("raw", "raw")):
+            if folder := getattr(self, key):
+                check_dataset_head(key, folder, kind)
+        self.size()
+
+    def size(self) -> tuple[int, int, int]:
+        """Return (frames, height, width) of a drawn clip."""
+        given = (self.frames, self.height, self.width)
+        return size_of(given, given, DEMO)
 
 
 @dataclass(frozen=True)
@@ -155,6 +229,11 @@ class EstimateArguments:
     )  # fmt: skip
     format: Literal["text", "json"] = argument("output format", "text")
 
+    def size(self) -> tuple[int, int, int]:
+        """Return (frames, height, width) of a clip; raise ConfigError for an impossible one."""
+        usual = (25, 64, 64) if self.model == DEMO else (81, 480, 832)
+        return size_of((self.frames, self.height, self.width), usual, self.model)
+
 
 # -- entry points --------------------------------------------------------------------------------
 
@@ -181,6 +260,7 @@ def main(argv: list[str]) -> int:
 def step(argv: list[str]) -> None:
     """Measure a training step and print the rows."""
     arguments = parse(StepArguments, argv, command="echolab bench step")
+    arguments.check()
     from echolab.bench.step import rows_of
 
     _print_rows(rows_of(arguments), arguments.format)
@@ -189,6 +269,7 @@ def step(argv: list[str]) -> None:
 def generate(argv: list[str]) -> None:
     """Measure the generation of videos and print the rows."""
     arguments = parse(GenerateArguments, argv, command="echolab bench generate")
+    arguments.check()
     from echolab.bench.generate import rows_of
 
     _print_rows(rows_of(arguments), arguments.format)
@@ -197,6 +278,7 @@ def generate(argv: list[str]) -> None:
 def data(argv: list[str]) -> None:
     """Measure reading and print the rows."""
     arguments = parse(DataArguments, argv, command="echolab bench data")
+    arguments.check()
     from echolab.bench.data import rows_of
 
     _print_rows(rows_of(arguments), arguments.format)
@@ -211,6 +293,7 @@ def _print_rows(rows: "Sequence[Row]", style: str) -> None:
 def estimate(argv: list[str]) -> int:
     """Estimate the GPU memory of training, before there is a GPU."""
     arguments = parse(EstimateArguments, argv, command="echolab estimate", positional=("model",))
+    arguments.size()
     from echolab.bench.estimate import print_estimate
 
     print_estimate(arguments)

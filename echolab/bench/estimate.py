@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from echolab.bench.commands import EstimateArguments
-from echolab.config.networks import architecture_of
+from echolab.bench.commands import DEMO, EstimateArguments
+from echolab.config.folders import architecture_of
 from echolab.encoders.demo import CAPTION_TOKENS as DEMO_TEXT_TOKENS
 from echolab.encoders.demo import IMAGE_TOKENS as DEMO_IMAGE_TOKENS
 from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.loading import NETWORKS as RELEASED
 from echolab.encoders.loading import parameters_of as encoder_parameters
-from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.models.state_dict import released_shapes
 from echolab.models.transformer import EchoTransformer
@@ -36,28 +35,17 @@ from echolab.training.engine.estimate import FP32, STAGES, parameters_of, state_
 
 GIB = 2**30
 BF16 = 2
-DEMO = "demo"
 TARGETS = {"attention": ("blocks.*.self_attn", "blocks.*.cross_attn"), "all": ("blocks",)}
 TRIED = (1, 4, 32)  # clips per forward that are simulated
 WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def clip_of(arguments: EstimateArguments, clips: int) -> Clip:
-    """Return the latent sizes of a micro-batch; raise ConfigError for impossible clip sizes."""
-    demo = arguments.model == DEMO
-    sides = {"height": arguments.height or (64 if demo else 480)}
-    sides["width"] = arguments.width or (64 if demo else 832)
-    frames = arguments.frames or (25 if demo else 81)
-    geometry = geometry_of(architecture_of(arguments.model))
-    for name, pixels in sides.items():
-        if pixels % geometry.token_pixels:
-            side = geometry.token_pixels
-            raise ConfigError(f"{name}={pixels}: must be a multiple of {side}")
-    if not geometry.is_clip_length(frames):
-        near = geometry.near_clip_length(frames)
-        raise ConfigError(f"frames={frames}: must be {geometry.clip_lengths}, such as {near}")
-    tokens = (DEMO_TEXT_TOKENS, DEMO_IMAGE_TOKENS) if demo else (TEXT_TOKENS, IMAGE_TOKENS)
-    grid = geometry.latent_grid(frames, sides["height"], sides["width"])
+    """Return the latent sizes of a micro-batch."""
+    tokens = (TEXT_TOKENS, IMAGE_TOKENS)
+    if arguments.model == DEMO:
+        tokens = (DEMO_TEXT_TOKENS, DEMO_IMAGE_TOKENS)
+    grid = geometry_of(architecture_of(arguments.model)).latent_grid(*arguments.size())
     return Clip(clips, *grid, *tokens)
 
 

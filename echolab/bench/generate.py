@@ -9,9 +9,9 @@ import torch
 from echolab.bench.commands import GenerateArguments
 from echolab.bench.measure import Row, cost_of, peak_of, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
-from echolab.config.networks import architecture_of
+from echolab.config.folders import architecture_of
 from echolab.diffusion.long_video import sample_windows
-from echolab.diffusion.pipeline import PRESETS, SOLVERS, SamplerConfig, check_sampler
+from echolab.diffusion.pipeline import PRESETS, SamplerConfig, check_sampler
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.models.attention import attention_from, use_attention
@@ -32,11 +32,8 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
     wanted = recipes(arguments)
-    architecture = architecture_of(arguments.model or ("echomimicv3_preview" if on_gpu else "demo"))
-    usual = (125, 480, 832) if on_gpu else (49, 48, 48)
-    given = (arguments.frames, arguments.height, arguments.width)
-    size = tuple(u if g is None else g for g, u in zip(given, usual, strict=True))
-    inputs = draw_inputs(architecture, size, arguments.seed, arguments.device)
+    architecture = architecture_of(arguments.model_name)
+    inputs = draw_inputs(architecture, arguments.size(), arguments.seed, arguments.device)
     net = network(arguments, architecture)
     half = (arguments.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     measured: set[int] = set()
@@ -48,16 +45,13 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
             measured.add(recipe.window)
             peak = peak_of(run.one_step, arguments.device)
             yield Row(f"window={recipe.window}/peak_memory", peak / 2**20, "MiB")
-        length = size[0] / FPS
+        length = arguments.size()[0] / FPS
         yield Row(f"{name}/time", cost_of(run, arguments.device).seconds, "s", "the video", length)
 
 
 def recipes(arguments: GenerateArguments) -> list[SamplerConfig]:
     """Return every combination.  Raise ConfigError for impossible ones."""
     on_gpu = arguments.device == "cuda"
-    for solver in arguments.solvers:
-        if solver not in SOLVERS:
-            raise ConfigError(f"solvers={solver}: unknown; one of {', '.join(SOLVERS)}")
     preset = PRESETS[arguments.preset or ("preview" if on_gpu else "demo")]
     windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
     for window in windows:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from echolab.bench.measure import Shapes
-from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.models.state_dict import initialize, to_diffusers
 from echolab.models.transformer import EchoTransformer
@@ -36,16 +35,9 @@ class Inputs(NamedTuple):
 def draw_inputs(
     architecture: Mapping[str, Any], size: tuple[int, ...], seed: int, device: str
 ) -> Inputs:
-    """Draw random inputs for (frames, height, width).  Raise ConfigError for impossible sizes."""
+    """Draw random inputs for (frames, height, width)."""
     frames, height, width = size
     geometry = geometry_of(architecture)
-    if not geometry.is_clip_length(frames):
-        near = geometry.near_clip_length(frames)
-        raise ConfigError(f"frames={frames}: must be {geometry.clip_lengths}; {near} is one")
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels < 1 or pixels % geometry.token_pixels:
-            side = geometry.token_pixels
-            raise ConfigError(f"{name}={pixels}: must be a multiple of {side} pixels")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -31,7 +31,7 @@ from echolab.bench.models import (
     shapes_of,
     with_audio,
 )
-from echolab.config.networks import architecture_of
+from echolab.config.folders import architecture_of
 from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
 from echolab.training.engine.activation_checkpointing import (
@@ -55,20 +55,15 @@ def rows_of(arguments: StepArguments) -> list[Row]:
 
 
 def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
-    """Return inputs and architecture without audio.  Raise ConfigError for bad sizes."""
-    on_gpu = arguments.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    """Return inputs and architecture without audio.  Raise ConfigError without its device."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
-    for name in arguments.precision or ():
-        if name not in PRECISIONS:
-            raise ConfigError(f"precision={name}: unknown; one of {', '.join(PRECISIONS)}")
     architecture = SMALL if arguments.model == "small" else architecture_of(arguments.model)
     architecture = {k: v for k, v in architecture.items() if k != "audio_layers"}
     architecture["audio_dim"] = None
-    usual = (81, 480, 832) if on_gpu else (25, 192, 256)
-    given = (arguments.frames, arguments.height, arguments.width)
-    size = tuple(u if g is None else g for g, u in zip(given, usual, strict=True))
-    return draw_inputs(architecture, size, arguments.seed, arguments.device), architecture
+    return draw_inputs(
+        architecture, arguments.size(), arguments.seed, arguments.device
+    ), architecture
 
 
 def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs) -> Iterator[Row]:

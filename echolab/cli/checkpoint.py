@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import Action, argument, parse, run_action
+from echolab.errors import CheckpointError
 
 CHECKPOINT = "checkpoint, or a run or its folder of checkpoints for the newest"
 
@@ -46,10 +47,18 @@ def main(argv: list[str]) -> int:
     return run_action(argv, ACTIONS, command="echolab checkpoint")
 
 
+def check_folders(*paths: Path) -> None:
+    """Raise CheckpointError for the first path that is no folder."""
+    for path in paths:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no checkpoint there; give a run, or a checkpoint of it")
+
+
 def inspect(argv: list[str]) -> int:
     """Print sizes and counters; `verify` reads the contents."""
     command = "echolab checkpoint inspect"
     arguments = parse(InspectArguments, argv, command=command, positional=("path",))
+    check_folders(arguments.path)
     from echolab.cli.checkpoint_report import print_contents
 
     return print_contents(arguments.path, as_json=arguments.format == "json")
@@ -59,6 +68,7 @@ def verify(argv: list[str]) -> int:
     """Print the faults of a checkpoint; the newest of a run is checked even if damaged."""
     command = "echolab checkpoint verify"
     arguments = parse(VerifyArguments, argv, command=command, positional=("path",))
+    check_folders(arguments.path)
     from echolab.cli.checkpoint_report import print_faults
 
     return print_faults(arguments.path, as_json=arguments.format == "json")
@@ -68,6 +78,7 @@ def diff(argv: list[str]) -> int:
     """Print the differences of two checkpoints, both verified first."""
     command = "echolab checkpoint diff"
     arguments = parse(DiffArguments, argv, command=command, positional=("a", "b"))
+    check_folders(arguments.a, arguments.b)
     from echolab.cli.checkpoint_report import print_differences
 
     return print_differences(arguments.a, arguments.b, as_json=arguments.format == "json")

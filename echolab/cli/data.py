@@ -61,7 +61,7 @@ class AuditArguments:
     count once.  Batches that events of the run skipped may be missing.
     """
 
-    run: Path = argument("run folder")
+    run: Path = argument("run folder", aka=("run_dir",))
     format: Literal["text", "json"] = argument("output format", "text")
 
 
@@ -179,7 +179,10 @@ def summary_text(folder: Path, indexed: "Indexed") -> str:
 def audit(argv: list[str]) -> int:
     """Print which keys are missing, doubled or foreign."""
     arguments = parse(AuditArguments, argv, command="echolab data audit", positional=("run",))
-    from echolab.data.ledger import audit_run as audit_run
+    from echolab.data.ledger import LEDGER, audit_run
+
+    if not (folder := arguments.run / LEDGER).is_dir():
+        raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
     from echolab.training.guards import events
 
     result = audit_run(arguments.run, events.skips(arguments.run))

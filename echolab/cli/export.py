@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from echolab.arguments import argument, parse
+from echolab.arguments import argument, check_exists, parse
 from echolab.atomic_io import check_writable
+from echolab.config.folders import architecture_of
 from echolab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,12 +68,19 @@ class ExportArguments:
             raise ConfigError(
                 f"out={self.out}: name a file .safetensors, or a folder without a suffix"
             )
+        if self.model is not None:
+            architecture_of(self.model)
+        elif not self.source.is_dir():
+            raise ConfigError(
+                f"{self.source}: no run or checkpoint; for released weights give model=NAME"
+            )
 
 
 def main(argv: list[str]) -> int:
     """Parse and check the arguments, then export."""
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
     arguments.check()
+    check_exists(arguments, "source")
     check_writable(arguments.out, folder=not arguments.out.suffix)
     export(arguments)
     return 0
@@ -132,7 +140,7 @@ def _report(out: Path, files: list[Path], format: str) -> None:
 
 def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str, Tensor]]":
     """Return the network, on the meta device if its weights are read, and its weights by name."""
-    from echolab.config.networks import architecture_of, last_checkpoint, load_start
+    from echolab.config.networks import last_checkpoint, load_start
     from echolab.models.loading import read_tensors
     from echolab.models.state_dict import match_weights, meta_network
     from echolab.training.adapters.lora_base import exported_weights
@@ -148,10 +156,6 @@ def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str,
         return net, tensors
 
     # A run: its adapters merged, an average of another width, or a part of its checkpoint.
-    if not arguments.source.is_dir():
-        raise ConfigError(
-            f"{arguments.source}: no run or checkpoint; for released weights give model=NAME"
-        )
     checkpoint = open_checkpoint(last_checkpoint(arguments.source))
     if checkpoint.state.get("adapters") and arguments.which != "ema":
         raise ConfigError(

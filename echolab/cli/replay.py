@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import argument, parse
+from echolab.cli.rollback import config_of
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class ReplayArguments:
     Start it in the folder where the run was started, if its settings name data by relative paths.
     """
 
-    run: Path = argument("run folder; it is only read")
-    step: int = argument("last step to train, counted from 1")
+    run: Path = argument("run folder; it is only read", aka=("run_dir",))
+    step: int = argument("last step to train, counted from 1", ge=1)
     out: Path | None = argument(
         "new folder for the replay", None, default_text="a temporary folder"
     )
@@ -36,6 +37,7 @@ class ReplayArguments:
 def main(argv: list[str]) -> int:
     """Parse the arguments, then import torch and replay."""
     arguments = parse(ReplayArguments, argv, command="echolab replay", positional=("run", "step"))
+    config_of(arguments.run)
     from echolab.cli.replay_steps import replay_and_compare
 
     return replay_and_compare(arguments)

@@ -125,8 +125,6 @@ def prepare(run: Path, out: Path, step: int) -> int:
 
     Files of checkpoints are linked: they are never rewritten, only replaced.
     """
-    if step < 1:
-        raise ConfigError(f"step={step}: must be 1 or more")
     start, rejected = latest_valid(run / "checkpoints", step - 1)
     if start is None and rejected:
         raise CheckpointError(rejected[0])

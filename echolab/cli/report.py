@@ -28,7 +28,7 @@ class ReportArguments:
     further arguments an existing report is written again from that.
     """
 
-    run: Path = argument("run folder, such as runs/demo")
+    run: Path = argument("run folder, such as runs/demo", aka=("run_dir",))
     title: str | None = argument("title of the page", None, default_text="the folder's name")
     compare: tuple[str, ...] = argument(
         "groups of samples to set one above the other in samples.png", ()
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(ReportArguments, argv, command="echolab report", positional=("run",))
     run = arguments.run
     if not run.is_dir():
-        raise DataError(f"{run}: no such run folder")
+        raise DataError(f"{run}: no such folder; give one that `echolab train` or `evaluate` wrote")
     out = run / "report.html"
     check_writable(out)
     if out.with_suffix(".json").is_file() and arguments == ReportArguments(run=run):

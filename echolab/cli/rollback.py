@@ -22,7 +22,7 @@ class RollbackArguments:
     change; later batches replace the skipped ones.
     """
 
-    run: Path = argument("run folder; no process may be training it")
+    run: Path = argument("run folder; no process may be training it", aka=("run_dir",))
     to: int = argument("step of the checkpoint", ge=0)
     skip: str | None = argument("A:B skips global batches A to B - 1", None)
     kind: Literal["sft", "preference"] = argument("epochs whose batches are skipped", "sft")

@@ -22,7 +22,7 @@ class WhyArguments:
     Reads the records of supervisors and ranks in RUN/attempts, on any machine.
     """
 
-    run: Path = argument("run folder")
+    run: Path = argument("run folder", aka=("run_dir",))
     over: bool = argument("the job has ended: count nodes without a recorded end as lost", False)
     stopped: bool = argument(
         "with over=true: Slurm ended the job (its script received SIGTERM)", False

@@ -120,8 +120,8 @@ def choices_of(annotation: Any) -> list[str]:
 def missing(path: Location) -> str:
     """Return one line on a setting that has no value."""
     path, field = _field_at(path)
-    words = f"{described(field)}: {field.description}" if field else "it"
-    return f"{dotted(path)}: is missing; give {words}"
+    words = f", {field.description}" if field else ""
+    return f"{dotted(path)}: is missing; give {dotted(path)}=...{words}"
 
 
 def no_such_setting(path: Location, value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echolab.arguments import closest
 from echolab.errors import ConfigError
 
 CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()  # travels in the wheel
@@ -90,6 +91,16 @@ def group_settings(folders: Sequence[Path], group: str, choice: str) -> dict[str
         if isinstance(base, str) and base != "_self_":
             inherited |= group_settings(folders, group, base)
     return {**inherited, **own}
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """Return the settings of conf/model/NAME.yaml; raise ConfigError if there are none."""
+    known = group_choices([CONF])["model"]
+    if model not in known:
+        raise ConfigError(
+            f"model={model}: unknown; one of {', '.join(known)}{closest(model, known)}"
+        )
+    return group_settings([CONF], "model", model)
 
 
 def _read(folders: Sequence[Path], name: str) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from echolab.arguments import closest
-from echolab.config.folders import CONF, group_choices, group_settings
 from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.launch import run_dir
 from echolab.models import loading
@@ -69,16 +67,6 @@ class Adapted(NamedTuple):
     net: EchoTransformer
     lora: Lora
     record: dict[str, Any]
-
-
-def architecture_of(model: str) -> dict[str, Any]:
-    """Return the settings of conf/model/NAME.yaml; raise ConfigError if there are none."""
-    known = group_choices([CONF])["model"]
-    if model not in known:
-        raise ConfigError(
-            f"model={model}: unknown; one of {', '.join(known)}{closest(model, known)}"
-        )
-    return group_settings([CONF], "model", model)
 
 
 def last_checkpoint(run: Path) -> Path:

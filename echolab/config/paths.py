@@ -84,8 +84,13 @@ def read_head(path: Path) -> dict[str, Any]:
     return head
 
 
+def has_gpu(root: Path = Path("/")) -> bool:
+    """Return whether this machine has the device file of a GPU."""
+    return any(any(root.glob(name)) for name in GPU_FILES)
+
+
 def check_gpus(trainer: Mapping[str, Any], root: Path = Path("/")) -> None:
-    """Raise ConfigError if GPUs are asked for and this machine has no device file of any."""
+    """Raise ConfigError if GPUs are asked for and this machine has none."""
     wanted = trainer["accelerator"]
-    if wanted in ("gpu", "cuda") and not any(any(root.glob(name)) for name in GPU_FILES):
+    if wanted in ("gpu", "cuda") and not has_gpu(root):
         raise ConfigError(f"trainer.accelerator={wanted}: no GPU here; take trainer=cpu")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from echolab.arguments import argument, parse
+from echolab.arguments import argument, check_exists, parse
 from echolab.atomic_io import check_writable
+from echolab.config.folders import architecture_of
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, LOCAL_TASKS, TASK_TABLE, TASKS, tasks_with
@@ -34,6 +35,7 @@ INPUT_TITLES = {
     "source_video": "a video", "audio": "the speech",
 }  # fmt: skip
 MADE = {"sample": "prompts", "score": "verdicts", "pack": "pairs"}  # by action of `pairs`
+PAIRS_INPUTS = {"sample": ("clips", "checkpoint"), "score": ("raw", "networks"), "pack": ("clips",)}
 # Arguments that replace a field of the preset.
 PRESET_FIELDS = (
     "solver", "sigma_schedule", "num_steps", "flow_shift", "guidance_scale", "audio_guidance_scale",
@@ -164,7 +166,7 @@ class GenerateArguments:
 
     checkpoint: Path = argument(
         "run, checkpoint, or released weights with model=", DEMO_CHECKPOINT, section="Weights",
-        aka=("run", "weights"),
+        aka=("run", "run_dir", "weights"),
     )  # fmt: skip
     vae: Path = argument("demo autoencoder of a run", DEMO_VAE, aka=("video",))
     model: str | None = argument(
@@ -202,6 +204,15 @@ class GenerateArguments:
                 raise ConfigError(
                     f"{name}={box}: give four numbers, x0,y0,x1,y1, with x0<x1 and y0<y1"
                 )
+
+    def check_files(self) -> None:
+        """Raise ConfigError for an input, weights or a folder of models that is not there."""
+        check_exists(self, "image", "last_image", "source_video", "audio", "face_models")
+        if self.model is None:
+            check_exists(self, "checkpoint", "vae")
+        else:
+            architecture_of(self.model)
+            check_exists(self, "checkpoint", "encoder_dir", "wav2vec", "lora")
 
     def _check_inputs(self) -> None:
         """Raise ConfigError unless the files given are those that the task takes."""
@@ -275,7 +286,9 @@ class EvaluateArguments:
     known, PSNR of the first frame.  With reference= the held-out clips themselves are scored.
     """
 
-    checkpoint: Path | None = argument("run or checkpoint", None, section="What is scored")
+    checkpoint: Path | None = argument(
+        "run or checkpoint", None, section="What is scored", aka=("run", "run_dir", "weights")
+    )
     reference: str | None = argument(
         "score the held-out clips instead, with their own or another clip's audio", None,
         choices=REFERENCES, default_text="a checkpoint",
@@ -309,7 +322,9 @@ class EvaluateArguments:
     def check(self) -> None:
         """Raise ConfigError unless there is one thing to score."""
         if (self.checkpoint is None) == (self.reference is None):
-            raise ConfigError("echolab evaluate: needs checkpoint= or reference=, and not both")
+            raise ConfigError(
+                "echolab evaluate: needs checkpoint= or reference=, not both; give one"
+            )
 
     @property
     def row_name(self) -> str:
@@ -330,7 +345,9 @@ class PairsArguments:
     action: Literal["sample", "score", "pack"] = argument("step of the preference round")
     folder: Path = argument("folder of candidates and verdicts")
     clips: Path | None = argument("encoded dataset of the prompts", None)
-    checkpoint: Path | None = argument("run or checkpoint", None, section="sample")
+    checkpoint: Path | None = argument(
+        "run or checkpoint", None, section="sample", aka=("run", "run_dir", "weights")
+    )
     num_prompts: int = argument("clips to sample for", 128, ge=1)
     num_candidates: int = argument("samples per prompt", 4, ge=1)
     num_steps: int = argument("solver steps", 10, ge=1)
@@ -345,6 +362,18 @@ class PairsArguments:
     out: Path | None = argument("the new preference dataset", None, section="pack")
     min_margin: float = argument("least score difference, in standard deviations", 0.5, ge=0)
     format: Literal["text", "json"] = argument("summary format", "text", section="Output")
+
+    def check(self) -> None:
+        """Raise EcholabError unless the paths that the action reads are given and there."""
+        kinds = {"raw": "raw", "clips": "encoded"}
+        for name in PAIRS_INPUTS[self.action]:
+            path = self.required(name)
+            if name in kinds:
+                check_dataset(name, path, kinds[name])
+            else:
+                check_exists(self, name)
+        if self.action == "pack":
+            self.required("out")
 
     def required(self, name: str) -> Path:
         """Return an argument that the action needs.  Raise ConfigError if it was not given."""
@@ -377,6 +406,13 @@ class FitArguments:
     format: Literal["text", "json"] = argument("summary format", "text")
 
 
+def check_dataset(key: str, folder: Path, kind: str) -> None:
+    """Raise DataError, naming the argument, unless a folder holds a dataset of this kind."""
+    from echolab.config.paths import check_dataset_head
+
+    check_dataset_head(key, folder, kind)
+
+
 # -- entry points --------------------------------------------------------------------------------
 
 
@@ -384,6 +420,7 @@ def generate(argv: list[str]) -> int:
     """Generate a talking video."""
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
+    arguments.check_files()
     from echolab.inference.generate import generate_video
 
     return generate_video(arguments, argv)
@@ -394,6 +431,12 @@ def evaluate(argv: list[str]) -> int:
     command = "echolab evaluate"
     arguments = parse(EvaluateArguments, argv, command=command, positional=("checkpoint",))
     arguments.check()
+    check_exists(arguments, "checkpoint")
+    check_dataset("raw", arguments.raw, "raw")
+    check_dataset("real", arguments.real, "raw")
+    if arguments.checkpoint:
+        check_dataset("clips", arguments.clips, "encoded")
+    check_exists(arguments, "networks")
     for folder in (arguments.samples, arguments.task_samples):
         if folder:
             check_writable(folder, folder=True)
@@ -407,6 +450,7 @@ def pairs(argv: list[str]) -> int:
     """Run one action of a preference round and print a summary."""
     command = "echolab pairs"
     arguments = parse(PairsArguments, argv, command=command, positional=("action", "folder"))
+    arguments.check()
     check_writable(arguments.folder, folder=True)
     from echolab.inference.pairs import pack, sample, score
 
@@ -424,6 +468,8 @@ def fit(argv: list[str]) -> int:
     arguments = parse(FitArguments, argv, command=command, positional=("network", "data", "out"))
     if arguments.vae and arguments.network != "sync":
         raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
+    check_dataset("data", arguments.data, "raw")
+    check_exists(arguments, "vae")
     check_writable(arguments.out)
     from echolab.inference.fit import fit_network, read_clips
 

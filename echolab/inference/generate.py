@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from echolab.atomic_io import check_writable
+from echolab.config.folders import architecture_of
 from echolab.config.networks import (
-    architecture_of,
     check_encoders,
     last_checkpoint,
     load_policy,
