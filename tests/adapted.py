@@ -1,4 +1,4 @@
-"""An adapted network, its reference and its objectives, for `runs.train`."""
+"""Settings of a run that trains adapters, for `runs.train`: network, reference and objectives."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ LORA = Lora(("self_attn", "cross_attn", "ffn"), rank=3, alpha=6.0)
 
 
 def settings(reference: str, lora: Lora = LORA, **base: Any) -> dict[str, Any]:
-    """With the base as the `reference`, or the average."""
+    """Return the settings with the base or the average as the `reference`."""
     net = tiny.net(**{"trained": True, **base})
     add_adapters(net, lora, seed=0)
     frozen = {"base": AdaptersOff, "average": lambda net: AverageAdapters(net, lora)}[reference](

@@ -1,4 +1,4 @@
-"""Attempts for tests of what is made of them."""
+"""Attempts of a launch, for tests of what is computed from them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from echolab.launch.exit_codes import CAUSES
 
 
 def attempt(cause: str, **changes: Any) -> Attempt:
-    """One that made no checkpoint, of rank 1 on n1."""
+    """Return an attempt that saved no checkpoint, of rank 1 on n1."""
     fields: dict[str, Any] = {
         "launch": "slurm-12-0-0", "cause": cause, "rank": 1, "host": "n1", "section": "forward",
         "step": 7, "detail": "", "exit_code": CAUSES[cause].exit_code if cause in CAUSES else -1,
@@ -20,5 +20,5 @@ def attempt(cause: str, **changes: Any) -> Attempt:
 
 
 def saved(cause: str, before: int, after: int, **changes: Any) -> Attempt:
-    """One that made checkpoints."""
+    """Return an attempt that saved checkpoints."""
     return attempt(cause, checkpoint_before=before, checkpoint=after, **changes)

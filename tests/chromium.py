@@ -31,7 +31,7 @@ class Page:
     """One open page; `messages` holds every error and warning of its console."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` takes the browser's profile."""
+        """Start the browser with its profile in `folder`."""
         assert CHROMIUM is not None, "look for CHROMIUM first"
         (r, self._out), (self._in, w) = os.pipe(), os.pipe()
         high = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (r, w)]
@@ -51,7 +51,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a protocol method."""
+        """Return the result of a protocol method."""
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": params}
         if self._session:
@@ -64,7 +64,7 @@ class Page:
                 return answer["result"]
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Return the value of a JavaScript expression, awaited."""
         answer = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -72,7 +72,7 @@ class Page:
         return answer["result"].get("value")
 
     def open(self, path: Path) -> None:
-        """Go to a file and wait until it is loaded."""
+        """Open a file and wait until it is loaded."""
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.run(
             "new Promise(done => document.readyState === 'complete' ? done()"

@@ -1,4 +1,4 @@
-"""A Slurm cluster of namespaces on this machine, as a context.  Needs root and Slurm."""
+"""A Slurm cluster of namespaces on this machine, as a context manager. Needs root and Slurm."""
 
 import os
 import shutil
@@ -44,13 +44,13 @@ class Cluster:
         return done.stdout
 
     def job(self, job: str) -> str:
-        """What Slurm knows of a job."""
+        """Return what Slurm knows of a job."""
         return self("exec", "scontrol", "show", "job", job)
 
 
 @contextmanager
 def started(nodes: int, **environment: str) -> Iterator[Cluster]:
-    """A cluster of so many nodes; skips where it cannot be made."""
+    """Start a cluster of that many nodes; skip the test if none can be started here."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to make namespaces")
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:

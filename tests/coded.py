@@ -1,7 +1,7 @@
-"""Videos whose pictures count themselves: a frame's number is burnt in as a row of blocks.
+"""Videos whose frames carry their index, burnt in as a row of blocks.
 
-From frame `flash` on the lower half is white and a tone sounds, so that the alignment of pictures
-and audio can be measured in any container, whatever its time stamps begin with.
+From frame `flash` on the lower half is white and a tone sounds, so that the alignment of frames and
+audio can be measured in any container, at any first time stamp.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Real runs with many settings at once, one after another in the same ranks."""
+"""Real runs that combine many settings, one after another in the same ranks."""
 
 import os
 import time
@@ -30,12 +30,14 @@ OPTIM = runs.Optim(clip=0.5, eps=1e-4)
 
 
 def name_of(case: dict[str, Any]) -> str:
-    """Of a file."""
+    """Return the name of a case's file."""
     return "-".join(map(str, case.values()))
 
 
 def in_full(net: Any, batch: Batch, draws: Draws) -> Loss:
-    """Latents, noise, noise levels and the loss are in fp32 whatever the network computes in."""
+    """Return whether latents, noise, noise levels and loss are fp32, whatever the network's
+    dtype.
+    """
     loss = runs.Supervised(runs.PHASES)(net, batch, draws)
     for tensor in (batch.latents, draws.noise, draws.sigmas, loss.value, *loss.parts.values()):
         assert tensor.dtype == torch.float32, tensor.dtype
@@ -43,7 +45,7 @@ def in_full(net: Any, batch: Batch, draws: Draws) -> Loss:
 
 
 def parts_of(case: dict[str, Any]) -> dict[str, Any]:
-    """The network, its reference and the objectives."""
+    """Build the network, its reference and the objectives."""
     if case["adapters"] == "none":
         return {"objectives": {"sft": in_full}} if case["epochs"] == "sft" else {}
     made = adapted.settings(case["epochs"].removeprefix("dpo-").replace("sft", "base"), LORA)
@@ -52,13 +54,13 @@ def parts_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(case: dict[str, Any]) -> dict[str, Tensor]:
-    """First values of what is trained."""
+    """Return the initial values of the trained parameters."""
     net = parts_of(case).get("net") or tiny.net(trained=True)
     return {k: p.detach().clone() for k, p in net.named_parameters() if p.requires_grad}
 
 
 def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
-    """Train, and read the last checkpoint."""
+    """Train one case, and read its last checkpoint."""
     settings = {key: value for key, value in case.items() if key in Machine._fields}
     machine = Machine(**settings, devices=world)
     groups = world // machine.sequence_parallel
@@ -83,7 +85,7 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
 
 
 def train(cases: list[dict[str, Any]], world: int, root: str) -> None:
-    """In a rank."""
+    """Train all cases, in a rank."""
     folder = Path(root)
     for case in cases:
         print(time.strftime("%X"), case, flush=True)

@@ -1,4 +1,4 @@
-"""What every test may ask for, and an environment in which nothing asks the network."""
+"""Fixtures that every test may request, in an environment in which nothing uses the network."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _folder(variable: str, default: str) -> Path:
-    """The folder an environment variable names, else the one beside the repository, or skip."""
+    """Return the folder that an environment variable names, or a default one; skip if there is
+    none.
+    """
     folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / default)
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set {variable}")
@@ -35,19 +37,19 @@ def _folder(variable: str, default: str) -> Path:
 
 @pytest.fixture(scope="session")
 def media() -> Path:
-    """The folder of sample pictures, sounds and videos."""
+    """Return the folder of sample images, audio files and videos."""
     return _folder("ECHOLAB_MEDIA", "media")
 
 
 @pytest.fixture(scope="session")
 def weights() -> Path:
-    """The folder of model files of third parties."""
+    """Return the folder of model files of third parties."""
     return _folder("ECHOLAB_WEIGHTS", "weights")
 
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Starts ranks quickly; see tests/forked.py."""
+    """Yield a server that starts ranks quickly; see tests/forked.py."""
     server = ForkServer()
     yield server
     server.close()

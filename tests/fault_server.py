@@ -1,4 +1,4 @@
-"""A web server for a folder that does wrong on demand, in a thread of the test."""
+"""A web server for a folder that misbehaves on demand, in a thread of the test."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ Fault = Callable[["Answer"], None]
 
 
 class Answer(BaseHTTPRequestHandler):
-    """One request; a fault takes it over."""
+    """One request, which a fault may handle instead."""
 
     protocol_version = "HTTP/1.1"
     server: "FaultServer"
@@ -44,12 +44,12 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
 
     def start(self) -> int:
-        """The byte asked for, if it is of the object that is here."""
+        """Return the first byte requested, if the request names this version of the object."""
         first = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
         return int(first) if self.headers.get("If-Range", self.tag) == self.tag else 0
 
     def body(self) -> bytes:
-        """Sends the head; gives what is to follow."""
+        """Send the headers, and return the bytes to send."""
         if self.data is None:
             self.head(404, 0)
             return b""
@@ -76,7 +76,7 @@ def truncated(answer: Answer) -> None:
 
 
 def reset(answer: Answer) -> None:
-    """Half of it, and then not even a proper end."""
+    """Send half of the body, then reset the connection."""
     truncated(answer)
     answer.wfile.flush()
     answer.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -106,7 +106,7 @@ def longer(answer: Answer) -> None:
 
 
 def trickle(answer: Answer) -> None:
-    """Never silent, and never done."""
+    """Send a byte at a time, without silence and without end."""
     for byte in answer.body():
         answer.wfile.write(bytes([byte]))
         if answer.server.released.wait(0.01):
@@ -114,7 +114,7 @@ def trickle(answer: Answer) -> None:
 
 
 def endless(answer: Answer) -> None:
-    """What is there, and then for ever more; no length is announced."""
+    """Send the body, then bytes without end; announce no length."""
     answer.send_response(200)
     answer.end_headers()
     answer.wfile.write(answer.data or b"")
@@ -123,7 +123,7 @@ def endless(answer: Answer) -> None:
 
 
 def announces(size: int) -> Fault:
-    """A length, whatever there is."""
+    """Return a fault that announces a length, whatever the file's length."""
     return lambda answer: answer.head(200, size)
 
 
@@ -139,25 +139,25 @@ def slow(answer: Answer) -> None:
 
 
 def new_tag(answer: Answer) -> None:
-    """Half of it, whereupon the object is replaced by one of the same bytes."""
+    """Send half of the body while the object is replaced by one of the same bytes."""
     truncated(answer)
     answer.server.tags[answer.path.lstrip("/")] = '"2"'
 
 
 def stubborn(answer: Answer) -> None:
-    """Sends the part asked for, whatever object it was to be of."""
+    """Send the requested part of whichever object is there now."""
     answer.headers.replace_header("If-Range", answer.tag)
     complete(answer)
 
 
 def from_the_start(answer: Answer) -> None:
-    """A server that knows no ranges."""
+    """Answer as a server without range requests."""
     del answer.headers["Range"]
     complete(answer)
 
 
 def other_part(answer: Answer) -> None:
-    """A server that minds neither If-Range nor what it said before."""
+    """Answer as a server that ignores If-Range and its earlier answers."""
     answer.tag = answer.headers.get("If-Range", '"1"')
     data = answer.body()
     answer.wfile.write(bytes(len(data)))
@@ -168,7 +168,7 @@ def status(code: int) -> Fault:
 
 
 class FaultServer(ThreadingHTTPServer):
-    """Serves `folder`; `faults` are used up in turn, `always` for good."""
+    """Serves `folder`; each of `faults` is used once, in order, `always` every time."""
 
     daemon_threads = True
     block_on_close = False

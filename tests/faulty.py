@@ -1,4 +1,4 @@
-"""A small run whose loss goes wrong where it is told to, alone or as one of several ranks."""
+"""A small run whose loss is wrong at chosen calls, on one rank or several."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Faulty:
 
 
 class Once:
-    """A fault of the machine: the 8th loss, and no other, comes out wrong."""
+    """A hardware fault: only the 8th loss is wrong."""
 
     def __init__(self, factor: float) -> None:
         self.calls, self.factor = 0, factor
@@ -61,7 +61,7 @@ def train(
 
 
 def rank(root: str, strategy: str, world: int, wrong: int) -> int:
-    """A rank of a run that does its steps again; the loss of rank `wrong` is once not finite."""
+    """Train as a rank of a run that repeats steps; rank `wrong` has one loss that is not finite."""
     own = int(os.environ["RANK"]) == wrong
     bad = Once(float("nan")) if own else lambda batch: 1.0
     machine = Machine(strategy, devices=world, shard_small=True)
@@ -70,7 +70,10 @@ def rank(root: str, strategy: str, world: int, wrong: int) -> int:
 
 
 def with_a_wrong_gradient(root: str) -> int:
-    """A rank of two under DDP; rank 1's gradient goes wrong after it was averaged.  3: found."""
+    """Train as one of two DDP ranks; rank 1's gradient changes after averaging.
+
+    Return 3 if detected.
+    """
     from echolab.training.module import DiffusionModule
 
     clip = DiffusionModule.on_before_optimizer_step

@@ -14,7 +14,7 @@ Samples = dict[str, dict[str, bytes]]
 
 
 def raw_samples(count: int = 5, seed: int = 0) -> Samples:
-    """Samples whose members are of all sizes, and can be decoded but for video and sound."""
+    """Return samples whose members have all sizes; all but video and audio can be decoded."""
     rng = np.random.default_rng(seed)
     boxes = rng.random((3, 4)).astype(np.float32)
     return {
@@ -30,12 +30,14 @@ def raw_samples(count: int = 5, seed: int = 0) -> Samples:
 
 
 def files(samples: Samples) -> list[tuple[str, bytes]]:
-    """File names and contents, in order."""
+    """Return file names and contents, in order."""
     return [(f"{key}.{name}", data) for key, m in samples.items() for name, data in m.items()]
 
 
 def pack(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
-    """By Python's tarfile, with an owner, and a time that pax keeps to fractions of a second."""
+    """Write with Python's tarfile, with an owner, and a time that pax keeps to fractions of a
+    second.
+    """
     with tarfile.open(path, "w", format=form) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -45,7 +47,7 @@ def pack(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR
 
 
 def gnu_tar(path: Path, members: list[tuple[str, bytes]], source: Path, form: str = "gnu") -> Path:
-    """By the program tar, of files in a folder `source`."""
+    """Write with the program tar, from files in a folder `source`."""
     for name, data in members:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)

@@ -49,13 +49,16 @@ class Ranks:
         return self.server._ask({"poll": self.pids})["codes"]
 
     def signal(self, number: int, rank: int | None = None) -> None:
-        """To one rank, or to all; nobody minds those that have ended."""
+        """Signal one rank, or all; ranks that have ended are ignored."""
         for at, (pid, code) in enumerate(zip(self.pids, self.codes(), strict=True)):
             if code is None and rank in (None, at):
                 os.kill(pid, number)
 
     def wait(self, seconds: float = HANGS) -> list[int]:
-        """Exit codes once all have ended.  A hang: stacks told, all killed, TimeoutError."""
+        """Wait until all ranks have ended, and return their exit codes.
+
+        After a hang print the stacks, kill all ranks and raise TimeoutError.
+        """
         deadline = time.monotonic() + seconds
         while None in (codes := self.codes()):
             if time.monotonic() > deadline:
@@ -68,11 +71,11 @@ class Ranks:
         return codes  # type: ignore[return-value]
 
     def output(self, rank: int) -> str:
-        """What it wrote to stdout and stderr."""
+        """Return what a rank wrote to stdout and stderr."""
         return (self.folder / f"rank-{rank}.txt").read_text(errors="replace")
 
     def outputs(self) -> str:
-        """Of all, to be shown where a test fails."""
+        """Return the outputs of all ranks, for the message of a failing test."""
         shown = (f"--- rank {at}\n{self.output(at)[-4000:]}" for at in range(len(self.pids)))
         return "\n".join(shown)
 
@@ -108,7 +111,7 @@ class ForkServer:
         arguments: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Ranks:
-        """Fork `world` ranks that call `function`."""
+        """Start `world` ranks that call `function`."""
         self._count += 1
         folder = Path(self._outputs.name) / str(self._count)
         folder.mkdir()
@@ -130,7 +133,7 @@ class ForkServer:
         return Ranks(self, pids, folder)
 
     def run(self, function: str, *, seconds: float = HANGS, **how: Any) -> Ranks:
-        """`start`, wait, and see that all ended with 0."""
+        """Start ranks, wait, and assert that all ended with 0."""
         ranks = self.start(function, **how)
         codes = ranks.wait(seconds)
         assert not any(codes), f"codes {codes}\n{ranks.outputs()}"
@@ -147,7 +150,7 @@ class ForkServer:
 
 
 def _call(call: Mapping[str, Any], rank: int) -> int:
-    """In a rank: run the function; its exit code."""
+    """Run the function in a rank, and return its exit code."""
     import torch.distributed as dist
 
     module, name = call["function"].split(":")
@@ -165,7 +168,7 @@ def _call(call: Mapping[str, Any], rank: int) -> int:
 
 
 def _be_rank(call: Mapping[str, Any], rank: int, environment: Mapping[str, str]) -> None:
-    """Never returns."""
+    """Become a rank; never return."""
     code = 1
     try:
         os.setsid()
@@ -231,7 +234,9 @@ def serve(descriptor: int) -> None:
 
 
 def add_up(to: str) -> int:
-    """All ranks meet over gloo and take a step backward; rank 0 writes the sum of their numbers."""
+    """Let all ranks meet over gloo and take a backward step; rank 0 writes the sum of their
+    indices.
+    """
     import torch
     import torch.distributed as dist
 
@@ -246,14 +251,14 @@ def add_up(to: str) -> int:
 
 
 def stay() -> int:
-    """Until killed."""
+    """Wait until killed."""
     print("here", flush=True)
     while True:
         time.sleep(1)
 
 
 def fail() -> None:
-    """Rank 1 does."""
+    """Raise an error on rank 1."""
     if os.environ["RANK"] == "1":
         raise ValueError("rank 1 has had enough")
 

@@ -1,4 +1,4 @@
-"""One rank of the tests of validation and of the parity gate: a short run, then everything else."""
+"""A rank of the tests of validation and of the export check: a short run, then both."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,19 +33,19 @@ Tensors = dict[str, torch.Tensor]
 
 
 def perturbed(tensors: Tensors) -> Tensors:
-    """One tensor of the export is a twentieth larger."""
+    """Scale one tensor of the export by 1.05."""
     return {**tensors, PERTURBED: tensors[PERTURBED] * 1.05}
 
 
 def swapped(tensors: Tensors) -> Tensors:
-    """Two names are mistaken for each other."""
+    """Swap two names of the export."""
     a, b = SWAPPED
     return {**tensors, a: tensors[b], b: tensors[a]}
 
 
 @contextmanager
 def broken(how: str) -> Iterator[None]:
-    """With a fault built in."""
+    """Build in a fault."""
     with pytest.MonkeyPatch.context() as patch:
         if how == "swap of averages":
             patch.setattr(Ema, "applied", lambda *given: nullcontext())
@@ -63,7 +63,7 @@ def broken(how: str) -> Iterator[None]:
 
 
 def held_bits(loop: TrainLoop) -> bytes:
-    """All that this rank holds, and its random states."""
+    """Return the bytes of all that this rank holds, and its random states."""
     tensors = [
         *loop.masters.local,
         *(t for part in ("exp_avg", "exp_avg_sq") for t in loop.masters.flats(part)),
@@ -77,7 +77,7 @@ def held_bits(loop: TrainLoop) -> bytes:
 
 
 def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
-    """What each fault comes to, and the held-out errors; JSON."""
+    """Return the outcome of the export check under each fault, and the held-out errors, as JSON."""
     subject = (loop.module.net, loop.ema, loop.masters)
     device = torch.device("cpu")
     before = held_bits(loop)
@@ -115,7 +115,7 @@ def main(
     precision: str = "32-true",
     lora: bool = False,
 ) -> None:
-    """A run of four steps; each rank writes what it found to `out`/rank-N.json."""
+    """Train four steps; each rank writes its results to `out`/rank-N.json."""
     held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
     end = TrainLoop.on_train_end
 

@@ -22,7 +22,7 @@ from echolab.training.guards.stragglers import Stragglers
 
 
 def flip(tensor: Tensor, bit: int) -> None:
-    """One bit of its last element."""
+    """Flip one bit of a tensor's last element."""
     tensor.data.view(-1)[-1:].view(torch.uint8)[bit // 8] ^= 1 << bit % 8
 
 
@@ -35,7 +35,7 @@ def said_by(check: Callable[[], Any]) -> str:
 
 
 def compare(to: str) -> None:
-    """Three ranks, each fault at one of them, in one launch."""
+    """Compare replicas on three ranks, each fault on one of them, in one launch."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     report: dict[str, Any] = {}
@@ -71,7 +71,9 @@ def compare(to: str) -> None:
 
 
 def slow_rank() -> list[list[str]]:
-    """Rank 1 sleeps in its forward, then rank 2 waits for data; what each window found."""
+    """Let rank 1 sleep in its forward, then rank 2 wait for data; write what each window
+    reports.
+    """
     heartbeat, result = Heartbeat(None), []
     watch = Stragglers([f"node-{rank}" for rank in range(3)])
     watch.start(heartbeat.seconds)
@@ -93,7 +95,7 @@ def slow_rank() -> list[list[str]]:
 
 
 def fault_at(step: int, rank: int, fault: Callable[[nn.Module], None]) -> None:
-    """In place of a fault of the machine: just before the replicas of `step` are compared."""
+    """Inject a hardware fault just before the replicas of `step` are compared."""
     check, seen = ReplicaCheck.after_step, []
 
     def with_fault(self: ReplicaCheck, state: Any) -> None:
@@ -106,7 +108,7 @@ def fault_at(step: int, rank: int, fault: Callable[[nn.Module], None]) -> None:
 
 
 def train(root: str, strategy: str, to: str) -> None:
-    """Two ranks; a bit flips on rank 1 after step 2 of 4."""
+    """Train on two ranks; a bit flips on rank 1 after step 2 of 4."""
 
     def flip_one(net: nn.Module) -> None:
         name, tensor = list(replicated(net).items())[-1]

@@ -1,4 +1,4 @@
-"""A rank of test_interrupted.py: a short run that is signaled amid a validation or a check."""
+"""A rank of test_interrupted.py: a short run that gets a signal during a validation or a check."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def act_at(place: str, count: int, act: Callable[[], object]) -> None:
 
 
 def train(root: Path, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
-    """A run with a save and a validation at the same steps, and a check at its end."""
+    """Train with a save and a validation at the same steps, and an export check at the end."""
     settings: dict[str, Any] = {
         "every": Intervals(log=1, save=2, validate=2),
         "held_out": HeldOut(runs.write_clips(root / "held", HELD, 50), HELD, 2),
@@ -54,7 +54,9 @@ def main(
     root: str, run: str, strategy: str, devices: int, place: str, count: int, victim: int,
     together: int = 1,
 ) -> int:  # fmt: skip
-    """Rank `victim` is signaled at the `count`th call in `place`; rank 0 writes `run`.json."""
+    """Train, and signal rank `victim` at the `count`th call in `place`; rank 0 writes
+    `run`.json.
+    """
     folder = Path(root) / run
     saved: list[int] = []
     own = int(os.environ["RANK"])

@@ -1,7 +1,8 @@
-"""Ranks that play a part: `python played.py rank FOLDER PARTS`, and a supervisor of them.
+"""Ranks that play a scripted part:
 
-They import no torch: each steps through its sections, meets the others at a barrier of files, and
-does at one moment what its part says.
+`python played.py rank FOLDER PARTS`, and a supervisor of them. They import no torch: each steps
+through its sections, meets the others at a barrier of files, and at one moment does what its part
+says.
 """
 
 import importlib.util
@@ -37,7 +38,7 @@ def barrier(folder, rank, world, name):
 
 
 def collective(folder: Path) -> Any:
-    """The barrier, from a file below torch/distributed."""
+    """Wait at the barrier, from a file below torch/distributed."""
     path = folder / "torch" / "distributed" / "played.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"{os.getpid()}.py")
@@ -51,7 +52,7 @@ def collective(folder: Path) -> Any:
 
 
 def act(part: str, folder: Path) -> None:
-    """What goes wrong."""
+    """Do what the part says."""
     match part:
         case "loop":
             while True:
@@ -82,7 +83,7 @@ def act(part: str, folder: Path) -> None:
 def play(
     folder: Path, part: dict[str, Any], heartbeat: Heartbeat, signals: StopSignals
 ) -> tuple[str, int]:
-    """All steps, or until a signal: the reason of the end and the step."""
+    """Play all steps, or until a signal; return the reason of the end and the step."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     barrier = collective(folder)
 
@@ -116,7 +117,7 @@ def play(
 
 
 def rank(folder: Path, parts: dict[str, Any]) -> None:
-    """As `echolab train` does it, but for training."""
+    """Run a rank as `echolab train` does, without training."""
     heartbeat, signals = heartbeat_from_environment(), StopSignals()
     signals.__enter__()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -139,7 +140,7 @@ def rank(folder: Path, parts: dict[str, Any]) -> None:
 
 
 def supervise(folder: Path, parts: str, about: dict[str, Any]) -> None:
-    """`about`: deadlines, ranks, and for one of several supervisors which and of how many."""
+    """Run a supervisor; `about` has deadlines, ranks, and the supervisor's index and count."""
     count, world = about["ranks"], about.get("world", about["ranks"])
     number = about.get("supervisor", 0)
     topology = Topology(

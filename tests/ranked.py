@@ -1,4 +1,7 @@
-"""One rank of a test of several: `python ranked.py FOLDER STRATEGY DEVICES OUT [key=value ...]`."""
+"""One rank of a test with several:
+
+`python ranked.py FOLDER STRATEGY DEVICES OUT [key=value ...]`.
+"""
 
 import json
 import sys
@@ -17,7 +20,7 @@ from echolab.training.loop import TrainLoop
 
 
 def save_what_was_loaded(to: Path) -> None:
-    """Write every checkpoint that a run resumes from again, before any step, below `to`."""
+    """Save every checkpoint again below `to` when a run resumes from it, before any step."""
     start = TrainLoop.on_train_start
 
     def and_save(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,4 +1,7 @@
-"""One rank that trains a step and writes what it holds: `FOLDER STRATEGY RANKS PRECISION LORA`."""
+"""One rank that trains a step and writes the bytes it holds:
+
+`FOLDER STRATEGY RANKS PRECISION LORA`.
+"""
 
 import json
 import os
@@ -17,13 +20,13 @@ from echolab.training.loop import TrainLoop
 
 
 def held(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind tensors, each once."""
+    """Return the bytes of the storages behind tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(size for pointer, size in storages.items() if pointer)
 
 
 def count(self: TrainLoop) -> dict[str, int]:
-    """What lives after the first step."""
+    """Count the bytes that are alive after the first step."""
     net, masters = self.module.net, self.masters
     pieces = [p.ds_tensor.data for p in net.parameters() if hasattr(p, "ds_tensor")]
     moments = [t for key in masters.keys for t in masters.optimizer.state[key].values()]

@@ -1,6 +1,6 @@
-"""Tiny random encoders in the file formats of the released ones, in both kinds of names.
+"""Tiny random encoders in the file formats of the released ones, with both kinds of names.
 
-What the authors' names mean is written out here anew, so that it can stand against the loaders.
+The authors' names are written out here independently of the loaders that they test.
 """
 
 import json
@@ -36,7 +36,7 @@ def vae(**changed: object) -> AutoencoderKLWan:
 
 
 def vae_names() -> list[str]:
-    """The names in Wan2.1_VAE.pth, from the layout in `wan/modules/vae.py`."""
+    """Return the names in Wan2.1_VAE.pth, from the layout in `wan/modules/vae.py`."""
     block = [f"residual.{n}.{k}" for n, k in ((0, "gamma"), (2, "weight"), (2, "bias"),
              (3, "gamma"), (6, "weight"), (6, "bias"))]  # fmt: skip
     short, resample = ("shortcut.weight", "shortcut.bias"), ("resample.1.weight", "resample.1.bias")
@@ -63,7 +63,7 @@ def vae_names() -> list[str]:
 
 
 def vae_original(net: AutoencoderKLWan) -> dict[str, Tensor]:
-    """Its tensors by the authors' names, as diffusers' own converter pairs them."""
+    """Return the tensors by the authors' names, as diffusers' own converter pairs them."""
     pairs = {name: next(iter(convert_wan_vae_to_diffusers({name: 0}))) for name in vae_names()}
     state = net.state_dict()
     assert sorted(pairs.values()) == sorted(state)
@@ -115,7 +115,7 @@ def clip() -> CLIPVisionModel:
 
 
 def clip_original(net: CLIPVisionModel) -> dict[str, Tensor]:
-    """With a text tower beside it, as in the released file."""
+    """Return the tensors by the authors' names, with a text tower, as in the released file."""
     state = {name.removeprefix("vision_model."): value for name, value in net.state_dict().items()}
     embeddings = "embeddings."
     named = {
@@ -141,7 +141,7 @@ def clip_original(net: CLIPVisionModel) -> dict[str, Tensor]:
 
 
 def tokenizer() -> Tokenizer:
-    """A vocabulary of a few words, ending each text as umT5 does."""
+    """Build a vocabulary of a few words that ends each text as umT5 does."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(word, -3.0) for word in WORDS]
     made = Tokenizer(Unigram(pieces, unk_id=2))
@@ -166,14 +166,14 @@ def wav2vec_config() -> Wav2Vec2Config:
 
 
 def write_base_960h(folder: Path) -> None:
-    """As facebook/wav2vec2-base-960h: a network with a head of words, as safetensors."""
+    """Write facebook/wav2vec2-base-960h: a network with a head of words, as safetensors."""
     torch.manual_seed(3)
     Wav2Vec2ForCTC(wav2vec_config()).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
 
 
 def write_chinese_base(folder: Path) -> None:
-    """As TencentGameMate/chinese-wav2vec2-base: a pickle, with the weight norm's old names."""
+    """Write TencentGameMate/chinese-wav2vec2-base: a pickle, with the weight norm's old names."""
     torch.manual_seed(4)
     net = Wav2Vec2ForPreTraining(wav2vec_config())
     net.save_pretrained(folder)
@@ -190,7 +190,7 @@ def write_chinese_base(folder: Path) -> None:
 
 
 def write_release(folder: Path) -> None:
-    """As Wan2.1-Fun-V1.1-1.3B-InP: the authors' files."""
+    """Write Wan2.1-Fun-V1.1-1.3B-InP: the authors' files."""
     folder.mkdir(parents=True)
     torch.save(vae_original(vae()), folder / VIDEO)
     torch.save(umt5_original(umt5()), folder / TEXT)
@@ -199,9 +199,9 @@ def write_release(folder: Path) -> None:
 
 
 def write_pipeline(folder: Path) -> None:
-    """The same networks as the folders of a diffusers pipeline; umT5 in shards.
+    """Write the same networks as the folders of a diffusers pipeline; umT5 in shards.
 
-    The names of CLIP are those that published folders have, with a prefix and the places.
+    The names of CLIP are those of published folders, with a prefix and the position indices.
     """
     vae().save_pretrained(folder / "vae")
     umt5().save_pretrained(folder / "text_encoder", max_shard_size="4KB")

@@ -1,4 +1,4 @@
-"""Small encoded and preference datasets, and a run over them, that the tests of training share."""
+"""Small encoded and preference datasets, and a run over them, shared by the tests of training."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ PHASES = ModalityDropout(PHDA)
 
 
 def clip_tensors(seed: int) -> dict[str, Tensor]:
-    """One encoded clip, random, with what each task needs."""
+    """Return one encoded clip, random, with the tensors that each task needs."""
     batch = tiny.batch(1, seed)
     known = batch.conditions._asdict()
     tensors = {name: known[name][0] for name in ("text", "image", "audio", "face")}
@@ -39,7 +39,7 @@ def clip_tensors(seed: int) -> dict[str, Tensor]:
 
 
 def write_clips(folder: Path, count: int, first: int = 0) -> ShardDataset:
-    """An encoded dataset, or the one that is there."""
+    """Write an encoded dataset, or return the one that exists."""
     if not (folder / "dataset.json").exists():
         with ShardWriter(folder, kind="encoded", samples_per_shard=3) as writer:
             for i in range(first, first + count):
@@ -49,7 +49,7 @@ def write_clips(folder: Path, count: int, first: int = 0) -> ShardDataset:
 
 
 def write_pairs(folder: Path, count: int) -> ShardDataset:
-    """A preference dataset, or the one that is there."""
+    """Write a preference dataset, or return the one that exists."""
     if not (folder / "dataset.json").exists():
         with ShardWriter(folder, kind="preference", samples_per_shard=4) as writer:
             for i in range(count):
@@ -65,17 +65,17 @@ def write_pairs(folder: Path, count: int) -> ShardDataset:
 
 
 def schedule(*epochs: tuple[str, int], lr: float = 3e-3) -> Schedule:
-    """Epochs of (kind, steps) at one learning rate."""
+    """Return epochs of (kind, steps) at one learning rate."""
     return Schedule([Epoch(kind, steps, lr) for kind, steps in epochs], warmup=2)
 
 
 def curriculum() -> Curriculum:
-    """Quick enough to show all tasks in a few steps."""
+    """Return a curriculum quick enough to show all tasks in a few steps."""
     return Curriculum(hard_to_easy(1), ema_decay=0.3, min_prob=0.02)
 
 
 def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
-    """A run in `root`/run over `root`/clips and pairs; its result and the rows it logged."""
+    """Train in `root`/run over `root`/clips and pairs; return the result and the rows it logged."""
     rows: list[dict[str, Any]] = []
     reference = Frozen(tiny.net())
     settings: dict[str, Any] = {
@@ -101,5 +101,5 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint that holds tensors, as bytes."""
+    """Return the bytes of every file of a checkpoint that holds tensors."""
     return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}

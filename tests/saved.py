@@ -1,4 +1,6 @@
-"""A net with every kind of parameter, its optimizer by any strategy, and saves of it, for tests."""
+"""A network with every kind of parameter, its optimizer by any strategy, and saves of it, for
+tests.
+"""
 
 import json
 import os
@@ -26,7 +28,7 @@ PATTERNS = torch.tensor([-(2**31), 1, 0x7F7FFFFF, 0x00800000], dtype=torch.int32
 
 
 class Net(nn.Module):
-    """Of sizes that no number of ranks divides; one weight is tied, one is frozen."""
+    """A network of sizes that no number of ranks divides; one weight is tied, one is frozen."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ TIMESTEPS = torch.tensor([123.0, 987.0])
 
 
 def result(*, split: bool) -> dict[str, torch.Tensor]:
-    """Output and gradients of a tiny network, averaged over ranks where it is split."""
+    """Return output and gradients of a tiny network, averaged over ranks where it is split."""
     net = tiny.net(trained=True, num_heads=4, dim=96)
     if split:
         checkpoint_blocks(net)
@@ -31,7 +31,7 @@ def result(*, split: bool) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Write what this rank found."""
+    """Write this rank's result."""
     dist.init_process_group("gloo")
     save_file(result(split=True), Path(sys.argv[1]) / f"{dist.get_rank()}.safetensors")
     dist.barrier()  # nobody leaves while another still talks to him

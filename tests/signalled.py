@@ -1,4 +1,4 @@
-"""A rank of `echolab train` that test_signals.py forks, and what it does to four of them."""
+"""A rank of `echolab train` that test_signals.py forks, and the signals that it gets."""
 
 import os
 import random
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def rank(config: dict[str, Any]) -> int:
-    """What a rank of `echolab train` does, handlers first; its exit code."""
+    """Run a rank of `echolab train`, handlers first; return its exit code."""
     with StopSignals():
         folder, number = Path(os.environ[LOCAL_DIR]), os.environ["RANK"]
         (folder / f"{number}.ready").touch()
@@ -31,7 +31,7 @@ def rank(config: dict[str, Any]) -> int:
 
 
 def start(server: ForkServer, config: Mapping[str, Any], world: int, folder: Path) -> Ranks:
-    """The ranks of one attempt, once all handlers are in place."""
+    """Start the ranks of one attempt, and wait until all handlers are in place."""
     folder.mkdir()
     ranks = server.start(
         "signalled:rank",
@@ -47,7 +47,9 @@ def start(server: ForkServer, config: Mapping[str, Any], world: int, folder: Pat
 
 
 def signal_one(ranks: Ranks, folder: Path, world: int, chance: random.Random) -> str:
-    """Signal one rank once it is in a section drawn by lot, or later; what was done, in words."""
+    """Signal one rank once it is in a randomly drawn section, or later; return what was done, in
+    words.
+    """
     victim, number = chance.randrange(world), chance.choice(SIGNALS)
     wanted = chance.choice(
         ("now", "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save")

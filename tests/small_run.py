@@ -1,4 +1,6 @@
-"""A drawn dataset, an autoencoder hardly fitted and a run of two steps, for the commands."""
+"""A synthetic dataset, a barely fitted autoencoder and a run of two steps, for tests of the
+commands.
+"""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The engine gets the trained network alone; a reference is no alias of the policy."""
+"""The engine gets only the trained network, and a reference shares no memory with the policy."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from echolab.training.engine.engine_report import check_alone, check_frozen_netw
 from echolab.types import Loss
 
 
-def test_a_copy_may_be_the_reference_and_nothing_else() -> None:
+def test_only_a_copy_may_be_the_reference() -> None:
     net = tiny.net()
     check_frozen_networks(net, [("reference", Frozen(copy.deepcopy(net)))])
     with pytest.raises(ConfigError, match="nothing to train"):
@@ -28,8 +28,8 @@ def test_a_copy_may_be_the_reference_and_nothing_else() -> None:
         check_frozen_networks(net, [("reference", loose)])
 
 
-def test_a_reference_of_the_same_storage_is_caught() -> None:
-    """Other parameters, other shapes, the same bytes."""
+def test_a_reference_that_shares_the_policys_storage_is_refused() -> None:
+    """Parameters of other shapes over the same bytes are refused too."""
     net, other = tiny.net(), tiny.net()
     name, weight = next(iter(net.named_parameters()))
     dict(other.named_parameters())[name].data = weight.data.view(-1).view(weight.shape)
@@ -37,7 +37,7 @@ def test_a_reference_of_the_same_storage_is_caught() -> None:
         check_frozen_networks(net, [("reference", Frozen(other))])
 
 
-def test_a_frozen_network_in_the_module_tree_is_caught() -> None:
+def test_a_frozen_network_in_the_module_tree_is_refused() -> None:
     module = nn.Module()
     module.net = tiny.net()
     check_alone(module, module.net)
@@ -46,7 +46,7 @@ def test_a_frozen_network_in_the_module_tree_is_caught() -> None:
         check_alone(module, module.net)
 
 
-def test_policy_and_reference_are_equal_at_first_and_differ_after_a_step(tmp_path: Path) -> None:
+def test_policy_and_reference_start_equal_and_differ_after_a_step(tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
     class Watched(runs.Preference):  # type: ignore[misc]

@@ -1,3 +1,7 @@
+"""Arguments of commands: typed, read back as written, refused in one line, and shown in the
+help.
+"""
+
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +49,7 @@ def test_positional_arguments_may_be_given_by_name() -> None:
 
 
 @given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text())
-def test_a_value_that_is_written_is_read_back(
-    clips: int, rate: float, loop: bool, prompt: str
-) -> None:
+def test_a_written_value_is_read_back(clips: int, rate: float, loop: bool, prompt: str) -> None:
     words = [f"clips={clips}", f"rate={rate!r}", f"loop={loop}", f"prompt={prompt}"]
     read = draw("x", *words)
     expected = None if prompt.lower() in ("none", "null") else prompt
@@ -135,7 +137,7 @@ def test_help_has_sections_choices_and_defaults() -> None:
         ("solver=eular", "is not one of euler, unipc or none; did you mean euler?"),
     ],
 )
-def test_old_names_and_slips_get_the_right_word(word: str, message: str) -> None:
+def test_an_old_or_mistyped_name_is_answered_with_the_right_one(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(Sample, ["image=a.png", word], command="sample")
     assert message in str(raised.value)

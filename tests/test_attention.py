@@ -1,4 +1,4 @@
-"""Which kernel attends, and that every one computes the same."""
+"""The choice of attention kernels, which all compute the same."""
 
 import sys
 from types import ModuleType
@@ -37,14 +37,14 @@ def flash3(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return seen
 
 
-def test_a_flash_package_gets_heads_as_the_network_has_them(flash3: list[torch.Size]) -> None:
+def test_a_flash_package_gets_heads_in_the_networks_layout(flash3: list[torch.Size]) -> None:
     q, k, v = (heads(n, torch.bfloat16) for n in (5, 7, 7))
     actual = attention_from("flash3", "cuda")(q.float(), k.float(), v)
     assert flash3 == [q.shape] and actual.shape == q.shape
     torch.testing.assert_close(actual, sdpa(q, k, v), rtol=0.02, atol=0.02)
 
 
-def test_fp32_is_refused_where_the_kernel_has_none(flash3: list[torch.Size]) -> None:
+def test_fp32_is_refused_by_kernels_without_fp32(flash3: list[torch.Size]) -> None:
     with pytest.raises(ConfigError, match="flash3: computes in bf16 or fp16, not torch.float32"):
         attention_from("flash3", "cuda")(heads(5), heads(5), heads(5))
     assert not flash3
@@ -54,7 +54,7 @@ def test_fp32_is_refused_where_the_kernel_has_none(flash3: list[torch.Size]) -> 
     ("capability", "installed", "expected"),
     [((8, 0), True, "sdpa"), ((9, 0), False, "cudnn"), ((9, 0), True, "flash3")],
 )
-def test_auto_is_the_fastest_of_the_machine(
+def test_auto_picks_the_fastest_kernel_of_the_machine(
     capability: tuple[int, int],
     installed: bool,
     expected: str,
@@ -74,7 +74,7 @@ def test_auto_is_the_fastest_of_the_machine(
     assert attention_from("auto", "cpu") is sdpa
 
 
-def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_kernel_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ConfigError, match="flash2: the package flash_attn is not installed; pip"):
         attention_from("flash2", "cuda")
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) 
         attention_from("flash4")
 
 
-def test_every_attention_of_the_network_takes_the_choice() -> None:
+def test_every_attention_of_the_network_uses_the_chosen_kernel() -> None:
     net, conditions, calls = tiny.net(trained=True), tiny.conditions(), []
 
     def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The small video autoencoder: causal, still clips stay still, a codec before any training."""
+"""The small video autoencoder is causal, keeps still clips still, and is a codec before
+training.
+"""
 
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def test_a_latent_frame_is_the_first_frame_or_four(frames: int) -> None:
     assert random_net().decode(latents).shape == (1, 3, frames, 16, 24)
 
 
-def test_patches_are_only_another_order() -> None:
+def test_patching_only_reorders_values() -> None:
     clip = random_clip()
     assert torch.equal(from_patches(to_patches(clip), 2), clip)
 
@@ -80,7 +82,7 @@ def test_a_clip_does_not_depend_on_its_batch() -> None:
 
 
 @torch.no_grad()
-def test_a_still_clip_has_one_latent_frame_many_times() -> None:
+def test_a_still_clip_repeats_one_latent_frame() -> None:
     net = random_net()
     latents = net.encode(random_clip()[:, :, :1].expand(-1, -1, 13, -1, -1))
     torch.testing.assert_close(latents, latents[:, :, :1].expand_as(latents), rtol=0, atol=1e-5)
@@ -89,13 +91,13 @@ def test_a_still_clip_has_one_latent_frame_many_times() -> None:
 
 
 @torch.no_grad()
-def test_the_first_frames_are_encoded_as_in_the_full_clip() -> None:
+def test_the_first_frames_alone_are_encoded_as_in_the_full_clip() -> None:
     net, clip = random_net(), random_clip()
     torch.testing.assert_close(net.encode(clip[:, :, :9]), net.encode(clip)[:, :, :3])
 
 
 @torch.no_grad()
-def test_the_linear_basis_alone_is_a_codec_for_talkers_it_never_saw() -> None:
+def test_the_linear_basis_alone_is_a_codec_for_unseen_talkers() -> None:
     net = CausalAutoencoder(width=WIDTH)
     net.fit_basis(drawn.clips(24).float_pixels())
     unseen = drawn.clips(8, first=100).float_pixels()
@@ -104,7 +106,7 @@ def test_the_linear_basis_alone_is_a_codec_for_talkers_it_never_saw() -> None:
 
 
 @torch.no_grad()
-def test_the_basis_is_a_projection_and_more_channels_lose_less() -> None:
+def test_the_basis_is_a_projection_that_loses_less_with_more_channels() -> None:
     clips = drawn.clips(8).float_pixels()
     lost = []
     for channels in (4, 16, 48):
@@ -119,7 +121,7 @@ def test_the_basis_is_a_projection_and_more_channels_lose_less() -> None:
 
 
 @torch.no_grad()
-def test_normalized_latents_have_mean_zero_and_unit_size() -> None:
+def test_normalized_latents_have_zero_mean_and_unit_variance() -> None:
     clips = drawn.clips(8)
     net = CausalAutoencoder(width=WIDTH)
     net.fit_basis(clips.float_pixels())
@@ -139,7 +141,7 @@ def test_the_loss_weighs_the_lips_more() -> None:
     assert torch.equal(weight[0, 0, 0], torch.where(inside, 1 + LIP_WEIGHT, 1.0))
 
 
-def test_a_few_steps_lower_the_error_of_the_basis(tmp_path: Path) -> None:
+def test_a_few_steps_of_fitting_lower_the_error_of_the_basis(tmp_path: Path) -> None:
     from echolab.encoders import demo as fitting
 
     clips = drawn.clips(8, frames=5, size=32)

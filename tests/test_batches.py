@@ -1,4 +1,4 @@
-"""Micro-batches: functions of their number; ranks and workers only cut them differently."""
+"""Micro-batches are functions of their index; ranks and workers only split them differently."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def batches(folder: Path, *, world: int = 1, rank: int = 0, accumulation: int = 
 
 
 def seen(items: list[MicroBatch]) -> list[tuple[int, str, str, int]]:
-    """(epoch, key, task, step) of every clip, in order."""
+    """Return (epoch, key, task, step) of every clip, in order."""
     return [
         (epoch, key, task, item.step)
         for item in items
@@ -53,7 +53,7 @@ def seen(items: list[MicroBatch]) -> list[tuple[int, str, str, int]]:
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 4), (2, 2), (4, 1)])
-def test_ranks_and_micro_batches_only_cut_the_global_batch(
+def test_ranks_and_micro_batches_only_split_the_global_batch(
     folder: Path, world: int, accumulation: int
 ) -> None:
     expected = batches(folder)
@@ -65,7 +65,7 @@ def test_ranks_and_micro_batches_only_cut_the_global_batch(
         assert seen([expected[step]]) == seen([part[i] for part in parts for i in of_step])
 
 
-def test_each_pass_over_a_dataset_meets_every_clip_once(folder: Path) -> None:
+def test_each_epoch_of_a_dataset_has_every_clip_once(folder: Path) -> None:
     expected = batches(folder)
     clips = seen([expected[i] for i in (0, 1, 2, 3, 9, 10)])
     first_pass = [key for epoch, key, _, _ in clips if epoch == 0]
@@ -76,7 +76,7 @@ def test_each_pass_over_a_dataset_meets_every_clip_once(folder: Path) -> None:
     assert len({(epoch, key) for epoch, key, *_ in pairs}) == 20
 
 
-def test_workers_change_nothing(folder: Path) -> None:
+def test_the_number_of_workers_does_not_change_batches(folder: Path) -> None:
     expected = batches(folder)
     loader = DataLoader(expected, batch_size=None, sampler=range(2, 9), num_workers=2)
     for i, item in zip(range(2, 9), loader, strict=True):
@@ -99,14 +99,14 @@ def test_a_kind_of_epoch_gives_its_kind_of_batch(folder: Path) -> None:
     assert torch.equal(negative.batch.latents, pair.rejected)
 
 
-def test_text_to_video_is_given_no_picture(folder: Path) -> None:
+def test_text_to_video_gets_no_image(folder: Path) -> None:
     first = batches(folder)[0].batch  # the curriculum starts with t2v alone
     assert first.tasks == ["t2v"] * 4
     assert not first.conditions.known.any() and not first.conditions.known_latents.any()
     assert not first.conditions.image.any() and first.conditions.text.any()
 
 
-def test_known_places_weigh_less_and_the_mean_is_one() -> None:
+def test_known_positions_weigh_less_and_the_mean_weight_is_one() -> None:
     known = torch.zeros(4, 3, 2, 2)
     known[:, 0] = 1
     weight = position_weight(torch.ones(1, 3, 2, 2), known, 0.1)
@@ -145,6 +145,6 @@ def test_a_bad_sample_is_named(
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(folder: Path) -> None:
+def test_an_indivisible_batch_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size=4: not a multiple of 3 ranks"):
         batches(folder, world=3)

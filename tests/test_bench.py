@@ -1,4 +1,4 @@
-"""The benchmarks: operations, bytes and rows that they count, never how long anything takes."""
+"""The benchmarks: operations, bytes and rows that they count, never durations."""
 
 import json
 import subprocess
@@ -70,9 +70,9 @@ def test_flops_formula_equals_the_count_of_torch() -> None:
 
 
 def test_operations_of_the_released_size() -> None:
-    """Compare Wan 1.3B at 480x832x81 with a count by hand.
+    """The operations of Wan 1.3B at 480x832x81 equal a count by hand.
 
-    Per layer 12 S D^2 + 4 S D ffn + 4 S^2 D, and that of the text.
+    Per layer 12 S D^2 + 4 S D ffn + 4 S^2 D, and those of the text.
     """
     released = {**SIZES, "dim": 1536, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096}
     tokens = 21 * 30 * 52
@@ -82,7 +82,7 @@ def test_operations_of_the_released_size() -> None:
     assert flops == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_peak_memory_is_what_was_held_at_once() -> None:
+def test_peak_memory_is_the_most_held_at_once() -> None:
     kept = []
 
     def run() -> None:
@@ -98,7 +98,7 @@ def test_peak_memory_is_what_was_held_at_once() -> None:
     assert peak_of(lambda: torch.ones(1 << 18), "cpu") == 1 << 20
 
 
-def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compared_runs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     wall = [0.0, 3.0, 10.0, 14.0, 20.0, 28.0, 30.0, 31.0, 40.0, 42.0, 50.0, 60.0]
     clock, processor, order = iter(wall), iter(range(12)), []
     monkeypatch.setattr(bench_measure, "peak_of", lambda run, device: 2**20)
@@ -112,14 +112,14 @@ def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pair.rows("fp32", "diffusers", "cuda")) == 2
 
 
-def test_both_networks_are_the_same() -> None:
+def test_both_compared_networks_have_the_same_weights() -> None:
     inputs = draw_inputs(SIZES, (5, 32, 48), 3, "cpu")
     ours = ours_net(SIZES, 3, "cpu")
     theirs = diffusers_net(ours, SIZES)
     assert relative(run_ours(ours, inputs), run_diffusers(theirs, inputs)) < 1e-5
 
 
-def test_rows_as_json_and_as_a_table() -> None:
+def test_rows_are_written_as_json_and_as_a_table() -> None:
     rows = [Row("a", 1.0, "s", "b", 4.0), Row("c", 2.0, "s")]
     first, second = json.loads(as_json(rows))
     assert first == {
@@ -130,7 +130,7 @@ def test_rows_as_json_and_as_a_table() -> None:
     assert as_table(rows).splitlines()[1].split() == ["a", "1", "s", "b", "4", "0.25"]
 
 
-def test_step_rows_of_the_command(
+def test_bench_step_writes_its_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "SMALL", SIZES)
@@ -151,7 +151,7 @@ def test_step_rows_of_the_command(
     assert "attention=flash3: skipped" in shown.err
 
 
-def test_generate_rows_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_generate_writes_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["frames=17", "height=32", "width=32", "num_steps=1,2", "windows=9,17", "format=json"]
     commands.main(["generate", *words, "solvers=euler,unipc"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -191,8 +191,8 @@ def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
         commands.main(words)
 
 
-def test_help_is_there_without_torch() -> None:
-    """Print help without torch, which takes seconds to import."""
+def test_help_imports_no_torch() -> None:
+    """Help does not import torch, which takes seconds."""
     script = "import sys; from echolab.bench import commands; commands.main(['--help']); "
     script += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`echolab bench data`: its rows, on drawn shards and on given ones."""
+"""`echolab bench data`: its rows, on synthetic and on given shards."""
 
 import json
 from collections.abc import Iterable
@@ -60,7 +60,7 @@ def test_drawn_clips_are_readable_by_training(encoded: ShardDataset) -> None:
 
 
 def test_every_reader_reads_the_same_samples(encoded: ShardDataset) -> None:
-    """Compare sums over all samples between both readers; the limit reads every byte."""
+    """The sums over all samples are equal for both readers; the limit reads every byte."""
 
     def total(read: Iterable[Any]) -> float:
         parts = [{k: v for k, v in part.items() if k != "__key__"} for part in read]
@@ -86,13 +86,13 @@ def test_both_readers_decode_the_same_raw_clips(raw: ShardDataset) -> None:
     assert sorted(map(str, members_of(raw))) == sorted(map(str, plain))
 
 
-def test_file_leaves_the_page_cache_or_the_reason_is_given(raw: ShardDataset) -> None:
+def test_a_file_leaves_the_page_cache_or_the_reason_is_given(raw: ShardDataset) -> None:
     why = evict(shards_of(raw))
     assert why is None or "page cache" in why
     assert verify(Path(raw.folder)) == []
 
 
-def test_all_rows_are_there(
+def test_bench_data_writes_all_rows(
     encoded: ShardDataset,
     raw: ShardDataset,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The benchmarks of the engine: what they count and compare, never how long anything takes."""
+"""The benchmarks of the engine: what they count and compare, never durations."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def subject(tmp_path: Path) -> Subject:
 
 
 def test_bare_loop_and_engine_train_the_same_weights(subject: Subject) -> None:
-    """Compare weights and average: otherwise the times would not be comparable."""
+    """Weights and average are equal; otherwise the durations would not be comparable."""
     net, steps = build_net(subject), 6
     bare = Bare(subject, net)
     start = [parameter.detach().clone() for parameter in net.parameters()]
@@ -89,7 +89,7 @@ def rows_of(argv: list[str], shown: Callable[[], Any]) -> dict[str, dict[str, An
 WORDS = ["engine=true", "frames=5", "height=32", "width=32", "pairs=1", "precision=fp32"]
 
 
-def test_engine_rows_of_the_command(
+def test_bench_engine_writes_its_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "SMALL", SMALLEST)

@@ -1,4 +1,4 @@
-"""The verdict on a failed launch, the deadlines and the layout: pure functions, by tables."""
+"""The diagnosis of a failed launch, the timeouts and the topology: pure functions, by tables."""
 
 import os
 import socket
@@ -109,7 +109,9 @@ NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged"
         ([seen(0, exit_code=75), seen(1, **LATE, stack=ELSEWHERE)], 1, "hang"),
     ],
 )
-def test_the_culprit(observations: list[Observation], rank: int | None, cause: str | None) -> None:
+def test_the_root_cause_is_the_first_failure(
+    observations: list[Observation], rank: int | None, cause: str | None
+) -> None:
     for order in (observations, observations[::-1]):
         root_cause = find_root_cause(order)
         assert (root_cause.rank, root_cause.cause) == (rank, cause) if root_cause else rank is None
@@ -117,7 +119,7 @@ def test_the_culprit(observations: list[Observation], rank: int | None, cause: s
 
 @pytest.mark.parametrize("kind", [DivergedError, ReplicaError])
 @pytest.mark.parametrize(("has", "blamed"), [(None, -1), (2, 2)])
-def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
+def test_a_fault_that_all_ranks_report_is_assigned_to_the_rank_that_has_it(
     tmp_path: Path, kind: type[CollectiveError], has: int | None, blamed: int
 ) -> None:
     error = kind("step 7: not finite", rank=has)
@@ -141,7 +143,7 @@ def test_a_fault_that_all_ranks_tell_is_of_the_one_that_has_it(
     assert "step 7: not finite" in words and "rank -1" not in words
 
 
-def test_a_stack_tells_who_waits() -> None:
+def test_a_stack_shows_which_rank_waits() -> None:
     assert in_collective(COLLECTIVE) and in_collective(BACKWARD)
     assert not in_collective(ELSEWHERE) and not in_collective("")
 
@@ -202,12 +204,14 @@ def test_a_stack_tells_who_waits() -> None:
         (KeyboardInterrupt(), "forward", "interrupted", 130),
     ],
 )
-def test_exceptions_have_causes(error: BaseException, section: str, cause: str, code: int) -> None:
+def test_every_exception_has_a_cause(
+    error: BaseException, section: str, cause: str, code: int
+) -> None:
     assert cause_of_exception(error, section) == cause
     assert CAUSES[cause].exit_code == code
 
 
-def test_a_full_disk_below_another_error_is_seen() -> None:
+def test_a_full_disk_behind_another_error_is_recognized() -> None:
     error = DataError("quarantine.jsonl: could not be written")
     error.__cause__ = OSError(28, "No space left")
     assert cause_of_exception(error, "data_wait") == "disk"
@@ -222,7 +226,7 @@ def beat(section: str, since: float, step: int = 9, **longest: float) -> Heartbe
     return HeartbeatState(section, step, 0, 50, since, NOTHING, {**NOTHING, **longest})
 
 
-def test_the_limit_of_a_step_is_learnt_between_floor_and_ceiling() -> None:
+def test_the_step_timeout_is_measured_between_its_bounds() -> None:
     usual = SectionTimeouts()
     assert allowed_seconds(usual, "step", NOTHING) == 600  # nothing seen
     assert allowed_seconds(usual, "step", {**NOTHING, "backward": 12.0, "forward": 8.0}) == 120
@@ -236,10 +240,12 @@ def test_the_limit_of_a_step_is_learnt_between_floor_and_ceiling() -> None:
     ("section", "seconds"),
     [("init", 1800), ("eval", 3600), ("save", 1800), ("data_wait", 900), ("teardown", 300)],
 )
-def test_what_shares_a_section_with_something_quick_has_its_whole_time(
+def test_a_slow_operation_in_a_quick_section_keeps_its_full_timeout(
     section: str, seconds: float
 ) -> None:
-    """The parity gate after quick validations, a whole save after copies, a reference's loading."""
+    """The export check after quick validations, a complete save after copies, and the loading of
+    a reference keep the timeout of their section.
+    """
     quick = dict.fromkeys(SECTIONS, 0.01)
     assert allowed_seconds(SectionTimeouts(), section, quick) == seconds
     slow = {0: HeartbeatState(section, 9, 0, 50, 100.0, quick, quick)}
@@ -264,11 +270,11 @@ def test_what_shares_a_section_with_something_quick_has_its_whole_time(
         ([beat("forward", 30, step=1, vote=1)], []),  # the first step: compilation
     ],
 )
-def test_who_is_late(heartbeat: list[HeartbeatState], late: list[int]) -> None:
+def test_a_rank_past_its_timeout_is_late(heartbeat: list[HeartbeatState], late: list[int]) -> None:
     assert sorted(overdue_ranks(dict(enumerate(heartbeat)), 100.0, SectionTimeouts())) == late
 
 
-def test_ranks_that_cannot_be_seen_may_load_data() -> None:
+def test_ranks_without_a_heartbeat_may_load_data() -> None:
     one = {0: beat("vote", 30, vote=1)}
     assert overdue_ranks(one, 100.0, SectionTimeouts()) and not overdue_ranks(
         one, 100.0, SectionTimeouts(), has_remote_ranks=True
@@ -283,7 +289,7 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_one_task_a_rank() -> None:
+def test_topology_of_one_task_a_rank() -> None:
     topology = find_topology(2, 2, {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"})
     assert (
         topology.first_rank,
@@ -298,7 +304,7 @@ def test_one_task_a_rank() -> None:
     assert env["MASTER_ADDR"] == "n003" and env["MASTER_PORT"] == "20012"
 
 
-def test_one_task_a_node() -> None:
+def test_topology_of_one_task_a_node() -> None:
     env = {**SLURM, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     topology = find_topology(4, 2, {**env, "MASTER_ADDR": "head"})
     assert (topology.first_rank, topology.num_ranks, topology.num_supervisors) == (4, 4, 2)
@@ -311,8 +317,8 @@ def test_one_task_a_node() -> None:
     assert again.launch != topology.launch
 
 
-def test_ranks_on_too_few_cpus_are_warned_of() -> None:
-    """Slurm 22.05's srun gives a task one CPU, whatever sbatch was told."""
+def test_too_few_cpus_for_the_ranks_give_a_warning() -> None:
+    """Slurm 22.05's srun gives a task one CPU, even if sbatch requested more."""
     env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
     one, before = find_topology(2, 2, env), os.sched_getaffinity(0)
     try:
@@ -329,7 +335,7 @@ def test_ranks_on_too_few_cpus_are_warned_of() -> None:
 
 
 def test_a_node_has_the_name_that_slurm_knows() -> None:
-    """Which is not always its hostname: hosts to leave out must mean something to it."""
+    """The name is not always the hostname, and Slurm must recognize the hosts to exclude."""
     env = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
     assert find_topology(2, 2, {**env, "SLURMD_NODENAME": "gpu-17"}).host == "gpu-17"
     assert find_topology(2, 2, env).host == socket.gethostname()
@@ -348,11 +354,11 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
     ("nodes", "first"),
     [("n[003-005,9],m1", "n003"), ("gpu7", "gpu7"), ("a1,b2", "a1"), ("x[2,4]-ib", "x2-ib")],
 )
-def test_the_first_node(nodes: str, first: str) -> None:
+def test_the_first_node_of_a_list_of_hosts(nodes: str, first: str) -> None:
     assert slurm_address({"SLURM_STEP_NODELIST": nodes}) == first
 
 
-def test_alone() -> None:
+def test_topology_without_slurm() -> None:
     topology = find_topology(3, 1, {})
     assert (
         topology.first_rank,

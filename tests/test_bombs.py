@@ -1,4 +1,6 @@
-"""Small files that unpack to a lot, and files that name others: refused, in bounded memory."""
+"""Small files that unpack to large ones, and files that name other files: refused, in bounded
+memory.
+"""
 
 import io
 import json
@@ -50,7 +52,7 @@ ZEROS = npy((2**22,), bytes(2**24))
 @pytest.mark.parametrize(
     "method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["zip", "bz2", "xz"]
 )
-def test_tracks_unpack_to_no_more_than_a_bound(
+def test_tracks_have_a_bound_on_their_unpacked_size(
     method: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bomb = npz(method, face=BOXES, lips=BOXES, extra=ZEROS)
@@ -62,7 +64,7 @@ def test_tracks_unpack_to_no_more_than_a_bound(
     assert fault and "at most" in fault
 
 
-def test_many_entries_on_the_same_bytes_are_counted_each() -> None:
+def test_entries_that_share_bytes_are_each_counted() -> None:
     """The directory names one packed entry a thousand times."""
     one = npz(face=npy((2**18,), bytes(2**20)))
     end = one.rfind(b"PK\x05\x06")
@@ -73,7 +75,7 @@ def test_many_entries_on_the_same_bytes_are_counted_each() -> None:
         media.decode_tracks(one[:offset] + entry * 1000 + tail)
 
 
-def test_a_directory_that_lies_of_sizes_is_found_out() -> None:
+def test_a_directory_with_false_sizes_is_detected() -> None:
     bomb = npz(face=BOXES, lips=BOXES, extra=ZEROS)
     at = bomb.rfind(b"PK\x01\x02")
     lying = bomb[: at + 24] + struct.pack("<I", 1000) + bomb[at + 28 :]
@@ -82,14 +84,14 @@ def test_a_directory_that_lies_of_sizes_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2**40,), (2**31, 2**31), (2**20, 2**20), (3,), ()])
-def test_an_array_is_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
+def test_an_array_must_be_as_long_as_its_header_says(shape: tuple[int, ...]) -> None:
     for data in (npy(shape, bytes(8)), npy(shape, bytes(8), "|O")):
         with pytest.raises(MediaError):
             media.decode_tracks(npz(face=data, lips=data))
         assert find_content_fault("npy", lambda at, n, d=data: d[at : at + n], len(data))
 
 
-def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_of_audio_in_a_few_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "MAX_AUDIO_VALUES", 16000 * 60)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * 61, np.int16), 16000, format="FLAC")
@@ -98,7 +100,7 @@ def test_sound_of_hours_in_a_few_bytes_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("samples", [0, 2**35, 2**36 - 1])
-def test_sound_whose_header_lies_is_refused(samples: int) -> None:
+def test_audio_with_a_false_header_is_refused(samples: int) -> None:
     data = bytearray(media.encode_flac(np.zeros(16000, np.float32)))
     at = 8 + 10 + 3  # magic, block header; then 36 bits that count samples end 5 bytes on
     count = int.from_bytes(data[at : at + 5], "big") >> 36 << 36 | samples
@@ -108,7 +110,7 @@ def test_sound_whose_header_lies_is_refused(samples: int) -> None:
         media.decode_flac(bytes(data))
 
 
-def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
+def test_an_image_of_absurd_size_is_refused(tmp_path: Path) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size < 2**20
@@ -119,7 +121,7 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
     assert find_content_fault("png", lambda at, n: data[at : at + n], len(data), deep=True)
 
 
-def test_a_video_of_hours_in_few_bytes_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_of_video_in_a_few_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "LARGEST_VIDEO", 16 * 16 * 3 * 10)
     assert len(media.decode_mp4(media.encode_mp4(np.zeros((10, 16, 16, 3), np.uint8)))) == 10
     with pytest.raises(MediaError, match="too large for a sample"):
@@ -138,8 +140,8 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("where", ["beside", "address", "absolute"])
-def test_a_playlist_is_no_video(tmp_path: Path, kind: str, where: str) -> None:
-    """In a file or a shard; nothing is asked for over the network."""
+def test_a_playlist_is_not_read_as_a_video(tmp_path: Path, kind: str, where: str) -> None:
+    """In a file as in a shard, nothing is requested over the network."""
     (tmp_path / "victim.mp4").write_bytes(media.encode_mp4(np.zeros((5, 16, 16, 3), np.uint8)))
     with fault_server.serving(tmp_path) as server:
         place = {"beside": "victim.mp4", "address": f"{server.url}/victim.mp4",
@@ -157,7 +159,7 @@ def test_a_playlist_is_no_video(tmp_path: Path, kind: str, where: str) -> None:
         assert not server.asked
 
 
-def test_what_holds_pictures_or_sound_is_still_opened(tmp_path: Path) -> None:
+def test_real_images_audio_and_videos_are_still_opened(tmp_path: Path) -> None:
     media.write_video(
         tmp_path / "a.mp4", np.zeros((5, 16, 16, 3), np.uint8), np.zeros(3200, np.float32)
     )
@@ -173,7 +175,7 @@ def saved(tmp_path: Path, tensors: object) -> Path:
     return tmp_path / "a.pth"
 
 
-def test_a_pth_is_neither_packed_nor_longer_than_its_file(tmp_path: Path) -> None:
+def test_a_pth_is_not_compressed_and_not_longer_than_its_file(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.zeros(2**20)})
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -199,7 +201,7 @@ def test_a_pth_is_neither_packed_nor_longer_than_its_file(tmp_path: Path) -> Non
         torch.zeros(4).expand(2**30, 4),
     ],
 )
-def test_a_tensor_has_bytes_for_all_its_values(tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_a_tensor_needs_bytes_for_all_its_values(tmp_path: Path, tensor: torch.Tensor) -> None:
     path = saved(tmp_path, {"patch_embedding.weight": tensor})
     assert path.stat().st_size < 10_000
     with pytest.raises(WeightsError, match=r"patch_embedding.weight is no plain tensor"):
@@ -209,7 +211,7 @@ def test_a_tensor_has_bytes_for_all_its_values(tmp_path: Path, tensor: torch.Ten
 @pytest.mark.parametrize(
     "shard", ["../a.safetensors", "/etc/passwd", "", ".", "x/../../a", 3, None]
 )
-def test_an_index_names_files_beside_it_alone(tmp_path: Path, shard: object) -> None:
+def test_an_index_names_only_files_of_its_own_folder(tmp_path: Path, shard: object) -> None:
     folder = tmp_path / "encoder"
     folder.mkdir()
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
@@ -222,16 +224,16 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, shard: object) -> 
             read_tensors(folder / f"{name}.index.json")
 
 
-def test_json_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+def test_json_that_is_nested_too_deeply_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="cannot be read as JSON"):
         read_tensors(tmp_path / "a.safetensors.index.json")
 
 
-def test_a_network_s_settings_are_compared_with_its_tensors_before_it_is_made(
+def test_network_settings_are_compared_with_the_tensors_before_the_network_is_built(
     tmp_path: Path,
 ) -> None:
-    """What is asked for could be of any size."""
+    """The settings could request a network of any size."""
     config = {"width": 2**20}
     metadata = {"network": "Wide", "config": json.dumps(config)}
     save_file({"weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors", metadata)

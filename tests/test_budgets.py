@@ -1,4 +1,4 @@
-"""Whether a run is worth another start, by what its attempts ended with."""
+"""The restart policy: whether a run is started again, by the ends of its attempts."""
 
 import pytest
 from attempted import attempt, saved
@@ -45,12 +45,14 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         ([attempt("config"), attempt("config"), attempt("hang")], True, "1 of 3"),
     ],
 )  # fmt: skip
-def test_go_on_or_stop(attempts: list[Attempt], restart: bool, reason: str) -> None:
+def test_each_history_leads_to_a_restart_or_a_stop(
+    attempts: list[Attempt], restart: bool, reason: str
+) -> None:
     decision = decide(attempts)
     assert decision.restart is restart and reason in decision.reason, decision
 
 
-def test_the_budget_of_machines_is_a_setting() -> None:
+def test_the_budget_for_infrastructure_faults_is_a_setting() -> None:
     two = [saved("hang", 0, 5), attempt("killed")]
     assert decide(two, max_infrastructure=2).restart
     stopped = decide(two, max_infrastructure=1)
@@ -58,7 +60,7 @@ def test_the_budget_of_machines_is_a_setting() -> None:
     assert not decide([attempt("hang")], max_infrastructure=0).restart
 
 
-def test_a_host_that_failed_twice_is_left_out() -> None:
+def test_a_host_that_failed_twice_is_excluded() -> None:
     attempts = [
         saved("hang", 0, 5, host="n1"), saved("code", 5, 9, host="n3"),
         saved("killed", 9, 12, host="n2"), saved("code", 12, 14, host="n3"),
@@ -68,7 +70,7 @@ def test_a_host_that_failed_twice_is_left_out() -> None:
     assert decide(attempts[:-2]).exclude == ()
 
 
-def test_a_fault_of_no_known_rank_leaves_no_host_out() -> None:
+def test_a_fault_of_unknown_rank_excludes_no_host() -> None:
     for host in ("n1", ""):
         nobody = [saved("replicas", n, n + 1, rank=-1, host=host) for n in range(2)]
         assert decide(nobody).exclude == ()
@@ -76,7 +78,7 @@ def test_a_fault_of_no_known_rank_leaves_no_host_out() -> None:
     assert decide(known).exclude == ("n2",)
 
 
-def test_every_cause_says_what_to_do() -> None:
+def test_every_cause_has_a_remedy() -> None:
     for name, cause in CAUSES.items():
         assert cause.summary and cause.next_action, name
         assert (cause.budget == "fatal") == (cause.exit_code == 1), name

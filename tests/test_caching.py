@@ -1,4 +1,6 @@
-"""Step caching: nothing at threshold 0, fewer blocks above it, a memory for each branch."""
+"""Step caching: off at threshold 0, fewer block calls above it, a separate cache for each
+branch.
+"""
 
 import pytest
 import tiny
@@ -40,7 +42,7 @@ LONG_NOISE = torch.randn(
 
 
 class Counted:
-    """How often the first block ran."""
+    """Counts the calls of the first block."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -65,32 +67,32 @@ def sampled(threshold: float | None, run: str = "sequential") -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("run", CFG_MODES)
-def test_threshold_0_is_no_caching_bit_for_bit(run: str) -> None:
+def test_threshold_0_equals_no_caching_bit_for_bit(run: str) -> None:
     plain, calls = sampled(None, run)
     cached, same = sampled(0.0, run)
     assert torch.equal(plain, cached) and calls == same
     assert calls == STEPS * 2 * (3 if run == "sequential" else 1)
 
 
-def test_calls_fall_with_the_threshold_to_the_steps_that_must_be() -> None:
+def test_calls_fall_with_the_threshold_to_the_steps_that_always_run() -> None:
     counts = [sampled(threshold)[1] for threshold in (0.0, 0.15, 0.2, 0.4, 99.0)]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) >= 4
     assert counts[-1] == (2 + 1) * 2 * 3, "the first two and the last, in each window and branch"
 
 
-def test_a_cached_video_stays_near() -> None:
+def test_a_cached_video_stays_close_to_the_uncached_one() -> None:
     plain, near, far = (sampled(threshold)[0] for threshold in (None, 0.2, 99.0))
     assert 0 < (near - plain).norm() < (far - plain).norm()
 
 
-def test_branches_do_not_share_a_memory() -> None:
-    """Compare sequential with batched branches: each reuses its own steps."""
+def test_branches_do_not_share_a_cache() -> None:
+    """Sequential equals batched guidance: each branch reuses its own steps."""
     torch.testing.assert_close(
         sampled(0.2, "sequential")[0], sampled(0.2, "batched")[0], rtol=1e-3, atol=1e-4
     )
 
 
-def test_reuse_adds_what_the_blocks_added_before() -> None:
+def test_reuse_adds_the_last_residual_of_the_blocks() -> None:
     class Block(torch.nn.Module):
         def forward(self, tokens: torch.Tensor, steering: torch.Tensor) -> torch.Tensor:
             return tokens * 2 + steering.mean()
@@ -106,7 +108,7 @@ def test_reuse_adds_what_the_blocks_added_before() -> None:
     torch.testing.assert_close(blocks(10 * tokens, steering), 40 * tokens + 3)
 
 
-def test_the_network_is_itself_again_afterwards() -> None:
+def test_the_network_is_restored_afterwards() -> None:
     names, blocks = list(NET.state_dict()), NET.blocks
     with pytest.raises(RuntimeError, match="stop"):
         with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))):
@@ -114,7 +116,7 @@ def test_the_network_is_itself_again_afterwards() -> None:
     assert NET.blocks is blocks and list(NET.state_dict()) == names
 
 
-def test_a_batch_of_another_size_is_computed() -> None:
+def test_a_batch_of_another_size_is_not_cached() -> None:
     plan = CachePlan(99.0, sampler_timesteps(RECIPE), IDENTITY, first=0)
     counted = Counted()
     with step_cached(NET, plan) as net, torch.no_grad():
@@ -132,7 +134,7 @@ def test_the_polynomial_is_the_published_one() -> None:
     assert movement(before, now, IDENTITY) == pytest.approx(0.02, abs=1e-6)
 
 
-def test_it_works_with_a_plain_sampler() -> None:
+def test_caching_works_with_a_plain_sampler() -> None:
     with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))) as net:
         actual = sample_euler(guided(net, CONDITIONS), NOISE, sampler_sigmas(RECIPE))
     assert actual.shape == NOISE.shape and actual.isfinite().all()

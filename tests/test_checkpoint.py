@@ -45,7 +45,7 @@ def test_every_tensor_is_complete_fp32_and_named(run: Path) -> None:
     assert set(open_checkpoint(checkpoint.path).tensors("ema")) == set(shapes)
 
 
-def test_old_ones_go_and_boundaries_stay(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_and_epoch_boundaries_stay(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 3), ("dpo", 3), ("sft", 6))
     runs.train(tmp_path, plan, every=Intervals(log=0, save=1))
     assert saved_steps(tmp_path / "run/checkpoints") == [12, 11, 6, 3]
@@ -53,7 +53,7 @@ def test_old_ones_go_and_boundaries_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "other state"])
 @pytest.mark.parametrize("part", ["ema", "exp_avg"])
-def test_a_damaged_one_is_passed_over(run: Path, damage: str, part: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(run: Path, damage: str, part: str) -> None:
     folder = run / "run/checkpoints"
     file = folder / "step-000006" / f"{part}-00001-of-00001.safetensors"
     data = bytearray(file.read_bytes())
@@ -75,7 +75,7 @@ def test_a_damaged_one_is_passed_over(run: Path, damage: str, part: str) -> None
     assert result.done and [row["step"] for row in rows] == [5, 6]
 
 
-def test_another_network_is_refused(run: Path) -> None:
+def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
     wider = tiny.net(dim=72)
     with pytest.raises(CheckpointError, match="of another network: patch_embedding"):
         runs.train(run, runs.schedule(("sft", 8)), net=wider)
@@ -86,14 +86,14 @@ def test_another_network_is_refused(run: Path) -> None:
         check_architecture(open_checkpoint(path), {**runs.ARCHITECTURE, "num_layers": 3})
 
 
-def test_another_seed_or_past_is_refused(run: Path) -> None:
+def test_a_checkpoint_of_another_seed_or_schedule_is_refused(run: Path) -> None:
     with pytest.raises(EcholabError, match="seed was 0, now 1"):
         runs.train(run, runs.schedule(("sft", 8)), seed=1)
     with pytest.raises(ConfigError, match="what is still to come"):
         runs.train(run, runs.schedule(("dpo", 8)))
 
 
-def test_a_run_ends_in_one_line_where_a_save_fails(
+def test_a_failed_save_ends_the_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from echolab.training.checkpoints import writer
@@ -108,6 +108,6 @@ def test_a_run_ends_in_one_line_where_a_save_fails(
     assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_state_is_plain_json(run: Path) -> None:
+def test_the_state_is_plain_json(run: Path) -> None:
     state = open_checkpoint(run / "run/checkpoints/step-000006").state
     assert json.loads(json.dumps(state)) == state

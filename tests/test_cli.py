@@ -1,3 +1,5 @@
+"""The `echolab` command: its sub-commands, exit codes and one-line errors."""
+
 import errno
 import sys
 from importlib.util import find_spec
@@ -64,7 +66,7 @@ def test_a_command_gets_the_remaining_words_and_sets_the_exit_code(
         ),
     ],
 )
-def test_errors_that_the_user_can_fix_are_one_line(
+def test_user_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: BaseException,

@@ -1,4 +1,4 @@
-"""`echolab checkpoint`: what it says is so, and its exit codes."""
+"""`echolab checkpoint`: its reports and exit codes."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_inspect_prints_the_saved_contents(run: Path, capsys: pytest.CaptureFixt
     assert "step 4 of 1000000: epoch 1 of 1 (sft)" in text and "again.weight" not in text
 
 
-def test_verify_has_a_line_for_each_fault(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_prints_a_line_for_each_fault(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result_of(capsys, "verify", run)[1]["faults"] == []
     newest = folder_of(run / "checkpoints", 4)
     (newest / "state.json").write_text("{}")
@@ -77,7 +77,9 @@ def test_diff_ignores_the_origin(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "world 64" in capsys.readouterr().out
 
 
-def test_diff_finds_one_bit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_reports_a_difference_of_one_bit(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = saved.Saver(run.parent / "other")
     other.become(4)
     weight = other.net.wide.weight.data
@@ -98,7 +100,9 @@ def test_diff_finds_one_bit(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "state seed: missing | 3" in text and "1 of 2,107 values differ, by up to" in text
 
 
-def test_a_sign_of_zero_is_a_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_reports_a_different_sign_of_zero(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in (("plus", 0.0), ("minus", -0.0)):
         saver = saved.Saver(run.parent / name)
         saver.become(1)

@@ -1,4 +1,4 @@
-"""`echolab train`: one command starts a run and goes on with it; bad settings are one line."""
+"""`echolab train`: one command starts a run and resumes it; bad settings are one line."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
     assert objects.machine_from(config["trainer"]).devices == (1 if on_cpu else 8)
 
 
-def test_the_same_command_goes_on(data: list[str], tmp_path: Path) -> None:
+def test_the_same_command_resumes_the_run(data: list[str], tmp_path: Path) -> None:
     words = ["train", *data, f"run_dir={tmp_path / 'run'}"]
     assert main([*words, encoded.plan(("sft", 2), ("ndpo", 2))]) == exit_codes.DONE
     first = json.loads((tmp_path / "run/run.json").read_text())
@@ -115,7 +115,7 @@ def test_options_are_refused_in_one_line(
     assert not said.out
 
 
-def test_what_a_rank_refuses_is_one_line_too(
+def test_an_error_of_a_rank_is_one_line_too(
     data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -137,7 +137,7 @@ def test_the_supervisor_imports_no_torch() -> None:
     assert subprocess.run(words, capture_output=True, check=True, text=True).stdout == "False\n"
 
 
-def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_run(data: list[str], tmp_path: Path) -> None:
     config: dict[str, Any] = {"seed": 1, "optim": {"eps": 1e-8}, "trainer": {"devices": 1}}
     with run_dir.claim(tmp_path / "run", config) as run:
         assert run.attempt == 1
@@ -162,10 +162,10 @@ def test_a_folder_is_one_run(data: list[str], tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_at_work_is_refused_without_a_trace(
+def test_a_second_start_of_an_active_run_is_refused_without_a_trace(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another time the same command may do: it is no fault of a setting."""
+    """The same command may succeed later, so the refusal blames no setting."""
     run = tmp_path / "run"
     with run_dir.held(run):
         before = sorted(run.rglob("*"))
@@ -176,7 +176,7 @@ def test_a_run_at_work_is_refused_without_a_trace(
     assert "is using this run folder; wait for its end" in said
 
 
-def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
+def test_one_of_many_simultaneous_starts_creates_the_run(tmp_path: Path) -> None:
     def start(_: int) -> str:
         try:
             with run_dir.claim(tmp_path / "run", {"seed": 1}) as run:
@@ -190,7 +190,7 @@ def test_of_many_that_start_at_once_one_makes_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
+def test_ranks_end_together_with_a_reason(tmp_path: Path) -> None:
     program = "import os, sys, time; r = os.environ['RANK']; {}"
     fails = program.format("sys.exit(3) if r == '1' else time.sleep(60)")
     before, processes.GRACE_SECONDS = processes.GRACE_SECONDS, 0.5
@@ -203,10 +203,12 @@ def test_ranks_end_together_and_tell_how(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("experiment", ["dpo", "ndpo"])
-def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
+def test_a_preference_experiment_continues_the_curriculum_of_its_start(
     data: list[str], tmp_path: Path, experiment: str
 ) -> None:
-    """The shipped settings of sft to its end, then those of `experiment` from it, without steps."""
+    """The shipped settings of sft are run to their end, then those of `experiment` from there,
+    without steps.
+    """
     from echolab.config import build as objects
 
     sft = compose(["experiment=sft", "data.clips=x"])
@@ -230,7 +232,7 @@ def test_a_preference_experiment_goes_on_with_the_curriculum_of_its_start(
 
 
 def seal_curriculum(path: Path, state: dict[str, Any]) -> None:
-    """Let a checkpoint say that its curriculum was so far."""
+    """Rewrite the curriculum of a checkpoint."""
     from echolab.training.checkpoints.manifest import serialize
     from echolab.training.checkpoints.writer import write_file
 

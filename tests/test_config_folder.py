@@ -1,4 +1,4 @@
-"""A user's folder of settings comes first, and echolab's own travel in the wheel."""
+"""A user's folder of settings comes first, and echolab's own settings are part of the wheel."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose path has all that needs quoting."""
+    """Return a folder whose path has every character that needs quoting."""
     made = tmp_path / "my conf, a=b #1 ü's"
     for name, text in FILES.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,8 @@ def test_ranks_get_the_folder(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_settings_travel_in_the_wheel(tmp_path: Path) -> None:
-    """Of an installation without the repository, help and composition work as here."""
+def test_the_wheel_contains_the_settings(tmp_path: Path) -> None:
+    """An installation without the repository has the same help and composes the same settings."""
     source = tmp_path / "source"
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "echolab", "data_prep", "conf"]
     names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout

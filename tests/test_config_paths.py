@@ -20,7 +20,7 @@ def datasets(tmp_path: Path) -> tuple[Path, Path]:
     return encoded.write(tmp_path / "data", 2)
 
 
-def test_what_is_there_passes(datasets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_existing_paths_pass(datasets: tuple[Path, Path], tmp_path: Path) -> None:
     clips, pairs = datasets
     (tmp_path / "file").touch()
     check_paths(
@@ -47,7 +47,7 @@ def test_what_is_there_passes(datasets: tuple[Path, Path], tmp_path: Path) -> No
         (["lora=attention", "lora.init_from=TYPO"], "lora.init_from=TYPO: no such file"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(
+def test_missing_paths_are_refused_in_one_line(
     datasets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], message: str,
 ) -> None:  # fmt: skip
@@ -62,8 +62,8 @@ def test_what_is_not_there_is_refused_in_one_line(
     assert not run.exists()
 
 
-def test_a_typing_error_of_a_large_run_costs_no_network(tmp_path: Path) -> None:
-    """Eight ranks and 1.7 billion parameters are asked for; neither is started."""
+def test_a_mistyped_path_of_a_large_run_builds_no_network(tmp_path: Path) -> None:
+    """The settings ask for eight ranks and 1.7 billion parameters; no rank is started."""
     program = (
         "import sys; from echolab.cli.__main__ import main; "
         "code = main(['train', 'experiment=sft', 'data.clips=TYPO']); "
@@ -83,7 +83,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         check_paths(compose([f"data.clips={tmp_path}"]))
 
 
-def test_the_head_is_read_of_any_json(datasets: tuple[Path, Path]) -> None:
+def test_the_head_of_any_json_is_read(datasets: tuple[Path, Path]) -> None:
     path = datasets[0] / "dataset.json"
     head = read_head(path)
     assert head["kind"] == "encoded" and "samples" not in head
@@ -92,7 +92,7 @@ def test_the_head_is_read_of_any_json(datasets: tuple[Path, Path]) -> None:
     assert read_head(path)["kind"] == "encoded"
 
 
-def test_gpus_are_looked_for_by_their_device_files(tmp_path: Path) -> None:
+def test_gpus_are_detected_by_their_device_files(tmp_path: Path) -> None:
     check_gpus({"accelerator": "cpu"}, tmp_path)
     for wanted in ("gpu", "cuda"):
         with pytest.raises(ConfigError, match=f"trainer.accelerator={wanted}: no GPU here"):

@@ -1,4 +1,4 @@
-"""Task probabilities: a law of the step, continued bit for bit, and drawn as they say."""
+"""Task probabilities: a function of the step, resumed bit for bit, with draws that follow them."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def test_probabilities_sum_to_one_at_every_step() -> None:
         assert min(shares.values()) >= 0
 
 
-def test_it_is_the_recursion_of_the_docstring() -> None:
+def test_probabilities_follow_the_recursion_of_the_docstring() -> None:
     live = curriculum(min_prob=0.0)
     p = {"t2v": 1.0, "i2v": 0.0, "lip_sync": 0.0}
     for step in range(50):
@@ -46,14 +46,14 @@ def test_a_new_task_enters_smoothly_and_an_old_one_keeps_the_floor() -> None:
     assert shares[-1] == pytest.approx(settled)
 
 
-def test_any_order_of_questions_gives_the_same_answers() -> None:
+def test_probabilities_do_not_depend_on_the_order_of_calls() -> None:
     forward, backward = curriculum(), curriculum()
     steps = [0, 3, 12, 40, 41, 100]
     ahead = [forward.probabilities(step) for step in steps]
     assert [backward.probabilities(step) for step in reversed(steps)] == ahead[::-1]
 
 
-def test_it_goes_on_from_its_state_bit_for_bit() -> None:
+def test_a_curriculum_resumes_from_its_state_bit_for_bit() -> None:
     unbroken, resumed = curriculum(), curriculum()
     for stop in (0, 5, 10, 13, 77):
         resumed = curriculum()
@@ -63,15 +63,15 @@ def test_it_goes_on_from_its_state_bit_for_bit() -> None:
         assert resumed.probabilities(stop) == unbroken.probabilities(stop), "and back to its start"
 
 
-def test_the_past_of_a_loaded_state_is_refused() -> None:
+def test_steps_before_a_loaded_state_are_refused() -> None:
     resumed = curriculum()
     resumed.load_state_dict(curriculum().state_dict(20))
     with pytest.raises(ConfigError, match="step 19"):
         resumed.probabilities(19)
 
 
-def test_other_stages_may_take_over() -> None:
-    """Continue a run with other tasks: shared tasks keep their share, the rest starts at 0."""
+def test_a_resumed_curriculum_may_have_other_stages() -> None:
+    """Tasks that both curricula have keep their share; new tasks start at 0."""
     other = Curriculum([Stage(100, {"i2v": 1, "flf2v": 1})], ema_decay=0.9)
     other.load_state_dict(curriculum().state_dict(40))
     assert other.probabilities(40) == {"i2v": 1.0, "flf2v": 0.0}
@@ -89,7 +89,7 @@ def test_the_usual_stages_go_from_hard_to_easy() -> None:
     assert live.probabilities(2000)["lip_sync"] == pytest.approx(0.2, abs=1e-3)
 
 
-def test_draws_have_the_probabilities() -> None:
+def test_draws_follow_the_probabilities() -> None:
     shares = {"t2v": 0.5, "i2v": 0.0, "flf2v": 0.3, "lip_sync": 0.2}
     counts = Counter(draw_task(shares, index / 10_000) for index in range(10_000))
     assert counts == {"t2v": 5000, "flf2v": 3000, "lip_sync": 2000}
@@ -108,7 +108,7 @@ def test_draws_have_the_probabilities() -> None:
         (STAGES, {"min_prob": 0.4}, "min_prob=0.4"),
     ],
 )
-def test_a_curriculum_that_cannot_be_followed_is_refused(stages, settings, message) -> None:
+def test_an_impossible_curriculum_is_refused(stages, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Curriculum(stages, **settings)
 
@@ -118,10 +118,10 @@ def soup(steps: int, **more: float) -> Curriculum:
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 60))
-def test_a_run_that_starts_from_another_goes_on_where_that_was(
+def test_a_run_that_starts_from_another_continues_its_curriculum(
     stop: int, steps: int, more: int
 ) -> None:
-    """Compare one run of all steps with two or three that each start from the one before."""
+    """One run of all steps equals two or three runs that each start from the one before."""
     unbroken, second = soup(steps), soup(steps).following(soup(steps).state_dict(stop))
     assert second.probabilities(more) == unbroken.probabilities(stop + more)
     state = json.loads(json.dumps(second.state_dict(more)))

@@ -1,3 +1,5 @@
+"""The curves of the report."""
+
 import json
 import math
 import re
@@ -13,7 +15,7 @@ finite = st.floats(-1e6, 1e6, allow_subnormal=False)
 
 
 def drawn(html: str) -> ElementTree.Element:
-    """The figure as a tree: it is well-formed, or this raises."""
+    """Parse the figure as a tree, and raise if it is not well-formed."""
     return ElementTree.fromstring(html)
 
 
@@ -36,7 +38,7 @@ def test_every_point_lies_inside_the_axes(values: list[float], label: str) -> No
 
 
 @given(finite, finite)
-def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+def test_axes_have_few_round_ticks_inside_their_limits(low: float, high: float) -> None:
     low, high = sorted((low, high))
     if high - low > 1e-3 * max(1.0, abs(low)):
         marks = Axis(low, high, 0, 1).ticks(4)
@@ -45,7 +47,7 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
         assert all(low - slack <= tick <= high + slack for tick in marks)
 
 
-def test_values_that_span_decades_get_a_logarithmic_axis() -> None:
+def test_values_over_decades_get_a_logarithmic_axis() -> None:
     values = [10.0**-n for n in range(5)]
     html = line_chart("Rate", "train/lr", [Series("a", "run-0", range(5), values)])
     assert {"1", "0.01", "1e-4"} & set(ticks(html)) and '"y":[' in unescape(html)
@@ -55,7 +57,7 @@ def test_values_that_span_decades_get_a_logarithmic_axis() -> None:
     assert max(steps) - min(steps) < 0.3, "equal ratios are equal distances"
 
 
-def test_a_rough_line_is_smoothed_with_the_raw_one_behind_it() -> None:
+def test_a_rough_line_is_drawn_smoothed_over_the_raw_one() -> None:
     steps = range(100)
     rough = [math.exp(-step / 30) + 0.2 * (-1) ** step for step in steps]
     html = line_chart("Loss", "train/loss", [Series("a", "run-0", steps, rough)])
@@ -67,7 +69,7 @@ def test_a_rough_line_is_smoothed_with_the_raw_one_behind_it() -> None:
     assert [line.get("class") for line in drawn(smooth).iter("polyline")] == ["line"]
 
 
-def test_shares_fill_the_whole_height() -> None:
+def test_shares_fill_the_full_height() -> None:
     shares = {"a": [0.5, 0.2], "b": [0.5, 0.8]}
     html = area_chart("Tasks", "p/*", [Series(n, "task-0", [0, 9], v) for n, v in shares.items()])
     areas = [area.get("points", "").split() for area in drawn(html).iter("polygon")]
@@ -80,12 +82,12 @@ def test_dashes_are_explained_once() -> None:
     assert len(re.findall(">held out<", line_chart("Loss", "l", lines))) == 1
 
 
-def test_nothing_is_drawn_of_nothing() -> None:
+def test_no_values_give_no_figure() -> None:
     assert line_chart("Loss", "l", [Series("a", "run-0", [], [])]) == ""
     assert area_chart("Loss", "l", []) == ""
 
 
-def test_numbers_are_short() -> None:
+def test_tick_labels_are_short() -> None:
     values = (0.0, 1.0, 0.0123, 3e-5, 1200.0, 12000.0, 2.5e6, -0.5)
     expected = ["0", "1", "0.0123", "3e-5", "1200", "12k", "2.5M", "-0.5"]
     assert [short_number(value) for value in values] == expected

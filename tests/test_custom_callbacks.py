@@ -128,7 +128,7 @@ def test_a_registered_callback_follows_each_step(lab: Path, tmp_path: Path) -> N
     assert rows[0][:3] == ["start", 3, 2] and rows[-1][:3] == ["end", 4, 3]
 
 
-def test_a_callback_ends_a_run_by_the_vote(lab: Path, tmp_path: Path) -> None:
+def test_a_callback_ends_a_run_on_all_ranks(lab: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "hooks.jsonl"
     words = words_of(tmp_path, run, "lab.training:Recorder", out=str(out), stop_after=1)
     assert main([*words, encoded.plan(("sft", 5))]) != exit_codes.DONE
@@ -137,7 +137,7 @@ def test_a_callback_ends_a_run_by_the_vote(lab: Path, tmp_path: Path) -> None:
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-000002"]
 
 
-def test_what_a_callback_raises_costs_no_step(lab: Path, tmp_path: Path) -> None:
+def test_an_error_of_a_callback_loses_no_step(lab: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = words_of(tmp_path, run, "lab.training:Failing")
     assert main([*words, encoded.plan(("sft", 3)), "save_every=1"]) != exit_codes.DONE

@@ -1,4 +1,4 @@
-"""Damage anywhere in a checkpoint is seen, and the one before it is taken."""
+"""Damage anywhere in a checkpoint is detected, and the run resumes from the previous one."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from echolab.training.config import Intervals
 
 
 class Tiny(saved.Saver):
-    """So small that each byte of its checkpoints can be tried."""
+    """A network so small that each byte of its checkpoints can be damaged in turn."""
 
     def become(self, step: int) -> None:
         for tensor in self.masters.local:
@@ -39,7 +39,7 @@ class Tiny(saved.Saver):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two checkpoints; the newer is tried."""
+    """Write two checkpoints; tests damage the newer one."""
     monkeypatch.setattr(saved, "net", lambda: torch.nn.Linear(2, 1))
     saver = Tiny(tmp_path, more=())
     for step in (1, 2):
@@ -48,7 +48,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def taken(folder: Path) -> int:
-    """The step that a run would go on from; exactly the newer one must be refused, in a line."""
+    """Return the step to resume from, and check that only the newer checkpoint is refused, in a
+    line.
+    """
     checkpoint, rejected = latest_valid(folder)
     assert checkpoint is not None
     if checkpoint.step == 1:
@@ -56,7 +58,7 @@ def taken(folder: Path) -> int:
     return checkpoint.step
 
 
-def test_any_flipped_byte_is_refused(folder: Path) -> None:
+def test_any_flipped_byte_is_detected(folder: Path) -> None:
     chance = random.Random(3)
     for path in sorted(folder_of(folder, 2).iterdir()):
         complete = path.read_bytes()
@@ -68,7 +70,7 @@ def test_any_flipped_byte_is_refused(folder: Path) -> None:
     assert taken(folder) == 2
 
 
-def test_any_cut_or_longer_or_missing_or_exchanged_file_is_refused(folder: Path) -> None:
+def test_any_cut_longer_missing_or_exchanged_file_is_detected(folder: Path) -> None:
     files = sorted(folder_of(folder, 2).iterdir())
     for path in files:
         complete = path.read_bytes()
@@ -89,14 +91,14 @@ def test_any_cut_or_longer_or_missing_or_exchanged_file_is_refused(folder: Path)
     assert taken(folder) == 2
 
 
-def test_a_checkpoint_under_another_name_is_not_that_step(folder: Path) -> None:
+def test_a_renamed_checkpoint_does_not_count_as_another_step(folder: Path) -> None:
     shutil.copytree(folder_of(folder, 1), folder_of(folder, 7))
     checkpoint, rejected = latest_valid(folder)
     assert checkpoint and checkpoint.step == 2
     assert rejected == [f"{folder_of(folder, 7)}: is the checkpoint of step 1, not of its name"]
 
 
-def test_older_formats_are_refused_in_words(folder: Path) -> None:
+def test_older_formats_are_refused_with_an_explanation(folder: Path) -> None:
     manifest = folder_of(folder, 2) / "manifest.json"
     manifest.write_text(json.dumps({"format": 1, "files": {}}))
     with pytest.raises(CheckpointError, match="format 1, this program reads 2.*version of echolab"):
@@ -104,8 +106,8 @@ def test_older_formats_are_refused_in_words(folder: Path) -> None:
     assert taken(folder) == 1
 
 
-def test_files_elsewhere_are_never_read(folder: Path) -> None:
-    """Not even where the manifest's own digest fits."""
+def test_files_outside_the_checkpoint_are_never_read(folder: Path) -> None:
+    """They are not read even if the manifest's own digest fits."""
     from echolab.training.checkpoints.manifest import serialize
 
     path = folder_of(folder, 2) / "manifest.json"
@@ -132,8 +134,10 @@ KILLS = 100
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_of_a_hundred_saves(fork_server: ForkServer, tmp_path: Path) -> None:
-    """Whole always; the last that was said to be published, or a newer one."""
+def test_a_kill_at_any_moment_of_a_hundred_saves_leaves_a_valid_checkpoint(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    """The newest checkpoint is complete, and not older than the last one reported as published."""
     folder, report = tmp_path / "checkpoints", tmp_path / "told"
     chance, moments = random.Random(11), set()
     for number in range(KILLS):
@@ -158,7 +162,7 @@ def test_killed_at_any_moment_of_a_hundred_saves(fork_server: ForkServer, tmp_pa
 
 
 def _left(folder: Path) -> tuple[str, ...]:
-    """How far a killed save had come."""
+    """Return how far a killed save got."""
     return tuple(sorted(p.name for one in folder.glob(".partial-*") for p in one.iterdir()))
 
 
@@ -173,7 +177,7 @@ LOADED_BY_OTHERS = [
 
 
 class Malicious:
-    """Whoever unpickles it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -207,7 +211,7 @@ def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
 
 
 def _used_by_all(newest: Path) -> int:
-    """Everything that reads checkpoints does; the step that a run would go on from."""
+    """Run every reader of checkpoints; return the step that a run would resume from."""
     checkpoints = newest.parent
     for words in ("inspect", "verify"):
         for path in (newest, checkpoints, checkpoints.parent):

@@ -1,4 +1,6 @@
-"""index: tars of any writer become datasets that verify, order and reading take as their own."""
+"""`echolab data index`: tars of any writer become datasets that verify, shuffling and reading
+accept.
+"""
 
 import json
 import shutil
@@ -50,7 +52,7 @@ def written_by_us(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["raw", "encoded", "preference"])
-def test_of_our_own_shards_it_is_what_the_writer_wrote(
+def test_the_index_of_our_own_shards_equals_the_writers(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written_by_us(tmp_path / "d", kind)
@@ -85,7 +87,7 @@ def test_tars_of_others_become_datasets(tmp_path: Path, form: str) -> None:
     assert {key: dataset.read(i) for i, key in enumerate(dataset.keys)} == IMAGES
 
 
-def test_what_webdataset_leaves_out_is_left_out_and_told(tmp_path: Path) -> None:
+def test_members_that_webdataset_ignores_are_ignored_and_reported(tmp_path: Path) -> None:
     extra = [("train/README", b"1"), ("train/.hidden.txt", b"1"), ("__meta__/a.json", b"{}")]
     (tmp_path / "s" / "train").mkdir(parents=True)
     (tmp_path / "d").mkdir()
@@ -116,7 +118,7 @@ def packed(tmp_path: Path, members: list[tuple[str, bytes]], name: str = "a.tar"
         (["a\nb.txt"], r"cannot be printed"),
     ],
 )
-def test_what_is_no_sample_is_refused_with_its_place(
+def test_an_invalid_sample_is_refused_with_its_position(
     tmp_path: Path, names: list[str], says: str
 ) -> None:
     folder = packed(tmp_path, [(name, b"1") for name in names])
@@ -132,7 +134,7 @@ def test_a_key_in_two_tars_is_refused(tmp_path: Path) -> None:
         index_folder(packed(tmp_path, [("a.jpg", b"1")], "b.tar"))
 
 
-def test_members_with_a_dot_are_taken_when_they_are_named(tmp_path: Path) -> None:
+def test_members_with_a_dot_are_indexed_if_named(tmp_path: Path) -> None:
     folder = packed(tmp_path, [("a.seg.PNG", b"1"), ("a.jpg", b"2"), ("a.tracks.npz", b"3")])
     index_folder(folder, compounds=frozenset({"seg.png"}))
     assert set(open_dataset(folder).read(0)) == {"seg.png", "jpg", "tracks.npz"}
@@ -149,7 +151,7 @@ def test_a_cut_tar_and_a_broken_member_are_refused(tmp_path: Path) -> None:
         index_folder(folder)
 
 
-def test_the_kind_asked_for_is_the_one_that_is_had(tmp_path: Path) -> None:
+def test_the_requested_kind_must_be_the_actual_kind(tmp_path: Path) -> None:
     members = foreign.raw_samples(3)
     del members["clip-001"]["json"]
     folder = packed(tmp_path, foreign.files(members))
@@ -166,13 +168,13 @@ def test_the_kind_asked_for_is_the_one_that_is_had(tmp_path: Path) -> None:
     assert index_folder(original_bytes, kind="foreign", replace=True).content["kind"] == "foreign"
 
 
-def test_tars_without_a_sample_are_of_no_kind(tmp_path: Path) -> None:
+def test_tars_without_a_sample_have_no_kind(tmp_path: Path) -> None:
     folder = packed(tmp_path, [])
     assert index_folder(folder).content["kind"] == "foreign"
     assert verify(folder) == [] and len(open_dataset(folder)) == 0
 
 
-def test_another_dataset_json_stays_unless_it_may_go(tmp_path: Path) -> None:
+def test_another_dataset_json_is_replaced_only_on_request(tmp_path: Path) -> None:
     folder = packed(tmp_path, foreign.files(IMAGES))
     assert index_folder(folder).written and not index_folder(folder).written
     old = (folder / "dataset.json").read_bytes()
@@ -198,7 +200,7 @@ def test_folders_without_plain_tars_are_refused(
         index_folder(tmp_path / "nowhere")
 
 
-def test_what_was_read_before_a_stop_is_not_read_again(
+def test_a_resumed_index_does_not_read_finished_tars_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = written_by_us(tmp_path / "d", "raw")
@@ -236,12 +238,12 @@ def test_a_tar_that_changed_is_read_again(tmp_path: Path) -> None:
     assert len(index_folder(folder).content["samples"]) == 3
 
 
-def test_processes_find_the_same(tmp_path: Path) -> None:
+def test_several_processes_write_the_same_index(tmp_path: Path) -> None:
     folder = written_by_us(tmp_path / "d", "encoded")
     about = json.loads((folder / "dataset.json").read_text())
     assert not index_folder(folder, encoders=about["encoders"], workers=2).written
 
 
-def test_the_tensors_asked_for_are_those_that_training_reads() -> None:
+def test_the_requested_tensors_are_those_that_training_reads() -> None:
     one = encoded.tensors(0)
     assert set(TENSORS["encoded"]) == {name for name in one if not name.startswith("known")}

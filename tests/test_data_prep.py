@@ -1,4 +1,4 @@
-"""Preparation: one clock, 4n+1 frames, every second in a clip or refused, and no file ends it."""
+"""Preparation: one clock, 4n+1 frames, every second in a clip or refused; no file stops a run."""
 
 import os
 import signal
@@ -118,7 +118,7 @@ def test_every_source_frame_at_25_fps_is_kept_once(tmp_path: Path) -> None:
     assert make_grid(probe(tmp_path / "a.mkv")).indices.tolist() == list(range(40))
 
 
-def test_frames_come_in_one_pass_or_in_several(tmp_path: Path) -> None:
+def test_frames_are_the_same_in_one_pass_or_several(tmp_path: Path) -> None:
     write_flashing(tmp_path / "a.mp4", even(30))
     probed = probe(tmp_path / "a.mp4")
     complete = np.stack(list(VideoReader(probed, 128, 128).read(np.arange(40))))
@@ -138,7 +138,7 @@ def test_frames_without_audio_are_refused(tmp_path: Path) -> None:
     assert reasons[0].startswith("no face") and reasons[-1].startswith("no audio")
 
 
-def test_a_cut_file_is_damaged_where_it_ends(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_at_its_end(tmp_path: Path) -> None:
     complete, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
     write_flashing(complete, even(25, count=75), size=256)
     cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 2 // 3])
@@ -187,7 +187,7 @@ def test_a_track_starts_at_a_high_score_and_continues_at_a_lower_one() -> None:
     assert np.allclose(boxes(track.rows)[:15, 0], 10 + np.arange(4, 19))
 
 
-def test_a_face_may_hide_briefly_but_not_over_a_cut() -> None:
+def test_a_track_survives_a_short_gap_but_not_a_cut() -> None:
     tracker = Tracker()
     for k in [*range(10), *range(13, 20)]:
         tracker.add(k, np.stack([face(10)]))
@@ -197,7 +197,7 @@ def test_a_face_may_hide_briefly_but_not_over_a_cut() -> None:
     assert [(t.first, t.last) for t in tracker.finish(30, 1)] == [(0, 20), (20, 30)]
 
 
-def test_two_faces_are_two_tracks_and_refused() -> None:
+def test_two_faces_make_two_tracks_and_are_refused() -> None:
     tracker = Tracker()
     for k in range(10):
         tracker.add(k, np.stack([face(10 + k), face(200 - k, size=30), face(400, size=10)]))
@@ -208,7 +208,7 @@ def test_two_faces_are_two_tracks_and_refused() -> None:
     assert len(set(subject.track[:10])) == 1 and (subject.track[10:] == -1).all()
 
 
-def test_cuts_are_detected_and_motion_is_no_cut() -> None:
+def test_cuts_are_detected_and_motion_is_not_one() -> None:
     rng = np.random.default_rng(0)
     scenes = [rng.integers(0, 256, (1, 4, 3)).astype(np.uint8).repeat(72, 0).repeat(32, 1)
               for _ in range(3)]  # fmt: skip
@@ -225,7 +225,7 @@ def test_silence_is_distinguished_from_pauses() -> None:
     assert silence(tone * (np.arange(len(tone)) < 0.1 * len(tone))).startswith("silence:")
 
 
-def test_still_lips_are_no_talking() -> None:
+def test_still_lips_do_not_count_as_talking() -> None:
     sure = np.ones(50)
     moving = 0.05 + 0.03 * np.sin(np.arange(50))
     assert still_lips(moving, sure) == ""
@@ -263,7 +263,9 @@ def test_options_out_of_range_are_refused(bad: str, tmp_path: Path) -> None:
         run_step([str(tmp_path), str(tmp_path / "out"), bad])
 
 
-def test_a_model_file_is_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_file_must_have_the_pinned_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("echolab.vision.face_models.CACHE", tmp_path / "cache")
     monkeypatch.setattr("echolab.vision.face_models.urllib.request.urlopen", offline)
     monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
@@ -281,7 +283,7 @@ def offline(*_: object, **__: object) -> None:
 
 
 @pytest.mark.slow
-def test_no_job_ends_the_run(tmp_path: Path) -> None:
+def test_no_failing_job_ends_the_run(tmp_path: Path) -> None:
     once = f"crash once in {tmp_path}"
     jobs = ["one", "crash", "raise", "hang", "killed", "exit", once, "memory", "stale", "slow"]
     reports = [r for r in work(unruly.setup, jobs, 2, 3.0) if not isinstance(r, Progressed)]
@@ -306,21 +308,21 @@ def test_no_job_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_process_does_not_hang(tmp_path: Path) -> None:
-    def go_on() -> None:
+def test_a_stopped_worker_does_not_hang_the_run(tmp_path: Path) -> None:
+    def resume() -> None:
         while not (tmp_path / "pid").exists():
             time.sleep(0.1)
         time.sleep(7)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
-    thread = threading.Thread(target=go_on)
+    thread = threading.Thread(target=resume)
     thread.start()
     reports = list(work(unruly.setup, [f"stop in {tmp_path}"], 1, 5.0))
     thread.join()
     assert isinstance(reports[-1], Finished)
 
 
-def test_suspended_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspended_time_does_not_count_towards_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.5, 1.0, 4000.0, 4000.5])
     monkeypatch.setattr("data_prep.workers.time.monotonic", lambda: next(now))
     clock = Clock()
@@ -340,7 +342,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return source
 
 
-def test_a_killed_worker_costs_no_file(
+def test_a_killed_worker_loses_no_file(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")

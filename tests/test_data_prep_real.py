@@ -38,7 +38,7 @@ def models(weights: Path) -> Models:
 
 
 def test_lips_are_detected_at_the_mouth(media: Path, weights: Path) -> None:
-    """Check that the mesh's lips hold the detector's mouth corners and are in the lower face."""
+    """The mesh's lips contain the detector's mouth corners and lie in the lower face."""
     from echolab.vision.faces import FaceDetector
 
     probed = probe(media / "video" / "th_may5s.mp4")
@@ -56,7 +56,7 @@ def test_lips_are_detected_at_the_mouth(media: Path, weights: Path) -> None:
 
 
 def test_a_rotated_video_is_upright(media: Path) -> None:
-    """Compare PyAV's rotation with decord's."""
+    """PyAV's rotation equals decord's."""
     import decord
 
     path = media / "video" / "bad_rot90.mov"

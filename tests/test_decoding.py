@@ -101,7 +101,7 @@ def images_of(path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_frames_and_audio_are_at_their_times(tmp_path: Path, case: Case) -> None:
+def test_frames_and_audio_keep_their_times(tmp_path: Path, case: Case) -> None:
     path = tmp_path / case.name
     write_coded(path, case.codec, case.times, **case.more)
     # What lies before the zero of an mp4 is cut off by its edit list.
@@ -122,7 +122,7 @@ def test_frames_and_audio_are_at_their_times(tmp_path: Path, case: Case) -> None
 
 
 def test_the_reader_decodes_mpeg_files_by_index(media: Path) -> None:
-    """Check that frame k of the reader is frame k, in MPEG-1 program streams of a corpus."""
+    """Frame k of the reader is frame k, in the MPEG-1 program streams of a corpus."""
     for path in sorted((media / "video").glob("grid_*.mpg")):
         with open_media(path) as container:
             frames = [
@@ -155,7 +155,7 @@ def test_generate_reads_the_same_frames_and_audio(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     "name", [case.name for case in CASES if case.name.endswith(".mp4") and case.times[1] < 1]
 )
-def test_clips_of_any_writer_come_back_in_order(tmp_path: Path, name: str) -> None:
+def test_clips_of_any_writer_are_decoded_in_order(tmp_path: Path, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     write_coded(tmp_path / name, case.codec, case.times, **case.more)
     numbers = [number_of(image) for image in decode_mp4((tmp_path / name).read_bytes())]
@@ -181,8 +181,8 @@ def test_joined_recordings_are_refused(tmp_path: Path) -> None:
         read_audio_track(tmp_path / "two.mpg")
 
 
-def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
-    """Refuse clips in a span of damaged packets, and reading audio with one."""
+def test_undecodable_audio_is_not_replaced_by_silence(tmp_path: Path) -> None:
+    """Clips in a span of damaged packets are refused, and so is reading their audio."""
     path = tmp_path / "a.mkv"
     write_coded(path, "libx264", EVEN, audio="ac3", flash=0)
     data = bytearray(path.read_bytes())
@@ -203,7 +203,7 @@ def test_audio_that_cannot_be_decoded_is_not_silence(tmp_path: Path) -> None:
 
 
 def test_audio_may_change_its_layout(tmp_path: Path) -> None:
-    """Join two transport streams: broadcasts change from mono to stereo."""
+    """Two joined transport streams are read; broadcasts change from mono to stereo."""
     write_coded(tmp_path / "mono.ts", "mpeg2video", EVEN, audio="mp2", flash=0)
     later = [t + 1.6 for t in EVEN]
     write_coded(tmp_path / "stereo.ts", "mpeg2video", later, audio="mp2", flash=0,
@@ -216,7 +216,7 @@ def test_audio_may_change_its_layout(tmp_path: Path) -> None:
     assert quiet.mean() < 0.05
 
 
-def test_tags_in_another_encoding_are_not_damage(tmp_path: Path) -> None:
+def test_tags_in_another_encoding_are_accepted(tmp_path: Path) -> None:
     write_coded(tmp_path / "a.mkv", "libx264", EVEN, audio="flac")
     data = (tmp_path / "a.mkv").read_bytes()
     at = data.index(b"Lavf")
@@ -242,7 +242,7 @@ def test_a_change_of_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_interlaced_frames_become_full_frames_at_their_indices(tmp_path: Path) -> None:
-    """Deinterlace alternate rows of two moments: no row pattern is left, numbers stay."""
+    """Deinterlaced rows of two moments leave no row pattern, and frames keep their indices."""
     path = tmp_path / "a.mpg"
     options = {"flags": "+ilme+ildct", "top": "1"}
     write_coded(path, "mpeg2video", EVEN, audio="mp2", options=options, combed=True)
@@ -274,7 +274,7 @@ def test_a_track_without_a_decoder_is_refused(tmp_path: Path) -> None:
     assert len(read_audio(path)) > 16000
 
 
-def test_an_impossible_rate_is_damage(tmp_path: Path) -> None:
+def test_an_impossible_frame_rate_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 67_156_864, 0, "NONE", ""))
@@ -283,7 +283,7 @@ def test_an_impossible_rate_is_damage(tmp_path: Path) -> None:
         read_audio_track(path)
 
 
-def test_an_empty_audio_track_is_not_damage(tmp_path: Path) -> None:
+def test_an_empty_audio_track_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "a.mov"
     write_coded(path, "libx264", EVEN, audio="pcm_s16le", audio_until=0.0)
     options, unused = RunOptions(path, tmp_path), Models(tmp_path, None)  # type: ignore[arg-type]
@@ -294,7 +294,7 @@ def test_an_empty_audio_track_is_not_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 def test_a_rotated_frame_is_upright(tmp_path: Path, turns: int) -> None:
-    """Rotate by the matrix of the track's header, as phones write it."""
+    """The matrix of the track's header rotates frames, as phones write it."""
     path = tmp_path / "a.mp4"
     write_coded(path, "libx264", EVEN)
     a, b, c, d = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][turns]

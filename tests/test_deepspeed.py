@@ -1,4 +1,4 @@
-"""Two ranks over gloo: every strategy trains the same run, and loads what any other saved."""
+"""Two ranks over gloo: every strategy trains the same run, and loads every other's checkpoints."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ class Run:
         self.server, self.data = server, data
 
     def __call__(self, strategy: str, out: Path, plan: list[Any] = PLAN, **options: str) -> None:
-        """One run."""
+        """Train one run."""
         words = [f"plan={json.dumps(plan)}", *(f"{k}={v}" for k, v in options.items())]
         world = RANKS[strategy]
         arguments = [str(self.data), strategy, str(world), str(out), *words]
@@ -44,7 +44,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Run:
-    """The datasets, made before ranks could make them at once; and the run of one process."""
+    """Write the datasets, before ranks could do so at once, and train the run of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     runs.write_clips(folder / "clips", 7)
     runs.write_pairs(folder / "pairs", 5)
@@ -79,7 +79,7 @@ def test_every_strategy_trains_the_same_run(
     ("first", "second"),
     [("single", "zero3"), ("zero3", "zero2"), ("zero2", "ddp"), ("zero1", "single")],
 )
-def test_any_strategy_loads_what_another_saved(
+def test_every_strategy_loads_every_other_strategys_checkpoint(
     run: Run, tmp_path: Path, first: str, second: str
 ) -> None:
     plan = [["sft", 2], ["dpo", 1]]

@@ -1,4 +1,4 @@
-"""The demo: its commands are valid, it resumes after a stop or a kill, and what it writes."""
+"""The demo: its commands are valid, it resumes after a stop or a kill, and it writes its files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whatever the ranks, workers and micro-batches, and wherever it dies: the same global batches."""
+"""The global batches are the same for any ranks, workers and micro-batches, and after any kill."""
 
 import contextlib
 import copy
@@ -48,7 +48,7 @@ CLIPS = [("a", 11, LARGE), ("b", 7, LARGE), ("c", 9, SMALL)]
 
 
 def tensors(seed: int, size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """As little as a clip may hold."""
+    """Return the smallest possible clip."""
     latents = torch.full((1, *size), float(seed))
     made = {name: torch.zeros(1, 1) for name in ("text", "image")}
     made |= {"audio": torch.zeros(2 * (4 * (size[0] - 1) + 1), 1)}
@@ -77,7 +77,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardDataset
 
 
 class Cut(NamedTuple):
-    """How an attempt cuts the batches, and where it ends."""
+    """How an attempt splits the batches, and where it ends."""
 
     world: int
     accumulation: int
@@ -87,7 +87,7 @@ class Cut(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is trained on, and the attempts."""
+    """The data to train on, and the attempts."""
 
     clips: tuple[str, ...]
     weights: tuple[float, ...] | None
@@ -145,7 +145,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def loaded(items: TrainDataset, first: int, stop: int, workers: int) -> list[MicroBatch]:
-    """What a loader gives of items [first, stop), each worker being a copy that reads ahead."""
+    """Return a loader's items [first, stop); each worker is a copy that reads ahead."""
     if not workers:
         return [items[i] for i in range(first, stop)]
     copies = [copy.deepcopy(items) for _ in range(workers)]
@@ -154,7 +154,7 @@ def loaded(items: TrainDataset, first: int, stop: int, workers: int) -> list[Mic
 
 
 def row(seed: int, parts: list[MicroBatch]) -> Row:
-    """What one rank writes of a step."""
+    """Return one rank's row of a step."""
     real = [part for part in parts if part.loss_weight]
     return Row(
         parts[0].step,
@@ -169,7 +169,7 @@ def row(seed: int, parts: list[MicroBatch]) -> Row:
 def trained(
     case: Case, cuts: tuple[Cut, ...], stocks: tuple[DatasetMixture, DatasetMixture], run: Path
 ) -> None:
-    """Go through the schedule in these attempts, and keep the ledger."""
+    """Train through the schedule in these attempts, and keep the ledger."""
     first = 0
     contents = [mixture.sampler.datasets() for mixture in stocks]
     for cut in cuts:
@@ -186,7 +186,7 @@ def trained(
 
 
 def batches(run: Path) -> list[list[tuple[int, int, str, str]]]:
-    """For every step, (dataset, epoch, key, noise) of the whole global batch, in order."""
+    """Return (dataset, epoch, key, noise) of each step's complete global batch, in order."""
     steps = read_ledger(run).steps
     assert sorted(steps) == list(range(PLAN.steps))
     return [
@@ -201,7 +201,7 @@ def batches(run: Path) -> list[list[tuple[int, int, str, str]]]:
 
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
-def test_every_way_through_meets_the_same_batches(
+def test_every_split_into_attempts_has_the_same_batches(
     datasets: dict[str, ShardDataset], tmp_path_factory: pytest.TempPathFactory, case: Case
 ) -> None:
     stocks = case.stocks(datasets)
@@ -212,7 +212,7 @@ def test_every_way_through_meets_the_same_batches(
     assert audit_run(killed).exact
 
 
-def test_ranks_have_as_many_steps_and_as_many_tokens(datasets: dict[str, ShardDataset]) -> None:
+def test_ranks_have_equal_steps_and_tokens(datasets: dict[str, ShardDataset]) -> None:
     case = Case(("a", "b", "c"), None, ShuffleConfig(token_budget=25), 8, 0, ())
     stocks = case.stocks(datasets)
     of_ranks = [case.items(stocks, Cut(4, 2, 0, 0, 0), rank) for rank in range(4)]
@@ -223,7 +223,7 @@ def test_ranks_have_as_many_steps_and_as_many_tokens(datasets: dict[str, ShardDa
         assert shapes.pop().numel() <= 25
 
 
-def test_pairs_are_kept_whole(datasets: dict[str, ShardDataset]) -> None:
+def test_pairs_are_never_split(datasets: dict[str, ShardDataset]) -> None:
     case = Case(("a",), None, ShuffleConfig(), 4, 0, ())
     stocks = case.stocks(datasets)
     for world in (1, 2, 4):
@@ -238,7 +238,7 @@ def test_pairs_are_kept_whole(datasets: dict[str, ShardDataset]) -> None:
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
-    """The left half of a wide clip's latents or masks."""
+    """Return the left half of a wide clip's latents or masks."""
     return tensor[..., :2].contiguous()
 
 
@@ -266,7 +266,7 @@ def test_clips_of_two_sizes_train_together(tmp_path: Path) -> None:
 
 
 def command(run: Path, clips: Path, devices: int, *words: str) -> list[str]:
-    """The words of `echolab` that train with so many gloo ranks."""
+    """Return the words of `echolab` that train with that many gloo ranks."""
     return [
         "train", *encoded.SETTINGS, f"data.clips={clips}",
         encoded.plan(("sft", 8)), "batch_size=6", "data.log_samples=true", f"run_dir={run}",
@@ -275,7 +275,7 @@ def command(run: Path, clips: Path, devices: int, *words: str) -> list[str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Of a process, by Linux's own account."""
+    """Return the descendants of a process, by Linux's own account."""
     try:
         own = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -284,7 +284,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_at(words: list[str], run: Path, step: int) -> None:
-    """Start a run; end all its processes at once when it has logged `step`, ready or not."""
+    """Start a run, and kill all its processes at once when it has logged `step`."""
     process = subprocess.Popen(
         [*ECHOLAB, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -306,7 +306,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with_on_other_ranks(
+def test_a_killed_run_resumed_on_other_ranks_trains_the_same_batches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips, _ = encoded.write(tmp_path / "data", 10)

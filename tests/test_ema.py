@@ -1,4 +1,4 @@
-"""The average of the weights: its arithmetic, and that looking at it changes nothing."""
+"""The average of the weights: its arithmetic, and that reading it changes nothing."""
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ def test_constant_weights_are_a_fixed_point() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, ema.flats["ema"], strict=True))
 
 
-def test_it_is_the_recursion_of_its_docstring() -> None:
+def test_the_average_follows_the_recursion_of_its_docstring() -> None:
     net = torch.nn.Linear(1, 1, bias=False)
     masters = masters_of(net, torch.optim.AdamW(net.parameters()))
     ema, expected, longer = Ema(0.3, more=(0.9,)), 1.0, 1.0
@@ -39,7 +39,7 @@ def test_it_is_the_recursion_of_its_docstring() -> None:
     assert net.weight.item() == 5.0 and ema.updates == 6
 
 
-def test_weights_come_back_bit_for_bit_even_after_an_error() -> None:
+def test_weights_are_restored_bit_for_bit_even_after_an_error() -> None:
     net = tiny.net(trained=True)
     masters = masters_of(net, torch.optim.AdamW(net.parameters()))
     ema = Ema(0.9)
@@ -54,7 +54,7 @@ def test_weights_come_back_bit_for_bit_even_after_an_error() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_a_decay_that_cannot_be_is_refused() -> None:
+def test_an_impossible_decay_is_refused() -> None:
     with pytest.raises(ConfigError, match="ema_decay=1"):
         Ema(1.0)
     with pytest.raises(ConfigError, match="given twice"):

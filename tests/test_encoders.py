@@ -1,4 +1,4 @@
-"""What stands in for umT5, CLIP and wav2vec2, and a clip encoded by all of them."""
+"""The small stand-ins for umT5, CLIP and wav2vec2, and a clip encoded by all of them."""
 
 from pathlib import Path
 
@@ -57,12 +57,12 @@ def test_two_audio_tokens_a_frame_for_any_audio_that_follows(frames: int) -> Non
     assert torch.equal(tokens, encode_audio(samples[: frames * 640], frames))
 
 
-def test_sound_that_is_too_short_is_refused_with_both_numbers() -> None:
+def test_too_short_audio_is_refused_with_both_lengths() -> None:
     with pytest.raises(MediaError, match=r"3199 samples.*5 frames \(3200 samples\)"):
         encode_audio(torch.zeros(3199), 5)
 
 
-def test_a_token_encodes_its_time() -> None:
+def test_an_audio_token_encodes_its_time() -> None:
     frames = 25
     for token in (3, 20, 44):
         samples = torch.zeros(frames * 640)
@@ -73,7 +73,7 @@ def test_a_token_encodes_its_time() -> None:
         assert others.max() < level[token] - 1
 
 
-def test_a_tone_lights_the_band_it_lies_in() -> None:
+def test_a_tone_raises_its_own_frequency_band() -> None:
     times = torch.arange(16_000) / 16_000
     peaks = [
         int(
@@ -86,13 +86,13 @@ def test_a_tone_lights_the_band_it_lies_in() -> None:
     assert filters.min() == 0 and filters.max() <= 1 and bool((filters.sum(1) > 0).all())
 
 
-def test_tokens_are_of_about_unit_size() -> None:
+def test_tokens_have_about_unit_norm() -> None:
     clips = drawn.clips(8)
     tokens = torch.stack([encode_audio(samples, 25) for samples in clips.samples])
     assert tokens.abs().mean() < 2 and 0.3 < tokens.std() < 3
 
 
-def test_silent_tokens_still_know_their_place() -> None:
+def test_silent_tokens_keep_their_position_code() -> None:
     tokens = encode_audio(torch.zeros(25 * 640), 25)
     assert len({tuple(row.tolist()) for row in tokens}) == 50
 
@@ -120,7 +120,7 @@ def test_an_image_becomes_patches_in_order() -> None:
     assert torch.equal(tokens[:, -demo.IMAGE_TOKENS :], torch.eye(demo.IMAGE_TOKENS))
 
 
-def test_what_boxes_cover_is_counted_in_frames() -> None:
+def test_box_coverage_is_counted_in_frames() -> None:
     boxes = torch.tensor([[8.0, 8.0, 15.0, 15.0]]).repeat(9, 1)  # the latent in row 1, column 1
     boxes[5:7] += 1000  # gone in half of the last latent's frames 5 to 8
     share = covered(boxes, 4, 4)
@@ -140,7 +140,7 @@ def test_emphasis_has_mean_one_and_keeps_its_ratios() -> None:
     assert float(weight[0, 0, 2, 1] / ground) == pytest.approx(1 + FACE_EMPHASIS + LIP_EMPHASIS)
 
 
-def test_a_clip_holds_all_that_each_task_needs() -> None:
+def test_a_clip_holds_the_tensors_of_every_task() -> None:
     clips = drawn.clips(1, frames=FRAMES, size=SIZE)
     encoders = made()
     pixels = clips.float_pixels()[0]
@@ -178,7 +178,7 @@ def test_known_latents_do_not_depend_on_unknown_pixels() -> None:
     assert not torch.equal(one["latents"], other["latents"])
 
 
-def test_fingerprints_distinguish_networks() -> None:
+def test_different_networks_have_different_fingerprints() -> None:
     one, same = made(), made()
     assert one.fingerprints == same.fingerprints
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_a_raw_dataset_becomes_an_encoded_one_that_training_reads(tmp_path: Path
         encode_dataset(out, tmp_path / "twice", encoders, reported.append)
 
 
-def test_sound_shorter_than_its_clip_leaves_no_dataset(tmp_path: Path) -> None:
+def test_audio_shorter_than_its_clip_leaves_no_dataset(tmp_path: Path) -> None:
     raw, short = tmp_path / "raw", tmp_path / "short"
     draw_dataset(DrawOptions(raw, num_clips=1, frames=FRAMES, size=SIZE), lambda done: None)
     source = open_dataset(raw)

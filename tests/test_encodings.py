@@ -1,6 +1,6 @@
-"""No command ends in a traceback for a terminal that cannot show a name, or a name that is no text.
+"""No command ends in a traceback because a terminal cannot show a name.
 
-What the encoding has no character for is written as an escape.
+Characters that the encoding lacks are written as escapes.
 """
 
 import io
@@ -46,7 +46,7 @@ def run_folder(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
 @pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=list(ENVIRONMENTS))
-def test_a_report_is_written_and_named(
+def test_a_report_with_any_name_is_written_and_printed(
     tmp_path: Path, name: str, environment: dict[str, str]
 ) -> None:
     run = run_folder(tmp_path / name)
@@ -66,7 +66,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> small_run.SmallRun:
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
-def test_a_video_is_written_and_named(tmp_path: Path, made: small_run.SmallRun, name: str) -> None:
+def test_a_video_with_any_name_is_written_and_printed(
+    tmp_path: Path, made: small_run.SmallRun, name: str
+) -> None:
     out = tmp_path / f"{name}.mp4"
     words = [f"checkpoint={made.run}", f"vae={made.video}", "num_steps=1", "seconds=0.2"]
     codes, said = on_ascii(lambda: main(["generate", *words, "task=t2v", f"out={out}"]))

@@ -1,4 +1,4 @@
-"""The live engine is read, counted and measured: nothing is believed because it was set."""
+"""The live engine is inspected, counted and measured: no setting is trusted without a check."""
 
 import math
 from pathlib import Path
@@ -35,7 +35,7 @@ ACCUMULATIONS = [1, 3, 5]
 
 
 def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[str, Tensor]]:
-    """AdamW with clipping in float64, from its definition: Loshchilov and Hutter 2019."""
+    """Compute AdamW with clipping in float64, from its definition: Loshchilov and Hutter 2019."""
     net = engines.Pulled().double()
     direction = net.direction.double()
     o, weights = engines.CLIP, torch.ones(38, dtype=torch.float64)
@@ -65,9 +65,8 @@ def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[s
 def test_every_strategy_clips_and_accumulates_as_by_hand(
     fork_server: ForkServer, tmp_path: Path, world: int, accumulations: list[int], limit: float
 ) -> None:
-    """Gradients of norm 10, 0.5, 30 and 10 at a limit of 1, or none (optim.max_grad_norm=.inf).
-
-    No number of ranks divides the net.
+    """Gradients of norm 10, 0.5, 30 and 10 are clipped at 1, or not at all
+    (optim.max_grad_norm=.inf). No number of ranks divides the network's sizes.
     """
     cases = [{"strategy": "single"}, *CASES[1:]] if world == 1 else CASES
     fork_server.run(
@@ -94,8 +93,10 @@ def test_every_strategy_clips_and_accumulates_as_by_hand(
 
 
 @pytest.mark.slow
-def test_tied_weights_are_one_and_frozen_ones_stay(fork_server: ForkServer, tmp_path: Path) -> None:
-    """By torch's own AdamW in one process."""
+def test_tied_weights_train_as_one_and_frozen_weights_stay(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    """The weights equal those of torch's own AdamW in one process."""
     plain = engines.Tied()
     trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     o = engines.CLIP
@@ -131,7 +132,7 @@ def test_lost_accumulation_is_detected(fork_server: ForkServer, case: dict[str, 
     fork_server.run("engines:unaccumulated", world=2, arguments={"case": case, "world": 2})
 
 
-def test_the_norm_is_of_what_the_optimizer_was_given() -> None:
+def test_the_logged_norm_is_that_of_the_optimizers_gradient() -> None:
     weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.AdamW(weights, fused=True)
     norm = ClippedNorm(optimizer)
@@ -154,7 +155,7 @@ MACHINE = Machine(
 )
 
 
-def test_a_plan_is_compared_with_the_settings() -> None:
+def test_the_engines_plan_is_compared_with_the_settings() -> None:
     asked = expected_plan(MACHINE, accumulation=3, clip=1.0, blocks=2)
     check(PLAN, asked)
     wrong = {
@@ -172,14 +173,14 @@ def test_a_plan_is_compared_with_the_settings() -> None:
 
 
 class Hooked(pl.LightningModule):
-    """Two hooks that are called everywhere."""
+    """A module with two hooks that are called everywhere."""
 
     def on_train_start(self) -> None: ...
 
     def configure_optimizers(self) -> None: ...
 
 
-def test_a_hook_that_nobody_calls_is_an_error() -> None:
+def test_a_hook_that_is_never_called_is_an_error() -> None:
     check_hooks(Hooked(), MACHINE)
 
     class Mistyped(Hooked):

@@ -1,4 +1,4 @@
-"""The estimate: bytes of state to the byte, laws over ranks and stages, and the command."""
+"""The memory estimate: state to the byte, laws over ranks and stages, and the command."""
 
 import json
 import sys
@@ -107,7 +107,7 @@ def test_more_ranks_never_hold_more_and_together_hold_all(stage: int, precision:
             assert state == states[0] and state.weights == 4 * count
 
 
-def test_worked_values() -> None:
+def test_the_worked_examples_hold() -> None:
     net = [Parameter(10, 2, True), Parameter(3, 1, True), Parameter(7, 2, False)]
 
     def of(stage: int, world: int, precision: str) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ def test_worked_values() -> None:
     ("wrong", "message"),
     [({"stage": 4}, "stage=4"), ({"world": 0}, "world=0"), ({"precision": "16"}, "precision=16")],
 )
-def test_settings_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         state_bytes(NET, **{"stage": 0, "world": 1, "precision": "32-true", **wrong})
 
@@ -152,7 +152,7 @@ SMALL = ("height=32", "width=32", "frames=5")
         ("echomimicv3_flash", 1203, 1_863_772_992),
     ],
 )
-def test_the_released_models(
+def test_the_released_models_have_their_published_sizes(
     capsys: pytest.CaptureFixture[str], model: str, tensors: int, parameters: int
 ) -> None:
     result = estimated(capsys, f"model={model}", *SMALL)
@@ -161,13 +161,13 @@ def test_the_released_models(
     assert result["bytes"]["weights"] == 4 * (parameters - dead)
 
 
-def test_the_encoders_are_those_of_the_release() -> None:
+def test_the_encoders_have_the_sizes_of_the_release() -> None:
     # The .pth of umT5-XXL's encoder is 11.36 GB in bf16.
     assert encoder_parameters("text") == 5_680_910_336
     assert encoder_parameters("audio") == 94_371_712  # wav2vec2-base without its head
 
 
-def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_network_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     plain = estimated(capsys, "model=demo")
     kept = estimated(capsys, "model=demo", "activation_checkpointing=full")
     pairs = estimated(capsys, "model=demo", "objective=dpo")
@@ -196,7 +196,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_what_fits_is_what_is_said_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_are_said_to_fit_do_fit(capsys: pytest.CaptureFixture[str]) -> None:
     limit = 0.16
     rows = estimated(capsys, "model=demo", f"gpu_gib={limit}", *SMALL)["fits"]
     row = next(r for r in rows if r["zero_stage"] == 0 and r["world_size"] == 1)
@@ -213,7 +213,9 @@ BILLION = [Parameter(10**9, 2, True)]
 
 
 def test_a_node_holds_the_state_of_all_its_ranks_and_a_gpu_that_of_one() -> None:
-    """AdamW in fp32 is 20 bytes a parameter with the average; saves copy 16 of them for all."""
+    """AdamW in fp32 takes 20 bytes a parameter with the average; saves copy 16 of them for all
+    ranks.
+    """
     cpu = bytes_needed(BILLION, Machine("ddp", devices=4))
     assert cpu.gpu == 0 and cpu.host == pytest.approx(4 * 20e9 + 16e9, rel=1e-6)
     gpu = bytes_needed(BILLION, Machine("ddp", devices=4, accelerator="gpu"))
@@ -247,6 +249,6 @@ def test_a_run_that_can_never_fit_is_refused(needed: Needed, message: str) -> No
         check_memory(needed, gpu=20 * GIB, host=100 * GIB)
 
 
-def test_a_run_that_may_fit_and_memory_of_unknown_size_are_let_pass() -> None:
+def test_a_run_that_may_fit_passes_and_so_does_unknown_memory() -> None:
     check_memory(Needed(19 * GIB, 95 * GIB), gpu=20 * GIB, host=100 * GIB)
     check_memory(Needed(99 * GIB, 999 * GIB), gpu=None, host=None)

@@ -41,7 +41,9 @@ def words_of(made: small_run.SmallRun, *words: str) -> list[str]:
     return [*words, *folders, f"networks={made.video.parent}", "num_clips=4", "num_steps=1"]
 
 
-def test_clips_to_fit_on_are_a_slice_and_its_reconstructions(made: small_run.SmallRun) -> None:
+def test_networks_are_fitted_on_a_slice_of_clips_and_its_reconstructions(
+    made: small_run.SmallRun,
+) -> None:
     every, part = load_clips(made.raw), read_clips(made.raw, 1, 2, None)
     assert part.keys == every.keys[1:3]
     for name in ("pixels", "samples", "face", "lips", "visemes"):
@@ -55,7 +57,7 @@ def test_clips_to_fit_on_are_a_slice_and_its_reconstructions(made: small_run.Sma
         read_clips(made.raw, CLIPS, None, None)
 
 
-def test_rows_samples_and_report_of_evaluations(
+def test_evaluations_write_rows_samples_and_report(
     made: small_run.SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, samples = tmp_path / "scores.json", tmp_path / "samples"
@@ -107,7 +109,7 @@ def test_a_row_replaces_an_earlier_one_of_the_same_name_and_seed(tmp_path: Path)
         add_row(path, "a", 0, {})
 
 
-def test_what_is_scored_is_one_thing(tmp_path: Path) -> None:
+def test_exactly_one_subject_is_scored(tmp_path: Path) -> None:
     for words in ([], [str(tmp_path), "reference=ground_truth"]):
         with pytest.raises(ConfigError, match="needs checkpoint= or reference="):
             commands.evaluate(words)

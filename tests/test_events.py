@@ -27,7 +27,7 @@ def test_a_truncated_file_keeps_its_complete_lines(
         assert read(folder) == [*wrote[:complete], new] and new.id == complete + 1
 
 
-def test_skips_are_those_of_all_events(tmp_path: Path) -> None:
+def test_skipped_batches_are_collected_from_all_events(tmp_path: Path) -> None:
     assert skips(tmp_path) == () and read(tmp_path) == []
     append(tmp_path, 9, "rollback", to=3, skip=["sft", 5, 4])
     append(tmp_path, 12, "spike", reason="x")
@@ -40,7 +40,7 @@ def test_skips_are_those_of_all_events(tmp_path: Path) -> None:
         skips(tmp_path)
 
 
-def test_a_history_knows_what_was_there_and_what_it_adds(tmp_path: Path) -> None:
+def test_a_history_has_the_earlier_and_the_added_events(tmp_path: Path) -> None:
     first = append(tmp_path, 4, "spike", reason="x")
     history = History(tmp_path)
     history.add(7, "rollback", to=3, skip=["sft", 5, 4])
@@ -48,7 +48,7 @@ def test_a_history_knows_what_was_there_and_what_it_adds(tmp_path: Path) -> None
     assert isinstance(history.events[1], Event) and history.events[1].details["to"] == 3
 
 
-def test_what_is_no_event_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_event_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / EVENTS).write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"events.jsonl: line 1 is no event .*put back"):
         read(tmp_path)

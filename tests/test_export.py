@@ -1,4 +1,4 @@
-"""`echolab export`: what is written is what was read, bit for bit, and starts the next run."""
+"""`echolab export`: what is written equals what was read, bit for bit, and starts the next run."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 @pytest.mark.parametrize("model", tiny.MODELS)
 @pytest.mark.parametrize("names", WRITERS)
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000], ids=["one file", "shards"])
-def test_in_out_in_is_the_identity(
+def test_reading_an_export_gives_the_same_weights(
     model: str, names: str, shard_bytes: int, tmp_path: Path
 ) -> None:
     net = tiny.model(model)
@@ -52,7 +52,7 @@ def test_in_out_in_is_the_identity(
     assert not list(tmp_path.glob(".partial*"))
 
 
-def test_a_flash_file_has_all_released_names(tmp_path: Path) -> None:
+def test_an_exported_flash_file_has_all_released_names(tmp_path: Path) -> None:
     net = tiny.model("echomimicv3_flash")
     write_original(tmp_path / "a.safetensors", net, net.state_dict(), **FP32)
     there = load_file(tmp_path / "a.safetensors")
@@ -62,7 +62,7 @@ def test_a_flash_file_has_all_released_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_released_flash_file_comes_out_as_it_went_in(
+def test_a_released_flash_file_is_exported_unchanged(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = tiny.architecture("echomimicv3_flash")
@@ -79,7 +79,7 @@ def test_a_released_flash_file_comes_out_as_it_went_in(
 
 
 @pytest.mark.parametrize("model", ["wan_t2v_1b3", "wan_fun_inp_1b3"])
-def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
+def test_diffusers_reads_the_exported_folder(model: str, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     net = tiny.model(model)
@@ -93,9 +93,7 @@ def test_diffusers_reads_its_folder(model: str, tmp_path: Path) -> None:
     assert bits(back.state_dict()) == bits(net.state_dict())
 
 
-def test_what_cannot_be_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = tiny.model("wan_t2v_1b3")
     tensors = net.state_dict()
     write_original(tmp_path / "a.safetensors", net, tensors, **FP32)
@@ -137,7 +135,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return root / "run", words
 
 
-def test_a_run_is_exported_and_starts_another(
+def test_an_exported_run_starts_another(
     run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, words = run
@@ -169,7 +167,7 @@ def test_a_run_is_exported_and_starts_another(
 def test_other_averages_are_exported(
     run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check averages by name, or of any width: a saved one comes back unchanged."""
+    """Averages are exported by name, or by any width; a saved one is exported unchanged."""
     checkpoint = open_checkpoint(last_checkpoint(run[0]))
     assert checkpoint.parts[:4] == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq"]
     for number, (word, part) in enumerate(
@@ -190,7 +188,7 @@ def test_other_averages_are_exported(
         assert answer in error and error.count("\n") == 1
 
 
-def test_adapters_are_written_alone_or_added(
+def test_adapters_are_exported_alone_or_merged(
     run: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, words = run
@@ -218,7 +216,7 @@ def test_adapters_are_written_alone_or_added(
     assert not (tmp_path / "x").exists()
 
 
-def test_released_weights_change_names(
+def test_released_weights_are_converted_between_naming_schemes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
@@ -247,7 +245,7 @@ def test_released_weights_change_names(
         ([".", "out=x"], "no complete checkpoint"),
     ],
 )
-def test_wrong_words_get_one_line(
+def test_wrong_arguments_give_one_line(
     words: list[str],
     message: str,
     tmp_path: Path,

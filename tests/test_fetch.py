@@ -1,4 +1,6 @@
-"""Remote shards: the same samples as from the folder, or a typed error in time; never half ones."""
+"""Remote shards: the samples of the local folder, or a typed error in time; never partial
+samples.
+"""
 
 import contextlib
 import hashlib
@@ -78,7 +80,7 @@ def names(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
-def test_remote_and_local_are_one(server: FaultServer, folder: Path, tmp_path: Path) -> None:
+def test_remote_samples_equal_local_ones(server: FaultServer, folder: Path, tmp_path: Path) -> None:
     here, there = open_dataset(folder), remote(server, tmp_path)
     assert stream(there) == stream(here) == SAMPLES
     assert (there.fingerprint, there.samples_by_shard) == (here.fingerprint, here.samples_by_shard)
@@ -93,7 +95,7 @@ def test_remote_and_local_are_one(server: FaultServer, folder: Path, tmp_path: P
      status(429), status(408)],
 )  # fmt: skip
 @pytest.mark.parametrize("name", [SHARD, "dataset.json"])
-def test_a_fault_that_passes_changes_nothing(
+def test_a_transient_fault_changes_no_sample(
     server: FaultServer, tmp_path: Path, fault: Fault, name: str
 ) -> None:
     server.faults[name] = deque([fault, fault])
@@ -119,7 +121,7 @@ def test_a_fault_that_passes_changes_nothing(
         (status(403), "credentials", 1),
     ],
 )
-def test_a_fault_that_stays_is_a_typed_error(
+def test_a_persistent_fault_is_a_typed_error(
     server: FaultServer, tmp_path: Path, fault: Fault, words: str, asked: int
 ) -> None:
     dataset = remote(server, tmp_path)
@@ -136,7 +138,7 @@ def test_a_fault_that_stays_is_a_typed_error(
     assert stream(dataset) == SAMPLES
 
 
-def test_an_endless_answer_meets_the_deadline(server: FaultServer, tmp_path: Path) -> None:
+def test_an_endless_answer_is_cut_at_the_deadline(server: FaultServer, tmp_path: Path) -> None:
     server.always[SHARD] = trickle
     dataset = remote(server, tmp_path, QUICK._replace(deadline_seconds=0.3))
     with pytest.raises(FetchError, match="too slow|no byte"):
@@ -144,7 +146,7 @@ def test_an_endless_answer_meets_the_deadline(server: FaultServer, tmp_path: Pat
     assert names(tmp_path) == []
 
 
-def test_what_has_come_is_not_asked_for_again(server: FaultServer, tmp_path: Path) -> None:
+def test_received_bytes_are_not_requested_again(server: FaultServer, tmp_path: Path) -> None:
     dataset = remote(server, tmp_path)
     size = dataset.shards[1].bytes
     server.faults[SHARD] = deque([truncated, truncated])
@@ -152,18 +154,18 @@ def test_what_has_come_is_not_asked_for_again(server: FaultServer, tmp_path: Pat
     assert server.resumed == [size // 2, size // 2 + (size - size // 2) // 2]
 
 
-def test_a_server_without_ranges_will_do(server: FaultServer, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_enough(server: FaultServer, tmp_path: Path) -> None:
     server.faults[SHARD] = deque([truncated, from_the_start])
     assert remote(server, tmp_path).read(3) == SAMPLES["clip-003"]
     assert server.asked[SHARD] == 2
 
 
-def test_parts_of_two_objects_are_never_joined(server: FaultServer, tmp_path: Path) -> None:
+def test_parts_of_two_versions_are_never_joined(server: FaultServer, tmp_path: Path) -> None:
     server.faults[SHARD] = deque([truncated, other_part, truncated, new_tag])
     assert remote(server, tmp_path, QUICK._replace(attempts=6)).read(3) == SAMPLES["clip-003"]
 
 
-def test_the_rest_of_another_object_is_refused(tmp_path: Path) -> None:
+def test_the_rest_of_another_version_is_refused(tmp_path: Path) -> None:
     first, second = RNG.bytes(5000), RNG.bytes(5000)
     (tmp_path / "a").write_bytes(first)
 
@@ -180,7 +182,7 @@ def test_the_rest_of_another_object_is_refused(tmp_path: Path) -> None:
     assert file.getvalue() == second
 
 
-def test_a_dead_server_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_a_one_line_error(folder: Path, tmp_path: Path) -> None:
     with serving(folder) as server:
         url = server.url
     with pytest.raises(FetchError, match=r"dataset\.json: no connection .*gave up after 4"):
@@ -193,7 +195,7 @@ def read_all(url: str, cache: Path, order: list[int], asked: "multiprocessing.Qu
     asked.put(all(dataset.read(i) == SAMPLES[keys[i]] for i in order))
 
 
-def test_many_ranks_make_one_download(server: FaultServer, tmp_path: Path) -> None:
+def test_many_ranks_share_one_download(server: FaultServer, tmp_path: Path) -> None:
     for number in range(4):
         server.always[f"encoded-{number:06d}.tar"] = slow
     context = multiprocessing.get_context("fork")
@@ -222,7 +224,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_kill_leaves_nothing_that_looks_whole(server: FaultServer, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_partial_file_under_a_final_name(
+    server: FaultServer, tmp_path: Path
+) -> None:
     server.faults[SHARD] = deque([stall])
     victim = multiprocessing.get_context("fork").Process(
         target=crowd, args=(server.url, tmp_path, 1.0, 0)
@@ -241,7 +245,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(server: FaultServer, tmp_path: P
     assert stream(dataset) == SAMPLES
 
 
-def test_a_copy_that_rotted_is_fetched_again(server: FaultServer, tmp_path: Path) -> None:
+def test_a_corrupt_cached_copy_is_downloaded_again(server: FaultServer, tmp_path: Path) -> None:
     dataset = remote(server, tmp_path)
     sample = dataset.sample(4)
     dataset.read(4)
@@ -258,7 +262,7 @@ def test_a_copy_that_rotted_is_fetched_again(server: FaultServer, tmp_path: Path
 @settings(max_examples=15, deadline=None)
 @example(reads=[0, 3, 0, 6], room=2)  # read again: not the oldest any more
 @given(reads=st.lists(st.integers(0, 11), max_size=20), room=st.integers(1, 4))
-def test_the_cache_keeps_its_bound(
+def test_the_cache_stays_within_its_size(
     tmp_path_factory: pytest.TempPathFactory, folder: Path, reads: list[int], room: int
 ) -> None:
     place = tmp_path_factory.mktemp("cache")
@@ -276,7 +280,9 @@ def test_the_cache_keeps_its_bound(
 
 
 @pytest.mark.parametrize("room", [1, 2])
-def test_a_crowd_keeps_the_bound_too(folder: Path, tmp_path: Path, room: int) -> None:
+def test_many_processes_keep_the_cache_within_its_size(
+    folder: Path, tmp_path: Path, room: int
+) -> None:
     limit = room * max(shard.bytes for shard in open_dataset(folder).shards)
     context = multiprocessing.get_context("fork")
     ranks = [
@@ -297,7 +303,7 @@ def test_a_crowd_keeps_the_bound_too(folder: Path, tmp_path: Path, room: int) ->
     assert {path.suffix for path in tmp_path.iterdir()} == {".tar"}
 
 
-def test_what_is_being_read_is_not_cleared_away(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_in_use_is_not_evicted(folder: Path, tmp_path: Path) -> None:
     shards = open_dataset(folder).shards
     limit = max(shard.bytes for shard in shards)
     cache = ShardCache(tmp_path, limit, QUICK._replace(deadline_seconds=0.2))
@@ -318,7 +324,7 @@ def test_what_is_being_read_is_not_cleared_away(folder: Path, tmp_path: Path) ->
         assert names(tmp_path) == [f"{shards[1].sha256}.tar"]
 
 
-def test_a_shard_larger_than_the_cache_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_larger_than_the_cache_gives_a_warning(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(
         f"file://{folder}", cache_dir=tmp_path, cache_gb=1e-5, retry_policy=QUICK
     )
@@ -362,7 +368,7 @@ def test_a_forked_child_does_not_keep_a_lock(tmp_path: Path) -> None:
     child.join()
 
 
-def test_any_fsspec_address_is_read(folder: Path, tmp_path: Path) -> None:
+def test_any_fsspec_url_is_read(folder: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/bucket/set", recursive=True)
     try:
@@ -375,7 +381,7 @@ def test_any_fsspec_address_is_read(folder: Path, tmp_path: Path) -> None:
         memory.rm("/bucket", recursive=True)
 
 
-def test_a_file_system_that_hangs_or_breaks_is_borne_with(
+def test_a_file_system_that_hangs_or_fails_is_retried(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = type(fsspec.filesystem("file"))
@@ -407,7 +413,7 @@ def test_the_cache_comes_from_the_environment(
     assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".tar"]
 
 
-def test_what_is_expected_is_there_before_it_is_read(server: FaultServer, tmp_path: Path) -> None:
+def test_expected_shards_are_prefetched(server: FaultServer, tmp_path: Path) -> None:
     size = max(shard.bytes for shard in remote(server, tmp_path).shards)
     room = 4.1 * size / 1e9  # half of it is for what comes next
     dataset = open_dataset(server.url, cache_dir=tmp_path, cache_gb=room, retry_policy=QUICK)
@@ -435,11 +441,11 @@ def test_what_is_expected_is_there_before_it_is_read(server: FaultServer, tmp_pa
         ("pipe:curl http://a", None),
     ],
 )
-def test_what_is_an_address(place: Path | str, url: str | None) -> None:
+def test_urls_are_distinguished_from_paths(place: Path | str, url: str | None) -> None:
     assert parse_url(place) == url
 
 
-def test_secrets_are_not_shown() -> None:
+def test_errors_show_no_secrets() -> None:
     url = join_url("https://user:word@host:1/a?token=1", "b.tar")
     assert url == "https://user:word@host:1/a/b.tar?token=1"
     assert public_url(url) == "https://host:1/a/b.tar"
@@ -447,7 +453,7 @@ def test_secrets_are_not_shown() -> None:
         parse_url("simplecache::s3://a/b")
 
 
-def test_a_shard_list_that_points_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_list_with_foreign_paths_is_refused(folder: Path, tmp_path: Path) -> None:
     text = (folder / "dataset.json").read_text()
     for old, new in (
         ("encoded-000001.tar", "../../etc/a.tar"),

@@ -58,7 +58,7 @@ def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("saves_each_step")
 @pytest.mark.parametrize("stops", [(1,), (5,), (4, 3), (STEPS - 1,)])
-def test_a_stopped_fit_goes_on_bit_for_bit(stops: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_stopped_fit_resumes_bit_for_bit(stops: tuple[int, ...], tmp_path: Path) -> None:
     unbroken = fitted(tmp_path / "unbroken")
     for stop in stops:
         with pytest.raises(Stop):
@@ -71,7 +71,7 @@ def test_a_stopped_fit_goes_on_bit_for_bit(stops: tuple[int, ...], tmp_path: Pat
     assert list(tmp_path.iterdir()) == []  # neither state nor a partial file stays
 
 
-def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
+def test_a_fit_depends_on_the_seed_alone(tmp_path: Path) -> None:
     one = fitted(tmp_path / "state")
     torch.manual_seed(99)
     again, other = fitted(tmp_path / "state"), fitted(tmp_path / "state", seed=6)
@@ -125,8 +125,8 @@ def test_a_file_that_is_not_the_network_is_named_with_its_remedy(tmp_path: Path)
             load_net(tmp_path / name, nn.Linear)
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Use a limit on file sizes in place of a full disk: Python ignores its signal."""
+def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk: Python ignores its signal."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

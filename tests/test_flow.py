@@ -1,4 +1,6 @@
-"""The path: its ends, its derivative, and that following the derivative leads back to the data."""
+"""The flow path: its ends, its derivative, and that following the derivative leads back to the
+data.
+"""
 
 import torch
 
@@ -9,12 +11,12 @@ from echolab.diffusion.solvers import sample_euler
 LATENTS, NOISE = torch.randn(2, 3, 4, 2, 2, 2)  # each [3, 4, 2, 2, 2]
 
 
-def test_ends_are_data_and_noise() -> None:
+def test_the_paths_ends_are_data_and_noise() -> None:
     assert torch.equal(interpolate(LATENTS, NOISE, torch.zeros(3)), LATENTS)
     assert torch.equal(interpolate(LATENTS, NOISE, torch.ones(3)), NOISE)
 
 
-def test_target_is_the_derivative_of_the_path() -> None:
+def test_the_target_is_the_derivative_of_the_path() -> None:
     below, above = (interpolate(LATENTS, NOISE, torch.full((3,), s)) for s in (0.25, 0.75))
     torch.testing.assert_close((above - below) / 0.5, velocity_target(LATENTS, NOISE))
 
@@ -36,10 +38,10 @@ def test_the_path_is_fp32_for_any_input_dtype() -> None:
     assert half.dtype == velocity_target(LATENTS.bfloat16(), NOISE).dtype == torch.float32
 
 
-def test_following_the_truth_returns_the_latents() -> None:
+def test_following_the_true_velocity_returns_the_latents() -> None:
     actual = sample_euler(lambda noisy, sigma: NOISE - LATENTS, NOISE, sampling_sigmas(7, 5.0))
     torch.testing.assert_close(actual, LATENTS, atol=1e-5, rtol=1e-5)
 
 
-def test_timesteps_are_thousands_of_sigma() -> None:
+def test_timesteps_are_1000_times_sigma() -> None:
     assert to_timesteps(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]

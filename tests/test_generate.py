@@ -1,4 +1,4 @@
-"""`echolab generate`: a video with its sound, or one line and nothing left behind."""
+"""`echolab generate`: a video with its audio, or one line and no file."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_video(
     assert files[0] == files[1] != files[2]
 
 
-def test_devices_that_share_the_tokens_make_the_same_video(
+def test_sequence_parallel_devices_generate_the_same_video(
     made: small_run.SmallRun, given: Given, tmp_path: Path
 ) -> None:
     for devices in (1, 2):
@@ -130,7 +130,7 @@ def test_devices_that_share_the_tokens_make_the_same_video(
 
 @pytest.mark.parametrize("long", ["joint", "chunked"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_makes_a_long_video(
+def test_every_task_generates_a_long_video(
     made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, long: str
 ) -> None:
     out = tmp_path / "v.mp4"
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("name", "faces"), [("hallo3_0001.jpg", 1), ("facenet-pytorch_multiface.jpg", 2)]
 )
-def test_real_images(
+def test_real_images_are_animated(
     made: small_run.SmallRun, talker: tuple[Path, Path, str], media: Path, weights: Path,
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, faces: int,
 ) -> None:  # fmt: skip
@@ -324,7 +324,7 @@ def test_an_image_without_a_face_is_refused(
         ("lip_sync", "noface_dog.mp4", "no face is in all 20 frames"),
     ],
 )
-def test_faces_of_real_videos_are_followed(
+def test_faces_of_real_videos_are_tracked(
     made: small_run.SmallRun, given: Given, media: Path, weights: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], task: str, name: str, message: str,
 ) -> None:  # fmt: skip
@@ -339,10 +339,10 @@ def test_faces_of_real_videos_are_followed(
 
 @pytest.mark.parametrize("long", ["joint", "chunked"])
 @pytest.mark.parametrize("task", ["lip_sync", "avatar_sync"])
-def test_pixels_outside_of_a_local_task_are_the_source_s(
+def test_a_local_task_keeps_the_pixels_of_the_source_outside_its_mask(
     made: small_run.SmallRun, given: Given, tmp_path: Path, task: str, long: str
 ) -> None:
-    """Compare up to the codec; without pasting the network's pixels differ."""
+    """The pixels are equal up to the codec; without pasting the network's pixels differ."""
     source = frames_in(given.source)[:37].astype(int)
     errors = []
     for paste in ("true", "false"):

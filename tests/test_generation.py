@@ -1,4 +1,4 @@
-"""Clips from a network: noise by key, guidance, and nothing that depends on the batch."""
+"""Clips from a network: noise by key, guidance, and independence of the batch."""
 
 import pytest
 import tiny
@@ -50,7 +50,7 @@ def test_other_noise_gives_another_clip(net: EchoTransformer, change: dict[str, 
     assert bool((differs[:2] > 0.1).all()) is ("keys" not in change)
 
 
-def test_the_audio_scale_matters_and_one_is_plain(net: EchoTransformer) -> None:
+def test_the_audio_scale_matters_and_one_means_no_guidance(net: EchoTransformer) -> None:
     context = tiny.conditions(3)
     plain = made(net, context)
     assert not torch.allclose(made(net, context, audio_scale=3.0), plain, atol=1e-3)
@@ -61,8 +61,8 @@ def test_the_audio_scale_matters_and_one_is_plain(net: EchoTransformer) -> None:
     torch.testing.assert_close(made(net, silent, audio_scale=3.0), unheard, rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_that_knows_the_clip_is_followed_to_it() -> None:
-    """Follow the straight path from this noise to a known clip, which ends there exactly."""
+def test_a_perfect_network_is_followed_to_its_clip() -> None:
+    """The straight path from this noise ends exactly at the known clip."""
     context, truth = tiny.conditions(3), tiny.latents(3)
     noise = draw(KEYS, tiny.SHAPE, seed=4, epoch=0).noise
 

@@ -34,7 +34,7 @@ def test_lengths_and_latent_frames_are_inverse(geometry: LatentGeometry) -> None
     assert geometry.is_clip_length(geometry.near_clip_length(50))
 
 
-def test_wans_own_figures() -> None:
+def test_wan_has_its_published_geometry() -> None:
     assert WAN.latent_grid(81, 480, 832) == (21, 60, 104)
     assert WAN.tokens(60, 104) == 1560 and WAN.token_pixels == 16
     assert geometry_of({"out_channels": 48, "space_stride": 16}) == WAN_2_2
@@ -62,7 +62,9 @@ def test_encoders_carry_the_geometry_of_their_autoencoder() -> None:
 
 @pytest.mark.parametrize("layers", [None, 2])
 def test_a_network_of_another_geometry_runs(layers: int | None) -> None:
-    """Run half the time stride: two mask channels, and half the audio tokens of a latent frame."""
+    """At half the time stride there are two mask channels, and half the audio tokens a latent
+    frame.
+    """
     sizes = {**tiny.SIZES, "time_stride": 2, "in_channels": 2 * tiny.CHANNELS + 2}
     net = EchoTransformer(**{**sizes, "audio_layers": layers})
     for parameter in net.parameters():
@@ -79,7 +81,7 @@ def test_a_network_of_another_geometry_runs(layers: int | None) -> None:
         net(tiny.latents(1), torch.tensor([500.0]), tiny.conditions(1))
 
 
-def test_datasets_note_their_geometry(tmp_path: Path) -> None:
+def test_datasets_record_their_geometry(tmp_path: Path) -> None:
     clips, pairs = encoded.write(tmp_path, count=1)
     for folder in (clips, pairs):
         index = json.loads((folder / "dataset.json").read_text())
@@ -88,7 +90,7 @@ def test_datasets_note_their_geometry(tmp_path: Path) -> None:
 
 
 def test_datasets_of_the_first_format_are_read_as_wans(tmp_path: Path) -> None:
-    """Check that they keep their fingerprint, and with it the order of their samples."""
+    """They keep their fingerprint, and with it the order of their samples."""
     clips, _ = encoded.write(tmp_path, count=2)
     path = clips / "dataset.json"
     index = json.loads(path.read_text())
@@ -119,7 +121,7 @@ def test_a_geometry_that_is_missing_or_changed_is_refused(
         open_dataset(clips)
 
 
-def test_another_geometry_is_another_dataset() -> None:
+def test_another_geometry_changes_the_fingerprint() -> None:
     names = {fingerprint("encoded", {}, [], [], one) for one in (WAN, WAN_2_2, ODD)}
     assert len(names) == 3 and fingerprint("encoded", {}, [], []) in names
 

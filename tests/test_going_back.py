@@ -1,4 +1,4 @@
-"""Spikes in a running training: noted, done again, or gone back over and left out."""
+"""Loss spikes in a running training: recorded, recomputed, or rolled back with batches skipped."""
 
 import json
 import time
@@ -24,12 +24,14 @@ def final(root: Path) -> dict[str, bytes]:
 
 
 def audited(run: Path) -> bool:
-    """Whether every sample was trained on once an epoch, but for what was left out on purpose."""
+    """Return whether every sample was trained on once an epoch, except for those skipped on
+    purpose.
+    """
     return audit_run(run, events.skips(run)).exact
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e4])
-def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
+def test_a_transient_fault_vanishes_when_steps_are_recomputed(
     tmp_path: Path, factor: float
 ) -> None:
     train(tmp_path / "sound", lambda batch: 1.0)
@@ -43,7 +45,7 @@ def test_a_transient_fault_vanishes_when_the_steps_are_done_again(
     assert audited(tmp_path / "faulty/run")
 
 
-def test_a_spike_that_comes_again_is_the_datas(tmp_path: Path) -> None:
+def test_a_spike_that_repeats_is_blamed_on_the_data(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def twice(batch: Batch) -> float:
@@ -56,7 +58,7 @@ def test_a_spike_that_comes_again_is_the_datas(tmp_path: Path) -> None:
 
 
 def eighth_batch() -> Callable[[Batch], float]:
-    """NaN for the clips of the eighth batch, whenever they come together."""
+    """Multiply by NaN the loss of the clips of the eighth batch, whenever they come together."""
     seen: list[list[str]] = []
 
     def factor(batch: Batch) -> float:
@@ -66,7 +68,7 @@ def eighth_batch() -> Callable[[Batch], float]:
     return factor
 
 
-def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
+def test_a_rollback_skips_batches_for_good(tmp_path: Path) -> None:
     guards = {"policy": "rollback", "back": 1, "skip_batches": 2}
     for name in ("a", "b"):
         train(tmp_path / name, eighth_batch(), **guards)
@@ -85,7 +87,7 @@ def test_a_rollback_leaves_batches_out_for_ever(tmp_path: Path) -> None:
     assert result.step == STEPS + 2
 
 
-def test_what_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="step 7 .*not finite.*loss_spike.policy=recompute"):
         train(tmp_path, Once(float("nan")))
     assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
@@ -99,7 +101,7 @@ def test_a_recorded_spike_changes_nothing(tmp_path: Path) -> None:
     assert events.read(tmp_path / "plain/run") == []
 
 
-def test_what_is_gone_back_to_is_not_pruned_meanwhile(
+def test_the_checkpoint_to_roll_back_to_is_not_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from echolab.training.checkpoints import retention
@@ -119,7 +121,7 @@ def test_what_is_gone_back_to_is_not_pruned_meanwhile(
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_another_on_one_rank_ends_both(
+def test_a_gradient_that_differs_on_one_rank_ends_both(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     runs.write_clips(tmp_path / "clips", 7)
@@ -133,7 +135,7 @@ def test_a_gradient_that_is_another_on_one_rank_ends_both(
 
 
 @pytest.mark.slow
-def test_one_rank_of_two_goes_wrong_and_both_go_back(
+def test_a_fault_on_one_rank_of_two_rolls_both_back(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     for name, wrong in (("sound", -1), ("faulty", 1)):

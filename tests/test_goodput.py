@@ -1,4 +1,4 @@
-"""Goodput on a scripted timeline: every second is somewhere."""
+"""Goodput on a scripted timeline: every second belongs to a category."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ THIRD = saved(
 )  # fmt: skip
 
 
-def test_every_second_is_somewhere() -> None:
+def test_every_second_belongs_to_a_category() -> None:
     goodput = measure_goodput([FIRST, SECOND, THIRD])
     assert goodput.allocated == 150 + 112 + 190  # the queue between them is nobody's
     assert goodput.losses == pytest.approx({
@@ -47,7 +47,7 @@ def test_every_second_is_somewhere() -> None:
     assert later.useful == goodput.useful and later.allocated == goodput.allocated + 30
 
 
-def test_what_no_checkpoint_has_is_lost_at_once() -> None:
+def test_steps_without_a_checkpoint_count_as_lost() -> None:
     assert measure_goodput([FIRST]).losses["rework"] == pytest.approx(40)
     assert measure_goodput([attempt("killed", seconds={"forward": 50.0})]).useful == 0
     # not while it is at work, nor when it is done
@@ -55,7 +55,7 @@ def test_what_no_checkpoint_has_is_lost_at_once() -> None:
     assert measure_goodput([]).share == 0
 
 
-def test_the_interval_between_checkpoints() -> None:
+def test_the_suggested_interval_between_checkpoints() -> None:
     # BLOOM: 40 s a save, a failure a week
     week, day = 7 * 24 * 3600.0, 24 * 3600.0
     run = attempt("killed", started=0.0, ended=2 * week - day, save_seconds=40.0)
@@ -66,8 +66,8 @@ def test_the_interval_between_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("jump", [86_400.0, -86_400.0, 30 * 365 * 86_400.0, -1e9])
-def test_a_clock_that_is_set_moves_no_figure(tmp_path: Path, jump: float) -> None:
-    """Of the first of two launches, in its middle; the order of both stays too."""
+def test_setting_the_clock_changes_no_figure(tmp_path: Path, jump: float) -> None:
+    """The clock is set during the first of two launches; their order stays too."""
 
     def record(name: str, epoch: int, started: float, ended: float) -> None:
         node_record = NodeRecord(

@@ -1,4 +1,4 @@
-"""Guidance as a sum of branches: ends, skipped branches, scales over the steps."""
+"""Guidance as a sum of branches: limits, skipped branches, scales over the steps."""
 
 import pytest
 import tiny
@@ -48,7 +48,7 @@ def test_scales_of_one_are_the_conditional_and_of_zero_the_unconditional() -> No
 
 
 @torch.no_grad()
-def test_it_is_the_released_sum_of_three_branches() -> None:
+def test_guidance_is_the_released_sum_of_three_branches() -> None:
     u, n, c = branch(text=False, audio=False), branch(audio=False), branch()
     expected = u + 4.0 * (n - u) + 2.9 * (c - n)
     velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=4.0, audio_scale=2.9)
@@ -60,7 +60,7 @@ def test_it_is_the_released_sum_of_three_branches() -> None:
     [(1, 1, 1), (1, 3, 2), (4, 1, 3), (4, 4, 2), (4, 3, 3)],
 )
 @torch.no_grad()
-def test_only_branches_that_count_are_run(text_scale, audio_scale, branches) -> None:
+def test_only_branches_with_a_weight_are_run(text_scale, audio_scale, branches) -> None:
     calls: list[int] = []
     velocity = guided(
         counting(calls),
@@ -79,7 +79,7 @@ def test_text_guidance_without_a_negative_text_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
+def test_flash_guides_between_silence_and_audio_with_one_text() -> None:
     zero, real = branch(audio=False), branch()
     actual = guided(NET, CONDITIONS, audio_scale=3.0)(NOISY, SIGMA)
     torch.testing.assert_close(actual, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
@@ -87,7 +87,7 @@ def test_flash_guides_between_silence_and_sound_with_one_text() -> None:
 
 @pytest.mark.parametrize(("run", "sizes"), [("batched", [6]), ("sequential", [2, 2, 2])])
 @torch.no_grad()
-def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -> None:
+def test_batched_and_sequential_branches_are_equal(run: str, sizes: list[int]) -> None:
     calls: list[int] = []
     scales = {"text_negative": NEGATIVE, "text_scale": 4.0, "audio_scale": 2.9}
     actual = guided(counting(calls), CONDITIONS, cfg=CFG_MODES[run], **scales)(NOISY, SIGMA)
@@ -96,7 +96,7 @@ def test_branches_run_at_once_or_one_after_another(run: str, sizes: list[int]) -
 
 
 @torch.no_grad()
-def test_the_network_may_get_integer_timesteps_as_in_wan_s_own_solvers() -> None:
+def test_the_network_may_get_integer_timesteps_as_from_wans_solvers() -> None:
     seen: list[float] = []
 
     def net(noisy: Tensor, timesteps: Tensor, conditions) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_network_may_get_integer_timesteps_as_in_wan_s_own_solvers() -> None
     assert seen == [999.0, 999.0, 750.0, 750.0]
 
 
-def test_the_decaying_scale_has_the_published_factors() -> None:
+def test_the_dynamic_schedule_has_the_published_factors() -> None:
     factors = dynamic_cfg_schedule(1.0, 25)
     assert len(factors) == 25
     actual = [factors[step] for step in (0, 2, 5, 10, 20)]
@@ -138,7 +138,7 @@ def test_the_negative_text_may_change_with_the_step() -> None:
         assert torch.equal(changing(NOISY, sigmas[step]), same(NOISY, sigmas[step]))
 
 
-def test_it_samples() -> None:
+def test_a_guided_network_is_sampled() -> None:
     sigmas = sampling_sigmas(2, 5.0)
     scale = stepwise(dynamic_cfg_schedule(4.0, 2), sigmas)
     velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=scale)

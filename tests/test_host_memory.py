@@ -1,4 +1,4 @@
-"""Memory of a process and its children, and what cgroups leave of the node's."""
+"""Memory of a process and its children, and what cgroups leave of the node's memory."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_leak_in_a_child_of_a_child_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_in_a_grandchild_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", LEAK, "parent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "LEAK": LEAK}, text=True, process_group=0,
@@ -79,7 +79,7 @@ def proc(tmp_path: Path) -> Path:
     return tmp_path / "proc"
 
 
-def test_the_node_alone(proc: Path, tmp_path: Path) -> None:
+def test_without_cgroups_the_nodes_memory_counts(proc: Path, tmp_path: Path) -> None:
     assert free(proc, tmp_path / "none") == 800 * 1024
     assert capacity(proc, tmp_path / "none") == 900 * 1024
     assert capacity(tmp_path / "no-proc") is None
@@ -87,7 +87,7 @@ def test_the_node_alone(proc: Path, tmp_path: Path) -> None:
     assert free(proc, tmp_path / "none") == 800 * 1024
 
 
-def test_cgroups_of_version_2(proc: Path, tmp_path: Path) -> None:
+def test_cgroups_v2_limit_the_memory(proc: Path, tmp_path: Path) -> None:
     put(proc / "self", cgroup="0::/job/step\n")
     groups = tmp_path / "cgroup"
     put(groups / "job/step", memory__max="max\n", memory__current="5000\n")
@@ -103,7 +103,7 @@ def test_cgroups_of_version_2(proc: Path, tmp_path: Path) -> None:
     assert free(proc, groups) == 0
 
 
-def test_cgroups_of_version_1(proc: Path, tmp_path: Path) -> None:
+def test_cgroups_v1_limit_the_memory(proc: Path, tmp_path: Path) -> None:
     put(proc / "self", cgroup="5:devices:/x\n4:cpu,memory:/slurm/job\n0::/\n")
     groups = tmp_path / "cgroup"
     unlimited = {"memory__limit_in_bytes": "9223372036854771712", "memory__usage_in_bytes": "1"}
@@ -119,7 +119,7 @@ def test_cgroups_of_version_1(proc: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_with_a_session_of_its_own_is_not_counted(tmp_path: Path) -> None:
-    """The tracker's: however large it grows, the run goes on."""
+    """The tracker has such a session: however large it grows, the run continues."""
     put(tmp_path / "7", statm="1 1 1", stat="7 (rank) S 1 7 7")
     put(tmp_path / "8", statm="1 1 1", stat="8 (worker) S 7 7 7")
     put(tmp_path / "9", statm="1 99999 1", stat="9 (tracker) S 7 9 9")
@@ -127,7 +127,7 @@ def test_a_process_with_a_session_of_its_own_is_not_counted(tmp_path: Path) -> N
     assert family(7, tmp_path) == [7, 8]
 
 
-def test_kernels_that_report_no_shares(tmp_path: Path) -> None:
+def test_kernels_without_proportional_shares_are_supported(tmp_path: Path) -> None:
     put(tmp_path / "7", statm="900 25 3 1 0 4 0\n", stat="7 (a b) c) S 1 7 7")
     put(tmp_path / "8", stat="8 (x) S 7 7 7", statm="1 1 1", smaps_rollup="Rss: 9 kB\nPss: 3 kB\n")
     put(tmp_path / "9", stat="9 (y) S 1 7 7", statm="1 1 1")

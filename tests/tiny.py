@@ -1,4 +1,4 @@
-"""A small network and random clips that the tests of the core share."""
+"""A small network and random clips, shared by the tests of the core."""
 
 import torch
 from torch import Tensor
@@ -27,17 +27,17 @@ MODELS: dict[str, dict[str, object]] = {
 
 
 def architecture(model: str) -> dict[str, object]:
-    """The settings of a small network that has the names of a released one."""
+    """Return the settings of a small network that has the names of a released one."""
     return {**SIZES, **MODELS[model]}
 
 
 def model(name: str, *, trained: bool = True) -> EchoTransformer:
-    """A small network that has the names of a released one."""
+    """Build a small network that has the names of a released one."""
     return net(trained=trained, **MODELS[name])
 
 
 def net(*, trained: bool = False, initialized: bool = True, **changes: object) -> EchoTransformer:
-    """Wan's first values; `trained` also moves what those leave at zero."""
+    """Build a network with Wan's initialization; `trained` also moves what that leaves at zero."""
     made = EchoTransformer(**{**SIZES, **changes})  # type: ignore[arg-type]
     if not initialized:
         return made
@@ -51,7 +51,10 @@ def net(*, trained: bool = False, initialized: bool = True, **changes: object) -
 
 
 def conditions(clips: int = 2, seed: int = 0, layers: int | None = None) -> Conditions:
-    """Random, with half of the face tokens open and the first frame known; `layers` as Flash's."""
+    """Return random conditions; half of the face tokens are open, the first frame is known.
+
+    With `layers` the audio is that of Flash.
+    """
     g = torch.Generator().manual_seed(seed)
     tokens = HEIGHT // 2 * (WIDTH // 2)
     sound = (FRAMES, layers, 6) if layers else (2 * FRAMES, 6)
@@ -68,18 +71,18 @@ def conditions(clips: int = 2, seed: int = 0, layers: int | None = None) -> Cond
 
 
 def latents(clips: int = 2, seed: int = 1) -> Tensor:
-    """[B, C, F, H, W]."""
+    """Return random latents [B, C, F, H, W]."""
     return torch.randn(clips, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(clips: int = 2, seed: int = 1) -> Batch:
-    """Clips named clip-0, clip-1, ..."""
+    """Return clips named clip-0, clip-1, ..."""
     keys = [f"clip-{index}" for index in range(clips)]
     weight = torch.ones(clips, 1, *SHAPE[1:])
     return Batch(latents(clips, seed), conditions(clips, seed), weight, ["i2v"] * clips, keys)
 
 
 def pair(clips: int = 2) -> PreferencePair:
-    """Two different videos for the same conditions."""
+    """Return two different videos with the same conditions."""
     chosen = batch(clips)
     return PreferencePair(chosen.latents, latents(clips, 9), *chosen[1:])

@@ -1,4 +1,4 @@
-"""One attempt of a run at one topology: what the ranks of test_topologies do."""
+"""One attempt of a run at one topology, in a rank of test_topologies.py."""
 
 import os
 import time
@@ -19,7 +19,7 @@ OPTIM = runs.Optim(clip=0.5, eps=1e-4)  # eps: rounding alone must not become a 
 
 
 def lose(part: str) -> None:
-    """A resume that takes up everything but the moments, or but the average."""
+    """Make a resume load everything but the moments, or everything but the average."""
     restore = checkpoints.restore
 
     def and_lose(checkpoint: Any, masters: Masters, ema: Ema) -> None:
@@ -44,9 +44,9 @@ def attempt(
     again: str = "",
     forget: str = "",
 ) -> None:
-    """Go on to step `until`, or tell in `out`/reached that `kill_at` is, and wait two steps later.
+    """Train to step `until`; write `out`/reached at step `kill_at`, and wait two steps later.
 
-    What is loaded is written again below `again`; of what is loaded, the part `forget` is lost.
+    The loaded state is saved again below `again`; `forget` names the part of it that is lost.
     """
     reached = Path(out) / "reached"
 

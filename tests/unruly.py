@@ -1,4 +1,4 @@
-"""Jobs for the worker processes of the preparation: some of them behave as bad files do."""
+"""Jobs for the worker processes of the preparation, some of which behave as bad files do."""
 
 import errno
 import json
