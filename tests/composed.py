@@ -26,7 +26,7 @@ BATCH = 12
 EPOCHS = {"sft": (("sft", 3),), "dpo": (("sft", 1), ("dpo", 2), ("ndpo", 1))}
 LORA = adapted.LORA._replace(targets=("blocks",))
 # eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
-OPTIM = runs.Optim(clip=0.5, eps=1e-4)
+OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -71,12 +71,12 @@ def one(root: Path, case: dict[str, Any], world: int) -> dict[str, Tensor]:
         result, _ = runs.train(
             root,
             runs.schedule(*EPOCHS[case["epochs"].split("-")[0]]),
-            folder=root / name_of(case),
+            run_dir=root / name_of(case),
             batch_size=BATCH,
             micro_batch_size=BATCH // groups // case["accumulation"],
             optim=OPTIM,
             machine=machine,
-            say=lambda lines: (root / f"{name_of(case)}.txt").write_text("\n".join(lines)),
+            print_lines=lambda lines: (root / f"{name_of(case)}.txt").write_text("\n".join(lines)),
             **parts_of(case),
         )
     assert isinstance(result, fitting.FitResult) and result.checkpoint

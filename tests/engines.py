@@ -25,7 +25,7 @@ from echolab.training.module import DiffusionModule, Optim
 from echolab.types import Loss
 
 RATE = 1e-3
-CLIP = Optim(clip=1.0, eps=1e-4, weight_decay=0.0)
+CLIP = Optim(max_grad_norm=1.0, eps=1e-4, weight_decay=0.0)
 LAW = Optim(weight_decay=0.0)
 NORM = 10.0  # of the gradient where every micro-batch pulls with 1
 
@@ -141,7 +141,7 @@ def pull(
 ) -> Watch:
     """Train `net` on the micro-batches."""
     accumulation = len(steps[0]) // machine.world
-    watch = Watch(len(steps), accumulation, rate, optim.clip)
+    watch = Watch(len(steps), accumulation, rate, optim.max_grad_norm)
     module = DiffusionModule(
         net,
         {"sft": lambda net, batch, draws: Loss(net(batch.latents.mean()), {})},
@@ -153,7 +153,7 @@ def pull(
         heartbeat=Heartbeat(None),
     )
     with quiet():
-        trainer = _trainer(machine, accumulation, optim.clip, watch)
+        trainer = _trainer(machine, accumulation, optim.max_grad_norm, watch)
         loader = torch.utils.data.DataLoader(Items(steps), batch_size=None)
         trainer.fit(module, loader)
     return watch
@@ -162,7 +162,7 @@ def pull(
 def machine_of(case: Mapping[str, Any], world: int) -> Machine:
     """Build from JSON; also in a process that trained before: Lightning then forgets the world."""
     os.environ["WORLD_SIZE"] = str(world)
-    return Machine(devices=world, shard_small=True, **case)
+    return Machine(devices=world, zero3_shard_small=True, **case)
 
 
 def keep(watch: Watch, to: Path) -> None:
@@ -198,7 +198,7 @@ def clip(
     cases: list[dict[str, Any]], accumulations: list[int], world: int, to: str, limit: float = 1.0
 ) -> None:
     """Run every case with every accumulation, in a rank."""
-    optim = CLIP._replace(clip=limit)
+    optim = CLIP._replace(max_grad_norm=limit)
     for case in cases:
         for accumulation in accumulations:
             machine = machine_of(case, world)

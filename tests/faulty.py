@@ -10,11 +10,11 @@ import tiny
 
 from echolab.errors import ReplicaError
 from echolab.training.config import ALONE, Intervals, Machine
-from echolab.training.guards.spikes import Guards
+from echolab.training.guards.spikes import SpikeConfig
 from echolab.types import Batch, Draws, Loss
 
 STEPS = 12
-EVERY = Intervals(log=1, save=3, replicas=2)
+EVERY = Intervals(log_every=1, save_every=3, replica_check_every=2)
 
 
 class Faulty:
@@ -50,9 +50,9 @@ def train(
         root,
         runs.schedule(("sft", STEPS)),
         objectives={"sft": Faulty(bad)},
-        every=Intervals(log=1, save=save, replicas=2),
-        guards=Guards(**{"warmup": 4, "window": 16, **guards}),
-        ledger=True,
+        intervals=Intervals(log_every=1, save_every=save, replica_check_every=2),
+        loss_spike=SpikeConfig(**{"min_history": 4, "window": 16, **guards}),
+        log_samples=True,
         net=tiny.net(trained=True),
         machine=machine,
     )
@@ -64,7 +64,7 @@ def rank(root: str, strategy: str, world: int, wrong: int) -> int:
     """Train as a rank of a run that repeats steps; rank `wrong` has one loss that is not finite."""
     own = int(os.environ["RANK"]) == wrong
     bad = Once(float("nan")) if own else lambda batch: 1.0
-    machine = Machine(strategy, devices=world, shard_small=True)
+    machine = Machine(strategy, devices=world, zero3_shard_small=True)
     train(Path(root), bad, policy="recompute", machine=machine)
     return 0
 

@@ -20,7 +20,7 @@ from echolab.training.callbacks import export_check
 from echolab.training.callbacks.export_check import Sampling, check_parity, parity_clips
 from echolab.training.callbacks.validation import read_share, validate
 from echolab.training.checkpoints.checkpoint import latest_valid
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 from echolab.training.engine.ema import Ema
 from echolab.training.fit import Machine
 from echolab.training.loop import TrainLoop
@@ -76,7 +76,7 @@ def held_bits(loop: TrainLoop) -> bytes:
     return values + torch.get_rng_state().numpy().tobytes() + numbers + modes
 
 
-def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[str, Any]:
+def gate(loop: TrainLoop, out: Path, held: ValData, dtype: torch.dtype) -> dict[str, Any]:
     """Return the outcome of the export check under each fault, and the held-out errors, as JSON."""
     subject = (loop.module.net, loop.ema, loop.masters)
     device = torch.device("cpu")
@@ -85,7 +85,7 @@ def gate(loop: TrainLoop, out: Path, held: HeldOut, dtype: torch.dtype) -> dict[
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     values = validate(*subject, share, runs.PHASES, SIGMAS, seed=1, **where)
     results: dict[str, Any] = {"values": dict(values)}
-    saved, _ = latest_valid(loop.config.folder / "checkpoints")
+    saved, _ = latest_valid(loop.config.run_dir / "checkpoints")
     assert saved and saved.step == 4
     for how in ("nothing", "swap of averages", "perturbed", "names"):
         with broken(how):
@@ -116,7 +116,7 @@ def main(
     lora: bool = False,
 ) -> None:
     """Train four steps; each rank writes its results to `out`/rank-N.json."""
-    held = HeldOut(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
+    held = ValData(runs.write_clips(Path(folder) / "held", HELD, 50), batch_size=2, tasks=TASKS)
     end = TrainLoop.on_train_end
 
     def and_gate(self: TrainLoop, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -130,7 +130,7 @@ def main(
         settings = adapted.settings("base")
         origin = {"weights": f"{folder}/base.safetensors", "checkpoint": None, "seed": 0}
         settings["adapters"]["origin"] = origin
-    machine = Machine(strategy, devices=devices, precision=precision, shard_small=True)
+    machine = Machine(strategy, devices=devices, precision=precision, zero3_shard_small=True)
     plan = runs.schedule(("sft", 4), lr=1e-2)
     optim = runs.Optim(ema_decay=0.9)
-    runs.train(Path(folder), plan, folder=Path(out), machine=machine, optim=optim, **settings)
+    runs.train(Path(folder), plan, run_dir=Path(out), machine=machine, optim=optim, **settings)

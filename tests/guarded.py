@@ -120,9 +120,9 @@ def train(root: str, strategy: str, to: str) -> None:
         lambda: runs.train(
             Path(root),
             runs.schedule(("sft", 4)),
-            folder=Path(to) / strategy,
-            every=Intervals(log=0, save=0, replicas=1),
-            machine=Machine(strategy, devices=2, shard_small=False),
+            run_dir=Path(to) / strategy,
+            intervals=Intervals(log_every=0, save_every=0, replica_check_every=1),
+            machine=Machine(strategy, devices=2, zero3_shard_small=False),
         )
     )
     (Path(to) / f"{strategy}-{dist.get_rank()}").write_text(result)

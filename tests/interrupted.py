@@ -14,7 +14,7 @@ from echolab.training import distributed
 from echolab.training.callbacks import export_check, validation
 from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.config import Intervals
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 from echolab.training.fit import FitResult, Machine
 
 STEPS, HELD = 4, 5
@@ -42,10 +42,10 @@ def act_at(place: str, count: int, act: Callable[[], object]) -> None:
 def train(root: Path, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
     """Train with a save and a validation at the same steps, and an export check at the end."""
     settings: dict[str, Any] = {
-        "every": Intervals(log=1, save=2, validate=2),
-        "held_out": HeldOut(runs.write_clips(root / "held", HELD, 50), HELD, 2),
+        "intervals": Intervals(log_every=1, save_every=2, val_every=2),
+        "val_data": ValData(runs.write_clips(root / "held", HELD, 50), HELD, 2),
         "phases": runs.PHASES,
-        "parity": True,
+        "verify_export": True,
     }
     return runs.train(root, runs.schedule(("sft", STEPS)), **settings | changes)
 
@@ -68,10 +68,10 @@ def main(
     if place and own == victim:
         act_at(place, count, stop)
     machine = Machine(
-        strategy, devices=devices, shard_small=True, sequence_parallel=together,
-        checkpointing="none",
+        strategy, devices=devices, zero3_shard_small=True, sequence_parallel=together,
+        activation_checkpointing="none",
     )  # fmt: skip
-    result, rows = train(Path(root), folder=folder, machine=machine)
+    result, rows = train(Path(root), run_dir=folder, machine=machine)
     record = {
         "result": [result.step, result.reason, result.stopped_by, result.done, result.unsaved],
         "val": [row["step"] for row in rows if "val/loss" in row],

@@ -14,7 +14,7 @@ import runs
 
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.config import Intervals
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 from echolab.training.fit import Machine
 from echolab.training.loop import TrainLoop
 
@@ -40,23 +40,23 @@ def main(words: Sequence[str]) -> None:
     root = Path(folder)
     if "again" in options:
         save_what_was_loaded(Path(options["again"]))
-    held = HeldOut(runs.write_clips(root / "held", 4, 50), 4, 2)
+    held = ValData(runs.write_clips(root / "held", 4, 50), 4, 2)
     result, rows = runs.train(
         root,
         plan,
-        folder=Path(out),
-        every=Intervals(log=1, save=0, validate=3),
-        held_out=held,
+        run_dir=Path(out),
+        intervals=Intervals(log_every=1, save_every=0, val_every=3),
+        val_data=held,
         phases=runs.PHASES,
         micro_batch_size=int(options.get("micro", 0)) or None,
         # eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
-        optim=runs.Optim(clip=0.5, eps=1e-4),
+        optim=runs.Optim(max_grad_norm=0.5, eps=1e-4),
         machine=Machine(
             strategy,
             devices=int(devices),
             precision=options.get("precision", "32-true"),
-            shard_small=options.get("small") != "no",
-            checkpointing=options.get("checkpointing", "none"),
+            zero3_shard_small=options.get("small") != "no",
+            activation_checkpointing=options.get("checkpointing", "none"),
             sequence_parallel=int(options.get("together", 1)),
         ),
         **(adapted.settings(options["lora"]) if "lora" in options else {}),

@@ -56,8 +56,8 @@ def main() -> None:
     runs.train(
         Path(folder),
         runs.schedule(("sft", 1)),
-        folder=Path(folder) / f"{strategy}-{precision}-{lora}",
-        every=Intervals(0, 0, 0),
+        run_dir=Path(folder) / f"{strategy}-{precision}-{lora}",
+        intervals=Intervals(0, 0, 0),
         machine=Machine(strategy, devices=int(ranks), precision=precision),
         **(adapted.settings("base") if lora == "lora" else {}),
     )

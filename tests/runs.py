@@ -15,7 +15,7 @@ from echolab.diffusion.phases import PHDA, ModalityDropout
 from echolab.models.frozen import Frozen
 from echolab.tasks.curriculum import Curriculum, hard_to_easy
 from echolab.tasks.table import TASKS
-from echolab.training.fit import FitResult, Training, fit
+from echolab.training.fit import FitResult, TrainConfig, fit
 from echolab.training.module import Optim
 from echolab.training.schedule import Epoch, Schedule
 
@@ -79,7 +79,7 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
     rows: list[dict[str, Any]] = []
     reference = Frozen(tiny.net())
     settings: dict[str, Any] = {
-        "folder": root / "run",
+        "run_dir": root / "run",
         "clips": [write_clips(root / "clips", 7)],
         "pairs": [write_pairs(root / "pairs", 5)],
         "schedule": plan,
@@ -93,10 +93,10 @@ def train(root: Path, plan: Schedule, **changes: Any) -> tuple[FitResult, list[d
             ),
         },
         "batch_size": 4,
-        "log": lambda step, values: rows.append({"step": step, **values}),
+        "log_metrics": lambda step, values: rows.append({"step": step, **values}),
     }  # fmt: skip
     net = changes.pop("net", None) or tiny.net(trained=True)
-    result = fit(Training(net, ARCHITECTURE, **{**settings, **changes}))
+    result = fit(TrainConfig(net, ARCHITECTURE, **{**settings, **changes}))
     return result, rows
 
 

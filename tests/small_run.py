@@ -22,7 +22,7 @@ from echolab.inference.inputs import load_clips
 from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
 from echolab.tasks.curriculum import Curriculum, Stage
-from echolab.training.fit import Training, fit
+from echolab.training.fit import TrainConfig, fit
 
 ARCHITECTURE = {
     "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "freq_dim": 16,
@@ -47,8 +47,8 @@ def make(root: Path) -> SmallRun:
     encode_dataset(made.raw, made.encoded, encoders, lambda done: None)
     net = EchoTransformer(**ARCHITECTURE)  # type: ignore[arg-type]
     initialize(net, torch.Generator().manual_seed(0))
-    fit(Training(
-        net, ARCHITECTURE, folder=made.run, clips=[open_dataset(made.encoded)],
+    fit(TrainConfig(
+        net, ARCHITECTURE, run_dir=made.run, clips=[open_dataset(made.encoded)],
         schedule=runs.schedule(("sft", 2)), curriculum=Curriculum([Stage(1, {"i2v": 1.0})]),
         objectives={"sft": Supervised(runs.PHASES)}, batch_size=2,
     ))  # fmt: skip

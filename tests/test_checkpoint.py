@@ -18,13 +18,13 @@ from echolab.training.checkpoints.checkpoint import (
 )
 from echolab.training.config import Intervals
 
-EVERY = Intervals(log=1, save=2)
+EVERY = Intervals(log_every=1, save_every=2)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    runs.train(folder, runs.schedule(("sft", 6)), every=EVERY)
+    runs.train(folder, runs.schedule(("sft", 6)), intervals=EVERY)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_every_tensor_is_complete_fp32_and_named(run: Path) -> None:
 
 def test_old_checkpoints_are_removed_and_epoch_boundaries_stay(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 3), ("dpo", 3), ("sft", 6))
-    runs.train(tmp_path, plan, every=Intervals(log=0, save=1))
+    runs.train(tmp_path, plan, intervals=Intervals(log_every=0, save_every=1))
     assert saved_steps(tmp_path / "run/checkpoints") == [12, 11, 6, 3]
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_skipped(run: Path, damage: str, part: str) -> N
     checkpoint, rejected = latest_valid(folder)
     assert checkpoint and checkpoint.step == 4
     assert len(rejected) == 1 and "step-000006" in rejected[0]
-    result, rows = runs.train(run, runs.schedule(("sft", 6)), every=EVERY)
+    result, rows = runs.train(run, runs.schedule(("sft", 6)), intervals=EVERY)
     assert result.done and [row["step"] for row in rows] == [5, 6]
 
 

@@ -221,13 +221,13 @@ def test_a_preference_experiment_continues_the_curriculum_of_its_start(
     words += ["model.ffn_dim=64", "model.num_layers=1", f"run_dir={tmp_path / 'run'}"]
     config = compose([*words, f"init_from={tmp_path / 'sft'}"])
     assert config["tasks"] == sft["tasks"]
-    training = objects.training_from(config, "")
+    training = objects.train_config_from(config, "")
     for step in range(training.schedule.steps):
         if training.schedule.locate(step).epoch.kind == "sft" and step % 50 == 0:
             counted = training.schedule.supervised_steps(step)
             probabilities = training.curriculum.probabilities(counted)
             assert probabilities["t2v"] < 0.3 and probabilities["lip_sync"] > 0.15
-    again = objects.training_from({**config, "tasks": {**config["tasks"], "restart": True}}, "")
+    again = objects.train_config_from({**config, "tasks": {**config["tasks"], "restart": True}}, "")
     assert again.curriculum.probabilities(0)["t2v"] == 1.0
 
 

@@ -187,7 +187,7 @@ class Malicious:
 
 
 def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
-    runs.train(tmp_path, runs.schedule(("sft", 2)), every=Intervals(log=1, save=1))
+    runs.train(tmp_path, runs.schedule(("sft", 2)), intervals=Intervals(log_every=1, save_every=1))
     run, marker = tmp_path / "run", tmp_path / "executed"
     checkpoints = run / "checkpoints"
     bait = pickle.dumps(Malicious(marker))
@@ -204,7 +204,7 @@ def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
             (newest / name).write_bytes(content)
             assert _used_by_all(newest) == 1, name
             shutil.copy(aside / name, newest / name)
-    runs.train(tmp_path, runs.schedule(("sft", 3)), every=Intervals(log=1, save=1))
+    runs.train(tmp_path, runs.schedule(("sft", 3)), intervals=Intervals(log_every=1, save_every=1))
     assert not marker.exists()
     torch.load(zipped, weights_only=False)  # it would have worked
     assert marker.exists()

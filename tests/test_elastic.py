@@ -251,8 +251,8 @@ def test_clips_of_two_sizes_train_together(tmp_path: Path) -> None:
             writer.write(f"narrow-{i}", {"safetensors": save(made), "json": b"{}"})
     clips = [runs.write_clips(tmp_path / "clips", 7), open_dataset(tmp_path / "narrow")]
     result, rows = runs.train(
-        tmp_path, runs.schedule(("sft", 6)), clips=clips, weights=[1.0, 2.0], batch_size=2,
-        ledger=True, every=Intervals(log=1),
+        tmp_path, runs.schedule(("sft", 6)), clips=clips, clip_weights=[1.0, 2.0], batch_size=2,
+        log_samples=True, intervals=Intervals(log_every=1),
     )  # fmt: skip
     assert result.done and len(rows) == 6
     steps = read_ledger(tmp_path / "run").steps

@@ -104,7 +104,7 @@ def test_tied_weights_train_as_one_and_frozen_weights_stay(
     for step in range(1, 5):
         optimizer.zero_grad()
         plain(torch.tensor(0.5 * step)).backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), o.clip)
+        torch.nn.utils.clip_grad_norm_(trained.values(), o.max_grad_norm)
         optimizer.step()
     report = {"cases": CASES, "world": 2, "to": str(tmp_path)}
     fork_server.run("engines:tied", world=2, arguments=report)
@@ -151,7 +151,7 @@ PLAN = Plan(
     offload="none", trained=7, frozen=0, blocks=2, checkpointed=2, compiled=0, attention="sdpa",
 )  # fmt: skip
 MACHINE = Machine(
-    "zero2", 4, precision="bf16-mixed", checkpointing="selective", sequence_parallel=2
+    "zero2", 4, precision="bf16-mixed", activation_checkpointing="selective", sequence_parallel=2
 )
 
 

@@ -72,7 +72,7 @@ def test_the_total_is_the_peak_of_a_real_run(tmp_path: Path) -> None:
         net = tiny.net(**sizes)
         runs.train(
             tmp_path, runs.schedule(("sft", 3)), net=net, clips=[clips], batch_size=16,
-            every=Intervals(0, 0, 0), reference=None, objectives={"sft": Supervised(PHASES)},
+            intervals=Intervals(0, 0, 0), reference=None, objectives={"sft": Supervised(PHASES)},
         )  # fmt: skip
     architecture = {
         **sizes, "num_heads": 2, "freq_dim": 16, "in_channels": 2 * tiny.CHANNELS + 4,
@@ -220,7 +220,7 @@ def test_a_node_holds_the_state_of_all_its_ranks_and_a_gpu_that_of_one() -> None
     assert cpu.gpu == 0 and cpu.host == pytest.approx(4 * 20e9 + 16e9, rel=1e-6)
     gpu = bytes_needed(BILLION, Machine("ddp", devices=4, accelerator="gpu"))
     assert gpu == pytest.approx((20e9, 16e9), rel=1e-6)
-    two = bytes_needed(BILLION, Machine("ddp", devices=4, nodes=2, accelerator="gpu"))
+    two = bytes_needed(BILLION, Machine("ddp", devices=4, num_nodes=2, accelerator="gpu"))
     assert two == pytest.approx((20e9, 8e9), rel=1e-6)
     more = bytes_needed(BILLION, Machine("ddp", devices=4), averages=3, reference=True)
     assert more.host == pytest.approx(4 * (20e9 + 8e9 + 4e9) + 24e9, rel=1e-6)

@@ -82,7 +82,7 @@ def test_a_rollback_skips_batches_for_good(tmp_path: Path) -> None:
     assert not audit_run(tmp_path / "a/run").exact  # without the events' word
     # Going on needs no word about it: the events are read again.
     result, _ = runs.train(
-        tmp_path / "a", runs.schedule(("sft", STEPS + 2)), every=EVERY, ledger=True
+        tmp_path / "a", runs.schedule(("sft", STEPS + 2)), intervals=EVERY, log_samples=True
     )
     assert result.step == STEPS + 2
 
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_that_only_records(tmp_path: Path) 
 
 
 def test_a_recorded_spike_changes_nothing(tmp_path: Path) -> None:
-    train(tmp_path / "plain", Once(1e4), limit=1e9)
+    train(tmp_path / "plain", Once(1e4), threshold=1e9)
     train(tmp_path / "noted", Once(1e4))
     assert final(tmp_path / "plain") == final(tmp_path / "noted")
     assert [e.kind for e in events.read(tmp_path / "noted/run")][:1] == ["spike"]
@@ -112,7 +112,7 @@ def test_the_checkpoint_to_roll_back_to_is_not_pruned(
 
     discard = retention.discard
     monkeypatch.setattr(retention, "discard", slowly)
-    train(tmp_path, eighth_batch(), policy="rollback", back=4, skip_batches=2, save=1)
+    train(tmp_path, eighth_batch(), policy="rollback", rollback_steps=4, skip_batches=2, save=1)
     recorded = events.read(tmp_path / "run")
     assert [(e.kind, e.details["to"]) for e in recorded] == [
         ("rollback", 6)

@@ -94,23 +94,23 @@ def test_stop_and_the_clock_end_a_validation_too(
     monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     run = tmp_path / "run"
     interrupted.act_at("validation", 2, (run / "STOP").touch)
-    every = Intervals(log=1, save=3, validate=2)
-    result, rows = interrupted.train(tmp_path, every=every)
+    every = Intervals(log_every=1, save_every=3, val_every=2)
+    result, rows = interrupted.train(tmp_path, intervals=every)
     assert (result.step, result.reason, result.unsaved) == (2, "stop", False)
     assert saved_steps(run / "checkpoints") == [2] and not (run / "STOP").exists()
     assert not any("val/loss" in row for row in rows)
     message = capfd.readouterr().err
     assert "validation at step 2 was cut short (stop)" in message
-    result, rows = interrupted.train(tmp_path, every=every)
+    result, rows = interrupted.train(tmp_path, intervals=every)
     assert result.done and [row["step"] for row in rows if "val/loss" in row] == [STEPS]
 
 
 def test_memory_waits_for_the_next_step(tmp_path: Path) -> None:
     """Or a check at the end, which needs memory too, would never come to its end."""
-    result, rows = interrupted.train(tmp_path, host_memory_gb=1e-3)
+    result, rows = interrupted.train(tmp_path, max_host_memory_gb=1e-3)
     while not result.done:
         assert (result.reason, result.unsaved) == ("memory", False)
-        result, rows = interrupted.train(tmp_path, host_memory_gb=1e-3)
+        result, rows = interrupted.train(tmp_path, max_host_memory_gb=1e-3)
     assert [row["step"] for row in rows if "parity/difference" in row] == [STEPS]
 
 
@@ -129,9 +129,9 @@ def test_a_log_that_fails_loses_no_step(tmp_path: Path, at: int) -> None:
             raise Full
 
     with pytest.raises(Full):
-        interrupted.train(tmp_path, log=log, every=Intervals(log=1, save=2))
+        interrupted.train(tmp_path, log_metrics=log, intervals=Intervals(log_every=1, save_every=2))
     saved = saved_steps(tmp_path / "run/checkpoints")
     assert saved[0] == min(at + 1, STEPS)
     shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "kept")
-    result, _ = interrupted.train(tmp_path, every=Intervals(log=1, save=2))
+    result, _ = interrupted.train(tmp_path, intervals=Intervals(log_every=1, save_every=2))
     assert result.done and result.step == STEPS

@@ -150,10 +150,10 @@ def test_every_part_of_training_in_the_table_exists() -> None:
         ("checkpoints/a.py", "from echolab.training.adapters.lora import Lora", False),
         ("checkpoints/a.py", "def f():\n    from echolab.training import config", False),
         ("adapters/a.py", "import echolab.training.checkpoints.checkpoint", True),
-        ("guards/a.py", "from echolab.training.config import Training", False),
+        ("guards/a.py", "from echolab.training.config import TrainConfig", False),
         ("schedule.py", "from echolab.training import engine", False),
         ("signals.py", "from echolab.training.intervals import Intervals", True),
-        ("config.py", "from echolab.training.guards.spikes import Guards", True),
+        ("config.py", "from echolab.training.guards.spikes import SpikeConfig", True),
     ],
 )
 def test_the_rule_within_training(name: str, source: str, allowed: bool) -> None:

@@ -317,9 +317,9 @@ def test_a_fenced_training_leaves_without_writing(
         if step == 4 and moment == "a step":
             later.comes()
 
-    every = Intervals(log=1, save=0 if moment == "a step" else 1)
+    every = Intervals(log_every=1, save_every=0 if moment == "a step" else 1)
     with pytest.raises(FencedError, match="a later launch took over the run"):
-        runs.train(tmp_path, PLAN, every=every, fenced=later.fenced, on_step=on_step)
+        runs.train(tmp_path, PLAN, intervals=every, fenced=later.fenced, on_step=on_step)
     assert contents(tmp_path / "run") == later.before
 
 
@@ -336,6 +336,6 @@ def test_a_save_that_a_later_launch_put_away_is_never_published(
 
     monkeypatch.setattr(CheckpointWriter, "_publish", frozen)
     with pytest.raises(StorageError):
-        runs.train(tmp_path, PLAN, every=Intervals(save=2))
+        runs.train(tmp_path, PLAN, intervals=Intervals(save_every=2))
     left = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert left == [".partial-later-step-000002"]

@@ -29,9 +29,9 @@ from echolab.data.train_dataset import build_mixture
 from echolab.errors import DataError
 from echolab.heartbeat import Heartbeat
 from echolab.training.config import Intervals
-from echolab.training.datamodule import Feed, ShardDataModule
+from echolab.training.datamodule import ShardDataModule, TrainData
 
-EVERY = Intervals(log=1, save=2)
+EVERY = Intervals(log_every=1, save_every=2)
 Steps = list[list[str]]  # for each step, the keys
 
 
@@ -208,10 +208,14 @@ def test_training_keeps_a_ledger_over_its_attempts(tmp_path: Path) -> None:
         return read_ledger(root / "run").steps
 
     plan = runs.schedule(*PLAN)
-    runs.train(tmp_path / "whole", plan, every=EVERY, ledger=True)
-    first, _ = runs.train(tmp_path / "cut", plan, every=EVERY, ledger=True, on_step=interrupt)
+    runs.train(tmp_path / "whole", plan, intervals=EVERY, log_samples=True)
+    first, _ = runs.train(
+        tmp_path / "cut", plan, intervals=EVERY, log_samples=True, on_step=interrupt
+    )
     assert 4 <= first.step < 9
-    runs.train(tmp_path / "cut", plan, every=EVERY, ledger=True, micro_batch_size=1, workers=1)
+    runs.train(
+        tmp_path / "cut", plan, intervals=EVERY, log_samples=True, micro_batch_size=1, num_workers=1
+    )
     assert effective(tmp_path / "cut") == effective(tmp_path / "whole")
     audit = audit_run(tmp_path / "cut/run")
     assert audit.exact and (audit.steps, audit.attempts, audit.samples) == (9, 2, 36)
@@ -225,13 +229,13 @@ def test_padding_trains_on_no_clip_and_changes_no_mean(tmp_path: Path) -> None:
     def losses(root: Path, **changes: Any) -> list[float]:
         clips = [runs.write_clips(tmp_path / "five", 5)]
         _, rows = runs.train(
-            root, plan, every=Intervals(log=1), clips=clips, ledger=True, **changes
+            root, plan, intervals=Intervals(log_every=1), clips=clips, log_samples=True, **changes
         )
         return [row["train/loss"] for row in rows]
 
     pad = ShuffleConfig(last_batch="pad")
-    padded = losses(tmp_path / "a", batch_size=4, order=pad)
-    cut = losses(tmp_path / "b", batch_size=4, order=pad, micro_batch_size=1)
+    padded = losses(tmp_path / "a", batch_size=4, shuffle=pad)
+    cut = losses(tmp_path / "b", batch_size=4, shuffle=pad, micro_batch_size=1)
     assert cut == pytest.approx(padded, rel=1e-4)
     (alone,) = read_ledger(tmp_path / "a/run").steps[1]
     assert len(alone.keys) == 1 and audit_run(tmp_path / "b/run").exact
@@ -244,9 +248,9 @@ def test_ranks_that_share_their_clips_write_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = build_mixture([runs.write_clips(tmp_path, 4)], kind="encoded", batch_size=2, seed=0)
-    feed = Feed(clips, None, 2, 1, 0, 0, sequence_parallel=2)
+    train_data = TrainData(clips, None, 2, 1, 0, 0, sequence_parallel=2)
     module = ShardDataModule(
-        feed, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Heartbeat(None)
+        train_data, runs.schedule(("sft", 1)).place, 1, runs.curriculum(), Heartbeat(None)
     )
     writers = []
     for rank in range(4):
@@ -271,7 +275,7 @@ def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Pat
 
 def test_waiting_for_data_is_logged(tmp_path: Path) -> None:
     order = ShuffleConfig(last_batch="drop")
-    _, rows = runs.train(tmp_path, runs.schedule(("sft", 3)), every=EVERY, order=order)
+    _, rows = runs.train(tmp_path, runs.schedule(("sft", 3)), intervals=EVERY, shuffle=order)
     assert all(0 < row["perf/data_wait_seconds"] < 60 for row in rows)
     assert [(row["data/epochs"], row["data/dropped"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
 
@@ -279,8 +283,11 @@ def test_waiting_for_data_is_logged(tmp_path: Path) -> None:
 def test_the_order_of_a_run_cannot_change(tmp_path: Path) -> None:
     from echolab.errors import EcholabError
 
-    runs.train(tmp_path, runs.schedule(("sft", 2)), every=EVERY)
+    runs.train(tmp_path, runs.schedule(("sft", 2)), intervals=EVERY)
     with pytest.raises(EcholabError, match="order was"):
         runs.train(
-            tmp_path, runs.schedule(("sft", 3)), every=EVERY, order=ShuffleConfig(shuffle_buffer=7)
+            tmp_path,
+            runs.schedule(("sft", 3)),
+            intervals=EVERY,
+            shuffle=ShuffleConfig(shuffle_buffer=7),
         )

@@ -26,7 +26,7 @@ from echolab.training.checkpoints.checkpoint import PARTS, latest_valid, open_ch
 from echolab.training.config import Intervals
 
 PLAN = (("sft", 2), ("dpo", 2), ("ndpo", 1))
-EVERY = Intervals(log=1, save=1)
+EVERY = Intervals(log_every=1, save_every=1)
 HERE = Path(__file__).parent
 
 
@@ -42,12 +42,18 @@ def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
 
     plan = runs.schedule(*PLAN)
     made = adapted.settings(reference, lora)
-    complete, _ = runs.train(tmp_path / "a", plan, every=EVERY, **made)
+    complete, _ = runs.train(tmp_path / "a", plan, intervals=EVERY, **made)
     first, _ = runs.train(
-        tmp_path / "b", plan, every=EVERY, on_step=interrupt, **adapted.settings(reference, lora)
+        tmp_path / "b",
+        plan,
+        intervals=EVERY,
+        on_step=interrupt,
+        **adapted.settings(reference, lora),
     )
     torch.manual_seed(99)  # what is dropped must not hang on it
-    second, _ = runs.train(tmp_path / "b", plan, every=EVERY, **adapted.settings(reference, lora))
+    second, _ = runs.train(
+        tmp_path / "b", plan, intervals=EVERY, **adapted.settings(reference, lora)
+    )
     assert first.stopped_by and second.done and complete.checkpoint and second.checkpoint
     assert runs.tensors_of(second.checkpoint) == runs.tensors_of(complete.checkpoint)
     assert base_fingerprint(made["net"]) == base_fingerprint(tiny.net(trained=True))

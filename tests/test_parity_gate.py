@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from echolab.errors import ConfigError, DiskFullError, ParityError, StorageError
 from echolab.training.callbacks.export_check import REPORT, TOLERANCE, Parity, passed_before
 from echolab.training.config import Intervals
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 from echolab.training.fit import FitResult, Machine
 
 RANKS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
@@ -135,7 +135,7 @@ def test_nan_does_not_pass() -> None:
 
 def trained(folder: Path, plan: Any, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
     """A run with the gate at its end."""
-    return runs.train(folder, plan, parity=True, net=tiny.net(trained=True), **changes)
+    return runs.train(folder, plan, verify_export=True, net=tiny.net(trained=True), **changes)
 
 
 KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
@@ -164,11 +164,14 @@ def end(folder: str, strategy: str, killed: str) -> int:
     }[killed]
     setattr(module, name, action)
     devices = RANKS[strategy]
-    held_out = HeldOut(runs.write_clips(Path(folder) / "held", 2, 50), at_most=2, batch_size=1)
-    plan, machine = runs.schedule(("sft", 2)), Machine(strategy, devices=devices, shard_small=True)
+    held_out = ValData(runs.write_clips(Path(folder) / "held", 2, 50), num_clips=2, batch_size=1)
+    plan, machine = (
+        runs.schedule(("sft", 2)),
+        Machine(strategy, devices=devices, zero3_shard_small=True),
+    )
     result, rows = trained(
-        Path(folder), plan, machine=machine, held_out=held_out, phases=runs.PHASES,
-        every=Intervals(log=1, save=100, validate=100),
+        Path(folder), plan, machine=machine, val_data=held_out, phases=runs.PHASES,
+        intervals=Intervals(log_every=1, save_every=100, val_every=100),
     )  # fmt: skip
     print(json.dumps([result.step, result.done, [sorted(row) for row in rows]]))
     return 0
@@ -234,13 +237,16 @@ def test_a_disk_says_nothing_of_an_export(
 
     with monkeypatch.context() as patch, pytest.raises(kind, match="cannot be compared"):
         patch.setattr("echolab.training.callbacks.export_check.write_original", fail)
-        trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))
-    assert trained(tmp_path, runs.schedule(("sft", 2)), every=Intervals(save=0))[0].done
+        trained(tmp_path, runs.schedule(("sft", 2)), intervals=Intervals(save_every=0))
+    assert trained(tmp_path, runs.schedule(("sft", 2)), intervals=Intervals(save_every=0))[0].done
 
 
 def test_a_run_is_done_only_behind_the_gate(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 4), lr=1e-2)
-    settings: dict[str, Any] = {"every": Intervals(save=2), "optim": runs.Optim(ema_decay=0.9)}
+    settings: dict[str, Any] = {
+        "intervals": Intervals(save_every=2),
+        "optim": runs.Optim(ema_decay=0.9),
+    }
     for how in ("swap of averages", "perturbed", "names"):
         with broken(how), pytest.raises(ParityError, match="differ by"):
             trained(tmp_path, plan, **settings)  # and so it does when it is started again
@@ -252,5 +258,5 @@ def test_a_run_is_done_only_behind_the_gate(tmp_path: Path) -> None:
     again, more = trained(tmp_path, plan, **settings)
     assert again.done and more == []  # what was let pass is not done again
     assert runs.tensors_of(tmp_path / "run/checkpoints/step-000004") == weights
-    unbroken, _ = runs.train(tmp_path, plan, folder=tmp_path / "other", **settings)
+    unbroken, _ = runs.train(tmp_path, plan, run_dir=tmp_path / "other", **settings)
     assert unbroken.done and runs.tensors_of(tmp_path / "other/checkpoints/step-000004") == weights

@@ -134,14 +134,16 @@ def test_a_run_is_checked_in_the_order_data_device_memory_network(
     monkeypatch.setattr(networks, "capacity", lambda: 1 << 20)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
-        build.training_from(compose([*words, "data.clips=nowhere", "trainer.accelerator=gpu"]), "")
+        build.train_config_from(
+            compose([*words, "data.clips=nowhere", "trainer.accelerator=gpu"]), ""
+        )
     with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here"):
-        build.training_from(compose([*here, "trainer.accelerator=gpu"]), "")
+        build.train_config_from(compose([*here, "trainer.accelerator=gpu"]), "")
     with pytest.raises(ConfigError, match="memory: .* this node has 0.0 GiB"):
-        build.training_from(compose(here), "")
+        build.train_config_from(compose(here), "")
     monkeypatch.setattr(networks, "capacity", lambda: None)
     with pytest.raises(AssertionError, match="the network is built"):
-        build.training_from(compose(here), "")
+        build.train_config_from(compose(here), "")
 
 
 def sources(folder: Path, kind: str) -> tuple[str, str]:

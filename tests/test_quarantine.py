@@ -240,7 +240,7 @@ def test_a_run_counts_what_it_skipped(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 2), ("dpo", 2))
     with pytest.raises(DataError, match="sample clip-000, byte"):
         runs.train(tmp_path, plan)
-    _, rows = runs.train(tmp_path, plan, skip_budget=0.3, every=Intervals(log=1))
+    _, rows = runs.train(tmp_path, plan, max_bad_fraction=0.3, intervals=Intervals(log_every=1))
     assert [row["data/skipped"] for row in rows if "train/loss" in row][-1] == 2
     entries = read_quarantine(tmp_path / "run" / "quarantine.jsonl")
     assert [entry["key"] for entry in entries] == ["clip-000", "pair-000"]

@@ -166,7 +166,7 @@ def test_a_reference_is_read_again_after_a_rollback(
     watched: list[bool] = []
     config = SimpleNamespace(
         reference=reference,
-        reference_checkpoint=None,
+        ref_model=None,
         objectives={"dpo": runs.Preference(runs.PHASES, reference, 100.0)},
     )
     callback = ReferenceModel(

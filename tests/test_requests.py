@@ -34,9 +34,9 @@ def train(root: Path, at_two: Any, **changes: Any) -> FitResult:
         if step == 2:
             at_two(root / "run")
 
-    every = Intervals(log=1, save=0)
+    every = Intervals(log_every=1, save_every=0)
     result, _ = runs.train(
-        root, runs.schedule(("sft", STEPS)), every=every, on_step=on_step, **changes
+        root, runs.schedule(("sft", STEPS)), intervals=every, on_step=on_step, **changes
     )
     return result
 
@@ -151,7 +151,7 @@ def test_without_time_for_a_save_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echolab.training.callbacks.checkpoints.SAVE_TIMES", 1e6)
-    every = Intervals(log=0, save=1)
+    every = Intervals(log_every=0, save_every=1)
 
     def on_step(step: int, steps: int) -> None:
         if step == 4:
@@ -160,9 +160,9 @@ def test_without_time_for_a_save_there_is_none(
     result, _ = runs.train(
         tmp_path,
         runs.schedule(("sft", STEPS)),
-        every=every,
+        intervals=every,
         on_step=on_step,
-        grace={signal.SIGTERM: 30.0},
+        signal_grace_seconds={signal.SIGTERM: 30.0},
     )
     assert (result.reason, result.step, result.unsaved) == ("signal", 5, True)
     assert 5 not in saved_steps(tmp_path / "run/checkpoints")
@@ -181,9 +181,9 @@ def test_late_means_not_done_and_what_was_begun_is_kept(
     result, _ = runs.train(
         tmp_path,
         runs.schedule(("sft", STEPS)),
-        every=Intervals(log=0, save=1),
+        intervals=Intervals(log_every=0, save_every=1),
         on_step=on_step,
-        grace={signal.SIGTERM: 30.0},
+        signal_grace_seconds={signal.SIGTERM: 30.0},
     )
     assert result.step == at + 1 and result.unsaved and not result.done
     assert result.reason == "signal"
@@ -191,14 +191,14 @@ def test_late_means_not_done_and_what_was_begun_is_kept(
 
 
 def test_before_the_jobs_time_is_up_it_saves(tmp_path: Path) -> None:
-    result = train(tmp_path, touch("nothing"), job_ends=time.time() + 59)
+    result = train(tmp_path, touch("nothing"), job_end_time=time.time() + 59)
     assert (result.reason, result.step) == ("time", 1)
     assert saved_steps(tmp_path / "run/checkpoints") == [1]
-    assert train(tmp_path, touch("nothing"), job_ends=time.time() + 3600).done
+    assert train(tmp_path, touch("nothing"), job_end_time=time.time() + 3600).done
 
 
 def test_too_much_memory_is_a_planned_restart(tmp_path: Path) -> None:
-    result = train(tmp_path, touch("nothing"), host_memory_gb=1e-3)
+    result = train(tmp_path, touch("nothing"), max_host_memory_gb=1e-3)
     assert (result.reason, result.step, result.unsaved) == ("memory", 1, False)
     assert saved_steps(tmp_path / "run/checkpoints") == [1]
 

@@ -24,8 +24,8 @@ from echolab.data.verify import find_faults
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import TASKS
 from echolab.training.callbacks.validation import read_share
-from echolab.training.config import Intervals, Training
-from echolab.training.datamodule import HeldOut
+from echolab.training.config import Intervals, TrainConfig
+from echolab.training.datamodule import ValData
 
 Tensors = dict[str, Tensor]
 BAD, COUNT = 4, 7
@@ -187,7 +187,8 @@ def test_training_ends_at_a_bad_clip_or_goes_past_it(
     with pytest.raises(DataError, match=r"sample clip-004: .*data\.max_bad_fraction=0.01"):
         runs.train(tmp_path, PLAN, clips=[open_dataset(tmp_path / "clips")])
     result, rows = runs.train(
-        tmp_path, PLAN, skip_budget=0.4, every=Intervals(log=1), folder=tmp_path / "again",
+        tmp_path, PLAN, max_bad_fraction=0.4, intervals=Intervals(log_every=1),
+        run_dir=tmp_path / "again",
         clips=[open_dataset(tmp_path / "clips")], pairs=[open_dataset(tmp_path / "pairs")],
     )  # fmt: skip
     assert result.done and all(
@@ -198,18 +199,19 @@ def test_training_ends_at_a_bad_clip_or_goes_past_it(
 
 
 def test_a_bad_held_out_clip_is_found_before_the_first_step(tmp_path: Path) -> None:
-    held = HeldOut(write(tmp_path / "held", "encoded", CHANGES["encoded", "latents", "nan"]))
+    held = ValData(write(tmp_path / "held", "encoded", CHANGES["encoded", "latents", "nan"]))
     with pytest.raises(DataError, match="clip-004: tensor latents: 1 of .* values not finite"):
         read_share(held)
     settings: Mapping[str, Any] = {
-        "held_out": held, "phases": runs.PHASES, "every": Intervals(log=1, save=0, validate=4),
+        "val_data": held, "phases": runs.PHASES,
+        "intervals": Intervals(log_every=1, save_every=0, val_every=4),
     }  # fmt: skip
     plan = runs.schedule(("sft", 4))
     rows: list[Any] = []
     with pytest.raises(DataError, match="held: sample clip-004"):
-        runs.train(tmp_path, plan, **settings, log=lambda step, values: rows.append(step))
+        runs.train(tmp_path, plan, **settings, log_metrics=lambda step, values: rows.append(step))
     assert rows == []
-    _, logged = runs.train(tmp_path, plan, **settings, skip_budget=0.4)
+    _, logged = runs.train(tmp_path, plan, **settings, max_bad_fraction=0.4)
     losses = [row["val/loss"] for row in logged if "val/loss" in row]
     assert losses and all(map(math.isfinite, losses))
     assert [e["key"] for e in read_quarantine(tmp_path / "run/quarantine.jsonl")] == ["clip-004"]
@@ -217,9 +219,9 @@ def test_a_bad_held_out_clip_is_found_before_the_first_step(tmp_path: Path) -> N
 
 def check(tmp_path: Path, **changes: Any) -> None:
     clips = changes.pop("clips", None) or runs.write_clips(tmp_path / "clips", 3)
-    Training(
+    TrainConfig(
         net=tiny.net(), architecture={**tiny.SIZES, **changes.pop("model", {})}, clips=[clips],
-        folder=tmp_path / "run", schedule=runs.schedule(("sft", 1)), curriculum=runs.curriculum(),
+        run_dir=tmp_path / "run", schedule=runs.schedule(("sft", 1)), curriculum=runs.curriculum(),
         objectives={"sft": runs.Supervised(runs.PHASES)}, batch_size=1, phases=runs.PHASES,
         **changes,
     ).check()  # fmt: skip
@@ -259,11 +261,11 @@ def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="tasks.tasks: task lip_sync, for which the clips of"):
         check(tmp_path, clips=few)
     with pytest.raises(ConfigError, match="data.val_tasks: task lip_sync"):
-        check(tmp_path, held_out=HeldOut(few))
-    check(tmp_path, held_out=HeldOut(few, tasks=("t2v", "i2v")))
+        check(tmp_path, val_data=ValData(few))
+    check(tmp_path, val_data=ValData(few, tasks=("t2v", "i2v")))
     pairs = runs.write_pairs(tmp_path / "pairs", 2)
     with pytest.raises(DataError, match="pairs: kind preference, need encoded; give another"):
-        check(tmp_path, held_out=HeldOut(pairs))
+        check(tmp_path, val_data=ValData(pairs))
     with pytest.raises(DataError, match="pairs: kind preference, need encoded"):
         check(tmp_path, clips=pairs)
     with pytest.raises(DataError, match="few: kind encoded, need preference"):
@@ -281,11 +283,11 @@ def test_data_are_looked_at_before_weights_are_read(
     clips, _ = encoded.write(tmp_path)
     words = [*encoded.SETTINGS, f"data.clips={clips}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match="model.text_dim=8: the clips of"):
-        build.training_from(compose([*words, "model.text_dim=8"]), "")
+        build.train_config_from(compose([*words, "model.text_dim=8"]), "")
     with pytest.raises(DataError, match="nowhere/dataset.json: not there"):
-        build.training_from(compose([*words, "data.val_clips=nowhere"]), "")
+        build.train_config_from(compose([*words, "data.val_clips=nowhere"]), "")
     with pytest.raises(AssertionError, match="weights are read"):
-        build.training_from(compose(words), "")
+        build.train_config_from(compose(words), "")
 
 
 def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> None:
@@ -301,4 +303,4 @@ def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> No
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
 def test_a_flow_shift_is_above_0(tmp_path: Path, shift: float) -> None:
     with pytest.raises(ConfigError, match="flow_shift=.*: must be above 0"):
-        check(tmp_path, shift=shift)
+        check(tmp_path, flow_shift=shift)

@@ -91,7 +91,7 @@ WRONG: list[tuple[Callable[[State], object], str]] = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    runs.train(folder, runs.schedule(("sft", 6)), every=Intervals(log=1, save=4))
+    runs.train(folder, runs.schedule(("sft", 6)), intervals=Intervals(log_every=1, save_every=4))
     return folder / "run/checkpoints/step-000006"
 
 
@@ -251,12 +251,12 @@ def test_a_run_resumes_from_the_one_before(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No KeyError, and no step that is trained on what cannot be."""
-    plan, every = runs.schedule(("sft", 6)), Intervals(log=1, save=2)
-    runs.train(tmp_path, plan, every=every)
+    plan, every = runs.schedule(("sft", 6)), Intervals(log_every=1, save_every=2)
+    runs.train(tmp_path, plan, intervals=every)
     checkpoints = tmp_path / "run/checkpoints"
     complete = runs.tensors_of(folder_of(checkpoints, 6))
     rewrite(folder_of(checkpoints, 6), remove("optimizer_updates"))
-    result, rows = runs.train(tmp_path, plan, every=every)
+    result, rows = runs.train(tmp_path, plan, intervals=every)
     assert result.done and [row["step"] for row in rows] == [5, 6]
     said = capfd.readouterr().err
     assert "echolab: skipped: " in said and "optimizer_updates is missing" in said

@@ -313,7 +313,7 @@ def test_the_settings_are_those_that_the_code_takes() -> None:
     assert reach(parts.machine_from(trainer), trainer)
     assert reach(parts.timeouts_from(timeouts), timeouts)
     spike = distinct(schema.LossSpike, policy="record", min_history=2, window=99)
-    assert reach(parts.guards_from(spike), spike)
+    assert reach(parts.spike_config_from(spike), spike)
     intervals = dict(zip(parts.INTERVALS, (1, 2, 3, 5, 4), strict=True))
     assert reach(tuple(vars(parts.intervals_from(intervals)).values()), intervals)
     optim = distinct(schema.Optim, betas=(0.1, 0.2), extra_ema_decays=(), posthoc_ema_stds=(0.3,))

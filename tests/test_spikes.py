@@ -20,7 +20,7 @@ from echolab.training.guards.spike_policy import (
     event_details,
     without_checkpoint,
 )
-from echolab.training.guards.spikes import LEAST, Guards, Spike, SpikeDetector, deviations
+from echolab.training.guards.spikes import LEAST, Spike, SpikeConfig, SpikeDetector, deviations
 from echolab.training.schedule import Skip
 
 STEPS = 50_000
@@ -142,12 +142,15 @@ def test_decisions_are_the_same_after_a_resume(seed: int, cut: int) -> None:
     rng = np.random.default_rng(seed)
     values = np.exp(rng.standard_t(2, 150)).tolist()  # heavy tails: many alarms
     kinds = rng.choice(["sft", "dpo"], 150).tolist()
-    complete, cut_one = SpikeDetector(limit=3, warmup=8), SpikeDetector(limit=3, warmup=8)
+    complete, cut_one = (
+        SpikeDetector(threshold=3, min_history=8),
+        SpikeDetector(threshold=3, min_history=8),
+    )
     decisions = []
     for step, (kind, value) in enumerate(zip(kinds, values, strict=True)):
         if step == cut:
             state = json.loads(json.dumps(cut_one.state_dict(), allow_nan=False))
-            cut_one = SpikeDetector(limit=3, warmup=8)
+            cut_one = SpikeDetector(threshold=3, min_history=8)
             cut_one.load_state_dict(state)
         epoch = step // 70
         decisions.append(
@@ -168,7 +171,7 @@ def event(kind: str, step: int, **about: Any) -> Event:
 
 
 def test_record_goes_on_but_not_with_nan() -> None:
-    guards = Guards("record")
+    guards = SpikeConfig("record")
     assert decide(None, guards, [], PLAN) == NOTHING
     assert decide(HIGH, guards, [], PLAN)[:2] == (What.RECORD, "spike")
     with pytest.raises(DivergedError, match="step 700 .*not finite; .*loss_spike.policy=recompute"):
@@ -176,7 +179,7 @@ def test_record_goes_on_but_not_with_nan() -> None:
 
 
 def test_recompute_does_a_step_again_once() -> None:
-    guards = Guards("recompute")
+    guards = SpikeConfig("recompute")
     for spike in (HIGH, BROKEN):
         action = decide(spike, guards, [event("recompute", 699), event("spike", 700)], PLAN)
         assert action[:4] == (What.GO_BACK, "recompute", 700, None)
@@ -190,7 +193,7 @@ def test_recompute_does_a_step_again_once() -> None:
 
 
 def test_rollback_goes_back_and_leaves_out_what_lies_around() -> None:
-    guards = Guards("rollback", back=100, skip_batches=200, at_most=2)
+    guards = SpikeConfig("rollback", rollback_steps=100, skip_batches=200, max_rollbacks=2)
     action = decide(HIGH, guards, [], PLAN)
     # Step 700 is the 650th supervised one.
     assert action == (What.GO_BACK, "rollback", 600, Skip("sft", 550, 200))
@@ -208,7 +211,9 @@ def test_rollback_goes_back_and_leaves_out_what_lies_around() -> None:
 def test_a_clipped_skip_always_fits(step: int, back: int, count: int) -> None:
     kind = PLAN.locate(step).epoch.kind
     spike = HIGH._replace(step=step, kind=kind)
-    action = decide(spike, Guards("rollback", back=back, skip_batches=count), [], PLAN)
+    action = decide(
+        spike, SpikeConfig("rollback", rollback_steps=back, skip_batches=count), [], PLAN
+    )
     assert action.skip and action.to_step <= step
     # The checkpoint that there is may be older, or, where none is old enough, newer.
     for to in (action.to_step // 2, action.to_step, step):
@@ -224,12 +229,14 @@ def test_a_clipped_skip_always_fits(step: int, back: int, count: int) -> None:
 
 def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
     history = History(tmp_path)
-    action = decide(BROKEN, Guards("rollback"), history.events, PLAN)
+    action = decide(BROKEN, SpikeConfig("rollback"), history.events, PLAN)
     assert action.skip
     history.add(BROKEN.step, action.event, **event_details(BROKEN, 500, action.skip))
     for count in (1, 2):
         with pytest.raises(DivergedError, match=f"rolled back {count} times"):
-            decide(BROKEN, Guards("rollback", at_most=count), History(tmp_path).events, PLAN)
+            decide(
+                BROKEN, SpikeConfig("rollback", max_rollbacks=count), History(tmp_path).events, PLAN
+            )
         history.add(BROKEN.step, action.event, **event_details(BROKEN, 500))
     assert history.events[0].details["skip"] == ["sft", 550, 200]
 
@@ -238,14 +245,14 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
     ("settings", "words"),
     [
         ({"policy": "hope"}, "loss_spike.policy=hope: unknown"),
-        ({"limit": 0}, "loss_spike.threshold=0: must be above 0"),
-        ({"limit": math.nan}, "loss_spike.threshold=nan"),
-        ({"warmup": 1}, "loss_spike.min_history=1"),
+        ({"threshold": 0}, "loss_spike.threshold=0: must be above 0"),
+        ({"threshold": math.nan}, "loss_spike.threshold=nan"),
+        ({"min_history": 1}, "loss_spike.min_history=1"),
         ({"window": 10}, "at most loss_spike.window=10"),
-        ({"at_most": -1}, "loss_spike.max_rollbacks=-1: must be 0 or more"),
+        ({"max_rollbacks": -1}, "loss_spike.max_rollbacks=-1: must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Guards(**settings).check()
-    Guards().check()
+        SpikeConfig(**settings).check()
+    SpikeConfig().check()

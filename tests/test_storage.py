@@ -272,10 +272,13 @@ def test_a_run_on_a_bad_day_of_its_file_system_is_the_same_run(
     tmp_path: Path, outage: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards, ledger and checkpoints: what was trained and what was recorded is equal."""
-    plan, settings = runs.schedule(("sft", 6)), {"ledger": True, "every": Intervals(log=1, save=2)}
-    _, rows = runs.train(tmp_path, plan, folder=tmp_path / "good", **settings)
+    plan, settings = (
+        runs.schedule(("sft", 6)),
+        {"log_samples": True, "intervals": Intervals(log_every=1, save_every=2)},
+    )
+    _, rows = runs.train(tmp_path, plan, run_dir=tmp_path / "good", **settings)
     outage(3)
-    result, again = runs.train(tmp_path, plan, folder=tmp_path / "bad", **settings)
+    result, again = runs.train(tmp_path, plan, run_dir=tmp_path / "bad", **settings)
     monkeypatch.undo()
     assert result.done
     assert [row["train/loss"] for row in again] == [row["train/loss"] for row in rows]
@@ -359,7 +362,7 @@ def train_with_workers(root: str, how: str) -> int:
         code = write_error_file(Path(root), 0, error, "data_wait", 3)
         os._exit(code)
 
-    runs.train(Path(root), runs.schedule(("sft", 40)), workers=2, on_failure=on_failure)
+    runs.train(Path(root), runs.schedule(("sft", 40)), num_workers=2, on_failure=on_failure)
     return 0
 
 
@@ -423,7 +426,11 @@ def train_in_little_memory(root: str, when: str) -> int:
         os._exit(write_error_file(Path(root), 0, error, "data_wait", 3))
 
     runs.train(
-        Path(root), runs.schedule(("sft", 60)), workers=2, on_step=on_step, on_failure=on_failure
+        Path(root),
+        runs.schedule(("sft", 60)),
+        num_workers=2,
+        on_step=on_step,
+        on_failure=on_failure,
     )
     return 0
 

@@ -22,12 +22,12 @@ from echolab.training.engine.strategies import refusal, strategy_of
 AXES: dict[str, list[Any]] = {
     "strategy": ["single", "ddp", "zero1", "zero2", "zero3"],
     "precision": ["32-true", "bf16-mixed"],
-    "checkpointing": ["none", "selective", "full"],
+    "activation_checkpointing": ["none", "selective", "full"],
     "compile": [False, True],
     "sequence_parallel": [1, 2],
     "offload": ["none", "optimizer"],
     "accumulation": [1, 3],
-    "shard_small": [False, True],
+    "zero3_shard_small": [False, True],
     "adapters": ["none", "all"],
     "epochs": ["sft", "dpo-average", "dpo-base"],  # what the preference epochs compare with
 }
@@ -51,7 +51,7 @@ def baseless(case: Case) -> bool:
 
 def pointless(case: Case) -> bool:
     """Whether a setting of ZeRO 3 is asked of another strategy, where it does nothing."""
-    return case["shard_small"] and case["strategy"] != "zero3"
+    return case["zero3_shard_small"] and case["strategy"] != "zero3"
 
 
 def plain(case: Case) -> Case:
@@ -84,7 +84,7 @@ ALLOWED = [
 # Hooks of ZeRO 3 gather weights within a block that is run again, when and where depends on the
 # adapters and the reference: three settings at once, beside every pair.
 GATHERING = {
-    "strategy": "zero3", "checkpointing": "selective", "adapters": "all",
+    "strategy": "zero3", "activation_checkpointing": "selective", "adapters": "all",
     "epochs": "dpo-average", "sequence_parallel": 1, "offload": "none", "accumulation": 1,
 }  # fmt: skip
 COVERING = covering(ALLOWED)
@@ -111,7 +111,7 @@ def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
         (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; take ddp"),
         (Machine("ddp", devices=0), "trainer.strategy=ddp: not for 0 ranks"),
         (
-            Machine("ddp", checkpointing="some"),
+            Machine("ddp", activation_checkpointing="some"),
             "trainer.activation_checkpointing=some: unknown; one of none",
         ),
         (Machine("zero1", offload="all"), "trainer.offload=all: unknown; one of none, optimizer"),
@@ -136,7 +136,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_limit_of_no_gradient_is_refused(tmp_path: Path) -> None:
     for clip in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="optim.max_grad_norm=.*: must be over 0"):
-            runs.train(tmp_path, runs.schedule(("sft", 1)), optim=runs.Optim(clip=clip))
+            runs.train(tmp_path, runs.schedule(("sft", 1)), optim=runs.Optim(max_grad_norm=clip))
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
@@ -147,7 +147,7 @@ def test_what_dropout_drops_is_the_same_when_recomputed(tmp_path: Path, checkpoi
         result, _ = runs.train(
             tmp_path / kept,
             runs.schedule(("sft", 2), ("dpo", 1)),
-            machine=Machine(checkpointing=kept),
+            machine=Machine(activation_checkpointing=kept),
             **adapted.settings("base", lora),
         )
         assert result.checkpoint

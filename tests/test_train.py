@@ -15,10 +15,10 @@ import torch
 
 from echolab.errors import ConfigError, EcholabError
 from echolab.training.config import Intervals
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 
 PLAN = (("sft", 2), ("ndpo", 2), ("sft", 1), ("dpo", 3))
-EVERY = Intervals(log=1, save=1)
+EVERY = Intervals(log_every=1, save_every=1)
 HERE = Path(__file__).parent
 
 
@@ -29,7 +29,9 @@ def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
     """The uninterrupted run: its last tensors, and every loss."""
-    result, rows = runs.train(tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), every=EVERY)
+    result, rows = runs.train(
+        tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), intervals=EVERY
+    )
     assert result.done and result.checkpoint
     return runs.tensors_of(result.checkpoint), losses(rows)
 
@@ -43,9 +45,9 @@ def test_stopping_and_going_on_changes_nothing(
             os.kill(os.getpid(), signal.SIGUSR1)
 
     plan = runs.schedule(*PLAN)
-    first, early = runs.train(tmp_path, plan, every=EVERY, on_step=interrupt)
+    first, early = runs.train(tmp_path, plan, intervals=EVERY, on_step=interrupt)
     assert first.stopped_by == signal.SIGUSR1 and not first.done
-    second, late = runs.train(tmp_path, plan, every=EVERY)
+    second, late = runs.train(tmp_path, plan, intervals=EVERY)
     assert second.done and second.checkpoint
     assert losses(early + late) == unbroken[1]
     assert runs.tensors_of(second.checkpoint) == unbroken[0]
@@ -59,11 +61,11 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
         "from pathlib import Path; from echolab.training.config import Intervals\n"
         "kill = lambda step, steps: step == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
         f"runs.train(Path(sys.argv[1]), runs.schedule(*{PLAN}), on_step=kill, "
-        "every=Intervals(save=2))\n"
+        "intervals=Intervals(save_every=2))\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(HERE)]
     assert subprocess.run(command, timeout=900).returncode == -signal.SIGKILL
-    result, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY)
+    result, rows = runs.train(tmp_path, runs.schedule(*PLAN), intervals=EVERY)
     assert losses(rows) == unbroken[1][5:]
     assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
@@ -71,7 +73,9 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
 def test_accumulation_and_workers_change_next_to_nothing(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
-    _, rows = runs.train(tmp_path, runs.schedule(*PLAN), every=EVERY, micro_batch_size=2, workers=1)
+    _, rows = runs.train(
+        tmp_path, runs.schedule(*PLAN), intervals=EVERY, micro_batch_size=2, num_workers=1
+    )
     for (_, loss), (_, expected) in zip(losses(rows), unbroken[1], strict=True):
         assert loss == pytest.approx(expected, rel=1e-3)
 
@@ -79,18 +83,21 @@ def test_accumulation_and_workers_change_next_to_nothing(
 def test_it_learns(tmp_path: Path) -> None:
     clips = runs.write_clips(tmp_path / "clips", 1)
     _, rows = runs.train(
-        tmp_path, runs.schedule(("sft", 60), lr=1e-2), clips=[clips], every=Intervals(log=10)
+        tmp_path,
+        runs.schedule(("sft", 60), lr=1e-2),
+        clips=[clips],
+        intervals=Intervals(log_every=10),
     )
     assert rows[-1]["train/loss"] < 0.8 * rows[0]["train/loss"]
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
-    held = HeldOut(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
+    held = ValData(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
     _, rows = runs.train(
         tmp_path,
         runs.schedule(("sft", 4), ("dpo", 2)),
-        every=Intervals(log=2, save=0, validate=3),
-        held_out=held,
+        intervals=Intervals(log_every=2, save_every=0, val_every=3),
+        val_data=held,
         phases=runs.PHASES,
     )
     steps = [row["step"] for row in rows]
@@ -106,9 +113,13 @@ def test_what_is_logged(tmp_path: Path) -> None:
 def test_looking_at_held_out_clips_changes_nothing(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
-    held = HeldOut(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
+    held = ValData(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
     result, _ = runs.train(
-        tmp_path, runs.schedule(*PLAN), every=Intervals(1, 0, 1), held_out=held, phases=runs.PHASES
+        tmp_path,
+        runs.schedule(*PLAN),
+        intervals=Intervals(1, 0, 1),
+        val_data=held,
+        phases=runs.PHASES,
     )
     assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
@@ -124,7 +135,7 @@ def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> Non
         "dpo": runs.Preference(runs.PHASES, frozen, 100.0),
     }
     _, rows = runs.train(
-        tmp_path, plan, every=EVERY, reference=frozen, objectives=objectives,
+        tmp_path, plan, intervals=EVERY, reference=frozen, objectives=objectives,
         optim=runs.Optim(ema_decay=0.0),
     )  # fmt: skip
     average = open_checkpoint(tmp_path / "run/checkpoints/step-000002").tensors("ema")
@@ -136,7 +147,9 @@ def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> Non
 def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
     first, _ = runs.train(tmp_path / "a", runs.schedule(("sft", 2)))
     net = tiny.net()
-    runs.train(tmp_path / "b", runs.schedule(("sft", 1), lr=0.0), net=net, initial=first.checkpoint)
+    runs.train(
+        tmp_path / "b", runs.schedule(("sft", 1), lr=0.0), net=net, init_from=first.checkpoint
+    )
     assert first.checkpoint
     from echolab.training.checkpoints.checkpoint import open_checkpoint
 

@@ -19,7 +19,7 @@ from echolab.errors import ConfigError
 from echolab.training.callbacks import validation
 from echolab.training.callbacks.validation import FILLS_UP, Share, places_of, read_share, validate
 from echolab.training.config import Intervals
-from echolab.training.datamodule import HeldOut
+from echolab.training.datamodule import ValData
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MOMENTS, Masters, masters_of
 
@@ -99,7 +99,7 @@ def test_all_is_afterwards_what_it_was(clips: ShardDataset) -> None:
     learner.net.text_embedding.eval()  # a part that somebody froze
     learner.net.head.requires_grad_(False)
     before = dict(learner.everything())
-    learner.look(read_share(HeldOut(clips)))
+    learner.look(read_share(ValData(clips)))
     after = dict(learner.everything())
     assert before.keys() == after.keys()
     assert [name for name in before if not same(before[name], after[name])] == []
@@ -118,7 +118,7 @@ def test_all_is_as_it_was_after_an_error_too(
 
     monkeypatch.setattr(validation, "held_out_errors", fail)
     with pytest.raises(RuntimeError, match="an error on the way"):
-        learner.look(read_share(HeldOut(clips)))
+        learner.look(read_share(ValData(clips)))
     after = dict(learner.everything())
     assert [name for name in before if not same(before[name], after[name])] == []
 
@@ -126,7 +126,7 @@ def test_all_is_as_it_was_after_an_error_too(
 def test_training_does_not_notice(clips: ShardDataset) -> None:
     plain = seeded()
     losses = [plain.step() for _ in range(4)]
-    watched, share = seeded(), read_share(HeldOut(clips))
+    watched, share = seeded(), read_share(ValData(clips))
     seen = []
     for _ in range(4):
         seen.append(watched.step())
@@ -153,7 +153,7 @@ def test_values_are_the_means_of_the_definition(clips: ShardDataset) -> None:
     learner = seeded()
     for _ in range(3):
         learner.step()
-    values = learner.look(read_share(HeldOut(clips, tasks=("i2v", "lip_sync"))))
+    values = learner.look(read_share(ValData(clips, tasks=("i2v", "lip_sync"))))
     learner.net.eval()
     table = {
         (task, sigma): by_hand(learner.net, clips, task, sigma, seed=3)
@@ -179,7 +179,7 @@ def test_values_are_the_means_of_the_definition(clips: ShardDataset) -> None:
 def test_every_clip_counts_once_and_all_rows_do_equally_much(
     clips: ShardDataset, rows: int
 ) -> None:
-    shares = [read_share(HeldOut(clips, batch_size=2), row, rows) for row in range(rows)]
+    shares = [read_share(ValData(clips, batch_size=2), row, rows) for row in range(rows)]
     counted = sorted(p for share in shares for _, ps in share.batches for p in ps if p != FILLS_UP)
     assert counted == list(range(2 * CLIPS))
     sizes = {tuple(len(batch.keys) for batch, _ in share.batches) for share in shares}
@@ -196,10 +196,10 @@ def over_ranks(
         validation.distributed, "sums", lambda values: received.append(values) or values
     )
     for row in range(rows):
-        learner.look(read_share(HeldOut(clips, batch_size=size), row, rows))
+        learner.look(read_share(ValData(clips, batch_size=size), row, rows))
     total = [sum(parts) for parts in zip(*received, strict=True)]
     monkeypatch.setattr(validation.distributed, "sums", lambda values: total)
-    return learner.look(read_share(HeldOut(clips, batch_size=size), 0, rows))
+    return learner.look(read_share(ValData(clips, batch_size=size), 0, rows))
 
 
 def test_values_do_not_depend_on_ranks_or_batches(
@@ -207,16 +207,16 @@ def test_values_do_not_depend_on_ranks_or_batches(
 ) -> None:
     learner = seeded()
     learner.step()
-    complete = learner.look(read_share(HeldOut(clips, batch_size=1)))
+    complete = learner.look(read_share(ValData(clips, batch_size=1)))
     for rows in (2, 3, 7):  # 5 divides by none of them
         assert over_ranks(learner, clips, rows, 1, monkeypatch) == complete
         assert over_ranks(learner, clips, rows, 2, monkeypatch) == pytest.approx(complete, rel=1e-5)
     monkeypatch.undo()
-    large = learner.look(read_share(HeldOut(clips, batch_size=16)))
+    large = learner.look(read_share(ValData(clips, batch_size=16)))
     assert large == pytest.approx(complete, rel=1e-5)
-    assert learner.look(read_share(HeldOut(clips, batch_size=1)), seed=4) != complete
+    assert learner.look(read_share(ValData(clips, batch_size=1)), seed=4) != complete
     random.seed(99), torch.manual_seed(99)
-    assert learner.look(read_share(HeldOut(clips, batch_size=1))) == complete
+    assert learner.look(read_share(ValData(clips, batch_size=1))) == complete
 
 
 def test_ranks_that_share_a_clip_count_it_once(
@@ -226,34 +226,34 @@ def test_ranks_that_share_a_clip_count_it_once(
     monkeypatch.setattr(
         validation.distributed, "sums", lambda values: received.append(values) or values
     )
-    learner.look(read_share(HeldOut(clips)), counts=False)
+    learner.look(read_share(ValData(clips)), counts=False)
     assert set(received[0]) == {0.0}
 
 
 def test_autocast_is_used_where_the_weights_are_fp32(clips: ShardDataset) -> None:
-    learner, share = seeded(), read_share(HeldOut(clips))
+    learner, share = seeded(), read_share(ValData(clips))
     exact, rounded = learner.look(share), learner.look(share, dtype=torch.bfloat16)
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)
     assert validation.autocast_dtype(learner.net.bfloat16(), torch.bfloat16) == torch.float32
 
 
 def test_no_clips_are_refused_in_words(clips: ShardDataset) -> None:
-    with pytest.raises(ConfigError, match="held_out_clips=0; give at least one, or val_every"):
-        read_share(HeldOut(clips, at_most=0))
+    with pytest.raises(ConfigError, match="data.val_num_clips=0; give at least one, or val_every"):
+        read_share(ValData(clips, num_clips=0))
 
 
 def test_a_part_of_the_clips_is_the_first_of_them(clips: ShardDataset, tmp_path: Path) -> None:
-    share = read_share(HeldOut(clips, at_most=2, tasks=("i2v",)))
+    share = read_share(ValData(clips, num_clips=2, tasks=("i2v",)))
     assert share.clips == 2 and [b.keys for b, _ in share.batches] == [list(clips.keys[:2])]
 
 
 def test_a_run_with_validation_trains_as_one_without(clips: ShardDataset, tmp_path: Path) -> None:
     plan, values = runs.schedule(("sft", 3), ("dpo", 2)), []
     for number, every in enumerate((0, 1)):
-        held = {"held_out": HeldOut(clips), "phases": runs.PHASES} if every else {}
+        held = {"val_data": ValData(clips), "phases": runs.PHASES} if every else {}
         result, rows = runs.train(
-            tmp_path, plan, folder=tmp_path / str(number),
-            every=Intervals(log=1, save=0, validate=every), **held,
+            tmp_path, plan, run_dir=tmp_path / str(number),
+            intervals=Intervals(log_every=1, save_every=0, val_every=every), **held,
         )  # fmt: skip
         assert result.done and result.checkpoint
         losses = [row["train/loss"] for row in rows if "train/loss" in row]

@@ -15,7 +15,7 @@ from echolab.training.engine.master_weights import Masters
 from echolab.training.fit import Machine
 
 BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches
-OPTIM = runs.Optim(clip=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step
+OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step
 
 
 def lose(part: str) -> None:
@@ -61,16 +61,16 @@ def attempt(
     if forget:
         lose(forget)
     os.environ["WORLD_SIZE"] = str(world)
-    settings: dict[str, Any] = {"until": until} if until < STEPS else {}
+    settings: dict[str, Any] = {"stop_after_step": until} if until < STEPS else {}
     runs.train(
         Path(root),
         runs.schedule(("sft", STEPS), lr=1e-3),
-        folder=Path(out),
+        run_dir=Path(out),
         batch_size=BATCH,
         micro_batch_size=BATCH // world // accumulation,
         optim=OPTIM,
-        machine=Machine(strategy, devices=world, shard_small=True),
-        every=Intervals(log=0, save=2),
+        machine=Machine(strategy, devices=world, zero3_shard_small=True),
+        intervals=Intervals(log_every=0, save_every=2),
         on_step=on_step,
         **settings,
     )

@@ -18,7 +18,7 @@ from torch import nn
 
 from echolab.bench.measure import Cost, Row, cost_of, measure, say
 from echolab.bench.models import Inputs, draw_inputs, ours_net
-from echolab.config.build import training_from
+from echolab.config.build import train_config_from
 from echolab.config.compose import compose
 from echolab.data.shard_writer import ShardWriter
 from echolab.data.train_dataset import MicroBatch
@@ -28,7 +28,7 @@ from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.tasks.table import DEFAULT_TASK
 from echolab.training.callbacks.validation import on_device
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
 from echolab.training.engine.ema import Ema
@@ -89,9 +89,9 @@ def write_clips(subject: Subject, inputs: Inputs) -> None:
             writer.write(f"clip-{number}", {"safetensors": sample, "json": b"{}"})
 
 
-def build_training(subject: Subject, net: nn.Module, run: str, steps: int) -> Training:
+def build_training(subject: Subject, net: nn.Module, run: str, steps: int) -> TrainConfig:
     """Build the run as `echolab train` does, and give it the network that is measured."""
-    return training_from(subject.settings(run, steps), "")._replace(net=net)
+    return train_config_from(subject.settings(run, steps), "")._replace(net=net)
 
 
 def build_net(subject: Subject) -> nn.Module:
@@ -101,11 +101,11 @@ def build_net(subject: Subject) -> nn.Module:
     return net
 
 
-def batches_of(training: Training) -> Iterator[MicroBatch]:
+def batches_of(training: TrainConfig) -> Iterator[MicroBatch]:
     """Iterate over the micro-batches that `fit` would train on, by the same loader."""
-    schedule, feed = training.schedule, training.feed()
+    schedule, train_data = training.schedule, training.build_data()
     data = ShardDataModule(
-        feed, schedule.place, schedule.steps, training.curriculum, Heartbeat(None)
+        train_data, schedule.place, schedule.steps, training.curriculum, Heartbeat(None)
     )
     return iter(data.train_dataloader())
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from echolab.atomic_io import check_writable
 from echolab.cli.replay import ReplayArguments
 from echolab.cli.rollback import config_of
-from echolab.config.build import schedule_from, training_from
+from echolab.config.build import schedule_from, train_config_from
 from echolab.config.check import check
 from echolab.config.origins import checkpoint_of, recorded
 from echolab.config.parts import INTERVALS, machine_from
@@ -32,7 +32,7 @@ from echolab.training.checkpoints.checkpoint import (
     saved_steps,
 )
 from echolab.training.checkpoints.diff import state_differences, tensor_differences
-from echolab.training.config import Intervals, Machine, Training
+from echolab.training.config import Intervals, Machine, TrainConfig
 from echolab.training.fit import fit
 from echolab.training.guards.events import EVENTS, skips
 from echolab.training.schedule import Skip, group_of
@@ -220,20 +220,22 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
         accelerator=machine.accelerator,
         precision=machine.precision,
         attention=machine.attention,
-        checkpointing=machine.checkpointing,
+        activation_checkpointing=machine.activation_checkpointing,
     )
     used = machine if exact else single
-    training = training_from({**segment.config, "run_dir": str(out)}, "", used)
-    every = training.every or Intervals()
+    training = train_config_from({**segment.config, "run_dir": str(out)}, "", used)
+    every = training.intervals or Intervals()
     again = training._replace(
         micro_batch_size=_micro(training, machine),
-        every=Intervals(log=every.log, save=0, validate=0),
-        guards=training.guards._replace(policy="record", limit=math.inf),
-        held_out=None,
-        parity=False,
-        ledger=True,
-        until=segment.stop,
-        log=lambda at, values: rows.append({"step": at, "attempt": segment.attempt, **values}),
+        intervals=Intervals(log_every=every.log_every, save_every=0, val_every=0),
+        loss_spike=training.loss_spike._replace(policy="record", threshold=math.inf),
+        val_data=None,
+        verify_export=False,
+        log_samples=True,
+        stop_after_step=segment.stop,
+        log_metrics=lambda at, values: rows.append(
+            {"step": at, "attempt": segment.attempt, **values}
+        ),
     )
     try:
         fit(again)
@@ -241,12 +243,12 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
         if error.step is None:
             raise
         place = again.schedule.leaving_out(skips(out)).place(error.step)
-        met = next(left_out(again.feed(), [Skip(group_of(place.kind), place.batch, 1)]))
+        met = next(left_out(again.build_data(), [Skip(group_of(place.kind), place.batch, 1)]))
         raise ReplayDiverged(str(error).partition(";")[0], error.step, met) from error
     return exact
 
 
-def _micro(training: Training, machine: Machine) -> int:
+def _micro(training: TrainConfig, machine: Machine) -> int:
     """Return the clips per forward of one rank of the run, which `machine` trained."""
     groups = machine.world // machine.sequence_parallel
     return training.micro_batch_size or training.batch_size // groups

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echolab.atomic_io import write_atomic
-from echolab.config.build import training_from
+from echolab.config.build import train_config_from
 from echolab.errors import ConfigError, StorageError
 from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, run_dir
@@ -18,7 +18,7 @@ from echolab.progress import progress
 from echolab.redaction import mask_values
 from echolab.tracking.metrics import MetricsLog
 from echolab.tracking.wandb_run import FINISH_SECONDS, HURRY_SECONDS, WandbRun
-from echolab.training.fit import FitResult, Training, fit
+from echolab.training.fit import FitResult, TrainConfig, fit
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
     if run_dir.rank_from_environment() != 0:
         on_end(result := fit(training))
         return result
-    with run_dir.claim(training.folder, kept, may_change=may_change(config)) as run:
+    with run_dir.claim(training.run_dir, kept, may_change=may_change(config)) as run:
         training = training._replace(on_begin=partial(run_dir.begin, run, kept))
         wandb_run = _wandb_run(config["logger"], kept, run)
         try:
@@ -58,7 +58,7 @@ def train(
             wandb_run.finish()
 
 
-def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult:
+def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitResult:
     """Train as the rank that logs and shows the progress."""
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
@@ -69,7 +69,9 @@ def _fit(training: Training, run: run_dir.Run, wandb_run: WandbRun) -> FitResult
         wandb_run.log(step, values)
 
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
-        ours = training._replace(fenced=run.lease.fenced, log=log, say=partial(_say, run.folder))
+        ours = training._replace(
+            fenced=run.lease.fenced, log_metrics=log, print_lines=partial(_say, run.folder)
+        )
         try:
             return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
         finally:
@@ -105,9 +107,9 @@ def _wandb_run(logger: Mapping[str, Any], kept: Mapping[str, Any], run: run_dir.
     )
 
 
-def _training(config: Mapping[str, Any]) -> Training:
+def _training(config: Mapping[str, Any]) -> TrainConfig:
     try:
-        return training_from(config, run_dir.digest(config))
+        return train_config_from(config, run_dir.digest(config))
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"a setting is missing or of the wrong kind ({error}); see `echolab train --help`"

@@ -7,7 +7,13 @@ from typing import Any
 
 from echolab.config.networks import checked_placement, reference_of, start_of
 from echolab.config.origins import checkpoints_from, origins_from
-from echolab.config.parts import callbacks_from, guards_from, intervals_from, machine_from, rate_of
+from echolab.config.parts import (
+    callbacks_from,
+    intervals_from,
+    machine_from,
+    rate_of,
+    spike_config_from,
+)
 from echolab.data.batch_sampler import ShuffleConfig
 from echolab.data.shard_reader import (
     ShardDataset,
@@ -30,8 +36,8 @@ from echolab.errors import DataError
 from echolab.launch.run_dir import rank_from_environment
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
-from echolab.training.config import Training, check_data
-from echolab.training.datamodule import HeldOut
+from echolab.training.config import TrainConfig, check_data
+from echolab.training.datamodule import ValData
 from echolab.training.engine.machine import Machine
 from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
@@ -109,32 +115,32 @@ def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
 
 
 def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `Training` that conf/data sets, without the validation data."""
+    """Return the arguments of `TrainConfig` that conf/data sets, without the validation data."""
     return {
         "clips": datasets_from(config, "clips"),
         "pairs": datasets_from(config, "pairs"),
-        "weights": config["clip_weights"],
+        "clip_weights": config["clip_weights"],
         "pair_weights": config["pair_weights"],
-        "order": ShuffleConfig(
+        "shuffle": ShuffleConfig(
             config["shuffle_block_size"],
             config["shuffle_buffer"],
             config["last_batch"],
             config["token_budget"],
         ),
-        "ledger": config["log_samples"],
-        "skip_budget": float(config["max_bad_fraction"]),
+        "log_samples": config["log_samples"],
+        "max_bad_fraction": float(config["max_bad_fraction"]),
         "accepts_changed_data": config.get("changed") == "accept",
-        "workers": config["num_workers"],
+        "num_workers": config["num_workers"],
     }
 
 
-def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
+def val_data_from(config: Mapping[str, Any]) -> ValData | None:
     """Return the validation data of conf/data, or None without data.val_clips."""
     if not config["val_clips"]:
         return None
-    return HeldOut(
+    return ValData(
         datasets_from(config, "val_clips")[0],
-        at_most=config["val_num_clips"],
+        num_clips=config["val_num_clips"],
         batch_size=config["val_batch_size"],
         tasks=tuple(config["val_tasks"]),
     )
@@ -143,15 +149,15 @@ def held_out_from(config: Mapping[str, Any]) -> HeldOut | None:
 def check_together(
     data: Mapping[str, Any],
     reading: Mapping[str, Any],
-    held_out: HeldOut | None,
+    val_data: ValData | None,
     checkpoints: Sequence[Path | None],
 ) -> None:
     """Raise DataError for datasets and checkpoints that must not meet in one run."""
     clips, pairs = reading["clips"], reading["pairs"]
     check_checkpoints(checkpoints, clips[0])
-    if held_out:
+    if val_data:
         accepted = data.get("val_overlaps") == "accept"
-        check_held_out(held_out.clips, clips, pairs, accepted)
+        check_held_out(val_data.clips, clips, pairs, accepted)
 
 
 def check_checkpoints(checkpoints: Sequence[Path | None], clips: ShardDataset) -> None:
@@ -204,10 +210,10 @@ def optim_from(config: Mapping[str, Any]) -> Optim:
         betas=tuple(config["betas"]),
         eps=config["eps"],
         weight_decay=config["weight_decay"],
-        clip=config["max_grad_norm"],
+        max_grad_norm=config["max_grad_norm"],
         ema_decay=config["ema_decay"],
-        ema_more=tuple(config["extra_ema_decays"]),
-        ema_widths=tuple(config["posthoc_ema_stds"]),
+        extra_ema_decays=tuple(config["extra_ema_decays"]),
+        posthoc_ema_stds=tuple(config["posthoc_ema_stds"]),
     )
 
 
@@ -215,17 +221,17 @@ def data_from(
     config: Mapping[str, Any], origin: Path | None, pinned: Path | None
 ) -> dict[str, Any]:
     """Return datasets and curriculum; raise EcholabError if they do not fit the network."""
-    reading, held_out = reading_from(config["data"]), held_out_from(config["data"])
-    check_together(config["data"], reading, held_out, (origin, pinned))
+    reading, val_data = reading_from(config["data"]), val_data_from(config["data"])
+    check_together(config["data"], reading, val_data, (origin, pinned))
     curriculum = curriculum_from(config["tasks"], origin)
-    datasets = (reading["clips"], reading["pairs"], held_out)
+    datasets = (reading["clips"], reading["pairs"], val_data)
     check_data(*datasets, config["model"], curriculum, config["verify_export"])
-    return {**reading, "curriculum": curriculum, "held_out": held_out}
+    return {**reading, "curriculum": curriculum, "val_data": val_data}
 
 
-def training_from(
-    config: Mapping[str, Any], agreed: str, machine: Machine | None = None
-) -> Training:
+def train_config_from(
+    config: Mapping[str, Any], settings_digest: str, machine: Machine | None = None
+) -> TrainConfig:
     """Build what `fit` takes; `agreed` is a digest of the settings, `machine` replaces theirs."""
     schedule = schedule_from(config)
     phases = phases_from(config["phases"])
@@ -236,9 +242,9 @@ def training_from(
     placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
-    return Training(
-        folder=Path(config["run_dir"]),
-        agreed=agreed,
+    return TrainConfig(
+        run_dir=Path(config["run_dir"]),
+        settings_digest=settings_digest,
         net=net,
         architecture=config["model"],
         **parts,
@@ -246,20 +252,20 @@ def training_from(
         objectives=objectives_from(config["objective"], phases, reference),
         phases=phases,
         reference=reference,
-        reference_checkpoint=pinned,
-        initial=initial,
+        ref_model=pinned,
+        init_from=initial,
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
         optim=optim_from(config["optim"]),
         machine=machine,
         batch_size=config["batch_size"],
         micro_batch_size=config["micro_batch_size"],
-        shift=float(config["flow_shift"]),
+        flow_shift=float(config["flow_shift"]),
         seed=seed,
-        every=intervals_from(config),
-        guards=guards_from(config["loss_spike"]),
-        host_memory_gb=config["max_host_memory_gb"],
-        parity=config["verify_export"],
-        grace=grace_from(config["signal_grace_seconds"]),
-        job_ends=end_of_job(),
+        intervals=intervals_from(config),
+        loss_spike=spike_config_from(config["loss_spike"]),
+        max_host_memory_gb=config["max_host_memory_gb"],
+        verify_export=config["verify_export"],
+        signal_grace_seconds=grace_from(config["signal_grace_seconds"]),
+        job_end_time=end_of_job(),
     )

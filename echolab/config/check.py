@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 from echolab.arguments import closest
 from echolab.config.parts import (
     check_targets,
-    guards_from,
     intervals_from,
     machine_from,
     rate_of,
+    spike_config_from,
     timeouts_from,
 )
 from echolab.config.schema import Settings
@@ -322,7 +322,7 @@ def _refusal_of(config: Mapping[str, Any]) -> str | None:
             config["batch_size"], config["micro_batch_size"], machine_from(config["trainer"])
         )
         intervals_from(config)
-        guards_from(config["loss_spike"])
+        spike_config_from(config["loss_spike"])
         timeouts_from(config["timeouts"])
         check_targets(config["callbacks"])
     except ConfigError as error:

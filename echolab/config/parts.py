@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from echolab.errors import ConfigError
 from echolab.heartbeat import SectionTimeouts
 from echolab.training.engine.machine import Machine
-from echolab.training.guards.spikes import Guards
+from echolab.training.guards.spikes import SpikeConfig
 from echolab.training.intervals import Intervals
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def machine_from(trainer: Mapping[str, Any]) -> Machine:
     return Machine(
         strategy=trainer["strategy"],
         devices=trainer["devices"],
-        nodes=trainer["num_nodes"],
+        num_nodes=trainer["num_nodes"],
         accelerator=trainer["accelerator"],
         precision=trainer["precision"],
-        shard_small=trainer["zero3_shard_small"],
+        zero3_shard_small=trainer["zero3_shard_small"],
         attention=trainer["attention"],
-        checkpointing=trainer["activation_checkpointing"],
+        activation_checkpointing=trainer["activation_checkpointing"],
         compile=trainer["compile"],
         sequence_parallel=trainer["sequence_parallel"],
         offload=trainer["offload"],
@@ -62,24 +62,24 @@ def rate_of(lr: float, scale: float) -> float:
 def intervals_from(config: Mapping[str, Any]) -> Intervals:
     """Return how often a run logs, saves and validates; raise ConfigError for a conflict."""
     return Intervals(
-        log=config["log_every"],
-        save=config["save_every"],
-        validate=config["val_every"],
-        replicas=config["replica_check_every"],
-        snapshot=config["snapshot_every"],
+        log_every=config["log_every"],
+        save_every=config["save_every"],
+        val_every=config["val_every"],
+        replica_check_every=config["replica_check_every"],
+        snapshot_every=config["snapshot_every"],
     )
 
 
-def guards_from(loss_spike: Mapping[str, Any]) -> Guards:
+def spike_config_from(loss_spike: Mapping[str, Any]) -> SpikeConfig:
     """Return how spikes are detected and handled; raise ConfigError for a conflict."""
-    return Guards(
+    return SpikeConfig(
         policy=loss_spike["policy"],
-        limit=loss_spike["threshold"],
+        threshold=loss_spike["threshold"],
         window=loss_spike["window"],
-        warmup=loss_spike["min_history"],
-        back=loss_spike["rollback_steps"],
+        min_history=loss_spike["min_history"],
+        rollback_steps=loss_spike["rollback_steps"],
         skip_batches=loss_spike["skip_batches"],
-        at_most=loss_spike["max_rollbacks"],
+        max_rollbacks=loss_spike["max_rollbacks"],
     ).check()
 
 

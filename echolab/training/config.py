@@ -20,10 +20,10 @@ from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
 from echolab.training.callbacks.callback import Callback
-from echolab.training.datamodule import Feed, HeldOut, data_of
+from echolab.training.datamodule import TrainData, ValData, data_of
 from echolab.training.engine.machine import Machine, accumulation_steps
 from echolab.training.engine.placement import check_device
-from echolab.training.guards.spikes import Guards
+from echolab.training.guards.spikes import SpikeConfig
 from echolab.training.intervals import Intervals
 from echolab.training.module import Objective, Optim, Reference
 from echolab.training.schedule import Schedule
@@ -32,7 +32,7 @@ from echolab.training.signals import FOREVER
 Sink = Callable[[int, dict[str, float]], None]
 
 
-ALONE, OPTIM, GUARDS = Machine(), Optim(), Guards()
+ALONE, OPTIM, SPIKES = Machine(), Optim(), SpikeConfig()
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -99,7 +99,7 @@ def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> No
 def check_data(
     clips: Sequence[ShardDataset],
     pairs: Sequence[ShardDataset],
-    held_out: HeldOut | None,
+    val_data: ValData | None,
     architecture: Mapping[str, Any],
     curriculum: Curriculum,
     parity: bool,
@@ -121,64 +121,65 @@ def check_data(
                 )
     for dataset in pairs:
         check_dataset(dataset, "preference", architecture)
-    if held_out:
-        check_dataset(held_out.clips, "encoded", architecture)
-        check_tasks(held_out.clips, held_out.tasks, "data.val_tasks")
+    if val_data:
+        check_dataset(val_data.clips, "encoded", architecture)
+        check_tasks(val_data.clips, val_data.tasks, "data.val_tasks")
         if parity:  # samples of the export are compared on held-out clips
-            check_tasks(held_out.clips, curriculum.tasks, "tasks.tasks")
+            check_tasks(val_data.clips, curriculum.tasks, "tasks.tasks")
 
 
-class Training(NamedTuple):
+class TrainConfig(NamedTuple):
     """Everything a training run is made of.
 
-    `folder` is the run's: checkpoints lie in `folder/checkpoints`, and training resumes bit-exactly
-    from the newest complete one, under any number of ranks and any strategy.  Without one, training
-    starts from the averaged weights of the checkpoint `initial`, or from `net` as it is.
+    Fields that a setting of conf/ sets have its name.  Checkpoints lie in `run_dir/checkpoints`,
+    and training resumes bit-exactly from the newest complete one, under any number of ranks and any
+    strategy.  Without one, training starts from the averaged weights of the checkpoint `init_from`,
+    or from `net` as it is.
     `objectives` has one entry for each kind of epoch; preference objectives hold `reference`,
     which is loaded at the start of each of their epochs with the averaged weights of that moment,
-    or always with those of `reference_checkpoint`.
+    or always with those of `ref_model`.
     """
 
     net: nn.Module
     architecture: Mapping[str, Any]
-    folder: Path
+    run_dir: Path
     clips: Sequence[ShardDataset]  # one for each size of clips, or more, mixed by weight
     schedule: Schedule
     curriculum: Curriculum
     objectives: Mapping[str, Objective]
     batch_size: int  # clips of the largest size a step, over all ranks
     seed: int = 0
-    shift: float = 5.0
+    flow_shift: float = 5.0
     pairs: Sequence[ShardDataset] = ()
-    weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
+    clip_weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
     pair_weights: Sequence[float] | None = None
-    order: ShuffleConfig = DEFAULT_SHUFFLE
-    ledger: bool = False  # whether `folder/ledger` records the samples of each step
-    skip_budget: float = 0.0  # largest share of bad samples to skip; quarantine.jsonl lists them
+    shuffle: ShuffleConfig = DEFAULT_SHUFFLE
+    log_samples: bool = False  # whether `run_dir/ledger` records the samples of each step
+    max_bad_fraction: float = 0.0  # of samples to skip; quarantine.jsonl lists them
     accepts_changed_data: bool = False  # accepts other data than the run was trained on so far
     reference: Reference | None = None
-    reference_checkpoint: Path | None = None
-    initial: Path | None = None
+    ref_model: Path | None = None
+    init_from: Path | None = None
     origins: Mapping[str, Any] = EMPTY  # what it starts from and refers to, by content; rank 0's
     adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
-    held_out: HeldOut | None = None
+    val_data: ValData | None = None
     phases: Allocator | None = None  # for the held-out error
     optim: Optim = OPTIM
     machine: Machine = ALONE
     micro_batch_size: int | None = None
-    workers: int = 0
-    every: Intervals | None = None
-    agreed: str = ""  # must be equal on all ranks: a digest of the settings, say
-    log: Sink | None = None  # (step, values), on rank 0
+    num_workers: int = 0
+    intervals: Intervals | None = None
+    settings_digest: str = ""  # must be equal on all ranks: a digest of the settings, say
+    log_metrics: Sink | None = None  # (step, values), on rank 0
     on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
-    until: int | None = None  # the step to end after, before the schedule's end
-    grace: Mapping[int, float] | None = None  # seconds from a signal (its number) to the kill
-    job_ends: float = FOREVER  # by the system's clock: the run is saved before
-    guards: Guards = GUARDS
-    host_memory_gb: float | None = None  # a rank's, workers included: above, the run is saved, ends
-    parity: bool = False  # before it is done, samples of an export are compared
+    stop_after_step: int | None = None  # the step to end after, before the schedule's end
+    signal_grace_seconds: Mapping[int, float] | None = None  # by number: from signal to kill
+    job_end_time: float = FOREVER  # by the system's clock: the run is saved before
+    loss_spike: SpikeConfig = SPIKES
+    max_host_memory_gb: float | None = None  # of a rank with its workers; above, the run ends
+    verify_export: bool = False  # before it is done, samples of an export are compared
     on_begin: Callable[[int], None] | None = None  # (step), on rank 0, called when training starts
-    say: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
+    print_lines: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
     on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
     fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
     callbacks: Sequence[Callback] = ()  # the user's own, in order
@@ -187,7 +188,7 @@ class Training(NamedTuple):
     @property
     def quarantine(self) -> Path | None:
         """Where bad samples are listed, if any are borne with."""
-        return self.folder / QUARANTINE if self.skip_budget else None
+        return self.run_dir / QUARANTINE if self.max_bad_fraction else None
 
     def check_ours(self) -> None:
         """Raise FencedError where another process has taken the run; on rank 0, before writing."""
@@ -196,7 +197,7 @@ class Training(NamedTuple):
 
     def taken(self) -> FencedError:
         """Return the error of a process from which another has taken the run."""
-        return FencedError(f"{self.folder}: a later launch took over the run; this one leaves")
+        return FencedError(f"{self.run_dir}: a later launch took over the run; this one leaves")
 
     @property
     def sharded(self) -> bool:
@@ -208,32 +209,40 @@ class Training(NamedTuple):
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
-        if not self.optim.clip > 0:  # ZeRO would take 0 for no limit, others for no gradient
+        if (
+            not self.optim.max_grad_norm > 0
+        ):  # ZeRO would take 0 for no limit, others for no gradient
             raise ConfigError(
-                f"optim.max_grad_norm={self.optim.clip:g}: must be over 0; .inf is no limit"
+                f"optim.max_grad_norm={self.optim.max_grad_norm:g}: must be over 0; "
+                ".inf is no limit"
             )
-        if self.held_out and not self.phases:
-            raise ConfigError("held_out: needs phases too")
+        if self.val_data and not self.phases:
+            raise ConfigError("val_data: needs phases too")
         check_device(self.machine)
-        if not 0 < self.shift < math.inf:
-            raise ConfigError(f"flow_shift={self.shift:g}: must be above 0; 5 is usual")
+        if not 0 < self.flow_shift < math.inf:
+            raise ConfigError(f"flow_shift={self.flow_shift:g}: must be above 0; 5 is usual")
         check_data(
-            self.clips, self.pairs, self.held_out, self.architecture, self.curriculum, self.parity
+            self.clips,
+            self.pairs,
+            self.val_data,
+            self.architecture,
+            self.curriculum,
+            self.verify_export,
         )
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
         first = self.clips[0]
-        for dataset in (*self.pairs, *([self.held_out.clips] if self.held_out else [])):
+        for dataset in (*self.pairs, *([self.val_data.clips] if self.val_data else [])):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
 
     def reader_of(self, dataset: ShardDataset) -> TolerantReader:
         """Return the reader of single samples of a dataset, within the budget for bad ones."""
         return TolerantReader(
-            dataset, max_bad_fraction=self.skip_budget, quarantine=self.quarantine
+            dataset, max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine
         )
 
-    def feed(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> Feed:
+    def build_data(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> TrainData:
         """Plan the batches; raise EcholabError if that is impossible.
 
         `order_names` are what the order of "clips" and "pairs" depends on, by default their
@@ -241,33 +250,33 @@ class Training(NamedTuple):
         """
         names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
-        shared |= {"max_bad_fraction": self.skip_budget, "quarantine": self.quarantine}
+        shared |= {"max_bad_fraction": self.max_bad_fraction, "quarantine": self.quarantine}
         clips = build_mixture(
-            self.clips, kind="encoded", weights=self.weights, shuffle=self.order,
+            self.clips, kind="encoded", weights=self.clip_weights, shuffle=self.shuffle,
             order_names=names["clips"], **shared,
         )  # fmt: skip
         pairs = None
         if self.pairs:  # few and met often: their epochs always run on into each other
-            order = self.order._replace(last_batch="carry")
+            order = self.shuffle._replace(last_batch="carry")
             pairs = build_mixture(
                 self.pairs, kind="preference", weights=self.pair_weights, shuffle=order,
                 order_names=names["pairs"], **shared,
             )  # fmt: skip
         accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
         together = self.machine.sequence_parallel
-        return Feed(
+        return TrainData(
             clips,
             pairs,
             self.batch_size,
             accumulation,
-            self.workers,
+            self.num_workers,
             self.seed,
             together,
             self.machine.devices,
             self.quarantine,
         )
 
-    def identity(self, feed: Feed) -> dict[str, Any]:
+    def identity(self, train_data: TrainData) -> dict[str, Any]:
         """Return what a checkpoint must agree on with the run."""
         return {
             "architecture": dict(self.architecture),
@@ -275,8 +284,8 @@ class Training(NamedTuple):
             "clips": [clips.fingerprint for clips in self.clips],
             "encoders": dict(self.clips[0].encoders),
             "pairs": [pairs.fingerprint for pairs in self.pairs],
-            "order": feed.clips.sampler.state(),
-            "data": [{"first": 0, **data_of(feed)}],
+            "order": train_data.clips.sampler.state(),
+            "data": [{"first": 0, **data_of(train_data)}],
             "origins": dict(self.origins),
             "seed": self.seed,
             "batch_size": self.batch_size,

@@ -27,33 +27,33 @@ from echolab.training.workers import (
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValData:
     """Clips that are never trained on, and at which noise levels their error is taken."""
 
     clips: ShardDataset
-    at_most: int = 32  # clips
+    num_clips: int = 32  # clips
     batch_size: int = 16
     tasks: tuple[str, ...] = VALIDATION_TASKS
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class Feed(NamedTuple):
+class TrainData(NamedTuple):
     """What is trained on, and how it is cut."""
 
     clips: DatasetMixture
     pairs: DatasetMixture | None
     batch_size: int  # clips of the largest size an optimizer step, over all ranks
     accumulation: int
-    workers: int
+    num_workers: int
     seed: int
     sequence_parallel: int = 1  # ranks in a row that get the same clips
-    ranks_of_node: int = 1
+    ranks_per_node: int = 1
     quarantine: Path | None = None  # where bad samples are listed, if any are borne with
 
 
-def data_of(feed: Feed) -> dict[str, Any]:
+def data_of(train_data: TrainData) -> dict[str, Any]:
     """Return its datasets by content: [fingerprint, hash of the keys, order name] each."""
-    return {"clips": _listed(feed.clips), "pairs": _listed(feed.pairs)}
+    return {"clips": _listed(train_data.clips), "pairs": _listed(train_data.pairs)}
 
 
 def _listed(stock: DatasetMixture | None) -> list[list[str]]:
@@ -89,14 +89,19 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        feed: Feed,
+        train_data: TrainData,
         place: Callable[[int], StepPlan],
         steps: int,
         curriculum: Curriculum,
         heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
-        self.feed, self.place, self.steps, self.curriculum = feed, place, steps, curriculum
+        self.train_data, self.place, self.steps, self.curriculum = (
+            train_data,
+            place,
+            steps,
+            curriculum,
+        )
         self.heartbeat = heartbeat
         self.first_step = 0  # set when the checkpoint to resume from is known
         self.loader: TimedLoader | None = None
@@ -104,7 +109,7 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def writer(self) -> int | None:
         """This rank's number in the ledger; None where another rank has the same clips."""
-        row, within = divmod(distributed.rank(), self.feed.sequence_parallel)
+        row, within = divmod(distributed.rank(), self.train_data.sequence_parallel)
         return None if within else row
 
     def go_to(self, step: int) -> None:
@@ -115,30 +120,32 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """Load exactly what remains; the order is the same for every number of workers."""
-        feed = self.feed
+        train_data = self.train_data
         items = TrainDataset(
-            feed.clips,
-            feed.pairs,
+            train_data.clips,
+            train_data.pairs,
             step_plan=self.place,
             curriculum=self.curriculum,
-            batch_size=feed.batch_size,
-            accumulation=feed.accumulation,
-            seed=feed.seed,
+            batch_size=train_data.batch_size,
+            accumulation=train_data.accumulation,
+            seed=train_data.seed,
             steps=self.steps,
-            rank=distributed.rank() // feed.sequence_parallel,
-            world=distributed.world() // feed.sequence_parallel,
+            rank=distributed.rank() // train_data.sequence_parallel,
+            world=distributed.world() // train_data.sequence_parallel,
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
             items.global_batch(self.first_step)
-        if feed.workers and not self.loader:
+        if train_data.num_workers and not self.loader:
             self._check_room(items)
         self.loader = TimedLoader(
             items,
             batch_size=None,
-            sampler=range(self.first_step * feed.accumulation, self.steps * feed.accumulation),
-            num_workers=feed.workers,
-            collate_fn=in_shared_memory if feed.workers else as_it_is,
-            worker_init_fn=begin_worker if feed.workers else None,
+            sampler=range(
+                self.first_step * train_data.accumulation, self.steps * train_data.accumulation
+            ),
+            num_workers=train_data.num_workers,
+            collate_fn=in_shared_memory if train_data.num_workers else as_it_is,
+            worker_init_fn=begin_worker if train_data.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         self.loader.heartbeat = self.heartbeat
@@ -150,23 +157,25 @@ class ShardDataModule(pl.LightningDataModule):
         for step in range(self.first_step, self.steps):
             firsts.setdefault(self.place(step).kind, step)
         sizes = [
-            sum(tensor.nbytes for tensor in tensors_of(items[step * self.feed.accumulation]))
+            sum(tensor.nbytes for tensor in tensors_of(items[step * self.train_data.accumulation]))
             for step in firsts.values()
         ]
-        check_room(max(sizes, default=0), self.feed.workers, self.feed.ranks_of_node)
+        check_room(
+            max(sizes, default=0), self.train_data.num_workers, self.train_data.ranks_per_node
+        )
 
     def progress(self, step: int) -> dict[str, float]:
         """Return the epochs of the clips after `step` steps, and how many samples were dropped.
 
         Also count the bad samples that all ranks skipped, if that is allowed.
         """
-        values, quarantine = {}, self.feed.quarantine
+        values, quarantine = {}, self.train_data.quarantine
         if quarantine:
             values["data/skipped"] = float(len(read_quarantine(quarantine)))
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
             return values
-        counts = self.feed.clips.sampler.progress(batch + 1)
+        counts = self.train_data.clips.sampler.progress(batch + 1)
         values["data/epochs"] = min(epoch for epoch, _ in counts)
         values["data/dropped"] = sum(dropped for _, dropped in counts)
         return values

@@ -12,7 +12,7 @@ from echolab.heartbeat import Heartbeat
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training.checkpoints.checkpoint import check_architecture, open_checkpoint
-from echolab.training.config import Intervals, Machine, Training
+from echolab.training.config import Intervals, Machine, TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.activation_checkpointing import speed_up
 from echolab.training.engine.ema import EMA
@@ -23,7 +23,7 @@ from echolab.training.loop import TrainLoop
 from echolab.training.module import DiffusionModule
 from echolab.training.signals import StopSignals
 
-__all__ = ["FitResult", "Intervals", "Machine", "Training", "fit"]
+__all__ = ["FitResult", "Intervals", "Machine", "TrainConfig", "fit"]
 
 
 class FitResult(NamedTuple):
@@ -67,7 +67,7 @@ def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback
     trainer = pl.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
-        num_nodes=machine.nodes,
+        num_nodes=machine.num_nodes,
         strategy=strategy_of(machine),
         plugins=[] if machine.strategy == "single" else [cluster_environment()],
         precision=machine.precision,  # type: ignore[arg-type]
@@ -93,30 +93,34 @@ def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback
     return trainer
 
 
-def fit(training: Training) -> FitResult:
+def fit(config: TrainConfig) -> FitResult:
     """Train through the rest of the schedule; raise EcholabError for what a user can fix.
 
     SIGNALS on any rank, the end of the job's time and control files end the run after the step,
     with a checkpoint; the result says why.
     Signal handlers and global state are restored at the end.
     """
-    with StopSignals(training.grace) as signals, quiet():
-        training.check()
-        heartbeat = training.heartbeat or Heartbeat(None)
-        if training.initial:
-            origin = open_checkpoint(training.initial)
-            check_architecture(origin, training.architecture)
-            encoders, clips = origin.state.get("encoders") or {}, training.clips[0]
+    with StopSignals(config.signal_grace_seconds) as signals, quiet():
+        config.check()
+        heartbeat = config.heartbeat or Heartbeat(None)
+        if config.init_from:
+            origin = open_checkpoint(config.init_from)
+            check_architecture(origin, config.architecture)
+            encoders, clips = origin.state.get("encoders") or {}, config.clips[0]
             check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
             weights = origin.tensors(EMA)
-            where = placement_of(training.machine)
-            place_shared(training.net, weights.items, where, "initial weights")
-        feed, schedule = training.feed(), training.schedule
-        _speed_up(training)
-        data = ShardDataModule(feed, schedule.place, schedule.steps, training.curriculum, heartbeat)
-        module = _module(training, feed.accumulation, heartbeat)
-        loop = TrainLoop(training, data, module, signals=signals, heartbeat=heartbeat)
-        _trainer(training.machine, feed.accumulation, training.optim.clip, loop).fit(module, data)
+            where = placement_of(config.machine)
+            place_shared(config.net, weights.items, where, "initial weights")
+        train_data, schedule = config.build_data(), config.schedule
+        _speed_up(config)
+        data = ShardDataModule(
+            train_data, schedule.place, schedule.steps, config.curriculum, heartbeat
+        )
+        module = _module(config, train_data.accumulation, heartbeat)
+        loop = TrainLoop(config, data, module, signals=signals, heartbeat=heartbeat)
+        _trainer(config.machine, train_data.accumulation, config.optim.max_grad_norm, loop).fit(
+            module, data
+        )
     state = loop.state
     return FitResult(
         step=state.step,
@@ -128,35 +132,35 @@ def fit(training: Training) -> FitResult:
     )
 
 
-def _speed_up(training: Training) -> None:
-    machine = training.machine
+def _speed_up(config: TrainConfig) -> None:
+    machine = config.machine
     device = "cuda" if machine.accelerator in ("gpu", "cuda") else machine.accelerator
     speed_up(
-        training.net,
+        config.net,
         device=device,
         attention=machine.attention,
-        checkpointing=machine.checkpointing,
+        checkpointing=machine.activation_checkpointing,
         compiled=machine.compile,
     )
-    if isinstance(training.reference, Frozen):
-        use_attention(training.reference.net, attention_from(machine.attention, device))
+    if isinstance(config.reference, Frozen):
+        use_attention(config.reference.net, attention_from(machine.attention, device))
 
 
-def _module(training: Training, accumulation: int, heartbeat: Heartbeat) -> DiffusionModule:
+def _module(config: TrainConfig, accumulation: int, heartbeat: Heartbeat) -> DiffusionModule:
     module = DiffusionModule(
-        training.net,
-        training.objectives,
-        optim=training.optim,
-        seed=training.seed,
-        shift=training.shift,
-        clip_here=not training.sharded,
-        loss_factor=accumulation if training.sharded else 1,
-        sequence_parallel=training.machine.sequence_parallel,
+        config.net,
+        config.objectives,
+        optim=config.optim,
+        seed=config.seed,
+        shift=config.flow_shift,
+        clip_here=not config.sharded,
+        loss_factor=accumulation if config.sharded else 1,
+        sequence_parallel=config.machine.sequence_parallel,
         heartbeat=heartbeat,
     )
-    check_alone(module, training.net)
-    reference = training.reference
+    check_alone(module, config.net)
+    reference = config.reference
     check_frozen_networks(
-        training.net, [("reference", reference)] if isinstance(reference, Frozen) else []
+        config.net, [("reference", reference)] if isinstance(reference, Frozen) else []
     )
     return module

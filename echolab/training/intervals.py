@@ -8,23 +8,24 @@ class Intervals:
 
     def __init__(
         self,
-        log: int = 10,
-        save: int = 500,
-        validate: int = 0,
-        replicas: int = 100,
-        snapshot: int = 0,
+        log_every: int = 10,
+        save_every: int = 500,
+        val_every: int = 0,
+        replica_check_every: int = 100,
+        snapshot_every: int = 0,
     ) -> None:
-        if snapshot and (not save or snapshot % save):
+        if snapshot_every and (not save_every or snapshot_every % save_every):
             raise ConfigError(
-                f"snapshot_every={snapshot}: must be a multiple of save_every={save}; change either"
+                f"snapshot_every={snapshot_every}: must be a multiple of "
+                f"save_every={save_every}; change either"
             )
-        self.log, self.save, self.validate = log, save, validate
-        self.snapshot = snapshot  # keep the averages of optim.posthoc_ema_stds
-        self.replicas = replicas  # compare what all ranks should hold
+        self.log_every, self.save_every, self.val_every = log_every, save_every, val_every
+        self.snapshot_every = snapshot_every  # keep the averages of optim.posthoc_ema_stds
+        self.replica_check_every = replica_check_every  # compare what all ranks should hold
 
     def keeps_snapshot(self, step: int) -> bool:
         """Return whether the power averages of the checkpoint of this step stay."""
-        return self.due(self.snapshot, step)
+        return self.due(self.snapshot_every, step)
 
     @staticmethod
     def due(every: int, step: int) -> bool:

@@ -21,7 +21,7 @@ from echolab.training.callbacks.step_sync import Pause, StepSync
 from echolab.training.callbacks.validation import Validation
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.writer import CheckpointWriter
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.control_files import ControlFiles
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine import engine_report
@@ -42,7 +42,7 @@ class TrainLoop(pl.Callback):
 
     def __init__(
         self,
-        config: Training,
+        config: TrainConfig,
         data: ShardDataModule,
         module: DiffusionModule,
         *,
@@ -51,9 +51,9 @@ class TrainLoop(pl.Callback):
     ) -> None:
         self.config, self.data, self.module = config, data, module
         self.signals, self.heartbeat = signals, heartbeat
-        self.every = config.every or Intervals()
+        self.intervals = config.intervals or Intervals()
         optim = config.optim
-        self.ema = Ema(optim.ema_decay, optim.ema_more, optim.ema_widths)
+        self.ema = Ema(optim.ema_decay, optim.extra_ema_decays, optim.posthoc_ema_stds)
         # These exist once the ranks are connected, and once the optimizer is on its device.
         self._state: RunState | None = None
         self._masters: Masters | None = None
@@ -75,7 +75,7 @@ class TrainLoop(pl.Callback):
 
     def ordered_callbacks(self, trainer: pl.Trainer) -> list[Callback]:
         """Return the callbacks, in the order in which they act on a step; collective."""
-        config, every, data = self.config, self.every, self.data
+        config, intervals, data = self.config, self.intervals, self.data
         replicas, checkpoints, sync, log = self._shared_callbacks()
         evaluated: dict[str, Any] = {
             "masters": self.masters, "ema": self.ema, "sync": sync, "log": log
@@ -91,9 +91,9 @@ class TrainLoop(pl.Callback):
             LossSpikes(config, trainer, data, checkpoints),
             # The objective's running margin, and the ledger, count accepted steps only.
             ReferenceModel(config, checkpoints, replicas),
-            *([SampleLedger(config.folder, data)] if config.ledger else []),
+            *([SampleLedger(config.run_dir, data)] if config.log_samples else []),
             # Measured here, so that the time of checks and saves belongs to the next interval.
-            MeasureMetrics(every, data, self.heartbeat, config.callbacks),
+            MeasureMetrics(intervals, data, self.heartbeat, config.callbacks),
             # Weights that differ between ranks must not be saved.
             replicas,
             # The save comes before all that can take long, hang or fail.
@@ -101,7 +101,7 @@ class TrainLoop(pl.Callback):
             # A tracker that hangs or fails costs no checkpoint.
             log,
             # Takes long; a request to end interrupts it.
-            Validation(config, every, data, checkpoints=checkpoints, **evaluated),
+            Validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
             # The user's own: the step is safe, and what they raise or wait for cannot lose it.
             *config.callbacks,
             # Waits until a user removes the file, so nothing may be left to do.
@@ -113,28 +113,32 @@ class TrainLoop(pl.Callback):
     def _shared_callbacks(self) -> tuple[ReplicaCheck, Checkpoints, StepSync, LogMetrics]:
         """Make the callbacks that others call."""
         config, heartbeat = self.config, self.heartbeat
-        memory = HostMemory(config.host_memory_gb)
+        memory = HostMemory(config.max_host_memory_gb)
         replicas = ReplicaCheck(
-            self.module.net, self.masters, self.ema, reference=config.reference, every=self.every
+            self.module.net,
+            self.masters,
+            self.ema,
+            reference=config.reference,
+            intervals=self.intervals,
         )
         checkpoints = Checkpoints(
-            self._writer(), self.every, heartbeat=heartbeat, replica_check=replicas,
+            self._writer(), self.intervals, heartbeat=heartbeat, replica_check=replicas,
             collect_state=self.checkpoint_state,
         )  # fmt: skip
         sync = StepSync(
-            config, self.data.feed.accumulation, signals=self.signals, memory=memory,
-            files=ControlFiles(config.folder, config.fenced), heartbeat=heartbeat,
+            config, self.data.train_data.accumulation, signals=self.signals, memory=memory,
+            files=ControlFiles(config.run_dir, config.fenced), heartbeat=heartbeat,
             checkpoints=checkpoints, clipped=self._clipped_norm(),
         )  # fmt: skip
-        return replicas, checkpoints, sync, LogMetrics(config, self.every, memory, heartbeat)
+        return replicas, checkpoints, sync, LogMetrics(config, self.intervals, memory, heartbeat)
 
     def _writer(self) -> CheckpointWriter:
         writer = CheckpointWriter(
-            self.config.folder / "checkpoints",
+            self.config.run_dir / "checkpoints",
             self.masters,
             self.ema,
             keep=self.state.schedule.keeps,
-            snapshot=self.every.keeps_snapshot,
+            snapshot=self.intervals.keeps_snapshot,
             check=self.config.check_ours,
         )
         if not self.state.resumed:  # a resumed run had disk space before
@@ -193,12 +197,12 @@ class TrainLoop(pl.Callback):
         plan = engine_report.plan_of(trainer, net, self.masters, self.ema.flats[EMA])
         blocks = len(net.blocks)  # type: ignore[arg-type]
         requested = engine_report.expected_plan(
-            config.machine, self.data.feed.accumulation, config.optim.clip, blocks
+            config.machine, self.data.train_data.accumulation, config.optim.max_grad_norm, blocks
         )
         engine_report.check(plan, requested)
         engine_report.check_hooks(self.module, config.machine)
-        if config.say and distributed.rank() == 0:
-            config.say(plan.lines())
+        if config.print_lines and distributed.rank() == 0:
+            config.print_lines(plan.lines())
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -206,7 +210,7 @@ class TrainLoop(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Call the callbacks before the first micro-batch of a step."""
-        if batch_idx % self.data.feed.accumulation:
+        if batch_idx % self.data.train_data.accumulation:
             return
         for callback in self.callbacks:
             callback.before_step(self.state)
@@ -220,7 +224,7 @@ class TrainLoop(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Call the callbacks after the last micro-batch of a step."""
-        if (batch_idx + 1) % self.data.feed.accumulation:
+        if (batch_idx + 1) % self.data.train_data.accumulation:
             return
         state = self.state
         state.step += 1

@@ -40,10 +40,10 @@ class Optim(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0  # limit of the gradient's norm
+    max_grad_norm: float = 1.0  # limit of the gradient's norm
     ema_decay: float = 0.999
-    ema_more: tuple[float, ...] = ()  # decays of further averages, kept besides the first
-    ema_widths: tuple[float, ...] = ()  # of power averages, from which others are made later
+    extra_ema_decays: tuple[float, ...] = ()  # decays of further averages, kept besides the first
+    posthoc_ema_stds: tuple[float, ...] = ()  # of power averages, from which others are made later
 
 
 class Meter:
@@ -190,7 +190,9 @@ class DiffusionModule(pl.LightningModule):
         """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
         self.heartbeat.enter("optimizer")
         if self.clip_here:
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip, foreach=True)
+            norm = nn.utils.clip_grad_norm_(
+                self.net.parameters(), self.optim.max_grad_norm, foreach=True
+            )
             self.norm = norm.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

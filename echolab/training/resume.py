@@ -19,32 +19,32 @@ from echolab.training import distributed
 from echolab.training.callbacks.export_check import REPORT, passed_before
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
-from echolab.training.config import Training
-from echolab.training.datamodule import Feed, ShardDataModule, data_of
+from echolab.training.config import TrainConfig
+from echolab.training.datamodule import ShardDataModule, TrainData, data_of
 from echolab.training.guards.events import History
 from echolab.training.module import DiffusionModule
 from echolab.training.run_state import RunState
 from echolab.training.schedule import Schedule
 
 Data = dict[str, Any]
-GROUPS = {"clips": "sft", "pairs": "preference"}  # key of `Training`: group of the schedule
+GROUPS = {"clips": "sft", "pairs": "preference"}  # key of `TrainConfig`: group of the schedule
 
 
-def open_run(config: Training, data: ShardDataModule, module: DiffusionModule) -> RunState:
+def open_run(config: TrainConfig, data: ShardDataModule, module: DiffusionModule) -> RunState:
     """Return the state to start from: of the newest checkpoint, or of step 0; collective.
 
     The tensors are not restored yet.  Raise EcholabError if the ranks or the checkpoint disagree
     with the settings.
     """
-    folder = config.folder / "checkpoints"
-    identity = config.identity(data.feed)
+    folder = config.run_dir / "checkpoints"
+    identity = config.identity(data.train_data)
     # Rank 0 alone hashed the weights and checkpoints that this run started from.
     origins = distributed.gather_text(json.dumps(dict(config.origins)))[0]
     identity["origins"] = json.loads(origins)
-    check_same_settings(config.agreed, identity, config.schedule.state_dict())
-    events = History(config.folder)
+    check_same_settings(config.settings_digest, identity, config.schedule.state_dict())
+    events = History(config.run_dir)
     schedule = config.schedule.leaving_out(events.skips)
-    state = RunState(config.folder, module, schedule, events, identity)
+    state = RunState(config.run_dir, module, schedule, events, identity)
     data.place = schedule.place
     if checkpoint := checkpoints.newest(folder):
         check_continues(checkpoint, identity, schedule)
@@ -55,11 +55,11 @@ def open_run(config: Training, data: ShardDataModule, module: DiffusionModule) -
 
 
 def _continue_data(
-    state: RunState, config: Training, data: ShardDataModule, checkpoint: Checkpoint
+    state: RunState, config: TrainConfig, data: ShardDataModule, checkpoint: Checkpoint
 ) -> None:
     """Draw from the datasets of these settings; record an event if they have changed."""
-    data.feed = continued_feed(checkpoint, config, data.feed, state.schedule)
-    identity = config.identity(data.feed)
+    data.train_data = resumed_train_data(checkpoint, config, data.train_data, state.schedule)
+    identity = config.identity(data.train_data)
     state.identity = {
         **identity,
         "origins": checkpoint.state.get("origins", identity["origins"]),
@@ -89,19 +89,19 @@ def check_same_settings(
         raise EcholabError("the ranks were given different settings; start them all alike")
 
 
-def awaits_export_check(checkpoint: Checkpoint, config: Training) -> bool:
+def awaits_export_check(checkpoint: Checkpoint, config: TrainConfig) -> bool:
     """Return whether all steps are done, but the export of the checkpoint was not verified yet.
 
     A process that is killed between the last save and the end of the check leaves such a
     checkpoint, and so does a check that fails.  No step is repeated, only the check.  Collective.
     """
-    if not config.parity or checkpoint.step < config.schedule.steps:
+    if not config.verify_export or checkpoint.step < config.schedule.steps:
         return False
-    passed = distributed.from_first(int(passed_before(config.folder, checkpoint.path) is True))
+    passed = distributed.from_first(int(passed_before(config.run_dir, checkpoint.path) is True))
     if not passed and distributed.rank() == 0:
         print(
             f"echolab: {checkpoint.path}: all steps are done, but its export was not verified yet "
-            f"({config.folder / REPORT}); the check is repeated",
+            f"({config.run_dir / REPORT}); the check is repeated",
             file=sys.stderr,
         )
     return not passed
@@ -120,7 +120,7 @@ def check_continues(
         check_origins(checkpoint.state["origins"], identity["origins"], str(checkpoint.path))
     for key in ("seed", "batch_size", "order"):
         was, now = checkpoint.state.get(key), identity[key]
-        if was and key == "order":  # its datasets are compared by `continued_feed`
+        if was and key == "order":  # its datasets are compared by `resumed_train_data`
             was, now = {**was, "datasets": []}, {**now, "datasets": []}
         if was != now:
             raise EcholabError(
@@ -129,14 +129,14 @@ def check_continues(
             )
 
 
-def continued_feed(
-    checkpoint: Checkpoint, config: Training, feed: Feed, schedule: Schedule
-) -> Feed:
+def resumed_train_data(
+    checkpoint: Checkpoint, config: TrainConfig, train_data: TrainData, schedule: Schedule
+) -> TrainData:
     """Return the batches to continue with: those that were planned, or of accepted other data.
 
     Raise EcholabError if the datasets are not those that were trained on, and that is not accepted.
     """
-    was, now = saved_data(checkpoint.state)[-1], data_of(feed)
+    was, now = saved_data(checkpoint.state)[-1], data_of(train_data)
     changed = [
         key
         for key in changed_data(was, now)
@@ -153,15 +153,15 @@ def continued_feed(
         )
     names_of = order_names(was, now)
     kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
-    feed = feed if kept else config.feed(names_of)
+    train_data = train_data if kept else config.build_data(names_of)
     if not changed and (old := checkpoint.state.get("order")) != (
-        new := feed.clips.sampler.state()
+        new := train_data.clips.sampler.state()
     ):
         raise EcholabError(
             f"{checkpoint.path}: order was {old}, now {new}; give the old value, or a new run "
             "folder"
         )
-    return feed
+    return train_data
 
 
 def saved_data(state: Mapping[str, Any]) -> list[Data]:

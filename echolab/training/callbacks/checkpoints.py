@@ -22,14 +22,14 @@ class Checkpoints(Callback):
     def __init__(
         self,
         writer: CheckpointWriter,
-        every: Intervals,
+        intervals: Intervals,
         *,
         heartbeat: Heartbeat,
         replica_check: ReplicaCheck,
         collect_state: Callable[[], dict[str, Any]],
     ) -> None:
         """`collect_state` returns everything but the tensors, as JSON."""
-        self.writer, self.every, self.heartbeat = writer, every, heartbeat
+        self.writer, self.intervals, self.heartbeat = writer, intervals, heartbeat
         self.replica_check, self.collect_state = replica_check, collect_state
 
     @property
@@ -64,7 +64,9 @@ class Checkpoints(Callback):
             self.publish(state)  # the pending checkpoint can still be completed
         elif state.ends or vote.pause or schedule.needs_reference(step):
             self.save(state)
-        elif self.every.due(self.every.save, step) or schedule.keeps(step) or vote.save:
+        elif (
+            self.intervals.due(self.intervals.save_every, step) or schedule.keeps(step) or vote.save
+        ):
             self.begin()
         self.heartbeat.enter("vote")
 

@@ -37,7 +37,7 @@ from echolab.training.callbacks.validation import (
     unchanged,
 )
 from echolab.training.checkpoints.checkpoint import open_checkpoint
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
 from echolab.training.engine.placement import HOST, Placement
@@ -301,7 +301,7 @@ class ExportCheck(Callback):
     """Compares the export of the last checkpoint, before the run counts as done."""
 
     def __init__(
-        self, config: Training, masters: Masters, ema: Ema, sync: StepSync, log: LogMetrics
+        self, config: TrainConfig, masters: Masters, ema: Ema, sync: StepSync, log: LogMetrics
     ):
         self.config, self.masters, self.ema = config, masters, ema
         self.sync, self.log = sync, log
@@ -312,7 +312,7 @@ class ExportCheck(Callback):
         If a rank requests an end, the run ends unverified, and its next start repeats the check.
         """
         done = state.step == state.schedule.steps and not state.unsaved
-        if not (done and self.config.parity and state.checkpoint):
+        if not (done and self.config.verify_export and state.checkpoint):
             return
         self.sync.heartbeat.enter("eval")
         try:
@@ -326,7 +326,7 @@ class ExportCheck(Callback):
 
     def _check(self, state: RunState, checkpoint: Path) -> Parity:
         config = self.config
-        clips = config.held_out.clips if config.held_out else config.clips[0]
+        clips = config.val_data.clips if config.val_data else config.clips[0]
         steps = config.schedule.supervised_steps(config.schedule.steps)
         trained = [t for t, p in config.curriculum.probabilities(steps).items() if p > 0]
         return check_parity(
@@ -334,9 +334,9 @@ class ExportCheck(Callback):
             self.ema,
             self.masters,
             checkpoint=checkpoint,
-            folder=config.folder,
+            folder=config.run_dir,
             clips=parity_clips(config.reader_of(clips), trained),
-            how=Sampling(config.seed, config.shift),
+            how=Sampling(config.seed, config.flow_shift),
             device=state.module.device,
             dtype=compute_dtype(config.machine),
             poll=partial(self.sync.poll, state),

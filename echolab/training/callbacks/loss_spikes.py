@@ -13,7 +13,7 @@ from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine import engine_report
 from echolab.training.guards import spike_policy
@@ -35,12 +35,18 @@ class LossSpikes(Callback):
     state_key = "spikes"
 
     def __init__(
-        self, config: Training, trainer: pl.Trainer, data: ShardDataModule, checkpoints: Checkpoints
+        self,
+        config: TrainConfig,
+        trainer: pl.Trainer,
+        data: ShardDataModule,
+        checkpoints: Checkpoints,
     ) -> None:
-        guards = config.guards
+        spike_config = config.loss_spike
         self.config, self.trainer, self.data, self.checkpoints = config, trainer, data, checkpoints
         self.detector = SpikeDetector(
-            limit=guards.limit, window=guards.window, warmup=guards.warmup
+            threshold=spike_config.threshold,
+            window=spike_config.window,
+            min_history=spike_config.min_history,
         )
         self._steps = 0  # of this attempt, those that were undone included
         self._skipped = 0  # of these, by DeepSpeed, before a rollback
@@ -67,7 +73,7 @@ class LossSpikes(Callback):
         engine_report.check_counts(
             self.trainer,
             steps=self._steps,
-            accumulation=self.data.feed.accumulation,
+            accumulation=self.data.train_data.accumulation,
             skipped=self._skipped,
         )
 
@@ -94,7 +100,7 @@ class LossSpikes(Callback):
         rank = _first_not_finite(finite) if vote.not_finite else None
         try:
             events = state.events.events
-            return spike_policy.decide(spike, self.config.guards, events, state.schedule), spike
+            return spike_policy.decide(spike, self.config.loss_spike, events, state.schedule), spike
         except DivergedError as error:
             error.rank, error.step = rank, step
             raise
@@ -102,7 +108,7 @@ class LossSpikes(Callback):
     def _check_norms(self, vote: Vote, norm: float, step: int) -> None:
         if vote.not_finite:
             return
-        engine_report.check_clipped(vote.clipped, self.config.optim.clip, step + 1)
+        engine_report.check_clipped(vote.clipped, self.config.optim.max_grad_norm, step + 1)
         spread = distributed.world() * vote.norm_squared - vote.norm**2
         if spread > (NORM_TOLERANCE * vote.norm) ** 2:
             norms = distributed.gather_text(f"{norm:.9g}")

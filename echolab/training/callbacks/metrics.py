@@ -10,7 +10,7 @@ from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback
 from echolab.training.callbacks.checkpoints import raise_log_error
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.guards.host_memory import HostMemory
 from echolab.training.guards.stragglers import OWN_PACE, Stragglers
@@ -26,13 +26,13 @@ class MeasureMetrics(Callback):
 
     def __init__(
         self,
-        every: Intervals,
+        intervals: Intervals,
         data: ShardDataModule,
         heartbeat: Heartbeat,
         custom: Sequence[Callback] = (),
     ) -> None:
         """Take the clock of `heartbeat`; `custom` are callbacks that may add values."""
-        self.every, self.data, self.heartbeat, self.custom = every, data, heartbeat, custom
+        self.intervals, self.data, self.heartbeat, self.custom = intervals, data, heartbeat, custom
         self._step, self._time, self._waited = 0, 0.0, 0.0
 
     def on_start(self, state: RunState) -> None:
@@ -47,7 +47,7 @@ class MeasureMetrics(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Put the values of a step that logs into `state.metrics`; collective."""
-        if not _logs(self.every, state):
+        if not _logs(self.intervals, state):
             return
         now, spent = time.monotonic(), self.heartbeat.seconds
         done, seconds = state.step - self._step, max(now - self._time, 1e-9)
@@ -71,10 +71,10 @@ class LogMetrics(Callback):
     """Logs on rank 0.  A failure there is raised after the next step, once all ranks have saved."""
 
     def __init__(
-        self, config: Training, every: Intervals, memory: HostMemory, heartbeat: Heartbeat
+        self, config: TrainConfig, intervals: Intervals, memory: HostMemory, heartbeat: Heartbeat
     ):
         """Gather the hosts of all ranks; collective."""
-        self.config, self.every = config, every
+        self.config, self.intervals = config, intervals
         self.memory, self.heartbeat = memory, heartbeat
         machine = config.machine
         waits = machine.strategy == "zero3" or machine.sequence_parallel > 1
@@ -89,7 +89,7 @@ class LogMetrics(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Log `state.metrics`, the slowest rank and host memory; collective."""
-        if not _logs(self.every, state):
+        if not _logs(self.intervals, state):
             return
         values, slow = self.stragglers.look(self.heartbeat.seconds)
         for straggler in slow:
@@ -105,9 +105,9 @@ class LogMetrics(Callback):
 
     def log(self, state: RunState, values: dict[str, float]) -> None:
         """Log `values` at this step on rank 0; keep an error in `state.log_error`."""
-        if self.config.log and distributed.rank() == 0:
+        if self.config.log_metrics and distributed.rank() == 0:
             try:
-                self.config.log(state.step, values)
+                self.config.log_metrics(state.step, values)
             except (FencedError, KeyboardInterrupt):
                 raise
             except Exception as error:
@@ -118,8 +118,8 @@ class LogMetrics(Callback):
         raise_log_error(state)
 
 
-def _logs(every: Intervals, state: RunState) -> bool:
-    return every.due(every.log, state.step) or state.ends
+def _logs(intervals: Intervals, state: RunState) -> bool:
+    return intervals.due(intervals.log_every, state.step) or state.ends
 
 
 def goodput(seconds: Mapping[str, Any]) -> float:

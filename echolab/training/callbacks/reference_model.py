@@ -10,7 +10,7 @@ from echolab.training.callbacks.callback import Callback
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.checkpoints.checkpoint import folder_of, open_on_all_ranks
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.engine.ema import EMA
 from echolab.training.run_state import RunState
 
@@ -19,16 +19,16 @@ class ReferenceModel(Callback):
     """Loads the averaged weights into the frozen reference at the start of a preference epoch.
 
     They are those of the checkpoint saved there, so that a resumed run reads the same reference;
-    `config.reference_checkpoint` replaces them in all epochs.  The state of an objective is reset
+    `config.ref_model` replaces them in all epochs.  The state of an objective is reset
     with each epoch: a margin against an earlier reference says nothing.
     """
 
     state_key = "objectives"
 
     def __init__(
-        self, config: Training, checkpoints: Checkpoints, replica_check: ReplicaCheck
+        self, config: TrainConfig, checkpoints: Checkpoints, replica_check: ReplicaCheck
     ) -> None:
-        self.reference, self.fixed = config.reference, config.reference_checkpoint
+        self.reference, self.fixed = config.reference, config.ref_model
         self.checkpoints, self.replica_check = checkpoints, replica_check
         self.stateful: dict[str, Any] = {
             kind: objective

@@ -10,7 +10,12 @@ from echolab.models.frozen import Frozen
 from echolab.training.callbacks.callback import Callback
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MOMENTS, Masters
-from echolab.training.guards.replica_check import Unchanged, check_replicas, frozen, replicated
+from echolab.training.guards.replica_check import (
+    Unchanged,
+    check_replicas,
+    frozen,
+    replicated,
+)
 from echolab.training.intervals import Intervals
 from echolab.training.run_state import RunState
 
@@ -19,10 +24,10 @@ class ReplicaCheck(Callback):
     """Compares digests of the weights: between ranks, and of frozen networks with their start."""
 
     def __init__(
-        self, net: nn.Module, masters: Masters, ema: Ema, *, reference: object, every: Intervals
+        self, net: nn.Module, masters: Masters, ema: Ema, *, reference: object, intervals: Intervals
     ) -> None:
         self.net, self.masters, self.ema = net, masters, ema
-        self.reference, self.every = reference, every
+        self.reference, self.intervals = reference, intervals
         self._frozen_base: Unchanged | None = None  # of adapters
         self._frozen_reference: Unchanged | None = None
 
@@ -49,7 +54,7 @@ class ReplicaCheck(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Raise ReplicaError if ranks that should hold the same do not; collective."""
-        if not self.every.due(self.every.replicas, state.step):
+        if not self.intervals.due(self.intervals.replica_check_every, state.step):
             return
         tensors = replicated(self.net)
         if not self.masters.sharded:

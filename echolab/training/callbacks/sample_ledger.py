@@ -18,7 +18,7 @@ from echolab.data.ledger import (
 from echolab.data.train_dataset import MicroBatch
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback
-from echolab.training.datamodule import Feed, ShardDataModule
+from echolab.training.datamodule import ShardDataModule, TrainData
 from echolab.training.run_state import RunState
 from echolab.training.schedule import Skip
 from echolab.types import Draws
@@ -43,11 +43,11 @@ def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
     ]
 
 
-def left_out(feed: Feed, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
+def left_out(train_data: TrainData, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
     """Yield the samples of the batches of `skips`, each batch once."""
     batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
     for kind, batch in batches:
-        stock = feed.clips if kind == "sft" else feed.pairs
+        stock = train_data.clips if kind == "sft" else train_data.pairs
         if stock is None:
             continue
         drawn = [one for one in stock.sampler.batch(batch) if one.loss_weight]
@@ -70,14 +70,14 @@ class SampleLedger(Callback):
 
     def on_start(self, state: RunState) -> None:
         """Begin an attempt of the ledger; collective."""
-        feed = self.data.feed
+        train_data = self.data.train_data
         number = next_attempt(self.folder) if distributed.rank() == 0 else 0
         attempt = Attempt(
             attempt=distributed.from_first(number),
-            world=distributed.world() // feed.sequence_parallel,
+            world=distributed.world() // train_data.sequence_parallel,
             first_step=state.step,
-            clips=datasets_of(feed.clips.sampler),
-            pairs=datasets_of(feed.pairs.sampler) if feed.pairs else [],
+            clips=datasets_of(train_data.clips.sampler),
+            pairs=datasets_of(train_data.pairs.sampler) if train_data.pairs else [],
         )
         # Of the ranks that share their clips, one writes.
         writer = self.data.writer
@@ -85,7 +85,7 @@ class SampleLedger(Callback):
         self._writer = None if writer is None else LedgerWriter(self.folder, attempt, writer)
         if distributed.rank() == 0:
             known = {(batch.kind, batch.batch) for batch in read_skipped(self.folder)}
-            skipped = left_out(feed, state.schedule.skipped)
+            skipped = left_out(train_data, state.schedule.skipped)
             write_skipped(self.folder, (b for b in skipped if (b.kind, b.batch) not in known))
         state.module.on_draws = self.add
 

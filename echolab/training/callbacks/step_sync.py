@@ -16,7 +16,7 @@ from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback
 from echolab.training.callbacks.checkpoints import Checkpoints
-from echolab.training.config import Training
+from echolab.training.config import TrainConfig
 from echolab.training.control_files import ControlFiles
 from echolab.training.engine.engine_report import ClippedNorm
 from echolab.training.guards.host_memory import HostMemory
@@ -73,7 +73,7 @@ class StepSync(Callback):
 
     def __init__(
         self,
-        config: Training,
+        config: TrainConfig,
         accumulation: int,
         *,
         signals: StopSignals,
@@ -97,7 +97,7 @@ class StepSync(Callback):
         state.loss, state.gradient_norm = float(loss), float(norm)
         if state.vote.fenced:
             raise self.config.taken()
-        last = state.step in (state.schedule.steps, self.config.until)
+        last = state.step in (state.schedule.steps, self.config.stop_after_step)
         state.ends = last or bool(state.vote.reason)
 
     def requests(self, state: RunState) -> dict[str, float]:
@@ -115,7 +115,9 @@ class StepSync(Callback):
         if self.signals.received:
             requests[signal.Signals(self.signals.received).name.lower()] = 1.0
         if distributed.rank() == 0:
-            requests["time"] = float(time.time() + needed + MARGIN_SECONDS > self.config.job_ends)
+            requests["time"] = float(
+                time.time() + needed + MARGIN_SECONDS > self.config.job_end_time
+            )
             requests |= {name.lower(): 1.0 for name in self.files.pending()}
         return requests
 

@@ -29,8 +29,8 @@ from echolab.training.callbacks.callback import Callback
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.callbacks.metrics import LogMetrics
 from echolab.training.callbacks.step_sync import EvaluationInterrupted, StepSync
-from echolab.training.config import Training
-from echolab.training.datamodule import HeldOut, ShardDataModule
+from echolab.training.config import TrainConfig
+from echolab.training.datamodule import ShardDataModule, ValData
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.machine import Machine
 from echolab.training.engine.master_weights import Masters
@@ -58,30 +58,30 @@ def places_of(clips: int, row: int, rows: int) -> list[int]:
 
 
 def read_share(
-    held_out: HeldOut, row: int = 0, rows: int = 1, reader: TolerantReader | None = None
+    val_data: ValData, row: int = 0, rows: int = 1, reader: TolerantReader | None = None
 ) -> Share:
     """Read row `row` of the held-out clips, every clip posed as every task, on the CPU.
 
     Rows are ranks, or the groups of ranks that share a clip.  `reader` may skip bad clips.
     Raise ConfigError if there is no clip.
     """
-    reader = reader or TolerantReader(held_out.clips)
-    clips = min(held_out.at_most, len(held_out.clips))
+    reader = reader or TolerantReader(val_data.clips)
+    clips = min(val_data.num_clips, len(val_data.clips))
     if clips < 1:
         raise ConfigError(
-            f"{held_out.clips.folder}: {len(held_out.clips)} held-out clips, held_out_clips="
-            f"{held_out.at_most}; give at least one, or val_every=0"
+            f"{val_data.clips.folder}: {len(val_data.clips)} held-out clips, data.val_num_clips="
+            f"{val_data.num_clips}; give at least one, or val_every=0"
         )
-    places, size = places_of(clips, row, rows), held_out.batch_size
+    places, size = places_of(clips, row, rows), val_data.batch_size
     batches = []
-    for number, task in enumerate(held_out.tasks):
+    for number, task in enumerate(val_data.tasks):
         for first in range(0, len(places), size):
             part = places[first : first + size]
-            one = partial(read_clip, held_out.clips, task=task)
+            one = partial(read_clip, val_data.clips, task=task)
             read = [reader.read(max(place, 0), one) for place in part]
             rows_of = [number * clips + p if p != FILLS_UP else FILLS_UP for p in part]
-            batches.append((collate_clips(held_out.clips, read), rows_of))
-    return Share(held_out.tasks, clips, batches)
+            batches.append((collate_clips(val_data.clips, read), rows_of))
+    return Share(val_data.tasks, clips, batches)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -215,8 +215,8 @@ class Validation(Callback):
 
     def __init__(
         self,
-        config: Training,
-        every: Intervals,
+        config: TrainConfig,
+        intervals: Intervals,
         data: ShardDataModule,
         *,
         masters: Masters,
@@ -226,19 +226,19 @@ class Validation(Callback):
         log: LogMetrics,
     ) -> None:
         """Read this rank's held-out clips, so that bad ones are known before the first step."""
-        self.config, self.every, self.data = config, every, data
+        self.config, self.intervals, self.data = config, intervals, data
         self.masters, self.ema = masters, ema
         self.checkpoints, self.sync, self.log = checkpoints, sync, log
         self._share: Share | None = None
-        if (held_out := config.held_out) and every.validate:
+        if (val_data := config.val_data) and intervals.val_every:
             together = config.machine.sequence_parallel
             row, rows = distributed.rank() // together, distributed.world() // together
-            self._share = read_share(held_out, row, rows, config.reader_of(held_out.clips))
+            self._share = read_share(val_data, row, rows, config.reader_of(val_data.clips))
 
     def after_step(self, state: RunState) -> None:
         """Validate if it is time, unless the run was requested to end."""
-        last = state.ends and self.every.validate > 0
-        due = self.every.due(self.every.validate, state.step) or last
+        last = state.ends and self.intervals.val_every > 0
+        due = self.intervals.due(self.intervals.val_every, state.step) or last
         if not due or state.vote.reason:
             return
         self.run(state)
@@ -262,15 +262,15 @@ class Validation(Callback):
             state.metrics |= errors
 
     def _errors(self, state: RunState, share: Share) -> dict[str, float]:
-        held_out, phases = self.config.held_out, self.config.phases
-        assert held_out and phases  # checked by `config.check`
+        val_data, phases = self.config.val_data, self.config.phases
+        assert val_data and phases  # checked by `config.check`
         errors = validate(
             state.module.net,
             self.ema,
             self.masters,
             share,
             phases,
-            held_out.sigmas,
+            val_data.sigmas,
             seed=self.config.seed,
             device=state.module.device,
             dtype=compute_dtype(self.config.machine),

@@ -132,7 +132,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
         data_parallel=world // together,
         sequence_parallel=together,
         accumulation=accumulation,
-        clip=float(wrapper.clip_grad if zero else module.optim.clip * module.clip_here),
+        clip=float(wrapper.clip_grad if zero else module.optim.max_grad_norm * module.clip_here),
         optimizer=type(masters.optimizer).__name__,
         batches=_types([trainer.precision_plugin.convert_input(torch.ones(1))]),
         compute=_compute(trainer, net),
@@ -170,7 +170,7 @@ def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int)
         "gradients": low if machine.sharded else "float32",
         "average": "float32",
         "offload": machine.offload,
-        "checkpointed": 0 if machine.checkpointing == "none" else blocks,
+        "checkpointed": 0 if machine.activation_checkpointing == "none" else blocks,
         "compiled": blocks if machine.compile else 0,
     }
 

@@ -25,12 +25,12 @@ class Machine(NamedTuple):
 
     strategy: str = "single"
     devices: int = 1
-    nodes: int = 1
+    num_nodes: int = 1
     accelerator: str = "cpu"
     precision: str = "32-true"
-    shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
+    zero3_shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
     attention: str = "auto"  # of attention.NAMES
-    checkpointing: str = "none"  # or of memory.KEPT
+    activation_checkpointing: str = "none"  # or of memory.KEPT
     compile: bool = False  # the blocks
     sequence_parallel: int = 1  # ranks that share a clip
     offload: str = "none"  # or optimizer: fp32 masters and moments in host memory
@@ -38,7 +38,7 @@ class Machine(NamedTuple):
     @property
     def world(self) -> int:
         """Ranks in all."""
-        return self.devices * self.nodes
+        return self.devices * self.num_nodes
 
     @property
     def sharded(self) -> bool:
@@ -54,13 +54,12 @@ class Machine(NamedTuple):
 def _unknown(machine: Machine) -> str | None:
     known = {
         "strategy": STRATEGIES,
-        "checkpointing": CHECKPOINTINGS,
+        "activation_checkpointing": CHECKPOINTINGS,
         "offload": OFFLOADS,
     }
     for key, names in known.items():
         if (value := getattr(machine, key)) not in names:
-            setting = "activation_checkpointing" if key == "checkpointing" else key
-            return f"trainer.{setting}={value}: unknown; one of {', '.join(names)}"
+            return f"trainer.{key}={value}: unknown; one of {', '.join(names)}"
     if machine.precision in PRECISIONS:
         return None
     why = REFUSED.get(machine.precision, "unknown")

@@ -117,7 +117,7 @@ def strategy_of(machine: Machine) -> Strategy | str:
         stage=int(machine.strategy[-1]), logging_batch_size_per_gpu=1
     )
     config: Any = strategy.config
-    if machine.strategy == "zero3" and machine.shard_small:
+    if machine.strategy == "zero3" and machine.zero3_shard_small:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if machine.offload == "optimizer":
         # torch's fused AdamW steps on the CPU: DeepSpeed's own would be compiled first.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from echolab.errors import DivergedError
 from echolab.training.guards.events import Event
-from echolab.training.guards.spikes import Guards, Spike
+from echolab.training.guards.spikes import Spike, SpikeConfig
 from echolab.training.schedule import Schedule, Skip, group_of
 
 BY = "guard"  # who wrote the event: not the command
@@ -50,7 +50,7 @@ NOTHING = Action(What.NONE)
 
 
 def decide(
-    spike: Spike | None, guards: Guards, history: Sequence[Event], schedule: Schedule
+    spike: Spike | None, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
 ) -> Action:
     """Decide what to do about a step; a function of its arguments, so that all ranks do the same.
 
@@ -65,10 +65,12 @@ def decide(
     if guards.policy == "recompute":
         # The same step was recomputed before: then the spike is reproducible.
         again = any(e.kind == "recompute" and e.step == spike.step for e in history)
-        if not again and _went_back(history) < guards.at_most:
+        if not again and _went_back(history) < guards.max_rollbacks:
             return Action(What.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
-            why = "twice from the same state" if again else f"after {guards.at_most} times back"
+            why = (
+                "twice from the same state" if again else f"after {guards.max_rollbacks} times back"
+            )
             raise DivergedError(
                 f"{spike.reason}, {why} (loss_spike.max_rollbacks); {remedy(spike)}"
             )
@@ -87,13 +89,15 @@ def _went_back(history: Sequence[Event]) -> int:
     return sum(e.kind in ("recompute", "rollback") and e.details.get("by") == BY for e in history)
 
 
-def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: Schedule) -> Action:
+def _rollback(
+    spike: Spike, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
+) -> Action:
     # The budget of rollbacks is for the run, not for the attempt.
     done = _went_back(history)
-    if done >= guards.at_most:
+    if done >= guards.max_rollbacks:
         raise DivergedError(
             f"{spike.reason}, and the run was rolled back {done} times already "
-            f"(loss_spike.max_rollbacks={guards.at_most}); {remedy(spike)}"
+            f"(loss_spike.max_rollbacks={guards.max_rollbacks}); {remedy(spike)}"
         )
     skip = None
     if guards.skip_batches:
@@ -101,7 +105,7 @@ def _rollback(spike: Spike, guards: Guards, history: Sequence[Event], schedule: 
         batch = schedule.place(spike.step).batch
         first = max(0, batch - guards.skip_batches // 2)
         skip = Skip(group_of(spike.kind), first, guards.skip_batches)
-    to = max(0, spike.step - guards.back)
+    to = max(0, spike.step - guards.rollback_steps)
     return Action(What.GO_BACK, "rollback", to_step=to, skip=skip)
 
 

@@ -23,35 +23,35 @@ LEAST = 0.05
 MIXED = 10.0  # times the median of absolute values is the scale, where half are negative
 
 
-class Guards(NamedTuple):
+class SpikeConfig(NamedTuple):
     """Settings of `guards`."""
 
     policy: str = "record"  # or recompute, rollback
-    limit: float = 8.0  # robust standard deviations above the median
+    threshold: float = 8.0  # robust standard deviations above the median
     window: int = 128  # steps of the same kind
-    warmup: int = 48  # of these that must be there before anything but NaN is a spike
-    back: int = 100  # steps that a rollback goes back at least
+    min_history: int = 48  # of these that must be there before anything but NaN is a spike
+    rollback_steps: int = 100  # steps that a rollback goes back at least
     skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
-    at_most: int = 3  # times that a run goes back, under any policy
+    max_rollbacks: int = 3  # times that a run goes back, under any policy
 
-    def check(self) -> "Guards":
+    def check(self) -> "SpikeConfig":
         """Return itself; raise ConfigError for a setting outside its range."""
         if self.policy not in ("record", "recompute", "rollback"):
             raise ConfigError(
                 f"loss_spike.policy={self.policy}: unknown; record, recompute or rollback"
             )
-        if not self.limit > 0:
-            raise ConfigError(f"loss_spike.threshold={self.limit}: must be above 0; 8 is usual")
-        if not 2 <= self.warmup <= self.window:
+        if not self.threshold > 0:
+            raise ConfigError(f"loss_spike.threshold={self.threshold}: must be above 0; 8 is usual")
+        if not 2 <= self.min_history <= self.window:
             raise ConfigError(
-                f"loss_spike.min_history={self.warmup}: must be 2 or more and at most "
+                f"loss_spike.min_history={self.min_history}: must be 2 or more and at most "
                 "loss_spike.window="
                 f"{self.window}; 48 and 128 are usual"
             )
         counts = {
-            "rollback_steps": self.back,
+            "rollback_steps": self.rollback_steps,
             "skip_batches": self.skip_batches,
-            "max_rollbacks": self.at_most,
+            "max_rollbacks": self.max_rollbacks,
         }
         for setting, value in counts.items():
             if value < 0:
@@ -124,8 +124,8 @@ class SpikeDetector:
     the history: it starts with a new reference at the loss of indifference, log 2.
     """
 
-    def __init__(self, *, limit: float = 8.0, window: int = 128, warmup: int = 48) -> None:
-        self.limit, self.window, self.warmup = limit, window, warmup
+    def __init__(self, *, threshold: float = 8.0, window: int = 128, min_history: int = 48) -> None:
+        self.threshold, self.window, self.min_history = threshold, window, min_history
         self._epochs: dict[str, int] = {}
         self._values: dict[str, dict[str, deque[float]]] = {}
 
@@ -149,7 +149,10 @@ class SpikeDetector:
             if not math.isfinite(value):
                 spikes.append(Spike(step, kind, measure, value, usual, math.inf))
                 continue
-            if len(window) >= self.warmup and (above := deviations(value, window)) > self.limit:
+            if (
+                len(window) >= self.min_history
+                and (above := deviations(value, window)) > self.threshold
+            ):
                 spikes.append(Spike(step, kind, measure, value, usual, above))
             window.append(value)
         return min(spikes, key=lambda spike: spike.finite, default=None)
