@@ -34,7 +34,9 @@ CASES: list[dict[str, Any]] = [
 ACCUMULATIONS = [1, 3, 5]
 
 
-def by_hand(micro_batches: int, limit: float = engines.CLIP.clip) -> list[dict[str, Tensor]]:
+def by_hand(
+    micro_batches: int, limit: float = engines.CLIP.max_grad_norm
+) -> list[dict[str, Tensor]]:
     """Compute AdamW with clipping in float64, from its definition: Loshchilov and Hutter 2019."""
     net = engines.Pulled().double()
     direction = net.direction.double()

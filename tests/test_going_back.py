@@ -69,7 +69,7 @@ def eighth_batch() -> Callable[[Batch], float]:
 
 
 def test_a_rollback_skips_batches_for_good(tmp_path: Path) -> None:
-    guards = {"policy": "rollback", "back": 1, "skip_batches": 2}
+    guards = {"policy": "rollback", "rollback_steps": 1, "skip_batches": 2}
     for name in ("a", "b"):
         train(tmp_path / name, eighth_batch(), **guards)
         recorded = events.read(tmp_path / name / "run")
