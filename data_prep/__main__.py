@@ -14,13 +14,17 @@ from echolab.atomic_io import check_writable, write_error
 from echolab.errors import BusyError, EcholabError, RetryableError
 from echolab.redaction import mask_output
 
-RETRYABLE = 77  # exit code for failures that another try may cure, as of `echolab train`
+RETRYABLE = 77  # exit code of failures that may pass, the same as that of `echolab train`
 
 
+# Each action parses its arguments before it imports what does the work, which takes seconds.
 def run(argv: list[str]) -> int:
     """Cut raw videos into a dataset and print a summary."""
-    options = parse(RunOptions, argv, command="data_prep run", positional=("source", "out"))
+    options = parse(
+        RunOptions, argv, command="python -m data_prep run", positional=("source", "out")
+    )
     check_writable(options.out, folder=True)
+    options.check_inputs()
     from data_prep.run import prepare, summarize
 
     print(summarize(prepare(options), options.format))
@@ -29,7 +33,7 @@ def run(argv: list[str]) -> int:
 
 def draw(argv: list[str]) -> int:
     """Draw synthetic talkers and print a summary."""
-    options = parse(DrawOptions, argv, command="data_prep draw", positional=("out",))
+    options = parse(DrawOptions, argv, command="python -m data_prep draw", positional=("out",))
     check_writable(options.out, folder=True)
     from data_prep.draw import draw_and_report
 
@@ -39,8 +43,11 @@ def draw(argv: list[str]) -> int:
 
 def encode(argv: list[str]) -> int:
     """Encode a raw dataset and print a summary."""
-    options = parse(EncodeOptions, argv, command="data_prep encode", positional=("source", "out"))
+    options = parse(
+        EncodeOptions, argv, command="python -m data_prep encode", positional=("source", "out")
+    )
     check_writable(options.out, folder=True)
+    options.check_inputs()
     from data_prep.encode import encode_and_report
 
     encode_and_report(options)
@@ -57,9 +64,10 @@ ACTIONS = {
 def main(argv: list[str]) -> int:
     """Run one action and return its exit code.
 
-    0: done.  1: an error that the user can fix.  2: no action given.  77: worth another try.  130:
-    interrupted.
+    0: done.  1: an error that the user can fix.  2: no action given.  77: may pass, try again.
+    130: interrupted.
     """
+    # Addresses may hold passwords: nothing that is printed shows them.
     with mask_output():
         return _guarded(lambda: run_action(argv, ACTIONS, command="python -m data_prep"))
 
@@ -68,11 +76,13 @@ def _guarded(action: Callable[[], int]) -> int:
     """Run an action and turn errors that the user can fix into one line and an exit code."""
     try:
         return action()
+    # A busy folder, or a machine that was short of something.
     except (BusyError, RetryableError) as error:
         _print_error(str(error))
         return RETRYABLE
     except EcholabError as error:
         line = str(error)
+    # An OSError with a file name is the user's disk; one without is a fault of the program.
     except OSError as error:
         if not error.filename:
             raise

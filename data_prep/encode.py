@@ -39,22 +39,25 @@ CLEAN = {"no": as_written, "wan": cleaned}
 WORK = ".work"
 
 Members = dict[str, bytes]
+Settings = dict[str, str | bool]  # that values depend on besides the encoders
 Stage = Callable[[Members], dict[str, Tensor]]
 
 
 def encode_and_report(options: EncodeOptions) -> None:
     """Encode as `options` say and print a summary."""
+    # Large networks run one after another; the demo's small ones all run on each clip.
     if options.encoders == "released":
         encoders = _load_released(options)
     else:
-        vae = _required("vae", options.vae, options)
-        encoders = demo_encoders(load_net(vae, CausalAutoencoder))
+        encoders = demo_encoders(load_net(options.required_path("vae"), CausalAutoencoder))
 
     # Add tasks to an encoded dataset, or encode everything, in stages if the networks are large.
+    settings: Settings = {}
+    if options.encoders == "released":
+        settings = {"dtype": options.dtype, "tiling": options.tiling}
     if options.encoded is not None:
-        clips = add_tasks(options.source, options.encoded, options.out, encoders)
+        clips = add_tasks(options.source, options.encoded, options.out, encoders, settings)
     elif options.encoders == "released":
-        settings: dict[str, str | bool] = {"dtype": options.dtype, "tiling": options.tiling}
         clips = encode_in_stages(options.source, options.out, encoders, settings)
     else:
         with progress("encoding clips", len(open_dataset(options.source))) as advance:
@@ -66,24 +69,19 @@ def encode_and_report(options: EncodeOptions) -> None:
     print(json.dumps(figures) if options.format == "json" else plain)
 
 
-def _required(name: str, value: Path | None, options: EncodeOptions) -> Path:
-    if value is None:
-        raise ConfigError(f"{name}=: needed with encoders={options.encoders}; give its path")
-    return value
-
-
 def _load_released(options: EncodeOptions) -> Encoders:
     """Return the released encoders on the requested device; raise ConfigError if it is absent."""
+    # Allocate something, for a device that does not exist is not noticed before.
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
-        raise ConfigError(f"device={options.device}: not here ({line}); give cpu") from error
-    files = find_released(
-        _required("encoder_dir", options.encoder_dir, options),
-        _required("wav2vec", options.wav2vec, options),
-    )
+        raise ConfigError(
+            f"device={options.device}: not on this machine ({line}); give device=cpu"
+        ) from error
+    # Look for all files before the first network is loaded.
+    files = find_released(options.required_path("encoder_dir"), options.required_path("wav2vec"))
     return released_encoders(
         files,
         device,
@@ -110,7 +108,7 @@ def caption_of(members: Members) -> str:
     try:
         return str(json.loads(members["json"])["caption"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"json holds no caption ({error!r}); make the sample again") from error
+        raise DataError(f"json: holds no caption ({error!r}); make the sample again") from error
 
 
 def audio_of(members: Members) -> Tensor:
@@ -134,14 +132,15 @@ def pixels_of(members: Members) -> Tensor:
     side = WAN.token_pixels
     if not WAN.is_clip_length(count) or height % side or width % side:
         raise DataError(
-            f"{count} frames of {height} x {width}; need {WAN.clip_lengths} frames and sides that "
-            f"are multiples of {side}; cut the source again with `python -m data_prep run`"
+            f"mp4: {count} frames of {height} x {width}; need {WAN.clip_lengths} frames and sides "
+            f"that are multiples of {side}; cut the source again with `python -m data_prep run`"
         )
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def to_safetensors(key: str, tensors: dict[str, Tensor]) -> bytes:
     """Return a sample's tensors as stored, in fp16; raise DataError for a value out of range."""
+    # A value beyond fp16 becomes infinite, which training would refuse much later.
     halves = {name: value.half().contiguous() for name, value in tensors.items()}
     for name, value in halves.items():
         if not bool(value.isfinite().all()):
@@ -187,13 +186,8 @@ def encode_members(encoders: Encoders, members: Members) -> dict[str, Tensor]:
 # One encoder after another
 
 
-def encode_in_stages(
-    source: Path, out: Path, encoders: Encoders, settings: dict[str, str | bool]
-) -> int:
-    """Encode every sample of `source` into the new dataset `out`; return the number of samples.
-
-    `settings` are what the values depend on besides the encoders, such as their precision.
-    """
+def encode_in_stages(source: Path, out: Path, encoders: Encoders, settings: Settings) -> int:
+    """Encode every sample of `source` into the new dataset `out`; return the number of samples."""
     dataset = open_raw(source)
     description = {"source": dataset.fingerprint, **settings}
     _run_stages(dataset, out, stages_of(encoders), encoders, description)
@@ -214,18 +208,29 @@ def stages_of(encoders: Encoders) -> dict[str, Stage]:
     }
 
 
-def add_tasks(source: Path, encoded: Path, out: Path, encoders: Encoders) -> int:
+def add_tasks(
+    source: Path, encoded: Path, out: Path, encoders: Encoders, settings: Settings
+) -> int:
     """Copy the dataset `encoded` of `source` to `out`, adding known latents of missing tasks.
 
-    Only the video encoder runs.  Return the number of samples.  Raise DataError if `encoded` is of
-    another source, of other encoders, or lacks no task.
+    Only the video encoder runs, and only for the missing tasks.  Released encoders, which take one
+    clip at a time, give the bytes of a new encoding; the demo's differ by rounding.  Return the number of samples.  Raise DataError if `encoded` is of another
+    source, of other encoders or settings, or lacks no task.
     """
+    # What is copied must be what these encoders would give.
     dataset, base = open_raw(source), open_dataset(encoded)
     if base.kind != "encoded" or base.description.get("source") != dataset.fingerprint:
         raise DataError(f"encoded={encoded}: was not encoded from {source}; give its own source")
     if base.encoders != encoders.fingerprints:
         raise DataError(f"encoded={encoded}: is of other encoders; give those it was made with")
-    present = load(base.read(0)["safetensors"])
+    for name, value in settings.items():
+        if base.description.get(name) != value:
+            raise DataError(
+                f"encoded={encoded}: was made with {name}={base.description.get(name)}, not "
+                f"{value}; give the same {name}="
+            )
+    # All samples of a dataset have the same tensors, so the first one tells what is missing.
+    present = load(base.read(0)["safetensors"]) if len(base) else {}
     missing = [task for task in KNOWN_TASKS if f"known_latents.{task}" not in present]
     if not missing:
         raise DataError(f"encoded={encoded}: has the known latents of all tasks; use it as it is")
@@ -233,8 +238,9 @@ def add_tasks(source: Path, encoded: Path, out: Path, encoders: Encoders) -> int
     def known(members: Members) -> dict[str, Tensor]:
         return encode_known(encoders, missing, pixels_of(members), *boxes_of(members))
 
-    description = {**base.description, "added_tasks": missing}
-    _run_stages(dataset, out, {"known": known}, encoders, description, base)
+    _run_stages(
+        dataset, out, {f"known {' '.join(missing)}": known}, encoders, base.description, base
+    )
     return len(dataset)
 
 
@@ -244,6 +250,7 @@ def encode_known(
 ) -> dict[str, Tensor]:
     """Return mask and known latents of some tasks, for pixels [3, T, Y, X] and boxes [T, 4]."""
     _, frames, height, width = pixels.shape
+    # As in `encode_pixels`: the mask, and the latents of the clip with all else gray.
     tensors = {}
     for task in tasks:
         known = known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
@@ -266,7 +273,11 @@ def _run_stages(
     make_folder(out)
     with lock_folder(out):
         if (out / INDEX).exists():
-            raise DataError(f"{out}: already holds a dataset; choose another folder")
+            raise DataError(
+                f"{out}: already holds a dataset; choose another folder, with encoded={out} if it "
+                "lacks a task"
+            )
+        # Every stage keeps a file a sample, so that a stopped run loses one sample at most.
         work = out / WORK / _work_name(dataset, encoders, description)
         for name, stage in stages.items():
             _run_stage(dataset, work / name, stage, f"encoding {name}")
@@ -280,6 +291,7 @@ def _run_stages(
             ) as writer,
             progress("writing shards", len(dataset)) as advance,
         ):
+            # safetensors sorts the tensors, so their bytes do not depend on the stages.
             for i, key in enumerate(dataset.keys):
                 tensors = load(base.read(i)["safetensors"]) if base else {}
                 for name in stages:

@@ -1,4 +1,4 @@
-"""Reasons to refuse a frame or a clip.  The words of a reason up to the colon are its kind.
+"""Reasons to refuse a frame or a clip.  The part of a reason before the colon is its kind.
 
 A clip counts as talking if its audio is audible (not: is speech), one large face is in every frame,
 and its lips move.  A song passes; a barking dog has no face and fails.
@@ -44,6 +44,7 @@ class Subject(NamedTuple):
 
 def find_subject(tracks: list[Track], frames: int) -> Subject:
     """Return the largest face of each frame."""
+    # Two rows of zeros, so that there are a largest and a second face in any case.
     heights = np.zeros((len(tracks) + 2, frames), np.float32)
     for index, track in enumerate(tracks):
         heights[index, track.first : track.last] = track.rows[:, 3]
@@ -56,6 +57,7 @@ def find_subject(tracks: list[Track], frames: int) -> Subject:
 
 def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: float) -> list[str]:
     """Return the gravest reason to refuse each frame, "" for frames that may be used."""
+    # The first reason that holds, from damage of the file to the size of the face.
     reasons = [""] * len(grid.indices)
     for k in range(len(reasons)):
         if grid.damaged[k]:
@@ -81,9 +83,10 @@ def runs(labels: list[str] | NDArray[np.int64]) -> list[tuple[int, int]]:
 
 def loudness(samples: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return [T] the loudness of each frame's 40 ms in dBFS."""
+    # Silence has -100 dBFS, not minus infinity.
     frames = len(samples) // SAMPLES_PER_FRAME
-    pieces = samples[: frames * SAMPLES_PER_FRAME].reshape(frames, -1).astype(np.float64)
-    return np.asarray(10 * np.log10((pieces**2).mean(1) + 1e-10))
+    blocks = samples[: frames * SAMPLES_PER_FRAME].reshape(frames, -1).astype(np.float64)
+    return np.asarray(10 * np.log10((blocks**2).mean(1) + 1e-10))
 
 
 def audible(samples: NDArray[np.float32]) -> bool:
@@ -94,10 +97,12 @@ def audible(samples: NDArray[np.float32]) -> bool:
 
 def silence(samples: NDArray[np.float32]) -> str:
     """Return the reason to refuse this audio, or ""."""
+    # People pause: a part of the frames is enough.
     levels = loudness(samples)
     share = float((levels > AUDIBLE_DBFS).mean()) if len(levels) else 0.0
     if share >= AUDIBLE_SHARE:
         return ""
+    # Name the loudest frame, by which a user can judge the limit.
     loudest = float(levels.max()) if len(levels) else -100.0
     return (
         f"silence: {share:.0%} of it is above {AUDIBLE_DBFS:g} dBFS, need {AUDIBLE_SHARE:.0%} "
@@ -110,6 +115,7 @@ def still_lips(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]
 
     `opening` [T] is in heights of the face, `presence` [T] the confidence of the mesh.
     """
+    # Without a mesh the opening of the mouth is no measurement.
     fits = presence >= MESH_PRESENCE
     if fits.mean() < MESH_SHARE:
         return f"no face: the face mesh fits in {fits.mean():.0%} of the frames, need 80%"

@@ -32,6 +32,7 @@ def list_source(source: Path, out: Path) -> Listing:
     OUT is skipped silently, and captions belong to their videos.  Raise ConfigError or MediaError
     if there is nothing to list, RetryableError if a folder cannot be read.
     """
+    # A list of files is cheap, so that a wrong source is refused before a model is loaded.
     if source.is_file():
         return Listing([(source, _shown(Path(source.name)))], [])
     if source.resolve() == out.resolve():
@@ -82,7 +83,7 @@ def _entries(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path]
         elif path.is_symlink() and not path.exists():
             left_out.append((path, f"not there: a link to {_shown(path.readlink())}"))
         elif path.is_dir() and path.is_symlink() and path.resolve() in folder.resolve().parents:
-            left_out.append((path, "linked folder: a loop, it leads back to where it lies"))
+            left_out.append((path, "linked folder: a loop, it leads back to a folder above it"))
         elif path.is_dir():
             folders.append(path)
         elif path.is_file():
@@ -110,6 +111,7 @@ def caption_of(template: str, video: Path, source: Path) -> str:
     In the template {stem} and {folder} stand for the names of the file and of its folder.  Raise
     MediaError for a text that cannot be used, RetryableError for one that cannot be read.
     """
+    # The caption of a video lies beside it; without one the template is used.
     text = video.with_suffix(".txt")
     if not text.is_symlink() and not text.exists():
         return template.replace("{stem}", _shown(Path(video.stem))).replace(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echolab.arguments import argument
-from echolab.errors import ConfigError
+from echolab.errors import ConfigError, DataError, MediaError, WeightsError
 from echolab.geometry import WAN
 
-# Options that change how the work is done or shown, and not its result.
+# Options that change how the work is done or shown, but not its result.
 NOT_OF_THE_RESULT = ("source", "out", "face_models", "workers", "stall_seconds", "format")
 
 
@@ -42,7 +42,9 @@ class RunOptions:
     min_frames: int | None = argument(
         "shortest clip to keep, frames, 4n+1", None, default_text="frames"
     )
-    size: int = argument("side of the square, or of one with the frame's area, pixels", 512)
+    size: int = argument(
+        "side of the square, or of one with the frame's area, pixels, a multiple of 16", 512
+    )
     crop: Literal["head", "frame"] = argument("square around the head, or the full frame", "head")
     crf: int = argument("H.264 quality, 0 lossless to 51 worst", 12, ge=0, le=51)
     caption: str = argument(
@@ -51,7 +53,7 @@ class RunOptions:
     )
 
     min_face_pixels: float = argument(
-        "smallest height of a face in the source, pixels", 96.0, section="Detection"
+        "smallest height of a face in the source, pixels", 96.0, ge=0, section="Detection"
     )
     detect_every: int = argument("frames from one face detection to the next", 2, ge=1, le=5)
     workers: int = argument("processes, one file each at a time", 1, ge=1)
@@ -60,6 +62,7 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
+        # Checks that a field's own limits cannot state: the frames and the side of a latent grid.
         least = self.frames if self.min_frames is None else self.min_frames
         for name, frames in (("frames", self.frames), ("min_frames", least)):
             if not is_clip_length(frames) or frames > self.frames:
@@ -70,8 +73,14 @@ class RunOptions:
         if self.size < side or self.size % side:
             raise ConfigError(f"size={self.size}: give a multiple of {side}")
 
+    def check_inputs(self) -> None:
+        """Raise MediaError if the source does not exist, before anything heavy is imported."""
+        if not self.source.exists():
+            raise MediaError(f"{self.source}: not there; give a video or a folder of videos")
+
     def result_options(self) -> dict[str, Any]:
         """Return the options that the result depends on."""
+        # A dataset is the same however many processes made it, so these do not count.
         return {k: v for k, v in asdict(self).items() if k not in NOT_OF_THE_RESULT}
 
 
@@ -83,15 +92,17 @@ class DrawOptions:
     share no talker.
     """
 
-    out: Path = argument("new dataset folder")
-    num_clips: int = argument("clips to draw", 64, ge=1, aka=("clips", "count"))
-    seed: int = argument("seed of looks, motion and speech", 0, ge=0)
-    first: int = argument("index of the first clip", 0, ge=0)
-    frames: int = argument("frames of a clip, 4n+1", 25, ge=5)
-    size: int = argument("height and width, pixels, a multiple of 16", 64, ge=32)
+    out: Path = argument("new dataset folder", section="Files")
     format: Literal["text", "json"] = argument("summary format", "text")
 
+    num_clips: int = argument("clips to draw", 64, ge=1, aka=("clips", "count"), section="Talkers")
+    seed: int = argument("seed of looks, motion and speech", 0, ge=0)
+    first: int = argument("index of the first clip", 0, ge=0)
+    frames: int = argument("frames of a clip at 25 fps, 4n+1", 25, ge=5)
+    size: int = argument("height and width, pixels, a multiple of 16", 64, ge=32)
+
     def __post_init__(self) -> None:
+        # The autoencoder takes 4n+1 frames, and sides of whole tokens.
         if self.num_clips < 1:
             raise ConfigError(f"num_clips={self.num_clips}: must be 1 or more")
         if self.frames < 5 or not WAN.is_clip_length(self.frames):
@@ -135,10 +146,35 @@ class EncodeOptions:
         "released: wav2vec2's last layer twice a frame, or all layers once", "preview",
         aka=("sound",),
     )  # fmt: skip
-    clean: Literal["no", "wan"] = argument("released: cleaning of captions", "no")
+    clean: Literal["no", "wan"] = argument(
+        "released: cleaning of captions, none or that of Wan's own code", "no"
+    )
 
     device: str = argument(
         "released: device, such as cuda or cuda:1", "cpu", section="Memory and speed"
     )
-    dtype: Literal["bf16", "fp32"] = argument("released: precision; audio is fp32", "bf16")
+    dtype: Literal["bf16", "fp32"] = argument(
+        "released: precision of video, text and image; audio is always fp32", "bf16"
+    )
     tiling: bool = argument("released: encode videos in blended tiles, with less memory", False)
+
+    def check_inputs(self) -> None:
+        """Raise an EcholabError for an input that is missing, before anything heavy is imported."""
+        # Datasets, unless they lie behind an address.
+        for folder in (self.source, self.encoded):
+            index = folder / "dataset.json" if folder is not None else Path()
+            if not index.exists() and ":/" not in str(folder):
+                raise DataError(f"{index}: not there; the folder is no complete dataset")
+        # The files of the encoders in use.
+        for name in ("vae",) if self.encoders == "demo" else ("encoder_dir", "wav2vec"):
+            path = self.required_path(name)
+            if not path.exists():
+                remedy = "fit it with `echolab fit`" if name == "vae" else "download or copy it"
+                raise WeightsError(f"{path}: not there; {remedy}, or give another {name}=PATH")
+
+    def required_path(self, name: str) -> Path:
+        """Return an argument that the encoders in use need; raise ConfigError without it."""
+        path: Path | None = getattr(self, name)
+        if path is None:
+            raise ConfigError(f"{name}: needed with encoders={self.encoders}; give {name}=PATH")
+        return path

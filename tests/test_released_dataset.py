@@ -16,7 +16,8 @@ from data_prep.options import DrawOptions
 from echolab.data.collate import read_clip
 from echolab.data.shard_reader import open_dataset
 from echolab.data.shard_writer import ShardWriter
-from echolab.encoders.encode import Encoders, encode_clip
+from echolab.encoders.demo import CausalAutoencoder
+from echolab.encoders.encode import Encoders, demo_encoders, encode_clip
 from echolab.encoders.loading import Resident, find_released, released_encoders
 from echolab.encoders.umt5 import as_written, cleaned
 from echolab.errors import ConfigError, DataError, WeightsError
@@ -151,14 +152,35 @@ def test_a_new_task_is_added_without_encoding_the_rest_again(
 
     monkeypatch.setattr(encode, "_run_stage", watched)
     assert encode_action(command(world, tmp_path / "new", f"encoded={old}")) == 0
-    assert stages == ["encoding known"]
+    assert stages == ["encoding known flf2v lip_sync"]
     complete, new = open_dataset(tmp_path / "complete"), open_dataset(tmp_path / "new")
-    assert new.keys == complete.keys and new.description["added_tasks"] == list(tasks)
-    for i in range(CLIPS):
-        expected, tensors = (load(d.read(i)["safetensors"]) for d in (complete, new))
+    assert new.keys == complete.keys and new.fingerprint == complete.fingerprint
+    check_same_files(tmp_path / "complete", tmp_path / "new")
+
+
+def check_same_files(complete: Path, new: Path) -> None:
+    """Compare all files of two datasets: shards and dataset.json."""
+    assert sorted(path.name for path in new.iterdir()) == sorted(
+        path.name for path in complete.iterdir()
+    )
+    for path in complete.iterdir():
+        assert (new / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_new_task_is_added_to_a_dataset_of_the_demo(world: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoders = demo_encoders(CausalAutoencoder(width=8).eval())
+    encode.encode_dataset(world / "raw", tmp_path / "complete", encoders, lambda done: None)
+    old = without_tasks(tmp_path / "complete", tmp_path / "old", ("avatar_sync",))
+    assert encode.add_tasks(world / "raw", old, tmp_path / "new", encoders, {}) == CLIPS
+    for i in range(CLIPS):  # the demo's convolutions round by the number of clips in a batch
+        expected, tensors = (
+            load(open_dataset(tmp_path / name).read(i)["safetensors"])
+            for name in ("complete", "new")
+        )
         assert tensors.keys() == expected.keys()
         torch.testing.assert_close(tensors, expected)
-        kept = [name for name in expected if name.partition(".")[2] not in tasks]
+        kept = [name for name in expected if not name.endswith(".avatar_sync")]
         assert all(torch.equal(tensors[name], expected[name]) for name in kept)
 
 
@@ -171,12 +193,15 @@ def test_tasks_are_added_to_a_dataset_of_the_same_source_and_encoders_alone(
     old = without_tasks(tmp_path / "complete", tmp_path / "old", ("i2v",))
     with pytest.raises(DataError, match="is of other encoders"):
         encode_action(command(world, tmp_path / "new", f"encoded={old}", "clean=wan"))
+    words = [word for word in command(world, tmp_path / "new") if not word.startswith("dtype=")]
+    with pytest.raises(DataError, match="was made with dtype=fp32, not bf16; give the same dtype="):
+        encode_action([*words, f"encoded={old}"])
     draw_dataset(
         DrawOptions(tmp_path / "raw", num_clips=1, seed=9, frames=FRAMES, size=SIZE),
         lambda done: None,
     )
     with pytest.raises(DataError, match="was not encoded from"):
-        encode.add_tasks(tmp_path / "raw", old, tmp_path / "new", made(world))
+        encode.add_tasks(tmp_path / "raw", old, tmp_path / "new", made(world), {})
     assert not (tmp_path / "new" / "dataset.json").exists()
 
 
@@ -277,13 +302,13 @@ def test_both_layouts_work_and_a_missing_part_is_named(world: Path, tmp_path: Pa
 
 def test_options_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
     raw, out = str(world / "raw"), str(tmp_path / "out")
-    with pytest.raises(ConfigError, match="vae=: needed with encoders=demo"):
+    with pytest.raises(ConfigError, match="vae: needed with encoders=demo"):
         encode_action([raw, out])
-    with pytest.raises(ConfigError, match="encoder_dir=: needed with encoders=released"):
+    with pytest.raises(ConfigError, match="encoder_dir: needed with encoders=released"):
         encode_action([raw, out, "encoders=released", f"wav2vec={world / 'base'}"])
-    with pytest.raises(ConfigError, match="wav2vec=: needed"):
+    with pytest.raises(ConfigError, match="wav2vec: needed"):
         encode_action([raw, out, "encoders=released", f"encoder_dir={world / 'release'}"])
     for device in ("cuda:63", "nonsense"):
-        with pytest.raises(ConfigError, match=f"device={device}: not here"):
+        with pytest.raises(ConfigError, match=f"device={device}: not on this machine"):
             encode_action(command(world, tmp_path / "out", f"device={device}"))
     assert not (tmp_path / "out").exists()
