@@ -87,6 +87,7 @@ def _guarded(action: Callable[[], int]) -> int:
         if not error.filename:
             raise
         line = str(write_error(error.filename, error))
+    # An interrupt is the user's own: no stack, and the exit code of the shell.
     except KeyboardInterrupt:
         print("data_prep: stopped; the same command resumes", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Synthetic talkers: faces with random looks whose lips follow a synthetic voice.
+"""Draw datasets of synthetic talkers: random faces whose lips follow a synthetic voice.
 
 They need no download and their visemes are known exactly, so that lip sync can be measured without
 a trained network.  A clip is a pure function of (seed, index).
@@ -23,6 +23,7 @@ OVERSAMPLE = 2
 SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
 MOUTH_CENTER = (0.0, 0.50)  # in head coordinates, where the face is the ellipse x^2/a^2 + y^2 = 1
 
+# Colors by the words that captions use for them.
 SKINS = {
     "pale": (244, 214, 190),
     "fair": (232, 190, 160),
@@ -93,6 +94,7 @@ class Motion(NamedTuple):
 
 
 def draw_look(rng: np.random.Generator) -> Look:
+    """Draw an appearance; each field advances the generator, so their order is part of the data."""
     return Look(
         skin=str(rng.choice(list(SKINS))),
         hair=str(rng.choice(list(HAIRS))),
@@ -109,6 +111,7 @@ def draw_look(rng: np.random.Generator) -> Look:
 
 def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.float64]:
     """Return a slow, smooth path around zero: two sines of random phase."""
+    # Rates in Hz.
     seconds = np.arange(frames) / FPS
     slow, quick = rng.uniform(0.15, 0.5), rng.uniform(0.6, 1.1)
     path = np.sin(2 * np.pi * slow * seconds + rng.uniform(0, 2 * np.pi))
@@ -116,11 +119,13 @@ def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.f
 
 
 def draw_motion(rng: np.random.Generator, frames: int) -> Motion:
+    """Draw the motion of a head, with about one blink in 1.5 s."""
+    # A blink takes four frames.
     lids = np.ones(frames)
-    for start in rng.integers(0, 3 * FPS, size=2):  # about one blink in 1.5 s
-        for offset, open_ in ((0, 0.45), (1, 0.05), (2, 0.05), (3, 0.5)):
+    for start in rng.integers(0, 3 * FPS, size=2):
+        for offset, opening in ((0, 0.45), (1, 0.05), (2, 0.05), (3, 0.5)):
             if start + offset < frames:
-                lids[start + offset] = open_
+                lids[start + offset] = opening
     return Motion(
         x=wander(rng, frames, 0.035),
         y=wander(rng, frames, 0.025),
@@ -135,6 +140,7 @@ class Pen:
     """Draws shapes given in head coordinates on an oversampled canvas."""
 
     def __init__(self, canvas: NDArray[np.uint8], look: Look, motion: Motion, frame: int) -> None:
+        # Head coordinates: the origin in the middle of the face, its half height as the unit.
         half = canvas.shape[0] / 2
         self.canvas = canvas
         self.unit = look.size * half
@@ -159,6 +165,7 @@ class Pen:
         start: float = 0,
         end: float = 360,
     ) -> None:
+        # In fractions of a pixel, so that a slow motion does not jump.
         center = tuple(round(v * 2**SHIFT) for v in self.to_canvas(x, y))
         axes = (max(1, round(a * self.unit * 2**SHIFT)), max(1, round(b * self.unit * 2**SHIFT)))
         cv2.ellipse(
@@ -184,6 +191,7 @@ def darker(color: tuple[int, ...], factor: float) -> tuple[int, ...]:
 
 def draw_mouth(pen: Pen, look: Look, turn: float, opening: float, width: float) -> None:
     """Draw lips around a dark inside with a row of teeth; shut lips are one line."""
+    # Lips, then the inside, then the teeth if the mouth is wide open.
     x, y = MOUTH_CENTER[0] + turn, MOUTH_CENTER[1]
     half_width = 0.19 + 0.17 * width
     half_height = 0.02 + 0.24 * opening
@@ -197,15 +205,18 @@ def draw_mouth(pen: Pen, look: Look, turn: float, opening: float, width: float) 
 
 
 def draw_eyes(pen: Pen, look: Look, turn: float, lids: float, brows: float) -> None:
+    """Draw eyes or, if the lids are shut, lines; then brows and glasses."""
     skin = SKINS[look.skin]
     for side in (-1, 1):
         x, y = side * 0.36 * look.aspect / 0.8 + 1.2 * turn, -0.16
+        # Eyes: white, iris and pupil, which look to the side that the head turns to.
         if lids > 0.3:
             pen.ellipse(x, y, 0.15, 0.105 * lids, (250, 250, 250))
             pen.ellipse(x + 0.25 * turn, y, 0.075, min(0.075, 0.1 * lids), EYES[look.eyes])
             pen.ellipse(x + 0.25 * turn, y, 0.035, min(0.035, 0.05 * lids), (16, 16, 18))
         else:
             pen.line([(x - 0.14, y + 0.02), (x + 0.14, y + 0.02)], 0.035, darker(skin, 0.5))
+        # The brow, and the rim of the glasses.
         brow = -0.37 - brows
         pen.line(
             [(x - 0.16, brow + 0.03), (x, brow - 0.03), (x + 0.16, brow + 0.02)],
@@ -226,7 +237,7 @@ def draw_frame(
     """Return an image uint8 [size, size, 3], and the pen that drew it."""
     # Background, then the layers of the head from back to front.
     canvas = np.empty((size * OVERSAMPLE, size * OVERSAMPLE, 3), np.uint8)
-    shade = np.linspace(1.08, 0.86, canvas.shape[0])[:, None, None]
+    shade = np.linspace(1.08, 0.86, canvas.shape[0])[:, None, None]  # brighter at the top
     canvas[:] = np.clip(np.array(WALLS[look.wall]) * shade, 0, 255)
     pen = Pen(canvas, look, motion, frame)
     skin, hair, turn = SKINS[look.skin], HAIRS[look.hair], float(motion.turn[frame])
@@ -250,6 +261,7 @@ def draw_frame(
 
 def box_around(pen: Pen, x: float, y: float, a: float, b: float) -> list[float]:
     """Return the box [left, top, right, bottom], in pixels, of an ellipse in head coordinates."""
+    # The box of an ellipse that is tilted with the head.
     center = pen.to_canvas(x, y)
     half_width = pen.unit * float(np.hypot(a * pen.cos, b * pen.sin))
     half_height = pen.unit * float(np.hypot(a * pen.sin, b * pen.cos))
@@ -279,9 +291,11 @@ def draw_talker(seed: int, index: int, *, frames: int = 25, size: int = 64) -> T
     rng = np.random.default_rng([seed, index])
     look, motion = draw_look(rng), draw_motion(rng, frames)
     voice = synthesize(rng, frames / FPS)
-    at = (np.arange(frames) + 0.5) * CONTROL_HZ / FPS - 0.5
-    grid = np.arange(len(voice.opening))
-    opening, width = np.interp(at, grid, voice.opening), np.interp(at, grid, voice.width)
+    # The lips in the middle of each frame's time.
+    samples_at = (np.arange(frames) + 0.5) * CONTROL_HZ / FPS - 0.5
+    steps = np.arange(len(voice.opening))
+    opening = np.interp(samples_at, steps, voice.opening)
+    width = np.interp(samples_at, steps, voice.width)
 
     # Draw the frames, and keep the true boxes.
     images, face, lips = [], [], []
@@ -317,6 +331,7 @@ def draw_and_report(options: DrawOptions) -> None:
 
 def draw_dataset(options: DrawOptions, report: Callable[[int], None]) -> None:
     """Write the dataset, calling `report` with the number of clips done."""
+    # Keys hold seed and index, so that datasets of several seeds can be mixed.
     with ShardWriter(
         options.out, kind="raw", description={"source": "drawn", "seed": options.seed}
     ) as writer:
@@ -328,6 +343,7 @@ def draw_dataset(options: DrawOptions, report: Callable[[int], None]) -> None:
 
 def members_of(talker: Talker, index: int, options: DrawOptions) -> dict[str, bytes]:
     """Return one sample of the raw kind."""
+    # The curves of the mouth are the truth that lip sync is measured against.
     facts = {
         "caption": talker.look.caption(),
         "source": "drawn",

@@ -214,8 +214,10 @@ def add_tasks(
     """Copy the dataset `encoded` of `source` to `out`, adding known latents of missing tasks.
 
     Only the video encoder runs, and only for the missing tasks.  Released encoders, which take one
-    clip at a time, give the bytes of a new encoding; the demo's differ by rounding.  Return the number of samples.  Raise DataError if `encoded` is of another
-    source, of other encoders or settings, or lacks no task.
+    clip at a time, give the bytes of a new encoding; the demo's differ by rounding.
+
+    Return the number of samples.  Raise DataError if `encoded` is of another source, of other
+    encoders or settings, or lacks no task.
     """
     # What is copied must be what these encoders would give.
     dataset, base = open_raw(source), open_dataset(encoded)
@@ -229,12 +231,13 @@ def add_tasks(
                 f"encoded={encoded}: was made with {name}={base.description.get(name)}, not "
                 f"{value}; give the same {name}="
             )
-    # All samples of a dataset have the same tensors, so the first one tells what is missing.
+    # All samples of a dataset have the same tensors, so the first one shows the missing ones.
     present = load(base.read(0)["safetensors"]) if len(base) else {}
     missing = [task for task in KNOWN_TASKS if f"known_latents.{task}" not in present]
     if not missing:
         raise DataError(f"encoded={encoded}: has the known latents of all tasks; use it as it is")
 
+    # A task's mask says which pixels are given; the network sees the latents of these alone.
     def known(members: Members) -> dict[str, Tensor]:
         return encode_known(encoders, missing, pixels_of(members), *boxes_of(members))
 

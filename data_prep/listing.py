@@ -111,7 +111,7 @@ def caption_of(template: str, video: Path, source: Path) -> str:
     In the template {stem} and {folder} stand for the names of the file and of its folder.  Raise
     MediaError for a text that cannot be used, RetryableError for one that cannot be read.
     """
-    # The caption of a video lies beside it; without one the template is used.
+    # The caption of a video is a text file of its stem; without one the template is used.
     text = video.with_suffix(".txt")
     if not text.is_symlink() and not text.exists():
         return template.replace("{stem}", _shown(Path(video.stem))).replace(

@@ -69,6 +69,7 @@ class RunOptions:
                 raise ConfigError(
                     f"{name}={frames}: give {WAN.clip_lengths}, at least 5 and at most frames"
                 )
+        # The latents are halved into tokens of two by two, so sides are multiples of 16 pixels.
         side = WAN.token_pixels
         if self.size < side or self.size % side:
             raise ConfigError(f"size={self.size}: give a multiple of {side}")
@@ -102,7 +103,7 @@ class DrawOptions:
     size: int = argument("height and width, pixels, a multiple of 16", 64, ge=32)
 
     def __post_init__(self) -> None:
-        # The autoencoder takes 4n+1 frames, and sides of whole tokens.
+        # The autoencoder takes 4n+1 frames, and sides that are multiples of a token's.
         if self.num_clips < 1:
             raise ConfigError(f"num_clips={self.num_clips}: must be 1 or more")
         if self.frames < 5 or not WAN.is_clip_length(self.frames):
@@ -174,6 +175,7 @@ class EncodeOptions:
 
     def required_path(self, name: str) -> Path:
         """Return an argument that the encoders in use need; raise ConfigError without it."""
+        # Which arguments are needed depends on the encoders, so none of them is required by itself.
         path: Path | None = getattr(self, name)
         if path is None:
             raise ConfigError(f"{name}: needed with encoders={self.encoders}; give {name}=PATH")

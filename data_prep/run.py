@@ -1,7 +1,7 @@
 """Cut raw talking videos into a dataset.
 
 The clips of each file are kept in OUT/.work until all files are done, so that the same command
-resumes where it was stopped; then follow the shards, refused.jsonl and, last, dataset.json.
+resumes where it was stopped.  Then the shards are written, refused.jsonl and, last, dataset.json.
 """
 
 import errno
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 WORK = ".work"
 DONE = "done.json"
 FAILED = "failed.json"  # of a file whose work was stopped by something other than its content
-TRIES = 3  # such failures, in as many runs, after which a file is refused
+MAX_FAILURES = 3  # in as many runs, after which a file is refused
 REFUSED = "refused.jsonl"
 
 
@@ -53,6 +53,7 @@ def prepare(options: RunOptions) -> dict[str, Any]:
 
     Raise an EcholabError if there is no clip at all, or if work was interrupted.
     """
+    # A dataset that is there already is only checked against the request.
     listing = list_source(options.source, options.out)
     jobs = [_job(path, name, options) for path, name in listing.files]
     if not (options.out / INDEX).exists():
@@ -69,6 +70,7 @@ def prepare(options: RunOptions) -> dict[str, Any]:
 
 def _job(path: Path, name: str, options: RunOptions) -> Job:
     """Return the job of one file, in a folder named by all that its result depends on."""
+    # A caption that cannot be used refuses its file, not the run.
     caption, fault = "", ""
     try:
         caption = caption_of(options.caption, path, options.source)
@@ -92,6 +94,7 @@ def _captions(jobs: list[Job]) -> dict[str, str]:
 
 def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) -> None:
     """Raise DataError if a dataset is of other files, options or captions."""
+    # Another request must not silently get an old dataset.
     description = dataset.description
     if description.get("request") != _request(jobs, options):
         raise DataError(
@@ -107,6 +110,7 @@ def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) 
 
 
 def _hash(content: Any) -> str:
+    # Sorted keys, so that equal contents have equal hashes.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -145,20 +149,21 @@ def _process_files(jobs: list[Job], options: RunOptions) -> None:
     if stopped:
         job, reason = stopped[0]
         raise RetryableError(
-            f"{job.path}: {reason}; {len(stopped)} of {len(jobs)} files were stopped so, and "
-            "none was refused for it; give the same command again, with fewer workers= if memory "
-            "is short"
+            f"{job.path}: {reason}; {len(stopped)} of {len(jobs)} files were stopped in this way, "
+            "and none was refused for it; give the same command again, with fewer workers= if "
+            "memory is short"
         )
 
 
 def _is_given_up(job: Job, reason: str) -> bool:
-    """Count a failure of a file; refuse it after TRIES of them and return whether that is so."""
+    """Count a failure of a file; after MAX_FAILURES refuse the file and return True."""
+    # Outside the job's folder, which the next run empties.
     path = job.folder.with_name(f"{job.folder.name}.{FAILED}")
-    tries = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
-    write_atomic(path, json.dumps({"tries": tries, "reason": reason}).encode())
-    if tries >= TRIES:
-        _keep_refusal(job, f"{reason}; in {tries} runs")
-    return tries >= TRIES
+    failures = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
+    write_atomic(path, json.dumps({"tries": failures, "reason": reason}).encode())
+    if failures >= MAX_FAILURES:
+        _keep_refusal(job, f"{reason}; in {failures} runs")
+    return failures >= MAX_FAILURES
 
 
 def _keep_refusal(job: Job, reason: str) -> None:
@@ -174,6 +179,7 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     from data_prep.source import Models
     from echolab.vision.faces import FaceMesh
 
+    # One thread: the processes share the cores.
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))
 
@@ -189,6 +195,7 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
             except OSError as error:
                 reason = f"damaged: the decoder cannot read it ({error.strerror or error})"
                 clips, refused = [], [Refusal(0.0, 0.0, reason)]
+        # A refusal is final, so check that the disk returned the file's own bytes.
         if any(refusal.reason.startswith("damaged") for refusal in refused):
             _check_unchanged(job, sha256, progress)
         _write_done(job, clips, refused)
@@ -203,6 +210,7 @@ def _cut(
     """Write the clips of one file to its folder; return their keys and the refusals."""
     from data_prep.source import Clip, Source, read_source
 
+    # Start from an empty folder: an interrupted run may have left clips.
     _make_empty(job.folder)
     clips: list[str] = []
     refused: list[Refusal] = []
@@ -218,6 +226,7 @@ def _cut(
 
 
 def _sha256(path: Path, progress: Callable[[float], None]) -> str:
+    # Report progress: hashing a large file on a slow disk takes minutes.
     digest, done, size = hashlib.sha256(), 0, max(1, path.stat().st_size)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -251,6 +260,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
 
     Raise MediaError, with refused.jsonl written, if there is no clip.
     """
+    # The refusals of each file in order of time, then files that were not read at all.
     done = [json.loads((job.folder / DONE).read_bytes()) for job in jobs]
     rows = [
         (job.name, *refusal)
@@ -265,6 +275,7 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
             f"{options.source}: no clip could be made of {len(jobs)} file(s); the first reason: "
             f"{rows[0][3]}; all are in {options.out / REFUSED}"
         )
+    # All that decides the result, so that another request is noticed.
     description = {
         "request": _request(jobs, options),
         "captions": _captions(jobs),
@@ -300,6 +311,7 @@ def read_refused(path: Path) -> list[dict[str, Any]]:
 
 def _figures(dataset: ShardDataset, files: int, refused: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of the summary, refusals by kind."""
+    # The part of a reason before the colon is its kind.
     kinds: dict[str, dict[str, float]] = {}
     for row in refused:
         kind = kinds.setdefault(row["reason"].partition(":")[0], {"spans": 0, "seconds": 0.0})
@@ -326,8 +338,9 @@ def summarize(figures: dict[str, Any], format: str) -> str:
         f"{figures['clips']} clips, {figures['seconds']:.1f} s, of {figures['files_used']} of "
         f"{figures['files']} files, in {figures['shards']} shards: {figures['out']}"
     ]
-    for kind, of in sorted(figures["refused"].items(), key=lambda item: -item[1]["seconds"]):
-        lines.append(f"  refused {of['seconds']:8.1f} s in {of['spans']:4d} spans: {kind}")
+    # The most refused first.
+    for kind, sums in sorted(figures["refused"].items(), key=lambda item: -item[1]["seconds"]):
+        lines.append(f"  refused {sums['seconds']:8.1f} s in {sums['spans']:4d} spans: {kind}")
     return "\n".join(lines)
 
 
@@ -353,7 +366,7 @@ class FileProgress:
         if self.bar:
             self.bar.start()
         if self.done:
-            self.print(f"{self.done} of {self.files} files were done before")
+            self.print(f"{self.done} of {self.files} files were done by an earlier run")
         return self
 
     def __exit__(
@@ -367,6 +380,7 @@ class FileProgress:
 
     def progress(self, name: str, share: float) -> None:
         """Show that a file is done by `share`."""
+        # Files in progress count by their shares, so that the bar moves during a long file.
         self.shares[name] = share
         if self.bar:
             completed = self.done + sum(self.shares.values())

@@ -61,7 +61,7 @@ from echolab.vision.video_reader import Probe, VideoReader, probe
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
 # Progress at the beginning and end of each part of the work on one file.
-HASHING, PROBING, LISTENING, TRACKING, CUTTING = (
+HASHING, PROBING, READING_AUDIO, TRACKING, CUTTING = (
     (0.0, 0.05), (0.05, 0.25), (0.25, 0.3), (0.3, 0.65), (0.65, 1.0),
 )  # fmt: skip
 
@@ -122,6 +122,7 @@ def read_source(
 
     Raise OSError if it cannot be read, and MemoryError.
     """
+    # A file without frames that can be decoded has no grid, so it is refused as one span.
     try:
         probed = probe(source.path, _between(progress, *PROBING))
     except MediaError as error:
@@ -130,7 +131,7 @@ def read_source(
     try:
         facts = {"source": source.name, "source_sha256": source.sha256, "rate": RATE_HZ, "fps": FPS}
         facts["caption"] = source.caption
-        audio = _read_audio(probed, _between(progress, *LISTENING))
+        audio = _read_audio(probed, _between(progress, *READING_AUDIO))
         file = ProbedFile(probed, make_grid(probed), audio, options, models, facts)
 
         # Refuse what needs no face detection.
@@ -168,7 +169,7 @@ def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
         return read_audio_track(probed.path, RATE_HZ, advance)
     except MediaError as error:
         problem = str(error).removeprefix(f"{probed.path}: ")
-        kind = "no audio" if re.match(r"the \w+ track is empty", problem) else "damaged"
+        kind = "no audio" if problem.startswith("the audio track is empty") else "damaged"
         raise MediaError(f"{kind}: {problem}") from error
 
 
@@ -183,6 +184,7 @@ def _file_refusals(file: ProbedFile) -> list[Refusal]:
         reason = silence(audio.samples)
     else:
         return []
+    # Frames that cannot be decoded are refused as damaged, not for the fault of the file.
     damaged = [DAMAGED if is_damaged else reason for is_damaged in grid.damaged]
     return [
         Refusal(grid.seconds(first), grid.seconds(last), damaged[first])
@@ -265,6 +267,7 @@ def cut_span(
 
     The rest gives one more, shorter clip of 4n+1 frames if it has `min_frames`.
     """
+    # Full clips first, then one of the rest if it is long enough.
     clips = []
     while last - first >= frames:
         clips.append((first, first + frames))
@@ -280,6 +283,7 @@ def _too_short(grid: Grid, first: int, last: int, min_frames: int, is_rest: bool
     """Return the refusal of a span with too few frames."""
     count = last - first
     subject = "the rest after the last clip" if is_rest else "a span with one face"
+    # Five frames are the shortest clip.
     hint = (
         f"; min_frames={WAN.frames(WAN.latent_frames(count))} would take it" if count >= 5 else ""
     )
@@ -294,10 +298,10 @@ def _clip(
     # Audio first: it is cheap to check.
     grid = file.grid
     assert file.audio is not None
-    at = grid.seconds(first), grid.seconds(last)
+    span = grid.seconds(first), grid.seconds(last)
     samples = audio_of(file.audio, grid, first, last)
     if reason := silence(samples):
-        return Refusal(*at, reason)
+        return Refusal(*span, reason)
 
     # Decode and crop the frames, and measure the mouth in each.
     rows = track.rows[first - track.first : last - track.first]
@@ -308,12 +312,12 @@ def _clip(
         frames.append(crop_frame(image, crop))
     opening = np.array([mesh.opening for mesh in meshes]) / rows[:, 3]
     if reason := still_lips(opening, np.array([mesh.presence for mesh in meshes])):
-        return Refusal(*at, reason)
+        return Refusal(*span, reason)
 
     # Encode the members of the sample.
     facts = file.facts | {
-        "start_seconds": round(at[0], 4),
-        "end_seconds": round(at[1], 4),
+        "start_seconds": round(span[0], 4),
+        "end_seconds": round(span[1], 4),
         "frames": last - first,
         "width": crop.width,
         "height": crop.height,
@@ -331,6 +335,7 @@ def _clip(
 
 def _crop_of(file: ProbedFile, faces: NDArray[np.float32]) -> Crop:
     """Return the crop of a clip with these face boxes [T, 4]."""
+    # The head crop holds all face boxes of the clip, so that it does not move.
     width, height = file.probe.width, file.probe.height
     if file.options.crop == "head":
         return crop_head(faces, width, height, file.options.size)

@@ -56,6 +56,7 @@ def draw_phones(rng: np.random.Generator, seconds: float) -> list[tuple[Phone, f
     phones: list[tuple[Phone, float]] = []
     filled = 0.0
     while filled < seconds:
+        # A syllable is a consonant and a vowel; the lips are known from both.
         if rng.random() < 0.18:
             syllable = [(PAUSE, rng.uniform(0.12, 0.35))]
         else:
@@ -77,6 +78,7 @@ def glide(values: Array) -> Array:
 
 def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[str, Array]:
     """Return the targets of all phones as smooth curves at CONTROL_HZ."""
+    # The phone that is spoken in the middle of each control step.
     count = round(seconds * CONTROL_HZ)
     ends = np.cumsum([duration for _, duration in phones])
     indices = np.searchsorted(ends, (np.arange(count) + 0.5) / CONTROL_HZ, side="right")
@@ -89,6 +91,7 @@ def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[st
 
 def harmonics_of(curves: dict[str, Array], pitch: Array, scale: float) -> Array:
     """Return the amplitude of each harmonic at CONTROL_HZ, [harmonics, time]: three resonances."""
+    # Three resonances of the vocal tract, at the formants; a longer tract lowers all of them.
     numbers = np.arange(1, 1 + int(4000 / pitch.max()))[:, None]
     frequency = numbers * pitch[None]
     response = np.zeros_like(frequency)

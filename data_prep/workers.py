@@ -31,10 +31,10 @@ Setup = Callable[[], Task]  # run once in each process: loads the models
 
 
 class Progressed(NamedTuple):
-    """A job is done by `share`."""
+    """A part of a job is done."""
 
     job: Any
-    share: float
+    share: float  # from 0 to 1
 
 
 class Finished(NamedTuple):
@@ -68,6 +68,7 @@ class Clock:
         self.seconds, self._last = 0.0, time.monotonic()
 
     def tick(self) -> None:
+        # A wait after a suspension counts as one tick, or a laptop's sleep would end all jobs.
         now = time.monotonic()
         self.seconds += min(now - self._last, LONGEST_TICK)
         self._last = now
@@ -77,6 +78,7 @@ class _Worker:
     """One process and its current job."""
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
+        # Spawned: a fork would copy the state of decoders and threads.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
@@ -99,6 +101,7 @@ class _Worker:
 
     def state(self) -> str:
         """Return R running, S asleep, D waiting for the disk or T stopped; "" if it has ended."""
+        # The process's name may hold spaces and brackets: the state follows the last bracket.
         try:
             text = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8", "replace")
         except OSError:
@@ -112,6 +115,7 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
     Raise the EcholabError of a job, which ends the run.  A process without a message for
     `stall_seconds`, not counting time that this process was suspended, hangs.
     """
+    # Start the processes, each with a job.
     waiting, crashed = list(reversed(jobs)), list[Any]()
     workers: list[_Worker] = []
     clock = Clock()
@@ -119,6 +123,7 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
         for _ in range(min(count, len(jobs))):
             workers.append(_Worker(setup, clock))
             workers[-1].give(waiting.pop())
+        # Take reports until no process has a job.
         while workers:
             ready = wait([worker.pipe for worker in workers], POLL_SECONDS)
             clock.tick()
@@ -166,6 +171,7 @@ def _receive(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report 
 
 def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
     """Return the report on a worker whose process has ended."""
+    # Only a signal of the decoder itself speaks against the file, and only the second time.
     worker.process.join(5)
     code, job = worker.process.exitcode, worker.job
     if code is None or code >= 0:
@@ -183,6 +189,7 @@ def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | N
 
 def _stalled(worker: _Worker, stall_seconds: float) -> Report | None:
     """Return the report on a worker without messages for too long, else None."""
+    # Loading the models takes longer than a step of a job.
     limit = stall_seconds if worker.is_ready else max(stall_seconds, SETUP_SECONDS)
     if worker.clock.seconds - worker.last_message < limit:
         return None

@@ -122,7 +122,7 @@ def test_an_image_of_absurd_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_hours_of_video_in_a_few_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "LARGEST_VIDEO", 16 * 16 * 3 * 10)
+    monkeypatch.setattr(media, "MAX_VIDEO_BYTES", 16 * 16 * 3 * 10)
     assert len(media.decode_mp4(media.encode_mp4(np.zeros((10, 16, 16, 3), np.uint8)))) == 10
     with pytest.raises(MediaError, match="too large for a sample"):
         media.decode_mp4(media.encode_mp4(np.zeros((11, 16, 16, 3), np.uint8)))

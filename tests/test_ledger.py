@@ -192,7 +192,7 @@ def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_two_processes_cannot_write_one_attempt(tmp_path: Path) -> None:
     write(tmp_path, 1, [])
     assert next_attempt(tmp_path / LEDGER) == 2
-    with pytest.raises(DataError, match="do two processes train in this run"):
+    with pytest.raises(DataError, match="stop the other process that trains"):
         write(tmp_path, 1, [])
 
 

@@ -126,7 +126,7 @@ def test_a_hole_in_the_sound_becomes_silence(tmp_path: Path) -> None:
 def test_files_that_are_no_sound(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("not a sound")
     write_video(tmp_path / "mute.mp4", ramp(), None)
-    for name, problem in (("text.wav", "damaged"), ("mute.mp4", "no sound"), ("no", "not there")):
+    for name, problem in (("text.wav", "damaged"), ("mute.mp4", "no audio"), ("no", "not there")):
         with pytest.raises(MediaError, match=problem) as caught:
             read_audio(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -92,7 +92,7 @@ def test_what_one_network_made_meets(made: dict[str, Path], tmp_path: Path) -> N
 def test_what_different_networks_made_does_not(
     made: dict[str, Path], tmp_path: Path, what: str, encoder: str
 ) -> None:
-    words = f"{encoder} encoder is .*; encode both with one"
+    words = f"{encoder} encoder is .*; encode both with the same"
     with pytest.raises(EcholabError, match=words) as error:
         train_on(tmp_path / "run", places_of(made, **{what: encoder}))
     assert "\n" not in str(error.value)

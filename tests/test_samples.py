@@ -150,9 +150,9 @@ def test_reading_and_deep_verification_agree(tmp_path: Path, kind: str, name: st
 def test_a_json_member_is_an_object(tmp_path: Path, kind: str, about: bytes) -> None:
     dataset = write(tmp_path / "d", kind, lambda tensors: tensors, about)
     (fault,) = find_faults(tmp_path / "d", deep=True)
-    assert fault.sample == dataset.keys[BAD] and "json: no object" in fault.what
+    assert fault.sample == dataset.keys[BAD] and "json: not an object" in fault.what
     if kind == "preference":
-        with pytest.raises(DataError, match="pair-004: json: no object"):
+        with pytest.raises(DataError, match="pair-004: json: not an object"):
             read_all(dataset, BAD)
 
 

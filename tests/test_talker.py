@@ -212,5 +212,5 @@ def test_clips_of_other_kinds_and_sizes_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "mute", kind="raw") as writer:
         cut = {**open_dataset(tmp_path / "32").read(0), "flac": encode_flac(np.zeros(9, "f4"))}
         writer.write("a", cut)
-    with pytest.raises(DataError, match="clip a has 9 samples of sound, 5 frames need 3200"):
+    with pytest.raises(DataError, match="clip a has 9 audio samples, 5 frames need 3200"):
         load_clips(tmp_path / "mute")

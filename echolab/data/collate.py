@@ -227,8 +227,8 @@ def _select(dataset: ShardDataset, i: int, tensors: dict[str, Tensor], name: str
     """Return one tensor of a sample; raise DataError that names both."""
     if name not in tensors:
         raise DataError(
-            f"{dataset.folder}: sample {dataset.keys[i]} holds no tensor {name!r}; add its task with "
-            f"`python -m data_prep encode SOURCE NEW encoded={dataset.folder}`"
+            f"{dataset.folder}: sample {dataset.keys[i]} holds no tensor {name!r}; add its "
+            f"task with `python -m data_prep encode SOURCE NEW encoded={dataset.folder}`"
         )
     return tensors[name]
 
