@@ -154,5 +154,5 @@ def test_a_folder_without_its_parts_is_refused(folders: Path, tmp_path: Path) ->
         load_preview_speech(tmp_path / "b", CPU)
     released.write_base_960h(tmp_path / "c")
     (tmp_path / "c" / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="c: no weights in it"):
+    with pytest.raises(WeightsError, match="c: holds no weights"):
         load_preview_speech(tmp_path / "c", CPU)

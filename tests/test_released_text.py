@@ -142,5 +142,5 @@ def test_a_tokenizer_that_is_not_umt5s_is_refused(pipeline: Path, tmp_path: Path
     larger = released.tokenizer()
     larger.add_tokens([f"<extra_{n}>" for n in range(30)])
     larger.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(WeightsError, match="50 words, the text encoder .* knows 20"):
+    with pytest.raises(WeightsError, match="50 tokens, the text encoder .* has 20"):
         load_text_encoder(pipeline / "text_encoder", tmp_path, CPU, FP32)

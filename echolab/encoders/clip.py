@@ -108,6 +108,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisi
     for name, tensor in read_file(path).items():
         if name.startswith("visual.") and name != "visual.head":
             tensors |= to_transformers(name.removeprefix("visual."), tensor)
+    # Text and projection are not used, so they are never copied to the device.
     config = _config(tensors, path)
     with torch.device("meta"):
         net = CLIPVisionModel(config)
@@ -118,6 +119,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisi
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path) -> CLIPVisionConfig:
+    # Read the values from positions of the network, not from a table of sizes.
     width, _, patch, _ = shape_of(tensors, "embeddings.patch_embedding.weight", path, WHAT)
     positions = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
     hidden = shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", path, WHAT)[0]

@@ -53,7 +53,7 @@ def demo_encoders(video: CausalAutoencoder) -> Encoders:
 
 
 def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
-    """Return the share of each latent's frames in which boxes [T, 4] touch it: [1, F, H, W]."""
+    """Return the fraction of each latent's frames in which boxes [T, 4] touch it: [1, F, H, W]."""
     side, stride = geometry.space_stride, geometry.time_stride
     half = side // 2
     # A latent counts as touched if its square of pixels meets the box.
@@ -62,12 +62,13 @@ def covered(boxes: Tensor, height: int, width: int, geometry: LatentGeometry = W
     inside_y = ((rows >= y0 - half) & (rows <= y1 + half)).float()  # [T, H]
     inside_x = ((columns >= x0 - half) & (columns <= x1 + half)).float()  # [T, W]
     frames = inside_y[:, :, None] * inside_x[:, None, :]
+    # The first frame has a latent frame of its own: repeat it, so that all groups have one length.
     groups = torch.cat([frames[:1].expand(stride, -1, -1), frames[1:]])
     return rearrange(groups, "(f k) h w -> f k h w", k=stride).mean(1)[None]
 
 
 def emphasis(face: Tensor, lips: Tensor) -> Tensor:
-    """Return the loss weight, of mean 1, from the shares of face and lips [1, F, H, W]."""
+    """Return the loss weight, of mean 1, from `covered` of face and lips [1, F, H, W]."""
     weight = 1 + FACE_EMPHASIS * face + LIP_EMPHASIS * lips
     return weight / weight.mean()
 
@@ -99,9 +100,10 @@ def encode_pixels(
         task: known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
         for task in KNOWN_TASKS
     }
-    moving = rearrange(pixels, "c t y x -> t c y x")
+    frames_first = rearrange(pixels, "c t y x -> t c y x")
     # One call of the autoencoder for the clip and all its masked versions.
-    views = torch.stack([moving, *(gray_out(moving, known[task]) for task in KNOWN_TASKS)])
+    masked = [gray_out(frames_first, known[task]) for task in KNOWN_TASKS]
+    views = torch.stack([frames_first, *masked])
     latents = encoders.video.encode(rearrange(views, "n t c y x -> n c t y x"))
     geometry = encoders.geometry
     size = geometry.latent_size(height, width)

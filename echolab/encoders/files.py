@@ -30,7 +30,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_
 
 
 def need(path: Path, what: str) -> Path:
-    """Return `path`; raise WeightsError, which says what it is, if it is not there."""
+    """Return `path`; raise WeightsError, which names `what` it is, if it does not exist."""
     if not path.exists():
         raise WeightsError(f"{path}: not there; it is {what}: download or copy it")
     return path
@@ -40,9 +40,10 @@ def weights_in(folder: Path) -> list[Path]:
     """Return the weights of a folder of diffusers or transformers, all shards of them."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
+        # Names in an index come from outside: one that leaves the folder is refused.
         if index.is_file():
-            places = read_json(index).get("weight_map")
-            shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+            file_of = read_json(index).get("weight_map")  # name of a tensor -> file
+            shards = sorted(set(map(str, file_of.values()))) if isinstance(file_of, dict) else []
             for shard in shards or [""]:
                 if Path(shard).name != shard or not shard:
                     raise WeightsError(
@@ -51,18 +52,21 @@ def weights_in(folder: Path) -> list[Path]:
             return [need(folder / shard, f"a shard that {index.name} names") for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
-    raise WeightsError(f"{folder}: no weights in it; need one of {', '.join(WEIGHTS)}")
+    raise WeightsError(f"{folder}: holds no weights; need one of {', '.join(WEIGHTS)}")
 
 
 def sha256_of(files: Iterable[Path]) -> str:
     """Return one sha256 for files and their names; that of one file is its own."""
+    # Names count for several files: shards that were swapped are another network.
     digests = []
     for path in files:
         try:
             with path.open("rb") as file:
                 digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
         except OSError as error:
-            raise WeightsError(f"{path}: cannot be read ({error.strerror}); copy it") from error
+            raise WeightsError(
+                f"{path}: cannot be read ({error.strerror}); copy it again"
+            ) from error
     if len(digests) == 1:
         return digests[0][1]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
@@ -76,6 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not there; download or copy it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
+    # Any object may be JSON; a list or a number is no configuration.
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object; copy it again")
     return content
@@ -93,9 +98,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def shape_of(tensors: Mapping[str, Tensor], name: str, path: Path, what: str) -> tuple[int, ...]:
     """Return the shape of a tensor that determines a network's size; raise WeightsError."""
     if name not in tensors:
-        some = next(iter(tensors), "nothing")
+        example = next(iter(tensors), "none")
         raise WeightsError(
-            f"{path}: lacks {name} ({len(tensors)} tensors, such as {some}); need {what}"
+            f"{path}: lacks {name} ({len(tensors)} tensors, such as {example}); give {what}"
         )
     return tuple(tensors[name].shape)
 
@@ -109,19 +114,20 @@ def take_over(
 ) -> None:
     """Make `tensors` the parameters of `net`, which was built on the meta device; all or none."""
     # Collect all faults, so that the error can count them.
-    own = net.state_dict()
-    faults = [f"lacks {name}" for name in own if name not in tensors]
-    faults += [f"has {name}, which the network lacks" for name in tensors if name not in own]
+    needed = net.state_dict()
+    faults = [f"lacks {name}" for name in needed if name not in tensors]
+    faults += [f"has {name}, which the network lacks" for name in tensors if name not in needed]
     faults += [
         f"{name} is {list(tensors[name].shape)}, need {list(value.shape)}"
-        for name, value in own.items()
+        for name, value in needed.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise WeightsError(f"{path}: {faults[0]}{more}; give the released file")
-    moved = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    net.load_state_dict(moved, assign=True)
+    # Assign, so that there is no second copy in memory.
+    on_device = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    net.load_state_dict(on_device, assign=True)
 
 
 @contextmanager
@@ -163,6 +169,7 @@ def from_folder(
         raise WeightsError(
             f"{folder}: no {network.__name__} can be made of it ({line}); copy it again"
         ) from error
+    # A library would draw a missing tensor at random, and warn at most.
     missing = sorted(name for name in report["missing_keys"] if name not in unused)
     if missing or report["mismatched_keys"]:
         what = f"lacks {missing[0]}" if missing else f"{report['mismatched_keys'][0]} does not fit"

@@ -1,6 +1,6 @@
-"""The released encoders of a folder as one `Encoders`, and how large they are.
+"""Load the released encoders of a folder as one `Encoders`, and count their parameters.
 
-They are loaded when they are used, and no more stay in memory than fit.
+Each is loaded when it is first used, and only so many stay in memory as fit.
 """
 
 import gc
@@ -57,6 +57,7 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
     Reads no weights; raises WeightsError naming the first part that is not there.
     """
     need(folder, "the folder of the released encoders")
+    # The release's own names first: a folder may hold both.
     paths = {}
     for part, names in NAMES.items():
         existing = [folder / name for name in names if (folder / name).exists()]
@@ -72,33 +73,34 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
 def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str]) -> dict[str, str]:
     """Return what identifies each encoder: the sha256 of its files, and how they are used."""
 
-    def of(path: Path, *others: Path) -> str:
+    # A folder's configuration counts too: the same weights may be used in another way.
+    def digest(path: Path, *others: Path) -> str:
         inside = [path / CONFIG, *weights_in(path)] if path.is_dir() else [path]
         return sha256_of([*inside, *others])
 
     # Tokenizer and feature extractor change the features, so they are part of the identity.
-    words = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
-    extractor = need(files.audio / EXTRACTOR, "how wav2vec2's input is normalized")
+    tokenizer = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
+    extractor = need(files.audio / EXTRACTOR, "the settings of wav2vec2's feature extractor")
     return {
-        "video": of(files.video),
-        "text": f"{of(files.text, words)} {clean.__name__}",
-        "image": of(files.image),
-        "audio": f"{of(files.audio, extractor)} {speech}",
+        "video": digest(files.video),
+        "text": f"{digest(files.text, tokenizer)} {clean.__name__}",
+        "image": digest(files.image),
+        "audio": f"{digest(files.audio, extractor)} {speech}",
     }
 
 
 class Resident:
-    """Networks that are loaded when they are used; at most `most` stay in memory."""
+    """Networks that are loaded when they are used; at most `limit` stay in memory."""
 
-    def __init__(self, loaders: dict[str, Callable[[], Any]], most: int) -> None:
-        self.loaders, self.most = loaders, most
-        self.held: OrderedDict[str, Any] = OrderedDict()
+    def __init__(self, loaders: dict[str, Callable[[], Any]], limit: int) -> None:
+        self.loaders, self.limit = loaders, limit
+        self.held: OrderedDict[str, Any] = OrderedDict()  # used longest ago first
 
     def __call__(self, name: str) -> Any:
         """Return the network `name`; drop those used longest ago before it is loaded."""
         # Make room first, so that two large networks never overlap.
         if name not in self.held:
-            if len(self.held) == self.most:
+            if len(self.held) == self.limit:
                 self.held.popitem(last=False)
                 gc.collect()  # a network may hold itself in cycles
                 if torch.cuda.is_available():
@@ -148,6 +150,7 @@ def released_encoders(
         },
         resident,
     )
+    # The encoders' functions look the network up at each call, since it may have been dropped.
     return Encoders(
         video=_Autoencoder(networks),
         text=lambda text: networks("text")(text),
@@ -208,6 +211,7 @@ def _audio() -> Any:
     return Wav2Vec2Model(Wav2Vec2Config())
 
 
+# The classes of the networks, imported when one is built: transformers takes seconds.
 NETWORKS: dict[str, Callable[[], Any]] = {
     "video": _video,
     "text": _text,
@@ -218,6 +222,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 def parameters_of(part: str) -> int:
     """Return the number of parameters of an encoder, a key of `NETWORKS`."""
+    # The meta device: shapes alone, no memory.
     with torch.device("meta"):
         net = NETWORKS[part]()
     return sum(parameter.numel() for parameter in net.parameters())

@@ -40,6 +40,7 @@ def to_transformers(name: str) -> str:
 
     Source: Wan-Video/Wan2.1, `wan/modules/t5.py`.
     """
+    # Within a block, or one of the few names outside the blocks.
     block = re.match(r"blocks\.(\d+)\.", name)
     start, rest = (f"encoder.block.{block[1]}.", name[block.end() :]) if block else ("", name)
     for old, new in (_BLOCK if block else _TOP).items():
@@ -89,7 +90,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     if tokenizer.encode("a").tokens[-1:] != [END]:
-        raise WeightsError(f"{path}: does not end a text with {END}; give that of google/umt5-xxl")
+        raise WeightsError(
+            f"{path}: does not end a text with {END}; give the tokenizer of google/umt5-xxl"
+        )
     return tokenizer
 
 
@@ -109,11 +112,11 @@ def load_text_encoder(
         else _from_file(path, device, dtype)
     )
     # A tokenizer of another model would index beyond the table.
-    words, rows = tokenizer.get_vocab_size(), net.shared.weight.shape[0]
-    if words > rows:
+    tokens, rows = tokenizer.get_vocab_size(), net.shared.weight.shape[0]
+    if tokens > rows:
         raise WeightsError(
-            f"{tokenizer_folder}: {words} words, the text encoder {path} knows {rows}; "
-            "give the tokenizer of google/umt5-xxl"
+            f"{tokenizer_folder}: {tokens} tokens, the text encoder {path} has {rows}; give the "
+            "tokenizer of google/umt5-xxl"
         )
     return TextEncoder(frozen(net, device), tokenizer, clean)
 
@@ -139,6 +142,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5Enco
     )
     with torch.device("meta"):
         net = UMT5EncoderModel(config)
+    # The library's class takes two names for its one table of words.
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     take_over(net, tensors, path, device, dtype)
     net.set_input_embeddings(net.shared)  # one table, under two names

@@ -44,7 +44,7 @@ _RESIDUAL = {
     "shortcut.": "conv_shortcut.",
 }
 _MIDDLE = {"0": "resnets.0.", "1": "attentions.0.", "2": "resnets.1."}
-_UP_PARTS = 4  # of a stage of the decoder: three residual blocks, then what makes it larger
+_UP_PARTS = 4  # of a stage of the decoder: three residual blocks, then the upsampler
 
 
 def to_diffusers(name: str) -> str:
@@ -58,9 +58,9 @@ def to_diffusers(name: str) -> str:
     match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
     if not match:
         return name
-    # Names within a residual block.
+    # Three kinds of places: the middle block, the encoder's row of blocks, the decoder's stages.
     half, part, number, rest = match.groups()
-    for old, new in _RESIDUAL.items():
+    for old, new in _RESIDUAL.items():  # names within a residual block
         rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
     if part == "middle":
         return f"{half}.mid_block.{_MIDDLE.get(number, number + '.')}{rest}"
@@ -75,18 +75,20 @@ def to_diffusers(name: str) -> str:
 class WanAutoencoder:
     """Maps pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, 16, F, H, W] and back.
 
-    Latents are the posterior's mode, normalized by the mean and spread of each channel; diffusers
-    leaves them raw.  Results are fp32 and lie where the input lay.  `slicing` takes one clip at a
-    time, `tiling` pieces of 256 x 256 pixels that are blended: both need less memory, and only
-    slicing changes nothing.
+    Latents are the posterior's mode, normalized by the mean and standard deviation of each channel;
+    diffusers leaves them raw.  Results are fp32, on the device of the input.  `slicing` takes one
+    clip at a time, `tiling` pieces of 256 x 256 pixels that are blended: both need less memory, and
+    slicing alone leaves the values unchanged.
     """
 
     def __init__(self, net: AutoencoderKLWan, *, slicing: bool = True, tiling: bool = False):
+        # Both are switches of diffusers' own class.
         self.net = net
         if slicing:
             net.enable_slicing()
         if tiling:
             net.enable_tiling()
+        # One mean and one deviation for each of the 16 channels.
         device = next(net.parameters()).device
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(net.config.latents_mean, device=device).view(shape)
@@ -95,6 +97,7 @@ class WanAutoencoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Return normalized latents of clips of 4n + 1 frames, with sides of multiples of 8."""
+        # The network's precision for the convolutions, fp32 for the normalization.
         parameter = next(self.net.parameters())
         raw = self.net.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mode()
         return ((raw.float() - self.mean) / self.std).to(pixels.device)
@@ -153,4 +156,4 @@ def _size(tensors: Mapping[str, Tensor], layer: str, path: Path) -> int:
 def _check_channels(path: Path, what: str, channels: int) -> None:
     """Raise WeightsError for another number of channels."""
     if channels != CHANNELS:
-        raise WeightsError(f"{path}: {what} is {channels}, need {CHANNELS}: give {WHAT}")
+        raise WeightsError(f"{path}: {what} is {channels}, need {CHANNELS}; give {WHAT}")

@@ -93,6 +93,7 @@ class FlashSpeech(SpeechEncoder):
         # Loudness of all audio, then cut to the clip.
         loud = at_loudness(samples.float().cpu())[: frames * SAMPLES_PER_FRAME]
 
+        # The network's own features are 50 a second: stretch them to the frames of the video.
         def to_frames(net: nn.Module, inputs: tuple[Tensor], features: Tensor) -> Tensor:
             return functional.interpolate(features, frames, mode="linear", align_corners=True)
 
@@ -113,13 +114,17 @@ def load_flash_speech(folder: Path, device: torch.device) -> FlashSpeech:
 
 def _load(folder: Path, device: torch.device) -> tuple[Wav2Vec2Model, Wav2Vec2FeatureExtractor]:
     """Load network and feature extractor of a folder; raise WeightsError."""
-    path = need(folder / EXTRACTOR, "how wav2vec2's input is normalized")
+    # The extractor first: it is small, and names the sample rate that the network needs.
+    path = need(folder / EXTRACTOR, "the settings of wav2vec2's feature extractor")
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         line = str(error).splitlines()[0]
         raise WeightsError(f"{path}: cannot be read ({line}); copy it again") from error
     if extractor.sampling_rate != RATE_HZ:
-        raise WeightsError(f"{path}: sampling_rate is {extractor.sampling_rate}, need {RATE_HZ}")
+        raise WeightsError(
+            f"{path}: sampling_rate is {extractor.sampling_rate}, need {RATE_HZ}; give another "
+            "wav2vec2"
+        )
     net = from_folder(Wav2Vec2Model, folder, torch.float32, unused=UNUSED)
     return frozen(net, device), extractor
