@@ -115,7 +115,6 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
     Raise the EcholabError of a job, which ends the run.  A process without a message for
     `stall_seconds`, not counting time that this process was suspended, hangs.
     """
-    # Start the processes, each with a job.
     waiting, crashed = list(reversed(jobs)), list[Any]()
     workers: list[_Worker] = []
     clock = Clock()
@@ -123,7 +122,6 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
         for _ in range(min(count, len(jobs))):
             workers.append(_Worker(setup, clock))
             workers[-1].give(waiting.pop())
-        # Take reports until no process has a job.
         while workers:
             ready = wait([worker.pipe for worker in workers], POLL_SECONDS)
             clock.tick()
@@ -225,12 +223,14 @@ def _serve(pipe: Connection, setup: Setup) -> None:
     last = 0.0
 
     def progress(share: float) -> None:
+        # A pipe full of small messages would slow the job down.
         nonlocal last
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
             pipe.send(("progress", share))
 
     try:
+        # Each process sets it up itself: models cannot be sent through a pipe.
         task = setup()
         pipe.send(("ready", None))
         while True:

@@ -32,9 +32,12 @@ from echolab.redaction import mask_secrets, register_secrets, strip_secrets
 WEB = ("http", "https")
 HTTP_BYTES = 1 << 20  # at most, in one read; a read ends with what has come
 FSSPEC_BYTES = 8 << 20  # each read is one request for so many
+MAX_BYTES = 2**31  # of an object whose size is unknown: it is kept in memory
+# Remedies
 NETWORK = "check the server and the network"
 PLACE = "check the address, and that the upload was finished"
 CREDENTIALS = "check the credentials"
+INDEXED = "the object is not the one that was indexed; upload the whole dataset again"
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 
 
@@ -244,9 +247,6 @@ def _words(error: object) -> str:
 
 
 Result = TypeVar("Result")
-
-MAX_BYTES = 2**31  # of an object whose size is unknown: it is kept in memory
-INDEXED = "the object is not the one that was indexed; upload the whole dataset again"
 
 # Pauses must differ between processes, and must not advance the seeded generators.
 _RANDOM = random.SystemRandom()

@@ -1,4 +1,4 @@
-"""Features of caption, image and audio without trained networks, for the demo.
+"""The demo's encoders: features without trained networks, and a small video autoencoder.
 
 Captions (for umT5): each token stands for a word and the one after it, so that "blue eyes" and
 "blue shirt" differ; its vector is a fixed draw from a hash of the two.
@@ -9,6 +9,16 @@ Audio (for wav2vec2's 50 vectors a second): log-mel frames, two a video frame.  
 depends on its neighbors and encodes its position (by a convolution).  The network's attention over
 a window of audio ignores order, so these features have both too: five neighboring frames, and the
 token's position as sines and cosines.
+
+Videos (for the Wan VAE, whose 127 M parameters are too many for the demo): a causal autoencoder
+with its strides, 4 in time and 8 in space.  Frames are taken as 1, 4, 4, ...; the first frame is
+repeated four times, so that a still clip has the same latent in every latent frame and a network
+can copy the first frame forward.  No latent frame depends on a later one.  A patch of 4 x 8 x 8
+pixels is coded by a linear basis (principal components: a good codec from the first step) plus what
+convolutions over neighboring patches add to it.
+
+Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), C latent channels, H = Y / 8,
+W = X / 8.
 """
 
 import hashlib
@@ -39,6 +49,16 @@ MELS = 40
 NEIGHBORS = 2  # on each side
 PERIODS = (8, 16, 32, 64)  # of the position, in tokens; 8 are one latent frame
 AUDIO_DIM = (2 * NEIGHBORS + 1) * MELS + 2 * len(PERIODS)
+
+FRAMES, SIDE = WAN.time_stride, WAN.space_stride  # a patch, in frames and in pixels
+PATCH_VALUES = 3 * FRAMES * SIDE**2
+
+# Fitting of the autoencoder.
+SPAN = 9  # frames of a training crop
+LATENT_NOISE = 0.2  # at most, while training: latents near a sampler's target must decode well
+LIP_WEIGHT = 9.0
+WIDTH = 192
+BASIS_VALUES = 50_000_000  # of pixels, for the principal components: 160 clips of the demo
 
 
 def word_vector(words: str) -> Tensor:
@@ -123,17 +143,6 @@ def encode_audio(samples: Tensor, frames: int) -> Tensor:
 
 
 # The video autoencoder, in place of Wan's
-
-
-FRAMES, SIDE = WAN.time_stride, WAN.space_stride  # a patch, in frames and in pixels
-PATCH_VALUES = 3 * FRAMES * SIDE**2
-
-# Of fitting.
-SPAN = 9  # frames of a training crop
-LATENT_NOISE = 0.2  # at most, while training: latents near a sampler's target must decode well
-LIP_WEIGHT = 9.0
-WIDTH = 192
-BASIS_VALUES = 50_000_000  # of pixels, for the principal components: 160 clips of the demo
 
 
 class Residual(nn.Module):

@@ -54,6 +54,7 @@ def find_face_model(model: FaceModel, folder: Path | None = None) -> Path:
 
     Raise WeightsError if no folder or URL has it, or if it differs from the pinned one.
     """
+    # A folder that was named must exist: the user expects the models to come from it.
     given = folder or os.environ.get("ECHOLAB_WEIGHTS")
     cache = CACHE.expanduser()
     folders = [*USUAL_FOLDERS, cache]
@@ -66,6 +67,7 @@ def find_face_model(model: FaceModel, folder: Path | None = None) -> Path:
     for candidate in folders:
         if (candidate / model.name).is_file():
             return _checked(candidate / model.name, model)
+    # No folder has it: download it once, for all later runs.
     cache.mkdir(parents=True, exist_ok=True)
     write_atomic(cache / model.name, _download(model, cache))
     return cache / model.name
@@ -87,6 +89,7 @@ def _download(model: FaceModel, cache: Path) -> bytes:
     problem = ""
     for url in model.urls:
         try:
+            # One byte more than expected, so that a longer file is noticed and not kept in memory.
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
                 data: bytes = response.read(model.bytes + 1)
         except (OSError, urllib.error.URLError, ValueError) as error:
@@ -94,7 +97,7 @@ def _download(model: FaceModel, cache: Path) -> bytes:
             continue
         if hashlib.sha256(data).hexdigest() == model.sha256:
             return data
-        problem = "it serves another file than the pinned one"
+        problem = "its file differs from the pinned one"
     raise WeightsError(
         f"{model.name}: not in a models folder, and {model.urls[-1]} cannot be used "
         f"({problem}); put the file into {cache} or give face_models=FOLDER"

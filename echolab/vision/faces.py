@@ -1,4 +1,4 @@
-"""Faces by YuNet (OpenCV), lips by MediaPipe's face mesh (its tflite file run by LiteRT).
+"""Detect and track faces by YuNet (OpenCV), and lips by MediaPipe's face mesh (tflite, by LiteRT).
 
 mediapipe's own wheel does not fit the dependencies; the mesh needs only its landmark network and a
 crop of the face, rotated upright by the eyes, 1.5 times the size of the detector's box.
@@ -24,6 +24,14 @@ LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 308, 324, 318, 402, 3
         88, 95, 185, 40, 39, 37, 0, 267, 269, 270, 409, 415, 310, 311, 312, 13, 82, 81, 42, 183, 78,
         191, 80]  # fmt: skip
 INNER_LIPS = (13, 14)
+
+# Tracks
+START_SCORE = 0.9
+SAME_FACE = 0.3  # IoU of two detections of one face, within a few frames
+LOST_FRAMES = 5  # a face may be hidden for 0.2 s
+BRIEF_FRAMES = 5  # a track this short is noise of the detector
+CUT_DIFFERENCE = 27.0  # mean change of hue, saturation and value: PySceneDetect's default
+SCENE_PIXELS = (64, 36)
 
 # A row of YuNet: box x, y, width, height; right eye, left eye, nose, mouth corners; score.
 Row = NDArray[np.float32]  # [15]
@@ -119,23 +127,15 @@ def boxes(rows: Rows) -> NDArray[np.float32]:
 # Tracks: one face in consecutive frames of a scene
 
 
-START_SCORE = 0.9
-SAME_FACE = 0.3  # IoU of two detections of one face, within a few frames
-LOST_FRAMES = 5  # a face may be hidden for 0.2 s
-BRIEF_FRAMES = 5  # a track this short is noise of the detector
-CUT_DIFFERENCE = 27.0  # mean change of hue, saturation and value: PySceneDetect's default
-SCENE_PIXELS = (64, 36)
-
-
 class Track(NamedTuple):
     """One face in consecutive frames."""
 
     first: int
-    rows: Rows  # [frames, 15] YuNet's rows, interpolated between the frames it ran on
+    rows: Rows  # [frames, 15] YuNet's rows, interpolated between the detections
 
     @property
     def last(self) -> int:
-        """The frame after its last."""
+        """Index of the frame after the track's last one."""
         return self.first + len(self.rows)
 
 
@@ -168,6 +168,7 @@ class Tracker:
 
     def add(self, frame: int, rows: Rows) -> None:
         """Add the detections of `frame`, which is later than all before."""
+        # Close tracks whose face was not seen for too long.
         kept = []
         for detected in self.open:
             if frame - max(detected) <= LOST_FRAMES:
@@ -175,6 +176,7 @@ class Tracker:
             else:
                 self._close(detected, max(detected) + 1)
         self.open = kept
+        # The longest tracks choose first; what no track takes may begin one.
         free = list(range(len(rows)))
         for detected in sorted(kept, key=lambda detected: -len(detected)):
             last = detected[max(detected)]
@@ -202,11 +204,11 @@ class Tracker:
         self.closed.append(Track(frames_detected[0], rows.astype(np.float32)))
 
 
-def _iou(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    a, b = boxes(one[None])[0], boxes(other[None])[0]
+def _iou(row_a: Row, row_b: Row) -> float:
+    a, b = boxes(row_a[None])[0], boxes(row_b[None])[0]
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    both = float(width * height)
-    return both / float(one[2] * one[3] + other[2] * other[3] - both)
+    intersection = float(width * height)
+    return intersection / float(row_a[2] * row_a[3] + row_b[2] * row_b[3] - intersection)

@@ -1,4 +1,4 @@
-"""One clock and one frame size: 25 frames and 16 000 samples a second, cropped and scaled.
+"""Put a video on one clock and one size: 25 frames and 16 000 samples a second, cropped, scaled.
 
 Frame k of the grid is shown at start + k / 25 s, and its 640 audio samples begin there.  The source
 frame nearest in time is shown, so that video and audio differ by half a source frame at most, at a
@@ -17,7 +17,7 @@ from echolab.vision.faces import Image
 from echolab.vision.video_reader import Probe
 
 SAMPLES_PER_FRAME = RATE_HZ // FPS
-FROZEN_SECONDS = 0.2  # a source frame farther away than this does not show the moment
+FROZEN_SECONDS = 0.2  # a source frame farther away than this is no frame of the moment
 HEAD_SCALE = 2.0  # side of the head crop, in the larger side of all face boxes of a clip
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in source pixels
@@ -67,6 +67,7 @@ def make_grid(probe: Probe) -> Grid:
 
 def audio_of(audio: AudioTrack, grid: Grid, first: int, last: int) -> NDArray[np.float32]:
     """Return samples [640 (last - first)] of output frames first to last; silence if none."""
+    # Counted in the track's own samples; what lies outside the track stays silent.
     begin = round((grid.seconds(first) - audio.start_seconds) * RATE_HZ)
     end = begin + (last - first) * SAMPLES_PER_FRAME
     samples = np.zeros(end - begin, np.float32)
@@ -89,6 +90,7 @@ def has_audio(audio: AudioTrack, grid: Grid) -> NDArray[np.bool_]:
 
 def crop_head(faces: NDArray[np.float32], width: int, height: int, size: int) -> Crop:
     """Return a square of `size` pixels around the head, for face boxes [T, 4] of one clip."""
+    # A square of twice the face, which stays within the frame.
     left, top = faces[:, :2].min(0)
     right, bottom = faces[:, 2:].max(0)
     side = min(HEAD_SCALE * max(right - left, bottom - top), width, height)

@@ -1,7 +1,11 @@
-"""Probe a video file: the time of each frame, damaged spans, size, rotation and interlacing.
+"""Probe a video file, and read its frames by index: upright, with square pixels, at any size.
 
-Decode every frame once, without converting it: headers are wrong in cut files (their length) and
-at variable rates (their nominal rate), and damage appears only in decoding.
+A probe decodes every frame once, without converting it: headers are wrong in cut files (their
+length) and at variable rates (their nominal rate), and damage appears only in decoding.
+
+PyAV decodes the file in one pass that keeps one frame at a time.  decord is for the short clips of
+shards (`echolab.data.media.decode_mp4`): in MPEG streams it counts frames from the second group of
+pictures on, and it decodes ahead of its reader without a bound.
 """
 
 from collections.abc import Iterator
@@ -79,16 +83,18 @@ def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
     height = reading.size[1] / min(aspect, 1)
     upright = (height, width) if quarters % 2 else (width, height)
     even = [max(2, round(side / 2) * 2) for side in upright]
-    interlaced = reading.interlaced
-    return Probe(path, times, end, even[0], even[1], quarters, interlaced, damaged, has_audio)
+    return Probe(
+        path, times, end, even[0], even[1], quarters, reading.interlaced, damaged, has_audio
+    )
 
 
 def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
     """Decode all frames; raise MediaError if their size changes."""
+    # Damage lasts to the next intact key frame: frames between may decode and be wrong.
     times: list[float] = []
     damaged: list[tuple[float, float]] = []
     size, rotation, interlaced = (0, 0), 0, False
-    fault: float | None = None  # where damage began; it ends at the next intact key frame
+    fault: float | None = None  # seconds at which damage began
     for time, frame in decode_frames(container, stream, advance):
         if frame is None:
             fault = time if fault is None else fault
@@ -120,6 +126,7 @@ def _stated_end(stream: Any) -> float:
 
 
 def _pixel_aspect(stream: Any) -> float:
+    # Some encoders write nonsense here, such as 0 or thousands.
     aspect = float(stream.sample_aspect_ratio or 1)
     return aspect if 0.1 < aspect < 10 else 1.0
 
@@ -162,6 +169,7 @@ class VideoReader:
         """Return one frame, decoding up to it."""
         if index < self._first:
             self._restart()
+        # A frame stands for all indices since the one before it: the decoder may leave frames out.
         while self._last < index:
             try:
                 following, frame = next(self._frames)
@@ -174,6 +182,7 @@ class VideoReader:
 
     def _indexed(self) -> Iterator[tuple[int, Any]]:
         """Yield frames with their indices in the probe, identified by their times."""
+        # The probe's times identify a frame; one that it did not see is skipped.
         times = self.probe.times
         with open_media(self.probe.path) as container:
             stream = video_stream(container)
@@ -213,6 +222,7 @@ def _filtered(graph: Any, index: int, frame: Any) -> Iterator[tuple[int, Any]]:
     """
     if frame is not None:
         frame.pts, frame.time_base = index, Fraction(1, 1)
+    # After the end the filter drains, and raises EOFError.
     graph.push(frame)
     while True:
         try:
