@@ -1,8 +1,8 @@
-"""Heartbeat of a rank: the section of training it is in, and how long it may stay there.
+"""Heartbeat of a rank: the section of training that it is in, and the timeouts of sections.
 
 A rank that hangs cannot report where.  It therefore records each section on entry, with one write
-to memory that the supervisor on the same node reads.  The module imports nothing heavy, because the
-heartbeat must run before torch is imported.
+to a memory-mapped file that the supervisor on the same node reads.  The module imports nothing
+heavy, because the heartbeat starts before torch is imported.
 """
 
 import ctypes
@@ -24,12 +24,8 @@ SECTIONS = (
     "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save", "pause",
     "teardown",
 )  # fmt: skip
-STEP_SECTIONS = (
-    "forward",
-    "backward",
-    "optimizer",
-    "vote",
-)  # the sections of a step share one timeout
+# The sections of an optimizer step, which share one timeout.
+STEP_SECTIONS = ("forward", "backward", "optimizer", "vote")
 # Environment variable that holds the node-local folder of the ranks' heartbeats and error files.
 LOCAL_DIR = "ECHOLAB_LOCAL_DIR"
 
@@ -40,7 +36,7 @@ LAYOUT = struct.Struct(f"=Qiqqd{len(SECTIONS)}d{len(SECTIONS)}d")
 SIZE = LAYOUT.size + 4
 _INDEX = {name: index for index, name in enumerate(SECTIONS)}
 
-TICK_SECONDS = 2.0  # the longest pause between two polls of a supervisor that is running
+TICK_SECONDS = 2.0  # longest pause between two polls of a supervisor that is not suspended
 STACKS_BYTES = 1 << 18  # disk space reserved for the stack traces of a rank and its workers
 KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 
@@ -87,12 +83,12 @@ class Heartbeat:
         """
         if section not in _INDEX:
             raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
-        # Account the stay that ends.
+        # Add the stay that ends to its section.
         index, now = _INDEX[self.section], time.monotonic()
         stay = now - self.since
         self._seconds[index] += stay
         self._longest[index] = max(self._longest[index], stay)
-        # Begin the next.
+        # Begin the next stay.
         self.section, self.since = section, now
         self.switches += 1
         if step is not None:
@@ -131,6 +127,7 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 def read_heartbeat(path: Path) -> HeartbeatState | None:
     """Read a heartbeat file; None if nothing was written yet or its writer stopped in a write."""
+    # Read again if the writer was in the middle of a write.
     for _ in range(100):
         try:
             content = path.read_bytes()
@@ -144,6 +141,7 @@ def read_heartbeat(path: Path) -> HeartbeatState | None:
         time.sleep(0.001)  # the writer may have lost its core during the write
     else:
         return None
+    # Unpack the fields in the order of LAYOUT.
     writes, section, step, first_step, since, *durations = LAYOUT.unpack(data)
     count = len(SECTIONS)
     seconds = dict(zip(SECTIONS, durations[:count], strict=True))
@@ -166,6 +164,7 @@ def reserve_space(path: Path, size: int) -> None:
 
     Raises OSError if the disk has no space for it.  File systems without reservation are accepted.
     """
+    # os.posix_fallocate would change the size of the file; KEEP_SIZE only reserves.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -270,10 +269,10 @@ def overdue_ranks(
     """Return the ranks that exceeded their timeout, each with that timeout in seconds.
 
     A rank within a step waits for the slowest rank.  It is excused while another rank that is not
-    ahead of it loads data, validates or saves within its own timeout.  With `has_remote_ranks`,
-    which cannot be observed, a step may take as long as a wait for data.
+    ahead of it loads data, validates or saves within its own timeout.  Ranks on other nodes cannot
+    be observed: with `has_remote_ranks` a step may take as long as a wait for data.
     """
-    # Find each rank's timeout.
+    # Find the ranks that exceeded their timeout.
     longest = longest_stays(states.values())
     limits: dict[int, float] = {}
     for rank, state in states.items():
@@ -283,14 +282,12 @@ def overdue_ranks(
                 limits[rank] = max(limits[rank], allowed_seconds(timeouts, "data_wait", longest))
     overdue = {rank: limits[rank] for rank in limits if now - states[rank].since > limits[rank]}
 
-    # Excuse those that wait for a rank that is still within its own.
+    # Excuse those that wait for a rank that is still within its timeout.
     def is_excused(rank: int) -> bool:
         return states[rank].section in STEP_SECTIONS and any(
-            other not in overdue
-            and state.section not in STEP_SECTIONS
-            and state.step <= states[rank].step
-            for other, state in states.items()
-            if other in limits
+            state.section not in STEP_SECTIONS and state.step <= states[rank].step
+            for peer, state in states.items()
+            if peer in limits and peer not in overdue
         )
 
     return {rank: seconds for rank, seconds in overdue.items() if not is_excused(rank)}
@@ -305,6 +302,7 @@ def stop_timeout(
     may take its usual time, and the other sections have their own timeouts.  No step has to end if
     a rank saves or exits already.
     """
+    # Ranks that save or exit are stopping already.
     states = list(states)
     sections = {state.section for state in states}
     if sections & {"save", "teardown"}:

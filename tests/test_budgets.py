@@ -19,9 +19,9 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         ([attempt("stop")], False, "STOP"),
         ([attempt("pruned")], False, "sweep"),
         # preemption is free, but not for ever where nothing can be saved
-        ([saved("preempted", n, n + 1) for n in range(50)], True, "free"),
-        ([attempt("preempted_unsaved") for _ in range(50)], True, "free"),
-        ([attempt("preempted_unsaved", **LONG)], True, "free"),
+        ([saved("preempted", n, n + 1) for n in range(50)], True, "not counted"),
+        ([attempt("preempted_unsaved") for _ in range(50)], True, "not counted"),
+        ([attempt("preempted_unsaved", **LONG)], True, "not counted"),
         ([attempt("preempted_unsaved", **LONG)] * 2, False, "2 attempts in a row"),
         # what would fail again
         ([attempt("config")], False, "setting"),
@@ -40,7 +40,7 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         ([attempt("node_lost")] * 2, False, "2 attempts in a row saved no checkpoint"),
         # a preemption in between, before there was a chance, hides nothing and counts for nothing
         ([attempt("hang"), attempt("preempted_unsaved"), attempt("hang")], False, "2 attempts"),
-        ([attempt("hang"), attempt("preempted_unsaved")], True, "free"),
+        ([attempt("hang"), attempt("preempted_unsaved")], True, "not counted"),
         # somebody corrected a setting in between
         ([attempt("config"), attempt("config"), attempt("hang")], True, "1 of 3"),
     ],

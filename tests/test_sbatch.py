@@ -96,7 +96,7 @@ def test_without_a_verdict_those_that_were_stopped_are_queued_again(
 def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
     write_attempt(job.folder / "runs/sft", "", launch="slurm-5-0-0", ended=None, host="elsewhere")
     done = job.run(77, "experiment=sft", ECHOLAB=str(ECHOLAB))
-    assert done.returncode == 77 and "job 5 is at work in runs/sft" in done.stdout
+    assert done.returncode == 77 and "job 5 is using runs/sft" in done.stdout
     calls = job.calls.read_text()
     assert "requeue 7" in calls and "update JobId=7 Dependency=afterany:5" in calls
 
@@ -109,7 +109,8 @@ def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, recorded: 
     signal = "kill -TERM $PPID; " if recorded else ""
     write_command(job.folder / "commands/srun", f"{signal}exit 137")
     done = job.run(137, "experiment=sft", ECHOLAB=str(ECHOLAB))
-    cause = "preempted_unsaved: preemption is free" if recorded else "node_lost: infrastructure"
+    stopped = "preempted_unsaved: preemptions are not counted"
+    cause = stopped if recorded else "node_lost: infrastructure"
     assert cause in done.stdout and done.returncode == (76 if recorded else 77)
 
 

@@ -237,4 +237,4 @@ def test_another_job_of_the_run_waits_for_the_first(outcomes: dict[str, Future[O
     assert outcome.verdict["cause"] == "done" and outcome.weights == undisturbed.weights
     assert "Restarts=0" in outcome.jobs[0] and "Restarts=1" in outcome.jobs[1]
     assert all("JobState=COMPLETED" in said for said in outcome.jobs)
-    assert "job 1 is at work in" in outcome.log and "Dependency=afterany:1" in outcome.log
+    assert "job 1 is using" in outcome.log and "Dependency=afterany:1" in outcome.log

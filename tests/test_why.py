@@ -69,18 +69,20 @@ HANG = [
 ]  # fmt: skip
 GOLDEN = """\
 RUN: hang: no progress within the timeout
-  rank 3 on n2, in data_wait at step 39
+  rank 3 on host n2, section data_wait, step 39
   blocked, in data_wait for 60 s
     File "/echolab/data/tars.py", line 31 in read
     File "/echolab/training/datamodule.py", line 60 in __next__
-  exit code 77; next: read the stack; run the same command again
-  newest checkpoint: step 30; restart: yes (infrastructure failure 1 of 3 allowed)
+  exit code: 77
+  next: read the stack trace of that rank; run the same command again
+  restart: yes (infrastructure failure 1 of 3 allowed)
+  newest checkpoint: step 30
 
-  attempt  started (UTC)     seconds  steps       saved  cause
-        1  2025-10-09 08:53      300  0-40           30  hang, rank 3 on n2
+  attempt  started (UTC)     seconds  steps       checkpoint  cause
+        1  2025-10-09 08:53      300  0-40                30  hang, rank 3 on host n2
 
-  goodput 45.0% of 300 s; lost: init 40 s, rework 45 s, hang 60 s, other 20 s
-  best checkpoint interval for these failures and saves: 416 s
+  goodput: 45.0% of 300 s; the rest: start 40 s, repeated steps 45 s, hang 60 s, other 20 s
+  recommended checkpoint interval: 416 s
 """
 
 

@@ -88,7 +88,8 @@ def attempts_of(run: Path, *, assume_ended: bool = False) -> list[Attempt]:
         running = not assume_ended and not later and _is_running(records)
         slurm_record = read_slurm_record(run, records[0].launch)
         attempt = merge(records, lost=lost, running=running, slurm_record=slurm_record)
-        if lost:  # their last records may be older than the last checkpoint
+        # The last record of a lost supervisor may be older than its last checkpoint.
+        if lost:
             newest = min(r.checkpoint_before for r in later[0]) if later else newest_checkpoint(run)
             attempt = _with_last_checkpoint(attempt, newest)
         attempts.append(attempt)
@@ -105,11 +106,12 @@ def _with_last_checkpoint(attempt: Attempt, newest: int) -> Attempt:
 
 def _is_running(records: Sequence[NodeRecord]) -> bool:
     """Return whether a supervisor of the last launch runs, by this host or by Slurm."""
+    # Records of other hosts may be outdated: ask Slurm whether that launch still runs.
     host, now = this_host(), time.time()
     alive = [record for record in records if is_alive(record, host, now)]
     if not alive or any(record.host == host for record in alive):
         return bool(alive)
-    return slurm.state_of(records[0].launch) not in ("over", "restarted")
+    return slurm.state_of(records[0].launch) not in ("ended", "restarted")
 
 
 def merge(
@@ -125,6 +127,7 @@ def merge(
         verdict = Verdict(-1, RUNNING, "")
     else:
         verdict = _verdict(records, observations, lost, slurm_record)
+    # Section, step and stack are those of the root-cause rank, or of its node's first rank.
     observation = root_cause_observation(verdict.rank, verdict.cause, observations)
     record = next((r for r in records if verdict.rank in r.ranks), records[0])
     return Attempt(
@@ -160,6 +163,7 @@ def _elapsed(records: Sequence[NodeRecord]) -> float:
     Starts of several nodes are compared by their clocks, which usually agree within seconds.  A
     larger difference means that a clock was set, and is ignored.
     """
+    # Offsets larger than the attempt itself are clock changes.
     first = min(r.started for r in records)
     offsets = {r.supervisor: r.started - first for r in records}
     elapsed = [
@@ -182,10 +186,11 @@ def _verdict(
             return node_verdict
     if verdict:
         stopped = next((r for r in records if r.cause == "preempted_unsaved"), None)
-        if verdict.cause == "hang" and stopped:  # the signal left it no more time
+        # A rank that hung after a stop signal had no time left to save.
+        if verdict.cause == "hang" and stopped:
             return Verdict(verdict.rank, stopped.cause, stopped.detail)
         return verdict
-    # No rank failed: the causes that the supervisors recorded, a failure before a planned end.
+    # No rank failed: take the cause that the supervisors recorded, failures before planned ends.
     causes = [record.cause for record in records]
     failed = [cause for cause in causes if cause and cause not in ENDS]
     worst = failed[0] if failed else next((c for c in ENDS if c in causes), causes[0])
@@ -201,13 +206,14 @@ def _node_verdict(
 ) -> Verdict | None:
     """Return a verdict for a lost node or a job that was killed before it could save; else None.
 
-    Nodes that Slurm cannot reach are lost, and that is then why it stopped the job, saved or not.
-    So are those that alone did not receive its signal.  If Slurm reaches all nodes and ended the
-    job, it was a preemption.
+    A node that Slurm cannot reach is lost and is the reason why Slurm stopped the job, whether or
+    not the job saved.  A node that did not receive a signal which others received is lost too.  If
+    Slurm reaches all nodes and ended the job, it was a preemption.
     """
     by_signal = any(record.cause in BY_SIGNAL for record in records)
     if not (lost or verdict or by_signal):
         return None
+    # Slurm reports nodes as down.
     down = slurm_record.down if slurm_record else ()
     if down_records := [record for record in records if record.host in down]:
         state = f" ({slurm_record.state})" if slurm_record and slurm_record.state else ""
@@ -216,14 +222,16 @@ def _node_verdict(
         return Verdict(down_records[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
     if not lost or (verdict and verdict.cause in BY_SIGNAL):
         return None
-    # Of the supervisors without an end: those that received no signal.
+    # Supervisors that recorded no end, and those of them that received no signal.
     silent = [record for record in records if record.supervisor in lost]
     unsignaled = [record for record in silent if not record.stop_signal]
     number = next((record.stop_signal for record in records if record.stop_signal), 0)
+    # All or none received a signal, and the job ended: it was killed, and no node is lost.
     job_ended = slurm_record is not None and slurm_record.job_ended
     if (job_ended and len(unsignaled) in (0, len(records))) or (number and not unsignaled):
         detail = signal.Signals(number).name if number else "killed by Slurm without a signal"
         return Verdict(-1, "preempted_unsaved", detail)
+    # Otherwise name the nodes without a signal, or without an end.
     if number:
         names = ", ".join(dict.fromkeys(record.host for record in unsignaled))
         rank = unsignaled[0].ranks[0]
@@ -261,7 +269,8 @@ def _exit_code(records: Sequence[NodeRecord], cause: str) -> int:
 
 
 def first_error(observations: Sequence[Observation]) -> str:
-    """Return the first exception of a launch in words; "" without one."""
+    """Return the first exception of a launch as text; "" without one."""
+    # An exception that only reports a lost peer counts if there is no other.
     failed = [o for o in observations if o.failure]
     primary = [o for o in failed if o.failure and not is_secondary_failure(o.failure)] or failed
     if not primary:

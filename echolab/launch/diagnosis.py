@@ -1,4 +1,4 @@
-"""Find the rank in which a failure began: a pure function of what was observed of all ranks."""
+"""Diagnosis: find the rank in which a failure began, from the observations of all ranks."""
 
 import re
 import signal
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from echolab.launch.exit_codes import DONE, PRUNED, STOPPED_SAVED, STOPPED_UNSAVED
 from echolab.training.signals import SIGNALS as STOP_SIGNALS
 
-SPINNING = 0.5  # of one core, while the stacks were dumped
-CONTENDED = 0.05  # of one core that many processes share, for a process in state R
-# Errors of a rank whose peer ended or never joined: a consequence, never the beginning of a
-# failure.
+# CPU usage in cores, measured while the stacks were dumped, above which a rank is computing:
+SPINNING = 0.5  # in any state
+CONTENDED = 0.05  # in state R, on a core that many processes share
+# Messages of exceptions that a rank raises because a peer ended or never joined: they follow from
+# another failure.
 SECONDARY = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|connection reset by peer|broken pipe|"
     r"socket (closed|timeout)|sendbytes failed|recvvalue failed|closed by peer|"
@@ -97,13 +98,14 @@ def is_secondary_failure(failure: Failure) -> bool:
 def find_root_cause(observations: Sequence[Observation]) -> Verdict | None:
     """Return the rank in which the failure began; None if no rank failed and none is overdue.
 
-    Signs are tried from the most to the least certain: killed by a signal; the earliest exception
-    of its own; ended by a stop signal before it had a handler; stopped process; exit without an
-    error file; overdue, and then the rank outside of a collective, behind in steps, behind in
-    sections, busy.  Exceptions that follow from a lost peer come last.
+    Evidence is checked from the most to the least certain: killed by a signal; the earliest
+    exception that is not secondary; ended by a stop signal before it had a handler; suspended; exit
+    without an error file; overdue, and then the rank outside of a collective, behind in steps,
+    behind in sections, busy.  Exceptions that follow from a lost peer come last.
     """
     if verdict := _killed(observations, by_stop_signal=False):
         return verdict
+    # The earliest exception that does not follow from another rank's failure.
     failed = [o for o in observations if o.failure]
     primary = [o for o in failed if o.failure and not is_secondary_failure(o.failure)]
     if primary:
@@ -158,6 +160,7 @@ def _is_unplanned(observation: Observation) -> bool:
 def _exception(observation: Observation) -> Verdict:
     failure = observation.failure
     assert failure
+    # All ranks record a shared failure; the failure itself names the rank at fault, if known.
     rank = observation.rank
     if failure.shared:
         rank = -1 if failure.rank is None else failure.rank

@@ -1,4 +1,4 @@
-"""Causes of the end of a run, with the exit code for batch scripts and the remedy for users."""
+"""Exit codes, and the causes of the end of a run: budget, summary and remedy of each."""
 
 import re
 from typing import Literal, NamedTuple
@@ -24,14 +24,14 @@ from echolab.errors import (
 )
 
 DONE = 0
-FATAL = 1  # a wrong setting, damaged data, a diverged loss: the same command would fail again
+FATAL = 1  # an invalid setting, damaged data, a diverged loss: the same command would fail again
 STOPPED_SAVED = 75  # stopped with a checkpoint: the same command resumes from it
 STOPPED_UNSAVED = 76  # stopped without one: steps after the last checkpoint are lost
 RETRYABLE = 77  # a failure that may lie in the machine: retried within the budget
 PRUNED = 78  # pruned by a sweep
 INTERRUPTED = 130  # second Ctrl-C: steps after the last checkpoint are lost
 
-# The budget of restarts that an attempt counts against (launch.restart_policy).
+# The budget of restarts that an attempt counts against (restart_policy).
 Budget = Literal["none", "preemption", "infrastructure", "code", "fatal"]
 
 
@@ -44,7 +44,7 @@ class Cause(NamedTuple):
     next_action: str  # what the user can do
 
 
-# The first type that an exception is an instance of counts.
+# Cause by type of exception; the first type that the exception is an instance of counts.
 SYSTEM_ERRORS: dict[type[BaseException], str] = {
     DiskFullError: "disk", StorageError: "storage", SharedMemoryError: "shared_memory",
     WorkerError: "worker",
@@ -54,7 +54,7 @@ ECHOLAB_ERRORS: dict[type[BaseException], str] = {
     ReplicaError: "replicas", ParityError: "parity", SaveError: "disk",
     BusyError: "busy", FencedError: "fenced",
 }  # fmt: skip
-# OSErrors that do not come from storage: a process or a peer ended, or a path is wrong.
+# OSErrors that do not come from storage: a process or a peer ended, or a path is invalid.
 NOT_STORAGE = (
     ConnectionError, ChildProcessError, ProcessLookupError,
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
@@ -103,9 +103,10 @@ CAUSES = {
     # The same command would fail again.
     "config": _fatal("invalid setting", "correct the setting"),
     "data": _fatal(
-        "damaged data", "echolab data verify FOLDER deep=true; encode the samples it names again"
+        "damaged data",
+        "run echolab data verify FOLDER deep=true; encode the samples that it names again",
     ),
-    "start": _fatal("a file to start from cannot be used", "give another file, or repair it"),
+    "start": _fatal("initial weights or checkpoint cannot be used", "give another file"),
     "diverged": _fatal("the loss is not finite", "echolab rollback, or lower the learning rate"),
     "parity": _fatal("the exported weights differ", "read parity.json; correct the export"),
     "refused": _fatal("training cannot continue", "follow the message"),
@@ -116,7 +117,8 @@ CAUSES = {
     ),
     "worker": _infrastructure(
         "a data loader worker was killed",
-        "SIGKILL: out of memory; lower data.num_workers or request more memory (--mem)",
+        "after SIGKILL it was probably out of memory: lower data.num_workers or request more "
+        "memory (--mem)",
     ),
     "shared_memory": _infrastructure(
         "/dev/shm is full",
@@ -127,16 +129,17 @@ CAUSES = {
         "exclude that host, if it is known",
     ),
     "killed": _infrastructure(
-        "killed by a signal", "SIGKILL: look for the out-of-memory killer in dmesg"
+        "a rank was killed by a signal",
+        "after SIGKILL look for the out-of-memory killer in dmesg",
     ),
-    "exited": _infrastructure("a rank exited without an error message", "read its log"),
-    "hang": _infrastructure("no progress within the timeout", "read the stack"),
+    "exited": _infrastructure("a rank exited without an error message", "read that rank's log"),
+    "hang": _infrastructure("no progress within the timeout", "read the stack trace of that rank"),
     "stopped_process": _infrastructure(
-        "the process was suspended (SIGSTOP)", "find out who suspended it"
+        "a rank was suspended (SIGSTOP)", "find out who suspended it"
     ),
     "node_lost": _infrastructure("lost contact with a node", "check that node"),
     "teardown": Cause(
-        RETRYABLE, "infrastructure", "failure after training", f"{RERUN}: it ends at once"
+        RETRYABLE, "infrastructure", "failure after training", f"{RERUN}; no step is left to train"
     ),
     # An exception that no rule above explains.
     "code": Cause(RETRYABLE, "code", "exception in the code", "read the traceback; retried once"),

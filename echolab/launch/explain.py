@@ -17,10 +17,15 @@ from echolab.launch.run_dir import ATTEMPTS
 # Causes that the user can correct: the error message alone says how.
 USER_ERRORS = ("config", "data", "start", "refused", "diverged", "parity")
 LOG_LINES = 20
-FRAMES = 8  # of the stack, in the text
-LOSSES = ("waiting", "init", "data_wait", "eval", "save", "pause", "rework", "hang", "other")
-PRIOR_SECONDS = 24 * 3600.0  # between failures, before any was observed
-SHORTEST, LONGEST = 300.0, 4 * 3600.0  # seconds between checkpoints
+FRAMES = 8  # of the stack trace that the text shows
+# Time that trained nothing, by its key in JSON and in words.
+LOSSES = {
+    "waiting": "waiting for the previous launch", "init": "start", "data_wait": "waiting for data",
+    "eval": "validation", "save": "checkpoints", "pause": "pause", "rework": "repeated steps",
+    "hang": "hang", "other": "other",
+}  # fmt: skip
+PRIOR_SECONDS = 24 * 3600.0  # assumed mean time between failures, before any was observed
+MIN_INTERVAL, MAX_INTERVAL = 300.0, 4 * 3600.0  # seconds between checkpoints
 
 
 # -- the supervisor's last message ----------------------------------------------------------------
@@ -35,6 +40,7 @@ def failure_message(run: Path, record: NodeRecord) -> str:
         return f"echolab: error: {observation.failure.message}"
     cause = CAUSES[record.cause]
     position = f" in {observation.section} at step {observation.step}" if observation else ""
+    # A rank of another node is named without this node's host.
     if record.rank < 0:
         rank = "all ranks"
     else:
@@ -94,12 +100,12 @@ def summarize(run: Path, attempts: Sequence[Attempt], max_infrastructure: int) -
 
 
 def next_action(last: Attempt, decision: Decision, saved: int) -> str:
-    """Return what the user can do; a restart that would be in vain is named first.
+    """Return what the user can do, preceded by the reason if a restart would not help.
 
     `saved` is the step of the newest checkpoint on the disk.
     """
     if last.cause == RUNNING:
-        return "wait; create a file STOP, SAVE or PAUSE in the run folder to control it"
+        return "wait for the end, or create a file STOP, SAVE or PAUSE in the run folder"
     if last.cause == "done" and saved < last.last_step:
         return f"run the same command again: the run was rolled back to step {max(saved, 0)}"
     action = CAUSES[last.cause].next_action
@@ -128,48 +134,52 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [f"{summary['run']}: {name}: {cause}"]
     section, step = summary["section"], summary["step"]
     if summary["rank"] is not None:
-        lines.append(f"  rank {summary['rank']} on {summary['host']}, in {section} at step {step}")
+        rank = f"rank {summary['rank']} on host {summary['host']}"
+        lines.append(f"  {rank}, section {section}, step {step}")
     else:
-        lines.append(f"  {'' if name == 'done' else f'in {section} '}at step {step}")
+        lines.append(f"  {'' if name == 'done' else f'section {section}, '}step {step}")
     lines += [f"  {summary['detail']}"] if summary["detail"] else []
     if summary["earliest_error"]:
         lines.append(f"  first error: {summary['earliest_error']}")
     lines += [f"    {frame}" for frame in summary["stack"][:FRAMES]]
-    # What to do.
     if summary["exit_code"] is not None:
-        lines.append(f"  exit code {summary['exit_code']}; next: {summary['next_action']}")
-    else:
-        lines.append(f"  next: {summary['next_action']}")
-    saved = "none" if summary["checkpoint"] is None else f"step {summary['checkpoint']}"
+        lines.append(f"  exit code: {summary['exit_code']}")
+    # What to do next, and from which checkpoint training would resume.
+    lines.append(f"  next: {summary['next_action']}")
     restart = "yes" if summary["requeue"] else "no"
-    lines.append(f"  newest checkpoint: {saved}; restart: {restart} ({summary['decision']})")
+    lines.append(f"  restart: {restart} ({summary['decision']})")
     if summary["exclude"]:
         lines.append(f"  hosts to exclude: {', '.join(summary['exclude'])}")
-    # All attempts.
+    saved = "none" if summary["checkpoint"] is None else f"step {summary['checkpoint']}"
+    lines.append(f"  newest checkpoint: {saved}")
+    # All attempts, and how much of their time was useful.
     return "\n".join([*lines, "", *_history(summary["history"]), "", *_goodput_lines(summary)])
 
 
 def _history(entries: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["  attempt  started (UTC)     seconds  steps       saved  cause"]
+    lines = ["  attempt  started (UTC)     seconds  steps       checkpoint  cause"]
     for number, entry in enumerate(entries, 1):
         started = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry["started"]))
         steps = f"{max(entry['first_step'], 0)}-{entry['last_step']}"
         saved = entry["checkpoint"] if entry["checkpoint"] > entry["checkpoint_before"] else "-"
-        rank = f", rank {entry['rank']} on {entry['host']}" if entry["rank"] >= 0 else ""
+        rank = f", rank {entry['rank']} on host {entry['host']}" if entry["rank"] >= 0 else ""
         lines.append(
-            f"  {number:>7}  {started}  {entry['seconds']:>7.0f}  {steps:<10}  {saved!s:>5}  "
+            f"  {number:>7}  {started}  {entry['seconds']:>7.0f}  {steps:<10}  {saved!s:>10}  "
             f"{entry['cause']}{rank}"
         )
     return lines
 
 
 def _goodput_lines(summary: dict[str, Any]) -> list[str]:
-    losses = [f"{name} {s:.0f} s" for name, s in summary["lost_seconds"].items() if s >= 0.5]
+    losses = [
+        f"{LOSSES[name]} {seconds:.0f} s"
+        for name, seconds in summary["lost_seconds"].items()
+        if seconds >= 0.5
+    ]
     return [
-        f"  goodput {summary['goodput']:.1%} of {summary['allocated_seconds']:.0f} s; lost: "
+        f"  goodput: {summary['goodput']:.1%} of {summary['allocated_seconds']:.0f} s; the rest: "
         f"{', '.join(losses) or 'nothing'}",
-        "  best checkpoint interval for these failures and saves: "
-        f"{summary['checkpoint_interval_seconds']:.0f} s",
+        f"  recommended checkpoint interval: {summary['checkpoint_interval_seconds']:.0f} s",
     ]
 
 
@@ -177,7 +187,7 @@ def _goodput_lines(summary: dict[str, Any]) -> list[str]:
 
 
 class Goodput(NamedTuple):
-    """Seconds of one rank, which stands for all: useful, allocated, and what took the rest."""
+    """Seconds of one rank, which stands for all ranks: useful, allocated and lost."""
 
     useful: float
     allocated: float
@@ -192,19 +202,19 @@ class Goodput(NamedTuple):
 def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
     """Measure goodput over all attempts, the oldest first.
 
-    Useful is the time in steps that no later attempt had to repeat.  If a rank hangs, the last stay
-    of the first rank, which waits for it or is it, is lost entirely.
+    Useful is the time in steps that no later attempt repeated.  After a hang, the last stay of the
+    first rank counts as lost: that rank hung, or waited for the rank that hung.
     """
     useful, allocated = 0.0, 0.0
     losses = dict.fromkeys(LOSSES, 0.0)
     for index, attempt in enumerate(attempts):
         seconds = dict(attempt.seconds)
-        # Time of the hang is not time of the section that hung.
+        # Count the time of the hang as lost, not as time of its section.
         hang = 0.0
         if attempt.cause in ("hang", "stopped_process"):
             hang = min(attempt.last_stay, seconds.get(attempt.last_section, 0.0))
             seconds[attempt.last_section] = seconds.get(attempt.last_section, 0.0) - hang
-        # Time of steps that a later attempt repeated.
+        # Steps that a later attempt repeated were lost, in proportion.
         steps = sum(seconds.get(name, 0.0) for name in STEP_SECTIONS)
         rework = steps * lost_share(attempt, attempts[index + 1 :])
         for name in ("init", "data_wait", "eval", "save", "pause"):
@@ -212,7 +222,7 @@ def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
         losses["waiting"] += attempt.waited
         losses["rework"] += rework
         losses["hang"] += hang
-        # The rest of the attempt.
+        # The remaining time of the attempt is the start of processes and their end.
         known = sum(seconds.values()) - seconds.get("teardown", 0.0) + hang + attempt.waited
         losses["other"] += max(attempt.elapsed - known, 0.0)
         useful += steps - rework
@@ -221,11 +231,12 @@ def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
 
 
 def lost_share(attempt: Attempt, later: Sequence[Attempt]) -> float:
-    """Return the share of an attempt's steps that were lost: those that the next one repeated."""
+    """Return the share of an attempt's steps that the next attempt had to repeat."""
     first = attempt.first_step if attempt.first_step >= 0 else 0
     done = attempt.last_step - first
     if done <= 0:
         return 0.0
+    # The next attempt that trained shows where training resumed; without one, the checkpoint does.
     following = next((a for a in later if a.first_step >= 0), None)
     if following is not None:
         kept = following.first_step
@@ -242,8 +253,9 @@ def checkpoint_interval(attempts: Sequence[Attempt]) -> float:
     Young's formula: sqrt(2 x save time x mean time between failures), with a prior of one failure a
     day, within bounds.
     """
+    # The prior keeps one early failure from asking for very frequent checkpoints.
     save = max((a.save_seconds for a in attempts), default=0.0)
     failures = sum(1 for a in attempts if a.definition and a.definition.budget == "infrastructure")
     allocated = sum(a.elapsed for a in attempts)
     between = (allocated + PRIOR_SECONDS) / (failures + 1)
-    return min(max(math.sqrt(2 * save * between), SHORTEST), LONGEST)
+    return min(max(math.sqrt(2 * save * between), MIN_INTERVAL), MAX_INTERVAL)

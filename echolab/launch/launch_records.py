@@ -1,12 +1,12 @@
-"""Records of a launch in the run folder: one of each supervisor, and one of how Slurm ended it.
+"""Records of a launch in the run folder: one by each supervisor, and one of its end by Slurm.
 
     RUN/attempts/LAUNCH/node-K.json    written at the start, during training and at the end; with
                                        several supervisors it is all that they exchange
     RUN/attempts/LAUNCH/slurm.json     state of its nodes and its job, by Slurm
 
 A launch that is killed with its job records no end.  Only Slurm knows whether a node was lost or
-the job was preempted, and it forgets.  Therefore the job's script asks (`echolab why RUN
-over=true`), or, if the script was killed too, the next launch of the run does.
+the job was preempted, and only for a while.  Therefore the job script asks Slurm (`echolab why RUN
+over=true`) or, if the script was killed too, the next launch of the run does.
 """
 
 import json
@@ -74,6 +74,7 @@ class NodeRecord:
     def write(self, folder: Path) -> None:
         """Write the record atomically; raise StorageError if it cannot be written."""
         self.written_at = time.time()
+        # Observations hold messages and stacks of ranks, which may contain secrets.
         observations = [observation.to_json() for observation in self.observations]
         values = {"format": FORMAT, **self.__dict__, "observations": observations}
         text = json.dumps(mask_values(values), indent=1)
@@ -85,6 +86,7 @@ def _read_record(path: Path) -> NodeRecord | None:
     values = read_json(path)
     if not values:
         return None
+    # Refuse records of another version of echolab: their fields may mean something else.
     if (version := values.pop("format", None)) != FORMAT:
         raise DataError(
             f"{path}: record of format {version}, this version of echolab reads format {FORMAT}; "
@@ -104,6 +106,7 @@ def read_launches(run: Path) -> list[list[NodeRecord]]:
     """Return the records of all launches of a run, the oldest launch first."""
     folders = [path for path in (run / ATTEMPTS).glob("*") if path.is_dir()]
     launches = [records for path in folders if (records := read_launch(path))]
+    # By lease epoch, because clocks of nodes differ.
     return sorted(launches, key=lambda records: min((r.epoch, r.started) for r in records))
 
 
@@ -111,6 +114,7 @@ def is_alive(record: NodeRecord, host: str, now: float) -> bool:
     """Return whether a supervisor still runs, seen from `host` at time.time() `now`."""
     if record.ended is not None:
         return False
+    # On this host the process itself is checked, elsewhere the age of its record.
     if record.host == host:
         return process_identity(record.pid) == record.identity
     return now - record.written_at < SILENT
@@ -123,6 +127,7 @@ def all_ended(records: Sequence[NodeRecord]) -> bool:
 
 def newest_checkpoint(run: Path) -> int:
     """Return the step of the newest published checkpoint by its name; -1 without one."""
+    # Only published checkpoints have such a name.
     try:
         names = os.listdir(run / "checkpoints")
     except OSError:
@@ -130,14 +135,14 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(m[1]) for m in map(CHECKPOINT.fullmatch, names) if m), default=-1)
 
 
-# -- what Slurm knows -----------------------------------------------------------------------------
+# -- state by Slurm -------------------------------------------------------------------------------
 
 
 class SlurmRecord(NamedTuple):
-    """State of a launch by Slurm, shortly after it ended."""
+    """State of a launch as Slurm reported it, shortly after its end."""
 
     down: tuple[str, ...]  # its nodes that were down or did not respond
-    state: str  # of the job's start, by accounting: NODE_FAIL, REQUEUED, PREEMPTED; or ""
+    state: str  # by Slurm's accounting: NODE_FAIL, REQUEUED, PREEMPTED; "" if unknown
     job_ended: bool  # Slurm ended the job; otherwise only the step was over
 
 
@@ -155,10 +160,12 @@ def record_slurm_state(run: Path, records: Sequence[NodeRecord], *, job_ended: b
     May be repeated: Slurm may notice only later that a node is down.  Raises DataError if the
     answer cannot be written.
     """
+    # A launch that recorded its own failure needs no other explanation.
     launch = records[0].launch
     by_signal = any(r.followed or r.cause in BY_SIGNAL for r in records)
     if all_ended(records) and not by_signal:
         return
+    # A node that was down stays the explanation, even if it has come back.
     known = read_slurm_record(run, launch)
     if slurm.parse_launch(launch) is None or (known and known.down):
         return
@@ -171,9 +178,10 @@ def record_slurm_state(run: Path, records: Sequence[NodeRecord], *, job_ended: b
 
 
 def record_earlier_launches(run: Path, this_launch: str) -> None:
-    """Record what Slurm knows of the launches before, whose job scripts may have been killed."""
+    """Record Slurm's state of the previous launches, whose job scripts may have been killed."""
     earlier = [records for records in read_launches(run) if records[0].launch != this_launch]
     for records in earlier[-RECENT:]:
-        theirs, ours = slurm.parse_launch(records[0].launch), slurm.parse_launch(this_launch)
-        same_start = theirs is not None and ours is not None and theirs[:2] == ours[:2]
+        # Two steps of one start of a job: only the step ended, and the job runs on.
+        previous, current = slurm.parse_launch(records[0].launch), slurm.parse_launch(this_launch)
+        same_start = previous is not None and current is not None and previous[:2] == current[:2]
         record_slurm_state(run, records, job_ended=not same_start)

@@ -4,11 +4,11 @@
                               modification time is the holder's heartbeat
     RUN/.lease/000007.left    the holder has left
 
-A launch takes an epoch by creating its file, which every file system grants to one process only.  A
-launch whose epoch is not the highest is fenced: it leaves and writes nothing more.  A shared file
-system may show it the later file with a delay.  The later launch therefore waits until the earlier
-one has left or is silent, and a checkpoint that was not published by then never is (`writer`).  No
-file lock is used: a process on a node that was cut off may hold one forever, and some file systems
+A launch takes an epoch by creating its file, in which only one process can succeed on any file
+system.  A launch whose epoch is not the highest is fenced: it leaves and writes nothing more.  A
+shared file system may show the later file with a delay.  The later launch therefore waits until the
+earlier one has left or is silent; from then on the earlier one publishes no checkpoint (`writer`).
+No file lock is used: a process on a disconnected node may hold one forever, and some file systems
 have none.
 """
 
@@ -28,12 +28,14 @@ from echolab.launch import slurm
 from echolab.launch.processes import process_identity
 from echolab.launch.topology import this_host
 
-LEASE = ".lease"
+LEASE = ".lease"  # folder of the epochs in the run folder
 EPOCH = "ECHOLAB_EPOCH"  # environment variable of ranks: the epoch that their launch holds
+# A silent holder is replaced after SILENT_SECONDS.  A fenced holder is waited for, because it may
+# still be writing.
 RENEW_SECONDS = 5.0  # between two heartbeats
 SILENT_SECONDS = 60.0  # without a heartbeat a holder counts as dead
-OBSERVE_SECONDS = 15.0  # a heartbeat must stay old so long by this machine's monotonic clock
-QUIET_SECONDS = 20.0  # without a heartbeat a fenced holder is not waited for any longer
+OBSERVE_SECONDS = 15.0  # for which an old heartbeat is watched, by this machine's monotonic clock
+QUIET_SECONDS = 20.0  # without a heartbeat, after which a fenced holder is not waited for
 LEAVE_SECONDS = 120.0  # the longest wait for a fenced holder
 NAME = re.compile(r"(\d{6})\.json")
 
@@ -66,6 +68,7 @@ def this_process(launch: str) -> Holder:
 
 
 def _machine() -> str:
+    # A pid has a meaning only within one boot and one pid namespace (container).
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}-{os.readlink('/proc/self/ns/pid')}"
 
@@ -113,6 +116,7 @@ class Lease(NamedTuple):
         """Return whether the holder recorded it, or was a process of this machine and ended."""
         if os.path.exists(self._left):
             return True
+        # A holder that was killed records nothing; on this machine its process shows it.
         holder = holder_of(self)
         return holder is not None and holder.machine == _machine() and _has_ended(holder)
 
@@ -130,6 +134,8 @@ def _has_ended(holder: Holder) -> bool:
 
 def newest(run: Path) -> Lease | None:
     """Return the highest epoch that was taken; None without one."""
+    # The names alone count: the file of the newest epoch may still be empty.
+    # Listing the folder makes network file systems ask the server, unlike a cached lookup.
     try:
         names = os.listdir(run / LEASE)
     except FileNotFoundError:
@@ -140,6 +146,7 @@ def newest(run: Path) -> Lease | None:
 
 def holder_of(lease: Lease) -> Holder | None:
     """Return the holder of an epoch; None while its file is incomplete."""
+    # The file appears empty and is filled afterwards.
     try:
         values: dict[str, Any] = json.loads(lease.path.read_text())
         return Holder(**values)
@@ -156,45 +163,48 @@ def describe(lease: Lease) -> str:
     return f"launch {holder.launch}{job} on {holder.host} (process {holder.pid})"
 
 
-def take(run: Path, me: Holder) -> Lease:
+def take(run: Path, claimant: Holder) -> Lease:
     """Take the next epoch of a run folder, which is created if it is missing.
 
-    Raises BusyError while another launch uses the folder.  That launch counts as over if it left,
-    if its process on this machine ended, if this is a later start of its Slurm job, if Slurm says
-    so, or if it is silent.  Raises DataError if the folder cannot be written.
+    Raises BusyError while another launch uses the folder.  That launch has ended if it left, if its
+    process on this machine ended, if this is a later start of its Slurm job, if Slurm reports its
+    end, or if it is silent.  Raises DataError if the folder cannot be written.
     """
     try:
         (run / LEASE).mkdir(parents=True, exist_ok=True)
         while True:
             last = newest(run)
-            if last and not is_over(last, me):
+            if last and not is_over(last, claimant):
                 raise BusyError(
                     f"{run}: {describe(last)} is using this run folder; wait for its end, or give "
                     "another folder by run_dir=..."
                 )
             lease = Lease(run, last.epoch + 1 if last else 1)
-            with suppress(FileExistsError):  # another launch took it first: look at that one
+            # If another launch takes this epoch first, the loop checks that launch.
+            with suppress(FileExistsError):
                 with lease.path.open("x") as file:
-                    file.write(json.dumps(me._asdict()))
+                    file.write(json.dumps(claimant._asdict()))
                 return lease
     except OSError as error:
         raise write_error(run / LEASE, error) from error
 
 
-def is_over(lease: Lease, me: Holder) -> bool:
-    """Return whether a lease is not held any more, or `me` may take it from its holder."""
+def is_over(lease: Lease, claimant: Holder) -> bool:
+    """Return whether a lease has ended, or `claimant` may take it from its holder."""
     if lease.has_left():
         return True
     holder = holder_of(lease)
-    if holder and holder.job and holder.job == me.job and holder.restart != me.restart:
-        return holder.restart < me.restart
-    if holder and holder.job and slurm.state_of(holder.launch) == "over":
+    # A later start of the same Slurm job replaces an earlier one, which Slurm has ended.
+    if holder and holder.job and holder.job == claimant.job and holder.restart != claimant.restart:
+        return holder.restart < claimant.restart
+    if holder and holder.job and slurm.state_of(holder.launch) == "ended":
         return True
     return _is_silent(lease)
 
 
 def _is_silent(lease: Lease) -> bool:
     """Return whether the heartbeat is old, and stays old by this machine's monotonic clock."""
+    # Clocks may jump, so an old heartbeat must also stay unchanged for a while.
     renewed_at = lease.renewed_at()
     if abs(_now(lease.run) - renewed_at) < SILENT_SECONDS:
         return False
@@ -208,6 +218,7 @@ def _is_silent(lease: Lease) -> bool:
 
 def _now(run: Path) -> float:
     """Return the time by the clock of the file system, which also dates the heartbeats."""
+    # The server dates a new file by its own clock.
     probe = run / LEASE / f".now-{os.getpid()}-{threading.get_native_id()}"
     probe.touch()
     now = probe.stat().st_mtime
@@ -216,7 +227,7 @@ def _now(run: Path) -> float:
 
 
 class Handover(NamedTuple):
-    """Wait of a launch for the previous one, which is fenced and may not know it yet."""
+    """Wait of a launch for the previous one, which is fenced and may not have noticed."""
 
     previous: Lease
     began: float  # time.monotonic()
@@ -224,7 +235,7 @@ class Handover(NamedTuple):
     renewed_at: float
 
     def is_over(self) -> bool:
-        """Return whether it left, has been silent for long, or was waited for long enough."""
+        """Return whether the previous launch left or is silent, or the wait took too long."""
         waited = time.monotonic() - self.began
         if self.previous.has_left() or waited > LEAVE_SECONDS:
             return True
@@ -256,22 +267,23 @@ def lease_of(run: Path, launch: str) -> Lease | None:
 def held(run: Path, launch: str) -> Iterator[Lease]:
     """Hold a run folder and renew its lease in a thread; BusyError while another launch does."""
     lease = take(run, this_process(launch))
-    over = threading.Event()
+    ended = threading.Event()
 
     def renew() -> None:
-        while not over.wait(RENEW_SECONDS):
+        while not ended.wait(RENEW_SECONDS):
             lease.renew()
 
-    renewing = threading.Thread(target=renew, name="lease", daemon=True)
-    renewing.start()
+    # Heartbeats in a thread, because the caller may be busy for longer than a lease lasts.
+    renewer = threading.Thread(target=renew, name="lease", daemon=True)
+    renewer.start()
     try:
         if wait := handover(lease):
             while not wait.is_over():
                 time.sleep(0.1)
         yield lease
     finally:
-        over.set()
-        renewing.join()
+        ended.set()
+        renewer.join()
         lease.leave()
 
 

@@ -33,10 +33,11 @@ class ProcessState(NamedTuple):
 def start(
     command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None
 ) -> "subprocess.Popen[bytes]":
-    """Start a process in a session of its own, which dies with this process.
+    """Start a process in a new session; it is killed if this process dies.
 
-    Ctrl-C reaches it only through this process, and all that it forks can be killed with it.
+    Ctrl-C reaches it only through this process, and its children can be killed with it.
     """
+    # The kernel kills the child if this process dies, however it dies.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     parent = os.getpid()
 
@@ -58,6 +59,7 @@ def start(
 
 def started_by_launcher() -> bool:
     """Return whether a launcher (srun, torchrun, `run_ranks`) started this process as a rank."""
+    # srun --ntasks=1 starts one task, which may start ranks itself.
     if "SLURM_PROCID" in os.environ:
         return int(os.environ.get("SLURM_NTASKS", "1")) > 1
     return "LOCAL_RANK" in os.environ
@@ -71,7 +73,7 @@ def free_port() -> int:
 
 
 def run_ranks(command: list[str], world_size: int) -> int:
-    """Run `command` as ranks 0 to `world_size` - 1 and forward signals; the first failure ends all.
+    """Run `command` as ranks 0 to `world_size` - 1; forward signals, end all after a failure.
 
     Return 0, or the exit code of the rank that failed first (128 + n for signal n).
     """
@@ -84,6 +86,7 @@ def run_ranks(command: list[str], world_size: int) -> int:
     }
     ranks: list[subprocess.Popen[bytes]] = []
 
+    # Handlers first: a signal during the start must reach the ranks that run already.
     def forward(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             if rank.poll() is None:
@@ -93,7 +96,7 @@ def run_ranks(command: list[str], world_size: int) -> int:
     try:
         for rank in range(world_size):
             env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a session of its own: Ctrl-C reaches the rank once, through this process.
+            # In a new session, so that Ctrl-C reaches the rank once, through this process.
             ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
         return _wait(ranks)
     finally:
@@ -107,7 +110,7 @@ def run_ranks(command: list[str], world_size: int) -> int:
 
 
 def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
-    # After the first failure the others get GRACE_SECONDS.
+    # After the first failure the other ranks get GRACE_SECONDS to end by themselves.
     first_code, deadline = 0, float("inf")
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         codes = [rank.poll() for rank in ranks]
@@ -150,7 +153,7 @@ class SignalRelay:
     def run(self, command: list[str]) -> int:
         """Run a command; return its exit code, which is 128 + n for signal n."""
         received = len(self.received)
-        # In a session of its own, so that Ctrl-C reaches it once, through this process.
+        # In a new session, so that Ctrl-C reaches it once, through this process.
         child = subprocess.Popen(command, start_new_session=True)
         self._child = child
         try:
@@ -174,13 +177,14 @@ def process_state(pid: int) -> ProcessState:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ProcessState("", 0.0)
-    fields = text.rpartition(")")[2].split()  # the name in front may contain anything
+    fields = text.rpartition(")")[2].split()  # skip the name, which may contain anything
     ticks = int(fields[11]) + int(fields[12])
     return ProcessState(fields[0].upper(), ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def process_identity(pid: int) -> str:
     """Return boot id and start time, which identify a process beyond its pid; "" if it ended."""
+    # A pid may be reused by a later process, which has another start time.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -212,7 +216,7 @@ def has_ended(pid: int) -> bool:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may have ended."""
+    """Send a signal to a process; ignore that it has ended."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -220,7 +224,8 @@ def send(pid: int, number: int) -> None:
 
 
 def kill_group(pid: int) -> None:
-    """Kill a process and all that it forked, stopped processes included."""
+    """Kill a process and its children, suspended processes included."""
+    # SIGKILL of a suspended process takes effect once it continues.
     for number in (signal.SIGKILL, signal.SIGCONT):
         try:
             os.killpg(pid, number)

@@ -1,8 +1,8 @@
 """One rank of a launch: the files in which it reports its end, and its state when the run fails.
 
-The files lie in the node-local folder of the heartbeats, so that a full or hung shared file system,
-which may be the very reason of the end, cannot keep a rank from writing them.  The supervisor
-copies error files into the run folder.
+The files lie in the node-local folder of the heartbeats: a full or hung shared file system, which
+may be the cause of the end, cannot prevent a rank from writing them.  The supervisor copies error
+files into the run folder.
 
     rank-N.error.json  an exception: type, message, traceback, time, section, step, cause
     rank-N.end.json    how training ended without an exception
@@ -59,7 +59,7 @@ STACK_CHARACTERS = 50_000
 
 
 class End(NamedTuple):
-    """How training ended by itself, from `FitResult`."""
+    """How training ended without an exception, from `FitResult`."""
 
     reason: str
     stopped_by: int
@@ -73,6 +73,7 @@ def make_local_folder(ranks: Iterable[int]) -> Path:
 
     Disk space is reserved for all that the ranks may write.  Raise OSError if there is none.
     """
+    # Reserve the space of all files now, so that a disk that fills up later cannot hide an error.
     rank_list = list(ranks)
     parents = ["/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
     for parent in (*parents, tempfile.gettempdir()):
@@ -110,6 +111,7 @@ def write_error_file(folder: Path, rank: int, error: BaseException, section: str
 
     Secrets in the message and the traceback are masked, and the environment is not recorded.
     """
+    # Keep the end of a long traceback, where the exception is.
     cause = cause_of_exception(error, section)
     text = mask_secrets("".join(traceback.format_exception(error)))[-TRACEBACK_CHARACTERS:]
     failure = Failure(type(error).__name__, mask_secrets(str(error)), cause, time.time(), text)
@@ -167,7 +169,7 @@ def is_planned(exit_code: int) -> bool:
     return exit_code in (DONE, STOPPED_SAVED, STOPPED_UNSAVED, PRUNED)
 
 
-# -- the supervisor's side ------------------------------------------------------------------------
+# -- observation by the supervisor ----------------------------------------------------------------
 
 
 class Rank:
@@ -186,13 +188,13 @@ class Rank:
         return self.process.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the rank runs; kill what an ended rank left behind."""
+        """Return the exit code, None while the rank runs; kill the children of an ended rank."""
         if self.exit_code is None and processes.has_ended(self.pid):
             processes.kill_group(self.pid)
             self.exit_code, self.ended_at = self.process.wait(), time.time()
             end = read_end_file(self.folder, self.rank)
             if -self.exit_code in STOP_SIGNALS and end:
-                # A second signal during Python's shutdown: training had ended before it.
+                # A second signal during Python's shutdown: training had ended already.
                 cause = cause_of_result(end.reason, unsaved=end.unsaved)
                 self.exit_code = CAUSES[cause].exit_code
         return self.exit_code
@@ -245,11 +247,12 @@ def observe(
 
 
 def dump_stacks(ranks: Sequence[Rank], states: Mapping[int, ProcessState]) -> dict[int, str]:
-    """Return the stacks of all threads by rank, preceded by those of its data loader workers.
+    """Return the stack traces of all threads and data loader workers, by rank.
 
     A stopped process is resumed, because only then it writes its stacks.
     """
     paths = {rank.rank: stacks_path(rank.folder, rank.rank) for rank in ranks}
+    # Without a handler SIGQUIT would end the rank.
     able = [rank for rank in ranks if processes.handles_signal(rank.pid, signal.SIGQUIT)]
     begin = {rank.rank: paths[rank.rank].stat().st_size for rank in able}
     # The workers first, so that the main thread of the rank is the last in the file.

@@ -9,9 +9,9 @@ from echolab.launch.attempts import RUNNING, Attempt
 
 MAX_CODE_ERRORS = 1
 MAX_WITHOUT_PROGRESS = 2
-CHANCE_SECONDS = 600.0  # of steps after which a preempted attempt should have saved a checkpoint
+TIME_TO_SAVE = 600.0  # seconds of steps in which an attempt should have saved a checkpoint
 MAX_HOST_FAILURES = 2
-COUNTED = ("preemption", "infrastructure", "code")  # the other budgets: ended by a person
+COUNTED = ("preemption", "infrastructure", "code")  # attempts of other budgets were ended by users
 HOST_CAUSES = ("killed", "exited", "hang", "stopped_process", "node_lost", "replicas")
 
 
@@ -26,12 +26,13 @@ class Decision(NamedTuple):
 def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision:
     """Decide from the attempts of a run, the oldest first, of which the last has ended.
 
-    Preemption is free.  `max_infrastructure` machine failures and one exception in the code are
-    allowed since the last attempt that saved a checkpoint; damaged data and wrong settings are not.
-    Two attempts in a row without a new checkpoint end the run, except for attempts that were
-    preempted early.
+    Preemptions are not counted.  `max_infrastructure` machine failures and one exception in the
+    code are allowed since the last attempt that saved a checkpoint; damaged data and invalid
+    settings are not.  Two attempts in a row without a new checkpoint end the run, except for
+    attempts that were preempted early.
     """
     exclude = hosts_to_exclude(attempts)
+    # Some ends need no decision: still running, complete, ended by the user, or sure to fail again.
     if not attempts or attempts[-1].definition is None:
         state = RUNNING if attempts else "not started"
         return Decision(False, f"the run is {state}", exclude)
@@ -40,7 +41,7 @@ def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision
     budget = last.definition.budget
     if budget in ("none", "fatal"):
         return Decision(False, last.definition.summary, exclude)
-    # No progress in a row of attempts.
+    # End the run if no attempt makes progress, for any cause.
     counted = since_progress(
         [a for a in attempts if a.definition and a.definition.budget in COUNTED]
     )
@@ -48,8 +49,8 @@ def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision
     if len(idle) >= MAX_WITHOUT_PROGRESS and last in idle:
         return Decision(False, f"{len(idle)} attempts in a row saved no checkpoint", exclude)
     if budget == "preemption":
-        return Decision(True, "preemption is free", exclude)
-    # Failures by budget.
+        return Decision(True, "preemptions are not counted", exclude)
+    # Count the failures since the last progress against their budgets.
     failures: Counter[str] = Counter(a.definition.budget for a in counted if a.definition)
     limits = {"code": MAX_CODE_ERRORS, "infrastructure": max_infrastructure}
     for name, limit in limits.items():
@@ -67,14 +68,13 @@ def since_progress(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 def _had_time_to_save(attempt: Attempt) -> bool:
     preempted = attempt.definition is not None and attempt.definition.budget == "preemption"
-    return (
-        not preempted
-        or sum(attempt.seconds.get(name, 0.0) for name in STEP_SECTIONS) > CHANCE_SECONDS
-    )
+    trained = sum(attempt.seconds.get(name, 0.0) for name in STEP_SECTIONS)
+    return not preempted or trained > TIME_TO_SAVE
 
 
 def hosts_to_exclude(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return the hosts on which two or more machine failures began."""
+    # A failure of unknown rank says nothing about a host.
     failures = Counter(
         attempt.host
         for attempt in attempts

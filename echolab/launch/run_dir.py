@@ -1,11 +1,11 @@
-"""Run folders: created once, by rank 0, with an identity that all attempts share.
+"""Run folders: created by rank 0, with an identity that all attempts share.
 
 run.json        format version, id, wandb id, time of creation; never changed
 config.json     resolved settings of the last attempt that trained
 configs.jsonl   settings of every attempt that trained, and the step that it started from
 attempts.jsonl  one line for each start: time, host, versions, git state
-.lease/         which launch may write here (`lease`)
-attempts/       records of the supervisors and ranks of each launch (`launch_records`)
+.lease/         the launch that may write here (`lease`)
+attempts/       records of each launch by its supervisors and ranks (`launch_records`)
 checkpoints/    metrics.jsonl    wandb/
 """
 
@@ -30,7 +30,8 @@ from echolab.launch.lease import Lease
 
 FORMAT = 2  # version of run.json and of the records in attempts/; 1 had none
 
-# Settings that may differ between attempts: how a run is executed and observed, not what it trains.
+# Settings that may differ between attempts: they change how a run is executed and observed, and not
+# what is trained.
 MACHINE = (
     "run_dir", "trainer", "logger", "callbacks", "launcher", "timeouts", "micro_batch_size",
     "log_every", "save_every", "val_every", "replica_check_every", "snapshot_every",
@@ -84,10 +85,11 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
 
 def check_run_folder(folder: Path) -> None:
     """Raise ConfigError if a folder holds other files than a run, or a run of another format."""
+    # Hidden files and records of attempts may exist before rank 0 creates the run.
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     visible = {name for name in names if not name.startswith(".") and not name.endswith(".partial")}
     if visible - {ATTEMPTS} and not names & {IDENTITY, CONFIG}:
-        raise ConfigError(f"{folder}: holds files, and no run; give another by run_dir=...")
+        raise ConfigError(f"{folder}: holds files, and no run; give another folder by run_dir=...")
     if IDENTITY in names:
         check_format(folder)
 
@@ -106,6 +108,7 @@ def check_same_settings(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> None:
     """Raise ConfigError that names the first setting that differs from the run folder's."""
+    # Through JSON on both sides, so that tuples and lists compare equal.
     old = flatten(json.loads(read_file(folder / CONFIG)))
     new = flatten(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
@@ -131,6 +134,7 @@ def package_versions() -> dict[str, str]:
 
 def git_state() -> dict[str, Any]:
     """Return the commit and the files that differ from it; empty outside a repository."""
+    # git may be missing, slow on a network file system, or refuse a folder of another owner.
     root = Path(__file__).parent
     answers: list[str] = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
@@ -148,6 +152,7 @@ def git_state() -> dict[str, Any]:
 
 def _create(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, then run.json, each atomically."""
+    # The id starts with the folder's name, in the characters that wandb allows.
     prefix = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.name[:40])
     run_id = f"{prefix}-{secrets.token_hex(4)}"
     files: dict[str, Any] = {
@@ -155,7 +160,7 @@ def _create(folder: Path, config: Mapping[str, Any]) -> None:
         IDENTITY: {"format": FORMAT, "id": run_id, "made": time.time()},
     }
     for name, content in files.items():
-        if (folder / name).exists():  # left by a start that died here, or by another program
+        if (folder / name).exists():  # of a start that was killed between the two files
             continue
         write_atomic(folder / name, json.dumps(content, indent=1).encode(), patient=True)
 
@@ -175,9 +180,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[Lease]:
-    """Create the folder and hold it against other processes; BusyError if one holds it."""
-    with lease.held(folder, f"local-{secrets.token_hex(4)}") as held_lease:
-        yield held_lease
+    """Create the folder and hold its lease; raise BusyError while another process does."""
+    with lease.held(folder, f"local-{secrets.token_hex(4)}") as run_lease:
+        yield run_lease
 
 
 @contextmanager
@@ -213,6 +218,7 @@ def claim(
 
 def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
     """Record that this attempt trains from `step` on with these settings."""
+    # configs.jsonl first: config.json describes the last attempt that it lists.
     run.lease.check()
     record = {"attempt": run.attempt, "step": step, "config": config}
     append_text(run.folder / CONFIGS, json.dumps(record) + "\n", patient=True)
@@ -230,7 +236,7 @@ def settings_by_step(folder: Path) -> list[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
         except ValueError:
             continue  # the writer was killed within the line
-        settings = [one for one in settings if one[0] < record["step"]]
+        settings = [(first, config) for first, config in settings if first < record["step"]]
         settings.append((record["step"], record["config"]))
     last = _read(folder / CONFIG)
     return [*settings[:-1], (settings[-1][0] if settings else 0, last)]

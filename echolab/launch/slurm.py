@@ -13,17 +13,17 @@ from echolab.errors import ConfigError
 
 SECONDS = 15.0  # timeout of a query: a busy controller answers late
 SQUEUE_SECONDS = 60.0  # timeout of a query about a job array
-OVER = (
+ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "TIMEOUT",
 )  # fmt: skip
-# The job will start again, as another launch.
+# States in which the job will start again, as another launch.
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-BATCH = "batch"  # step of a launch that the job's script itself started
+BATCH = "batch"  # step id of a launch that the job script itself started
 LAUNCH = re.compile(r"slurm-(\d+)-(\d+)-(\w+)")
-NODE_LOST = re.compile(r"down|fail|\*", re.IGNORECASE)  # in the state of a node
+NODE_LOST = re.compile(r"down|fail|\*", re.IGNORECASE)  # `*`: the node does not respond
 
-# Parameters that submitit names without the prefix slurm_.
+# submitit expects the prefix slurm_ for all parameters but these.
 GENERAL = (
     "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
     "stderr_to_stdout",
@@ -81,31 +81,32 @@ def job_of(job: str) -> Job | None:
     return Job(state[1], int(restarts[1]), int(exit_code[1]) if exit_code else 0)
 
 
-def state_of(launch: str) -> Literal["running", "over", "restarted", "unknown"]:
+def state_of(launch: str) -> Literal["running", "ended", "restarted", "unknown"]:
     """Return the state of a launch; unknown if it is not Slurm's or Slurm does not answer.
 
-    `restarted`: the launch is over, but its job runs again, and the next launch may come any
-    moment.
+    `restarted`: the launch has ended, but its job runs again and will soon start the next launch.
     """
+    # The job decides first, then the number of its restarts, then the step.
     parsed = parse_launch(launch)
     job_state = job_of(parsed[0]) if parsed else None
     if parsed is None or job_state is None:
         return "unknown"
     job, restart, step = parsed
-    if job_state.state in (*OVER, *WAITING, "UNKNOWN"):
-        return "over"
+    if job_state.state in (*ENDED, *WAITING, "UNKNOWN"):
+        return "ended"
     if job_state.restarts != restart:
         return "restarted"
-    return "over" if step != BATCH and _is_step_over(job, step) else "running"
+    return "ended" if step != BATCH and _has_step_ended(job, step) else "running"
 
 
-def _is_step_over(job: str, step: str) -> bool:
+def _has_step_ended(job: str, step: str) -> bool:
     code, output, errors = _query(["squeue", "--noheader", f"--steps={job}.{step}", "--format=%i"])
     return (code == 0 and not output.strip()) or "Invalid job id" in errors
 
 
 def lost_nodes(hosts: Iterable[str]) -> tuple[str, ...] | None:
     """Return the hosts that are down or do not respond; None if Slurm does not answer."""
+    # One row for each node and partition.
     names = sorted(set(hosts))
     code, output, _ = _query(
         ["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T"]
@@ -117,7 +118,8 @@ def lost_nodes(hosts: Iterable[str]) -> tuple[str, ...] | None:
 
 
 def accounting_state(launch: str) -> str:
-    """Return how a start of a job ended by Slurm's accounting, such as NODE_FAIL; "" if unknown."""
+    """Return the end state of one start of a job, such as NODE_FAIL; "" if unknown."""
+    # Accounting lists one row for each start of a requeued job, in order.
     parsed = parse_launch(launch)
     if parsed is None:
         return ""
@@ -159,7 +161,7 @@ def submit(
     import submitit
     from submitit.core.utils import FailedJobError
 
-    # Settings of Hydra's launcher to those of submitit.
+    # Translate the settings of Hydra's launcher into those of submitit.
     settings = {key: value for key, value in parameters.items() if value is not None}
     folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout", 0)
     settings["setup"] = [CPUS_FOR_SRUN, NO_WORKING_FOLDER, *settings.get("setup", ())]
@@ -178,9 +180,10 @@ def submit(
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
-    """Return the states of those jobs that wait or run, by id; None if Slurm does not answer."""
+    """Return the states of the pending and running jobs, by id; None if Slurm does not answer."""
     if not jobs:
         return {}
+    # squeue fails if it has forgotten one of several jobs, and lists the others all the same.
     try:
         answer = subprocess.run(
             ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(jobs)}"],
@@ -195,10 +198,10 @@ def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
 
 
 def stop_jobs(states: Mapping[str, str], signaled: Set[str]) -> set[str]:
-    """Cancel the jobs that wait and send SIGTERM to the tasks of the others; return the latter.
+    """Cancel pending jobs and send SIGTERM to the tasks of running jobs; return the latter.
 
-    `states` are by job id; jobs in `signaled` are not signaled again.  Slurm does not kill them, so
-    that they have the time to save a checkpoint.
+    `states` are by job id; jobs in `signaled` are not signaled again.  Slurm does not kill the
+    running jobs, so that they have the time to save a checkpoint.
     """
     pending = [job for job, state in states.items() if state == "PENDING"]
     running = [job for job in states if job not in pending and job not in signaled]
@@ -219,5 +222,5 @@ def log_path(folder: str, job: str) -> Path:
 
 
 def requeue_this_job() -> None:
-    """Let submitit put the job of this process back into the queue; return if it does not."""
+    """Let submitit requeue the job of this process; return if it does not."""
     signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])

@@ -1,7 +1,7 @@
-"""Supervisor: starts the ranks of this machine, monitors them, and ends them with a diagnosis.
+"""Supervisor: start the ranks of this node, monitor them, end them, and record the cause.
 
-It is a small process that imports no torch, talks to the ranks only through signals and small
-files, and joins no collective.  It can therefore report any failure of a rank and end the job.
+The supervisor is a small process that imports no torch, communicates with its ranks by signals and
+small files alone, and joins no collective.  It can therefore report any failure of a rank.
 """
 
 import os
@@ -44,18 +44,18 @@ from echolab.launch.topology import Topology
 from echolab.training.signals import SIGNALS, caught, leave_terminal
 
 POLL_SECONDS = 0.05
-CHECK_SECONDS = 0.5  # between two checks of the heartbeats, and of other supervisors
+CHECK_SECONDS = 0.5  # between two checks of the heartbeats and of the other supervisors
 GRACE_SECONDS = 2.0  # after the failure of a rank, for the others to write their error files
 KILL_SECONDS = 5.0  # for the kernel to end killed processes
-END_SECONDS = 45.0  # for stacks, the record, and the records of other supervisors
+END_SECONDS = 45.0  # for the stack traces, the record, and the records of other supervisors
 OTHERS_SECONDS = 15.0  # after a failure, for other supervisors to write their records
-JOIN_SECONDS = 600.0  # for the first supervisor of a launch to take the run
+JOIN_SECONDS = 600.0  # for the first supervisor of a launch to take the lease
 FAILED = "over"  # file by which a supervisor announces that the launch failed
 ENDED = "ended-"  # prefix of the files by which supervisors announce that their record is complete
 
 
 class Supervisor:
-    """One launch on one machine; `watch` runs it to its end."""
+    """One launch on one node; `watch` runs it to its end."""
 
     record: NodeRecord
 
@@ -95,6 +95,7 @@ class Supervisor:
         Stop signals are forwarded, and no rank survives.  Raises BusyError, before anything is
         written, while another launch uses the run.
         """
+        # From here on stop signals are forwarded; those before the start of the ranks are kept.
         handlers = {number: signal.signal(number, self._forward) for number in caught()}
         try:
             if self._take_run():
@@ -115,7 +116,8 @@ class Supervisor:
     # -- the start ----------------------------------------------------------------------------
 
     def _take_run(self) -> bool:
-        """Take the run, or wait for the first supervisor to take it; False after a stop signal."""
+        """Take the lease, or wait until the first supervisor has; False after a stop signal."""
+        # One lease for all nodes: the first supervisor takes it, the others read it.
         began, launch = time.monotonic(), self.topology.launch
         if self.topology.supervisor == 0:
             self.lease = lease.take(self.run, lease.this_process(launch))
@@ -123,8 +125,8 @@ class Supervisor:
             self.lease = lease.lease_of(self.run, launch)
             if time.monotonic() - began > JOIN_SECONDS:
                 raise BusyError(
-                    f"{self.run}: the first supervisor of the launch did not take the run in "
-                    f"{JOIN_SECONDS:.0f} s; see the log of the first node"
+                    f"{self.run}: the first node of the launch did not take the run folder "
+                    f"within {JOIN_SECONDS:.0f} s; see the log of that node"
                 )
             time.sleep(POLL_SECONDS)
         return self.lease is not None
@@ -133,9 +135,10 @@ class Supervisor:
         """Write the first record, by which `echolab why` knows of this launch."""
         assert self.lease
         topology = self.topology
-        if topology.launch.startswith("torchrun"):  # which gives every start the same name
+        if topology.launch.startswith("torchrun"):  # torchrun gives every start the same name
             launch = f"{topology.launch}-{self.lease.epoch}"
             topology = self.topology = topology._replace(launch=launch)
+        # Wait for a file system that fails for a moment.
         self.folder = self.run.absolute() / ATTEMPTS / topology.launch
         try:
             retry(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -216,7 +219,7 @@ class Supervisor:
         topology = self.topology
         env = {**os.environ, **topology.environment(rank - topology.first_rank)}
         env |= {LOCAL_DIR: str(self.local_folder), lease.EPOCH: str(self.lease.epoch)}
-        if rank == 0:  # has the terminal
+        if rank == 0:  # prints to the terminal; the others to log files
             process = processes.start(self.command, env, None)
         else:
             with (self.folder / f"rank-{rank}.log").open("ab") as log:
@@ -238,13 +241,13 @@ class Supervisor:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_terminal()
+        # The first signal counts, except for a second Ctrl-C outside of Slurm.
         in_slurm = "SLURM_PROCID" in os.environ
         if not self.stop_signal:
             self.stop_signal, self.stop_signal_at = number, time.monotonic()
         elif self.stop_signal == number == signal.SIGINT and not in_slurm:
             self.second_interrupt_at = self.second_interrupt_at or time.monotonic()
-        # Slurm signals every process of a step: a rank would take a second SIGINT for a second
-        # Ctrl-C.
+        # Slurm signals every process of a step; a rank would read two SIGINTs as a second Ctrl-C.
         if number == signal.SIGINT and in_slurm:
             number = signal.SIGTERM
         self._signal_ranks(number)
@@ -295,7 +298,7 @@ class Supervisor:
     def _find_overdue(self, now: float) -> dict[int, float]:
         """Return the ranks that exceeded a timeout, each with that timeout in seconds."""
         states = {rank.rank: rank.heartbeat() for rank in self.ranks if rank.exit_code is None}
-        # Exclude the time in which this process did not run.
+        # Exclude the time in which this process was suspended.
         states = {
             rank: state._replace(since=now - self.clock.elapsed(state.since))
             for rank, state in states.items()
@@ -309,7 +312,7 @@ class Supervisor:
         )
 
     def _find_suspended(self, now: float) -> dict[int, float]:
-        """Return ranks that were suspended and left so: they cannot continue by themselves."""
+        """Return ranks that have been suspended for longer than a step may take."""
         allowed = self.timeouts.min_step_timeout
         suspended = [
             rank.rank
@@ -324,16 +327,17 @@ class Supervisor:
         }
 
     def _steps_since_signal(self, states: Mapping[int, HeartbeatState]) -> int:
-        """Return how many steps have ended on all ranks since the stop signal."""
+        """Return how many steps every rank has finished since the stop signal."""
         steps = {rank: state.step for rank, state in states.items()}
         if self._steps_at_signal is None:
             self._steps_at_signal = steps
         return min(steps[rank] - self._steps_at_signal[rank] for rank in steps)
 
     def _find_ignoring_signal(self, states: Mapping[int, HeartbeatState]) -> dict[int, float]:
-        """Return ranks that received a stop signal and train step after step."""
+        """Return ranks that received a stop signal and keep training."""
         if not self.stop_signal or not states:
             return {}
+        # Time to finish a step, save and end, at the pace so far.
         longest = longest_stays(states.values())
         sections = ("step", "save", "teardown")
         allowed = sum(allowed_seconds(self.timeouts, name, longest) for name in sections)
@@ -345,9 +349,10 @@ class Supervisor:
         )
 
     def _find_unable_to_stop(self, states: Mapping[int, HeartbeatState]) -> dict[int, float]:
-        """Return ranks that received a stop signal and reach no step end at which to stop."""
+        """Return ranks that received a stop signal and do not finish their step."""
         if not self.stop_signal or not states or self._steps_since_signal(states):
             return {}
+        # Ctrl-C has the grace of SIGTERM.
         number = signal.SIGTERM if self.stop_signal == signal.SIGINT else self.stop_signal
         allowed = stop_timeout(self.timeouts, self.grace.get(number), states.values())
         if allowed is None or self.clock.elapsed(self.stop_signal_at) <= allowed:
@@ -358,7 +363,7 @@ class Supervisor:
     # -- the end ------------------------------------------------------------------------------
 
     def _end_within_bounds(self, failed: bool) -> None:
-        """Diagnose and record the end; give up after a time if the run folder does not respond."""
+        """Diagnose and record the end; give up if the run folder does not respond in time."""
 
         def end() -> None:
             self._updater.join()
@@ -373,10 +378,11 @@ class Supervisor:
             if self.exit_code:
                 self._wait_for_others(OTHERS_SECONDS if failed else self.timeouts.teardown)
 
-        ending = threading.Thread(target=end, name="end", daemon=True)
-        ending.start()
-        ending.join(END_SECONDS + (0.0 if failed else self.timeouts.teardown))
-        if ending.is_alive():
+        # In a thread, so that a file system that hangs cannot keep this process alive.
+        end_thread = threading.Thread(target=end, name="end", daemon=True)
+        end_thread.start()
+        end_thread.join(END_SECONDS + (0.0 if failed else self.timeouts.teardown))
+        if end_thread.is_alive():
             message = (
                 f"echolab: error: {self.folder}: the file system does not respond; check it, and "
                 "run the same command again"
@@ -385,18 +391,20 @@ class Supervisor:
 
     def _diagnose(self) -> int:
         """Record the root cause of a failure, kill the ranks, report; return the exit code."""
-        if self.second_interrupt_at:  # regardless of what the ranks were doing
+        # A second Ctrl-C is the cause, no matter what the ranks were doing.
+        if self.second_interrupt_at:
             verdict: Verdict | None = Verdict(self.topology.first_rank, "interrupted", "")
         else:
             host = self.topology.host
             self.record.observations = observe(self.ranks, self.folder, host, self.overdue)
             verdict = find_root_cause(self.record.observations)
+        # A hang after a stop signal is a stop without a checkpoint.
         if verdict and self.exceeded_stop_timeout and verdict.cause == "hang":
             name, seconds = signal.Signals(self.stop_signal).name, self.exceeded_stop_timeout
             detail = f"{name}, and no step ended within {seconds:.0f} s: {verdict.detail}"
             verdict = verdict._replace(cause="preempted_unsaved", detail=detail)
-        if verdict is None:  # these ranks only wait for those of another supervisor
-            verdict = Verdict(self.topology.first_rank, "node_lost", "ended with the other nodes")
+        if verdict is None:  # these ranks only waited for ranks of another node
+            verdict = Verdict(self.topology.first_rank, "node_lost", "no rank of this node failed")
         self._announce_failure()
         exit_code = CAUSES[verdict.cause].exit_code
         self._close_record(verdict, exit_code)
@@ -416,6 +424,7 @@ class Supervisor:
 
     def _finish(self) -> int:
         """Record a planned end of all ranks; return the exit code."""
+        # All ranks end for the same reason: one end file is enough.
         ends = [read_end_file(self.local_folder, rank.rank) for rank in self.ranks]
         exit_code = max(rank.exit_code or 0 for rank in self.ranks)
         end = next((end for end in ends if end), None)

@@ -54,6 +54,7 @@ def find_topology(devices: int, nodes: int, env: Mapping[str, str] = os.environ)
     this process starts all ranks of one node.  Raises ConfigError if the number of tasks does not
     fit `devices` x `nodes`.
     """
+    # The launcher is recognized by the variables that it sets.
     if "SLURM_PROCID" in env:
         return _slurm_topology(devices, nodes, env)
     if "LOCAL_RANK" in env:
@@ -62,6 +63,7 @@ def find_topology(devices: int, nodes: int, env: Mapping[str, str] = os.environ)
         raise ConfigError(
             f"trainer.num_nodes={nodes}: start one task on each node by srun (slurm/train.sbatch)"
         )
+    # One node, without a launcher.
     launch = f"local-{secrets.token_hex(4)}"
     host = socket.gethostname()
     return Topology(launch, 0, devices, 0, devices, 0, 0, 1, host, "127.0.0.1", free_port())
@@ -72,6 +74,7 @@ def cpu_warning(topology: Topology, workers: int, env: Mapping[str, str] = os.en
 
     `workers` is the number of data loader workers of a rank.
     """
+    # Slurm gives a task one CPU unless --cpus-per-task asks for more.
     cpus, needed = len(os.sched_getaffinity(0)), topology.num_ranks * (1 + workers)
     if "SLURM_PROCID" not in env or cpus >= needed:
         return ""
@@ -94,6 +97,7 @@ def _slurm_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topolog
             f"trainer.devices={devices}, trainer.num_nodes={nodes}: the job has {tasks} tasks; "
             f"give srun --ntasks={nodes} (one a node) or {world_size} (one a rank)"
         )
+    # A task starts all ranks of its node, or is one rank.
     task, num_ranks = int(env["SLURM_PROCID"]), world_size // tasks
     return Topology(
         launch=slurm.launch_of(env),
@@ -111,6 +115,7 @@ def _slurm_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topolog
 
 
 def _torchrun_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topology:
+    # Each process of torchrun is a rank with a supervisor of its own.
     tasks, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if tasks != devices * nodes:
         raise ConfigError(
@@ -118,7 +123,7 @@ def _torchrun_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topo
             "ranks; make the product equal to its --nproc-per-node x --nnodes"
         )
     rank, port = int(env.get("RANK", local_rank)), int(env["MASTER_PORT"])
-    # An elastic agent counts its restarts: each is a launch.
+    # torchelastic counts its restarts: each is another launch.
     restarts = (env.get(f"TORCHELASTIC_{key}", "0") for key in ("RUN_ID", "RESTART_COUNT"))
     return Topology(
         launch=f"torchrun-{port}-{'-'.join(restarts)}",
@@ -139,6 +144,7 @@ def slurm_address(env: Mapping[str, str]) -> str:
     """Return MASTER_ADDR, or the first node of the job step: `n[003-5,9],m1` gives n003."""
     if "MASTER_ADDR" in env:
         return env["MASTER_ADDR"]
+    # Expand the first name of Slurm's compressed list.
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
     return "".join(part or "" for part in match.groups()) if match else nodes
