@@ -222,12 +222,19 @@ def _node_verdict(
         return Verdict(down_records[0].ranks[0], "node_lost", f"Slurm lost {names}{state}{saved}")
     if not lost or (verdict and verdict.cause in BY_SIGNAL):
         return None
+    job_ended = slurm_record is not None and slurm_record.job_ended
+    return _unfinished_verdict(records, lost, job_ended=job_ended)
+
+
+def _unfinished_verdict(
+    records: Sequence[NodeRecord], lost: Sequence[int], *, job_ended: bool
+) -> Verdict:
+    """Return the verdict for supervisors without a recorded end, on nodes that Slurm reaches."""
     # Supervisors that recorded no end, and those of them that received no signal.
     silent = [record for record in records if record.supervisor in lost]
     unsignaled = [record for record in silent if not record.stop_signal]
     number = next((record.stop_signal for record in records if record.stop_signal), 0)
     # All or none received a signal, and the job ended: it was killed, and no node is lost.
-    job_ended = slurm_record is not None and slurm_record.job_ended
     if (job_ended and len(unsignaled) in (0, len(records))) or (number and not unsignaled):
         detail = signal.Signals(number).name if number else "killed by Slurm without a signal"
         return Verdict(-1, "preempted_unsaved", detail)
