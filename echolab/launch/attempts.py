@@ -123,9 +123,8 @@ def merge(
 ) -> Attempt:
     """Merge the records of a launch's supervisors; those in `lost` recorded no end."""
     observations = [o for record in records for o in record.observations]
-    if running:
-        verdict = Verdict(-1, RUNNING, "")
-    else:
+    verdict = Verdict(-1, RUNNING, "")
+    if not running:
         verdict = _verdict(records, observations, lost, slurm_record)
     # Section, step and stack are those of the root-cause rank, or of its node's first rank.
     observation = root_cause_observation(verdict.rank, verdict.cause, observations)
@@ -213,7 +212,7 @@ def _node_verdict(
     by_signal = any(record.cause in BY_SIGNAL for record in records)
     if not (lost or verdict or by_signal):
         return None
-    # Slurm reports nodes as down.
+    # Nodes that Slurm reports as down.
     down = slurm_record.down if slurm_record else ()
     if down_records := [record for record in records if record.host in down]:
         state = f" ({slurm_record.state})" if slurm_record and slurm_record.state else ""
