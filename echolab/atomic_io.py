@@ -1,9 +1,9 @@
 """Write files atomically, append lines, lock folders, and retry transient errors.
 
-Three things can be wrong with a file: its bytes, which the caller checks; the room on its disk
-(`FULL`); and all else that the operating system reports, such as ESTALE, ETIMEDOUT, ENOTCONN,
-EACCES or EIO of a shared file system.  The last may pass: the operation is retried for about half a
-minute, and then raises StorageError.
+Three faults of a file are distinguished: wrong bytes, which the caller checks; a full disk
+(`FULL`); and every other error of the operating system, such as ESTALE, ETIMEDOUT, ENOTCONN,
+EACCES or EIO of a shared file system.  The last kind may pass: the operation is retried for about
+half a minute, and then raises StorageError.
 """
 
 import errno
@@ -24,10 +24,10 @@ from echolab.errors import BusyError, ConfigError, DiskFullError, StorageError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each further attempt
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no such file
-NEVER: tuple[float, ...] = ()  # no retry
-WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
+NO_RETRY: tuple[float, ...] = ()  # pauses
+MAX_WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
 LOCK = ".lock"
-_HELD: dict[Path, int] = {}  # locks of this process, and the thread that holds each
+_HELD: dict[Path, int] = {}  # lock file -> thread of this process that holds it
 
 Result = TypeVar("Result")
 
@@ -42,6 +42,7 @@ def retry(
 
     Raise the OSError of the last attempt, and at once one of `FULL` or of the types `final`.
     """
+    # Full disks and missing files stay so: only the user can change them.
     for pause in PAUSES if pauses is None else pauses:
         try:
             return action()
@@ -53,20 +54,21 @@ def retry(
 
 
 def describe_error(error: OSError) -> str:
-    """Return the words and the number of an OSError: "Stale file handle, errno 116"."""
+    """Return an OSError in words with its number: "Stale file handle, errno 116"."""
     return f"{error.strerror or error}, errno {error.errno}"
 
 
 def read_error(path: Path | str, error: OSError) -> StorageError:
     """Return the error of a file that the operating system cannot read."""
     return StorageError(
-        f"{path}: could not be read ({describe_error(error)}); its bytes may be whole: check the "
-        "file system and its permissions, then run the same command again"
+        f"{path}: could not be read ({describe_error(error)}); its bytes may be undamaged: check "
+        "the file system and its permissions, then run the same command again"
     )
 
 
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file; raise StorageError, or one of `ABSENT` if it does not exist."""
+    # Retry what may pass: a file on a shared file system may be readable a moment later.
     try:
         return retry(path.read_bytes)
     except ABSENT:
@@ -78,14 +80,16 @@ def read_file(path: Path) -> bytes:
 def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
     """Write to a temporary name in the same folder, then rename: no reader sees half a file.
 
-    Raise DiskFullError or StorageError, in one line, if it cannot be written; `patient` waits for
-    an error to pass before.
+    Raise DiskFullError or StorageError, in one line, if it cannot be written; with `patient` only
+    after retries.
     """
     partial = path.with_name(path.name + ".partial")
 
     def write() -> None:
+        # A link in a stranger's folder would be written through, to any file.
         if partial.is_symlink() and (partial.is_file() or not partial.exists()):
-            partial.unlink()  # in a stranger's folder: it would be written through
+            partial.unlink()
+        # On the disk before the rename: a crash must not leave an empty file of this name.
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -93,7 +97,7 @@ def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
         partial.replace(path)
 
     try:
-        retry(write, pauses=None if patient else NEVER)
+        retry(write, pauses=None if patient else NO_RETRY)
     except OSError as error:
         remove_quietly(partial)
         raise write_error(path, error) from error
@@ -102,13 +106,14 @@ def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
 def check_writable(out: Path, *, folder: bool = False) -> None:
     """Create the folder that `out` is written in, and write and remove a small file there.
 
-    For the start of a command, so that no work is done for a result that cannot be saved.  With
-    `folder`, `out` is a folder itself.  Raises ConfigError.
+    A command calls this at its start, so that no work is done for a result that cannot be saved.
+    With `folder`, `out` is a folder itself.  Raises ConfigError.
     """
     if not folder and out.is_dir():
         raise ConfigError(f"{out}: is a folder; name a file in it")
     if folder and out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; name a folder")
+    # Permissions alone are not enough: the disk may be full, or mounted for reading.
     probe = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.trial"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +122,8 @@ def check_writable(out: Path, *, folder: bool = False) -> None:
         finally:
             remove_quietly(probe)
     except OSError as error:
-        what = error.strerror or str(error)
-        raise ConfigError(f"{out}: cannot be written ({what}); give another place") from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{out}: cannot be written ({reason}); give another path") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -137,6 +142,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     folder may lock it again.  Raises BusyError, which names the holder, and StorageError if the
     folder does not exist or cannot be written.
     """
+    # The same thread may lock a folder again: a function that locks may call another.
     path = folder.resolve() / LOCK
     if _HELD.get(path) == threading.get_ident():
         yield
@@ -154,13 +160,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def _locked(path: Path) -> TextIO:
     """Open and lock the file of a lock, and write its holder into it."""
     while True:
-        if path.is_symlink():  # it came with a stranger's files: what it points to is not ours
+        # A link came with a stranger's files: never write to what it points to.
+        if path.is_symlink():
             remove_quietly(path)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
         except OSError as error:
             raise write_error(path, error) from error
+        # The last holder may have removed the file since it was opened: then try again.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -194,18 +202,19 @@ def fsync(path: Path) -> None:
 def append_text(path: Path, text: str, *, patient: bool = False) -> None:
     """Append complete lines to a file, below the rest of a line that a killed process left.
 
-    Raise DiskFullError or StorageError, in one line, if they cannot be written; `patient` waits for
-    an error to pass before.  Earlier lines stay.
+    Raise DiskFullError or StorageError, in one line, if they cannot be written; with `patient` only
+    after retries.  Earlier lines stay.
     """
 
     def append() -> None:
+        # One write of all lines, so that concurrent writers do not mix within a line.
         with path.open("ab+") as file:
             end = file.tell()
             torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
             file.write(("\n" + text if torn else text).encode())
 
     try:
-        retry(append, pauses=None if patient else NEVER)
+        retry(append, pauses=None if patient else NO_RETRY)
     except OSError as error:
         raise write_error(path, error) from error
 
@@ -217,13 +226,14 @@ class LineLog:
     are reported on standard error.
     """
 
-    def __init__(self, path: Path, limit: int = WAITING_LINES) -> None:
+    def __init__(self, path: Path, limit: int = MAX_WAITING_LINES) -> None:
         self.path = path
         self._waiting: deque[str] = deque(maxlen=limit)
         self._failing, self._dropped = False, 0
 
     def add(self, line: str) -> None:
         """Write a line, which ends in a line break, after all that wait."""
+        # A full queue drops its oldest line when one is added.
         self._dropped += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(line)
         self._write(patient=False)
@@ -234,10 +244,11 @@ class LineLog:
             self._write(patient=True)
         if self._waiting:
             lost = len(self._waiting) + self._dropped
-            self._report(f"{self.path}: {lost} lines are lost: it could not be written to the end")
+            self._report(f"{self.path}: {lost} lines are lost: the file could not be written")
 
     def _write(self, *, patient: bool) -> None:
         """Write line by line, so that no line is written twice."""
+        # Each line by itself: after a failure the rest waits, and no line is written twice.
         written = 0
         while self._waiting:
             try:
@@ -253,12 +264,13 @@ class LineLog:
             self._report(f"{self.path}: {written} lines written late, {self._dropped} dropped")
         self._failing, self._dropped = False, 0
 
-    def _report(self, words: str) -> None:
-        print(f"echolab: {words}", file=sys.stderr, flush=True)
+    def _report(self, message: str) -> None:
+        print(f"echolab: {message}", file=sys.stderr, flush=True)
 
 
 def write_error(path: Path, error: OSError) -> StorageError:
     """Return the error of a file that could not be written."""
+    # Each of these has a remedy that a user may not think of.
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some of your quota or choose another folder",

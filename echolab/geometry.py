@@ -1,4 +1,4 @@
-"""How a video autoencoder divides clips into latents, and a network latents into tokens.
+"""Sizes of the latents of a video autoencoder, and of the tokens that a network makes of them.
 
 Encoders, networks and datasets each carry a `LatentGeometry`.  The first frame of a clip has a
 latent frame of its own, so T = time_stride (F - 1) + 1 frames are F latent frames.
@@ -23,10 +23,12 @@ class LatentGeometry(NamedTuple):
 
     def frames(self, latent_frames: int) -> int:
         """Return the number of video frames of so many latent frames."""
+        # The first latent frame holds one frame, every other one `time_stride`.
         return self.time_stride * (latent_frames - 1) + 1
 
     def latent_frames(self, frames: int) -> int:
         """Return how many latent frames a clip fills; frames beyond the last full one are cut."""
+        # Rounded down: frames that do not fill a latent frame are cut.
         return (frames - 1) // self.time_stride + 1
 
     def covering_latent_frames(self, frames: int) -> int:
@@ -46,7 +48,8 @@ class LatentGeometry(NamedTuple):
         return height // self.patch * (width // self.patch)
 
     def is_clip_length(self, frames: int) -> bool:
-        """Return whether a clip of so many frames fills its latent frames."""
+        """Return whether a clip of so many frames fills its latent frames exactly."""
+        # 1, 1 + stride, 1 + 2 stride, ...
         return frames >= 1 and (frames - 1) % self.time_stride == 0
 
     def near_clip_length(self, frames: int) -> int:
@@ -63,10 +66,11 @@ WAN = LatentGeometry(channels=16, time_stride=4, space_stride=8, patch=2)  # Wan
 
 
 def geometry_of(architecture: Mapping[str, Any]) -> LatentGeometry:
-    """Return the geometry of a network from its settings (conf/model), Wan's where they are silent.
+    """Return the geometry of a network from its settings (conf/model), with Wan's as defaults.
 
     Worked example: {"out_channels": 48, "space_stride": 16} gives 48, 4, 16, 2.
     """
+    # Settings of a network name its own sizes; those that are absent are Wan's.
     return LatentGeometry(
         channels=architecture.get("out_channels", WAN.channels),
         time_stride=architecture.get("time_stride", WAN.time_stride),

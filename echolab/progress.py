@@ -23,7 +23,9 @@ LINE_SECONDS = 10.0
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """Show work of `total` parts on standard error; yield a function that takes the parts done."""
+    # A log file gets lines: a bar would fill it with control characters.
     if sys.stderr.isatty():
+        # On a terminal: a bar with parts, rate and times.
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,6 +49,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 def _rate() -> Callable[[int], float]:
     """Return a function for parts a second since its first call; earlier parts do not count."""
+    # Parts that an earlier run finished would make this one look fast.
     begin: tuple[float, int] | None = None
 
     def rate(done: int) -> float:
@@ -63,11 +66,12 @@ def _lines(title: str, total: int) -> Advance:
 
     def advance(done: int, note: str = "") -> None:
         nonlocal shown
+        # The last line always, others at most every few seconds.
         speed = rate(done)
         if done < total and time.monotonic() - shown < LINE_SECONDS:
             return
         shown = time.monotonic()
-        left = f", {(total - done) / speed:.0f} s left" if speed > 0 and done < total else ""
-        print(f"{title}: {done}/{total}, {speed:.3g}/s{left} {note}".rstrip(), file=sys.stderr)
+        remaining = f", {(total - done) / speed:.0f} s left" if speed > 0 and done < total else ""
+        print(f"{title}: {done}/{total}, {speed:.3g}/s{remaining} {note}".rstrip(), file=sys.stderr)
 
     return advance

@@ -185,6 +185,7 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
     dataset = open_dataset(folder)
     if dataset.kind != "raw":
         raise DataError(f"{folder}: holds {dataset.kind} samples; give a dataset of the raw kind")
+    # All clips, or the first ones.
     count = len(dataset) if count is None else min(count, len(dataset))
     if count < 1:
         raise DataError(

@@ -186,6 +186,7 @@ class VideoReader:
         times = self.probe.times
         with open_media(self.probe.path) as container:
             stream = video_stream(container)
+            # A filter graph keeps the frame before, so every pass needs one of its own.
             graph = _deinterlacer(stream) if self.probe.interlaced else None
             for time, frame in decode_frames(container, stream, self.advance):
                 index = int(np.searchsorted(times, time))
@@ -199,6 +200,7 @@ class VideoReader:
                 yield from _filtered(graph, 0, None)
 
     def _upright(self, frame: Any) -> Image:
+        # The size of the decoded frame, turned upright, then scaled by area.
         image = np.rot90(frame.to_ndarray(format="rgb24"), self.probe.rotation)
         size = (self.width, self.height)
         resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
