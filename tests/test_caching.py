@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from echolab.diffusion.guidance import CFG_MODES, guided
+from echolab.diffusion.guidance import CFG_MODES, cfg_velocity
 from echolab.diffusion.long_video import sample_windows
 from echolab.diffusion.pipeline import DEMO, sampler_sigmas, sampler_timesteps
 from echolab.diffusion.solvers import sample_euler
@@ -136,5 +136,5 @@ def test_the_polynomial_is_the_published_one() -> None:
 
 def test_caching_works_with_a_plain_sampler() -> None:
     with step_cached(NET, CachePlan(0.1, sampler_timesteps(RECIPE))) as net:
-        actual = sample_euler(guided(net, CONDITIONS), NOISE, sampler_sigmas(RECIPE))
+        actual = sample_euler(cfg_velocity(net, CONDITIONS), NOISE, sampler_sigmas(RECIPE))
     assert actual.shape == NOISE.shape and actual.isfinite().all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from echolab.diffusion.long_video import chunk_spans, cross_fade, joined
+from echolab.diffusion.long_video import chunk_spans, cross_fade, join_chunks
 from echolab.errors import ConfigError
 
 
@@ -41,5 +41,5 @@ def test_the_cross_fade_between_chunks_is_linear() -> None:
 def test_joining_the_chunks_of_a_video_restores_it() -> None:
     video, spans = torch.randn(3, 59, 2, 2), chunk_spans(59, 25, 8)
     parts = [video[:, start:stop] for start, stop in spans]
-    torch.testing.assert_close(joined(parts, 8), video)
+    torch.testing.assert_close(join_chunks(parts, 8), video)
     assert spans[-1][1] == 59

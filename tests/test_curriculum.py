@@ -122,10 +122,10 @@ def test_a_run_that_starts_from_another_continues_its_curriculum(
     stop: int, steps: int, more: int
 ) -> None:
     """One run of all steps equals two or three runs that each start from the one before."""
-    unbroken, second = soup(steps), soup(steps).following(soup(steps).state_dict(stop))
+    unbroken, second = soup(steps), soup(steps).continued_from(soup(steps).state_dict(stop))
     assert second.probabilities(more) == unbroken.probabilities(stop + more)
     state = json.loads(json.dumps(second.state_dict(more)))
-    third, resumed = soup(steps).following(state), soup(steps)
+    third, resumed = soup(steps).continued_from(state), soup(steps)
     resumed.load_state_dict(state)
     assert third.probabilities(7) == unbroken.probabilities(stop + more + 7)
     assert resumed.probabilities(more + 7) == unbroken.probabilities(stop + more + 7)
@@ -134,10 +134,10 @@ def test_a_run_that_starts_from_another_continues_its_curriculum(
 def test_a_completed_curriculum_stays_completed_for_any_stage_lengths() -> None:
     done = soup(2).state_dict(200)
     before = soup(2).probabilities(200)
-    long = soup(1000).following(done)
+    long = soup(1000).continued_from(done)
     assert all(long.probabilities(k) == pytest.approx(before, abs=1e-6) for k in (0, 1, 4000))
-    assert Curriculum([Stage(1, {"continuation": 1.0})]).following(done).probabilities(0) == {
+    assert Curriculum([Stage(1, {"continuation": 1.0})]).continued_from(done).probabilities(0) == {
         "continuation": 1.0
     }
     joins = Curriculum([*hard_to_easy(1000), Stage(1000, {"continuation": 1.0})], ema_decay=0.9)
-    assert joins.following(done).probabilities(300)["continuation"] == pytest.approx(1.0)
+    assert joins.continued_from(done).probabilities(300)["continuation"] == pytest.approx(1.0)

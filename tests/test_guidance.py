@@ -9,7 +9,6 @@ from echolab.diffusion.guidance import (
     CFG_MODES,
     compounding_factors,
     dynamic_cfg_schedule,
-    guided,
     integer_timesteps,
     negative_factors,
     stepwise,
@@ -40,10 +39,10 @@ def counting(calls: list[int]):
 
 @torch.no_grad()
 def test_scales_of_one_are_the_conditional_and_of_zero_the_unconditional() -> None:
-    torch.testing.assert_close(guided(NET, CONDITIONS)(NOISY, SIGMA), branch())
-    nothing = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=0.0, audio_scale=0.0)
+    torch.testing.assert_close(cfg_velocity(NET, CONDITIONS)(NOISY, SIGMA), branch())
+    nothing = cfg_velocity(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=0.0, audio_scale=0.0)
     torch.testing.assert_close(nothing(NOISY, SIGMA), branch(text=False, audio=False))
-    silent = guided(NET, CONDITIONS, audio_scale=0.0)
+    silent = cfg_velocity(NET, CONDITIONS, audio_scale=0.0)
     torch.testing.assert_close(silent(NOISY, SIGMA), branch(audio=False))
 
 
@@ -51,7 +50,9 @@ def test_scales_of_one_are_the_conditional_and_of_zero_the_unconditional() -> No
 def test_guidance_is_the_released_sum_of_three_branches() -> None:
     u, n, c = branch(text=False, audio=False), branch(audio=False), branch()
     expected = u + 4.0 * (n - u) + 2.9 * (c - n)
-    velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=4.0, audio_scale=2.9)
+    velocity = cfg_velocity(
+        NET, CONDITIONS, text_negative=NEGATIVE, text_scale=4.0, audio_scale=2.9
+    )
     torch.testing.assert_close(velocity(NOISY, SIGMA), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -62,7 +63,7 @@ def test_guidance_is_the_released_sum_of_three_branches() -> None:
 @torch.no_grad()
 def test_only_branches_with_a_weight_are_run(text_scale, audio_scale, branches) -> None:
     calls: list[int] = []
-    velocity = guided(
+    velocity = cfg_velocity(
         counting(calls),
         CONDITIONS,
         text_negative=NEGATIVE,
@@ -75,13 +76,13 @@ def test_only_branches_with_a_weight_are_run(text_scale, audio_scale, branches) 
 
 def test_text_guidance_without_a_negative_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="guidance_scale=4"):
-        guided(NET, CONDITIONS, text_scale=4.0)(NOISY, SIGMA)
+        cfg_velocity(NET, CONDITIONS, text_scale=4.0)(NOISY, SIGMA)
 
 
 @torch.no_grad()
 def test_flash_guides_between_silence_and_audio_with_one_text() -> None:
     zero, real = branch(audio=False), branch()
-    actual = guided(NET, CONDITIONS, audio_scale=3.0)(NOISY, SIGMA)
+    actual = cfg_velocity(NET, CONDITIONS, audio_scale=3.0)(NOISY, SIGMA)
     torch.testing.assert_close(actual, zero + 3.0 * (real - zero), rtol=1e-4, atol=1e-5)
 
 
@@ -90,9 +91,9 @@ def test_flash_guides_between_silence_and_audio_with_one_text() -> None:
 def test_batched_and_sequential_branches_are_equal(run: str, sizes: list[int]) -> None:
     calls: list[int] = []
     scales = {"text_negative": NEGATIVE, "text_scale": 4.0, "audio_scale": 2.9}
-    actual = guided(counting(calls), CONDITIONS, cfg=CFG_MODES[run], **scales)(NOISY, SIGMA)
+    actual = cfg_velocity(counting(calls), CONDITIONS, cfg=CFG_MODES[run], **scales)(NOISY, SIGMA)
     assert calls == sizes
-    torch.testing.assert_close(actual, guided(NET, CONDITIONS, **scales)(NOISY, SIGMA))
+    torch.testing.assert_close(actual, cfg_velocity(NET, CONDITIONS, **scales)(NOISY, SIGMA))
 
 
 @torch.no_grad()
@@ -103,8 +104,8 @@ def test_the_network_may_get_integer_timesteps_as_from_wans_solvers() -> None:
         seen.extend(timesteps.tolist())
         return noisy
 
-    guided(net, CONDITIONS, timestep_fn=integer_timesteps)(NOISY, torch.tensor(0.9998))
-    guided(net, CONDITIONS)(NOISY, torch.tensor(0.75))
+    cfg_velocity(net, CONDITIONS, timestep_fn=integer_timesteps)(NOISY, torch.tensor(0.9998))
+    cfg_velocity(net, CONDITIONS)(NOISY, torch.tensor(0.75))
     assert seen == [999.0, 999.0, 750.0, 750.0]
 
 
@@ -131,9 +132,9 @@ def test_phase_aware_negative_guidance_fixed_and_as_released(grid: str) -> None:
 def test_the_negative_text_may_change_with_the_step() -> None:
     sigmas = sampling_sigmas(4, 3.0)
     texts = stepwise([factor * NEGATIVE for factor in negative_factors(2.0, 2)], sigmas)
-    changing = guided(NET, CONDITIONS, text_negative=texts, text_scale=3.0)
-    early = guided(NET, CONDITIONS, text_negative=2 * NEGATIVE, text_scale=3.0)
-    late = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=3.0)
+    changing = cfg_velocity(NET, CONDITIONS, text_negative=texts, text_scale=3.0)
+    early = cfg_velocity(NET, CONDITIONS, text_negative=2 * NEGATIVE, text_scale=3.0)
+    late = cfg_velocity(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=3.0)
     for step, same in enumerate([early, early, late, late]):
         assert torch.equal(changing(NOISY, sigmas[step]), same(NOISY, sigmas[step]))
 
@@ -141,6 +142,6 @@ def test_the_negative_text_may_change_with_the_step() -> None:
 def test_a_guided_network_is_sampled() -> None:
     sigmas = sampling_sigmas(2, 5.0)
     scale = stepwise(dynamic_cfg_schedule(4.0, 2), sigmas)
-    velocity = guided(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=scale)
+    velocity = cfg_velocity(NET, CONDITIONS, text_negative=NEGATIVE, text_scale=scale)
     actual = sample_euler(velocity, tiny.latents(), sigmas)
     assert actual.shape == NOISY.shape and actual.isfinite().all()

@@ -14,7 +14,7 @@ from echolab.diffusion.objectives import (
     NegativePreference,
     Preference,
     Supervised,
-    stacked,
+    stack_pair,
     velocity_error,
 )
 from echolab.diffusion.phases import FLAT, PHDA, ModalityDropout, ModalityScaling
@@ -80,7 +80,7 @@ def test_an_untrained_policy_has_log_2_and_half_the_gradient(phases) -> None:
     assert loss.parts["preference"].tolist() == pytest.approx([math.log(2)] * 2, rel=1e-5)
     assert loss.parts["gradient_factor"].tolist() == pytest.approx([0.5, 0.5])
     both = Draws(*(torch.cat([part, part]) for part in DRAWS))
-    chosen, rejected = velocity_error(net, stacked(pair), both, phases).chunk(2)
+    chosen, rejected = velocity_error(net, stack_pair(pair), both, phases).chunk(2)
     expected = gradient(net, (chosen - rejected).mean() / 2)
     torch.testing.assert_close(gradient(net, loss.value), expected, rtol=1e-3, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_the_gradient_factor_is_what_multiplies_the_margin() -> None:
     draws = Draws(*(part[:1] for part in DRAWS))
     loss = Preference(PHASES, frozen(reference), beta=50.0)(policy, one, draws)
     both = Draws(*(torch.cat([part, part]) for part in draws))
-    chosen, rejected = velocity_error(policy, stacked(one), both, PHASES).chunk(2)
+    chosen, rejected = velocity_error(policy, stack_pair(one), both, PHASES).chunk(2)
     expected = gradient(policy, (loss.parts["gradient_factor"] * (chosen - rejected)).sum())
     torch.testing.assert_close(gradient(policy, loss.value), expected, rtol=1e-3, atol=1e-6)
 

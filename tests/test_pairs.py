@@ -25,7 +25,7 @@ from echolab.metrics.scores import cepstra_of
 from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates
-from echolab.preference.judge import Verdict, best_and_worst, judge, totals
+from echolab.preference.judge import Verdict, best_and_worst, judge, total_scores
 from echolab.preference.pack import BACKGROUND_WEIGHT, append_verdicts, pack_pairs, read_verdicts
 
 PROMPTS, CANDIDATES = 3, 3
@@ -160,16 +160,16 @@ def test_a_verdict_tells_sync_identity_and_flicker() -> None:
 
 def test_a_total_is_of_standardised_parts() -> None:
     verdicts = {("a", n): Verdict(1.0 * n, 0.5, 0.1) for n in range(4)}
-    scores = totals(verdicts)
+    scores = total_scores(verdicts)
     assert sum(scores.values()) == pytest.approx(0)
     assert [scores["a", n] for n in range(4)] == sorted(scores.values())
     scaled = {place: v._replace(sync=100 * v.sync + 7) for place, v in verdicts.items()}
-    for place, total in totals(scaled).items():
+    for place, total in total_scores(scaled).items():
         assert total == pytest.approx(scores[place])
     good, shaky, strange = Verdict(1, 0.9, 0.1), Verdict(1, 0.9, 0.3), Verdict(1, 0.2, 0.1)
-    total = totals({("a", 0): good, ("a", 1): shaky, ("a", 2): strange})
+    total = total_scores({("a", 0): good, ("a", 1): shaky, ("a", 2): strange})
     assert total["a", 0] > max(total["a", 1], total["a", 2])
-    assert totals({("a", 0): good}) == {("a", 0): 0}
+    assert total_scores({("a", 0): good}) == {("a", 0): 0}
 
 
 def test_best_and_worst_are_found_within_each_prompt() -> None:

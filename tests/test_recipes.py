@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from echolab.diffusion.guidance import guided
+from echolab.diffusion.guidance import cfg_velocity
 from echolab.diffusion.long_video import sample_windows, window_latents
 from echolab.diffusion.pipeline import (
     DEMO,
@@ -57,7 +57,7 @@ def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) ->
     for step in range(4):
         r = 1 - step / 25
         share = 0.5 + (1 - math.cos(math.pi * r**5)) / 4
-        expected = guided(
+        expected = cfg_velocity(
             NET, CONDITIONS, text_negative=factors[step] * NEGATIVE,
             text_scale=4.0 * share, audio_scale=2.9 * share,
         )  # fmt: skip
@@ -84,7 +84,9 @@ def test_clips_of_any_length_are_sampled(solver: str, cfg: str, length: int) -> 
 
 def test_one_window_is_plain_sampling() -> None:
     recipe, steps = DEMO._replace(num_steps=3, window=tiny.FRAMES), []
-    plain = sample_euler(guided(NET, CONDITIONS, audio_scale=2.0), NOISY, sampler_sigmas(recipe))
+    plain = sample_euler(
+        cfg_velocity(NET, CONDITIONS, audio_scale=2.0), NOISY, sampler_sigmas(recipe)
+    )
 
     def on_step(step: int, latents: Tensor) -> None:
         steps.append(step)

@@ -90,7 +90,7 @@ def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
     net = SyncNetDemo().eval()
     clips = drawn.clips(2)
     seen = net.embed_lips(crop_lips(clips.float_pixels(), clips.lips[:, 0]))
-    embeddings = net.embed_sound(cepstra_of(clips))
+    embeddings = net.embed_audio(cepstra_of(clips))
     assert seen.shape == (2, 21, 64) and embeddings.shape == (2, 20, 64)
     torch.testing.assert_close(seen.norm(dim=-1), torch.ones(2, 21))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2, 20))
@@ -101,7 +101,7 @@ def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
     assert changed[:, :6].max() < 1e-5 and changed[:, 6:].min() > 1e-4
     cepstra = cepstra_of(clips)
     cepstra[:, 40:] = 0
-    changed = (net.embed_sound(cepstra) - embeddings).abs().amax(-1)
+    changed = (net.embed_audio(cepstra) - embeddings).abs().amax(-1)
     assert changed[:, :6].max() < 1e-5 and changed[:, 6:].min() > 1e-4
 
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from echolab.diffusion.guidance import guided
+from echolab.diffusion.guidance import cfg_velocity
 from echolab.diffusion.long_video import (
     blend_weights,
     window_conditions,
@@ -147,7 +147,9 @@ def test_a_long_video_is_made_of_windows_of_a_network() -> None:
         known=torch.zeros(1, 4, length, *tiny.SHAPE[2:]),
         known_latents=torch.zeros(1, tiny.CHANNELS, length, *tiny.SHAPE[2:]),
     )
-    parts = [guided(net, window_conditions(conditions, *span), audio_scale=2.0) for span in spans]
+    parts = [
+        cfg_velocity(net, window_conditions(conditions, *span), audio_scale=2.0) for span in spans
+    ]
     noise = torch.randn(1, tiny.CHANNELS, length, tiny.HEIGHT, tiny.WIDTH)
     actual = sample_euler(windowed_velocity(parts, spans), noise, sampling_sigmas(2, 5.0))
     assert actual.shape == noise.shape and actual.isfinite().all()

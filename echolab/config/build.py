@@ -69,7 +69,7 @@ def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Cu
     curriculum = Curriculum(stages, config["ema_decay"], config["min_prob"])
     if origin is None or config.get("restart"):
         return curriculum
-    return curriculum.following(open_verified(origin).state["curriculum"])
+    return curriculum.continued_from(open_verified(origin).state["curriculum"])
 
 
 def schedule_from(config: Mapping[str, Any]) -> Schedule:

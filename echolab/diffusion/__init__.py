@@ -1,1 +1,1 @@
-"""The mathematics of training and sampling: paths, noise levels, objectives, guidance."""
+"""Training objectives and sampling: path, noise levels, guidance, solvers, long video."""

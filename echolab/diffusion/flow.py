@@ -1,6 +1,6 @@
 """The straight path from data (sigma 0) to noise (sigma 1), and its velocity.
 
-Wan's conventions (Wan2.1, rectified flow): velocity = noise - latents, and the network is given
+Wan's conventions (Wan2.1, rectified flow): velocity = noise - latents, and the network gets
 timesteps = 1000 sigmas.  Everything here is fp32, for latents of any dtype.
 """
 
@@ -24,10 +24,10 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoised(noisy_latents: Tensor, velocity: Tensor, sigmas: Tensor) -> Tensor:
-    """Return the end of the path if the velocity is right.  [B, ...], [B, ...], [B]."""
+    """Return the clean latents that a velocity predicts.  [B, ...], [B, ...], [B]."""
     return noisy_latents.float() - _per_clip(sigmas, noisy_latents) * velocity.float()
 
 
 def to_timesteps(sigmas: Tensor) -> Tensor:
-    """Return the timesteps that the network is given: 0 is data, 1000 is noise."""
+    """Return the network's timesteps of noise levels: 0 is data, 1000 is noise."""
     return 1000.0 * sigmas

@@ -6,8 +6,8 @@ Three branches share the known latents and the reference image (EchoMimicV3's pi
     v = v_u + s_t (v_n - v_u) + s_a (v_c - v_n)
       = (1 - s_t) v_u + (s_t - s_a) v_n + s_a v_c
 
-so a branch is only worth running if its coefficient is not zero.  With s_t = 1 branch u is not
-run: those are the two passes of EchoMimicV3's Flash, the same text in silence and with audio.
+Branches with coefficient zero are not run.  With s_t = 1 branch u is left out, which gives the two
+passes of EchoMimicV3's Flash: the same text in silence and with audio.
 """
 
 import math
@@ -23,18 +23,18 @@ from echolab.diffusion.teacache import Net, branch_of
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 
-Branches = dict[str, Conditions]  # u, n, c: those whose coefficient is not zero
+Branches = dict[str, Conditions]  # by name (u, n, c), those with a coefficient other than zero
 CfgMode = Callable[[Net, Tensor, Tensor, Branches], list[Tensor]]
 T = TypeVar("T")
-OfSigma = Callable[[float], T]
+SigmaFunction = Callable[[float], T]  # a setting that depends on the noise level
 
 
-def constant(value: T) -> OfSigma[T]:
+def constant(value: T) -> SigmaFunction[T]:
     """Return a function that is `value` at every sigma."""
     return lambda sigma: value
 
 
-def _of_sigma(value: T | OfSigma[T]) -> OfSigma[T]:
+def _as_function(value: T | SigmaFunction[T]) -> SigmaFunction[T]:
     """Return `value` if it is a function of sigma, else the constant function."""
     return value if callable(value) else constant(value)
 
@@ -42,18 +42,19 @@ def _of_sigma(value: T | OfSigma[T]) -> OfSigma[T]:
 def dynamic_cfg_schedule(scale: float, steps: int) -> list[float]:
     """Return a scale for each step, from `scale` down to half of it, mostly in the first third.
 
-    EchoMimicV3's dynamic guidance, s/2 + s/2 (1 - cos(pi r^5)) / 2 with r the share of the steps
-    that are left.
+    EchoMimicV3's dynamic guidance is s/2 + s/2 (1 - cos(pi r^5)) / 2, with r the share of steps
+    that remain.
     """
-    # The share of the steps that are left, from 1 down.
+    # Share of the steps that remain, from 1 down.
     shares = [(steps - step) / steps for step in range(steps)]
     return [scale / 2 * (1 + (1 - math.cos(math.pi * share**5)) / 2) for share in shares]
 
 
-def stepwise(values: Sequence[T], sigmas: Tensor) -> OfSigma[T]:
-    """Return `values[i]` at step i of the grid `sigmas` [steps + 1]; the last value stays."""
+def stepwise(values: Sequence[T], sigmas: Tensor) -> SigmaFunction[T]:
+    """Return a function that is `values[i]` at step i of `sigmas` [steps + 1]; the last stays."""
 
     def at(sigma: float) -> T:
+        # Levels above the present one are steps that are done.
         step = int((sigmas[:-1] > sigma + 1e-6).sum())
         return values[min(step, len(values) - 1)]
 
@@ -66,9 +67,9 @@ def negative_factors(scale: float, steps: int) -> list[float]:
 
 
 def compounding_factors(scale: float, steps: int) -> list[float]:
-    """Return the factors as the released code has them: 1.5, 2.25, 3.375, and 3.375 to the end.
+    """Return the factors of the released code: 1.5, 2.25, 3.375, and 3.375 to the end.
 
-    The release writes the product back at each of the steps, and never takes it back.
+    The release multiplies the stored states at each of the steps and never restores them.
     """
     return [scale ** (step + 1) for step in range(steps)] or [1.0]
 
@@ -81,7 +82,7 @@ def integer_timesteps(sigmas: Tensor) -> Tensor:
 def batched_cfg(
     net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
 ) -> list[Tensor]:
-    """Return the branches' velocities [B, C, F, H, W] by one call: fastest, with most memory."""
+    """Return the branches' velocities [B, C, F, H, W] by one call: fastest, most memory."""
     # Stack each kind of condition over the branches, and repeat the latents to match.
     columns = zip(*branches.values(), strict=True)
     stacked = Conditions(*(torch.cat(column) for column in columns))
@@ -94,7 +95,8 @@ def batched_cfg(
 def sequential_cfg(
     net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
 ) -> list[Tensor]:
-    """Return the branches' velocities by a call for each: the memory of one."""
+    """Return the branches' velocities by one call for each: slower, least memory."""
+    # Each branch has a step cache of its own, if steps are cached.
     timesteps = timestep.expand(len(noisy_latents))
     return [
         branch_of(net, name)(noisy_latents, timesteps, conditions).float()
@@ -107,9 +109,9 @@ CFG_MODES: dict[str, CfgMode] = {"batched": batched_cfg, "sequential": sequentia
 
 def _branch_conditions(
     conditions: Conditions,
-    text_negative: Tensor | OfSigma[Tensor] | None,
-    text_scale: OfSigma[float],
-) -> dict[str, OfSigma[Conditions]]:
+    text_negative: Tensor | SigmaFunction[Tensor] | None,
+    text_scale: SigmaFunction[float],
+) -> dict[str, SigmaFunction[Conditions]]:
     """Return the conditions of each branch as functions of sigma."""
     # Silence is features of zeros, as in training when audio is dropped.
     silent = conditions._replace(audio=torch.zeros_like(conditions.audio))
@@ -118,44 +120,44 @@ def _branch_conditions(
         if text_negative is None:
             scale = f"guidance_scale={text_scale(sigma):g}"
             raise ConfigError(f"{scale}: needs a negative text; give one, or set guidance_scale=1")
-        text = _of_sigma(text_negative)(sigma)
+        text = _as_function(text_negative)(sigma)
         return silent._replace(text=text.expand_as(conditions.text))
 
     return {"u": negative, "n": constant(silent), "c": constant(conditions)}
 
 
-def guided(
+def cfg_velocity(
     net: Net,
     conditions: Conditions,
     *,
-    text_negative: Tensor | OfSigma[Tensor] | None = None,
-    text_scale: float | OfSigma[float] = 1.0,
-    audio_scale: float | OfSigma[float] = 1.0,
+    text_negative: Tensor | SigmaFunction[Tensor] | None = None,
+    text_scale: float | SigmaFunction[float] = 1.0,
+    audio_scale: float | SigmaFunction[float] = 1.0,
     cfg: CfgMode = batched_cfg,
     timestep_fn: Callable[[Tensor], Tensor] = to_timesteps,
 ) -> VelocityFunction:
-    """Return the guided velocity of `net` for `conditions`; `cfg` calls it for the branches.
+    """Return the guided velocity of `net` for `conditions`; `cfg` runs the branches.
 
     `text_negative` [B, L, D] is the text of branch u, needed whenever `text_scale` is not 1.
     The scales and the negative text may be functions of sigma (`stepwise`).
     Raises ConfigError if branch u is needed and there is no negative text.
     """
-    text_scale_at, audio_scale_at = _of_sigma(text_scale), _of_sigma(audio_scale)
+    text_scale_at, audio_scale_at = _as_function(text_scale), _as_function(audio_scale)
     branch_conditions = _branch_conditions(conditions, text_negative, text_scale_at)
 
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
-        # The factors sum to 1, so that at least one branch is left.
+        # The coefficients sum to 1, so that at least one branch is run.
         level = float(sigma)
-        by_text, by_audio = text_scale_at(level), audio_scale_at(level)
-        factors = {"u": 1 - by_text, "n": by_text - by_audio, "c": by_audio}
+        s_t, s_a = text_scale_at(level), audio_scale_at(level)
+        coefficients = {"u": 1 - s_t, "n": s_t - s_a, "c": s_a}
         branches = {
-            name: branch_conditions[name](level) for name, factor in factors.items() if factor
+            name: branch_conditions[name](level) for name, value in coefficients.items() if value
         }
 
-        # Run the branches and mix their velocities.
+        # Run the branches, then mix their velocities by the coefficients.
         timestep = timestep_fn(sigma).to(noisy_latents.device)
         velocities = cfg(net, noisy_latents, timestep, branches)
-        weights = velocities[0].new_tensor([factors[name] for name in branches])
+        weights = velocities[0].new_tensor([coefficients[name] for name in branches])
         return torch.einsum("n,nb...->b...", weights, torch.stack(velocities))
 
     return velocity

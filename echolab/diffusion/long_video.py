@@ -1,11 +1,12 @@
-"""Videos longer than a clip: windows that share every denoising step, or one chunk after another.
+"""Videos longer than a clip: windows that share every denoising step, or chunks in sequence.
 
-Windows: overlapping latent frames.  Each window is denoised with full guidance, and neighbors are
-cross-faded in their overlap (EchoMimicV3 `pipeline`, 775-888, without its failures at L <= P).  An
-Euler step is linear in the velocity, so blending velocities is blending steps.
+Windows are overlapping ranges of latent frames.  Each is denoised with full guidance, and neighbors
+are cross-faded in their overlap (EchoMimicV3 `pipeline`, 775-888, without its failures at L <= P).
+An Euler step is linear in the velocity, so blending velocities is blending steps.
 
-Chunks: each is given the last decoded frames of the one before (EchoMimicV3 `infer_preview.py`,
-299-377: 113 frames, of which the first 8 are known); the shared frames are cross-faded as pixels.
+Chunks are sampled one after another.  Each gets the last decoded frames of the previous chunk as
+known frames (EchoMimicV3 `infer_preview.py`, 299-377: 113 frames, of which the first 8 are known);
+the shared frames are cross-faded as pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +52,8 @@ def window_latents(config: SamplerConfig, geometry: LatentGeometry = WAN) -> int
 def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
     """Return the weights [stop - start] of each window; at every frame they sum to 1.
 
-    A new window fades in from 0: its first frame is the reference image, not what belongs there.
+    A window fades in from 0, because its first frame is conditioned on the reference image and not
+    on the previous frame.
     """
     # Each overlap fades the new window in and all earlier windows out, by the same ramp.
     weights = [torch.ones(stop - start) for start, stop in spans]
@@ -71,11 +73,11 @@ def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
 def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditions:
     """Return the conditions of one window of a long video: its own audio and known pixels.
 
-    Known pixels that lie in the window stay where they are.  If there are none, the window gets the
-    video's first image as its own first frame (the fade hides it), and the gray after it, as the
-    released code does.  Audio: two tokens a frame are cut as released, [8 start, 8 stop), which
-    is three frames more than the window has, but its last latent frame attends to them; one entry a
-    frame (Flash) is cut to the window's 4 (n - 1) + 1 frames.
+    Known pixels in the window keep their position.  If there are none, the window gets the video's
+    first image as its own first frame (which the fade hides) and gray after it, as the released
+    code does.  Audio of two tokens a frame is cut as released to [8 start, 8 stop): three frames
+    more than the window has, to which its last latent frame attends.  Audio of one entry a frame
+    (Flash) is cut to the window's 4 (n - 1) + 1 frames.
     """
     # A mask has one channel for each frame of a latent frame.
     stride, latent_frames = conditions.known.shape[1:3]
@@ -131,8 +133,8 @@ def sample_windows(
 ) -> Tensor:
     """Return latents [B, C, F, H, W] from noise of that shape; the network runs in `dtype`.
 
-    There is one window if the clip is not longer.  `negative` [1, L, D] are the states of the
-    negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
+    A clip that is not longer than a window is one window.  `negative` [1, L, D] are the states of
+    the negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
     of latent frames [start, stop).
     """
     geometry = WAN._replace(time_stride=conditions.known.shape[1])
@@ -175,16 +177,16 @@ def chunk_spans(
 def cross_fade(before: Tensor, after: Tensor, overlap: int) -> Tensor:
     """Join two videos [3, T, Y, X]; the last `overlap` frames of the first fade into the second.
 
-    The fade is linspace(0, 1, overlap), as released: it begins with the one and ends with the
-    other.
+    The fade is linspace(0, 1, overlap), as released: its first frame is the first video's and its
+    last frame the second video's.
     """
     fade = torch.linspace(0, 1, overlap, device=before.device)[:, None, None]
     shared = torch.lerp(before[:, -overlap:], after[:, :overlap], fade)
     return torch.cat([before[:, :-overlap], shared, after[:, overlap:]], 1)
 
 
-def joined(chunks: Sequence[Tensor], overlap: int) -> Tensor:
-    """Return all chunks [3, T, Y, X] as one video."""
+def join_chunks(chunks: Sequence[Tensor], overlap: int) -> Tensor:
+    """Return chunks [3, T, Y, X] as one video, cross-faded in their overlaps."""
     video = chunks[0]
     for chunk in chunks[1:]:
         video = cross_fade(video, chunk, overlap)

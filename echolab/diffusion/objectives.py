@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echolab.diffusion.flow import interpolate, to_timesteps, velocity_target
 from echolab.diffusion.phases import Allocator
-from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors, error_units, smoothed
+from echolab.diffusion.preference_losses import PAIR_LOSSES, PairErrors, error_units, logistic_loss
 from echolab.errors import ConfigError
 from echolab.types import Batch, Conditions, Draws, Loss, ModalityWeights, PreferencePair
 
@@ -24,7 +24,7 @@ EMA_DECAY = 0.95  # of the running mean margin that beta follows
 
 
 def velocity_error(net: Net, batch: Batch, draws: Draws, phases: Allocator) -> Tensor:
-    """Return the squared velocity error, a weighted mean over each clip.  [B], fp32."""
+    """Return the squared velocity error of each clip, a weighted mean.  [B], fp32."""
     # Noise the latents, and drop or scale modalities by the noise level.
     noisy_latents = interpolate(batch.latents, draws.noise, draws.sigmas)
     timesteps = to_timesteps(draws.sigmas)
@@ -49,12 +49,12 @@ class Supervised:
 
 
 class AdaptiveBeta:
-    """How fast a preference saturates: fixed, or following the margin.
+    """Beta, which sets how fast a preference saturates: fixed, or adapted to the margin.
 
-    The gradient factor of a margin m is sigmoid(-beta m / 2).  A growing margin at a fixed beta
-    soon leaves no gradient (0.01 after a few hundred steps); with a `target`, beta gives the
-    running mean margin the target factor, within [limit / 10, limit].  Gradients are in error units
-    for every beta, so this changes which pairs count, not the size of a step.
+    The gradient factor of a margin m is sigmoid(-beta m / 2).  At a fixed beta a growing margin
+    soon leaves no gradient (0.01 after a few hundred steps).  With a `target`, beta is chosen so
+    that the running mean margin has the target factor, within [limit / 10, limit].  Gradients are
+    in error units for every beta, so beta changes which pairs count, not the size of a step.
     """
 
     def __init__(self, limit: float, target: float | None):
@@ -78,13 +78,14 @@ class AdaptiveBeta:
         return min(max(2 * logit * self._weight / self._sum, self.limit / 10), self.limit)
 
     def update(self, margin: float) -> None:
-        """Take the mean margin of an optimizer step into the running mean."""
+        """Add the mean margin of an optimizer step to the running mean."""
+        # The weight corrects the bias of an EMA that starts at 0.
         if self.target is not None:
             self._sum = EMA_DECAY * self._sum + (1 - EMA_DECAY) * margin
             self._weight = EMA_DECAY * self._weight + (1 - EMA_DECAY)
 
     def state_dict(self) -> dict[str, float]:
-        """Return plain floats."""
+        """Return the running mean as plain floats."""
         return {"margin_sum": self._sum, "margin_weight": self._weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -93,10 +94,10 @@ class AdaptiveBeta:
 
 
 class _ReferenceObjective:
-    """The state of both preference objectives: phases, the frozen reference, and beta's state.
+    """Base of both preference objectives: phases, the frozen reference, and beta.
 
-    A call leaves the state alone.  After an optimizer step, training calls `update` with the mean
-    margin of all its clips, so that beta depends on neither micro-batches nor ranks.
+    A call does not change the state.  After an optimizer step, training calls `update` with the
+    mean margin of all its clips, so that beta depends on neither micro-batches nor ranks.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class _ReferenceObjective:
         self.beta = AdaptiveBeta(beta, target_grad_factor)
 
     def update(self, margin: float) -> None:
-        """Take the mean margin of an optimizer step into the next step's beta."""
+        """Update beta for the next step from the mean margin of an optimizer step."""
         self.beta.update(margin)
 
     def state_dict(self) -> dict[str, float]:
@@ -129,7 +130,8 @@ class _ReferenceObjective:
         return velocity_error(net, batch, draws, self.phases), reference
 
     def _parts(self, margin: Tensor, beta: float) -> dict[str, Tensor]:
-        """Return the values to log of margins [B]."""
+        """Return the logged values of margins [B]."""
+        # Whether the policy ranks each pair right, and how strong its gradient is.
         margin = margin.detach()
         logits = beta / 2 * margin
         return {
@@ -141,7 +143,7 @@ class _ReferenceObjective:
         }
 
 
-def stacked(pair: PreferencePair) -> Batch:
+def stack_pair(pair: PreferencePair) -> Batch:
     """Return both halves as one batch of 2B, chosen first, under the same conditions."""
     return Batch(
         latents=torch.cat([pair.chosen, pair.rejected]),
@@ -175,6 +177,7 @@ class Preference(_ReferenceObjective):
         target_grad_factor: float | None = None,
     ):
         super().__init__(phases, reference, beta, target_grad_factor)
+        # Refuse settings without a finite loss.
         if loss_type not in PAIR_LOSSES:
             raise ConfigError(f"loss_type={loss_type}: unknown; one of {', '.join(PAIR_LOSSES)}")
         if not 0 <= label_smoothing < 0.5:
@@ -185,10 +188,10 @@ class Preference(_ReferenceObjective):
         self.sft_weight = sft_weight
 
     def __call__(self, net: Net, batch: PreferencePair, draws: Draws) -> Loss:
-        """Return the loss; parts: `preference` (before scaling), margin and its figures, errors."""
+        """Return the loss; parts: `preference` (unscaled), margin and values from it, errors."""
         # Both halves get the same noise, sigmas and uniforms.
         twice = Draws(*(torch.cat([part, part]) for part in draws))
-        policy, reference = self._errors(net, stacked(batch), twice)
+        policy, reference = self._errors(net, stack_pair(batch), twice)
         # The losses use trl's beta, which is half of Diffusion-DPO's.
         errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
         beta = self.beta.value
@@ -202,16 +205,17 @@ class Preference(_ReferenceObjective):
 class NegativePreference(_ReferenceObjective):
     """The rejected half alone: -log sigmoid((beta / 2) (policy - reference)), times 2 / beta.
 
-    Diffusion-DPO without its preferred term; published as the training cycle's second half, its
-    exact form is not.  It saturates once the policy is clearly worse than the reference on what
-    was rejected; supervised epochs between keep it from drifting.
+    This is Diffusion-DPO without its preferred term.  EchoMimicV3 uses it as the second half of its
+    training cycle and does not publish its exact form.  It saturates once the policy is clearly
+    worse than the reference on the rejected clips; supervised epochs in between prevent drift.
     """
 
     def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
         """Return the loss of rejected clips; parts as those of `Preference`."""
+        # The margin is positive once the policy is worse than the reference on the rejected clip.
         policy, reference = self._errors(net, batch, draws)
         margin, beta = policy - reference, self.beta.value
-        loss = smoothed(beta / 2 * margin, 0.0)
+        loss = logistic_loss(beta / 2 * margin, 0.0)
         parts = {"preference": loss.detach(), **self._parts(margin, beta)}
         parts |= {"error/rejected": policy.detach(), "error/reference_rejected": reference}
         return Loss(loss.mean() * 2 / beta, parts)

@@ -1,10 +1,10 @@
-"""Timestep phase-aware modality allocation (PhDA): how much each modality counts at a noise level.
+"""Timestep phase-aware modality allocation (PhDA): the weight of each modality at a noise level.
 
 The curve is digitized from the published architecture figure (values from 0.5 to 1, ramp ends
-rounded to hundreds).  The figure does not say how the weights act; both readings are here:
+rounded to hundreds).  The figure does not say how the weights act; both readings are implemented:
 
 * `ModalityDropout`: the weight is the probability that the modality is kept.  A kept modality has
-  scale 1, as in the released inference code, and guidance needs that it is dropped at times.
+  scale 1, as in the released inference code; guidance requires that it is sometimes dropped.
 * `ModalityScaling`: the weight multiplies the modality's cross-attention output.
 """
 
@@ -20,7 +20,7 @@ Allocator = Callable[[Conditions, Tensor, Tensor], tuple[Conditions, ModalityWei
 
 
 class Ramp(NamedTuple):
-    """`low` up to timestep `start`, `high` from `end`, straight between."""
+    """`low` up to timestep `start`, `high` from `end`, linear in between."""
 
     low: float
     high: float
@@ -45,6 +45,7 @@ class PhaseSchedule(NamedTuple):
         return ModalityWeights(*(ramp(timesteps) for ramp in self))
 
 
+# Text counts fully at every timestep in all published schedules.
 ALWAYS = Ramp(1.0, 1.0, 0.0, 1000.0)
 FLAT = PhaseSchedule(ALWAYS, ALWAYS, ALWAYS)
 PHDA = PhaseSchedule(ALWAYS, Ramp(0.5, 1.0, 300.0, 600.0), Ramp(0.5, 1.0, 500.0, 800.0))
@@ -52,7 +53,7 @@ PHDA = PhaseSchedule(ALWAYS, Ramp(0.5, 1.0, 300.0, 600.0), Ramp(0.5, 1.0, 500.0,
 PHDA_BY_PROGRESS = PhaseSchedule(ALWAYS, Ramp(1.0, 0.5, 400.0, 700.0), Ramp(1.0, 0.5, 200.0, 500.0))
 
 
-def _zeroed_unless(keep: Tensor, features: Tensor) -> Tensor:
+def _keep_or_zero(keep: Tensor, features: Tensor) -> Tensor:
     """Return the features [B, ...] of the clips to keep [B], zeros for the others."""
     return features * keep.to(features.dtype).view(-1, *[1] * (features.ndim - 1))
 
@@ -66,12 +67,12 @@ class ModalityDropout:
     def __call__(
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, None]:
-        """Return what is kept, for timesteps [B] and uniforms [B, 2] (image, audio)."""
+        """Return the kept conditions, for timesteps [B] and uniforms [B, 2] (image, audio)."""
         # Text is never dropped: its weight is 1 in every published schedule.
         weights = self.schedule(timesteps)
         kept = conditions._replace(
-            image=_zeroed_unless(uniforms[:, 0] < weights.image, conditions.image),
-            audio=_zeroed_unless(uniforms[:, 1] < weights.audio, conditions.audio),
+            image=_keep_or_zero(uniforms[:, 0] < weights.image, conditions.image),
+            audio=_keep_or_zero(uniforms[:, 1] < weights.audio, conditions.audio),
         )
         return kept, None
 
@@ -86,6 +87,7 @@ class ModalityScaling:
         self, conditions: Conditions, timesteps: Tensor, uniforms: Tensor
     ) -> tuple[Conditions, ModalityWeights]:
         """Return the same conditions, and the weights [B] at timesteps [B]."""
+        # The network multiplies its cross-attention outputs by the weights.
         return conditions, self.schedule(timesteps)
 
 

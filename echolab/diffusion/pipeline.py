@@ -1,6 +1,6 @@
-"""How a clip is sampled: the settings of a sampler as plain values, its presets, and sampling.
+"""Sampling of a clip: settings of the sampler, their presets, and `generate`.
 
-The presets are the demo's sampler and those of the released models.
+The presets are those of the demo and of the released models.
 """
 
 import math
@@ -14,7 +14,6 @@ from echolab.diffusion.guidance import (
     CFG_MODES,
     compounding_factors,
     dynamic_cfg_schedule,
-    guided,
     integer_timesteps,
     negative_factors,
     stepwise,
@@ -43,23 +42,23 @@ TIMESTEPS = {"exact": to_timesteps, "integer": integer_timesteps}
 
 
 class SamplerConfig(NamedTuple):
-    """The settings of a sampling run; words are keys of the tables here."""
+    """Settings of a sampling run; strings are keys of the tables above."""
 
     solver: str  # of SOLVERS
-    sigma_schedule: str  # of sigmas.SIGMA_SCHEDULES: how the levels lie before the shift
+    sigma_schedule: str  # of sigmas.SIGMA_SCHEDULES: the levels before the shift
     num_steps: int
     flow_shift: float
     guidance_scale: float  # of the text; 1 is none
     audio_guidance_scale: float
-    dynamic_guidance: bool  # scales other than 1 fall to their half
+    dynamic_guidance: bool  # scales other than 1 fall to half of their value
     negative_prompt: str  # text of the branch without the prompt
     negative_scale: float  # of that text's states, in the first `negative_steps` steps
     negative_steps: int
     negative_mode: str  # of NEGATIVES
-    timesteps: str  # of TIMESTEPS: what the network is given
+    timesteps: str  # of TIMESTEPS: exact or rounded down
     window: int  # frames sampled at once, 4n + 1
-    overlap: int  # latent frames that joint windows share, frames that chunks share
-    by_clip: bool  # windows are clips as in training: of one length, their audio encoded alone
+    overlap: int  # latent frames shared by joint windows, frames shared by chunks
+    by_clip: bool  # windows are as clips in training: of one length, with their audio encoded alone
 
 
 DEMO = SamplerConfig(
@@ -67,7 +66,7 @@ DEMO = SamplerConfig(
     audio_guidance_scale=2.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,
     negative_steps=0, negative_mode="phase", timesteps="exact", window=25, overlap=2, by_clip=True,
 )  # fmt: skip
-# infer_preview.py; there the negative scale compounds (negative_mode).
+# From infer_preview.py; there the negative scale compounds (negative_mode).
 PREVIEW = SamplerConfig(
     solver="euler", sigma_schedule="flow_match", num_steps=25, flow_shift=5.0, guidance_scale=4.0,
     audio_guidance_scale=2.9, dynamic_guidance=True,
@@ -77,7 +76,7 @@ PREVIEW = SamplerConfig(
     negative_scale=1.5, negative_steps=3, negative_mode="phase", timesteps="exact",
     window=113, overlap=8, by_clip=False,
 )  # fmt: skip
-# run_flash.sh; its text scale of 6 is not applied by its pipeline.
+# From run_flash.sh, whose pipeline does not apply its text scale of 6.
 FLASH = SamplerConfig(
     solver="unipc", sigma_schedule="wan", num_steps=8, flow_shift=5.0, guidance_scale=1.0,
     audio_guidance_scale=3.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,
@@ -88,14 +87,15 @@ PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
 
 def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
-    """Raise ConfigError unless a setting in frames fills its latent frames."""
+    """Raise ConfigError unless a number of frames fills its latent frames."""
     if not geometry.is_clip_length(frames):
         near = geometry.near_clip_length(frames)
         raise ConfigError(f"{name}={frames}: must be {geometry.clip_lengths} frames; {near} is one")
 
 
 def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> SamplerConfig:
-    """Return `config` itself; raise ConfigError for a value out of range."""
+    """Return `config`; raise ConfigError for a value out of range."""
+    # First the values that have a meaning of their own, then the signs.
     if config.num_steps < 1:
         raise ConfigError(f"num_steps={config.num_steps}: must be 1 or more")
     if not 0 < config.flow_shift < 100:
@@ -114,12 +114,12 @@ def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> Samp
 
 
 def sampler_sigmas(config: SamplerConfig) -> Tensor:
-    """Return the levels [steps + 1], shifted once."""
+    """Return the noise levels [steps + 1], shifted once."""
     return SIGMA_SCHEDULES[config.sigma_schedule](config.num_steps, config.flow_shift)
 
 
 def sampler_timesteps(config: SamplerConfig) -> Tensor:
-    """Return the timesteps that the network is given at each step.  [steps]."""
+    """Return the network's timestep of each step.  [steps]."""
     return TIMESTEPS[config.timesteps](sampler_sigmas(config)[:-1])
 
 
@@ -130,7 +130,7 @@ def guided_velocity(
 
     `cfg` is a key of `guidance.CFG_MODES`.
     """
-    # Scales by step: constant, or falling to their half.
+    # Scales by step: constant, or falling to half of their value.
     sigmas, steps = sampler_sigmas(config), config.num_steps
     dynamic = config.dynamic_guidance
     text, audio = (
@@ -140,7 +140,7 @@ def guided_velocity(
     # The negative text by step, stronger in the first steps.
     factors = NEGATIVES[config.negative_mode](config.negative_scale, config.negative_steps)
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
-    return guided(
+    return cfg_velocity(
         net, conditions, text_negative=texts, text_scale=text, audio_scale=audio,
         cfg=CFG_MODES[cfg], timestep_fn=TIMESTEPS[config.timesteps],
     )  # fmt: skip
@@ -169,6 +169,7 @@ def generate(
     shape = tuple(conditions.known_latents.shape[1:])
     device = conditions.known_latents.device
     noise = draw(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)
-    velocity = guided(net, conditions, audio_scale=audio_scale)
+    # Guide by audio alone, and solve by Euler steps.
+    velocity = cfg_velocity(net, conditions, audio_scale=audio_scale)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return sample_euler(velocity, noise, sampling_sigmas(steps, shift), on_step)

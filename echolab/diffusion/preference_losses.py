@@ -1,13 +1,13 @@
 """Sequence-level preference losses, with a clip's error in place of minus its log-likelihood.
 
-The formulas are those of trl's DPOTrainer (and of the papers named below).  trl 1.16 keeps them
+The formulas are those of trl's DPOTrainer and of the papers named below.  trl 1.16 keeps them
 inline in the private method `_compute_loss`, among token masks and gathers; calling it would tie
-training to a stand-in trainer and to one release.  So these are our own, and the tests compare
-each one with trl's method.
+training to a stand-in trainer and to one release.  They are therefore written here, and the tests
+compare each one with trl's method.
 
 With s = -error, every loss sees the log-ratios  c = s_chosen - s_ref_chosen  and
-r = s_rejected - s_ref_rejected; `beta` multiplies them as trl's does.  In the usual Diffusion-DPO
-notation this is half of that beta.
+r = s_rejected - s_ref_rejected; `beta` multiplies them as trl's does.  This
+beta is half of the beta in the usual notation of Diffusion-DPO.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ class PairErrors(NamedTuple):
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """By how much the policy is better than the reference on the chosen clip."""
+        """Log-ratio of the chosen clip: positive if the policy is better than the reference."""
         return self.reference_chosen - self.chosen
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """By how much the policy is better than the reference on the rejected clip."""
+        """Log-ratio of the rejected clip: positive if the policy is better than the reference."""
         return self.reference_rejected - self.rejected
 
     @property
@@ -44,27 +44,28 @@ class PairErrors(NamedTuple):
         return self.chosen_ratio - self.rejected_ratio
 
 
+# Losses that do not use label smoothing take it all the same, so that all have one signature.
 PairLoss = Callable[[PairErrors, float, float], Tensor]  # (errors, beta, label_smoothing) -> [B]
 
 
-def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    """Return -log sigmoid, of labels that are wrong with probability `label_smoothing`."""
+def logistic_loss(logits: Tensor, label_smoothing: float) -> Tensor:
+    """Return -log sigmoid(logits) for labels that are wrong with probability `label_smoothing`."""
     wrong = label_smoothing
     return -(1 - wrong) * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
 
 
 def sigmoid(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return DPO, arXiv 2305.18290, with conservative DPO's smoothing."""
-    return smoothed(beta * errors.margin, label_smoothing)
+    return logistic_loss(beta * errors.margin, label_smoothing)
 
 
 def hinge(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return SLiC, arXiv 2305.10425: nothing more to gain beyond a margin of 1 / beta."""
+    """Return SLiC, arXiv 2305.10425: zero beyond a margin of 1 / beta."""
     return torch.relu(1 - beta * errors.margin)
 
 
 def ipo(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return IPO, arXiv 2310.12036, eq. 17: a margin of 1 / (2 beta), neither less nor more."""
+    """Return IPO, arXiv 2310.12036, eq. 17: zero at a margin of 1 / (2 beta)."""
     return (errors.margin - 1 / (2 * beta)).square()
 
 
@@ -78,12 +79,14 @@ def exo_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 def nca_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return NCA, arXiv 2402.05369: the chosen clip is also kept likely by itself."""
+    # Three binary classifications: chosen twice, against 1 and against 0, and rejected.
     chosen, rejected = beta * errors.chosen_ratio, beta * errors.rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def robust(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return Robust DPO, arXiv 2403.00409: unbiased under flipped labels, may be below 0."""
+    # Subtract the expected contribution of flipped labels.
     logits, wrong = beta * errors.margin, label_smoothing
     clean = -(1 - wrong) * F.logsigmoid(logits) + wrong * F.logsigmoid(-logits)
     return clean / (1 - 2 * wrong)
@@ -96,6 +99,7 @@ def bco_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 def sppo_hard(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return SPPO, arXiv 2405.00675, eq. 4.7 with certain winners."""
+    # Regress the ratios to +1 / (2 beta) and -1 / (2 beta).
     chosen, rejected = errors.chosen_ratio, errors.rejected_ratio
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
@@ -105,13 +109,13 @@ def aot(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     # Stochastic dominance: compare the sorted gaps, not the pairs.
     gap = (errors.rejected - errors.chosen).sort().values
     reference_gap = (errors.reference_rejected - errors.reference_chosen).sort().values
-    return smoothed(beta * (gap - reference_gap), label_smoothing)
+    return logistic_loss(beta * (gap - reference_gap), label_smoothing)
 
 
 def aot_unpaired(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
     """Return AOT for chosen and rejected clips that need not be of one prompt."""
     gap = errors.chosen_ratio.sort().values - errors.rejected_ratio.sort().values
-    return smoothed(beta * gap, label_smoothing)
+    return logistic_loss(beta * gap, label_smoothing)
 
 
 def apo_zero(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
@@ -131,7 +135,7 @@ def discopop(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 
 def sft(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return the chosen clip's error alone; rejection-sampling fine-tuning."""
+    """Return the chosen clip's error alone, which is rejection-sampling fine-tuning."""
     return errors.chosen
 
 
@@ -158,8 +162,8 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 def error_units(loss_type: str, beta: float) -> float:
     """Return the factor that gives a loss's gradient the size of an error's gradient.
 
-    A loss of the logit has a gradient of about beta times the margin's, one that is quadratic in
-    the ratios of about 1 / beta times, and `sft` is an error itself.
+    The gradient of a loss of the logit is about beta times the margin's gradient, that of a loss
+    quadratic in the ratios about 1 / beta times, and `sft` is an error itself.
     """
     if loss_type == "sft":
         return 1.0

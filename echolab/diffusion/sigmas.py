@@ -1,7 +1,7 @@
-"""Noise levels, and all the random numbers of a training step.
+"""Noise: levels (sigmas), their schedules in sampling, and the random draws of a training step.
 
-The randomness of a step is a pure function of (seed, epoch, sample key, draw index): a clip gets
-the same noise on any rank, in any batch, before and after a resume.
+The draws of a step are a pure function of (seed, epoch, sample key, draw index): a clip gets the
+same noise and sigma on any rank, in any batch, before and after a resume.
 """
 
 from collections.abc import Callable
@@ -17,44 +17,46 @@ TRAIN_LEVELS = 1000  # training noise levels, as in Wan's scheduler
 
 
 def shift_sigmas(u: Tensor, shift: float) -> Tensor:
-    """Move uniform levels towards noise: s u / (1 + (s - 1) u).  Fixes 0 and 1, is monotone.
+    """Move uniform levels towards noise: s u / (1 + (s - 1) u), which keeps 0, 1 and the order.
 
     With shift 5 half of all draws have sigma above 0.83.
     """
+    # The flow shift of Wan and SD3: more training and steps at high noise for large latents.
     return shift * u / (1 + (shift - 1) * u)
 
 
 def _shifted(levels: Tensor, shift: float) -> Tensor:
-    """Return levels [steps], shifted once and ended with 0: fp32 [steps + 1]."""
+    """Return levels [steps] shifted once, with a final 0: fp32 [steps + 1]."""
     return torch.cat([shift_sigmas(levels, shift), levels.new_zeros(1)]).float()
 
 
 def _even(top: float, bottom: float, steps: int, points: int) -> Tensor:
-    """Return evenly spaced levels in fp64; raise ConfigError for no steps."""
+    """Return evenly spaced levels in fp64; raise ConfigError below one step."""
     if steps < 1:
         raise ConfigError(f"steps={steps}: sampling needs at least one step; set steps=1 or more")
     return torch.linspace(top, bottom, points, dtype=torch.float64)
 
 
 def sampling_sigmas(steps: int, shift: float) -> Tensor:
-    """Return the levels of a sampling run, from 1 down to 0.  [steps + 1]."""
+    """Return evenly spaced levels from 1 down to 0, then shifted.  [steps + 1]."""
     return shift_sigmas(_even(1, 0, steps, steps + 1), shift).float()
 
 
 def wan_sigmas(steps: int, shift: float) -> Tensor:
-    """Return the levels of Wan's UniPC and DPM++: evenly from 0.999 before the shift.
+    """Return the levels of Wan's UniPC and DPM++: evenly spaced from 0.999 before the shift.
 
-    In Wan's `fm_solvers*.py` both are built with shift 1 and given shifted levels.  EchoMimicV3's
-    preview scripts build DPM++ with shift 5 and give it shifted levels too, which is a shift of 25:
-    that is not copied.
+    Wan's `fm_solvers*.py` builds both with shift 1 and passes shifted levels.  EchoMimicV3's
+    preview scripts build DPM++ with shift 5 and pass shifted levels too, which shifts by 25: that
+    is not copied.
     """
+    # The last of the steps + 1 levels, 0, is appended after the shift.
     return _shifted(_even(1 - 1 / TRAIN_LEVELS, 0, steps, steps + 1)[:-1], shift)
 
 
 def flow_match_sigmas(steps: int, shift: float) -> Tensor:
     """Return the levels of diffusers' `FlowMatchEulerDiscreteScheduler`, as in the preview.
 
-    The levels lie evenly from 1 to the lowest training level, itself shifted, and are shifted then.
+    The levels are evenly spaced from 1 to the shifted lowest training level, and then shifted.
     """
     # diffusers shifts its lowest level when it is built, and all levels again.
     lowest = float(shift_sigmas(torch.tensor(1 / TRAIN_LEVELS, dtype=torch.float64), shift))
@@ -92,7 +94,7 @@ def draw(
     levels, uniforms, noise = [], [], []
     for key in keys:
         generator = _generator(seed, epoch, key, draw_index)
-        # The order of these three draws is part of what a seed means.
+        # The results for a seed depend on the order of these three draws.
         levels.append(torch.randint(1, TRAIN_LEVELS + 1, (), generator=generator))
         uniforms.append(torch.rand(2, generator=generator))
         noise.append(torch.randn(shape, generator=generator))

@@ -1,9 +1,9 @@
 """ODE solvers from noise to latents along a velocity field: Euler, UniPC and DPM-Solver++.
 
-Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with the levels that
-it has to use, already shifted.  UniPC and DPM-Solver++ remember the step before, through diffusers'
-schedulers.  If windows of a long video share a step, their velocities are blended first
-(`long_video.windowed_velocity`), so that a solver sees one field and keeps one history.
+Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with levels that are
+already shifted.  UniPC and DPM-Solver++ use the previous step, by diffusers' schedulers.  If
+windows of a long video share a step, their velocities are blended first
+(`long_video.windowed_velocity`), so that a solver sees one velocity field and keeps one history.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ OnStep = Callable[[int, Tensor], None]  # (step, latents after it)
 Solver = Callable[[VelocityFunction, Tensor, Tensor, OnStep | None], Tensor]
 
 ORDER = 2  # of UniPC and DPM-Solver++, as in Wan
-PURE_NOISE = 1 - 1e-6  # the highest level for a scheduler: at 1 it takes the logarithm of 0
+PURE_NOISE = 1 - 1e-6  # the highest level for a scheduler, which takes the logarithm of 0 at 1
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def sample_unipc(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample as `sample_euler`, by UniPC of second order (arXiv 2302.04867) from diffusers."""
-    # Imported here: Euler, which is all that training needs, works without diffusers.
+    # Imported here, because training samples by Euler steps alone and needs no diffusers.
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
@@ -84,7 +84,7 @@ def _sample_with(
     # Latents stay in fp32 between the steps, for a network of any dtype.
     latents = noise.float()
     levels = sigmas.float().to(latents.device)
-    # Replace the scheduler's own levels, so that the shift is applied once and the grid is ours.
+    # Replace the scheduler's own levels, so that the shift is applied once.
     scheduler.set_timesteps(len(sigmas) - 1)
     scheduler.sigmas = sigmas.float().cpu().clamp(max=PURE_NOISE)
     scheduler.set_begin_index(0)

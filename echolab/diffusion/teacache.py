@@ -1,9 +1,9 @@
-"""Step caching (TeaCache, arXiv 2411.19108): steps that change little reuse the last step's work.
+"""Step caching (TeaCache, arXiv 2411.19108): steps that change little reuse the last residual.
 
-The blocks are left out of a step if the time embedding has moved too little since they last ran;
-what they added to the tokens then is added again.  A polynomial, fitted for each model, says how
-much a movement of the embedding changes the output.  The cache is applied from outside: it replaces
-the network's blocks by one module that wraps them, for as long as a `with` lasts.
+The blocks are skipped in a step if the time embedding has changed too little since they last ran;
+the residual that they added to the tokens is then added again.  A polynomial, fitted for each
+model, maps the change of the embedding to the change of the output.  The cache is applied from
+outside: within a `with` block, one module that wraps the network's blocks replaces them.
 
 Each branch of guidance and each window of a long video has a memory of its own.  (In the released
 Flash code two passes share one, and its counter runs twice a step: that is not copied.)
@@ -20,17 +20,17 @@ from echolab.types import Conditions
 
 Net = Callable[[Tensor, Tensor, Conditions], Tensor]
 
-# antgroup/echomimic_v3, `src/cache_utils.py`; highest power first.
+# From antgroup/echomimic_v3, `src/cache_utils.py`; highest power first.
 WAN_1B3 = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
-IDENTITY = (1.0, 0.0)  # for a network that no polynomial was fitted for
-FIRST, LAST = 5, 1  # steps that are always computed, as released; the last one ends the video
+IDENTITY = (1.0, 0.0)  # for a network without a fitted polynomial
+FIRST, LAST = 5, 1  # number of first and last steps that are always computed, as released
 
 
 class CachePlan(NamedTuple):
-    """When a step may be left out."""
+    """When a step may be skipped."""
 
-    threshold: float  # of the accumulated movement; 0 leaves out nothing
-    timesteps: Tensor  # [steps] that the network will be given
+    threshold: float  # of the accumulated movement; 0 skips nothing
+    timesteps: Tensor  # [steps] of the sampling run
     coefficients: Sequence[float] = WAN_1B3
     first: int = FIRST
     last: int = LAST
@@ -38,10 +38,10 @@ class CachePlan(NamedTuple):
 
 @dataclass
 class Memory:
-    """What is kept between the steps of one branch."""
+    """State that is kept between the steps of one branch."""
 
     modulation: Tensor | None = None  # [B, 6, D] of the last call
-    residual: Tensor | None = None  # [B, S, D] what the blocks added when they last ran
+    residual: Tensor | None = None  # [B, S, D] that the blocks added when they last ran
     movement: float = 0.0  # since then
 
 
@@ -56,7 +56,7 @@ def movement(before: Tensor, now: Tensor, coefficients: Sequence[float]) -> floa
 
 
 class CachedBlocks(nn.Module):
-    """All blocks as one module, whose result may be reused."""
+    """All blocks as one module, whose residual may be reused."""
 
     def __init__(self, blocks: nn.ModuleList, plan: CachePlan) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class CachedBlocks(nn.Module):
 
 
 class StepCached:
-    """A network whose blocks are cached; `branch(name)` is the same one with another memory."""
+    """A network whose blocks are cached; `branch(name)` is the same network with other memory."""
 
     def __init__(
         self, net: Net, blocks: CachedBlocks, memories: dict[str, Memory], name: str = ""
@@ -99,7 +99,7 @@ class StepCached:
         self.net, self.blocks, self.memories, self.name = net, blocks, memories, name
 
     def branch(self, name: str) -> "StepCached":
-        """Return the network for one more level of names, such as a window and a branch in it."""
+        """Return the network with the memory of `name`, such as a branch within a window."""
         return StepCached(self.net, self.blocks, self.memories, f"{self.name}/{name}")
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -111,7 +111,7 @@ class StepCached:
 
 
 def branch_of(net: Net, name: str) -> Net:
-    """Return the network that a branch calls, with a memory of its own if steps are cached."""
+    """Return the network of a branch, with memory of its own if steps are cached."""
     return net.branch(name) if isinstance(net, StepCached) else net
 
 

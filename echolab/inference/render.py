@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from echolab.data.media import Frames
 from echolab.diffusion.long_video import (
     chunk_spans,
-    joined,
+    join_chunks,
     sample_windows,
     window_conditions,
     window_latents,
@@ -136,7 +136,7 @@ def render_chunks(renderer: Renderer, scene: Scene, advance: Advance) -> Tensor:
         previous = chunks[-1][:, -recipe.overlap :] if chunks else None
         part = scene.chunk(start, stop, previous)
         chunks.append(render_part(renderer, single, part, len(chunks), on_step))
-    return joined(chunks, recipe.overlap)
+    return join_chunks(chunks, recipe.overlap)
 
 
 def match_colors(frames: Frames) -> Frames:

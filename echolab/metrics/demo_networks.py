@@ -88,7 +88,7 @@ class SyncNetDemo(nn.Module):
         windows = self.lips(rearrange(frames, "(b t) d -> b d t", b=clips))
         return functional.normalize(rearrange(windows, "b d l -> b l d"), dim=-1)
 
-    def embed_sound(self, cepstra: Tensor) -> Tensor:
+    def embed_audio(self, cepstra: Tensor) -> Tensor:
         """Map cepstra [B, columns, 13] to unit vectors [B, 1 + (columns - 20) // 4, D]."""
         scaled = (cepstra - self.cepstra_mean) / self.cepstra_std
         windows = self.sound(rearrange(scaled, "b t d -> b d t"))
@@ -243,7 +243,7 @@ def fit_sync(
         indices = torch.randint(len(pixels), (batch,), generator=generator)
         boxes = jitter_boxes(lips[indices, 0], generator)
         crops = augment_crops(crop_lips(pixels[indices].float() / 127.5 - 1, boxes), generator)
-        lip_windows, audio = net.embed_lips(crops), net.embed_sound(cepstra[indices])
+        lip_windows, audio = net.embed_lips(crops), net.embed_audio(cepstra[indices])
         windows = min(lip_windows.shape[1], audio.shape[1])
         temperature = net.log_temperature.exp().clamp(max=50)
         return contrastive_loss(lip_windows[:, :windows], audio[:, :windows], temperature)

@@ -206,7 +206,7 @@ def sync_of(net: SyncNetDemo, pixels: Tensor, boxes: Tensor, cepstra: Tensor) ->
     Raises DataError for clips that are too short.
     """
     lips = net.embed_lips(crop_lips(pixels, boxes))
-    audio = net.embed_sound(cepstra)
+    audio = net.embed_audio(cepstra)
     windows = min(lips.shape[1], audio.shape[1])
     if windows <= MAX_SHIFT:
         raise DataError(

@@ -39,7 +39,7 @@ def judge(
     return [Verdict(sync.confidence, similarity, change) for sync, similarity, change in rows]
 
 
-def totals(verdicts: dict[tuple[str, int], Verdict]) -> dict[tuple[str, int], float]:
+def total_scores(verdicts: dict[tuple[str, int], Verdict]) -> dict[tuple[str, int], float]:
     """Return one score for each candidate: the standardized parts, weighted by WEIGHTS."""
     table = torch.tensor([tuple(verdict) for verdict in verdicts.values()], dtype=torch.float64)
     spread = table.std(0).clamp(min=1e-9) if len(table) > 1 else torch.ones(3)

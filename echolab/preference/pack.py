@@ -15,7 +15,7 @@ from echolab.data.shard_reader import ShardDataset, check_same_encoders
 from echolab.data.shard_writer import ShardWriter
 from echolab.errors import DataError
 from echolab.preference.candidates import TASK, read_candidates, read_request
-from echolab.preference.judge import Verdict, best_and_worst, totals
+from echolab.preference.judge import Verdict, best_and_worst, total_scores
 
 Verdicts = dict[tuple[str, int], Verdict]  # by prompt and candidate index
 
@@ -38,12 +38,12 @@ def pair_members(tensors: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -
     return {name: value.half().contiguous() for name, value in members.items()}
 
 
-def record_of(verdicts: Verdicts, key: str, candidate: int) -> dict[str, float]:
+def pair_record(verdicts: Verdicts, key: str, candidate: int) -> dict[str, float]:
     """Return the JSON record of one half of a pair."""
     return {"candidate": candidate, **verdicts[key, candidate]._asdict()}
 
 
-def best_against_worst(
+def select_pairs(
     candidates: Path, verdicts: Verdicts, least_margin: float
 ) -> Iterator[tuple[str, Tensor, int, int]]:
     """Yield key, candidates [K, C, F, H, W], and the indices of the best and the worst.
@@ -51,7 +51,7 @@ def best_against_worst(
     Pairs whose scores differ by less than `least_margin` standard deviations would teach noise, and
     are left out.  Raises DataError for a prompt without verdicts.
     """
-    scores = totals(verdicts)
+    scores = total_scores(verdicts)
     chosen = best_and_worst(scores)
     for key, clips in read_candidates(candidates):
         if key not in chosen:
@@ -75,7 +75,7 @@ def pack_pairs(
         out, kind="preference", encoders=dataset.encoders, geometry=dataset.geometry,
         description={"prompts": dataset.fingerprint},
     ) as writer:  # fmt: skip
-        for key, clips, best, worst in best_against_worst(candidates, verdicts, least_margin):
+        for key, clips, best, worst in select_pairs(candidates, verdicts, least_margin):
             if key not in index_of:
                 raise DataError(
                     f"{candidates}: prompt {key} is not in {dataset.folder}; "
@@ -91,8 +91,8 @@ def pack_pairs(
             record = {
                 "task": TASK,
                 "caption": about.get("caption", ""),
-                "chosen": record_of(verdicts, key, best),
-                "rejected": record_of(verdicts, key, worst),
+                "chosen": pair_record(verdicts, key, best),
+                "rejected": pair_record(verdicts, key, worst),
             }
             writer.write(key, {"safetensors": save(members), "json": json.dumps(record).encode()})
             pairs += 1

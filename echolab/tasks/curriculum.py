@@ -131,7 +131,7 @@ class Curriculum:
             "stages_left": len(self._ends) - 1 - self._stage(step),
         }
 
-    def following(self, state: Mapping[str, Any]) -> "Curriculum":
+    def continued_from(self, state: Mapping[str, Any]) -> "Curriculum":
         """Return the curriculum of a run that starts from another's weights at `state_dict()`.
 
         Its step 0 has the probabilities and the stage that the other had reached; the last stage of

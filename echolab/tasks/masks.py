@@ -65,7 +65,7 @@ def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
 def outside_head(clip: Clip) -> Tensor:
     """Return the mask of avatar sync: a box that follows the head is generated."""
     # A box for each frame, tested against pixel centers.
-    boxes = enlarged(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
+    boxes = enlarge(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
     inside = (rows >= y0) & (rows <= y1) & (columns >= x0) & (columns <= x1)
@@ -104,7 +104,7 @@ def centers(boxes: Tensor) -> Tensor:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-def enlarged(boxes: Tensor, margin: float) -> Tensor:
+def enlarge(boxes: Tensor, margin: float) -> Tensor:
     """Return boxes [T, 4] with `margin` times their own size added on each side."""
     size = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
@@ -178,7 +178,7 @@ def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry 
     face = _boxes(face, "face", len(face))
     # One box around the face over all frames, in units of tokens.
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
-    x0, y0, x1, y1 = (enlarged(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
+    x0, y0, x1, y1 = (enlarge(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
     patch = geometry.patch
     rows, columns = torch.arange(height // patch)[:, None], torch.arange(width // patch)
     inside = (rows + 1 > y0) & (rows < y1) & (columns + 1 > x0) & (columns < x1)
