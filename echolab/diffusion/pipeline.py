@@ -12,6 +12,7 @@ from torch import Tensor
 from echolab.diffusion.flow import to_timesteps
 from echolab.diffusion.guidance import (
     CFG_MODES,
+    cfg_velocity,
     compounding_factors,
     dynamic_cfg_schedule,
     integer_timesteps,
