@@ -1,4 +1,4 @@
-"""The size of things, and what nobody may do: unpickle, or hand words to a shell."""
+"""The size of files and functions, and the absence of unpickling and of shells."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ FILE_LINES, FUNCTION_LINES = 500, 40
 
 
 def calls(tree: ast.AST) -> list[tuple[str, dict[str, ast.expr]]]:
-    """The dotted name of each call and its keywords."""
+    """List the dotted name of each call with its keywords."""
     return [
         (ast.unparse(node.func), {word.arg: word.value for word in node.keywords if word.arg})
         for node in ast.walk(tree)
@@ -21,7 +21,7 @@ def calls(tree: ast.AST) -> list[tuple[str, dict[str, ast.expr]]]:
 
 
 def unsafe(source: str) -> list[str]:
-    """Calls that unpickle, run a shell, or unpack an archive as it pleases."""
+    """List the calls that unpickle, run a shell, or extract an archive unchecked."""
     unsafe_calls = []
     for name, keywords in calls(ast.parse(source)):
         last = name.rsplit(".", 1)[-1]

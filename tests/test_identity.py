@@ -1,5 +1,7 @@
-"""What a run is: its settings and the content of its data, not how paths are spelled or where they
-lie; other data only with an explicit word; and what is past stays as it was trained."""
+"""The identity of a run: its settings and the content of its data, not how paths are spelled or
+where they are. Other data needs an explicit setting, and past steps stay as they were
+trained.
+"""
 
 import json
 import os
@@ -55,7 +57,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return the files that say what a run is, and what came out."""
+    """Return the files that define a run, and its results."""
     kept = ("config.json", "configs.jsonl", "events.jsonl", "state.json", "manifest.json")
     paths = [path for path in sorted(folder.rglob("*")) if path.name in kept]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -63,7 +65,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`clips` and `pairs`, `other` clips, and a run `first` of two steps to start from."""
+    """Write `clips` and `pairs`, `other` clips, and a run `first` of two steps to start from."""
     root = tmp_path_factory.mktemp("data")
     encoded.write(root, 5)
     encoded.write(root / "other", 7)
@@ -74,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(data: Path) -> Path:
-    """A run of sft and dpo steps from `first`, with `second` as its reference."""
+    """Start a run of sft and dpo steps from `first`, with `second` as its reference."""
     words = [f"data.clips={data / 'clips'}", f"data.pairs={data / 'pairs'}"]
     words += [f"init_from={data / 'first'}", f"ref_model={data / 'second'}"]
     assert run_of(data / "begun", *words, *plan(("sft", 2, 1e-3), ("dpo", 2, 1e-3))).done
@@ -105,7 +107,7 @@ NAMED = {"data.clips": "clips", "data.pairs": "pairs", "init_from": "first", "re
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_run_goes_on_however_its_places_are_spelled(
+def test_a_run_resumes_with_any_spelling_of_its_paths(
     begun: Path, data: Path, tmp_path: Path, spelling: str
 ) -> None:
     run, moved = shutil.copytree(begun, tmp_path / "renamed"), tmp_path / "disk"
@@ -121,7 +123,7 @@ def test_a_run_goes_on_however_its_places_are_spelled(
     assert main(["replay", str(run), "step=5"]) == 0
 
 
-def test_what_does_not_alter_what_is_trained_may_change(
+def test_settings_that_do_not_affect_training_may_change(
     begun: Path, data: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
@@ -155,7 +157,7 @@ def same_keys(data: Path, out: Path) -> Path:
         ("objective.beta", "7", "objective.beta=300.0, now objective.beta=7"),
     ],
 )  # fmt: skip
-def test_other_content_is_refused_and_nothing_is_written(
+def test_changed_data_is_refused_and_nothing_is_written(
     begun: Path, data: Path, tmp_path: Path, word: str, place: str, message: str
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
@@ -172,7 +174,7 @@ def test_other_content_is_refused_and_nothing_is_written(
     assert files(run) == before
 
 
-def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path) -> None:
+def test_data_that_was_encoded_again_can_be_accepted(data: Path, tmp_path: Path) -> None:
     clips, run = shutil.copytree(data / "clips", tmp_path / "clips"), tmp_path / "run"
     words = [f"data.clips={clips}", *plan(("sft", 9, 1e-3))]
     run_of(run, *words[:1], *plan(("sft", 4, 1e-3)))
@@ -207,7 +209,7 @@ def test_a_shard_that_was_encoded_again_has_a_way_on(data: Path, tmp_path: Path)
     assert main(["replay", str(run), "step=11"]) == 0
 
 
-def test_other_samples_are_accepted_and_what_cannot_be_proven_is_said(
+def test_other_samples_can_be_accepted_with_a_warning(
     begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
@@ -223,16 +225,16 @@ def test_other_samples_are_accepted_and_what_cannot_be_proven_is_said(
     assert main(["replay", str(run), "step=5"]) == 0  # the step on the new data
 
 
-def test_a_preference_epoch_may_be_added_with_its_pairs(data: Path, tmp_path: Path) -> None:
+def test_a_preference_epoch_may_be_added_with_pairs(data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(data / "first", tmp_path / "run")
     words = [f"data.clips={data / 'clips'}", f"data.pairs={data / 'pairs'}"]
     assert run_of(run, *words, *plan(("sft", 2, 1e-3), ("dpo", 1, 1e-3))).step == 3
 
 
-def test_a_run_keeps_to_the_checkpoints_that_it_began_with(
+def test_a_run_keeps_the_checkpoints_that_it_began_with(
     begun: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The runs that it started from and refers to are trained on meanwhile."""
+    """The run it started from and its reference are trained further, which changes nothing."""
     run, places = shutil.copytree(begun, tmp_path / "run"), dict[str, Path]()
     for name in ("init_from", "ref_model"):
         places[name] = shutil.copytree(data / NAMED[name], tmp_path / name)
@@ -254,7 +256,7 @@ def rates(run: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def stopped(data: Path) -> Path:
-    """A run stopped at step 4 of 6: one epoch is over, and the second is under way."""
+    """Train a run and stop it at step 4 of 6, within its second epoch."""
     run = data / "stopped"
 
     def stop(step: int, steps: int) -> None:
@@ -269,7 +271,7 @@ def stopped(data: Path) -> Path:
 
 
 class _Advance:
-    """Stands where progress is shown, and sees every step."""
+    """Replaces the progress display, and gets every step."""
 
     def __init__(self, stop: Callable[[int, int], None]) -> None:
         self.stop = stop
@@ -295,7 +297,7 @@ TWO = plan(("sft", 2, 1e-3), ("sft", 4, 2e-3), warmup=2)
         (plan(("sft", 2, 1e-3), ("sft", 4, 2e-3), warmup=4), "give schedule.warmup=2"),
     ],
 )
-def test_what_is_past_is_refused_and_nothing_is_written(
+def test_changes_of_past_steps_are_refused_and_nothing_is_written(
     stopped: Path, data: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
@@ -317,7 +319,7 @@ def test_what_is_past_is_refused_and_nothing_is_written(
          [0.5e-3, 1e-3, 2e-3, 2e-3, 1e-3, 0.6173e-3, 0.2929e-3, 0.0761e-3]),
     ],
 )  # fmt: skip
-def test_a_change_within_the_running_epoch_is_recorded_from_its_step_on(
+def test_a_change_within_the_current_epoch_is_recorded_from_its_step(
     stopped: Path, data: Path, tmp_path: Path, words: list[str], expected: list[float]
 ) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
@@ -338,7 +340,7 @@ def test_a_change_within_the_running_epoch_is_recorded_from_its_step_on(
     assert main(["replay", str(run), "step=5"]) == 0
 
 
-def test_going_back_to_before_a_change_trains_what_comes_anew(
+def test_a_rollback_before_a_change_trains_with_the_new_settings(
     stopped: Path, data: Path, tmp_path: Path
 ) -> None:
     run, clips = shutil.copytree(stopped, tmp_path / "run"), f"data.clips={data / 'clips'}"
@@ -397,7 +399,7 @@ def test_a_finished_run_may_be_made_longer(data: Path, tmp_path: Path, decay: st
         assert main(["replay", str(run), f"step={step}"]) == 0
 
 
-def test_other_rounding_of_an_attempt_is_replayed_as_it_was(
+def test_replay_uses_the_rounding_of_the_original_attempt(
     data: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, clips = shutil.copytree(stopped, tmp_path / "run"), f"data.clips={data / 'clips'}"

@@ -1,4 +1,4 @@
-"""Asked to end amid a validation or the last check: nothing is lost, nothing false is recorded."""
+"""A stop during a validation or the last check loses nothing and records nothing false."""
 
 import json
 import shutil
@@ -56,8 +56,8 @@ SIGNALED = ["signal", signal.SIGTERM, False, False]
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero2", "zero3", "ddp-shared")),
     ],
 )  # fmt: skip
-def test_a_run_that_is_stopped_in_each_look(starts: Starts, kind: str) -> None:
-    """5 held-out clips on 2 ranks are uneven; one rank alone is signaled."""
+def test_a_run_stopped_in_each_validation_equals_one_not_stopped(starts: Starts, kind: str) -> None:
+    """5 held-out clips on 2 ranks are uneven; one rank alone gets the signal."""
     not_stopped = starts(kind, f"{kind}-whole")
     assert not_stopped["result"] == [STEPS, "done", 0, True, False]
     assert not_stopped["val"] == [2, STEPS] and not_stopped["parity"] == [STEPS]
@@ -84,13 +84,13 @@ def test_a_run_that_is_stopped_in_each_look(starts: Starts, kind: str) -> None:
     assert unbroken == broken
 
 
-def test_stop_and_the_clock_end_a_validation_too(
+def test_a_stop_request_or_the_time_limit_ends_a_validation(
     tmp_path: Path,
     restored: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Between two saves: the steps since the last are saved then."""
+    """If it comes between two saves, the steps since the last save are saved then."""
     monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     run = tmp_path / "run"
     interrupted.act_at("validation", 2, (run / "STOP").touch)
@@ -105,8 +105,8 @@ def test_stop_and_the_clock_end_a_validation_too(
     assert result.done and [row["step"] for row in rows if "val/loss" in row] == [STEPS]
 
 
-def test_memory_waits_for_the_next_step(tmp_path: Path) -> None:
-    """Or a check at the end, which needs memory too, would never come to its end."""
+def test_a_restart_for_memory_waits_for_the_next_step(tmp_path: Path) -> None:
+    """Otherwise a check at the end, which needs memory too, would never finish."""
     result, rows = interrupted.train(tmp_path, max_host_memory_gb=1e-3)
     while not result.done:
         assert (result.reason, result.unsaved) == ("memory", False)
@@ -115,12 +115,12 @@ def test_memory_waits_for_the_next_step(tmp_path: Path) -> None:
 
 
 class Full(Exception):
-    """What a log raises."""
+    """The error that a log raises."""
 
 
 @pytest.mark.parametrize("at", [1, 2, STEPS - 1, STEPS])
-def test_a_log_that_fails_loses_no_step(tmp_path: Path, at: int) -> None:
-    """The checkpoint is there before the log is written; what was begun is published."""
+def test_a_failing_log_loses_no_step(tmp_path: Path, at: int) -> None:
+    """The checkpoint exists before the log is written, and a save in progress is published."""
 
     def log(step: int, values: dict[str, float]) -> None:
         if step == STEPS:

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: nothing is imported here."""
+"""Which package may import which, read from the source: nothing is imported here."""
 
 import ast
 import re
@@ -54,7 +54,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def imports(source: str) -> list[str]:
-    """Every module that a source text imports, wherever in it; relative ones start with a dot."""
+    """List every module that a source imports, anywhere in it; relative ones start with a dot."""
     modules = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -67,13 +67,16 @@ def imports(source: str) -> list[str]:
 
 
 def package(name: str) -> str:
-    """The part of echolab that a file or module lies in: `echolab/data/x.py` -> `data`."""
+    """Return the part of echolab that a file or module belongs to:
+
+    `echolab/data/x.py` -> `data`.
+    """
     parts = re.split(r"[./]", name.removesuffix(".py"))
     return parts[1] if len(parts) > 1 and parts[0] == "echolab" else parts[0]
 
 
 def faults(name: str, source: str) -> list[str]:
-    """What a file may not import, one line each."""
+    """List the forbidden imports of a file, one line each."""
     here = package(name)
     if here in ("echolab", "__init__"):
         return [
@@ -107,7 +110,7 @@ def _third_party_faults(name: str, here: str, layer: int, top: str) -> list[str]
 
 
 def training_faults(name: str, source: str) -> list[str]:
-    """Return which parts of training a file of training must not import, one line each."""
+    """List which parts of training a file of training must not import, one line each."""
     part = re.split(r"[/.]", name)[2]
     layer = TRAINING_LAYERS.get(part, LOOP)
     modules = []
@@ -193,7 +196,7 @@ def test_the_rule_itself(name: str, source: str, allowed: bool) -> None:
     assert (faults(name, source) == []) is allowed
 
 
-def test_what_is_imported_is_declared_and_pinned() -> None:
+def test_imported_distributions_are_declared_and_pinned() -> None:
     def plain(name: str) -> str:
         return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~ \[;]", name)[0]).lower()
 

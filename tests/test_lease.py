@@ -1,4 +1,4 @@
-"""One launch at a time writes into a run folder, whatever became of those before it."""
+"""One launch at a time writes into a run folder, however the launches before it ended."""
 
 import errno
 import fcntl
@@ -41,20 +41,20 @@ with lease.held(Path(sys.argv[1]), "local-other") as own:
 
 
 def elsewhere(**changes: Any) -> Holder:
-    """A holder on another machine."""
+    """Return a holder on another machine."""
     about = {"host": "n9", "machine": "other", "pid": 1, "identity": "x", "taken": time.time()}
     return Holder(**{"launch": "local-elsewhere", **about, **changes})
 
 
 def older(own: Lease, seconds: float) -> None:
-    """Make its last heartbeat older."""
+    """Make a lease's last heartbeat older."""
     then = time.time() - seconds
     os.utime(own.path, (then, then))
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process of this machine that holds tmp_path/run."""
+    """Start a process of this machine that holds tmp_path/run."""
     words = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "holds\n"
@@ -69,7 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "OBSERVE_SECONDS", 0.5)
 
 
-def test_one_after_the_other(tmp_path: Path) -> None:
+def test_a_released_lease_can_be_taken(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for number in (1, 2, 3):
         with held(run, f"local-{number}") as own:
@@ -81,7 +81,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     assert newest(run) == Lease(run, 3)
 
 
-def test_of_many_at_once_one_holds(tmp_path: Path) -> None:
+def test_one_of_many_simultaneous_takers_holds_the_lease(tmp_path: Path) -> None:
     def start(number: int) -> int:
         try:
             return take(tmp_path, this_process(f"local-{number}")).epoch
@@ -92,7 +92,7 @@ def test_of_many_at_once_one_holds(tmp_path: Path) -> None:
         assert sorted(pool.map(start, range(32))) == [0] * 31 + [1]
 
 
-def test_no_lock_of_the_file_system_matters(tmp_path: Path) -> None:
+def test_the_lease_needs_no_file_system_lock(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert take(tmp_path, this_process("local-1")).epoch == 1
@@ -111,7 +111,7 @@ def test_a_killed_process_of_this_machine_holds_nothing(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_frozen_holder_finds_itself_fenced(
+def test_a_frozen_holder_is_fenced_when_it_wakes(
     tmp_path: Path, other: "subprocess.Popen[str]"
 ) -> None:
     run = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_a_later_start_of_the_same_job_fences_the_earlier(tmp_path: Path) -> Non
         take(tmp_path, elsewhere(launch="slurm-7-0-1", job="7"))
 
 
-def test_the_one_before_is_waited_for_until_it_has_left(
+def test_a_new_holder_waits_until_the_previous_one_has_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = take(tmp_path, elsewhere(launch="slurm-7-0-0", job="7"))
@@ -177,8 +177,10 @@ def test_the_one_before_is_waited_for_until_it_has_left(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("age", "renews", "taken"), [(0, False, False), (9, False, True),
     (9, True, False), (-9, False, True), (-9, True, False)])  # fmt: skip
-def test_silence_elsewhere(tmp_path: Path, age: float, renews: bool, taken: bool) -> None:
-    """A clock that goes wrong makes nobody dead."""
+def test_a_holder_elsewhere_is_dead_only_after_long_silence(
+    tmp_path: Path, age: float, renews: bool, taken: bool
+) -> None:
+    """A wrong clock makes no holder count as dead."""
     first = take(tmp_path, elsewhere())
     older(first, age)
     with ThreadPoolExecutor(1) as pool:
@@ -215,7 +217,7 @@ RUNNING = "echo 'JobId=7 JobState=RUNNING Reason=None Restarts=0 BatchFlag=1'"
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "exit 1", False),
     ],
 )
-def test_of_another_job_slurm_knows(
+def test_slurm_says_whether_another_jobs_holder_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str, squeue: str, taken: bool
 ) -> None:
     commands(tmp_path, scontrol, squeue)
@@ -230,7 +232,7 @@ def test_of_another_job_slurm_knows(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_holder_that_died_within_its_first_word_is_silent(tmp_path: Path) -> None:
+def test_a_holder_that_died_at_its_first_write_counts_as_silent(tmp_path: Path) -> None:
     own = take(tmp_path, elsewhere())
     own.path.write_text("{")
     with pytest.raises(BusyError):
@@ -269,7 +271,9 @@ PLAN = runs.schedule(("sft", 6))
 
 
 class Moment:
-    """Another launch takes the run at a moment; what the run's folder holds from then on."""
+    """A moment at which another launch takes the run; keeps the contents of the run's folder
+    since.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -287,6 +291,7 @@ class Moment:
 def test_a_fenced_training_leaves_without_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """From the moment at which another launch takes the run, the folder does not change."""
     later = Moment(tmp_path / "run")
     monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     if moment == "before a save":
@@ -323,10 +328,12 @@ def test_a_fenced_training_leaves_without_writing(
     assert contents(tmp_path / "run") == later.before
 
 
-def test_a_save_that_a_later_launch_put_away_is_never_published(
+def test_a_save_that_a_later_launch_removed_is_never_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen after its last look: the later launch tidied up, so there is nothing to rename."""
+    """The holder is frozen after its last check, the later launch removes its save, and no file
+    is left to rename.
+    """
     publish = CheckpointWriter._publish
 
     def frozen(self: CheckpointWriter, receipts: Any) -> None:

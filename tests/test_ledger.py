@@ -1,4 +1,4 @@
-"""The ledger tells what was trained on, not what led nowhere; the audit finds every fault."""
+"""The ledger lists what was trained on, without discarded steps; the audit reports every fault."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def write(
     folder: Path, number: int, steps: Steps, *, first: int = 0, world: int = 1,
     epochs: int = 4, span: int | None = None,
 ) -> None:  # fmt: skip
-    """An attempt, its keys cut among the ranks; `epochs` clips belong to one epoch."""
+    """Write an attempt whose keys are split among the ranks; `epochs` clips belong to one epoch."""
     attempt = Attempt(number, world, first, datasets(folder, span), [])
     for rank in range(world):
         writer = LedgerWriter(folder / LEDGER, attempt, rank)
@@ -74,7 +74,7 @@ def test_a_run_without_fault_is_exact(tmp_path: Path, world: int) -> None:
     assert main(["data", "audit", str(tmp_path)]) == 0
 
 
-def test_steps_that_led_nowhere_do_not_count(tmp_path: Path) -> None:
+def test_discarded_steps_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 1, [*GOOD[:3], [K[0], K[0]]], world=2)
     write(tmp_path, 2, [], first=3)  # killed before its first step
     write(tmp_path, 3, GOOD[2:], first=2)
@@ -95,7 +95,7 @@ def test_a_step_that_only_some_ranks_wrote_does_not_count(tmp_path: Path) -> Non
 
 
 def audit_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says of a run that has faults."""
+    """Return what the command reports of a run that has faults."""
     assert main(["data", "audit", str(folder)]) == 1
     text = capsys.readouterr().out
     assert main(["data", "audit", str(folder), "format=json"]) == 1
@@ -111,7 +111,7 @@ def test_a_missing_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"epoch 0: {K[2]} is doubled (steps 0, 1)" in text
 
 
-def test_what_drop_leaves_out_is_not_missing(tmp_path: Path) -> None:
+def test_samples_that_drop_omits_are_not_missing(tmp_path: Path) -> None:
     steps = [[K[2], K[0], K[1]], [K[3], K[1], K[0]], [K[3], K[2], K[0]]]
     write(tmp_path / "drop", 1, steps, epochs=3, span=3)
     assert audit_run(tmp_path / "drop").exact
@@ -134,18 +134,18 @@ def test_bad_samples_in_quarantine_are_excused(tmp_path: Path) -> None:
     assert [f.key for f in audit_run(tmp_path / "two").missing] == [K[1]]
 
 
-def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) -> None:
+def test_only_batches_that_an_event_skips_may_be_missing(tmp_path: Path) -> None:
     write(tmp_path, 1, [GOOD[0], *GOOD[2:]], epochs=4)  # the second batch, K[1] and K[3], is gone
     path = tmp_path / LEDGER / "attempt-0001-rank-00000.jsonl"
     head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row, epoch in zip(rows, (0, 1, 1), strict=True):
         row["epochs"] = [epoch, epoch]
     path.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
-    gone = [(0, K[1]), (0, K[3])]
-    assert [(f.epoch, f.key) for f in audit_run(tmp_path).missing] == gone
+    missing = [(0, K[1]), (0, K[3])]
+    assert [(f.epoch, f.key) for f in audit_run(tmp_path).missing] == missing
     write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0], [0], [K[1]])])
     skips = [("sft", 1, 1)]
-    assert [(f.epoch, f.key) for f in audit_run(tmp_path, skips).missing] == gone[1:]
+    assert [(f.epoch, f.key) for f in audit_run(tmp_path, skips).missing] == missing[1:]
     write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 2, [0, 1], [0, 0], [K[3], K[0]])])
     with (tmp_path / LEDGER / SKIPPED).open("a") as file:
         file.write('{"kind": "sft", "bat')  # killed while it wrote
@@ -158,7 +158,7 @@ def test_what_an_event_left_out_may_be_missing_and_nothing_else(tmp_path: Path) 
     assert not audit_run(tmp_path, [("preference", 1, 2)]).exact
 
 
-def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
+def test_a_batch_trained_despite_a_skip_event_is_reported(tmp_path: Path) -> None:
     write(tmp_path, 1, GOOD)
     write_skipped(tmp_path / LEDGER, [SkippedBatch("sft", 1, [0, 0], [0, 0], [K[1], K[3]])])
     lines = audit_run(tmp_path, [("sft", 1, 1)]).lines()
@@ -167,7 +167,9 @@ def test_what_was_to_be_left_out_and_was_not_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_keys_and_gaps_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "a", 1, [["nobody", K[0]]])
     assert "nobody is not in the dataset (steps 0)" in audit_of(tmp_path / "a", capsys)
     write(tmp_path / "b", 1, GOOD[:1], first=1)
@@ -180,7 +182,9 @@ def test_strange_keys_and_gaps_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert "dataset.json: not there" in audit_of(tmp_path / "d", capsys)
 
 
-def test_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_ledger_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["data", "audit", str(tmp_path)]) == 1
     assert "a run with data.log_samples=true writes one" in capsys.readouterr().err
     assert main(["data", "adit"]) == 1
@@ -259,7 +263,7 @@ def test_ranks_that_share_their_clips_write_once(
     assert writers == [0, None, 1, None]
 
 
-def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Path) -> None:
+def test_the_audit_of_mixed_datasets_holds_after_a_change_of_workers(tmp_path: Path) -> None:
     a, b = encoded.write(tmp_path / "a", 5)[0], encoded.write(tmp_path / "b", 3)[0]
     words = [
         "train", *encoded.SETTINGS, f"data.clips=[{a},{b}]", "data.clip_weights=[3,1]",
@@ -273,14 +277,14 @@ def test_the_command_mixes_datasets_and_goes_on_with_other_workers(tmp_path: Pat
     assert sources.count(0) == pytest.approx(12, abs=1)
 
 
-def test_waiting_for_data_is_logged(tmp_path: Path) -> None:
+def test_the_wait_for_data_is_logged(tmp_path: Path) -> None:
     order = ShuffleConfig(last_batch="drop")
     _, rows = runs.train(tmp_path, runs.schedule(("sft", 3)), intervals=EVERY, shuffle=order)
     assert all(0 < row["perf/data_wait_seconds"] < 60 for row in rows)
     assert [(row["data/epochs"], row["data/dropped"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
 
 
-def test_the_order_of_a_run_cannot_change(tmp_path: Path) -> None:
+def test_the_order_settings_of_a_run_cannot_change(tmp_path: Path) -> None:
     from echolab.errors import EcholabError
 
     runs.train(tmp_path, runs.schedule(("sft", 2)), intervals=EVERY)

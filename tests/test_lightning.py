@@ -26,7 +26,7 @@ class Watch(pl.Callback):
 
 
 class Line(pl.LightningModule):
-    """One weight."""
+    """A module of one weight."""
 
     def __init__(self) -> None:
         super().__init__()

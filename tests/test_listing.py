@@ -1,4 +1,4 @@
-"""A source's files and captions: what is used is what was meant, and the rest has its reason."""
+"""A source's files and captions: each file is used as intended, or has a reason for its refusal."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_caption_is_read_as_it_was_written(source: Path, data: bytes) -> None:
         (b" \n", r"a\.txt is empty"),
     ],
 )
-def test_a_caption_that_is_not_plain_is_refused_with_its_name(
+def test_a_caption_that_is_not_plain_text_is_refused_by_name(
     source: Path, tmp_path: Path, data: bytes, said: str
 ) -> None:
     (source / "a.txt").write_bytes(data)
@@ -83,7 +83,7 @@ def test_the_longest_caption_is_kept(source: Path) -> None:
     assert caption_of("no", source / "a.mp4", source) == "é" * 2000
 
 
-def test_an_edited_caption_is_used_or_refused(
+def test_an_edited_caption_is_used_or_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(source, tmp_path / "out")
@@ -145,7 +145,7 @@ def test_a_caption_that_is_a_link_stays_in_the_source(source: Path, tmp_path: Pa
         assert b"root:x" not in file.read_bytes()
 
 
-def test_all_that_is_left_out_has_a_row(source: Path, tmp_path: Path) -> None:
+def test_every_omitted_file_has_a_row(source: Path, tmp_path: Path) -> None:
     (source / ".DS_Store").write_bytes(b"")
     (source / "gone.mp4").symlink_to("nowhere.mp4")
     os.mkfifo(source / "pipe")

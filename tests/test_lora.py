@@ -1,4 +1,4 @@
-"""Adapters: the base stays as it is, what is trained is they alone, merged they are exact."""
+"""Adapters: the base never changes, only adapters are trained, and merging is exact."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ BASE = {name: value.clone() for name, value in tiny.net(trained=True).state_dict
 
 
 def adapted(lora: Lora = LORA, *, moved: bool = True) -> EchoTransformer:
-    """A trained base with adapters, moved away from zero."""
+    """Return a trained base with adapters, moved away from zero."""
     net = tiny.net(trained=True)
     add_adapters(net, lora, seed=1)
     if moved:
@@ -84,7 +84,7 @@ def test_a_target_that_names_no_linear_layer_is_refused(target: str) -> None:
         ({"dropout": 1.0}, "lora.dropout=1: must lie in"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         add_adapters(tiny.net(), LORA._replace(**wrong), seed=0)
 
@@ -104,7 +104,7 @@ def test_any_linear_layer_can_be_adapted_trained_and_merged(target: str) -> None
         torch.testing.assert_close(velocity(net), before, rtol=1e-5, atol=1e-5)
 
 
-def test_new_adapters_change_nothing_and_are_a_function_of_the_seed() -> None:
+def test_new_adapters_change_no_output_and_depend_on_the_seed() -> None:
     net, again, other = adapted(moved=False), adapted(moved=False), tiny.net(trained=True)
     add_adapters(other, LORA, seed=2)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_adapters_do_not_touch_the_global_random_state() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_an_adapted_layer_is_the_published_formula() -> None:
+def test_an_adapted_layer_follows_the_published_formula() -> None:
     net = adapted()
     layer: Any = net.blocks[0].ffn[0]  # type: ignore[index,union-attr]
     x = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def test_an_adapted_layer_is_the_published_formula() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_merging_gives_the_network_back_its_names() -> None:
+def test_merging_restores_the_networks_names() -> None:
     net = adapted()
     merge(net)
     assert {name: v.shape for name, v in net.named_parameters()} == {
@@ -169,7 +169,7 @@ def test_the_base_and_its_fingerprint_survive_training() -> None:
     assert base_fingerprint(net) != base_fingerprint(plain)
 
 
-def test_an_earlier_average_shares_the_base() -> None:
+def test_a_network_of_earlier_averages_shares_the_base() -> None:
     net = adapted(LORA._replace(dropout=0.5))
     net.eval()
     tensors = {name: tensor.clone() for name, tensor in trained_tensors(net)[0].items()}
@@ -190,7 +190,7 @@ def test_an_earlier_average_shares_the_base() -> None:
     assert set(net.state_dict()) == set(BASE)
 
 
-def test_a_network_without_adapters_has_no_base_to_refer_to() -> None:
+def test_a_network_without_adapters_has_no_base_as_reference() -> None:
     with pytest.raises(ConfigError, match="ref_model=base: the network has no adapters"):
         AdaptersOff(tiny.net())
 
@@ -200,7 +200,7 @@ def write(folder: Path, net: EchoTransformer) -> None:
     save_adapters(folder, LORA, tensors, layers, base_fingerprint(net))
 
 
-def test_a_folder_is_peft_s_both_ways(tmp_path: Path) -> None:
+def test_folders_are_exchanged_with_peft_both_ways(tmp_path: Path) -> None:
     net = adapted()
     write(tmp_path / "ours", net)
     base: Any = tiny.net(trained=True)
@@ -221,7 +221,7 @@ def test_a_folder_is_peft_s_both_ways(tmp_path: Path) -> None:
         torch.testing.assert_close(velocity(read), velocity(written.model), rtol=1e-5, atol=1e-5)
 
 
-def test_wrong_adapters_are_one_line(tmp_path: Path) -> None:
+def test_wrong_adapters_give_a_one_line_error(tmp_path: Path) -> None:
     write(tmp_path, adapted())
 
     def refused(net: EchoTransformer, words: str) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files between programs: each format is read, and what is written others read.
+"""LoRA files between programs: every format is read, and other programs read the files written.
 
 Oracles: peft and diffusers themselves, and ComfyUI's rules for keys, restated here from its
 `comfy/lora.py`: a model's `diffusion_model.X.weight` is patched by keys `diffusion_model.X` or
@@ -46,7 +46,7 @@ Tensors = dict[str, Tensor]
 
 
 def pairs(net: nn.Module, dtype: torch.dtype = torch.float32) -> Pairs:
-    """Random halves [rank, in] and [out, rank] of every layer."""
+    """Return random factors [rank, in] and [out, rank] of every layer."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name, rank in RANKS.items():
@@ -58,7 +58,7 @@ def pairs(net: nn.Module, dtype: torch.dtype = torch.float32) -> Pairs:
 
 
 def expected(net: EchoTransformer, halves: Pairs, alphas: dict[str, float] | None) -> Tensors:
-    """W + alpha / rank B A, by hand; without alphas the scale is 1."""
+    """Compute W + alpha / rank B A by hand; without alphas the scale is 1."""
     state = {name: value.clone() for name, value in net.state_dict().items()}
     for name, (down, up) in halves.items():
         scale = alphas[name] / down.shape[0] if alphas else 1.0
@@ -99,7 +99,7 @@ def diffusers(halves: Pairs) -> Tensors:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [kohya, comfyui], ids=lambda form: form.__name__)
-def test_single_files_with_alphas(
+def test_single_files_are_read_with_their_alphas(
     form: Callable[[Pairs], Tensors], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     net = tiny.net(trained=True)
@@ -112,7 +112,9 @@ def test_single_files_with_alphas(
 
 @pytest.mark.parametrize("settings", ["metadata", "alphas", "nothing"])
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_diffusers_files(settings: str, folder: bool, tmp_path: Path) -> None:
+def test_diffusers_files_are_read_with_their_scale(
+    settings: str, folder: bool, tmp_path: Path
+) -> None:
     """The scale is in the metadata that diffusers writes, or in `.alpha`, or is 1."""
     net = tiny.net(trained=True)
     halves = pairs(net)
@@ -134,8 +136,8 @@ def test_diffusers_files(settings: str, folder: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stabilized", [False, True], ids=["plain", "rank-stabilized"])
-def test_peft_folders_with_patterns(stabilized: bool, tmp_path: Path) -> None:
-    """peft's own file of uneven layers, with its own merge as the oracle."""
+def test_peft_folders_with_rank_patterns_are_read(stabilized: bool, tmp_path: Path) -> None:
+    """The file of uneven layers is peft's own, and its own merge is the oracle."""
     config = LoraConfig(
         r=2, lora_alpha=8, target_modules=["q", "ffn.0", "blocks.1.ffn.2"],
         rank_pattern={"blocks.1.self_attn.q": 4, "ffn.0": 3},
@@ -175,7 +177,7 @@ TARGETS = ("blocks", "head", "text_embedding", "time_embedding.2", "time_project
 
 
 def trained(net: EchoTransformer, targets: tuple[str, ...]) -> tuple[Lora, Tensors, str]:
-    """Adapters moved from zero, on `net` itself, and the fingerprint of its base."""
+    """Return adapters of `net` itself, moved from zero, and the fingerprint of its base."""
     lora, base = Lora(targets, rank=3, alpha=7.0), base_fingerprint(net)
     add_adapters(net, lora, seed=0)
     generator = torch.Generator().manual_seed(4)
@@ -186,8 +188,8 @@ def trained(net: EchoTransformer, targets: tuple[str, ...]) -> tuple[Lora, Tenso
 
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
-def test_diffusers_makes_of_the_file_what_merging_makes(image: bool, tmp_path: Path) -> None:
-    """Through the door of its users, `WanPipeline.load_lora_weights`; at most 1e-5 apart."""
+def test_the_file_loaded_by_diffusers_equals_merging(image: bool, tmp_path: Path) -> None:
+    """`WanPipeline.load_lora_weights`, which users call, gives the same output to 1e-5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     net = net_of(image)
@@ -211,7 +213,7 @@ def test_diffusers_makes_of_the_file_what_merging_makes(image: bool, tmp_path: P
 
 
 def patched_by_comfyui(state: Tensors, content: Tensors) -> Tensors:
-    """What ComfyUI makes of a model; AssertionError where it would say `lora key not loaded`."""
+    """Patch a model as ComfyUI does; raise AssertionError for `lora key not loaded`."""
     state, used = dict(state), set()
     for name, weight in state.items():
         stem = f"diffusion_model.{name.removesuffix('.weight')}"
@@ -238,7 +240,9 @@ def test_every_key_maps_in_comfyui(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", [("blocks",), ("cross_attn.{k,v}_audio",)], ids=str)
 def test_audio_layers_have_a_file_of_their_own(targets: tuple[str, ...], tmp_path: Path) -> None:
-    """Beside layers of Wan; our reader takes both, and says so where one is missing."""
+    """The file of Wan's layers and the one of audio layers are read together, or one is reported
+    missing.
+    """
     net = tiny.net(trained=True)
     lora, tensors, base = trained(net, targets)
     file = tmp_path / "lora.safetensors"
@@ -260,7 +264,7 @@ def test_audio_layers_have_a_file_of_their_own(targets: tuple[str, ...], tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_folder_and_the_file_say_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_folder_and_the_file_hold_the_same_adapters(dtype: torch.dtype, tmp_path: Path) -> None:
     net = tiny.net(trained=True)
     lora, tensors, base = trained(net, ("blocks", "head"))
     layers = sorted({name.split(".lora_")[0] for name in tensors})
@@ -323,7 +327,7 @@ def transposed(content: Tensors) -> Tensors:
         (transposed, r"blocks\.1\.ffn\.0: .* the layer is 64 x 48"),
     ],
 )
-def test_another_kind_of_file_is_one_line(
+def test_another_kind_of_file_gives_a_one_line_error(
     change: Callable[[Tensors], Tensors], message: str, tmp_path: Path
 ) -> None:
     net = tiny.net(trained=True)
@@ -336,7 +340,7 @@ def test_another_kind_of_file_is_one_line(
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
-def test_a_second_file_is_named_by_its_plain_name(tmp_path: Path) -> None:
+def test_a_second_file_has_a_plain_name(tmp_path: Path) -> None:
     net = tiny.net(trained=True)
     file = tmp_path / "lora.safetensors"
     save_file(kohya(pairs(net)), file, {"echolab_audio_layers": "../other.safetensors"})

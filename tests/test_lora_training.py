@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("reference", ["base", "average"])
-def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
+def test_a_resumed_run_equals_an_unbroken_run_and_keeps_the_base(
     tmp_path: Path, reference: str
 ) -> None:
     lora = adapted.LORA._replace(dropout=0.3)
@@ -63,14 +63,14 @@ def test_stopping_and_going_on_changes_nothing_and_the_base_stays(
         assert set(checkpoint.tensors(part)) == trained and len(trained) == 56
 
 
-def test_the_base_as_reference_is_what_a_frozen_copy_of_it_is(tmp_path: Path) -> None:
+def test_the_base_as_reference_equals_a_frozen_copy_of_it(tmp_path: Path) -> None:
     from echolab.models.frozen import Frozen
 
     made, copy = adapted.settings("base"), adapted.settings("base")
 
     class Pinned(Frozen):
         def load(self, weights: Any) -> None:
-            """It stays the base."""
+            """Leave the base unchanged."""
 
     frozen = Pinned(tiny.net(trained=True))
     copy["reference"] = frozen
@@ -91,7 +91,7 @@ def test_the_base_as_reference_is_what_a_frozen_copy_of_it_is(tmp_path: Path) ->
         (None, {}, "of other adapters: targets is .* there, None here"),
     ],
 )
-def test_other_adapters_and_another_base_are_refused(
+def test_a_run_refuses_other_adapters_and_another_base(
     tmp_path: Path, lora: Any, base: dict[str, Any], message: str
 ) -> None:
     from echolab.errors import CheckpointError
@@ -104,7 +104,7 @@ def test_other_adapters_and_another_base_are_refused(
 
 
 def ranked(root: Path, strategy: str, ranks: int) -> dict[str, Any]:
-    """The tensors of a run of four steps under a strategy."""
+    """Return the tensors of a run of four steps under a strategy."""
     out, plan = root / strategy, json.dumps([["sft", 2], ["dpo", 2]])
     script = [str(HERE / "ranked.py"), str(root), strategy, str(ranks), str(out)]
     command = [sys.executable, *script, f"plan={plan}", "lora=average"]
@@ -128,7 +128,7 @@ def test_two_ranks_train_the_same_adapters(tmp_path: Path) -> None:
 
 
 def velocities(net: EchoTransformer) -> torch.Tensor:
-    """Of the first clip of `encoded`."""
+    """Return the velocities of the first clip of `encoded`."""
     from echolab.types import Conditions
 
     one = {name: tensor[None] for name, tensor in encoded.tensors(0).items()}
@@ -138,7 +138,9 @@ def velocities(net: EchoTransformer) -> torch.Tensor:
         return net(one["latents"], torch.tensor([500.0]), report)
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_train_export_and_merge_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     clips, pairs = encoded.write(tmp_path / "data")
     words = ["train", *encoded.SETTINGS, f"data.clips={clips}", f"data.pairs={pairs}"]
     lora = ["lora=attention", "lora.r=2", "lora.lora_alpha=4"]

@@ -1,4 +1,4 @@
-"""The rules of the soup on small drawn pictures, and their layout at latent resolution."""
+"""The masks of each task on small synthetic frames, and their layout at latent resolution."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_the_tasks_are_ordered_from_hard_to_easy() -> None:
     assert generated == sorted(generated, reverse=True)
 
 
-def test_masks_of_full_frames() -> None:
+def test_tasks_of_full_frames_have_their_masks() -> None:
     def frames(task: str, **changes) -> list[int]:
         mask = known(task, **changes)
         assert torch.equal(mask.flatten(1).any(1), mask.flatten(1).all(1))
@@ -48,7 +48,7 @@ def test_avatar_sync_hides_the_head_and_follows_it() -> None:
     assert mask.flatten(1).any(1).all(), "what lies outside is given"
 
 
-def test_lip_sync_hides_the_lips_and_how_far_they_open() -> None:
+def test_lip_sync_hides_the_lips_at_their_widest() -> None:
     mask = known("lip_sync")
     for frame in range(FRAMES):
         x0, y0, x1, y1 = LIPS[frame].int().tolist()
@@ -77,8 +77,8 @@ def test_latent_masks_of_full_frames() -> None:
     assert not latent_known(known("t2v")).any()
 
 
-def test_a_channel_is_a_frame() -> None:
-    """Check channel c of latent frame i >= 1: frame 4i - 3 + c; frame 0 fills the first."""
+def test_a_mask_channel_is_a_frame() -> None:
+    """Channel c of latent frame i >= 1 is frame 4i - 3 + c; frame 0 fills the first."""
     for frame in range(1, FRAMES):
         mask = torch.zeros(FRAMES, 1, 16, 16, dtype=torch.bool)
         mask[frame] = True
@@ -87,7 +87,7 @@ def test_a_channel_is_a_frame() -> None:
 
 
 def test_borders_are_fractional_and_time_does_not_mix() -> None:
-    """Compare with the trilinear resize of the released pipeline, except for the first frame."""
+    """Masks equal the trilinear resize of the released pipeline, except for the first frame."""
     mask = known("lip_sync")
     shuffled = torch.cat([mask[:1].expand(4, -1, -1, -1), mask[1:]]).float()
     rows = shuffled.view(1, 3, 4, SIZE, SIZE).transpose(1, 2)  # [1, 4, F, Y, X]
@@ -112,7 +112,7 @@ def test_face_tokens_cover_the_union_of_the_boxes() -> None:
     assert corner.shape == (4 * 6,) and corner.nonzero().flatten().tolist() == [0]
 
 
-def test_what_does_not_fit_is_refused_with_its_number() -> None:
+def test_sizes_that_do_not_fit_are_refused_by_value() -> None:
     with pytest.raises(ConfigError, match="task=dance"):
         known("dance")
     with pytest.raises(DataError, match=r"lip boxes: shape \(8, 4\)"):

@@ -1,4 +1,4 @@
-"""Media: bytes and arrays are each other's inverse; nothing damaged passes as whole."""
+"""Media: encoding and decoding are inverse; damaged files never pass as complete."""
 
 import io
 import wave
@@ -25,7 +25,7 @@ from echolab.errors import DiskFullError, MediaError
 
 
 def ramp(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
-    """Smooth moving pictures, which a codec keeps well."""
+    """Return smooth moving frames, which a codec keeps well."""
     y, x = np.mgrid[:height, :width]
     time = np.arange(frames)[:, None, None]
     gray = 127 + 80 * np.sin(x / 9 + time / 5) * np.cos(y / 11)
@@ -38,13 +38,13 @@ def chirp(samples: int = 16000) -> np.ndarray:
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """`samples` [n, channels] as 16 bits."""
+    """Write `samples` [n, channels] as 16 bits."""
     with wave.open(str(path), "wb") as file:
         file.setparams((samples.shape[1], 2, rate, 0, "NONE", ""))
         file.writeframes((samples * 32767).astype("<i2").tobytes())
 
 
-def test_video_comes_back() -> None:
+def test_a_video_is_decoded_as_it_was_encoded() -> None:
     frames = ramp()
     back = decode_mp4(encode_mp4(frames))
     assert back.shape == frames.shape and back.dtype == np.uint8
@@ -53,11 +53,13 @@ def test_video_comes_back() -> None:
 
 
 def test_the_same_frames_give_the_same_bytes() -> None:
-    """Encode often: what an encoder finds in memory differs from call to call."""
+    """The clip is encoded often: what an encoder reads from fresh memory differs from call to
+    call.
+    """
     assert len({encode_mp4(ramp()) for _ in range(300)}) == 1
 
 
-def test_every_frame_comes_back_in_its_place() -> None:
+def test_every_frame_is_decoded_at_its_index() -> None:
     frames = np.zeros((30, 16, 16, 3), np.uint8) + np.arange(30, dtype=np.uint8)[
         :, None, None, None
     ] * np.uint8(8)
@@ -66,12 +68,12 @@ def test_every_frame_comes_back_in_its_place() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 15, 16, 3), (3, 16, 15, 3), (0, 16, 16, 3), (3, 16, 16)])
-def test_frames_that_cannot_be_a_video(shape: tuple[int, ...]) -> None:
+def test_frames_that_cannot_be_a_video_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(MediaError):
         encode_mp4(np.zeros(shape, np.uint8))
 
 
-def test_sound_comes_back_to_half_a_step() -> None:
+def test_audio_is_decoded_to_half_a_quantization_step() -> None:
     samples = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
     samples[:2] = 1, -1
     back = decode_flac(encode_flac(samples))
@@ -80,12 +82,12 @@ def test_sound_comes_back_to_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("samples", [np.zeros(0), np.array([np.nan]), np.zeros((2, 5))])
-def test_sound_that_is_none(samples: np.ndarray) -> None:
+def test_invalid_audio_is_refused(samples: np.ndarray) -> None:
     with pytest.raises(MediaError):
         encode_flac(samples.astype(np.float32))
 
 
-def test_a_written_video_keeps_its_sound_in_step(tmp_path: Path) -> None:
+def test_a_written_video_keeps_its_audio_in_sync(tmp_path: Path) -> None:
     samples = chirp(25 * 640)
     write_video(tmp_path / "a.mp4", ramp(25), samples)
     sound = read_audio_track(tmp_path / "a.mp4")
@@ -96,7 +98,7 @@ def test_a_written_video_keeps_its_sound_in_step(tmp_path: Path) -> None:
         assert sum(1 for _ in container.decode(video=0)) == 25
 
 
-def test_any_sound_becomes_16_khz_mono(tmp_path: Path) -> None:
+def test_any_audio_becomes_16_khz_mono(tmp_path: Path) -> None:
     time = np.arange(44100) / 44100
     tone = 0.5 * np.sin(2 * np.pi * 1000 * time)
     write_wav(tmp_path / "a.wav", np.stack([tone, tone], 1), 44100)
@@ -107,8 +109,8 @@ def test_any_sound_becomes_16_khz_mono(tmp_path: Path) -> None:
     assert abs(np.abs(samples[1000:-1000]).max() - 0.5) < 0.02
 
 
-def test_a_hole_in_the_sound_becomes_silence(tmp_path: Path) -> None:
-    """Later sound stays where its time stamps say, whatever is missing before it."""
+def test_a_gap_in_the_audio_becomes_silence(tmp_path: Path) -> None:
+    """Later audio stays at its time stamps, whatever is missing before it."""
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
         for start in (0, 16000):  # half a second each, from 0 s and from 1 s
@@ -123,7 +125,7 @@ def test_a_hole_in_the_sound_becomes_silence(tmp_path: Path) -> None:
     assert samples[16100:23900].min() > 0.2 and samples[100:7900].min() > 0.2
 
 
-def test_files_that_are_no_sound(tmp_path: Path) -> None:
+def test_files_without_audio_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("not a sound")
     write_video(tmp_path / "mute.mp4", ramp(), None)
     for name, problem in (("text.wav", "damaged"), ("mute.mp4", "no audio"), ("no", "not there")):
@@ -132,7 +134,7 @@ def test_files_that_are_no_sound(tmp_path: Path) -> None:
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_damaged_bytes_are_told() -> None:
+def test_damaged_bytes_are_reported() -> None:
     video, sound = encode_mp4(ramp()), encode_flac(chirp(800))
     tracks = encode_tracks(np.zeros((3, 4)), np.zeros((3, 4)))
     for decode, data in ((decode_mp4, video), (decode_flac, sound), (decode_tracks, tracks)):
@@ -152,7 +154,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and path.read_bytes() == b"old"
 
 
-def test_a_picture_is_seen_the_right_way_round(tmp_path: Path) -> None:
+def test_an_image_is_rotated_upright(tmp_path: Path) -> None:
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:5] = 255
     image = Image.fromarray(pixels)
@@ -163,19 +165,19 @@ def test_a_picture_is_seen_the_right_way_round(tmp_path: Path) -> None:
     assert seen.shape == (30, 20, 3) and np.array_equal(seen, np.rot90(pixels, -1))
 
 
-def test_transparency_goes_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_over_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png") == 255).all()
 
 
-def test_files_that_are_no_picture(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     for name in ("a.png", "missing.png"):
         with pytest.raises(MediaError, match=name):
             read_image(tmp_path / name)
 
 
-def test_tracks_come_back() -> None:
+def test_tracks_are_decoded_as_they_were_encoded() -> None:
     face = np.random.default_rng(0).uniform(0, 99, (7, 4)).astype(np.float32)
     tracks = decode_tracks(encode_tracks(face, face + 1, None, {"opening": np.arange(7)}))
     assert np.array_equal(tracks.face, face) and np.array_equal(tracks.lips, face + 1)

@@ -1,4 +1,4 @@
-"""Checkpointing and compiling change when things are computed, never what."""
+"""Activation checkpointing and compiling change when values are computed, never the values."""
 
 import copy
 from collections import Counter
@@ -30,7 +30,7 @@ def step(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Calls(TorchDispatchMode):
-    """How often each operator is run."""
+    """Counts the calls of each operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ def test_gradients_and_names_are_the_same_bit_for_bit(keep: tuple[str, ...]) -> 
         assert torch.equal(result[name], gradient), name
 
 
-def test_what_is_recomputed() -> None:
-    """All of the forward a second time; or all but the attention; or that of every other block."""
+def test_each_choice_recomputes_its_part() -> None:
+    """The full forward is recomputed; or all but the attention; or every second block."""
     plain, full, selective, half = (tiny.net(trained=True) for _ in range(4))
     checkpoint_blocks(full)
     checkpoint_blocks(selective, ATTENTION)
@@ -92,7 +92,7 @@ def test_activations_take_less_memory() -> None:
     assert saved(full) < 0.5 * saved(plain)
 
 
-def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
+def test_a_copy_of_a_checkpointed_network_is_independent() -> None:
     net = tiny.net(trained=True)
     checkpoint_blocks(net)
     expected, other = step(copy.deepcopy(net)), copy.deepcopy(net)
@@ -102,8 +102,8 @@ def test_a_copy_of_a_checkpointed_network_stands_alone() -> None:
     assert all(torch.equal(result, expected[name]) for name, result in step(other).items())
 
 
-def test_the_fused_optimiser_is_adamw() -> None:
-    """What the training module takes, beside torch's plain loop over parameters."""
+def test_the_fused_optimizer_is_adamw() -> None:
+    """The training module's optimizer equals torch's plain loop over parameters."""
     nets = tiny.net(trained=True), tiny.net(trained=True)
     module = DiffusionModule(
         nets[0], {}, optim=Optim(), seed=0, shift=5.0, heartbeat=Heartbeat(None)
@@ -126,7 +126,7 @@ def test_the_fused_optimiser_is_adamw() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_settings_by_name() -> None:
+def test_settings_are_chosen_by_name() -> None:
     net = tiny.net()
     usual = {"device": "cpu", "attention": "auto", "checkpointing": "none", "compiled": False}
     speed_up(net, **usual)
@@ -137,7 +137,7 @@ def test_settings_by_name() -> None:
         speed_up(net, **{**usual, "checkpointing": "half"})
 
 
-def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_checkpointing.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"compile=true: no C\+\+ compiler .*; install one"):
         compile_blocks(tiny.net())
@@ -145,7 +145,7 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("keep", [None, (), ATTENTION], ids=["kept", "full", "selective"])
 def test_compiled_blocks_compute_the_same(keep: tuple[str, ...] | None) -> None:
-    """Without code generation, which takes a minute here and is torch's own to test."""
+    """Code is not generated: that takes a minute here, and torch tests it itself."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net = tiny.net(trained=True)

@@ -1,3 +1,5 @@
+"""The metrics log: strict JSON lines, which several attempts continue."""
+
 import json
 import math
 from pathlib import Path
@@ -10,7 +12,7 @@ from echolab.errors import DataError
 from echolab.tracking.metrics import MetricsLog, read_metrics, series
 
 
-def test_what_is_logged_is_read(tmp_path: Path) -> None:
+def test_logged_rows_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     log = MetricsLog(path, attempt=0)
     log.log(1, {"train/loss": 2.0})
@@ -65,8 +67,8 @@ def test_older_rows_stay_in_the_file(tmp_path: Path) -> None:
     assert series(read_metrics(path), "loss") == ([1, 2, 3, 4], [0.0, 1.0, 1.0, 1.0])
 
 
-def test_checks_that_are_repeated_leave_the_last_step_its_row(tmp_path: Path) -> None:
-    """An attempt may begin at the last step, with nothing but the checks of the end."""
+def test_repeated_checks_keep_the_row_of_the_last_step(tmp_path: Path) -> None:
+    """An attempt may begin at the last step, with only the checks of the end."""
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path, 1).log(6, {"train/loss": 0.5})
     MetricsLog(path, 1).log(6, {"val/loss": 0.25})

@@ -1,4 +1,4 @@
-"""Cepstra: the reference program's numbers, and the mistakes that would not show."""
+"""Cepstra: the reference program's numbers, and mistakes that would stay silent."""
 
 import math
 from pathlib import Path
@@ -18,14 +18,14 @@ def noise(count: int, scale: float = 0.1) -> np.ndarray:
     ("samples", "columns"),
     [(1, 1), (400, 1), (401, 2), (560, 2), (561, 3), (16_000, 99), (64_000, 399)],
 )
-def test_columns_of_a_sound(samples: int, columns: int) -> None:
+def test_audio_has_a_column_for_every_ten_milliseconds(samples: int, columns: int) -> None:
     assert frame_count(samples) == columns
     assert mfcc(noise(samples)).shape == (columns, 13)
 
 
 @pytest.mark.media
-def test_the_reference_program_gives_the_same(media: Path) -> None:
-    """python_speech_features on the sound of a real clip; ffmpeg's resampler stands between."""
+def test_cepstra_equal_those_of_the_reference_program(media: Path) -> None:
+    """python_speech_features gets the audio of a real clip; ffmpeg's resampler is in between."""
     golden = np.load(media / "syncnet_golden_seed1000.npz", allow_pickle=False)["mfcc"]
     cepstra = mfcc(read_audio(media / "video" / "th_lrs3_crop224.mp4"))
     assert cepstra.shape == (1573, 13)
@@ -34,7 +34,7 @@ def test_the_reference_program_gives_the_same(media: Path) -> None:
 
 
 def test_the_scale_of_the_samples_moves_the_log_energy_alone() -> None:
-    """The silent error: sound in [-1, 1] taken for integers would miss 2 ln 32768 = 20.79."""
+    """The silent error: audio in [-1, 1] taken for integers would miss 2 ln 32768 = 20.79."""
     loud = np.round(noise(16_000) * 512) / 512  # whole as integers, at a 64th too
     quiet = loud / 64
     shift = mfcc(loud.astype(np.float32)) - mfcc(quiet.astype(np.float32))
@@ -43,20 +43,20 @@ def test_the_scale_of_the_samples_moves_the_log_energy_alone() -> None:
 
 
 def test_samples_count_as_integers() -> None:
-    """The log energy of a constant 1 of 32768, pre-emphasised: 1, 0.03, 0.03, ..."""
+    """The log energy is that of a constant 1 of 32768, pre-emphasized: 1, 0.03, 0.03, ..."""
     cepstra = mfcc(np.full(400, 1 / 32768, np.float32))[0, 0]
     emphasised = np.r_[1.0, np.full(399, 0.03)]
     energy = (np.abs(np.fft.rfft(emphasised, 512)) ** 2 / 512).sum()
     assert cepstra == pytest.approx(math.log(energy), abs=1e-5)
 
 
-def test_a_full_scale_sound_keeps_its_sign() -> None:
+def test_full_scale_audio_keeps_its_sign() -> None:
     """+1 has no 16-bit integer; it must not become -32768."""
     square = np.where(np.arange(1600) // 40 % 2, 1.0, -1.0).astype(np.float32)
     np.testing.assert_allclose(mfcc(square), mfcc(square * 0.9999), atol=0.01)
 
 
-def test_silence_is_finite_and_a_later_sound_is_not_heard_before() -> None:
+def test_silence_is_finite_and_later_audio_changes_no_earlier_column() -> None:
     assert np.isfinite(mfcc(np.zeros(3200, np.float32))).all()
     sound = np.concatenate([np.zeros(1600, np.float32), noise(1600)])
     cepstra = mfcc(sound)
@@ -71,7 +71,7 @@ def test_a_delay_of_ten_milliseconds_is_one_column() -> None:
     np.testing.assert_allclose(mfcc(late)[2:-3], mfcc(sound)[1:-3], atol=1e-3)
 
 
-def test_filters_are_triangles_that_meet() -> None:
+def test_filters_are_adjoining_triangles() -> None:
     bank = mel_filters()
     assert bank.shape == (26, 257) and bank.min() == 0 and bank.max() == 1
     peaks = bank.argmax(1)

@@ -1,4 +1,6 @@
-"""Mixing, buckets and remainders: pure functions of the batch's number that keep their promises."""
+"""Mixing, buckets and last batches: pure functions of the batch's index that keep their
+promises.
+"""
 
 from collections import Counter
 
@@ -22,13 +24,15 @@ SIZES = [(2, 4, 4), (2, 4, 6), (3, 8, 8), (5, 4, 4)]
 
 
 @given(st.integers(0, 50), st.integers(1, 90), st.integers(0, 200), st.integers(0, 200))
-def test_the_sum_of_floors(count: int, modulus: int, slope: int, offset: int) -> None:
+def test_the_sum_of_floors_equals_the_direct_sum(
+    count: int, modulus: int, slope: int, offset: int
+) -> None:
     expected = sum((slope * i + offset) // modulus for i in range(count))
     assert floor_sum(count, modulus, slope, offset) == expected
 
 
 @given(WEIGHTS, st.integers(0, 3), st.integers(0, 400), st.integers(0, 60))
-def test_what_was_before_is_counted_without_going_there(
+def test_earlier_batches_are_counted_without_iterating(
     weights: list[float], seed: int, first: int, more: int
 ) -> None:
     mixing = Interleaver(weights, seed)
@@ -38,7 +42,7 @@ def test_what_was_before_is_counted_without_going_there(
 
 
 @given(WEIGHTS, st.integers(0, 3), st.integers(0, 10**12))
-def test_everyone_has_had_its_share_at_every_moment(
+def test_every_dataset_has_its_share_at_every_step(
     weights: list[float], seed: int, position: int
 ) -> None:
     counts = Interleaver(weights, seed).counts(position)
@@ -49,7 +53,7 @@ def test_everyone_has_had_its_share_at_every_moment(
 
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
-def test_weights_that_say_nothing_are_refused(weights: list[float]) -> None:
+def test_meaningless_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="need one 0 or more for each dataset"):
         Interleaver(weights)
 
@@ -69,7 +73,7 @@ SOURCES = st.lists(
 
 
 def counted(plan: BatchSampler, batches: int) -> list[Counter[tuple[int, int]]]:
-    """For each dataset, how often each (epoch, sample) came."""
+    """Count for each dataset how often each (epoch, sample) came."""
     counts: list[Counter[tuple[int, int]]] = [Counter() for _ in plan.sources]
     for number in range(batches):
         for drawn in plan.batch(number):
@@ -79,7 +83,7 @@ def counted(plan: BatchSampler, batches: int) -> list[Counter[tuple[int, int]]]:
 
 
 def check_exact(plan: BatchSampler, batches: int, left_out: dict[int, int] | None = None) -> None:
-    """No sample twice an epoch; none missing in an epoch that was gone through."""
+    """Assert that no sample comes twice an epoch, and none is missing in a completed epoch."""
     for number, seen in enumerate(counted(plan, batches)):
         samples = plan.sources[number].samples
         assert set(seen.values()) <= {1}
@@ -117,7 +121,7 @@ def test_batches_have_one_size_and_about_as_many_tokens(
         assert (budget or largest) * batch / 2 < tokens <= (budget or largest) * batch
 
 
-def test_datasets_come_by_weight() -> None:
+def test_datasets_are_mixed_by_weight() -> None:
     sources = [Source("a", "a", [50], SIZES[0], 3.0), Source("b", "b", [500], SIZES[0], 1.0)]
     plan = BatchSampler(sources, batch_size=8, seed=0)
     for count in (1, 10, 100):
@@ -126,7 +130,7 @@ def test_datasets_come_by_weight() -> None:
     check_exact(plan, 100)
 
 
-def test_sizes_share_the_clips_by_the_datasets_numbers() -> None:
+def test_sizes_are_mixed_by_their_numbers_of_clips() -> None:
     # Four small clips stand in the place of one large one: batches of them come a quarter as often.
     sources = [Source("a", "a", [400], (4, 4, 4)), Source("b", "b", [400], (4, 8, 8))]
     plan = BatchSampler(sources, batch_size=2, seed=0)
@@ -137,7 +141,7 @@ def test_sizes_share_the_clips_by_the_datasets_numbers() -> None:
 
 
 @pytest.mark.parametrize("samples", [[7], [3, 0, 9], [8]])
-def test_remainders(samples: list[int]) -> None:
+def test_the_last_partial_batch_is_dropped_or_padded(samples: list[int]) -> None:
     total, batch = sum(samples), 4
 
     def plan(remainder: str) -> BatchSampler:
@@ -180,7 +184,7 @@ def test_remainders(samples: list[int]) -> None:
         ([("a", [3], 1), ("b", [3], None)], ShuffleConfig(), "one for each dataset, or none"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(
+def test_an_impossible_plan_is_refused(
     sources: list[tuple[str, list[int], float | None]], order: ShuffleConfig, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -192,7 +196,7 @@ def test_a_plan_that_cannot_be_is_refused(
         )
 
 
-def test_a_dataset_of_weight_nothing_is_not_met() -> None:
+def test_a_dataset_of_weight_zero_is_not_read() -> None:
     sources = [Source("a", "a", [50], SIZES[0], 1.0), Source("b", "b", [50], SIZES[1], 0.0)]
     plan = BatchSampler(sources, batch_size=4, seed=0)
     assert {clip.source for i in range(20) for clip in plan.batch(i)} == {0}
@@ -200,7 +204,7 @@ def test_a_dataset_of_weight_nothing_is_not_met() -> None:
 
 
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
-def test_every_rank_meets_every_shard_of_every_dataset(size: tuple[int, int, int]) -> None:
+def test_every_rank_reads_every_shard_of_every_dataset(size: tuple[int, int, int]) -> None:
     sources = [Source("a", "a", [10] * 8, SIZES[0]), Source("b", "b", [10] * 8, size)]
     plan, ranks = BatchSampler(sources, batch_size=16, seed=0), 4
     met: list[set[tuple[int, int]]] = [set() for _ in range(ranks)]
@@ -216,7 +220,7 @@ def test_every_rank_meets_every_shard_of_every_dataset(size: tuple[int, int, int
 SHARDS_OF_MANY, RANKS, WORKERS, A_RANK = 2000, 1024, 8, 8
 
 
-def test_a_thousand_ranks_of_eight_workers_all_read_neighbours() -> None:
+def test_a_thousand_ranks_of_eight_workers_all_read_neighbors() -> None:
     # One dataset of two million samples, 8 clips a rank and step, cut as TrainDataset cuts it.
     source = Source("a", "a", [1000] * SHARDS_OF_MANY)
     plan = BatchSampler([source], batch_size=RANKS * A_RANK, seed=0)
@@ -239,6 +243,6 @@ def test_a_thousand_ranks_of_eight_workers_all_read_neighbours() -> None:
     assert min(met) >= 16  # another shard nearly each step: no rank keeps to a part of the data
 
 
-def test_the_drawn_clips_are_told_by_integers() -> None:
+def test_a_sampled_clip_is_identified_by_integers() -> None:
     clip = BatchSampler([Source("a", "a", [5])], batch_size=2, seed=0).batch(3)[0]
     assert isinstance(clip, DrawnSample) and all(type(value) is int for value in clip[:3])

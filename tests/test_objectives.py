@@ -1,4 +1,4 @@
-"""What is minimised: errors by hand, gradients as identities, pairs under one noise."""
+"""The objectives: errors by hand, gradients as identities, pairs under one noise."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def test_errors_are_fp32_under_a_half_precision_network() -> None:
     torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
 
 
-def test_supervised_is_the_mean_and_reports_each_clip() -> None:
+def test_the_supervised_loss_is_the_mean_and_reports_each_clip() -> None:
     net = tiny.net(trained=True)
     loss = Supervised(PHASES)(net, tiny.batch(), DRAWS)
     assert loss.value.item() == pytest.approx(loss.parts["error"].mean().item())
@@ -72,8 +72,8 @@ def test_supervised_is_the_mean_and_reports_each_clip() -> None:
 
 
 @pytest.mark.parametrize("phases", [ModalityDropout(PHDA), ModalityScaling(PHDA)])
-def test_an_untrained_policy_has_log_2_and_half_the_gradient(phases) -> None:
-    """Check the factor 1/2 at the reference: half the gradient of chosen - rejected error."""
+def test_an_untrained_policy_has_loss_log_2_and_half_the_gradient(phases) -> None:
+    """At the reference the gradient is 1/2 of that of chosen - rejected error."""
     net = tiny.net(trained=True)
     pair = tiny.pair()
     loss = Preference(phases, frozen(net), beta=700.0)(net, pair, DRAWS)
@@ -93,7 +93,7 @@ def moved(net: nn.Module, seed: int = 3) -> nn.Module:
     return other
 
 
-def test_the_gradient_factor_is_what_multiplies_the_margin() -> None:
+def test_the_gradient_factor_multiplies_the_margin() -> None:
     reference = tiny.net(trained=True)
     policy, pair = moved(reference), tiny.pair()
     one = PreferencePair(
@@ -120,7 +120,7 @@ def test_swapping_the_pair_negates_the_margin() -> None:
     torch.testing.assert_close(objective(policy, swapped, DRAWS).parts["margin"], -margin)
 
 
-def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
+def test_policy_and_reference_chosen_and_rejected_get_the_same_noise() -> None:
     net, seen = tiny.net(trained=True), []
 
     def recording(noisy: Tensor, timesteps: Tensor, conditions, weights) -> Tensor:
@@ -140,8 +140,8 @@ def test_policy_and_reference_chosen_and_rejected_meet_the_same_noise() -> None:
     assert torch.equal(times[:2], times[2:])
 
 
-def test_the_example_of_the_docstring() -> None:
-    """Choose velocities so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
+def test_the_example_of_the_docstring_holds() -> None:
+    """The velocities are chosen so that the four errors are 1.0, 1.5 and 1.2, 1.5."""
     pair, ones = tiny.pair(1), torch.ones(1, *tiny.SHAPE)
     draws = Draws(*(part[:1] for part in DRAWS))
     targets = torch.cat([draws.noise - pair.chosen, draws.noise - pair.rejected])
@@ -169,7 +169,7 @@ def test_the_anchor_adds_the_chosen_error() -> None:
 
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_every_loss_type_has_gradients_of_error_size(loss_type: str) -> None:
-    """Check every beta: a learning rate tuned for one serves the others."""
+    """This holds for every beta: a learning rate tuned for one serves the others."""
     net, pair = tiny.net(trained=True), tiny.pair()
     size = gradient(net, Supervised(PHASES)(net, tiny.batch(), DRAWS).value).norm()
     for beta in (20.0, 2000.0):
@@ -191,7 +191,7 @@ def test_negative_preference_pushes_the_error_up_and_saturates() -> None:
     assert far.parts["gradient_factor"].max() < 1e-6
 
 
-def test_the_reference_learns_nothing() -> None:
+def test_the_reference_gets_no_gradient() -> None:
     net = tiny.net(trained=True)
     reference, policy = frozen(net), moved(net)
     Preference(PHASES, reference, 50.0)(policy, tiny.pair(), DRAWS).value.backward()
@@ -215,7 +215,7 @@ def test_beta_follows_the_margin_to_the_target() -> None:
     assert beta.value == 1000.0, "a margin below 0 asks for all there is"
 
 
-def test_beta_goes_on_from_its_state_bit_for_bit() -> None:
+def test_beta_resumes_from_its_state_bit_for_bit() -> None:
     margins = (torch.rand(20, generator=torch.Generator().manual_seed(0)) / 100).tolist()
     unbroken, first = AdaptiveBeta(1000.0, 0.2), AdaptiveBeta(1000.0, 0.2)
     for margin in margins:
@@ -229,7 +229,7 @@ def test_beta_goes_on_from_its_state_bit_for_bit() -> None:
     assert second.value == unbroken.value and second.state_dict() == unbroken.state_dict()
 
 
-def test_a_call_leaves_beta_alone_and_a_step_moves_it() -> None:
+def test_beta_changes_at_steps_and_not_at_calls() -> None:
     reference = tiny.net(trained=True)
     policy = moved(reference)
     objective = Preference(PHASES, frozen(reference), 1000.0, target_grad_factor=0.1)
@@ -250,6 +250,6 @@ def test_a_call_leaves_beta_alone_and_a_step_moves_it() -> None:
         ({"beta": 1.0, "target_grad_factor": 0.5}, "target_grad_factor=0.5"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Preference(PHASES, always(torch.zeros(1)), **settings)

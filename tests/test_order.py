@@ -1,4 +1,4 @@
-"""The order of an epoch: everything once, repeatable, local, and different each time."""
+"""The order of an epoch: every sample once, repeatable, local, and different each epoch."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -46,11 +46,10 @@ def shuffling(
 
 
 def uniformity(orders: Sequence[np.ndarray], *, block: int = BLOCK_SIZE) -> float | None:
-    """How likely epochs are to look at least so uneven by chance; below 0.001 something is wrong.
-
-    The chi-square test of where the samples of the first tenth stand, one of each block, since
-    those of a block stand together.  `orders` are epochs, [samples] each; None where they are too
-    few to tell.
+    """Return how likely epochs are to be at least so uneven by chance; below 0.001 they are
+    suspect. The chi-square test is over the positions of the samples of the first tenth, one
+    of each block, since the samples of a block stay together. `orders` are epochs, [samples]
+    each; return None if they are too few for a verdict.
     """
     samples = len(orders[0])
     watched = np.arange(0, max(1, samples // 10), block)
@@ -66,7 +65,7 @@ def uniformity(orders: Sequence[np.ndarray], *, block: int = BLOCK_SIZE) -> floa
 
 
 def _open_at_once(where: np.ndarray, shard: np.ndarray, part: np.ndarray) -> int:
-    """The most blocks of which some samples were met and others not yet."""
+    """Return the most blocks of which some samples were read and others not yet."""
     _, number = np.unique(np.stack([shard, part]), axis=1, return_inverse=True)
     begun = np.full(number.max() + 1, len(where))
     np.minimum.at(begun, number, where)
@@ -81,14 +80,14 @@ SHARDS = st.lists(st.integers(0, 40), max_size=12)
 
 
 @given(SHARDS, st.integers(0, 5), st.integers(0, 3), st.integers(1, 50), st.integers(0, 60))
-def test_every_sample_is_met_exactly_once(
+def test_every_sample_comes_exactly_once(
     shards: list[int], seed: int, epoch: int, block: int, buffer: int
 ) -> None:
     order = epoch_order(shards, "f", seed=seed, epoch=epoch, block_size=block, buffer_size=buffer)
     assert sorted(order.tolist()) == list(range(sum(shards)))
 
 
-def test_it_depends_on_fingerprint_seed_and_epoch_alone() -> None:
+def test_the_order_depends_on_fingerprint_seed_and_epoch_alone() -> None:
     def order(fingerprint: str = "f", seed: int = 1, epoch: int = 2) -> list[int]:
         return epoch_order([30, 40, 5], fingerprint, seed=seed, epoch=epoch).tolist()
 
@@ -97,7 +96,7 @@ def test_it_depends_on_fingerprint_seed_and_epoch_alone() -> None:
     assert all(other != order() for other in others)
 
 
-def test_without_a_buffer_neighbours_stay_together() -> None:
+def test_without_a_buffer_neighbors_stay_together() -> None:
     order = epoch_order([64, 64], "f", seed=0, epoch=0, block_size=8, buffer_size=0)
     assert (np.diff(order.reshape(-1, 8), axis=1) == 1).all()
 
@@ -110,13 +109,13 @@ def test_the_buffer_bounds_how_far_a_sample_moves() -> None:
     assert 0 < max(distance) < 30
 
 
-def test_the_order_is_the_one_that_runs_of_today_resume_in() -> None:
+def test_the_order_is_that_of_existing_runs() -> None:
     # If this changes, a run that was stopped before the change meets other samples after it.
     assert epoch_order([3, 4], "f", seed=0, epoch=0, block_size=2).tolist() == [5, 6, 0, 3, 2, 1, 4]
 
 
 @given(SHARDS, st.integers(1, 50), st.integers(0, 60), st.data())
-def test_any_part_is_worked_out_by_itself(
+def test_any_part_of_the_order_is_computed_independently(
     shards: list[int], block: int, buffer: int, data: st.DataObject
 ) -> None:
     order = EpochOrder(shards, "f", seed=1, epoch=2, block_size=block, buffer_size=buffer)
@@ -137,18 +136,18 @@ def epochs() -> list[np.ndarray]:
     return [epoch_order(SHARDS_OF_IDS, "f", seed=7, epoch=epoch) for epoch in range(40)]
 
 
-def test_neighbours_are_parted(epochs: list[np.ndarray]) -> None:
+def test_neighbors_are_separated(epochs: list[np.ndarray]) -> None:
     assert all(shuffling(SHARDS_OF_IDS, order).adjacency < 0.02 for order in epochs)
 
 
-def test_every_epoch_is_another(epochs: list[np.ndarray]) -> None:
+def test_every_epoch_has_another_order(epochs: list[np.ndarray]) -> None:
     for one, other in combinations(epochs, 2):
         assert np.mean(one == other) < 0.01
         # Nor is one the other moved along, or turned around.
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.2
 
 
-def test_every_sample_may_stand_anywhere(epochs: list[np.ndarray]) -> None:
+def test_every_sample_may_come_at_any_position(epochs: list[np.ndarray]) -> None:
     assert 0.001 < (uniformity(epochs) or 0)
     for block in (7, 320, 624):  # one sample's own places, over the epochs
         places = [np.flatnonzero(order == 32 * block)[0] * 8 // IDS for order in epochs]
@@ -161,7 +160,7 @@ def test_every_sample_may_stand_anywhere(epochs: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
-def test_every_rank_meets_every_shard(epochs: list[np.ndarray], world: int) -> None:
+def test_every_rank_reads_every_shard(epochs: list[np.ndarray], world: int) -> None:
     of_ranks = [
         np.concatenate([order.reshape(-1, 16)[:, rank * 16 // world] for order in epochs])
         for rank in range(world)
@@ -169,7 +168,7 @@ def test_every_rank_meets_every_shard(epochs: list[np.ndarray], world: int) -> N
     assert all(len(set((own // 250).tolist())) == len(SHARDS_OF_IDS) for own in of_ranks)
 
 
-def test_a_report_tells_a_bad_shuffle_from_a_good_one(epochs: list[np.ndarray]) -> None:
+def test_the_measures_distinguish_a_bad_shuffle_from_a_good_one(epochs: list[np.ndarray]) -> None:
     still = shuffling(SHARDS_OF_IDS, np.arange(IDS))
     good = shuffling(SHARDS_OF_IDS, epochs[0])
     assert still == Shuffling(1.0, 0.0, still.shards, 1)
@@ -179,7 +178,7 @@ def test_a_report_tells_a_bad_shuffle_from_a_good_one(epochs: list[np.ndarray]) 
     assert good.open_blocks <= 2 * 1024 // 32 + 2
 
 
-def test_planning_ten_to_the_eight_samples_takes_little_memory() -> None:
+def test_planning_100_million_samples_takes_little_memory() -> None:
     shards = np.full(100_000, 1000, dtype=np.int64)
     tracemalloc.start()
     order = EpochOrder(shards, "f", seed=0, epoch=0)

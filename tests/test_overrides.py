@@ -37,7 +37,9 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 @pytest.mark.parametrize("key", TEXTS)
 def test_text_is_taken_as_typed(key: str) -> None:
-    """Composing takes a quarter of a second: one odd text for each setting, and all below."""
+    """Composing takes a quarter of a second, so each setting gets one odd text here; the other
+    texts are below.
+    """
     start = "" if key in ("lora.init_from", "data.clips") else "data.clips=x"
     text = TYPED[TEXTS.index(key)]
     config = compose([word for word in (start, "lora=all", f"{key}={text}") if word] + (
@@ -83,11 +85,11 @@ def test_every_text_reads_back(key: str) -> None:
         ),
     ],
 )
-def test_what_remains_hydras(word: str, value: Any) -> None:
+def test_other_values_are_parsed_by_hydra(word: str, value: Any) -> None:
     assert read(as_hydra([word])[0]) == value
 
 
-def test_interpolations_remain() -> None:
+def test_interpolations_still_work() -> None:
     config = compose(["data.clips=x", "seed=7", "run_dir=runs/a=b (${seed})"])
     assert config["run_dir"] == "runs/a=b (7)"
     assert as_hydra(["--cfg", "job", "-m", "~optim.max_grad_norm", "seed"]) == [
@@ -95,7 +97,7 @@ def test_interpolations_remain() -> None:
     ]  # fmt: skip
 
 
-def test_in_a_sweep_a_comma_separates_and_quotes_keep_it() -> None:
+def test_in_a_sweep_a_comma_separates_unless_it_is_quoted() -> None:
     typed = ["/d/(x)/~y/ü", "a=b#c", "$x{y}", "it's", "a\\b", "2024"]
     runs = members([f"data.clips={','.join(typed)},'p,q',[r=s,t]"], compose_both)
     values = [compose(member.words)["data"]["clips"] for member in runs]
@@ -105,7 +107,7 @@ def test_in_a_sweep_a_comma_separates_and_quotes_keep_it() -> None:
 
 
 def test_words_pass_through_the_command_of_a_rank() -> None:
-    """And the folder of a member, whatever it is called."""
+    """The folder of a sweep's member passes too, with any name."""
     words = [f"pretrained={text}" for text in TYPED]
     program = "import json, sys; print(json.dumps(sys.argv[1:]))"
     given = [sys.executable, "-c", program, *command(words)[-len(words) :]]
@@ -119,7 +121,7 @@ def test_words_pass_through_the_command_of_a_rank() -> None:
 def test_ranks_get_the_folder_of_their_supervisor(
     run: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """They compose the settings again, later."""
+    """Ranks compose the settings again, later."""
     commands: list[list[str]] = []
 
     class Recorded:
@@ -139,7 +141,7 @@ def test_ranks_get_the_folder_of_their_supervisor(
 
 
 def test_all_settings_that_hold_paths_or_text_are_known() -> None:
-    """They are those for which the schema of the settings takes any text."""
+    """They are the settings whose schema accepts any text."""
 
     def takes_text(config: Any, path: tuple[str, ...]) -> bool:
         changed = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""Each preference loss against trl's own, driven with minus the errors as log-likelihoods."""
+"""Each preference loss equals trl's own, given minus the errors as log-likelihoods."""
 
 import collections
 import types
@@ -15,7 +15,7 @@ trl = pytest.importorskip("trl")
 
 
 class _OneProcess:
-    """What trl's loss asks of accelerate."""
+    """The part of accelerate that trl's loss needs."""
 
     device = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def drawn(seed: int) -> PairErrors:
 
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 @pytest.mark.parametrize("beta", [0.5, 20.0])
-def test_value_and_gradient_are_those_of_trl(loss_type: str, beta: float) -> None:
+def test_value_and_gradient_equal_those_of_trl(loss_type: str, beta: float) -> None:
     smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
     ours, theirs = drawn(1), drawn(1)
     mine = PAIR_LOSSES[loss_type](ours, beta, smoothing)
@@ -84,8 +84,8 @@ def test_value_and_gradient_are_those_of_trl(loss_type: str, beta: float) -> Non
         torch.testing.assert_close(left_gradient, right_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_ours_are_all_of_trls() -> None:
-    """Check that a loss type which trl adds or drops is noticed."""
+def test_every_loss_type_of_trl_is_supported() -> None:
+    """A loss type that trl adds or drops fails here."""
     with pytest.raises(ValueError, match="Unknown loss type") as refused:
         oracle(drawn(0), "none of them", 1.0, 0.0)
     named = set(str(refused.value).split("[", 1)[1].rstrip("]").replace("'", "").split(", "))

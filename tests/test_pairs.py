@@ -73,7 +73,7 @@ def candidates(net: EchoTransformer, dataset: ShardDataset, tmp_path: Path) -> P
 
 
 def verdicts_of(dataset: ShardDataset, syncs: list[list[float]]) -> dict[tuple[str, int], Verdict]:
-    """Verdicts by prompt and candidate that differ in sync alone."""
+    """Return verdicts by prompt and candidate that differ in sync alone."""
     return {
         (key, number): Verdict(sync, 0.9, 0.1)
         for key, row in zip(dataset.keys, syncs, strict=False)
@@ -81,7 +81,7 @@ def verdicts_of(dataset: ShardDataset, syncs: list[list[float]]) -> dict[tuple[s
     }
 
 
-def test_candidates_are_a_pure_function_of_seed_key_and_number(
+def test_candidates_are_a_pure_function_of_seed_key_and_index(
     net: EchoTransformer, dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
     drawn = dict(read_candidates(candidates))
@@ -106,7 +106,7 @@ def test_each_candidate_has_the_next_guidance(
         torch.testing.assert_close(clips[number], alone[0], rtol=1e-2, atol=1e-2)
 
 
-def test_sampling_goes_on_with_the_first_file_that_is_missing(
+def test_sampling_resumes_at_the_first_missing_file(
     net: EchoTransformer, dataset: ShardDataset, candidates: Path
 ) -> None:
     first, last = sorted(candidates.glob("*.safetensors"))
@@ -137,7 +137,7 @@ def test_more_than_ten_candidates_stay_in_order(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_verdict_tells_sync_identity_and_flicker() -> None:
+def test_a_verdict_has_sync_identity_and_flicker() -> None:
     torch.manual_seed(0)
     clips = drawn.clips(4)
     sync, frame = SyncNetDemo().eval(), FrameFeatures(labels=6, size=64).eval()
@@ -158,7 +158,7 @@ def test_a_verdict_tells_sync_identity_and_flicker() -> None:
     assert one[0] == pytest.approx(all_[1], abs=1e-4)
 
 
-def test_a_total_is_of_standardised_parts() -> None:
+def test_a_total_is_the_sum_of_standardized_parts() -> None:
     verdicts = {("a", n): Verdict(1.0 * n, 0.5, 0.1) for n in range(4)}
     scores = total_scores(verdicts)
     assert sum(scores.values()) == pytest.approx(0)
@@ -172,13 +172,13 @@ def test_a_total_is_of_standardised_parts() -> None:
     assert total_scores({("a", 0): good}) == {("a", 0): 0}
 
 
-def test_best_and_worst_are_found_within_each_prompt() -> None:
+def test_best_and_worst_are_chosen_within_each_prompt() -> None:
     scores = {("a", 0): 1.0, ("a", 1): 3.0, ("a", 2): -1.0, ("b", 0): 9.0, ("b", 1): 8.0,
               ("c", 0): 5.0}  # fmt: skip
     assert best_and_worst(scores) == {"a": (1, 2), "b": (0, 1)}
 
 
-def test_pairs_are_packed_whole_and_read_back(
+def test_packed_pairs_are_read_back_complete(
     dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
     verdicts = verdicts_of(dataset, [[0, 4, 9], [9, 5, 0], [3, 9, 0]])
@@ -205,7 +205,7 @@ def test_pairs_are_packed_whole_and_read_back(
         assert float(pair.weight.mean()) == pytest.approx(1, rel=1e-5)
 
 
-def test_a_pair_that_differs_little_is_left_out(
+def test_a_pair_that_differs_little_is_omitted(
     dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
     verdicts = verdicts_of(dataset, [[0, 4, 9], [5, 5.1, 5.2], [9, 3, 0]])
@@ -257,14 +257,14 @@ def test_verdicts_survive_a_stop_in_the_middle_of_a_line(tmp_path: Path) -> None
         assert read_verdicts(path) == every, cut
 
 
-def test_a_verdict_file_is_lines_of_plain_json(tmp_path: Path) -> None:
+def test_a_verdict_file_must_be_lines_of_plain_json(tmp_path: Path) -> None:
     append_verdicts(tmp_path / "v", "a", [Verdict(0.5, 0.25, 0.125)])
     line = json.loads((tmp_path / "v").read_text())
     assert line == {"key": "a", "candidate": 0, "sync": 0.5, "identity": 0.25, "flicker": 0.125}
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"weights": "b"}, {"steps": 3}, {"candidates": 4}])
-def test_a_folder_goes_on_with_the_same_request_alone(
+def test_a_folder_resumes_only_with_the_same_request(
     net: EchoTransformer, dataset: ShardDataset, tmp_path: Path, change: dict[str, object]
 ) -> None:
     sample(net, dataset, tmp_path)

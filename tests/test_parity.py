@@ -1,4 +1,6 @@
-"""The same weights in diffusers' `WanTransformer3DModel` and here: outputs and all gradients."""
+"""The same weights in diffusers' `WanTransformer3DModel` and here give equal outputs and
+gradients.
+"""
 
 import math
 import re
@@ -63,7 +65,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def gradients(velocity: Tensor, net: nn.Module) -> dict[str, Tensor]:
-    """Compare gradients of every parameter, along one direction of the velocity."""
+    """Return the gradients of every parameter, along one direction of the velocity."""
     net.zero_grad()
     (velocity.float() * tiny.latents(seed=5)).sum().backward()
     actual = {name: parameter.grad for name, parameter in net.named_parameters()}
@@ -72,7 +74,7 @@ def gradients(velocity: Tensor, net: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
-def test_fp32_output_and_every_gradient(image: bool) -> None:
+def test_output_and_every_gradient_agree_in_fp32(image: bool) -> None:
     net = net_of(image)
     theirs = theirs_of(net)
     ours, expected = both(net, theirs, torch.float32)
@@ -88,7 +90,7 @@ def test_fp32_output_and_every_gradient(image: bool) -> None:
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
 def test_bf16_is_as_near_to_fp32_as_theirs(image: bool) -> None:
-    """Use parameters and clips in bf16, as released; the truth is fp32 with the rounded weights."""
+    """Parameters and clips are bf16, as released; the truth is fp32 with the rounded weights."""
     net = net_of(image).bfloat16().float()
     theirs = theirs_of(net)
     exact, _ = both(net, theirs, torch.float32)
@@ -105,7 +107,9 @@ def test_bf16_is_as_near_to_fp32_as_theirs(image: bool) -> None:
 
 
 def _half(theirs: nn.Module) -> nn.Module:
-    """Use bf16, but for the modules that diffusers itself keeps in fp32 when it loads bf16."""
+    """Convert to bf16, except the modules that diffusers itself keeps in fp32 when it loads
+    bf16.
+    """
     kept = theirs._keep_in_fp32_modules
     for name, module in theirs.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""Samples of the training model beside those of its export, under every strategy."""
+"""Samples of the trained model equal those of its export, under every strategy."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Gate:
-    """The clips, made before ranks could make them at once."""
+    """Write the clips, before ranks could do so at once."""
     folder = tmp_path_factory.mktemp("gate")
     runs.write_clips(folder / "clips", 7)
     runs.write_pairs(folder / "pairs", 5)
@@ -63,7 +63,7 @@ def alone(gate: Gate) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any]) -> None:
-    """The gate lets the right export pass, and none of the wrong ones."""
+    """Assert that the right export passes, and no wrong one does."""
     assert result["nothing"]["difference"] <= result["nothing"]["bound"] == TOLERANCE
     for how in FAULTS:
         assert "differ by" in result[how] and "at most 1.00e-04 in fp32; check" in result[how]
@@ -71,7 +71,7 @@ def check(result: dict[str, Any]) -> None:
     assert result["unchanged"]
 
 
-def test_alone(alone: dict[str, Any]) -> None:
+def test_one_process_checks_its_export(alone: dict[str, Any]) -> None:
     check(alone)
     for how in ("nothing", *FAULTS):
         report = alone[f"{how}/report"]
@@ -89,7 +89,9 @@ def test_nothing_is_left_of_the_export(alone: dict[str, Any], gate: Gate) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
-def test_every_strategy(gate: Gate, alone: dict[str, Any], tmp_path: Path, strategy: str) -> None:
+def test_every_strategy_checks_its_export(
+    gate: Gate, alone: dict[str, Any], tmp_path: Path, strategy: str
+) -> None:
     result = gate(strategy, tmp_path / "out")
     for rank in result:
         check(rank)
@@ -100,7 +102,7 @@ def test_every_strategy(gate: Gate, alone: dict[str, Any], tmp_path: Path, strat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single", "zero3"])
-def test_bf16_has_a_bound_that_was_measured(gate: Gate, tmp_path: Path, strategy: str) -> None:
+def test_bf16_has_a_measured_bound(gate: Gate, tmp_path: Path, strategy: str) -> None:
     for rank in gate(strategy, tmp_path / "out", precision="bf16-mixed"):
         assert TOLERANCE < rank["nothing"]["bound"] < 0.1
         assert rank["nothing"]["difference"] <= rank["nothing"]["bound"] / 2
@@ -109,14 +111,14 @@ def test_bf16_has_a_bound_that_was_measured(gate: Gate, tmp_path: Path, strategy
         assert rank["unchanged"]
 
 
-def test_adapters_are_compared_merged(gate: Gate, tmp_path: Path) -> None:
+def test_adapters_are_merged_before_the_comparison(gate: Gate, tmp_path: Path) -> None:
     result = gate("single", tmp_path / "out", lora=True)[0]
     assert 0 < result["nothing"]["difference"] <= TOLERANCE
     assert "differ by" in result["swap of averages"] and "differ by" in result["names"]
     assert result["unchanged"]
 
 
-def test_the_report_is_of_one_checkpoint(tmp_path: Path) -> None:
+def test_the_report_belongs_to_one_checkpoint(tmp_path: Path) -> None:
     one, other = tmp_path / "step-000001", tmp_path / "step-000002"
     assert passed_before(tmp_path, one) is None
     for passed in (True, False):
@@ -134,7 +136,7 @@ def test_nan_does_not_pass() -> None:
 
 
 def trained(folder: Path, plan: Any, **changes: Any) -> tuple[FitResult, list[dict[str, Any]]]:
-    """A run with the gate at its end."""
+    """Train a run with the export check at its end."""
     return runs.train(folder, plan, verify_export=True, net=tiny.net(trained=True), **changes)
 
 
@@ -142,7 +144,7 @@ KILLED = ("saving", "validating", "sampling", "exporting", "reporting")
 
 
 def end(folder: str, strategy: str, killed: str) -> int:
-    """In a rank: a run of two steps, which kills itself at one moment of its end ("": not)."""
+    """Train two steps in a rank that kills itself at one moment of its end ("": it does not)."""
     from echolab.training.callbacks import export_check, validation
     from echolab.training.callbacks.checkpoints import Checkpoints
 
@@ -181,10 +183,10 @@ def end(folder: str, strategy: str, killed: str) -> int:
     ("strategy", "killed"),
     [*(("single", killed) for killed in KILLED), ("zero2", "exporting"), ("zero3", "sampling")],
 )
-def test_killed_in_its_end_no_step_is_repeated(
+def test_a_kill_at_the_end_of_a_run_repeats_no_step(
     fork_server: ForkServer, gate: Gate, tmp_path: Path, strategy: str, killed: str
 ) -> None:
-    """With one checkpoint alone; what is repeated is the check."""
+    """One checkpoint is kept; only the check is repeated."""
     shutil.copytree(gate.data / "clips", tmp_path / "clips")
     shutil.copytree(gate.data / "pairs", tmp_path / "pairs")
     runs.write_clips(tmp_path / "held", 2, 50)
@@ -229,7 +231,7 @@ def test_killed_in_its_end_no_step_is_repeated(
         (ConfigError("x"), ParityError),
     ],
 )
-def test_a_disk_says_nothing_of_an_export(
+def test_a_full_disk_is_no_verdict_on_an_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
     def fail(*given: Any, **named: Any) -> None:
@@ -241,7 +243,7 @@ def test_a_disk_says_nothing_of_an_export(
     assert trained(tmp_path, runs.schedule(("sft", 2)), intervals=Intervals(save_every=0))[0].done
 
 
-def test_a_run_is_done_only_behind_the_gate(tmp_path: Path) -> None:
+def test_a_run_is_done_only_after_the_export_check(tmp_path: Path) -> None:
     plan = runs.schedule(("sft", 4), lr=1e-2)
     settings: dict[str, Any] = {
         "intervals": Intervals(save_every=2),

@@ -1,4 +1,4 @@
-"""The given pixels of local tasks come back exactly, and what was generated stays generated."""
+"""The given pixels of local tasks are restored exactly, and generated pixels stay generated."""
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +13,7 @@ def outside_of_disc(size: int, radius: float) -> np.ndarray:
 
 
 @given(size=st.integers(16, 96), share=st.floats(0.1, 0.45))
-def test_the_weight_is_one_outside_and_falls_inside(size: int, share: float) -> None:
+def test_the_weight_is_one_outside_the_mask_and_falls_inside(size: int, share: float) -> None:
     known = outside_of_disc(size, radius := share * size)
     weight = known_weight(known)
     assert (weight[known] == 1).all() and (weight[~known] < 1).all()
@@ -23,14 +23,14 @@ def test_the_weight_is_one_outside_and_falls_inside(size: int, share: float) -> 
     assert (np.diff(along) <= 1e-6).all(), "nearer to the middle never has more of the source"
 
 
-def test_the_edge_is_as_wide_as_a_latent_at_most() -> None:
+def test_the_edge_is_at_most_as_wide_as_a_latent() -> None:
     known = np.ones((256, 256), bool)
     known[:, 128:] = False
     row = known_weight(known)[0]
     np.testing.assert_allclose(row[127:138], [1, *(1 - np.arange(1, 10) / 9), 0], atol=0.02)
 
 
-def test_frames_with_all_or_nothing_known() -> None:
+def test_frames_with_all_or_no_pixels_known() -> None:
     generator = np.random.default_rng(0)
     made, source = generator.integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
     known = np.stack([np.ones((16, 16), bool), np.zeros((16, 16), bool), np.eye(16, dtype=bool)])

@@ -1,4 +1,4 @@
-"""The curve of the figure, and the two ways it can act."""
+"""The curve of the paper's figure, and the two modes in which it acts."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from echolab.diffusion.phases import (
 TIMESTEPS = torch.linspace(0, 1000, 1001)
 
 
-def test_corners_of_the_figure() -> None:
+def test_the_curve_has_the_corners_of_the_figure() -> None:
     at = PHDA(torch.tensor([0.0, 300, 450, 600, 650, 800, 1000]))
     assert at.text.tolist() == [1.0] * 7
     assert at.image.tolist() == pytest.approx([0.5, 0.5, 0.75, 1, 1, 1, 1])
@@ -36,7 +36,7 @@ def test_the_other_reading_of_the_axis_is_the_mirror_image() -> None:
         torch.testing.assert_close(ramp(TIMESTEPS), mirrored(1000 - TIMESTEPS))
 
 
-def test_keeping_zeroes_where_the_uniform_is_not_below_the_weight() -> None:
+def test_dropout_zeroes_if_the_uniform_is_not_below_the_weight() -> None:
     context = conditions(4)
     uniforms = torch.tensor([[0.4, 0.6], [0.6, 0.4], [0.6, 0.6], [0.4, 0.4]])
     kept, weights = ModalityDropout(PHDA)(context, torch.full((4,), 100.0), uniforms)
@@ -46,7 +46,7 @@ def test_keeping_zeroes_where_the_uniform_is_not_below_the_weight() -> None:
     assert torch.equal(kept.image[0], context.image[0]) and torch.equal(kept.text, context.text)
 
 
-def test_flat_keeps_everything() -> None:
+def test_a_flat_curve_keeps_everything() -> None:
     context = conditions(2)
     kept, _ = ModalityDropout(FLAT)(context, torch.tensor([0.0, 999.0]), torch.full((2, 2), 0.9999))
     assert all(torch.equal(a, b) for a, b in zip(kept, context, strict=True))
@@ -60,7 +60,7 @@ def test_the_share_kept_is_the_weight() -> None:
     assert kept.image.flatten(1).any(1).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
-def test_scaling_leaves_the_conditions() -> None:
+def test_scaling_keeps_every_condition() -> None:
     context = conditions(2)
     same, weights = ModalityScaling(PHDA)(context, torch.tensor([0.0, 1000.0]), torch.zeros(2, 2))
     assert same is context and weights is not None

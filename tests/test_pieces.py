@@ -1,4 +1,4 @@
-"""Tensors read piece by piece are those that safetensors reads; no damage passes."""
+"""Tensors read in pieces equal those that safetensors reads; damage is always detected."""
 
 import os
 import zlib
@@ -38,7 +38,7 @@ def dataset_of(folder: Path, data: bytes) -> ShardDataset:
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 2**20])
-def test_tensors_are_those_of_safetensors(
+def test_tensors_equal_those_of_safetensors(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
@@ -52,7 +52,7 @@ def test_tensors_are_those_of_safetensors(
         ), name
 
 
-def test_only_what_is_wanted_is_made(tmp_path: Path) -> None:
+def test_only_requested_tensors_are_allocated(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, save(TENSORS))
     tensors = read_fp32(dataset, 0, ("brain", "single", "nothing"))
     assert set(tensors) == {"brain", "single"}
@@ -61,8 +61,10 @@ def test_only_what_is_wanted_is_made(tmp_path: Path) -> None:
     assert torch.equal(tensors["single"], TENSORS["single"])
 
 
-def test_no_flip_and_no_cut_passes(tmp_path: Path) -> None:
-    """Also in the header, in tensors nobody wants, and where the file got shorter."""
+def test_every_flipped_and_cut_byte_is_detected(tmp_path: Path) -> None:
+    """Damage in the header, in tensors that are not requested and at a file's end is detected
+    too.
+    """
     dataset = dataset_of(tmp_path, save(TENSORS))
     path = tmp_path / "encoded-000000.tar"
     original = path.read_bytes()
@@ -81,13 +83,13 @@ def test_no_flip_and_no_cut_passes(tmp_path: Path) -> None:
             read_fp32(dataset, 0, ("half",))
 
 
-def test_what_was_written_broken_is_told(tmp_path: Path) -> None:
+def test_members_that_were_written_broken_are_reported(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, save(TENSORS)[:-1])
     with pytest.raises(DataError, match="sample a: tensors end at byte"):
         read_fp32(dataset, 0)
 
 
-def test_a_type_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_an_unsupported_dtype_is_reported(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, save({"a": torch.zeros(2, dtype=torch.uint16)}))
     with pytest.raises(DataError, match="sample a: tensor a: U16 cannot be read"):
         read_fp32(dataset, 0)
@@ -100,7 +102,7 @@ def test_a_type_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     st.integers(0, 2000),
     st.sampled_from([64, 1000, 2**20]),
 )
-def test_pieces_are_the_bytes_and_their_checksum(
+def test_pieces_have_the_members_bytes_and_checksum(
     sizes: list[int], offset: int, size: int, chunk: int
 ) -> None:
     data = np.random.default_rng(size).bytes(1500)

@@ -1,4 +1,6 @@
-"""Networks at the start of a run: one copy in the memory of a node; the same values anywhere."""
+"""Networks at the start of a run: one copy in the memory of a node, the same values on any
+device.
+"""
 
 import json
 import math
@@ -36,8 +38,8 @@ WORLD = 4
 LIMIT = 1.3  # of one copy of the weights in fp32
 
 
-def test_initialization_is_what_drawing_in_place_gave() -> None:
-    """The values of earlier versions, which drew into the parameters, in this order."""
+def test_initialization_equals_drawing_into_the_parameters() -> None:
+    """Earlier versions drew into the parameters, in this order."""
     net, generator = tiny.net(initialised=False), torch.Generator().manual_seed(5)
     layers = dict(net.named_modules())
     names = [name for name, _ in net.named_parameters()]
@@ -61,8 +63,8 @@ def test_initialization_is_what_drawing_in_place_gave() -> None:
     assert all(p.requires_grad and not p.is_meta for p in built.parameters())
 
 
-def test_initialization_needs_no_memory_but_for_one_tensor() -> None:
-    """It is the same whether the network has values or not."""
+def test_initialization_needs_memory_for_one_tensor_only() -> None:
+    """It needs no more if the network is on the meta device."""
     net, generator = meta_network(tiny.SIZES), torch.Generator().manual_seed(0)
     values = dict(initial_values(net, generator))
     assert placed.digest((n, values[n]) for n, _ in net.named_parameters()) == placed.digest(
@@ -82,7 +84,7 @@ def test_a_checkpoint_of_another_network_is_refused() -> None:
 def test_a_rank_that_cannot_share_reads_the_values_itself(
     local_rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file of rank 0 finds no room, or rank 0 never comes."""
+    """The file of rank 0 has no room, or rank 0 never comes."""
 
     def no_room(*arguments: object) -> None:
         raise OSError(28, "no space left on device")
@@ -96,7 +98,7 @@ def test_a_rank_that_cannot_share_reads_the_values_itself(
 
 
 def test_a_process_without_a_launcher_waits_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay of a run of eight ranks by one process."""
+    """One process replays a run of eight ranks."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert placement_of(Machine("ddp", devices=8)).local_world == 1
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -112,7 +114,7 @@ def test_networks_of_different_subjects_and_launches_have_different_sockets(
     assert len(result | {_address("a")}) == 3
 
 
-def test_a_gpu_that_is_not_there_is_said_before_the_network_is_built() -> None:
+def test_a_missing_gpu_is_reported_before_the_network_is_built() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here; take trainer=cpu"):
@@ -122,7 +124,7 @@ def test_a_gpu_that_is_not_there_is_said_before_the_network_is_built() -> None:
 def test_a_run_is_checked_in_the_order_data_device_memory_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fault is found although those after it are there too; no network is built."""
+    """Each fault is reported although the later ones exist too; no network is built."""
 
     def no_network(*_: object) -> None:
         raise AssertionError("the network is built")
@@ -165,9 +167,9 @@ def sources(folder: Path, kind: str) -> tuple[str, str]:
 def test_ranks_of_a_node_hold_one_copy_at_the_start(
     fork_server: ForkServer, tmp_path: Path, kind: str
 ) -> None:
-    """The most that four ranks use at once while they build 283 MB of weights and read them all.
+    """The peak of four ranks that build 283 MB of weights and read them all stays near one copy.
 
-    Pages that n ranks share count 1/n for each.  Every rank has the values of a process alone.
+    Pages that n ranks share count 1/n for each. Every rank has the values of a single process.
     """
     source, expected = sources(tmp_path, kind)
     size = 4 * sum(p.numel() for p in meta_network(placed.ARCHITECTURE).parameters())

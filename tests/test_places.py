@@ -1,4 +1,4 @@
-"""The place of what a command writes is tried before the command's work."""
+"""The output path of a command is checked before the command's work."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A weight of 1 under a gradient of 0.01 moves as fp32 moves: nothing small is lost on the way."""
+"""A weight of 1 under a gradient of 0.01 moves as in fp32: rounding loses no small update."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def moved(dtype: torch.dtype) -> float:
-    """Where plain AdamW brings the weight in 100 steps."""
+    """Return the value to which plain AdamW brings the weight in 100 steps."""
     weight = torch.nn.Parameter(torch.ones(1, dtype=dtype))
     o = engines.LAW
     optimizer = torch.optim.AdamW([weight], engines.RATE, o.betas, o.eps, weight_decay=0.0)
@@ -33,7 +33,7 @@ def moved(dtype: torch.dtype) -> float:
 
 
 def test_the_law_distinguishes_precisions() -> None:
-    """A weight alone in bf16 stays where it is: its neighbours are 1/256 away, a step is 1/1000."""
+    """A weight alone in bf16 does not move: neighboring values are 1/256 away, a step is 1/1000."""
     assert moved(torch.float64) == pytest.approx(0.9, abs=1e-6)
     assert moved(torch.float32) == pytest.approx(moved(torch.float64), abs=2e-6)
     assert moved(torch.bfloat16) == 1.0
@@ -44,7 +44,7 @@ def test_the_law_distinguishes_precisions() -> None:
 def test_a_small_gradient_moves_a_weight_as_in_fp32(
     fork_server: ForkServer, tmp_path: Path, world: int
 ) -> None:
-    """From its first value on, which bf16 may not have.  100 roundings near 1 are at most 6e-6."""
+    """The weight starts from a value that bf16 may lack. 100 roundings near 1 are at most 6e-6."""
     cases = [case for case in CASES if (case["strategy"] == "single") == (world == 1)]
     fork_server.run(
         "engines:precision",
@@ -68,7 +68,7 @@ def test_a_small_gradient_moves_a_weight_as_in_fp32(
         ("64-true", "unknown"),
     ],
 )
-def test_a_precision_that_breaks_it_is_refused(precision: str, why: str) -> None:
+def test_a_precision_that_loses_updates_is_refused(precision: str, why: str) -> None:
     for strategy in STRATEGIES:
         with pytest.raises(ConfigError, match=f"trainer.precision={precision}: .*{why}"):
             strategy_of(Machine(strategy, precision=precision))

@@ -1,4 +1,4 @@
-"""Power averages: their profile, and that one of another width is made from snapshots."""
+"""Power averages: their profile, and averages of other widths made from snapshots."""
 
 import json
 from pathlib import Path
@@ -25,24 +25,26 @@ from echolab.training.engine.master_weights import masters_of
 KEPT = (0.05, 0.1)
 
 
-def test_the_paper_s_widths() -> None:
+def test_widths_equal_those_of_the_paper() -> None:
     assert exponent_of(0.05) == pytest.approx(16.97, abs=0.005)  # section 3.1
     assert exponent_of(0.10) == pytest.approx(6.94, abs=0.005)
 
 
 @given(st.floats(1e-4, 0.288))
-def test_the_exponent_is_that_of_the_width(sigma: float) -> None:
+def test_the_exponent_follows_from_the_width(sigma: float) -> None:
     assert width(exponent_of(sigma)) == pytest.approx(sigma, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.1, 0.29, float("nan")])
-def test_widths_that_cannot_be_are_refused(sigma: float) -> None:
+def test_impossible_widths_are_refused(sigma: float) -> None:
     with pytest.raises(ConfigError, match="must lie in"):
         exponent_of(sigma)
 
 
 @given(st.floats(0, 20), st.floats(0, 20), st.floats(0.1, 3), st.floats(0.1, 3))
-def test_the_product_s_integral(g: float, h: float, s: float, t: float) -> None:
+def test_the_integral_of_a_product_matches_the_closed_form(
+    g: float, h: float, s: float, t: float
+) -> None:
     end = min(s, t)  # beyond it one of them is zero
     grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000 * end
     curves = [(e + 1) * (grid / last) ** e / last for e, last in ((g, s), (h, t))]
@@ -51,7 +53,7 @@ def test_the_product_s_integral(g: float, h: float, s: float, t: float) -> None:
 
 
 def test_the_recursion_has_the_profile() -> None:
-    """The weight of each step's value in the average after 400, against tau^g."""
+    """The weight of each step's value in the average after 400 steps is tau^g."""
     exponent, shares = exponent_of(0.1), torch.zeros(400, dtype=torch.float64)
     for step in range(400):
         share = newest_share(exponent, step + 1)
@@ -63,14 +65,14 @@ def test_the_recursion_has_the_profile() -> None:
     assert ((shares * (times - mean) ** 2).sum().sqrt()) == pytest.approx(0.1, rel=0.01)
 
 
-def test_a_kept_average_is_made_of_itself() -> None:
+def test_a_tracked_average_is_reconstructed_from_itself() -> None:
     kept = [Profile(exponent_of(s), t) for t in (100, 200, 300) for s in KEPT]
     result = coefficients(kept, kept[-1])
     assert result[:-1] == pytest.approx([0] * 5, abs=1e-6) and result[-1] == pytest.approx(1)
 
 
 def walk(folder: Path, steps: int, every: int, wanted: float) -> tuple[saved.Saver, torch.Tensor]:
-    """Weights that wander; the average of the wanted width, followed from the start."""
+    """Return wandering weights, and the average of the requested width, tracked from the start."""
     when = {"keep": lambda step: False, "snapshot": lambda step: step % every == 0}
     saver = saved.Saver(folder, widths=KEPT, **when)
     truth = Ema(0.0, (), (wanted,))
@@ -90,7 +92,7 @@ def walk(folder: Path, steps: int, every: int, wanted: float) -> tuple[saved.Sav
 
 
 @pytest.mark.parametrize("wanted", [0.03, 0.08, 0.15])
-def test_an_average_of_another_width_from_snapshots(tmp_path: Path, wanted: float) -> None:
+def test_an_average_of_another_width_is_made_from_snapshots(tmp_path: Path, wanted: float) -> None:
     saver, truth = walk(tmp_path, 800, 50, wanted)
     newest, _ = latest_valid(tmp_path)
     assert newest and len(list((tmp_path / "snapshots").iterdir())) == 16
@@ -121,7 +123,7 @@ def test_a_snapshot_is_a_verified_checkpoint(tmp_path: Path) -> None:
         average_of_width(newest, 0.08)
 
 
-def test_a_run_without_them_says_how_to_have_them(tmp_path: Path) -> None:
+def test_a_run_without_snapshots_says_how_to_get_them(tmp_path: Path) -> None:
     saved.Saver(tmp_path).save(1)
     newest, _ = latest_valid(tmp_path)
     assert newest

@@ -1,4 +1,4 @@
-"""Progress: plain lines where nobody watches, a bar on a terminal."""
+"""Progress: plain lines in a log, a bar on a terminal."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from echolab.progress import progress
 
 
 class Clock:
-    """Time that moves when it is told."""
+    """Time that the test advances."""
 
     now = 0.0
 
@@ -42,7 +42,7 @@ def test_lines_come_every_few_seconds_and_at_the_end(
     assert lines[0].endswith("2/s, 40 s left") and lines[-1].endswith("fine")
 
 
-def test_what_was_done_before_does_not_count_as_speed(
+def test_earlier_progress_does_not_count_as_speed(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress("fitting", 1000) as advance:

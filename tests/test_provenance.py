@@ -1,4 +1,6 @@
-"""What was made by different encoders or judges never meets without a word, nor a sample itself."""
+"""Data of different encoders or judges is never mixed silently, and no sample meets its own
+copy.
+"""
 
 import json
 import shutil
@@ -43,7 +45,9 @@ def rewritten(place: Path, out: Path, encoders: dict[str, str], first: int = 0) 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Clips, pairs, held-out clips and a run by ONE; `video/...` and so on by others."""
+    """Write clips, pairs, held-out clips and a run made by ONE; `video/...` and so on are by
+    others.
+    """
     root = tmp_path_factory.mktemp("made")
     clips, pairs = encoded.write(root / "plain", 4)
     datasets = {}
@@ -68,7 +72,7 @@ def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
 
 
 def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
-    """All that meet in a run, by ONE but for what is `changed`."""
+    """Return the paths of all data of a run, made by ONE except for the one that is `changed`."""
     names = {"data.clips": "clips", "data.val_clips": "held", "data.pairs": "pairs",
              "init_from": "run", "ref_model": "run"}  # fmt: skip
     return {
@@ -77,7 +81,7 @@ def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
     }
 
 
-def test_what_one_network_made_meets(made: dict[str, Path], tmp_path: Path) -> None:
+def test_data_of_the_same_networks_is_mixed(made: dict[str, Path], tmp_path: Path) -> None:
     assert train_on(tmp_path / "run", places_of(made)).done
 
 
@@ -89,7 +93,7 @@ def test_what_one_network_made_meets(made: dict[str, Path], tmp_path: Path) -> N
         ("ref_model", "video"),
     ],
 )
-def test_what_different_networks_made_does_not(
+def test_data_of_different_networks_is_not_mixed(
     made: dict[str, Path], tmp_path: Path, what: str, encoder: str
 ) -> None:
     words = f"{encoder} encoder is .*; encode both with the same"
@@ -105,14 +109,14 @@ def test_accepted_data_must_be_of_the_same_encoders(made: dict[str, Path], tmp_p
                  encoded.plan(("sft", 2)))  # fmt: skip
 
 
-def test_what_is_not_known_is_taken_on_trust() -> None:
+def test_unknown_provenance_is_accepted() -> None:
     check_same_encoders("a", {}, "b", ONE)
     check_same_encoders("a", {"video": "a" * 64}, "b", ONE)
     with pytest.raises(DataError, match="a: its text encoder is x, that of b is t"):
         check_same_encoders("a", {"text": "x"}, "b", ONE)
 
 
-def test_clips_that_are_trained_on_are_not_held_out(
+def test_training_clips_are_refused_as_held_out_clips(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips = made["one/clips"]
@@ -143,7 +147,7 @@ def test_pairs_of_held_out_prompts_are_refused(made: dict[str, Path], tmp_path: 
         train_on(tmp_path / "run", places)
 
 
-def test_a_clip_is_not_preferred_to_itself(made: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pair_of_equal_clips_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
     dataset = open_dataset(made["one/pairs"])
     tensors = load(dataset.read(0)["safetensors"])
     tensors["rejected"] = tensors["chosen"].clone()
@@ -163,7 +167,7 @@ def test_adapters_need_a_trained_base(made: dict[str, Path], tmp_path: Path) -> 
 
 
 def candidates(folder: Path, latents: list[torch.Tensor], **request: Any) -> Path:
-    """A folder of candidates of one prompt."""
+    """Write a folder of candidates of one prompt."""
     folder.mkdir()
     tensors = {f"key-0/{number}": clip.clone() for number, clip in enumerate(latents)}
     save_file(tensors, folder / "candidates-000000.safetensors")
@@ -203,7 +207,7 @@ def test_a_round_has_one_autoencoder_and_one_judge(tmp_path: Path, other: str | 
         read_verdicts(folder / VERDICTS)
 
 
-def test_pairs_are_packed_from_what_was_sampled(made: dict[str, Path], tmp_path: Path) -> None:
+def test_pairs_are_packed_from_their_own_candidates(made: dict[str, Path], tmp_path: Path) -> None:
     clips = open_dataset(made["one/clips"])
     verdicts = {("key-0", 0): Verdict(0, 1, 1), ("key-0", 1): Verdict(9, 1, 1)}
     same = [torch.ones(16, 2, 4, 4).half()] * 2

@@ -1,4 +1,4 @@
-"""Bad samples: the first stops all, or so many as the budget says; never one more, never unseen."""
+"""Bad samples: the first stops the run, or the first beyond the budget; every one is recorded."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 
 
 def corrupted(dataset: ShardDataset, bad: set[int]) -> ShardDataset:
-    """A copy of the dataset with damage in some samples."""
+    """Return a copy of the dataset with damage in some samples."""
     assert isinstance(dataset.folder, Path)
     folder = dataset.folder.with_name(f"bad-{abs(hash(frozenset(bad)))}")
     folder.mkdir(exist_ok=True)
@@ -55,7 +55,9 @@ def number(dataset: ShardDataset, i: int) -> int:
     return int(json.loads(dataset.read(i)["json"])["number"])
 
 
-def test_the_first_bad_sample_stops_all(dataset: ShardDataset, tmp_path: Path) -> None:
+def test_without_a_budget_the_first_bad_sample_stops_the_run(
+    dataset: ShardDataset, tmp_path: Path
+) -> None:
     bad = corrupted(dataset, {3})
     reader = TolerantReader(bad)
     assert reader.read(2, lambda j: number(bad, j)) == 2
@@ -63,7 +65,7 @@ def test_the_first_bad_sample_stops_all(dataset: ShardDataset, tmp_path: Path) -
         reader.read(3, lambda j: number(bad, j))
 
 
-def test_shares_are_not_rounded_up_by_chance() -> None:
+def test_the_budget_is_not_rounded_up() -> None:
     assert [
         max_bad_samples(700, 0.01),
         max_bad_samples(1000, 0.001),
@@ -77,7 +79,9 @@ def test_shares_are_not_rounded_up_by_chance() -> None:
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_budget_is_a_share(dataset: ShardDataset, tmp_path: Path, share: float) -> None:
+def test_a_budget_is_a_fraction_of_the_samples(
+    dataset: ShardDataset, tmp_path: Path, share: float
+) -> None:
     with pytest.raises(ConfigError, match="max_bad_fraction"):
         TolerantReader(dataset, max_bad_fraction=share, quarantine=tmp_path / "q")
     with pytest.raises(ConfigError, match="max_bad_fraction"):
@@ -90,7 +94,7 @@ def test_a_budget_is_a_share(dataset: ShardDataset, tmp_path: Path, share: float
     budget=st.sampled_from([0.01, 0.04, 0.1]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_it_stops_exactly_when_the_budget_is_exceeded(
+def test_a_run_stops_exactly_when_the_budget_is_exceeded(
     dataset: ShardDataset,
     tmp_path_factory: pytest.TempPathFactory,
     bad: set[int],
@@ -159,7 +163,7 @@ def test_ranks_share_one_budget(dataset: ShardDataset, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == len(bad)
 
 
-def test_half_a_line_of_a_killed_process_is_passed_over(
+def test_a_partial_line_of_a_killed_process_is_skipped(
     dataset: ShardDataset, tmp_path: Path
 ) -> None:
     path, damaged = tmp_path / "quarantine.jsonl", corrupted(dataset, {3, 50})
@@ -171,7 +175,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over(
     assert [entry["key"] for entry in read_quarantine(path)] == ["clip-003", "clip-050"]
 
 
-def test_a_server_that_is_down_is_no_bad_sample(dataset: ShardDataset, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_not_a_bad_sample(dataset: ShardDataset, tmp_path: Path) -> None:
     assert isinstance(dataset.folder, Path)
     with serving(dataset.folder) as server:
         server.always["encoded-000001.tar"] = status(500)
@@ -187,7 +191,7 @@ def test_a_server_that_is_down_is_no_bad_sample(dataset: ShardDataset, tmp_path:
     assert not (tmp_path / "q").exists()
 
 
-def test_nothing_good_left_is_an_error(dataset: ShardDataset, tmp_path: Path) -> None:
+def test_a_dataset_without_a_good_sample_is_an_error(dataset: ShardDataset, tmp_path: Path) -> None:
     damaged = corrupted(dataset, {3})
     reader = TolerantReader(
         damaged, max_bad_fraction=0.5, quarantine=tmp_path / "q", substitutes=lambda i: [i]
@@ -196,7 +200,7 @@ def test_nothing_good_left_is_an_error(dataset: ShardDataset, tmp_path: Path) ->
         reader.read(3, lambda j: number(damaged, j))
 
 
-def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
+def test_training_batches_skip_bad_clips(tmp_path: Path) -> None:
     encoded_clips, pairs = (
         runs.write_clips(tmp_path / "clips", 9),
         runs.write_pairs(tmp_path / "pairs", 4),
@@ -207,7 +211,7 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
         file.write(b"damaged")
 
     def keys(world: int, **tolerance: Any) -> list[str]:
-        """Of two epochs, over all ranks."""
+        """Return the keys of two epochs, over all ranks."""
         clips = build_mixture([encoded_clips], kind="encoded", batch_size=2, seed=1, **tolerance)
         other = build_mixture([pairs], kind="preference", batch_size=2, seed=1, **tolerance)
         ranks = [
@@ -230,7 +234,7 @@ def test_training_batches_go_on_past_bad_clips(tmp_path: Path) -> None:
     assert [entry["key"] for entry in read_quarantine(path)] == ["clip-004"]
 
 
-def test_a_run_counts_what_it_skipped(tmp_path: Path) -> None:
+def test_a_run_counts_its_skipped_samples(tmp_path: Path) -> None:
     for write, count in ((runs.write_clips, 7), (runs.write_pairs, 5)):
         clips = write(tmp_path / write.__name__.removeprefix("write_"), count)
         place = clips.sample(0)

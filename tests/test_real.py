@@ -1,4 +1,4 @@
-"""The README's way from real videos to a talking portrait, command by command."""
+"""The README's commands, from real videos to a talking portrait."""
 
 import json
 import os
@@ -24,7 +24,9 @@ def run(where: Path, weights: Path, *words: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.media
-def test_from_real_videos_to_a_talking_portrait(media: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_readmes_commands_lead_from_real_videos_to_a_talking_portrait(
+    media: Path, weights: Path, tmp_path: Path
+) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
     for name in VIDEOS:

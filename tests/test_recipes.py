@@ -1,4 +1,4 @@
-"""Recipes: the released presets, and what they do to guidance and to long clips."""
+"""The released presets, and their effect on guidance and on long clips."""
 
 import math
 
@@ -26,7 +26,7 @@ NET, CONDITIONS, NOISY = tiny.net(trained=True), tiny.conditions(1), tiny.latent
 NEGATIVE = torch.full_like(CONDITIONS.text, 0.3)
 
 
-def test_the_presets_are_the_released_settings() -> None:
+def test_the_presets_equal_the_released_settings() -> None:
     assert PREVIEW[:7] == ("euler", "flow_match", 25, 5.0, 4.0, 2.9, True)
     assert PREVIEW.negative_scale == 1.5 and PREVIEW.negative_steps == 3
     assert FLASH[:7] == ("unipc", "wan", 8, 5.0, 1.0, 3.0, False)
@@ -51,7 +51,7 @@ def test_values_out_of_range_are_refused(change: dict[str, float], message: str)
     [("phase", [1.5, 1.5, 1.5, 1.0]), ("compounding", [1.5, 2.25, 3.375, 3.375])],
 )
 @torch.no_grad()
-def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) -> None:
+def test_the_previews_guidance_holds_at_every_step(mode: str, factors: list[float]) -> None:
     recipe, sigmas = PREVIEW._replace(negative_mode=mode), sampler_sigmas(PREVIEW)
     actual = guided_velocity(NET, CONDITIONS, recipe, NEGATIVE, "batched")
     for step in range(4):
@@ -70,7 +70,7 @@ def test_the_preview_s_guidance_step_by_step(mode: str, factors: list[float]) ->
 @pytest.mark.parametrize("cfg", ["batched", "sequential"])
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_clips_of_any_length_are_sampled(solver: str, cfg: str, length: int) -> None:
-    """Sample less than one window, one window, and several."""
+    """The lengths are less than one window, one window, and several."""
     recipe = PREVIEW._replace(solver=solver, num_steps=2, window=tiny.FRAMES, overlap=1)
     conditions = CONDITIONS._replace(
         audio=torch.randn(1, 2 * (4 * length - 3), 6),
@@ -82,7 +82,7 @@ def test_clips_of_any_length_are_sampled(solver: str, cfg: str, length: int) -> 
     assert actual.shape == noise.shape and actual.isfinite().all()
 
 
-def test_one_window_is_plain_sampling() -> None:
+def test_one_window_equals_plain_sampling() -> None:
     recipe, steps = DEMO._replace(num_steps=3, window=tiny.FRAMES), []
     plain = sample_euler(
         cfg_velocity(NET, CONDITIONS, audio_scale=2.0), NOISY, sampler_sigmas(recipe)

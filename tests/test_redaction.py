@@ -1,4 +1,4 @@
-"""Secrets leave no text; what is none stays as it is."""
+"""Secrets are removed from every text; other text stays as it is."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://me:pw@h/${oc.env:SET}", "https://***@h/${oc.env:SET}"),
     ],
 )
-def test_an_address_is_masked(text: str, clean: str) -> None:
+def test_secrets_of_a_url_are_masked(text: str, clean: str) -> None:
     assert mask_secrets(text) == clean
     assert mask_secrets(clean) == clean
 
@@ -60,7 +60,7 @@ def test_an_address_is_masked(text: str, clean: str) -> None:
         "see https://host/page; then", "s3://bucket/a@b", "1 of 2 samples: what?", "",
     ],
 )  # fmt: skip
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_stays(text: str) -> None:
     assert mask_secrets(text) == text
 
 
@@ -76,22 +76,22 @@ def test_what_is_no_secret_stays(text: str) -> None:
         ("SIGNAL", False), ("PASSAGE", False),
     ],
 )  # fmt: skip
-def test_which_variables_are_secret(
+def test_secret_variables_are_recognized_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, secret: bool
 ) -> None:
     monkeypatch.setenv(name, CANARY)
     assert (CANARY not in mask_secrets(f"HTTP 401: {CANARY} is not valid")) is secret
 
 
-def test_a_file_named_by_a_secret_variable_is_none(
+def test_a_path_in_a_secret_variable_is_not_masked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
     assert mask_secrets(f"{tmp_path}: cannot be read") == f"{tmp_path}: cannot be read"
 
 
-def test_the_secrets_of_an_address_are_masked_by_themselves() -> None:
-    """As libraries have them in their messages: decoded, in pieces, as a header."""
+def test_the_secrets_of_a_url_are_masked_alone_too() -> None:
+    """Libraries have them in their messages decoded, in pieces, or as a header."""
     url = f"https://user:p%40{CANARY}@h/d?X-Amz-Credential=AKIA%2F20260101&sig=abcdefgh12&v=3"
     assert parse_url(url) == url
     for text in (f"p@{CANARY}", f"p%40{CANARY}", "AKIA/20260101", "/d?sig=abcdefgh12",
@@ -100,12 +100,12 @@ def test_the_secrets_of_an_address_are_masked_by_themselves() -> None:
     assert mask_secrets("version 3 of user") == "version 3 of user"
 
 
-def test_short_words_are_not_blotted_out() -> None:
+def test_short_words_are_not_masked() -> None:
     register_secrets("https://train:clips@h/d?token=raw")
     assert mask_secrets("train: raw clips") == "train: raw clips"
 
 
-def test_nested_values() -> None:
+def test_nested_values_are_masked() -> None:
     value = {"a": [f"http://u:{CANARY}@h", 1, None, 2.5, True], "b": {"c": Path("https://u:p@h")}}
     assert mask_values(value) == {
         "a": ["http://***@h", 1, None, 2.5, True],
@@ -113,7 +113,7 @@ def test_nested_values() -> None:
     }
 
 
-def test_an_address_with_a_raw_slash_in_its_password_is_refused() -> None:
+def test_a_url_with_a_raw_slash_in_its_password_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^https://\*\*\*@host/d: .*%2F"):
         parse_url(f"https://user:{CANARY}/x@host/d")
     assert parse_url("HTTPS://user:a@host/d") == "https://user:a@host/d"
@@ -137,7 +137,7 @@ def test_an_address_with_a_raw_slash_in_its_password_is_refused() -> None:
     ],
 )
 def test_a_command_writes_no_secret(program: str) -> None:
-    """Whoever writes it: the program, a library, a thread, or the interpreter at the end."""
+    """The law holds for the program, a library, a thread, and the interpreter at the end."""
     words = (
         "import sys\nfrom echolab.redaction import mask_output\nwith mask_output():\n"
         f"    {program.format(CANARY)}\n"

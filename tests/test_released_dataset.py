@@ -28,7 +28,7 @@ FRAMES, SIZE, CLIPS = 13, 32, 2
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`release`, `pipeline`, `base`, `chinese` and a raw dataset `raw`."""
+    """Write `release`, `pipeline`, `base`, `chinese` and a raw dataset `raw`."""
     folder = tmp_path_factory.mktemp("world")
     released.write_release(folder / "release")
     released.write_pipeline(folder / "pipeline")
@@ -77,7 +77,7 @@ def test_a_dataset_holds_the_output_of_each_encoder(
             torch.testing.assert_close(clip.conditions.known_latents.squeeze(0), known)
 
 
-def test_the_command_and_its_summary(
+def test_the_command_encodes_and_prints_a_summary(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert encode_action(command(world, tmp_path / "out", "format=json", "clean=wan")) == 0
@@ -184,7 +184,7 @@ def test_a_new_task_is_added_to_a_dataset_of_the_demo(world: Path, tmp_path: Pat
         assert all(torch.equal(tensors[name], expected[name]) for name in kept)
 
 
-def test_tasks_are_added_to_a_dataset_of_the_same_source_and_encoders_alone(
+def test_tasks_are_added_only_to_a_dataset_of_the_same_source_and_encoders(
     world: Path, tmp_path: Path
 ) -> None:
     assert encode_action(command(world, tmp_path / "complete")) == 0
@@ -231,7 +231,7 @@ def test_values_beyond_fp16_are_refused() -> None:
         encode.to_safetensors("a", {"text": torch.tensor([1e6])})
 
 
-def test_at_most_so_many_networks_are_in_memory() -> None:
+def test_the_number_of_networks_in_memory_is_bounded() -> None:
     alive: list[str] = []
 
     class Net:
@@ -263,7 +263,7 @@ def test_no_network_is_loaded_before_it_is_used(world: Path) -> None:
     assert list(loaded.held) == ["audio"]
 
 
-def test_fingerprints_follow_the_files_alone(world: Path, tmp_path: Path) -> None:
+def test_fingerprints_depend_on_the_files_alone(world: Path, tmp_path: Path) -> None:
     one = made(world).fingerprints
     assert one == made(world, resident=4).fingerprints
     assert set(one) == {"video", "text", "image", "audio"}
@@ -300,7 +300,7 @@ def test_both_layouts_work_and_a_missing_part_is_named(world: Path, tmp_path: Pa
         assert "\n" not in str(summary.value)
 
 
-def test_options_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
+def test_conflicting_options_are_refused(world: Path, tmp_path: Path) -> None:
     raw, out = str(world / "raw"), str(tmp_path / "out")
     with pytest.raises(ConfigError, match="vae: needed with encoders=demo"):
         encode_action([raw, out])

@@ -1,4 +1,4 @@
-"""The released encoders of pictures, wrong files and true sizes, on tiny checkpoints."""
+"""The released image and video encoders, wrong files and true sizes, on tiny checkpoints."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_latents_are_the_mode_normalized_by_the_published_statistics(pipeline: P
     torch.testing.assert_close(ours.decode(latents), decoded, rtol=1e-3, atol=1e-4)
 
 
-def test_denormalising_undoes_normalising(pipeline: Path) -> None:
+def test_denormalization_inverts_normalization(pipeline: Path) -> None:
     ours = load_autoencoder(pipeline / "vae", CPU, FP32)
     latents = ours.encode(pixels())
     reached = []
@@ -77,7 +77,7 @@ def test_denormalising_undoes_normalising(pipeline: Path) -> None:
     torch.testing.assert_close(torch.cat(reached), raw, rtol=1e-5, atol=1e-6)
 
 
-def test_slicing_changes_nothing_and_tiling_only_where_there_are_tiles(pipeline: Path) -> None:
+def test_slicing_changes_nothing_and_tiling_only_clips_with_several_tiles(pipeline: Path) -> None:
     folder = pipeline / "vae"
     at_once = load_autoencoder(folder, CPU, FP32, slicing=False).encode(pixels())
     torch.testing.assert_close(load_autoencoder(folder, CPU, FP32).encode(pixels()), at_once)
@@ -158,7 +158,9 @@ def photo(height: int = 64, width: int = 96) -> Tensor:
     return pixels(1, 1, height, width)[0, :, 0]
 
 
-def test_image_tokens_leave_the_last_block_but_one(release: Path, pipeline: Path) -> None:
+def test_image_tokens_are_the_output_of_the_second_to_last_block(
+    release: Path, pipeline: Path
+) -> None:
     oracle = CLIPVisionModel.from_pretrained(pipeline / "image_encoder").eval()
     ours = load_image_encoder(pipeline / "image_encoder", CPU, FP32)
     with torch.no_grad():
@@ -205,7 +207,7 @@ def test_an_image_of_any_shape_is_resized() -> None:
 # Wrong files
 
 
-def test_a_fault_of_a_file_is_one_line(release: Path, tmp_path: Path) -> None:
+def test_a_faulty_file_gives_one_line(release: Path, tmp_path: Path) -> None:
     tensors = released.umt5_original(released.umt5())
     words = release / "google/umt5-xxl"
     path = tmp_path / "t5.pth"
@@ -251,7 +253,7 @@ def test_a_folder_that_lacks_a_tensor_or_a_shard_is_refused(tmp_path: Path) -> N
 def test_the_released_sizes_are_read_from_the_released_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compare shapes on the meta device, with the authors' names and the published sizes."""
+    """Shapes on the meta device have the authors' names and the published sizes."""
 
     def meta(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -58,7 +58,7 @@ def test_every_tensor_of_a_released_file_is_loaded_or_named(model: str, tmp_path
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "model.diffusion_model."])
 @pytest.mark.parametrize("key", [None, "state_dict"])
 @pytest.mark.parametrize("archive", [True, False])
-def test_a_pickle_may_be_wrapped(
+def test_a_pickle_may_be_nested_in_a_dictionary(
     prefix: str, key: str | None, archive: bool, tmp_path: Path
 ) -> None:
     tensors = released("echomimicv3_preview")
@@ -68,7 +68,7 @@ def test_a_pickle_may_be_wrapped(
     assert same(read_tensors(path), tensors)
 
 
-def test_shards_and_folders(tmp_path: Path) -> None:
+def test_shards_and_folders_are_read(tmp_path: Path) -> None:
     tensors = released("wan_fun_inp_1b3")
     folder = write_shards(tmp_path / "shards", tensors)
     for path in (folder, folder / "w.safetensors.index.json"):
@@ -83,7 +83,9 @@ def test_shards_and_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image", [False, True], ids=["text to video", "image to video"])
 def test_a_folder_of_diffusers_is_read(image: bool, tmp_path: Path) -> None:
-    """`save_pretrained` of diffusers' own model, sharded, alone and as part of a pipeline."""
+    """`save_pretrained` of diffusers' own model is read sharded, alone and as part of a
+    pipeline.
+    """
     from diffusers import WanTransformer3DModel
 
     theirs = WanTransformer3DModel(
@@ -104,7 +106,7 @@ def test_a_folder_of_diffusers_is_read(image: bool, tmp_path: Path) -> None:
 
 
 def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
-    """Check that what the file lacks is finite, reported, and zero in the audio branch."""
+    """Parameters that the file lacks are finite, reported, and zero in the audio branch."""
     save_file(released("wan_t2v_1b3"), tmp_path / "base.safetensors")
     net, report = load_released(
         tmp_path / "base.safetensors", PREVIEW, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=1
@@ -123,7 +125,7 @@ def test_a_base_starts_the_full_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
 def test_training_does_not_change_the_file(name: str, tmp_path: Path) -> None:
-    """Check that parameters are the file's own pages, until they are written to."""
+    """Parameters are the file's own pages until they are written to."""
     tensors, file = released("wan_t2v_1b3"), tmp_path / name
     save_file(tensors, file) if name.endswith("safetensors") else torch.save(tensors, file)
     before = file.read_bytes()
@@ -216,7 +218,7 @@ WRONG = {
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_no_such_file_gets_one_line(
+def test_a_file_of_another_kind_gives_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -259,7 +261,7 @@ print((peak() - before) / size, size)
 
 
 def test_loading_needs_the_network_once(tmp_path: Path) -> None:
-    """Measure resident memory of a process that loads and reads 220 MB: one copy, not two."""
+    """A process that loads and reads 220 MB holds one copy in resident memory, not two."""
     from echolab.models.transformer import EchoTransformer
 
     net = EchoTransformer(

@@ -1,4 +1,4 @@
-"""wav2vec2 as the two released models hear by it, on tiny checkpoints in the released formats."""
+"""wav2vec2 as the two released models use it, on tiny checkpoints in the released formats."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_two_tokens_a_frame_for_any_audio_that_follows(folders: Path, more: int)
         assert tokens.shape == (2 * frames, 16) and tokens.dtype == torch.float32
 
 
-def test_the_fewest_samples_make_just_so_many_tokens(folders: Path) -> None:
+def test_the_fewest_samples_make_exactly_the_requested_tokens(folders: Path) -> None:
     net = load_preview_speech(folders / "base", CPU).net
     assert least_samples(net, 1) == 400  # the receptive field of wav2vec2
     assert least_samples(net, 2 * 81) == 640 * 81 + 80  # so a clip's own sound is 80 too short
@@ -54,7 +54,7 @@ def test_the_fewest_samples_make_just_so_many_tokens(folders: Path) -> None:
                 assert net.feature_extractor(torch.zeros(1, samples)).shape[-1] == made
 
 
-def test_where_the_release_works_its_tokens_are_ours(folders: Path) -> None:
+def test_tokens_equal_those_of_the_release_if_it_accepts_the_length(folders: Path) -> None:
     frames, samples = 13, sound(640 * 14)  # a frame longer than the clip
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folders / "base")
     net = Wav2Vec2Model.from_pretrained(folders / "base").eval()
@@ -68,7 +68,7 @@ def test_where_the_release_works_its_tokens_are_ours(folders: Path) -> None:
 
 
 def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
-    """Check that the 80 samples are added after normalizing: the clip's own audio is unchanged."""
+    """The 80 samples are added after normalizing, so the clip's own audio is unchanged."""
     speech = load_preview_speech(folders / "base", CPU)
     given = []
     speech.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
@@ -79,13 +79,13 @@ def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["base", "chinese"])
-def test_sound_shorter_than_the_clip_is_refused_with_both_numbers(folders: Path, kind: str) -> None:
+def test_audio_shorter_than_the_clip_is_refused_with_both_lengths(folders: Path, kind: str) -> None:
     load = {"base": load_preview_speech, "chinese": load_flash_speech}[kind]
     with pytest.raises(MediaError, match=r"8319 samples.*13 frames \(8320 samples\)"):
         load(folders / kind, CPU)(sound(640 * 13 - 1), 13)
 
 
-def test_flash_uses_every_layer_once_a_frame(folders: Path) -> None:
+def test_flash_uses_every_layer_once_for_each_frame(folders: Path) -> None:
     frames, samples = 17, sound(640 * 20)
     speech = load_flash_speech(folders / "chinese", CPU)
     layers = speech(samples, frames)
@@ -108,7 +108,7 @@ def test_flash_uses_every_layer_once_a_frame(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", [10, 13, 49, 81])
-def test_flash_gives_one_vector_a_frame(folders: Path, frames: int) -> None:
+def test_flash_gives_one_vector_for_each_frame(folders: Path, frames: int) -> None:
     speech = load_flash_speech(folders / "chinese", CPU)
     assert speech(sound(640 * frames), frames).shape == (frames, 12, 16)
     assert not speech.net.feature_extractor._forward_hooks  # nothing is left behind
@@ -122,7 +122,7 @@ def test_a_pickle_with_old_names_is_loaded_completely(folders: Path) -> None:
     assert all(torch.equal(loaded[name], written[name]) for name in written)
 
 
-def test_loudness_is_that_of_the_recommendation() -> None:
+def test_loudness_follows_the_itu_recommendation() -> None:
     times = torch.arange(32_000) / 16_000
     tone = torch.sin(2 * torch.pi * 997 * times)  # by definition at -3.01 LUFS
     for level in (1.0, 0.03):
@@ -131,14 +131,14 @@ def test_loudness_is_that_of_the_recommendation() -> None:
     assert torch.equal(at_loudness(torch.zeros(16_000)), torch.zeros(16_000))
 
 
-def test_flash_ignores_how_loud_a_recording_is(folders: Path) -> None:
+def test_flash_ignores_the_loudness_of_a_recording(folders: Path) -> None:
     speech = load_flash_speech(folders / "chinese", CPU)
     loud, quiet = sound(640 * 13), 0.01 * sound(640 * 13)
     torch.testing.assert_close(speech(loud, 13), speech(quiet, 13), rtol=1e-3, atol=1e-4)
     assert bool(speech(torch.zeros(640 * 13), 13).isfinite().all())
 
 
-def test_sound_without_a_loudness_is_refused(folders: Path) -> None:
+def test_audio_without_a_loudness_is_refused(folders: Path) -> None:
     with pytest.raises(MediaError, match=r"5760 samples \(0.36 s\) has no loudness, need 0.4 s"):
         load_flash_speech(folders / "chinese", CPU)(sound(640 * 9), 9)
 

@@ -63,7 +63,7 @@ def wan_text_states(tensors: dict[str, Tensor], ids: Tensor, heads: int = 4) -> 
     return norm(x, "norm")
 
 
-def test_states_are_those_of_transformers_with_padding_and_then_zeros(pipeline: Path) -> None:
+def test_states_equal_those_of_transformers_then_zeros_for_padding(pipeline: Path) -> None:
     oracle = UMT5EncoderModel.from_pretrained(pipeline / "text_encoder").eval()
     ours = load_text_encoder(pipeline / "text_encoder", pipeline / "tokenizer", CPU, FP32)
     text = "a talking person - a blue person, talking"
@@ -78,7 +78,7 @@ def test_states_are_those_of_transformers_with_padding_and_then_zeros(pipeline: 
     assert bool(states[: len(ids)].abs().sum(1).all()) and not states[len(ids) :].any()
 
 
-def test_states_are_those_of_wans_own_layers(release: Path) -> None:
+def test_states_equal_those_of_wans_own_layers(release: Path) -> None:
     ours = load_text_encoder(release / released.TEXT, release / "google/umt5-xxl", CPU, FP32)
     ids = [4, 5, 6] * 15 + [1]  # far enough for the buckets of long distances
     tensors = released.umt5_original(released.umt5())
@@ -101,7 +101,7 @@ def test_the_authors_names_give_the_same_text_encoder(release: Path, pipeline: P
 
 
 @pytest.mark.parametrize("words", [1, 40, 510, 511, 512, 700])
-def test_a_text_is_cut_so_that_its_end_is_kept(pipeline: Path, words: int) -> None:
+def test_a_truncated_text_keeps_its_end_token(pipeline: Path, words: int) -> None:
     ours = load_text_encoder(pipeline / "text_encoder", pipeline / "tokenizer", CPU, FP32)
     given = []
     ours.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0][0].tolist()))
@@ -114,13 +114,13 @@ def test_a_text_is_cut_so_that_its_end_is_kept(pipeline: Path, words: int) -> No
     assert int(states.any(dim=1).sum()) == len(given[0])
 
 
-def test_cleaning_is_that_of_wan() -> None:
+def test_cleaning_equals_that_of_wan() -> None:
     assert cleaned("  a &amp;amp; b\n\n c\t“d” ") == 'a & b c "d"'
     assert cleaned("schÃ¶n") == "schön"
     assert as_written(" a\n&amp; ") == " a\n&amp; "
 
 
-def test_cleaning_is_a_choice(pipeline: Path) -> None:
+def test_cleaning_is_optional(pipeline: Path) -> None:
     paths = pipeline / "text_encoder", pipeline / "tokenizer"
     plain = load_text_encoder(*paths, CPU, FP32)
     clean = load_text_encoder(*paths, CPU, FP32, clean=cleaned)
@@ -128,7 +128,7 @@ def test_cleaning_is_a_choice(pipeline: Path) -> None:
     assert not torch.equal(plain("a   blue\nperson"), plain("a blue person"))
 
 
-def test_a_tokenizer_that_is_not_umt5s_is_refused(pipeline: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_other_than_umt5s_is_refused(pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"tokenizer.json: not there.*google/umt5-xxl"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

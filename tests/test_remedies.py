@@ -1,4 +1,4 @@
-"""What an error advises works when it is done: provoke each kind of error, and follow its words."""
+"""The remedy of every error works: each kind of error is provoked, and its advice is followed."""
 
 import json
 import math
@@ -83,7 +83,9 @@ Words = Callable[..., list[str]]
 
 @pytest.fixture
 def words(tmp_path: Path) -> Words:
-    """`words(epochs, more...)`: a run in tmp_path/run over clips and pairs there."""
+    """Return a function of epochs and further words that gives the command of a run in
+    tmp_path/run.
+    """
     clips, pairs = encoded.write(tmp_path, 7)
 
     def of(*more: str) -> list[str]:
@@ -117,7 +119,7 @@ def finite(folder: Path) -> bool:
     return all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 
-def test_a_limit_of_the_gradient_may_be_left_out(words: Words, tmp_path: Path) -> None:
+def test_the_gradient_limit_may_be_omitted(words: Words, tmp_path: Path) -> None:
     plan = encoded.plan(("sft", 2))
     assert run(words(plan, "optim.max_grad_norm=.inf")).done and finite(tmp_path / "run")
     assert (
@@ -127,7 +129,7 @@ def test_a_limit_of_the_gradient_may_be_left_out(words: Words, tmp_path: Path) -
     assert main(["replay", str(tmp_path / "run"), "step=2"]) == 0
 
 
-def test_a_bad_clip_is_gone_past_by_the_budget_that_the_error_names(
+def test_a_bad_clip_is_skipped_with_the_budget_that_the_error_names(
     words: Words, tmp_path: Path
 ) -> None:
     spoil(tmp_path / "clips", 3)
@@ -140,7 +142,7 @@ def test_a_bad_clip_is_gone_past_by_the_budget_that_the_error_names(
     assert [e["key"] for e in read_quarantine(tmp_path / "run/quarantine.jsonl")] == ["clip-3"]
 
 
-def test_a_budget_that_is_used_up_may_be_raised(words: Words, tmp_path: Path) -> None:
+def test_an_exhausted_budget_may_be_raised(words: Words, tmp_path: Path) -> None:
     spoil(tmp_path / "clips", 2, 3)
     plan = encoded.plan(("sft", 4))
     with pytest.raises(DataError, match=r"2 of 7 samples are bad, .* raise"):
@@ -170,7 +172,7 @@ def diverging(rate: str) -> str:
     return f"schedule.epochs=[{{kind:sft,steps:3}},{{kind:sft,steps:5,lr_scale:{scale:f}}}]"
 
 
-def test_a_run_that_diverged_goes_on_as_it_was_told(
+def test_a_diverged_run_continues_as_its_error_advises(
     words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -191,7 +193,7 @@ def test_a_run_that_diverged_goes_on_as_it_was_told(
 
 
 @pytest.mark.parametrize("policy", ["recompute", "rollback"])
-def test_a_policy_that_goes_back_may_be_set_afterwards(
+def test_a_rollback_policy_may_be_set_after_divergence(
     words: Words, tmp_path: Path, policy: str
 ) -> None:
     with pytest.raises(DivergedError, match="loss_spike.policy=recompute or rollback goes back"):
@@ -203,7 +205,7 @@ def test_a_policy_that_goes_back_may_be_set_afterwards(
     assert f'"{policy}"' in events
 
 
-def test_without_a_checkpoint_a_lower_rate_starts_again(words: Words, tmp_path: Path) -> None:
+def test_without_a_checkpoint_a_lower_rate_restarts_the_run(words: Words, tmp_path: Path) -> None:
     late = ("schedule.epochs=[{kind:sft,steps:6}]", "save_every=100")
     with pytest.raises(DivergedError, match="lower the learning rate"):
         run(words(*late, "optim.lr=1e30"))
@@ -214,8 +216,10 @@ def test_without_a_checkpoint_a_lower_rate_starts_again(words: Words, tmp_path: 
 # -- commands -------------------------------------------------------------------------------------
 
 
-def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each error's words, and the command that follows them."""
+def test_commands_that_errors_advise_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each error is followed by the command that it advises."""
     data = tmp_path / "drawn"
     steps: list[tuple[list[str], str, list[str]]] = [
         (["data", "verifi", "x"], "verify", ["data", "verify", str(data)]),

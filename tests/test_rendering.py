@@ -1,4 +1,4 @@
-"""The known pixels of each task, in a scene, in windows and in chunks."""
+"""The known pixels of each task, in one clip, in windows and in chunks."""
 
 from pathlib import Path
 
@@ -207,7 +207,7 @@ def test_chunks_keep_the_known_pixels(task: str, given: dict[str, Path]) -> None
     assert torch.equal(last[:, 8:][:, known], made.pixels[:, 17:][:, known]) and known.any()
 
 
-def test_windows_share_one_encoding(given: dict[str, Path]) -> None:
+def test_windows_share_one_audio_encoding(given: dict[str, Path]) -> None:
     made, (renders, video, net) = footage("i2v", given), renderer(RECIPE)
     scene = encode_scene(renders.encoders, made, torch.zeros(1), "a", None)
     steps: list[int] = []
@@ -238,7 +238,7 @@ def test_by_clip_encodes_the_audio_of_each_window_alone(
     assert net.received[1].audio[-1, 0, 0] == 32, "latent frame 4 begins with token 32"
 
 
-def test_by_clip_fills_every_window() -> None:
+def test_by_clip_gives_audio_to_every_window() -> None:
     filled = RECIPE._replace(by_clip=True)
     assert spans_of(21, RECIPE, "joint") == [(0, 5), (4, 6)]
     assert spans_of(21, filled, "joint") == [(0, 5), (4, 9)]
@@ -256,7 +256,7 @@ def test_frames_and_pixels_invert_each_other() -> None:
     assert np.array_equal(to_frames(to_pixels(frames)), frames)
 
 
-def test_matched_colors_have_the_first_frame_s_mean_and_spread() -> None:
+def test_matched_colors_have_the_first_frames_mean_and_spread() -> None:
     rng = np.random.default_rng(0)
     first = rng.integers(100, 156, (16, 16, 3)).astype(np.uint8)
     drifted = np.clip(first * np.array([0.9, 1.1, 0.8]) + 10, 0, 255).astype(np.uint8)

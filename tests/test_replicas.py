@@ -1,4 +1,4 @@
-"""Replicated state is compared between ranks, and a difference names tensor and rank."""
+"""Replicated state is compared between ranks, and a difference is reported by tensor and rank."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8
 
 
 def splitmix64(i: int) -> int:
-    """As its authors wrote it, in unsigned arithmetic; made odd."""
+    """Compute splitmix64 as its authors wrote it, in unsigned arithmetic; made odd."""
     z = i * 0x9E3779B97F4A7C15 % BITS
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % BITS
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % BITS
@@ -45,7 +45,7 @@ def splitmix64(i: int) -> int:
 
 
 def by_hand(values: list[int], chunk: int = CHUNK) -> int:
-    """The digest of int64 values in Python's integers, as a signed number."""
+    """Compute the digest of int64 values in Python's integers, as a signed number."""
     total = 0
     for first in range(0, len(values), chunk):
         part = enumerate(values[first : first + chunk], 1)
@@ -54,11 +54,11 @@ def by_hand(values: list[int], chunk: int = CHUNK) -> int:
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))
-def test_digests_are_what_the_formula_says(values: list[int]) -> None:
+def test_digests_follow_the_formula(values: list[int]) -> None:
     assert digests({"x": torch.tensor(values)}) == {"x": by_hand(values)}
 
 
-def test_large_tensors_are_taken_in_chunks() -> None:
+def test_large_tensors_are_hashed_in_chunks() -> None:
     values = torch.arange(CHUNK + 3)
     factors = _factors(CHUNK, values.device)
     first = int((values[:CHUNK] * factors).sum()) * MIX_1
@@ -70,7 +70,9 @@ def test_large_tensors_are_taken_in_chunks() -> None:
 
 
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), size=st.integers(1, 40))
-def test_any_bit_and_any_swap_is_seen(data: st.DataObject, dtype: torch.dtype, size: int) -> None:
+def test_any_flipped_bit_and_any_swap_is_detected(
+    data: st.DataObject, dtype: torch.dtype, size: int
+) -> None:
     generator = torch.Generator().manual_seed(size)
     tensor = (torch.randn(size, generator=generator) * 100).to(dtype)
     before = digests({"x": tensor})
@@ -86,7 +88,7 @@ def test_any_bit_and_any_swap_is_seen(data: st.DataObject, dtype: torch.dtype, s
     assert (digests({"x": swapped}) == before) == same
 
 
-def test_layout_in_memory_does_not_matter_and_nan_is_a_value() -> None:
+def test_digests_ignore_memory_layout_and_include_nan() -> None:
     complete = torch.randn(6, 5)
     assert digests({"x": complete.t()}) == digests({"x": complete.t().contiguous()})
     assert digests({"x": complete[1:, 2]}) == digests({"x": complete[1:, 2].clone()})
@@ -115,18 +117,18 @@ def test_layout_in_memory_does_not_matter_and_nan_is_a_value() -> None:
         ),
     ],
 )
-def test_most_ranks_are_right(values: list[str], words: str, one: int | None) -> None:
+def test_the_majority_of_ranks_is_right(values: list[str], words: str, one: int | None) -> None:
     assert odd(values) == words and odd_rank(values) == one
 
 
-def test_more_tensors_than_one() -> None:
+def test_several_tensors_may_differ() -> None:
     parts = [{"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}, {"a": "1", "b": "2"}]
     said = difference(parts, ["x", "x", "y"])
     assert said.startswith("b and 2 more is not the same on all ranks: rank 1 against the others;")
 
 
 class Mixed(nn.Module):
-    """Parameters whole and in pieces, as ZeRO 3 leaves them, and a buffer."""
+    """Parameters full and partitioned, as ZeRO 3 leaves them, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ class Mixed(nn.Module):
         self.cut.data = torch.empty(0)
 
 
-def test_what_is_replicated_on_every_rank() -> None:
+def test_replicated_tensors_are_listed_for_every_strategy() -> None:
     net = Mixed()
     assert list(replicated(net)) == ["plain", "kept", "table"]
     assert {name: len(piece) for name, piece in frozen(net).items()} == {"kept": 2}
@@ -194,7 +196,7 @@ def test_a_reference_is_read_again_after_a_rollback(
 
 
 @pytest.mark.slow
-def test_three_ranks_name_each_fault(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_three_ranks_identify_each_fault(fork_server: ForkServer, tmp_path: Path) -> None:
     fork_server.run("guarded:compare", world=3, arguments={"to": str(tmp_path)})
     of_ranks = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(3)]
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank goes on alone

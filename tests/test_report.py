@@ -1,4 +1,4 @@
-"""The report as its reader meets it: in a real browser, from one file, with sound."""
+"""The report as its reader uses it: in a real browser, from one file, with audio."""
 
 import html.parser
 import json
@@ -45,7 +45,7 @@ def write_metrics(path: Path, steps: range) -> None:
 
 @pytest.fixture
 def report(tmp_path: Path) -> dict[str, Any]:
-    """Arguments of write_report, with two clips that sound."""
+    """Return arguments of write_report, with two clips that have audio."""
     frames = np.zeros((25, 64, 48, 3), np.uint8)
     frames[:, 16:48, 12:36] = np.arange(0, 250, 10, dtype=np.uint8)[:, None, None, None]
     sound = np.sin(np.arange(16000) * 0.1).astype(np.float32) / 3
@@ -68,7 +68,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make packages` as root installs it")
-def test_a_browser_plays_and_shows_all_of_it(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_browser_plays_and_shows_the_full_report(tmp_path: Path, report: dict[str, Any]) -> None:
     # moved away from everything it was made from, to show that it needs nothing else
     out = tmp_path / "report.html"
     write_report(out, **report)
@@ -106,7 +106,7 @@ def test_a_browser_plays_and_shows_all_of_it(tmp_path: Path, report: dict[str, A
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make packages` as root installs it")
-def test_one_clip_is_heard_at_a_time_and_charts_tell_their_numbers(
+def test_one_clip_plays_audio_at_a_time_and_charts_show_their_values(
     tmp_path: Path, report: dict[str, Any]
 ) -> None:
     write_report(tmp_path / "report.html", **report)
@@ -135,7 +135,7 @@ def test_one_clip_is_heard_at_a_time_and_charts_tell_their_numbers(
         assert page.messages == []
 
 
-def test_the_page_names_nothing_outside_itself(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path, report: dict[str, Any]) -> None:
     write_report(tmp_path / "report.html", **report)
     page = (tmp_path / "report.html").read_text()
     for word in ("src=", "href="):
@@ -145,7 +145,7 @@ def test_the_page_names_nothing_outside_itself(tmp_path: Path, report: dict[str,
     assert "<script>throw" not in page
 
 
-def test_a_report_can_be_written_again_after_the_run_has_gone_on(
+def test_a_report_can_be_written_again_after_more_steps(
     tmp_path: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_report(tmp_path / "report.html", **report)
@@ -159,7 +159,7 @@ def test_a_report_can_be_written_again_after_the_run_has_gone_on(
     assert "report.html" in capsys.readouterr().out
 
 
-def test_a_bare_run_folder_gives_a_report(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_run_folder_alone_gives_a_report(tmp_path: Path, report: dict[str, Any]) -> None:
     run = tmp_path / "run"
     write_metrics(run / "metrics.jsonl", range(9))
     (run / "scores.json").write_text(json.dumps({"rows": ROWS}))
@@ -170,7 +170,7 @@ def test_a_bare_run_folder_gives_a_report(tmp_path: Path, report: dict[str, Any]
     assert "one clip" in page and "5.44" in page and "Training loss" in page
 
 
-def test_what_is_missing_is_named_and_nothing_is_written(
+def test_missing_input_is_named_and_nothing_is_written(
     tmp_path: Path, report: dict[str, Any]
 ) -> None:
     out = tmp_path / "out" / "report.html"
@@ -186,7 +186,7 @@ def test_what_is_missing_is_named_and_nothing_is_written(
         write_again(tmp_path / "report.html")
 
 
-def test_the_best_is_a_trained_checkpoint_in_the_measure_s_own_direction() -> None:
+def test_the_best_is_a_trained_checkpoint_by_the_metrics_direction() -> None:
     scores = averaged(ROWS)
     assert list(scores) == ["ground_truth", "sft", "sft_longer", "dpo", "shuffled_sound"]
     assert best("sync_c_demo", scores) == 5.44 and best("fvd_demo", scores) == 158.1
@@ -204,7 +204,7 @@ def test_seeds_are_averaged_with_their_spread() -> None:
     assert "± 1.00" in score_table(rows, {}) and "3 seeds" in score_table(rows, {})
 
 
-def test_no_scores_no_table() -> None:
+def test_without_scores_the_report_has_no_table() -> None:
     assert score_table([], {}) == ""
 
 
@@ -218,7 +218,7 @@ def outside(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("way", ["absolute", "relative", "link"])
 @pytest.mark.parametrize("what", ["videos", "runs"])
-def test_a_stranger_s_report_embeds_nothing_from_elsewhere(
+def test_a_report_over_untrusted_files_embeds_nothing_from_outside(
     tmp_path: Path, report: dict[str, Any], way: str, what: str
 ) -> None:
     write_report(tmp_path / "report.html", **report)
@@ -239,7 +239,7 @@ def test_a_stranger_s_report_embeds_nothing_from_elsewhere(
     assert (tmp_path / "report.html").read_bytes() == before
 
 
-def test_a_stranger_s_samples_are_no_links_and_are_videos(
+def test_untrusted_samples_must_be_videos_and_not_links(
     tmp_path: Path, report: dict[str, Any]
 ) -> None:
     write_metrics(tmp_path / "run" / "metrics.jsonl", range(3))
@@ -260,7 +260,7 @@ def test_a_stranger_s_samples_are_no_links_and_are_videos(
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_report_writes_through_no_link(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_report_is_never_written_through_a_link(tmp_path: Path, report: dict[str, Any]) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     for name in ("report.html", "report.json", "report.html.partial", "report.json.partial"):
@@ -272,8 +272,8 @@ def test_a_report_writes_through_no_link(tmp_path: Path, report: dict[str, Any])
 WORDS = ["title", "run", "checkpoint", "measure", "video", "caption", "group", "summary", "metric"]
 
 
-def test_no_word_of_a_stranger_becomes_markup(tmp_path: Path, report: dict[str, Any]) -> None:
-    """In no field: text, attribute or the numbers of a chart."""
+def test_no_untrusted_text_becomes_markup(tmp_path: Path, report: dict[str, Any]) -> None:
+    """The law holds for every field: text, attribute and the values of a chart."""
     evil = {word: f"{HOSTILE}<img src=x onerror=1>\"'><b>{word}" for word in WORDS}
     write_report(tmp_path / "report.html", **report)
     given = json.loads((tmp_path / "report.json").read_text())
@@ -320,7 +320,7 @@ def test_no_word_of_a_stranger_becomes_markup(tmp_path: Path, report: dict[str, 
         {"summary": ["x"]},
     ],
 )
-def test_a_report_of_the_wrong_form_is_named(
+def test_an_invalid_scores_file_is_named(
     tmp_path: Path, report: dict[str, Any], change: dict[str, Any]
 ) -> None:
     write_report(tmp_path / "report.html", **report)

@@ -1,4 +1,4 @@
-"""What asks a running training to end, save or wait: files, the clock, signals, memory."""
+"""Requests to a running training to end, save or wait: files, the clock, signals, memory."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(root: Path, at_two: Any, **changes: Any) -> FitResult:
-    """A run in which `at_two(run folder)` is called after its second step."""
+    """Train a run in which `at_two(run folder)` is called after its second step."""
 
     def on_step(step: int, steps: int) -> None:
         if step == 2:
@@ -45,7 +45,7 @@ def touch(name: str) -> Any:
     return lambda run: (run / name).touch()
 
 
-def test_stop_saves_and_the_same_call_goes_on(tmp_path: Path) -> None:
+def test_stop_saves_and_the_same_call_resumes(tmp_path: Path) -> None:
     result = train(tmp_path, touch("STOP"))
     assert (result.reason, result.step, result.unsaved) == ("stop", 3, False)
     assert saved_steps(tmp_path / "run/checkpoints") == [3]
@@ -55,17 +55,17 @@ def test_stop_saves_and_the_same_call_goes_on(tmp_path: Path) -> None:
     assert again.done and again.reason == "done" and again.checkpoint
 
 
-def test_save_is_done_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_save_request_saves_once_and_training_continues(tmp_path: Path) -> None:
     assert train(tmp_path, touch("SAVE")).done
     assert saved_steps(tmp_path / "run/checkpoints") == [6, 3]
     assert not (tmp_path / "run/SAVE").exists()
 
 
 @pytest.mark.parametrize("how", ["empty folder", "folder", "link", "immutable"])
-def test_a_request_of_any_kind_is_acted_upon_once(
+def test_a_request_of_any_kind_is_obeyed_once(
     tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be removed ends no run, and saves no second time."""
+    """A request file that cannot be removed ends no run, and causes no second save."""
     path = tmp_path / "run/SAVE"
 
     def make(run: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_request_of_any_kind_is_acted_upon_once(
     assert said.count("cannot be removed") <= 1
 
 
-def test_requests_that_cannot_be_looked_for_are_none(
+def test_an_unreadable_folder_counts_as_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat = Path.lstat
@@ -105,13 +105,13 @@ def test_requests_that_cannot_be_looked_for_are_none(
     assert train(tmp_path, touch("STOP")).done
 
 
-def test_prune_ends_without_a_checkpoint(tmp_path: Path) -> None:
+def test_prune_ends_the_run_without_a_checkpoint(tmp_path: Path) -> None:
     result = train(tmp_path, touch("PRUNE"))
     assert (result.reason, result.step) == ("prune", 3)
     assert saved_steps(tmp_path / "run/checkpoints") == []
 
 
-def test_pause_saves_and_waits_until_the_file_is_gone(tmp_path: Path) -> None:
+def test_pause_saves_and_waits_until_the_file_is_removed(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
     def pause(run: Path) -> None:
@@ -141,13 +141,13 @@ def test_a_paused_run_can_be_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_ends_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_run_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
     result = train(tmp_path, lambda run: os.kill(os.getpid(), number))
     assert (result.reason, result.step, result.stopped_by) == ("signal", 3, number)
     assert saved_steps(tmp_path / "run/checkpoints") == [3]
 
 
-def test_without_time_for_a_save_there_is_none(
+def test_without_time_for_a_save_nothing_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echolab.training.callbacks.checkpoints.SAVE_TIMES", 1e6)
@@ -169,7 +169,7 @@ def test_without_time_for_a_save_there_is_none(
 
 
 @pytest.mark.parametrize("at", [3, 5])  # 5: the signal comes in the last step
-def test_late_means_not_done_and_what_was_begun_is_kept(
+def test_a_late_end_is_not_done_and_a_started_save_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     monkeypatch.setattr("echolab.training.callbacks.checkpoints.SAVE_TIMES", 1e6)
@@ -190,14 +190,14 @@ def test_late_means_not_done_and_what_was_begun_is_kept(
     assert saved_steps(tmp_path / "run/checkpoints")[0] == at
 
 
-def test_before_the_jobs_time_is_up_it_saves(tmp_path: Path) -> None:
+def test_a_run_saves_before_the_jobs_time_limit(tmp_path: Path) -> None:
     result = train(tmp_path, touch("nothing"), job_end_time=time.time() + 59)
     assert (result.reason, result.step) == ("time", 1)
     assert saved_steps(tmp_path / "run/checkpoints") == [1]
     assert train(tmp_path, touch("nothing"), job_end_time=time.time() + 3600).done
 
 
-def test_too_much_memory_is_a_planned_restart(tmp_path: Path) -> None:
+def test_too_much_memory_causes_a_planned_restart(tmp_path: Path) -> None:
     result = train(tmp_path, touch("nothing"), max_host_memory_gb=1e-3)
     assert (result.reason, result.step, result.unsaved) == ("memory", 1, False)
     assert saved_steps(tmp_path / "run/checkpoints") == [1]

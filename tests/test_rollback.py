@@ -1,5 +1,6 @@
-"""After a rollback a run is what it would be had it never met the batches left out; a replay of any
-step comes out bit for bit."""
+"""After a rollback a run equals one that never trained on the skipped batches, and a replay of
+any step is equal bit for bit.
+"""
 
 import json
 import shutil
@@ -73,7 +74,7 @@ def same_end(a: Path, b: Path) -> bool:
     return not [*tensor_differences(one, other), *state_differences(one.state, other.state)]
 
 
-def test_rolled_back_runs_never_train_on_skipped_batches(
+def test_a_rolled_back_run_never_trains_on_skipped_batches(
     trained: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh = copied(trained, tmp_path / "fresh")
@@ -156,7 +157,7 @@ def replayed(
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_any_step_repeats_bit_for_bit_and_the_run_does_not_change(
+def test_any_step_is_replayed_bit_for_bit_and_the_run_does_not_change(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(trained)
@@ -225,7 +226,7 @@ def test_a_run_of_several_ranks_is_replayed_by_one_to_rounding(
     assert code == 1 and len(lines) == 1 and lines[0].startswith("step 9: train/loss was ")
 
 
-def test_only_means_over_the_same_steps_are_compared() -> None:
+def test_replay_compares_only_means_over_the_same_steps() -> None:
     def rows(*steps: tuple[int, int]) -> list[dict[str, Any]]:
         return [{"step": step, "attempt": n, "train/loss": 1.0} for step, n in steps]
 
@@ -240,7 +241,7 @@ def test_only_means_over_the_same_steps_are_compared() -> None:
     assert spans([{"step": 3, "attempt": 1, "val/loss": 1.0}], 0, 1) == []
 
 
-def test_rows_from_before_going_back_do_not_count(tmp_path: Path) -> None:
+def test_rows_from_before_a_rollback_do_not_count(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", 1)
     for value, steps in ((0.0, (1, 2, 3, 4)), (1.0, (3, 4, 5))):
         for step in steps:

@@ -1,4 +1,4 @@
-"""A checkpoint loads into any number of ranks and strategy, and is written again bit for bit."""
+"""A checkpoint loads into any number of ranks and strategy, and is saved again bit for bit."""
 
 from pathlib import Path
 
@@ -15,7 +15,9 @@ STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "zero3-whole"]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_load_and_save_changes_no_bit(fork_server: ForkServer, tmp_path: Path, world: int) -> None:
+def test_loading_and_saving_changes_no_bit(
+    fork_server: ForkServer, tmp_path: Path, world: int
+) -> None:
     source = saved.odd_checkpoint(tmp_path / "source")
     strategies = ["single", *STRATEGIES] if world == 1 else STRATEGIES
     arguments = {"strategies": strategies, "source": str(source.parent), "out": str(tmp_path)}

@@ -1,4 +1,6 @@
-"""A sample that cannot be trained on is found at reading, and by `data verify deep=true`, alike."""
+"""A sample that cannot be trained on is refused at reading and by `data verify deep=true`, with
+equal errors.
+"""
 
 import json
 import math
@@ -48,7 +50,7 @@ MAKERS: dict[str, Callable[[int], Tensors]] = {
 def write(
     folder: Path, kind: str, change: Callable[[Tensors], Tensors], about: bytes = b'{"task": "i2v"}'
 ) -> ShardDataset:
-    """A dataset whose sample number BAD is changed."""
+    """Write a dataset whose sample BAD is changed."""
     name = "clip" if kind == "encoded" else "pair"
     with ShardWriter(folder, kind=kind, samples_per_shard=3) as writer:
         for i in range(COUNT):
@@ -93,7 +95,7 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
 
 
 def changes() -> dict[tuple[str, str, str], Callable[[Tensors], Tensors]]:
-    """Every way in which one tensor can be wrong, by (kind, tensor, what)."""
+    """Return every way in which one tensor can be wrong, by (kind, tensor, fault)."""
     faults: dict[tuple[str, str, str], Callable[[Tensors], Tensors]] = {}
     for kind, make in MAKERS.items():
         for name, tensor in make(0).items():
@@ -119,7 +121,7 @@ CHANGES = changes()
 
 
 def read_all(dataset: ShardDataset, i: int) -> None:
-    """As training reads it: a clip posed as every task, a pair as it is."""
+    """Read as training does: a clip in the form of every task, a pair as it is."""
     if dataset.kind == "preference":
         read_pair(dataset, i)
     else:
@@ -128,7 +130,9 @@ def read_all(dataset: ShardDataset, i: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), sorted({(kind, name) for kind, name, _ in CHANGES}))
-def test_reading_and_deep_verification_agree(tmp_path: Path, kind: str, name: str) -> None:
+def test_reading_and_deep_verification_refuse_the_same_samples(
+    tmp_path: Path, kind: str, name: str
+) -> None:
     of_tensor = {what: c for (k, n, what), c in CHANGES.items() if (k, n) == (kind, name)}
     for what, change in of_tensor.items():
         dataset = write(tmp_path / what, kind, change)
@@ -164,7 +168,7 @@ def test_no_good_sample_is_refused(tmp_path: Path, kind: str, dtype: torch.dtype
     read_all(dataset, BAD)
 
 
-def test_the_first_sample_is_no_measure_of_the_others(tmp_path: Path) -> None:
+def test_a_bad_first_sample_does_not_condemn_the_others(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, kind="encoded") as writer:
         for i in range(5):
             tensors = runs.clip_tensors(i)
@@ -179,9 +183,7 @@ def test_the_first_sample_is_no_measure_of_the_others(tmp_path: Path) -> None:
     "wrong",
     [("text", "nan"), ("face", "shorter in 0"), ("audio", "longer in 0"), ("weight", "zero")],
 )
-def test_training_ends_at_a_bad_clip_or_goes_past_it(
-    tmp_path: Path, wrong: tuple[str, str]
-) -> None:
+def test_training_ends_at_a_bad_clip_or_skips_it(tmp_path: Path, wrong: tuple[str, str]) -> None:
     write(tmp_path / "clips", "encoded", CHANGES["encoded", *wrong])
     write(tmp_path / "pairs", "preference", CHANGES["preference", *wrong])
     with pytest.raises(DataError, match=r"sample clip-004: .*data\.max_bad_fraction=0.01"):
@@ -198,7 +200,7 @@ def test_training_ends_at_a_bad_clip_or_goes_past_it(
     assert bad == {"clip-004", "pair-004"}
 
 
-def test_a_bad_held_out_clip_is_found_before_the_first_step(tmp_path: Path) -> None:
+def test_a_bad_held_out_clip_is_reported_before_the_first_step(tmp_path: Path) -> None:
     held = ValData(write(tmp_path / "held", "encoded", CHANGES["encoded", "latents", "nan"]))
     with pytest.raises(DataError, match="clip-004: tensor latents: 1 of .* values not finite"):
         read_share(held)
@@ -238,7 +240,7 @@ def check(tmp_path: Path, **changes: Any) -> None:
         ({"patch_size": [2, 2, 2]}, r"model.patch_size=\[2, 2, 2\]: does not divide the latents"),
     ],
 )
-def test_data_that_the_network_cannot_read_are_refused(
+def test_data_that_the_network_cannot_read_is_refused(
     tmp_path: Path, model: dict[str, Any], message: str
 ) -> None:
     check(tmp_path)
@@ -249,7 +251,7 @@ def test_data_that_the_network_cannot_read_are_refused(
         check(tmp_path, model=model, pairs=[runs.write_pairs(tmp_path / "pairs", 2)])
 
 
-def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> None:
+def test_data_of_another_kind_or_without_a_task_is_refused(tmp_path: Path) -> None:
     def lacking(tensors: Tensors) -> Tensors:
         return {name: t for name, t in tensors.items() if not name.endswith(".lip_sync")}
 
@@ -273,7 +275,7 @@ def test_data_of_another_kind_or_without_a_task_are_refused(tmp_path: Path) -> N
     assert json.loads((tmp_path / "few/dataset.json").read_text())["kind"] == "encoded"
 
 
-def test_data_are_looked_at_before_weights_are_read(
+def test_data_is_checked_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_weights(*_: Any) -> None:
@@ -290,7 +292,7 @@ def test_data_are_looked_at_before_weights_are_read(
         build.train_config_from(compose(words), "")
 
 
-def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> None:
+def test_mixed_datasets_have_features_of_one_size(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "other", kind="encoded") as writer:
         for i in range(3):
             tensors = longer("image", 0)(runs.clip_tensors(i))
@@ -301,6 +303,6 @@ def test_datasets_that_are_mixed_have_features_of_one_size(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
-def test_a_flow_shift_is_above_0(tmp_path: Path, shift: float) -> None:
+def test_a_flow_shift_must_be_above_0(tmp_path: Path, shift: float) -> None:
     with pytest.raises(ConfigError, match="flow_shift=.*: must be above 0"):
         check(tmp_path, flow_shift=shift)

@@ -1,4 +1,6 @@
-"""Solvers: exact where they must be, of their order elsewhere, on the levels that were given."""
+"""Solvers: exact on fields they solve exactly, of their order on others, on the given noise
+levels.
+"""
 
 import math
 
@@ -33,7 +35,7 @@ def test_halving_the_step_halves_the_error() -> None:
     assert error(40) / error(80) == pytest.approx(2, rel=0.05)
 
 
-def test_a_field_that_depends_on_sigma_alone_is_summed_on_the_grid_given() -> None:
+def test_a_field_of_sigma_alone_is_summed_on_the_given_grid() -> None:
     sigmas = torch.tensor([1.0, 0.7, 0.1, 0.0])
     actual = sample_euler(lambda x, sigma: sigma.expand_as(x), START, sigmas)
     expected = 1 - (0.3 * 1.0 + 0.6 * 0.7 + 0.1 * 0.1)
@@ -58,7 +60,7 @@ def curved_error(solver: str, steps: int) -> float:
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("unipc", 2), ("dpmpp", 2)])
-def test_the_order_of_convergence(solver: str, order: int) -> None:
+def test_solvers_converge_with_their_order(solver: str, order: int) -> None:
     falls = math.log2(curved_error(solver, 10) / curved_error(solver, 40)) / 2
     assert falls > order - 0.3
     if order > 1:
@@ -75,7 +77,7 @@ def test_a_straight_path_is_followed_to_its_end(solver: str) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("recipe", [DEMO, PREVIEW, FLASH], ids=["demo", "preview", "flash"])
 def test_the_shift_is_applied_once(solver: str, recipe) -> None:
-    """Compare the levels with the formula by hand, and with the levels of the latents."""
+    """The levels equal the formula by hand, and those of the latents."""
     seen: list[tuple[float, float]] = []
     noise, data = torch.tensor(2.0).reshape(1, 1, 1, 1, 1), 0.0
 
@@ -96,7 +98,7 @@ def test_the_shift_is_applied_once(solver: str, recipe) -> None:
     assert [level for _, level in seen] == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_unipc_is_the_scheduler_itself_on_its_own_levels() -> None:
+def test_unipc_equals_the_scheduler_on_its_own_levels() -> None:
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )

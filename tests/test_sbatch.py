@@ -1,4 +1,4 @@
-"""slurm/train.sbatch without a cluster: what it asks `echolab why`, and when it queues again."""
+"""slurm/train.sbatch without a cluster: its call of `echolab why`, and when it requeues the job."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 class Job:
-    """A job whose batch script is run here, with stubs of Slurm's commands."""
+    """A job whose batch script runs here, with stubs of Slurm's commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, folder / "calls"
@@ -46,7 +46,7 @@ class Job:
         )  # fmt: skip
 
     def ranks(self) -> list[str]:
-        """The words of srun."""
+        """Return the words of srun."""
         return (self.folder / "srun").read_text().splitlines()
 
 
@@ -79,21 +79,21 @@ def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes:
         ("runs/train", []),
     ],
 )
-def test_the_verdict_is_that_of_the_composed_run(job: Job, run: str, words: list[str]) -> None:
+def test_the_job_asks_about_the_run_folder_of_its_settings(
+    job: Job, run: str, words: list[str]
+) -> None:
     write_attempt(job.folder / run, "killed")
     done = job.run(137, *words, ECHOLAB=str(ECHOLAB))
     assert done.returncode == 77 and "requeue 7" in job.calls.read_text()
 
 
 @pytest.mark.parametrize(("code", "again"), [(75, True), (76, True), (77, False), (1, False)])
-def test_without_a_verdict_those_that_were_stopped_are_queued_again(
-    job: Job, code: int, again: bool
-) -> None:
+def test_without_a_verdict_a_stopped_job_is_requeued(job: Job, code: int, again: bool) -> None:
     done = job.run(code, "experiment=sft", ECHOLAB=str(ECHOLAB))
     assert done.returncode == code and ("requeue 7" in job.calls.read_text()) is again
 
 
-def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
+def test_a_job_waits_in_the_queue_while_another_trains_the_run(job: Job) -> None:
     write_attempt(job.folder / "runs/sft", "", launch="slurm-5-0-0", ended=None, host="elsewhere")
     done = job.run(77, "experiment=sft", ECHOLAB=str(ECHOLAB))
     assert done.returncode == 77 and "job 5 is using runs/sft" in done.stdout
@@ -102,23 +102,23 @@ def test_while_another_job_is_at_work_it_waits_in_the_queue(job: Job) -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_signal_to_the_job_is_told_from_a_step_that_ended(job: Job, recorded: bool) -> None:
-    """Both leave no end: only the second is a failure."""
+def test_a_signal_to_the_job_is_distinguished_from_a_failed_step(job: Job, signaled: bool) -> None:
+    """Neither records an end: only the second is a failure."""
     write_attempt(job.folder / "runs/sft", "", ended=None, stop_signal=0)
     write_command(job.folder / "commands/sinfo", "echo n1 mixed")
-    signal = "kill -TERM $PPID; " if recorded else ""
+    signal = "kill -TERM $PPID; " if signaled else ""
     write_command(job.folder / "commands/srun", f"{signal}exit 137")
     done = job.run(137, "experiment=sft", ECHOLAB=str(ECHOLAB))
     stopped = "preempted_unsaved: preemptions are not counted"
-    cause = stopped if recorded else "node_lost: infrastructure"
-    assert cause in done.stdout and done.returncode == (76 if recorded else 77)
+    cause = stopped if signaled else "node_lost: infrastructure"
+    assert cause in done.stdout and done.returncode == (76 if signaled else 77)
 
 
 # -- which echolab --------------------------------------------------------------------------------
 
 
 def checkout(folder: Path, name: str) -> Path:
-    """A folder with this script, and a command that says which it is."""
+    """Make a folder with this script, and a command that prints which one it is."""
     made = folder / name
     (made / "slurm").mkdir(parents=True)
     shutil.copy(SCRIPT, made / "slurm")
@@ -128,17 +128,17 @@ def checkout(folder: Path, name: str) -> Path:
 
 
 def spooled(folder: Path) -> Path:
-    """The copy that Slurm makes of it."""
+    """Make the copy of the script that Slurm makes."""
     (folder / "spool/job00007").mkdir(parents=True)
     return Path(shutil.copy(SCRIPT, folder / "spool/job00007/slurm_script"))
 
 
 @pytest.mark.parametrize("name", ["checkout", "a check out"])
 @pytest.mark.parametrize("words", [[], ["experiment=sft", "run_dir=my runs/a"]])
-def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
+def test_the_job_runs_echolab_of_the_checkout_it_was_submitted_from(
     job: Job, name: str, words: list[str]
 ) -> None:
-    """Though Slurm runs a copy of the script, and nothing of the environment was exported."""
+    """Slurm runs a copy of the script, and no environment was exported."""
     script = checkout(job.folder, name)
     shown = f"JobId=7 JobName=a Command={' '.join([str(script), *words])} WorkDir=/x StdErr=/y"
     done = job.run(0, *words, script=spooled(job.folder), SHOWN=shown)
@@ -148,7 +148,7 @@ def test_it_is_that_of_the_checkout_from_which_it_was_submitted(
     assert ranks[-1 - len(words) : -1] == words
 
 
-def test_else_it_is_that_of_the_folder_of_the_submission_or_on_the_path(job: Job) -> None:
+def test_otherwise_echolab_is_taken_from_the_submission_folder_or_the_path(job: Job) -> None:
     here, script = checkout(job.folder, "here").parents[1], spooled(job.folder)
     answer = f"JobId=7 Command={job.folder}/copied.sbatch WorkDir={here}"
     job.run(0, script=script, SHOWN=answer, SLURM_SUBMIT_DIR=str(here))
@@ -158,7 +158,7 @@ def test_else_it_is_that_of_the_folder_of_the_submission_or_on_the_path(job: Job
     assert "echolab" in job.ranks()
 
 
-def test_none_at_all_is_said_in_one_line_before_the_ranks(job: Job) -> None:
+def test_a_missing_echolab_is_a_one_line_error_before_the_ranks(job: Job) -> None:
     done = job.run(0, script=spooled(job.folder), SLURM_SUBMIT_DIR="/")
     assert done.returncode == 1 and not (job.folder / "srun").exists()
     assert done.stderr.count("\n") == 1
@@ -166,7 +166,7 @@ def test_none_at_all_is_said_in_one_line_before_the_ranks(job: Job) -> None:
 
 
 @pytest.mark.parametrize("spaces", [False, True])
-def test_it_may_be_several_words_or_a_path_with_spaces(job: Job, spaces: bool) -> None:
+def test_echolab_may_be_several_words_or_a_path_with_spaces(job: Job, spaces: bool) -> None:
     command = job.folder / "my tools" / "echolab"
     command.parent.mkdir()
     write_command(command, "true")

@@ -32,7 +32,7 @@ def test_epochs_follow_each_other_without_gap(epochs: list[Epoch], cycles: int) 
 
 
 @given(EPOCHS, st.integers(1, 3))
-def test_each_dataset_goes_on_where_it_was_left(epochs: list[Epoch], cycles: int) -> None:
+def test_each_dataset_continues_at_its_last_batch(epochs: list[Epoch], cycles: int) -> None:
     plan = Schedule(epochs, cycles=cycles)
     places = [plan.place(step) for step in range(plan.steps)]
     for supervised in (True, False):
@@ -42,7 +42,7 @@ def test_each_dataset_goes_on_where_it_was_left(epochs: list[Epoch], cycles: int
     assert counted[-1] == sum(place.kind == "sft" for place in places) and counted[0] == 0
 
 
-def test_learning_rate_warms_up_and_is_the_epochs_own() -> None:
+def test_the_learning_rate_warms_up_and_belongs_to_the_epoch() -> None:
     plan = Schedule([Epoch("sft", 4, 1.0), Epoch("dpo", 2, 0.1)], warmup=4)
     assert [plan.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 0.1, 0.1]
     cosine = Schedule([Epoch("sft", 10, 1.0)], decay="cosine")
@@ -50,13 +50,13 @@ def test_learning_rate_warms_up_and_is_the_epochs_own() -> None:
     assert rates[0] == 1.0 and rates[5] == pytest.approx(0.5) and rates == sorted(rates)[::-1]
 
 
-def test_boundaries_and_references() -> None:
+def test_boundaries_and_references_are_at_epoch_starts() -> None:
     plan = runs.schedule(("sft", 3), ("dpo", 2), ("sft", 1))
     assert [s for s in range(7) if plan.is_boundary(s)] == [3, 5, 6]
     assert [s for s in range(7) if plan.needs_reference(s)] == [3]
 
 
-def test_only_the_future_of_a_run_may_change() -> None:
+def test_only_future_steps_of_a_run_may_change() -> None:
     state = runs.schedule(("sft", 3), ("dpo", 2)).state_dict()
     runs.schedule(("sft", 3), ("dpo", 9), ("sft", 1)).check_continues(state, 4)
     runs.schedule(("sft", 30)).check_continues(state, 2)
@@ -71,7 +71,7 @@ def test_only_the_future_of_a_run_may_change() -> None:
     ("epochs", "words"),
     [([], "0 epochs"), ([("sfd", 1, 1.0)], "kind is one of"), ([("sft", 0, 1.0)], "steps 1")],
 )
-def test_a_schedule_that_cannot_be_is_refused(epochs: list[Epoch], words: str) -> None:
+def test_an_impossible_schedule_is_refused(epochs: list[Epoch], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Schedule([Epoch(*epoch) for epoch in epochs])
 
@@ -82,13 +82,13 @@ SKIPS = st.lists(
 
 
 def batches(plan: Schedule, group: str, steps: int | None = None) -> list[int]:
-    """What a group's steps take, in order."""
+    """Return the batches that a group's steps take, in order."""
     places = [plan.place(step) for step in range(plan.steps if steps is None else steps)]
     return [place.batch for place in places if group_of(place.kind) == group]
 
 
 @given(EPOCHS, st.integers(1, 3), SKIPS)
-def test_skipped_batches_are_never_placed_and_all_others_once_in_order(
+def test_skipped_batches_never_come_and_all_others_come_once_in_order(
     epochs: list[Epoch], cycles: int, skips: list[Skip]
 ) -> None:
     plain = Schedule(epochs, cycles=cycles)
@@ -124,7 +124,7 @@ def test_a_skip_may_only_concern_the_future(
             before.check_continues(state, step)  # it has not changed
 
 
-def test_a_checkpoint_without_skips_is_of_a_run_without_skips() -> None:
+def test_a_checkpoint_without_skips_means_a_run_without_skips() -> None:
     plan = runs.schedule(("sft", 9))
     state = {"epochs": plan.state_dict()["epochs"]}
     Schedule(plan.epochs, skipped=[Skip("sft", 4, 2)]).check_continues(state, 4)
@@ -149,7 +149,7 @@ def test_a_run_keeps_the_rates_that_it_was_trained_with(
     first: list[Epoch], a: dict[str, Any], second: list[Epoch], b: dict[str, Any],
     third: list[Epoch], c: dict[str, Any], data: st.DataObject,
 ) -> None:  # fmt: skip
-    """Over any changes that are let pass, lr(step) is what the step had when it was trained."""
+    """After any accepted changes, lr(step) is the rate with which the step was trained."""
     run = Schedule(first, **a)
     trained: list[float] = []
     for epochs, shape in ((first, a), (second, b), (third, c)):
@@ -172,7 +172,7 @@ def test_a_run_keeps_the_rates_that_it_was_trained_with(
 
 
 @given(RATES, SHAPES, RATES, SHAPES)
-def test_nothing_but_an_extension_is_let_pass_once_all_steps_are_done(
+def test_a_finished_schedule_may_only_be_extended(
     old: list[Epoch], a: dict[str, Any], new: list[Epoch], b: dict[str, Any]
 ) -> None:
     before, after = Schedule(old, **a), Schedule(new, **b)

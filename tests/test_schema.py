@@ -1,4 +1,4 @@
-"""What is read back of a checkpoint is validated, however well its hashes agree."""
+"""The state of a checkpoint is validated when it is read, even if all hashes agree."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def rewrite(path: Path, change: Callable[[State], object]) -> None:
 
 
 def seal(path: Path, **changes: Any) -> None:
-    """Write a manifest that agrees with the files that are there."""
+    """Write a manifest that agrees with the files of a checkpoint."""
     content = json.loads((path / "manifest.json").read_text())
     content.pop("sha256")
     files = {name: write_file(path / name, [(path / name).read_bytes()])
@@ -106,13 +106,13 @@ def copy(state: State) -> State:
     return copied
 
 
-def test_what_training_writes_passes(state: State) -> None:
+def test_checkpoints_of_training_pass(state: State) -> None:
     assert state_faults(state, 6) == []
     assert state_faults({**state, "something": "new"}, 6) == []
 
 
 @pytest.mark.parametrize("keys", REQUIRED, ids=".".join)
-def test_every_required_entry_is_missed(state: State, keys: tuple[str, ...]) -> None:
+def test_every_missing_entry_is_detected(state: State, keys: tuple[str, ...]) -> None:
     changed = copy(state)
     remove(*keys)(changed)
     assert state_faults(changed, 6) == [f"{'.'.join(keys)} is missing"]
@@ -131,8 +131,8 @@ def test_wrong_types_and_ranges_are_named(
 
 
 @pytest.mark.parametrize("other", [None, [], "text", 3])
-def test_no_entry_may_be_of_any_kind(state: State, other: Any) -> None:
-    """The checks themselves never raise, whatever stands where."""
+def test_every_entry_has_a_checked_type(state: State, other: Any) -> None:
+    """The checks themselves never fail, whichever value an entry has."""
     assert list(STATE(other, ""))
     for key in state:
         state_faults({**state, key: other}, 6)
@@ -223,7 +223,7 @@ def test_large_values_are_finite(folder: Path) -> None:
         ({"parameters": {"gain": "1"}}, "parameters.gain is '1'"),
     ],
 )
-def test_the_manifest_has_types_too(folder: Path, changes: State, words: str) -> None:
+def test_the_manifest_is_type_checked_too(folder: Path, changes: State, words: str) -> None:
     seal(folder_of(folder, 2), **changes)
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(folder_of(folder, 2))
@@ -231,7 +231,7 @@ def test_the_manifest_has_types_too(folder: Path, changes: State, words: str) ->
     assert result and result.step == 1
 
 
-def test_a_manifest_without_files_is_none(folder: Path) -> None:
+def test_a_manifest_without_files_is_invalid(folder: Path) -> None:
     path = folder_of(folder, 2) / "manifest.json"
     content = json.loads(path.read_text())
     for key in ("files", "parameters", "step", "tied"):
@@ -241,16 +241,16 @@ def test_a_manifest_without_files_is_none(folder: Path) -> None:
             open_checkpoint(path.parent)
 
 
-def test_a_part_that_the_state_names_is_missed(folder: Path) -> None:
+def test_a_missing_part_that_the_state_names_is_detected(folder: Path) -> None:
     rewrite(folder_of(folder, 2), put([0.5], "ema", "more"))
     with pytest.raises(CheckpointError, match="its state names .*ema-0.5"):
         open_checkpoint(folder_of(folder, 2))
 
 
-def test_a_run_resumes_from_the_one_before(
+def test_a_run_resumes_from_the_previous_valid_checkpoint(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No KeyError, and no step that is trained on what cannot be."""
+    """Training raises no KeyError, and never uses an invalid checkpoint."""
     plan, every = runs.schedule(("sft", 6)), Intervals(log_every=1, save_every=2)
     runs.train(tmp_path, plan, intervals=every)
     checkpoints = tmp_path / "run/checkpoints"
@@ -275,7 +275,7 @@ def test_all_ranks_decide_the_same(fork_server: ForkServer, tmp_path: Path) -> N
 
 
 def see_newest(folder: str, out: str) -> None:
-    """In a rank: write the step that it resumes from."""
+    """Write the step that a rank resumes from."""
     import os
 
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Crops, mouth, psnr and the rows of the score table."""
+"""Crops, mouth opening, PSNR and the rows of the score table."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def judges() -> Judges:
     return Judges(*nets, *features_of(frame, clip, real))
 
 
-def test_psnr_by_hand() -> None:
+def test_psnr_equals_the_value_by_hand() -> None:
     still = torch.zeros(2, 3, 8, 8)
     noisy = still.clone()
     noisy[0] += 0.2  # peak to peak is 2: 10 log10(4 / 0.04)
@@ -51,7 +51,7 @@ def test_psnr_by_hand() -> None:
     assert torch.equal(psnr(still, noisy), psnr(noisy, still))
 
 
-def test_correlation_of_curves() -> None:
+def test_correlation_of_curves_equals_the_value_by_hand() -> None:
     curve = np.sin(np.arange(25, dtype=np.float32))
     assert correlation(curve, 3 * curve + 1) == pytest.approx(1)
     assert correlation(curve, -curve) == pytest.approx(-1)
@@ -59,8 +59,8 @@ def test_correlation_of_curves() -> None:
         assert correlation(curve, np.full(25, level, np.float32)) == 0
 
 
-def test_a_crop_is_the_box_with_its_margin_whatever_the_batch() -> None:
-    """A ramp across the picture: the crop's value tells the place it was taken from."""
+def test_a_crop_is_the_box_with_its_margin_in_any_batch() -> None:
+    """The frame is a ramp, so the crop's value gives the position it was taken from."""
     across = ((torch.arange(64) + 0.5) / 32 - 1).expand(64, 64)
     pixels = torch.stack([across, across.T, torch.zeros(64, 64)])[None, :, None]  # [1, 3, 1, Y, X]
     boxes = torch.tensor([[20.0, 30.0, 40.0, 50.0]])
@@ -74,7 +74,7 @@ def test_a_crop_is_the_box_with_its_margin_whatever_the_batch() -> None:
     torch.testing.assert_close(pair[:1], crop)
 
 
-def test_the_mouth_looks_as_open_as_it_is() -> None:
+def test_the_measured_mouth_opening_equals_the_true_one() -> None:
     clips = drawn.clips(24, first=300)
     assert clips.visemes is not None
     seen = mouth_darkness(clips.float_pixels(), clips.lips[:, 0]).numpy()
@@ -86,7 +86,7 @@ def test_the_mouth_looks_as_open_as_it_is() -> None:
 
 
 @torch.no_grad()
-def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
+def test_windows_of_lips_and_audio_equal_those_of_the_original() -> None:
     net = SyncNetDemo().eval()
     clips = drawn.clips(2)
     seen = net.embed_lips(crop_lips(clips.float_pixels(), clips.lips[:, 0]))
@@ -105,7 +105,7 @@ def test_windows_of_lips_and_sound_are_those_of_the_original() -> None:
     assert changed[:, :6].max() < 1e-5 and changed[:, 6:].min() > 1e-4
 
 
-def test_contrast_is_least_where_each_window_finds_its_own() -> None:
+def test_the_contrastive_loss_is_least_for_matching_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     lips = torch.nn.functional.normalize(torch.randn(3, 10, 32, generator=generator), dim=-1)
     sharp = torch.tensor(50.0)
@@ -116,8 +116,8 @@ def test_contrast_is_least_where_each_window_finds_its_own() -> None:
     torch.testing.assert_close(contrastive_loss(lips, 2 * lips, sharp / 2), own)
 
 
-def test_a_syncnet_of_a_few_steps_already_hears(tmp_path: Path) -> None:
-    """Fitted on eight talkers, it finds their lips nearer to their own sound than to others'."""
+def test_a_syncnet_learns_sync_in_a_few_steps(tmp_path: Path) -> None:
+    """Fitted on eight talkers, it maps their lips nearer to their own audio than to others'."""
     clips = drawn.clips(8)
     losses: list[float] = []
     net = fit_sync(
@@ -130,7 +130,7 @@ def test_a_syncnet_of_a_few_steps_already_hears(tmp_path: Path) -> None:
     assert np.mean([s.distance for s in own]) < np.mean([s.distance for s in wrong])
 
 
-def test_labels_are_standardised() -> None:
+def test_labels_are_standardized() -> None:
     clips = drawn.clips(8)
     assert clips.visemes is not None
     labels = talker_labels(clips.face, clips.visemes)
@@ -155,7 +155,7 @@ def test_feature_networks_can_be_fitted(tmp_path: Path) -> None:
             assert net(pixels if shape[1] == 128 else pixels[:, :, 0]).shape == shape
 
 
-def test_the_truth_scores_perfectly_where_perfection_is_known() -> None:
+def test_the_truth_has_perfect_scores_if_perfection_is_known() -> None:
     truth = drawn.clips(6)
     scores = score_clips(judges(), truth.float_pixels(), truth, cepstra_of(truth))
     names = {"sync_c_demo", "sync_d_demo", "fid_demo", "fvd_demo", "psnr_first_frame", "mouth_corr"}
@@ -167,7 +167,7 @@ def test_the_truth_scores_perfectly_where_perfection_is_known() -> None:
     assert set(without) == names - {"mouth_corr"}
 
 
-def test_other_sound_changes_sync_alone_and_frozen_lips_lose_the_mouth() -> None:
+def test_other_audio_changes_sync_alone_and_frozen_lips_lower_the_mouth_score() -> None:
     truth, scoring = drawn.clips(6), judges()
     right = score_clips(scoring, truth.float_pixels(), truth, cepstra_of(truth))
     shuffled = score_clips(scoring, truth.float_pixels(), truth, cepstra_of(truth).roll(1, 0))
@@ -180,14 +180,14 @@ def test_other_sound_changes_sync_alone_and_frozen_lips_lose_the_mouth() -> None
     assert frozen["fvd_demo"] > right["fvd_demo"]
 
 
-def test_real_clips_against_themselves_have_no_distance() -> None:
+def test_real_clips_have_no_distance_to_themselves() -> None:
     scoring, real = judges(), drawn.clips(8, first=200)
     scores = score_clips(scoring, real.float_pixels(), real, cepstra_of(real))
     assert scores["fid_demo"] == pytest.approx(0, abs=1e-6)
     assert scores["fvd_demo"] == pytest.approx(0, abs=1e-6)
 
 
-def test_clips_that_the_networks_cannot_take_are_refused_in_a_line() -> None:
+def test_clips_of_unsupported_sizes_are_refused_in_one_line() -> None:
     short = drawn.clips(2, frames=13)
     with pytest.raises(DataError, match="13 frames have 8 windows of sync, need more than 8"):
         sync_of(SyncNetDemo(), short.float_pixels(), short.lips[:, 0], cepstra_of(short))

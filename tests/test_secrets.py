@@ -1,6 +1,6 @@
-"""Commands are given secrets in every way; no byte that they leave or say holds one.
+"""Secrets are given to commands in every way, and none is in their output or files.
 
-`ps` shows them only where the user typed them on the command line.
+`ps` shows a secret only if the user typed it on the command line.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fault_server.Fa
 
 
 def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command of echolab with secrets in its environment, and none in what it says."""
+    """Run a command with secrets in its environment; assert that its output has none."""
     done = subprocess.run(
         [sys.executable, "-m", "echolab.cli", *words], cwd=cwd, capture_output=True, text=True,
         timeout=900, env={**os.environ, **ENV, "WANDB_MODE": "offline", "no_proxy": "127.0.0.1"},
@@ -46,7 +46,7 @@ def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def check(said: str, folder: Path) -> None:
-    """No canary in words, or in names and bytes of files."""
+    """Assert that no canary is in words, or in names and bytes of files."""
     for canary in CANARIES:
         assert canary not in said
         for path in folder.rglob("*"):
@@ -65,10 +65,12 @@ def settings(server: fault_server.FaultServer, url: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_no_secret_and_goes_on_with_others(
+def test_a_run_stores_no_secret_and_resumes_with_other_secrets(
     server: fault_server.FaultServer, tmp_path: Path
 ) -> None:
-    """Typed once, with two ranks; goes on with another signature; is replayed."""
+    """A secret is typed once, with two ranks; the run resumes with another signature, and is
+    replayed.
+    """
     url = address(server, PASSWORD, SIGNATURE)
     words = [*settings(server, url), "logger.project=${oc.env:HF_TOKEN}", "trainer.devices=2",
              "trainer.strategy=ddp", "data.log_samples=true"]  # fmt: skip
@@ -91,7 +93,9 @@ def test_a_run_keeps_no_secret_and_goes_on_with_others(
 
 
 @pytest.mark.slow
-def test_what_is_interpolated_stays_so(server: fault_server.FaultServer, tmp_path: Path) -> None:
+def test_interpolations_are_stored_unresolved(
+    server: fault_server.FaultServer, tmp_path: Path
+) -> None:
     url = address(server, "${oc.env:DATA_PASSWORD}", "${oc.env:DATA_SIG}")
     words = [*settings(server, url.replace("X-Amz-Date=1&", "")), "seed=${oc.env:COUNT}"]
     command = [sys.executable, "-m", "echolab.cli", *words]
@@ -112,7 +116,9 @@ def test_what_is_interpolated_stays_so(server: fault_server.FaultServer, tmp_pat
 
 
 def arguments_below(process: subprocess.Popen[str]) -> Iterator[str]:
-    """The command lines of all processes of a session's tree, as `ps` shows them, to its end."""
+    """Return the command lines of all processes of a session's tree, as `ps` shows them, until
+    its end.
+    """
     while process.poll() is None:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -142,15 +148,15 @@ def arguments_below(process: subprocess.Popen[str]) -> Iterator[str]:
         (["pairs", "sample", "x", "policy={url}"], 1),
     ],
 )
-def test_no_error_holds_a_secret(tmp_path: Path, words: list[str], code: int) -> None:
-    """The server refuses; the words of its refusal, and ours, hold the address."""
+def test_no_error_contains_a_secret(tmp_path: Path, words: list[str], code: int) -> None:
+    """The server refuses; its answer and our error contain the URL."""
     url = f"http://me:{PASSWORD}@127.0.0.1:9/d?sig={SIGNATURE}"
     quoted = f'"{url}"' if words[0] == "train" else url
     done = run([word.format(url=quoted) for word in words], tmp_path)
     assert done.returncode == code, done.stderr
 
 
-def test_what_a_rank_tells_of_an_exception_holds_no_secret(
+def test_a_ranks_error_file_contains_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -162,7 +168,7 @@ def test_what_a_rank_tells_of_an_exception_holds_no_secret(
     assert "401 for https://***@host/d?*** with ***" in (tmp_path / "rank-0.error.json").read_text()
 
 
-def test_a_setting_made_of_another_is_kept_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpolated_setting_is_stored_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     words = ["data.clips=${oc.env:NAME}/clips", "data.val_clips=${data.clips}",
@@ -178,7 +184,7 @@ def test_a_setting_made_of_another_is_kept_as_written(monkeypatch: pytest.Monkey
     assert again["data"] == plain["data"]
 
 
-def test_settings_of_a_stranger_read_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrusted_settings_read_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for clips in ("https://evil/${oc.env:HF_TOKEN}", "${ oc.env : HF_TOKEN }", "${oc.env:${a}}"):
         with pytest.raises(ConfigError, match="from the environment; if you trust it"):

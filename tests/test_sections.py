@@ -1,4 +1,6 @@
-"""Sections are measured, and told to another process while this one is busy or blocked."""
+"""Sections of a step are timed, and readable by another process while this one is busy or
+blocked.
+"""
 
 import os
 import signal
@@ -69,7 +71,7 @@ def test_every_second_belongs_to_a_section() -> None:
     assert heartbeat.section == "pause"
 
 
-def test_what_was_told_is_read(tmp_path: Path) -> None:
+def test_a_written_heartbeat_is_read(tmp_path: Path) -> None:
     path = heartbeat_path(tmp_path, 0)
     assert read_heartbeat(path) is None
     path.write_bytes(bytes(SIZE))
@@ -86,8 +88,8 @@ def test_what_was_told_is_read(tmp_path: Path) -> None:
     assert beat.seconds == heartbeat.seconds and beat.longest == heartbeat.longest
 
 
-def test_a_reader_never_sees_half_a_word(tmp_path: Path) -> None:
-    """The writer's section and step follow from its count; what is read must fit, each time."""
+def test_a_reader_never_sees_a_partial_heartbeat(tmp_path: Path) -> None:
+    """The writer's section and step follow from its count, so that each read can be checked."""
     process, seen = start(WRITER, tmp_path), set()
     reads, end = 0, time.monotonic() + 60
     try:
@@ -121,7 +123,7 @@ def test_stacks_come_from_a_process_that_is_blocked_in_c(tmp_path: Path) -> None
     assert beat and (beat.section, beat.step) == ("data_wait", 7)
 
 
-def test_without_a_supervisor_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_supervisor_no_heartbeat_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LOCAL_DIR, raising=False)
     heartbeat = heartbeat_from_environment()
     heartbeat.enter("forward")

@@ -1,4 +1,6 @@
-"""A clip over several ranks is the clip on one: outputs, and gradients averaged over the ranks."""
+"""A clip over several ranks equals the clip on one: outputs, and gradients averaged over the
+ranks.
+"""
 
 import json
 import sys
@@ -21,8 +23,10 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_ranks_compute_what_one_does(tmp_path: Path, world: int) -> None:
-    """Six tokens a frame: four ranks do not divide them, two do; neither divides three frames."""
+def test_several_ranks_compute_the_result_of_one(tmp_path: Path, world: int) -> None:
+    """There are six tokens a frame: four ranks do not divide them, two do; neither divides three
+    frames.
+    """
     code = run_ranks([sys.executable, str(HERE / "sequenced.py"), str(tmp_path)], world)
     assert code == 0
     expected = sequenced.result(split=False)
@@ -36,8 +40,10 @@ def test_several_ranks_compute_what_one_does(tmp_path: Path, world: int) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_a_run_with_clips_over_two_ranks_is_the_run_of_one(tmp_path: Path, strategy: str) -> None:
-    """Training, validation and the preference epochs; activations are recomputed besides."""
+def test_a_run_with_clips_over_two_ranks_equals_the_run_of_one(
+    tmp_path: Path, strategy: str
+) -> None:
+    """The run has validation and preference epochs, and recomputes activations."""
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     runs.write_clips(tmp_path / "held", 4, 50)
@@ -62,7 +68,7 @@ def test_heads_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -
         SequenceSplit(tiny.net(num_heads=12, dim=48))
 
 
-def test_one_rank_is_the_network_itself(tmp_path: Path) -> None:
+def test_one_rank_computes_the_network_itself(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         net, report = tiny.net(trained=True), tiny.conditions()

@@ -1,4 +1,4 @@
-"""Every setting of conf/ has a type and a range, and what breaks them never reaches a rank."""
+"""Every setting of conf/ has a type and a range, and invalid values never reach a rank."""
 
 import inspect
 import math
@@ -51,6 +51,7 @@ Where = tuple[str | int, ...]
 
 
 def limits(metadata: Any) -> dict[str, Any]:
+    """Return the bounds of a field."""
     bounds: dict[str, Any] = {}
     for one in metadata:
         bounds |= limits(one.metadata) if isinstance(one, FieldInfo) else {}
@@ -61,7 +62,7 @@ def limits(metadata: Any) -> dict[str, Any]:
 
 
 def wrong(annotation: Any, metadata: Any = ()) -> list[Any]:
-    """Values of another kind, out of range, of the wrong length, or not finite."""
+    """Return values of another type, out of range, of the wrong length, or not finite."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return wrong(inner[0], [*inner[1:], *metadata])
@@ -105,7 +106,7 @@ def numbers(kind: type, bound: dict[str, Any]) -> list[Any]:
 
 
 def right(annotation: Any, metadata: Any = ()) -> Any:
-    """One value that may stand there."""
+    """Return one valid value."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return right(inner[0], [*inner[1:], *metadata])
@@ -122,7 +123,7 @@ def right(annotation: Any, metadata: Any = ()) -> Any:
 
 
 def fields(section: type[BaseModel] = schema.Settings, at: Where = ()) -> Iterator[Any]:
-    """(where, field) of every setting, those of the items of lists too."""
+    """Return (path, field) of every setting, including those of list items."""
     for name, field in section.model_fields.items():
         where = (*at, field.alias or name)
         yield where, field
@@ -136,7 +137,7 @@ def fields(section: type[BaseModel] = schema.Settings, at: Where = ()) -> Iterat
 
 
 def changed(config: Any, where: Where, value: Any) -> Any:
-    """A copy with another value at a place; None in its way becomes what is needed."""
+    """Return a copy with another value at a path; create missing parents."""
     if not where:
         return value
     if where[0] == 0:
@@ -163,7 +164,7 @@ def test_every_setting_has_a_type_and_a_range(where: Where, field: FieldInfo) ->
         assert line.isprintable() and len(line) < 600, line
 
 
-def test_the_values_of_the_issue_are_refused_by_the_parent(
+def test_known_bad_values_are_refused_by_the_parent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -184,7 +185,7 @@ def test_the_values_of_the_issue_are_refused_by_the_parent(
         assert not run.exists()
 
 
-def test_refusing_takes_no_torch_and_no_rank() -> None:
+def test_a_refusal_needs_no_torch_and_no_rank() -> None:
     program = (
         "import sys; from echolab.cli.__main__ import main\n"
         "code = main(['train', 'data.clips=x', 'batch_size=0'])\n"
@@ -223,13 +224,13 @@ def test_refusing_takes_no_torch_and_no_rank() -> None:
         (["data.clips=???"], "data.clips: is missing; give data.clips=..., dataset"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
+def test_conflicting_settings_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose([*NEEDED, *words])
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_numbers_may_be_spelled_as_yaml_and_the_environment_spell_them(
+def test_numbers_may_be_spelled_as_in_yaml_and_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RATE", "1e-4")
@@ -260,7 +261,7 @@ def leaves(config: Any, at: str = "") -> Iterator[str]:
             yield f"{at}{key}"
 
 
-def test_what_ships_has_all_settings_and_no_others() -> None:
+def test_the_shipped_files_have_all_settings_and_no_others() -> None:
     given = ("audio_layers", "eps", "patch_size", "time_stride", "space_stride")
     optional = {f"model.{name}" for name in given}  # the network has defaults of them
     assert set(leaves(BASE)) | optional == set(names())
@@ -282,7 +283,7 @@ def choices(section: type[BaseModel], name: str) -> tuple[str, ...]:
     return typing.get_args(section.model_fields[name].annotation)
 
 
-def test_the_choices_are_those_of_the_code() -> None:
+def test_the_choices_equal_those_of_the_code() -> None:
     assert typing.get_args(schema.Task) == TASKS
     assert choices(schema.Epoch, "kind") == KINDS
     assert choices(schema.Data, "last_batch") == LAST_BATCH_MODES
@@ -298,7 +299,7 @@ def test_the_choices_are_those_of_the_code() -> None:
     assert limits([schema.Optim.model_fields["posthoc_ema_stds"]]) or WIDEST > 0.2886
 
 
-def test_the_settings_are_those_that_the_code_takes() -> None:
+def test_the_settings_equal_the_arguments_of_the_code() -> None:
     """Every setting reaches an argument, and every argument has a setting."""
     assert set(schema.Model.model_fields) == set(inspect.signature(EchoTransformer).parameters)
 
@@ -340,7 +341,7 @@ STAGE = st.fixed_dictionaries(
     lr=REAL, epochs=st.lists(EPOCH, max_size=3), warmup=INTEGERS, cycles=st.integers(-1, 20),
     stages=st.none() | st.lists(STAGE, max_size=3), ema_decay=REAL, min_prob=REAL,
 )  # fmt: skip
-def test_what_passes_is_understood_below(
+def test_accepted_values_are_accepted_by_the_code(
     lr: Any, epochs: Any, warmup: Any, cycles: Any, stages: Any, ema_decay: Any, min_prob: Any
 ) -> None:
     schedule = {"epochs": epochs, "warmup": warmup, "cycles": cycles, "decay": "cosine"}

@@ -1,4 +1,6 @@
-"""Shards: what goes in comes out; no fault goes unseen; nothing half-written looks whole."""
+"""Shards: samples are read as written, damage is always detected, partial files never look
+complete.
+"""
 
 import errno
 import io
@@ -50,7 +52,7 @@ def write(folder: Path, per_shard: int = 2) -> Path:
     return folder
 
 
-def test_write_then_read_is_identity(tmp_path: Path) -> None:
+def test_samples_are_read_as_written(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path))
     assert {key: dataset.read(i) for i, key in enumerate(dataset.keys)} == SAMPLES
     assert (len(dataset), dataset.samples_by_shard, dataset.kind) == (5, [2, 2, 1], "raw")
@@ -78,7 +80,7 @@ def test_a_dataset_is_copied_into_workers(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(dataset)).read(3) == SAMPLES["clip-003"]  # noqa: S301
 
 
-def test_no_cut_goes_unseen(tmp_path: Path) -> None:
+def test_every_cut_is_detected(tmp_path: Path) -> None:
     path = write(tmp_path) / "raw-000001.tar"
     original = path.read_bytes()
     for size in [*range(0, len(original), 512), *RNG.integers(0, len(original), 50)]:
@@ -88,7 +90,7 @@ def test_no_cut_goes_unseen(tmp_path: Path) -> None:
             open_dataset(tmp_path)
 
 
-def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = write(tmp_path) / "raw-000000.tar"
     original = path.read_bytes()
     for at in RNG.integers(0, len(original), 200):
@@ -117,7 +119,7 @@ def test_a_damaged_sample_is_named_with_its_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "order", [[0, 4, 1, 5, 2, 3, 6, 7], [0, 1, 2, 3, 3, 4, 5, 6, 7], [1, 2, 3]]
 )
-def test_rearranged_members_are_seen(tmp_path: Path, order: list[int]) -> None:
+def test_rearranged_members_are_detected(tmp_path: Path, order: list[int]) -> None:
     path = write(tmp_path) / "raw-000000.tar"
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member)) for member in tar.getmembers()]
@@ -131,7 +133,7 @@ def test_rearranged_members_are_seen(tmp_path: Path, order: list[int]) -> None:
     assert any("byte" in fault for fault in verify(tmp_path))
 
 
-def test_a_changed_index_is_seen(tmp_path: Path) -> None:
+def test_a_changed_index_is_detected(tmp_path: Path) -> None:
     path = write(tmp_path) / "dataset.json"
     index = json.loads(path.read_text())
     index["samples"][0]["key"] = "another"
@@ -153,7 +155,7 @@ def test_names_outside_the_contract_are_refused(tmp_path: Path, key: str, member
     assert not (tmp_path / "dataset.json").exists()
 
 
-def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
+def test_an_exception_leaves_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, kind="raw") as writer:
         writer.write("a", SAMPLES["clip-000"])
         raise KeyboardInterrupt
@@ -165,13 +167,13 @@ def test_after_an_exception_there_is_no_dataset(tmp_path: Path) -> None:
         write(tmp_path)
 
 
-def test_a_sample_is_written_once(tmp_path: Path) -> None:
+def test_a_key_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="written before"), ShardWriter(tmp_path, kind="raw") as w:
         w.write("a", SAMPLES["clip-000"])
         w.write("a", SAMPLES["clip-000"])
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: object, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -184,7 +186,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_real_limit_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_real_file_size_limit_leaves_nothing(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
@@ -205,7 +207,7 @@ except DiskFullError as error:
 
 
 @pytest.mark.parametrize("kind", sorted(REQUIRED))
-def test_a_sample_has_what_its_kind_requires(tmp_path: Path, kind: str) -> None:
+def test_a_sample_has_the_members_of_its_kind(tmp_path: Path, kind: str) -> None:
     for name in REQUIRED[kind]:
         members = {other: b"{}" for other in MEMBERS if other != name}
         with (
@@ -216,8 +218,8 @@ def test_a_sample_has_what_its_kind_requires(tmp_path: Path, kind: str) -> None:
         assert not (tmp_path / name / INDEX).exists()
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    """Drivers in other processes are refused, and the one at work ends as if alone."""
+def test_one_writer_at_a_time_is_accepted(tmp_path: Path) -> None:
+    """Writers in other processes are refused, and the first writer ends undisturbed."""
     alone = write(tmp_path / "alone")
     script = f"""
 import sys, time
@@ -249,7 +251,7 @@ with ShardWriter(Path({str(tmp_path / "out")!r}), kind="raw", samples_per_shard=
     assert verify(tmp_path / "out") == []
 
 
-def test_a_lock_is_for_other_threads_too(tmp_path: Path) -> None:
+def test_a_lock_excludes_other_threads_too(tmp_path: Path) -> None:
     with lock_folder(tmp_path), lock_folder(tmp_path):
         with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError):
             pool.submit(write, tmp_path).result()
@@ -265,7 +267,7 @@ def test_a_lock_that_is_a_link_touches_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_an_empty_dataset_is_whole(tmp_path: Path) -> None:
+def test_an_empty_dataset_is_complete(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, kind="raw"):
         pass
     assert len(open_dataset(tmp_path)) == 0 and verify(tmp_path) == []

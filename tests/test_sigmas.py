@@ -32,7 +32,7 @@ def test_sampling_goes_from_noise_to_data_once_shifted() -> None:
 
 
 @pytest.mark.parametrize("grid", SIGMA_SCHEDULES)
-def test_every_grid_goes_down_to_zero(grid: str) -> None:
+def test_every_grid_decreases_to_zero(grid: str) -> None:
     for steps in (1, 8, 25):
         sigmas = SIGMA_SCHEDULES[grid](steps, 5.0)
         assert len(sigmas) == steps + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
@@ -41,14 +41,14 @@ def test_every_grid_goes_down_to_zero(grid: str) -> None:
         SIGMA_SCHEDULES[grid](0, 5.0)
 
 
-def test_the_grid_of_the_released_preview_is_the_scheduler_s() -> None:
+def test_the_grid_of_the_released_preview_equals_the_schedulers() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(25)
     torch.testing.assert_close(flow_match_sigmas(25, 5.0), scheduler.sigmas)
 
 
-def test_the_grid_of_wan_is_the_scheduler_s() -> None:
-    """Compare with diffusers' DPM++, which has Wan's levels by its own shift or by ours."""
+def test_the_grid_of_wan_equals_the_schedulers() -> None:
+    """The oracle is diffusers' DPM++, which has Wan's levels by its own shift or by ours."""
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )
@@ -59,7 +59,7 @@ def test_the_grid_of_wan_is_the_scheduler_s() -> None:
     assert wan_sigmas(8, 5.0).tolist() == pytest.approx(by_hand)
 
 
-def test_draws_depend_on_the_key_and_not_on_the_company() -> None:
+def test_draws_depend_on_the_key_and_not_on_the_batch() -> None:
     together = draw(["a", "b", "c"], SHAPE, seed=1, epoch=2)
     alone = draw(["b"], SHAPE, seed=1, epoch=2)
     for many, one in zip(together, alone, strict=True):
@@ -81,7 +81,7 @@ def test_draws_do_not_touch_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_draws_have_the_laws_they_claim() -> None:
+def test_draws_have_their_distribution() -> None:
     draws = draw([str(index) for index in range(4000)], (1, 1, 1, 4), seed=0, epoch=0)
     assert draws.sigmas.min() > 0 and draws.sigmas.max() <= 1
     u = draws.sigmas / (5 - 4 * draws.sigmas)  # before the shift

@@ -1,4 +1,4 @@
-"""One of four ranks is signalled at moments drawn by lot: nothing hangs and nothing is lost."""
+"""One of four ranks gets signals at random moments: nothing hangs and nothing is lost."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
     return runs.tensors_of(checkpoint.path)
 
 
-def test_signals_at_any_moment(
+def test_signals_at_any_moment_lose_nothing(
     fork_server: ForkServer, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     chance = random.Random(SEED)

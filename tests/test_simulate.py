@@ -1,4 +1,4 @@
-"""The estimate of activation memory against real steps."""
+"""The estimate of activation memory equals the peak of real steps."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ def adapters(net: nn.Module) -> None:
 
 
 def plain(net: nn.Module) -> None:
-    """As it is."""
+    """Leave the network as it is."""
 
 
 def peak(prof: Any) -> int:
-    """The most bytes at once that were allocated since the profile began."""
+    """Return the most bytes at once that were allocated since the profile began."""
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events
     live = most = 0
@@ -46,7 +46,7 @@ def peak(prof: Any) -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_left_to_collect() -> Iterator[None]:
-    """What other tests left must not be freed in the middle of a profile: that counts as less."""
+    """Collect garbage first, since memory that is freed amid a profile counts as less."""
     gc.collect()
     gc.disable()
     yield
@@ -56,7 +56,7 @@ def nothing_left_to_collect() -> Iterator[None]:
 def measured(
     architecture: dict[str, Any], clip: Clip, autocast: bool, prepare: Callable[[nn.Module], None]
 ) -> tuple[int, int]:
-    """Of a real step on this CPU: the most bytes until the loss, and in all, gradients too."""
+    """Measure a real step on this CPU: the peak in bytes until the loss, and in total."""
     net = EchoTransformer(**architecture)
     prepare(net)
     grid = (clip.frames, clip.height, clip.width)
@@ -102,7 +102,7 @@ def measured(
         ({"num_layers": 3}, Clip(2, 3, 12, 12, 16, 9), True, adapters),
     ],
 )
-def test_the_peaks_are_those_of_a_real_step(
+def test_the_estimated_peaks_equal_those_of_a_real_step(
     changes: dict[str, int], clip: Clip, autocast: bool, prepare: Callable[[nn.Module], None]
 ) -> None:
     architecture = {**SMALL, **changes}
@@ -112,7 +112,7 @@ def test_the_peaks_are_those_of_a_real_step(
     assert step.together == pytest.approx(together, rel=0.05)
 
 
-def test_a_gpu_never_keeps_every_query_with_every_key_and_less_in_bf16() -> None:
+def test_a_gpu_never_stores_the_attention_matrix_and_needs_less_in_bf16() -> None:
     small, large = (Clip(1, 2, side, side, 8, 4) for side in (16, 32))
 
     def of(clip: Clip, **more: Any) -> Step:
@@ -138,7 +138,7 @@ def test_a_simulation_leaves_the_process_as_it_was() -> None:
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
-def test_twice_is_the_same_and_depth_adds_the_same_each_time() -> None:
+def test_a_simulation_is_repeatable_and_linear_in_depth() -> None:
     steps = [
         simulate({**SMALL, "num_layers": layers}, Clip(1, 3, 8, 8, 8, 4)).forward
         for layers in (2, 3, 4, 3)

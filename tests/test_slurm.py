@@ -1,4 +1,4 @@
-"""On a real Slurm cluster: two nodes, made of namespaces on this machine.  Needs root and Slurm."""
+"""On a real Slurm cluster: two nodes, made of namespaces on this machine. Needs root and Slurm."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*encoded.SETTINGS, f"data.clips={clips}"]
 
 
-def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
+def test_two_nodes_with_zero_2_resume_after_a_requeue(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
@@ -68,7 +68,7 @@ def test_two_nodes_zero_2_and_a_requeue_that_goes_on(
 def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
-    """`scancel` reaches the tracker and its service too; the next job goes on from that step."""
+    """`scancel` reaches the tracker and its service too; the next job resumes from that step."""
     unbroken, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     settings = [*data, encoded.plan(("sft", 60)), "save_every=1000", "trainer.strategy=ddp"]
 
@@ -99,10 +99,10 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     assert runs.tensors_of(last[0]) == runs.tensors_of(last[1])
 
 
-def test_a_rank_that_dies_on_the_second_node(
+def test_a_rank_killed_on_the_second_node_is_named_and_the_job_continues(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
-    """One task a node starts two ranks; the killed one is named, and the job goes on by itself."""
+    """One task a node starts two ranks."""
     run, log = tmp_path / "run", tmp_path / "log"
     steps = 80
     settings = [
@@ -141,10 +141,8 @@ esac
 """
 
 
-def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """With both nodes out it cannot start again: it waits, and can be looked at."""
+def test_failed_hosts_are_excluded_as_well_as_the_users(cluster: Cluster, tmp_path: Path) -> None:
+    """With both nodes excluded the job cannot start: it waits, and can be inspected."""
     echolab, log = tmp_path / "echolab", tmp_path / "log"
     echolab.write_text(SCRIPTED)
     echolab.chmod(0o755)
@@ -164,10 +162,12 @@ def test_hosts_that_failed_are_left_out_beside_those_of_the_user(
         cluster("exec", "scancel", job)
 
 
-def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
+def test_a_sweep_requests_gpus_and_cpus_and_survives_failed_members(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
-    """Use a folder of any name; members that ask for GPUs, of which there are none, are refused."""
+    """The folder may have any name; members that request GPUs, which do not exist here, are
+    refused.
+    """
     words = [
         *data, encoded.plan(("sft", 3)), f"run_dir={tmp_path / 'a=b #c (d)~ü'}", "launcher=slurm",
         "hydra.launcher.timeout_min=5", "data.num_workers=1", "trainer=gpu,cpu", "seed=1,2",
@@ -199,10 +199,12 @@ def test_a_sweep_asks_for_its_gpus_and_cpus_and_goes_past_members_that_fail(
     assert again.count("not started again") == 2 and again.count(": job ") == 2
 
 
-def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
+def test_a_stopped_sweep_continues_with_its_existing_jobs(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
-    """Its driver killed, a member queued again by Slurm, and SIGTERM: all saved, nothing twice."""
+    """The driver is killed, a member is requeued by Slurm, and SIGTERM comes: all save, nothing
+    runs twice.
+    """
     words = [
         *data, encoded.plan(("sft", 20000)), f"run_dir={tmp_path / 'sweep'}", "launcher=slurm",
         "hydra.launcher.timeout_min=10",
@@ -235,8 +237,8 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_jobs_that_it_finds(
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_ranks_have_the_cpus_that_were_asked_for_and_find_their_checkout(tmp_path: Path) -> None:
-    """Bound by Slurm; without an environment that names echolab, or any environment at all."""
+def test_ranks_have_the_requested_cpus_and_run_their_checkout(tmp_path: Path) -> None:
+    """Slurm binds the CPUs; the environment does not name echolab, or is empty."""
     conf, command = tmp_path / "slurm.conf", tmp_path / "my echolab"
     conf.write_text("TaskPlugin=task/affinity\n")
     says = "import os; print('CPUs', len(os.sched_getaffinity(0)))"

@@ -1,8 +1,8 @@
 """Nodes fail and jobs are stopped on a real cluster, at a step, in a validation and in a save.
 
-Whatever happens, the run goes on in its folder from where it was saved, its last weights are those
-of a run that was never disturbed, and `echolab why` names the cause and the node.  Four drills are
-always done, three at a time; all by ECHOLAB_DRILLS=all, some by ECHOLAB_DRILLS=cut-n1-save,...
+After each drill the run resumes in its folder from its last save, its last weights are those of an
+undisturbed run, and `echolab why` names the cause and the node. Four drills always run, three at a
+time; all run with ECHOLAB_DRILLS=all, some with ECHOLAB_DRILLS=cut-n1-save,...
 """
 
 import json
@@ -92,7 +92,7 @@ def preempt(cluster: Cluster, job: str) -> None:
 
 
 def slurmd(cluster: Cluster, job: str) -> None:
-    """The daemon of a node alone: all other processes go on."""
+    """Stop the daemon of a node alone: all other processes continue."""
     pid = cluster.folder / "run/slurmd-n2.daemon"
     cluster("on", "n2", "bash", "-c", f"kill -KILL $(cat {pid})")
 
@@ -190,7 +190,7 @@ def outcome_of(drill: Drill | None, folder: Path, clips: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """Three drills at a time: most of what they do is to wait for Slurm."""
+    """Run three drills at a time: most of a drill is waiting for Slurm."""
     root = tmp_path_factory.mktemp("drills")
     clips = encoded.write(root / "encoded")[0]
     with ThreadPoolExecutor(3) as pool:
@@ -204,7 +204,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
 
 
 @pytest.mark.parametrize("drill", chosen(), ids=str)
-def test_the_run_goes_on_as_if_nothing_had_been(
+def test_a_disturbed_run_equals_an_undisturbed_run(
     drill: Drill, outcomes: dict[str, Future[Outcome]]
 ) -> None:
     undisturbed = outcomes["None"].result()
@@ -229,7 +229,9 @@ def test_the_run_goes_on_as_if_nothing_had_been(
 
 
 def test_another_job_of_the_run_waits_for_the_first(outcomes: dict[str, Future[Outcome]]) -> None:
-    """Submitted twice by mistake: it is refused, goes back to the queue, and finds all done."""
+    """The run is submitted twice by mistake: the second job is refused, requeued, and ends when
+    all is done.
+    """
     undisturbed, outcome = outcomes["None"].result(), outcomes[str(ANOTHER)].result()
     first, *later = outcome.verdict["history"]
     assert first["cause"] == "done" and first["last_step"] == STEPS, outcome.log

@@ -28,7 +28,7 @@ AT_MOST = 1e-5  # false alarms a value, at the usual limit
 
 
 def detector_after(values: list[float], kind: str = "sft", **options: Any) -> SpikeDetector:
-    """One that has seen these as losses and, twice as large, as gradient norms."""
+    """Return a detector that has seen these losses, and gradient norms twice as large."""
     result = SpikeDetector(**options)
     for step, value in enumerate(values):
         result.observe(kind, value, 2 * abs(value), step=step)
@@ -69,25 +69,29 @@ def test_a_spike_is_detected_and_named(
 
 
 def rounded(limit: float) -> st.SearchStrategy[float]:
-    """Numbers up to `limit` with nothing below 1e-6 but zero, so that scaling them is exact."""
+    """Draw numbers up to `limit` with nothing below 1e-6 but zero, so that scaling them is
+    exact.
+    """
     return st.floats(-limit, limit).map(lambda value: round(value, 6))
 
 
 @given(
     st.lists(rounded(1e3), min_size=3, max_size=40), rounded(1e4), st.integers(-40, 40),
 )  # fmt: skip
-def test_units_do_not_matter(window: list[float], value: float, power: int) -> None:
+def test_detection_does_not_depend_on_units(window: list[float], value: float, power: int) -> None:
     factor = 2.0**power
     scaled = deviations(factor * value, [factor * one for one in window])
     assert scaled == pytest.approx(deviations(value, window), rel=1e-6, abs=1e-6)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=48, max_size=60), st.floats(0, 1e6), st.floats(1, 9))
-def test_more_is_more(window: list[float], value: float, factor: float) -> None:
+def test_a_larger_value_is_at_least_as_suspect(
+    window: list[float], value: float, factor: float
+) -> None:
     assert deviations(factor * value, window) >= deviations(value, window)
 
 
-def test_losses_of_preferences_come_near_zero_and_below() -> None:
+def test_preference_losses_near_and_below_zero_are_no_spikes() -> None:
     rng = np.random.default_rng(3)
     near_zero = [float(math.log1p(math.exp(-x))) for x in rng.normal(4, 1, 400)]
     signed = rng.normal(-0.1, 0.5, 400).tolist()
@@ -101,13 +105,13 @@ def test_losses_of_preferences_come_near_zero_and_below() -> None:
     assert deviations(5.0, [0.0] * 30 + [1.0] * 20) == 0.0
 
 
-def test_a_quiet_loss_may_move_a_little() -> None:
+def test_small_moves_of_a_quiet_loss_are_no_spikes() -> None:
     quiet = [0.5] * 50
     assert deviations(0.5 * 1.5, quiet) < 8 < deviations(0.5 * 1.7, quiet)
     assert deviations(0.5, quiet) == 0 and LEAST == 0.05
 
 
-def test_kinds_and_preference_epochs_are_judged_by_themselves() -> None:
+def test_kinds_and_preference_epochs_have_separate_histories() -> None:
     detector = detector_after(noise(60))
     assert detector.observe("dpo", 1e3, 1e3, step=60, epoch=1) is None  # the first of its kind
     for step in range(61, 121):
@@ -119,7 +123,7 @@ def test_kinds_and_preference_epochs_are_judged_by_themselves() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_always_a_spike(value: float) -> None:
+def test_a_value_that_is_not_finite_is_always_a_spike(value: float) -> None:
     spike = SpikeDetector().observe("ndpo", value, 1.0, step=0)
     assert spike and not spike.finite and "not finite" in spike.reason
     json.dumps(spike.details(), allow_nan=False)
@@ -131,7 +135,7 @@ def test_what_is_not_finite_is_always_a_spike(value: float) -> None:
     assert after["gradient_norm"] == before["sft"]["gradient_norm"]
 
 
-def test_a_lasting_change_becomes_usual() -> None:
+def test_a_lasting_change_becomes_normal() -> None:
     detector = detector_after(noise(128), window=64)
     alarms = [detector.observe("sft", 50 * v, 2 * v, step=i) for i, v in enumerate(noise(128))]
     assert alarms[0] and not any(alarms[64:])
@@ -170,7 +174,7 @@ def event(kind: str, step: int, **about: Any) -> Event:
     return Event(1, 0.0, step, kind, about)
 
 
-def test_record_goes_on_but_not_with_nan() -> None:
+def test_record_continues_except_at_nan() -> None:
     guards = SpikeConfig("record")
     assert decide(None, guards, [], PLAN) == NOTHING
     assert decide(HIGH, guards, [], PLAN)[:2] == (What.RECORD, "spike")
@@ -178,7 +182,7 @@ def test_record_goes_on_but_not_with_nan() -> None:
         decide(BROKEN, guards, [], PLAN)
 
 
-def test_recompute_does_a_step_again_once() -> None:
+def test_recompute_repeats_a_step_once() -> None:
     guards = SpikeConfig("recompute")
     for spike in (HIGH, BROKEN):
         action = decide(spike, guards, [event("recompute", 699), event("spike", 700)], PLAN)
@@ -192,7 +196,7 @@ def test_recompute_does_a_step_again_once() -> None:
         without_checkpoint(BROKEN)
 
 
-def test_rollback_goes_back_and_leaves_out_what_lies_around() -> None:
+def test_rollback_skips_the_batches_around_the_spike() -> None:
     guards = SpikeConfig("rollback", rollback_steps=100, skip_batches=200, max_rollbacks=2)
     action = decide(HIGH, guards, [], PLAN)
     # Step 700 is the 650th supervised one.
@@ -208,7 +212,7 @@ def test_rollback_goes_back_and_leaves_out_what_lies_around() -> None:
 
 
 @given(step=st.integers(0, 1249), back=st.integers(0, 300), count=st.integers(1, 500))
-def test_a_clipped_skip_always_fits(step: int, back: int, count: int) -> None:
+def test_a_clipped_skip_always_fits_the_schedule(step: int, back: int, count: int) -> None:
     kind = PLAN.locate(step).epoch.kind
     spike = HIGH._replace(step=step, kind=kind)
     action = decide(
@@ -227,7 +231,7 @@ def test_a_clipped_skip_always_fits(step: int, back: int, count: int) -> None:
                              (plan.locate(s).epoch.kind == "sft") == (kind == "sft")]  # fmt: skip
 
 
-def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
+def test_decisions_are_read_back(tmp_path: Any) -> None:
     history = History(tmp_path)
     action = decide(BROKEN, SpikeConfig("rollback"), history.events, PLAN)
     assert action.skip
@@ -252,7 +256,7 @@ def test_what_was_decided_is_read_back(tmp_path: Any) -> None:
         ({"max_rollbacks": -1}, "loss_spike.max_rollbacks=-1: must be 0 or more"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SpikeConfig(**settings).check()
     SpikeConfig().check()

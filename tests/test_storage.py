@@ -1,4 +1,4 @@
-"""Errors of a file system that pass, and those that do not: never a verdict on the bytes."""
+"""File system errors, transient and persistent, never count as damaged data."""
 
 import ctypes
 import errno
@@ -64,7 +64,7 @@ def clips(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("number", [*PASSING, errno.ENOENT], ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["preadv", "open"])
-def test_a_read_bears_with_an_error_that_passes(
+def test_a_read_survives_a_transient_error(
     clips: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
     dataset = open_dataset(clips)
@@ -76,7 +76,7 @@ def test_a_read_bears_with_an_error_that_passes(
 
 
 @pytest.mark.parametrize("number", [*PASSING, errno.ENOENT], ids=errno.errorcode.get)
-def test_a_read_that_fails_for_good_names_file_and_number(
+def test_a_persistent_read_error_names_file_and_error_number(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     dataset = open_dataset(clips)
@@ -91,7 +91,7 @@ def test_a_read_that_fails_for_good_names_file_and_number(
 
 
 def test_a_stale_handle_is_opened_again(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every read through the first handle fails; a new one reads."""
+    """Every read through the first handle fails; a new handle works."""
     dataset, read, opens = open_dataset(clips), os.preadv, Failing(os.open, 0, 0)
 
     def preadv(*given: Any) -> int:
@@ -106,7 +106,7 @@ def test_a_stale_handle_is_opened_again(clips: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-def test_a_dataset_is_opened_when_the_error_has_passed(
+def test_opening_a_dataset_survives_a_transient_error(
     clips: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     real = Path.read_bytes
@@ -122,7 +122,7 @@ def _method(function: Callable[..., Any]) -> Any:
     return lambda self, *given, **named: function(self, *given, **named)
 
 
-def test_damaged_bytes_stay_data(clips: Path) -> None:
+def test_damaged_bytes_are_a_data_error(clips: Path) -> None:
     dataset = open_dataset(clips)
     shard = clips / dataset.sample(0).shard
     data = bytearray(shard.read_bytes())
@@ -137,7 +137,7 @@ def test_damaged_bytes_stay_data(clips: Path) -> None:
 
 
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-def test_patient_writes_bear_with_it_too(
+def test_patient_writes_survive_a_transient_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, 2))
@@ -152,7 +152,7 @@ def test_patient_writes_bear_with_it_too(
 
 
 @pytest.mark.parametrize("number", FULL, ids=errno.errorcode.get)
-def test_no_room_is_the_disk_and_is_not_waited_for(
+def test_a_full_disk_is_reported_without_retries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", failing := Failing(os.fsync, number, float("inf")))
@@ -162,7 +162,7 @@ def test_no_room_is_the_disk_and_is_not_waited_for(
     assert cause_of_exception(OSError(number, "words"), "vote") == "disk"
 
 
-def test_retries_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Failing(lambda: 7, errno.ESTALE, 3)
     assert retry(failing) == 7 and failing.calls == 4
     failing = Failing(lambda: 7, errno.ESTALE, 4)
@@ -175,7 +175,7 @@ def test_retries_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Outages:
-    """`append_text` that cannot write for the calls that are named, whole or half."""
+    """`append_text` that fails, fully or half-way, at the calls named."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range, number: int) -> None:
         self.count, self.calls, self.number = 0, calls, number
@@ -192,10 +192,12 @@ class Outages:
 
 
 @pytest.mark.parametrize("number", [*PASSING[:6], *FULL], ids=errno.errorcode.get)
-def test_metrics_wait_in_memory(
+def test_metrics_wait_in_memory_during_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is raised, every row is there afterwards in order, and both are said once."""
+    """Nothing is raised, every row is written afterwards in order, and start and end are logged
+    once.
+    """
     Outages(monkeypatch, range(3, 7), number)
     log = MetricsLog(tmp_path / "metrics.jsonl", 1)
     for step in range(1, 11):
@@ -207,7 +209,7 @@ def test_metrics_wait_in_memory(
     assert said.count("kept in memory") == 1 and "lines written late, 0 dropped" in said
 
 
-def test_what_waits_is_bounded_and_what_is_lost_is_said(
+def test_waiting_rows_are_bounded_and_lost_rows_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Outages(monkeypatch, range(1, 21), errno.ESTALE)
@@ -222,8 +224,10 @@ def test_what_waits_is_bounded_and_what_is_lost_is_said(
     assert "1 lines are lost" in capfd.readouterr().err
 
 
-def test_events_wait_for_the_error_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run does next depends on them, so they are written, or it ends."""
+def test_events_are_retried_until_the_error_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next steps of a run depend on its events, so they are written, or the run ends."""
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, errno.ETIMEDOUT, 2))
     events.append(tmp_path, 3, "spike")
     assert [event.step for event in events.read(tmp_path)] == [3]
@@ -237,7 +241,7 @@ def test_events_wait_for_the_error_to_pass(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """All opening, reading and writing below `tmp_path` fails once in so many calls."""
+    """Make all opening, reading and writing below `tmp_path` fail once in so many calls."""
 
     def begin(every: int) -> None:
         for name in ("preadv", "fsync"):
@@ -268,10 +272,10 @@ def _sometimes(function: Callable[..., Any], every: int) -> Callable[..., Any]:
     return call
 
 
-def test_a_run_on_a_bad_day_of_its_file_system_is_the_same_run(
+def test_a_run_on_a_flaky_file_system_equals_an_undisturbed_run(
     tmp_path: Path, outage: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards, ledger and checkpoints: what was trained and what was recorded is equal."""
+    """Shards, ledger and checkpoints fail at times: trained weights and records are equal."""
     plan, settings = (
         runs.schedule(("sft", 6)),
         {"log_samples": True, "intervals": Intervals(log_every=1, save_every=2)},
@@ -298,7 +302,7 @@ def test_a_run_on_a_bad_day_of_its_file_system_is_the_same_run(
         (errno.EROFS, SaveError, "make room there"),
     ],
 )
-def test_a_save_that_fails_says_which_kind_it_is(
+def test_a_failed_save_names_its_kind_of_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], words: str
 ) -> None:
     saver = saved.Saver(tmp_path, more=())
@@ -312,10 +316,10 @@ def test_a_save_that_fails_says_which_kind_it_is(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "ema-00001-of-00001.safetensors"])
-def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
+def test_an_unreadable_checkpoint_is_not_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """An older one would repeat steps that are saved; the file system may be well tomorrow."""
+    """An older one would repeat steps that are saved; the file system may work again later."""
     saver = saved.Saver(tmp_path, more=())
     for step in (1, 2):
         saver.save(step)
@@ -341,7 +345,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
 
 
 def train_with_workers(root: str, how: str) -> int:
-    """In a rank: a run with two workers, of which one dies; print the cause, exit with its code."""
+    """Train in a rank with two workers, of which one dies; print the cause, exit with its code."""
     from echolab.launch.rank_process import write_error_file
 
     atomic_io.PAUSES = (0.0, 0.0)
@@ -375,7 +379,7 @@ def train_with_workers(root: str, how: str) -> int:
         ("stale", "storage", ".tar: sample clip-"),
     ],
 )
-def test_the_end_of_a_worker_has_a_cause(
+def test_the_death_of_a_worker_has_a_cause(
     fork_server: ForkServer, tmp_path: Path, how: str, cause: str, words: str
 ) -> None:
     runs.write_clips(tmp_path / "clips", 7)
@@ -397,7 +401,7 @@ SHARED_BYTES = 4 << 20  # bytes of the /dev/shm of these tests
 
 
 def mount_shared(size: int) -> None:
-    """Give this process a /dev/shm of its own."""
+    """Give this process a private /dev/shm."""
     assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     words = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]
@@ -411,7 +415,7 @@ def fill_shared(leave: int) -> None:
 
 
 def train_in_little_memory(root: str, when: str) -> int:
-    """In a rank: a run with two workers and little /dev/shm, that others fill at some moment."""
+    """Train in a rank with two workers and little /dev/shm, which fills up at some moment."""
     from echolab.launch.rank_process import write_error_file
 
     mount_shared(SHARED_BYTES if when != "too small" else 1 << 16)
@@ -445,10 +449,10 @@ def train_in_little_memory(root: str, when: str) -> int:
         ("meanwhile", RETRYABLE, "shared_memory", "/dev/shm: no room for a batch of"),
     ],
 )
-def test_shared_memory_that_is_full_is_named(
+def test_full_shared_memory_is_named_as_the_cause(
     fork_server: ForkServer, tmp_path: Path, when: str, code: int, cause: str, words: str
 ) -> None:
-    """It used to be a rank that waits for ever: PyTorch loses the batch in a thread."""
+    """Without the check a rank would wait for ever: PyTorch loses the batch in a thread."""
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     arguments = {"root": str(tmp_path), "when": when}
@@ -461,7 +465,7 @@ def test_shared_memory_that_is_full_is_named(
 
 
 def report_under_full_memory(root: str) -> int:
-    """In a process: everything that a rank tells still comes, once /dev/shm is full."""
+    """Check that error files, heartbeats and stacks are written while /dev/shm is full."""
     from echolab.heartbeat import Heartbeat, heartbeat_path, read_heartbeat, stacks_path
     from echolab.launch import rank_process
 
@@ -485,7 +489,7 @@ def report_under_full_memory(root: str) -> int:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
-def test_a_full_memory_hides_nothing_that_a_rank_tells(
+def test_full_shared_memory_hides_no_report_of_a_rank(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     arguments = {"root": str(tmp_path)}

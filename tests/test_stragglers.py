@@ -1,5 +1,6 @@
-"""Slow ranks are named by section once they have been slow for a while; tests/test_replicas.py has
-real ranks that sleep."""
+"""Slow ranks are named by section once they have been slow for a while. tests/test_replicas.py
+has real ranks that sleep.
+"""
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ def window(data_wait: float = 0.1, forward: float = 1.0, backward: float = 2.0) 
 WINDOWS = st.lists(st.builds(window, *[st.floats(0, 100)] * 3), min_size=1, max_size=5)
 
 
-def test_scores_by_hand() -> None:
+def test_scores_equal_the_values_by_hand() -> None:
     report = scores([window(), window(forward=2.0), window(data_wait=0.4)])
     assert report == [{"forward": 1.0}, {"forward": 0.5}, {"data_wait": 0.25, "forward": 1.0}]
     # 0.1 s of 3.1 s are less than a twentieth of the step: not looked at.
@@ -41,7 +42,7 @@ def test_scores_do_not_depend_on_the_unit(windows: list[dict[str, float]], facto
 
 
 def alarms(slow: list[float], rank: int = 1) -> list[int]:
-    """The windows that name a rank, which takes so many times as long as the others."""
+    """Return the windows that name a rank, which takes so many times as long as the others."""
     watch, result = Stragglers(["a", "b", "c"]), []
     for number, times in enumerate(slow):
         windows = [window(forward=times if at == rank else 1.0) for at in range(3)]
@@ -66,11 +67,11 @@ def alarms(slow: list[float], rank: int = 1) -> list[int]:
         ([2, 2, 2, 1, 1.5, 1.5, 1.5], [2, 6]),  # again, after it was well
     ],
 )
-def test_three_windows_in_a_row(slow: list[float], expected: list[int]) -> None:
+def test_three_slow_windows_in_a_row_name_a_rank(slow: list[float], expected: list[int]) -> None:
     assert alarms(slow) == expected == alarms(slow, rank=0)
 
 
-def test_alone_there_is_nothing_to_compare() -> None:
+def test_one_rank_is_never_a_straggler() -> None:
     watch = Stragglers(["a"])
     watch.start(dict.fromkeys(SECTIONS, 0.0))
     assert watch.look(dict.fromkeys(SECTIONS, 1.0)) == ({}, [])

@@ -1,4 +1,6 @@
-"""Files of strangers: none is executed, none writes or is read elsewhere, none fills the memory."""
+"""Untrusted files: none is executed, none makes a command write or read elsewhere or exhaust
+memory.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,7 @@ SHADOWS = (
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A working folder whose modules leave a trace when they are imported."""
+    """Make a working folder whose modules leave a trace when they are imported."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for name in SHADOWS:
@@ -62,7 +64,7 @@ ECHOLAB = str(Path(sys.executable).parent / "echolab")
 
 @pytest.mark.slow
 def test_a_run_executes_no_module_of_the_working_folder(trap: Path, tmp_path: Path) -> None:
-    """Neither its ranks, nor their loader workers, nor wandb's service."""
+    """The law holds for ranks, their loader workers, and wandb's service."""
     clips, _ = encoded.write(tmp_path / "data")
     words = [
         *encoded.SETTINGS,
@@ -75,7 +77,9 @@ def test_a_run_executes_no_module_of_the_working_folder(trap: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_nor_do_workers_that_are_spawned(trap: Path, tmp_path: Path) -> None:
+def test_spawned_workers_execute_no_module_of_the_working_folder(
+    trap: Path, tmp_path: Path
+) -> None:
     with ShardWriter(tmp_path / "data", kind="foreign", samples_per_shard=1) as writer:
         for i in range(2):
             writer.write(f"clip-{i}", {"json": b"{}"})
@@ -87,8 +91,10 @@ def test_nor_do_workers_that_are_spawned(trap: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["-m", "data_prep", "draw", "--help"],
                                    ["-m", "echolab.cli", "train", "--help"],
                                    ["-m", "echolab.cli", "estimate", "model=demo"]])  # fmt: skip
-def test_nor_does_a_command_itself(trap: Path, tmp_path: Path, words: list[str]) -> None:
-    """Check what runpy imports before any module of echolab."""
+def test_a_command_executes_no_module_of_the_working_folder(
+    trap: Path, tmp_path: Path, words: list[str]
+) -> None:
+    """runpy imports modules before any module of echolab."""
     check_nothing_ran(run(words, trap), tmp_path)
 
 
@@ -97,7 +103,7 @@ def test_nor_does_a_command_itself(trap: Path, tmp_path: Path, words: list[str])
     [("", False), ("{other}:", False), (":{other}", False), ("{here}", True), (".", True)],
 )
 def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stays: bool) -> None:
-    """An empty part of PYTHONPATH names nothing; children inherit what is left."""
+    """An empty part of PYTHONPATH names no folder; children inherit the rest."""
     root = str(Path(__file__).resolve().parent.parent)
     program = (
         "import os, sys; from echolab import remove_working_directory\n"
@@ -114,7 +120,7 @@ def test_only_a_named_working_folder_is_searched(tmp_path: Path, path: str, stay
 
 
 def reindexed(folder: Path, change: Any) -> None:
-    """Alter what dataset.json says, with the fingerprint that goes with it."""
+    """Alter dataset.json, and the fingerprint that goes with it."""
     path = folder / "dataset.json"
     index = json.loads(path.read_text())
     change(index)
@@ -136,7 +142,7 @@ def foreign(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "key", ["../../x", "/etc/x", "a/b", "..", "", "a.b", "a\0b", "\x1b[31m", "a" * 81, "é", 3, None]
 )
-def test_a_key_of_a_stranger_is_checked_by_the_reader(foreign: Path, key: Any) -> None:
+def test_untrusted_keys_are_checked_by_the_reader(foreign: Path, key: Any) -> None:
     reindexed(foreign, lambda index: index["samples"][0].update(key=key))
     with pytest.raises(DataError, match=r"dataset\.json: cannot be read") as error:
         open_dataset(foreign)
@@ -145,7 +151,7 @@ def test_a_key_of_a_stranger_is_checked_by_the_reader(foreign: Path, key: Any) -
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/x"])
-def test_keys_with_folders_stay_below_theirs(foreign: Path, key: str) -> None:
+def test_keys_with_folders_are_written_below_the_output_folder(foreign: Path, key: str) -> None:
     def change(index: dict[str, Any]) -> None:
         index["kind"] = "foreign"
         index["samples"][0]["key"] = key
@@ -171,7 +177,7 @@ def test_keys_with_folders_stay_below_theirs(foreign: Path, key: str) -> None:
         (lambda i: i.update(description=1), "description is not a JSON object"),
     ],
 )
-def test_places_of_a_stranger_are_checked_by_the_reader(
+def test_untrusted_byte_offsets_are_checked_by_the_reader(
     foreign: Path, change: Any, what: str
 ) -> None:
     reindexed(foreign, change)
@@ -183,7 +189,7 @@ QUICK = RetryPolicy(attempts=2, stall_seconds=20.0, first_pause_seconds=0.01)
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool) -> None:
+def test_an_endless_answer_is_cut_at_the_declared_size(tmp_path: Path, right: bool) -> None:
     data = os.urandom(100_000)
     (tmp_path / "a.tar").write_bytes(data)
     expected = Expected(len(data), hashlib.sha256(data if right else b"").hexdigest())
@@ -198,7 +204,7 @@ def test_a_server_that_never_ends_is_cut_at_the_size(tmp_path: Path, right: bool
 
 
 @pytest.mark.parametrize("fault", [fault_server.endless, fault_server.announces(2**40)])
-def test_an_index_that_never_ends_is_refused(
+def test_an_endless_index_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: fault_server.Fault
 ) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", 2**20)
@@ -210,7 +216,7 @@ def test_an_index_that_never_ends_is_refused(
 
 
 @pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "/loop"])
-def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) -> None:
+def test_redirects_lead_only_to_the_web(tmp_path: Path, place: str) -> None:
     with fault_server.serving(tmp_path) as server:
         server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
         with pytest.raises(FetchError) as error:
@@ -218,13 +224,15 @@ def test_a_server_sends_us_nowhere_but_to_the_web(tmp_path: Path, place: str) ->
     assert str(error.value).isprintable() and "root:" not in str(error.value)
 
 
-def test_an_error_steers_no_terminal() -> None:
+def test_errors_contain_no_terminal_control_codes() -> None:
     error = EcholabError("a\x1b]0;x\x07\n\r\x9b1m\u202eb \udc80 é\xa0ü")
     assert str(error) == "a\\x1b]0;x\\x07\\n\\r\\x9b1m\\u202eb \\udc80 é\xa0ü"
 
 
-def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start the jobs as the script that submitit writes."""
+def test_jobs_of_a_sweep_execute_no_module_of_the_working_folder(
+    trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs start as the script that submitit writes starts them."""
     from submitit.slurm.slurm import SlurmExecutor
 
     scripts: list[str] = []
@@ -242,8 +250,8 @@ def test_nor_do_the_jobs_of_a_sweep(trap: Path, monkeypatch: pytest.MonkeyPatch)
     assert any("PYTHONSAFEPATH=1" in line for line in lines[:start])
 
 
-def test_a_password_is_not_sent_on_to_another_server(tmp_path: Path) -> None:
-    """Nor the query, which may be a signature."""
+def test_a_password_is_not_sent_to_another_server(tmp_path: Path) -> None:
+    """The query is not sent either, which may be a signature."""
     seen: list[tuple[str, str | None]] = []
 
     def listen(answer: fault_server.Answer) -> None:

@@ -1,4 +1,4 @@
-"""What goes together: all of it is trained, and comes to what one plain process comes to."""
+"""Combinations of settings: every allowed one trains as one plain process does."""
 
 import random
 from itertools import combinations, product
@@ -40,22 +40,22 @@ def machine_of(case: Case) -> Machine:
 
 
 def everything() -> list[Case]:
-    """Return every combination of settings that can be asked for."""
+    """Return every combination of settings that can be requested."""
     return [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 
 
 def baseless(case: Case) -> bool:
-    """Whether the reference would be the base of a network that has no adapters."""
+    """Return whether the reference would be the base of a network without adapters."""
     return case["epochs"] == "dpo-base" and case["adapters"] == "none"
 
 
 def pointless(case: Case) -> bool:
-    """Whether a setting of ZeRO 3 is asked of another strategy, where it does nothing."""
+    """Return whether a ZeRO 3 setting is given to another strategy, which ignores it."""
     return case["zero3_shard_small"] and case["strategy"] != "zero3"
 
 
 def plain(case: Case) -> Case:
-    """The same training by one process with nothing else."""
+    """Return the same training by one plain process."""
     kept = ("adapters", "epochs")
     return {key: case[key] if key in kept else values[0] for key, values in AXES.items()}
 
@@ -65,7 +65,7 @@ def pairs_of(case: Case) -> set[tuple[Any, ...]]:
 
 
 def covering(cases: list[Case]) -> list[Case]:
-    """Few of the cases in which every pair of settings that is in any of them occurs."""
+    """Choose few cases that contain every pair of settings that occurs in any case."""
     chooser = random.Random(0)
     left = set().union(*map(pairs_of, cases))
     chosen = []
@@ -91,8 +91,10 @@ COVERING = covering(ALLOWED)
 COVERING += [c for c in ALLOWED if c | GATHERING == c and c["precision"] == "32-true"]
 
 
-def test_the_table_refuses_what_cannot_be_and_nothing_else() -> None:
-    """Of 480 machines; one rank cannot share a clip, and only ZeRO has masters to offload."""
+def test_the_table_refuses_exactly_the_impossible_combinations() -> None:
+    """Of 480 machines: one rank cannot share a clip, and only ZeRO has master weights to
+    offload.
+    """
     for case in everything():
         why = refusal(machine_of(case))
         alone = case["strategy"] == "single" and case["sequence_parallel"] == 2
@@ -128,19 +130,20 @@ def test_a_refusal_names_key_value_and_remedy(machine: Machine, message: str) ->
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing compiler is reported before training."""
     monkeypatch.setattr(strategies, "compiler_missing", lambda device: f"none for {device}; do so")
     assert refusal(Machine(compile=True)) == "trainer.compile=true: none for cpu; do so"
     assert refusal(Machine()) is None
 
 
-def test_a_limit_of_no_gradient_is_refused(tmp_path: Path) -> None:
+def test_a_gradient_limit_of_zero_is_refused(tmp_path: Path) -> None:
     for clip in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="optim.max_grad_norm=.*: must be over 0"):
             runs.train(tmp_path, runs.schedule(("sft", 1)), optim=runs.Optim(max_grad_norm=clip))
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_what_dropout_drops_is_the_same_when_recomputed(tmp_path: Path, checkpointing: str) -> None:
+def test_recomputation_repeats_the_same_dropout(tmp_path: Path, checkpointing: str) -> None:
     lora = adapted.LORA._replace(dropout=0.3)
     measured = []
     for kept in ("none", checkpointing):
@@ -157,7 +160,7 @@ def test_what_dropout_drops_is_the_same_when_recomputed(tmp_path: Path, checkpoi
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
-    """The datasets, and the runs of one plain process."""
+    """Write the datasets, and train the runs of one plain process."""
     folder = tmp_path_factory.mktemp("composed")
     runs.write_clips(folder / "clips", 13)
     runs.write_pairs(folder / "pairs", 5)
@@ -173,7 +176,7 @@ def train(server: ForkServer, folder: Path, cases: list[Case]) -> None:
 
 
 def change(folder: Path, case: Case) -> dict[str, Tensor]:
-    """By how much every weight moved, and the moments."""
+    """Return the change of every weight, and the moments."""
     result = load_file(folder / f"{composed.name_of(case)}.safetensors")
     start = load_file(folder / f"start-{case['adapters']}.safetensors")
     return {k: t - start[k] if k in start else t for k, t in result.items()}
@@ -184,7 +187,7 @@ def change(folder: Path, case: Case) -> dict[str, Tensor]:
 def test_every_allowed_combination_trains_the_same(
     fork_server: ForkServer, reference: Path, alone: bool
 ) -> None:
-    """By how much weights moved, moments, average: as fp32 rounds sums, and as bf16 rounds."""
+    """Changes of weights, moments and average agree, as fp32 rounds sums and as bf16 rounds."""
     cases = [case for case in COVERING if (case["strategy"] == "single") == alone]
     train(fork_server, reference, cases)
     for case in cases:

@@ -1,4 +1,4 @@
-"""Real ranks over gloo, hurt from outside: the run ends within its bound, and the rank is named."""
+"""Real ranks over gloo under faults: the run ends within its bound, and the rank is named."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """`echolab train` with several ranks, at work."""
+    """`echolab train` with several ranks, in progress."""
 
     def __init__(self, run: Path, clips: Path, ranks: int, *words: str) -> None:
         self.run, self.ranks = run, ranks
@@ -61,7 +61,7 @@ class Training:
         self.process.wait()
 
     def at_work(self, steps: int = 8) -> NodeRecord:
-        """Its record, once every rank did so many steps."""
+        """Return the record of the launch, once every rank did so many steps."""
         end = time.monotonic() + BOUND
         while time.monotonic() < end:
             assert self.process.poll() is None, self.process.communicate()[1]
@@ -76,7 +76,7 @@ class Training:
         raise AssertionError("no steps were taken")
 
     def end(self) -> str:
-        """What it said; it must have failed in a way that is worth another try."""
+        """Return the output; the run must have failed in a way that is worth another try."""
         said = self.process.communicate(timeout=BOUND)[1]
         assert self.process.returncode == exit_codes.RETRYABLE, said
         return said
@@ -100,7 +100,7 @@ def send(number: int, rank: int) -> Callable[[NodeRecord], None]:
         (2, send(signal.SIGSTOP, 1), "stopped_process", 1),
     ],
 )
-def test_a_rank_that_is_killed_or_stopped(
+def test_a_killed_or_stopped_rank_is_named(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     ranks: int, hurt: Callable[[NodeRecord], None], cause: str, rank: int,
 ) -> None:  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_rank_that_is_killed_or_stopped(
 
 
 def many(clips: Path) -> Path:
-    """Shards, too many to keep open."""
+    """Write shards, too many to keep open."""
     with ShardWriter(clips, kind="encoded", samples_per_shard=1) as writer:
         for i in range(80):
             members = {"safetensors": save(encoded.tensors(i)), "json": b"{}"}
@@ -125,12 +125,14 @@ def many(clips: Path) -> Path:
 
 
 def block(shard: Path) -> None:
-    """Make a pipe of it that nobody writes to."""
+    """Replace a file by a pipe without a writer."""
     shard.rename(shard.with_suffix(".kept"))
     os.mkfifo(shard)
 
 
-def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_that_never_returns_is_a_hang_in_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One shard of many becomes a pipe."""
     clips = many(tmp_path / "clips")
     shard = sorted(clips.glob("*.tar"))[7]
@@ -147,8 +149,10 @@ def test_a_read_that_never_ends(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(stacks) == 2 and any("data/shard_reader.py" in frame for frame in verdict["stack"])
 
 
-def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rank says itself that it was interrupted, though Lightning would make an exit 1 of it."""
+def test_ctrl_c_twice_ends_the_run_as_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank itself records the interrupt, though Lightning would exit with 1."""
     with Training(tmp_path / "run", many(tmp_path / "clips"), 1) as training:
         record = training.at_work()
         block(sorted((tmp_path / "clips").glob("*.tar"))[7])
@@ -173,7 +177,7 @@ def test_ctrl_c_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_signal_while_ranks_start_is_kept(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python itself has hardly begun; the ranks stop after their first step, and save."""
+    """Python itself has hardly started; the ranks stop after their first step, and save."""
     with Training(tmp_path / "run", clips, 2) as training:
         end = time.monotonic() + BOUND
         while not read_launches(training.run) and time.monotonic() < end:

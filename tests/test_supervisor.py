@@ -1,4 +1,6 @@
-"""A supervisor ends its launch within the bound, whatever a rank does, and names rank and cause."""
+"""A supervisor ends its launch within the bound under any fault of a rank, and names rank and
+cause.
+"""
 
 import json
 import os
@@ -26,7 +28,7 @@ BOUND = 300.0  # seconds after which it hangs, on a machine with other work
 
 
 class Launch:
-    """A supervisor at work, as a process."""
+    """A supervisor in progress, as a process."""
 
     def __init__(
         self, folder: Path, parts: dict[str, Any], env: dict[str, str] | None = None, **about: Any
@@ -42,7 +44,7 @@ class Launch:
         )
 
     def end(self) -> tuple[int, str]:
-        """Exit code and what was said."""
+        """Return the exit code and the output."""
         said = self.process.communicate(timeout=BOUND)[1]
         return self.process.returncode, said
 
@@ -62,7 +64,7 @@ def why(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str,
     return verdict
 
 
-def gone(pids: Sequence[int]) -> bool:
+def ended_pids(pids: Sequence[int]) -> bool:
     end = time.monotonic() + 10
     while time.monotonic() < end:
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -112,7 +114,7 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
     launch = Launch(folder, {"1": {"at": case.at, "does": case.does, "step": case.step}})
     code, said = launch.end()
     record = read_launch(folder / "run/attempts/played")[0]
-    assert gone(record.pids)
+    assert ended_pids(record.pids)
     verdict = why(folder / "run", capsys)
     assert (verdict["cause"], verdict["rank"], verdict["section"]) == (case.cause, 1, case.at), said
     assert code == verdict["exit_code"] == case.code
@@ -126,10 +128,10 @@ def test_the_rank_that_fails_is_named_and_none_is_left(
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_seen_in_any_section(
+def test_a_stopped_rank_is_detected_in_any_section(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though a read may take long: who is stopped does not read."""
+    """A read may take long, but a stopped process does not read."""
     patient = {**TIMEOUTS, "data_wait": 10_000.0, "step": 10_000.0}
     does = {"1": {"at": "data_wait", "does": "stop", "step": 3}}
     code, said = Launch(folder, does, timeouts=patient).end()
@@ -140,7 +142,9 @@ def test_a_stopped_rank_is_seen_in_any_section(
 
 
 @pytest.mark.slow
-def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undisturbed_launch_ends_with_0(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, said = Launch(folder, {}).end()
     verdict = why(folder / "run", capsys)
     assert (code, said, verdict["cause"], verdict["requeue"]) == (0, "", "done", False)
@@ -149,7 +153,7 @@ def test_all_is_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_supervisor_is_passed_on(
+def test_a_signal_to_the_supervisor_is_forwarded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = Launch(folder, {"all": {"steps": 100_000}})
@@ -166,7 +170,7 @@ def test_a_signal_to_the_supervisor_is_passed_on(
 def test_a_second_signal_after_the_end_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Slurm sends TERM twice: the second may meet a process that tidies up, and kill it."""
+    """Slurm sends TERM twice: the second may reach a process that is exiting, and kill it."""
     launch = Launch(folder, {"all": {"does": "late term", "steps": 100_000}})
     launch.pids()
     launch.process.send_signal(signal.SIGTERM)
@@ -176,8 +180,8 @@ def test_a_second_signal_after_the_end_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGHUP, with a terminal that is gone by then: nothing fails for writing to it."""
+def test_closing_the_terminal_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGHUP comes, and the terminal no longer exists: writing to it fails nothing."""
     ours, theirs = os.openpty()
     launch = Launch(folder, {"all": {"steps": 100_000}}, stderr=theirs)
     os.close(theirs)
@@ -190,7 +194,7 @@ def test_a_terminal_that_is_closed_saves(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_under_nohup_a_closed_terminal_is_nothing(folder: Path) -> None:
+def test_under_nohup_closing_the_terminal_changes_nothing(folder: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         launch = Launch(folder, {})
@@ -202,8 +206,8 @@ def test_under_nohup_a_closed_terminal_is_nothing(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
-    """Stopped as a whole for longer than any deadline, in a section of any rank."""
+def test_a_suspended_job_is_not_a_hang(folder: Path) -> None:
+    """The launch is suspended for longer than any timeout, in a section of any rank."""
     timeouts = {**dict.fromkeys(TIMEOUTS, 6.0), "safety_factor": 10}
     launch = Launch(folder, {"all": {"steps": 300}}, timeouts=timeouts)
     pids = [launch.process.pid, *launch.pids()]
@@ -220,10 +224,10 @@ def test_a_job_that_was_suspended_is_no_hang(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grace", [3.0, None])
-def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
+def test_ranks_that_wait_when_a_stop_comes_are_ended(
     folder: Path, capsys: pytest.CaptureFixture[str], grace: float | None
 ) -> None:
-    """As for a batch that never comes, though its deadline is far away."""
+    """They wait for a batch that never comes, though its timeout is far away."""
     patient = {
         **dict.fromkeys(TIMEOUTS, 10_000.0),
         "step": 3.0,
@@ -246,18 +250,18 @@ def test_ranks_that_wait_when_they_are_asked_to_stop_are_ended(
         "data_wait",
     )
     assert "SIGTERM, and no step ended within 3 s: blocked, in data_wait" in verdict["detail"]
-    assert gone(pids)
+    assert ended_pids(pids)
 
 
 @pytest.mark.slow
-def test_a_supervisor_that_is_killed_leaves_nothing_in_memory(folder: Path) -> None:
+def test_a_killed_supervisor_leaves_no_shared_memory(folder: Path) -> None:
     launch = Launch(folder, {"all": {"steps": 100_000}})
     pids = launch.pids()
     local_folder = Path(read_launch(launch.run / "attempts/played")[0].local_folder)
     assert (local_folder / "rank-0.heartbeat").exists()
     launch.process.kill()
     launch.process.wait()
-    assert gone(pids)
+    assert ended_pids(pids)
     end = time.monotonic() + 20
     while local_folder.exists() and time.monotonic() < end:
         time.sleep(0.05)
@@ -265,7 +269,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing_in_memory(folder: Path) -> N
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_listen_are_ended(
+def test_ranks_that_ignore_signals_are_killed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = Launch(folder, {"all": {"deaf": True, "steps": 100_000}})
@@ -273,11 +277,11 @@ def test_ranks_that_do_not_listen_are_ended(
     launch.process.send_signal(signal.SIGTERM)
     code, _ = launch.end()
     assert code == exit_codes.RETRYABLE and why(launch.run, capsys)["cause"] == "hang"
-    assert gone(pids)
+    assert ended_pids(pids)
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_is_not_patient(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_twice_shortens_the_grace(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = Launch(folder, {"all": {"deaf": True, "steps": 100_000}})
     launch.pids()
     launch.process.send_signal(signal.SIGINT)
@@ -288,10 +292,10 @@ def test_ctrl_c_twice_is_not_patient(folder: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_ends_ranks_that_cannot_listen(
+def test_ctrl_c_twice_ends_ranks_that_cannot_react(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One is stopped; the others wait for it."""
+    """One rank is stopped; the others wait for it."""
     usual = {**TIMEOUTS, "step": 1000, "min_step_timeout": 1000}
     launch = Launch(folder, {"all": {"steps": 100_000}}, timeouts=usual)
     os.kill(launch.pids()[1], signal.SIGSTOP)
@@ -304,7 +308,7 @@ def test_ctrl_c_twice_ends_ranks_that_cannot_listen(
 
 
 @pytest.mark.slow
-def test_a_full_disk_hides_nothing(folder: Path) -> None:
+def test_a_full_disk_hides_no_cause(folder: Path) -> None:
     (folder / "run").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder / "run")]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -329,16 +333,14 @@ def test_no_rank_outlives_its_supervisor(folder: Path, capsys: pytest.CaptureFix
     pids = launch.pids()
     launch.process.kill()
     launch.process.wait()
-    assert gone(pids)
+    assert ended_pids(pids)
     verdict = why(launch.run, capsys, "over=true")
     assert verdict["cause"] == "node_lost" and verdict["host"] == "host-0" and verdict["requeue"]
     assert verdict["exit_code"] == exit_codes.RETRYABLE
 
 
 @pytest.mark.slow
-def test_of_two_nodes_the_one_behind_is_named(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_slower_of_two_nodes_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {"2": {"at": "forward", "does": "sleep"}}
     both = [
         Launch(folder, parts, ranks=2, world=4, supervisor=number, launch="two")
@@ -361,7 +363,7 @@ def test_of_two_nodes_the_one_behind_is_named(
 
 
 @pytest.mark.slow
-def test_of_two_starts_at_once_one_trains_and_the_other_leaves_no_trace(
+def test_one_of_two_simultaneous_starts_trains_and_the_other_leaves_no_trace(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = [Launch(folder, {}, launch=f"start-{number}") for number in range(2)]
@@ -382,10 +384,10 @@ def written(run: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.slow
-def test_a_later_start_of_the_job_fences_the_one_before(
+def test_a_later_start_of_the_job_fences_the_earlier_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though its processes live: it leaves, writes nothing any more, and the later one trains."""
+    """The earlier processes live: they exit without writing, and the later ones train."""
     job = {"SLURM_JOB_ID": "7"}
     first = Launch(folder, {"all": {"steps": 100_000}}, job, launch="slurm-7-0-0")
     pids = first.pids()
@@ -396,7 +398,7 @@ def test_a_later_start_of_the_job_fences_the_one_before(
     )  # fmt: skip
     code, said = first.end()
     assert code == exit_codes.RETRYABLE and "a later launch took over the run" in said
-    assert gone(pids)
+    assert ended_pids(pids)
     before = written(folder / "run/attempts/slurm-7-0-0")
     code, said = second.end()
     assert code == 0 and "waiting for launch slurm-7-0-0 of Slurm job 7" in said, said
@@ -409,10 +411,10 @@ def test_a_later_start_of_the_job_fences_the_one_before(
 
 
 @pytest.mark.slow
-def test_a_signal_while_it_waits_is_not_lost(
+def test_a_signal_during_the_wait_for_the_lease_is_not_lost(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one before never leaves: a process elsewhere that does not see the fence."""
+    """The earlier holder never leaves: it is elsewhere and does not see the fence."""
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     zombie = lease.Holder("slurm-7-0-0", "7", 0, "n9", "other", 1, "x")
     held = lease.take(folder / "run", zombie)
@@ -431,7 +433,7 @@ def test_a_signal_while_it_waits_is_not_lost(
 
 
 @pytest.mark.slow
-def test_a_launch_that_was_frozen_finds_itself_fenced(
+def test_a_frozen_launch_is_fenced_when_it_wakes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = {"RENEW_SECONDS": 0.2, "SILENT_SECONDS": 3.0, "OBSERVE_SECONDS": 1.0}

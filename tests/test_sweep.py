@@ -1,4 +1,4 @@
-"""A sweep: every member has its own folder, none stops another, and the same command goes on."""
+"""A sweep: every member has its own folder, none stops another, and the same command resumes."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def names(*words: str) -> list[str]:
         ("pretrained=" + ",".join("/data" + "/long" * 50 + end for end in "ab"), 2),
     ],
 )
-def test_what_is_swept_always_enters_the_name(swept: str, count: int) -> None:
+def test_swept_values_are_always_in_the_name(swept: str, count: int) -> None:
     result = made("flow_shift=4", "optim.eps=1e-9", "data.pairs=p", swept)
     key = swept.partition("=")[0].lstrip("+")
     assert len({member.name for member in result}) == len(result) == count
@@ -89,7 +89,7 @@ def test_a_member_keeps_its_name() -> None:
     assert not set(names("seed=0,1", "trainer=cpu,ddp", "flow_shift=4")) & set(once)
 
 
-def test_the_ends_of_long_values_are_shown() -> None:
+def test_names_show_the_ends_of_long_values() -> None:
     long = "/data/" + "common/" * 40
     result = names("optim.eps=1e-8,1e-7", f"pretrained={long}first.pth,{long}second.pth")
     assert ["first.pth" in name for name in result] == [True, False] * 2
@@ -99,7 +99,7 @@ def test_the_ends_of_long_values_are_shown() -> None:
     assert all(name.count("-64") + name.count("-128") == 4 for name in shown)
 
 
-def test_two_spellings_of_a_path_are_one_member(
+def test_two_spellings_of_a_path_give_one_member(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,7 +118,7 @@ SECRETS = (
 )
 
 
-def test_a_name_holds_no_secret() -> None:
+def test_a_name_contains_no_secret() -> None:
     result = names(f"data.val_clips={SECRETS[0]},{SECRETS[1]}")
     assert result[0].startswith("data.val_clips-host-d-a-")
     assert not [name for name in result if re.search("PASSWORD|SECRET|WHO|user", name)]
@@ -255,7 +255,7 @@ sys.exit(test_sweep.swept("seed=0,60,1"))
         ("trainer=ddp hydra.launcher.cpus_per_gpu=9", {"cpus_per_task": None}),
     ],
 )
-def test_a_job_asks_for_the_gpus_and_cpus_of_its_ranks(
+def test_a_job_requests_the_gpus_and_cpus_of_its_ranks(
     words: str, expected: dict[str, Any]
 ) -> None:
     overrides = [CLIPS, "launcher=slurm", *words.split()]
@@ -275,13 +275,13 @@ def test_a_job_asks_for_the_gpus_and_cpus_of_its_ranks(
         ),
     ],
 )
-def test_launchers_that_are_refused(words: list[str], message: str) -> None:
+def test_other_launchers_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         swept("seed=1,2", *words)
     assert "PASSWORD1" not in str(error.value)
 
 
-def test_without_slurm_it_is_said_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_slurm_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="launcher=slurm: .*srun.*; start the sweep where"):
@@ -303,10 +303,10 @@ def attempts(member: Member) -> int:
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_past_members_that_diverge_and_are_pruned(
+def test_a_sweep_continues_past_diverged_and_pruned_members(
     data: list[str], tmp_path: Path
 ) -> None:
-    """And again: done, diverged and pruned members stay, one that was rolled back goes on."""
+    """In a second sweep done, diverged and pruned members stay, and a rolled back one resumes."""
     words = [*data, f"run_dir='{tmp_path}/a sweep, #1 (x=y)'",
     "schedule.epochs=[{kind:sft,steps:3}]",
              "optim.lr=1e30,1e-3,1e-4"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sync-C and Sync-D: the sign of the offset, and what padding with zeros earns."""
+"""Sync-C and Sync-D: the sign of the offset, and the effect of padding with zeros."""
 
 import math
 from collections.abc import Callable
@@ -26,10 +26,10 @@ BOTH = pytest.mark.parametrize("distances", [padded_distances, unpadded_distance
 
 @BOTH
 @pytest.mark.parametrize("shift", [0, 3, -3, 10, -10])
-def test_the_offset_is_by_how_many_frames_the_sound_is_early(
+def test_the_offset_is_the_number_of_frames_the_audio_is_early(
     distances: Distances, shift: int
 ) -> None:
-    """Early sound: what is heard at window i belongs to the lips of window i + shift."""
+    """Early audio: the audio of window i belongs to the lips of window i + shift."""
     lips = features(120)
     score = sync_score(distances(lips, lips.roll(-shift, 0), 15), 120)
     assert score.offset == shift
@@ -38,7 +38,7 @@ def test_the_offset_is_by_how_many_frames_the_sound_is_early(
 
 
 @BOTH
-def test_the_score_by_its_definition(distances: Distances) -> None:
+def test_the_score_follows_its_definition(distances: Distances) -> None:
     lips, sound, most = features(30, 1), features(30, 2), 4
     by_hand = []
     for j in range(-most, most + 1):
@@ -68,11 +68,10 @@ def test_perfect_features_have_no_distance() -> None:
 @pytest.mark.parametrize(
     ("windows", "published"), [(20, 22.7), (50, 8.9), (100, 4.4), (200, 2.2), (393, 1.1)]
 )
-def test_padding_alone_earns_confidence_on_short_clips(windows: int, published: float) -> None:
-    """Unrelated features of mean 3 in 1024 dimensions, as many windows as in the case.
-
-    Each zero that is met costs |V| - |V - A| = 32 (sqrt 10 - sqrt 2) = 56, and at the median of
-    the shifts 8 of L windows meet one.
+def test_padding_alone_gives_confidence_on_short_clips(windows: int, published: float) -> None:
+    """The features are unrelated, with mean 3 in 1024 dimensions, and as many windows as in the
+    case. Each padded zero costs |V| - |V - A| = 32 (sqrt 10 - sqrt 2) = 56, and at the median
+    of the shifts 8 of L windows have one.
     """
     lips, sound = features(windows, 1, 1024, 3.0), features(windows, 2, 1024, 3.0)
     padded = sync_score(padded_distances(lips, sound, 15), windows)
@@ -88,7 +87,7 @@ def test_features_nearer_to_zero_than_to_each_other_give_the_last_shift() -> Non
     assert abs(sync_score(padded_distances(lips, sound, 15), 60).offset) == 15
 
 
-def test_windows_are_one_fewer_than_possible() -> None:
+def test_the_last_possible_window_is_omitted() -> None:
     assert window_count(393, 251_904) == 388
     assert window_count(25, 16_000) == 20
     assert window_count(25, 15_999) == 19

@@ -1,4 +1,4 @@
-"""dataset.json as arrays says what the JSON says, in any of its forms; no change goes unseen."""
+"""The arrays of dataset.json equal its JSON, in any of its forms; every change is detected."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ members = st.dictionaries(st.sampled_from(["mp4", "json", "tracks.npz", "ü.png"
 
 @st.composite
 def datasets(draw: Any, most: int = 12) -> dict[str, Any]:
-    """What dataset.json holds, as dictionaries."""
+    """Draw the contents of dataset.json, as dictionaries."""
     counts = draw(st.lists(st.integers(0, 4), max_size=most // 3))
     shards = [
         {"name": f"a-{i:06d}.tar", "sha256": f"{i:064x}", "bytes": 2**61 + i, "samples": count}
@@ -48,7 +48,7 @@ def datasets(draw: Any, most: int = 12) -> dict[str, Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(index=datasets(), form=st.integers(0, 3))
-def test_the_arrays_say_what_the_json_says(index: dict[str, Any], form: int) -> None:
+def test_the_arrays_equal_the_json(index: dict[str, Any], form: int) -> None:
     text = [
         json.dumps(index, separators=(",", ":")),
         json.dumps(index, indent=1),
@@ -68,7 +68,7 @@ def test_the_arrays_say_what_the_json_says(index: dict[str, Any], form: int) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(index=datasets(), data=st.data())
-def test_no_change_goes_unseen(index: dict[str, Any], data: st.DataObject) -> None:
+def test_every_change_is_detected(index: dict[str, Any], data: st.DataObject) -> None:
     text = json.dumps(index, separators=(",", ":"))
     described = text.index('"description"'), text.index('"fingerprint"')  # free to be changed
     at = data.draw(
@@ -89,7 +89,7 @@ def _means(text: str) -> object:
 
 
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 2500])
-def test_the_fingerprint_is_that_of_the_whole(count: int) -> None:
+def test_the_fingerprint_equals_that_of_the_full_json(count: int) -> None:
     samples = [{"key": f"k{i}", "members": {"b": (i, 2, 3), "a": (4, 5, 6)}} for i in range(count)]
     content = [1, "raw", {"x": "y", "a": "ü"}, [{"name": "n"}], samples]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -97,7 +97,7 @@ def test_the_fingerprint_is_that_of_the_whole(count: int) -> None:
     assert names == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_samples_stand_in_the_order_of_their_shards() -> None:
+def test_samples_are_in_the_order_of_their_shards() -> None:
     shards = [{"name": f"a-{i}.tar", "sha256": "0" * 64, "bytes": 1, "samples": 1} for i in (0, 1)]
     for names in (["a-1.tar", "a-0.tar"], ["a-0.tar"], ["a-0.tar", "a-1.tar", "a-1.tar"]):
         samples = [{"key": f"k{i}", "shard": n, "members": {}} for i, n in enumerate(names)]

@@ -1,4 +1,4 @@
-"""Drawn talkers: the same from the same numbers, and sound, lips and boxes that agree."""
+"""Synthetic talkers: reproducible, with audio, lips and boxes that agree."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def test_a_closed_mouth_has_no_voice() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "i", "u"])
-def test_a_vowel_sounds_where_its_formants_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vowel_has_its_energy_at_its_formants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         synthetic_voice, "draw_phones", lambda rng, seconds: [(VOWELS[name], seconds)]
     )
@@ -116,7 +116,7 @@ def still(rng: np.random.Generator) -> tuple[Look, Motion]:
 
 @pytest.mark.parametrize("number", range(6))
 def test_the_lip_box_holds_the_mouth_at_its_widest_and_little_else(number: int) -> None:
-    """Check that the widest mouth changes pixels of its box alone, and reaches near its sides."""
+    """The widest mouth changes pixels of its box alone, and reaches near its sides."""
     look, motion = still(np.random.default_rng(number))
     changed, size = np.zeros((96, 96), bool), 96
     shut, pen = draw_frame(size, look, motion, 4, 0.0, 0.0)
@@ -151,7 +151,7 @@ def test_a_caption_describes_the_talker() -> None:
     assert ("glasses" in look.caption()) is look.glasses
 
 
-def test_a_dataset_holds_the_drawn_talkers(tmp_path: Path) -> None:
+def test_a_dataset_holds_the_synthetic_talkers(tmp_path: Path) -> None:
     options = DrawOptions(tmp_path / "one", num_clips=3, seed=9, first=2, frames=9, size=32)
     progress: list[int] = []
     draw_dataset(options, progress.append)
@@ -170,7 +170,7 @@ def test_a_dataset_holds_the_drawn_talkers(tmp_path: Path) -> None:
         assert clips.about[place]["number"] == number
 
 
-def test_the_same_numbers_give_the_same_dataset(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_dataset(tmp_path: Path) -> None:
     for name in ("one", "two"):
         draw_dataset(
             DrawOptions(tmp_path / name, num_clips=2, frames=5, size=32), lambda done: None
@@ -184,7 +184,7 @@ def test_the_same_numbers_give_the_same_dataset(tmp_path: Path) -> None:
     [({"num_clips": 0}, "num_clips=0"), ({"frames": 24}, "frames=24"), ({"frames": 1}, "frames=1"),
      ({"size": 40}, "size=40"), ({"size": 16}, "size=16")],
 )  # fmt: skip
-def test_sizes_that_the_network_cannot_take_are_refused(
+def test_sizes_that_the_network_does_not_support_are_refused(
     wrong: dict[str, int], number: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=number):

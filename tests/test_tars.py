@@ -1,4 +1,4 @@
-"""The walk over tars: every writer's are read as they are, and no damage passes."""
+"""Reading tars: files of every writer are read as they are, and damage is detected."""
 
 import hashlib
 import io
@@ -29,17 +29,17 @@ def contents(path: Path) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_tarfile_writes_is_read(tmp_path: Path, form: str) -> None:
+def test_tars_of_tarfile_are_read(tmp_path: Path, form: str) -> None:
     assert contents(foreign.pack(tmp_path / "a.tar", MEMBERS, FORMATS[form])) == MEMBERS
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax", "ustar", "v7", "oldgnu"])
-def test_what_the_program_tar_writes_is_read(tmp_path: Path, form: str) -> None:
+def test_tars_of_the_program_tar_are_read(tmp_path: Path, form: str) -> None:
     members = MEMBERS if form in ("gnu", "pax", "oldgnu") else MEMBERS[:-2]
     assert contents(foreign.gnu_tar(tmp_path / "a.tar", members, tmp_path / "s", form)) == members
 
 
-def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+def test_tars_of_webdataset_are_read(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
         for key, members in foreign.raw_samples().items():
             writer.write({"__key__": key, **members})
@@ -47,7 +47,7 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
     assert dict(contents(tmp_path / "a.tar")) == written
 
 
-def test_folders_are_told_from_files(tmp_path: Path) -> None:
+def test_folders_are_distinguished_from_files(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     foreign.gnu_tar(tmp_path / "a.tar", [("in/a.txt", b"1")], tmp_path / "s")
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
@@ -57,7 +57,7 @@ def test_folders_are_told_from_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_what_holds_no_data_of_its_own_is_refused(tmp_path: Path, kind: bytes) -> None:
+def test_entries_without_data_are_refused(tmp_path: Path, kind: bytes) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("a.txt")
         info.type, info.linkname = kind, "b.txt"
@@ -66,7 +66,7 @@ def test_what_holds_no_data_of_its_own_is_refused(tmp_path: Path, kind: bytes) -
         read_tar(tmp_path / "a.tar")
 
 
-def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
+def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     with (tmp_path / "s" / "a.bin").open("wb") as file:
         file.truncate(2**20)
@@ -80,8 +80,8 @@ def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_no_cut_and_no_flip_passes(tmp_path: Path, form: str) -> None:
-    """Of a foreign tar nothing is known: what its own checksums guard is what can be seen."""
+def test_every_cut_and_flip_under_a_checksum_is_detected(tmp_path: Path, form: str) -> None:
+    """A foreign tar has no other record: only damage under its own checksums can be detected."""
     path = foreign.pack(tmp_path / "a.tar", MEMBERS[:6], FORMATS[form])
     original, (members, sha256, _) = path.read_bytes(), read_tar(path)
     end = members[-1].offset + members[-1].size
@@ -106,7 +106,7 @@ def test_no_cut_and_no_flip_passes(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     "damage", [b"19 path=a.txt\n", b"999 path=a.txt\n", b"path=a\n", b"\0" * 9]
 )
-def test_damaged_extended_headers_are_told(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_extended_headers_are_reported(tmp_path: Path, damage: bytes) -> None:
     info = tarfile.TarInfo("././@PaxHeader")
     info.type, info.size = tarfile.XHDTYPE, len(damage)
     data = info.tobuf() + damage.ljust(512, b"\0") + bytes(1024)
@@ -114,7 +114,7 @@ def test_damaged_extended_headers_are_told(tmp_path: Path, damage: bytes) -> Non
         list(walk(HashingReader(io.BytesIO(data))))
 
 
-def test_an_extended_header_without_its_file_is_told() -> None:
+def test_an_extended_header_without_its_file_is_reported() -> None:
     record = b"14 path=a.txt\n"
     info = tarfile.TarInfo("././@PaxHeader")
     info.type, info.size = tarfile.XHDTYPE, len(record)

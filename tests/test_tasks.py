@@ -60,7 +60,7 @@ def test_a_second_list_is_noticed(source: str) -> None:
     assert second_lists(source) == [1]
 
 
-def test_one_task_by_name_is_no_list() -> None:
+def test_one_task_by_name_is_not_a_list() -> None:
     assert second_lists('x = ["i2v", "other"]\ny = {"t2v": "i2v"}\nz = task == "t2v"') == []
 
 
@@ -75,7 +75,7 @@ def test_every_task_is_complete() -> None:
     assert len(set(titles)) == len(titles)
 
 
-def test_the_groups_of_tasks() -> None:
+def test_the_groups_of_tasks_are_complete() -> None:
     assert CURRICULUM_TASKS == TASKS[:5] and TASKS[5] == "continuation"
     assert KNOWN_TASKS == TASKS[1:]
     assert set(LOCAL_TASKS) == {"avatar_sync", "lip_sync"}
@@ -84,6 +84,6 @@ def test_the_groups_of_tasks() -> None:
 
 
 def test_the_table_imports_no_torch() -> None:
-    """Check that parsing arguments needs nothing heavy."""
+    """Parsing arguments needs nothing heavy."""
     code = "import sys, echolab.tasks.table; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,8 +1,7 @@
-"""Killed, gone on with, moved to other ranks and stages: always the run of one process.
-
-Tolerances are of the whole of a part: the norm of the difference over the norm of what one process
-has.  Sums over ranks and micro-batches are rounded in another order, which no run can avoid; what
-is loaded is equal bit for bit.
+"""A run that is killed, resumed and moved to other ranks and ZeRO stages equals the run of one
+process. Tolerances are of a complete part: the norm of the difference over the norm of the
+values of one process. Sums over ranks and micro-batches are rounded in another order, which
+no run can avoid; loaded state is equal bit for bit.
 """
 
 import random
@@ -46,7 +45,9 @@ TOPOLOGIES = [
 
 
 def transitions() -> Iterator[tuple[Topology, Topology]]:
-    """Every topology is left or entered, to or from one of another world and another strategy."""
+    """List transitions such that each topology is left or entered, to or from one of another
+    world size and strategy.
+    """
     chooser = random.Random(SEED)
     left = chooser.sample(TOPOLOGIES, len(TOPOLOGIES))
     while left:
@@ -61,7 +62,7 @@ TRANSITIONS = list(transitions())
 
 
 class Attempts:
-    """Starts attempts over datasets that are there already."""
+    """Starts attempts over existing datasets."""
 
     def __init__(self, server: ForkServer, root: Path) -> None:
         self.server, self.root = server, root
@@ -72,14 +73,14 @@ class Attempts:
         return {"world": where.world, "arguments": {**arguments, **more}}
 
     def run(self, where: Topology, out: Path, until: int, **more: Any) -> Checkpoint:
-        """To its end; the newest checkpoint."""
+        """Run an attempt to its end, and return the newest checkpoint."""
         self.server.run("topologies:attempt", **self._arguments(where, out, until, **more))
         checkpoint, rejected = latest_valid(out / "checkpoints")
         assert checkpoint and checkpoint.step == until and not rejected
         return checkpoint
 
     def kill(self, where: Topology, out: Path, at: int, delay: float) -> None:
-        """SIGKILL all ranks soon after step `at`."""
+        """Kill all ranks with SIGKILL soon after step `at`."""
         arguments = self._arguments(where, out, LAST, kill_at=at)
         ranks = self.server.start("topologies:attempt", **arguments)
         while not (out / "reached").exists():
@@ -102,7 +103,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) 
 
 
 def check_equal(checkpoint: Checkpoint, expected: Checkpoint, parts: Sequence[str] = PARTS) -> None:
-    """Weights, moments and average, within LIMIT."""
+    """Assert that weights, moments and average are equal within LIMIT."""
     for part in parts:
         ours, theirs = checkpoint.tensors(part), expected.tensors(part)
         assert set(ours) == set(theirs)
@@ -118,7 +119,9 @@ def folder(attempts: Attempts, where: Topology) -> Path:
 
 
 @pytest.mark.parametrize("where", TOPOLOGIES, ids=str)
-def test_killed_and_resumed_is_the_run_of_one_process(attempts: Attempts, where: Topology) -> None:
+def test_a_killed_and_resumed_run_equals_the_run_of_one_process(
+    attempts: Attempts, where: Topology
+) -> None:
     chooser = random.Random(f"{SEED} {where}")
     at, delay = chooser.randint(1, FIRST - 3), chooser.uniform(0, 0.2)
     print(f"seed {SEED}: killed {delay:.3f} s after step {at}")
@@ -132,7 +135,7 @@ def test_killed_and_resumed_is_the_run_of_one_process(attempts: Attempts, where:
 
 
 @pytest.mark.parametrize("pair", TRANSITIONS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
-def test_what_one_saved_another_loads_bit_for_bit_and_goes_on(
+def test_another_topology_loads_a_checkpoint_bit_for_bit_and_resumes(
     attempts: Attempts, tmp_path: Path, pair: tuple[Topology, Topology]
 ) -> None:
     first, second = pair
@@ -157,10 +160,10 @@ def test_what_one_saved_another_loads_bit_for_bit_and_goes_on(
 
 
 @pytest.mark.parametrize("part", PARTS[1:])
-def test_a_resume_that_loses_a_part_would_be_seen(
+def test_a_resume_that_loses_a_part_is_detected(
     attempts: Attempts, tmp_path: Path, part: str
 ) -> None:
-    """The comparison itself, put to the test."""
+    """This tests the comparison itself."""
     attempts.run(ALONE, tmp_path, FIRST // 2)
     checkpoint = attempts.run(ALONE, tmp_path, FIRST, forget=part)
     expected = open_checkpoint(attempts.root / f"alone-first/checkpoints/{checkpoint.path.name}")
@@ -168,7 +171,7 @@ def test_a_resume_that_loses_a_part_would_be_seen(
         check_equal(checkpoint, expected, [part])
 
 
-def test_the_transitions_go_everywhere() -> None:
+def test_the_transitions_reach_every_topology() -> None:
     assert len(TRANSITIONS) == 12
     assert {t for pair in TRANSITIONS for t in pair} == set(TOPOLOGIES)
     assert all(a.world != b.world or a.strategy != b.strategy for a, b in TRANSITIONS)

@@ -1,4 +1,4 @@
-"""Whatever happens to the tracker amid a run, the run is as one without a tracker."""
+"""A run with any fault of its tracker equals a run without a tracker."""
 
 import json
 import os
@@ -38,7 +38,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[int], Any, Any]:
-    """Exit code, saved steps, the last checkpoint's tensors, and what metrics.jsonl says."""
+    """Return exit code, saved steps, the last checkpoint's tensors, and the rows of
+    metrics.jsonl.
+    """
     result = train(compose([*settings, f"run_dir={folder}", f"logger={logger}"]), Heartbeat(None))
     steps = saved_steps(folder / "checkpoints")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -52,7 +54,7 @@ def trained(folder: Path, settings: list[str], logger: str) -> tuple[int, list[i
 
 @pytest.fixture(scope="module")
 def expected(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Without a tracker."""
+    """Train without a tracker."""
     return trained(tmp_path_factory.mktemp("without") / "run", settings, "none")
 
 
@@ -60,7 +62,7 @@ def expected(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> A
 def test_a_rank_without_a_tracker_imports_neither_wandb_nor_trl(
     tmp_path: Path, strategy: str
 ) -> None:
-    """A real rank, through all kinds of epochs; Python itself lists what it imports."""
+    """A real rank runs through all kinds of epochs; Python itself lists what it imports."""
     clips, pairs = encoded.write(tmp_path / "encoded")
     settings = [
         *encoded.SETTINGS, encoded.plan(("sft", 1), ("ndpo", 1), ("dpo", 1)),
@@ -77,7 +79,7 @@ def test_a_rank_without_a_tracker_imports_neither_wandb_nor_trl(
 
 
 def killed(number: int, section: str) -> Fault:
-    """All processes of the tracker get a signal when a section begins at the second step."""
+    """Send a signal to all processes of the tracker when a section begins at the second step."""
 
     @contextmanager
     def fault(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
@@ -121,7 +123,7 @@ def wrong_key(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk(patch: pytest.MonkeyPatch, run: Path) -> Iterator[None]:
-    """The run's folder takes all, but for what is below wandb/."""
+    """Make the disk full below wandb/ alone."""
     make, disk = train_rank._wandb_run, run / "wandb"
 
     def on_small_disk(*given: Any) -> Any:
@@ -151,7 +153,7 @@ FAULTS: dict[str, tuple[Fault, bool, str]] = {  # fault, whether wandb has all, 
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_it_trains_saves_and_ends_as_without(
+def test_a_run_with_a_faulty_tracker_trains_saves_and_ends_as_without_one(
     settings: list[str], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str], name: str,
 ) -> None:  # fmt: skip

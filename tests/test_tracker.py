@@ -1,4 +1,4 @@
-"""Whatever happens to wandb, nobody who logs notices, and nothing is lost without a word."""
+"""No fault of wandb disturbs the process that logs, and every loss is reported."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def processes(parent: int) -> list[int]:
 
 
 def tracker(of: int | None = None) -> tuple[list[int], list[int]]:
-    """The tracker's processes of a process, and wandb's services of these."""
+    """Return the tracker's processes of a process, and wandb's services of these."""
     ours = [
         pid for pid in processes(of or os.getpid())
         if b"wandb_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -59,7 +59,7 @@ def begin(folder: Path, mode: str = "offline") -> WandbRun:
 
 
 def log_all(run: WandbRun, folder: Path, steps: range = range(STEPS)) -> None:
-    """Scalars, a video and a table."""
+    """Log scalars, a video and a table."""
     for step in steps:
         run.log(step, {"loss": step / 2})
     run.log_videos(steps[-1], {"clip": small_mp4(folder / "clip.mp4")})
@@ -79,7 +79,7 @@ def rows_of(folder: Path, kind: str = "offline-run-*") -> list[dict[str, Any]]:
 
 
 def recorded(folder: Path) -> list[float]:
-    """The logged losses, and that a video and a table are among the rows."""
+    """Return the logged losses, and assert that a video and a table are among the rows."""
     rows = rows_of(folder)
     assert sum("clip._type" in row for row in rows) == 1
     assert sum("scores._type" in row for row in rows) == 1
@@ -97,7 +97,7 @@ ALL = [step / 2 for step in range(2 * STEPS)]
         ("logging", signal.SIGKILL, "tracker"), ("logging", signal.SIGSTOP, "both"),
     ],
 )  # fmt: skip
-def test_a_tracker_that_is_killed_is_started_again_and_told_all(
+def test_a_killed_tracker_is_restarted_and_gets_all_rows(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], when: str, number: int, victim: str
 ) -> None:
     run = begin(tmp_path)
@@ -129,7 +129,7 @@ def silent(server: socket.socket, kept: list[socket.socket]) -> None:
 
 @contextmanager
 def never_answers() -> Iterator[str]:
-    """A server that accepts connections, and says nothing."""
+    """Start a server that accepts connections, and never answers."""
     kept: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=silent, args=(server, kept), daemon=True).start()
@@ -151,7 +151,7 @@ def test_without_a_server_the_run_is_recorded_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     mode: str, server: Callable[[], Iterator[str]],
 ) -> None:  # fmt: skip
-    """Also where it ends before anybody knows that the server will not answer."""
+    """This holds even if the run ends before the server's silence is detected."""
     for name in ("WANDB_MODE", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -171,7 +171,7 @@ RUN = {"id": "r", "name": "r-1", "project": {"name": "tests", "entity": {"name":
 
 
 class FallsSilent(BaseHTTPRequestHandler):
-    """Answers what wandb asks to begin a run, and nothing after that."""
+    """Answers wandb's requests at the begin of a run, and nothing after them."""
 
     protocol_version = "HTTP/1.1"
 
@@ -191,10 +191,10 @@ class FallsSilent(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def test_a_server_that_falls_silent_amid_a_run(
+def test_a_run_survives_a_server_that_falls_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Find every row on the disk; the end does not wait, and one line says how to upload."""
+    """Every row is on the disk; the end does not wait, and one line says how to upload."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
         server.daemon_threads, server.block_on_close = True, False
@@ -214,7 +214,7 @@ def test_a_server_that_falls_silent_amid_a_run(
     assert [row["loss"] for row in rows_of(tmp_path, "run-*") if "loss" in row] == ALL[:STEPS]
 
 
-def test_a_wrong_key(
+def test_a_wrong_key_is_reported_and_the_run_recorded_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "too-short-a-key")
@@ -228,7 +228,7 @@ def test_a_wrong_key(
 
 
 @pytest.mark.parametrize("kilobytes", [4, 40])
-def test_a_full_disk_is_told_with_what_is_missing(
+def test_a_full_disk_is_reported_with_the_missing_rows(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kilobytes: int
 ) -> None:
     if os.geteuid() != 0:
@@ -248,7 +248,7 @@ def test_a_full_disk_is_told_with_what_is_missing(
     assert "of 500 records are missing" in lines, lines
 
 
-def test_in_a_slurm_job_auto_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_means_offline_in_a_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
@@ -260,10 +260,12 @@ def test_in_a_slurm_job_auto_is_offline(tmp_path: Path, monkeypatch: pytest.Monk
     assert wandb_run._chosen("auto") == "online"  # who asks for it gets it
 
 
-def test_a_tracker_that_takes_nothing_holds_up_nobody(
+def test_a_blocked_tracker_blocks_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """More records than any pipe or queue holds; and what cannot be started is told in a line."""
+    """More records come than any pipe or queue holds; a tracker that cannot start gives one
+    line.
+    """
     before, stuck = children(os.getpid()), tmp_path / "stuck"
     stuck.write_text("#!/bin/sh\nexec sleep 1000\n")
     stuck.chmod(0o755)
@@ -285,7 +287,7 @@ def test_a_tracker_that_takes_nothing_holds_up_nobody(
 
 
 def test_the_tracker_ends_with_the_process_that_logs(tmp_path: Path) -> None:
-    """Kill the process that logs; every row it logged is on the disk."""
+    """After a kill of that process every row it logged is on the disk."""
     program = (
         "import os, sys, time; from pathlib import Path; sys.path[:0] = sys.argv[2:];"
         "from test_tracker import begin, log_all; folder = Path(sys.argv[1]);"

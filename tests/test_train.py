@@ -1,4 +1,4 @@
-"""Training: it learns, it can be stopped anywhere, and then goes on as if nothing had been."""
+"""Training: it learns, and a run stopped anywhere resumes as if it had not been stopped."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
-    """The uninterrupted run: its last tensors, and every loss."""
+    """Train a run without interruption; return its last tensors, and every loss."""
     result, rows = runs.train(
         tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), intervals=EVERY
     )
@@ -37,7 +37,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
-def test_stopping_and_going_on_changes_nothing(
+def test_a_resumed_run_equals_an_unbroken_run(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]], stop: int
 ) -> None:
     def interrupt(step: int, steps: int) -> None:
@@ -53,7 +53,7 @@ def test_stopping_and_going_on_changes_nothing(
     assert runs.tensors_of(second.checkpoint) == unbroken[0]
 
 
-def test_a_killed_process_goes_on_from_its_last_checkpoint(
+def test_a_killed_run_resumes_from_its_last_checkpoint(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     program = (
@@ -70,7 +70,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
 
-def test_accumulation_and_workers_change_next_to_nothing(
+def test_accumulation_and_workers_change_results_by_rounding_only(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     _, rows = runs.train(
@@ -80,7 +80,7 @@ def test_accumulation_and_workers_change_next_to_nothing(
         assert loss == pytest.approx(expected, rel=1e-3)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
     clips = runs.write_clips(tmp_path / "clips", 1)
     _, rows = runs.train(
         tmp_path,
@@ -91,7 +91,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert rows[-1]["train/loss"] < 0.8 * rows[0]["train/loss"]
 
 
-def test_what_is_logged(tmp_path: Path) -> None:
+def test_every_logged_row_has_its_metrics(tmp_path: Path) -> None:
     held = ValData(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
     _, rows = runs.train(
         tmp_path,
@@ -110,7 +110,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert {"train/margin", "train/accuracy", "train/gradient_factor", "train/beta"} <= set(rows[3])
 
 
-def test_looking_at_held_out_clips_changes_nothing(
+def test_validation_changes_no_training_result(
     tmp_path: Path, unbroken: tuple[dict[str, bytes], list[Any]]
 ) -> None:
     held = ValData(runs.write_clips(tmp_path / "held", 4, 50), 4, 2)
@@ -124,7 +124,7 @@ def test_looking_at_held_out_clips_changes_nothing(
     assert result.checkpoint and runs.tensors_of(result.checkpoint) == unbroken[0]
 
 
-def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> None:
+def test_the_reference_is_the_average_at_the_epochs_first_step(tmp_path: Path) -> None:
     from echolab.models.frozen import Frozen
     from echolab.training.checkpoints.checkpoint import open_checkpoint
 
@@ -144,7 +144,7 @@ def test_the_reference_is_the_average_at_the_epochs_start(tmp_path: Path) -> Non
     assert rows[2]["train/margin"] == pytest.approx(0, abs=1e-6)
 
 
-def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
+def test_a_run_may_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     first, _ = runs.train(tmp_path / "a", runs.schedule(("sft", 2)))
     net = tiny.net()
     runs.train(
@@ -157,7 +157,7 @@ def test_another_checkpoint_is_a_start(tmp_path: Path) -> None:
     assert all(torch.equal(average[k], v) for k, v in net.state_dict().items())
 
 
-def test_a_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+def test_a_run_restores_the_state_of_the_process(tmp_path: Path) -> None:
     def state() -> list[Any]:
         kept = [signal.getsignal(number) for number in (2, 10, 12, 15)]
         return [kept, threading.active_count(), torch.is_grad_enabled(), torch.get_num_threads()]

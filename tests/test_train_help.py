@@ -54,7 +54,7 @@ def test_every_group_and_choice_is_documented() -> None:
             assert re.search(rf"^  {choice} +\w", about, re.MULTILINE), f"{group}={choice}"
 
 
-def test_the_defaults_are_those_that_are_composed() -> None:
+def test_the_shown_defaults_equal_the_composed_ones() -> None:
     settings, chosen = default_settings([CONF])
     composed = compose(["data.clips=x"])
     settings["data"]["clips"] = "x"
@@ -62,7 +62,7 @@ def test_the_defaults_are_those_that_are_composed() -> None:
     assert chosen["experiment"] is None and chosen["model"] == "demo"
 
 
-def test_help_of_one_setting_or_group(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_one_setting_or_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help", "optim.lr"]) == 0
     said = capsys.readouterr().out
     assert "optim.lr FLOAT" in said and "at least 0" in said and "betas" not in said
@@ -86,7 +86,7 @@ def test_help_of_one_setting_or_group(capsys: pytest.CaptureFixture[str]) -> Non
         (["schedule.epochs=[{kind:sft,steps:2,lr:1}]"], "did you mean optim.lr?"),
     ],
 )
-def test_a_wrong_word_is_answered_with_the_nearest(
+def test_an_unknown_key_is_answered_with_the_nearest(
     capsys: pytest.CaptureFixture[str], words: list[str], remedy: str
 ) -> None:
     assert main(["train", "data.clips=x", *words]) == exit_codes.FATAL
@@ -100,13 +100,15 @@ OLD = [
 
 
 @pytest.mark.parametrize(("section", "old"), OLD)
-def test_an_earlier_name_is_answered_with_the_present_one(section: str, old: str) -> None:
+def test_an_old_key_is_answered_with_the_new_one(section: str, old: str) -> None:
     new = renamed(f"{section}.{old}".strip("."))
     assert new in {*names(), *schema.Settings.model_fields}
     assert f"{section}.{old}".strip(".") not in names()
 
 
-def test_an_earlier_name_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     earlier = {"every": "log", "guards": "back", "preference": "anchor", "supervise": "floor"}
     for section, name in earlier.items():
         assert main(["train", "data.clips=x", f"{section}.{name}=1"]) == exit_codes.FATAL

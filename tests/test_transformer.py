@@ -36,7 +36,9 @@ SOUND = pytest.mark.parametrize("layers", [None, 3], ids=["preview", "flash"])
         ("echomimicv3_flash", 1_203, 1_863_772_992),
     ],
 )
-def test_sizes_of_the_released_files(model: str, tensors: int, parameters: int) -> None:
+def test_networks_have_the_sizes_of_the_released_files(
+    model: str, tensors: int, parameters: int
+) -> None:
     with torch.device("meta"):
         net = EchoTransformer(**architecture_of(model))
     shapes = released_shapes(net)
@@ -56,7 +58,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 @SOUND
-def test_a_new_network_ignores_sound_and_says_nothing(layers: int | None) -> None:
+def test_a_new_network_ignores_audio_and_predicts_zero(layers: int | None) -> None:
     net, conditions = tiny.net(audio_layers=layers), tiny.conditions(layers=layers)
     assert not net(tiny.latents(), TIMESTEPS, conditions).any(), "the head starts at zero"
     with torch.no_grad():
@@ -67,7 +69,7 @@ def test_a_new_network_ignores_sound_and_says_nothing(layers: int | None) -> Non
     )
 
 
-def test_a_zero_weight_is_a_missing_branch() -> None:
+def test_a_zero_weight_equals_a_missing_branch() -> None:
     net, conditions = tiny.net(trained=True), tiny.conditions()
     ones, zeros = torch.ones(2), torch.zeros(2)
     deaf = net(tiny.latents(), TIMESTEPS, conditions, ModalityWeights(ones, ones, zeros))
@@ -87,7 +89,7 @@ def test_a_zero_weight_is_a_missing_branch() -> None:
 
 
 @SOUND
-def test_two_clips_are_one_and_one(layers: int | None) -> None:
+def test_a_batch_of_two_equals_two_batches_of_one(layers: int | None) -> None:
     net, conditions = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
     together = net(tiny.latents(), TIMESTEPS, conditions)
     for clip in range(2):
@@ -100,7 +102,7 @@ def test_two_clips_are_one_and_one(layers: int | None) -> None:
 
 @SOUND
 def test_gradients_reach_every_parameter_and_every_input(layers: int | None) -> None:
-    """Check all conditions but Flash's face: it has no mask."""
+    """All conditions get a gradient except Flash's face, which has no mask."""
     net, conditions = tiny.net(trained=True, audio_layers=layers), tiny.conditions(layers=layers)
     conditions = Conditions(*(part.requires_grad_() for part in conditions))
     net(tiny.latents(), TIMESTEPS, conditions).square().sum().backward()
@@ -114,7 +116,7 @@ def test_gradients_reach_every_parameter_and_every_input(layers: int | None) -> 
 
 
 def test_audio_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
-    """Check that a token changes the frames whose window holds it, if face is 1."""
+    """A token changes the frames whose window holds it, if the face mask is 1."""
     torch.manual_seed(0)
     layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=PREVIEW)
     face = tiny.conditions(1).face
@@ -131,7 +133,7 @@ def test_audio_acts_in_its_own_latent_frame_and_on_the_face_only() -> None:
         assert torch.equal(moved, expected), token
 
 
-def test_audio_windows_of_81_frames() -> None:
+def test_audio_windows_of_81_frames_have_the_released_indices() -> None:
     tokens = torch.arange(1.0, 163.0)[None, :, None]  # token i holds i + 1; 0 is beyond the clip
     windows = audio_windows(tokens)[0, :, :, 0]
     assert windows.shape == (21, 17)
@@ -142,8 +144,8 @@ def test_audio_windows_of_81_frames() -> None:
     assert (valid[20][0], valid[20][-1]) == (149, 161)
 
 
-def test_flash_windows_of_81_frames() -> None:
-    """Check that latent frame i >= 1 gets video frames 4i-3 to 4i and two on each side."""
+def test_flash_windows_of_81_frames_have_the_released_indices() -> None:
+    """Latent frame i >= 1 gets video frames 4i-3 to 4i and two on each side."""
     frames = torch.arange(81.0)[None, :, None, None]
     first, later = (window[0, ..., 0, 0].tolist() for window in flash_windows(frames))
     assert first == [[0, 0, 0, 1, 2]]
@@ -154,8 +156,10 @@ def test_flash_windows_of_81_frames() -> None:
     assert flash_windows(frames[:, :1])[1].shape == (1, 0, 8, 1, 1)
 
 
-def test_flash_tokens_by_the_released_steps() -> None:
-    """Compare with five frames around each video frame, of which a latent frame keeps eight."""
+def test_flash_tokens_equal_the_released_computation() -> None:
+    """The release takes five frames around each video frame, of which a latent frame keeps
+    eight.
+    """
     torch.manual_seed(0)
     tokens, features = FlashAudioTokens(6, 3, 48), torch.randn(2, 9, 3, 6)
     around = (torch.arange(9)[:, None] + torch.arange(-2, 3)).clamp(0, 8)
@@ -176,7 +180,7 @@ def test_flash_tokens_by_the_released_steps() -> None:
 
 @pytest.mark.parametrize("config", [PREVIEW, FLASH], ids=["preview", "flash"])
 def test_audio_is_added_as_released(config: AudioAttentionConfig) -> None:
-    """Compare frame by frame: valid tokens, zeros after them, normed keys, masked output."""
+    """Frames agree one by one: valid tokens, zeros after them, normed keys, masked output."""
     torch.manual_seed(0)
     layer = CrossAttention(48, 2, 1e-6, image=False, audio_config=config)
     torch.nn.init.normal_(layer.norm_k_audio.weight)
@@ -200,7 +204,7 @@ def test_audio_is_added_as_released(config: AudioAttentionConfig) -> None:
     torch.testing.assert_close(layer(tokens, conditions), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rope_turns_by_differences_of_position() -> None:
+def test_rope_scores_depend_on_position_differences() -> None:
     assert rope_split(128) == (44, 42, 42) and rope_split(32) == (12, 10, 10)
     grid = (3, 4, 5)
     table = rope_freqs(24, grid, torch.device("cpu")).view(*grid, 1, 12, 2)
@@ -214,7 +218,7 @@ def test_rope_turns_by_differences_of_position() -> None:
     assert not torch.isclose(score((0, 0, 0), (1, 0, 0)), score((0, 0, 0), (0, 1, 0)))
 
 
-def test_a_table_made_in_inference_still_serves_training() -> None:
+def test_a_rope_table_cached_in_inference_works_in_training() -> None:
     rope_freqs.cache_clear()
     net, conditions = tiny.net(trained=True), tiny.conditions()
     with torch.inference_mode():
@@ -223,13 +227,13 @@ def test_a_table_made_in_inference_still_serves_training() -> None:
     assert net.blocks[0].self_attn.q.weight.grad.isfinite().all()
 
 
-def test_sinusoid_is_cosines_then_sines() -> None:
+def test_the_timestep_embedding_is_cosines_then_sines() -> None:
     values = timestep_embedding(torch.tensor([250.0]), 4)[0]
     expected = torch.tensor([250.0, 2.5], dtype=torch.float64)
     torch.testing.assert_close(values, torch.cat([expected.cos(), expected.sin()]).float())
 
 
-def test_norm_and_attention_by_their_definitions() -> None:
+def test_norm_and_attention_follow_their_definitions() -> None:
     values, norm = torch.randn(2, 3, 8), RMSNorm(8, 1e-6)
     torch.nn.init.normal_(norm.weight)
     expected = values / (values.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
@@ -241,7 +245,7 @@ def test_norm_and_attention_by_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])
-def test_half_precision_is_close_and_time_stays_fp32(how: str) -> None:
+def test_half_precision_is_close_and_timesteps_stay_fp32(how: str) -> None:
     net, conditions = tiny.net(trained=True), tiny.conditions()
     expected = net(tiny.latents(), TIMESTEPS, conditions)
     if how == "parameters":
@@ -264,14 +268,14 @@ def test_the_same_generator_gives_the_same_network() -> None:
         assert zero == (not parameter.any()) or name.endswith("bias"), name
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="dim=50"):
         tiny.net(dim=50, num_heads=4)
     with pytest.raises(ConfigError, match="in_channels=13"):
         tiny.net(in_channels=13)
 
 
-def test_there_is_no_state_besides_parameters() -> None:
+def test_parameters_are_the_only_state() -> None:
     assert list(tiny.net().buffers()) == []
 
 
@@ -285,7 +289,7 @@ def test_there_is_no_state_besides_parameters() -> None:
 def test_the_network_takes_audio_of_the_clips_own_length(
     layers: int | None, count: int, fits: bool
 ) -> None:
-    """Check 9 frames: 18 tokens (24 in a window of a longer video), or 9 of Flash's."""
+    """9 frames have 18 tokens (24 in a window of a longer video), or 9 of Flash's."""
     net = tiny.net(audio_layers=layers)
     conditions = tiny.conditions(1, layers=layers)
     audio = torch.zeros(1, count, *conditions.audio.shape[2:])

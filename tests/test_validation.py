@@ -1,4 +1,6 @@
-"""Held-out loss: each clip once whatever the ranks, the same noise always, and no trace after."""
+"""Held-out loss: each clip once for any number of ranks, always the same noise, and no side
+effects.
+"""
 
 import random
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ SIGMAS = (0.1, 0.5, 0.9)
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
-    """Random encoded clips."""
+    """Write random encoded clips."""
     return runs.write_clips(tmp_path_factory.mktemp("held") / "clips", CLIPS)
 
 
@@ -66,7 +68,7 @@ class Learner:
         )
 
     def everything(self) -> Iterator[tuple[str, Any]]:
-        """All that training depends on."""
+        """Return all state that training depends on."""
         for name, parameter in self.net.named_parameters():
             yield name, parameter.detach().clone()
             yield f"{name}.grad", None if parameter.grad is None else parameter.grad.clone()
@@ -93,7 +95,7 @@ def seeded() -> Learner:
     return Learner()
 
 
-def test_all_is_afterwards_what_it_was(clips: ShardDataset) -> None:
+def test_validation_restores_all_state(clips: ShardDataset) -> None:
     learner = seeded()
     learner.step()
     learner.net.text_embedding.eval()  # a part that somebody froze
@@ -105,7 +107,7 @@ def test_all_is_afterwards_what_it_was(clips: ShardDataset) -> None:
     assert [name for name in before if not same(before[name], after[name])] == []
 
 
-def test_all_is_as_it_was_after_an_error_too(
+def test_validation_restores_all_state_after_an_error(
     clips: ShardDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = seeded()
@@ -123,7 +125,7 @@ def test_all_is_as_it_was_after_an_error_too(
     assert [name for name in before if not same(before[name], after[name])] == []
 
 
-def test_training_does_not_notice(clips: ShardDataset) -> None:
+def test_validation_does_not_change_training(clips: ShardDataset) -> None:
     plain = seeded()
     losses = [plain.step() for _ in range(4)]
     watched, share = seeded(), read_share(ValData(clips))
@@ -135,7 +137,9 @@ def test_training_does_not_notice(clips: ShardDataset) -> None:
 
 
 def by_hand(net: nn.Module, clips: ShardDataset, task: str, sigma: float, seed: int) -> list[float]:
-    """The definition, clip by clip: noise of (seed, key), everything given, place by place."""
+    """Compute the definition clip by clip: noise of (seed, key), all conditions given, position
+    by position.
+    """
     values = []
     for i in range(len(clips)):
         batch = validation.collate_clips(clips, [validation.read_clip(clips, i, task)])
@@ -149,7 +153,7 @@ def by_hand(net: nn.Module, clips: ShardDataset, task: str, sigma: float, seed: 
     return values
 
 
-def test_values_are_the_means_of_the_definition(clips: ShardDataset) -> None:
+def test_values_equal_the_means_of_the_definition(clips: ShardDataset) -> None:
     learner = seeded()
     for _ in range(3):
         learner.step()
@@ -176,9 +180,7 @@ def test_values_are_the_means_of_the_definition(clips: ShardDataset) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_every_clip_counts_once_and_all_rows_do_equally_much(
-    clips: ShardDataset, rows: int
-) -> None:
+def test_every_clip_counts_once_and_all_ranks_do_equal_work(clips: ShardDataset, rows: int) -> None:
     shares = [read_share(ValData(clips, batch_size=2), row, rows) for row in range(rows)]
     counted = sorted(p for share in shares for _, ps in share.batches for p in ps if p != FILLS_UP)
     assert counted == list(range(2 * CLIPS))
@@ -190,7 +192,7 @@ def test_every_clip_counts_once_and_all_rows_do_equally_much(
 def over_ranks(
     learner: Learner, clips: ShardDataset, rows: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, float]:
-    """What all ranks of `rows` would get, one after the other in this process."""
+    """Return the results of all ranks of `rows`, one after the other in this process."""
     received: list[list[float]] = []
     monkeypatch.setattr(
         validation.distributed, "sums", lambda values: received.append(values) or values
@@ -230,24 +232,24 @@ def test_ranks_that_share_a_clip_count_it_once(
     assert set(received[0]) == {0.0}
 
 
-def test_autocast_is_used_where_the_weights_are_fp32(clips: ShardDataset) -> None:
+def test_autocast_is_used_if_the_weights_are_fp32(clips: ShardDataset) -> None:
     learner, share = seeded(), read_share(ValData(clips))
     exact, rounded = learner.look(share), learner.look(share, dtype=torch.bfloat16)
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)
     assert validation.autocast_dtype(learner.net.bfloat16(), torch.bfloat16) == torch.float32
 
 
-def test_no_clips_are_refused_in_words(clips: ShardDataset) -> None:
+def test_an_empty_held_out_set_is_refused_with_an_explanation(clips: ShardDataset) -> None:
     with pytest.raises(ConfigError, match="data.val_num_clips=0; give at least one, or val_every"):
         read_share(ValData(clips, num_clips=0))
 
 
-def test_a_part_of_the_clips_is_the_first_of_them(clips: ShardDataset, tmp_path: Path) -> None:
+def test_a_limited_validation_takes_the_first_clips(clips: ShardDataset, tmp_path: Path) -> None:
     share = read_share(ValData(clips, num_clips=2, tasks=("i2v",)))
     assert share.clips == 2 and [b.keys for b, _ in share.batches] == [list(clips.keys[:2])]
 
 
-def test_a_run_with_validation_trains_as_one_without(clips: ShardDataset, tmp_path: Path) -> None:
+def test_a_run_with_validation_equals_one_without(clips: ShardDataset, tmp_path: Path) -> None:
     plan, values = runs.schedule(("sft", 3), ("dpo", 2)), []
     for number, every in enumerate((0, 1)):
         held = {"val_data": ValData(clips), "phases": runs.PHASES} if every else {}

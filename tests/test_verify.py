@@ -1,6 +1,6 @@
-"""verify: no damage of a shard, an index or a folder goes unseen, and each is told with its place.
+"""`echolab data verify`: all damage of a shard, an index or a folder is reported with its position.
 
-Every fault must name the shard, a byte offset and, where the shard holds any, a sample.
+Every fault must name the shard, a byte offset and, if the shard has samples, a sample.
 """
 
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def regions(path: Path) -> dict[str, list[int]]:
-    """Every byte of a shard by what it is for."""
+    """Return every byte of a shard by its role."""
     offsets: dict[str, list[int]] = {name: [] for name in ("header", "checksum", "data", "padding")}
     end = 0
     for member in read_tar(path)[0]:
@@ -59,7 +59,7 @@ def all_placed(faults: list[Fault], shard: str, what: object) -> None:
         assert "\n" not in fault.line(Path())
 
 
-def test_no_cut_goes_unseen(folder: Path) -> None:
+def test_every_cut_is_detected(folder: Path) -> None:
     path = folder / "raw-000001.tar"
     original = path.read_bytes()
     for size in [*range(0, len(original), 512), *RNG.integers(0, len(original), 200)]:
@@ -75,7 +75,7 @@ def owners(path: Path) -> Callable[[int], str]:
 
 
 @pytest.mark.parametrize("region", ["header", "checksum", "data", "padding", "end"])
-def test_no_flipped_byte_goes_unseen(folder: Path, region: str) -> None:
+def test_every_flipped_byte_is_detected(folder: Path, region: str) -> None:
     path = folder / "raw-000001.tar"
     original, owner = path.read_bytes(), owners(path)
     for at in RNG.choice(regions(path)[region], 120):
@@ -89,7 +89,7 @@ def test_no_flipped_byte_goes_unseen(folder: Path, region: str) -> None:
         assert faults[0].byte is not None and faults[0].byte <= at
 
 
-def test_one_flipped_byte_of_data_is_one_line(folder: Path) -> None:
+def test_one_flipped_byte_of_data_gives_one_line(folder: Path) -> None:
     path = folder / "raw-000001.tar"
     member = read_tar(path)[0][6]
     damaged = bytearray(path.read_bytes())
@@ -101,7 +101,7 @@ def test_one_flipped_byte_of_data_is_one_line(folder: Path) -> None:
     ]
 
 
-def test_a_changed_header_that_keeps_its_checksum_is_found(folder: Path) -> None:
+def test_a_changed_header_that_keeps_its_checksum_is_detected(folder: Path) -> None:
     path = folder / "raw-000001.tar"
     member = read_tar(path)[0][3]
     damaged = bytearray(path.read_bytes())
@@ -115,7 +115,7 @@ def test_a_changed_header_that_keeps_its_checksum_is_found(folder: Path) -> None
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_rearranged_members_are_seen(folder: Path, form: int) -> None:
+def test_rearranged_members_are_detected(folder: Path, form: int) -> None:
     path = folder / "raw-000001.tar"
     data = path.read_bytes()
     members = [(m.name, data[m.offset : m.offset + m.size]) for m in read_tar(path)[0]]
@@ -143,7 +143,7 @@ def test_rearranged_members_are_seen(folder: Path, form: int) -> None:
                 assert fault.file == path.name and fault.byte is not None and fault.sample, name
 
 
-def test_dotted_and_interleaved_are_called_so(folder: Path) -> None:
+def test_dotted_and_interleaved_members_are_named_as_such(folder: Path) -> None:
     path = folder / "raw-000001.tar"
     data = path.read_bytes()
     members = [(m.name, data[m.offset : m.offset + m.size]) for m in read_tar(path)[0]]
@@ -155,7 +155,7 @@ def test_dotted_and_interleaved_are_called_so(folder: Path) -> None:
     assert any(f"a second {members[-1][0].partition('.')[2]}" in fault for fault in verify(folder))
 
 
-def test_swapped_missing_and_extra_shards_are_seen(folder: Path) -> None:
+def test_swapped_missing_and_extra_shards_are_detected(folder: Path) -> None:
     first, second = folder / "raw-000000.tar", folder / "raw-000001.tar"
     first.rename(folder / "x")
     second.rename(first)
@@ -202,7 +202,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         lambda index: index["samples"].append(None),
     ],
 )
-def test_a_wrong_index_is_seen(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def test_a_wrong_index_is_detected(
+    folder: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
     rewrite(folder, change)
     faults = verify(folder)
     assert faults and all("\n" not in fault for fault in faults)
@@ -225,7 +227,9 @@ def test_a_wrong_index_is_seen(folder: Path, change: Callable[[dict[str, Any]], 
         ("tracks.npz", SAMPLES["clip-000"]["tracks.npz"][:-30]),
     ],
 )  # fmt: skip
-def test_what_was_written_broken_is_seen(tmp_path: Path, member: str, data: bytes) -> None:
+def test_samples_that_were_written_broken_are_detected(
+    tmp_path: Path, member: str, data: bytes
+) -> None:
     with ShardWriter(tmp_path, kind="raw") as writer:
         for key, members in SAMPLES.items():
             writer.write(key, {**members, member: data} if key == "clip-001" else members)
@@ -258,7 +262,9 @@ def test_deep_decodes_media_and_values(tmp_path: Path) -> None:
 
 
 def foreign_dataset(folder: Path, path: Path, kind: str = "foreign") -> None:
-    """dataset.json by hand: what `echolab data index` writes is another test's subject."""
+    """Write dataset.json by hand: the index that `echolab data index` writes is another test's
+    subject.
+    """
     members, sha256, size = read_tar(path)
     samples: dict[str, Any] = {}
     for m in members:
@@ -275,8 +281,10 @@ def foreign_dataset(folder: Path, path: Path, kind: str = "foreign") -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(REQUIRED))
-def test_a_sample_that_lacks_a_member_is_seen(tmp_path: Path, kind: str) -> None:
-    """As two drivers on one folder once wrote it: json alone, and dataset.json agrees."""
+def test_a_sample_that_lacks_a_member_is_detected(tmp_path: Path, kind: str) -> None:
+    """Two drivers on one folder once wrote such a sample: json alone, with a dataset.json that
+    agrees.
+    """
     original = foreign.raw_samples(3)
     for name in REQUIRED[kind]:
         folder = tmp_path / name
@@ -291,8 +299,8 @@ def test_a_sample_that_lacks_a_member_is_seen(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("form", ["pax", "gnu", "ustar", "tar gnu", "tar pax", "tar v7"])
-def test_no_false_alarm_on_tars_of_others(tmp_path: Path, form: str) -> None:
-    """And a flipped byte of theirs is seen as well."""
+def test_foreign_tars_give_no_false_alarm(tmp_path: Path, form: str) -> None:
+    """A flipped byte in them is detected as well."""
     long = "a" * 60 if form in ("ustar", "tar v7") else "folder/" * 30 + "a" * 90
     members = [*foreign.files(foreign.raw_samples(2)), (f"{long}/b.jpg", b"1"), ("c.cls", b"3")]
     folder, path = tmp_path / "d", tmp_path / "d" / "train_00.tar"
@@ -318,7 +326,9 @@ def test_no_false_alarm_on_tars_of_others(tmp_path: Path, form: str) -> None:
         assert faults, at
 
 
-def test_the_command_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_by_its_exit_code(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["data", "verify", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}: complete\n"
     path = folder / "raw-000001.tar"
@@ -334,7 +344,7 @@ def test_the_command_tells_by_its_code(folder: Path, capsys: pytest.CaptureFixtu
     assert main(["data", "verify", str(folder), "workers=0"]) == 1
 
 
-def test_processes_find_the_same(folder: Path) -> None:
+def test_several_processes_report_the_same_faults(folder: Path) -> None:
     for name in ("raw-000000.tar", "raw-000002.tar"):
         data = bytearray((folder / name).read_bytes())
         data[700] ^= 1

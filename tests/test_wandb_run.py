@@ -1,4 +1,4 @@
-"""What WandbRun records offline, read back from wandb's own files."""
+"""The records that WandbRun writes offline, read back from wandb's own files."""
 
 import json
 import struct
@@ -45,10 +45,8 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def finished(path: Path) -> list[Any]:
-    """All records of a file, once its last one is there.
-
-    wandb's finish() comes back a little before its service has written the file; when the process
-    ends, it is waited for.
+    """Return all records of a file, once its last record is written. wandb's finish() returns a
+    little before its service has written the file; the process waits for it when it ends.
     """
     for _ in range(500):
         all_records = list(records(path))
@@ -59,7 +57,7 @@ def finished(path: Path) -> list[Any]:
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
-    """History rows in order of the attempts, and the run records."""
+    """Return history rows in order of the attempts, and the run records."""
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     finished_records = [record for path in files for record in finished(path)]
     rows = [
@@ -106,7 +104,7 @@ def test_scalars_config_video_and_table_are_recorded(tmp_path: Path) -> None:
     assert (runs[0].run_id, runs[0].project, runs[0].display_name) == ("r-1", "tests", "a run")
 
 
-def test_every_attempt_goes_on_in_the_same_run(tmp_path: Path) -> None:
+def test_every_attempt_continues_the_same_run(tmp_path: Path) -> None:
     for attempt in range(2):
         run = start(tmp_path)
         run.log(5 - attempt, {"loss": float(attempt)})  # resumed at a step that was there before
@@ -138,7 +136,7 @@ def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert files and not [path for path in files if canary.encode() in path.read_bytes()]
 
 
-def test_the_environment_can_switch_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_can_disable_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run = start(tmp_path / "run", mode="auto")
     run.log(1, {"loss": 1.0})
@@ -146,7 +144,9 @@ def test_the_environment_can_switch_it_off(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_login_auto_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_means_offline_without_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -1,4 +1,4 @@
-"""Which tensors of a file are which parameters: names, and loading them strictly."""
+"""The mapping of file tensors to parameters: names, and strict loading."""
 
 import pytest
 import tiny
@@ -40,12 +40,12 @@ TIMES = torch.tensor([5.0, 800.0])
 
 
 @pytest.mark.parametrize(("original", "diffusers"), NAMES)
-def test_names_of_the_table(original: str, diffusers: str) -> None:
+def test_released_names_map_to_parameters(original: str, diffusers: str) -> None:
     assert to_diffusers(original) == diffusers and from_diffusers(diffusers) == original
 
 
 @pytest.mark.parametrize("model", tiny.MODELS)
-def test_there_and_back_is_the_identity(model: str) -> None:
+def test_mapping_names_there_and_back_is_the_identity(model: str) -> None:
     names = list(released_shapes(tiny.model(model)))
     renamed = [to_diffusers(name) for name in names]
     assert [from_diffusers(name) for name in renamed] == names
@@ -60,7 +60,7 @@ def test_a_file_identifies_its_model(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", tiny.MODELS)
-def test_loading_is_the_identity_on_a_file_of_the_same_network(model: str) -> None:
+def test_loading_a_file_of_the_same_network_changes_nothing(model: str) -> None:
     source, net = tiny.model(model), tiny.model(model, trained=False)
     report = load_weights(net, source.state_dict())
     assert report.fresh == report.widened == report.unused == []
@@ -69,7 +69,7 @@ def test_loading_is_the_identity_on_a_file_of_the_same_network(model: str) -> No
         assert torch.equal(left, right) and left.requires_grad, name
 
 
-def test_tensors_are_taken_over_not_copied() -> None:
+def test_tensors_are_used_without_a_copy() -> None:
     tensors = {name: tensor.clone() for name, tensor in tiny.net().state_dict().items()}
     with torch.device("meta"):
         net = tiny.net(initialised=False)
@@ -91,7 +91,7 @@ def test_flash_names_its_dead_query_as_unused() -> None:
 
 
 def test_a_text_to_video_file_starts_the_full_network() -> None:
-    """Compare the output with its source's for any image, audio and known pixels."""
+    """The output equals its source's for any image, audio and known pixels."""
     source = tiny.net(trained=True, in_channels=tiny.CHANNELS, image_dim=None, audio_dim=None)
     net, conditions = tiny.net(), tiny.conditions()
     report = load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS, IMAGE_PARTS))
@@ -109,7 +109,7 @@ def test_a_text_to_video_file_starts_the_full_network() -> None:
 
 @pytest.mark.parametrize("layers", [None, 3])
 def test_a_base_with_image_parts_starts_the_network_unchanged(layers: int | None) -> None:
-    """Check that a new audio branch adds nothing to the base, for any audio."""
+    """A new audio branch adds nothing to the base, for any audio."""
     source = tiny.net(trained=True, audio_dim=None)
     net = tiny.net(audio_layers=layers)
     load_weights(net, source.state_dict(), fresh=(AUDIO_PARTS,))
@@ -120,7 +120,7 @@ def test_a_base_with_image_parts_starts_the_network_unchanged(layers: int | None
         )
 
 
-def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
+def test_tensors_that_do_not_fit_are_named_and_change_nothing() -> None:
     net = tiny.net(trained=True)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     missing = {name: t + 1 for name, t in before.items() if "k_audio" not in name}
@@ -141,20 +141,20 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("given", tiny.MODELS)
 @pytest.mark.parametrize("wanted", tiny.MODELS)
-def test_another_model_is_called_by_its_name(given: str, wanted: str) -> None:
+def test_a_file_of_another_model_is_identified(given: str, wanted: str) -> None:
     if given != wanted:
         with pytest.raises(CheckpointError, match=f"holds {given} .*is {wanted}.*model={given}"):
             load_weights(tiny.model(wanted), tiny.model(given).state_dict(), source="f")
 
 
-def test_half_precision_files_are_read_as_the_network_is() -> None:
+def test_half_precision_files_are_read_in_the_networks_dtype() -> None:
     source, net = tiny.net(trained=True).bfloat16(), tiny.net()
     load_weights(net, source.state_dict())
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
     assert torch.equal(net.head.head.weight, source.head.head.weight.float())
 
 
-def test_first_values_of_a_part_alone_leave_the_rest() -> None:
+def test_initializing_one_part_leaves_the_rest() -> None:
     net = tiny.net(trained=True)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     part = {name for name in before if any(piece in name for piece in AUDIO_PARTS)}
@@ -166,8 +166,11 @@ def test_first_values_of_a_part_alone_leave_the_rest() -> None:
         assert torch.equal(block.cross_attn.norm_k_audio.weight, torch.ones(48))
 
 
-def test_first_values_by_kind_of_parameter() -> None:
-    """Compare with Wan's `init_weights`: Xavier but for text, time (0.02), modulations, zeros."""
+def test_each_kind_of_parameter_has_its_initialization() -> None:
+    """The initialization is Wan's `init_weights`:
+
+    Xavier but for text, time (0.02), modulations, zeros.
+    """
     net = EchoTransformer(dim=96, ffn_dim=128, num_heads=2, num_layers=1, text_dim=64, freq_dim=64)
     initialize(net.requires_grad_(False), torch.Generator().manual_seed(0))
     bound = (6 / (96 + 128)) ** 0.5

@@ -1,4 +1,4 @@
-"""`echolab why` on records of two nodes, word for word; on runs at work, lost, and on none."""
+"""`echolab why` on records of two nodes, word for word; on active, lost and missing runs."""
 
 import json
 import os
@@ -86,7 +86,9 @@ RUN: hang: no progress within the timeout
 """
 
 
-def test_of_two_nodes_word_for_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_for_two_nodes_is_given_word_for_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, *HANG)
     assert main(["why", str(tmp_path)]) == 0
     assert capsys.readouterr().out.replace(str(tmp_path), "RUN") == GOLDEN
@@ -98,7 +100,7 @@ def test_of_two_nodes_word_for_word(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {key: verdict[key] for key in wanted} == wanted and verdict["next_action"]
 
 
-def test_the_earliest_exception_of_all_nodes(
+def test_the_earliest_exception_of_all_nodes_is_the_cause(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bug = Failure("KeyError", "'audio'", "code", 50.0, "Traceback ...")
@@ -120,10 +122,10 @@ def test_the_earliest_exception_of_all_nodes(
 
 
 @pytest.mark.parametrize(("has", "host"), [(None, None), (3, "n2")])
-def test_replicas_that_differ_are_of_the_rank_that_has_it(
+def test_a_replica_difference_is_assigned_to_the_differing_rank(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], has: int | None, host: str | None
 ) -> None:
-    """All ranks raise it; the first of them is on a host that is as good as any."""
+    """All ranks raise the error; the first of them is on a healthy host."""
     fault = Failure("ReplicaError", "differ", "replicas", 50.0, shared=True, rank=has)
     for number in range(2):
         about = {"started": 2e9 + 1000 * number, "checkpoint_before": number, "rank": -1}
@@ -139,16 +141,16 @@ def test_replicas_that_differ_are_of_the_rank_that_has_it(
     assert (verdict["section"], verdict["step"]) == ("vote", 40)
 
 
-def test_attempts_are_counted_and_budgets_kept(
+def test_attempts_are_counted_and_budgets_respected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(2):
         later = {"started": 2e9 + 1000 * number, "ended": 2e9 + 1000 * number + 300}
-        gone = {"checkpoint_before": 30, "checkpoint": 30, **later}
+        lost = {"checkpoint_before": 30, "checkpoint": 30, **later}
         launch = f"slurm-7-{number}-0"
         observations = [seen(2, exit_code=-9, ended_at=1.0), seen(3)]
-        write(tmp_path, record(launch, 0, observations=[seen(0), seen(1)], **gone))
-        write(tmp_path, record(launch, 1, observations=observations, **gone))
+        write(tmp_path, record(launch, 0, observations=[seen(0), seen(1)], **lost))
+        write(tmp_path, record(launch, 1, observations=observations, **lost))
     verdict = why(tmp_path, capsys)
     assert (verdict["cause"], verdict["rank"], verdict["attempts"]) == ("killed", 2, 2)
     assert not verdict["requeue"] and verdict["exclude"] == ["n2"]
@@ -160,7 +162,9 @@ def test_attempts_are_counted_and_budgets_kept(
     assert not why(tmp_path, capsys)["requeue"]
 
 
-def test_a_run_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_active_run_is_reported_as_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = {"ended": None, "host": socket.gethostname(), "pid": os.getpid()}
     write(
         tmp_path, record("a", 0, num_supervisors=1, identity=process_identity(os.getpid()), **own)
@@ -174,7 +178,9 @@ def test_a_run_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert verdict["cause"] == "node_lost" and verdict["exit_code"] == 77
 
 
-def test_a_node_that_told_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_without_a_recorded_end_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, HANG[0], record("slurm-7-0-0", 1, ended=None))
     # n2 wrote lately, and might be at work
     assert why(tmp_path, capsys)["cause"] == "running"
@@ -187,7 +193,9 @@ def test_a_node_that_told_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert why(tmp_path, capsys, "over=true")["cause"] == "code"
 
 
-def test_ranks_that_ended_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_ended_by_themselves_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for cause, code in (("preempted", 75), ("time", 75), ("preempted_unsaved", 76), ("done", 0)):
         both = {"cause": cause, "exit_code": code, "observations": []}
         write(tmp_path, record("a", 0, **both), record("a", 1, **both))
@@ -200,7 +208,7 @@ def test_ranks_that_ended_by_themselves(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **does: str) -> None:
-    """Slurm's commands, as far as they are given; else none answers."""
+    """Write stubs of the given Slurm commands; the others do not answer."""
     for name in ("scontrol", "squeue", "sinfo", "sacct"):
         (folder / name).write_text(f"#!/usr/bin/env bash\n{does.get(name, 'exit 1')}\n")
         (folder / name).chmod(0o755)
@@ -244,7 +252,9 @@ def test_a_later_launch_proves_the_end(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 class Lost(NamedTuple):
-    """Two nodes of a launch that Slurm killed; what it said of it, and who is to blame."""
+    """Two nodes of a launch that Slurm killed; what Slurm recorded of it, and the expected
+    cause.
+    """
 
     asked: tuple[int, int]  # the signal that each heard
     evidence: dict[str, Any] | None
@@ -272,7 +282,7 @@ ENDED = {"down": [], "state": "", "job_ended": True}
         Lost((0, 0), {**ENDED, "job_ended": False}, "node_lost", "n1"),
     ],
 )
-def test_a_killed_job_and_a_lost_node_are_told_apart(
+def test_a_killed_job_and_a_lost_node_are_distinguished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: Lost
 ) -> None:
     for number in range(2):  # what happens twice to a host leaves it out
@@ -291,10 +301,10 @@ def test_a_killed_job_and_a_lost_node_are_told_apart(
         assert (verdict["rank"], verdict["exit_code"]) == (None, 76)
 
 
-def test_ranks_that_waited_for_a_node_that_slurm_lost(
+def test_a_node_that_slurm_lost_is_blamed_and_not_the_ranks_that_waited_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both told their end: from their stacks alone rank 0 would be to blame."""
+    """Both nodes recorded their end: from the stacks alone rank 0 would be the cause."""
     waits = [replace(HANG[0]), replace(HANG[1], observations=[seen(2), seen(3)])]
     write(tmp_path, *waits)
     assert why(tmp_path, capsys)["cause"] == "hang"
@@ -332,7 +342,7 @@ def test_the_job_asks_slurm_once_its_step_is_over(
     assert why(run, capsys, "over=true")["host"] == "n2"
 
 
-def test_killed_once_it_had_saved_it_is_saved(
+def test_a_launch_killed_after_its_save_counts_as_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Slurm's patience ended between the save and the record of it."""
@@ -346,7 +356,7 @@ def test_killed_once_it_had_saved_it_is_saved(
 def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its daemon was dead and its ranks were not: they saved at the signal to the others."""
+    """The node's daemon was dead and its ranks were not: they saved at the signal to the others."""
     saved = {"cause": "preempted", "exit_code": 75, "stop_signal": 15, "detail": "SIGTERM"}
     write(tmp_path, *(record("slurm-7-0-0", n, observations=[], **saved) for n in range(2)))
     assert why(tmp_path, capsys)["cause"] == "preempted"
@@ -360,7 +370,7 @@ def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
 # -- what is told is so now ---------------------------------------------------------------------
 
 
-def test_one_supervisor_that_failed_is_enough(
+def test_one_failed_supervisor_makes_the_launch_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = {"cause": "done", "exit_code": 0, "observations": []}
@@ -371,10 +381,10 @@ def test_one_supervisor_that_failed_is_enough(
         assert (verdict["cause"], verdict["exit_code"]) == ("node_lost", 77)
 
 
-def test_the_checkpoints_are_those_on_the_disk(
+def test_checkpoints_are_counted_on_the_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last words of a lost supervisor are older than they are."""
+    """The last record of a lost supervisor is older than the checkpoints."""
     write(tmp_path, record("a", 0, num_supervisors=1, ended=None, checkpoint=-1))
     for step in (20, 40):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
@@ -390,7 +400,7 @@ def test_the_checkpoints_are_those_on_the_disk(
     assert verdict["checkpoint"] == 20 and "run the same command again" in verdict["next_action"]
 
 
-def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no attempts of a run in it" in said

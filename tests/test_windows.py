@@ -31,7 +31,7 @@ SIZES = [
 ]
 
 
-def test_the_list_of_the_released_code() -> None:
+def test_windows_equal_those_of_the_released_code() -> None:
     assert windows(58, 29, 8) == [(0, 29), (21, 50), (42, 58)]
 
 
@@ -55,7 +55,7 @@ def test_an_overlap_as_long_as_the_window_is_refused() -> None:
         windows(10, 3, 3)
 
 
-def test_a_field_without_context_is_the_same_in_windows() -> None:
+def test_a_field_without_context_is_unchanged_by_windows() -> None:
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
     full = sample_euler(lambda x, s: x * s, noise, sampling_sigmas(5, 3.0))
     parts = windowed_velocity([lambda x, s: x * s] * len(spans), spans)
@@ -64,7 +64,7 @@ def test_a_field_without_context_is_the_same_in_windows() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_multistep_solver_keeps_one_history_for_a_long_video(solver: str) -> None:
-    """Check that velocities are blended before the solver, so that windows change nothing."""
+    """Velocities are blended before the solver, so that windows change nothing."""
     noise, spans = torch.randn(1, 2, 11, 2, 2), windows(11, 5, 2)
     field, sigmas = lambda x, s: (x * s).tanh(), sampling_sigmas(6, 3.0)
     full = SOLVERS[solver](field, noise, sigmas, None)
@@ -87,8 +87,8 @@ def given(conditions: Conditions, *frames: int) -> Conditions:
     return conditions._replace(known=known)
 
 
-def test_the_windows_sound_is_the_released_slice() -> None:
-    """Check tokens 8k .. 8(k + P); the last window's end with the video."""
+def test_the_windows_audio_is_the_released_slice() -> None:
+    """A window has tokens 8k .. 8(k + P); the last window ends with the video."""
     conditions = given(long_conditions(), 0)
     assert window_conditions(conditions, 4, 7).audio.flatten().tolist() == [*range(32, 56)]
     assert window_conditions(conditions, 6, 9).audio.flatten().tolist() == [*range(48, 66)]
@@ -109,7 +109,7 @@ def test_the_windows_sound_is_the_released_slice() -> None:
         ((0,), (0, 3), [0, 1, 2]),
     ],
 )
-def test_a_window_gets_its_own_pixels_or_else_the_first_image(
+def test_a_window_gets_its_known_pixels_or_the_first_image(
     known: tuple[int, ...], span: tuple[int, int], places: list[int]
 ) -> None:
     conditions = given(long_conditions(), *known)
@@ -118,7 +118,7 @@ def test_a_window_gets_its_own_pixels_or_else_the_first_image(
     assert torch.equal(part.known, conditions.known[:, :, places])
 
 
-def test_one_window_is_the_clip_itself() -> None:
+def test_one_window_equals_the_clip() -> None:
     conditions = tiny.conditions()
     full = window_conditions(conditions, 0, tiny.LATENT_FRAMES)
     assert all(torch.equal(one, other) for one, other in zip(full, conditions, strict=True))
@@ -126,7 +126,7 @@ def test_one_window_is_the_clip_itself() -> None:
 
 @pytest.mark.parametrize("task", ["i2v", "avatar_sync"])
 def test_conditions_of_windows_have_the_shapes_of_the_network(task: str) -> None:
-    """Check that a window's audio has as many windows as it has latent frames."""
+    """A window's audio has as many windows as it has latent frames."""
     conditions, net = tiny.conditions(1), tiny.net(trained=True)
     conditions = conditions._replace(
         audio=torch.randn(1, 66, 6),
@@ -139,7 +139,7 @@ def test_conditions_of_windows_have_the_shapes_of_the_network(task: str) -> None
         assert net(noisy, torch.tensor([500.0]), part).shape == noisy.shape
 
 
-def test_a_long_video_is_made_of_windows_of_a_network() -> None:
+def test_a_network_generates_a_long_video_by_windows() -> None:
     net, length = tiny.net(trained=True), 7
     conditions, spans = tiny.conditions(1), windows(length, tiny.LATENT_FRAMES, 1)
     conditions = conditions._replace(

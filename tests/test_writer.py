@@ -65,7 +65,7 @@ def test_large_networks_are_written_by_all_ranks_equally() -> None:
 
 
 @given(SHAPES)
-def test_a_header_is_what_safetensors_reads(
+def test_safetensors_reads_the_header(
     tmp_path_factory: pytest.TempPathFactory, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     (file,) = layout(shapes, ["ema"], world=1, shard_bytes=1 << 30)
@@ -78,7 +78,7 @@ def test_a_header_is_what_safetensors_reads(
         assert torch.equal(result[name].flatten(), values[start : start + result[name].numel()])
 
 
-def test_training_goes_on_while_a_save_is_written(
+def test_training_continues_while_a_save_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = saved.Saver(tmp_path)
@@ -115,7 +115,7 @@ def test_a_second_save_finishes_the_first(tmp_path: Path) -> None:
         saved.check(open_checkpoint(folder_of(tmp_path, step)))
 
 
-def test_the_size_is_bound(tmp_path: Path) -> None:
+def test_the_size_of_files_is_bounded(tmp_path: Path) -> None:
     saver = saved.Saver(tmp_path, more=(), shard_bytes=4096)
     path = saver.save(1)
     trained = sum(p.numel() for p in saver.net.parameters() if p.requires_grad)
@@ -135,7 +135,9 @@ def test_a_trained_parameter_without_an_optimizer_is_refused(tmp_path: Path) -> 
         CheckpointWriter(tmp_path, saver.masters, saver.ema, keep=saved.keep_all)
 
 
-def test_left_overs_of_killed_saves_go_and_a_replaced_one_returns(tmp_path: Path) -> None:
+def test_leftovers_of_killed_saves_are_removed_and_a_replaced_checkpoint_is_restored(
+    tmp_path: Path,
+) -> None:
     saved.Saver(tmp_path).save(3)
     (tmp_path / ".partial-step-000009").mkdir()
     (tmp_path / ".partial-step-000009/ema-00001-of-00001.safetensors").write_bytes(b"half")
@@ -154,7 +156,7 @@ def test_left_overs_of_killed_saves_go_and_a_replaced_one_returns(tmp_path: Path
     st.lists(st.sampled_from(["valid", "damaged", "kept", "kept damaged"]), max_size=7),
     st.integers(0, 3),
 )
-def test_never_fewer_than_two_valid_ones_stay(
+def test_at_least_two_valid_checkpoints_are_kept(
     tmp_path_factory: pytest.TempPathFactory, before: list[str], newest: int
 ) -> None:
     folder = tmp_path_factory.mktemp("retention")
@@ -175,7 +177,7 @@ def test_never_fewer_than_two_valid_ones_stay(
     assert set(left) == (expected if len(valid) >= max(newest, 2) else set(range(last + 1)))
 
 
-def test_those_above_the_last_are_left_alone(tmp_path: Path) -> None:
+def test_checkpoints_above_the_last_step_are_kept(tmp_path: Path) -> None:
     saver = saved.Saver(tmp_path)
     for step in (1, 2, 3, 8, 9):
         saver.save(step)
@@ -187,7 +189,7 @@ def test_those_above_the_last_are_left_alone(tmp_path: Path) -> None:
 
 
 class Disk:
-    """What statvfs would say."""
+    """A disk with a given statvfs."""
 
     f_frsize, f_files = 512, 100
 
@@ -195,7 +197,7 @@ class Disk:
         self.f_bavail, self.f_favail = free // self.f_frsize, inodes
 
 
-def test_room_is_asked_for_before_anything_is_written(
+def test_disk_space_is_checked_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = saved.Saver(tmp_path)
@@ -221,7 +223,7 @@ def test_room_is_asked_for_before_anything_is_written(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """Mount a file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
@@ -233,7 +235,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen before", "fills meanwhile"])
-def test_a_full_disk_costs_one_save(
+def test_a_full_disk_loses_one_save(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, seen: bool
 ) -> None:
     saver = saved.Saver(small_disk)
@@ -264,7 +266,7 @@ def test_a_full_disk_costs_one_save(
 def test_a_failure_of_one_rank_is_raised_on_all(
     fork_server: ForkServer, tmp_path: Path, at: str, words: str
 ) -> None:
-    """Its clock is off by decades too: nothing takes its name from a clock."""
+    """Its clock is off by decades too: no name depends on a clock."""
     arguments = {"out": str(tmp_path), "at": at}
     fork_server.run("saved:save_with_fault", world=2, arguments=arguments)
     report = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
