@@ -101,7 +101,7 @@ def test_a_job_waits_in_the_queue_while_another_trains_the_run(job: Job) -> None
     assert "requeue 7" in calls and "update JobId=7 Dependency=afterany:5" in calls
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("signaled", [False, True])
 def test_a_signal_to_the_job_is_distinguished_from_a_failed_step(job: Job, signaled: bool) -> None:
     """Neither records an end: only the second is a failure."""
     write_attempt(job.folder / "runs/sft", "", ended=None, stop_signal=0)
