@@ -62,8 +62,8 @@ def write_coded(
 ) -> None:
     """Write a video with frames at `times` in seconds and a tone from the time of `flash` on.
 
-    With `combed` every frame holds two moments, in alternate rows.  Unless all times are whole
-    numbers of frames at `fps`, the encoder counts in 1/90000 s.
+    With `combed` every frame holds two moments, in alternate rows. Unless all times are multiples
+    of 1 / `fps`, the encoder counts in 1/90000 s.
     """
     with av.open(str(path), "w", format=format, options=mux or {}) as container:
         video = container.add_stream(codec, rate=fps, options=options or {})

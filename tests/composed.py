@@ -25,7 +25,7 @@ PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
 BATCH = 12
 EPOCHS = {"sft": (("sft", 3),), "dpo": (("sft", 1), ("dpo", 2), ("ndpo", 1))}
 LORA = adapted.LORA._replace(targets=("blocks",))
-# eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
+# eps: a gradient of 1e-9 that is rounding alone must not become a full step.
 OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)
 
 
@@ -35,8 +35,8 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 def in_full(net: Any, batch: Batch, draws: Draws) -> Loss:
-    """Return whether latents, noise, noise levels and loss are fp32, whatever the network's
-    dtype.
+    """Return whether latents, noise, noise levels and loss are fp32, for any dtype of the
+    network.
     """
     loss = runs.Supervised(runs.PHASES)(net, batch, draws)
     for tensor in (batch.latents, draws.noise, draws.sigmas, loss.value, *loss.parts.values()):

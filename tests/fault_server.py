@@ -123,7 +123,7 @@ def endless(answer: Answer) -> None:
 
 
 def announces(size: int) -> Fault:
-    """Return a fault that announces a length, whatever the file's length."""
+    """Return a fault that announces this length instead of the file's."""
     return lambda answer: answer.head(200, size)
 
 

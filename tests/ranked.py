@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> None:
         val_data=held,
         phases=runs.PHASES,
         micro_batch_size=int(options.get("micro", 0)) or None,
-        # eps: a gradient of 1e-9 that is rounding alone must not become a whole step.
+        # eps: a gradient of 1e-9 that is rounding alone must not become a full step.
         optim=runs.Optim(max_grad_norm=0.5, eps=1e-4),
         machine=Machine(
             strategy,

@@ -150,7 +150,7 @@ def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
     import deepspeed
 
     zero: dict[str, Any] = {"stage": int(strategy[4])}
-    if strategy[4] == "3":  # keep small ones whole, or cut all
+    if strategy[4] == "3":  # keep small ones complete, or partition all
         zero["stage3_param_persistence_threshold"] = 10**5 if strategy.endswith("whole") else 0
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     config |= {"zero_allow_untested_optimizer": True}

@@ -54,7 +54,7 @@ def signal_one(ranks: Ranks, folder: Path, world: int, chance: random.Random) ->
     wanted = chance.choice(
         ("now", "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save")
     )
-    entries = chance.randrange(1, 40)  # of sections, before it is looked for
+    entries = chance.randrange(1, 40)  # of sections, before the watch begins
     deadline = time.monotonic() + 600
     while wanted != "now" and time.monotonic() < deadline and ranks.codes()[victim] is None:
         beat = read_heartbeat(heartbeat_path(folder, victim))

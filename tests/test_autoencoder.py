@@ -86,7 +86,7 @@ def test_a_still_clip_repeats_one_latent_frame() -> None:
     net = random_net()
     latents = net.encode(random_clip()[:, :, :1].expand(-1, -1, 13, -1, -1))
     torch.testing.assert_close(latents, latents[:, :, :1].expand_as(latents), rtol=0, atol=1e-5)
-    one = net.encode(random_clip()[:, :, :1])  # a picture alone, too
+    one = net.encode(random_clip()[:, :, :1])  # a single image, too
     torch.testing.assert_close(latents[:, :, :1], one, rtol=0, atol=1e-5)
 
 

@@ -71,7 +71,7 @@ def test_each_epoch_of_a_dataset_has_every_clip_once(folder: Path) -> None:
     first_pass = [key for epoch, key, _, _ in clips if epoch == 0]
     second_pass = [key for epoch, key, _, _ in clips if epoch == 1]
     assert len(first_pass) == 7 == len(set(first_pass)) and len(set(second_pass)) == 7
-    pairs = seen([expected[i] for i in range(4, 9)])  # dpo and ndpo go on in one sequence
+    pairs = seen([expected[i] for i in range(4, 9)])  # dpo and ndpo share one sequence
     assert sorted(epoch for epoch, *_ in pairs) == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert len({(epoch, key) for epoch, key, *_ in pairs}) == 20
 

@@ -95,7 +95,7 @@ NAN = failed("DivergedError", "step 7: the loss is not finite", 30.0, "diverged"
         # asked to stop before it could listen, but not if that was because of a failure
         ([seen(0), seen(1, exit_code=-15)], 1, "preempted_unsaved"),
         ([seen(0, failure=BUG, exit_code=1), seen(1, exit_code=-15)], 0, "code"),
-        # late: who is outside of the collective, whatever the counts say
+        # late: the rank outside of the collective, for any counts
         ([seen(0, **LATE), seen(1, stack=ELSEWHERE, switches=44)], 1, "hang"),
         ([seen(0, **LATE, stack=BACKWARD), seen(1, stack=ELSEWHERE)], 1, "hang"),
         # a deadlocked collective: who is behind

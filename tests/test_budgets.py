@@ -41,7 +41,7 @@ LONG = {"seconds": {"forward": 500.0, "backward": 500.0}}
         # a preemption in between, before there was a chance, hides nothing and counts for nothing
         ([attempt("hang"), attempt("preempted_unsaved"), attempt("hang")], False, "2 attempts"),
         ([attempt("hang"), attempt("preempted_unsaved")], True, "not counted"),
-        # somebody corrected a setting in between
+        # a setting was corrected in between
         ([attempt("config"), attempt("config"), attempt("hang")], True, "1 of 3"),
     ],
 )  # fmt: skip

@@ -199,7 +199,7 @@ def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
         for name in LOADED_BY_OTHERS:
             for place in (run, checkpoints, newest):
                 (place / name).write_bytes(content)
-        assert _used_by_all(newest) == 2  # they are no part of it, and are not looked at
+        assert _used_by_all(newest) == 2  # such files are no part of the checkpoint and are ignored
         for name in sorted(path.name for path in aside.iterdir()):
             (newest / name).write_bytes(content)
             assert _used_by_all(newest) == 1, name

@@ -301,7 +301,7 @@ def test_a_rotated_frame_is_upright(tmp_path: Path, turns: int) -> None:
     matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
     turned = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 2**30)
     data = path.read_bytes()
-    at = data.index(matrix, data.index(b"tkhd"))  # the first track is the picture
+    at = data.index(matrix, data.index(b"tkhd"))  # the first track is the video
     path.write_bytes(data[:at] + turned + data[at + len(matrix) :])
     probed = probe(path)
     flat = (coded.WIDTH, coded.HEIGHT)

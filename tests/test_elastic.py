@@ -126,7 +126,7 @@ def cases(draw: st.DrawFn) -> Case:
         shuffle_block_size=draw(st.integers(1, 5)),
         shuffle_buffer=draw(st.integers(0, 6)),
         last_batch=draw(st.sampled_from(remainders)),
-        # A batch of one small dataset shares no places: drop needs one whole batch an epoch.
+        # A batch of one small dataset shares no slots: drop needs one full batch an epoch.
         token_budget=draw(st.sampled_from([None, 12, 25])) if mixed else None,
     )
     batch_size = draw(st.integers(1, 8)) if order.last_batch != "drop" else draw(st.integers(1, 3))

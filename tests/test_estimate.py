@@ -118,7 +118,7 @@ def test_the_worked_examples_hold() -> None:
     # Groups filled up to 12 and 4: 16 and 7 frozen of 2 bytes; 8 numbers of each of 3 kinds.
     assert of(2, 2, "bf16-mixed") == (46, 16, 96 + 8, 32)
     assert of(1, 2, "bf16-mixed") == (46, 26, 96 + 8, 32)
-    # Pieces of 5, 2 and 4; small ones are kept whole beside them.
+    # Pieces of 5, 2 and 4; small tensors are kept complete in addition.
     assert of(3, 2, "bf16-mixed") == (22 + 40, 14, 84 + 8, 28)
     buffers = [state_bytes(net, stage=s, world=2, precision="bf16-mixed").buffers for s in STAGES]
     assert buffers == [0, 4 * BUCKET, 4 * BUCKET, 2 * BUCKET]
@@ -233,7 +233,7 @@ def test_offload_moves_the_optimizer_to_the_node() -> None:
     )
     assert offloaded.host - on_gpu.host == pytest.approx(12e9, rel=1e-6)  # 3e9 of each rank
     assert on_gpu.gpu - offloaded.gpu > 0
-    # Even so, the fp32 weights that the masters start from lie beside the rounded ones.
+    # Even so, the fp32 weights that the masters start from exist next to the rounded ones.
     assert offloaded.gpu >= 4e9 + 2e9 + 1e9
 
 

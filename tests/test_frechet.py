@@ -50,7 +50,7 @@ def test_two_dimensions_match_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (12, 60)])  # more and fewer samples than features
-def test_the_distance_is_invariant_to_rotation_and_order(shape: tuple[int, int]) -> None:
+def test_the_distance_is_invariant_to_rotation_shift_and_order(shape: tuple[int, int]) -> None:
     x, y = normal(*shape), 1.5 * normal(shape[0] + 5, shape[1], 1) + 0.3
     distance = frechet_distance(x, y)
     assert distance > 0

@@ -50,7 +50,9 @@ def test_a_spike_that_repeats_is_blamed_on_the_data(tmp_path: Path) -> None:
 
     def twice(batch: Batch) -> float:
         calls.append(1)
-        return 1e4 if len(calls) in (8, 10) else 1.0  # step 7; gone back to 6, step 7 is the 10th
+        return (
+            1e4 if len(calls) in (8, 10) else 1.0
+        )  # call 8 is step 7; after the rollback to step 6, call 10 is step 7
 
     train(tmp_path, twice, policy="recompute")
     kinds = [(e.kind, e.step) for e in events.read(tmp_path / "run")]
@@ -80,7 +82,7 @@ def test_a_rollback_skips_batches_for_good(tmp_path: Path) -> None:
     assert state["schedule"]["skipped"] == [["sft", 6, 2]]
     assert audited(tmp_path / "a/run")
     assert not audit_run(tmp_path / "a/run").exact  # without the events' word
-    # Going on needs no word about it: the events are read again.
+    # A resume needs no setting for this: the events are read again.
     result, _ = runs.train(
         tmp_path / "a", runs.schedule(("sft", STEPS + 2)), intervals=EVERY, log_samples=True
     )

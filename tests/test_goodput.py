@@ -10,8 +10,8 @@ from echolab.launch.attempts import attempts_of
 from echolab.launch.explain import checkpoint_interval, measure_goodput, summarize
 from echolab.launch.launch_records import NodeRecord
 
-# 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. goes on at 6, hangs at 8 for 60 s;
-# 3. goes on at 6 again (no checkpoint was made) and ends at 20.
+# 1. 0 -> 10 steps of 10 s, saved at 6, killed; 2. resumes at 6, hangs at 8 for 60 s;
+# 3. resumes at 6 again (no checkpoint was made) and ends at 20.
 FIRST = saved(
     "killed", -1, 6, started=0.0, ended=150.0, first_step=0, last_step=10,
     seconds={"init": 30.0, "forward": 40.0, "backward": 50.0, "vote": 10.0, "save": 5.0,

@@ -209,7 +209,7 @@ def test_data_that_was_encoded_again_can_be_accepted(data: Path, tmp_path: Path)
     assert main(["replay", str(run), "step=11"]) == 0
 
 
-def test_other_samples_can_be_accepted_with_a_warning(
+def test_other_samples_can_be_accepted_and_the_audit_reports_them(
     begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")

@@ -109,6 +109,11 @@ def test_every_file_speaks_the_language_of_the_field(path: Path) -> None:
     assert faults(path.read_text()) == []
 
 
+@pytest.mark.parametrize("path", TEST_FILES, ids=[path.name for path in TEST_FILES])
+def test_every_test_speaks_the_language_of_the_field(path: Path) -> None:
+    assert faults(path.read_text()) == []
+
+
 def test_the_rule_itself() -> None:
     assert faults("def f():\n    '''Return a sum.'''\n    total = 1  # of all\n") == []
     assert faults("def tell_all(): pass") == ["name tell_all"]

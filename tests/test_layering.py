@@ -33,7 +33,7 @@ TRAINING_LAYERS = {
     "guards": 4,
 }  # fmt: skip
 LOOP = 5
-DATA_PREP_LAYER = 3  # data_prep stands beside, and may use layers 0 to 3
+DATA_PREP_LAYER = 3  # data_prep is a separate package, and may use layers 0 to 3
 
 # Third parties that are allowed at the bottom, and those that only some may touch.
 ALLOWED = {0: {"torch"}, 1: {"torch", "einops", "numpy"}}

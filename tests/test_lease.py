@@ -166,7 +166,7 @@ def test_a_new_holder_waits_until_the_previous_one_has_left(
     older(Lease(tmp_path, 2), lease.QUIET_SECONDS + 1)  # dead for long: no time is lost
     wait = handover(third)
     assert wait and wait.is_over()
-    # One that goes on beating, since it sees nothing of us, is waited for so long and no longer.
+    # A holder that cannot see the fence keeps its heartbeat, and is waited for this long only.
     os.utime(Lease(tmp_path, 2).path)
     wait = handover(third)
     assert wait and not wait.is_over()

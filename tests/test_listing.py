@@ -83,7 +83,7 @@ def test_the_longest_caption_is_kept(source: Path) -> None:
     assert caption_of("no", source / "a.mp4", source) == "é" * 2000
 
 
-def test_an_edited_caption_is_used_or_reported(
+def test_an_edited_caption_is_used_until_the_dataset_is_written_then_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(source, tmp_path / "out")

@@ -110,7 +110,7 @@ def test_any_audio_becomes_16_khz_mono(tmp_path: Path) -> None:
 
 
 def test_a_gap_in_the_audio_becomes_silence(tmp_path: Path) -> None:
-    """Later audio stays at its time stamps, whatever is missing before it."""
+    """Later audio stays at its time stamps, with any gap before it."""
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
         for start in (0, 16000):  # half a second each, from 0 s and from 1 s

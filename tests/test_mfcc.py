@@ -35,7 +35,7 @@ def test_cepstra_equal_those_of_the_reference_program(media: Path) -> None:
 
 def test_the_scale_of_the_samples_moves_the_log_energy_alone() -> None:
     """The silent error: audio in [-1, 1] taken for integers would miss 2 ln 32768 = 20.79."""
-    loud = np.round(noise(16_000) * 512) / 512  # whole as integers, at a 64th too
+    loud = np.round(noise(16_000) * 512) / 512  # integers, also when divided by 64
     quiet = loud / 64
     shift = mfcc(loud.astype(np.float32)) - mfcc(quiet.astype(np.float32))
     np.testing.assert_allclose(shift[:, 0], 2 * math.log(64), atol=1e-3)
@@ -60,7 +60,7 @@ def test_silence_is_finite_and_later_audio_changes_no_earlier_column() -> None:
     assert np.isfinite(mfcc(np.zeros(3200, np.float32))).all()
     sound = np.concatenate([np.zeros(1600, np.float32), noise(1600)])
     cepstra = mfcc(sound)
-    silent = 1 + (1600 - 400) // 160  # columns that end before the sound begins
+    silent = 1 + (1600 - 400) // 160  # columns that end before the audio begins
     assert np.ptp(cepstra[:silent], axis=0).max() == 0
     assert cepstra[silent + 1, 0] > cepstra[0, 0] + 10
 

@@ -141,7 +141,7 @@ def test_sizes_are_mixed_by_their_numbers_of_clips() -> None:
 
 
 @pytest.mark.parametrize("samples", [[7], [3, 0, 9], [8]])
-def test_the_last_partial_batch_is_dropped_or_padded(samples: list[int]) -> None:
+def test_the_last_partial_batch_is_carried_dropped_or_padded(samples: list[int]) -> None:
     total, batch = sum(samples), 4
 
     def plan(remainder: str) -> BatchSampler:

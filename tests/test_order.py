@@ -152,7 +152,7 @@ def test_every_sample_may_come_at_any_position(epochs: list[np.ndarray]) -> None
     for block in (7, 320, 624):  # one sample's own places, over the epochs
         places = [np.flatnonzero(order == 32 * block)[0] * 8 // IDS for order in epochs]
         assert chisquare(np.bincount(places, minlength=8)).pvalue > 0.001
-    # Blocks that keep to their half of the epoch are found out.
+    # Blocks that stay in their half of the epoch are detected.
     halves = [
         np.concatenate([order[order < IDS // 2], order[order >= IDS // 2]]) for order in epochs
     ]

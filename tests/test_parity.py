@@ -15,7 +15,7 @@ from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
-TEXT, IMAGE = 512, 257  # tokens: diffusers finds the picture's by counting the text's from the end
+TEXT, IMAGE = 512, 257  # diffusers counts the text tokens from the end to locate the image tokens
 
 
 def net_of(image: bool) -> EchoTransformer:
@@ -84,7 +84,7 @@ def test_output_and_every_gradient_agree_in_fp32(image: bool) -> None:
     errors = {name: relative(grad, known[to_diffusers(name)]) for name, grad in mine.items()}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < 1e-4, f"{worst}: {errors[worst]:.1e}"
-    # All but the biases of keys, which softmax hardly feels: there rounding is large beside them.
+    # All but the biases of keys, which hardly change the softmax: there rounding dominates.
     assert max(e for n, e in errors.items() if not re.search(r"k(_img)?\.bias", n)) < 1e-5
 
 

@@ -124,7 +124,7 @@ def test_a_run_stops_exactly_when_the_budget_is_exceeded(
             assert exceeded() and "max_bad_fraction" in str(error) and "\n" not in str(error)
             break
         assert not exceeded() and j not in bad
-        # A pure function of the data: the next good one, whoever reads and whatever came before.
+        # A pure function of the data: the next good sample, for any reader and any earlier reads.
         assert j == next(k % COUNT for k in range(i, i + COUNT) if k % COUNT not in bad)
     else:
         assert set(met) == bad

@@ -73,7 +73,7 @@ def test_shards_and_folders_are_read(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", tensors)
     for path in (folder, folder / "w.safetensors.index.json"):
         assert same(read_tensors(path), tensors)
-    # Wan's folder has the encoders' pickles beside the network.
+    # Wan's folder has the encoders' pickles as well as the network.
     (wan := tmp_path / "wan").mkdir()
     save_file(tensors, wan / "diffusion_pytorch_model.safetensors")
     (wan / "Wan2.1_VAE.pth").write_bytes(b"not looked at")

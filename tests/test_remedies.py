@@ -159,7 +159,7 @@ def test_a_bad_clip_that_is_encoded_again_is_trained_on(
     plan = encoded.plan(("sft", 4))
     with pytest.raises(DataError, match="clip-3: .*; encode it again"):
         run(words(plan))
-    # As `why` advises, the whole dataset is looked at.
+    # As `why` advises, the full dataset is verified.
     assert main(["data", "verify", str(tmp_path / "clips"), "deep=true"]) == 1
     assert "sample clip-3" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "clips")

@@ -199,7 +199,7 @@ def test_a_reference_is_read_again_after_a_rollback(
 def test_three_ranks_identify_each_fault(fork_server: ForkServer, tmp_path: Path) -> None:
     fork_server.run("guarded:compare", world=3, arguments={"to": str(tmp_path)})
     of_ranks = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(3)]
-    assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank goes on alone
+    assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank continues alone
     report = of_ranks[0]
     assert report["alike"] == report["still"] == ""
     for name in ("weight", "bias", "steps"):
@@ -218,7 +218,7 @@ def test_three_ranks_identify_each_fault(fork_server: ForkServer, tmp_path: Path
     assert report["events"] == [[3, "rollback", {"to": 1, "skip": ["sft", 5, 2]}]]
     assert report["skips"] == [["sft", 5, 2]]
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
-    # Slow from window 1 on, told once after three; then another.
+    # Slow from window 1 on, reported once after three windows; then another section.
     assert report["slow"] == [[], [], [], ["1 node-1 forward"], [], [], [], ["2 node-2 data_wait"]]
 
 

@@ -79,7 +79,7 @@ def write_attempt(run: Path, cause: str, launch: str = "slurm-7-0-0", **changes:
         ("runs/train", []),
     ],
 )
-def test_the_job_asks_about_the_run_folder_of_its_settings(
+def test_the_job_gets_the_verdict_on_the_run_of_its_settings(
     job: Job, run: str, words: list[str]
 ) -> None:
     write_attempt(job.folder / run, "killed")

@@ -94,7 +94,7 @@ def test_windows_of_lips_and_audio_equal_those_of_the_original() -> None:
     assert seen.shape == (2, 21, 64) and embeddings.shape == (2, 20, 64)
     torch.testing.assert_close(seen.norm(dim=-1), torch.ones(2, 21))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2, 20))
-    # A window sees its five frames, and hears its twenty columns, alone.
+    # A window depends on its five frames and its twenty audio columns alone.
     other = clips.float_pixels()
     other[:, :, 10:] = 0
     changed = (net.embed_lips(crop_lips(other, clips.lips[:, 0])) - seen).abs().amax(-1)
@@ -155,7 +155,7 @@ def test_feature_networks_can_be_fitted(tmp_path: Path) -> None:
             assert net(pixels if shape[1] == 128 else pixels[:, :, 0]).shape == shape
 
 
-def test_the_truth_has_perfect_scores_if_perfection_is_known() -> None:
+def test_the_truth_has_a_perfect_psnr_and_mouth_scores_need_visemes() -> None:
     truth = drawn.clips(6)
     scores = score_clips(judges(), truth.float_pixels(), truth, cepstra_of(truth))
     names = {"sync_c_demo", "sync_d_demo", "fid_demo", "fvd_demo", "psnr_first_frame", "mouth_corr"}

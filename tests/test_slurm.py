@@ -53,7 +53,7 @@ def test_two_nodes_with_zero_2_resume_after_a_requeue(
     rows = [row for row in read_metrics(metrics) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert {row["attempt"] for row in rows} == {1, 2}
-    # No step was trained twice: the signal's own checkpoint was gone on from.
+    # No step was trained twice: the run resumed from the checkpoint of the signal.
     assert metrics.read_text().count('"train/loss"') == steps
     identity = json.loads((run / "run.json").read_text())["id"]
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 120, log)
     cluster("exec", "scancel", job)
     # Slurm says CANCELLED as soon as it sends the signal, and may kill a supervisor before it has
-    # written how its ranks ended: that is told from what they left.
+    # written how its ranks ended: the verdict follows from the files they left.
     wait_for(lambda: not cluster("exec", "squeue", "--noheader", f"--jobs={job}"), 120, log)
     verdict = json.loads(cluster("exec", str(ECHOLAB), "why", str(run), "format=json", "over=true"))
     assert (verdict["cause"], verdict["exit_code"]) == ("preempted", 75), log.read_text()

@@ -35,7 +35,7 @@ CONF = "SlurmctldParameters=idle_on_node_suspend\n"
 SLOW = {
     "PYTHONPATH": str(HERE / "drilled"), "ECHOLAB_DRILL_EVAL": "0.4", "ECHOLAB_DRILL_SAVE": "0.3"
 }  # fmt: skip
-# In a node, where ranks tell their sections: until rank 0 is in one, after some steps.
+# Run on a node, which has the heartbeats: wait until rank 0 is in a section, after some steps.
 WAITS = """
 import sys, time
 from pathlib import Path
@@ -134,7 +134,7 @@ def submit(cluster: Cluster, folder: Path, clips: Path, log: Path) -> str:
 
 
 def wait_for_moment(cluster: Cluster, moment: str, run: Path, log: Path) -> None:
-    if moment == "save":  # that of step 40: one is whole already
+    if moment == "save":  # the save of step 40: an earlier one is complete
         pattern = "checkpoints/.partial-*-step-000040/*.safetensors"
         wait_for(lambda: bool(list(run.glob(pattern))), 400, log)
         return
@@ -216,7 +216,7 @@ def test_a_disturbed_run_equals_an_undisturbed_run(
     assert first["cause"] in how.causes, outcome.log
     assert how.host in (None, first["host"])
     assert not verdict["exclude"]
-    # Where there was time to save it goes on at the very step, else from the last that was saved.
+    # The run resumes at the very step if there was time to save, else from its last checkpoint.
     assert later[0]["first_step"] == first["checkpoint"] >= 20
     if first["cause"] == "preempted":
         assert first["checkpoint"] >= first["last_step"]

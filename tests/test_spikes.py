@@ -118,7 +118,9 @@ def test_kinds_and_preference_epochs_have_separate_histories() -> None:
         detector.observe("dpo", 0.01, 1.0, step=step, epoch=1)
     assert detector.observe("dpo", 0.69, 1.0, step=121, epoch=1)
     assert detector.observe("dpo", 0.69, 1.0, step=122, epoch=3) is None  # a new reference
-    spike = detector.observe("sft", 1e3, 1.0, step=123, epoch=4)  # supervised epochs go on
+    spike = detector.observe(
+        "sft", 1e3, 1.0, step=123, epoch=4
+    )  # supervised epochs keep their history
     assert spike and spike.kind == "sft"
 
 

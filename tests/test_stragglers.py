@@ -21,7 +21,7 @@ WINDOWS = st.lists(st.builds(window, *[st.floats(0, 100)] * 3), min_size=1, max_
 def test_scores_equal_the_values_by_hand() -> None:
     report = scores([window(), window(forward=2.0), window(data_wait=0.4)])
     assert report == [{"forward": 1.0}, {"forward": 0.5}, {"data_wait": 0.25, "forward": 1.0}]
-    # 0.1 s of 3.1 s are less than a twentieth of the step: not looked at.
+    # 0.1 s of 3.1 s are less than a twentieth of the step, and ignored.
     assert scores([window(), window(forward=2.0)], ["data_wait"]) == [{}, {}]
     # No wait at all is the best that there is.
     assert scores([window(0.0), window(1.0)])[1]["data_wait"] == 0.0
@@ -63,7 +63,7 @@ def alarms(slow: list[float], rank: int = 1) -> list[int]:
         ([1.3] * 9, []),  # 1 / 1.3 is above the limit
         ([2, 2], []),
         ([2, 2, 1, 2, 2], []),  # not in a row
-        ([1, 2, 2, 2, 2, 2], [3]),  # told once
+        ([1, 2, 2, 2, 2, 2], [3]),  # reported once
         ([2, 2, 2, 1, 1.5, 1.5, 1.5], [2, 6]),  # again, after it was well
     ],
 )

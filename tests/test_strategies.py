@@ -82,7 +82,7 @@ ALLOWED = [
     if refusal(machine_of(case)) is None and not baseless(case) and not pointless(case)
 ]
 # Hooks of ZeRO 3 gather weights within a block that is run again, when and where depends on the
-# adapters and the reference: three settings at once, beside every pair.
+# adapters and the reference: three settings at once, in addition to every pair.
 GATHERING = {
     "strategy": "zero3", "activation_checkpointing": "selective", "adapters": "all",
     "epochs": "dpo-average", "sequence_parallel": 1, "offload": "none", "accumulation": 1,

@@ -238,7 +238,7 @@ def test_ranks_that_wait_when_a_stop_comes_are_ended(
     about = {"grace": {signal.SIGTERM: grace}} if grace else {}
     launch = Launch(folder, does, timeouts=patient, **about)
     pids = launch.pids()
-    while len(list(folder.glob("step-7-*"))) < 3:  # all ranks have looked for a signal in step 7
+    while len(list(folder.glob("step-7-*"))) < 3:  # all ranks have checked for a signal in step 7
         time.sleep(0.05)
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
@@ -352,7 +352,7 @@ def test_the_slower_of_two_nodes_is_named(folder: Path, capsys: pytest.CaptureFi
     assert [code for code, _ in ended] == [exit_codes.RETRYABLE] * 2
     records = read_launch(folder / "run/attempts/two")
     assert sorted(record.followed for record in records) == [False, True]
-    # From the ranks of the first node alone, nobody could tell.
+    # The ranks of the first node alone do not show the cause.
     only = [o for o in records[0].observations if o.stack]
     assert only and all("played.py" in o.stack for o in only)
     (folder / "run/attempts/two/node-1.json").unlink()

@@ -95,7 +95,7 @@ def test_a_vowel_has_its_energy_at_its_formants(name: str, monkeypatch: pytest.M
         [np.abs(np.fft.rfft(synthesize(np.random.default_rng(n), 1.0).samples)) ** 2
          for n in range(8)], axis=0,
     )  # fmt: skip
-    loudest = int(power.argmax())  # in Hz, as the sound lasts one second
+    loudest = int(power.argmax())  # in Hz, as the audio lasts one second
     first = VOWELS[name].formants[0]
     assert 0.6 * first < loudest < 1.6 * first  # the tract's length and the harmonics' grid
 

@@ -228,7 +228,7 @@ def test_a_wrong_key_is_reported_and_the_run_recorded_offline(
 
 
 @pytest.mark.parametrize("kilobytes", [4, 40])
-def test_a_full_disk_is_reported_with_the_missing_rows(
+def test_a_full_disk_is_reported_with_the_number_of_missing_records(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kilobytes: int
 ) -> None:
     if os.geteuid() != 0:

@@ -98,7 +98,7 @@ def seeded() -> Learner:
 def test_validation_restores_all_state(clips: ShardDataset) -> None:
     learner = seeded()
     learner.step()
-    learner.net.text_embedding.eval()  # a part that somebody froze
+    learner.net.text_embedding.eval()  # a part in eval mode, as if frozen
     learner.net.head.requires_grad_(False)
     before = dict(learner.everything())
     learner.look(read_share(ValData(clips)))

@@ -204,7 +204,7 @@ def test_ranks_that_ended_by_themselves_are_reported(
         assert verdict["requeue"] is (cause != "done")
 
 
-# -- launches that told no end ------------------------------------------------------------------
+# -- launches without a recorded end ----------------------------------------------------------
 
 
 def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **does: str) -> None:
@@ -256,7 +256,7 @@ class Lost(NamedTuple):
     cause.
     """
 
-    asked: tuple[int, int]  # the signal that each heard
+    asked: tuple[int, int]  # the signal that each received
     evidence: dict[str, Any] | None
     cause: str
     host: str | None
@@ -268,17 +268,17 @@ ENDED = {"down": [], "state": "", "job_ended": True}
 @pytest.mark.parametrize(
     "case",
     [
-        # without Slurm's word: who did not hear what the other heard
+        # without Slurm's record: the node that did not receive the other's signal
         Lost((15, 0), None, "node_lost", "n2"),
         Lost((0, 15), None, "node_lost", "n1"),
         Lost((15, 15), None, "preempted_unsaved", None),
-        # it names the node, whatever was heard
+        # Slurm names the node, for any signals
         Lost((15, 0), {**ENDED, "down": ["n2"]}, "node_lost", "n2"),
         Lost((0, 0), {**ENDED, "down": ["n1"], "state": "NODE_FAIL"}, "node_lost", "n1"),
         # all nodes are well: the job was killed, with a signal before or without
         Lost((0, 0), ENDED, "preempted_unsaved", None),
         Lost((15, 15), {**ENDED, "state": "REQUEUED"}, "preempted_unsaved", None),
-        # the job went on without its step: its nodes told no end, and nobody killed them
+        # the job outlived its step: its nodes recorded no end, and no signal killed them
         Lost((0, 0), {**ENDED, "job_ended": False}, "node_lost", "n1"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_node_that_slurm_lost_is_named_though_all_was_saved(
     assert verdict["detail"] == "Slurm lost n2 (NODE_FAIL), saved"
 
 
-# -- what is told is so now ---------------------------------------------------------------------
+# -- the answer describes the present ------------------------------------------------------------
 
 
 def test_one_failed_supervisor_makes_the_launch_failed(

@@ -244,7 +244,7 @@ def test_a_full_disk_loses_one_save(
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     ballast.write_bytes(b"\0" * (free - 20_000))
     with monkeypatch.context() as patched:
-        if not seen:  # somebody else takes the room between the look and the writing
+        if not seen:  # another process takes the space between the check and the write
             patched.setattr(writer, "check_room", lambda *given: None)
         words = "a checkpoint needs .* are free" if seen else "No space left on device.*make room"
         with pytest.raises(CheckpointError, match=words) as caught:

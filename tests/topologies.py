@@ -15,7 +15,7 @@ from echolab.training.engine.master_weights import Masters
 from echolab.training.fit import Machine
 
 BATCH, STEPS = 12, 28  # 12 divides by worlds of 1, 2 and 4 and by 3 micro-batches
-OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)  # eps: rounding alone must not become a whole step
+OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)  # eps: rounding alone must not become a full step
 
 
 def lose(part: str) -> None:
