@@ -11,9 +11,9 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from echolab.encoders.wav2vec import (
     at_loudness,
-    least_samples,
     load_flash_speech,
     load_preview_speech,
+    min_samples,
 )
 from echolab.errors import MediaError, WeightsError
 
@@ -45,10 +45,10 @@ def test_two_tokens_a_frame_for_any_audio_that_follows(folders: Path, more: int)
 
 def test_the_fewest_samples_make_exactly_the_requested_tokens(folders: Path) -> None:
     net = load_preview_speech(folders / "base", CPU).net
-    assert least_samples(net, 1) == 400  # the receptive field of wav2vec2
-    assert least_samples(net, 2 * 81) == 640 * 81 + 80  # so a clip's own sound is 80 too short
+    assert min_samples(net, 1) == 400  # the receptive field of wav2vec2
+    assert min_samples(net, 2 * 81) == 640 * 81 + 80  # so a clip's own sound is 80 too short
     for tokens in (1, 2, 9, 50):
-        enough = least_samples(net, tokens)
+        enough = min_samples(net, tokens)
         for samples, made in ((enough, tokens), (enough - 1, tokens - 1)):
             if made:
                 assert net.feature_extractor(torch.zeros(1, samples)).shape[-1] == made

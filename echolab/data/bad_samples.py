@@ -165,8 +165,8 @@ def _append_locked(file: BinaryIO, entry: Entry) -> list[Entry]:
     file.seek(0)
     text = file.read()
     entries = _parse_entries(text.splitlines())
-    known = {(e["dataset"], e["key"]) for e in entries}
-    if (entry["dataset"], entry["key"]) not in known:
+    listed = {(e["dataset"], e["key"]) for e in entries}
+    if (entry["dataset"], entry["key"]) not in listed:
         # A killed process may have left half a line: begin below it.
         begin = b"" if text[-1:] in (b"", b"\n") else b"\n"
         file.write(begin + json.dumps(entry).encode() + b"\n")

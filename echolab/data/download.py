@@ -34,10 +34,10 @@ HTTP_BYTES = 1 << 20  # at most, in one read; a read ends with what has come
 FSSPEC_BYTES = 8 << 20  # each read is one request for so many
 MAX_BYTES = 2**31  # of an object whose size is unknown: it is kept in memory
 # Remedies
-NETWORK = "check the server and the network"
-PLACE = "check the address, and that the upload was finished"
-CREDENTIALS = "check the credentials"
-INDEXED = "the object is not the one that was indexed; upload the whole dataset again"
+CHECK_NETWORK = "check the server and the network"
+CHECK_ADDRESS = "check the address, and that the upload was finished"
+CHECK_CREDENTIALS = "check the credentials"
+UPLOAD_AGAIN = "the object is not the one that was indexed; upload the whole dataset again"
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 
 
@@ -52,7 +52,7 @@ class PermanentError(Exception):
 class TransientError(Exception):
     """A fault that may pass; `lost`: the bytes received before are of no use either."""
 
-    def __init__(self, what: str, *, remedy: str = NETWORK, lost: bool = False) -> None:
+    def __init__(self, what: str, *, remedy: str = CHECK_NETWORK, lost: bool = False) -> None:
         super().__init__(what)
         self.remedy, self.lost = remedy, lost
 
@@ -67,16 +67,16 @@ class Response(NamedTuple):
     close: Callable[[], None]
 
 
-def parse_url(place: Path | str) -> str | None:
+def parse_url(location: Path | str) -> str | None:
     """Return the address that a setting names, None for a folder; raise ConfigError.
 
     From now on its secrets are masked wherever this process writes them.
     """
     # A Path has lost a slash: https:/host.
-    parts = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/(.*)|(.+))", str(place), re.DOTALL)
-    if re.search(r"::[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):
+    parts = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/(.*)|(.+))", str(location), re.DOTALL)
+    if re.search(r"::[A-Za-z][A-Za-z0-9+.-]+:/", str(location)):
         raise ConfigError(
-            f"{mask_secrets(str(place))}: chained addresses are not supported; give one address"
+            f"{mask_secrets(str(location))}: chained addresses are not supported; give one address"
         )
     if not parts:
         return None
@@ -114,18 +114,18 @@ for _handler in (
     _WEB.add_handler(_handler())
 
 
-def ask(url: str, start: int, tag: str | None, seconds: float) -> Response:
+def send_request(url: str, start: int, tag: str | None, seconds: float) -> Response:
     """Request `url` from byte `start` of the object that has `tag`.
 
     A server that cannot, or has another object now, begins at 0.  Nothing blocks on a silent http
     server for more than `seconds`.  Raises PermanentError, TransientError or ConfigError.
     """
     if urlsplit(url).scheme in WEB:
-        return _ask_http(url, start, tag, seconds)
-    return _ask_fsspec(url, start, tag)
+        return _request_http(url, start, tag, seconds)
+    return _request_fsspec(url, start, tag)
 
 
-def _request(url: str, start: int, tag: str | None) -> urllib.request.Request:
+def _build_request(url: str, start: int, tag: str | None) -> urllib.request.Request:
     # Credentials go into a header, which a redirect does not carry to another host.
     parts = urlsplit(url)
     credentials, _, host = parts.netloc.rpartition("@")
@@ -135,15 +135,15 @@ def _request(url: str, start: int, tag: str | None) -> urllib.request.Request:
         headers |= {"Range": f"bytes={start}-", "If-Range": tag}
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers=headers)
     if credentials:
-        word = base64.b64encode(unquote(credentials).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {word}")
+        token = base64.b64encode(unquote(credentials).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
     return request
 
 
-def _ask_http(url: str, start: int, tag: str | None, seconds: float) -> Response:
+def _request_http(url: str, start: int, tag: str | None, seconds: float) -> Response:
     # What may pass is retried; a wrong certificate or a refusal is not.
     try:
-        response = _WEB.open(_request(url, start, tag), timeout=seconds)
+        response = _WEB.open(_build_request(url, start, tag), timeout=seconds)
     except urllib.error.HTTPError as error:
         error.close()
         raise _status(error.code, error.reason) from error
@@ -172,10 +172,10 @@ def _ask_http(url: str, start: int, tag: str | None, seconds: float) -> Response
 
 def _broken(what: str, error: object, seconds: float) -> TransientError:
     silent = isinstance(error, TimeoutError)
-    return TransientError(silence(seconds) if silent else f"{what} ({_words(error)})")
+    return TransientError(describe_stall(seconds) if silent else f"{what} ({_describe(error)})")
 
 
-def silence(seconds: float) -> str:
+def describe_stall(seconds: float) -> str:
     """Return the words for a stall."""
     return f"no byte for {seconds:.3g} s"
 
@@ -185,7 +185,7 @@ def _status(code: int, reason: str) -> Exception:
         # 416: the object is now shorter than the bytes received of it.
         return TransientError(f"HTTP {code} {reason}", lost=code == 416)
     return PermanentError(
-        f"HTTP {code} {reason}", CREDENTIALS if code in (401, 403, 407) else PLACE
+        f"HTTP {code} {reason}", CHECK_CREDENTIALS if code in (401, 403, 407) else CHECK_ADDRESS
     )
 
 
@@ -201,7 +201,7 @@ def _extent(response: Any) -> tuple[int, int | None]:
     return int(sent[1]), int(sent[2]) if sent[2].isdigit() else None
 
 
-def _ask_fsspec(url: str, start: int, tag: str | None) -> Response:
+def _request_fsspec(url: str, start: int, tag: str | None) -> Response:
     try:
         # An instance from before a fork would wait for a thread that is not there.
         system, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
@@ -222,22 +222,22 @@ def _ask_fsspec(url: str, start: int, tag: str | None) -> Response:
         begins = start if tag == now else 0
         file.seek(begins)
     except PermissionError as error:
-        raise PermanentError(_words(error), CREDENTIALS) from error
+        raise PermanentError(_describe(error), CHECK_CREDENTIALS) from error
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise PermanentError(_words(error), PLACE) from error
+        raise PermanentError(_describe(error), CHECK_ADDRESS) from error
     except Exception as error:  # each file system has errors of its own
-        raise TransientError(_words(error)) from error
+        raise TransientError(_describe(error)) from error
 
     def read() -> bytes:
         try:
             return file.read(FSSPEC_BYTES)
         except Exception as error:
-            raise TransientError(_words(error)) from error
+            raise TransientError(_describe(error)) from error
 
     return Response(begins, size, now, read, file.close)
 
 
-def _words(error: object) -> str:
+def _describe(error: object) -> str:
     """Return the error of a library in one line."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -302,7 +302,7 @@ class _CallThread:
         try:
             good, result = self._results.get(timeout=seconds)
         except Empty:
-            raise TransientError(silence(seconds)) from None
+            raise TransientError(describe_stall(seconds)) from None
         if not good:
             raise result
         return result
@@ -346,8 +346,8 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: Ret
     body, last, attempts = _Body(file), TransientError("no time left for a request"), 0
     while attempts < retry_policy.attempts and time.monotonic() < deadline:
         if attempts:
-            left = max(0.0, deadline - time.monotonic())
-            time.sleep(min(backoff_seconds(attempts, retry_policy), left))
+            remaining = max(0.0, deadline - time.monotonic())
+            time.sleep(min(backoff_seconds(attempts, retry_policy), remaining))
         attempts += 1
         try:
             _attempt(url, body, expected, retry_policy.stall_seconds, deadline)
@@ -358,7 +358,7 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: Ret
             last = error
             if error.lost:
                 body.restart()
-    kind = FetchError if last.remedy is INDEXED else UnreachableError
+    kind = FetchError if last.remedy is UPLOAD_AGAIN else UnreachableError
     raise kind(
         f"{public_url(url)}: {last}; gave up after {attempts} attempts and "
         f"{time.monotonic() - began:.3g} s; {last.remedy}"
@@ -372,14 +372,14 @@ def _attempt(
 
     # Each wait ends at a stall or at the deadline, whichever is sooner.
     def seconds() -> float:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             raise TransientError(f"too slow: {body.count} bytes came before the deadline")
-        return min(stall, left)
+        return min(stall, remaining)
 
     try:
         wait = seconds()
-        response = caller.call(lambda: ask(url, body.count, body.tag, wait), wait)
+        response = caller.call(lambda: send_request(url, body.count, body.tag, wait), wait)
         close = response.close
         _begin(body, response, expected)
         limit = _size_limit(response, expected)
@@ -401,7 +401,7 @@ def _begin(body: _Body, response: Response, expected: Expected | None) -> None:
     body.tag = response.tag
     if expected and response.size not in (None, expected.bytes):
         what = f"{response.size} bytes are there, dataset.json says {expected.bytes}"
-        raise TransientError(what, remedy=INDEXED, lost=True)
+        raise TransientError(what, remedy=UPLOAD_AGAIN, lost=True)
 
 
 def _size_limit(response: Response, expected: Expected | None) -> int:
@@ -409,20 +409,20 @@ def _size_limit(response: Response, expected: Expected | None) -> int:
     if expected:
         return expected.bytes
     if response.size is not None and response.size > MAX_BYTES:
-        raise PermanentError(f"{response.size} bytes, the limit is {MAX_BYTES}", PLACE)
+        raise PermanentError(f"{response.size} bytes, the limit is {MAX_BYTES}", CHECK_ADDRESS)
     return MAX_BYTES + 1 if response.size is None else response.size
 
 
 def _check(body: _Body, response: Response, expected: Expected | None) -> None:
     # Length first: of a cut object the checksum says nothing.
     if body.count > MAX_BYTES and not expected:
-        raise PermanentError(f"longer than the limit of {MAX_BYTES} bytes", PLACE)
+        raise PermanentError(f"longer than the limit of {MAX_BYTES} bytes", CHECK_ADDRESS)
     size = expected.bytes if expected else response.size
     if size is not None and body.count < size:
         raise TransientError(f"cut at byte {body.count} of {size}")
     if expected and (sha256 := body.hash.hexdigest()) != expected.sha256:
         what = f"wrong bytes: sha256 {sha256[:12]}..., dataset.json says {expected.sha256[:12]}..."
-        raise TransientError(what, remedy=INDEXED, lost=True)
+        raise TransientError(what, remedy=UPLOAD_AGAIN, lost=True)
 
 
 def backoff_seconds(attempt: int, retry_policy: RetryPolicy) -> float:

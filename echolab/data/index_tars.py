@@ -105,21 +105,23 @@ def _name(
     if name is None:
         return None
     key, kind = name
-    at = f"{path}: byte {member.header}: sample {key!r}:"
+    where = f"{path}: byte {member.header}: sample {key!r}:"
     # Names must be printable, and unambiguous to a reader that splits at the first dot.
     fault = key_fault("foreign", key)
     if fault or not kind.isprintable():
-        raise DataError(f"{at} {fault or 'a member that cannot be printed'}; pack the tar again")
+        raise DataError(f"{where} {fault or 'a member that cannot be printed'}; pack the tar again")
     if has_foreign_dot(kind, compounds):
         raise DataError(
-            f"{at} {kind!r} has a dot: is it the tail of the key?  Then pack the tar again with "
+            f"{where} {kind!r} has a dot: is it the tail of the key?  Then pack the tar again with "
             f"keys without dots; if it is a member of its own, give members={kind}"
         )
     # Readers stream a tar, so the members of a sample must follow each other, each once.
     if kind in samples.get(key, ()):
-        raise DataError(f"{at} a second {kind}; pack the tar again")
+        raise DataError(f"{where} a second {kind}; pack the tar again")
     if key in samples and key != next(reversed(samples)):
-        raise DataError(f"{at} {kind} follows after another sample began; sort and pack it again")
+        raise DataError(
+            f"{where} {kind} follows after another sample began; sort and pack it again"
+        )
     return name
 
 

@@ -3,7 +3,7 @@
 A key names a sample and has no dots; a sample is its members, each named by what follows the dot:
 
     raw      mp4 (H.264, 25 fps, 4n+1 frames), flac (16 kHz mono), tracks.npz (boxes), json
-    encoded  the same json, and safetensors in place of what it was made from
+    encoded  the same json, and safetensors instead of what it was made from
 
 dataset.json holds the geometry of the latents, for each shard its sha256, bytes and number of
 samples, and for each sample its members' [offset, size, crc32]; its fingerprint is the hash of all
@@ -247,7 +247,7 @@ class ShardDataset:
 
 
 def open_dataset(
-    place: Path | str,
+    location: Path | str,
     *,
     cache_dir: Path | str | None = None,
     cache_gb: float = CACHE_GB,
@@ -260,10 +260,10 @@ def open_dataset(
     Raises DataError if dataset.json or a shard is missing or cut, FetchError if a server fails,
     StorageError if a file system does, ConfigError for a bad address or cache.
     """
-    url = parse_url(place)
+    url = parse_url(location)
     if url:
         return _open_remote(url, cache_folder(cache_dir), cache_gb, retry_policy)
-    return _open_local(Path(place))
+    return _open_local(Path(location))
 
 
 def _open_local(folder: Path) -> ShardDataset:
@@ -320,8 +320,8 @@ def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], 
     while True:
         attempt += 1
         data = io.BytesIO()
-        left = deadline - time.monotonic()
-        fetch(url, data, None, retry_policy._replace(deadline_seconds=left))
+        remaining = deadline - time.monotonic()
+        fetch(url, data, None, retry_policy._replace(deadline_seconds=remaining))
         try:
             return parse_index(data.getvalue(), public_url(url))
         except DataError:
@@ -337,15 +337,15 @@ def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], 
 
 
 def check_same_encoders(
-    place: object, encoders: Mapping[str, str], other: object, others: Mapping[str, str]
+    name_a: object, encoders_a: Mapping[str, str], name_b: object, encoders_b: Mapping[str, str]
 ) -> None:
     """Raise DataError that names the first encoder in which two things differ."""
     # Encoders that only one of them names cannot differ.
-    for name in sorted(encoders.keys() & others.keys()):
-        if encoders[name] != others[name]:
+    for part in sorted(encoders_a.keys() & encoders_b.keys()):
+        if encoders_a[part] != encoders_b[part]:
             raise DataError(
-                f"{place}: its {name} encoder is {encoders[name][:12]}, that of {other} is "
-                f"{others[name][:12]}; encode both with the same encoder"
+                f"{name_a}: its {part} encoder is {encoders_a[part][:12]}, that of {name_b} is "
+                f"{encoders_b[part][:12]}; encode both with the same encoder"
             )
 
 

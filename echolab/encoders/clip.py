@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from echolab.encoders.files import from_folder, frozen, read_file, shape_of, take_over
+from echolab.encoders.files import assign_parameters, from_folder, frozen, read_file, shape_of
 
 HEADS = 16  # of ViT-H; shapes in a file do not determine it
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -112,7 +112,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisi
     config = _config(tensors, path)
     with torch.device("meta"):
         net = CLIPVisionModel(config)
-    take_over(net, tensors, path, device, dtype)
+    assign_parameters(net, tensors, path, device, dtype)
     # Not in any file, so still without values.
     net.embeddings.position_ids = torch.arange(net.embeddings.num_positions, device=device)[None]
     return net

@@ -29,7 +29,7 @@ CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 
 
-def need(path: Path, what: str) -> Path:
+def require(path: Path, what: str) -> Path:
     """Return `path`; raise WeightsError, which names `what` it is, if it does not exist."""
     if not path.exists():
         raise WeightsError(f"{path}: not there; it is {what}: download or copy it")
@@ -49,7 +49,7 @@ def weights_in(folder: Path) -> list[Path]:
                     raise WeightsError(
                         f"{index}: {shard!r} is no file in its folder; copy it again"
                     )
-            return [need(folder / shard, f"a shard that {index.name} names") for shard in shards]
+            return [require(folder / shard, f"a shard that {index.name} names") for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
     raise WeightsError(f"{folder}: holds no weights; need one of {', '.join(WEIGHTS)}")
@@ -105,7 +105,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, path: Path, what: str) ->
     return tuple(tensors[name].shape)
 
 
-def take_over(
+def assign_parameters(
     net: nn.Module,
     tensors: Mapping[str, Tensor],
     path: Path,
@@ -156,7 +156,7 @@ def from_folder(
     The libraries draw missing tensors at random and warn.  `unused` names those without effect.
     """
     # Check archives before the library opens them.
-    need(folder / CONFIG, f"what {network.__name__} is made by")
+    require(folder / CONFIG, f"what {network.__name__} is made by")
     for file in weights_in(folder):
         check_archive(file)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echolab.encoders.clip import load_image_encoder
 from echolab.encoders.encode import Encoders
-from echolab.encoders.files import CONFIG, need, sha256_of, weights_in
+from echolab.encoders.files import CONFIG, require, sha256_of, weights_in
 from echolab.encoders.umt5 import as_written, load_text_encoder
 from echolab.encoders.wan_vae import load_autoencoder
 from echolab.encoders.wav2vec import EXTRACTOR, load_flash_speech, load_preview_speech
@@ -56,7 +56,7 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
 
     Reads no weights; raises WeightsError naming the first part that is not there.
     """
-    need(folder, "the folder of the released encoders")
+    require(folder, "the folder of the released encoders")
     # The release's own names first: a folder may hold both.
     paths = {}
     for part, names in NAMES.items():
@@ -67,7 +67,7 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
                 "download or copy it"
             )
         paths[part] = existing[0]
-    return ReleasedFiles(**paths, audio=need(audio, "the folder of wav2vec2"))
+    return ReleasedFiles(**paths, audio=require(audio, "the folder of wav2vec2"))
 
 
 def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str]) -> dict[str, str]:
@@ -79,8 +79,8 @@ def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str])
         return sha256_of([*inside, *others])
 
     # Tokenizer and feature extractor change the features, so they are part of the identity.
-    tokenizer = need(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
-    extractor = need(files.audio / EXTRACTOR, "the settings of wav2vec2's feature extractor")
+    tokenizer = require(files.tokenizer / "tokenizer.json", "the tokenizer of google/umt5-xxl")
+    extractor = require(files.audio / EXTRACTOR, "the settings of wav2vec2's feature extractor")
     return {
         "video": digest(files.video),
         "text": f"{digest(files.text, tokenizer)} {clean.__name__}",

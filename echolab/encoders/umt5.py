@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import UMT5Config, UMT5EncoderModel
 
-from echolab.encoders.files import from_folder, frozen, need, read_file, shape_of, take_over
+from echolab.encoders.files import (
+    assign_parameters,
+    from_folder,
+    frozen,
+    read_file,
+    require,
+    shape_of,
+)
 from echolab.errors import WeightsError
 
 LENGTH = 512
@@ -81,7 +88,7 @@ class TextEncoder:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a folder such as `google/umt5-xxl`, from its tokenizer.json."""
-    path = need(folder / "tokenizer.json", "the tokenizer of google/umt5-xxl")
+    path = require(folder / "tokenizer.json", "the tokenizer of google/umt5-xxl")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no class of its own
@@ -144,6 +151,6 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5Enco
         net = UMT5EncoderModel(config)
     # The library's class takes two names for its one table of words.
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    take_over(net, tensors, path, device, dtype)
+    assign_parameters(net, tensors, path, device, dtype)
     net.set_input_embeddings(net.shared)  # one table, under two names
     return net

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from echolab.encoders.files import (
     CONFIG,
+    assign_parameters,
     from_folder,
     frozen,
     read_file,
     read_json,
     shape_of,
-    take_over,
 )
 from echolab.errors import WeightsError
 from echolab.geometry import WAN
@@ -145,7 +145,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
     _check_channels(path, "channels of post_quant_conv", _size(tensors, "post_quant_conv", path))
     with torch.device("meta"):
         net = AutoencoderKLWan(base_dim=_size(tensors, "encoder.conv_in", path))
-    take_over(net, tensors, path, device, dtype)
+    assign_parameters(net, tensors, path, device, dtype)
     return net
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from echolab.encoders.demo import RATE_HZ, SAMPLES_PER_FRAME, check_length
-from echolab.encoders.files import from_folder, frozen, need
+from echolab.encoders.files import from_folder, frozen, require
 from echolab.errors import MediaError, WeightsError
 
 LOUDNESS_LUFS = -23.0
@@ -22,7 +22,7 @@ EXTRACTOR = "preprocessor_config.json"
 UNUSED = ("masked_spec_embed",)  # of training; wav2vec2-base-960h lacks it
 
 
-def least_samples(net: Wav2Vec2Model, tokens: int) -> int:
+def min_samples(net: Wav2Vec2Model, tokens: int) -> int:
     """Return the fewest samples of which wav2vec2's convolutions make `tokens` tokens."""
     # Walk the convolutions backwards from the tokens to the samples.
     length = tokens
@@ -74,7 +74,7 @@ class PreviewSpeech(SpeechEncoder):
         check_length(samples, frames)
         values = self.normalized(samples)
         # Pad with zeros, so that there are enough tokens.
-        short = max(0, least_samples(self.net, 2 * frames) - values.shape[1])
+        short = max(0, min_samples(self.net, 2 * frames) - values.shape[1])
         states = self.net(functional.pad(values, (0, short))).last_hidden_state[0]
         return states[: 2 * frames].cpu()
 
@@ -115,7 +115,7 @@ def load_flash_speech(folder: Path, device: torch.device) -> FlashSpeech:
 def _load(folder: Path, device: torch.device) -> tuple[Wav2Vec2Model, Wav2Vec2FeatureExtractor]:
     """Load network and feature extractor of a folder; raise WeightsError."""
     # The extractor first: it is small, and names the sample rate that the network needs.
-    path = need(folder / EXTRACTOR, "the settings of wav2vec2's feature extractor")
+    path = require(folder / EXTRACTOR, "the settings of wav2vec2's feature extractor")
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

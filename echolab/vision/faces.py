@@ -199,8 +199,8 @@ class Tracker:
         frames_detected = sorted(detected)
         end = min(end, frames_detected[-1] + LOST_FRAMES)
         frames = np.arange(frames_detected[0], max(end, frames_detected[-1] + 1))
-        known = np.stack([detected[frame] for frame in frames_detected])
-        rows = np.stack([np.interp(frames, frames_detected, column) for column in known.T], 1)
+        detections = np.stack([detected[frame] for frame in frames_detected])
+        rows = np.stack([np.interp(frames, frames_detected, column) for column in detections.T], 1)
         self.closed.append(Track(frames_detected[0], rows.astype(np.float32)))
 
 

@@ -48,20 +48,20 @@ def make_grid(probe: Probe) -> Grid:
     """Return the output frames of a probed file."""
     start = float(probe.times[0])
     count = max(1, round((probe.end - start) * FPS))
-    at = start + np.arange(count) / FPS
+    times = start + np.arange(count) / FPS
 
     # The nearest source frame; of two equally near ones the earlier.
-    later = np.searchsorted(probe.times, at).clip(1, max(1, len(probe.times) - 1))
+    later = np.searchsorted(probe.times, times).clip(1, max(1, len(probe.times) - 1))
     later = np.minimum(later, len(probe.times) - 1)
     earlier = np.maximum(later - 1, 0)
-    is_earlier = np.abs(probe.times[earlier] - at) <= np.abs(probe.times[later] - at)
+    is_earlier = np.abs(probe.times[earlier] - times) <= np.abs(probe.times[later] - times)
     indices = np.where(is_earlier, earlier, later)
 
     # Half a frame of margin before damage: its first frame may show an earlier moment.
-    missing = np.abs(probe.times[indices] - at) > FROZEN_SECONDS
+    missing = np.abs(probe.times[indices] - times) > FROZEN_SECONDS
     damaged = np.zeros(count, bool)
     for first, last in probe.damaged:
-        damaged |= (at >= first - 0.5 / FPS) & (at <= last)
+        damaged |= (times >= first - 0.5 / FPS) & (times <= last)
     return Grid(start, indices, missing, damaged)
 
 
@@ -82,9 +82,9 @@ def has_audio(audio: AudioTrack, grid: Grid) -> NDArray[np.bool_]:
     begin = (grid.start - audio.start_seconds) * RATE_HZ
     begins = begin + np.arange(len(grid.indices)) * SAMPLES_PER_FRAME
     covered = (begins > -SAMPLES_PER_FRAME) & (begins < len(audio.samples))
-    at = grid.start + np.arange(len(grid.indices)) / FPS
+    times = grid.start + np.arange(len(grid.indices)) / FPS
     for first, last in audio.damaged:
-        covered &= (at + 1 / FPS <= first) | (at >= last)
+        covered &= (times + 1 / FPS <= first) | (times >= last)
     return np.asarray(covered, bool)
 
 
