@@ -113,7 +113,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echolab.models.export.sync", full)
+    monkeypatch.setattr("echolab.models.export.fsync", full)
     with pytest.raises(WeightsError, match="b: could not be written .*No space left"):
         write_original(tmp_path / "b", net, tensors, **FP32)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

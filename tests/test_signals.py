@@ -54,7 +54,7 @@ def test_signals_at_any_moment_lose_nothing(
     chance = random.Random(SEED)
     unbroken = tmp_path / "unbroken"
     undisturbed = signalled.start(
-        fork_server, {**settings, "run": str(unbroken)}, WORLD, tmp_path / "heartbeat"
+        fork_server, {**settings, "run_dir": str(unbroken)}, WORLD, tmp_path / "heartbeat"
     )
     assert undisturbed.wait() == [DONE] * WORLD, undisturbed.outputs()
     expected = checkpoint_bytes(unbroken)
@@ -65,7 +65,7 @@ def test_signals_at_any_moment_lose_nothing(
         while codes != [DONE] * WORLD:
             number += 1
             heartbeat = tmp_path / f"heartbeat-{number}"
-            ranks = signalled.start(fork_server, {**settings, "run": str(run)}, WORLD, heartbeat)
+            ranks = signalled.start(fork_server, {**settings, "run_dir": str(run)}, WORLD, heartbeat)
             if done < COUNT:
                 event = signalled.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1

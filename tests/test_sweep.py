@@ -284,7 +284,7 @@ def test_other_launchers_are_refused(words: list[str], message: str) -> None:
 def test_missing_slurm_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="launcher=slurm: .*srun.*; start the sweep where"):
+    with pytest.raises(ConfigError, match="launcher=slurm: .*srun.*; start the sweep on a host"):
         swept("seed=1,2", "launcher=slurm")
 
 
