@@ -133,9 +133,11 @@ def rank(folder: Path, parts: dict[str, Any]) -> None:
     rank_process.write_end_file(
         to, number, rank_process.End(reason, signals.received, False, step, STEPS)
     )
-    if part.get("does") == "late term":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Python does before it ends
-        os.kill(os.getpid(), signal.SIGTERM)
+    if (does := part.get("does", "")).startswith("late "):
+        number = signal.Signals[f"SIG{does.removeprefix('late ')}"]
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)  # as Python does before it ends
+        os.kill(os.getpid(), number)
     sys.exit(0 if reason == "done" else 75)
 
 

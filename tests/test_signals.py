@@ -65,7 +65,9 @@ def test_signals_at_any_moment_lose_nothing(
         while codes != [DONE] * WORLD:
             number += 1
             heartbeat = tmp_path / f"heartbeat-{number}"
-            ranks = signalled.start(fork_server, {**settings, "run_dir": str(run)}, WORLD, heartbeat)
+            ranks = signalled.start(
+                fork_server, {**settings, "run_dir": str(run)}, WORLD, heartbeat
+            )
             if done < COUNT:
                 event = signalled.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1

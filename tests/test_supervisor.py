@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,16 @@ def why(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str,
     assert main(["why", str(run), "format=json", *words]) == 0
     verdict: dict[str, Any] = json.loads(capsys.readouterr().out)
     return verdict
+
+
+@contextmanager
+def on_hangup(action: signal.Handlers) -> Iterator[None]:
+    """Start processes with this action on SIGHUP."""
+    before = signal.signal(signal.SIGHUP, action)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def ended_pids(pids: Sequence[int]) -> bool:
@@ -167,11 +178,12 @@ def test_a_signal_to_the_supervisor_is_forwarded(
 
 
 @pytest.mark.slow
-def test_a_second_signal_after_the_end_changes_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", ["TERM", "ABRT", "SEGV", "KILL"])
+def test_a_signal_after_the_end_of_training_changes_nothing(
+    number: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Slurm sends TERM twice: the second may reach a process that is exiting, and kill it."""
-    launch = Launch(folder, {"all": {"does": "late term", "steps": 100_000}})
+    """Slurm sends TERM twice, and libraries crash in destructors, when all is saved."""
+    launch = Launch(folder, {"all": {"does": f"late {number}", "steps": 100_000}})
     launch.pids()
     launch.process.send_signal(signal.SIGTERM)
     code, said = launch.end()
@@ -183,7 +195,8 @@ def test_a_second_signal_after_the_end_changes_nothing(
 def test_closing_the_terminal_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGHUP comes, and the terminal no longer exists: writing to it fails nothing."""
     ours, theirs = os.openpty()
-    launch = Launch(folder, {"all": {"steps": 100_000}}, stderr=theirs)
+    with on_hangup(signal.SIG_DFL):  # also if these tests run under nohup
+        launch = Launch(folder, {"all": {"steps": 100_000}}, stderr=theirs)
     os.close(theirs)
     launch.pids()
     os.close(ours)  # hangs up
@@ -194,12 +207,9 @@ def test_closing_the_terminal_saves(folder: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_under_nohup_closing_the_terminal_changes_nothing(folder: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+def test_under_nohup_a_closed_terminal_is_nothing(folder: Path) -> None:
+    with on_hangup(signal.SIG_IGN):
         launch = Launch(folder, {})
-    finally:
-        signal.signal(signal.SIGHUP, before)
     launch.pids()
     launch.process.send_signal(signal.SIGHUP)
     assert launch.end()[0] == exit_codes.DONE

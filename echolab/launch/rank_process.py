@@ -33,7 +33,7 @@ from echolab.heartbeat import (
     stacks_path,
 )
 from echolab.launch import processes
-from echolab.launch.diagnosis import STOP_SIGNALS, Failure, Observation
+from echolab.launch.diagnosis import Failure, Observation
 from echolab.launch.exit_codes import (
     CAUSES,
     DONE,
@@ -193,8 +193,9 @@ class Rank:
             processes.kill_group(self.pid)
             self.exit_code, self.ended_at = self.process.wait(), time.time()
             end = read_end_file(self.folder, self.rank)
-            if -self.exit_code in STOP_SIGNALS and end:
-                # A second signal during Python's shutdown: training had ended already.
+            if self.exit_code < 0 and end:
+                # A second signal, or a library that crashes in its destructors, during Python's
+                # shutdown: training had ended already, and its checkpoint is complete.
                 cause = cause_of_result(end.reason, unsaved=end.unsaved)
                 self.exit_code = CAUSES[cause].exit_code
         return self.exit_code
