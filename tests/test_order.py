@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chisquare
 
-from echolab.data.shuffle import BLOCK_SIZE, EpochOrder, epoch_order
+from echolab.data.batch_sampler import BLOCK_SIZE, EpochOrder, epoch_order
 
 BINS = 20  # parts of the epoch, for the test of uniformity
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from echolab.bench.commands import DataArguments
 from echolab.bench.measure import Row, say
+from echolab.data.batch_sampler import epoch_order
 from echolab.data.collate import FEATURES, read_fp32
 from echolab.data.media import decode_flac, decode_mp4, decode_tracks, encode_flac, encode_mp4
 from echolab.data.media import encode_tracks as encode_boxes
 from echolab.data.shard_reader import ShardDataset, open_dataset
 from echolab.data.shard_writer import ShardWriter
-from echolab.data.shuffle import epoch_order
 from echolab.errors import ConfigError
 from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, KNOWN_TASKS

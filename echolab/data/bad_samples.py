@@ -81,7 +81,7 @@ class TolerantReader:
         # A budget without a file would be counted by each process for itself.
         if max_bad_fraction and quarantine is None:
             raise ConfigError(
-                f"max_bad_fraction={max_bad_fraction}: needs a file to list bad samples in"
+                f"max_bad_fraction={max_bad_fraction}: needs a file for them; give quarantine="
             )
         self.dataset, self.quarantine = dataset, quarantine
         self.max_bad_fraction, self.substitutes = max_bad_fraction, substitutes
@@ -104,7 +104,8 @@ class TolerantReader:
             except DataError as error:
                 self._quarantine(j, error, self.quarantine)
         raise DataError(
-            f"{self.dataset.folder}: sample {self.dataset.keys[i]} has no good substitute"
+            f"{self.dataset.folder}: sample {self.dataset.keys[i]} has no good substitute; encode "
+            "the dataset again"
         )
 
     def _read_strictly(self, i: int, read: Callable[[int], Sample]) -> Sample:

@@ -91,7 +91,7 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
         after = f" (after sample {last})" if last else ""
         raise DataError(f"{path}: byte {fault.offset}: {fault.what}{after}") from fault
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
     shard = Shard(path.name, tar.sha256.hexdigest(), tar.position, len(samples))
     listed = [Sample(key, path.name, members)._asdict() for key, members in samples.items()]
     return Scan(shard._asdict(), listed, misfits, ignored)
@@ -141,7 +141,8 @@ def _misfits_of(
             tensors = set(parse_header(read, size))
         except MemberError as error:
             raise DataError(
-                f"{path}: byte {offset}: sample {key}: safetensors cannot be decoded ({error})"
+                f"{path}: byte {offset}: sample {key}: safetensors cannot be decoded ({error}); "
+                "pack the tar again"
             ) from error
     for kind in KINDS:
         missing = missing_members(kind, members)

@@ -63,7 +63,7 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
         existing = [folder / name for name in names if (folder / name).exists()]
         if not existing:
             raise WeightsError(
-                f"{folder}: no {part} encoder in it, need one of {', '.join(names)}: "
+                f"{folder}: no {part} encoder in it, need one of {', '.join(names)}; "
                 "download or copy it"
             )
         paths[part] = existing[0]
