@@ -17,6 +17,7 @@ import difflib
 import importlib
 import math
 import operator
+import os
 import re
 import textwrap
 import types
@@ -97,6 +98,11 @@ def parse(
         wanted = " ".join(f"{name}=..." for name in missing)
         raise ConfigError(f"{command}: give {wanted} (see {command} --help)")
     return schema(**values)
+
+
+def expand_home(path: str) -> str:
+    """Return a path with the home folder in place of a leading `~` or `~user`, if that is known."""
+    return os.path.expanduser(path)
 
 
 def check_exists(arguments: object, *names: str) -> None:
@@ -218,9 +224,11 @@ def _words_by_key(
     words: dict[str, str] = {}
     for word in argv:
         match = KEY_VALUE.fullmatch(word)
-        if match:
+        # A path by position may look like key=value, or like an option: then it must exist.
+        is_path = bool(places) and (match is None or match["key"] not in fields) and exists(word)
+        if match and not is_path:
             key, value = match["key"], match["value"]
-        elif word.startswith("-") and len(word) > 1:
+        elif word.startswith("-") and len(word) > 1 and not is_path:
             raise ConfigError(f"{command}: no option {word}; arguments are written key=value")
         elif places:
             key, value = places.pop(0), word
@@ -233,6 +241,14 @@ def _words_by_key(
         words[key] = value
         places = [name for name in places if name not in words]
     return words
+
+
+def exists(word: str) -> bool:
+    """Return whether a word names a file or folder."""
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # longer than any name, or with a NUL character
+        return False
 
 
 def _nearest(key: str, fields: Mapping[str, Any]) -> str:
@@ -298,7 +314,7 @@ def _value(word: str, hint: Any) -> Any:
     if hint is Path:
         if not word:
             raise ValueError(word)
-        return Path(word).expanduser()
+        return Path(expand_home(word))
     if hint is float:
         number = float(word)
         if not math.isfinite(number):

@@ -42,6 +42,46 @@ def test_values_have_the_type_of_their_field() -> None:
     assert draw("./a=b", *words) == expected
 
 
+ODD = [
+    "a b",
+    "a,b",
+    "a:b@c",
+    "it's",
+    '"q"',
+    "界/é",
+    "{x}",
+    "$HOME",
+    "a#b",
+    "a\\b",
+    "=",
+    "a\nb",
+    " a ",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_text_and_paths_are_taken_as_typed(text: str) -> None:
+    assert draw(f"out={text}", f"prompt={text}") == Draw(Path(text), prompt=text)
+    if "=" not in text:
+        assert draw(text) == Draw(Path(text))
+
+
+@pytest.mark.parametrize("name", ["a=b", "-x", "--x y", "clip=3"])
+def test_a_path_that_is_there_may_look_like_an_argument(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no argument|no option"):
+        draw(name)
+    (tmp_path / name).mkdir()
+    assert draw(name) == draw(f"out={name}") == Draw(Path(name))
+
+
+def test_the_home_folder_stands_for_a_tilde() -> None:
+    assert draw("~/x y").out == Path.home() / "x y"
+    assert draw("~nobody-of-this-name/x").out == Path("~nobody-of-this-name/x")
+
+
 def test_positional_arguments_may_be_given_by_name() -> None:
     assert draw("x") == draw("out=x") == Draw(Path("x"))
     assert draw("x", "prompt=none").prompt is None

@@ -145,7 +145,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("TYPO out=a model=dmeo", "did you mean demo?"),
         ("TYPO out=a model=demo", "source=TYPO: not there"),
         ("TYPO out=a which=emaa", "which=emaa: unknown; ema, raw, adapters"),
-        ("TYPO out=a.bin", "name a file .safetensors, or a folder"),
+        ("TYPO out=a.bin", "must end in .safetensors, or have no suffix"),
     ],
     "pairs": [
         ("sampel", "did you mean sample?"),

@@ -66,7 +66,7 @@ def test_a_released_flash_file_is_exported_unchanged(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = tiny.architecture("echomimicv3_flash")
-    monkeypatch.setattr("echolab.config.folders.architecture_of", lambda name: architecture)
+    monkeypatch.setattr("echolab.cli.export.architecture_of", lambda name: architecture)
     shapes = released_shapes(tiny.model("echomimicv3_flash"))
     before = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     save_file(before, tmp_path / "a.safetensors")
@@ -221,7 +221,7 @@ def test_released_weights_are_converted_between_naming_schemes(
 ) -> None:
     net = tiny.model("wan_fun_inp_1b3").bfloat16()
     save_file(net.state_dict(), tmp_path / "in.safetensors")
-    monkeypatch.setattr("echolab.config.folders.architecture_of", tiny.architecture)
+    monkeypatch.setattr("echolab.cli.export.architecture_of", tiny.architecture)
     words = [f"out={tmp_path / 'theirs'}", "names=diffusers", "model=wan_fun_inp_1b3"]
     assert main(["export", str(tmp_path / "in.safetensors"), *words]) == 0
     words = [f"out={tmp_path / 'out.safetensors'}", "model=wan_fun_inp_1b3"]

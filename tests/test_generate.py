@@ -234,7 +234,7 @@ def test_arguments_that_do_not_go_together_give_one_line(
         ("audio=nothing.wav", "nothing.wav"),
         ("seconds=0.1", "need 0.2 s"),
         ("out=video.avi", ".mp4"),
-        ("checkpoint=no/run", "no complete checkpoint"),
+        ("checkpoint=no/run", "checkpoint=no/run: not there"),
         ("face=1,2,3", "four numbers"),
         ("colour=red", "colour"),
         ("grid=wan", "did you mean sigma_schedule=...?"),

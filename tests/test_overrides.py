@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import re
 import subprocess
@@ -19,6 +20,7 @@ from echolab.cli.train import command
 from echolab.config.compose import DATASETS, TEXTS, as_hydra, compose, compose_both, quoted
 from echolab.config.schema import Settings
 from echolab.config.sweep_members import members
+from echolab.errors import ConfigError
 from echolab.launch import run_dir
 
 TYPED = (
@@ -45,7 +47,7 @@ def test_text_is_taken_as_typed(key: str) -> None:
     config = compose([word for word in (start, "lora=all", f"{key}={text}") if word] + (
         ["data.clips=x"] if key == "lora.init_from" else []
     ))  # fmt: skip
-    assert setting(config, key) == text
+    assert setting(config, key) == os.path.expanduser(text)
 
 
 def read(word: str) -> Any:
@@ -161,3 +163,72 @@ def test_all_settings_that_hold_paths_or_text_are_known() -> None:
     texts = {".".join(key) for key in keys if takes_text(config, key)}
     assert texts - {"trainer.precision"} == set(TEXTS)  # Lightning's words, which it checks itself
     assert set(DATASETS) < set(TEXTS)
+
+
+def test_the_home_folder_stands_for_a_tilde() -> None:
+    """The shell leaves that of key=~/path to the program."""
+    config = compose(
+        ["data.clips=[~/a b,x]", "run_dir=~/r=1", "logger.project=~/p", "data.pairs=~"]
+    )
+    home = os.path.expanduser("~")
+    assert config["data"]["clips"] == [f"{home}/a b", "x"] and config["run_dir"] == f"{home}/r=1"
+    assert (config["logger"]["project"], config["data"]["pairs"]) == ("~/p", "~")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("seed=1,2", "seed=1,2: is several values; add -m to sweep over them"),
+        ("optim.betas=0.9,0.95", "or write a list as optim.betas=[0.9,0.95]"),
+        ("seed=range(1,3)", "seed=range(1,3): is several values; add -m"),
+        ("pretrained=choice(a,b)", "or write text as pretrained='choice(a,b)'"),
+        ("experiment", "experiment: is no setting with a value, key=value; write experiment=VALUE"),
+        ("sed", "did you mean seed?"),
+        ("seed =3", "seed =3: has no plain key before its `=`; write seed=3"),
+        ("'seed'=3", "write seed=3"),
+        ("=3", "write key=value"),
+        ("seed=a(b", "seed=a(b: must be a whole number"),
+        ("seed=é#{", "seed=é#{: must be a whole number"),
+        ("seed='1", "seed='1: must be a whole number"),
+        ("seed=\\", "seed=\\: must be a whole number"),
+        ("trainer.precision=a=b#c", "trainer.precision=a=b#c: unknown; one of 32-true"),
+        ("model=a#b=c", "model=a#b=c: must be one of demo"),
+        ("model.dim=1@2", "model.dim=1@2: must be a whole number"),
+        ("optim.betas=[0.9,0.95", "cannot be read; close every bracket"),
+        ("lora.target_modules=[a#b]", "in quotes: ['a#b', 'c=d']"),
+        ("+seed=1", "+seed=1: exists; leave out the +"),
+        ("~optim.foo", "~optim.foo: Could not delete"),
+        ("foo=a b", "foo=a b: there is no such setting; `echolab train --help` lists all"),
+        ("hydra.launcher.partition=gpu", "is for jobs of Slurm; give launcher=slurm too"),
+        ("seed=${oc.env:NO_SUCH_NAME}", "'NO_SUCH_NAME' not found\"; give a value"),
+        ("init_from=${nope}", "init_from=${nope}: Interpolation key 'nope' not found; give"),
+        ("run_dir=${run_dir}", "run_dir=${run_dir}: Recursive interpolation detected; give"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_a_remedy(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose(["data.clips=x", words])
+    assert message in str(refused.value) and "hydra.cc" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_values_of_lists_and_mappings_may_be_quoted() -> None:
+    config = compose(["data.clips=x", "lora=all", "lora.target_modules=['a#b','c=d',\"é {f}\"]"])
+    assert config["lora"]["target_modules"] == ["a#b", "c=d", "é {f}"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_option_of_a_sweep_may_stand_anywhere(
+    place: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    swept: list[str] = []
+
+    def recorded(members: Any, *_: Any) -> int:
+        swept.extend(member.config["pretrained"] for member in members)
+        return 0
+
+    monkeypatch.setattr(train.sweep, "run", recorded)
+    words = [f"run_dir='{tmp_path}/a=b, c'", "data.clips=x", "pretrained=a b,c=d#e,'f,g',-h"]
+    words.insert(place, "-m")
+    assert train.main(words) == 0
+    assert swept == ["a b", "c=d#e", "f,g", "-h"]

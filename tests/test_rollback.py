@@ -200,7 +200,10 @@ def test_every_difference_is_reported(
     assert figures["exact"] and figures["first_step"] == 8
     assert figures["compared"] == ["ledger", "metrics", "checkpoint"]
     assert any("step 10: master" in line for line in figures["differences"])
-    for step, message in ((0, "must be 1 or more"), (11, "the run's schedule has 10 steps")):
+    for step, message in (
+        (0, "step=0 is not a whole number, at least 1"),
+        (11, "the run's schedule has 10 steps"),
+    ):
         assert main(["replay", str(run), f"step={step}"]) == 1
         assert message in capsys.readouterr().err
 

@@ -188,7 +188,7 @@ def audit(argv: list[str]) -> int:
     result = audit_run(arguments.run, events.skips(arguments.run))
     if arguments.format == "json":
         figures = {"run": str(arguments.run), "exact": result.exact, **result._asdict()}
-        for name in ("missing", "doubled", "strange"):
+        for name in ("missing", "doubled", "unknown"):
             figures[name] = [finding._asdict() for finding in figures[name]]
         print(json.dumps(figures))
     elif result.exact:

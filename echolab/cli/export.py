@@ -66,7 +66,7 @@ class ExportArguments:
             raise ConfigError(f"ema_std={self.ema_std:g}: is an average; leave out which=")
         if self.out.suffix and self.out.suffix != ".safetensors":
             raise ConfigError(
-                f"out={self.out}: name a file .safetensors, or a folder without a suffix"
+                f"out={self.out}: must end in .safetensors, or have no suffix for a folder"
             )
         if self.model is not None:
             architecture_of(self.model)

@@ -130,8 +130,11 @@ def no_such_setting(path: Location, value: Any) -> str:
     near = [new] if (new := renamed(dotted(path))) else []
     known_names = [*names(), *Settings.model_fields, *OPTIONAL]
     near = near or difflib.get_close_matches(dotted(path), known_names, n=1, cutoff=0.6)
-    known = ", ".join(_fields(_section_of(section.annotation) if section else Settings))
-    remedy = f"did you mean {near[0]}?" if near else f"there are {known}"
+    remedy = "`echolab train --help` lists all"
+    if near:
+        remedy = f"did you mean {near[0]}?"
+    elif section:
+        remedy = f"there are {', '.join(_fields(_section_of(section.annotation)))}"
     return f"{dotted(path)}={shown(value)}: there is no such setting; {remedy}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from echolab.arguments import closest
+from echolab.arguments import closest, expand_home
 from echolab.config.check import OPTIONAL, check, missing, names, no_such_setting
 from echolab.config.folders import CONF, folders_of, group_choices, without_folder
 from echolab.errors import ConfigError
@@ -34,6 +34,7 @@ PATHS = (
 TEXTS = (*PATHS, "logger.project")
 
 WORD = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)
+PLAIN = re.compile(r"\+{0,2}[\w.]+=[\w.,+-]*")  # certainly in Hydra's grammar
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 OF_HYDRA = re.compile(rf"{QUOTED}|null|", re.DOTALL | re.IGNORECASE)
 CHOICE = re.compile(r"choice\((?P<values>.*)\)", re.DOTALL)
@@ -69,8 +70,25 @@ def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             config, resolve=True, throw_on_missing=True
         )
         kept = stored(config)
-    checked = check(plain)
+    checked = check(with_home(plain))
     return checked, with_types(kept, plain, checked)
+
+
+def with_home(config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which paths that begin with `~/` have the home folder in its place.
+
+    The shell leaves the `~` of `key=~/path` to the program.
+    """
+
+    def expanded(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: expanded(f"{key}.{name}", inner) for name, inner in value.items()}
+        if isinstance(value, list) and key in PATHS:
+            return [expanded(key, item) for item in value]
+        is_home = isinstance(value, str) and value.startswith("~/")
+        return expand_home(value) if is_home and key in PATHS else value
+
+    return {name: expanded(name, value) for name, value in config.items()}
 
 
 def compose_unresolved(words: list[str]) -> dict[str, Any]:
@@ -101,6 +119,7 @@ def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+    check_words(words)
     try:
         _search_shipped_files()
         folder = str(folders_of(words)[0])
@@ -110,6 +129,20 @@ def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
         raise ConfigError(missing(tuple(str(error.full_key).split(".")))) from error
     except (HydraException, OmegaConfBaseException, *HYDRAS_OWN) as error:
         raise ConfigError(_refused_by_hydra(error, words)) from error
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise ConfigError for a word that is no override, such as `seed` or `seed =3`."""
+    known = [*names(), *group_choices([CONF])]
+    for word in without_folder(words):
+        key, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            advice = closest(word, known) if word not in known else f"; write {word}=VALUE"
+            raise ConfigError(f"{word}: is no setting with a value, key=value{advice}")
+        plain = key.strip(" \t'\"")
+        if plain != key or not plain:
+            advice = f"write {plain}={value.strip()}" if plain else "write key=value"
+            raise ConfigError(f"{word}: has no plain key before its `=`; {advice}")
 
 
 def _search_shipped_files() -> None:
@@ -129,11 +162,33 @@ def _search_shipped_files() -> None:
 
 
 def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
-    """Return Hydra's message on one line; groups and unknown settings get one of ours.
-
-    Hydra advises `+key=value`, which would be refused as well.
-    """
+    """Return one line in place of Hydra's message, which advises what would be refused as well."""
     words = " ".join(str(error).split()).partition(" Config search path:")[0]
+    if line := _wrong_choice(overrides) or _sweep_without_option(words, overrides):
+        return line
+
+    # A setting that does not exist, or an interpolation that cannot be resolved.
+    given = {word.lstrip("+").partition("=")[0]: word for word in overrides if "=" in word}
+    if match := re.match(r"Could not override '([\w.]+)'", words):
+        key = match[1]
+        if key.startswith("hydra.launcher."):
+            return f"{given.get(key, key)}: is for jobs of Slurm; give launcher=slurm too"
+        if key not in names():
+            return no_such_setting(tuple(key.split(".")), given.get(key, "").partition("=")[2])
+    if match := re.match(r"Could not append to config.*already at '([\w.]+)'", words):
+        return f"{given.get(match[1], match[1])}: exists; leave out the +"
+    if key := getattr(error, "full_key", None):
+        reason = words.partition(" full_key:")[0].removeprefix("KeyError raised while resolving ")
+        remedy = "give a value, and write \\${ for the text ${ itself"
+        return f"{given.get(key, key)}: {reason}; {remedy}"
+    named = (word for word in overrides if word.lstrip("~+").partition("=")[0] in words)
+    subject = getattr(error, "override", None) or next(named, CONF)
+    reason = words.partition(" See https:")[0]
+    return f"{subject}: {reason}; `echolab train --help` lists the settings"
+
+
+def _wrong_choice(overrides: Sequence[str]) -> str | None:
+    """Return one line on the first override of a group that names no file of it."""
     groups = group_choices(folders_of(overrides))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -141,13 +196,17 @@ def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
         if choices and value not in choices:
             known = ", ".join(groups[key])
             return f"{key}={value}: must be one of {known}{closest(value, groups[key])}"
-    if match := re.match(r"Could not override '([\w.]+)'", words):
-        key = match[1]
-        value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{key}=")), "")
-        if key not in names():
-            return no_such_setting(tuple(key.split(".")), value)
-    subject = getattr(error, "override", None) or CONF
-    return f"{subject}: {words}; `echolab train --help` lists the settings"
+    return None
+
+
+def _sweep_without_option(words: str, overrides: Sequence[str]) -> str | None:
+    """Return one line on an override with several values if the command line has no -m."""
+    if not re.match(r"Ambiguous value|Sweep parameters", words):
+        return None
+    word = next((word for word in overrides if f"'{word}'" in words), "")
+    key, _, value = word.partition("=")
+    other = f"a list as {key}=[{value}]" if words.startswith("Amb") else f"text as {key}='{value}'"
+    return f"{word}: is several values; add -m to sweep over them, or write {other}"
 
 
 # -- words for Hydra -----------------------------------------------------------------------------
@@ -186,8 +245,17 @@ def _interpolates(text: str) -> bool:
 
 def _word(word: str, sweep: bool) -> str:
     match = WORD.fullmatch(word)
-    if not match or match["key"] not in TEXTS:
+    if not match:
         return word
+    if match["key"] not in TEXTS:
+        if _is_readable(word):
+            return word
+        if match["value"][:1] in ("[", "{"):
+            raise ConfigError(
+                f"{word}: cannot be read; close every bracket, separate by commas, and put text "
+                "with other characters than letters, digits and ._-/ in quotes: ['a#b', 'c=d']"
+            )
+        return match["start"] + quoted(match["value"])  # `check` says what is wrong with the text
     value, key = match["value"], match["key"]
     choice = CHOICE.fullmatch(value)
     if sweep and (choice or not FUNCTION.fullmatch(value)):
@@ -195,6 +263,20 @@ def _word(word: str, sweep: bool) -> str:
     elif not choice and not FUNCTION.fullmatch(value):
         value = _value(value, key)
     return match["start"] + value
+
+
+def _is_readable(word: str) -> bool:
+    """Return whether Hydra can read an override;"""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if PLAIN.fullmatch(word):
+        return True
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _items(text: str, key: str) -> list[str]:
