@@ -67,7 +67,7 @@ def compare(to: str) -> None:
     report["events"] = [event[2:] for event in history.events]
     report["skips"] = history.skips
     report["slow"] = slow_rank()
-    (Path(to) / f"told-{rank}.json").write_text(json.dumps(report))
+    (Path(to) / f"report-{rank}.json").write_text(json.dumps(report))
 
 
 def slow_rank() -> list[list[str]]:

@@ -151,7 +151,7 @@ def masters_by(strategy: str) -> tuple[nn.Module, Masters]:
 
     zero: dict[str, Any] = {"stage": int(strategy[4])}
     if strategy[4] == "3":  # keep small ones complete, or partition all
-        zero["stage3_param_persistence_threshold"] = 10**5 if strategy.endswith("whole") else 0
+        zero["stage3_param_persistence_threshold"] = 10**5 if strategy.endswith("full") else 0
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     config |= {"zero_allow_untested_optimizer": True}
     if "bf16" in strategy:
@@ -231,7 +231,7 @@ def save_with_fault(out: str, at: str) -> None:
         saver.save(2)
     except CheckpointError as error:
         report = str(error)
-    (Path(out) / f"told-{distributed.rank()}").write_text(report)
+    (Path(out) / f"report-{distributed.rank()}").write_text(report)
     if at == "write" and distributed.rank() == 1:
         writing.write_file = real
     elif at == "memory" and distributed.rank() == 1:

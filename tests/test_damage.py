@@ -138,7 +138,7 @@ def test_a_kill_at_any_moment_of_a_hundred_saves_leaves_a_valid_checkpoint(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     """The newest checkpoint is complete, and not older than the last one reported as published."""
-    folder, report = tmp_path / "checkpoints", tmp_path / "told"
+    folder, report = tmp_path / "checkpoints", tmp_path / "report"
     chance, moments = random.Random(11), set()
     for number in range(KILLS):
         before = report.stat().st_size if report.exists() else 0

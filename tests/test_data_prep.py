@@ -139,7 +139,7 @@ def test_frames_without_audio_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_refused_at_its_end(tmp_path: Path) -> None:
-    complete, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    complete, cut = tmp_path / "complete.mp4", tmp_path / "cut.mp4"
     write_flashing(complete, even(25, count=75), size=256)
     cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 2 // 3])
     assert not probe(complete).damaged
@@ -345,7 +345,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_worker_loses_no_file(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, options = tmp_path / "whole", RunOptions(three, tmp_path / "out")
+    complete, options = tmp_path / "complete", RunOptions(three, tmp_path / "out")
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
     prepare(RunOptions(three, complete))
     monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))

@@ -112,7 +112,7 @@ SMALL = ("frames=33", "min_frames=33", "size=64", "samples_per_shard=2")
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(few: Path, tmp_path: Path) -> None:
-    complete, killed = tmp_path / "whole", tmp_path / "killed"
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
     done = run("run", few, complete, *SMALL, "format=json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

@@ -205,7 +205,7 @@ def test_every_split_into_attempts_has_the_same_batches(
     datasets: dict[str, ShardDataset], tmp_path_factory: pytest.TempPathFactory, case: Case
 ) -> None:
     stocks = case.stocks(datasets)
-    undisturbed, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    undisturbed, killed = tmp_path_factory.mktemp("unbroken"), tmp_path_factory.mktemp("killed")
     trained(case, case.cuts[-1:], stocks, undisturbed)
     trained(case, case.cuts, stocks, killed)
     assert batches(killed) == batches(undisturbed)
@@ -310,7 +310,7 @@ def test_a_killed_run_resumed_on_other_ranks_trains_the_same_batches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips, _ = encoded.write(tmp_path / "data", 10)
-    unbroken, killed = tmp_path / "whole", tmp_path / "killed"
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert main(command(unbroken, clips, 1, "trainer.strategy=single")) == 0
     step = random.SystemRandom().randint(1, 6)
     words = command(killed, clips, 3, "data.num_workers=1", "micro_batch_size=1")

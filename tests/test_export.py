@@ -204,9 +204,9 @@ def test_adapters_are_exported_alone_or_merged(
     assert {tensor.dtype for tensor in load_file(single).values()} == {
         torch.bfloat16, torch.float32,  # the alphas
     }  # fmt: skip
-    assert main(["export", str(adapted), f"out={tmp_path / 'whole'}", "dtype=fp32"]) == 0
+    assert main(["export", str(adapted), f"out={tmp_path / 'unbroken'}", "dtype=fp32"]) == 0
     tensors = load_policy(last_checkpoint(adapted)).state_dict()
-    assert bits(load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")) == bits(
+    assert bits(load_file(tmp_path / "unbroken" / "diffusion_pytorch_model.safetensors")) == bits(
         tensors
     )
     capsys.readouterr()

@@ -58,7 +58,7 @@ SIGNALED = ["signal", signal.SIGTERM, False, False]
 )  # fmt: skip
 def test_a_run_stopped_in_each_validation_equals_one_not_stopped(starts: Starts, kind: str) -> None:
     """5 held-out clips on 2 ranks are uneven; one rank alone gets the signal."""
-    not_stopped = starts(kind, f"{kind}-whole")
+    not_stopped = starts(kind, f"{kind}-not-stopped")
     assert not_stopped["result"] == [STEPS, "done", 0, True, False]
     assert not_stopped["val"] == [2, STEPS] and not_stopped["parity"] == [STEPS]
 
@@ -80,7 +80,9 @@ def test_a_run_stopped_in_each_validation_equals_one_not_stopped(starts: Starts,
     assert record["result"] == [STEPS, "done", 0, True, False]
     assert record["parity"] == [STEPS] and record["trained"] == []
     last = f"checkpoints/step-{STEPS:06d}"
-    unbroken, broken = (runs.tensors_of(starts.data / r / last) for r in (f"{kind}-whole", run))
+    unbroken, broken = (
+        runs.tensors_of(starts.data / r / last) for r in (f"{kind}-not-stopped", run)
+    )
     assert unbroken == broken
 
 

@@ -212,7 +212,7 @@ def test_training_keeps_a_ledger_over_its_attempts(tmp_path: Path) -> None:
         return read_ledger(root / "run").steps
 
     plan = runs.schedule(*PLAN)
-    runs.train(tmp_path / "whole", plan, intervals=EVERY, log_samples=True)
+    runs.train(tmp_path / "unbroken", plan, intervals=EVERY, log_samples=True)
     first, _ = runs.train(
         tmp_path / "cut", plan, intervals=EVERY, log_samples=True, on_step=interrupt
     )
@@ -220,7 +220,7 @@ def test_training_keeps_a_ledger_over_its_attempts(tmp_path: Path) -> None:
     runs.train(
         tmp_path / "cut", plan, intervals=EVERY, log_samples=True, micro_batch_size=1, num_workers=1
     )
-    assert effective(tmp_path / "cut") == effective(tmp_path / "whole")
+    assert effective(tmp_path / "cut") == effective(tmp_path / "unbroken")
     audit = audit_run(tmp_path / "cut/run")
     assert audit.exact and (audit.steps, audit.attempts, audit.samples) == (9, 2, 36)
     noise = [row.noise for rows in effective(tmp_path / "cut").values() for row in rows]

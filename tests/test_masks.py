@@ -53,7 +53,7 @@ def test_lip_sync_hides_the_lips_at_their_widest() -> None:
     for frame in range(FRAMES):
         x0, y0, x1, y1 = LIPS[frame].int().tolist()
         assert not mask[frame, 0, y0:y1, x0:x1].any()
-    assert len(set((~mask).flatten(1).sum(1).tolist())) == 1, "one size for the whole clip"
+    assert len(set((~mask).flatten(1).sum(1).tolist())) == 1, "one size for the full clip"
     assert torch.equal(mask[0, 0, :, :-2], mask[2, 0, :, 2:]), "closed and open look the same"
 
 

@@ -97,8 +97,8 @@ def test_candidates_are_a_pure_function_of_seed_key_and_index(
 def test_each_candidate_has_the_next_guidance(
     net: EchoTransformer, dataset: ShardDataset, tmp_path: Path
 ) -> None:
-    sample(net, dataset, tmp_path / "found", prompts=1, audio_scales=(0.0, 2.0))
-    ((key, clips),) = read_candidates(tmp_path / "found")
+    sample(net, dataset, tmp_path / "candidates", prompts=1, audio_scales=(0.0, 2.0))
+    ((key, clips),) = read_candidates(tmp_path / "candidates")
     batch = collate_clips(dataset, [read_clip(dataset, 0, TASK)])
     for number, scale in enumerate((0.0, 2.0, 0.0)):
         alone = generate(net, batch.conditions, [key], steps=2, shift=5.0, audio_scale=scale,

@@ -40,7 +40,7 @@ LIMIT = 1.3  # of one copy of the weights in fp32
 
 def test_initialization_equals_drawing_into_the_parameters() -> None:
     """Earlier versions drew into the parameters, in this order."""
-    net, generator = tiny.net(initialised=False), torch.Generator().manual_seed(5)
+    net, generator = tiny.net(initialized=False), torch.Generator().manual_seed(5)
     layers = dict(net.named_modules())
     names = [name for name, _ in net.named_parameters()]
     with torch.no_grad():

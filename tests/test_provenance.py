@@ -190,7 +190,7 @@ def test_a_round_has_one_autoencoder_and_one_judge(tmp_path: Path, other: str | 
     first, second, clips = networks(), networks(), drawn.clips(2)
     made_by = {"video": fingerprint(first["video"])}
     latents = [torch.randn(16, 2, 8, 8).half() for _ in range(2)]
-    folder = candidates(tmp_path / "found", latents, encoders=made_by)
+    folder = candidates(tmp_path / "candidates", latents, encoders=made_by)
     judges = {name: fingerprint(net) for name, net in first.items()}
     append_verdicts(folder / VERDICTS, "key-0", [Verdict(1, 1, 1), Verdict(2, 1, 1)], judges)
     given = {**first, **({other: second[other]} if other else {})}

@@ -91,7 +91,7 @@ def test_the_command_encodes_and_prints_a_summary(
 def test_a_stopped_command_resumes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, out = tmp_path / "whole", tmp_path / "out"
+    complete, out = tmp_path / "complete", tmp_path / "out"
     assert encode_action(command(world, complete)) == 0
     calls: list[str] = []
 

@@ -198,7 +198,7 @@ def test_a_reference_is_read_again_after_a_rollback(
 @pytest.mark.slow
 def test_three_ranks_identify_each_fault(fork_server: ForkServer, tmp_path: Path) -> None:
     fork_server.run("guarded:compare", world=3, arguments={"to": str(tmp_path)})
-    of_ranks = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(3)]
+    of_ranks = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(3)]
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank continues alone
     report = of_ranks[0]
     assert report["alike"] == report["still"] == ""

@@ -11,7 +11,7 @@ from echolab.training.checkpoints.diff import state_differences, tensor_differen
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "zero3-whole"]
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "zero3-full"]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

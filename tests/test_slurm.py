@@ -69,7 +69,7 @@ def test_a_term_to_all_processes_of_the_step_saves_with_wandb_on(
     cluster: Cluster, data: list[str], tmp_path: Path
 ) -> None:
     """`scancel` reaches the tracker and its service too; the next job resumes from that step."""
-    unbroken, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    unbroken, run, log = tmp_path / "unbroken", tmp_path / "run", tmp_path / "log"
     settings = [*data, encoded.plan(("sft", 60)), "save_every=1000", "trainer.strategy=ddp"]
 
     def submit(folder: Path, *words: str) -> str:

@@ -141,11 +141,11 @@ def test_patient_writes_survive_a_transient_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, 2))
-    write_atomic(tmp_path / "a", b"whole", patient=True)
-    assert (tmp_path / "a").read_bytes() == b"whole"
+    write_atomic(tmp_path / "a", b"complete", patient=True)
+    assert (tmp_path / "a").read_bytes() == b"complete"
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, number, float("inf")))
     with pytest.raises(StorageError, match=rf"b: could not be written .*errno {number}\)") as error:
-        write_atomic(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"complete", patient=True)
     assert not isinstance(error.value, DiskFullError)
     assert cause_of_exception(error.value, "save") == "storage"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -157,7 +157,7 @@ def test_a_full_disk_is_reported_without_retries(
 ) -> None:
     monkeypatch.setattr(os, "fsync", failing := Failing(os.fsync, number, float("inf")))
     with pytest.raises(DiskFullError) as error:
-        write_atomic(tmp_path / "b", b"whole", patient=True)
+        write_atomic(tmp_path / "b", b"complete", patient=True)
     assert failing.calls == 1 and cause_of_exception(error.value, "vote") == "disk"
     assert cause_of_exception(OSError(number, "words"), "vote") == "disk"
 
@@ -493,4 +493,4 @@ def test_full_shared_memory_hides_no_report_of_a_rank(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     arguments = {"root": str(tmp_path)}
-    fork_server.run("test_storage:tell_from_a_full_memory", arguments=arguments)
+    fork_server.run("test_storage:report_under_full_memory", arguments=arguments)

@@ -30,7 +30,7 @@ def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Any]]:
     """Train a run without interruption; return its last tensors, and every loss."""
     result, rows = runs.train(
-        tmp_path_factory.mktemp("whole"), runs.schedule(*PLAN), intervals=EVERY
+        tmp_path_factory.mktemp("unbroken"), runs.schedule(*PLAN), intervals=EVERY
     )
     assert result.done and result.checkpoint
     return runs.tensors_of(result.checkpoint), losses(rows)

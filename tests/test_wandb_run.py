@@ -131,7 +131,7 @@ def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = start(tmp_path, config={"url": f"https://user:{canary}@host", "list": [canary]})
     run.log(1, {"loss": 1.0})
     run.finish(PATIENT)
-    assert read(tmp_path)[0], "the file is whole before it is searched"
+    assert read(tmp_path)[0], "the file is complete before it is searched"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if canary.encode() in path.read_bytes()]
 

@@ -72,7 +72,7 @@ def test_loading_a_file_of_the_same_network_changes_nothing(model: str) -> None:
 def test_tensors_are_used_without_a_copy() -> None:
     tensors = {name: tensor.clone() for name, tensor in tiny.net().state_dict().items()}
     with torch.device("meta"):
-        net = tiny.net(initialised=False)
+        net = tiny.net(initialized=False)
     load_weights(net, tensors)
     for name, parameter in net.named_parameters():
         assert parameter.data_ptr() == tensors[name].data_ptr(), name

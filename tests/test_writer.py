@@ -269,7 +269,7 @@ def test_a_failure_of_one_rank_is_raised_on_all(
     """Its clock is off by decades too: no name depends on a clock."""
     arguments = {"out": str(tmp_path), "at": at}
     fork_server.run("saved:save_with_fault", world=2, arguments=arguments)
-    report = {(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)}
+    report = {(tmp_path / f"report-{rank}").read_text() for rank in (0, 1)}
     assert len(report) == 1
     assert (words or "no host memory to save from (this rank cannot)") in report.pop()
     saw = {(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)}
