@@ -59,6 +59,7 @@ def main(words: Sequence[str]) -> None:
             activation_checkpointing=options.get("checkpointing", "none"),
             sequence_parallel=int(options.get("together", 1)),
         ),
+        ref_model_sync_steps=int(options.get("sync", 0)),
         **(adapted.settings(options["lora"]) if "lora" in options else {}),
     )
     if rows:

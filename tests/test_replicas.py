@@ -170,9 +170,14 @@ def test_a_reference_is_read_again_after_a_rollback(
         reference=reference,
         ref_model=None,
         objectives={"dpo": runs.Preference(runs.PHASES, reference, 100.0)},
+        mixes_reference=False,
+        ref_model_sync_steps=0,
+        ref_model_mixup_alpha=0.6,
     )
     callback = ReferenceModel(
         config,  # type: ignore[arg-type]
+        SimpleNamespace(),  # type: ignore[arg-type]
+        SimpleNamespace(),  # type: ignore[arg-type]
         SimpleNamespace(folder=tmp_path),  # type: ignore[arg-type]
         SimpleNamespace(watch_reference=lambda: watched.append(True)),  # type: ignore[arg-type]
     )

@@ -106,6 +106,12 @@ def objectives_from(
     return objectives
 
 
+def mixing_from(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `TrainConfig` by which the reference follows the weights."""
+    names = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+    return {name: objective[name] for name in names if name in objective}
+
+
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     """Open the datasets, if any, that the setting data.`key` names, and return them."""
     named: str | Sequence[str] = config[key] or []
@@ -253,6 +259,7 @@ def train_config_from(
         phases=phases,
         reference=reference,
         ref_model=pinned,
+        **mixing_from(config["objective"]),
         init_from=initial,
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,

@@ -302,6 +302,7 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_the_network(config["model"], config["trainer"], config["lora"])
     yield from _of_the_rates(config["optim"]["lr"], config["schedule"]["epochs"])
     yield from _of_the_data(config["data"], config["schedule"]["epochs"])
+    yield from _of_the_reference(config)
     yield from _of_the_tasks(config["tasks"])
     loss = config["objective"]
     if loss["loss_type"] == "exo_pair" and not loss["label_smoothing"]:
@@ -384,6 +385,15 @@ def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -
             )
         elif not any(weights):
             yield f"data.{key}={shown(weights)}: all are 0; give one above 0, or null"
+
+
+def _of_the_reference(config: Mapping[str, Any]) -> Iterator[str]:
+    steps = config["objective"].get("ref_model_sync_steps", 0)
+    if steps and config["ref_model"] == "base":
+        yield (
+            f"objective.ref_model_sync_steps={steps}: the base of the adapters cannot be mixed "
+            "with them; take ref_model=null, or 0"
+        )
 
 
 def _of_the_tasks(tasks: Mapping[str, Any]) -> Iterator[str]:

@@ -220,6 +220,14 @@ class Objective(Section):
     target_grad_factor: Annotated[float, Field(gt=0, lt=0.5), NUMBER] | None = Field(
         description="gradient factor that beta follows; null: beta is constant"
     )
+    ref_model_sync_steps: CountOrZero = Field(
+        default=0,
+        description="steps between mixings of the weights into the reference, during an epoch of "
+        "ndpo or dpo; 0: never",
+    )
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
+        default=0.6, description="share of the trained weights in such a mixing"
+    )
 
 
 class Optim(Section):

@@ -159,6 +159,8 @@ class TrainConfig(NamedTuple):
     accepts_changed_data: bool = False  # accepts other data than the run was trained on so far
     reference: Reference | None = None
     ref_model: Path | None = None
+    ref_model_sync_steps: int = 0  # steps between mixings of the weights into it; 0: never
+    ref_model_mixup_alpha: float = 0.6  # share of the weights in such a mixing
     init_from: Path | None = None
     origins: Mapping[str, Any] = EMPTY  # what it starts from and refers to, by content; rank 0's
     adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
@@ -204,6 +206,11 @@ class TrainConfig(NamedTuple):
         """Whether DeepSpeed holds the weights."""
         return self.machine.strategy.startswith("zero")
 
+    @property
+    def mixes_reference(self) -> bool:
+        """Whether the reference follows the trained weights within a preference epoch."""
+        return self.ref_model_sync_steps > 0 and self.reference is not None
+
     def check(self) -> None:
         """Raise ConfigError for parts that do not fit each other."""
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
@@ -218,6 +225,11 @@ class TrainConfig(NamedTuple):
             )
         if self.val_data and not self.phases:
             raise ConfigError("val_data: needs phases too")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(
+                f"objective.ref_model_mixup_alpha={self.ref_model_mixup_alpha:g}: must be above 0 "
+                "and at most 1; 0.6 is usual"
+            )
         check_device(self.machine)
         if not 0 < self.flow_shift < math.inf:
             raise ConfigError(f"flow_shift={self.flow_shift:g}: must be above 0; 5 is usual")

@@ -53,7 +53,12 @@ class TrainLoop(pl.Callback):
         self.signals, self.heartbeat = signals, heartbeat
         self.intervals = config.intervals or Intervals()
         optim = config.optim
-        self.ema = Ema(optim.ema_decay, optim.extra_ema_decays, optim.posthoc_ema_stds)
+        self.ema = Ema(
+            optim.ema_decay,
+            optim.extra_ema_decays,
+            optim.posthoc_ema_stds,
+            keeps_reference=config.mixes_reference,
+        )
         # These exist once the ranks are connected, and once the optimizer is on its device.
         self._state: RunState | None = None
         self._masters: Masters | None = None
@@ -90,7 +95,7 @@ class TrainLoop(pl.Callback):
             # A bad step is undone before anything below keeps it.  Nothing below runs then.
             LossSpikes(config, trainer, data, checkpoints),
             # The objective's running margin, and the ledger, count accepted steps only.
-            ReferenceModel(config, checkpoints, replicas),
+            ReferenceModel(config, self.masters, self.ema, checkpoints, replicas),
             *([SampleLedger(config.run_dir, data)] if config.log_samples else []),
             # Measured here, so that the time of checks and saves belongs to the next interval.
             MeasureMetrics(intervals, data, self.heartbeat, config.callbacks),

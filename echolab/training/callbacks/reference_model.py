@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from echolab.errors import ConfigError
 from echolab.training.callbacks.callback import Callback
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.checkpoints.checkpoint import folder_of, open_on_all_ranks
 from echolab.training.config import TrainConfig
-from echolab.training.engine.ema import EMA
+from echolab.training.engine.ema import EMA, REFERENCE, Ema
+from echolab.training.engine.master_weights import Masters
 from echolab.training.run_state import RunState
 
 
@@ -21,14 +24,25 @@ class ReferenceModel(Callback):
     They are those of the checkpoint saved there, so that a resumed run reads the same reference;
     `config.ref_model` replaces them in all epochs.  The state of an objective is reset
     with each epoch: a margin against an earlier reference says nothing.
+
+    With `config.ref_model_sync_steps` the trained weights are mixed into the reference within the
+    epoch, as by trl's SyncRefModelCallback.  Its weights are then part of every checkpoint.
     """
 
     state_key = "objectives"
 
     def __init__(
-        self, config: TrainConfig, checkpoints: Checkpoints, replica_check: ReplicaCheck
+        self,
+        config: TrainConfig,
+        masters: Masters,
+        ema: Ema,
+        checkpoints: Checkpoints,
+        replica_check: ReplicaCheck,
     ) -> None:
         self.reference, self.fixed = config.reference, config.ref_model
+        self.mixes = config.mixes_reference
+        self.sync_steps, self.alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        self.masters, self.ema = masters, ema
         self.checkpoints, self.replica_check = checkpoints, replica_check
         self.stateful: dict[str, Any] = {
             kind: objective
@@ -53,7 +67,14 @@ class ReferenceModel(Callback):
             return
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give ref_model=")
-        self.reference.load(open_on_all_ranks(self.fixed or boundary).tensors(EMA))
+        # Within an epoch a mixed reference is no checkpoint's average: `restore` has read it.
+        if self.mixes and position.within:
+            self.reference.load(self._mixed())
+        else:
+            weights = open_on_all_ranks(self.fixed or boundary).tensors(EMA)
+            self.reference.load(weights)
+            if self.mixes:
+                self.masters.fill(self.ema.flats[REFERENCE], weights)
         self.reference.to(state.module.device)
         if position.within == 0:
             self.load_state_dict(self._initial)
@@ -65,6 +86,23 @@ class ReferenceModel(Callback):
         if state.vote.margin_share:
             mean = state.vote.margin / state.vote.margin_share
             self.stateful[state.kind].update(mean)
+        if self.mixes and state.kind != "sft" and state.step % self.sync_steps == 0:
+            self._mix()
+
+    def _mix(self) -> None:
+        """Mix the trained weights into the reference; collective."""
+        assert self.reference
+        self.replica_check.check_frozen()
+        self.ema.mix_reference(self.masters, self.alpha)
+        self.reference.load(self._mixed())
+        self.replica_check.watch_reference()
+
+    def _mixed(self) -> dict[str, Tensor]:
+        """Return a copy of the mixed reference by parameter name, in full; collective."""
+        flats = self.ema.flats[REFERENCE]
+        return {
+            name: self.masters.full_tensor(name, flats).clone() for name in self.masters.parameters
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every objective that has one, by kind."""

@@ -160,7 +160,9 @@ def content_faults(checkpoint: Checkpoint) -> list[str]:
 def _part_faults(checkpoint: Checkpoint) -> list[str]:
     """Compare the parts with the averages that the state names; a snapshot has those of POWER."""
     manifest, ema = checkpoint.manifest, checkpoint.state["ema"]
-    averages = part_names(ema.get("more", []), ema.get("widths", []))
+    averages = part_names(
+        ema.get("more", []), ema.get("widths", []), ema.get("keeps_reference", False)
+    )
     expected = {MASTER, *MOMENTS, *averages}
     powers = {part for part in averages if part.startswith(POWER)}
     # A checkpoint has all parts, a snapshot only its power averages.
@@ -312,7 +314,8 @@ def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
     if sorted(there) != sorted(ema.parts):
         raise CheckpointError(
             f"{checkpoint.path}: has the averages {', '.join(there)}, this run keeps "
-            f"{', '.join(ema.parts)}; give ema_more and ema_widths as they were, or another folder"
+            f"{', '.join(ema.parts)}; give optim.extra_ema_decays, optim.posthoc_ema_stds and "
+            "objective.ref_model_sync_steps as they were, or another folder"
         )
 
 

@@ -45,6 +45,16 @@ def number(least: float = -math.inf, most: float = math.inf) -> Check:
     return check
 
 
+def true() -> Check:
+    """Accept true alone: a saved mark, which is absent otherwise."""
+
+    def check(value: Any, name: str) -> Iterator[str]:
+        if value is not True:
+            yield _fault(value, name, "true")
+
+    return check
+
+
 def text(*choices: str) -> Check:
     """Accept text, or one of `choices` if there are any."""
 
@@ -135,7 +145,7 @@ STATE = fields(
         "optimizer_updates": integer(),
         "ema": fields(
             {"updates": integer()}, decay=number(0, 1), more=items(number(0, 1)),
-            widths=items(number(0, 1)),
+            widths=items(number(0, 1)), keeps_reference=true(),
         ),
         "schedule": fields(
             {"epochs": items(row(text(*KINDS), integer(1), number(0)))},

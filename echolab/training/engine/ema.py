@@ -23,6 +23,7 @@ from echolab.training.engine.master_weights import Masters
 
 WIDEST = 1 / math.sqrt(12)  # of exponent 0: the plain mean of all
 EMA, POWER = "ema", "power-"  # names of parts: the second begins those of power profiles
+REFERENCE = "ref_model"  # name of the part of a mixed reference model
 
 
 def part_of(decay: float) -> str:
@@ -30,9 +31,12 @@ def part_of(decay: float) -> str:
     return f"{EMA}-{decay!r}"
 
 
-def part_names(more: Sequence[float], widths: Sequence[float]) -> list[str]:
+def part_names(
+    more: Sequence[float], widths: Sequence[float], keeps_reference: bool = False
+) -> list[str]:
     """Return the names of all averages, in a checkpoint too."""
-    return [EMA, *map(part_of, more), *(f"{POWER}{width!r}" for width in widths)]
+    reference = [REFERENCE] if keeps_reference else []
+    return [EMA, *map(part_of, more), *(f"{POWER}{width!r}" for width in widths), *reference]
 
 
 class Ema:
@@ -41,19 +45,28 @@ class Ema:
     n counts updates: a young average forgets its start quickly (TensorFlow's rule).  Validation and
     sampling use the average of `decay`.  Those of `more` are additional, and so are power profiles
     of `widths`, from which others can be made later.
+
+    With `keeps_reference` the weights of a reference model are kept in the same layout, so that
+    they are mixed without a gather, saved and restored as an average is: see `mix_reference`.
     """
 
     def __init__(
-        self, decay: float, more: Sequence[float] = (), widths: Sequence[float] = ()
+        self,
+        decay: float,
+        more: Sequence[float] = (),
+        widths: Sequence[float] = (),
+        *,
+        keeps_reference: bool = False,
     ) -> None:
         # Decays outside [0, 1) would diverge, and equal ones be one part.
         for number in (decay, *more):
             if not 0 <= number < 1:
                 raise ConfigError(f"ema_decay={number:g}: must lie in [0, 1); 0.999 is usual")
-        for name, numbers in (("ema_more", more), ("ema_widths", widths)):
+        for name, numbers in (("extra_ema_decays", more), ("posthoc_ema_stds", widths)):
             if len(set(numbers)) < len(numbers):
                 raise ConfigError(f"{name}={list(numbers)}: one is given twice; give each once")
         self.decay, self.more, self.widths = decay, tuple(more), tuple(widths)
+        self.keeps_reference = keeps_reference
         self.updates = 0
         self._decays = {EMA: decay, **{part_of(number): number for number in more}}
         self._exponents = {f"{POWER}{width!r}": exponent_of(width) for width in widths}
@@ -62,7 +75,7 @@ class Ema:
     @property
     def parts(self) -> list[str]:
         """Names of the averages, in a checkpoint too."""
-        return part_names(self.more, self.widths)
+        return part_names(self.more, self.widths, self.keeps_reference)
 
     def start(self, masters: Masters) -> None:
         """Start from the current weights."""
@@ -81,6 +94,12 @@ class Ema:
             torch._foreach_lerp_(self.flats[part], masters.local, share)
         self.updates += 1
 
+    @torch.no_grad()
+    def mix_reference(self, masters: Masters, alpha: float) -> None:
+        """Set reference <- (1 - alpha) reference + alpha weights, as trl's SyncRefModelCallback."""
+        for reference, weights in zip(self.flats[REFERENCE], masters.local, strict=True):
+            reference.mul_(1.0 - alpha).add_(weights, alpha=alpha)
+
     @contextmanager
     def applied(self, masters: Masters, part: str = EMA) -> Iterator[None]:
         """Let the network compute with the average; restore its weights afterwards, bit for bit."""
@@ -95,7 +114,8 @@ class Ema:
     def state_dict(self) -> dict[str, Any]:
         """Return settings and count as JSON; the averages themselves are parts of a checkpoint."""
         settings = {"decay": self.decay, "more": list(self.more), "widths": list(self.widths)}
-        return {**settings, "updates": self.updates}
+        reference = {"keeps_reference": True} if self.keeps_reference else {}
+        return {**settings, **reference, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue counting from `state_dict()`."""
