@@ -238,12 +238,11 @@ def data_from(
 def train_config_from(
     config: Mapping[str, Any], settings_digest: str, machine: Machine | None = None
 ) -> TrainConfig:
-    """Build what `fit` takes; `agreed` is a digest of the settings, `machine` replaces theirs."""
-    schedule = schedule_from(config)
-    phases = phases_from(config["phases"])
+    """Build the configuration of `fit`; `machine`, if given, replaces that of the settings."""
+    schedule, phases = schedule_from(config), phases_from(config["phases"])
     seed, prefers = int(config["seed"]), schedule.prefers
     origin, pinned = checkpoints_from(config)
-    parts = {"callbacks": callbacks_from(config["callbacks"]), **data_from(config, origin, pinned)}
+    parts = data_from(config, origin, pinned) | mixing_from(config["objective"])
     machine = machine or machine_from(config["trainer"])
     placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
     net, own, initial = start_of(config, origin, seed, placement)
@@ -254,12 +253,12 @@ def train_config_from(
         net=net,
         architecture=config["model"],
         **parts,
+        callbacks=callbacks_from(config["callbacks"]),
         schedule=schedule,
         objectives=objectives_from(config["objective"], phases, reference),
         phases=phases,
         reference=reference,
         ref_model=pinned,
-        **mixing_from(config["objective"]),
         init_from=initial,
         origins=origins_from(config, origin, pinned),
         adapters=own.record if own else None,
