@@ -253,7 +253,7 @@ def test_network_settings_are_compared_with_the_tensors_before_the_network_is_bu
     "text", [b"", b"[]", b"3", b'"x"', b"{}", b"[" * 100_000, b"\xff", b'{"caption"']
 )
 def test_a_sample_without_a_caption_is_a_data_error(text: bytes) -> None:
-    with pytest.raises(DataError, match="json holds no caption"):
+    with pytest.raises(DataError, match="json: holds no caption"):
         caption_of({"json": text})
 
 

@@ -124,7 +124,7 @@ def test_a_killed_run_resumes_to_the_same_result(few: Path, tmp_path: Path) -> N
         process.kill()
     assert not (killed / "dataset.json").exists()
     again = run("run", few, killed, *SMALL)
-    assert again.returncode == 0 and "were done before" in again.stderr
+    assert again.returncode == 0 and "were done by an earlier run" in again.stderr
     files = sorted(path.name for path in complete.iterdir())
     assert files == sorted(path.name for path in killed.iterdir())
     for name in files:

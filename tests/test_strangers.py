@@ -256,7 +256,7 @@ def test_a_password_is_not_sent_to_another_server(tmp_path: Path) -> None:
 
     def listen(answer: fault_server.Answer) -> None:
         seen.append((answer.path, answer.headers["Authorization"]))
-        fault_server.full_environment(answer)
+        fault_server.complete(answer)
 
     with fault_server.serving(tmp_path) as one, fault_server.serving(tmp_path) as other:
         other.always["dataset.json"] = listen
