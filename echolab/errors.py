@@ -1,4 +1,7 @@
-"""Errors that a user can cause.  Each message is one line: `subject: fault; remedy`."""
+"""Errors that a user can cause.  Each message is one line: `subject: fault; remedy`.
+
+The exit code of each class is in `launch.exit_codes`.
+"""
 
 import re
 
@@ -28,16 +31,22 @@ class ConfigError(EcholabError):
     """A setting that is unknown, missing or out of range."""
 
 
+# A run folder or dataset folder that another process uses.
+
+
 class BusyError(EcholabError):
-    """A folder that another process writes to; later the same command may succeed."""
+    """A folder that another process writes to; the same command may succeed later."""
 
 
 class FencedError(EcholabError):
-    """A run that a later launch has taken over, so that this process must not write any more."""
+    """A run that a later launch took over, so that this process must stop writing."""
 
 
 class RetryableError(EcholabError):
-    """A failure that may pass: the same command may succeed later; exit code 77."""
+    """A temporary failure: the same command may succeed later; exit code 77."""
+
+
+# Data, and the storage that holds it.
 
 
 class DataError(EcholabError):
@@ -49,23 +58,26 @@ class StorageError(EcholabError):
 
 
 class DiskFullError(StorageError):
-    """A file that cannot be written: no room, a quota, or a read-only disk."""
+    """A file that cannot be written: no space, a quota, or a read-only disk."""
 
 
 class SharedMemoryError(EcholabError):
-    """/dev/shm is too full for the batches of the loader's workers."""
+    """A /dev/shm without space for the batches of data loader workers."""
 
 
 class WorkerError(EcholabError):
-    """A worker process of the data loader that ended, or was killed."""
+    """A data loader worker that ended or was killed."""
 
 
 class MediaError(EcholabError):
     """An image, video or audio track that cannot be used."""
 
 
+# Checkpoints and weights.
+
+
 class CheckpointError(EcholabError):
-    """A checkpoint that is damaged, or of another network."""
+    """A checkpoint that is damaged or belongs to another network."""
 
 
 class SaveError(CheckpointError):
@@ -73,11 +85,14 @@ class SaveError(CheckpointError):
 
 
 class WeightsError(EcholabError):
-    """A model file that is missing, or is not the file it claims to be."""
+    """A model file that is missing, damaged or of another model."""
+
+
+# Failures of training that all ranks notice in the same step.
 
 
 class CollectiveError(EcholabError):
-    """A fault that all ranks raise together; `rank` has it, None if unknown."""
+    """A fault that all ranks raise together; `rank` is the rank at fault, None if unknown."""
 
     def __init__(self, message: str, *, rank: int | None = None) -> None:
         super().__init__(message)
@@ -85,14 +100,14 @@ class CollectiveError(EcholabError):
 
 
 class DivergedError(CollectiveError):
-    """A loss, gradient or weight that is not finite; `step` (from 0) has it, None if unknown."""
+    """A loss, gradient or weight that is not finite, at `step` (from 0; None if unknown)."""
 
     step: int | None = None
 
 
 class ReplicaError(CollectiveError):
-    """Ranks that should hold the same bits and do not."""
+    """Replicas that differ between ranks."""
 
 
 class ParityError(EcholabError):
-    """Exported weights that do not compute what the training model does."""
+    """Exported weights that compute other values than the training model."""

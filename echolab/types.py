@@ -1,4 +1,4 @@
-"""Types that the packages exchange.  All are NamedTuples, which Lightning casts and pins.
+"""Types that the packages exchange; all are NamedTuples, which Lightning casts and pins.
 
 Shapes, with Wan's strides (see `geometry`): B clips, T frames, F latent frames (T = 4 (F - 1) + 1),
 C latent channels, Y, X pixels, H = Y / 8, W = X / 8 latents, L text tokens, N image tokens,
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# Data: decoded clips.
+
 
 class Clips(NamedTuple):
-    """Clips of one size as they were recorded; only drawn talkers have visemes."""
+    """Clips of one size, decoded; only synthetic talkers have visemes."""
 
     keys: list[str]
     pixels: Tensor  # [B, 3, T, Y, X] uint8
@@ -19,11 +21,14 @@ class Clips(NamedTuple):
     face: Tensor  # [B, T, 4]      left, top, right, bottom in pixels
     lips: Tensor  # [B, T, 4]
     visemes: Tensor | None  # [B, T, 2]      opening and width of the mouth, in [0, 1]
-    about: list[dict[str, Any]]  # the json of each sample
+    about: list[dict[str, Any]]  # JSON metadata of each sample
 
     def float_pixels(self, which: Tensor | slice = slice(None)) -> Tensor:
         """Return pixels of some clips in [-1, 1]."""
         return self.pixels[which].float() / 127.5 - 1
+
+
+# The network: its inputs, and batches of clips with them.
 
 
 class Conditions(NamedTuple):
@@ -43,13 +48,13 @@ class Batch(NamedTuple):
 
     latents: Tensor  # [B, C, F, H, W]  clean
     conditions: Conditions
-    weight: Tensor  # [B, 1, F, H, W]  weight of each latent in the error; mean 1 is usual
-    tasks: list[str]  # the task of each clip, by name
-    keys: list[str]  # the key of each clip in its dataset
+    weight: Tensor  # [B, 1, F, H, W]  weight of each latent in the loss; mean 1 is usual
+    tasks: list[str]  # task name of each clip
+    keys: list[str]  # key of each clip in its dataset
 
 
 class PreferencePair(NamedTuple):
-    """Two videos for the same conditions: there is one of everything else."""
+    """Two videos for the same conditions; everything else exists once for both."""
 
     chosen: Tensor  # [B, C, F, H, W]
     rejected: Tensor  # [B, C, F, H, W]
@@ -59,12 +64,15 @@ class PreferencePair(NamedTuple):
     keys: list[str]
 
 
+# A training step: its random numbers, the weights of the modalities, and its loss.
+
+
 class Draws(NamedTuple):
-    """The random numbers of one training step, a pure function of (seed, epoch, key, draw)."""
+    """Random numbers of one training step, a pure function of (seed, epoch, key, draw index)."""
 
     noise: Tensor  # [B, C, F, H, W]  standard normal, fp32
     sigmas: Tensor  # [B]              noise level; 0 is data, 1 is noise
-    uniforms: Tensor  # [B, 2]           decide whether image and audio are kept
+    uniforms: Tensor  # [B, 2]           for the dropout of image and audio
 
 
 class ModalityWeights(NamedTuple):

@@ -182,7 +182,7 @@ def test_a_pth_is_not_compressed_and_not_longer_than_its_file(tmp_path: Path) ->
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
-    with pytest.raises(WeightsError, match=r"a\.pth: \S+ is packed"):
+    with pytest.raises(WeightsError, match=r"a\.pth: \S+ is compressed"):
         read_tensors(path)
     one = saved(tmp_path, {"a": torch.zeros(2**10)}).read_bytes()
     end = one.rfind(b"PK\x05\x06")

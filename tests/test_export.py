@@ -98,9 +98,9 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     tensors = net.state_dict()
     write_original(tmp_path / "a.safetensors", net, tensors, **FP32)
     before = (tmp_path / "a.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match=r"a\.safetensors: already there"):
+    with pytest.raises(ConfigError, match=r"a\.safetensors: exists already"):
         write_original(tmp_path / "a.safetensors", net, tensors, **FP32)
-    with pytest.raises(ConfigError, match="more than shard_gb=4e-05; name a folder"):
+    with pytest.raises(ConfigError, match="more than shard_gb=4e-05; give a folder"):
         write_original(
             tmp_path / "b.safetensors", net, tensors, dtype=torch.float32, shard_bytes=40_000
         )

@@ -192,16 +192,16 @@ def write_wrong(folder: Path) -> dict[str, Path]:
 
 
 WRONG = {
-    "flash": "holds echomimicv3_flash .*the network is echomimicv3_preview: give model=",
+    "flash": "holds echomimicv3_flash .*the network is echomimicv3_preview; give model=",
     "fp8": r"head\.head\.weight is float8_e4m3fn, a fp8 file; give the bf16 or fp32",
     "lora": r"a LoRA \(blocks\.0\.ffn\.0\.lora_A\.weight\), need base weights",
     "vae": r"no weights of a Wan transformer \(1 tensors, such as encoder\.conv1\.weight\)",
     "cut": "damaged or cut short",
-    "missing": r"w-00002-of-00003\.safetensors: this shard of \d+ tensors is not there",
-    "other": r"w-00001-of-00003.*: \S+ is not in it, against w\.safetensors\.index",
-    "code": "a pickle that wants posix.mkdir; nothing in it was run",
+    "missing": r"w-00002-of-00003\.safetensors: this shard of \d+ tensors is missing",
+    "other": r"w-00001-of-00003.*: \S+ is missing, but listed in w\.safetensors\.index",
+    "code": "a pickle that calls posix.mkdir; nothing in it was run",
     "later": "not of tensors alone; nothing in it was run",
-    "archive": "a pickle that wants posix.mkdir; nothing in it was run",
+    "archive": "a pickle that calls posix.mkdir; nothing in it was run",
     "steps": "step is no plain tensor",
     "numbered": "7 is no plain tensor",
     "valueless": r"head\.head\.weight is no plain tensor",
@@ -212,7 +212,7 @@ WRONG = {
     "halved": "damaged",
     "empty": r"no \.safetensors or \.pth.* in it",
     "config": "_class_name is AutoencoderKLWan, need a Wan transformer",
-    "model": "not a kind of weights file that is read here",
+    "model": "not a supported weights file",
     "nowhere": "not there",
 }
 
@@ -240,7 +240,7 @@ def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     (folder / "w-00002-of-00003.safetensors").rename(tmp_path / "b.safetensors")
     index = folder / "w.safetensors.index.json"
     index.write_text(index.read_text().replace("w-00002-of-00003", "../b"))
-    with pytest.raises(WeightsError, match="is not there"):
+    with pytest.raises(WeightsError, match="is missing"):
         read_tensors(folder)
 
 

@@ -62,6 +62,7 @@ class SamplerConfig(NamedTuple):
     by_clip: bool  # windows are as clips in training: of one length, with their audio encoded alone
 
 
+# The sampler of the small demo models.
 DEMO = SamplerConfig(
     solver="euler", sigma_schedule="even", num_steps=12, flow_shift=3.0, guidance_scale=1.0,
     audio_guidance_scale=2.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,

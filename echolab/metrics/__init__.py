@@ -1,1 +1,1 @@
-"""Measures of generated video.  Scores from stand-in networks carry `_demo` in their names."""
+"""Scores of generated video; those of small demo networks carry `_demo` in their names."""

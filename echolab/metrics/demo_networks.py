@@ -61,12 +61,14 @@ class SyncNetDemo(nn.Module):
 
     def __init__(self, *, dim: int = 64) -> None:
         super().__init__()
+        # Each frame by itself, then windows of five frames.
         self.frame = nn.Sequential(
             convolution(3, 32), convolution(32, 64), convolution(64, 64), nn.Flatten()
         )
         self.lips = nn.Sequential(
             nn.Conv1d(64 * 3 * 4, 128, FRAMES_PER_WINDOW), nn.SiLU(), nn.Conv1d(128, dim, 1)
         )
+        # Windows of 20 cepstra, one for each frame.
         self.sound = nn.Sequential(
             nn.Conv1d(13, 128, 5, stride=1),
             nn.SiLU(),
@@ -151,8 +153,8 @@ class ClipFeatures(nn.Module):
         check_size(pixels, self.size)
         clips = pixels.shape[0]
         frames = self.frame(rearrange(pixels, "b c t y x -> (b t) c y x"))
-        path = self.time(rearrange(frames, "(b t) d -> b d t", b=clips))
-        return torch.cat([path.mean(-1), path.std(-1)], dim=-1)
+        motion = self.time(rearrange(frames, "(b t) d -> b d t", b=clips))
+        return torch.cat([motion.mean(-1), motion.std(-1)], dim=-1)
 
 
 def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
@@ -161,6 +163,7 @@ def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
     No network is needed: an open mouth shows its dark inside.  Only the change over time counts,
     which is correlated with the true opening, so lip and skin color do not matter.
     """
+    # Skin is the brighter part of the crop, at its 80th percentile.
     luma = crop_lips(pixels, boxes).mean(dim=2)  # [B, T, 24, 32]
     skin = luma.flatten(2).quantile(0.8, dim=-1)[..., None, None]
     return ((skin - luma) / (skin + 1).clamp(min=0.2)).clamp(min=0).square().mean(dim=(2, 3))
@@ -168,10 +171,8 @@ def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     """Return the Pearson correlation of two curves; 0 if one of them is constant."""
-    a, b = (
-        first.astype(np.float64),
-        second.astype(np.float64),
-    )  # in fp32 a constant curve has rounding noise
+    # In fp64, because a constant curve has rounding noise in fp32.
+    a, b = first.astype(np.float64), second.astype(np.float64)
     if min(a.std(), b.std()) < 1e-7:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
@@ -181,7 +182,8 @@ def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> floa
 
 
 def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
-    """Move boxes [B, 4] by about a pixel and resize them by about a tenth, as detectors vary."""
+    """Move boxes [B, 4] by about a pixel and resize them by about a tenth."""
+    # Detectors vary by as much.
     center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     center = center + torch.randn(center.shape, generator=generator)
     half = half * (1 + 0.1 * torch.randn(len(half), 1, generator=generator))
@@ -189,16 +191,15 @@ def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment_crops(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Vary contrast, brightness and noise of crops [B, T, 3, Y, X], against blur of codecs."""
+    """Vary contrast, brightness and noise of crops [B, T, 3, Y, X], as codecs and cameras do."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    contrast, light = (
-        1 + 0.15 * normal(len(crops), 1, 1, 1, 1),
-        0.1 * normal(len(crops), 1, 1, 1, 1),
-    )
-    return crops * contrast + light + 0.05 * normal(*crops.shape)
+    # One contrast and brightness for a clip, and noise for each pixel.
+    contrast = 1 + 0.15 * normal(len(crops), 1, 1, 1, 1)
+    brightness = 0.1 * normal(len(crops), 1, 1, 1, 1)
+    return crops * contrast + brightness + 0.05 * normal(*crops.shape)
 
 
 def contrastive_loss(lips: Tensor, audio: Tensor, temperature: Tensor) -> Tensor:
@@ -207,11 +208,13 @@ def contrastive_loss(lips: Tensor, audio: Tensor, temperature: Tensor) -> Tensor
     Windows are compared within their clip, where only timing differs, and a fifth of them with
     those of all clips.
     """
+    # Within a clip: window i of the lips belongs to window i of the audio.
     clips, windows, _ = lips.shape
     within = temperature * torch.einsum("bid,bjd->bij", lips, audio)
     targets = torch.arange(windows).repeat(clips)
     loss = functional.cross_entropy(within.flatten(0, 1), targets)
     loss = loss + functional.cross_entropy(within.transpose(1, 2).flatten(0, 1), targets)
+    # Across clips: every fifth window of all.
     some_lips, some_audio = (x[:, ::5].flatten(0, 1) for x in (lips, audio))
     across = temperature * some_lips @ some_audio.T
     targets = torch.arange(len(some_lips))
@@ -234,6 +237,7 @@ def fit_sync(
     batch: int = 24,
 ) -> SyncNetDemo:
     """Train a SyncNet on clips uint8 [N, 3, T, Y, X], lips [N, T, 4], cepstra [N, columns, 13]."""
+    # Cepstra are standardized by the statistics of the training set.
     torch.manual_seed(seed)
     net = SyncNetDemo()
     net.cepstra_mean.copy_(cepstra.mean((0, 1)))
@@ -288,8 +292,9 @@ def fit_clip_features(
 ) -> ClipFeatures:
     """Train clip features to predict the mean and the mean change of labels [N, T, K]."""
     torch.manual_seed(seed)
-    steps_of = (labels[:, 1:] - labels[:, :-1]).abs().mean(1)
-    targets = torch.cat([labels.mean(1), steps_of / steps_of.std(0).clamp(min=1e-3)], dim=-1)
+    # The mean change over time is scaled to the size of the standardized labels.
+    change = (labels[:, 1:] - labels[:, :-1]).abs().mean(1)
+    targets = torch.cat([labels.mean(1), change / change.std(0).clamp(min=1e-3)], dim=-1)
     net = ClipFeatures(labels=targets.shape[-1], size=pixels.shape[-1])
 
     def loss_of(generator: torch.Generator) -> Tensor:

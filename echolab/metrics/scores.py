@@ -29,7 +29,7 @@ from echolab.metrics.demo_networks import (
 from echolab.types import Clips
 
 MAX_SHIFT = 8  # frames; the original's 15 would leave 5 of a second's 20 windows
-BATCH = 16
+BATCH = 16  # clips
 PERFECT_PSNR = 100.0  # dB, for equal images
 
 # Defaults of python_speech_features, which SyncNet was trained with; lengths in samples.
@@ -213,9 +213,10 @@ def sync_of(net: SyncNetDemo, pixels: Tensor, boxes: Tensor, cepstra: Tensor) ->
             f"clips of {pixels.shape[2]} frames have {windows} windows of sync, need more than "
             f"{MAX_SHIFT}; prepare them with frames=17 or more"
         )
+    lips, audio = lips[:, :windows], audio[:, :windows]
     return [
-        sync_score(unpadded_distances(visual[:windows], sound[:windows], MAX_SHIFT), windows)
-        for visual, sound in zip(lips, audio, strict=True)
+        sync_score(unpadded_distances(clip_lips, clip_audio, MAX_SHIFT), windows)
+        for clip_lips, clip_audio in zip(lips, audio, strict=True)
     ]
 
 

@@ -1,1 +1,1 @@
-"""The network, its parameters in files, and networks that are used but not trained."""
+"""The network, its parameters in files, and the wrapper of frozen networks."""

@@ -3,9 +3,9 @@
 Every attention module of the network holds one plain function, `attend`; it is torch's own until
 `use_attention(net, attention_from(NAME))` sets another from outside.
 
-There is no kernel for sequences of different lengths here, because no key is masked: the zeros
-after a text and outside a window of audio are keys like any other, as in the released model, and
-the clips of a batch have one size.
+No kernel for sequences of different lengths is needed, because no key is masked: the zeros after a
+text and outside a window of audio are keys like any other, as in the released model, and all clips
+of a batch have one size.
 
 Shapes: B clips, S queries, K keys, N heads, d channels of a head.
 """
@@ -33,7 +33,7 @@ NAMES = ("auto", "sdpa", "cudnn", *PACKAGES)
 HOPPER = (9, 0)
 # Tokens below which torch's bf16 attention on CPUs takes up to seven times as long backwards as
 # fp32's; above, it is a seventh faster.
-SHORT = 256
+SHORT_SEQUENCE = 256
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -46,7 +46,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend by torch's `scaled_dot_product_attention`, with the kernel that torch prefers."""
     # torch expects heads before tokens: [B, N, S, d].
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    if values.device.type == "cpu" and min(queries.shape[1], keys.shape[1]) < SHORT:
+    if values.device.type == "cpu" and min(queries.shape[1], keys.shape[1]) < SHORT_SEQUENCE:
         with torch.autocast("cpu", enabled=False):
             mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     else:
@@ -86,7 +86,7 @@ def _flash(name: str) -> Attend:
 
 
 def _fastest(device: torch.device) -> str:
-    """Return FlashAttention 3 or cuDNN on Hopper; elsewhere torch's own choice is the best."""
+    """Return the name of the fastest kernel: FlashAttention 3 or cuDNN on Hopper, else torch's."""
     # Before Hopper torch's own choice is the fastest.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return "sdpa"
@@ -98,7 +98,7 @@ def _fastest(device: torch.device) -> str:
 
 
 def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
-    """Return the attention function of a name on a device; `auto` is the fastest there.
+    """Return the attention function `name` for a device; `auto` is the fastest there.
 
     Raises ConfigError for an unknown name and for a package that is not installed.
     """

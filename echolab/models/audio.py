@@ -21,13 +21,14 @@ WINDOW = 17  # tokens that a latent frame attends to
 TOKENS_PER_FRAME = 2  # of a video frame
 LEAD = 11  # tokens of the window before the first of latent frame 0
 
-REACH = 2  # Flash: video frames attended to on each side of a latent frame's own
+# Flash
+REACH = 2  # video frames attended to on each side of a latent frame's own
 FLASH_TOKENS = 32  # a latent frame
 FLASH_HIDDEN = 512
 
 
 class AudioAttentionConfig(NamedTuple):
-    """How cross-attention uses audio tokens; its parameters depend on it."""
+    """Audio part of cross-attention; the module's parameters depend on it."""
 
     biases: bool  # of the projections to keys and values
     masked: bool  # only tokens of the face attend to audio
@@ -95,7 +96,7 @@ def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple
 
     Latent frame 0 gets video frames -2..2, latent frame i its own 4i-3..4i and two on each side;
     the ends of the clip are repeated.
-    (The release gathers five frames around each video frame, and then keeps these.)
+    (The release gathers five frames around each video frame and then selects these.)
     """
     # Indices of the frames of each window, clamped to the clip.
     last = features.shape[1] - 1
@@ -107,7 +108,7 @@ def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple
 
 
 def _all_tokens(tokens: Tensor, time_stride: int) -> Tensor:
-    """Return the tokens themselves: Flash's are windows already."""
+    """Return the tokens unchanged: those of Flash are windows already."""
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""Export of weights: safetensors in the released names or in diffusers', complete or not at all."""
+"""Export of weights as safetensors with the names of the releases or of diffusers, atomically."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.models.state_dict import DEAD_PART, released_shapes, to_diffusers
 from echolab.models.transformer import EchoTransformer
 
-NAME = "diffusion_pytorch_model"  # as the releases and diffusers call it
+FILE_STEM = "diffusion_pytorch_model"  # as in the releases and diffusers
 Config = dict[str, Any]
 
 
@@ -31,10 +31,10 @@ def write_original(
 ) -> list[Path]:
     """Write a file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
 
-    `tensors` are all parameters of `net` (which may be on the meta device), by name, in `dtype`, or
-    None for each one's own.  Flash's dead query for audio is written as it is given, else as
-    zeros, so that strict readers find all 1,203 names.
-    Returns the files.  Raises CheckpointError, ConfigError or WeightsError; then nothing is left.
+    `tensors` are all parameters of `net` (which may be on the meta device) by name.  They are
+    written in `dtype`, or in their own if it is None.  Flash's dead query for audio is written as
+    zeros if it is not given, so that strict readers find all 1,203 names.
+    Returns the files.  Raises CheckpointError, ConfigError or WeightsError and leaves no file.
     """
     # Names and order of the released file, with zeros for what it holds without effect.
     _check_complete(net, tensors)
@@ -55,25 +55,28 @@ def write_diffusers(
 ) -> list[Path]:
     """Write a folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
 
-    diffusers has no audio: tensors of that branch get names of ours, which it reports and ignores.
-    Otherwise as `write_original`.
+    diffusers has no audio branch: its tensors get names of echolab, which diffusers reports and
+    ignores.  Otherwise as `write_original`.
     """
+    # diffusers reads a folder with config.json alone.
     _check_complete(net, tensors)
     if out.suffix == ".safetensors":
-        raise ConfigError(f"out={out}: names=diffusers makes a folder with config.json; name one")
+        raise ConfigError(f"out={out}: names=diffusers writes a folder; give a folder")
     named = {to_diffusers(name): tensors[name] for name, _ in net.named_parameters()}
     return _write(out, named, _diffusers_config(net), dtype, shard_bytes)
 
 
 def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless `tensors` are the parameters of `net`, in their shapes."""
+    # Both ways: parameters without a tensor, and tensors without a parameter.
     parameters = dict(net.named_parameters())
     for name in [*parameters, *(name for name in tensors if DEAD_PART not in name)]:
-        have, need = tensors.get(name), parameters.get(name)
-        if have is None or need is None or have.shape != need.shape:
+        tensor, parameter = tensors.get(name), parameters.get(name)
+        if tensor is None or parameter is None or tensor.shape != parameter.shape:
             raise CheckpointError(
-                f"{name} is {'missing' if have is None else list(have.shape)}, the network has "
-                f"{'none' if need is None else list(need.shape)}: give weights of this network"
+                f"{name} is {'missing' if tensor is None else list(tensor.shape)}, the network has "
+                f"{'none' if parameter is None else list(parameter.shape)}; give weights of this "
+                "network"
             )
 
 
@@ -101,24 +104,25 @@ def _original_config(net: EchoTransformer) -> Config:
 
 def _diffusers_config(net: EchoTransformer) -> Config:
     """Return config.json as diffusers reads it."""
-    own = _original_config(net)
+    # Same values under the names of diffusers.
+    original = _original_config(net)
     image_dim = None if net.img_emb is None else net.img_emb.proj[1].in_features
     return {
         "_class_name": "WanTransformer3DModel",
-        "patch_size": own["patch_size"],
-        "num_attention_heads": own["num_heads"],
-        "attention_head_dim": own["dim"] // own["num_heads"],
-        "in_channels": own["in_dim"],
-        "out_channels": own["out_dim"],
-        "text_dim": own["text_dim"],
-        "freq_dim": own["freq_dim"],
-        "ffn_dim": own["ffn_dim"],
-        "num_layers": own["num_layers"],
+        "patch_size": original["patch_size"],
+        "num_attention_heads": original["num_heads"],
+        "attention_head_dim": original["dim"] // original["num_heads"],
+        "in_channels": original["in_dim"],
+        "out_channels": original["out_dim"],
+        "text_dim": original["text_dim"],
+        "freq_dim": original["freq_dim"],
+        "ffn_dim": original["ffn_dim"],
+        "num_layers": original["num_layers"],
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "eps": own["eps"],
+        "eps": original["eps"],
         "image_dim": image_dim,
-        "added_kv_proj_dim": None if image_dim is None else own["dim"],
+        "added_kv_proj_dim": None if image_dim is None else original["dim"],
         "rope_max_seq_len": 1024,
     }
 
@@ -127,15 +131,16 @@ def _shards(
     named: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[dict[str, Tensor]]:
     """Return shards in order, as large as allowed; a larger tensor is a shard of its own."""
+    # In the order of the names, as the releases are.
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in named.items():
-        own = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if size + own > shard_bytes and shards[-1]:
+        tensor_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if size + tensor_bytes > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += own
+        size += tensor_bytes
     return shards
 
 
@@ -147,16 +152,16 @@ def _write(
     shard_bytes: int,
 ) -> list[Path]:
     """Write the shards and config.json under a temporary name, then rename."""
-    # Refuse before anything is written.
+    # Check the output before anything is written.
     shards = _shards(named, dtype, shard_bytes)
     single_file = out.suffix == ".safetensors"
     if out.exists():
-        raise ConfigError(f"out={out}: already there; name another, or remove it")
+        raise ConfigError(f"out={out}: exists already; give another path, or remove it")
     if single_file and len(shards) > 1:
         size = sum(t.numel() * (dtype or t.dtype).itemsize for t in named.values())
         raise ConfigError(
             f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
-            "name a folder, or raise shard_gb"
+            "give a folder, or raise shard_gb"
         )
     # Write into a folder under a temporary name, sync, then rename.
     partial = out.with_name(f".partial-{out.name}")
@@ -174,7 +179,7 @@ def _write(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise WeightsError(
-            f"{out}: could not be written ({error}); make room there, or give another path"
+            f"{out}: could not be written ({error}); free disk space there, or give another path"
         ) from error
     return sorted(out.iterdir())
 
@@ -182,25 +187,26 @@ def _write(
 def _write_shards(
     folder: Path, shards: list[dict[str, Tensor]], dtype: torch.dtype | None
 ) -> list[Path]:
-    """Write the shards, and their index if several; one is in memory at a time."""
+    """Write the shards, and an index if there are several; convert one shard at a time."""
     files: list[Path] = []
     weight_map: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        files.append(folder / f"{NAME}{part}.safetensors")
+        files.append(folder / f"{FILE_STEM}{part}.safetensors")
         # Convert one shard at a time, so that host memory holds no second copy.
-        kept = {
+        converted = {
             name: tensor.detach().to(dtype or tensor.dtype).contiguous()
             for name, tensor in shard.items()
         }
-        save_file(kept, files[-1], {"format": "pt"})
+        save_file(converted, files[-1], {"format": "pt"})
         fsync(files[-1])
         weight_map |= dict.fromkeys(shard, files[-1].name)
-        size += sum(tensor.nbytes for tensor in kept.values())
+        size += sum(tensor.nbytes for tensor in converted.values())
+    # Readers find the shard of a tensor by the index.
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / f"{NAME}.safetensors.index.json", index)
+        _write_json(folder / f"{FILE_STEM}.safetensors.index.json", index)
     return files
 
 

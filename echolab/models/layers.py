@@ -1,4 +1,4 @@
-"""Pieces of the transformer: patches, norms, times, positions.
+"""Layers of the transformer: patch embedding, norms, timestep embedding, RoPE.
 
 Shapes: B clips, S tokens of a clip, D width, N heads, d = D / N.
 """
@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 class PatchEmbedding(nn.Conv3d):
     """Tokens from patches that do not overlap, with the parameters of Wan's Conv3d.
 
-    A convolution whose stride is its kernel is a matrix product; as one it is several times faster
-    on CPUs, and in bf16 on GPUs it does not depend on a 3-D convolution kernel being there.
+    A convolution whose stride equals its kernel is a matrix product.  Computed as one, it is
+    several times faster on CPUs, and in bf16 on GPUs it needs no 3-D convolution kernel.
     """
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]):
@@ -62,8 +62,8 @@ class Linear32(nn.Linear):
 class _RootMeanSquare(torch.autograd.Function):
     """RMS norm that keeps its input and one number a row for the backward pass.
 
-    torch has one kernel for it on GPUs alone; elsewhere autograd would keep two more tensors of the
-    input's size, and pass over memory twice as often.
+    torch has a fused kernel on GPUs alone; elsewhere autograd would keep two more tensors of the
+    input's size and pass over memory twice as often.
     """
 
     @staticmethod
@@ -91,10 +91,10 @@ class _RootMeanSquare(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over all channels, before they are split into heads; computed in fp32.
+    """RMS norm over all channels, before they are split into heads; computed in fp32.
 
-    On GPUs the weight gets the values' dtype: if the two differ, as under autocast, torch does not
-    take its fused kernel.
+    On GPUs the weight gets the values' dtype, because torch does not use its fused kernel if the
+    two differ, as under autocast.
     """
 
     def forward(self, values: Tensor) -> Tensor:
@@ -108,9 +108,10 @@ class RMSNorm(nn.RMSNorm):
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Apply a layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D].
 
-    Scale and shift are a layer norm's weight and bias: clip by clip it is one kernel, which keeps
-    only its input for the backward pass.
+    Scale and shift act as the weight and bias of the layer norm, so that each clip needs one
+    kernel, which keeps only its input for the backward pass.
     """
+    # One layer norm for each clip, since scale and shift differ between clips.
     shape = tokens.shape[-1:]
     clips = zip(tokens.float(), 1 + scale[:, 0], shift[:, 0], strict=True)
     normed = [F.layer_norm(clip, shape, weight, bias, eps) for clip, weight, bias in clips]
@@ -139,6 +140,7 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 @lru_cache(maxsize=32)
 def rope_freqs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return cosines and sines that rotate channel pairs by position.  [S, 1, head_dim / 2, 2]."""
+    # Angles of each axis, expanded over the grid, in fp64.
     axes = []
     with torch.inference_mode(False):  # a table made in validation is reused in training
         for axis, (channels, length) in enumerate(zip(rope_split(head_dim), grid, strict=True)):
@@ -155,9 +157,10 @@ def rope_freqs(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
 def apply_rope(heads: Tensor, freqs: Tensor) -> Tensor:
     """Rotate adjacent channel pairs by their position.  [B, S, N, d] and [S, 1, d / 2, 2]."""
     pairs = heads.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # Inductor fuses no complex numbers
+    # Inductor does not fuse complex numbers; otherwise they need one pass over memory.
+    if torch.compiler.is_compiling():
         (x, y), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
         rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
-    else:  # one pass over memory
+    else:
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(freqs))
     return rotated.flatten(-2).type_as(heads)

@@ -1,8 +1,8 @@
-"""Released weights from their files: safetensors, sharded or not, diffusers folders, and `.pth`.
+"""Read released weights: safetensors, sharded or not, diffusers folders, and `.pth`.
 
-Files are mapped into memory, and a network uses the mapped tensors as its parameters, or copies
-them straight to a GPU: there is no second copy in host memory.  Nothing is ever executed: a pickle
-is read in torch's weights-only way.
+Files are mapped into memory, and a network uses the mapped tensors as its parameters or copies them
+directly to a GPU, without a second copy in host memory.  Nothing is executed: pickles are read with
+torch's `weights_only`.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from echolab.errors import WeightsError
 from echolab.models.state_dict import (
     LoadReport,
-    fitted_tensors,
+    converted_tensors,
     from_diffusers,
     initial_values,
     match_weights,
@@ -54,8 +54,9 @@ def load_released(
 ) -> Loaded:
     """Return the network of `architecture` with the weights of a file or folder, in `dtype`.
 
-    Raise WeightsError or CheckpointError in one line; see `released_values` for `fresh` and `seed`.
+    Raise WeightsError or CheckpointError; see `released_values` for `fresh` and `seed`.
     """
+    # On the meta device, so that no values are drawn that the file replaces.
     net = meta_network(architecture).to(dtype)
     report, values = released_values(net, path, fresh=fresh, seed=seed)
     place(net, values())
@@ -72,8 +73,8 @@ def released_values(
 ) -> tuple[LoadReport, Callable[[], Iterator[tuple[str, Tensor]]]]:
     """Return a report and a reader of all values of `net`, which may be on meta, from `path`.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack: they get Wan's
-    initialization, drawn from `seed`; so new keys and values of audio are zero, and the network
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack.  They get Wan's
+    initialization, drawn from `seed`: new keys and values of audio are zero, so that the network
     computes what its base does.  The reader yields (parameter name, tensor) pairs, one at a time,
     converted on `device`.  Raise WeightsError or CheckpointError before any value is read.
     """
@@ -82,7 +83,7 @@ def released_values(
     report = match_weights(net, tensors, fresh=fresh, source=str(path))
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        yield from fitted_tensors(net, tensors, report, device)
+        yield from converted_tensors(net, tensors, report, device)
         generator = torch.Generator().manual_seed(seed)
         yield from initial_values(net, generator, only=set(report.fresh))
 
@@ -94,10 +95,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     A file is .safetensors, an index of shards, or .pth, .pt, .ckpt, .bin; a folder holds one of
     these, or a diffusers model (recognized by its names), itself or in `transformer/`.
-    A `state_dict` inside, and a prefix of all names such as `model.`, are taken off.
-    Raises WeightsError, in one line, for a file that is missing, damaged, quantized, of another
-    network, a LoRA, or a pickle with code in it.
+    A nested `state_dict` is unpacked, and a common prefix of all names such as `model.` removed.
+    Raises WeightsError for a file that is missing, damaged, quantized, of another network, a LoRA,
+    or a pickle with code.
     """
+    # The kind of file by its name.
     file = _file_of(path)
     if file.name.endswith(INDEX):
         tensors = _read_shards(file)
@@ -105,7 +107,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = read_safetensors(file)
     else:
         tensors = read_pickle(file)
-    # One naming for all files.
+    # Original names for all files.
     tensors = _without_prefixes(tensors)
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {from_diffusers(name): tensor for name, tensor in tensors.items()}
@@ -118,7 +120,7 @@ def _file_of(path: Path) -> Path:
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES) and not path.name.endswith(INDEX):
             raise WeightsError(
-                f"{path}: not a kind of weights file that is read here; give .safetensors, "
+                f"{path}: not a supported weights file; give .safetensors, "
                 f"*{INDEX}, {', '.join(PICKLES)}, or a folder of these"
             )
         return path
@@ -134,10 +136,10 @@ def _file_of(path: Path) -> Path:
             return files[0]
         if files:
             names = ", ".join(file.name for file in files[:3])
-            raise WeightsError(
-                f"{folder}: {len(files)} files could be meant ({names}); give one of them"
-            )
-    raise WeightsError(f"{folder}: no .safetensors or {', '.join(PICKLES)} in it; give another")
+            raise WeightsError(f"{folder}: {len(files)} weights files ({names}); give one of them")
+    raise WeightsError(
+        f"{folder}: no .safetensors or {', '.join(PICKLES)} in it; give another path"
+    )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -145,8 +147,9 @@ def weight_files(path: Path) -> list[Path]:
     file = _file_of(path)
     if not file.name.endswith(INDEX):
         return [file]
-    places = _read_json(file).get("weight_map")
-    shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    # An index may come from a stranger: only shards in its own folder count.
+    shard_of = _read_json(file).get("weight_map")
+    shards = sorted(set(map(str, shard_of.values()))) if isinstance(shard_of, dict) else []
     return [file, *(file.parent / shard for shard in shards if Path(shard).name == shard)]
 
 
@@ -154,10 +157,10 @@ def _check_config(config: Path) -> None:
     """Raise WeightsError for a diffusers folder of another network, such as a VAE."""
     if not config.is_file():
         return
-    kind = _read_json(config).get("_class_name", "Wan")
-    if not str(kind).startswith("Wan"):
+    class_name = _read_json(config).get("_class_name", "Wan")
+    if not str(class_name).startswith("Wan"):
         raise WeightsError(
-            f"{config}: _class_name is {kind}, need a Wan transformer; give its folder"
+            f"{config}: _class_name is {class_name}, need a Wan transformer; give its folder"
         )
 
 
@@ -182,31 +185,32 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of every shard of an index; each must hold what the index lists."""
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    """Return the tensors of all shards; each shard must hold the tensors that the index lists."""
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
         raise WeightsError(f"{index}: no weight_map in it; {AGAIN}")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(map(str, places.values()))):
-        names = {name for name, place in places.items() if place == shard}
+    # A shard must lie in the folder of the index and match it exactly.
+    for shard in sorted(set(map(str, shard_of.values()))):
+        names = {name for name, file_name in shard_of.items() if file_name == shard}
         file = index.parent / shard
         if Path(shard).name != shard or not file.is_file():
             raise WeightsError(
-                f"{file}: this shard of {len(names)} tensors is not there, {index.name} names it; "
+                f"{file}: this shard of {len(names)} tensors is missing, {index.name} lists it; "
                 "download or copy it"
             )
         shard_tensors = read_safetensors(file)
         for name in sorted(names ^ set(shard_tensors)):
-            where = "is not in it" if name in names else "is in it"
-            raise WeightsError(f"{file}: {name} {where}, against {index.name}; {AGAIN}")
+            fault = "is missing, but listed" if name in names else "is in it, but not listed"
+            raise WeightsError(f"{file}: {name} {fault} in {index.name}; {AGAIN}")
         tensors |= shard_tensors
     return tensors
 
 
 def check_archive(path: Path) -> None:
-    """Raise WeightsError for a `.pth` with packed parts, or parts longer than the file.
+    """Raise WeightsError for a `.pth` with compressed parts, or parts larger than the file.
 
-    torch stores each part as it is; packed or doubled parts may unpack to any size.
+    torch stores parts uncompressed; compressed or overlapping parts may unpack to any size.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -216,11 +220,13 @@ def check_archive(path: Path) -> None:
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
     # Compare the sizes before anything is unpacked.
-    packed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
+    compressed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
     size = sum(part.file_size for part in parts)
-    if packed or size > path.stat().st_size:
-        what = f"{packed.filename} is packed" if packed else f"parts of {size} bytes overlap"
-        raise WeightsError(f"{path}: {what}, as torch never does; give a .safetensors file")
+    if compressed or size > path.stat().st_size:
+        fault = f"parts of {size} bytes overlap"
+        if compressed:
+            fault = f"{compressed.filename} is compressed"
+        raise WeightsError(f"{path}: {fault}, unlike files of torch; give a .safetensors file")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -233,9 +239,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         )
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"a pickle that wants {named[1]}" if named else "damaged, or not of tensors alone"
+        fault = f"a pickle that calls {named[1]}" if named else "damaged, or not of tensors alone"
         raise WeightsError(
-            f"{path}: {what}; nothing in it was run; give a .safetensors file"
+            f"{path}: {fault}; nothing in it was run; give a .safetensors file"
         ) from error
     except Exception as error:  # torch reports damage by errors of every kind
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -245,17 +251,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = content if isinstance(content, dict) else {}
-    strange = [name for name, value in tensors.items() if not _is_plain(name, value)]
-    if strange or not tensors:
-        what = f"{strange[0]} is no plain tensor" if strange else "it holds no tensors by name"
-        raise WeightsError(f"{path}: {what}; give a file of weights alone")
+    others = [name for name, value in tensors.items() if not _is_plain(name, value)]
+    if others or not tensors:
+        fault = f"{others[0]} is no plain tensor" if others else "it holds no tensors by name"
+        raise WeightsError(f"{path}: {fault}; give a file of weights alone")
     return tensors
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Return whether `value` is a dense tensor with values, under a name.
+    """Return whether `name` is a string and `value` a dense tensor with values.
 
-    A view that shows the same bytes many times may be of any size: there must be a byte for each.
+    An expanded view can have any size; each element must have bytes of its own.
     """
     if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
         return False
@@ -265,7 +271,8 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError for quantized tensors, whose scales are not read here."""
+    """Raise WeightsError for quantized tensors, whose scales are not supported."""
+    # Such files have the usual names, and would load as noise.
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind in ("int8", "uint8") or kind.startswith("float8"):
@@ -277,6 +284,7 @@ def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by names without a prefix that all of them have."""
+    # Prefixes may be nested, such as `module.model.`.
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
@@ -284,7 +292,7 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError for tensors that are no full-precision base of this network."""
+    """Raise WeightsError for tensors that are not full-precision weights of a Wan transformer."""
     # A LoRA is the most common file that looks like weights and is not.
     lora = next((name for name in tensors if LORA.search(name)), None)
     if lora is not None:
@@ -295,7 +303,7 @@ def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise WeightsError(f"{path}: {name} is {kind}, no weights; give another file")
+            raise WeightsError(f"{path}: {name} is {kind}, not weights; give another file")
     if model_of(tensors) is None:
         name = next(iter(tensors), "nothing")
         raise WeightsError(

@@ -1,6 +1,6 @@
-"""A network's parameters: names in files, matching a file's tensors, initialization, placement.
+"""Parameters of the network: names in files, matching with a file, initialization, placement.
 
-Names are those of Wan and EchoMimicV3, and those of diffusers.
+Files have the names of Wan and EchoMimicV3 (original names) or those of diffusers.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
 
+# Original names to those of diffusers: outside of blocks, of an attention, within a block.
 _TOP = {
     "text_embedding.0.": "condition_embedder.text_embedder.linear_1.",
     "text_embedding.2.": "condition_embedder.text_embedder.linear_2.",
@@ -26,7 +27,7 @@ _TOP = {
     "img_emb.proj.4.": "condition_embedder.image_embedder.norm2.",
     "head.head.": "proj_out.",
     "head.modulation": "scale_shift_table",
-    "audio2token.": "condition_embedder.audio_embedder.",  # ours: diffusers has no audio
+    "audio2token.": "condition_embedder.audio_embedder.",  # of echolab: diffusers has no audio
     "audio_injection.": "condition_embedder.audio_injection.",
 }
 _ATTENTION = {
@@ -39,7 +40,7 @@ _ATTENTION = {
     "k_img.": "add_k_proj.",
     "v_img.": "add_v_proj.",
     "norm_k_img.": "norm_added_k.",
-    "q_audio.": "add_q_audio_proj.",  # these four are ours too
+    "q_audio.": "add_q_audio_proj.",  # these four are of echolab too
     "k_audio.": "add_k_audio_proj.",
     "v_audio.": "add_v_audio_proj.",
     "norm_k_audio.": "norm_added_k_audio.",
@@ -49,40 +50,41 @@ _BLOCK = {
     "norm3.": "norm2.",  # diffusers counts the norms in the order they are used
     "ffn.0.": "ffn.net.0.proj.",
     "ffn.2.": "ffn.net.2.",
-    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()},
 }
-_TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
-_BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
+_TOP_BACK = {new: old for old, new in _TOP.items()}
+_BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
 
 
-def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """Return a name with its beginning replaced by the table of its level."""
-    number = re.match(r"blocks\.\d+\.", name)
-    start, rest = (number[0], name[number.end() :]) if number else ("", name)
-    for ours, theirs in (block if number else top).items():
-        if rest.startswith(ours):
-            return start + theirs + rest[len(ours) :]
-    return name  # patch_embedding is called the same
+def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
+    """Return a name with its beginning replaced by `top` or, after `blocks.N.`, by `block`."""
+    # Names within a block do not depend on its index.
+    match = re.match(r"blocks\.\d+\.", name)
+    start, rest = (match[0], name[match.end() :]) if match else ("", name)
+    for old, new in (block if match else top).items():
+        if rest.startswith(old):
+            return start + new + rest[len(old) :]
+    return name  # patch_embedding has the same name
 
 
 def to_diffusers(name: str) -> str:
     """Return a parameter's name in diffusers' WanTransformer3DModel."""
-    return _renamed(name, _TOP, _BLOCK)
+    return _rename(name, _TOP, _BLOCK)
 
 
 def from_diffusers(name: str) -> str:
     """Return the original name of a parameter of WanTransformer3DModel."""
-    return _renamed(name, _TOP_BACK, _BLOCK_BACK)
+    return _rename(name, _TOP_BACK, _BLOCK_BACK)
 
 
-# Parts that a base checkpoint may lack, each completely: `load_weights(net, tensors, fresh=...)`.
+# Branches that a base checkpoint may lack completely: `load_weights(net, tensors, fresh=...)`.
 AUDIO_PARTS = ("audio2token.", "audio_injection.", ".k_audio.", ".v_audio.", ".norm_k_audio.")
 IMAGE_PARTS = ("img_emb.", ".k_img.", ".v_img.", ".norm_k_img.")
-# Flash's own query for audio: its code computes it and then overwrites it with the shared one.
+# Flash's query for audio, which its code computes and then overwrites with the shared one.
 DEAD_PART = ".q_audio."
 
-# A parameter that only one of the released models has; the first that fits names the model.
+# A parameter by which a released model is recognized; the first that is present counts.
 MARKS = {
     "echomimicv3_flash": "audio_injection.norm.weight",
     "echomimicv3_preview": "audio2token.norm.weight",
@@ -97,15 +99,15 @@ def model_of(names: Collection[str]) -> str | None:
 
 
 class LoadReport(NamedTuple):
-    """A checkpoint's tensors and the network's parameters by name, sorted by how they match."""
+    """Names of a checkpoint's tensors and the network's parameters, by how they match."""
 
-    loaded: list[str]  # as they are in the file, but for the dtype
+    loaded: list[str]  # unchanged but for the dtype
     widened: list[str]  # loaded, with zeros for input channels that the file lacks
-    fresh: list[str]  # not in the file: they keep their initialization
+    fresh: list[str]  # not in the file: initialized
     unused: list[str]  # in the file, and without effect in the released model
 
     def lines(self) -> list[str]:
-        """Return one line a kind that names every tensor; `*` stands for the index of a block."""
+        """Return one line for each kind with all names; `*` stands for the index of a block."""
         reasons = {
             "widened": "loaded, zeros for the input channels that the file lacks",
             "fresh": "not in the file, keep their initialization",
@@ -127,18 +129,18 @@ def load_weights(
     fresh: Sequence[Sequence[str]] = (),
     source: str = "checkpoint",
 ) -> LoadReport:
-    """Make `tensors`, by original names, the parameters of `net`; see `match_weights`.
+    """Set `tensors`, by original names, as the parameters of `net`; see `match_weights`.
 
     Tensors of the parameters' dtype are used as they are, not copied, so that a network on the
     meta device and a memory-mapped file need no second copy; others are converted.
     If CheckpointError is raised, `net` is unchanged.
     """
     report = match_weights(net, tensors, fresh=fresh, source=source)
-    place(net, fitted_tensors(net, tensors, report))
+    place(net, converted_tensors(net, tensors, report))
     return report
 
 
-def fitted_tensors(
+def converted_tensors(
     net: EchoTransformer,
     tensors: Mapping[str, Tensor],
     report: LoadReport,
@@ -146,11 +148,11 @@ def fitted_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a file's tensors by parameter name, in the parameters' shapes and dtypes.
 
-    A tensor is converted on `device`, where it is the rank's own; None converts it where it is.
+    A tensor is moved to `device` and converted there; None converts it where it is.
     """
     parameters = dict(net.named_parameters())
     for name in [*report.loaded, *report.widened]:
-        yield name, _fitted(tensors[name].detach(), parameters[name], device)
+        yield name, _convert(tensors[name].detach(), parameters[name], device)
 
 
 def match_weights(
@@ -160,11 +162,12 @@ def match_weights(
     fresh: Sequence[Sequence[str]] = (),
     source: str = "checkpoint",
 ) -> LoadReport:
-    """Match `tensors`, by original names, with the parameters of `net`: all, and no others.
+    """Match `tensors`, by original names, with the parameters of `net`; both must be complete.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each completely.  With
-    any, a patch embedding of noisy latents alone is widened by zeros if the network also takes
-    known ones: a text-to-video checkpoint can start an inpainting network (VideoX-Fun's rule).
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each completely.  If it
+    is not empty, a patch embedding of noisy latents alone is widened by zeros for a network that
+    also takes known latents: a text-to-video checkpoint can start an inpainting network, as in
+    VideoX-Fun.
     Raises CheckpointError naming the first tensor that does not fit.
     """
     # Flash's dead query may be in the file, and missing parts may be absent.
@@ -178,64 +181,66 @@ def match_weights(
     masks = net.geometry.time_stride
     widened = [n for n in present if fresh and _widens(n, parameters[n], tensors[n], masks)]
     for name in present:
-        have, need = list(tensors[name].shape), list(parameters[name].shape)
-        if have != need and name not in widened:
+        shape, expected = list(tensors[name].shape), list(parameters[name].shape)
+        if shape != expected and name not in widened:
             raise CheckpointError(
-                f"{source}: {name}: shape {have}, the network has {need}: "
-                "choose the model this file is of"
+                f"{source}: {name}: shape {shape}, the network has {expected}; "
+                "choose the model of this file"
             )
     loaded = [name for name in present if name not in widened]
     return LoadReport(loaded, widened, [n for n in parameters if n in absent], unused)
 
 
 def _may_be_absent(
-    parameters: Collection[str], there: Collection[str], fresh: Sequence[Sequence[str]]
+    parameters: Collection[str], present: Collection[str], fresh: Sequence[Sequence[str]]
 ) -> set[str]:
-    """Return the parameters of those parts of which the file has no tensor."""
+    """Return the parameters of those parts of which no tensor is present."""
     absent: set[str] = set()
     for part in fresh:
         names = {name for name in parameters if any(piece in name for piece in part)}
-        if names.isdisjoint(there):
+        if names.isdisjoint(present):
             absent |= names
     return absent
 
 
 def _check_names(
-    parameters: Collection[str], there: set[str], absent: set[str], source: str
+    parameters: Collection[str], present: set[str], absent: set[str], source: str
 ) -> None:
-    lacking = [name for name in parameters if name not in there and name not in absent]
-    unknown = sorted(there - set(parameters))
+    lacking = [name for name in parameters if name not in present and name not in absent]
+    unknown = sorted(present - set(parameters))
     if not lacking and not unknown:
         return
-    # Name the model if the file is of another one: that is the usual mistake.
-    given, wanted = model_of(there), model_of(parameters)
+    # The usual mistake is a file of another model: name that model.
+    given, wanted = model_of(present), model_of(parameters)
     if given and given != wanted:
         raise CheckpointError(
-            f"{source}: holds {given} (it has {MARKS[given]}), the network is {wanted}: "
+            f"{source}: holds {given} (it has {MARKS[given]}), the network is {wanted}; "
             f"give model={given}, or a file of {wanted}"
         )
-    what = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
+    fault = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
     raise CheckpointError(
-        f"{source}: {what} ({len(lacking)} missing, {len(unknown)} unknown): "
-        "choose the model this file is of"
+        f"{source}: {fault} ({len(lacking)} missing, {len(unknown)} unknown); "
+        "choose the model of this file"
     )
 
 
 def _widens(name: str, parameter: Tensor, tensor: Tensor, mask_channels: int) -> bool:
     """Return whether a patch embedding lacks the channels of the mask and the known latents."""
-    have, need = tensor.shape, parameter.shape
-    if name != "patch_embedding.weight" or len(have) != len(need):
+    narrow, wide = tensor.shape, parameter.shape
+    if name != "patch_embedding.weight" or len(narrow) != len(wide):
         return False
-    return 2 * have[1] + mask_channels == need[1] and have[:1] + have[2:] == need[:1] + need[2:]
+    # Twice the latents, noisy and known, and the mask; the other dimensions agree.
+    fits = 2 * narrow[1] + mask_channels == wide[1]
+    return fits and narrow[:1] + narrow[2:] == wide[:1] + wide[2:]
 
 
-def _fitted(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> Tensor:
+def _convert(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> Tensor:
     """Return a file's tensor in the parameter's dtype and shape; missing channels are zeros."""
     if tensor.shape != parameter.shape:
         wide = torch.zeros(parameter.shape, dtype=parameter.dtype)
         wide[:, : tensor.shape[1]] = tensor
         return wide
-    # Moved first: a conversion in host memory would be a private copy of every rank.
+    # Move first: a conversion in host memory would make one copy for every rank.
     return tensor.to(device).to(parameter.dtype).contiguous()
 
 
@@ -260,11 +265,12 @@ def meta_network(architecture: Mapping[str, Any]) -> EchoTransformer:
 def place(
     net: nn.Module, values: Iterable[tuple[str, Tensor]], device: torch.device | None = None
 ) -> None:
-    """Make the tensors of (parameter name, tensor) pairs the parameters of `net`, on `device`.
+    """Set the tensors of (parameter name, tensor) pairs as the parameters of `net`, on `device`.
 
-    None leaves each tensor where it is.  Each is moved as it comes, so that host memory holds one
-    at a time if the source makes them one at a time.
+    None leaves each tensor where it is.  Tensors are moved one by one, so that host memory holds
+    one at a time if `values` generates them.
     """
+    # `assign` replaces parameters, which may be on the meta device, without a copy.
     moved = {name: tensor.to(device) for name, tensor in values}
     net.load_state_dict(moved, strict=False, assign=True)
 
@@ -280,7 +286,7 @@ def initial_values(
     to draw, None is all.  `net` may be on any device, meta too: values are drawn on the CPU, in the
     order of the parameters, and depend on the generator's state alone.
     """
-    # The modulations last: what a seed gives must not depend on how the layers are nested.
+    # Modulations last, so that the values of a seed do not depend on the nesting of the layers.
     for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
         if only is None or name in only:
             value = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -304,8 +310,8 @@ def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             yield layer, f"{path}.{leaf}".removeprefix("."), parameter
 
 
-def _is_modulation(one: tuple[nn.Module, str, Tensor]) -> bool:
-    return one[1].endswith("modulation")
+def _is_modulation(entry: tuple[nn.Module, str, Tensor]) -> bool:
+    return entry[1].endswith("modulation")
 
 
 def _draw(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:

@@ -2,9 +2,9 @@
 
 Parameters have the names of the released files (825 tensors for Wan2.1-T2V-1.3B, 983 with the
 image branch, 1,076 with the preview's audio; 1,143 of Flash's 1,203, whose `q_audio` does nothing).
-The network gets timesteps, conditions and modality weights; it knows no task, noise level, device
-or rank.  Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py`; Wan-Video/Wan2.1,
-`wan/modules/model.py`.
+The network gets timesteps, conditions and modality weights; it knows nothing of tasks, noise
+levels, devices or ranks.  Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py`;
+Wan-Video/Wan2.1, `wan/modules/model.py`.
 
 Shapes: B clips, S = F P tokens of a clip, P tokens of a latent frame, D width, N heads, d = D / N.
 """
@@ -52,7 +52,7 @@ class Context(NamedTuple):
 
 
 def scale_per_sample(values: Tensor, weight: Tensor | None) -> Tensor:
-    """Multiply [B, S, D] by one weight a clip [B]; None is 1."""
+    """Multiply [B, S, D] by one weight for each clip [B]; None is 1."""
     return values if weight is None else values * weight.to(values.dtype)[:, None, None]
 
 
@@ -64,7 +64,7 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class SelfAttention(nn.Module):
-    """Every token of the clip attends to every other; positions rotate queries and keys."""
+    """Self-attention over all tokens of a clip, with rotary position embeddings (RoPE)."""
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -83,10 +83,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """One query, keys and values of its own for each modality, one output for their sum.
+    """Cross-attention to text, image and audio, whose outputs are summed.
 
-    Queries and the output projection are shared, the rest is not.  The audio branch starts at zero,
-    so a new network equals its base.
+    Queries and the output projection are shared; each modality has keys and values of its own.  The
+    audio branch is initialized to zero, so that a new network computes what its base does.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class CrossAttention(nn.Module):
         return values.unflatten(-1, (self.num_heads, -1))
 
     def attend_heads(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend and join the heads: [B, S, N, d], [B, K, D] twice -> [B, S, D]."""
+        """Attend and merge the heads: [B, S, N, d], keys and values [B, K, D] -> [B, S, D]."""
         return self.attend(queries, self.heads(keys), self.heads(values)).flatten(2)
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """Return the sum of the modalities' outputs: [B, S, D] -> [B, S, D]."""
-        # One query for all modalities; text is always there.
+        # One query for all modalities; text is always present.
         queries = self.heads(self.norm_q(self.q(tokens)))
         keys = self.norm_k(self.k(context.text))
         text = self.attend_heads(queries, keys, self.v(context.text))
@@ -178,6 +178,7 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, time: Tensor, context: Context, rope: Tensor) -> Tensor:
         """Return the next tokens: [B, S, D], [B, 6, D] in fp32, context, positions -> [B, S, D]."""
+        # adaLN: shift, scale and gate of both branches from the timestep, in fp32.
         modulation = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         # Self-attention, gated; the gate multiplies in fp32.
@@ -190,7 +191,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to the values of their patches."""
+    """Output layer: tokens to the values of their patches."""
 
     def __init__(self, dim: int, values: int, eps: float):
         super().__init__()
@@ -205,7 +206,7 @@ class Head(nn.Module):
 
 
 def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeometry) -> None:
-    """Raise ConfigError for sizes that do not fit each other."""
+    """Raise ConfigError for sizes that do not fit together."""
     if dim % (2 * num_heads):
         raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
     out_channels, mask_channels = geometry.channels, geometry.time_stride
@@ -219,7 +220,7 @@ def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeo
 def _audio_proj(
     audio_dim: int | None, audio_layers: int | None, dim: int, time_stride: int
 ) -> AudioTokens | FlashAudioTokens | None:
-    """Return what makes tokens of audio features: the preview's, Flash's, or None without audio."""
+    """Return the projection of audio features: the preview's, Flash's, or None without audio."""
     if audio_dim is None:
         return None
     if audio_layers is None:
@@ -228,10 +229,10 @@ def _audio_proj(
 
 
 class EchoTransformer(nn.Module):
-    """The diffusion transformer: noisy latents, timesteps and conditions in; velocity out.
+    """The diffusion transformer: from noisy latents, timesteps and conditions to the velocity.
 
-    `image_dim=None` and `audio_dim=None` leave the branch out, and `in_channels == out_channels`
-    the mask and known latents: with all three it is Wan2.1's text-to-video network.
+    `image_dim=None` and `audio_dim=None` leave out a branch, `in_channels == out_channels` leaves
+    out the mask and known latents: with all three it is Wan2.1's text-to-video network.
     `audio_layers=None` is the preview's audio, two tokens [audio_dim] a video frame; Flash takes 12
     layers [12, audio_dim] a video frame and has no face mask.  Parameters have torch's own
     initialization; `models.loading.initialize` gives them Wan's.
@@ -273,9 +274,9 @@ class EchoTransformer(nn.Module):
         self.audio_injection = audio if isinstance(audio, FlashAudioTokens) else None
         audio_config = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
         audio_config = audio_config and audio_config._replace(time_stride=time_stride)
-        # The blocks, and the way back to latents.
-        like = (dim, ffn_dim, num_heads, eps, image_dim is not None, audio_config)
-        self.blocks = nn.ModuleList(Block(*like) for _ in range(num_layers))
+        # The blocks, and the output layer.
+        block_sizes = (dim, ffn_dim, num_heads, eps, image_dim is not None, audio_config)
+        self.blocks = nn.ModuleList(Block(*block_sizes) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
 
     def forward(
@@ -315,10 +316,10 @@ class EchoTransformer(nn.Module):
         )  # fmt: skip
 
     def _check_audio(self, audio: Tensor, latent_frames: int) -> None:
-        """Raise DataError unless the audio features are those of so many latent frames.
+        """Raise DataError unless the audio features belong to this number of latent frames.
 
-        Windows could be cut from any number of them, and wrong audio would go unnoticed.  The
-        preview's may also fill the last latent frame, in a window of a longer video.
+        Windows could be cut from features of any length, so that wrong audio would not be noticed.
+        The preview's features may also fill the last latent frame, in a window of a longer video.
         """
         # Feature counts that the windows can be cut from.
         frames, layers = self.geometry.frames(latent_frames), self.audio_injection is not None
@@ -336,6 +337,7 @@ class EchoTransformer(nn.Module):
         self, conditions: Conditions, weights: ModalityWeights | None, dtype: torch.dtype
     ) -> Context:
         """Return the conditions as tokens of the network's width."""
+        # Branches that the network lacks have no tokens.
         text, image, audio = (part.to(dtype) for part in conditions[:3])
         audio_proj = self.audio2token or self.audio_injection
         return Context(

@@ -1,8 +1,8 @@
 """Sample candidates: several clips for the same conditions, with different noise and guidance.
 
 Candidates with equal guidance differ only by chance, and training would memorize the noise of a
-preference between them.  With audio guidance from none to strong, they differ in lip sync, which is
-what the preference is about.
+preference between them.  With audio guidance from none to strong they differ in lip sync, on which
+the preference is based.
 
 Each batch of prompts becomes one safetensors file, so that sampling can be interrupted and resumes
 with the first missing file.
@@ -29,6 +29,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import DEFAULT_TASK
 from echolab.types import Batch
 
+# File of the arguments that all candidates of a folder were sampled with.
 REQUEST = "request.json"
 TASK = DEFAULT_TASK  # the candidates' task: an image and its audio
 
@@ -63,42 +64,45 @@ def sample_candidates(
         "shift": shift, "audio_scales": list(audio_scales), "seed": seed,
         "clips": dataset.fingerprint, "weights": weights, "encoders": dict(dataset.encoders),
     }  # fmt: skip
-    keep_request(folder / REQUEST, request)
-    sample_one = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
+    record_request(folder / REQUEST, request)
+    sample = partial(generate, net, steps=steps, shift=shift, seed=seed, dtype=dtype)
     scales = list(islice(cycle(audio_scales), candidates))
     for first in range(0, prompts, batch):
         path = folder / f"candidates-{first:06d}.safetensors"
-        if not path.exists():
+        if not path.exists():  # files that exist are complete
             indices = range(first, min(first + batch, prompts))
             clips = collate_clips(dataset, [read_clip(dataset, i, TASK) for i in indices])
-            write_atomic(path, save(sample_each_scale(sample_one, clips, scales)))
+            write_atomic(path, save(sample_each_scale(sample, clips, scales)))
         report(min(first + batch, prompts))
 
 
 def sample_each_scale(
-    sample_one: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
+    sample: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
 ) -> dict[str, Tensor]:
     """Return one clip for each prompt and guidance scale, by `key/candidate`."""
+    # The candidate index also selects the noise.
     samples = {}
     for candidate, scale in enumerate(scales):
-        latents = sample_one(clips.conditions, clips.keys, audio_scale=scale, draw_index=candidate)
+        latents = sample(clips.conditions, clips.keys, audio_scale=scale, draw_index=candidate)
         for key, clip in zip(clips.keys, latents, strict=True):
             samples[f"{key}/{candidate}"] = clip.half().contiguous()
     return samples
 
 
-def keep_request(path: Path, request: dict[str, object]) -> None:
+def record_request(path: Path, request: dict[str, object]) -> None:
     """Record the arguments of a folder of candidates; raise ConfigError if they differ."""
+    # The same arguments continue the folder.
     if not path.exists():
         write_atomic(path, json.dumps(request, indent=1).encode())
         return
-    kept = json.loads(path.read_text())
+    # A difference would mix candidates that cannot be compared.
+    recorded = json.loads(path.read_text())
     for name, value in request.items():
-        if name == "encoders" and name not in kept:
-            continue  # recorded since a later version; the dataset's fingerprint covers them
-        if kept.get(name) != value:
+        if name == "encoders" and name not in recorded:
+            continue  # earlier versions did not record them; the fingerprint covers them
+        if recorded.get(name) != value:
             raise ConfigError(
-                f"{path.parent}: its candidates were sampled with {name}={kept.get(name)}, not "
+                f"{path.parent}: its candidates were sampled with {name}={recorded.get(name)}, not "
                 f"{value}; give another folder"
             )
 
@@ -106,6 +110,7 @@ def keep_request(path: Path, request: dict[str, object]) -> None:
 def read_request(folder: Path) -> dict[str, Any]:
     """Return the arguments that the candidates of a folder were sampled with; {} if unknown."""
     path = folder / REQUEST
+    # Folders of earlier versions have no request.
     try:
         request: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
@@ -128,6 +133,7 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise DataError(
                 f"{path}: damaged ({error}); remove the file and sample again"
             ) from error
+        # Names are KEY/INDEX; the clips of a prompt become one tensor.
         by_prompt: dict[str, dict[int, Tensor]] = {}
         for name, clip in tensors.items():
             key, _, candidate = name.rpartition("/")

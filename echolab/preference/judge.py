@@ -1,4 +1,4 @@
-"""Judge candidates automatically by lip sync, identity and flicker."""
+"""Automatic judge of candidates: lip sync, identity, flicker, and one score from the three."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch.nn import functional
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import sync_of
 
+# Of the standardized measurements in the score.
 WEIGHTS = {"sync": 1.0, "identity": 0.25, "flicker": -0.25}
 
 

@@ -19,14 +19,15 @@ from echolab.preference.judge import Verdict, best_and_worst, total_scores
 
 Verdicts = dict[tuple[str, int], Verdict]  # by prompt and candidate index
 
-BACKGROUND_WEIGHT = 0.02  # loss weight outside of the lips, on which the judge decides
+BACKGROUND_WEIGHT = 0.02  # loss weight outside of the lips
 
 
 def pair_members(tensors: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Return the stored tensors of a pair, in fp16, from the encoded tensors of its prompt.
 
-    The loss is weighted at the lips, on which the judge decides.
+    The loss is weighted at the lips, which the judge measures.
     """
+    # The prompt's conditions, with the pair instead of its latents.
     members = {
         "chosen": chosen,
         "rejected": rejected,
@@ -39,7 +40,7 @@ def pair_members(tensors: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -
 
 
 def pair_record(verdicts: Verdicts, key: str, candidate: int) -> dict[str, float]:
-    """Return the JSON record of one half of a pair."""
+    """Return the JSON record of one clip of a pair."""
     return {"candidate": candidate, **verdicts[key, candidate]._asdict()}
 
 
@@ -48,9 +49,10 @@ def select_pairs(
 ) -> Iterator[tuple[str, Tensor, int, int]]:
     """Yield key, candidates [K, C, F, H, W], and the indices of the best and the worst.
 
-    Pairs whose scores differ by less than `least_margin` standard deviations would teach noise, and
-    are left out.  Raises DataError for a prompt without verdicts.
+    Pairs whose scores differ by less than `least_margin` standard deviations are noise, and are
+    skipped.  Raises DataError for a prompt without verdicts.
     """
+    # Scores are standardized over all candidates of all prompts.
     scores = total_scores(verdicts)
     chosen = best_and_worst(scores)
     for key, clips in read_candidates(candidates):
@@ -68,6 +70,7 @@ def pack_pairs(
     candidates: Path, verdicts: Verdicts, dataset: ShardDataset, out: Path, *, least_margin: float
 ) -> int:
     """Write a preference dataset from prompts of an encoded dataset; return the pair count."""
+    # Refuse candidates of another dataset before anything is written.
     _check_prompts(candidates, dataset)
     index_of = {key: index for index, key in enumerate(dataset.keys)}
     pairs = 0
@@ -86,11 +89,12 @@ def pack_pairs(
                     f"{candidates}: prompt {key}: candidates {best} and {worst} are the same clip; "
                     "sample with other audio_scales, or raise least_margin"
                 )
-            tensors, about = read_tensors(dataset, index_of[key])
+            # The pair inherits the conditions of its prompt.
+            tensors, metadata = read_tensors(dataset, index_of[key])
             members = pair_members(tensors, clips[best], clips[worst])
             record = {
                 "task": TASK,
-                "caption": about.get("caption", ""),
+                "caption": metadata.get("caption", ""),
                 "chosen": pair_record(verdicts, key, best),
                 "rejected": pair_record(verdicts, key, worst),
             }
@@ -106,6 +110,7 @@ def pack_pairs(
 
 def _check_prompts(candidates: Path, dataset: ShardDataset) -> None:
     """Raise DataError unless the candidates were sampled from this dataset."""
+    # Encoders first: their message names the one that differs.
     request = read_request(candidates)
     check_same_encoders(dataset.folder, dataset.encoders, candidates, request.get("encoders") or {})
     if request.get("clips", dataset.fingerprint) != dataset.fingerprint:
@@ -121,6 +126,7 @@ def read_verdicts(path: Path) -> Verdicts:
     Raises DataError for a line that is not a verdict, and for verdicts of different judges, whose
     scores cannot be compared.
     """
+    # A candidate that was scored twice has its last verdict.
     verdicts = {}
     for row in _rows(path):
         try:
@@ -148,20 +154,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue
+            continue  # the writer was killed within the line
+    # Scores of different judges cannot be compared.
     judges = [_judges(row) for row in rows if _judges(row)]
-    for other in judges[1:]:
-        check_judges(path, judges[0], other)
+    for later in judges[1:]:
+        check_judges(path, judges[0], later)
     return rows
 
 
-def check_judges(path: Path, one: Mapping[str, str], other: Mapping[str, str]) -> None:
+def check_judges(path: Path, first: Mapping[str, str], second: Mapping[str, str]) -> None:
     """Raise DataError that names the first network in which two judges differ."""
-    for name in sorted(one.keys() & other.keys()):
-        if one[name] != other[name]:
+    for name in sorted(first.keys() & second.keys()):
+        if first[name] != second[name]:
             raise DataError(
-                f"{path}: verdicts by the {name} network {one[name][:12]}, and by "
-                f"{other[name][:12]}; give the networks of the first verdicts, or remove the file "
+                f"{path}: verdicts by the {name} network {first[name][:12]}, and by "
+                f"{second[name][:12]}; give the networks of the first verdicts, or remove the file "
                 "and score all candidates again"
             )
 
@@ -170,6 +177,7 @@ def append_verdicts(
     path: Path, key: str, verdicts: list[Verdict], judges: Mapping[str, str] | None = None
 ) -> None:
     """Append a prompt's verdicts, one line each, with the fingerprints of the judge's networks."""
+    # Each line names its judge, so that files of different judges cannot be mixed unnoticed.
     fingerprints = {"judges": dict(judges)} if judges else {}
     lines = [
         json.dumps({"key": key, "candidate": candidate, **verdict._asdict(), **fingerprints}) + "\n"

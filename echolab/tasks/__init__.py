@@ -1,1 +1,1 @@
-"""What is given and what is generated, and how often each task is trained."""
+"""Tasks: their table, the masks of given pixels, and the curriculum."""

@@ -1,8 +1,8 @@
 """Task probabilities as a function of the step: hard tasks first, easy ones join later.
 
-The live probabilities follow the stage's targets with an EMA, so a new task enters smoothly; a
-floor keeps old tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task allocation"; its
-ratios and lengths are not published.)
+The probabilities are an EMA of the stage's targets, so that a new task enters smoothly; a minimal
+probability keeps earlier tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task
+allocation"; its ratios and lengths are not published.)
 """
 
 import bisect
@@ -15,7 +15,7 @@ from echolab.tasks.table import CURRICULUM_TASKS, TASKS
 
 
 class Stage(NamedTuple):
-    """Steps, and the probabilities to move towards in them (any positive scale)."""
+    """Number of steps, and the target probabilities in them (any positive scale)."""
 
     steps: int
     targets: dict[str, float]
@@ -39,8 +39,8 @@ def draw_task(probabilities: Mapping[str, float], u: float) -> str:
     return [task for task, probability in probabilities.items() if probability > 0][-1]
 
 
-def _checked(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
-    """Raise ConfigError for a curriculum that cannot be followed."""
+def _check(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
+    """Raise ConfigError for an invalid curriculum."""
     if not stages:
         raise ConfigError("tasks.stages: empty; give at least one stage")
     if not 0 <= ema_decay < 1:
@@ -50,6 +50,7 @@ def _checked(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None
         raise ConfigError(
             f"tasks.min_prob={min_prob:g}: times {len(named)} tasks must stay below 1"
         )
+    # Each stage by itself.
     for number, stage in enumerate(stages):
         unknown = [task for task in stage.targets if task not in TASKS]
         if unknown:
@@ -74,7 +75,7 @@ class Curriculum:
     def __init__(self, stages: Sequence[Stage], ema_decay: float = 0.999, min_prob: float = 0.0):
         # Tasks in the table's order, so that saved probabilities mean the same everywhere.
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
-        _checked(stages, ema_decay, min_prob)
+        _check(stages, ema_decay, min_prob)
         self.ema_decay = ema_decay
         wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
         self.tasks = tuple(task for task in TASKS if task in wanted)
@@ -83,17 +84,17 @@ class Curriculum:
         for stage in stages:
             introduced |= {task for task, share in stage.targets.items() if share > 0}
             end, total = end + stage.steps, sum(stage.targets.values())
-            own = 1 - min_prob * len(introduced)
+            remaining = 1 - min_prob * len(introduced)
             self._ends.append(end)
             self._targets.append(
                 [
                     (min_prob if task in introduced else 0.0)
-                    + own * stage.targets.get(task, 0.0) / total
+                    + remaining * stage.targets.get(task, 0.0) / total
                     for task in self.tasks
                 ]
             )
         self._origin = self._latest = (0, self._targets[0])
-        self.before = 0  # steps of the run that this one started from: the stages count them too
+        self.before = 0  # steps of the run that this one continues from, which count for the stages
 
     def _stage(self, step: int) -> int:
         """Return the index of the stage that a step is in."""
@@ -107,22 +108,23 @@ class Curriculum:
         # The recursion runs forward only: restart it from the known origin.
         if step < self._latest[0]:
             self._latest = self._origin
-        at, live = self._latest
-        if step < at:
+        known_step, probabilities = self._latest
+        if step < known_step:
             raise ConfigError(
-                f"step {step}: the curriculum was loaded at step {at}; ask from there"
+                f"step {step}: the curriculum was loaded at step {known_step}; ask for later steps"
             )
         keep = self.ema_decay
-        for number in range(at, step):
-            target = self._targets[self._stage(number)]
-            live = [keep * p + (1 - keep) * t for p, t in zip(live, target, strict=True)]
-        self._latest = (step, live)
-        return dict(zip(self.tasks, live, strict=True))
+        for index in range(known_step, step):
+            target = self._targets[self._stage(index)]
+            pairs = zip(probabilities, target, strict=True)
+            probabilities = [keep * p + (1 - keep) * t for p, t in pairs]
+        self._latest = (step, probabilities)
+        return dict(zip(self.tasks, probabilities, strict=True))
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what later steps depend on, as JSON: the step and its probabilities.
+        """Return the state that later steps depend on, as JSON values.
 
-        `stages_left` is for a run that starts from this one: whether a task is still to join.
+        A run that continues from this one reads from `stages_left` whether tasks are still to join.
         """
         return {
             "step": step,
@@ -134,26 +136,26 @@ class Curriculum:
     def continued_from(self, state: Mapping[str, Any]) -> "Curriculum":
         """Return the curriculum of a run that starts from another's weights at `state_dict()`.
 
-        Its step 0 has the probabilities and the stage that the other had reached; the last stage of
-        one is the last of the other, for any lengths.  A run without a task in common with the
-        other keeps its own beginning.
+        Its step 0 has the probabilities and the stage that the other run had reached.  If that was
+        its last stage, it is the last stage here, for any lengths.  A curriculum without a task in
+        common with the other starts from its own beginning.
         """
-        other = copy.copy(self)
+        continued = copy.copy(self)
         # Steps of all earlier runs count for the stage that is reached.
         done = int(state.get("before", 0)) + int(state["step"])
         last = self._ends[-2] if len(self._ends) > 1 else 0
         try:
-            other.load_state_dict({**state, "step": 0})
+            continued.load_state_dict({**state, "step": 0})
         except ConfigError:
             return self
-        other.before = max(done, last) if state.get("stages_left") == 0 else done
-        return other
+        continued.before = max(done, last) if state.get("stages_left") == 0 else done
+        return continued
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, bit-exactly.
 
-        A task that the state lacks starts from 0; the share of a task that no stage has any more
-        goes to the others.  Raises ConfigError if the two have no task in common.
+        A task that the state lacks starts from 0; the share of a task that no stage has goes to the
+        others.  Raises ConfigError if the two have no task in common.
         """
         # Keep shares of known tasks; renormalize if a task was dropped.
         saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
@@ -162,7 +164,8 @@ class Curriculum:
                 f"curriculum state of step {state['step']}: none of its tasks "
                 f"({', '.join(state['probabilities'])}) is in this run's stages"
             )
-        if set(state["probabilities"]) - set(self.tasks):  # else dividing would cost a bit
+        # Only then, because dividing by the sum could change the last bit.
+        if set(state["probabilities"]) - set(self.tasks):
             saved = [share / sum(saved) for share in saved]
         self._origin = self._latest = (int(state["step"]), saved)
         self.before = int(state.get("before", 0))

@@ -1,9 +1,8 @@
-"""Mask rules of the tasks: which pixels are given, and the same at latent resolution.
+"""Masks of the tasks (i2v, lip_sync, ...): given pixels, also at latent resolution; face tokens.
 
-A rule makes `known`: 1 for a given pixel, 0 for one to be generated.  Boxes
-are (x0, y0, x1, y1) in pixels, one a frame.  Margins and shapes of the two local tasks are not
-published; the figure shows a square over the head of a quarter to a third of the frame's width,
-and a disc at the mouth.
+A mask rule returns `known`: 1 for a given pixel, 0 for a generated one.  Boxes are (x0, y0, x1, y1)
+in pixels, one a frame.  Margins and shapes of the two local tasks are not published; the figure
+shows a square over the head of a quarter to a third of the frame's width, and a disc at the mouth.
 """
 
 from collections.abc import Callable
@@ -38,7 +37,7 @@ class Clip(NamedTuple):
         return torch.full((self.frames, 1, self.height, self.width), known)
 
 
-def nothing(clip: Clip) -> Tensor:
+def no_pixels(clip: Clip) -> Tensor:
     """Return the mask of text to video: no pixel is given."""
     return clip.all_frames(False)
 
@@ -65,7 +64,7 @@ def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
 def outside_head(clip: Clip) -> Tensor:
     """Return the mask of avatar sync: a box that follows the head is generated."""
     # A box for each frame, tested against pixel centers.
-    boxes = enlarge(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
+    boxes = enlarge_boxes(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
     inside = (rows >= y0) & (rows <= y1) & (columns >= x0) & (columns <= x1)
@@ -80,17 +79,17 @@ def outside_lips(clip: Clip) -> Tensor:
     """
     # The disc keeps the median offset from the face, and one radius.
     face_x, face_y = centers(clip.face).unbind(1)
-    off_x, off_y = (centers(clip.lips) - centers(clip.face)).median(0).values
+    offset_x, offset_y = (centers(clip.lips) - centers(clip.face)).median(0).values
     radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
     rows, columns = _grid(clip)
-    across = columns - (face_x + off_x)[:, None, None]
-    down = rows - (face_y + off_y)[:, None, None]
+    across = columns - (face_x + offset_x)[:, None, None]
+    down = rows - (face_y + offset_y)[:, None, None]
     return (across.square() + down.square() > radius.square())[:, None]
 
 
 # The names are those of `table.Task.mask`.
 MASK_RULES: dict[str, Callable[[Clip], Tensor]] = {
-    "nothing": nothing,
+    "nothing": no_pixels,
     "first_frame": lambda clip: first_frames(clip, 1),
     "first_frames": lambda clip: first_frames(clip, clip.known_frames),
     "first_and_last_frame": first_and_last,
@@ -104,7 +103,7 @@ def centers(boxes: Tensor) -> Tensor:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-def enlarge(boxes: Tensor, margin: float) -> Tensor:
+def enlarge_boxes(boxes: Tensor, margin: float) -> Tensor:
     """Return boxes [T, 4] with `margin` times their own size added on each side."""
     size = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
@@ -112,6 +111,7 @@ def enlarge(boxes: Tensor, margin: float) -> Tensor:
 
 def _boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
     """Return boxes in fp32; raise DataError unless they are finite [frames, 4]."""
+    # A damaged dataset may hold boxes of another shape, or NaN.
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
     if boxes.shape != (frames, 4) or not boxes.isfinite().all():
         raise DataError(
@@ -136,6 +136,7 @@ def known_pixels(
     `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
     chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
     """
+    # Check the arguments, then apply the rule of the task.
     if task not in TASK_TABLE:
         raise ConfigError(f"task={task}: unknown; one of {', '.join(TASKS)}")
     face, lips = _boxes(face, "face", frames), _boxes(lips, "lip", frames)
@@ -153,8 +154,9 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
     The four channels are the four frames of a latent frame: channel c of latent frame i is frame
     4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
     interpolation, so borders are fractional; frames are not mixed.  (EchoMimicV3
-    `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the other sign before that.)
+    `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the opposite sign before.)
     """
+    # The size must be a multiple of the strides of latents.
     frames, _, height, width = known.shape
     stride, space = geometry.time_stride, geometry.space_stride
     if not geometry.is_clip_length(frames):
@@ -171,14 +173,14 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
 def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
     """Return the tokens that attend to audio: float [P], 1 if the face ever touches one.
 
-    `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The union over the clip,
-    somewhat enlarged: the released model takes the box of the first frame, which a moving head
-    leaves.  Row-major over (height / 2, width / 2) tokens.
+    `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The face is the union of
+    its boxes over the clip, enlarged by a margin: the released model uses the box of the first
+    frame, which a moving head leaves.  Row-major over (height / 2, width / 2) tokens.
     """
     face = _boxes(face, "face", len(face))
     # One box around the face over all frames, in units of tokens.
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
-    x0, y0, x1, y1 = (enlarge(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
+    x0, y0, x1, y1 = (enlarge_boxes(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
     patch = geometry.patch
     rows, columns = torch.arange(height // patch)[:, None], torch.arange(width // patch)
     inside = (rows + 1 > y0) & (rows < y1) & (columns + 1 > x0) & (columns < x1)

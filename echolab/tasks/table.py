@@ -1,4 +1,4 @@
-"""The tasks, each once: name, title, files it needs, mask rule.  Imports no torch.
+"""Table of the tasks: name, title, required inputs, mask rule.  Imports no torch.
 
 The command line, curriculum, report, data preparation and demo all read this table.  A new task is
 one entry here, and a function in `masks` if its mask rule is new.
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    """What is given of a clip; the network generates the rest."""
+    """The part of a clip that is given; the network generates the rest."""
 
     name: str
     title: str  # in the report
-    given: str  # in words, for captions
+    given: str  # the given part in words, for captions
     mask: str  # key of `masks.MASK_RULES`
     inputs: tuple[str, ...]  # arguments of `echolab generate` that it needs
-    optional_inputs: tuple[str, ...] = ()  # and those that it also takes
+    optional_inputs: tuple[str, ...] = ()  # arguments that it accepts besides
     local: bool = False  # generates a part of each frame; the rest can be pasted back
     in_curriculum: bool = True  # part of the default curriculum
     in_validation: bool = False  # part of the default held-out error
@@ -26,7 +26,7 @@ class Task(NamedTuple):
         return self.mask != "nothing"
 
 
-# From hard to easy, by how much is generated; then continuation, which only inference needs.
+# From hard to easy, by the size of the generated part; continuation is for inference only.
 TASK_TABLE = {
     task.name: task
     for task in (
@@ -53,6 +53,7 @@ TASK_TABLE = {
         ),
     )
 }  # fmt: skip
+# Names of tasks, all and by property.
 TASKS = tuple(TASK_TABLE)
 DEFAULT_TASK = "i2v"
 
@@ -63,10 +64,11 @@ LOCAL_TASKS = tuple(name for name, task in TASK_TABLE.items() if task.local)
 
 
 def tasks_with(argument: str) -> str:
-    """Return the tasks that take an argument of `echolab generate`, for help texts."""
-    taking = (
+    """Return the tasks that accept an argument of `echolab generate`, for help texts."""
+    # Required or optional.
+    accepting = (
         name
         for name, task in TASK_TABLE.items()
         if argument in (*task.inputs, *task.optional_inputs)
     )
-    return ", ".join(taking)
+    return ", ".join(accepting)
