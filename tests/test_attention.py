@@ -98,7 +98,7 @@ def test_every_attention_of_the_network_uses_the_chosen_kernel() -> None:
     assert len(list(attention_modules(net))) == 2 * len(net.blocks)
 
 
-@pytest.mark.parametrize("tokens", [attention.SHORT - 1, attention.SHORT])
+@pytest.mark.parametrize("tokens", [attention.SHORT_SEQUENCE - 1, attention.SHORT_SEQUENCE])
 def test_half_precision_on_cpus_is_close_at_every_length(tokens: int) -> None:
     q, k, v = (torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(3))
     halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
