@@ -3,6 +3,7 @@
 Defaults come from the YAML files, read without Hydra; nothing heavy is imported.
 """
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ def _metavar(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ",".join(annotation.model_fields) + "}"
-    return METAVARS.get(annotation, str(annotation))
+    return "VALUE" if annotation is Any else METAVARS.get(annotation, str(annotation))
 
 
 def _range(field: FieldInfo) -> str:
@@ -175,6 +176,9 @@ def _help_of_one(
     if name in groups:
         lines += [f"{name}=CHOICE: {_group_text(name, chosen)}"]
         lines += _rows({choice: summary_of(path) for choice, path in groups[name].items()})
+    name = re.sub(r"\[\d*\]", "[*]", name)  # schedule.epochs[0].kind is of every epoch
+    in_lists = {key.name.replace("[*]", ""): key.name for key in keys}
+    name = in_lists.get(name, name)
     wanted = [
         key._replace(heading="")
         for key in keys

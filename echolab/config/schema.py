@@ -84,7 +84,8 @@ class Model(Section):
         description="width of the timestep's sinusoids"
     )
     audio_layers: Size | None = Field(
-        default=None, description="layers of wav2vec2 that Flash hears; null: the preview's audio"
+        default=None,
+        description="wav2vec2 layers that Flash projects; null: the preview's audio projection",
     )
     eps: Positive = Field(default=1e-6, description="added to variances by the norms")
     patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] = Field(
@@ -103,35 +104,35 @@ class Data(Section):
 
     clips: Datasets = Field(description="dataset of encoded clips, or a list of them")
     clip_weights: Weights | None = Field(
-        description="how often a clip comes from each of data.clips; null: as many as each holds"
+        description="sampling weight of each dataset of data.clips; null: its number of clips"
     )
     pairs: Datasets | None = Field(
         description="dataset of preference pairs, or a list of them; ndpo and dpo epochs need it"
     )
     pair_weights: Weights | None = Field(
-        description="how often a pair comes from each of data.pairs; null: as many as each holds"
+        description="sampling weight of each dataset of data.pairs; null: its number of pairs"
     )
     shuffle_block_size: Count = Field(
-        description="neighboring samples in a shard that are read together"
+        description="consecutive samples of a shard that are shuffled as one block"
     )
     shuffle_buffer: CountOrZero = Field(
-        description="places that the shuffle above blocks moves a sample"
+        description="samples in the shuffle buffer after the blocks are shuffled"
     )
     last_batch: Literal["carry", "drop", "pad"] = Field(
-        description="what becomes of an epoch's samples that batch_size does not divide"
+        description="last partial batch of an epoch: carry it into the next, drop it, or pad it"
     )
     token_budget: Count | None = Field(
-        description="latent places that one clip of batch_size may take; null: the largest clip's"
+        description="latents for each clip of batch_size; null: those of the largest clip"
     )
     log_samples: bool = Field(
         description="record the samples of every step, for `echolab data audit`"
     )
     max_bad_fraction: Fraction = Field(
-        description="share of samples, of each shard and of all, that may be bad"
+        description="fraction of samples, of each shard and of all, that may be bad"
     )
     changed: Literal["refuse", "accept"] = Field(
         default="refuse",
-        description="whether the run goes on with other clips or pairs than it was trained on",
+        description="accept: the run may resume with other clips or pairs than it was trained on",
     )
     cache_dir: Text | None = Field(
         description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
@@ -139,14 +140,14 @@ class Data(Section):
     cache_gb: Positive = Field(description="size of data.cache_dir in GB")
     val_clips: Text | None = Field(description="dataset of encoded clips for the held-out error")
     val_num_clips: Count = Field(description="held-out clips that are used")
-    val_batch_size: Count = Field(description="held-out clips a forward")
+    val_batch_size: Count = Field(description="held-out clips in one forward")
     val_tasks: Tasks = Field(description="tasks of the held-out error")
     val_overlaps: Literal["refuse", "accept"] = Field(
         default="refuse",
-        description="whether held-out clips may be trained on; a trial of the program may",
+        description="accept: held-out clips may be in the training set, for trials only",
     )
     num_workers: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(
-        description="loader processes a rank; 0: the rank reads by itself"
+        description="loader processes of each rank; 0: the rank reads by itself"
     )
 
 
@@ -155,7 +156,7 @@ class Stage(Section):
 
     steps: Count = Field(description="supervised steps of the stage")
     targets: Annotated[dict[Task, PositiveOrZero], Field(min_length=1)] = Field(
-        description="share of each task, on any scale, one of them above 0"
+        description="sampling weight of each task, on any scale, one of them above 0"
     )
 
 
@@ -167,20 +168,26 @@ class Curriculum(Section):
     )
     tasks: Tasks = Field(description="tasks from hard to easy; each stage adds the next")
     steps_per_stage: Count = Field(description="supervised steps of each stage of tasks.tasks")
-    ema_decay: Fraction = Field(description="of the average by which shares follow their targets")
-    min_prob: Fraction = Field(description="least share of a task that was introduced")
+    ema_decay: Fraction = Field(
+        description="decay of the moving average with which sampling follows its targets"
+    )
+    min_prob: Fraction = Field(
+        description="least sampling probability of a task that was introduced"
+    )
     restart: bool = Field(
         default=False,
-        description="whether a run with init_from= begins with the first stage again",
+        description="true: a run with init_from= begins with the first stage again",
     )
 
 
 class Phases(Section):
     """conf/phases: how much each modality counts at a noise level."""
 
-    schedule: Literal["phda", "phda_by_progress", "flat"] = Field(description="curve of weights")
+    schedule: Literal["phda", "phda_by_progress", "flat"] = Field(
+        description="curve of modality weights over the noise levels"
+    )
     mode: Literal["dropout", "scale"] = Field(
-        description="dropout: the curve is the chance to keep a modality; scale: a factor on it"
+        description="use of the curve: probability to keep a modality, or a factor on it"
     )
 
 
@@ -197,22 +204,24 @@ class Schedule(Section):
 
     epochs: Annotated[list[Epoch], Field(min_length=1)] = Field(description="epochs of one cycle")
     cycles: Annotated[int, Field(ge=1, le=10**4), NUMBER] = Field(
-        description="how often the epochs are repeated"
+        description="number of times that the epochs are repeated"
     )
     warmup: CountOrZero = Field(description="steps over which the learning rate rises from 0")
-    decay: Literal["constant", "cosine"] = Field(description="of the learning rate over the run")
+    decay: Literal["constant", "cosine"] = Field(
+        description="decay of the learning rate over the run"
+    )
 
 
 class Objective(Section):
     """conf/objective: the objectives of ndpo and dpo epochs, in trl's words."""
 
-    beta: Positive = Field(description="strength of the preference")
+    beta: Positive = Field(description="beta of DPO: strength of the pull to the reference model")
     loss_type: Literal[
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
         "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
     ] = Field(description="loss of dpo epochs")  # fmt: skip
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), NUMBER] = Field(
-        description="share of labels taken to be wrong"
+        description="fraction of labels taken to be wrong"
     )
     sft_weight: PositiveOrZero = Field(
         description="factor of the chosen clip's own error in the loss"
@@ -257,7 +266,7 @@ class Lora(Section):
     )
     r: Size = Field(description="rank of the adapters")
     lora_alpha: Positive = Field(description="the adapters' product is scaled by lora_alpha / r")
-    dropout: Fraction = Field(description="share of the adapters' inputs that are dropped")
+    dropout: Fraction = Field(description="dropout rate of the adapters' inputs")
     init_from: Text | None = Field(description="adapters in peft's format to start from")
 
 
@@ -267,10 +276,12 @@ class Trainer(Section):
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = Field(
         description="how ranks share weights, gradients and moments"
     )
-    devices: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(description="ranks a node")
+    devices: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(description="ranks of each node")
     num_nodes: Annotated[int, Field(ge=1, le=10**5), NUMBER] = Field(description="nodes")
-    accelerator: Literal["cpu", "gpu", "cuda"] = Field(description="device of every rank")
-    precision: Text = Field(description="32-true, or bf16-mixed")  # `machine.conflict` has reasons
+    accelerator: Literal["cpu", "gpu", "cuda"] = Field(description="device type of every rank")
+    precision: Text = Field(
+        description="precision of compute: 32-true or bf16-mixed"
+    )  # `machine.conflict` has reasons
     zero3_shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
         description="kernel of attention; auto: the fastest here"
@@ -299,7 +310,7 @@ class Logger(Section):
 class Launcher(Section):
     """conf/launcher: where members of a sweep are started."""
 
-    kind: Literal["local", "slurm"] = Field(description="local: one after the other; or as jobs")
+    kind: Literal["local", "slurm"] = Field(description="local: one after another; slurm: as jobs")
 
 
 class CustomCallback(Section):
@@ -316,26 +327,28 @@ class Callbacks(Section):
     """conf/callbacks: callbacks of the user's own."""
 
     custom: list[CustomCallback] = Field(
-        description="callbacks of your own, called in this order after each step"
+        description="list of your own callbacks, called in this order after each step"
     )
 
 
 class LossSpike(Section):
     """Spikes of the loss and of the gradient's norm."""
 
-    policy: Literal["record", "recompute", "rollback"] = Field(description="what a spike causes")
+    policy: Literal["record", "recompute", "rollback"] = Field(
+        description="on a spike: record it, recompute from the last checkpoint, or roll back"
+    )
     threshold: Positive = Field(
-        description="robust standard deviations above the median of a spike"
+        description="robust standard deviations above the median, from which a value is a spike"
     )
     window: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
         description="steps of the same kind that a step is compared with"
     )
     min_history: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
-        description="steps that must be in the window first; at most loss_spike.window"
+        description="steps in the window before spikes are detected; at most loss_spike.window"
     )
-    rollback_steps: CountOrZero = Field(description="steps that a rollback goes back at least")
+    rollback_steps: CountOrZero = Field(description="least number of steps of a rollback")
     skip_batches: CountOrZero = Field(description="batches around a spike that a rollback skips")
-    max_rollbacks: CountOrZero = Field(description="how often a run goes back")
+    max_rollbacks: CountOrZero = Field(description="most rollbacks of a run")
 
 
 class SignalGrace(Section):
@@ -349,25 +362,31 @@ class SignalGrace(Section):
 class Timeouts(Section):
     """Seconds after which a rank that stays in a section is taken to hang."""
 
-    init: Seconds = Field(description="seconds for imports, data, weights and the first meeting")
+    init: Seconds = Field(description="seconds for imports, data, weights and the first collective")
     first_step: Seconds = Field(description="seconds for the first step, with compilation")
-    step: Seconds = Field(description="seconds for forward, backward, optimizer and vote, each")
+    step: Seconds = Field(
+        description="seconds for each of forward, backward, optimizer and step sync"
+    )
     eval: Seconds = Field(description="seconds for a validation")
     save: Seconds = Field(description="seconds for a checkpoint")
     data_wait: Seconds = Field(description="seconds for the next batch")
     teardown: Seconds = Field(description="seconds for the end of the process")
-    safety_factor: Positive = Field(description="times the longest step seen that a step may take")
-    min_step_timeout: Seconds = Field(description="seconds that a step may always take")
+    safety_factor: Positive = Field(
+        description="timeout of a step, in multiples of the longest step so far"
+    )
+    min_step_timeout: Seconds = Field(description="least timeout of a step, in seconds")
 
 
 class Settings(Section):
     """conf/train.yaml: a run."""
 
     run_dir: Text = Field(title="Run", description="folder of the run; of all members of a sweep")
-    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="of all randomness")
-    batch_size: Count = Field(description="clips an optimizer step, over all ranks")
+    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(
+        description="seed of all randomness"
+    )
+    batch_size: Count = Field(description="clips in one optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
-        description="clips a forward; null: all of a rank's share"
+        description="clips in one forward of a rank; null: all of its clips of the step"
     )
     flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
         description="flow shift of the training noise levels"
@@ -384,25 +403,27 @@ class Settings(Section):
         title="Safety",
         description="GB of a rank and its loader workers above which the run saves and restarts",
     )
-    verify_export: bool = Field(description="compare samples of the export before the run is done")
+    verify_export: bool = Field(
+        description="compare samples of the export with the trained model before the run is done"
+    )
     model: Model = Field(description="sizes of the network")
     data: Data = Field(description="datasets and their order")
-    tasks: Curriculum = Field(description="how often each task is trained")
-    phases: Phases = Field(description="how much each modality counts at a noise level")
+    tasks: Curriculum = Field(description="curriculum of tasks")
+    phases: Phases = Field(description="weights of the modalities by noise level")
     schedule: Schedule = Field(description="epochs and learning rates")
     objective: Objective = Field(description="objectives of ndpo and dpo epochs")
     optim: Optim = Field(description="optimizer and averages")
     lora: Lora = Field(description="adapters")
-    trainer: Trainer = Field(description="devices, and how they share the work")
+    trainer: Trainer = Field(description="devices and parallelism")
     logger: Logger = Field(description="Weights & Biases")
     callbacks: Callbacks = Field(description="callbacks of your own")
-    launcher: Launcher = Field(description="where members of a sweep are started")
+    launcher: Launcher = Field(description="launcher of a sweep's members")
     log_every: CountOrZero = Field(
         title="Intervals, in optimizer steps",
         description="steps between lines of metrics.jsonl; 0: never",
     )
     save_every: CountOrZero = Field(
-        description="steps between checkpoints; 0: only where an epoch ends"
+        description="steps between checkpoints; 0: only at the end of each epoch"
     )
     val_every: CountOrZero = Field(description="steps between validations; 0: never")
     replica_check_every: CountOrZero = Field(
@@ -415,8 +436,8 @@ class Settings(Section):
     max_infra_restarts: CountOrZero = Field(
         description="restarts after failures of machines (slurm/train.sbatch)"
     )
-    loss_spike: LossSpike = Field(description="spikes of the loss and of the gradient's norm")
+    loss_spike: LossSpike = Field(description="detection of loss and gradient spikes")
     signal_grace_seconds: SignalGrace = Field(
         description="seconds from a signal of Slurm to the kill"
     )
-    timeouts: Timeouts = Field(description="deadlines of sections, in seconds")
+    timeouts: Timeouts = Field(description="timeouts of the sections of a run, in seconds")
