@@ -13,11 +13,11 @@ from echolab.vision.faces import Rows, Track
 from echolab.vision.normalize import SAMPLES_PER_FRAME, Grid
 
 AUDIBLE_DBFS = -50.0  # of the 40 ms of one frame
-AUDIBLE_SHARE = 0.2  # of a clip's frames: people pause
+MIN_AUDIBLE_FRACTION = 0.2  # of a clip's frames: people pause
 STILL_LIPS = 0.006  # spread of the mouth's opening, in heights of the face
 MESH_PRESENCE = 0.5
-MESH_SHARE = 0.8  # of a clip's frames in which the mesh must fit
-SECOND_FACE_SHARE = 0.5  # from this share of the subject's height a second face counts
+MIN_MESH_FRACTION = 0.8  # of a clip's frames in which the mesh must fit
+SECOND_FACE_FRACTION = 0.5  # from this fraction of the subject's height a second face counts
 
 CUT_SHORT = "damaged: the file ends before the end in its header; download it again"
 DAMAGED = "damaged: the frames cannot be decoded here"
@@ -38,7 +38,7 @@ class Subject(NamedTuple):
 
     track: NDArray[np.int64]  # [K] index of the largest track, -1 for no face
     height: NDArray[np.float32]  # [K] of its box in source pixels
-    second: NDArray[np.float32]  # [K] height of the second largest, as a share of it
+    second: NDArray[np.float32]  # [K] height of the second largest, as a fraction of it
     faces: NDArray[np.int64]  # [K] number of faces
 
 
@@ -51,8 +51,8 @@ def find_subject(tracks: list[Track], frames: int) -> Subject:
     order = np.sort(heights, 0)
     largest, second = order[-1], order[-2]
     track_index = np.where(largest > 0, heights.argmax(0), -1)
-    share = second / np.maximum(largest, 1e-6)
-    return Subject(track_index.astype(np.int64), largest, share, (heights > 0).sum(0))
+    fraction = second / np.maximum(largest, 1e-6)
+    return Subject(track_index.astype(np.int64), largest, fraction, (heights > 0).sum(0))
 
 
 def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: float) -> list[str]:
@@ -68,7 +68,7 @@ def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: floa
             reasons[k] = "no audio: the audio track does not cover this, or is damaged"
         elif subject.track[k] < 0:
             reasons[k] = "no face: none with a YuNet score of 0.9"
-        elif subject.second[k] >= SECOND_FACE_SHARE:
+        elif subject.second[k] >= SECOND_FACE_FRACTION:
             reasons[k] = "several faces: a second one is at least half as tall"
         elif subject.height[k] < min_pixels:
             reasons[k] = f"face too small: less than {min_pixels:g} pixels tall"
@@ -89,35 +89,35 @@ def loudness(samples: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(10 * np.log10((blocks**2).mean(1) + 1e-10))
 
 
-def audible(samples: NDArray[np.float32]) -> bool:
+def is_audible(samples: NDArray[np.float32]) -> bool:
     """Return whether any frame is audible."""
     levels = loudness(samples)
     return bool(len(levels)) and float(levels.max()) > AUDIBLE_DBFS
 
 
-def silence(samples: NDArray[np.float32]) -> str:
+def silence_reason(samples: NDArray[np.float32]) -> str:
     """Return the reason to refuse this audio, or ""."""
     # People pause: a part of the frames is enough.
     levels = loudness(samples)
-    share = float((levels > AUDIBLE_DBFS).mean()) if len(levels) else 0.0
-    if share >= AUDIBLE_SHARE:
+    fraction = float((levels > AUDIBLE_DBFS).mean()) if len(levels) else 0.0
+    if fraction >= MIN_AUDIBLE_FRACTION:
         return ""
     # Name the loudest frame, by which a user can judge the limit.
     loudest = float(levels.max()) if len(levels) else -100.0
     return (
-        f"silence: {share:.0%} of it is above {AUDIBLE_DBFS:g} dBFS, need {AUDIBLE_SHARE:.0%} "
-        f"(loudest {loudest:.0f} dBFS)"
+        f"silence: {fraction:.0%} of it is above {AUDIBLE_DBFS:g} dBFS, need "
+        f"{MIN_AUDIBLE_FRACTION:.0%} (loudest {loudest:.0f} dBFS)"
     )
 
 
-def still_lips(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]) -> str:
+def still_lips_reason(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]) -> str:
     """Return the reason to refuse this mouth, or "".
 
     `opening` [T] is in heights of the face, `presence` [T] the confidence of the mesh.
     """
     # Without a mesh the opening of the mouth is no measurement.
     fits = presence >= MESH_PRESENCE
-    if fits.mean() < MESH_SHARE:
+    if fits.mean() < MIN_MESH_FRACTION:
         return f"no face: the face mesh fits in {fits.mean():.0%} of the frames, need 80%"
     spread = float(opening[fits].std())
     if spread < STILL_LIPS:

@@ -135,8 +135,8 @@ def _process_files(jobs: list[Job], options: RunOptions) -> None:
         for report in work(setup, todo, options.workers, options.stall_seconds):
             job: Job = report.job
             match report:
-                case Progressed(_, share):
-                    bar.progress(job.name, share)
+                case Progressed(_, fraction):
+                    bar.progress(job.name, fraction)
                 case Finished(_, (clips, refused)):
                     bar.finish(job.name, clips, refused)
                 case Failed(_, reason):
@@ -179,7 +179,7 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     from data_prep.source import Models
     from echolab.vision.faces import FaceMesh
 
-    # One thread: the processes share the cores.
+    # One thread: the processes divide the cores.
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))
 
@@ -350,7 +350,7 @@ class FileProgress:
     def __init__(self, files: int, done: int) -> None:
         self.files, self.done = files, done
         self.console = Console(stderr=True, highlight=False)
-        self.shares: dict[str, float] = {}
+        self.fractions: dict[str, float] = {}
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -378,20 +378,20 @@ class FileProgress:
         if self.bar:
             self.bar.stop()
 
-    def progress(self, name: str, share: float) -> None:
-        """Show that a file is done by `share`."""
-        # Files in progress count by their shares, so that the bar moves during a long file.
-        self.shares[name] = share
+    def progress(self, name: str, fraction: float) -> None:
+        """Show that a file is done by `fraction`."""
+        # Files in progress count by their fractions, so that the bar moves during a long file.
+        self.fractions[name] = fraction
         if self.bar:
-            completed = self.done + sum(self.shares.values())
+            completed = self.done + sum(self.fractions.values())
             self.bar.update(self.task, completed=completed, description=name[-40:])
 
     def finish(self, name: str, clips: int, reasons: list[str]) -> None:
         """Show that a file is done, with its clips and the kinds of its refusals."""
-        self.shares.pop(name, None)
+        self.fractions.pop(name, None)
         self.done += 1
         if self.bar:
-            self.bar.update(self.task, completed=self.done + sum(self.shares.values()))
+            self.bar.update(self.task, completed=self.done + sum(self.fractions.values()))
         kinds = sorted({reason.partition(":")[0] for reason in reasons})
         refused = f"; {len(reasons)} refused: {', '.join(kinds)}" if reasons else ""
         self.print(f"[{self.done}/{self.files}] {name}: {clips} clips{refused}")

@@ -15,13 +15,13 @@ from data_prep.filter import (
     DAMAGED,
     MESH_PRESENCE,
     Refusal,
-    audible,
     clip_scores,
     find_subject,
     frame_reasons,
+    is_audible,
     runs,
-    silence,
-    still_lips,
+    silence_reason,
+    still_lips_reason,
 )
 from data_prep.options import RunOptions
 from echolab.data.media import (
@@ -65,7 +65,7 @@ HASHING, PROBING, READING_AUDIO, TRACKING, CUTTING = (
     (0.0, 0.05), (0.05, 0.25), (0.25, 0.3), (0.3, 0.65), (0.65, 1.0),
 )  # fmt: skip
 
-Progress = Callable[[float], None]  # takes the share of a file that is done
+Progress = Callable[[float], None]  # takes the fraction of a file that is done
 
 
 class Models(NamedTuple):
@@ -157,8 +157,8 @@ def read_source(
 
 
 def _between(progress: Progress, first: float, last: float) -> Progress:
-    """Return the progress of a part of the work, from share `first` to `last` of the file's."""
-    return lambda share: progress(first + share * (last - first))
+    """Return the progress of a part of the work, from fraction `first` to `last` of the file's."""
+    return lambda fraction: progress(first + fraction * (last - first))
 
 
 def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
@@ -180,8 +180,8 @@ def _file_refusals(file: ProbedFile) -> list[Refusal]:
         reason = "no audio: the file has no audio track"
     elif len(file.probe.times) < 2:
         reason = "too short: a single frame"
-    elif not audible(audio.samples):
-        reason = silence(audio.samples)
+    elif not is_audible(audio.samples):
+        reason = silence_reason(audio.samples)
     else:
         return []
     # Frames that cannot be decoded are refused as damaged, not for the fault of the file.
@@ -240,10 +240,10 @@ def _clips(
     file: ProbedFile, spans: list[Span], key: str, progress: Progress
 ) -> Iterator[Clip | Refusal]:
     """Yield the clips of all spans, with refusals of what is too short, silent or still."""
-    index, options, probed, done_share = 0, file.options, file.probe, 0.0
+    index, options, probed, done_fraction = 0, file.options, file.probe, 0.0
     min_frames = options.min_frames or options.frames
-    # Decoding up to the next clip is progress too, though its share is not known.
-    reader = VideoReader(probed, probed.width, probed.height, lambda _: progress(done_share))
+    # Decoding up to the next clip is progress too, of unknown size.
+    reader = VideoReader(probed, probed.width, probed.height, lambda _: progress(done_fraction))
     for done, span in enumerate(spans):
         cuts, rest = cut_span(span.first, span.last, options.frames, min_frames)
         for first, last in cuts:
@@ -253,9 +253,9 @@ def _clips(
             else:
                 yield Clip(f"{key}-{index:04d}", members)
                 index += 1
-            share = (last - span.first) / (span.last - span.first)
-            done_share = (done + share) / len(spans)
-            progress(done_share)
+            fraction = (last - span.first) / (span.last - span.first)
+            done_fraction = (done + fraction) / len(spans)
+            progress(done_fraction)
         if rest < span.last:
             yield _too_short(file.grid, rest, span.last, min_frames, bool(cuts))
 
@@ -300,7 +300,7 @@ def _clip(
     assert file.audio is not None
     span = grid.seconds(first), grid.seconds(last)
     samples = audio_of(file.audio, grid, first, last)
-    if reason := silence(samples):
+    if reason := silence_reason(samples):
         return Refusal(*span, reason)
 
     # Decode and crop the frames, and measure the mouth in each.
@@ -311,7 +311,7 @@ def _clip(
         meshes.append(file.models.mesh.find(image, row))
         frames.append(crop_frame(image, crop))
     opening = np.array([mesh.opening for mesh in meshes]) / rows[:, 3]
-    if reason := still_lips(opening, np.array([mesh.presence for mesh in meshes])):
+    if reason := still_lips_reason(opening, np.array([mesh.presence for mesh in meshes])):
         return Refusal(*span, reason)
 
     # Encode the members of the sample.

@@ -34,7 +34,7 @@ class Progressed(NamedTuple):
     """A part of a job is done."""
 
     job: Any
-    share: float  # from 0 to 1
+    fraction: float  # from 0 to 1
 
 
 class Finished(NamedTuple):
@@ -222,12 +222,12 @@ def _serve(pipe: Connection, setup: Setup) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     last = 0.0
 
-    def progress(share: float) -> None:
+    def progress(fraction: float) -> None:
         # A pipe full of small messages would slow the job down.
         nonlocal last
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
-            pipe.send(("progress", share))
+            pipe.send(("progress", fraction))
 
     try:
         # Each process sets it up itself: models cannot be sent through a pipe.

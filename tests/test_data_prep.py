@@ -18,7 +18,13 @@ import unruly
 
 from data_prep.__main__ import main
 from data_prep.draw import draw_dataset
-from data_prep.filter import audible, find_subject, frame_reasons, silence, still_lips
+from data_prep.filter import (
+    find_subject,
+    frame_reasons,
+    is_audible,
+    silence_reason,
+    still_lips_reason,
+)
 from data_prep.options import DrawOptions, RunOptions, is_clip_length
 from data_prep.run import prepare, read_refused
 from data_prep.source import Models, Source, cut_span, read_source
@@ -220,17 +226,17 @@ def test_cuts_are_detected_and_motion_is_not_one() -> None:
 def test_silence_is_distinguished_from_pauses() -> None:
     tone = (0.1 * np.sin(np.arange(640 * 50) / 5)).astype(np.float32)
     paused = tone * (np.arange(len(tone)) < 0.3 * len(tone))
-    assert silence(tone) == "" and silence(paused) == ""
-    assert silence(tone * 1e-3).startswith("silence:") and not audible(tone * 1e-3)
-    assert silence(tone * (np.arange(len(tone)) < 0.1 * len(tone))).startswith("silence:")
+    assert silence_reason(tone) == "" and silence_reason(paused) == ""
+    assert silence_reason(tone * 1e-3).startswith("silence:") and not is_audible(tone * 1e-3)
+    assert silence_reason(tone * (np.arange(len(tone)) < 0.1 * len(tone))).startswith("silence:")
 
 
 def test_still_lips_do_not_count_as_talking() -> None:
     sure = np.ones(50)
     moving = 0.05 + 0.03 * np.sin(np.arange(50))
-    assert still_lips(moving, sure) == ""
-    assert still_lips(np.full(50, 0.05), sure).startswith("not talking:")
-    assert still_lips(moving, sure * 0.1).startswith("no face:")
+    assert still_lips_reason(moving, sure) == ""
+    assert still_lips_reason(np.full(50, 0.05), sure).startswith("not talking:")
+    assert still_lips_reason(moving, sure * 0.1).startswith("no face:")
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (1080, 1920), (410, 412), (200, 200)])

@@ -36,7 +36,7 @@ FORMATS = ",".join((
     "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe",
 ))  # fmt: skip
 
-Advance = Callable[[float], None]  # share of the file that is read
+Advance = Callable[[float], None]  # fraction of the file that is read
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def read_packets(container: Any, stream: Any, advance: Advance) -> Iterator[Any]
         yield None
 
 
-def ignore_progress(share: float) -> None:
+def ignore_progress(fraction: float) -> None:
     """Ignore progress."""
 
 

@@ -20,8 +20,8 @@ from echolab.vision.faces import (
 from echolab.vision.video_reader import Probe, VideoReader
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
-# A second face makes an image ambiguous from this score, and this share of the largest face.
-SECOND_SCORE, SECOND_SHARE = 0.9, 0.5
+# A second face makes an image ambiguous from this score, and this fraction of the largest face.
+SECOND_SCORE, SECOND_FRACTION = 0.9, 0.5
 LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # typical lips in a face's box, in sizes of the box
 
 Boxes = NDArray[np.float32]  # [T, 4] x0, y0, x1, y1
@@ -60,7 +60,9 @@ def find_face(image: Image, name: Path, face_models: Path | None) -> tuple[Boxes
     # The largest face is meant, if no other comes near it.
     rows = rows[rows[:, 3].argsort()[::-1]]
     others = [
-        row for row in rows[1:] if row[-1] >= SECOND_SCORE and row[3] >= SECOND_SHARE * rows[0, 3]
+        row
+        for row in rows[1:]
+        if row[-1] >= SECOND_SCORE and row[3] >= SECOND_FRACTION * rows[0, 3]
     ]
     if len(rows) == 0 or others:
         count = f"{1 + len(others)} faces" if others else "no face"
