@@ -89,8 +89,8 @@ def test_the_loss_decreases_and_is_reported_every_twentieth_step(tmp_path: Path)
 
 @pytest.mark.usefixtures("saves_each_step")
 def test_a_state_of_another_fit_is_refused(tmp_path: Path) -> None:
-    save_file({"net.strange": torch.zeros(1)}, tmp_path / "none", {"step": "1"})
-    save_file({"net.strange": torch.zeros(1)}, tmp_path / "unnumbered")
+    save_file({"net.unknown": torch.zeros(1)}, tmp_path / "none", {"step": "1"})
+    save_file({"net.unknown": torch.zeros(1)}, tmp_path / "unnumbered")
     (tmp_path / "rubbish").write_bytes(b"not a state")
     for name in ("none", "unnumbered", "rubbish"):
         with pytest.raises(CheckpointError, match=f"{name}: not a state of this fit .*remove it"):

@@ -229,7 +229,7 @@ class Audit(NamedTuple):
     samples: int  # trained on, over all datasets and epochs
     missing: list[Finding]
     doubled: list[Finding]
-    strange: list[Finding]  # keys that the dataset does not hold
+    unknown: list[Finding]  # keys that the dataset does not hold
     faults: list[str]
     quarantined: int = 0  # bad samples that others replaced, as the run recorded
     skipped: int = 0  # samples of batches that events of the run skipped
@@ -237,7 +237,7 @@ class Audit(NamedTuple):
     @property
     def exact(self) -> bool:
         """Return if every sample was trained on exactly once an epoch."""
-        return not (self.missing or self.doubled or self.strange or self.faults)
+        return not (self.missing or self.doubled or self.unknown or self.faults)
 
     def lines(self) -> list[str]:
         """Return one line for each fault."""
@@ -245,7 +245,7 @@ class Audit(NamedTuple):
         for fault, findings in (
             ("missing", self.missing),
             ("doubled", self.doubled),
-            ("not in the dataset", self.strange),
+            ("not in the dataset", self.unknown),
         ):
             for dataset, epoch, key, steps in findings:
                 at_steps = f" (steps {', '.join(map(str, steps))})" if steps else ""
@@ -383,7 +383,7 @@ def _compare(
     except DataError as error:
         audit.faults.append(str(error))
         return
-    audit.strange.extend(
+    audit.unknown.extend(
         Finding(folder, epoch, key, trained[key])
         for epoch, trained in sorted(seen.items())
         for key in sorted(set(trained) - keys)
