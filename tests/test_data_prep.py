@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import unruly
+import unruly_jobs
 
 from data_prep.__main__ import main
 from data_prep.draw import draw_dataset
@@ -292,7 +292,7 @@ def offline(*_: object, **__: object) -> None:
 def test_no_failing_job_ends_the_run(tmp_path: Path) -> None:
     once = f"crash once in {tmp_path}"
     jobs = ["one", "crash", "raise", "hang", "killed", "exit", once, "memory", "stale", "slow"]
-    reports = [r for r in work(unruly.setup, jobs, 2, 3.0) if not isinstance(r, Progressed)]
+    reports = [r for r in work(unruly_jobs.setup, jobs, 2, 3.0) if not isinstance(r, Progressed)]
     assert {r.job: r.result for r in reports if isinstance(r, Finished)} == {
         "one": "ONE",
         "slow": "SLOW",  # for twice as long as a worker may be silent
@@ -308,9 +308,9 @@ def test_no_failing_job_ends_the_run(tmp_path: Path) -> None:
     assert stopped["stale"] == "cannot be read: Stale file handle"
     assert not any("damaged" in what for what in (*stopped.values(), failed["hang"]))
     with pytest.raises(DataError, match="disk: full"):
-        list(work(unruly.setup, ["disk"], 1, 9.0))
+        list(work(unruly_jobs.setup, ["disk"], 1, 9.0))
     with pytest.raises(EcholabError, match="cannot start"):
-        list(work(unruly.broken_setup, ["one"], 1, 9.0))
+        list(work(unruly_jobs.broken_setup, ["one"], 1, 9.0))
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_a_stopped_worker_does_not_hang_the_run(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=resume)
     thread.start()
-    reports = list(work(unruly.setup, [f"stop in {tmp_path}"], 1, 5.0))
+    reports = list(work(unruly_jobs.setup, [f"stop in {tmp_path}"], 1, 5.0))
     thread.join()
     assert isinstance(reports[-1], Finished)
 
@@ -352,13 +352,13 @@ def test_a_killed_worker_loses_no_file(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete, options = tmp_path / "complete", RunOptions(three, tmp_path / "out")
-    monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
+    monkeypatch.setattr("data_prep.run.work", unruly_jobs.stand_in(()))
     prepare(RunOptions(three, complete))
-    monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
+    monkeypatch.setattr("data_prep.run.work", unruly_jobs.stand_in({"b.mp4"}))
     with pytest.raises(RetryableError, match=r"b\.mp4: killed: .*1 of 3 files.*same command again"):
         prepare(options)
     assert not (options.out / "dataset.json").exists()
-    monkeypatch.setattr("data_prep.run.work", unruly.stand_in(()))
+    monkeypatch.setattr("data_prep.run.work", unruly_jobs.stand_in(()))
     assert prepare(options)["clips"] == 3
     for path in complete.iterdir():
         assert path.read_bytes() == (options.out / path.name).read_bytes()
@@ -387,7 +387,7 @@ def test_a_file_that_fails_in_every_run_is_refused(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(three, tmp_path / "out")
-    monkeypatch.setattr("data_prep.run.work", unruly.stand_in({"b.mp4"}))
+    monkeypatch.setattr("data_prep.run.work", unruly_jobs.stand_in({"b.mp4"}))
     for _ in range(2):
         with pytest.raises(RetryableError):
             prepare(options)

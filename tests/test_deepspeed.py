@@ -28,7 +28,7 @@ class Run:
         words = [f"plan={json.dumps(plan)}", *(f"{k}={v}" for k, v in options.items())]
         world = RANKS[strategy]
         arguments = [str(self.data), strategy, str(world), str(out), *words]
-        self.server.run("ranked:main", world=world, arguments={"words": arguments})
+        self.server.run("rank_training:main", world=world, arguments={"words": arguments})
 
 
 def rows(out: Path) -> list[dict[str, float]]:

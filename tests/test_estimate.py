@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import adapted
+import lora_settings
 import pytest
 import runs
 import tiny
 from runs import PHASES, Supervised
-from test_simulate import peak
+from test_activation_memory import peak
 from torch.profiler import ProfilerActivity, profile
 
 from echolab.cli.__main__ import main
@@ -55,9 +55,9 @@ def test_the_estimate_of_a_rank_is_exact_to_the_byte(
     runs.write_pairs(tmp_path / "pairs", 5)
     ranks = RANKS[strategy]
     words = [str(tmp_path), strategy, str(ranks), precision, lora]
-    assert run_ranks([sys.executable, str(HERE / "ranked_bytes.py"), *words], ranks) == 0
+    assert run_ranks([sys.executable, str(HERE / "rank_memory.py"), *words], ranks) == 0
     result = json.loads((tmp_path / f"{strategy}-{precision}-{lora}.json").read_text())
-    net = adapted.settings("base")["net"] if lora == "lora" else tiny.net()
+    net = lora_settings.settings("base")["net"] if lora == "lora" else tiny.net()
     state = state_bytes(parameters_of(net), stage=STAGE[strategy], world=ranks, precision=precision)
     for kind in ("weights", "optimizer", "ema"):
         assert result[kind] == getattr(state, kind), kind

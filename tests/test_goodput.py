@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from attempted import attempt, saved
+from attempt_records import attempt, saved
 
 from echolab.launch.attempts import attempts_of
 from echolab.launch.explain import checkpoint_interval, measure_goodput, summarize

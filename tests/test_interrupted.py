@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import interrupted
 import pytest
+import rank_interrupted
 import runs
 from forked import ForkServer
-from interrupted import HELD, STEPS, restored  # noqa: F401 - a fixture
+from rank_interrupted import HELD, STEPS, restored  # noqa: F401 - a fixture
 
 from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.config import Intervals
@@ -20,7 +20,7 @@ KINDS = {"single": (1, 1), "ddp": (2, 1), "zero2": (2, 1), "zero3": (2, 1), "ddp
 
 
 class Starts:
-    """Starts `interrupted.main` over the clips of `data`."""
+    """Starts `rank_interrupted.main` over the clips of `data`."""
 
     def __init__(self, server: ForkServer, data: Path) -> None:
         self.server, self.data = server, data
@@ -32,7 +32,7 @@ class Starts:
             "devices": devices, "together": together, "place": place, "count": count,
             "victim": 0 if place == "export" else devices - 1,
         }  # fmt: skip
-        self.server.run("interrupted:main", world=devices, arguments=arguments)
+        self.server.run("rank_interrupted:main", world=devices, arguments=arguments)
         record: dict[str, Any] = json.loads((self.data / f"{run}.json").read_text())
         return record
 
@@ -95,24 +95,24 @@ def test_a_stop_request_or_the_time_limit_ends_a_validation(
     """If it comes between two saves, the steps since the last save are saved then."""
     monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
     run = tmp_path / "run"
-    interrupted.act_at("validation", 2, (run / "STOP").touch)
+    rank_interrupted.act_at("validation", 2, (run / "STOP").touch)
     every = Intervals(log_every=1, save_every=3, val_every=2)
-    result, rows = interrupted.train(tmp_path, intervals=every)
+    result, rows = rank_interrupted.train(tmp_path, intervals=every)
     assert (result.step, result.reason, result.unsaved) == (2, "stop", False)
     assert saved_steps(run / "checkpoints") == [2] and not (run / "STOP").exists()
     assert not any("val/loss" in row for row in rows)
     message = capfd.readouterr().err
     assert "validation at step 2 was cut short (stop)" in message
-    result, rows = interrupted.train(tmp_path, intervals=every)
+    result, rows = rank_interrupted.train(tmp_path, intervals=every)
     assert result.done and [row["step"] for row in rows if "val/loss" in row] == [STEPS]
 
 
 def test_a_restart_for_memory_waits_for_the_next_step(tmp_path: Path) -> None:
     """Otherwise a check at the end, which needs memory too, would never finish."""
-    result, rows = interrupted.train(tmp_path, max_host_memory_gb=1e-3)
+    result, rows = rank_interrupted.train(tmp_path, max_host_memory_gb=1e-3)
     while not result.done:
         assert (result.reason, result.unsaved) == ("memory", False)
-        result, rows = interrupted.train(tmp_path, max_host_memory_gb=1e-3)
+        result, rows = rank_interrupted.train(tmp_path, max_host_memory_gb=1e-3)
     assert [row["step"] for row in rows if "parity/difference" in row] == [STEPS]
 
 
@@ -131,9 +131,11 @@ def test_a_failing_log_loses_no_step(tmp_path: Path, at: int) -> None:
             raise Full
 
     with pytest.raises(Full):
-        interrupted.train(tmp_path, log_metrics=log, intervals=Intervals(log_every=1, save_every=2))
+        rank_interrupted.train(
+            tmp_path, log_metrics=log, intervals=Intervals(log_every=1, save_every=2)
+        )
     saved = saved_steps(tmp_path / "run/checkpoints")
     assert saved[0] == min(at + 1, STEPS)
     shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "kept")
-    result, _ = interrupted.train(tmp_path, intervals=Intervals(log_every=1, save_every=2))
+    result, _ = rank_interrupted.train(tmp_path, intervals=Intervals(log_every=1, save_every=2))
     assert result.done and result.step == STEPS

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from unruly import stand_in
+from unruly_jobs import stand_in
 
 from data_prep.__main__ import main
 from data_prep.listing import caption_of, list_source

@@ -15,7 +15,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_parity import net_of, theirs_of
+from test_diffusers_parity import net_of, theirs_of
 from torch import Tensor, nn
 
 from echolab.errors import WeightsError

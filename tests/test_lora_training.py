@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import adapted
 import encoded
+import lora_settings
 import pytest
 import runs
 import tiny
@@ -34,25 +34,25 @@ HERE = Path(__file__).parent
 def test_a_resumed_run_equals_an_unbroken_run_and_keeps_the_base(
     tmp_path: Path, reference: str
 ) -> None:
-    lora = adapted.LORA._replace(dropout=0.3)
+    lora = lora_settings.LORA._replace(dropout=0.3)
 
     def interrupt(step: int, steps: int) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     plan = runs.schedule(*PLAN)
-    made = adapted.settings(reference, lora)
+    made = lora_settings.settings(reference, lora)
     complete, _ = runs.train(tmp_path / "a", plan, intervals=EVERY, **made)
     first, _ = runs.train(
         tmp_path / "b",
         plan,
         intervals=EVERY,
         on_step=interrupt,
-        **adapted.settings(reference, lora),
+        **lora_settings.settings(reference, lora),
     )
     torch.manual_seed(99)  # what is dropped must not hang on it
     second, _ = runs.train(
-        tmp_path / "b", plan, intervals=EVERY, **adapted.settings(reference, lora)
+        tmp_path / "b", plan, intervals=EVERY, **lora_settings.settings(reference, lora)
     )
     assert first.stopped_by and second.done and complete.checkpoint and second.checkpoint
     assert runs.tensors_of(second.checkpoint) == runs.tensors_of(complete.checkpoint)
@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_an_unbroken_run_and_keeps_the_base(
 def test_the_base_as_reference_equals_a_frozen_copy_of_it(tmp_path: Path) -> None:
     from echolab.models.frozen import Frozen
 
-    made, copy = adapted.settings("base"), adapted.settings("base")
+    made, copy = lora_settings.settings("base"), lora_settings.settings("base")
 
     class Pinned(Frozen):
         def load(self, weights: Any) -> None:
@@ -85,9 +85,9 @@ def test_the_base_as_reference_equals_a_frozen_copy_of_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("lora", "base", "message"),
     [
-        (adapted.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.r=3"),
-        (adapted.LORA._replace(alpha=1.0), {}, "alpha is 6.0 there, 1.0 here"),
-        (adapted.LORA, {"trained": False}, "of other adapters: base is [0-9a-f]{32} there"),
+        (lora_settings.LORA._replace(rank=4), {}, "rank is 3 there, 4 here; give lora.r=3"),
+        (lora_settings.LORA._replace(alpha=1.0), {}, "alpha is 6.0 there, 1.0 here"),
+        (lora_settings.LORA, {"trained": False}, "of other adapters: base is [0-9a-f]{32} there"),
         (None, {}, "of other adapters: targets is .* there, None here"),
     ],
 )
@@ -97,16 +97,16 @@ def test_a_run_refuses_other_adapters_and_another_base(
     from echolab.errors import CheckpointError
 
     plan = runs.schedule(("sft", 1))
-    runs.train(tmp_path, plan, **adapted.settings("base"))
+    runs.train(tmp_path, plan, **lora_settings.settings("base"))
     with pytest.raises(CheckpointError, match=message) as caught:
-        runs.train(tmp_path, plan, **(adapted.settings("base", lora, **base) if lora else {}))
+        runs.train(tmp_path, plan, **(lora_settings.settings("base", lora, **base) if lora else {}))
     assert "\n" not in str(caught.value)
 
 
 def ranked(root: Path, strategy: str, ranks: int) -> dict[str, Any]:
     """Return the tensors of a run of four steps under a strategy."""
     out, plan = root / strategy, json.dumps([["sft", 2], ["dpo", 2]])
-    script = [str(HERE / "ranked.py"), str(root), strategy, str(ranks), str(out)]
+    script = [str(HERE / "rank_training.py"), str(root), strategy, str(ranks), str(out)]
     command = [sys.executable, *script, f"plan={plan}", "lora=average"]
     assert run_ranks(command, ranks) == 0
     checkpoint, _ = latest_valid(out / "checkpoints")

@@ -84,13 +84,13 @@ def verdicts_of(dataset: ShardDataset, syncs: list[list[float]]) -> dict[tuple[s
 def test_candidates_are_a_pure_function_of_seed_key_and_index(
     net: EchoTransformer, dataset: ShardDataset, candidates: Path, tmp_path: Path
 ) -> None:
-    drawn = dict(read_candidates(candidates))
-    assert list(drawn) == dataset.keys[:PROMPTS]
-    assert all(clips.shape == (CANDIDATES, 16, 2, 4, 4) for clips in drawn.values())
+    by_key = dict(read_candidates(candidates))
+    assert list(by_key) == dataset.keys[:PROMPTS]
+    assert all(clips.shape == (CANDIDATES, 16, 2, 4, 4) for clips in by_key.values())
     sample(net, dataset, tmp_path / "other", batch=3)
     for key, clips in read_candidates(tmp_path / "other"):
-        torch.testing.assert_close(clips, drawn[key], rtol=1e-2, atol=1e-2)  # stored in fp16
-    every = torch.cat(list(drawn.values())).flatten(1)
+        torch.testing.assert_close(clips, by_key[key], rtol=1e-2, atol=1e-2)  # stored in fp16
+    every = torch.cat(list(by_key.values())).flatten(1)
     assert len(every.unique(dim=0)) == PROMPTS * CANDIDATES
 
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import encoded
-import placed
 import pytest
+import rank_placement
 import tiny
 import torch
 from forked import ForkServer
@@ -59,7 +59,9 @@ def test_initialization_equals_drawing_into_the_parameters() -> None:
             else:
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
     built = initialized_network(tiny.SIZES, 5)
-    assert placed.digest(built.named_parameters()) == placed.digest(net.named_parameters())
+    assert rank_placement.digest(built.named_parameters()) == rank_placement.digest(
+        net.named_parameters()
+    )
     assert all(p.requires_grad and not p.is_meta for p in built.parameters())
 
 
@@ -67,9 +69,9 @@ def test_initialization_needs_memory_for_one_tensor_only() -> None:
     """It needs no more if the network is on the meta device."""
     net, generator = meta_network(tiny.SIZES), torch.Generator().manual_seed(0)
     values = dict(initial_values(net, generator))
-    assert placed.digest((n, values[n]) for n, _ in net.named_parameters()) == placed.digest(
-        tiny.net().named_parameters()
-    )
+    assert rank_placement.digest(
+        (n, values[n]) for n, _ in net.named_parameters()
+    ) == rank_placement.digest(tiny.net().named_parameters())
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
@@ -94,7 +96,7 @@ def test_a_rank_that_cannot_share_reads_the_values_itself(
     net = tiny.net()
     placement = Placement(local_rank=local_rank, local_world=2)
     values = share_on_node(net, lambda: net.named_parameters(), placement, str(time.monotonic()))
-    assert placed.digest(values) == placed.digest(net.named_parameters())
+    assert rank_placement.digest(values) == rank_placement.digest(net.named_parameters())
 
 
 def test_a_process_without_a_launcher_waits_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,15 +152,17 @@ def test_a_run_is_checked_in_the_order_data_device_memory_network(
 
 def sources(folder: Path, kind: str) -> tuple[str, str]:
     """Write the file that a network of this kind starts from; also return its expected digest."""
-    alone = initialized_network(placed.ARCHITECTURE, placed.SEED)
+    alone = initialized_network(rank_placement.ARCHITECTURE, rank_placement.SEED)
     file = folder / "weights.safetensors"
     if kind == "random":
-        return "", placed.digest(alone.named_parameters())
+        return "", rank_placement.digest(alone.named_parameters())
     dtype = torch.bfloat16 if kind == "pretrained-bf16" else torch.float32
     save_file({name: p.detach().to(dtype) for name, p in alone.named_parameters()}, file)
     fresh = (IMAGE_PARTS, AUDIO_PARTS)
-    loaded = load_released(file, placed.ARCHITECTURE, fresh=fresh, seed=placed.SEED).net
-    return str(file), placed.digest(loaded.named_parameters())
+    loaded = load_released(
+        file, rank_placement.ARCHITECTURE, fresh=fresh, seed=rank_placement.SEED
+    ).net
+    return str(file), rank_placement.digest(loaded.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -172,16 +176,16 @@ def test_ranks_of_a_node_hold_one_copy_at_the_start(
     Pages that n ranks share count 1/n for each. Every rank has the values of a single process.
     """
     source, expected = sources(tmp_path, kind)
-    size = 4 * sum(p.numel() for p in meta_network(placed.ARCHITECTURE).parameters())
+    size = 4 * sum(p.numel() for p in meta_network(rank_placement.ARCHITECTURE).parameters())
     assert 250e6 < size < 350e6
     asked = {"kind": kind.removesuffix("-bf16"), "source": source, "world": WORLD}
     ranks = fork_server.start(
-        "placed:build", world=WORLD, arguments={"folder": str(tmp_path), **asked}
+        "rank_placement:build", world=WORLD, arguments={"folder": str(tmp_path), **asked}
     )
     try:
         files = [tmp_path / str(rank) for rank in range(WORLD)]
         for file in files:
-            placed.wait_for(file.with_suffix(".ready"))
+            rank_placement.wait_for(file.with_suffix(".ready"))
         before = sum(map(used, ranks.pids))
         peak = before
         (tmp_path / "go").touch()

@@ -149,7 +149,7 @@ def test_every_strategy_mixes_the_same_reference(
     for name, count in (("single", 1), (strategy, world)):
         words = [str(tmp_path), name, str(count), str(tmp_path / name)]
         words += [f"plan={json.dumps([['sft', 2], ['dpo', 4]])}", "sync=2"]
-        fork_server.run("ranked:main", world=count, arguments={"words": words})
+        fork_server.run("rank_training:main", world=count, arguments={"words": words})
     rows = [json.loads((tmp_path / n / "rows.json").read_text()) for n in ("single", strategy)]
     losses = [[row["train/loss"] for row in some if "train/loss" in row] for some in rows]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

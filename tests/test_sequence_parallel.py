@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import rank_sequence
 import runs
-import sequenced
 import tiny
 import torch
 import torch.distributed as dist
@@ -27,9 +27,9 @@ def test_several_ranks_compute_the_result_of_one(tmp_path: Path, world: int) -> 
     """There are six tokens a frame: four ranks do not divide them, two do; neither divides three
     frames.
     """
-    code = run_ranks([sys.executable, str(HERE / "sequenced.py"), str(tmp_path)], world)
+    code = run_ranks([sys.executable, str(HERE / "rank_sequence.py"), str(tmp_path)], world)
     assert code == 0
-    expected = sequenced.result(split=False)
+    expected = rank_sequence.result(split=False)
     for rank in range(world):
         result = load_file(tmp_path / f"{rank}.safetensors")
         assert result.keys() == expected.keys()
@@ -53,7 +53,7 @@ def test_a_run_with_clips_over_two_ranks_equals_the_run_of_one(
         ("single", 1, []),
         (strategy, 2, ["together=2", "checkpointing=selective"]),
     ):
-        command = [sys.executable, str(HERE / "ranked.py"), str(tmp_path), name, str(world)]
+        command = [sys.executable, str(HERE / "rank_training.py"), str(tmp_path), name, str(world)]
         assert run_ranks([*command, str(tmp_path / name), plan, *words], world) == 0
         rows = json.loads((tmp_path / name / "rows.json").read_text())
         result.append([{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows])
@@ -72,9 +72,9 @@ def test_one_rank_computes_the_network_itself(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         net, report = tiny.net(trained=True), tiny.conditions()
-        expected = net(tiny.latents(), sequenced.TIMESTEPS, report)
+        expected = net(tiny.latents(), rank_sequence.TIMESTEPS, report)
         SequenceSplit(net)
-        result = net(tiny.latents(), sequenced.TIMESTEPS, report)
+        result = net(tiny.latents(), rank_sequence.TIMESTEPS, report)
         torch.testing.assert_close(result, expected)
     finally:
         dist.destroy_process_group()

@@ -8,8 +8,8 @@ from typing import Any
 
 import encoded
 import pytest
+import rank_signals
 import runs
-import signalled
 from forked import ForkServer
 
 from echolab.config.compose import compose
@@ -53,7 +53,7 @@ def test_signals_at_any_moment_lose_nothing(
 ) -> None:
     chance = random.Random(SEED)
     unbroken = tmp_path / "unbroken"
-    undisturbed = signalled.start(
+    undisturbed = rank_signals.start(
         fork_server, {**settings, "run_dir": str(unbroken)}, WORLD, tmp_path / "heartbeat"
     )
     assert undisturbed.wait() == [DONE] * WORLD, undisturbed.outputs()
@@ -65,11 +65,11 @@ def test_signals_at_any_moment_lose_nothing(
         while codes != [DONE] * WORLD:
             number += 1
             heartbeat = tmp_path / f"heartbeat-{number}"
-            ranks = signalled.start(
+            ranks = rank_signals.start(
                 fork_server, {**settings, "run_dir": str(run)}, WORLD, heartbeat
             )
             if done < COUNT:
-                event = signalled.signal_one(ranks, heartbeat, WORLD, chance)
+                event = rank_signals.signal_one(ranks, heartbeat, WORLD, chance)
                 done += 1
             codes = ranks.wait(120)
             print(f"{done}: {event}: {codes[0]}, step {step}", flush=True)

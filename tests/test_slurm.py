@@ -9,7 +9,7 @@ from pathlib import Path
 import encoded
 import pytest
 import runs
-from clusters import BATCH, ECHOLAB, Cluster, started, wait_for
+from slurm_cluster import BATCH, ECHOLAB, Cluster, started, wait_for
 
 from echolab.launch import exit_codes
 from echolab.tracking.metrics import read_metrics

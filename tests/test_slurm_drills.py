@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import encoded
 import pytest
-from clusters import BATCH, HERE, Cluster, started, wait_for
 from runs import tensors_of
+from slurm_cluster import BATCH, HERE, Cluster, started, wait_for
 
 from echolab.launch.lease import LEASE
 from echolab.tracking.metrics import read_metrics

@@ -1,4 +1,4 @@
-"""Slow ranks are named by section once they have been slow for a while. tests/test_replicas.py
+"""Slow ranks are named by section once they have been slow for a while. tests/test_replica_check.py
 has real ranks that sleep.
 """
 

@@ -5,8 +5,8 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-import adapted
-import composed
+import combined_runs
+import lora_settings
 import pytest
 import runs
 import torch
@@ -144,14 +144,14 @@ def test_a_gradient_limit_of_zero_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_recomputation_repeats_the_same_dropout(tmp_path: Path, checkpointing: str) -> None:
-    lora = adapted.LORA._replace(dropout=0.3)
+    lora = lora_settings.LORA._replace(dropout=0.3)
     measured = []
     for kept in ("none", checkpointing):
         result, _ = runs.train(
             tmp_path / kept,
             runs.schedule(("sft", 2), ("dpo", 1)),
             machine=Machine(activation_checkpointing=kept),
-            **adapted.settings("base", lora),
+            **lora_settings.settings("base", lora),
         )
         assert result.checkpoint
         measured.append(runs.tensors_of(result.checkpoint))
@@ -172,12 +172,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer)
 def train(server: ForkServer, folder: Path, cases: list[Case]) -> None:
     world = machine_of(cases[0]).devices
     report = {"cases": cases, "world": world, "root": str(folder)}
-    server.run("composed:train", world=world, arguments=report)
+    server.run("combined_runs:train", world=world, arguments=report)
 
 
 def change(folder: Path, case: Case) -> dict[str, Tensor]:
     """Return the change of every weight, and the moments."""
-    result = load_file(folder / f"{composed.name_of(case)}.safetensors")
+    result = load_file(folder / f"{combined_runs.name_of(case)}.safetensors")
     start = load_file(folder / f"start-{case['adapters']}.safetensors")
     return {k: t - start[k] if k in start else t for k, t in result.items()}
 

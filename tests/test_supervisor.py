@@ -20,7 +20,7 @@ from echolab.launch import exit_codes, lease
 from echolab.launch.attempts import attempts_of
 from echolab.launch.launch_records import read_launch
 
-PLAYED = Path(__file__).parent / "played.py"
+PLAYED = Path(__file__).parent / "rank_scripted.py"
 TIMEOUTS = {
     "init": 3, "first_step": 2, "step": 1.5, "eval": 1.5, "save": 1.5, "data_wait": 1.5,
     "teardown": 1.5, "safety_factor": 10, "min_step_timeout": 1.5,
@@ -364,7 +364,7 @@ def test_the_slower_of_two_nodes_is_named(folder: Path, capsys: pytest.CaptureFi
     assert sorted(record.followed for record in records) == [False, True]
     # The ranks of the first node alone do not show the cause.
     only = [o for o in records[0].observations if o.stack]
-    assert only and all("played.py" in o.stack for o in only)
+    assert only and all("rank_scripted.py" in o.stack for o in only)
     (folder / "run/attempts/two/node-1.json").unlink()
     assert attempts_of(folder / "run", assume_ended=True)[0].cause == "node_lost"
 

@@ -74,7 +74,7 @@ class Attempts:
 
     def run(self, where: Topology, out: Path, until: int, **more: Any) -> Checkpoint:
         """Run an attempt to its end, and return the newest checkpoint."""
-        self.server.run("topologies:attempt", **self._arguments(where, out, until, **more))
+        self.server.run("rank_topology:attempt", **self._arguments(where, out, until, **more))
         checkpoint, rejected = latest_valid(out / "checkpoints")
         assert checkpoint and checkpoint.step == until and not rejected
         return checkpoint
@@ -82,7 +82,7 @@ class Attempts:
     def kill(self, where: Topology, out: Path, at: int, delay: float) -> None:
         """Kill all ranks with SIGKILL soon after step `at`."""
         arguments = self._arguments(where, out, LAST, kill_at=at)
-        ranks = self.server.start("topologies:attempt", **arguments)
+        ranks = self.server.start("rank_topology:attempt", **arguments)
         while not (out / "reached").exists():
             assert not any(ranks.codes()), ranks.outputs()
             time.sleep(0.01)

@@ -1,7 +1,7 @@
 """The restart policy: whether a run is started again, by the ends of its attempts."""
 
 import pytest
-from attempted import attempt, saved
+from attempt_records import attempt, saved
 
 from echolab.launch.attempts import Attempt
 from echolab.launch.exit_codes import CAUSES

@@ -1,4 +1,4 @@
-"""One rank of a test of sequence parallelism: `python sequenced.py FOLDER`."""
+"""One rank of a test of sequence parallelism: `python rank_sequence.py FOLDER`."""
 
 import sys
 from pathlib import Path

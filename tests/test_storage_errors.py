@@ -385,7 +385,7 @@ def test_the_death_of_a_worker_has_a_cause(
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     arguments = {"root": str(tmp_path), "how": how}
-    ranks = fork_server.start("test_storage:train_with_workers", arguments=arguments)
+    ranks = fork_server.start("test_storage_errors:train_with_workers", arguments=arguments)
     assert ranks.wait() == [RETRYABLE], ranks.outputs()
     error = json.loads((tmp_path / "rank-0.error.json").read_text())
     assert error["cause"] == cause and words in error["message"], error
@@ -456,7 +456,7 @@ def test_full_shared_memory_is_named_as_the_cause(
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     arguments = {"root": str(tmp_path), "when": when}
-    ranks = fork_server.start("test_storage:train_in_little_memory", arguments=arguments)
+    ranks = fork_server.start("test_storage_errors:train_in_little_memory", arguments=arguments)
     assert ranks.wait() == [code], ranks.outputs()
     if cause:
         error = json.loads((tmp_path / "rank-0.error.json").read_text())
@@ -493,4 +493,4 @@ def test_full_shared_memory_hides_no_report_of_a_rank(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:
     arguments = {"root": str(tmp_path)}
-    fork_server.run("test_storage:report_under_full_memory", arguments=arguments)
+    fork_server.run("test_storage_errors:report_under_full_memory", arguments=arguments)

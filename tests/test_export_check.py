@@ -12,7 +12,7 @@ import pytest
 import runs
 import tiny
 from forked import ForkServer
-from gated import HELD, SIGMAS, TASKS, broken
+from rank_export_check import HELD, SIGMAS, TASKS, broken
 from safetensors.torch import save_file
 
 from echolab.errors import ConfigError, DiskFullError, ParityError, StorageError
@@ -26,7 +26,7 @@ FAULTS = ("swap of averages", "perturbed", "names")
 
 
 class Gate:
-    """Starts `gated.main` over the clips of `data`."""
+    """Starts `rank_export_check.main` over the clips of `data`."""
 
     def __init__(self, server: ForkServer, data: Path) -> None:
         self.server, self.data = server, data
@@ -41,7 +41,7 @@ class Gate:
             "devices": world,
             "out": str(out),
         }
-        self.server.run("gated:main", world=world, arguments={**arguments, **options})
+        self.server.run("rank_export_check:main", world=world, arguments={**arguments, **options})
         return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -192,7 +192,7 @@ def test_a_kill_at_the_end_of_a_run_repeats_no_step(
     runs.write_clips(tmp_path / "held", 2, 50)
     arguments = {"folder": str(tmp_path), "strategy": strategy}
     first = fork_server.start(
-        "test_parity_gate:end", world=RANKS[strategy], arguments={**arguments, "killed": killed}
+        "test_export_check:end", world=RANKS[strategy], arguments={**arguments, "killed": killed}
     )
     while -signal.SIGKILL not in first.codes():
         assert set(first.codes()) <= {None, -signal.SIGKILL}, first.outputs()
@@ -201,7 +201,7 @@ def test_a_kill_at_the_end_of_a_run_repeats_no_step(
     first.wait()
     saved = {path.name: runs.tensors_of(path) for path in (tmp_path / "run/checkpoints").glob("s*")}
     again = fork_server.run(
-        "test_parity_gate:end", world=RANKS[strategy], arguments={**arguments, "killed": ""}
+        "test_export_check:end", world=RANKS[strategy], arguments={**arguments, "killed": ""}
     )
     step, done, rows = json.loads(again.output(0).splitlines()[-1])
     assert (step, done) == (2, True) and passed_before(

@@ -34,7 +34,7 @@ def start(server: ForkServer, config: Mapping[str, Any], world: int, folder: Pat
     """Start the ranks of one attempt, and wait until all handlers are in place."""
     folder.mkdir()
     ranks = server.start(
-        "signalled:rank",
+        "rank_signals:rank",
         world=world,
         arguments={"config": config},
         environment={LOCAL_DIR: str(folder)},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import adapted
+import lora_settings
 import runs
 import tiny
 import torch
@@ -24,7 +24,7 @@ from echolab.types import Batch, Draws, Loss
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
 BATCH = 12
 EPOCHS = {"sft": (("sft", 3),), "dpo": (("sft", 1), ("dpo", 2), ("ndpo", 1))}
-LORA = adapted.LORA._replace(targets=("blocks",))
+LORA = lora_settings.LORA._replace(targets=("blocks",))
 # eps: a gradient of 1e-9 that is rounding alone must not become a full step.
 OPTIM = runs.Optim(max_grad_norm=0.5, eps=1e-4)
 
@@ -48,7 +48,7 @@ def parts_of(case: dict[str, Any]) -> dict[str, Any]:
     """Build the network, its reference and the objectives."""
     if case["adapters"] == "none":
         return {"objectives": {"sft": in_full}} if case["epochs"] == "sft" else {}
-    made = adapted.settings(case["epochs"].removeprefix("dpo-").replace("sft", "base"), LORA)
+    made = lora_settings.settings(case["epochs"].removeprefix("dpo-").replace("sft", "base"), LORA)
     made["objectives"]["sft"] = in_full
     return made
 

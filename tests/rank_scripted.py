@@ -1,6 +1,6 @@
-"""Ranks that play a scripted part:
+"""Ranks that play a scripted part, and a supervisor of them.
 
-`python played.py rank FOLDER PARTS`, and a supervisor of them. They import no torch: each steps
+`python rank_scripted.py rank FOLDER PARTS` starts one.  The ranks import no torch: each steps
 through its sections, meets the others at a barrier of files, and at one moment does what its part
 says.
 """
@@ -39,7 +39,7 @@ def barrier(folder, rank, world, name):
 
 def collective(folder: Path) -> Any:
     """Wait at the barrier, from a file below torch/distributed."""
-    path = folder / "torch" / "distributed" / "played.py"
+    path = folder / "torch" / "distributed" / "rank_scripted.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"{os.getpid()}.py")
     own.write_text(BARRIER)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from faulty import EVERY, STEPS, Once, train
+from faulty_runs import EVERY, STEPS, Once, train
 from forked import ForkServer
 
 from echolab.data.ledger import audit_run
@@ -129,7 +129,7 @@ def test_a_gradient_that_differs_on_one_rank_ends_both(
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     ranks = fork_server.start(
-        "faulty:with_a_wrong_gradient", world=2, arguments={"root": str(tmp_path)}
+        "faulty_runs:with_a_wrong_gradient", world=2, arguments={"root": str(tmp_path)}
     )
     assert ranks.wait() == [3, 3], ranks.outputs()
     for rank in (0, 1):
@@ -145,7 +145,7 @@ def test_a_fault_on_one_rank_of_two_rolls_both_back(
         runs.write_clips(root / "clips", 7)
         runs.write_pairs(root / "pairs", 5)
         arguments = {"root": str(root), "strategy": "zero3", "world": 2, "wrong": wrong}
-        fork_server.run("faulty:rank", world=2, arguments=arguments)
+        fork_server.run("faulty_runs:rank", world=2, arguments=arguments)
     assert final(tmp_path / "faulty") == final(tmp_path / "sound")
     kinds = [e.kind for e in events.read(tmp_path / "faulty/run") if e.kind != "straggler"]
     assert kinds == ["recompute"]

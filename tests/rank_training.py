@@ -1,6 +1,6 @@
 """One rank of a test with several:
 
-`python ranked.py FOLDER STRATEGY DEVICES OUT [key=value ...]`.
+`python rank_training.py FOLDER STRATEGY DEVICES OUT [key=value ...]`.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import adapted
+import lora_settings
 import pytorch_lightning as pl
 import runs
 
@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> None:
             sequence_parallel=int(options.get("together", 1)),
         ),
         ref_model_sync_steps=int(options.get("sync", 0)),
-        **(adapted.settings(options["lora"]) if "lora" in options else {}),
+        **(lora_settings.settings(options["lora"]) if "lora" in options else {}),
     )
     if rows:
         (Path(out) / "rows.json").write_text(json.dumps(rows))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import adapted
+import lora_settings
 import runs
 
 from echolab.training.config import Intervals
@@ -59,7 +59,7 @@ def main() -> None:
         run_dir=Path(folder) / f"{strategy}-{precision}-{lora}",
         intervals=Intervals(0, 0, 0),
         machine=Machine(strategy, devices=int(ranks), precision=precision),
-        **(adapted.settings("base") if lora == "lora" else {}),
+        **(lora_settings.settings("base") if lora == "lora" else {}),
     )
     if os.environ.get("LOCAL_RANK", "0") == "0":
         name = f"{strategy}-{precision}-{lora}.json"

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import adapted
+import lora_settings
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -127,7 +127,7 @@ def main(
     TrainLoop.on_train_end = and_gate  # type: ignore[method-assign]
     settings: dict[str, Any] = {}
     if lora:
-        settings = adapted.settings("base")
+        settings = lora_settings.settings("base")
         origin = {"weights": f"{folder}/base.safetensors", "checkpoint": None, "seed": 0}
         settings["adapters"]["origin"] = origin
     machine = Machine(strategy, devices=devices, precision=precision, zero3_shard_small=True)

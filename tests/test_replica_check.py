@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import guarded
 import pytest
+import rank_guards
 import runs
 import tiny
 import torch
@@ -79,7 +79,7 @@ def test_any_flipped_bit_and_any_swap_is_detected(
     at = data.draw(st.integers(0, size - 1))
     changed = tensor.clone()
     bit = 0 if dtype is torch.bool else data.draw(st.integers(0, 8 * tensor.element_size() - 1))
-    guarded.flip(changed[: at + 1], bit)
+    rank_guards.flip(changed[: at + 1], bit)
     assert digests({"x": changed}) != before and digests({"x": tensor.clone()}) == before
     other = data.draw(st.integers(0, size - 1))
     swapped = tensor.clone()
@@ -202,7 +202,7 @@ def test_a_reference_is_read_again_after_a_rollback(
 
 @pytest.mark.slow
 def test_three_ranks_identify_each_fault(fork_server: ForkServer, tmp_path: Path) -> None:
-    fork_server.run("guarded:compare", world=3, arguments={"to": str(tmp_path)})
+    fork_server.run("rank_guards:compare", world=3, arguments={"to": str(tmp_path)})
     of_ranks = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(3)]
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]  # no rank continues alone
     report = of_ranks[0]
@@ -235,7 +235,7 @@ def test_a_flipped_bit_ends_training_and_names_the_rank(
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     arguments = {"root": str(tmp_path), "strategy": strategy, "to": str(tmp_path)}
-    ranks = fork_server.run("guarded:train", world=2, arguments=arguments)
+    ranks = fork_server.run("rank_guards:train", world=2, arguments=arguments)
     name = ranks.output(1).split("flipped ")[1].split()[0]
     for rank in range(2):
         said = (tmp_path / f"{strategy}-{rank}").read_text()

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ranked
+import rank_training
 import runs
 
 from echolab.training.checkpoints import checkpoint as checkpoints
@@ -57,7 +57,7 @@ def attempt(
             time.sleep(600)
 
     if again:
-        ranked.save_what_was_loaded(Path(again))
+        rank_training.save_what_was_loaded(Path(again))
     if forget:
         lose(forget)
     os.environ["WORLD_SIZE"] = str(world)
