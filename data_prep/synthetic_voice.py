@@ -78,7 +78,7 @@ def glide(values: Array) -> Array:
 
 def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[str, Array]:
     """Return the targets of all phones as smooth curves at CONTROL_HZ."""
-    # The phone that is spoken in the middle of each control step.
+    # The phone at the middle of each control step.
     count = round(seconds * CONTROL_HZ)
     ends = np.cumsum([duration for _, duration in phones])
     indices = np.searchsorted(ends, (np.arange(count) + 0.5) / CONTROL_HZ, side="right")

@@ -119,7 +119,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisi
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path) -> CLIPVisionConfig:
-    # Read the values from positions of the network, not from a table of sizes.
+    # All sizes but the number of heads follow from shapes in the file.
     width, _, patch, _ = shape_of(tensors, "embeddings.patch_embedding.weight", path, WHAT)
     positions = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
     hidden = shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", path, WHAT)[0]

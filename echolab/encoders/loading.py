@@ -211,7 +211,7 @@ def _audio() -> Any:
     return Wav2Vec2Model(Wav2Vec2Config())
 
 
-# The classes of the networks, imported when one is built: transformers takes seconds.
+# The constructor of each network, by the part that it encodes.
 NETWORKS: dict[str, Callable[[], Any]] = {
     "video": _video,
     "text": _text,
