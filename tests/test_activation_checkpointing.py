@@ -1,7 +1,11 @@
 """Activation checkpointing and compiling change when values are computed, never the values."""
 
 import copy
+import subprocess
+import sys
 from collections import Counter
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import tiny
@@ -16,8 +20,10 @@ from echolab.training.engine.activation_checkpointing import (
     ATTENTION,
     checkpoint_blocks,
     compile_blocks,
+    offload_activations,
     speed_up,
 )
+from echolab.training.engine.machine import Machine, conflict
 from echolab.training.module import DiffusionModule, Optim
 
 TIMESTEPS = torch.tensor([123.0, 987.0])
@@ -90,6 +96,68 @@ def test_activations_take_less_memory() -> None:
     plain, full = tiny.net(num_layers=6), tiny.net(num_layers=6)
     checkpoint_blocks(full)
     assert saved(full) < 0.5 * saved(plain)
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let trl's class take the CPU for the accelerator; return the contexts that are made."""
+    from trl.models import activation_offloading
+
+    made: list[Any] = []
+    original = activation_offloading.get_act_offloading_ctx_manager
+
+    def unpinned(net: torch.nn.Module) -> Any:
+        made.append(original(net, use_pin_memory=False, use_streams=False))
+        return made[-1]
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(activation_offloading, "get_act_offloading_ctx_manager", unpinned)
+    return made
+
+
+def test_offloaded_activations_come_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forward passes of one loss, twice, as a preference with two micro-batches."""
+    made = on_the_cpu(monkeypatch)
+    plain = tiny.net(trained=True)
+    net = copy.deepcopy(plain)
+    offloading = offload_activations(net)
+    for seed in (5, 6):
+        for one, context in ((plain, nullcontext()), (net, offloading)):
+            with context:
+                first = one(tiny.latents(seed=seed), TIMESTEPS, tiny.conditions())
+                second = one(tiny.latents(seed=seed + 10), TIMESTEPS, tiny.conditions())
+                loss = (first * second).sum()
+            if one is net:  # what was saved has left, except weights and what is small
+                moved = [saved for saved in made[0].tracker.values() if saved[1]]
+                weights = {parameter.data_ptr() for parameter in net.parameters()}
+                assert len(moved) > 40
+                assert not {saved[0].data_ptr() for saved in moved} & weights
+            loss.backward()
+    assert not made[0].tracker
+    for (name, expected), parameter in zip(plain.named_parameters(), net.parameters(), strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, expected.grad), name
+
+
+def test_a_module_offloads_every_forward_pass_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_the_cpu(monkeypatch)
+    module = DiffusionModule(
+        tiny.net(), {}, optim=Optim(), seed=0, shift=5.0, offloads=True, heartbeat=Heartbeat(None)
+    )
+    assert not made  # only once the weights are on their device
+    assert module._forward_context() is module._forward_context() is made[0]
+
+
+def test_offloading_is_refused_where_nothing_can_be_moved() -> None:
+    said = conflict(Machine(activation_checkpointing="offload"))
+    assert said and said.endswith("take none, selective or full, or trainer.accelerator=gpu")
+    said = conflict(Machine("zero3", accelerator="gpu", activation_checkpointing="offload"))
+    assert said and "take strategy zero2, or selective" in said
+    assert conflict(Machine(accelerator="gpu", activation_checkpointing="offload")) is None
+
+
+def test_trl_is_imported_only_for_offloading() -> None:
+    code = "import sys, echolab.training.fit; print('trl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_copy_of_a_checkpointed_network_is_independent() -> None:

@@ -128,6 +128,17 @@ def test_a_gpu_never_stores_the_attention_matrix_and_needs_less_in_bf16() -> Non
     assert half < mixed < complete and half > 0.45 * complete
 
 
+def test_offloaded_activations_are_in_host_memory_until_the_backward_pass() -> None:
+    clip, architecture = Clip(2, 4, 16, 16), {**SMALL, "num_layers": 6}
+    kept = simulate(architecture, clip, kernels=like_gpu)
+    moved = simulate(architecture, clip, kernels=like_gpu, offload=True)
+    full = simulate(architecture, clip, kernels=like_gpu, prepare=checkpoint_blocks)
+    assert kept.offloaded == full.offloaded == 0
+    # What is not on the GPU any more is on the host; only what the last tensors share stays.
+    assert moved.activations < 0.6 * kept.activations
+    assert moved.offloaded > kept.activations - moved.activations
+
+
 def test_a_simulation_leaves_the_process_as_it_was() -> None:
     clip = Clip(2, tiny.LATENT_FRAMES, tiny.HEIGHT, tiny.WIDTH, 5, 3)
     simulate({**SMALL, "num_heads": 4}, clip, autocast=True)

@@ -72,8 +72,8 @@ class StepArguments:
     precision: tuple[Precision, ...] | None = argument(
         "one or both", None, default_text="both, on a GPU bf16"
     )
-    activation_checkpointing: Literal["none", "full", "selective"] | None = argument(
-        "activations to recompute; diffusers has full only", None,
+    activation_checkpointing: Literal["none", "full", "selective", "offload"] | None = argument(
+        "activations to recompute or offload; diffusers has full only", None,
         default_text="none, on a GPU selective",
     )  # fmt: skip
     attention: Attention = argument("attention kernel", "auto")
@@ -210,8 +210,8 @@ class EstimateArguments:
     world_size: int = argument("ranks", 1, ge=1, aka=("world", "ranks"))
     precision: Literal["bf16-mixed", "32-true"] = argument("trainer precision", "bf16-mixed")
     micro_batch: int = argument("clips per forward", 1, ge=1, aka=("micro_batch_size",))
-    activation_checkpointing: Literal["none", "full", "selective"] = argument(
-        "recomputation of the blocks' activations", "none", aka=("checkpointing",)
+    activation_checkpointing: Literal["none", "full", "selective", "offload"] = argument(
+        "recomputation or offload of the blocks' activations", "none", aka=("checkpointing",)
     )
 
     height: int | None = argument(

@@ -9,6 +9,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,12 @@ from echolab.tasks.table import DEFAULT_TASK
 from echolab.training.callbacks.validation import on_device
 from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
+from echolab.training.engine.activation_checkpointing import (
+    KEPT,
+    OFFLOAD,
+    checkpoint_blocks,
+    offload_activations,
+)
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters, masters_of
 from echolab.training.fit import fit
@@ -116,8 +122,10 @@ class Bare:
     def __init__(self, subject: Subject, net: nn.Module) -> None:
         """Copy the network to the device and make its optimizer."""
         self.subject, self.net = subject, copy.deepcopy(net).to(subject.device)
-        if subject.checkpointing != "none":
+        if subject.checkpointing in KEPT:
             checkpoint_blocks(self.net, KEPT[subject.checkpointing])
+        offloads = subject.checkpointing == OFFLOAD
+        self.offloading = offload_activations(self.net) if offloads else nullcontext()
         self.device = torch.device(subject.device)
         self.objective = Supervised(ModalityDropout(FLAT))
         groups: list[dict[str, Any]] = [
@@ -136,7 +144,8 @@ class Bare:
         draws = draws_of(item._replace(batch=batch), seed=self.subject.seed, shift=FLOW_SHIFT)
         rounded = self.subject.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
-            loss = self.objective(self.net, batch, draws)
+            with self.offloading:
+                loss = self.objective(self.net, batch, draws)
         self.optimizer.zero_grad(set_to_none=True)  # where Lightning does: memory is used again
         loss.value.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM, foreach=True)

@@ -22,7 +22,7 @@ from echolab.geometry import geometry_of
 from echolab.models.state_dict import released_shapes
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import Lora, add_adapters
-from echolab.training.engine.activation_checkpointing import KEPT, checkpoint_blocks
+from echolab.training.engine.activation_checkpointing import KEPT, OFFLOAD, checkpoint_blocks
 from echolab.training.engine.activation_memory import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -79,6 +79,8 @@ def print_estimate(arguments: EstimateArguments) -> None:
         name: getattr(arguments, name) for name in ("zero_stage", "world_size", "precision")
     }
     figures["bytes"] = bytes_of(plan, arguments.zero_stage, arguments.world_size, step)
+    if step.offloaded:
+        figures["host_bytes"] = step.offloaded
     figures["encoder_bytes"] = encoder_bytes(arguments.model)
     if arguments.gpu_gib is not None:
         figures["fits"] = largest_that_fit(plan, arguments.gpu_gib * GIB)
@@ -89,7 +91,7 @@ def prepare(arguments: EstimateArguments, net: nn.Module) -> None:
     """Apply adapters and activation checkpointing as training does."""
     if arguments.lora != "none":
         add_adapters(net, Lora(TARGETS[arguments.lora], arguments.lora_rank), seed=0)
-    if arguments.activation_checkpointing != "none":
+    if arguments.activation_checkpointing in KEPT:
         checkpoint_blocks(net, KEPT[arguments.activation_checkpointing])
 
 
@@ -103,6 +105,7 @@ def step_of(plan: Plan, stage: int, clips: int) -> Step:
         weights=torch.bfloat16 if mixed and stage else torch.float32,
         autocast=mixed and not stage,
         prepare=partial(prepare, arguments),
+        offload=arguments.activation_checkpointing == OFFLOAD,
         kernels=like_gpu if arguments.kernels == "gpu" else lambda net: None,
     )
 
@@ -183,6 +186,8 @@ def show(plan: Plan, figures: Mapping[str, Any]) -> None:
     for kind, size in figures["bytes"].items():
         table.add_row(kind, f"{size / GIB:.2f}", f"{size:,}")
     console.print(table)
+    if "host_bytes" in figures:
+        console.print(f"activations in host memory: {figures['host_bytes'] / GIB:.2f} GiB")
     parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in figures["encoder_bytes"].items())
     console.print(f"encoders, not in memory in training: {parts} GiB")
     if arguments.gpu_gib is None:

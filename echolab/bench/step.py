@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from echolab.errors import ConfigError
 from echolab.models.attention import NAMES, attention_from, use_attention
 from echolab.training.engine.activation_checkpointing import (
     KEPT,
+    OFFLOAD,
     checkpoint_blocks,
     compile_blocks,
     compiler_missing,
+    offload_activations,
 )
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -127,12 +130,21 @@ class Step:
         with self._autocast():
             return forward(net, self.inputs).float()
 
-    def runner(self, forward: Callable[[nn.Module, Inputs], Tensor], net: nn.Module) -> Run:
-        """Return a function that runs forward and backward, then drops the gradients."""
+    def runner(
+        self,
+        forward: Callable[[nn.Module, Inputs], Tensor],
+        net: nn.Module,
+        checkpointing: str = "none",
+    ) -> Run:
+        """Return a function that runs forward and backward, then drops the gradients.
+
+        Of `checkpointing` only OFFLOAD acts here: the others are settings of the blocks.
+        """
+        offloading = offload_activations(net) if checkpointing == OFFLOAD else nullcontext()
 
         def run() -> None:
             try:
-                with self._autocast():
+                with self._autocast(), offloading:
                     velocity = forward(net, self.inputs)
                 (velocity.float() * self.inputs.direction).sum().backward()
             finally:
@@ -152,7 +164,7 @@ class Step:
 
 def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Module, nn.Module]:
     """Return copies of both networks that checkpoint activations, or both as they are."""
-    if how == "none":
+    if how not in KEPT:
         return ours, theirs
     ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
     checkpoint_blocks(ours, KEPT[how])
@@ -169,7 +181,8 @@ def main_rows(
         ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
         compile_blocks(ours, step.device)
         compile_blocks(theirs, step.device)
-    pair = step.measure(precision, step.runner(run_ours, ours), step.runner(run_diffusers, theirs))
+    run = step.runner(run_ours, ours, step.checkpointing)
+    pair = step.measure(precision, run, step.runner(run_diffusers, theirs))
     if pair is None:
         return
     yield from pair.rows(precision, "diffusers", step.device)
@@ -197,6 +210,9 @@ def checkpointing_rows(
         yield from _variant(step, name, changed, plain, "echolab")
         peer = step.runner(run_diffusers, other)
         yield from _variant(step, f"{name}/peer", changed, peer, "diffusers, checkpointed")
+    if step.device == "cuda":
+        name = f"{precision}/checkpointing={OFFLOAD}"
+        yield from _variant(step, name, ours, plain, "echolab", OFFLOAD)
 
 
 def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str) -> Iterator[Row]:
@@ -227,14 +243,16 @@ def audio_rows(
     """Yield rows of the cost of the audio branch."""
     audio_net = ours_net(with_audio(architecture), step.arguments.seed, step.device)
     use_attention(audio_net, attention_from(step.arguments.attention, step.device))
-    if step.checkpointing != "none":
+    if step.checkpointing in KEPT:
         checkpoint_blocks(audio_net, KEPT[step.checkpointing])
     yield from _variant(
         step, f"{precision}/audio", audio_net, step.runner(run_ours, ours), "echolab without audio"
     )
 
 
-def _variant(step: Step, name: str, net: nn.Module, baseline: Run, called: str) -> Iterator[Row]:
-    pair = step.measure(name, step.runner(run_ours, net), baseline)
+def _variant(
+    step: Step, name: str, net: nn.Module, baseline: Run, called: str, checkpointing: str = "none"
+) -> Iterator[Row]:
+    pair = step.measure(name, step.runner(run_ours, net, checkpointing), baseline)
     if pair:
         yield from pair.rows(name, called, step.device)

@@ -286,8 +286,9 @@ class Trainer(Section):
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
         description="kernel of attention; auto: the fastest here"
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        description="recomputation of the blocks' activations"
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+        description="what becomes of the blocks' activations: kept, recomputed without attention, "
+        "recomputed, or moved to host memory (trl's activation offloading, on GPUs)"
     )
     compile: bool = Field(description="compile the blocks by torch.compile")
     sequence_parallel: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(

@@ -14,7 +14,7 @@ from echolab.models.frozen import Frozen
 from echolab.training.checkpoints.checkpoint import check_architecture, open_checkpoint
 from echolab.training.config import Intervals, Machine, TrainConfig
 from echolab.training.datamodule import ShardDataModule
-from echolab.training.engine.activation_checkpointing import speed_up
+from echolab.training.engine.activation_checkpointing import OFFLOAD, speed_up
 from echolab.training.engine.ema import EMA
 from echolab.training.engine.engine_report import check_alone, check_frozen_networks
 from echolab.training.engine.placement import place_shared, placement_of
@@ -156,6 +156,7 @@ def _module(config: TrainConfig, accumulation: int, heartbeat: Heartbeat) -> Dif
         clip_here=not config.sharded,
         loss_factor=accumulation if config.sharded else 1,
         sequence_parallel=config.machine.sequence_parallel,
+        offloads=config.machine.activation_checkpointing == OFFLOAD,
         heartbeat=heartbeat,
     )
     check_alone(module, config.net)

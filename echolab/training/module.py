@@ -1,6 +1,7 @@
 """The Lightning module: one forward, an objective for each kind of epoch, and what is measured."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from echolab.diffusion.sigmas import draw
 from echolab.heartbeat import Heartbeat
 from echolab.tasks.table import TASKS
 from echolab.training import distributed
+from echolab.training.engine.activation_checkpointing import offload_activations
 from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
 from echolab.types import Draws, Loss, PreferencePair
 
@@ -115,6 +117,7 @@ class DiffusionModule(pl.LightningModule):
         clip_here: bool = True,
         loss_factor: float = 1.0,
         sequence_parallel: int = 1,
+        offloads: bool = False,
         heartbeat: Heartbeat,
     ) -> None:
         super().__init__()
@@ -125,6 +128,8 @@ class DiffusionModule(pl.LightningModule):
         # Lightning divides a loss by the micro-batches of a step, and DeepSpeed does so again.
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
+        self.offloads = offloads  # activations wait for the backward pass in host memory
+        self._offloading: AbstractContextManager[Any] | None = None
         self.meter = Meter()
         self.heartbeat = heartbeat
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
@@ -146,7 +151,8 @@ class DiffusionModule(pl.LightningModule):
             self.on_draws(item, draws)
         if self.drops:  # by the clips alone too, so that a resumed run drops the same
             torch.manual_seed(number_of(item, self.seed))
-        loss = self.objectives[item.kind](self.net, item.batch, draws)
+        with self._forward_context():
+            loss = self.objectives[item.kind](self.net, item.batch, draws)
         value = loss.value * item.loss_weight
         if item.loss_weight:
             if "margin" in loss.parts:
@@ -158,6 +164,14 @@ class DiffusionModule(pl.LightningModule):
         part = value.detach().float()
         self._loss = part if self._loss is None else self._loss + part
         return value * self.loss_factor
+
+    def _forward_context(self) -> AbstractContextManager[Any]:
+        """Return the context of each forward pass; it is made when the weights are in place."""
+        if not self.offloads:
+            return nullcontext()
+        if self._offloading is None:
+            self._offloading = offload_activations(self.net)
+        return self._offloading
 
     def take_loss(self) -> Tensor:
         """Return and reset the sum of this rank's losses; not yet read from the device."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation: less memory or less time for the same numbers.
+"""Activation checkpointing, offload and compilation: less memory or time for the same numbers.
 
 Both change how the blocks of a network are run, and neither the names nor the values of its
 parameters.  Apply `checkpoint_blocks` first, so that the checkpointed block is what is compiled.
@@ -7,6 +7,7 @@ parameters.  Apply `checkpoint_blocks` first, so that the checkpointed block is 
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -25,20 +26,21 @@ from echolab.models.attention import attention_from, use_attention
 # Operators by parts of their names: torch's kernels, and those of the FlashAttention packages.
 ATTENTION = ("_scaled_dot_product", "flash_attn")
 KEPT: dict[str, tuple[str, ...]] = {"full": (), "selective": ATTENTION}
+OFFLOAD = "offload"  # nothing is recomputed: activations wait in host memory
 
 
 def speed_up(
     net: nn.Module, *, device: str, attention: str, checkpointing: str, compiled: bool
 ) -> None:
     """Apply conf/trainer's attention, checkpointing and compilation; raise ConfigError."""
-    if checkpointing not in ("none", *KEPT):
-        known = ", ".join(("none", *KEPT))
+    if checkpointing not in ("none", *KEPT, OFFLOAD):
+        known = ", ".join(("none", *KEPT, OFFLOAD))
         raise ConfigError(
             f"trainer.activation_checkpointing={checkpointing}: unknown; one of {known}"
         )
     # Attention first: checkpointing names the operators that it calls.
     use_attention(net, attention_from(attention, device))
-    if checkpointing != "none":
+    if checkpointing in KEPT:
         checkpoint_blocks(net, KEPT[checkpointing])
     if compiled:
         compile_blocks(net, device)
@@ -101,6 +103,19 @@ def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) 
     for block in list(net.blocks)[::every]:  # type: ignore[arg-type]
         # A method of the block, so that a copy of it runs the copy.
         block.forward = MethodType(_checkpointed(tuple(keep)), block)
+
+
+def offload_activations(net: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context of a forward whose activations are moved to pinned host memory.
+
+    They come back in the backward pass, bit for bit.  The context is entered once before each
+    backward pass, with all forward passes of that loss in it.  Call this when the weights are on
+    their device: trl's class leaves them there, and tells them by their storage.
+    """
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager  # takes seconds
+
+    context: AbstractContextManager[Any] = get_act_offloading_ctx_manager(net)
+    return context
 
 
 def compiler_missing(device: str) -> str:

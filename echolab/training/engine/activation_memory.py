@@ -8,13 +8,14 @@ kernels, the allocator's rounding and fragmentation, and the CUDA context.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,7 @@ from echolab.models.transformer import EchoTransformer
 from echolab.types import Batch, Conditions, Draws
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+SMALLEST_OFFLOADED, STASHED = 1024, 5  # bytes and tensors, of trl's OffloadActivations
 
 
 class Clip(NamedTuple):
@@ -46,6 +48,7 @@ class Step(NamedTuple):
     forward: int  # the most at once until the loss is there
     activations: int  # the most at once in all, without gradients of weights
     together: int  # the most at once in all, with gradients of weights
+    offloaded: int = 0  # activations in host memory, of activation_checkpointing=offload
 
 
 class LiveBytes(TorchDispatchMode):
@@ -100,6 +103,38 @@ class LiveBytes(TorchDispatchMode):
             self._of_weights.add(storage._cdata)
             self.live -= storage.nbytes()
             self.gradients += storage.nbytes()
+
+
+class Offloaded(saved_tensors_hooks):
+    """Counts the activations that trl's offloading moves to the host, and frees their bytes here.
+
+    As trl's `OffloadActivations` by default: weights and tensors below 1 KiB stay, and so does what
+    was saved among the last five tensors already.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        self.bytes = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._recent: dict[int, Tensor] = {}  # by storage, in the order in which they were saved
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        key = tensor.untyped_storage()._cdata
+        if key in self._known or key in self._recent or tensor.nbytes < SMALLEST_OFFLOADED:
+            return tensor
+        # The copies of the last tensors may not be done, so their originals still live.
+        self._recent[key] = tensor
+        while len(self._recent) > STASHED:
+            del self._recent[next(iter(self._recent))]
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype, tensor.requires_grad
+
+    def _unpack(self, saved: Any) -> Tensor:
+        self._recent.clear()
+        if isinstance(saved, Tensor):
+            return saved
+        shape, dtype, _ = saved
+        return torch.empty(shape, dtype=dtype)
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -187,11 +222,13 @@ def simulate(
     autocast: bool = False,
     prepare: Callable[[nn.Module], None] = lambda net: None,
     kernels: Callable[[nn.Module], None] = lambda net: None,
+    offload: bool = False,
 ) -> Step:
     """Run one supervised step, with weights of a type, of a network that nobody has to hold.
 
     `prepare` changes the network before (adapters, checkpointing); `kernels` may be `like_gpu`,
-    otherwise they are this CPU's.  bf16 by `autocast` or by the weights' type.
+    otherwise they are this CPU's.  bf16 by `autocast` or by the weights' type.  With `offload`
+    the activations wait in host memory.
     """
     with torch.device("meta"):
         net = EchoTransformer(**architecture)
@@ -206,17 +243,24 @@ def simulate(
                     parameter.register_post_accumulate_grad_hook(
                         lambda p: counted.count_gradient(p.grad)
                     )
-            return _run(net, architecture, clip, counted, autocast)
+            offloaded = Offloaded([*net.parameters(), *net.buffers()]) if offload else None
+            step = _run(net, architecture, clip, counted, autocast, offloaded or nullcontext())
+            return step._replace(offloaded=offloaded.bytes if offloaded else 0)
 
 
 def _run(
-    net: nn.Module, architecture: Mapping[str, Any], clip: Clip, counted: LiveBytes, autocast: bool
+    net: nn.Module,
+    architecture: Mapping[str, Any],
+    clip: Clip,
+    counted: LiveBytes,
+    autocast: bool,
+    offloading: AbstractContextManager[Any],
 ) -> Step:
     shape = (clip.clips, architecture["out_channels"], clip.frames, clip.height, clip.width)
     weight = torch.empty(clip.clips, 1, *shape[2:])
     batch = Batch(torch.empty(shape), _conditions(architecture, clip), weight, [], [])
     draws = Draws(torch.empty(shape), torch.empty(clip.clips), torch.empty(clip.clips, 2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), offloading:
         loss = velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
     # The peak of the forward is where the loss is computed.
     forward = counted.peak

@@ -170,7 +170,7 @@ def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int)
         "gradients": low if machine.sharded else "float32",
         "average": "float32",
         "offload": machine.offload,
-        "checkpointed": 0 if machine.activation_checkpointing == "none" else blocks,
+        "checkpointed": blocks if machine.activation_checkpointing in ("selective", "full") else 0,
         "compiled": blocks if machine.compile else 0,
     }
 

@@ -10,7 +10,7 @@ from echolab.errors import ConfigError
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-mixed")
 OFFLOADS = ("none", "optimizer")
-CHECKPOINTINGS = ("none", "full", "selective")
+CHECKPOINTINGS = ("none", "full", "selective", "offload")
 
 # Why a precision that Lightning knows is none of PRECISIONS.
 REFUSED = {
@@ -30,7 +30,7 @@ class Machine(NamedTuple):
     precision: str = "32-true"
     zero3_shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
     attention: str = "auto"  # of attention.NAMES
-    activation_checkpointing: str = "none"  # or of memory.KEPT
+    activation_checkpointing: str = "none"  # or of CHECKPOINTINGS
     compile: bool = False  # the blocks
     sequence_parallel: int = 1  # ranks that share a clip
     offload: str = "none"  # or optimizer: fp32 masters and moments in host memory
@@ -86,16 +86,37 @@ def conflict(machine: Machine) -> str | None:
             f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}; "
             "take 1, or another number of ranks"
         )
+    if fault := _offload_conflict(machine):
+        return fault
+    if machine.compile and machine.strategy == "zero3":
+        return (
+            "trainer.compile=true: torch.compile traces the hooks by which zero3 gathers weights, "
+            "and gradients come out wrong; take strategy zero2, or compile=false"
+        )
+    return None
+
+
+def _offload_conflict(machine: Machine) -> str | None:
+    """Return why nothing can be moved to the host as these settings say; None if it can."""
     # Only ZeRO has separate masters, which can be moved to the host.
     if machine.offload == "optimizer" and not machine.sharded:
         return (
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
             "one; take strategy zero1, zero2 or zero3, or offload=none"
         )
-    if machine.compile and machine.strategy == "zero3":
+    # Activations are moved from a GPU, and are recognized by not sharing the storage of a weight.
+    if machine.activation_checkpointing != "offload":
+        return None
+    if machine.device != "cuda":
         return (
-            "trainer.compile=true: torch.compile traces the hooks by which zero3 gathers weights, "
-            "and gradients come out wrong; take strategy zero2, or compile=false"
+            "trainer.activation_checkpointing=offload: moves activations from a GPU to host "
+            f"memory, and trainer.accelerator={machine.accelerator} has them there; take none, "
+            "selective or full, or trainer.accelerator=gpu"
+        )
+    if machine.strategy == "zero3":
+        return (
+            "trainer.activation_checkpointing=offload: zero3 moves weights between uses, which "
+            "the offload would then take for activations; take strategy zero2, or selective"
         )
     return None
 
