@@ -104,7 +104,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         write_original(
             tmp_path / "b.safetensors", net, tensors, dtype=torch.float32, shard_bytes=40_000
         )
-    with pytest.raises(ConfigError, match="makes a folder"):
+    with pytest.raises(ConfigError, match="writes a folder"):
         write_diffusers(tmp_path / "b.safetensors", net, tensors, **FP32)
     short = {name: tensor for name, tensor in tensors.items() if name != "head.head.bias"}
     with pytest.raises(CheckpointError, match=r"head\.head\.bias is missing"):
