@@ -415,3 +415,39 @@ def test_bad_input_gives_one_line(tmp_path: Path) -> None:
         assert done.returncode != 0 and said in done.stderr and done.stdout == ""
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+MISTAKES = [
+    ("drw", "drw: no such action; did you mean draw?"),
+    ("run", "give source=... out=..."),
+    ("run TYPO out", "TYPO: not there; give a video or a folder of videos"),
+    ("run TYPO out crop=hed", "did you mean head?"),
+    ("run TYPO out frames=50", "frames=50: give 4n+1"),
+    ("draw out num_clip=3", "did you mean num_clips=...?"),
+    ("draw out size=40", "size=40: must be a multiple of 16"),
+    ("encode TYPO out vae=x", "TYPO/dataset.json: not there"),
+    ("encode raw out", "vae: needed with encoders=demo; give vae=PATH"),
+    ("encode raw out vae=TYPO", "TYPO: not there; fit it with `echolab fit`"),
+    ("encode raw out encoders=relesed", "did you mean released?"),
+    ("encode raw out encoders=released wav2vec=x", "encoder_dir: needed with encoders=released"),
+    ("encode raw out vae=raw encoded=TYPO", "TYPO/dataset.json: not there"),
+]
+
+
+def test_a_mistake_is_answered_in_one_line_before_numpy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/dataset.json").touch()
+    program = (
+        "import sys\nfrom data_prep.__main__ import main\n"
+        "for line in sys.argv[1:]:\n    assert main(line.split()) == 1\n"
+        "assert {'numpy', 'torch'}.isdisjoint(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, *(words for words, _ in MISTAKES)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(MISTAKES)
+    for (words, message), line in zip(MISTAKES, lines, strict=True):
+        assert line.startswith("data_prep: error: ") and message in line, f"{words}: {line}"
