@@ -108,7 +108,7 @@ def expand_home(path: str) -> str:
 def check_exists(arguments: object, *names: str) -> None:
     """Raise ConfigError for the first of the named arguments whose file or folder is not there.
 
-    Arguments that are None are not looked at.
+    Arguments that are None are skipped.
     """
     for name in names:
         path: Path | None = getattr(arguments, name)

@@ -67,7 +67,7 @@ def schemas(module: str) -> dict[str, tuple[type, tuple[str, ...]]]:
     loaded = importlib.import_module(module)
     assert loaded.__file__
     tree = ast.parse(Path(loaded.__file__).read_text())
-    found = {}
+    by_command = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse":
             words = {word.arg: word.value for word in node.keywords}
@@ -80,8 +80,8 @@ def schemas(module: str) -> dict[str, tuple[type, tuple[str, ...]]]:
                      and ast.unparse(n.targets[0]) == "command" and n.lineno < node.lineno),
                     key=lambda value: value.lineno,
                 )  # fmt: skip
-            found[ast.literal_eval(command)] = (schema, positional)
-    return found
+            by_command[ast.literal_eval(command)] = (schema, positional)
+    return by_command
 
 
 MODULES = {action.target.partition(":")[0] for action in COMMANDS.values()}

@@ -102,7 +102,7 @@ def test_an_epoch_begins_with_the_averaged_weights_again(
 def test_a_resumed_run_mixes_the_same_reference(
     unbroken: tuple[Path, Weights, list[Any]], step: int
 ) -> None:
-    """Stop within the epoch, before and after a mixing."""
+    """The run stops within the epoch, before and after a mixing."""
     root, weights, _ = unbroken
     out = f"stopped-{step}"
     train(root, out, stop_after_step=step)
@@ -142,7 +142,7 @@ def test_settings_that_cannot_be_mixed_are_refused(tmp_path: Path) -> None:
 def test_every_strategy_mixes_the_same_reference(
     fork_server: ForkServer, tmp_path: Path, strategy: str, world: int
 ) -> None:
-    """Compare the saved reference and the losses with those of one process."""
+    """The saved reference and the losses equal those of one process."""
     runs.write_clips(tmp_path / "clips", 7)
     runs.write_pairs(tmp_path / "pairs", 5)
     runs.write_clips(tmp_path / "held", 4, 50)
