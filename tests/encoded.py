@@ -1,4 +1,4 @@
-"""Encoded and preference clips of the size that `model=demo` takes, tiny in time and place."""
+"""Encoded and preference clips of the size that `model=demo` takes, tiny in time and space."""
 
 import json
 from pathlib import Path
