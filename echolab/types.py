@@ -21,7 +21,7 @@ class Clips(NamedTuple):
     face: Tensor  # [B, T, 4]      left, top, right, bottom in pixels
     lips: Tensor  # [B, T, 4]
     visemes: Tensor | None  # [B, T, 2]      opening and width of the mouth, in [0, 1]
-    about: list[dict[str, Any]]  # JSON metadata of each sample
+    metadata: list[dict[str, Any]]  # JSON metadata of each sample
 
     def float_pixels(self, which: Tensor | slice = slice(None)) -> Tensor:
         """Return pixels of some clips in [-1, 1]."""

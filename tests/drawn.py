@@ -34,7 +34,7 @@ def clips(count: int = 16, *, first: int = 0, frames: int = 25, size: int = 64) 
         face=stacked("face"),
         lips=stacked("lips"),
         visemes=torch.stack([stacked("opening"), stacked("width")], -1),
-        about=[{"caption": talker.look.caption()} for talker in drawn],
+        metadata=[{"caption": talker.look.caption()} for talker in drawn],
     )
 
 

@@ -166,8 +166,8 @@ def test_a_dataset_holds_the_synthetic_talkers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(clips.lips[place], talker.lips)
         assert clips.visemes is not None
         np.testing.assert_array_equal(clips.visemes[place, :, 0], talker.opening)
-        assert clips.about[place]["caption"] == talker.look.caption()
-        assert clips.about[place]["number"] == number
+        assert clips.metadata[place]["caption"] == talker.look.caption()
+        assert clips.metadata[place]["number"] == number
 
 
 def test_the_same_seed_gives_the_same_dataset(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> C
         face=clips.face[first:],
         lips=clips.lips[first:],
         visemes=None if clips.visemes is None else clips.visemes[first:],
-        about=clips.about[first:],
+        metadata=clips.metadata[first:],
     )
     return with_reconstructions(clips, vae) if vae else clips
 
@@ -73,7 +73,7 @@ def with_reconstructions(clips: Clips, vae_file: Path) -> Clips:
         face=clips.face.repeat(2, 1, 1),
         lips=clips.lips.repeat(2, 1, 1),
         visemes=None,
-        about=clips.about * 2,
+        metadata=clips.metadata * 2,
     )
 
 

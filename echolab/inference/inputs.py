@@ -218,7 +218,7 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
         face=torch.from_numpy(np.stack([t.face for t in tracks])),
         lips=torch.from_numpy(np.stack([t.lips for t in tracks])),
         visemes=_visemes(tracks),
-        about=[json.loads(m["json"]) for m in members],
+        metadata=[json.loads(m["json"]) for m in members],
     )
 
 
