@@ -19,13 +19,13 @@ from echolab.diffusion.objectives import (
 )
 from echolab.diffusion.phases import FLAT, PHDA, ModalityDropout, ModalityScaling
 from echolab.diffusion.preference_losses import PAIR_LOSSES
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.errors import ConfigError
 from echolab.models.frozen import Frozen
 from echolab.types import Draws, PreferencePair
 
 PHASES = ModalityDropout(FLAT)
-DRAWS = draw(["clip-0", "clip-1"], tiny.SHAPE, seed=0, epoch=0)
+DRAWS = draw_noise(["clip-0", "clip-1"], tiny.SHAPE, seed=0, epoch=0)
 
 
 def frozen(net: nn.Module) -> Frozen:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from echolab.diffusion.pipeline import generate
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
 
@@ -64,7 +64,7 @@ def test_the_audio_scale_matters_and_one_means_no_guidance(net: EchoTransformer)
 def test_a_perfect_network_is_followed_to_its_clip() -> None:
     """The straight path from this noise ends exactly at the known clip."""
     context, truth = tiny.conditions(3), tiny.latents(3)
-    noise = draw(KEYS, tiny.SHAPE, seed=4, epoch=0).noise
+    noise = draw_noise(KEYS, tiny.SHAPE, seed=4, epoch=0).noise
 
     def exact(
         noisy: Tensor, timesteps: Tensor, conditions: Conditions, weights: object = None

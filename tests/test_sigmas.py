@@ -6,7 +6,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from echolab.diffusion.sigmas import (
     SIGMA_SCHEDULES,
-    draw,
+    draw_noise,
     flow_match_sigmas,
     sampling_sigmas,
     shift_sigmas,
@@ -60,8 +60,8 @@ def test_the_grid_of_wan_equals_the_schedulers() -> None:
 
 
 def test_draws_depend_on_the_key_and_not_on_the_batch() -> None:
-    together = draw(["a", "b", "c"], SHAPE, seed=1, epoch=2)
-    alone = draw(["b"], SHAPE, seed=1, epoch=2)
+    together = draw_noise(["a", "b", "c"], SHAPE, seed=1, epoch=2)
+    alone = draw_noise(["b"], SHAPE, seed=1, epoch=2)
     for many, one in zip(together, alone, strict=True):
         assert torch.equal(many[1:2], one)
 
@@ -69,7 +69,7 @@ def test_draws_depend_on_the_key_and_not_on_the_batch() -> None:
 @pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 3}, {"draw_index": 1}])
 def test_draws_differ_by_seed_epoch_and_index(change: dict[str, int]) -> None:
     usual = {"seed": 1, "epoch": 2, "draw_index": 0}
-    one, other = draw(["a"], SHAPE, **usual), draw(["a"], SHAPE, **(usual | change))
+    one, other = draw_noise(["a"], SHAPE, **usual), draw_noise(["a"], SHAPE, **(usual | change))
     assert not torch.equal(one.noise, other.noise)
     assert not torch.equal(one.uniforms, other.uniforms)
 
@@ -77,12 +77,12 @@ def test_draws_differ_by_seed_epoch_and_index(change: dict[str, int]) -> None:
 def test_draws_do_not_touch_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    draw(["a"], SHAPE, seed=1, epoch=2)
+    draw_noise(["a"], SHAPE, seed=1, epoch=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_draws_have_their_distribution() -> None:
-    draws = draw([str(index) for index in range(4000)], (1, 1, 1, 4), seed=0, epoch=0)
+    draws = draw_noise([str(index) for index in range(4000)], (1, 1, 1, 4), seed=0, epoch=0)
     assert draws.sigmas.min() > 0 and draws.sigmas.max() <= 1
     u = draws.sigmas / (5 - 4 * draws.sigmas)  # before the shift
     assert u.mean().item() == pytest.approx(0.5, abs=0.02)
@@ -97,6 +97,6 @@ def test_draws_have_their_distribution() -> None:
 
 
 def test_a_clip_keeps_its_sigma_when_its_size_changes() -> None:
-    small, large = (draw(["a"], shape, seed=1, epoch=1) for shape in (SHAPE, (16, 2, 4, 4)))
+    small, large = (draw_noise(["a"], shape, seed=1, epoch=1) for shape in (SHAPE, (16, 2, 4, 4)))
     assert torch.equal(small.sigmas, large.sigmas)
     assert torch.equal(small.uniforms, large.uniforms)

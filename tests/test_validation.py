@@ -16,7 +16,7 @@ from torch import nn
 
 from echolab.data.shard_reader import ShardDataset
 from echolab.diffusion.flow import interpolate, velocity_target
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.errors import ConfigError
 from echolab.training.callbacks import validation
 from echolab.training.callbacks.validation import FILLS_UP, Share, places_of, read_share, validate
@@ -143,7 +143,7 @@ def by_hand(net: nn.Module, clips: ShardDataset, task: str, sigma: float, seed: 
     values = []
     for i in range(len(clips)):
         batch = validation.collate_clips(clips, [validation.read_clip(clips, i, task)])
-        noise = draw(batch.keys, tiny.SHAPE, seed=seed, epoch=-1).noise
+        noise = draw_noise(batch.keys, tiny.SHAPE, seed=seed, epoch=-1).noise
         level = torch.full((1,), sigma)
         given, weights = runs.PHASES(batch.conditions, 1000 * level, torch.zeros(1, 2))
         with torch.no_grad():

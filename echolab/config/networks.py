@@ -18,7 +18,7 @@ from echolab.errors import CheckpointError, ConfigError, WeightsError
 from echolab.launch import run_dir
 from echolab.models import loading
 from echolab.models.frozen import Frozen
-from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, assign_parameters, meta_network
 from echolab.models.transformer import EchoTransformer
 from echolab.training.adapters.lora import (
     TRAINED,
@@ -174,7 +174,7 @@ def start_of(
         net = meta_network(config["model"])
         # Merged on the CPU by one rank of each node: a GPU would round sums differently.
         merged_once = share_on_node(net, partial(_merged_values, initial), placement, "merged")
-        place(net, merged_once, placement.device)
+        assign_parameters(net, merged_once, placement.device)
         return net, None, None
     if initial:  # its weights are loaded by `fit`, which sees that it is of this network
         return meta_network(config["model"]), None, initial

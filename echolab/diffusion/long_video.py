@@ -91,9 +91,9 @@ def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditio
     # Each frame of the window takes its own known pixels, or those at the start of the video.
     # Several known frames at the start, such as a clip to continue, stay there.
     has_known = conditions.known.transpose(0, 2).flatten(1).any(1)  # [F]
-    takes_own = has_known[start:stop] | has_known[:count]
-    takes_own[0] = has_known[start]
-    sources = torch.arange(count, device=has_known.device) + start * takes_own
+    uses_own = has_known[start:stop] | has_known[:count]
+    uses_own[0] = has_known[start]
+    sources = torch.arange(count, device=has_known.device) + start * uses_own
     return conditions._replace(
         audio=conditions.audio[:, first : first + frames * per_frame],
         known=conditions.known[:, :, sources],
@@ -169,8 +169,8 @@ def chunk_spans(
     while starts[-1] + size < frames:
         starts.append(starts[-1] + size - overlap)
     # The last chunk is as short as latent frames allow, unless it is to be filled.
-    rest = geometry.covering_latent_frames(frames - starts[-1])
-    last = size if fill else geometry.frames(rest)
+    remaining = geometry.covering_latent_frames(frames - starts[-1])
+    last = size if fill else geometry.frames(remaining)
     return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]
 
 

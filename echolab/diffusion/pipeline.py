@@ -19,7 +19,7 @@ from echolab.diffusion.guidance import (
     negative_factors,
     stepwise,
 )
-from echolab.diffusion.sigmas import SIGMA_SCHEDULES, draw, sampling_sigmas
+from echolab.diffusion.sigmas import SIGMA_SCHEDULES, draw_noise, sampling_sigmas
 from echolab.diffusion.solvers import (
     OnStep,
     Solver,
@@ -170,7 +170,7 @@ def generate(
     # Draw the noise on the CPU, so that it does not depend on the device.
     shape = tuple(conditions.known_latents.shape[1:])
     device = conditions.known_latents.device
-    noise = draw(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)
+    noise = draw_noise(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)
     # Guide by audio alone, and solve by Euler steps.
     velocity = cfg_velocity(net, conditions, audio_scale=audio_scale)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -76,7 +76,7 @@ def _generator(seed: int, epoch: int, key: str, draw_index: int) -> torch.Genera
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(
+def draw_noise(
     keys: list[str],
     shape: tuple[int, ...],
     *,

@@ -20,7 +20,7 @@ from echolab.diffusion.long_video import (
     windows,
 )
 from echolab.diffusion.pipeline import SamplerConfig, sampler_timesteps
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.diffusion.teacache import WAN_1B3, CachePlan, Net, step_cached
 from echolab.encoders.encode import Encoders
 from echolab.geometry import WAN, LatentGeometry
@@ -100,7 +100,7 @@ def render_part(
     """Return pixels [3, T, Y, X] of a scene or chunk; each `index` has its own noise."""
     conditions = conditions_of(renderer.encoders, scene, renderer.device)
     shape = (renderer.encoders.geometry.channels, *conditions.known.shape[2:])
-    noise = draw(["clip"], shape, seed=renderer.seed, epoch=0, draw_index=index).noise
+    noise = draw_noise(["clip"], shape, seed=renderer.seed, epoch=0, draw_index=index).noise
 
     def clip_conditions(full: Conditions, start: int, stop: int) -> Conditions:
         part = window_conditions(full, start, stop)

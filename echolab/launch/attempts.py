@@ -1,4 +1,4 @@
-"""Attempts of a run: the records of all supervisors of a launch, merged into one verdict."""
+"""Attempts of a run: records of all supervisors of a launch merged into one; lost nodes."""
 
 import signal
 import time

@@ -1,4 +1,7 @@
-"""Diagnosis: find the rank in which a failure began, from the observations of all ranks."""
+"""Diagnosis: find the rank in which a failure began, from the observations of all ranks.
+
+Lost nodes are recognized in `attempts`, which merges the records of all nodes.
+"""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Explain how a run ended: the supervisor's last message, and the answer of `echolab why`."""
+"""Explain how a run ended: last message of the supervisor, answer of `echolab why`, goodput."""
 
 import math
 import time

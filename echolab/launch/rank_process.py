@@ -254,18 +254,18 @@ def dump_stacks(ranks: Sequence[Rank], states: Mapping[int, ProcessState]) -> di
     """
     paths = {rank.rank: stacks_path(rank.folder, rank.rank) for rank in ranks}
     # Without a handler SIGQUIT would end the rank.
-    able = [rank for rank in ranks if processes.handles_signal(rank.pid, signal.SIGQUIT)]
-    begin = {rank.rank: paths[rank.rank].stat().st_size for rank in able}
+    responsive = [rank for rank in ranks if processes.handles_signal(rank.pid, signal.SIGQUIT)]
+    begin = {rank.rank: paths[rank.rank].stat().st_size for rank in responsive}
     # The workers first, so that the main thread of the rank is the last in the file.
-    workers = [pid for rank in able for pid in family(rank.pid) if pid != rank.pid]
+    workers = [pid for rank in responsive for pid in family(rank.pid) if pid != rank.pid]
     for pid in workers:
         if processes.handles_signal(pid, signal.SIGQUIT):
             processes.send(pid, signal.SIGQUIT)
     if workers:
         time.sleep(WORKERS_SECONDS)
     # Then the ranks themselves.
-    after_workers = {rank.rank: paths[rank.rank].stat().st_size for rank in able}
-    for rank in able:
+    after_workers = {rank.rank: paths[rank.rank].stat().st_size for rank in responsive}
+    for rank in responsive:
         processes.send(rank.pid, signal.SIGQUIT)
         if states[rank.rank].state == "T":
             processes.send(rank.pid, signal.SIGCONT)
@@ -273,11 +273,11 @@ def dump_stacks(ranks: Sequence[Rank], states: Mapping[int, ProcessState]) -> di
     end, sizes = time.monotonic() + DUMP_SECONDS, after_workers
     while time.monotonic() < end:
         time.sleep(0.2)
-        present = {rank.rank: paths[rank.rank].stat().st_size for rank in able}
+        present = {rank.rank: paths[rank.rank].stat().st_size for rank in responsive}
         if present == sizes and all(present[rank] > after_workers[rank] for rank in present):
             break
         sizes = present
-    return {rank.rank: _read_from(paths[rank.rank], begin[rank.rank]) for rank in able}
+    return {rank.rank: _read_from(paths[rank.rank], begin[rank.rank]) for rank in responsive}
 
 
 def _read_from(path: Path, start: int = 0) -> str:

@@ -16,7 +16,7 @@ HOST_CAUSES = ("killed", "exited", "hang", "stopped_process", "node_lost", "repl
 
 
 class Decision(NamedTuple):
-    """Whether to restart the run, the reason in words, and the hosts to exclude."""
+    """A decision on a restart, its reason in words, and the hosts to exclude."""
 
     restart: bool
     reason: str

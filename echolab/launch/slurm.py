@@ -165,10 +165,10 @@ def submit(
     settings = {key: value for key, value in parameters.items() if value is not None}
     folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout", 0)
     settings["setup"] = [CPUS_FOR_SRUN, NO_WORKING_FOLDER, *settings.get("setup", ())]
-    named = {key if key in GENERAL else f"slurm_{key}": value for key, value in settings.items()}
+    prefixed = {key if key in GENERAL else f"slurm_{key}": value for key, value in settings.items()}
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
-        executor.update_parameters(**named)
+        executor.update_parameters(**prefixed)
         jobs = executor.map_array(Resumable(function), list(arguments))
     except (FailedJobError, RuntimeError, ValueError, TypeError, NameError) as error:
         message = " ".join(str(error).split())

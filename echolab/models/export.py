@@ -38,11 +38,11 @@ def write_original(
     """
     # Names and order of the released file, with zeros for what it holds without effect.
     _check_complete(net, tensors)
-    named: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, shape in released_shapes(net).items():
         dead = DEAD_PART in name
-        named[name] = tensors.get(name, torch.zeros(1).expand(shape)) if dead else tensors[name]
-    return _write(out, named, _original_config(net), dtype, shard_bytes)
+        renamed[name] = tensors.get(name, torch.zeros(1).expand(shape)) if dead else tensors[name]
+    return _write(out, renamed, _original_config(net), dtype, shard_bytes)
 
 
 def write_diffusers(
@@ -62,8 +62,8 @@ def write_diffusers(
     _check_complete(net, tensors)
     if out.suffix == ".safetensors":
         raise ConfigError(f"out={out}: names=diffusers writes a folder; give a folder")
-    named = {to_diffusers(name): tensors[name] for name, _ in net.named_parameters()}
-    return _write(out, named, _diffusers_config(net), dtype, shard_bytes)
+    renamed = {to_diffusers(name): tensors[name] for name, _ in net.named_parameters()}
+    return _write(out, renamed, _diffusers_config(net), dtype, shard_bytes)
 
 
 def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:

@@ -20,13 +20,13 @@ from torch import Tensor
 from echolab.errors import WeightsError
 from echolab.models.state_dict import (
     LoadReport,
+    assign_parameters,
     converted_tensors,
     from_diffusers,
     initial_values,
     match_weights,
     meta_network,
     model_of,
-    place,
 )
 from echolab.models.transformer import EchoTransformer
 
@@ -59,7 +59,7 @@ def load_released(
     # On the meta device, so that no values are drawn that the file replaces.
     net = meta_network(architecture).to(dtype)
     report, values = released_values(net, path, fresh=fresh, seed=seed)
-    place(net, values())
+    assign_parameters(net, values())
     return Loaded(net, report)
 
 

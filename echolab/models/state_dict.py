@@ -136,7 +136,7 @@ def load_weights(
     If CheckpointError is raised, `net` is unchanged.
     """
     report = match_weights(net, tensors, fresh=fresh, source=source)
-    place(net, converted_tensors(net, tensors, report))
+    assign_parameters(net, converted_tensors(net, tensors, report))
     return report
 
 
@@ -211,11 +211,11 @@ def _check_names(
     if not lacking and not unknown:
         return
     # The usual mistake is a file of another model: name that model.
-    given, wanted = model_of(present), model_of(parameters)
-    if given and given != wanted:
+    file_model, net_model = model_of(present), model_of(parameters)
+    if file_model and file_model != net_model:
         raise CheckpointError(
-            f"{source}: holds {given} (it has {MARKS[given]}), the network is {wanted}; "
-            f"give model={given}, or a file of {wanted}"
+            f"{source}: holds {file_model} (it has {MARKS[file_model]}), the network is "
+            f"{net_model}; give model={file_model}, or a file of {net_model}"
         )
     fault = f"lacks {lacking[0]}" if lacking else f"has {unknown[0]}, which the network lacks"
     raise CheckpointError(
@@ -256,13 +256,13 @@ def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
 
 
 def meta_network(architecture: Mapping[str, Any]) -> EchoTransformer:
-    """Return a network whose parameters have shapes and no values yet; see `place`."""
+    """Return a network whose parameters have shapes and no values yet; see `assign_parameters`."""
     with torch.device("meta"):
         return EchoTransformer(**architecture)
 
 
 @torch.no_grad()
-def place(
+def assign_parameters(
     net: nn.Module, values: Iterable[tuple[str, Tensor]], device: torch.device | None = None
 ) -> None:
     """Set the tensors of (parameter name, tensor) pairs as the parameters of `net`, on `device`.

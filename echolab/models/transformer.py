@@ -211,10 +211,11 @@ def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeo
         raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
     out_channels, mask_channels = geometry.channels, geometry.time_stride
     if in_channels not in (out_channels, 2 * out_channels + mask_channels):
-        wanted = (
-            f"{out_channels}, or {2 * out_channels + mask_channels} with the known mask and latents"
+        with_known = 2 * out_channels + mask_channels
+        raise ConfigError(
+            f"model.in_channels={in_channels}: must be {out_channels}, or {with_known} with the "
+            "known mask and latents"
         )
-        raise ConfigError(f"model.in_channels={in_channels}: must be {wanted}")
 
 
 def _audio_proj(

@@ -9,7 +9,7 @@ from torch.nn import functional
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.scores import sync_of
 
-# Of the standardized measurements in the score.
+# Weights of the standardized measurements in the score.
 WEIGHTS = {"sync": 1.0, "identity": 0.25, "flicker": -0.25}
 
 

@@ -45,10 +45,10 @@ def _check(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
         raise ConfigError("tasks.stages: empty; give at least one stage")
     if not 0 <= ema_decay < 1:
         raise ConfigError(f"tasks.ema_decay={ema_decay:g}: must lie in [0, 1)")
-    named = {task for stage in stages for task in stage.targets}
-    if not 0 <= min_prob * len(named) < 1:
+    tasks = {task for stage in stages for task in stage.targets}
+    if not 0 <= min_prob * len(tasks) < 1:
         raise ConfigError(
-            f"tasks.min_prob={min_prob:g}: times {len(named)} tasks must stay below 1"
+            f"tasks.min_prob={min_prob:g}: times {len(tasks)} tasks must stay below 1"
         )
     # Each stage by itself.
     for number, stage in enumerate(stages):
@@ -77,8 +77,8 @@ class Curriculum:
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
         _check(stages, ema_decay, min_prob)
         self.ema_decay = ema_decay
-        wanted = {task for stage in stages for task, share in stage.targets.items() if share > 0}
-        self.tasks = tuple(task for task in TASKS if task in wanted)
+        trained = {task for stage in stages for task, share in stage.targets.items() if share > 0}
+        self.tasks = tuple(task for task in TASKS if task in trained)
         self._ends, self._targets, introduced, end = [], [], set[str](), 0
         # The target of each stage, with min_prob mixed in for tasks introduced so far.
         for stage in stages:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.data.train_dataset import MicroBatch
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.heartbeat import Heartbeat
 from echolab.tasks.table import TASKS
 from echolab.training import distributed
@@ -93,7 +93,7 @@ def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
     of_epochs = []
     for epoch, pairs in groupby(zip(item.epochs, item.batch.keys, strict=True), lambda p: p[0]):
         keys = [key for _, key in pairs]
-        of_epochs.append(draw(keys, shape, seed=seed, epoch=epoch, shift=shift))
+        of_epochs.append(draw_noise(keys, shape, seed=seed, epoch=epoch, shift=shift))
     return Draws(*(torch.cat(parts).to(clips.device) for parts in zip(*of_epochs, strict=True)))
 
 

@@ -22,7 +22,7 @@ from echolab.diffusion.pipeline import generate
 from echolab.errors import DiskFullError, EcholabError, ParityError, StorageError
 from echolab.models.export import write_original
 from echolab.models.loading import load_released, released_values
-from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, meta_network, place
+from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, assign_parameters, meta_network
 from echolab.models.transformer import EchoTransformer
 from echolab.training import distributed
 from echolab.training.adapters.lora_base import exported_weights
@@ -126,7 +126,7 @@ def _load(
 ) -> EchoTransformer:
     net = meta_network(architecture)
     _, values = released_values(net, path, fresh=(IMAGE_PARTS, AUDIO_PARTS), seed=seed)
-    place(net, values(), placement.device)
+    assign_parameters(net, values(), placement.device)
     return net
 
 

@@ -22,7 +22,7 @@ from echolab.data.bad_samples import TolerantReader
 from echolab.data.collate import collate_clips, read_clip
 from echolab.diffusion.objectives import velocity_error
 from echolab.diffusion.phases import Allocator
-from echolab.diffusion.sigmas import draw
+from echolab.diffusion.sigmas import draw_noise
 from echolab.errors import ConfigError
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback
@@ -126,7 +126,7 @@ def held_out_errors(
 ) -> Tensor:
     """Return errors [B, levels] in fp32, nothing dropped; the noise is of (seed, key) alone."""
     shape, keys = tuple(batch.latents.shape[1:]), batch.keys
-    noise = draw(keys, shape, seed=seed, epoch=-1).noise.to(batch.latents.device)
+    noise = draw_noise(keys, shape, seed=seed, epoch=-1).noise.to(batch.latents.device)
     kept = noise.new_zeros(len(keys), 2)
     columns = [
         velocity_error(net, batch, Draws(noise, noise.new_full((len(keys),), s), kept), phases)

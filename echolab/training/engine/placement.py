@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.errors import ConfigError
-from echolab.models.state_dict import initial_values, meta_network, place
+from echolab.models.state_dict import assign_parameters, initial_values, meta_network
 from echolab.models.transformer import EchoTransformer
 from echolab.training.engine.machine import Machine
 
@@ -82,7 +82,9 @@ def initialized_network(
     def values() -> Values:
         return initial_values(net, torch.Generator().manual_seed(seed))
 
-    place(net, share_on_node(net, values, placement, f"initialization {seed}"), placement.device)
+    assign_parameters(
+        net, share_on_node(net, values, placement, f"initialization {seed}"), placement.device
+    )
     return net
 
 
@@ -108,7 +110,7 @@ def place_shared(
     copy, so that they share it.
     """
     shared = share_on_node(net, values, placement, subject) if placement.on_cpu else values()
-    place(net, shared, placement.device)
+    assign_parameters(net, shared, placement.device)
 
 
 # -- one copy for all ranks of a node -------------------------------------------------------------
