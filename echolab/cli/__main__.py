@@ -23,6 +23,7 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
+# Every command by name.  Its module is imported only when the command runs.
 COMMANDS = {
     "demo": Action(
         "echolab.cli.demo", "data, training and report of a small example on two CPU cores"
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     """Answer `--help` and `--version`, or import and run the command that `words` begin with."""
+    # Answer what needs no command.
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if words else 2
@@ -93,6 +95,7 @@ def _run(words: list[str]) -> int:
     # Set before torch is imported: OpenMP threads that wait spin briefly, then sleep.  Without a
     # limit a step takes ten times as long on cores that other processes use too.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Run the command; a name that is close to a known one is proposed.
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         remedy = closest(name, COMMANDS) or f"; known: {', '.join(COMMANDS)}"

@@ -7,6 +7,7 @@ from typing import Literal
 from echolab.arguments import Action, argument, parse, run_action
 from echolab.errors import CheckpointError
 
+# Every action takes a checkpoint, or a run in place of its newest.
 CHECKPOINT = "checkpoint, or a run or its folder of checkpoints for the newest"
 
 
@@ -35,6 +36,7 @@ class DiffArguments:
     format: Literal["text", "json"] = argument("output format", "text")
 
 
+# Each action parses its arguments, and then imports torch with `checkpoint_report`.
 ACTIONS = {
     "inspect": Action("echolab.cli.checkpoint:inspect", "print the contents of a checkpoint"),
     "verify": Action("echolab.cli.checkpoint:verify", "check every byte of a checkpoint"),
@@ -49,7 +51,9 @@ def main(argv: list[str]) -> int:
 
 def check_folders(*paths: Path) -> None:
     """Raise CheckpointError for the first path that is no folder."""
+    # The contents are read later, after torch is imported.
     for path in paths:
+        # A damaged checkpoint passes here: `verify` reports its faults.
         if not path.is_dir():
             raise CheckpointError(f"{path}: no checkpoint there; give a run, or a checkpoint of it")
 

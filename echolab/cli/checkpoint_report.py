@@ -26,8 +26,10 @@ def find(path: Path) -> Path:
 
     Raise CheckpointError if there is none.
     """
+    # The path itself is a checkpoint, by its manifest or by its name.
     if (path / MANIFEST).is_file() or NAME.fullmatch(path.resolve().name):
         return path
+    # A run, or its folder of checkpoints: take the newest.
     for folder in (path / "checkpoints", path):
         if steps := saved_steps(folder):
             return folder_of(folder, steps[0])
@@ -44,8 +46,10 @@ def _position(state: dict[str, Any], step: int) -> dict[str, Any]:
 
 def figures(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the contents of a checkpoint, as `inspect` prints them."""
+    # Sizes come from the manifest: no tensor is read.
     manifest, state = checkpoint.manifest, checkpoint.state
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    # Parts are raw weights, averages and moments of the optimizer.
     parts = files_of(manifest)
     counts = [math.prod(dims) for dims in manifest["parameters"].values()]
     size = sum(sizes.values()) + (checkpoint.path / MANIFEST).stat().st_size
@@ -75,6 +79,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 def print_contents(path: Path, *, as_json: bool) -> int:
     """Print the contents of a checkpoint."""
+    # The manifest is verified; `verify` reads every byte.
     contents = figures(open_verified(find(path)))
     if as_json:
         print(json.dumps(contents))
@@ -102,6 +107,7 @@ def print_contents(path: Path, *, as_json: bool) -> int:
 
 def all_faults(path: Path) -> list[str]:
     """Return one line for each fault of a checkpoint."""
+    # Without a readable manifest nothing else can be checked.
     try:
         manifest = read_manifest(path)
         if problems := faults(path, manifest):
@@ -124,6 +130,7 @@ def print_faults(path: Path, *, as_json: bool) -> int:
 
 def print_differences(one: Path, other: Path, *, as_json: bool) -> int:
     """Print the differences of two checkpoints; return 1 if there are any."""
+    # Both are verified first, so that a damaged file is no difference.
     a, b = (open_checkpoint(find(path)) for path in (one, other))
     tensors = list(tensor_differences(a, b))
     state = state_differences(a.state, b.state)

@@ -65,6 +65,7 @@ class AuditArguments:
     format: Literal["text", "json"] = argument("output format", "text")
 
 
+# Each action parses its arguments before it imports what reads shards.
 ACTIONS = {
     "verify": Action("echolab.cli.data:verify", "check a dataset against its dataset.json"),
     "index": Action(
@@ -87,12 +88,14 @@ def verify(argv: list[str]) -> int:
     arguments = parse(VerifyArguments, argv, command=command, positional=("folder",))
     from echolab.data.verify import find_faults
 
+    # Read the shards in parallel, with a bar.
     folder = arguments.folder
     shards = sum(1 for _ in folder.glob("*.tar"))
     with progress("checking shards", shards) as advance:
         faults = find_faults(
             folder, workers=arguments.workers, deep=arguments.deep, advance=advance
         )
+    # One line a fault; the exit code says if there is any.
     lines = [fault.line(folder) for fault in faults]
     if arguments.format == "json":
         details = [fault._asdict() for fault in faults]
@@ -106,9 +109,11 @@ def index(argv: list[str]) -> int:
     """Write dataset.json and print what it holds."""
     command = "echolab data index"
     arguments = parse(IndexArguments, argv, command=command, positional=("folder",))
+    # A wrong file of descriptions is refused before the tars are read.
     encoders, geometry, description = read_about(arguments.about)
     from echolab.data.index_tars import index_folder
 
+    # Read every tar once.
     tars = sum(1 for _ in arguments.folder.glob("*.tar"))
     with progress("indexing shards", tars) as advance:
         indexed = index_folder(
@@ -131,11 +136,14 @@ def index(argv: list[str]) -> int:
 
 def read_about(about: Path | None) -> tuple[dict[str, str], LatentGeometry, dict[str, Any]]:
     """Return encoders' fingerprints, geometry and description of a JSON file; raise DataError."""
+    # Without a file: the geometry of Wan, and no encoders.
     if about is None:
         return {}, WAN, {}
+    # The file may be a dataset.json, or one of the user with some of its keys.
     try:
         content = json.loads(about.read_bytes())
         encoders, description = content.get("encoders", {}), content.get("description", {})
+        # Fingerprints are text; anything else would not match any encoder.
         named = all(isinstance(name, str) for name in encoders.values())
         if not named or not isinstance(description, dict):
             raise ValueError("encoders are name to fingerprint, description is an object")
@@ -164,6 +172,7 @@ def summary(folder: Path, indexed: "Indexed") -> dict[str, Any]:
 def summary_text(folder: Path, indexed: "Indexed") -> str:
     """Return the result of indexing as text."""
     figures = summary(folder, indexed)
+    # State, kind and size in the first line.
     state = "written" if indexed.written else "was there already, and equal"
     size = f"{figures['samples']} samples in {figures['shards']} shards"
     size += f", {figures['bytes'] / 1e6:.6g} MB"
@@ -181,10 +190,12 @@ def audit(argv: list[str]) -> int:
     arguments = parse(AuditArguments, argv, command="echolab data audit", positional=("run",))
     from echolab.data.ledger import LEDGER, audit_run
 
+    # Refuse a run without a ledger before torch is imported.
     if not (folder := arguments.run / LEDGER).is_dir():
         raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
     from echolab.training.guards import events
 
+    # Batches that events of the run skipped may be missing.
     result = audit_run(arguments.run, events.skips(arguments.run))
     if arguments.format == "json":
         figures = {"run": str(arguments.run), "exact": result.exact, **result._asdict()}

@@ -102,6 +102,7 @@ def stages(demo: DemoArguments, token: str) -> Iterator[Stage]:
 def preparation(demo: DemoArguments) -> Iterator[Stage]:
     """Yield the commands that make data, demo networks and the reference rows of the table."""
     data, networks = demo.out / "data", demo.out / "networks"
+    # Talkers to train on, and others to score on.
     for name, clips, first in (
         ("train", demo.train_clips, 0),
         ("held_out", demo.held_out_clips, FIRST_HELD_OUT),
@@ -119,15 +120,18 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         ("frames", "frames", demo.feature_steps, 3, ()),
         ("clips", "clips", max(1, demo.feature_steps // 2), 4, ()),
     )
+    # Fit each network by a command of its own.
     for name, network, steps, seed, further in networks_to_fit:
         file = networks / f"{name}.safetensors"
         words = (network, f"{data}/raw_train", f"{file}", f"steps={steps}", f"seed={seed}")
         yield Stage(f"fit {name}", ("echolab", "fit", *words, *further), file)
 
+    # Encode both datasets with the autoencoder.
     for name in ("train", "held_out"):
         folder = data / name
         encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
         yield Stage(f"encode {name}", encode, folder / INDEX)
+    # The truth, and the truth with another clip's audio, frame the scores.
     for name in REFERENCES:
         chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")
         yield Stage(f"score {name}", ("echolab", "evaluate", *chosen, *evaluation(demo)))
@@ -136,6 +140,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
 def one_training(demo: DemoArguments, seed: int) -> Iterator[Stage]:
     """Yield the commands that train and score all checkpoints from one seed."""
     for name in CHECKPOINTS:
+        # Preference data comes from the supervised checkpoint.
         if name == "ndpo":
             yield from preference_round(demo, seed)
         run = demo.out / f"seed_{seed}" / name
@@ -157,6 +162,7 @@ def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
 
     from echolab.fitting import work_dtype
 
+    # Folders of this demo, in place of those of the experiment file.
     folder = demo.out / f"seed_{seed}"
     words = [
         f"experiment=demo_{name}",
@@ -166,6 +172,7 @@ def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
     ]
     if work_dtype() == torch.bfloat16:
         words.append("trainer.precision=bf16-mixed")  # this CPU computes in it
+    # Preference runs start from the supervised run, with another seed.
     if name == "sft":
         words += [f"seed={seed}", *shortened(name, demo.sft_steps / SFT_STEPS)]
     else:
@@ -182,6 +189,7 @@ def shortened(name: str, scale: float) -> list[str]:
         return []
     from echolab.config.compose import compose
 
+    # Scale every count of steps of the experiment.
     config = compose([f"experiment=demo_{name}"])
     schedule, tasks = config["schedule"], config["tasks"]
     for part in [*schedule["epochs"], *tasks["stages"]]:
@@ -273,10 +281,12 @@ class Progress:
 
     def run(self, stage: Stage) -> int:
         """Run a stage's command unless it is done, and return its exit code."""
+        # A stage that is noted as done is skipped.
         if stage.name in self.seconds:
             return 0
         began = time.monotonic()
         code = 0
+        # A command may have ended before the stage was noted.
         if stage.result is None or not stage.result.exists():
             print(f"$ {stage.shown}", file=sys.stderr, flush=True)
             code = self._call(stage)
@@ -305,9 +315,11 @@ def main(argv: list[str]) -> int:
         for name, value in asdict(demo).items()
         if name not in ("out", "format", "seeds")
     }
+    # One process at a time works in the folder.
     with held(demo.out):
         progress = Progress(demo.out / STAGES, settings)
         for stage in stages(demo, progress.token):
+            # The report shows the seconds of all other stages.
             if stage.name == "report":
                 progress.seconds.pop("report", None)  # a demo of more seeds writes it again
                 write_summary(demo, progress)
@@ -337,6 +349,7 @@ def print_scores(demo: DemoArguments, progress: Progress) -> None:
     if demo.format == "json":
         print(json.dumps({"report": str(report), "scores": rows, "seconds": progress.seconds}))
         return
+    # Columns of the last row: it has every score.
     names = list(rows[-1]["scores"])
     table = Table("checkpoint", "seed", *names)
     for row in rows:

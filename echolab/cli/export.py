@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from echolab.models.transformer import EchoTransformer
 
+# Names of averages begin so.
 AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
 
 
@@ -58,16 +59,19 @@ class ExportArguments:
                 f"which={self.which}: unknown; ema, raw, adapters, or an average by the name in "
                 "`echolab checkpoint inspect`"
             )
+        # Options that exclude each other.
         if self.which == "adapters" and self.names != "original":
             raise ConfigError("names=diffusers: is for networks; leave it out with which=adapters")
         if self.model is not None and (self.which != "ema" or self.ema_std is not None):
             raise ConfigError(f"which={self.which}: is for a run; leave it out with model=")
         if self.ema_std is not None and self.which != "ema":
             raise ConfigError(f"ema_std={self.ema_std:g}: is an average; leave out which=")
+        # A file or a folder, by the suffix.
         if self.out.suffix and self.out.suffix != ".safetensors":
             raise ConfigError(
                 f"out={self.out}: must end in .safetensors, or have no suffix for a folder"
             )
+        # Released weights need the name of their architecture, a run has its own.
         if self.model is not None:
             architecture_of(self.model)
         elif not self.source.is_dir():
@@ -95,6 +99,7 @@ def export(arguments: ExportArguments) -> None:
     from echolab.training.checkpoints.checkpoint import open_checkpoint
 
     out = arguments.out
+    # Write adapters alone, or the full network.
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
     if arguments.which == "adapters":
         if out.exists():
@@ -119,6 +124,7 @@ def _report(out: Path, files: list[Path], format: str) -> None:
     """Print the content of the files, read back from disk."""
     from safetensors import safe_open
 
+    # Read the headers back from disk.
     shapes: list[list[int]] = []
     for file in files:
         if file.suffix == ".safetensors":

@@ -111,6 +111,7 @@ def _report_divergence(arguments: ReplayArguments, diverged: ReplayDiverged) -> 
 
 def _settings(arguments: ReplayArguments, kept: dict[str, Any]) -> dict[str, Any]:
     """Return the run's settings `kept`, with the secrets that its folder lacks."""
+    # Addresses of the command line replace those that are stored.
     given = {"clips": arguments.clips, "pairs": arguments.pairs}
     kept["data"] |= {key: list(value) for key, value in given.items() if value}
     kept["data"]["val_clips"] = None  # nothing is validated
@@ -125,10 +126,12 @@ def prepare(run: Path, out: Path, step: int) -> int:
 
     Files of checkpoints are linked: they are never rewritten, only replaced.
     """
+    # Training resumes from the newest checkpoint before the step.
     start, rejected = latest_valid(run / "checkpoints", step - 1)
     if start is None and rejected:
         raise CheckpointError(rejected[0])
     out.mkdir(parents=True, exist_ok=True)
+    # Skipped batches and bad samples decide what is trained on.
     for name in (EVENTS, QUARANTINE):
         if (run / name).exists():
             shutil.copy(run / name, out / name)
@@ -163,10 +166,12 @@ class Segment(NamedTuple):
 def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
     """Return the segments of the steps from `start` (from 0) to the requested one, in order."""
     run, step = arguments.run, arguments.step
+    # Settings of each attempt, by its first step.
     settings = run_dir.settings_by_step(run)
     settings[0] = (0, settings[0][1])  # a run from before settings were kept by step
     initial = recorded(run).get("init_from")
     segments: list[Segment] = []
+    # Merge attempts that trained under the same settings.
     for (first, kept), stop in zip(
         settings, [*(first for first, _ in settings[1:]), step], strict=True
     ):
@@ -214,6 +219,7 @@ def replay(segments: Sequence[Segment], out: Path) -> tuple[Rows, bool]:
 
 def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     """Train one segment, appending its log to `rows`; return whether it should be bit-equal."""
+    # One process on the CPU in fp32 repeats bit for bit; others nearly.
     machine = machine_from(segment.config["trainer"])
     exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
     single = Machine(
@@ -225,6 +231,7 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     used = machine if exact else single
     training = train_config_from({**segment.config, "run_dir": str(out)}, "", used)
     every = training.intervals or Intervals()
+    # Train without saving, validating or reacting to spikes.
     again = training._replace(
         micro_batch_size=_micro(training, machine),
         intervals=Intervals(log_every=every.log_every, save_every=0, val_every=0),
@@ -242,6 +249,7 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     except DivergedError as error:
         if error.step is None:
             raise
+        # Name the clips of the step that is not finite.
         place = again.schedule.leaving_out(skips(out)).place(error.step)
         met = next(left_out(again.build_data(), [Skip(group_of(place.kind), place.batch, 1)]))
         raise ReplayDiverged(str(error).partition(";")[0], error.step, met) from error
@@ -250,6 +258,7 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
 
 def _micro(training: TrainConfig, machine: Machine) -> int:
     """Return the clips per forward of one rank of the run, which `machine` trained."""
+    # Ranks that share one clip count once.
     groups = machine.world // machine.sequence_parallel
     return training.micro_batch_size or training.batch_size // groups
 
@@ -301,6 +310,7 @@ def _rows_differ(was: list[Row], now: list[Row]) -> str:
 
 def _metrics_differ(was: Rows, now: Rows, start: int, log: int, *, exact: bool) -> Iterator[str]:
     """Yield the differences of rows that cover the same steps: a row is a mean since the last."""
+    # A row covers the steps since the previous row.
     old = dict(_by_span(was, 0, log))
     for span, row in _by_span(now, start, log):
         for name in COMPARED:

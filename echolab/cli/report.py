@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
         raise DataError(f"{run}: no such folder; give one that `echolab train` or `evaluate` wrote")
     out = run / "report.html"
     check_writable(out)
+    # Without further arguments an existing report is written again.
     if out.with_suffix(".json").is_file() and arguments == ReportArguments(run=run):
         write_again(out)
     else:
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
 def _write(arguments: ReportArguments, out: Path) -> None:
     """Write the page, samples.png and the wandb run from what the folder holds."""
     run, scores = arguments.run, _scores(arguments.run / "scores.json")
+    # Runs and clips stand in the order of the score table.
     order = list(dict.fromkeys(str(row["checkpoint"]) for row in scores))
     runs, videos = _runs(run, order), _videos(run, order)
     write_report(
@@ -83,6 +85,7 @@ def _runs(run: Path, order: Sequence[str]) -> dict[str, Path]:
     if not paths:
         return {run.resolve().name: run / METRICS[0]}  # `write_report` says what is missing
     short = [path.parent.resolve().name for path in paths]
+    # Folders of equal names are shown by their path.
     unique = len(set(short)) == len(short)
     named = {
         name if unique else str(path.parent.relative_to(run)): path
@@ -97,6 +100,7 @@ def _videos(run: Path, order: Sequence[str]) -> list[Video]:
     clips = sorted(folder.rglob("*.mp4"), key=lambda clip: _rank(clip.parent.name, order))
     videos = []
     for clip in clips:
+        # The folder names the checkpoint, the file the clip or its task.
         group = "" if clip.parent == folder else clip.parent.name
         title = CHECKPOINTS[group][0] if group in CHECKPOINTS else group.replace("_", " ")
         task = TASK_TABLE.get(clip.stem)
@@ -132,6 +136,7 @@ def _summary(run: Path, runs: dict[str, Path]) -> dict[str, Any]:
             return {str(name): str(value) for name, value in facts.items()}
         except (ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a table of facts ({error}); remove it") from error
+    # Without facts of their own: counts from the metrics.
     rows = [row for metrics in runs.values() for row in read_metrics(metrics)]
     return {
         "Steps": max((row["step"] for row in rows), default=0),
@@ -169,6 +174,7 @@ def _write_sheet(run: Path, groups: Sequence[str]) -> None:
             rows.append(np.concatenate(list(frames), axis=1))
     if not rows:
         raise DataError(f"{samples / groups[0]}: no clips; compare= takes folders in samples/")
+    # One row of frames for each clip of each group.
     sheet = np.concatenate(rows, axis=0).repeat(SHEET_SCALE, 0).repeat(SHEET_SCALE, 1)
     Image.fromarray(sheet).save(run / "samples.png")
 

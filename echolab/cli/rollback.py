@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
 
 def config_of(run: Path) -> dict[str, Any]:
     """Return the settings of a run; raise ConfigError if there are none."""
+    # The settings give the schedule, which counts the batches.
     path = run / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())

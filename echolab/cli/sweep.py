@@ -57,12 +57,14 @@ def run(
 
     `command` gives the command line of a member's words, `job` trains a member within a Slurm job.
     """
+    # Members that are done, pruned or diverged are not started.
     launcher = kind_of_launcher(members)
     ended: dict[str, Ended] = {}
     for member in members:
         if before := settled(member):
             ended[member.name] = before
     todo = [member for member in members if member.name not in ended]
+    # Start the others here, or as jobs.
     if launcher == "local":
         finished = here(todo, command)
     else:
@@ -78,6 +80,7 @@ def run(
 def kind_of_launcher(members: Sequence[Member]) -> str:
     """Return local or slurm; raise ConfigError if members differ, or for others of Hydra's."""
     kinds = {str(member.config["launcher"]["kind"]) for member in members}
+    # hydra/launcher must match the group `launcher`.
     plugin = str(launcher_of(members[0].overrides)["_target_"]).rpartition(".")[2]
     kind = {"BasicLauncher": "local", "SlurmLauncher": "slurm"}.get(plugin, plugin)
     if kinds != {kind}:
@@ -101,6 +104,7 @@ def refuse_secrets(members: Sequence[Member]) -> None:
 
 def report(ended: Sequence[Ended]) -> int:
     """Print a table of all members, those that failed last; return the sweep's exit code."""
+    # Members that failed come last, where they are read first.
     rows = sorted(ended, key=lambda one: -1 if one.well else WORST.index(code_of(one)))
     width = max(len(one.member.name) for one in rows)
     print(f"echolab: a sweep of {len(rows)}:")
@@ -135,6 +139,7 @@ def settled(member: Member) -> Ended | None:
     last = attempts[-1]
     if newest_checkpoint(member.folder) != last.checkpoint:
         return None
+    # A run that diverged, and was rolled back since, may train again.
     if last.cause == "diverged" and rolled_back(member.folder, last):
         return None
     ended = ended_with(member, last)
@@ -219,6 +224,7 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
     What the user gave stays; gpus_per_node=0 asks for none.
     """
     filled = {key: value for key, value in launcher.items() if key != "_target_"}
+    # Fill in GPUs and cores that the user did not give.
     trainer = config["trainer"]
     devices = int(trainer["devices"])
     more = {str(key).replace("-", "_") for key in filled.get("additional_parameters") or {}}
@@ -246,6 +252,7 @@ def in_slurm(
     SIGTERM stops all jobs, which save; the second leaves them to themselves.
     """
     with SignalRelay() as relay:
+        # Adopt the jobs that an earlier start of the sweep queued.
         jobs = {number: member for member in todo if (number := job_of(member))}
         known = slurm.job_states(list(jobs)) or {}
         jobs = {number: member for number, member in jobs.items() if number in known}
@@ -292,6 +299,7 @@ def submitted(
     job: Callable[[list[str]], None],
 ) -> dict[str, Member]:
     """Queue the members; return them by the ids of their jobs, which their folders keep."""
+    # Members that ask for the same resources share a job array.
     groups: dict[str, list[Member]] = {}
     for member in todo:
         groups.setdefault(json.dumps(parameters[member.name], sort_keys=True), []).append(member)

@@ -36,11 +36,13 @@ SWEEP = ("-m", "--multirun")
 
 def main(argv: list[str]) -> int:
     """Train; the exit codes are those of `launch.exit_codes`."""
+    # Answer help and Hydra's own options.
     argv = with_absolute_folder(argv)
     if any(word in HELP for word in argv):
         return print_help([word for word in argv if word not in HELP])
     if any(HYDRAS.fullmatch(word) for word in argv):
         return _with_hydra(argv)
+    # Then all words must be settings.
     words = [word for word in argv if word not in SWEEP]
     if options := [word for word in without_folder(words) if word.startswith("-")]:
         raise ConfigError(
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> int:
         )
     if len(words) < len(argv):
         return sweep.run(members(words, compose_both), command, job)
+    # A rank, started by a supervisor; or the supervisor itself.
     if LAUNCH in os.environ:
         return rank(argv)
     return supervise(argv, compose(argv)).exit_code
@@ -85,6 +88,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         raise ConfigError(
             f"run_dir={mask_secrets(url)}: a run's folder lies on a disk; give a path"
         )
+    # The first node's supervisor checks the folder and the paths.
     folder, trainer = Path(config["run_dir"]), config["trainer"]
     topology = find_topology(trainer["devices"], trainer["num_nodes"])
     if topology.supervisor == 0:
@@ -95,6 +99,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
         print(warning, file=sys.stderr, flush=True)
     # The ranks compose again: a folder that is named by the time must not be named twice.
     words = [*argv, f"run_dir={quoted(config['run_dir'])}"]
+    # Supervise the ranks until the last has ended.
     timeouts = timeouts_from(config["timeouts"])
     grace = grace_from(config["signal_grace_seconds"])
     supervisor = Supervisor(topology, command(words), folder, timeouts, grace)
@@ -124,6 +129,7 @@ def rank(argv: list[str]) -> int:
 def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
+    # The end is recorded before the tracker is waited for.
     result = train_rank.train(
         config, heartbeat, lambda error: _end_at_once(error, heartbeat), _record_end, kept
     )
@@ -131,6 +137,7 @@ def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Hear
 
 
 def _record_end(result: Any) -> None:
+    # Without a supervisor nobody reads the end.
     if folder := rank_process.local_folder():
         end = rank_process.End(
             result.reason, result.stopped_by, result.unsaved, result.step, result.steps
@@ -143,6 +150,7 @@ def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
     folder = rank_process.local_folder()
     if folder is None:
         return
+    # The supervisor reads the cause from this file.
     code = rank_process.write_error_file(
         folder, run_dir.rank_from_environment(), error, heartbeat.section, heartbeat.step
     )
@@ -185,6 +193,7 @@ def job(words: list[str]) -> None:
             print(f"echolab: error: {error}", file=sys.stderr, flush=True)
             busy = isinstance(error, BusyError)
             raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
+    # Requeue the job after a stop that the user did not ask for.
     asked = supervisor.stop_signal if supervisor else relay.received[0]
     code = supervisor.exit_code if supervisor else exit_codes.STOPPED_SAVED
     cause = exit_codes.CAUSES[supervisor.record.cause if supervisor else "preempted"]

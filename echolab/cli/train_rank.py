@@ -35,13 +35,16 @@ def train(
     of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
     for. `kept` are the settings to store and to send, without secrets.
     """
+    # What is stored and sent holds no secret.
     kept = mask_values(config) if kept is None else kept
     heartbeat = heartbeat or heartbeat_from_environment()
     training = _training(config)._replace(heartbeat=heartbeat, on_failure=on_failure)
     on_end = on_end or (lambda result: None)
+    # Only rank 0 holds the run folder and the tracker.
     if run_dir.rank_from_environment() != 0:
         on_end(result := fit(training))
         return result
+    # Claim the folder, train, and wait for the tracker for a limited time.
     with run_dir.claim(training.run_dir, kept, may_change=may_change(config)) as run:
         training = training._replace(on_begin=partial(run_dir.begin, run, kept))
         wandb_run = _wandb_run(config["logger"], kept, run)
@@ -51,6 +54,7 @@ def train(
             wandb_run.finish(HURRY_SECONDS if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
+            # Record the failure first: what follows may hang.
             if on_failure:
                 on_failure(error)
             raise
@@ -68,6 +72,7 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
         metrics.log(step, values)
         wandb_run.log(step, values)
 
+    # Show the progress of optimizer steps.
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(
             fenced=run.lease.fenced, log_metrics=log, print_lines=partial(_say, run.folder)
@@ -80,6 +85,7 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the settings that may differ when a run resumes, if its past steps allow it."""
+    # Past steps must stay valid, so only the future may change.
     accepted = config["data"].get("changed") == "accept"
     return (
         "schedule",
@@ -118,6 +124,7 @@ def _training(config: Mapping[str, Any]) -> TrainConfig:
 
 def exit_code(result: FitResult, folder: Path) -> int:
     """Print how the run ended and return its exit code."""
+    # One line on the end, by rank 0 alone.
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
     if run_dir.rank_from_environment() == 0:
         if result.done:

@@ -33,6 +33,7 @@ class WhyArguments:
 def main(argv: list[str]) -> int:
     """Print the explanation; return 0, however the run ended."""
     arguments = parse(WhyArguments, argv, command="echolab why", positional=("run",))
+    # Slurm knows the state of nodes that recorded no end.
     if arguments.over:
         _ask_slurm(arguments.run, stopped=arguments.stopped)
     attempts = attempts_of(arguments.run, assume_ended=arguments.over)
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"{arguments.run}: no attempts of a run in it; give the run folder of `echolab train`"
         )
+    # Summarize all attempts; the budget of restarts says if another follows.
     summary = summarize(arguments.run, attempts, _max_infrastructure(arguments.run))
     as_json = arguments.format == "json"
     print(json.dumps(summary) if as_json else escape_unprintable(format_summary(summary)))
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
 
 def _ask_slurm(run: Path, *, stopped: bool) -> None:
     """Record the state of the last launch's nodes, if this is its job and Slurm still knows it."""
+    # Only the job that this process runs in may be asked for.
     launches = read_launches(run)
     parsed = slurm.parse_launch(launches[-1][0].launch) if launches else None
     if parsed and parsed[0] == os.environ.get("SLURM_JOB_ID"):

@@ -44,6 +44,7 @@ from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
 
 ACCEPT = "data.val_overlaps=accept"
+# Choices of conf/phases.
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
 ALLOCATORS: dict[str, Callable[[PhaseSchedule], Allocator]] = {
     "dropout": ModalityDropout,
@@ -74,6 +75,7 @@ def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Cu
 
 def schedule_from(config: Mapping[str, Any]) -> Schedule:
     """Return the epochs and their learning rates, from conf/schedule and optim.lr."""
+    # An epoch scales optim.lr; the product is exact to the last bit.
     schedule, lr = config["schedule"], float(config["optim"]["lr"])
     epochs = [
         Epoch(str(e["kind"]), int(e["steps"]), rate_of(lr, float(e.get("lr_scale", 1.0))))
@@ -88,8 +90,10 @@ def objectives_from(
     config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
     """Return the objectives by kind of epoch; those of preferences need a reference model."""
+    # Preference losses compare with a reference model.
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
+        # Both forwards of a pair must see the same modalities.
         all_modalities = without_dropout(phases)
         objectives["ndpo"] = NegativePreference(
             all_modalities, reference, config["beta"], config["target_grad_factor"]
@@ -114,6 +118,7 @@ def mixing_from(objective: Mapping[str, Any]) -> dict[str, Any]:
 
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
     """Open the datasets, if any, that the setting data.`key` names, and return them."""
+    # A setting names one dataset, several, or none.
     named: str | Sequence[str] = config[key] or []
     paths = [named] if isinstance(named, str) else named
     cache, cache_gb = config["cache_dir"], float(config["cache_gb"])
@@ -142,6 +147,7 @@ def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def val_data_from(config: Mapping[str, Any]) -> ValData | None:
     """Return the validation data of conf/data, or None without data.val_clips."""
+    # No validation without held-out clips.
     if not config["val_clips"]:
         return None
     return ValData(
@@ -168,6 +174,7 @@ def check_together(
 
 def check_checkpoints(checkpoints: Sequence[Path | None], clips: ShardDataset) -> None:
     """Raise DataError for a checkpoint that was trained on what other encoders made."""
+    # Latents of other encoders have another meaning.
     for path in checkpoints:
         if path:
             encoders = open_verified(path).state.get("encoders") or {}
@@ -184,6 +191,7 @@ def check_held_out(
 
     What is trained on has no held-out error.  With `accepted`, that is only said.
     """
+    # The same dataset, or one that shares samples with it.
     for dataset in clips:
         if dataset.fingerprint == held_out.fingerprint:
             _say(
@@ -193,6 +201,7 @@ def check_held_out(
             few = shared < len(held_out)
             words = f"{shared} of its {len(held_out)} samples are in the training set"
             _say(f"data.val_clips: {held_out.folder}: {words} {dataset.folder}", accepted or few)
+    # Pairs name the dataset whose prompts they were sampled from.
     for dataset in pairs:
         if dataset.description.get("prompts") == held_out.fingerprint:
             words = f"data.pairs: {dataset.folder} was sampled from the held-out clips"
@@ -203,6 +212,7 @@ def _say(words: str, accepted: bool) -> None:
     """Print a warning, or raise what is not accepted."""
     if not accepted:
         raise DataError(f"{words}; give other clips, or {ACCEPT} if that is meant")
+    # One line for all ranks.
     if rank_from_environment() == 0:
         print(
             f"echolab: warning: {words}: val/loss says nothing about new clips there",
@@ -244,7 +254,8 @@ def train_config_from(
     origin, pinned = checkpoints_from(config)
     parts = data_from(config, origin, pinned) | mixing_from(config["objective"])
     machine = machine or machine_from(config["trainer"])
-    placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
+    # Device and memory are checked before weights are read.
+    placement = checked_placement(config, machine, prefers=prefers)
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return TrainConfig(

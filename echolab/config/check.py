@@ -82,6 +82,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     Raise ConfigError, in one line that names the key, for the first setting that is unknown,
     missing, of the wrong kind, out of range, or in conflict with another.
     """
+    # Types and ranges first, one setting at a time; then conflicts of several.
     try:
         settings = Settings.model_validate(config)
     except ValidationError as error:
@@ -98,12 +99,14 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
     """Return one line on an error that pydantic reports at `location`."""
+    # Name the setting as the user writes it.
     path, field = _field_at(location)
     if kind == "extra_forbidden":
         return no_such_setting(location, _value_at(config, location))
     assert field
     if kind == "missing":
         return missing(path)
+    # State what it takes, what it means, and the nearest choice.
     given, takes = _value_at(config, path), described(field)
     near = closest(str(given), choices_of(field.annotation)) if isinstance(given, str) else ""
     return f"{dotted(path)}={shown(given)}: must be {takes}; {field.description}{near}"
@@ -126,6 +129,7 @@ def missing(path: Location) -> str:
 
 def no_such_setting(path: Location, value: Any) -> str:
     """Return one line on a setting that does not exist, with the nearest that does."""
+    # An earlier name counts first, then the nearest, then the list of the section.
     section = _field_at(path[:-1])[1] if len(path) > 1 else None
     near = [new] if (new := renamed(dotted(path))) else []
     known_names = [*names(), *Settings.model_fields, *OPTIONAL]
@@ -140,6 +144,7 @@ def no_such_setting(path: Location, value: Any) -> str:
 
 def renamed(name: str) -> str | None:
     """Return the present name of a setting or group that had another one, else None."""
+    # The group may have another name as well as the setting.
     group, _, rest = re.sub(r"\[\d+\]", "", name).partition(".")
     section = RENAMED[""].get(group, group)
     if not rest:
@@ -176,6 +181,7 @@ def _field_at(location: Location) -> tuple[Location, FieldInfo | None]:
 
     A location also names items of lists and members of unions, which are no fields.
     """
+    # Walk down the sections along the location.
     section: type[BaseModel] | None = Settings
     path: Location = ()
     field: FieldInfo | None = None
@@ -205,6 +211,7 @@ def dotted(path: Location) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as the command line writes it, on one line and not too long."""
+    # Text as typed, other values as JSON.
     text = (
         value if isinstance(value, str) else json.dumps(value, default=str, separators=(",", ":"))
     )
@@ -224,6 +231,7 @@ def described(field: FieldInfo) -> str:
 
 
 def _described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    # Unions, choices, lists and mappings; then plain types.
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _described(inner[0], inner[1:])
@@ -261,6 +269,7 @@ def _constraints(annotation: Any, metadata: Sequence[Any]) -> list[Any]:
 def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
     """Return what pydantic's constraints say, by its own names: ge, gt, le, lt, min_length, ..."""
     names = (*LIMITS, "multiple_of", "allow_inf_nan", "min_length", "max_length")
+    # Constraints may be nested in fields of annotated types.
     limits: dict[str, Any] = {}
     for constraint in metadata:
         if isinstance(constraint, FieldInfo):
@@ -298,12 +307,14 @@ def _number(kind: str, limits: Mapping[str, Any]) -> str:
 
 def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each conflict between settings that have the right kinds and ranges."""
+    # Groups that are checked by the part that they build.
     yield from filter(None, [conflict(machine_from(config["trainer"]))])
     yield from _of_the_network(config["model"], config["trainer"], config["lora"])
     yield from _of_the_rates(config["optim"]["lr"], config["schedule"]["epochs"])
     yield from _of_the_data(config["data"], config["schedule"]["epochs"])
     yield from _of_the_reference(config)
     yield from _of_the_tasks(config["tasks"])
+    # Preference losses and reference models.
     loss = config["objective"]
     if loss["loss_type"] == "exo_pair" and not loss["label_smoothing"]:
         yield "objective.loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3"
@@ -312,6 +323,7 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
             "ref_model=base: means adapters, and this run trains all weights; give lora=attention, "
             "or ref_model=null"
         )
+    # Averages by name: two of one width would overwrite each other.
     for name in ("extra_ema_decays", "posthoc_ema_stds"):
         values = config["optim"][name]
         if len(set(values)) < len(values):
@@ -337,6 +349,7 @@ def _refusal_of(config: Mapping[str, Any]) -> str | None:
 def _of_the_network(
     model: Mapping[str, Any], trainer: Mapping[str, Any], lora: Mapping[str, Any]
 ) -> Iterator[str]:
+    # Sizes of the network divide each other.
     dim, heads, together = model["dim"], model["num_heads"], trainer["sequence_parallel"]
     if dim % (2 * heads):
         yield f"model.dim={dim}: must be a multiple of 2 x model.num_heads={heads}; change either"

@@ -80,6 +80,7 @@ def with_home(config: dict[str, Any]) -> dict[str, Any]:
     The shell leaves the `~` of `key=~/path` to the program.
     """
 
+    # Only settings that hold paths: a project may be called ~/x.
     def expanded(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {name: expanded(f"{key}.{name}", inner) for name, inner in value.items()}
@@ -119,6 +120,7 @@ def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+    # Refuse words that are no overrides before Hydra is imported.
     check_words(words)
     try:
         _search_shipped_files()
@@ -189,6 +191,7 @@ def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
 
 def _wrong_choice(overrides: Sequence[str]) -> str | None:
     """Return one line on the first override of a group that names no file of it."""
+    # Hydra names the file that it did not find; the choices say more.
     groups = group_choices(folders_of(overrides))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -244,6 +247,7 @@ def _interpolates(text: str) -> bool:
 
 
 def _word(word: str, sweep: bool) -> str:
+    # Flags, and keys with a slash or a package, are left to Hydra.
     match = WORD.fullmatch(word)
     if not match:
         return word
@@ -256,6 +260,7 @@ def _word(word: str, sweep: bool) -> str:
                 "with other characters than letters, digits and ._-/ in quotes: ['a#b', 'c=d']"
             )
         return match["start"] + quoted(match["value"])  # `check` says what is wrong with the text
+    # In a sweep commas separate values, unless a function of Hydra does.
     value, key = match["value"], match["key"]
     choice = CHOICE.fullmatch(value)
     if sweep and (choice or not FUNCTION.fullmatch(value)):
@@ -291,6 +296,7 @@ def _items(text: str, key: str) -> list[str]:
 
 
 def _value(text: str, key: str) -> str:
+    # Text in quotes, null and nothing keep Hydra's meaning.
     if OF_HYDRA.fullmatch(text):
         return text
     if key in DATASETS and text.startswith("[") and text.endswith("]"):

@@ -20,6 +20,7 @@ def with_absolute_folder(words: Sequence[str]) -> list[str]:
     It may then be handed to ranks, to members of a sweep and to jobs.  Raise ConfigError if no
     folder is named, if it does not exist, or if it is given twice.
     """
+    # The option may be written as one word or as two.
     given: list[str] = []
     rest: list[str] = []
     remaining = iter(words)
@@ -32,6 +33,7 @@ def with_absolute_folder(words: Sequence[str]) -> list[str]:
             rest.append(word)
     if len(given) > 1:
         raise ConfigError(f"{OPTION}={given[1]}: is given twice; give one folder")
+    # The folder must exist, and is passed on as one word.
     for path in given:
         if not path or not Path(path).expanduser().is_dir():
             raise ConfigError(
@@ -55,6 +57,7 @@ def without_folder(words: Sequence[str]) -> list[str]:
 def group_choices(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
     """Return the files of each group by choice; a file of an earlier folder comes first."""
     groups: dict[str, dict[str, Path]] = {}
+    # Later files of the same name replace earlier ones.
     for folder in reversed(folders):
         for path in sorted(folder.glob("*/*.yaml")):
             groups.setdefault(path.parent.name, {})[path.stem] = path
@@ -72,6 +75,7 @@ def default_settings(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str,
     main = _read(folders, "train")
     chosen: dict[str, str | None] = {}
     settings: dict[str, Any] = {}
+    # Read the chosen file of each group.
     for entry in main.pop("defaults"):
         if isinstance(entry, dict):
             ((group, choice),) = entry.items()
@@ -87,6 +91,7 @@ def group_settings(folders: Sequence[Path], group: str, choice: str) -> dict[str
     """Return the settings of one choice of a group, with those that it inherits."""
     own = _read(folders, f"{group}/{choice}")
     inherited: dict[str, Any] = {}
+    # A file may inherit from others of its group.
     for base in own.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
             inherited |= group_settings(folders, group, base)
@@ -113,6 +118,7 @@ def _read(folders: Sequence[Path], name: str) -> dict[str, Any]:
 
 def summary_of(path: Path) -> str:
     """Return what a file of settings says of itself: its first comment, as one line."""
+    # The comment ends with its first line that ends a sentence.
     words: list[str] = []
     for line in path.read_text().splitlines():
         if line.startswith("# @package"):

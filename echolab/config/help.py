@@ -19,6 +19,7 @@ from echolab.config.folders import default_settings, group_choices, summary_of
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
 
+# Text around the list of settings.
 USAGE = """\
 usage: echolab train [experiment=NAME] [GROUP=CHOICE ...] [key=value ...]
        echolab train -m key=a,b,c [launcher=slurm] ...   a sweep over all combinations
@@ -62,12 +63,14 @@ def help_of(
     Defaults are those of `composed` settings if these are given, else of conf/train.yaml.  Raise
     ConfigError for a name that is none of them.
     """
+    # Defaults come from the YAML files, or from composed settings.
     defaults, chosen = default_settings(folders)
     keys = list(keys_of(Settings, composed or defaults))
     groups = group_choices(folders)
     if wanted:
         parts = [_help_of_one(name, keys, groups, chosen) for name in wanted]
         return "\n\n".join(parts)
+    # Options, groups, and then every key by section.
     lines = [USAGE, "", "Options:", *_rows(OPTIONS)]
     lines += ["", "Groups (GROUP=CHOICE sets all keys of a section at once):"]
     lines += _rows({_group_name(g, groups[g]): _group_text(g, chosen) for g in groups})
@@ -79,6 +82,7 @@ def keys_of(
 ) -> Iterator[Key]:
     """Yield the settings of a section in order, with those of the items of its lists."""
     subsections = []
+    # Keys of the section first, its subsections after them.
     for name, field in section.model_fields.items():
         default = "???" if field.is_required() else field.default
         value = values.get(name, default) if isinstance(values, Mapping) else default
@@ -89,6 +93,7 @@ def keys_of(
         text = f"{field.description}{_range(field)} [{_default(value)}]"
         yield Key(f"{prefix}{name}", metavar(field), text, field.title or heading)
         heading = ""
+        # Entries of a list have keys of their own.
         if item := _item_section(field.annotation):
             yield from keys_of(item, {}, f"{prefix}{name}[*].")
     for annotation, value, start, title in subsections:
@@ -146,6 +151,7 @@ def _rows(rows: Mapping[str, str]) -> list[str]:
 
 def _key_lines(keys: Sequence[Key]) -> list[str]:
     labels = [f"{key.name} {key.metavar}" for key in keys]
+    # Long names get a line of their own, so that the texts align.
     width = max((len(label) for label in labels if len(label) <= 34), default=0)
     lines = []
     for key, label in zip(keys, labels, strict=True):
@@ -173,6 +179,7 @@ def _help_of_one(
 ) -> str:
     """Return the help of one setting, or of a section with the choices of its group."""
     lines = []
+    # A group: its choices, each with the first comment of its file.
     if name in groups:
         lines += [f"{name}=CHOICE: {_group_text(name, chosen)}"]
         lines += _rows({choice: summary_of(path) for choice, path in groups[name].items()})
@@ -189,6 +196,7 @@ def _help_of_one(
     lines += _key_lines(wanted)
     if len(wanted) == 1 and (field := _field(wanted[0].name)):
         lines.append(f"  It takes {described(field)}.")
+    # Neither: propose the present name of an earlier one, or the nearest.
     if not lines:
         known = [*names(), *groups, *Settings.model_fields]
         near = f"; did you mean {new}?" if (new := renamed(name)) else closest(name, known)
@@ -199,6 +207,7 @@ def _help_of_one(
 
 
 def _field(name: str) -> FieldInfo | None:
+    # Walk down the sections by the parts of the name.
     section: type[BaseModel] | None = Settings
     field: FieldInfo | None = None
     for part in name.replace("[*]", "").split("."):

@@ -74,6 +74,7 @@ def last_checkpoint(run: Path) -> Path:
 
     A path that is a checkpoint is returned as it is.  Raise CheckpointError if there is none.
     """
+    # A checkpoint itself, or the newest complete one of a run.
     if (run / "manifest.json").is_file():
         return run
     folder = run / "checkpoints"
@@ -86,10 +87,12 @@ def last_checkpoint(run: Path) -> Path:
 
 def load_policy(checkpoint: Path) -> EchoTransformer:
     """Return the network of a checkpoint, frozen, with averaged weights and merged adapters."""
+    # Adapters are merged into the base that their checkpoint records.
     opened = open_checkpoint(checkpoint)
     if opened.state.get("adapters"):
         return merged(opened, load_start).eval().requires_grad_(False)
     architecture: dict[str, Any] = opened.state["architecture"]
+    # Built on the meta device, and filled from mapped files.
     net = meta_network(architecture)
     net.load_state_dict(opened.tensors(EMA), assign=True)
     return net.eval().requires_grad_(False)
@@ -144,6 +147,7 @@ def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: b
     check_device(machine)
     placement = placement_of(machine)
     net = meta_network(config["model"])
+    # Count what is trained: with adapters, little of the network.
     adapters = bool(config["lora"]["target_modules"])
     if adapters:
         add_adapters(net, lora_from(config["lora"]), seed=0)
@@ -154,6 +158,7 @@ def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: b
         averages=1 + len(optim["extra_ema_decays"]) + len(optim["posthoc_ema_stds"]),
         reference=prefers and not adapters,
     )
+    # Compare with the memory of this rank's device, and of the host.
     gpu = None
     if placement.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(placement.device).total_memory
@@ -165,6 +170,7 @@ def start_of(
     config: Mapping[str, Any], initial: Path | None, seed: int, placement: Placement = HOST
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
     """Build the network to train; also return its adapters, and a checkpoint still to be loaded."""
+    # Adapters on a base; adapters merged; a checkpoint; released or random weights.
     if config["lora"]["target_modules"]:
         # Refuses a base that is not the one of lora.init_from.
         own = adapted(config, initial, load_start, placement)
@@ -217,6 +223,7 @@ def adapted(
 
     Its base comes from `pretrained` or from the checkpoint `initial`, which may have adapters.
     """
+    # Find the base: released weights, a checkpoint, or the base of its adapters.
     lora = lora_from(config["lora"])
     first = open_checkpoint(initial) if initial else None
     weights = str(Path(config["pretrained"]).resolve()) if config["pretrained"] else None
@@ -227,9 +234,11 @@ def adapted(
     net = base_of(config["model"], origin, load, placement)
     start = config["lora"]["init_from"]
     given = read_adapters(Path(start), net) if start else None
+    # Add the adapters, and record the base by its fingerprint.
     add_adapters(net, lora, int(config["seed"]))
     base = base_fingerprint(net)
     record = {**lora._asdict(), "base": base, "origin": origin._asdict()}
+    # Continue adapters of a checkpoint, or of a file in peft's format.
     if first and adapters:
         check_adapters(first, record)
         load_trained(net, first.tensors(EMA), str(first.path))
@@ -272,6 +281,7 @@ def export_adapters(
     """
     if not checkpoint.state.get("adapters"):
         raise CheckpointError(f"{checkpoint.path}: has no adapters; give a run with lora=attention")
+    # peft's folder with a single file next to it, or that file alone.
     alone = out.suffix == ".safetensors"
     single = out if alone else out.with_name(f"{out.name}.safetensors")
     for path in (single, audio_file_of(single)):
@@ -291,6 +301,7 @@ def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | 
     For adapters: the base itself (`ref_model=base`), an earlier average or a checkpoint of adapters
     on the same base; otherwise a network of its own.
     """
+    # Adapters share one base with their reference, which costs no copy.
     state = open_checkpoint(pinned).state if pinned else {}
     if own is None and (config["ref_model"] == "base" or state.get("adapters")):
         raise ConfigError(

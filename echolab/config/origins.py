@@ -21,6 +21,7 @@ from echolab.training.checkpoints.manifest import read_manifest
 def recorded(run: Path) -> dict[str, Any]:
     """Return the origins that the newest readable checkpoint of a run records; {} without one."""
     folder = run / "checkpoints"
+    # The newest checkpoint may be damaged: look further back.
     for step in saved_steps(folder):
         try:
             return dict(open_verified(folder_of(folder, step)).state.get("origins", {}))
@@ -37,6 +38,7 @@ def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Pa
     """
     if not place:
         return None
+    # Keep to the checkpoint that the run began with, while it exists.
     folder = Path(place) / "checkpoints"
     for step in saved_steps(folder) if was else []:
         path = folder_of(folder, step)
@@ -62,8 +64,10 @@ def origins_from(
     config: Mapping[str, Any], initial: Path | None, reference: Path | None
 ) -> dict[str, Any]:
     """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
+    # Hashing large files once is enough.
     if run_dir.rank_from_environment():
         return {}
+    # Checkpoints by their manifest's hash, files by that of their bytes.
     checkpoints = {"init_from": initial, "ref_model": reference}
     origins: dict[str, Any] = {key: _checkpoint(path) for key, path in checkpoints.items() if path}
     if config["pretrained"]:
@@ -78,6 +82,7 @@ def origins_from(
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
+    # The id of the run that wrote the checkpoint.
     identity = path.parent.parent / "run.json"
     try:
         run = json.loads(identity.read_text())["id"]

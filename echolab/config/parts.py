@@ -107,6 +107,7 @@ def check_targets(config: Mapping[str, Any]) -> None:
 
 def registered_path(target: str, setting: str) -> tuple[str, str]:
     """Return module and class of a target; raise ConfigError unless they are registered."""
+    # A name may be registered by one distribution only.
     registered = entry_points(group=CALLBACKS_GROUP)
     named = {(entry.module, entry.attr) for entry in registered if entry.name == target}
     if len(named) > 1:
@@ -131,6 +132,7 @@ def registered_path(target: str, setting: str) -> tuple[str, str]:
 
 
 def _allowed(module: str, name: str, registered: list[EntryPoint]) -> bool:
+    # An entry point registers one class, or all below a module.
     classes = {(entry.module, entry.attr) for entry in registered if entry.attr}
     namespaces = [OWN_CALLBACKS, *(entry.module for entry in registered if not entry.attr)]
     return (module, name) in classes or any(
@@ -142,7 +144,9 @@ def _build(target: str, arguments: Mapping[str, Any], setting: str) -> "Callback
     """Import a registered class and call it."""
     from echolab.training.callbacks.callback import Callback
 
+    # Check the registration before anything is imported.
     module, name = registered_path(target, setting)
+    # Imported only now that the class is known to be registered.
     try:
         callback_class = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

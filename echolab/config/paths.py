@@ -21,6 +21,7 @@ GPU_FILES = ("dev/nvidia[0-9]*", "dev/kfd", "dev/dxg")
 
 def check_paths(config: Mapping[str, Any]) -> None:
     """Raise EcholabError, naming setting and path, for what is missing or of another kind."""
+    # Datasets: head of dataset.json, kind and format.
     for key, path in datasets_of(config["data"]):
         check_dataset_head(f"data.{key}", path, KINDS[key])
 
@@ -30,6 +31,7 @@ def check_paths(config: Mapping[str, Any]) -> None:
         if place and (key, place) != ("ref_model", "base") and not Path(place).is_dir():
             raise CheckpointError(f"{key}={place}: no such folder; give a run or a checkpoint")
 
+    # Weights: files or folders.
     weights = {"pretrained": config["pretrained"], "lora.init_from": config["lora"]["init_from"]}
     for key, place in weights.items():
         if place and not Path(place).exists():
@@ -75,6 +77,7 @@ def check_dataset_head(key: str, folder: Path, kind: str) -> None:
 
 def read_head(path: Path) -> dict[str, Any]:
     """Return what dataset.json says before its list of shards; raise ValueError if it is none."""
+    # Read the head alone: the list of samples may be large.
     with path.open("rb") as file:
         start = file.read(HEAD_BYTES)
         end = start.find(b'"shards":')

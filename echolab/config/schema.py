@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from echolab.geometry import WAN
 from echolab.tasks.table import TASKS
 
+# Limits far above any run, which catch a mistyped exponent.
 MANY = 10**9  # more steps, clips or samples than any run has
 SPELLED = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's floats
 
@@ -39,6 +40,7 @@ def as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+# Types of settings with their ranges; `check.described` puts them into words.
 NUMBER = BeforeValidator(as_number)
 Size = Annotated[int, Field(ge=1, le=2**18), NUMBER]
 Count = Annotated[int, Field(ge=1, le=MANY), NUMBER]
@@ -51,10 +53,12 @@ Seconds = Positive
 Text = Annotated[
     str, BeforeValidator(as_text), StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
+# The choices come from the table of tasks, which mypy cannot read.
 if TYPE_CHECKING:
     Task = str
 else:
     Task = Literal[TASKS]
+# Lists that must not be empty.
 Tasks = Annotated[list[Task], Field(min_length=1)]
 Weights = Annotated[list[PositiveOrZero], Field(min_length=1)]
 Datasets = Text | Annotated[list[Text], Field(min_length=1)]
@@ -69,6 +73,7 @@ class Section(BaseModel):
 class Model(Section):
     """conf/model: sizes of the network."""
 
+    # Sizes of the transformer.
     dim: Size = Field(description="width of the network")
     ffn_dim: Size = Field(description="width of the feed-forward layers")
     num_heads: Size = Field(description="heads of attention; twice as many must divide dim")
@@ -77,17 +82,20 @@ class Model(Section):
         description="channels of the input: out_channels; with known pixels 2 x that + time_stride"
     )
     out_channels: Size = Field(description="channels of the latents")
+    # Widths of the conditions.
     text_dim: Size = Field(description="width of the text features")
     image_dim: Size | None = Field(description="width of the image features; null: no image branch")
     audio_dim: Size | None = Field(description="width of the audio features; null: no audio branch")
     freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2), NUMBER] = Field(
         description="width of the timestep's sinusoids"
     )
+    # Settings with a default may be missing in files of users.
     audio_layers: Size | None = Field(
         default=None,
         description="wav2vec2 layers that Flash projects; null: the preview's audio projection",
     )
     eps: Positive = Field(default=1e-6, description="added to variances by the norms")
+    # Latent geometry: tokens, and the strides of the autoencoder.
     patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] = Field(
         default=[1, WAN.patch, WAN.patch], description="latents of a token: frames, height, width"
     )
@@ -102,6 +110,7 @@ class Model(Section):
 class Data(Section):
     """conf/data: what is trained on, in which order, and what is held out."""
 
+    # Training sets and their mixture.
     clips: Datasets = Field(description="dataset of encoded clips, or a list of them")
     clip_weights: Weights | None = Field(
         description="sampling weight of each dataset of data.clips; null: its number of clips"
@@ -112,6 +121,7 @@ class Data(Section):
     pair_weights: Weights | None = Field(
         description="sampling weight of each dataset of data.pairs; null: its number of pairs"
     )
+    # Order of samples and size of batches.
     shuffle_block_size: Count = Field(
         description="consecutive samples of a shard that are shuffled as one block"
     )
@@ -124,6 +134,7 @@ class Data(Section):
     token_budget: Count | None = Field(
         description="latents for each clip of batch_size; null: those of the largest clip"
     )
+    # Records, bad samples, changed data.
     log_samples: bool = Field(
         description="record the samples of every step, for `echolab data audit`"
     )
@@ -134,10 +145,12 @@ class Data(Section):
         default="refuse",
         description="accept: the run may resume with other clips or pairs than it was trained on",
     )
+    # Cache of remote datasets.
     cache_dir: Text | None = Field(
         description="folder for shards of remote datasets; null: $ECHOLAB_CACHE or ~/.cache/echolab"
     )
     cache_gb: Positive = Field(description="size of data.cache_dir in GB")
+    # Validation.
     val_clips: Text | None = Field(description="dataset of encoded clips for the held-out error")
     val_num_clips: Count = Field(description="held-out clips that are used")
     val_batch_size: Count = Field(description="held-out clips in one forward")
@@ -163,6 +176,7 @@ class Stage(Section):
 class Curriculum(Section):
     """conf/tasks: how often each task is trained."""
 
+    # Stages written out, or one for each task.
     stages: Annotated[list[Stage], Field(min_length=1)] | None = Field(
         description="stages of the curriculum; null: one for each task of tasks.tasks"
     )
@@ -242,6 +256,7 @@ class Objective(Section):
 class Optim(Section):
     """conf/optim: AdamW and the averages of the weights."""
 
+    # AdamW.
     lr: PositiveOrZero = Field(description="learning rate; schedule.epochs may scale it")
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         description="decays of AdamW's first and second moment"
@@ -251,6 +266,7 @@ class Optim(Section):
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), NUMBER] = Field(
         description="limit of the gradient's norm; .inf: no limit"
     )
+    # Averages of the weights.
     ema_decay: Fraction = Field(description="decay of the average that is evaluated and exported")
     extra_ema_decays: list[Fraction] = Field(description="decays of further averages")
     posthoc_ema_stds: list[Annotated[float, Field(ge=1e-4, lt=0.2886), NUMBER]] = Field(
@@ -273,6 +289,7 @@ class Lora(Section):
 class Trainer(Section):
     """conf/trainer: devices, and how they share the work."""
 
+    # Ranks and devices.
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3"] = Field(
         description="how ranks share weights, gradients and moments"
     )
@@ -282,6 +299,7 @@ class Trainer(Section):
     precision: Text = Field(
         description="precision of compute: 32-true or bf16-mixed"
     )  # `machine.conflict` has reasons
+    # Kernels, memory and parallelism within a rank.
     zero3_shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
         description="kernel of attention; auto: the fastest here"
@@ -335,6 +353,7 @@ class Callbacks(Section):
 class LossSpike(Section):
     """Spikes of the loss and of the gradient's norm."""
 
+    # Reaction, detection, and limits of rollbacks.
     policy: Literal["record", "recompute", "rollback"] = Field(
         description="on a spike: record it, recompute from the last checkpoint, or roll back"
     )
@@ -363,6 +382,7 @@ class SignalGrace(Section):
 class Timeouts(Section):
     """Seconds after which a rank that stays in a section is taken to hang."""
 
+    # Timeouts of sections; that of a step follows the steps before.
     init: Seconds = Field(description="seconds for imports, data, weights and the first collective")
     first_step: Seconds = Field(description="seconds for the first step, with compilation")
     step: Seconds = Field(
@@ -407,6 +427,7 @@ class Settings(Section):
     verify_export: bool = Field(
         description="compare samples of the export with the trained model before the run is done"
     )
+    # One section for each group of conf/.
     model: Model = Field(description="sizes of the network")
     data: Data = Field(description="datasets and their order")
     tasks: Curriculum = Field(description="curriculum of tasks")

@@ -28,6 +28,7 @@ def stored(config: DictConfig) -> dict[str, Any]:
     A short number from a variable whose name is not that of a secret is kept as a number, so that
     what was trained can be read from it (`seed=${oc.env:SLURM_ARRAY_TASK_ID}`).
     """
+    # Note which variables an interpolation reads.
     read: set[str] = set()
     with _on_environment(read.add):
         kept: dict[str, Any] = _stored(config, OmegaConf.to_container(config), read)
@@ -43,6 +44,7 @@ def _on_environment(call: Callable[[str], None]) -> Iterator[None]:
         return oc.env(name, *default)
 
     OmegaConf.register_new_resolver("oc.env", value, replace=True)
+    # Names of variables may themselves be interpolated, so each is checked when read.
     try:
         yield
     finally:
@@ -57,16 +59,19 @@ def _stored(node: DictConfig | ListConfig, written: Any, read: set[str]) -> Any:
 
 
 def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str]) -> Any:
+    # Plain values and addresses need no interpolation.
     if isinstance(written, Mapping | list):
         return _stored(node[key], written, read)
     if not isinstance(written, str):
         return written
     if "${" not in written:
         return mask_secrets(written)
+    # Resolve the value to see which variables it takes.
     read.clear()
     value = node[key]
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
+    # Numbers are kept as values, text from the environment as written.
     secret = any(map(is_secret_name, read))
     if not secret and isinstance(value, str) and NUMBER.fullmatch(value) and len(value) < SHORT:
         return value
@@ -103,6 +108,7 @@ def resolved(kept: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
     of theirs.  Raises ConfigError that names what is not allowed, not set, or not kept.
     """
 
+    # Refuse variables that the caller did not allow.
     def check(*names: str) -> None:
         if wanted := sorted(set(names) - set(allowed)):
             raise ConfigError(

@@ -49,6 +49,7 @@ def members(
     if the settings of one member are wrong, or if two are the same.
     """
     made: dict[Path, Member] = {}
+    # Compose every member, so that a mistake stops the sweep before it starts.
     for own, values in expanded(words):
         for key in values:
             if key.startswith(("hydra.", "hydra/")) or key == "launcher":
@@ -87,16 +88,19 @@ def expanded(words: Sequence[str]) -> list[Swept]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    # Parse the command line, with commas as separators.
     choices: dict[str, list[tuple[str, str]]] = {}
     folder = [word for word in words if word not in without_folder(words)]
     with hydra_config(folder):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(as_hydra(words, sweep=True))
+    # Compose what is not swept: an experiment may name further parameters.
     one = [str(override.input_line) for override in given if not override.is_sweep_override()]
     with hydra_config([*folder, *one]):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
+        # Later overrides of a key replace earlier ones.
         for override in [*parser.parse_overrides(more), *given]:
             key = override.get_key_element()
             if not override.is_sweep_override():
@@ -108,6 +112,7 @@ def expanded(words: Sequence[str]) -> list[Swept]:
                 choices[key] = [(f"{key}={value}", value) for value in values]
             else:
                 raise ConfigError(f"{override.input_line}: no single values; use choice or range")
+    # Members are all combinations; keys with one value are not in names.
     swept = [key for key, options in choices.items() if len({value for _, value in options}) > 1]
     return [
         Swept(
@@ -142,6 +147,7 @@ def name_of(kept: Mapping[str, Any], values: Mapping[str, str]) -> str:
     that is swept.  So members that differ have different names, and the same member has the same
     name when the sweep is run again or gets more values.
     """
+    # The hash covers all settings but those of the machine.
     flat = {key: plain(key, value) for key, value in run_dir.flatten(kept).items()}
     own = {key: value for key, value in flat.items() if not is_machines(key)}
     swept = {key: chosen(flat, key, text) for key, text in values.items()}
@@ -185,6 +191,7 @@ def prefix(values: Mapping[str, str]) -> str:
 
     Long values are cut at their front, where paths are equal.  No secret is shown.
     """
+    # Long keys are shortened to their last part.
     keys = {key: key.lstrip("+") for key in sorted(values)}
     if sum(map(len, keys.values())) > PREFIX // 2:
         keys = {key: name.split(".")[-1] for key, name in keys.items()}

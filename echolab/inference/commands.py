@@ -27,8 +27,11 @@ DEMO_VAE = Path("runs/demo/networks/autoencoder.safetensors")
 DEMO_DATA = Path("runs/demo/data")
 SIZES = {"demo": 64, "preview": 768, "flash": 768}  # pixels; of the released scripts
 CROPS = {"demo": "head", "preview": "frame", "flash": "frame"}
+# Released defaults.
 CHUNK_OVERLAP = 8  # known frames of a chunk, as released
+# The speech encoder of each released model.
 WAV2VEC = {"preview": "wav2vec2-base-960h", "flash": "chinese-wav2vec2-base"}
+# Presets and defaults by model.
 PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}  # by model; other models: preview
 INPUT_TITLES = {
     "image": "the image to animate", "last_image": "the image to end with",
@@ -190,10 +193,12 @@ class GenerateArguments:
         if self.out.suffix != ".mp4":
             raise ConfigError(f"out={self.out}: must end in .mp4")
         self._check_inputs()
+        # Options that exclude each other.
         if self.devices > 1 and self.teacache_threshold:
             raise ConfigError(f"devices={self.devices}: must be 1 with teacache_threshold=")
         if (self.width is None) != (self.height is None):
             raise ConfigError("width= and height= go together; give both, or size=")
+        # Sides are multiples of a token, boxes have a positive area.
         for name in ("size", "width", "height"):
             side = getattr(self, name)
             if side is not None and side % WAN.token_pixels:
@@ -207,6 +212,7 @@ class GenerateArguments:
 
     def check_files(self) -> None:
         """Raise ConfigError for an input, weights or a folder of models that is not there."""
+        # Inputs first, then the weights of the released or the own model.
         check_exists(self, "image", "last_image", "source_video", "audio", "face_models")
         if self.model is None:
             check_exists(self, "checkpoint", "vae")
@@ -216,6 +222,7 @@ class GenerateArguments:
 
     def _check_inputs(self) -> None:
         """Raise ConfigError unless the files given are those that the task takes."""
+        # Each input file must be one that the task takes.
         task = TASK_TABLE[self.task]
         required, optional = task.inputs, task.optional_inputs
         for name, title in INPUT_TITLES.items():
@@ -225,6 +232,7 @@ class GenerateArguments:
             if is_given and name not in (*required, *optional):
                 inputs = ", ".join(f"{word}=" for word in (*required, *optional))
                 raise ConfigError(f"task={self.task}: takes no {name}=; its inputs are {inputs}")
+        # The audio sets the length, unless seconds= does.
         if self.audio is None and self.seconds is None:
             raise ConfigError("seconds=none: the length is unknown without audio=; give seconds=")
         if self.face is not None and not task.has_known:
@@ -365,6 +373,7 @@ class PairsArguments:
 
     def check(self) -> None:
         """Raise EcholabError unless the paths that the action reads are given and there."""
+        # Datasets must be of the kind that the action reads.
         kinds = {"raw": "raw", "clips": "encoded"}
         for name in PAIRS_INPUTS[self.action]:
             path = self.required(name)
@@ -375,6 +384,7 @@ class PairsArguments:
         if self.action == "pack":
             self.required("out")
 
+    # Inputs depend on the action, so the schema cannot require them.
     def required(self, name: str) -> Path:
         """Return an argument that the action needs.  Raise ConfigError if it was not given."""
         value: Path | None = getattr(self, name)
@@ -408,6 +418,7 @@ class FitArguments:
 
 def check_dataset(key: str, folder: Path, kind: str) -> None:
     """Raise DataError, naming the argument, unless a folder holds a dataset of this kind."""
+    # Reads the head of dataset.json alone.
     from echolab.config.paths import check_dataset_head
 
     check_dataset_head(key, folder, kind)
@@ -418,6 +429,7 @@ def check_dataset(key: str, folder: Path, kind: str) -> None:
 
 def generate(argv: list[str]) -> int:
     """Generate a talking video."""
+    # Arguments, then files, then torch.
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
     arguments.check_files()
@@ -432,6 +444,7 @@ def evaluate(argv: list[str]) -> int:
     arguments = parse(EvaluateArguments, argv, command=command, positional=("checkpoint",))
     arguments.check()
     check_exists(arguments, "checkpoint")
+    # All datasets are checked before torch is imported.
     check_dataset("raw", arguments.raw, "raw")
     check_dataset("real", arguments.real, "raw")
     if arguments.checkpoint:
@@ -454,7 +467,9 @@ def pairs(argv: list[str]) -> int:
     check_writable(arguments.folder, folder=True)
     from echolab.inference.pairs import pack, sample, score
 
+    # Run the action; each returns the number of what it made.
     made = {"sample": sample, "score": score, "pack": pack}[arguments.action](arguments)
+    # Print what was made.
     figures = {"folder": str(arguments.folder), "action": arguments.action, "made": made}
     written = arguments.out if arguments.action == "pack" else arguments.folder
     plain = f"{written}: {made} {MADE[arguments.action]}"
@@ -473,6 +488,7 @@ def fit(argv: list[str]) -> int:
     check_writable(arguments.out)
     from echolab.inference.fit import fit_network, read_clips
 
+    # Fit, then print the last loss.
     clips = read_clips(arguments.data, arguments.first_clip, arguments.num_clips, arguments.vae)
     loss = fit_network(
         arguments.network, clips, arguments.out, steps=arguments.steps, seed=arguments.seed

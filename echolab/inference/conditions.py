@@ -27,8 +27,10 @@ class Scene(NamedTuple):
 
     def chunk(self, start: int, stop: int, previous: Tensor | None) -> "Scene":
         """Return frames [start, stop), the first k known from `previous` [3, k, Y, X] if given."""
+        # Demo audio has two tokens a frame, released audio one entry.
         per_frame = len(self.audio) // len(self.known)
         pixels, known = self.pixels[:, start:stop].clone(), self.known[start:stop].clone()
+        # The first frames repeat the last ones of the previous chunk.
         if previous is not None:
             pixels[:, : previous.shape[1]], known[: previous.shape[1]] = previous, True
         return self._replace(
@@ -52,6 +54,7 @@ def encode_scene(
     text = encoders.text(prompt)
     negative_text = None if negative is None else encoders.text(negative)[None]
     image = encoders.image(footage.image)
+    # Cut the audio to the video, or fill it up with silence.
     needed = SAMPLES_PER_FRAME * frames
     trimmed = torch.zeros(needed) if samples is None else samples[:needed]
     padded = torch.cat([trimmed, trimmed.new_zeros(needed - len(trimmed))])
@@ -96,6 +99,7 @@ def encode_window_audio(encoders: Encoders, scene: Scene, start: int, stop: int)
     """
     if scene.samples is None:
         return None
+    # Cut the samples of the window, and encode them alone.
     frames = encoders.geometry.frames(stop - start)
     first = encoders.geometry.time_stride * start
     part = scene.samples[first * SAMPLES_PER_FRAME :][: frames * SAMPLES_PER_FRAME]

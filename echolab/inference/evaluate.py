@@ -60,6 +60,7 @@ def load_autoencoder(networks: Path) -> CausalAutoencoder:
 
 def load_judges(networks: Path, real: Clips, sync: str = SYNC_EVALUATOR) -> Judges:
     """Load the evaluator's networks; compute the features of real clips for FID and FVD."""
+    # Features of real clips are computed once for all rows.
     frame = load_net(network_file(networks, FRAMES), FrameFeatures)
     clip = load_net(network_file(networks, CLIPS), ClipFeatures)
     real_frames, real_clips = features_of(frame, clip, real.float_pixels())
@@ -81,6 +82,7 @@ def sample_pixels(
     """Generate clips [N, 3, T, Y, X] in [-1, 1] for samples of an encoded dataset."""
     pixels = []
     for first in range(indices.start, indices.stop, BATCH):
+        # Generate and decode batch by batch.
         part = range(first, min(first + BATCH, indices.stop))
         clips = collate_clips(dataset, [read_clip(dataset, i, task) for i in part])
         latents = generate(
@@ -105,6 +107,7 @@ def check_same_clips(raw: Clips, encoded: ShardDataset) -> None:
 
 def evaluate_checkpoint(arguments: EvaluateArguments) -> None:
     """Score generated clips, or the held-out clips themselves, and print the scores."""
+    # Score a checkpoint, or the held-out clips themselves.
     subject = str(arguments.reference)
     if arguments.checkpoint:
         checkpoint = last_checkpoint(arguments.checkpoint)
@@ -112,6 +115,7 @@ def evaluate_checkpoint(arguments: EvaluateArguments) -> None:
     else:
         scores = score_reference(arguments)
 
+    # Add the row to the table, and print it.
     if arguments.scores:
         add_row(arguments.scores, arguments.row_name, arguments.train_seed, scores)
     if arguments.format == "json":
@@ -134,6 +138,7 @@ class Sampler:
 
     def __init__(self, arguments: EvaluateArguments, checkpoint: Path, truth: Clips) -> None:
         """Raise DataError or CheckpointError if clips, encoders and checkpoint do not match."""
+        # Clips, encoders and checkpoint must belong together.
         self.dataset = open_dataset(arguments.clips)
         check_same_clips(truth, self.dataset)
         self.vae = load_autoencoder(arguments.networks)
@@ -150,6 +155,7 @@ class Sampler:
 
 def score_checkpoint(arguments: EvaluateArguments, checkpoint: Path) -> dict[str, float]:
     """Return the scores of clips sampled from a checkpoint; keep some of the clips."""
+    # Sample all clips with guidance, and score them.
     truth = load_clips(arguments.raw, arguments.num_clips)
     cepstra, indices, task = cepstra_of(truth), range(len(truth.keys)), str(arguments.task)
     sampler = Sampler(arguments, checkpoint, truth)
@@ -197,6 +203,7 @@ def judges_of(networks: Path, real: Path, num_clips: int) -> Judges:
 
 def sample_tasks(arguments: EvaluateArguments, sampler: Sampler, truth: Clips) -> None:
     """Write one clip of every task that is not scored, each of another talker."""
+    # Each task gets a clip of its own.
     assert arguments.task_samples
     arguments.task_samples.mkdir(parents=True, exist_ok=True)
     for index, task in enumerate(name for name in TASKS if name != arguments.task):
@@ -215,6 +222,7 @@ def keep_samples(folder: Path, pixels: Tensor, truth: Clips, count: int) -> None
 
 def add_row(path: Path, name: str, seed: int, scores: dict[str, float]) -> None:
     """Add a row to a score table, in place of an earlier one of the same name and seed."""
+    # Rows of other checkpoints stay.
     try:
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
         rows = [row for row in rows if (row["checkpoint"], row["seed"]) != (name, seed)]

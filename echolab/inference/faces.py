@@ -78,6 +78,7 @@ def follow_face(
 
     Raise MediaError if no face is in all of them.
     """
+    # Detect in a smaller copy of each frame.
     scale = min(1.0, DETECT_PIXELS / max(probe.width, probe.height))
     width, height = round(probe.width * scale), round(probe.height * scale)
     detector = FaceDetector(find_face_model(YUNET, face_models), width, height)

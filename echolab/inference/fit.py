@@ -31,6 +31,7 @@ def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> C
 
     Raise DataError if there are none.
     """
+    # The time of the index changes if the dataset is made again.
     index = data / INDEX
     stamp = index.stat().st_mtime_ns if index.is_file() else 0
     clips = _decoded(data, None if count is None else first + count, stamp)
@@ -61,6 +62,7 @@ def with_reconstructions(clips: Clips, vae_file: Path) -> Clips:
 
     SyncNet judges decoded clips, so it must know their blur and read lips no less well in them.
     """
+    # Decode the latents of every clip.
     vae = load_net(vae_file, CausalAutoencoder)
     decoded = []
     for indices in torch.arange(len(clips.keys)).split(BATCH):
@@ -90,6 +92,7 @@ def fit_network(network: str, clips: Clips, out: Path, *, steps: int, seed: int)
             last_loss = loss
             advance(done, f"loss {loss:.4f}")
 
+        # Fit, save the network, and remove the state.
         net, config = FITS[network](clips, steps, seed, state, report)
     save_net(out, net, config)
     state.unlink(missing_ok=True)
@@ -114,6 +117,7 @@ def _sync(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> F
 
 
 def _frames(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
+    # The features are those of a classifier of mouth and head.
     labels = talker_labels(clips.face, _visemes(clips))
     net = fit_frame_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
                              report=report)  # fmt: skip

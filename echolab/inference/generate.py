@@ -101,6 +101,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
 @contextmanager
 def device_group(devices: int) -> Iterator[torch.device]:
     """Yield this process's device, within a process group if several share the video."""
+    # One device, or a process group of one device a rank.
     on_gpu = torch.cuda.is_available()
     if on_gpu and devices > torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -131,6 +132,7 @@ def read_speech(arguments: GenerateArguments) -> tuple[Samples | None, int]:
         if arguments.seconds is not None:
             samples = samples[: round(RATE_HZ * arguments.seconds)]
         length = len(samples)
+    # The video ends with the last full frame of audio.
     frames = length // SAMPLES_PER_FRAME
     if frames < MIN_FRAMES:
         raise MediaError(f"{name}: {length / RATE_HZ:.2f} s of audio, need "
@@ -151,6 +153,7 @@ def _video_start(arguments: GenerateArguments) -> float | None:
 def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
     """Return a released network with its encoders, or a run's average with the demo encoders."""
     if arguments.model is not None and arguments.encoder_dir is not None:
+        # A released network with its encoders.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         files = find_released(arguments.encoder_dir, arguments.wav2vec_folder)
         encoders = released_encoders(files, device, dtype, speech=arguments.speech)
@@ -177,6 +180,7 @@ def requested_architecture(arguments: GenerateArguments) -> Mapping[str, Any]:
 
 def check_network(architecture: Mapping[str, Any], arguments: GenerateArguments) -> None:
     """Raise ConfigError if the task needs a branch that the network lacks."""
+    # The network must take known pixels, and audio, if the task has them.
     channels = architecture.get("in_channels", 36), architecture.get("out_channels", 16)
     if channels[0] <= channels[1] and arguments.task != "t2v":
         raise ConfigError(

@@ -33,6 +33,7 @@ BATCH = 32  # prompts of one file of candidates
 
 def sample(arguments: PairsArguments) -> int:
     """Sample candidates for the first clips of a dataset and return the number of prompts."""
+    # Checkpoint and clips must have the same encoders.
     dataset = open_dataset(arguments.required("clips"))
     checkpoint = last_checkpoint(arguments.required("checkpoint"))
     check_encoders(checkpoint, dataset.encoders)
@@ -66,6 +67,7 @@ def score(arguments: PairsArguments) -> int:
 
 def pack(arguments: PairsArguments) -> int:
     """Write the preference dataset and return the number of pairs."""
+    # Candidates must be scored before they are packed.
     verdicts = read_verdicts(arguments.folder / VERDICTS)
     if not verdicts:
         raise DataError(f"{arguments.folder / VERDICTS}: no verdicts; run `echolab pairs score`")
@@ -98,6 +100,7 @@ def judge_candidates(folder: Path, clips: Clips, vae: CausalAutoencoder, sync: S
         if key not in index_of:
             raise DataError(f"{folder}: candidates of {key}, which the raw clips do not hold")
         clip = slice(index_of[key], index_of[key] + 1)
+        # Judge all candidates of the prompt, and note their verdicts.
         verdicts = judge(
             sync, frame, vae.decode(candidates),
             clips.float_pixels(clip)[:, :, 0].expand(count, -1, -1, -1),

@@ -53,6 +53,7 @@ def spans_of(
     """Return the windows (in latent frames) or the chunks (in frames) of a video."""
     if long_video == "chunked":
         return chunk_spans(frames, recipe.window, recipe.overlap, recipe.by_clip, geometry)
+    # Windows cover the video; with by_clip every one has full length.
     size = window_latents(recipe, geometry)
     needed = geometry.covering_latent_frames(frames)
     spans = windows(needed, size, recipe.overlap)
@@ -74,6 +75,7 @@ def steps_of(
     frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
 ) -> int:
     """Return the number of steps that progress counts."""
+    # Windows share each step, chunks have steps of their own.
     is_chunked = long_video == "chunked"
     chunks = len(spans_of(frames, recipe, long_video, geometry)) if is_chunked else 1
     return chunks * recipe.num_steps
@@ -98,6 +100,7 @@ def render_part(
     on_step: Callable[[int], None],
 ) -> Tensor:
     """Return pixels [3, T, Y, X] of a scene or chunk; each `index` has its own noise."""
+    # Encode the known pixels, and draw noise.
     conditions = conditions_of(renderer.encoders, scene, renderer.device)
     shape = (renderer.encoders.geometry.channels, *conditions.known.shape[2:])
     noise = draw_noise(["clip"], shape, seed=renderer.seed, epoch=0, draw_index=index).noise
@@ -107,6 +110,7 @@ def render_part(
         audio = encode_window_audio(renderer.encoders, scene, start, stop)
         return part if audio is None else part._replace(audio=audio[None].to(renderer.device))
 
+    # Denoise all windows jointly, then decode.
     negative = None if scene.negative is None else scene.negative.to(renderer.device)
     with _cached(renderer) as net:
         latents = sample_windows(
@@ -131,6 +135,7 @@ def render_chunks(renderer: Renderer, scene: Scene, advance: Advance) -> Tensor:
     def on_step(step: int) -> None:
         advance(len(chunks) * recipe.num_steps + step + 1, "")
 
+    # Each chunk gets the last frames before it as known pixels.
     geometry = renderer.encoders.geometry
     for start, stop in spans_of(len(scene.known), recipe, "chunked", geometry):
         previous = chunks[-1][:, -recipe.overlap :] if chunks else None
@@ -145,11 +150,13 @@ def match_colors(frames: Frames) -> Frames:
     A long video drifts in color, and its first frame is the one that was given.  EchoMimicV3 does
     so whenever it saves a video (`src/utils.py`, 26-67).
     """
+    # Statistics of the first frame, channel by channel.
     first = _lab(frames[0])
     mean, std = first.mean((0, 1)), first.std((0, 1))
     matched = [frames[0]]
     for frame in frames[1:]:
         lab = _lab(frame)
+        # Standardize the frame, then scale it as the first.
         scaled = (lab - lab.mean((0, 1))) / np.maximum(lab.std((0, 1)), 1e-6) * std + mean
         rgb = cv2.cvtColor(scaled.astype(np.float32), cv2.COLOR_LAB2RGB)
         matched.append((rgb.clip(0, 1) * 255).round().astype(np.uint8))
@@ -166,6 +173,7 @@ def known_weight(known: NDArray[np.bool_]) -> NDArray[np.float32]:
     The weight falls linearly over FEATHER pixels of distance from the known part, or over
     FEATHER_SHARE of the largest such distance in the frame.
     """
+    # Distance of each generated pixel from the known part.
     distance = cv2.distanceTransform((~known).astype(np.uint8), cv2.DIST_L2, 5)
     width = min(FEATHER, FEATHER_SHARE * float(distance.max()))
     return np.asarray(np.clip(1 - distance / (width + 1), 0, 1), np.float32)
