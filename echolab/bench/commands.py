@@ -32,6 +32,7 @@ def size_of(
     Raise ConfigError for a model that is not in conf/model, or a size that it cannot take.
     """
     frames, height, width = (u if g is None else g for g, u in zip(given, usual, strict=True))
+    # Sides must be multiples of a token, and lengths 4n + 1.
     geometry = WAN if model == "small" else geometry_of(architecture_of(model))
     if not geometry.is_clip_length(frames):
         near = geometry.near_clip_length(frames)
@@ -67,6 +68,7 @@ class StepArguments:
     frames: int | None = argument(
         "video frames, 4n+1", None, default_text="25, on a GPU 81", aka=("num_frames",)
     )
+    # Sizes of the clip that is measured.
     height: int | None = argument("pixels, multiple of 16", None, default_text="192, on a GPU 480")
     width: int | None = argument("pixels, multiple of 16", None, default_text="256, on a GPU 832")
     precision: tuple[Precision, ...] | None = argument(
@@ -90,6 +92,7 @@ class StepArguments:
 
     def check(self) -> None:
         """Raise ConfigError for a model, size or device that cannot be measured."""
+        # Checked before torch is imported.
         check_device(self.device)
         self.size()
 
@@ -223,6 +226,7 @@ class EstimateArguments:
     kernels: Literal["gpu", "cpu"] = argument(
         "kernels that run the step", "gpu", section="Device and output"
     )
+    # With this memory the largest micro-batches are searched.
     gpu_gib: float | None = argument(
         "memory of one GPU in GiB; also print the largest micro-batches that fit", None, gt=0,
         aka=("memory",),
@@ -237,6 +241,7 @@ class EstimateArguments:
 
 # -- entry points --------------------------------------------------------------------------------
 
+# Actions of `echolab bench`.
 ACTIONS = {
     "step": Action(
         "echolab.bench.commands:step", "a training step, compared with diffusers' network"
@@ -259,6 +264,7 @@ def main(argv: list[str]) -> int:
 
 def step(argv: list[str]) -> None:
     """Measure a training step and print the rows."""
+    # Parse and check, then import torch and measure.
     arguments = parse(StepArguments, argv, command="echolab bench step")
     arguments.check()
     from echolab.bench.step import rows_of
@@ -268,6 +274,7 @@ def step(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     """Measure the generation of videos and print the rows."""
+    # Parse and check, then import torch and measure.
     arguments = parse(GenerateArguments, argv, command="echolab bench generate")
     arguments.check()
     from echolab.bench.generate import rows_of
@@ -277,6 +284,7 @@ def generate(argv: list[str]) -> None:
 
 def data(argv: list[str]) -> None:
     """Measure reading and print the rows."""
+    # Parse and check, then import torch and measure.
     arguments = parse(DataArguments, argv, command="echolab bench data")
     arguments.check()
     from echolab.bench.data import rows_of
@@ -292,6 +300,7 @@ def _print_rows(rows: "Sequence[Row]", style: str) -> None:
 
 def estimate(argv: list[str]) -> int:
     """Estimate the GPU memory of training, before there is a GPU."""
+    # Parse and check, then import torch and estimate.
     arguments = parse(EstimateArguments, argv, command="echolab estimate", positional=("model",))
     arguments.size()
     from echolab.bench.estimate import print_estimate

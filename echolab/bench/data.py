@@ -70,6 +70,7 @@ def bench(arguments: DataArguments) -> Iterator[Row]:
 
 def opened(folder: Path, kind: str) -> ShardDataset:
     """Open a dataset.  Raise ConfigError if it is of another kind or empty."""
+    # An empty dataset, or one of another kind, has no rates.
     dataset = open_dataset(folder)
     if dataset.kind != kind or not len(dataset):
         raise ConfigError(f"{folder}: {len(dataset)} {dataset.kind} samples; need {kind} ones")
@@ -82,6 +83,7 @@ def encoded_rows(folder: Path, rounds: int) -> Iterator[Row]:
     yield Row("encoded/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
     yield Row("encoded/difference", difference(dataset), "largest", PEER)
     for name, wanted in (("encoded", WANTED), ("encoded/every_tensor", None)):
+        # The three readers return the same tensors, or the same bytes.
         ways: dict[str, Way] = {
             OURS: partial(tensors_of, dataset, wanted),
             PEER: partial(webdataset_of, dataset, partial(decode_encoded, wanted=wanted)),
@@ -105,6 +107,7 @@ def raw_rows(folder: Path, rounds: int) -> Iterator[Row]:
 
 def difference(dataset: ShardDataset) -> float:
     """Return the largest difference of a tensor between both readers; it should be 0."""
+    # Compare the first samples value by value.
     theirs = webdataset_of(dataset, partial(decode_encoded, wanted=WANTED))
     largest = 0.0
     for i, tensors in zip(range(COMPARED), theirs, strict=False):  # samples stand as in the tars
@@ -122,6 +125,7 @@ def speed_rows(
     samples, megabytes = len(dataset), sum(shard.bytes for shard in dataset.shards) / 1e6
     for state in ("warm", "cold"):
         say(f"measuring {name}, {state}")
+        # Cold: the shards leave the page cache before each round.
         why = evict(shards_of(dataset)) if state == "cold" else None
         if why:
             say(f"{name}/cold: skipped, {why}")
@@ -132,6 +136,7 @@ def speed_rows(
         yield Row(f"{here}/samples", samples / wall[OURS], "1/s", PEER, samples / wall[PEER])
         speed = {way: megabytes / seconds for way, seconds in wall.items()}
         yield Row(f"{here}/bytes", speed[OURS], "MB/s", LIMIT, speed[LIMIT])
+        # Compare with webdataset, and with the disk alone.
         for other in (PEER, LIMIT):
             cost = {way: 1e3 * seconds / samples for way, seconds in processor.items()}
             label = f"{here}/processor_time/{other.replace(' ', '_')}"
@@ -145,6 +150,7 @@ def in_turns(
 
     Each way is first in turn, so that what disturbs one disturbs all.
     """
+    # Warm up, then alternate the order from round to round.
     for way in ways.values():  # decoders at work, and all in the page cache
         exhaust(way)
     wall: dict[str, list[float]] = {name: [] for name in ways}
@@ -206,6 +212,7 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     """Draw one random encoded clip in fp16 of (frames, height, width) pixels."""
     frames, height, width = size
     generator = torch.Generator().manual_seed(seed)
+    # Members and shapes of an encoded sample.
     grid = WAN.latent_grid(frames, height, width)
     shapes: dict[str, tuple[int, ...]] = {
         "latents": (WAN.channels, *grid),
@@ -226,6 +233,7 @@ def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) 
     one = len(save(draw_clip(size, 0)))
     count = max(2, round(total_bytes / one))
     each = max(1, SHARD_BYTES // one)
+    # Draw samples until the size is reached.
     with ShardWriter(folder, kind="encoded", samples_per_shard=each) as writer:
         for i in range(count):
             about = json.dumps({"caption": f"clip {i}"}).encode()
@@ -318,6 +326,7 @@ def shards_of(dataset: ShardDataset) -> list[Path]:
 def evict(paths: list[Path]) -> str | None:
     """Drop files from the page cache; return why that failed, or None."""
     for path in paths:
+        # Ask the kernel to drop the pages of the file.
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)

@@ -66,6 +66,7 @@ class Subject(NamedTuple):
 
     def settings(self, run: str, steps: int) -> dict[str, Any]:
         """Return the settings of a supervised run over the clips, as `echolab train` has them."""
+        # The run is composed from conf/ as by `echolab train`.
         config = compose([
             "trainer=cpu", "logger=none", "phases=flat", f"tasks={TASK}", "batch_size=1",
             f"trainer.accelerator={'gpu' if self.device == 'cuda' else 'cpu'}",
@@ -142,6 +143,7 @@ class Bare:
         """Run one optimizer step."""
         batch = on_device(item.batch, self.device)  # type: ignore[arg-type]
         draws = draws_of(item._replace(batch=batch), seed=self.subject.seed, shift=FLOW_SHIFT)
+        # Forward and backward as in the module, without its records.
         rounded = self.subject.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
             with self.offloading:
@@ -182,6 +184,7 @@ class Turns:
         self.since = (0.0, 0.0)
 
     def _now(self) -> tuple[float, float]:
+        # Time on the GPU ends when its queue is empty.
         if self.bare.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
@@ -194,6 +197,7 @@ class Turns:
         """Record the step that the engine ended, then run and record a bare one."""
         del steps
         now = self._now()
+        # The first steps allocate memory and compile.
         if step > 1:
             self.engine.append(Cost(now[0] - self.since[0], now[1] - self.since[1]))
         self.plain.append(cost_of(self._bare_step, self.bare.device.type))
@@ -226,6 +230,7 @@ def module_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
     say("measuring engine/module")
     engine, plain = in_turns(subject, net, 3 * pairs, "module")
     yield Row("engine/module/time", engine.seconds, "s", BARE, plain.seconds)
+    # On the CPU processor seconds are steadier than wall time.
     if subject.device == "cpu":
         taken = engine.processor_seconds, plain.processor_seconds
         yield Row("engine/module/processor_time", taken[0], "s", BARE, taken[1])

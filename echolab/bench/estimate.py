@@ -89,6 +89,7 @@ def print_estimate(arguments: EstimateArguments) -> None:
 
 def prepare(arguments: EstimateArguments, net: nn.Module) -> None:
     """Apply adapters and activation checkpointing as training does."""
+    # Adapters freeze the base; recomputation changes what is kept.
     if arguments.lora != "none":
         add_adapters(net, Lora(TARGETS[arguments.lora], arguments.lora_rank), seed=0)
     if arguments.activation_checkpointing in KEPT:
@@ -117,6 +118,7 @@ def bytes_of(plan: Plan, stage: int, world: int, step: Step) -> dict[str, int]:
     backward; DDP and DeepSpeed keep theirs in buffers.
     """
     arguments, parameters = plan.arguments, parameters_of(plan.net)
+    # State is exact; the peak of the activations depends on when gradients exist.
     state = state_bytes(parameters, stage=stage, world=world, precision=arguments.precision)
     is_single = stage == 0 and world == 1
     activations = (
@@ -136,6 +138,7 @@ def bytes_of(plan: Plan, stage: int, world: int, step: Step) -> dict[str, int]:
 
 def encoder_bytes(model: str) -> dict[str, int]:
     """Return the bytes of each encoder in bf16; training reads encoded clips and loads none."""
+    # The demo has one small encoder of pixels, in fp32.
     if model == DEMO:
         with torch.device("meta"):
             codec = CausalAutoencoder()
@@ -149,6 +152,7 @@ def largest_that_fit(plan: Plan, memory: float) -> list[dict[str, int]]:
     for stages in ((0,), STAGES[1:]):
         steps = [step_of(plan, stages[0], clips) for clips in TRIED]
         for stage in stages:
+            # Activations do not depend on stage and world size within a group.
             for world in WORLD_SIZES:
                 totals = [bytes_of(plan, stage, world, step)["total"] for step in steps]
                 row = {"zero_stage": stage, "world_size": world}
@@ -182,6 +186,7 @@ def show(plan: Plan, figures: Mapping[str, Any]) -> None:
         f"{figures['trained_parameters']:,} trained; {tokens:,} tokens per clip, "
         f"ZeRO stage {arguments.zero_stage}, {arguments.world_size} ranks, {arguments.precision}"
     )
+    # Bytes by kind, the encoders, and what fits.
     table = Table("on each rank", "GiB", "bytes")
     for kind, size in figures["bytes"].items():
         table.add_row(kind, f"{size / GIB:.2f}", f"{size:,}")
@@ -195,6 +200,7 @@ def show(plan: Plan, figures: Mapping[str, Any]) -> None:
     fits = figures["bytes"]["total"] <= arguments.gpu_gib * GIB
     console.print(f"{'fits' if fits else 'does not fit'} into {arguments.gpu_gib:g} GiB")
     console.print(f"largest micro-batch, up to {TRIED[-1]}, by world size:")
+    # Largest micro-batches by ZeRO stage and world size.
     table = Table("", *map(str, WORLD_SIZES))
     for stage in STAGES:
         row = [r["micro_batch"] for r in figures["fits"] if r["zero_stage"] == stage]

@@ -31,12 +31,14 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
+    # Refuse impossible combinations before the network is built.
     wanted = recipes(arguments)
     architecture = architecture_of(arguments.model_name)
     inputs = draw_inputs(architecture, arguments.size(), arguments.seed, arguments.device)
     net = network(arguments, architecture)
     half = (arguments.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     measured: set[int] = set()
+    # Memory depends on the window alone, time on all three.
     for recipe in wanted:
         name = f"{recipe.solver}/steps={recipe.num_steps}/window={recipe.window}"
         say(f"measuring {name}")
@@ -55,6 +57,7 @@ def recipes(arguments: GenerateArguments) -> list[SamplerConfig]:
     preset = PRESETS[arguments.preset or ("preview" if on_gpu else "demo")]
     windows = arguments.windows or ((81, 125) if on_gpu else (25, 49))
     for window in windows:
+        # A window must be longer than its overlap.
         if WAN.latent_frames(window) <= preset.overlap:
             least = WAN.frames(preset.overlap + 1)
             raise ConfigError(f"windows={window}: frames, of which {least} or more are needed")
@@ -71,6 +74,7 @@ def network(arguments: GenerateArguments, architecture: dict[str, Any]) -> EchoT
     if arguments.device == "cuda" and arguments.precision != "fp32":
         net = net.bfloat16()
     use_attention(net, attention_from(arguments.attention, arguments.device))
+    # Compiled after the weights have their type.
     if arguments.compile:
         compile_blocks(net, arguments.device)
     return net
@@ -87,6 +91,7 @@ class Denoising:
         self.dtype = torch.bfloat16 if half else torch.float32
 
     def _sample(self, recipe: SamplerConfig) -> None:
+        # All windows share the conditions.
         conditions = self.inputs.conditions
         sample_windows(
             self.net, conditions, recipe, self.inputs.latents,

@@ -127,6 +127,7 @@ def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
     baseline()
     peaks = peak_of(run, device), peak_of(baseline, device)
     costs: dict[Run, list[Cost]] = {run: [], baseline: []}
+    # Alternate which of both runs first.
     for index in range(pairs):
         for one in (run, baseline)[:: -1 if index % 2 else 1]:
             costs[one].append(cost_of(one, device))

@@ -86,6 +86,7 @@ def ours_net(architecture: Mapping[str, Any], seed: int, device: str) -> EchoTra
     net = EchoTransformer(**architecture)
     generator = torch.Generator().manual_seed(seed)
     initialize(net, generator)
+    # The output layer starts at zero: random values make outputs comparable.
     with torch.no_grad():
         net.head.head.weight.normal_(0, 0.02, generator=generator)
     return net.to(device)
@@ -97,6 +98,7 @@ def diffusers_net(net: EchoTransformer, architecture: Mapping[str, Any]) -> nn.M
 
     a = architecture
     device = next(net.parameters()).device
+    # Build theirs with our weights under its names.
     with torch.device(device):
         theirs: nn.Module = WanTransformer3DModel(
             patch_size=net.patch_size, num_attention_heads=a["num_heads"],
@@ -119,6 +121,7 @@ def run_diffusers(net: nn.Module, inputs: Inputs) -> Tensor:
     """Return the velocity [1, C, F, H, W]."""
     conditions, latents = inputs.conditions, inputs.latents
     config: Any = net.config
+    # Their network takes known pixels as further channels.
     if config.in_channels > latents.shape[1]:
         latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
     image = conditions.image if config.image_dim else None
@@ -133,6 +136,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def peak_tflops_of(device: str) -> float | None:
     """Return the bf16 peak of the GPU in TFLOP/s, or None if it is not known."""
+    # There is no data sheet of a CPU.
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()

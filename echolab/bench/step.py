@@ -51,6 +51,7 @@ USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is na
 def rows_of(arguments: StepArguments) -> list[Row]:
     """Measure as the arguments say."""
     inputs, architecture = subject(arguments)
+    # The formula explains how FLOPs are counted.
     if not arguments.engine:
         say(FORMULA)
     measured = engine_rows if arguments.engine else bench
@@ -62,6 +63,7 @@ def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no GPU here; take device=cpu")
     architecture = SMALL if arguments.model == "small" else architecture_of(arguments.model)
+    # diffusers' network has no audio branch.
     architecture = {k: v for k, v in architecture.items() if k != "audio_layers"}
     architecture["audio_dim"] = None
     return draw_inputs(
@@ -71,6 +73,7 @@ def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
 
 def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs) -> Iterator[Row]:
     """Yield all rows of the network, precision by precision."""
+    # Both networks have the same weights.
     ours = ours_net(architecture, arguments.seed, arguments.device)
     theirs = diffusers_net(ours, architecture)
     use_attention(ours, attention_from(arguments.attention, arguments.device))
@@ -82,6 +85,7 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
             "relative",
             "diffusers",
         )
+        # Rows of the pair, then of variants against our own base.
         base = checkpointed(ours, theirs, step.checkpointing)
         yield from main_rows(step, *base, architecture, precision)
         if arguments.variants:
@@ -127,6 +131,7 @@ class Step:
     @torch.no_grad()
     def output(self, forward: Callable[[nn.Module, Inputs], Tensor], net: nn.Module) -> Tensor:
         """Return the velocity in fp32."""
+        # Compare outputs before times.
         with self._autocast():
             return forward(net, self.inputs).float()
 
@@ -143,6 +148,7 @@ class Step:
         offloading = offload_activations(net) if checkpointing == OFFLOAD else nullcontext()
 
         def run() -> None:
+            # A kernel that is missing, or memory that is short, is a row less.
             try:
                 with self._autocast(), offloading:
                     velocity = forward(net, self.inputs)
@@ -183,6 +189,7 @@ def main_rows(
         compile_blocks(theirs, step.device)
     run = step.runner(run_ours, ours, step.checkpointing)
     pair = step.measure(precision, run, step.runner(run_diffusers, theirs))
+    # Without a pair there is nothing to compare.
     if pair is None:
         return
     yield from pair.rows(precision, "diffusers", step.device)
@@ -193,6 +200,7 @@ def main_rows(
     yield Row(f"{precision}/arithmetic", tera / seconds, "TFLOP/s", name, tera / baseline)
     peak = arguments.peak_tflops or peak_tflops_of(step.device)
     if peak:
+        # MFU is measured against the GPU's data sheet.
         share = tera / peak
         yield Row(f"{precision}/mfu", share / seconds, "of peak", name, share / baseline)
     else:
@@ -204,6 +212,7 @@ def checkpointing_rows(
 ) -> Iterator[Row]:
     """Yield rows of both kinds of checkpointing, compared with none and with diffusers'."""
     plain = step.runner(run_ours, ours)
+    # diffusers knows full recomputation only.
     for how in KEPT:
         changed, other = checkpointed(ours, theirs, how)
         name = f"{precision}/checkpointing={how}"
@@ -225,6 +234,7 @@ def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str)
         changed = copy.deepcopy(ours)
         compile_blocks(changed, step.device)
         yield from _variant(step, f"{precision}/compile", changed, plain, "echolab")
+    # Each kernel of attention that this device has.
     for choice in NAMES[1:]:
         try:
             attend = attention_from(choice, step.device)

@@ -254,8 +254,7 @@ def train_config_from(
     origin, pinned = checkpoints_from(config)
     parts = data_from(config, origin, pinned) | mixing_from(config["objective"])
     machine = machine or machine_from(config["trainer"])
-    # Device and memory are checked before weights are read.
-    placement = checked_placement(config, machine, prefers=prefers)
+    placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
     net, own, initial = start_of(config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return TrainConfig(

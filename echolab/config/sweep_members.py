@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from echolab.config.compose import PATHS, as_hydra, hydra_config, quoted
@@ -18,6 +18,9 @@ from echolab.config.folders import without_folder
 from echolab.errors import ConfigError
 from echolab.launch import run_dir
 from echolab.redaction import is_secret_name, mask_secrets, strip_secrets
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 PREFIX = 100  # characters of a name that show what is swept
 HASH = 10  # hexadecimal digits
@@ -94,25 +97,18 @@ def expanded(words: Sequence[str]) -> list[Swept]:
     with hydra_config(folder):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(as_hydra(words, sweep=True))
+
     # Compose what is not swept: an experiment may name further parameters.
     one = [str(override.input_line) for override in given if not override.is_sweep_override()]
     with hydra_config([*folder, *one]):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
-        # Later overrides of a key replace earlier ones.
+        # Of an override that is given twice the last counts.
         for override in [*parser.parse_overrides(more), *given]:
-            key = override.get_key_element()
-            if not override.is_sweep_override():
-                choices[key] = [(str(override.input_line), "")]
-            elif override.is_discrete_sweep():
-                values = list(override.sweep_string_iterator())
-                if len(set(values)) < len(values):
-                    raise ConfigError(f"{override.input_line}: a value is given twice")
-                choices[key] = [(f"{key}={value}", value) for value in values]
-            else:
-                raise ConfigError(f"{override.input_line}: no single values; use choice or range")
-    # Members are all combinations; keys with one value are not in names.
+            choices[override.get_key_element()] = _choices_of(override)
+
+    # Members are all combinations; a key with one value is not part of their names.
     swept = [key for key, options in choices.items() if len({value for _, value in options}) > 1]
     return [
         Swept(
@@ -121,6 +117,22 @@ def expanded(words: Sequence[str]) -> list[Swept]:
         )
         for options in product(*choices.values())
     ]
+
+
+def _choices_of(override: "Override") -> list[tuple[str, str]]:
+    """Return word and value of each choice of an override; the value is empty without a sweep.
+
+    Raise ConfigError for a value that comes twice, or an interval, which has no single values.
+    """
+    line, key = str(override.input_line), override.get_key_element()
+    if not override.is_sweep_override():
+        return [(line, "")]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{line}: has no single values; use choice or range")
+    values = list(override.sweep_string_iterator())
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{line}: a value is given twice; give each once")
+    return [(f"{key}={value}", value) for value in values]
 
 
 def launcher_of(words: Sequence[str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class MetricsLog:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a row; values that are not finite are written as null, because JSON has no NaN."""
+        # Every row names its attempt, so that repeated steps can be left out.
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
         for name, value in values.items():
             row[name] = float(value) if math.isfinite(value) else None
@@ -47,12 +48,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     they share a name); rows of the same attempt end where it rolled back.  Lines that a killed
     process left incomplete are skipped.  Raises DataError if no line can be read.
     """
+    # A run without logged steps has no file.
     if not path.is_file():
         raise DataError(f"{path}: no such file; a run writes it from its first logged step on")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = _without_rolled_back(row for line in lines if (row := _row(line)) is not None)
     if lines and not rows:
         raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
+    # Later attempts replace the rows that they repeated.
     first_steps = _first_steps(rows)
     kept = [row for row in rows if not _superseded(row, first_steps)]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
@@ -61,6 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _first_steps(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:
     """Return the first step of each attempt and the names that it logged there."""
     first_steps: dict[int, tuple[int, set[str]]] = {}
+    # Rows of one step may be written one after another: collect their names.
     for row in rows:
         step, names = first_steps.get(row["attempt"], (row["step"], set()))
         if row["step"] <= step:
@@ -93,6 +97,7 @@ def _without_rolled_back(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in log:
         last = rows[-1] if rows else row
+        # A step back within one attempt: drop the rows that were undone.
         if row["attempt"] == last["attempt"] and row["step"] < last["step"]:
             rows = [r for r in rows if r["attempt"] != row["attempt"] or r["step"] < row["step"]]
         rows.append(row)

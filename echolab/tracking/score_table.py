@@ -11,11 +11,13 @@ from html import escape
 from typing import Any, NamedTuple
 
 REFERENCES = ("ground_truth", "shuffled_sound")
+# Pairs whose difference the last rows show.
 CHANGES = (
     ("dpo", "sft"),
     ("dpo", "sft_longer"),
 )  # after and before; the second pair is the fair comparison
 
+# Titles and meanings, in the order of the table.
 CHECKPOINTS = {
     "ground_truth": ("Ground truth", "the held-out clips themselves: upper bound"),
     "sft": ("SFT", "supervised training"),
@@ -37,6 +39,7 @@ class Measure(NamedTuple):
     direction: int
 
 
+# Titles, meanings and directions by score, without the suffix of demo networks.
 MEASURES = {
     "sync_c": Measure("Sync-C", "lip-sync confidence", 1),
     "sync_c_unguided": Measure("Sync-C, unguided", "lip sync without audio guidance", 1),
@@ -78,11 +81,13 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
     scores = averaged(rows)
     if not scores:
         return ""
+    # References frame the trained checkpoints.
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
     trained = [checkpoint for checkpoint in scores if checkpoint not in REFERENCES]
     head = "".join(_heading(name) for name in names)
     groups = (["ground_truth"], trained, ["shuffled_sound"])
     bodies = ""
+    # One body of the table for each group.
     for group, kind in zip(groups, ("reference", "trained", "reference"), strict=True):
         lines = [_row(c, scores, names, colors) for c in group if c in scores]
         bodies += f'<tbody class="{kind}">{"".join(lines)}</tbody>' if lines else ""
@@ -92,6 +97,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
         if after in scores and before in scores
     ]
     foot = f"<tfoot>{''.join(lines)}</tfoot>" if lines else ""
+    # The spread is explained only if there is one.
     seeds = max(score.seeds for row in scores.values() for score in row.values())
     remark = f'<p class="note">± is one standard deviation over {seeds} seeds.</p>'
     remark = remark if seeds > 1 else ""
@@ -103,6 +109,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
 
 def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Score]]:
     """Return scores by checkpoint and measure, in the order of CHECKPOINTS, then of appearance."""
+    # Collect the values of all seeds, without missing ones.
     values_by: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         measures = values_by.setdefault(str(row["checkpoint"]), {})
@@ -171,6 +178,7 @@ def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]])
     score = scores[checkpoint].get(name)
     if score is None:
         return '<td class="none">–</td>'
+    # References are never marked as best.
     leads = checkpoint not in REFERENCES and score.mean == best(name, scores)
     places = decimals(name, scores)
     spread = f' <span class="spread">± {score.spread:.{places}f}</span>' if score.seeds > 1 else ""
@@ -188,6 +196,7 @@ def _gauge(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -
 
     Only for measures of audio sync: for others, such as FID, the two references mean nothing.
     """
+    # The bar needs both references.
     truth, chance = (scores.get(reference, {}).get(name) for reference in REFERENCES)
     if truth is None or chance is None or truth.mean == chance.mean:
         return ""
@@ -207,6 +216,7 @@ def _change(
 ) -> str:
     """Return one row of differences, each marked as better or worse."""
     cells = []
+    # One cell for each measure that both have.
     for name in names:
         if name not in scores[after] or name not in scores[before]:
             cells.append('<td class="none">–</td>')
