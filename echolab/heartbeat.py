@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from echolab.errors import ConfigError
 
+# Sections of training.  `vote` is the collective after each step in which all ranks agree to
+# continue, save or stop.
 SECTIONS = (
     "init", "data_wait", "forward", "backward", "optimizer", "vote", "eval", "save", "pause",
     "teardown",

@@ -142,7 +142,7 @@ CAUSES = {
         RETRYABLE, "infrastructure", "failure after training", f"{RERUN}; no step is left to train"
     ),
     # An exception that no rule above explains.
-    "code": Cause(RETRYABLE, "code", "exception in the code", "read the traceback; retried once"),
+    "code": Cause(RETRYABLE, "code", "exception in the code", "read the traceback; restarted once"),
 }  # fmt: skip
 
 

@@ -139,8 +139,10 @@ def format_summary(summary: dict[str, Any]) -> str:
     else:
         lines.append(f"  {'' if name == 'done' else f'section {section}, '}step {step}")
     lines += [f"  {summary['detail']}"] if summary["detail"] else []
-    if summary["earliest_error"]:
-        lines.append(f"  first error: {summary['earliest_error']}")
+    # The first exception may be of another rank than the root cause.
+    error = summary["earliest_error"]
+    if error and not (summary["detail"] and error.endswith(summary["detail"])):
+        lines.append(f"  first exception: {error}")
     lines += [f"    {frame}" for frame in summary["stack"][:FRAMES]]
     if summary["exit_code"] is not None:
         lines.append(f"  exit code: {summary['exit_code']}")
