@@ -272,6 +272,7 @@ class Supervisor:
         """Return whether the launch failed; otherwise all ranks have ended as planned."""
         last_check = 0.0
         while any(rank.poll() is None for rank in self.ranks):
+            # One failed rank ends the launch, since the others would wait for it in a collective.
             if any(rank.exit_code and not is_planned(rank.exit_code) for rank in self.ranks):
                 self._wait_for_error_files()
                 return True
@@ -280,6 +281,7 @@ class Supervisor:
             second = self.second_interrupt_at
             if second and time.monotonic() - second > GRACE_SECONDS:
                 return True  # a rank in a collective cannot react
+            # Look for hung ranks, and for a failure on another node.
             if self.clock.tick() - last_check >= CHECK_SECONDS:
                 last_check = self.clock.tick()
                 self.overdue = self._find_overdue(last_check)
@@ -312,7 +314,7 @@ class Supervisor:
         )
 
     def _find_suspended(self, now: float) -> dict[int, float]:
-        """Return ranks that have been suspended for longer than a step may take."""
+        """Return ranks that have been suspended for longer than `min_step_timeout`."""
         allowed = self.timeouts.min_step_timeout
         suspended = [
             rank.rank
