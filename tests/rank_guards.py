@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from echolab.errors import ReplicaError
 from echolab.heartbeat import Heartbeat
-from echolab.training.callbacks.replicas import ReplicaCheck
+from echolab.training.callbacks.metrics import Stragglers
+from echolab.training.callbacks.replicas import ReplicaCheck, Unchanged, check_replicas, replicated
 from echolab.training.config import Intervals
 from echolab.training.fit import Machine
 from echolab.training.guards.events import History
-from echolab.training.guards.replica_check import Unchanged, check_replicas, replicated
-from echolab.training.guards.stragglers import Stragglers
 
 
 def flip(tensor: Tensor, bit: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import runs
 
+from echolab.training.callbacks.step_sync import REQUESTS
 from echolab.training.checkpoints.checkpoint import saved_steps
 from echolab.training.config import Intervals
-from echolab.training.control_files import REQUESTS
 from echolab.training.fit import FitResult
 from echolab.training.signals import StopSignals
 
@@ -23,7 +23,7 @@ STEPS = 6
 
 @pytest.fixture(autouse=True)
 def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.callbacks.step_sync.POLL_SECONDS", 0.0)
     monkeypatch.setattr("echolab.training.callbacks.step_sync.PAUSE_SECONDS", 0.02)
 
 

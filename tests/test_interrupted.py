@@ -93,7 +93,7 @@ def test_a_stop_request_or_the_time_limit_ends_a_validation(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """If it comes between two saves, the steps since the last save are saved then."""
-    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.callbacks.step_sync.POLL_SECONDS", 0.0)
     run = tmp_path / "run"
     rank_interrupted.act_at("validation", 2, (run / "STOP").touch)
     every = Intervals(log_every=1, save_every=3, val_every=2)

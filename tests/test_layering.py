@@ -26,7 +26,7 @@ LAYERS = {
 # Within training: a part imports parts of lower layers only.  Parts of the lowest layer may import
 # each other, and so may all that are not named here, which make up the loop.
 TRAINING_LAYERS = {
-    "distributed": 0, "schedule": 0, "intervals": 0, "signals": 0, "control_files": 0, "workers": 0,
+    "distributed": 0, "schedule": 0, "intervals": 0, "signals": 0,
     "engine": 1,
     "checkpoints": 2,
     "adapters": 3,

@@ -293,7 +293,7 @@ def test_a_fenced_training_leaves_without_writing(
 ) -> None:
     """From the moment at which another launch takes the run, the folder does not change."""
     later = Moment(tmp_path / "run")
-    monkeypatch.setattr("echolab.training.control_files.SECONDS", 0.0)
+    monkeypatch.setattr("echolab.training.callbacks.step_sync.POLL_SECONDS", 0.0)
     if moment == "before a save":
         begin = CheckpointWriter.begin
 

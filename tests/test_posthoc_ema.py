@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from echolab.errors import CheckpointError, ConfigError
 from echolab.training.checkpoints.checkpoint import latest_valid, open_checkpoint
-from echolab.training.checkpoints.snapshots import average_of_width
+from echolab.training.checkpoints.retention import average_of_width
 from echolab.training.engine.ema import (
     Ema,
     Profile,

@@ -18,10 +18,9 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from echolab.config.compose import compose
 from echolab.errors import CheckpointError, ConfigError
 from echolab.models.frozen import Frozen
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.checkpoints.checkpoint import open_checkpoint
 from echolab.training.config import Intervals
-from echolab.training.run_state import RunState
 
 PLAN = [("sft", 2), ("dpo", 5), ("ndpo", 3)]
 EVERY = Intervals(log_every=1, save_every=3)

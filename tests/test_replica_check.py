@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from echolab.models.frozen import Frozen
 from echolab.training.callbacks.reference_model import ReferenceModel
-from echolab.training.guards.replica_check import (
+from echolab.training.callbacks.replicas import (
     CHUNK,
     MIX_1,
     Unchanged,

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.errors import ConfigError, DivergedError
-from echolab.training.guards.events import Event, History
-from echolab.training.guards.spike_policy import (
+from echolab.training.callbacks.loss_spikes import (
     NOTHING,
     What,
     clipped,
@@ -20,6 +19,7 @@ from echolab.training.guards.spike_policy import (
     event_details,
     without_checkpoint,
 )
+from echolab.training.guards.events import Event, History
 from echolab.training.guards.spikes import LEAST, Spike, SpikeConfig, SpikeDetector, deviations
 from echolab.training.schedule import Skip
 

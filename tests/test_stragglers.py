@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echolab.heartbeat import SECTIONS
-from echolab.training.guards.stragglers import LIMIT, OWN_PACE, STEP, Stragglers, scores
+from echolab.training.callbacks.metrics import LIMIT, OWN_PACE, STEP, Stragglers, scores
 
 
 def window(data_wait: float = 0.1, forward: float = 1.0, backward: float = 2.0) -> dict[str, float]:

@@ -151,7 +151,7 @@ def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str,
     from echolab.models.state_dict import match_weights, meta_network
     from echolab.training.adapters.lora_base import exported_weights
     from echolab.training.checkpoints.checkpoint import open_checkpoint
-    from echolab.training.checkpoints.snapshots import average_of_width
+    from echolab.training.checkpoints.retention import average_of_width
     from echolab.training.engine.master_weights import MASTER
 
     # Released weights, by the name of their architecture.

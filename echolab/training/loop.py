@@ -4,25 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from torch.optim import Optimizer
 
 from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
-from echolab.training.callbacks.ema import EmaUpdate
 from echolab.training.callbacks.export_check import ExportCheck
-from echolab.training.callbacks.learning_rate import LearningRate
 from echolab.training.callbacks.loss_spikes import LossSpikes
 from echolab.training.callbacks.metrics import LogMetrics, MeasureMetrics
 from echolab.training.callbacks.reference_model import ReferenceModel
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.callbacks.sample_ledger import SampleLedger
-from echolab.training.callbacks.step_sync import Pause, StepSync
+from echolab.training.callbacks.step_sync import ControlFiles, Pause, StepSync
 from echolab.training.callbacks.validation import Validation
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.config import TrainConfig
-from echolab.training.control_files import ControlFiles
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine import engine_report
 from echolab.training.engine.ema import EMA, Ema
@@ -31,7 +29,6 @@ from echolab.training.guards.host_memory import HostMemory
 from echolab.training.intervals import Intervals
 from echolab.training.module import DiffusionModule
 from echolab.training.resume import awaits_export_check, go_to, open_run
-from echolab.training.run_state import RunState
 from echolab.training.signals import StopSignals
 
 CUSTOM = "callbacks"  # key of the checkpoint's state: states of the user's callbacks, by class
@@ -315,3 +312,33 @@ class TrainLoop(pl.Callback):
 def _name(callback: Callback) -> str:
     kind = type(callback)
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+class LearningRate(Callback):
+    """Sets the schedule's rate before each step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def before_step(self, state: RunState) -> None:
+        """Set the rate of this step in all parameter groups."""
+        rate = state.schedule.lr(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+class EmaUpdate(Callback):
+    """Updates the averages.  `checkpoint.restore` reads them and their count of updates again."""
+
+    state_key = "ema"
+
+    def __init__(self, ema: Ema, masters: Masters) -> None:
+        self.ema, self.masters = ema, masters
+
+    def after_step(self, state: RunState) -> None:
+        """Update all averages by the weights of this step."""
+        self.ema.update(self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decays and the number of updates."""
+        return self.ema.state_dict()

@@ -16,6 +16,7 @@ from typing import Any
 from echolab.data.shard_reader import check_same_encoders
 from echolab.errors import EcholabError
 from echolab.training import distributed
+from echolab.training.callbacks.callback import RunState
 from echolab.training.callbacks.export_check import REPORT, passed_before
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule, TrainData, data_of
 from echolab.training.guards.events import History
 from echolab.training.module import DiffusionModule
-from echolab.training.run_state import RunState
 from echolab.training.schedule import Schedule
 
 Data = dict[str, Any]

@@ -6,12 +6,11 @@ from typing import Any
 
 from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.checkpoints.checkpoint import folder_of
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.intervals import Intervals
-from echolab.training.run_state import RunState
 
 SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
 

@@ -26,7 +26,7 @@ from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, assign_parameter
 from echolab.models.transformer import EchoTransformer
 from echolab.training import distributed
 from echolab.training.adapters.lora_base import exported_weights
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.metrics import LogMetrics
 from echolab.training.callbacks.step_sync import EvaluationInterrupted, StepSync
 from echolab.training.callbacks.validation import (
@@ -41,7 +41,6 @@ from echolab.training.config import TrainConfig
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
 from echolab.training.engine.placement import HOST, Placement
-from echolab.training.run_state import RunState
 from echolab.types import Batch
 
 STEPS = 4  # of Euler's method

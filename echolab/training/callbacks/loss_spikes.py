@@ -1,33 +1,152 @@
-"""Each step is judged before anything keeps it: accepted, recorded, undone, or the run ends."""
+"""Judge each step before anything keeps it: accepted, recorded, undone, or the run ends.
+
+*record* writes an event.  *recompute* returns to the newest checkpoint before the spike and repeats
+the steps: a hardware fault vanishes (arXiv:2604.00726), a spike that comes again is caused by the
+data or the model.  *rollback* returns further and skips the batches around the spike, as PaLM did
+(arXiv:2204.02311, 5.1: about 100 steps back, 200 to 500 batches skipped).
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
 from echolab.errors import DivergedError, EcholabError, ReplicaError
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState, Vote
 from echolab.training.callbacks.checkpoints import Checkpoints
+from echolab.training.callbacks.replicas import REMEDY, odd, odd_rank
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
 from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine import engine_report
-from echolab.training.guards import spike_policy
-from echolab.training.guards.replica_check import REMEDY, odd, odd_rank
-from echolab.training.guards.spike_policy import Action, What
-from echolab.training.guards.spikes import Spike, SpikeDetector
-from echolab.training.run_state import RunState, Vote
-from echolab.training.schedule import Skip
+from echolab.training.guards.events import Event
+from echolab.training.guards.spikes import Spike, SpikeConfig, SpikeDetector
+from echolab.training.schedule import Schedule, Skip, group_of
+
+BY = "guard"  # who wrote the event: not the command
+
+
+def remedy(spike: Spike) -> str:
+    """Return what a user does about a value that is not finite.
+
+    The weights may have been damaged by the steps before, and so may the newest checkpoint.
+    """
+    return (
+        "lower the learning rate, from an earlier checkpoint by `echolab rollback RUN to=STEP` if "
+        f"the newest is spoilt; `echolab replay RUN step={spike.step + 1}` names the clips"
+    )
+
+
+class What(Enum):
+    """The kind of a decision."""
+
+    NONE = "none"
+    RECORD = "record"
+    GO_BACK = "go back"
+
+
+class Action(NamedTuple):
+    """A decision."""
+
+    what: What
+    event: str = ""  # the kind of event to write: spike, reproducible, recompute, rollback
+    to_step: int = 0  # GO_BACK: the newest checkpoint of at most so many steps done
+    skip: Skip | None = None  # GO_BACK: batches to leave out, as many as were not trained on before
+
+
+NOTHING = Action(What.NONE)
+
+
+def decide(
+    spike: Spike | None, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
+) -> Action:
+    """Decide what to do about a step; a function of its arguments, so that all ranks do the same.
+
+    `history` is the events of the run so far; they survive a rollback.  Raise DivergedError if
+    nothing sane is left to do: values that are not finite, and no policy that goes back, or one
+    that went back in vain.
+    """
+    if spike is None:
+        return NOTHING
+    if guards.policy == "rollback":
+        return _rollback(spike, guards, history, schedule)
+    if guards.policy == "recompute":
+        # The same step was recomputed before: then the spike is reproducible.
+        again = any(e.kind == "recompute" and e.step == spike.step for e in history)
+        if not again and _went_back(history) < guards.max_rollbacks:
+            return Action(What.GO_BACK, "recompute", to_step=spike.step)
+        if not spike.finite:
+            why = (
+                "twice from the same state" if again else f"after {guards.max_rollbacks} times back"
+            )
+            raise DivergedError(
+                f"{spike.reason}, {why} (loss_spike.max_rollbacks); {remedy(spike)}"
+            )
+        return Action(What.RECORD, "reproducible" if again else "spike")
+    if not spike.finite:
+        raise DivergedError(
+            f"{spike.reason}; {remedy(spike)}; loss_spike.policy=recompute or rollback goes "
+            "back by "
+            "itself"
+        )
+    return Action(What.RECORD, "spike")
+
+
+def _went_back(history: Sequence[Event]) -> int:
+    """Return how often the guards of this run went back, for any reason."""
+    return sum(e.kind in ("recompute", "rollback") and e.details.get("by") == BY for e in history)
+
+
+def _rollback(
+    spike: Spike, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
+) -> Action:
+    # The budget of rollbacks is for the run, not for the attempt.
+    done = _went_back(history)
+    if done >= guards.max_rollbacks:
+        raise DivergedError(
+            f"{spike.reason}, and the run was rolled back {done} times already "
+            f"(loss_spike.max_rollbacks={guards.max_rollbacks}); {remedy(spike)}"
+        )
+    skip = None
+    if guards.skip_batches:
+        # Half of the skipped batches lie before the spike: its cause may be older than it.
+        batch = schedule.place(spike.step).batch
+        first = max(0, batch - guards.skip_batches // 2)
+        skip = Skip(group_of(spike.kind), first, guards.skip_batches)
+    to = max(0, spike.step - guards.rollback_steps)
+    return Action(What.GO_BACK, "rollback", to_step=to, skip=skip)
+
+
+def without_checkpoint(spike: Spike) -> Action:
+    """Decide if no checkpoint is there to go back to; raise DivergedError if not finite."""
+    if not spike.finite:
+        raise DivergedError(
+            f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
+            "learning rate, or save more often (save_every)"
+        )
+    return Action(What.RECORD, "spike")
+
+
+def clipped(skip: Skip, schedule: Schedule, step: int) -> Skip:
+    """Return as many batches, but none that were trained on before `step`."""
+    return skip._replace(first=max(skip.first, schedule.begun(skip.kind, step)))
+
+
+def event_details(spike: Spike, to: int | None = None, skip: Skip | None = None) -> dict[str, Any]:
+    """Return the details of a decision's event, besides step and kind."""
+    return {**spike.details(), "by": BY, "to": to, "skip": list(skip) if skip else None}
+
 
 NORM_TOLERANCE = 1e-5  # share by which the ranks' norms of the same gradient may differ
 
 
 class LossSpikes(Callback):
-    """Judges loss and gradient by those of the last steps, as `guards/spike_policy` says.
+    """Judges loss and gradient by those of the last steps, as `decide` says.
 
     Every rank is given the same numbers, so every rank decides the same.
     """
@@ -100,7 +219,7 @@ class LossSpikes(Callback):
         rank = _first_not_finite(finite) if vote.not_finite else None
         try:
             events = state.events.events
-            return spike_policy.decide(spike, self.config.loss_spike, events, state.schedule), spike
+            return decide(spike, self.config.loss_spike, events, state.schedule), spike
         except DivergedError as error:
             error.rank, error.step = rank, step
             raise
@@ -130,11 +249,11 @@ class LossSpikes(Callback):
         checkpoint = checkpoints.newest(folder, action.to_step)
         checkpoint = checkpoint or checkpoints.oldest(folder, spike.step)  # none is old enough
         if checkpoint is None:
-            self._record(state, spike, spike_policy.without_checkpoint(spike).event)
+            self._record(state, spike, without_checkpoint(spike).event)
             return None
         if distributed.rank() == 0:
             set_aside(folder, checkpoint.step)
-        skip = action.skip and spike_policy.clipped(action.skip, state.schedule, checkpoint.step)
+        skip = action.skip and clipped(action.skip, state.schedule, checkpoint.step)
         self._record(state, spike, action.event, checkpoint.step, skip)
         if skip:
             state.schedule = state.schedule.skipping(skip, checkpoint.step)
@@ -149,7 +268,7 @@ class LossSpikes(Callback):
         to: int | None = None,
         skip: Skip | None = None,
     ) -> None:
-        state.events.add(spike.step, event, **spike_policy.event_details(spike, to, skip))
+        state.events.add(spike.step, event, **event_details(spike, to, skip))
 
 
 def _first_not_finite(finite: bool) -> int | None:

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from echolab.errors import ConfigError
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.checkpoints.checkpoint import folder_of, open_on_all_ranks
 from echolab.training.config import TrainConfig
 from echolab.training.engine.ema import EMA, REFERENCE, Ema
 from echolab.training.engine.master_weights import Masters
-from echolab.training.run_state import RunState
 
 
 class ReferenceModel(Callback):

@@ -17,9 +17,8 @@ from echolab.data.ledger import (
 )
 from echolab.data.train_dataset import MicroBatch
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.datamodule import ShardDataModule, TrainData
-from echolab.training.run_state import RunState
 from echolab.training.schedule import Skip
 from echolab.types import Draws
 

@@ -1,27 +1,87 @@
-"""One all-reduce after each step, in which any rank can end or change what all ranks do.
+"""One all-reduce after each step, by which any rank can end or change what all ranks do.
 
 No other decision of a run depends on what one rank alone sees, so no rank ever waits in a
 collective that another does not enter.
+
+Control files steer a running training: whoever may write to the run folder creates them there.
+
+STOP   save and end; the same command resumes             SAVE   save at this step
+PAUSE  save and wait until the file is removed            PRUNE  end: a sweep needs no more of it
+
+Rank 0 checks for them about once a second, and removes them once they were acted upon; PAUSE stays.
+A file that cannot be checked counts as absent.  A file that cannot be removed, such as a folder
+that is not empty, is acted upon once.
 """
 
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from echolab.atomic_io import describe_error
 from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState, Vote
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.config import TrainConfig
-from echolab.training.control_files import ControlFiles
 from echolab.training.engine.engine_report import ClippedNorm
 from echolab.training.guards.host_memory import HostMemory
-from echolab.training.run_state import RunState, Vote
 from echolab.training.signals import StopSignals
+
+REQUESTS = ("STOP", "SAVE", "PAUSE", "PRUNE")
+POLL_SECONDS = 1.0  # between two checks: a shared file system answers slowly
+
+
+class ControlFiles:
+    """The control files of one run folder."""
+
+    def __init__(self, folder: Path, fenced: Callable[[], bool] | None = None) -> None:
+        """Watch `folder`; `fenced` returns whether another process has taken the run."""
+        self.folder, self._fenced = folder, fenced or (lambda: False)
+        self._checked = float("-inf")
+        self._pending: set[str] = set()
+        self._done: dict[str, float] = {}  # ctime of those that cannot be removed
+
+    def pending(self) -> set[str]:
+        """Return the names of REQUESTS that are there, and FENCED if another has taken the run."""
+        if time.monotonic() - self._checked >= POLL_SECONDS:
+            self._checked = time.monotonic()
+            made = {name: self._changed(name) for name in REQUESTS}
+            self._pending = {n for n, at in made.items() if at and self._done.get(n) != at}
+            with suppress(OSError):  # the next check may succeed
+                self._pending |= {"FENCED"} if self._fenced() else set()
+        return self._pending
+
+    def _changed(self, name: str) -> float:
+        """Return when a file was changed last, in seconds since 1970; 0 if there is none."""
+        try:
+            return (self.folder / name).lstat().st_ctime
+        except OSError:
+            return 0.0
+
+    def clear(self, *names: str) -> None:
+        """Remove the files of these requests, on rank 0, after they were acted upon."""
+        if distributed.rank() > 0:
+            return
+        for name in names:
+            path, made = self.folder / name, self._changed(name)
+            self._pending.discard(name)
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                if self._done.get(name) != made:
+                    words = f"was acted upon, but cannot be removed ({describe_error(error)})"
+                    print(f"echolab: {path}: {words}; remove it", file=sys.stderr, flush=True)
+                self._done[name] = made
+
 
 PAUSE_SECONDS = 1.0  # between two checks whether PAUSE is still there
 MARGIN_SECONDS = 60.0  # before a job's end: for the step in progress, and for the exit

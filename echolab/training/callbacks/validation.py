@@ -25,7 +25,7 @@ from echolab.diffusion.phases import Allocator
 from echolab.diffusion.sigmas import draw_noise
 from echolab.errors import ConfigError
 from echolab.training import distributed
-from echolab.training.callbacks.callback import Callback
+from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
 from echolab.training.callbacks.metrics import LogMetrics
 from echolab.training.callbacks.step_sync import EvaluationInterrupted, StepSync
@@ -35,7 +35,6 @@ from echolab.training.engine.ema import Ema
 from echolab.training.engine.machine import Machine
 from echolab.training.engine.master_weights import Masters
 from echolab.training.intervals import Intervals
-from echolab.training.run_state import RunState
 from echolab.types import Batch, Conditions, Draws
 
 Poll = Callable[[], None]  # called on all ranks between batches; what it raises ends the work

@@ -1,18 +1,31 @@
-"""Retention: removal of old checkpoints and of what killed attempts left."""
+"""Which checkpoints stay: removal of old ones and of what killed attempts left, and snapshots.
 
+    checkpoints/snapshots/step-000500/  the power averages of a checkpoint, its state, a manifest
+
+A snapshot is a checkpoint with the power averages only, for an EMA of any width after training
+(`engine.ema`).  Its files are hard links to the checkpoint's, and stay when that is removed.
+"""
+
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from echolab.errors import CheckpointError
 from echolab.training.checkpoints.checkpoint import (
     REPLACED,
+    Checkpoint,
     discard,
     folder_of,
     open_checkpoint,
     recover,
     saved_steps,
 )
+from echolab.training.checkpoints.manifest import MANIFEST, STATE, Manifest, files_of, serialize
+from echolab.training.engine.ema import POWER, Profile, coefficients, exponent_of
 
 PARTIAL = ".partial-"  # a folder that is being written
 NEVER_FEWER = 2  # valid ones that stay at least
@@ -87,3 +100,68 @@ def set_aside(folder: Path, step: int) -> Path | None:
         path = folder_of(folder, other)
         path.rename(to / path.name)
     return to
+
+
+SNAPSHOTS = "snapshots"
+
+
+def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
+    """Keep the power averages of the files in `written` in `folder`; raise OSError."""
+    parts = {part: names for part, names in files_of(manifest).items() if part.startswith(POWER)}
+    names = [STATE, *(name for own in parts.values() for name in own)]
+    path = folder_of(folder, manifest["step"])
+    # Complete under another name first, so that a killed save leaves no snapshot.
+    partial = folder / f".partial-{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in names:
+        try:
+            # Links cost no space, and stay when the checkpoint is removed.
+            os.link(written / name, partial / name)
+        except OSError:  # a file system without links
+            shutil.copyfile(written / name, partial / name)
+    files = {name: manifest["files"][name] for name in sorted(names)}
+    (partial / MANIFEST).write_bytes(serialize({**manifest, "files": files}))
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def _sources(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
+    """Return every average that can contribute to one at the newest checkpoint's step."""
+    folder = newest.path.parent / SNAPSHOTS
+    earlier = [step for step in saved_steps(folder) if step < newest.step]
+    sources = []
+    # Every snapshot before the checkpoint, and the checkpoint itself.
+    for checkpoint in [*(open_checkpoint(folder_of(folder, s)) for s in earlier[::-1]), newest]:
+        for part in checkpoint.parts:
+            if part.startswith(POWER):
+                sigma = float(part.removeprefix(POWER))
+                profile = Profile(exponent_of(sigma), checkpoint.state["ema"]["updates"])
+                sources.append((checkpoint, part, profile))
+    return sources
+
+
+def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
+    """Return the EMA of the run's weights with width `sigma` at a checkpoint, by name, in fp32.
+
+    Raise CheckpointError if the run kept no power averages, or a snapshot is damaged.
+    """
+    wanted = Profile(exponent_of(sigma), newest.state["ema"]["updates"])
+    sources = _sources(newest)
+    if not sources:
+        raise CheckpointError(
+            f"{newest.path}: this run kept no averages to make another from; train with "
+            "optim.posthoc_ema_stds=[0.05,0.1] and snapshot_every"
+        )
+    # The wanted profile as a sum of those that were kept.
+    shares = coefficients([profile for _, _, profile in sources], wanted)
+    opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
+    return {name: _sum(opened, shares, name) for name in opened[-1]}
+
+
+def _sum(opened: Sequence[Mapping[str, Tensor]], shares: Sequence[float], name: str) -> Tensor:
+    """Sum in double precision: large shares of opposite signs cancel most of each other."""
+    total = torch.zeros(opened[-1][name].shape, dtype=torch.float64)
+    for tensors, share in zip(opened, shares, strict=True):
+        total += share * tensors[name].double()
+    return total.float()

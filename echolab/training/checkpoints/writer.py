@@ -20,9 +20,14 @@ from echolab.errors import FencedError, SaveError, StorageError
 from echolab.training import distributed
 from echolab.training.checkpoints.checkpoint import REPLACED, folder_of
 from echolab.training.checkpoints.manifest import FORMAT, MANIFEST, STATE, serialize
-from echolab.training.checkpoints.retention import PARTIAL, Retention, tidy
+from echolab.training.checkpoints.retention import (
+    PARTIAL,
+    SNAPSHOTS,
+    Retention,
+    keep_snapshot,
+    tidy,
+)
 from echolab.training.checkpoints.shard_plan import ITEM, File, gather, host_buffer, layout
-from echolab.training.checkpoints.snapshots import SNAPSHOTS, keep_snapshot
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
@@ -84,7 +89,7 @@ class CheckpointWriter:
 
     Each rank's thread writes the files that `layout` assigns to it; rank 0 publishes them.  The
     `newest` valid ones stay, at least two, and those whose step `keep` is true for.  If `snapshot`
-    is true for a step, its power averages stay too (`snapshots`).  The constructor is collective,
+    is true for a step, its power averages stay too (`retention`).  The constructor is collective,
     and removes what a killed attempt left in `folder`.  `check` raises if rank 0 must not write.
     """
 
