@@ -219,7 +219,7 @@ def test_a_faulty_file_gives_one_line(release: Path, tmp_path: Path) -> None:
     torch.save(tensors, path)
     with pytest.raises(WeightsError, match=r"t5.pth: lacks encoder.block.1.*wi_1.weight;"):
         load_text_encoder(path, words, CPU, FP32)
-    with pytest.raises(WeightsError, match=r"lacks shared.weight \(.*need the encoder of umT5"):
+    with pytest.raises(WeightsError, match=r"lacks shared.weight \(.*give the encoder of umT5"):
         load_text_encoder(release / released.VIDEO, words, CPU, FP32)
     with pytest.raises(WeightsError, match=r"lacks embeddings.patch_embedding.*CLIP of Wan"):
         load_image_encoder(release / released.TEXT, CPU, FP32)
