@@ -84,6 +84,7 @@ class StepArguments:
     engine: bool = argument("measure the engine instead of the network", False)
     seed: int = argument("seed of weights and inputs", 0, ge=0)
     pairs: int = argument("runs of each", 7, ge=1, section="How")
+    # How it is measured.
     scratch: Path | None = argument("folder for runs", None, default_text="the system's")
     peak_tflops: float | None = argument(
         "bf16 TFLOP/s of the GPU, for MFU", None, gt=0, default_text="that of its data sheet"
@@ -121,6 +122,7 @@ class GenerateArguments:
     frames: int | None = argument("video frames, 4n+1", None, default_text="49, on a GPU 125 (5 s)")
     height: int | None = argument("pixels, multiple of 16", None, default_text="48, on a GPU 480")
     width: int | None = argument("pixels, multiple of 16", None, default_text="48, on a GPU 832")
+    # What varies.
     solvers: tuple[Literal["euler", "unipc", "dpmpp"], ...] = argument(
         "ODE solvers", ("euler", "unipc", "dpmpp")
     )

@@ -132,15 +132,15 @@ def speed_rows(
             return
         prepare = partial(evict, shards_of(dataset)) if state == "cold" else None
         wall, processor = in_turns(ways, rounds, prepare)
-        here = f"{name}/{state}"
-        yield Row(f"{here}/samples", samples / wall[OURS], "1/s", PEER, samples / wall[PEER])
+        label = f"{name}/{state}"
+        yield Row(f"{label}/samples", samples / wall[OURS], "1/s", PEER, samples / wall[PEER])
         speed = {way: megabytes / seconds for way, seconds in wall.items()}
-        yield Row(f"{here}/bytes", speed[OURS], "MB/s", LIMIT, speed[LIMIT])
+        yield Row(f"{label}/bytes", speed[OURS], "MB/s", LIMIT, speed[LIMIT])
         # Compare with webdataset, and with the disk alone.
-        for other in (PEER, LIMIT):
+        for baseline in (PEER, LIMIT):
             cost = {way: 1e3 * seconds / samples for way, seconds in processor.items()}
-            label = f"{here}/processor_time/{other.replace(' ', '_')}"
-            yield Row(label, cost[OURS], "ms/sample", other, cost[other])
+            row = f"{label}/processor_time/{baseline.replace(' ', '_')}"
+            yield Row(row, cost[OURS], "ms/sample", baseline, cost[baseline])
 
 
 def in_turns(
@@ -195,6 +195,7 @@ def reading_growth(folder: Path, reader: str) -> float:
 
 def alone(work: Callable[..., Any], *given: object) -> Any:
     """Call a function in a new process, whose memory is that of the function alone."""
+    # A process of its own has a peak of its own.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *given).result()
 
@@ -223,6 +224,7 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     for task in KNOWN_TASKS:
         shapes |= {f"known.{task}": (WAN.time_stride, *grid)}
         shapes |= {f"known_latents.{task}": (WAN.channels, *grid)}
+    # Masks and weights are fractions, all else is normal.
     made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
     fractions = (name for name in made if name == "weight" or name.startswith("known."))
     return made | {name: made[name].abs().clamp(max=1) for name in fractions}
@@ -230,9 +232,9 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
 
 def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) -> None:
     """Write random encoded clips of about so many bytes."""
-    one = len(save(draw_clip(size, 0)))
-    count = max(2, round(total_bytes / one))
-    each = max(1, SHARD_BYTES // one)
+    sample_bytes = len(save(draw_clip(size, 0)))
+    count = max(2, round(total_bytes / sample_bytes))
+    each = max(1, SHARD_BYTES // sample_bytes)
     # Draw samples until the size is reached.
     with ShardWriter(folder, kind="encoded", samples_per_shard=each) as writer:
         for i in range(count):
@@ -313,6 +315,7 @@ def sequentially(dataset: ShardDataset) -> Iterator[int]:
     """Read the same bytes in tar order into one buffer, and yield the sizes of the pieces."""
     memory = bytearray(CHUNK)
     for path in shards_of(dataset):
+        # Unbuffered reads of large pieces: the limit of the disk.
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(memory):
                 yield count

@@ -90,6 +90,7 @@ def write_clips(subject: Subject, inputs: Inputs) -> None:
     tensors[f"known_latents.{TASK}"] = conditions["known_latents"]
     latents = inputs.latents[0].cpu()
     tensors["weight"] = torch.ones(1, *latents.shape[1:])
+    # Every clip has the same random values.
     with ShardWriter(subject.folder / "clips", kind="encoded") as writer:
         for number in range(CLIPS):
             sample = save({**tensors, "latents": latents.roll(number, -1).contiguous()})
@@ -117,6 +118,7 @@ def batches_of(training: TrainConfig) -> Iterator[MicroBatch]:
     return iter(data.train_dataloader())
 
 
+# The baseline: the same network, optimizer and data, without Lightning.
 class Bare:
     """A copy of a network with optimizer and average, and the step in plain PyTorch."""
 

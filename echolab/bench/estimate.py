@@ -168,6 +168,7 @@ def _largest(totals: list[int], memory: float) -> int:
     chord.
     """
     largest = 0
+    # Interpolate between the micro-batches that were simulated.
     points = list(zip(TRIED, totals, strict=True))
     for (few, first), (many, last) in itertools.pairwise(points):
         if first <= memory:

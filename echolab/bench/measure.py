@@ -95,7 +95,7 @@ def peak_of(run: Run, device: str) -> int:
     """Return the most bytes that torch's allocator held in a run, above what it held before.
 
     On GPUs the caching allocator counts them; on CPUs every allocation and release is taken from
-    torch's profiler.  What a run makes counts, gradients among it; the weights do not.
+    torch's profiler.  Tensors that a run makes count, gradients among them; the weights do not.
     """
     gc.collect()
     if device == "cuda":
@@ -111,6 +111,7 @@ def peak_of(run: Run, device: str) -> int:
         run()
     changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = highest = 0
+    # Add up allocations in the order of time.
     for change in sorted(changes, key=lambda event: event.start_ns()):
         held += change.nbytes()
         highest = max(highest, held)
@@ -129,15 +130,15 @@ def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
     costs: dict[Run, list[Cost]] = {run: [], baseline: []}
     # Alternate which of both runs first.
     for index in range(pairs):
-        for one in (run, baseline)[:: -1 if index % 2 else 1]:
-            costs[one].append(cost_of(one, device))
+        for measured in (run, baseline)[:: -1 if index % 2 else 1]:
+            costs[measured].append(cost_of(measured, device))
     ours, other = (
         Cost(
-            statistics.median(cost.seconds for cost in costs[one]),
-            statistics.median(cost.processor_seconds for cost in costs[one]),
+            statistics.median(cost.seconds for cost in costs[measured]),
+            statistics.median(cost.processor_seconds for cost in costs[measured]),
             peak,
         )
-        for one, peak in zip((run, baseline), peaks, strict=True)
+        for measured, peak in zip((run, baseline), peaks, strict=True)
     )
     return Pair(ours, other)
 

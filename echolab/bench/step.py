@@ -228,6 +228,7 @@ def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str)
     """Yield rows of compilation, and of each attention kernel, each alone."""
     plain = step.runner(run_ours, ours)
     missing = compiler_missing(step.device)
+    # Compiling needs a compiler on the machine.
     if missing:
         say(f"{precision}/compile: skipped, {missing}")
     else:

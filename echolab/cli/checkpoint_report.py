@@ -128,10 +128,10 @@ def print_faults(path: Path, *, as_json: bool) -> int:
     return 1 if problems else 0
 
 
-def print_differences(one: Path, other: Path, *, as_json: bool) -> int:
+def print_differences(first: Path, second: Path, *, as_json: bool) -> int:
     """Print the differences of two checkpoints; return 1 if there are any."""
     # Both are verified first, so that a damaged file is no difference.
-    a, b = (open_checkpoint(find(path)) for path in (one, other))
+    a, b = (open_checkpoint(find(path)) for path in (first, second))
     tensors = list(tensor_differences(a, b))
     state = state_differences(a.state, b.state)
     same = not tensors and not state

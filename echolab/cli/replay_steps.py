@@ -138,11 +138,11 @@ def prepare(run: Path, out: Path, step: int) -> int:
     if start is None:
         return 0
     # Earlier checkpoints too: a preference epoch refers to the one at its beginning.
-    for other in saved_steps(run / "checkpoints"):
-        if other <= start.step:
+    for earlier in saved_steps(run / "checkpoints"):
+        if earlier <= start.step:
             shutil.copytree(
-                folder_of(run / "checkpoints", other),
-                folder_of(out / "checkpoints", other),
+                folder_of(run / "checkpoints", earlier),
+                folder_of(out / "checkpoints", earlier),
                 copy_function=_link,
             )
     return start.step
@@ -194,7 +194,7 @@ def _initial(place: str | None, was: dict[str, Any] | None) -> str | None:
     return str(start) if start else None
 
 
-def _same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _same_training(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Return whether two settings train the same steps; `data.changed` may bring other data."""
     ignored = (
         "run_dir",
@@ -205,7 +205,7 @@ def _same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         "loss_spike",
         "signal_grace_seconds",
     )
-    a, b = ({k: v for k, v in config.items() if k not in ignored} for config in (one, other))
+    a, b = ({k: v for k, v in config.items() if k not in ignored} for config in (first, second))
     return a == b and b["data"].get("changed") != "accept"
 
 
@@ -287,10 +287,10 @@ def differences(
     if "metrics" in records:
         yield from _metrics_differ(read_metrics(run / METRICS), rows, start, log, exact=exact)
     if "checkpoint" in records:
-        one, other = (open_checkpoint(folder_of(p / "checkpoints", end)) for p in (run, out))
-        for entry in state_differences(one.state, other.state):
+        saved, replayed = (open_checkpoint(folder_of(p / "checkpoints", end)) for p in (run, out))
+        for entry in state_differences(saved.state, replayed.state):
             yield f"step {end}: {entry['key']} was {entry.get('a')}, now {entry.get('b')}"
-        for difference in tensor_differences(one, other):
+        for difference in tensor_differences(saved, replayed):
             yield f"step {end}: {difference.line()}"
 
 

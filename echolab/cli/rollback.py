@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
     with run_dir.held(run):
         steps = saved_steps(folder)
         if to not in steps:
-            there = ", ".join(map(str, sorted(steps))) or "none"
-            raise ConfigError(f"{run}: to={to}: no checkpoint of that step; there are {there}")
+            known = ", ".join(map(str, sorted(steps))) or "none"
+            raise ConfigError(f"{run}: to={to}: no checkpoint of that step; there are {known}")
         open_checkpoint(folder_of(folder, to))
         schedule = schedule_from(config).leaving_out(events.skips(run))
         if skip:

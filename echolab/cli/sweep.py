@@ -44,7 +44,7 @@ class Ended(NamedTuple):
 
     @property
     def well(self) -> bool:
-        """Whether nothing is left to do, or to correct."""
+        """True if nothing is left to do, or to correct."""
         return self.code in (exit_codes.DONE, exit_codes.PRUNED)
 
 
@@ -66,14 +66,14 @@ def run(
     todo = [member for member in members if member.name not in ended]
     # Start the others here, or as jobs.
     if launcher == "local":
-        finished = here(todo, command)
+        finished = run_locally(todo, command)
     else:
         refuse_secrets(todo)
         parameters = {m.name: slurm_parameters(m.config, launcher_of(m.overrides)) for m in todo}
         finished = in_slurm(todo, parameters, job)
-    for one in finished:
-        print(f"echolab: {one.member.name}: {one.summary}", flush=True)
-        ended[one.member.name] = one
+    for result in finished:
+        print(f"echolab: {result.member.name}: {result.summary}", flush=True)
+        ended[result.member.name] = result
     return report([ended[member.name] for member in members])
 
 
@@ -105,21 +105,21 @@ def refuse_secrets(members: Sequence[Member]) -> None:
 def report(ended: Sequence[Ended]) -> int:
     """Print a table of all members, those that failed last; return the sweep's exit code."""
     # Members that failed come last, where they are read first.
-    rows = sorted(ended, key=lambda one: -1 if one.well else WORST.index(code_of(one)))
-    width = max(len(one.member.name) for one in rows)
+    rows = sorted(ended, key=lambda result: -1 if result.well else WORST.index(code_of(result)))
+    width = max(len(result.member.name) for result in rows)
     print(f"echolab: a sweep of {len(rows)}:")
-    for one in rows:
-        print(f"  {one.member.name:<{width}}  {one.summary}  {one.member.folder}")
-    bad = [one for one in rows if not one.well]
+    for result in rows:
+        print(f"  {result.member.name:<{width}}  {result.summary}  {result.member.folder}")
+    bad = [result for result in rows if not result.well]
     sys.stdout.flush()
     if bad:
         print(
             f"echolab: error: {len(bad)} of {len(rows)} members are not done: "
-            f"{', '.join(one.member.name for one in bad)}; `echolab why FOLDER` says why, the same "
-            "command goes on with what can be tried again",
+            f"{', '.join(result.member.name for result in bad)}; "
+            "`echolab why FOLDER` says why, the same command retries those that may succeed",
             file=sys.stderr,
         )
-    codes = {code_of(one) for one in bad}
+    codes = {code_of(result) for result in bad}
     return next((code for code in WORST if code in codes), exit_codes.DONE)
 
 
@@ -199,7 +199,9 @@ def launches_of(member: Member) -> set[Launch]:
 # -- on this machine ------------------------------------------------------------------------------
 
 
-def here(todo: Sequence[Member], command: Callable[[list[str]], list[str]]) -> Iterator[Ended]:
+def run_locally(
+    todo: Sequence[Member], command: Callable[[list[str]], list[str]]
+) -> Iterator[Ended]:
     """Run the members one after another; after a signal, which the running one gets, no more."""
     with SignalRelay() as relay:
         for member in todo:

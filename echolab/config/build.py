@@ -43,6 +43,7 @@ from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
 
+# The setting that accepts held-out clips in the training set.
 ACCEPT = "data.val_overlaps=accept"
 # Choices of conf/phases.
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
@@ -189,7 +190,7 @@ def check_held_out(
 ) -> None:
     """Raise DataError for held-out clips that are trained on; some of them are a warning.
 
-    What is trained on has no held-out error.  With `accepted`, that is only said.
+    Clips in the training set give no held-out error.  If `accepted`, print a warning instead.
     """
     # The same dataset, or one that shares samples with it.
     for dataset in clips:

@@ -221,6 +221,7 @@ def shown(value: Any) -> str:
 
 # -- what may stand there, in words ---------------------------------------------------------------
 
+# Ranges are stated in the words of the help.
 LARGE = 2**18  # a limit from here on is left out of the list of all settings
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -353,10 +354,11 @@ def _of_the_network(
     dim, heads, together = model["dim"], model["num_heads"], trainer["sequence_parallel"]
     if dim % (2 * heads):
         yield f"model.dim={dim}: must be a multiple of 2 x model.num_heads={heads}; change either"
-    own, given = model["out_channels"], model["in_channels"]
-    if given not in (own, 2 * own + 4):
+    out_channels, in_channels = model["out_channels"], model["in_channels"]
+    if in_channels not in (out_channels, 2 * out_channels + 4):
         yield (
-            f"model.in_channels={given}: must be model.out_channels={own}, or {2 * own + 4} with "
+            f"model.in_channels={in_channels}: must be model.out_channels={out_channels}, or "
+            f"{2 * out_channels + 4} with "
             "the known mask and latents; change either"
         )
     if heads % together:

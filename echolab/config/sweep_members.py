@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """What `echolab train` gets."""
+        """The words of the member's `echolab train`."""
         return [*self.overrides, f"run_dir={quoted(str(self.folder))}"]
 
 
@@ -99,10 +99,10 @@ def expanded(words: Sequence[str]) -> list[Swept]:
         given = parser.parse_overrides(as_hydra(words, sweep=True))
 
     # Compose what is not swept: an experiment may name further parameters.
-    one = [str(override.input_line) for override in given if not override.is_sweep_override()]
-    with hydra_config([*folder, *one]):
+    fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+    with hydra_config([*folder, *fixed]):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        params = compose("train", one, return_hydra_config=True).hydra.sweeper.params or {}
+        params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
         # Of an override that is given twice the last counts.
         for override in [*parser.parse_overrides(more), *given]:
@@ -192,6 +192,7 @@ def plain(key: str, value: Any) -> Any:
 
 def without_signature(address: str) -> str:
     """Return an address without user, password and what is secret in its query."""
+    # A signature changes from day to day; the member is the same.
     query = parse_qsl(urlsplit(address).query)
     open_ = [(name, value) for name, value in query if not SIGNATURE.match(name)]
     open_ = [(name, value) for name, value in open_ if not is_secret_name(name)]

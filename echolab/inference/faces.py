@@ -22,6 +22,7 @@ from echolab.vision.video_reader import Probe, VideoReader
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
 # A second face makes an image ambiguous from this score, and this fraction of the largest face.
 SECOND_SCORE, SECOND_FRACTION = 0.9, 0.5
+# For boxes that the user gives in place of a detection.
 LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # typical lips in a face's box, in sizes of the box
 
 Boxes = NDArray[np.float32]  # [T, 4] x0, y0, x1, y1

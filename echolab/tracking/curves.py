@@ -49,9 +49,11 @@ class Axis(NamedTuple):
     def ticks(self, count: int) -> list[float]:
         """Return about `count` round numbers within the range."""
         if self.log:
+            # Powers of ten, thinned out over many decades.
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             every = max(1, math.ceil(len(decades) / (count + 1)))
             return [10.0**decade for decade in decades][::every]
+        # Multiples of 1, 2, 2.5 or 5 times a power of ten.
         rough = (self.high - self.low) / count
         unit = 10.0 ** math.floor(math.log10(rough))
         step = min((unit * m for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - rough))
@@ -84,14 +86,18 @@ def line_chart(title: str, name: str, series: Sequence[Series], *, wide: bool = 
 
     `name` is the metric's name in metrics.jsonl, shown small next to the title.
     """
-    plotted = [_plotted(one) for one in series if len(one.steps)]
+    plotted = [_plotted(curve) for curve in series if len(curve.steps)]
     if not plotted:
         return ""
+    # The axes cover the range of all bins, not of the means alone.
     width = WIDE if wide else NARROW
-    lines = [one.line for one in plotted]
-    low, high = min(min(one.lows) for one in plotted), max(max(one.highs) for one in plotted)
+    lines = [curve.line for curve in plotted]
+    low, high = (
+        min(min(curve.lows) for curve in plotted),
+        max(max(curve.highs) for curve in plotted),
+    )
     across, up = _axes(lines, *_range(low, high), width)
-    marks = "".join(_line(one, across, up) for one in plotted)
+    marks = "".join(_line(curve, across, up) for curve in plotted)
     return _figure(title, name, lines, across, up, marks, "chart wide" if wide else "chart")
 
 
@@ -100,27 +106,28 @@ def area_chart(title: str, name: str, series: Sequence[Series]) -> str:
 
     All series must have the same steps.
     """
-    plotted = [_binned(one).line for one in series if len(one.steps)]
+    plotted = [_binned(curve).line for curve in series if len(curve.steps)]
     if not plotted:
         return ""
     across, up = _axes(plotted, (0.0, 1.0), False, WIDE)
     floor = [0.0] * len(plotted[0].steps)
     marks = []
-    for one in plotted:
-        top = [low + value for low, value in zip(floor, one.values, strict=True)]
-        points = _points(one.steps, top, across, up)
-        points += _points(one.steps, floor, across, up)[::-1]
-        color = f"fill:var(--{one.color})"
+    for curve in plotted:
+        # Each area lies on the one below.
+        top = [low + value for low, value in zip(floor, curve.values, strict=True)]
+        points = _points(curve.steps, top, across, up)
+        points += _points(curve.steps, floor, across, up)[::-1]
+        color = f"fill:var(--{curve.color})"
         marks.append(f'<polygon class="area" style="{color}" points="{" ".join(points)}"/>')
         floor = top
     return _figure(title, name, plotted, across, up, "".join(marks), "chart wide piled")
 
 
-def _plotted(one: Series) -> PlottedSeries:
-    binned = _binned(one)
+def _plotted(curve: Series) -> PlottedSeries:
+    binned = _binned(curve)
     values = binned.line.values
     # Dashed, short and smooth series are drawn as they are.
-    if one.dashed or len(values) < SMOOTH_OVER:
+    if curve.dashed or len(values) < SMOOTH_OVER:
         return binned
     jumps = [abs(after - before) for before, after in zip(values, values[1:], strict=False)]
     if sum(jumps) / len(jumps) <= ROUGH * (max(values) - min(values)):
@@ -132,15 +139,16 @@ def _plotted(one: Series) -> PlottedSeries:
     return binned._replace(line=binned.line._replace(values=smooth), raw=binned.line)
 
 
-def _binned(one: Series) -> PlottedSeries:
+def _binned(curve: Series) -> PlottedSeries:
     """Return at most MAX_POINTS points: means over equal numbers of rows, and the range of each."""
-    count = len(one.steps)
+    count = len(curve.steps)
     bins = min(count, MAX_POINTS)
+    # Bins hold equal numbers of rows, not equal spans of steps.
     edges = [round(count * n / bins) for n in range(bins + 1)]
     spans = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-    values = [one.values[span] for span in spans]
-    steps = [sum(one.steps[span]) / len(one.steps[span]) for span in spans]
-    line = one._replace(steps=steps, values=[sum(value) / len(value) for value in values])
+    values = [curve.values[span] for span in spans]
+    steps = [sum(curve.steps[span]) / len(curve.steps[span]) for span in spans]
+    line = curve._replace(steps=steps, values=[sum(value) / len(value) for value in values])
     return PlottedSeries(line, None, [*map(min, values)], [*map(max, values)])
 
 
@@ -151,6 +159,7 @@ def _range(low: float, high: float) -> tuple[tuple[float, float], bool]:
     if high == low:
         margin = abs(high) * 0.1 or 1.0
         return (low - margin, high + margin), False
+    # A small margin; values near zero are shown from zero.
     margin = (high - low) * 0.06
     bottom = low - margin
     near_zero = low >= 0 and low < 0.35 * high  # then the axis starts at zero
@@ -160,8 +169,8 @@ def _range(low: float, high: float) -> tuple[tuple[float, float], bool]:
 def _axes(
     series: Sequence[Series], limits: tuple[float, float], log: bool, width: int
 ) -> tuple[Axis, Axis]:
-    first = min(one.steps[0] for one in series)
-    last = max(one.steps[-1] for one in series)
+    first = min(curve.steps[0] for curve in series)
+    last = max(curve.steps[-1] for curve in series)
     across = Axis(first, last if last > first else first + 1, LEFT, width - RIGHT)
     return across, Axis(*limits, HEIGHT - BOTTOM, TOP, log)
 
@@ -171,13 +180,14 @@ def _points(steps: Sequence[float], values: Sequence[float], across: Axis, up: A
     return [f"{across.pixel(step):.1f},{up.pixel(value):.1f}" for step, value in pairs]
 
 
-def _line(one: PlottedSeries, across: Axis, up: Axis) -> str:
-    line, raw, lows, highs = one
+def _line(curve: PlottedSeries, across: Axis, up: Axis) -> str:
+    line, raw, lows, highs = curve
     fill, stroke = f"fill:var(--{line.color})", f"stroke:var(--{line.color})"
     points = _points(line.steps, line.values, across, up)
     if len(points) == 1:
         x, y = points[0].split(",")
         return f'<circle cx="{x}" cy="{y}" r="3" style="{fill}"/>'
+    # Behind the line: the range of its bins, or the raw values.
     behind = ""
     if lows != highs:
         ends = _points(line.steps, highs, across, up) + _points(line.steps, lows, across, up)[::-1]
@@ -199,8 +209,8 @@ def _figure(
     kind: str,
 ) -> str:
     label = f"{title}: " + ", ".join(
-        f"{one.label} from {short_number(one.values[0])} to {short_number(one.values[-1])}"
-        for one in series
+        f"{curve.label} from {short_number(curve.values[0])} to {short_number(curve.values[-1])}"
+        for curve in series
     )
     return (
         f'<figure class="{kind}" data-chart="{escape(_numbers(series, across, up))}">'
@@ -214,13 +224,13 @@ def _figure(
 def _key(series: Sequence[Series]) -> str:
     """Return the legend; dashed lines of one meaning share an entry."""
     items = [
-        f'<li style="--c:var(--{one.color})">{escape(one.label)}</li>'
-        for one in series
-        if not one.dashed
+        f'<li style="--c:var(--{curve.color})">{escape(curve.label)}</li>'
+        for curve in series
+        if not curve.dashed
     ]
     items += [
         f'<li class="dashed" style="--c:var(--soft)">{escape(meaning)}</li>'
-        for meaning in dict.fromkeys(one.dashed for one in series if one.dashed)
+        for meaning in dict.fromkeys(curve.dashed for curve in series if curve.dashed)
     ]
     return f'<ul class="key">{"".join(items)}</ul>'
 
@@ -234,6 +244,7 @@ def _grid(across: Axis, up: Axis) -> str:
             f'<text class="tick" x="{LEFT - 8}" y="{y + 3.5:.1f}" text-anchor="end">'
             f"{short_number(tick)}</text>"
         )
+    # Horizontal axis with its ticks.
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right:.0f}" y1="{base}" y2="{base}"/>')
     for tick in across.ticks(10 if right > NARROW else 5):
@@ -247,17 +258,18 @@ def _grid(across: Axis, up: Axis) -> str:
 
 def _numbers(series: Sequence[Series], across: Axis, up: Axis) -> str:
     """Return the tooltip's data as JSON: axes in pixels, and the points of each line."""
+    # The script finds values by the axes in pixels.
     data = {
         "x": [across.low, across.high, across.start, across.end],
         "y": [up.low, up.high, up.start, up.end, int(up.log)],
         "series": [
             {
-                "label": f"{one.label}, {one.dashed}" if one.dashed else one.label,
-                "color": one.color,
-                "steps": [round(step) for step in one.steps],
-                "values": [float(f"{value:.4g}") for value in one.values],
+                "label": f"{curve.label}, {curve.dashed}" if curve.dashed else curve.label,
+                "color": curve.color,
+                "steps": [round(step) for step in curve.steps],
+                "values": [float(f"{value:.4g}") for value in curve.values],
             }
-            for one in series
+            for curve in series
         ],
     }
     return json.dumps(data, separators=(",", ":"))

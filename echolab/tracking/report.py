@@ -113,6 +113,7 @@ def write_again(out: Path) -> None:
     kept = out.with_suffix(".json")
     try:
         given = json.loads(kept.read_text(encoding="utf-8"))
+        # Paths must stay in the folder, values must have their types.
         runs = {name: inside(out.parent, path) for name, path in given["runs"].items()}
         videos = [
             Video(
@@ -134,6 +135,7 @@ def write_again(out: Path) -> None:
 
 def inside(folder: Path, name: Path | str) -> Path:
     """Return the path of a file in `folder`; ValueError if it lies elsewhere, also by a link."""
+    # A link may lead out of the folder, so the path is resolved first.
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} lies outside {folder}")
@@ -190,6 +192,7 @@ def _clip(video: Video) -> str:
     if content is None or content[4:8] != b"ftyp":
         fault = "not found" if content is None else "not an mp4 file"
         raise MediaError(f"{video.path}: {fault}; remove it, or write the video again")
+    # The page embeds the video, so that it can be sent alone.
     data = base64.b64encode(content).decode("ascii")
     caption = f"<small>{escape(video.caption)}</small>" if video.caption else ""
     return (
@@ -201,6 +204,7 @@ def _clip(video: Video) -> str:
 
 
 def _page(title: str, summary: Mapping[str, Any], sections: Mapping[str, str]) -> str:
+    # One section with an anchor for each part of the page.
     anchors = {name: re.sub(r"\W+", "-", name.lower()) for name in sections}
     links = "".join(f'<a href="#{anchors[name]}">{escape(name)}</a>' for name in sections)
     body = "".join(
@@ -214,16 +218,17 @@ def _page(title: str, summary: Mapping[str, Any], sections: Mapping[str, str]) -
         if name != "about"
     )
     about = f'<p class="about">{escape(str(summary["about"]))}</p>' if "about" in summary else ""
-    here = files("echolab.tracking")
+    templates = files("echolab.tracking")
+    # Fill in the template.
     parts = {
-        "style": (here / "report.css").read_text(encoding="utf-8"),
-        "script": (here / "report.js").read_text(encoding="utf-8"),
+        "style": (templates / "report.css").read_text(encoding="utf-8"),
+        "script": (templates / "report.js").read_text(encoding="utf-8"),
         "title": escape(title),
         "head": about + (f'<dl class="facts">{facts}</dl>' if facts else ""),
         "links": links,
         "body": body,
     }
-    frame = (here / "report.html").read_text(encoding="utf-8")
+    frame = (templates / "report.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame)
 
 
@@ -260,8 +265,9 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
     """Return the charts as HTML, by section title."""
     names = {name for rows in logs.values() for row in rows for name in row}
     names -= {"step", "attempt", "time"}
+    # Metrics that no section names get charts of their own.
     known = {name for group in SECTIONS.values() for name in group}
-    other = sorted(name for name in names - known if not name.startswith(PREFIXES))
+    others = sorted(name for name in names - known if not name.startswith(PREFIXES))
     charts = {
         section: "".join(_chart(name, logs, colors) for name in group)
         for section, group in SECTIONS.items()
@@ -272,7 +278,7 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
         "Noise levels": _chart_grid(_noise_levels(names, logs)),
         "Preference training": _chart_grid(charts["Preference training"] + _halves(logs)),
         "Optimizer and speed": _chart_grid(charts["Optimizer and speed"]),
-        "Other metrics": _chart_grid("".join(_chart(name, logs, colors) for name in other)),
+        "Other metrics": _chart_grid("".join(_chart(name, logs, colors) for name in others)),
     }
 
 
@@ -284,6 +290,7 @@ def _chart(name: str, logs: Mapping[str, Rows], colors: Mapping[str, str]) -> st
     lines = [
         Series(_run_title(run), colors[run], *series(rows, name)) for run, rows in logs.items()
     ]
+    # A metric without a title shows its own name.
     title = TITLES.get(name, name.split("/", 1)[-1].replace("_", " "))
     return line_chart(title, name, lines, wide=name in WIDE)
 
@@ -291,6 +298,7 @@ def _chart(name: str, logs: Mapping[str, Rows], colors: Mapping[str, str]) -> st
 def _tasks(names: set[str], logs: Mapping[str, Rows], colors: Mapping[str, str]) -> str:
     """Return one chart for each task: its training error, and its validation error dashed."""
     errors = [(name, prefix) for prefix in PREFIXES[:2] for name in names]
+    # Tasks in the order of the table, then those that it does not know.
     seen = {name.removeprefix(prefix) for name, prefix in errors if name.startswith(prefix)}
     charts = []
     for task in [*TASKS, *sorted(seen - set(TASKS))]:
@@ -326,6 +334,7 @@ def _probabilities(logs: Mapping[str, Rows]) -> str:
         prefix = PREFIXES[2]
         logged = dict.fromkeys(n for row in rows for n in row if n.startswith(prefix))
         names = sorted(logged, key=lambda name: _task_order(name.removeprefix(prefix)))
+        # Shares must sum to one, so rows that lack a task are left out.
         complete = [row for row in rows if all(name in row for name in names)] if names else []
         areas = [
             Series(TASK_TITLES.get(task, task), f"task-{min(_task_order(task), 5)}", *values)

@@ -32,15 +32,19 @@ def main() -> None:
     parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
+    # Standard output carries answers to the parent.
     for stream in (1, 2):  # because wandb and its service print to them
         os.dup2(null, stream)
+    # This process must not outlive its parent.
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     lines = _lines(parent)
+    # The first line describes the run.
     about = json.loads(next(lines, "null"))
     if about is None:
         return
     opening: dict[str, Any] = {}
     if about["previous"]:
+        # An earlier process may have died: report how many rows it recorded.
         opening["recorded"] = recorded_rows(Path(about["previous"]))
     try:
         opening["mode"] = mode = _mode(about["mode"])
@@ -65,6 +69,7 @@ class _Mirror:
         """Write records until a `finish` record or the end of the parent; then finish the run."""
         threading.Thread(target=self._watch_service, daemon=True).start()
         exit_code = 1
+        # Write until the parent requests the end.
         for line in lines:
             record = json.loads(line)
             if "finish" in record:
@@ -72,6 +77,7 @@ class _Mirror:
                 break
             self._write(record)
         self.finishing = True
+        # Finish for a limited time: a server that hangs must not keep this process.
         threading.Timer(FINISH_SECONDS, os._exit, [1]).start()
         folder = Path(self.run.dir).parent
         try:
@@ -97,6 +103,7 @@ class _Mirror:
         except Exception as error:
             if _service_ended():  # the record is valid: the next process gets it again
                 self._leave_without_service()
+            # wandb refused this record alone; continue with the next.
             self.failed += 1
             self.fault = self.fault or _message(error)
 
@@ -119,6 +126,7 @@ class _Mirror:
 
 def _exit_after(parent: int) -> None:
     """Wait for the end of the parent, then end this process even if wandb still opens a run."""
+    # The parent of an orphan is another process.
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     time.sleep(ORPHAN_SECONDS)

@@ -72,6 +72,7 @@ class WandbRun:
         self._mirror: _Mirror | None = None
         self._mode = _chosen(mode)
         if self._mode != "disabled":
+            # Secrets leave neither the process nor the disk.
             about = {
                 "folder": str(folder.absolute()), "project": mask_secrets(project),
                 "run_id": run_id, "name": mask_secrets(name), "config": mask_values(config),
@@ -242,6 +243,7 @@ class _Mirror:
 
     def _report(self, message: str) -> None:
         """Print a line about this run, only the first time."""
+        # One line is enough: a run logs for days.
         if self._reported:
             return
         self._reported = True
@@ -273,6 +275,7 @@ class _Mirror:
         """Start a process and send it records; return whether it finished."""
         about = {**self.about, "mode": self.mode, "previous": self._folder}
         process = self._process = _Process(about)
+        # The first answer names the records of an earlier process.
         self._keep_unrecorded(first := process.receive())
         self.mode = first.get("mode", self.mode)
         opened = process.receive()
@@ -280,6 +283,7 @@ class _Mirror:
             process.kill()
             self._not_opened(opened.get("fault") or first.get("fault") or self._wait_fault)
             return False
+        # The run is open: send again what an earlier process lost.
         self._folder = opened["folder"]
         self._opened.set()
         self._report_folder()
@@ -287,6 +291,7 @@ class _Mirror:
         self._recent.clear()
         last = self._send_all(process, again)
         self._fault = self._fault or last.get("fault", "")
+        # Count what wandb refused as lost.
         if last.get("finished"):
             if self.mode == "offline":
                 self._lost += self._sent - last["recorded"]
@@ -301,6 +306,7 @@ class _Mirror:
         """Keep the records that the previous process did not store, to send them again."""
         if "recorded" not in first:
             return
+        # Older records than MAX_KEPT are lost.
         missing = max(self._sent - first["recorded"], 0)
         again = list(self._recent)[len(self._recent) - min(missing, len(self._recent)) :]
         self._lost += missing - len(again)
@@ -330,6 +336,7 @@ class _Mirror:
 
     def _send_all(self, process: _Process, again: Sequence[str]) -> dict[str, Any]:
         """Send the records `again`, then the queued ones; return the last answer of the process."""
+        # What an earlier process lost goes first, in order.
         for line in again:
             self._send(process, line)
         while process.alive:
