@@ -148,7 +148,7 @@ class Step:
         offloading = offload_activations(net) if checkpointing == OFFLOAD else nullcontext()
 
         def run() -> None:
-            # A kernel that is missing, or memory that is short, is a row less.
+            # Free the gradients even if memory does not suffice.
             try:
                 with self._autocast(), offloading:
                     velocity = forward(net, self.inputs)
