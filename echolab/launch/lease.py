@@ -135,7 +135,6 @@ def _has_ended(holder: Holder) -> bool:
 def newest(run: Path) -> Lease | None:
     """Return the highest epoch that was taken; None without one."""
     # The names alone count: the file of the newest epoch may still be empty.
-    # Listing the folder makes network file systems ask the server, unlike a cached lookup.
     try:
         names = os.listdir(run / LEASE)
     except FileNotFoundError:
