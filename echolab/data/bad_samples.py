@@ -92,6 +92,7 @@ class TolerantReader:
         `read` raises DataError for a bad sample.  Without a budget that error is raised; with one,
         DataError is raised if the budget of the shard or of the dataset is exceeded.
         """
+        # Without a budget the first bad sample is the error.
         if not self.max_bad_fraction or self.quarantine is None:
             return self._read_strictly(i, read)
         substitutes = self.substitutes or next_samples(len(self.dataset))

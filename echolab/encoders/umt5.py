@@ -63,6 +63,7 @@ def as_written(text: str) -> str:
 
 def cleaned(text: str) -> str:
     """Return a text as Wan and diffusers clean it: no mojibake, entities or runs of spaces."""
+    # Entities may be escaped twice in captions from the web.
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
