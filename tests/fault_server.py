@@ -127,8 +127,8 @@ def announces(size: int) -> Fault:
     return lambda answer: answer.head(200, size)
 
 
-def sent_to(place: str) -> Fault:
-    return lambda answer: answer.head(302, 0, Location=place)
+def sent_to(url: str) -> Fault:
+    return lambda answer: answer.head(302, 0, Location=url)
 
 
 def slow(answer: Answer) -> None:

@@ -205,9 +205,9 @@ def test_training_batches_skip_bad_clips(tmp_path: Path) -> None:
         runs.write_clips(tmp_path / "clips", 9),
         runs.write_pairs(tmp_path / "pairs", 4),
     )
-    place = encoded_clips.sample(4)
-    with (tmp_path / "clips" / place.shard).open("r+b") as file:
-        file.seek(place.members["safetensors"][0] + 5000)
+    sample = encoded_clips.sample(4)
+    with (tmp_path / "clips" / sample.shard).open("r+b") as file:
+        file.seek(sample.members["safetensors"][0] + 5000)
         file.write(b"damaged")
 
     def keys(world: int, **tolerance: Any) -> list[str]:
@@ -237,9 +237,9 @@ def test_training_batches_skip_bad_clips(tmp_path: Path) -> None:
 def test_a_run_counts_its_skipped_samples(tmp_path: Path) -> None:
     for write, count in ((runs.write_clips, 7), (runs.write_pairs, 5)):
         clips = write(tmp_path / write.__name__.removeprefix("write_"), count)
-        place = clips.sample(0)
-        with (tmp_path / clips.folder / place.shard).open("r+b") as file:
-            file.seek(place.members["safetensors"][0] + 5000)
+        sample = clips.sample(0)
+        with (tmp_path / clips.folder / sample.shard).open("r+b") as file:
+            file.seek(sample.members["safetensors"][0] + 5000)
             file.write(b"damaged")
     plan = runs.schedule(("sft", 2), ("dpo", 2))
     with pytest.raises(DataError, match="sample clip-000, byte"):

@@ -31,8 +31,8 @@ def result_of(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
 
 def test_inspect_prints_the_saved_contents(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = folder_of(run / "checkpoints", 4)
-    for place in (run, run / "checkpoints", newest):
-        code, result = result_of(capsys, "inspect", place)
+    for path in (run, run / "checkpoints", newest):
+        code, result = result_of(capsys, "inspect", path)
         assert code == 0 and result["path"] == str(newest) and result["step"] == 4
     assert list(result["parts"]) == ["ema", "ema-0.5", "exp_avg", "exp_avg_sq", MASTER]
     net = saved.net()

@@ -197,8 +197,8 @@ def test_a_planted_pickle_is_never_executed(tmp_path: Path) -> None:
     shutil.copytree(newest, aside)
     for content in (bait, zipped.read_bytes()):
         for name in LOADED_BY_OTHERS:
-            for place in (run, checkpoints, newest):
-                (place / name).write_bytes(content)
+            for target in (run, checkpoints, newest):
+                (target / name).write_bytes(content)
         assert _used_by_all(newest) == 2  # such files are no part of the checkpoint and are ignored
         for name in sorted(path.name for path in aside.iterdir()):
             (newest / name).write_bytes(content)

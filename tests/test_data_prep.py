@@ -110,10 +110,10 @@ def test_flash_and_tone_stay_in_sync(tmp_path: Path, times: list[float], sound_f
     start = write_flashing(path, times, sound_from=sound_from)
     probed = probe(path)
     grid = make_grid(probed)
-    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
+    audio = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
     images = np.stack(list(VideoReader(probed, 128, 128).read(grid.indices)))
     flash = int(np.argmax(images.mean((1, 2, 3)) > 128)) / 25
-    tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
+    tone = int(np.argmax(np.abs(audio) > 0.1)) / 16000
     # The nearest frame is shown: half a source frame early, or one output frame late, at most.
     assert -max(np.diff(times)) / 2 - 0.003 <= flash - tone <= 0.04 + 0.003
     assert abs(grid.seconds(0) + tone - start) < 0.003

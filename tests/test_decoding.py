@@ -115,9 +115,9 @@ def test_frames_and_audio_keep_their_times(tmp_path: Path, case: Case) -> None:
     assert set(numbers) >= set(shown) if step >= 0.04 and case.times is EVEN else True
     probed = probe(path)
     grid = make_grid(probed)
-    sound = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
+    audio = audio_of(read_audio_track(path), grid, 0, len(grid.indices))
     flash = times[numbers[int(np.argmax([flashes(image) for image in images]))]]
-    tone = int(np.argmax(np.abs(sound) > 0.1)) / 16000
+    tone = int(np.argmax(np.abs(audio) > 0.1)) / 16000
     assert abs(tone - flash) <= 0.02
 
 
@@ -192,10 +192,10 @@ def test_undecodable_audio_is_not_replaced_by_silence(tmp_path: Path) -> None:
         at = data.index(packet)
         data[at : at + len(packet)] = bytes(len(packet))
     path.write_bytes(data)
-    sound, grid = read_audio_track(path), make_grid(probe(path))
-    first, last = min(sound.damaged)[0], max(sound.damaged)[1]
+    audio, grid = read_audio_track(path), make_grid(probe(path))
+    first, last = min(audio.damaged)[0], max(audio.damaged)[1]
     assert abs(first - 15 * 0.032) < 0.04 and abs(last - 20 * 0.032) < 0.04
-    covered = has_audio(sound, grid)
+    covered = has_audio(audio, grid)
     assert not covered[math.ceil(first * 25) : math.floor(last * 25)].any()
     assert covered[:10].all() and covered[18:35].all()
     with pytest.raises(MediaError, match=r"a\.mkv: the audio is damaged at 0\.4"):
@@ -210,9 +210,9 @@ def test_audio_may_change_its_layout(tmp_path: Path) -> None:
                 audio_from=1.8, layout="stereo")  # fmt: skip
     joined = b"".join((tmp_path / f"{name}.ts").read_bytes() for name in ("mono", "stereo"))
     (tmp_path / "both.ts").write_bytes(joined)
-    sound = read_audio_track(tmp_path / "both.ts")
-    assert abs(len(sound.samples) / 16000 - 3.36) < 0.1
-    quiet = np.abs(sound.samples.reshape(-1, 16)[200:3000]).max(1) < 0.05
+    audio = read_audio_track(tmp_path / "both.ts")
+    assert abs(len(audio.samples) / 16000 - 3.36) < 0.1
+    quiet = np.abs(audio.samples.reshape(-1, 16)[200:3000]).max(1) < 0.05
     assert quiet.mean() < 0.05
 
 

@@ -144,9 +144,9 @@ def test_a_playlist_is_not_read_as_a_video(tmp_path: Path, kind: str, where: str
     """In a file as in a shard, nothing is requested over the network."""
     (tmp_path / "victim.mp4").write_bytes(media.encode_mp4(np.zeros((5, 16, 16, 3), np.uint8)))
     with fault_server.serving(tmp_path) as server:
-        place = {"beside": "victim.mp4", "address": f"{server.url}/victim.mp4",
+        reference = {"beside": "victim.mp4", "address": f"{server.url}/victim.mp4",
                  "absolute": str(tmp_path / "victim.mp4")}[where]  # fmt: skip
-        text = PLAYLISTS[kind].format(place).encode()
+        text = PLAYLISTS[kind].format(reference).encode()
         evil = tmp_path / "evil.mp4"
         evil.write_bytes(text)
         with pytest.raises((ValueError, av.FFmpegError)), open_media(evil):

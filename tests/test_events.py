@@ -18,7 +18,7 @@ def test_a_truncated_file_keeps_its_complete_lines(
     wrote = [append(folder, step, "spike", reason="ü" * step, usual=None) for step in range(4)]
     assert read(folder) == wrote and [event.id for event in wrote] == [1, 2, 3, 4]
     data = (folder / EVENTS).read_bytes()
-    ends = [place for place, byte in enumerate(data) if byte == ord("\n")]
+    ends = [position for position, byte in enumerate(data) if byte == ord("\n")]
     (folder / EVENTS).write_bytes(data[:cut])
     complete = sum(cut >= end for end in ends)
     assert read(folder) == wrote[:complete]

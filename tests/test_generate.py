@@ -102,8 +102,8 @@ def test_the_video_has_the_audio_and_its_length(
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(frames) == 42 and frames[0].shape == (64, 64, 3)
     with av.open(str(out)) as video:
-        sound = np.concatenate([f.to_ndarray() for f in video.decode(audio=0)], axis=1)
-    assert np.abs(sound).max() > 0.05
+        samples = np.concatenate([f.to_ndarray() for f in video.decode(audio=0)], axis=1)
+    assert np.abs(samples).max() > 0.05
 
 
 def test_the_same_seed_gives_the_same_video(
@@ -361,24 +361,24 @@ def test_a_local_task_keeps_the_pixels_of_the_source_outside_its_mask(
 
 
 @pytest.mark.parametrize(
-    "place", ["missing/deep/v.mp4", "file/v.mp4", "folder.mp4", f"{'x' * 260}.mp4"]
+    "output", ["missing/deep/v.mp4", "file/v.mp4", "folder.mp4", f"{'x' * 260}.mp4"]
 )
 def test_the_output_path_is_checked_before_the_work(
-    made: small_run.SmallRun, given: Given, tmp_path: Path, place: str,
+    made: small_run.SmallRun, given: Given, tmp_path: Path, output: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     done: list[str] = []
     monkeypatch.setattr(module, "load_models", lambda *_: done.append("weights") or sys.exit(9))
-    if place.startswith("missing"):  # the folder is made
+    if output.startswith("missing"):  # the folder is made
         with pytest.raises(SystemExit):
-            generate(made, *words_for("i2v", given), f"out={tmp_path / place}")
-        assert done == ["weights"] and (tmp_path / place).parent.is_dir()
+            generate(made, *words_for("i2v", given), f"out={tmp_path / output}")
+        assert done == ["weights"] and (tmp_path / output).parent.is_dir()
         return
-    assert generate(made, *words_for("i2v", given), f"out={tmp_path / place}") == 1
+    assert generate(made, *words_for("i2v", given), f"out={tmp_path / output}") == 1
     said = capsys.readouterr().err
-    assert done == [] and said.count("\n") == 1 and f"{tmp_path / place}: " in said
+    assert done == [] and said.count("\n") == 1 and f"{tmp_path / output}: " in said
 
 
 @pytest.mark.parametrize(

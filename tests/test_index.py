@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from echolab.data.index import fingerprint, parse_index
 from echolab.errors import DataError
 
-places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(0, 2**32 - 1))
-members = st.dictionaries(st.sampled_from(["mp4", "json", "tracks.npz", "ü.png"]), places)
+spans = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(0, 2**32 - 1))
+members = st.dictionaries(st.sampled_from(["mp4", "json", "tracks.npz", "ü.png"]), spans)
 
 
 @st.composite

@@ -78,9 +78,9 @@ def test_a_multistep_solver_keeps_one_history_for_a_long_video(solver: str) -> N
 def long_conditions(per_frame: int = 2) -> Conditions:
     """Return audio of 9 latent frames, 33 frames; each value is its own index."""
     audio = torch.arange(33.0 * per_frame)[None, :, None]
-    places = torch.arange(9.0)[None, None, :, None, None]
+    positions = torch.arange(9.0)[None, None, :, None, None]
     return tiny.conditions(1)._replace(
-        audio=audio, known=torch.zeros(1, 4, 9, 2, 2), known_latents=places.expand(1, 4, 9, 2, 2)
+        audio=audio, known=torch.zeros(1, 4, 9, 2, 2), known_latents=positions.expand(1, 4, 9, 2, 2)
     )
 
 
@@ -101,7 +101,7 @@ def test_the_windows_audio_is_the_released_slice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "span", "places"),
+    ("known", "span", "positions"),
     [
         ((), (4, 7), [0, 1, 2]),  # t2v: nothing is known anywhere
         ((0,), (4, 7), [0, 1, 2]),  # i2v: the first picture, and the grey after it
@@ -113,12 +113,12 @@ def test_the_windows_audio_is_the_released_slice() -> None:
     ],
 )
 def test_a_window_gets_its_known_pixels_or_the_first_image(
-    known: tuple[int, ...], span: tuple[int, int], places: list[int]
+    known: tuple[int, ...], span: tuple[int, int], positions: list[int]
 ) -> None:
     conditions = given(long_conditions(), *known)
     part = window_conditions(conditions, *span)
-    assert part.known_latents[0, 0, :, 0, 0].tolist() == places
-    assert torch.equal(part.known, conditions.known[:, :, places])
+    assert part.known_latents[0, 0, :, 0, 0].tolist() == positions
+    assert torch.equal(part.known, conditions.known[:, :, positions])
 
 
 def test_one_window_equals_the_clip() -> None:

@@ -90,10 +90,10 @@ def test_invalid_audio_is_refused(samples: np.ndarray) -> None:
 def test_a_written_video_keeps_its_audio_in_sync(tmp_path: Path) -> None:
     samples = chirp(25 * 640)
     write_video(tmp_path / "a.mp4", ramp(25), samples)
-    sound = read_audio_track(tmp_path / "a.mp4")
-    decoded = sound.samples[: len(samples)]
+    audio = read_audio_track(tmp_path / "a.mp4")
+    decoded = audio.samples[: len(samples)]
     lag = np.correlate(decoded[4000:8000], samples[3900:8100], "valid").argmax() - 100
-    assert abs(sound.start_seconds + lag / 16000) < 0.002
+    assert abs(audio.start_seconds + lag / 16000) < 0.002
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 25
 
@@ -135,9 +135,9 @@ def test_files_without_audio_are_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_are_reported() -> None:
-    video, sound = encode_mp4(ramp()), encode_flac(chirp(800))
+    video, audio = encode_mp4(ramp()), encode_flac(chirp(800))
     tracks = encode_tracks(np.zeros((3, 4)), np.zeros((3, 4)))
-    for decode, data in ((decode_mp4, video), (decode_flac, sound), (decode_tracks, tracks)):
+    for decode, data in ((decode_mp4, video), (decode_flac, audio), (decode_tracks, tracks)):
         for damaged in (b"", data[:40]):
             with pytest.raises(MediaError) as caught:
                 decode(damaged)

@@ -58,17 +58,17 @@ def test_full_scale_audio_keeps_its_sign() -> None:
 
 def test_silence_is_finite_and_later_audio_changes_no_earlier_column() -> None:
     assert np.isfinite(mfcc(np.zeros(3200, np.float32))).all()
-    sound = np.concatenate([np.zeros(1600, np.float32), noise(1600)])
-    cepstra = mfcc(sound)
+    audio = np.concatenate([np.zeros(1600, np.float32), noise(1600)])
+    cepstra = mfcc(audio)
     silent = 1 + (1600 - 400) // 160  # columns that end before the audio begins
     assert np.ptp(cepstra[:silent], axis=0).max() == 0
     assert cepstra[silent + 1, 0] > cepstra[0, 0] + 10
 
 
 def test_a_delay_of_ten_milliseconds_is_one_column() -> None:
-    sound = noise(8000)
-    late = np.concatenate([np.zeros(160, np.float32), sound])
-    np.testing.assert_allclose(mfcc(late)[2:-3], mfcc(sound)[1:-3], atol=1e-3)
+    audio = noise(8000)
+    late = np.concatenate([np.zeros(160, np.float32), audio])
+    np.testing.assert_allclose(mfcc(late)[2:-3], mfcc(audio)[1:-3], atol=1e-3)
 
 
 def test_filters_are_adjoining_triangles() -> None:

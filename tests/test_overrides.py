@@ -217,9 +217,9 @@ def test_values_of_lists_and_mappings_may_be_quoted() -> None:
     assert config["lora"]["target_modules"] == ["a#b", "c=d", "é {f}"]
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("position", [0, 1, 2])
 def test_the_option_of_a_sweep_may_stand_anywhere(
-    place: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    position: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     swept: list[str] = []
 
@@ -229,6 +229,6 @@ def test_the_option_of_a_sweep_may_stand_anywhere(
 
     monkeypatch.setattr(train.sweep, "run", recorded)
     words = [f"run_dir='{tmp_path}/a=b, c'", "data.clips=x", "pretrained=a b,c=d#e,'f,g',-h"]
-    words.insert(place, "-m")
+    words.insert(position, "-m")
     assert train.main(words) == 0
     assert swept == ["a b", "c=d#e", "f,g", "-h"]

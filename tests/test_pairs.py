@@ -163,9 +163,9 @@ def test_a_total_is_the_sum_of_standardized_parts() -> None:
     scores = total_scores(verdicts)
     assert sum(scores.values()) == pytest.approx(0)
     assert [scores["a", n] for n in range(4)] == sorted(scores.values())
-    scaled = {place: v._replace(sync=100 * v.sync + 7) for place, v in verdicts.items()}
-    for place, total in total_scores(scaled).items():
-        assert total == pytest.approx(scores[place])
+    scaled = {candidate: v._replace(sync=100 * v.sync + 7) for candidate, v in verdicts.items()}
+    for candidate, total in total_scores(scaled).items():
+        assert total == pytest.approx(scores[candidate])
     good, shaky, strange = Verdict(1, 0.9, 0.1), Verdict(1, 0.9, 0.3), Verdict(1, 0.2, 0.1)
     total = total_scores({("a", 0): good, ("a", 1): shaky, ("a", 2): strange})
     assert total["a", 0] > max(total["a", 1], total["a", 2])
@@ -251,7 +251,7 @@ def test_verdicts_survive_a_stop_in_the_middle_of_a_line(tmp_path: Path) -> None
     for cut in range(len(original) + 1):
         path.write_bytes(original[:cut])
         kept = read_verdicts(path)
-        assert kept == {place: every[place] for place in kept}
+        assert kept == {candidate: every[candidate] for candidate in kept}
         append_verdicts(path, "a", a)
         append_verdicts(path, "b", b)
         assert read_verdicts(path) == every, cut

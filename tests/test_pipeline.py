@@ -25,8 +25,8 @@ def made(
     return generate(net, conditions, keys, **settings)  # type: ignore[arg-type]
 
 
-def rows(conditions: Conditions, places: list[int]) -> Conditions:
-    return Conditions(*(tensor[places] for tensor in conditions))
+def rows(conditions: Conditions, indices: list[int]) -> Conditions:
+    return Conditions(*(tensor[indices] for tensor in conditions))
 
 
 def test_a_clip_depends_on_its_key_and_not_on_its_batch(net: EchoTransformer) -> None:

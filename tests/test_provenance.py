@@ -30,9 +30,9 @@ ONE = {"video": "a" * 64, "text": "t", "image": "i", "audio": "s"}
 OTHERS = {name: {**ONE, name: "b" * 64} for name in ONE}
 
 
-def rewritten(place: Path, out: Path, encoders: dict[str, str], first: int = 0) -> Path:
+def rewritten(source: Path, out: Path, encoders: dict[str, str], first: int = 0) -> Path:
     """Write a dataset again, as made by `encoders`; keys count from `first`."""
-    dataset = open_dataset(place)
+    dataset = open_dataset(source)
     with ShardWriter(out, kind=dataset.kind, encoders=encoders) as writer:
         for i in range(len(dataset)):
             members = dataset.read(i)
@@ -61,9 +61,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return datasets
 
 
-def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
-    settings = [f"{name}={place}" for name, place in places.items()]
-    plan = encoded.plan(("sft", 1), *([("dpo", 1)] if "data.pairs" in places else []))
+def train_on(run: Path, paths: dict[str, Any], *words: str) -> Any:
+    settings = [f"{name}={folder}" for name, folder in paths.items()]
+    plan = encoded.plan(("sft", 1), *([("dpo", 1)] if "data.pairs" in paths else []))
     return train(
         compose(
             [*encoded.SETTINGS, "verify_export=false", f"run_dir={run}", plan, *settings, *words]
@@ -71,7 +71,7 @@ def train_on(run: Path, places: dict[str, Any], *words: str) -> Any:
     )
 
 
-def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
+def paths_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
     """Return the paths of all data of a run, made by ONE except for the one that is `changed`."""
     names = {"data.clips": "clips", "data.val_clips": "held", "data.pairs": "pairs",
              "init_from": "run", "ref_model": "run"}  # fmt: skip
@@ -82,7 +82,7 @@ def places_of(made: dict[str, Path], **changed: str) -> dict[str, Path]:
 
 
 def test_data_of_the_same_networks_is_mixed(made: dict[str, Path], tmp_path: Path) -> None:
-    assert train_on(tmp_path / "run", places_of(made)).done
+    assert train_on(tmp_path / "run", paths_of(made)).done
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_data_of_different_networks_is_not_mixed(
 ) -> None:
     words = f"{encoder} encoder is .*; encode both with the same"
     with pytest.raises(EcholabError, match=words) as error:
-        train_on(tmp_path / "run", places_of(made, **{what: encoder}))
+        train_on(tmp_path / "run", paths_of(made, **{what: encoder}))
     assert "\n" not in str(error.value)
 
 
@@ -127,8 +127,8 @@ def test_training_clips_are_refused_as_held_out_clips(
     assert "warning: data.val_clips" in capsys.readouterr().err
     part = tmp_path / "part"
     with ShardWriter(part, kind="encoded", encoders=ONE) as writer:
-        for place in (made["one/held"], clips):
-            dataset = open_dataset(place)
+        for folder in (made["one/held"], clips):
+            dataset = open_dataset(folder)
             writer.write(dataset.keys[1], dataset.read(1))
     assert shared_samples(open_dataset(part), open_dataset(clips)) == 1
     assert train_on(tmp_path / "b", {"data.clips": clips, "data.val_clips": part}).done
@@ -142,9 +142,9 @@ def test_pairs_of_held_out_prompts_are_refused(made: dict[str, Path], tmp_path: 
     with ShardWriter(out, kind="preference", encoders=ONE, description=about) as writer:
         writer.write("a", dataset.read(0))
         writer.write("b", dataset.read(1))
-    places = {**places_of(made), "data.pairs": out}
+    paths = {**paths_of(made), "data.pairs": out}
     with pytest.raises(DataError, match="data.pairs: .* was sampled from the held-out clips"):
-        train_on(tmp_path / "run", places)
+        train_on(tmp_path / "run", paths)
 
 
 def test_a_pair_of_equal_clips_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_pair_of_equal_clips_is_refused(made: dict[str, Path], tmp_path: Path)
     with pytest.raises(DataError, match="sample same: chosen and rejected are the same clip"):
         read_pair(open_dataset(tmp_path / "pairs"), 0)
     with pytest.raises(DataError, match="chosen and rejected are the same clip"):
-        train_on(tmp_path / "run", {**places_of(made), "data.pairs": tmp_path / "pairs"})
+        train_on(tmp_path / "run", {**paths_of(made), "data.pairs": tmp_path / "pairs"})
 
 
 def test_adapters_need_a_trained_base(made: dict[str, Path], tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ def released(model: str) -> dict[str, Tensor]:
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
     """Write three shards and their index, as Hugging Face does."""
     folder.mkdir()
-    places = {name: f"w-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
-    for place in set(places.values()):
-        own = {name: tensor for name, tensor in tensors.items() if places[name] == place}
-        save_file(own, folder / place)
-    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    shard_of = {name: f"w-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        own = {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}
+        save_file(own, folder / shard)
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
     return folder
 
 

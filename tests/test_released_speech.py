@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sound(samples: int) -> Tensor:
+def audio(samples: int) -> Tensor:
     times = torch.arange(samples) / 16_000
     noise = torch.randn(samples, generator=torch.Generator().manual_seed(0))
     return 0.2 * torch.sin(2 * torch.pi * 220 * times) + 0.05 * noise
@@ -39,7 +39,7 @@ def sound(samples: int) -> Tensor:
 def test_two_tokens_a_frame_for_any_audio_that_follows(folders: Path, more: int) -> None:
     speech = load_preview_speech(folders / "base", CPU)
     for frames in (1, 2, 5, 13, 49, 81):
-        tokens = speech(sound(640 * frames + more), frames)
+        tokens = speech(audio(640 * frames + more), frames)
         assert tokens.shape == (2 * frames, 16) and tokens.dtype == torch.float32
 
 
@@ -55,7 +55,7 @@ def test_the_fewest_samples_make_exactly_the_requested_tokens(folders: Path) -> 
 
 
 def test_tokens_equal_those_of_the_release_if_it_accepts_the_length(folders: Path) -> None:
-    frames, samples = 13, sound(640 * 14)  # a frame longer than the clip
+    frames, samples = 13, audio(640 * 14)  # a frame longer than the clip
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folders / "base")
     net = Wav2Vec2Model.from_pretrained(folders / "base").eval()
     values = extractor(samples.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
@@ -72,7 +72,7 @@ def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
     speech = load_preview_speech(folders / "base", CPU)
     given = []
     speech.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
-    samples = sound(640 * 5)
+    samples = audio(640 * 5)
     speech(samples, 5)
     assert given[0].shape == (1, 640 * 5 + 80) and not given[0][0, -80:].any()
     assert torch.equal(given[0][:, :-80], speech.normalized(samples))
@@ -82,11 +82,11 @@ def test_zeros_that_follow_change_the_last_token_most(folders: Path) -> None:
 def test_audio_shorter_than_the_clip_is_refused_with_both_lengths(folders: Path, kind: str) -> None:
     load = {"base": load_preview_speech, "chinese": load_flash_speech}[kind]
     with pytest.raises(MediaError, match=r"8319 samples.*13 frames \(8320 samples\)"):
-        load(folders / kind, CPU)(sound(640 * 13 - 1), 13)
+        load(folders / kind, CPU)(audio(640 * 13 - 1), 13)
 
 
 def test_flash_uses_every_layer_once_for_each_frame(folders: Path) -> None:
-    frames, samples = 17, sound(640 * 20)
+    frames, samples = 17, audio(640 * 20)
     speech = load_flash_speech(folders / "chinese", CPU)
     layers = speech(samples, frames)
     assert layers.shape == (frames, 12, 16)
@@ -110,7 +110,7 @@ def test_flash_uses_every_layer_once_for_each_frame(folders: Path) -> None:
 @pytest.mark.parametrize("frames", [10, 13, 49, 81])
 def test_flash_gives_one_vector_for_each_frame(folders: Path, frames: int) -> None:
     speech = load_flash_speech(folders / "chinese", CPU)
-    assert speech(sound(640 * frames), frames).shape == (frames, 12, 16)
+    assert speech(audio(640 * frames), frames).shape == (frames, 12, 16)
     assert not speech.net.feature_extractor._forward_hooks  # nothing is left behind
 
 
@@ -133,14 +133,14 @@ def test_loudness_follows_the_itu_recommendation() -> None:
 
 def test_flash_ignores_the_loudness_of_a_recording(folders: Path) -> None:
     speech = load_flash_speech(folders / "chinese", CPU)
-    loud, quiet = sound(640 * 13), 0.01 * sound(640 * 13)
+    loud, quiet = audio(640 * 13), 0.01 * audio(640 * 13)
     torch.testing.assert_close(speech(loud, 13), speech(quiet, 13), rtol=1e-3, atol=1e-4)
     assert bool(speech(torch.zeros(640 * 13), 13).isfinite().all())
 
 
 def test_audio_without_a_loudness_is_refused(folders: Path) -> None:
     with pytest.raises(MediaError, match=r"5760 samples \(0.36 s\) has no loudness, need 0.4 s"):
-        load_flash_speech(folders / "chinese", CPU)(sound(640 * 9), 9)
+        load_flash_speech(folders / "chinese", CPU)(audio(640 * 9), 9)
 
 
 def test_a_folder_without_its_parts_is_refused(folders: Path, tmp_path: Path) -> None:

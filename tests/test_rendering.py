@@ -179,8 +179,8 @@ def test_a_chunk_continues_the_decoded_end_of_the_previous_one(given: dict[str, 
     frames = frames_of(40, CHUNKS, "chunked")
     assert spans_of(40, CHUNKS, "chunked") == [(0, 17), (9, 26), (18, 35), (27, 40)]
     assert frames == 40 and steps_of(40, CHUNKS, "chunked") == 8
-    sound = torch.arange(2.0 * frames).repeat_interleave(320)
-    scene = encode_scene(renders.encoders, made.extended(frames), sound, "a", None)
+    audio = torch.arange(2.0 * frames).repeat_interleave(320)
+    scene = encode_scene(renders.encoders, made.extended(frames), audio, "a", None)
     steps: list[int] = []
     video_out = render_chunks(renders, scene, lambda done, note: steps.append(done))
     assert video_out.shape == (3, 40, 64, 64) and steps == [*range(1, 9)]
@@ -224,15 +224,17 @@ def test_by_clip_encodes_the_audio_of_each_window_alone(
     recipe = RECIPE._replace(by_clip=by_clip)
     renders, _, net = renderer(recipe)
     frames, calls = frames_of(FRAMES, recipe, "joint"), []
-    made, audio = footage("i2v", given).extended(frames), renders.encoders.audio
+    made, encode = footage("i2v", given).extended(frames), renders.encoders.audio
 
     def counted(samples: Tensor, count: int) -> Tensor:
         calls.append(count)
-        return audio(samples, count)
+        return encode(samples, count)
 
     renders = renders._replace(encoders=renders.encoders._replace(audio=counted))
-    sound = torch.arange(2.0 * frames).repeat_interleave(320)
-    render_windows(renders, encode_scene(renders.encoders, made, sound, "a", None), lambda *_: None)
+    samples = torch.arange(2.0 * frames).repeat_interleave(320)
+    render_windows(
+        renders, encode_scene(renders.encoders, made, samples, "a", None), lambda *_: None
+    )
     assert calls == ([33, 17, 17] if by_clip else [21])
     assert net.received[0].audio[-1, :, 0].tolist() == [*range(tokens)]
     assert net.received[1].audio[-1, 0, 0] == 32, "latent frame 4 begins with token 32"

@@ -48,12 +48,12 @@ def report(tmp_path: Path) -> dict[str, Any]:
     """Return arguments of write_report, with two clips that have audio."""
     frames = np.zeros((25, 64, 48, 3), np.uint8)
     frames[:, 16:48, 12:36] = np.arange(0, 250, 10, dtype=np.uint8)[:, None, None, None]
-    sound = np.sin(np.arange(16000) * 0.1).astype(np.float32) / 3
+    samples = np.sin(np.arange(16000) * 0.1).astype(np.float32) / 3
     videos = []
     (tmp_path / "samples").mkdir()
     for name in ("sft", "dpo"):
         path = tmp_path / "samples" / f"{name}.mp4"
-        write_video(path, frames, sound, fps=25, rate=16000)
+        write_video(path, frames, samples, fps=25, rate=16000)
         videos.append(Video(path, name.upper(), caption=HOSTILE, group="Talker 7"))
     write_metrics(tmp_path / "sft" / "metrics.jsonl", range(60))
     write_metrics(tmp_path / "dpo" / "metrics.jsonl", range(60, 80))
@@ -223,9 +223,9 @@ def test_a_report_over_untrusted_files_embeds_nothing_from_outside(
 ) -> None:
     write_report(tmp_path / "report.html", **report)
     name = {"videos": "secret.mp4", "runs": "metrics.jsonl"}[what]
-    place = outside(tmp_path) / name
-    (tmp_path / f"link-{name}").symlink_to(place)
-    values = {"absolute": str(place), "relative": f"samples/../../{place.parent.name}/{name}",
+    target = outside(tmp_path) / name
+    (tmp_path / f"link-{name}").symlink_to(target)
+    values = {"absolute": str(target), "relative": f"samples/../../{target.parent.name}/{name}",
             "link": f"link-{name}"}[way]  # fmt: skip
     given = json.loads((tmp_path / "report.json").read_text())
     if what == "videos":

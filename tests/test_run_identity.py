@@ -114,7 +114,7 @@ def test_a_run_resumes_with_any_spelling_of_its_paths(
     if spelling == "another disk":
         for name in NAMED.values():
             shutil.copytree(data / name, moved / name)
-    words = [f"{name}={place}" for name, place in SPELLINGS[spelling](data, moved).items()]
+    words = [f"{name}={value}" for name, value in SPELLINGS[spelling](data, moved).items()]
     result = run_of(run, *words, *MORE)
     assert (result.step, result.done) == (5, True)
     assert json.loads((run / "config.json").read_text())["run_dir"] == str(run)
@@ -143,7 +143,7 @@ def same_keys(data: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("word", "place", "message"),
+    ("word", "value", "message"),
     [
         ("data.clips", "other/clips", "data.clips: .*other/clips is not what the run was trained"),
         ("data.clips", "again", "data.clips: .*again is not what .* give data.changed=accept"),
@@ -158,18 +158,18 @@ def same_keys(data: Path, out: Path) -> Path:
     ],
 )  # fmt: skip
 def test_changed_data_is_refused_and_nothing_is_written(
-    begun: Path, data: Path, tmp_path: Path, word: str, place: str, message: str
+    begun: Path, data: Path, tmp_path: Path, word: str, value: str, message: str
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
-    places = {name: str(data / path) for name, path in NAMED.items()}
-    if place == "again":
-        places[word] = str(same_keys(data, tmp_path / "again"))
+    paths = {name: str(data / path) for name, path in NAMED.items()}
+    if value == "again":
+        paths[word] = str(same_keys(data, tmp_path / "again"))
     else:
-        is_path = word in (*NAMED, "lora.init_from") and place != "null"
-        places[word] = str(data / place) if is_path else place
+        is_path = word in (*NAMED, "lora.init_from") and value != "null"
+        paths[word] = str(data / value) if is_path else value
     before = files(run)
     with pytest.raises(EcholabError, match=message) as error:
-        run_of(run, *(f"{name}={path}" for name, path in places.items()), *MORE)
+        run_of(run, *(f"{name}={path}" for name, path in paths.items()), *MORE)
     assert "\n" not in str(error.value)
     assert files(run) == before
 
@@ -213,9 +213,9 @@ def test_other_samples_can_be_accepted_and_the_audit_reports_them(
     begun: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
-    places = {name: str(data / path) for name, path in NAMED.items()}
-    places["data.clips"] = f"[{data / 'clips'},{data / 'other/clips'}]"
-    words = [f"{name}={place}" for name, place in places.items()]
+    paths = {name: str(data / path) for name, path in NAMED.items()}
+    paths["data.clips"] = f"[{data / 'clips'},{data / 'other/clips'}]"
+    words = [f"{name}={value}" for name, value in paths.items()]
     accept = ["data.changed=accept", "data.clip_weights=[1,2]", *MORE]
     assert run_of(run, *words, *accept).done
     assert [event.kind for event in events.read(run)] == ["data"]
@@ -235,14 +235,14 @@ def test_a_run_keeps_the_checkpoints_that_it_began_with(
     begun: Path, data: Path, tmp_path: Path
 ) -> None:
     """The run it started from and its reference are trained further, which changes nothing."""
-    run, places = shutil.copytree(begun, tmp_path / "run"), dict[str, Path]()
+    run, paths = shutil.copytree(begun, tmp_path / "run"), dict[str, Path]()
     for name in ("init_from", "ref_model"):
-        places[name] = shutil.copytree(data / NAMED[name], tmp_path / name)
+        paths[name] = shutil.copytree(data / NAMED[name], tmp_path / name)
         rate = 1e-3 if name == "init_from" else 2e-3
         longer = plan(("sft", 2, rate), ("sft", 1, 1e-3))
-        run_of(places[name], f"data.clips={data / 'clips'}", *longer)
+        run_of(paths[name], f"data.clips={data / 'clips'}", *longer)
     words = [f"data.{name}={data / name}" for name in ("clips", "pairs")]
-    words += [f"{name}={place}" for name, place in places.items()]
+    words += [f"{name}={value}" for name, value in paths.items()]
     assert run_of(run, *words, *MORE).step == 5
     origins = state_of(run)["origins"]
     assert origins == state_of(begun)["origins"] and origins["init_from"]["step"] == 2

@@ -34,12 +34,12 @@ def test_epochs_follow_each_other_without_gap(epochs: list[Epoch], cycles: int) 
 @given(EPOCHS, st.integers(1, 3))
 def test_each_dataset_continues_at_its_last_batch(epochs: list[Epoch], cycles: int) -> None:
     plan = Schedule(epochs, cycles=cycles)
-    places = [plan.place(step) for step in range(plan.steps)]
+    step_plans = [plan.place(step) for step in range(plan.steps)]
     for supervised in (True, False):
-        batches = [place.batch for place in places if (place.kind == "sft") == supervised]
+        batches = [step.batch for step in step_plans if (step.kind == "sft") == supervised]
         assert batches == list(range(len(batches)))
     counted = [plan.supervised_steps(step) for step in range(plan.steps + 1)]
-    assert counted[-1] == sum(place.kind == "sft" for place in places) and counted[0] == 0
+    assert counted[-1] == sum(step.kind == "sft" for step in step_plans) and counted[0] == 0
 
 
 def test_the_learning_rate_warms_up_and_belongs_to_the_epoch() -> None:
@@ -83,8 +83,8 @@ SKIPS = st.lists(
 
 def batches(plan: Schedule, group: str, steps: int | None = None) -> list[int]:
     """Return the batches that a group's steps take, in order."""
-    places = [plan.place(step) for step in range(plan.steps if steps is None else steps)]
-    return [place.batch for place in places if group_of(place.kind) == group]
+    step_plans = [plan.place(step) for step in range(plan.steps if steps is None else steps)]
+    return [step.batch for step in step_plans if group_of(step.kind) == group]
 
 
 @given(EPOCHS, st.integers(1, 3), SKIPS)

@@ -66,10 +66,12 @@ def test_a_crop_is_the_box_with_its_margin_in_any_batch() -> None:
     boxes = torch.tensor([[20.0, 30.0, 40.0, 50.0]])
     crop = crop_lips(pixels, boxes)
     assert crop.shape == (1, 1, 3, CROP_HEIGHT, CROP_WIDTH)
-    places = (crop[0, 0] + 1) * 32  # back to pixels
+    positions = (crop[0, 0] + 1) * 32  # back to pixels
     half = CROP_MARGIN * 10
-    torch.testing.assert_close(places[0, 5], torch.linspace(30 - half, 30 + half, CROP_WIDTH))
-    torch.testing.assert_close(places[1, :, 5], torch.linspace(40 - half, 40 + half, CROP_HEIGHT))
+    torch.testing.assert_close(positions[0, 5], torch.linspace(30 - half, 30 + half, CROP_WIDTH))
+    torch.testing.assert_close(
+        positions[1, :, 5], torch.linspace(40 - half, 40 + half, CROP_HEIGHT)
+    )
     pair = crop_lips(torch.cat([pixels, pixels.flip(-1)]), boxes.repeat(2, 1))
     torch.testing.assert_close(pair[:1], crop)
 

@@ -104,8 +104,8 @@ def test_without_a_buffer_neighbors_stay_together() -> None:
 def test_the_buffer_bounds_how_far_a_sample_moves() -> None:
     still = epoch_order([500], "f", seed=0, epoch=0, block_size=20, buffer_size=0)
     moved = epoch_order([500], "f", seed=0, epoch=0, block_size=20, buffer_size=30)
-    place = {int(sample): at for at, sample in enumerate(still)}
-    distance = [abs(place[int(sample)] - at) for at, sample in enumerate(moved)]
+    position = {int(sample): at for at, sample in enumerate(still)}
+    distance = [abs(position[int(sample)] - at) for at, sample in enumerate(moved)]
     assert 0 < max(distance) < 30
 
 
@@ -150,8 +150,8 @@ def test_every_epoch_has_another_order(epochs: list[np.ndarray]) -> None:
 def test_every_sample_may_come_at_any_position(epochs: list[np.ndarray]) -> None:
     assert 0.001 < (uniformity(epochs) or 0)
     for block in (7, 320, 624):  # one sample's own places, over the epochs
-        places = [np.flatnonzero(order == 32 * block)[0] * 8 // IDS for order in epochs]
-        assert chisquare(np.bincount(places, minlength=8)).pvalue > 0.001
+        positions = [np.flatnonzero(order == 32 * block)[0] * 8 // IDS for order in epochs]
+        assert chisquare(np.bincount(positions, minlength=8)).pvalue > 0.001
     # Blocks that stay in their half of the epoch are detected.
     halves = [
         np.concatenate([order[order < IDS // 2], order[order >= IDS // 2]]) for order in epochs

@@ -39,7 +39,7 @@ def test_the_offset_is_the_number_of_frames_the_audio_is_early(
 
 @BOTH
 def test_the_score_follows_its_definition(distances: Distances) -> None:
-    lips, sound, most = features(30, 1), features(30, 2), 4
+    lips, audio, most = features(30, 1), features(30, 2), 4
     by_hand = []
     for j in range(-most, most + 1):
         norms = []
@@ -47,10 +47,10 @@ def test_the_score_follows_its_definition(distances: Distances) -> None:
             inside = 0 <= i + j < 30
             if not inside and distances is unpadded_distances:
                 continue
-            sound_window = sound[i + j] if inside else torch.zeros(64)
+            sound_window = audio[i + j] if inside else torch.zeros(64)
             norms.append(float((lips[i] - sound_window).norm()))
         by_hand.append(sum(norms) / len(norms))
-    computed = distances(lips, sound, most)
+    computed = distances(lips, audio, most)
     torch.testing.assert_close(computed, torch.tensor(by_hand).double(), rtol=1e-5, atol=1e-4)
     score = sync_score(computed, 30)
     ordered = sorted(by_hand)
@@ -73,18 +73,18 @@ def test_padding_alone_gives_confidence_on_short_clips(windows: int, published: 
     case. Each padded zero costs |V| - |V - A| = 32 (sqrt 10 - sqrt 2) = 56, and at the median
     of the shifts 8 of L windows have one.
     """
-    lips, sound = features(windows, 1, 1024, 3.0), features(windows, 2, 1024, 3.0)
-    padded = sync_score(padded_distances(lips, sound, 15), windows)
+    lips, audio = features(windows, 1, 1024, 3.0), features(windows, 2, 1024, 3.0)
+    padded = sync_score(padded_distances(lips, audio, 15), windows)
     assert padded.confidence == pytest.approx(published, rel=0.1, abs=0.2)
     expected = 8 / windows * 32 * (math.sqrt(10) - math.sqrt(2))
     assert padded.confidence == pytest.approx(expected, rel=0.1, abs=0.2)
-    unpadded = sync_score(unpadded_distances(lips, sound, 15), windows)
+    unpadded = sync_score(unpadded_distances(lips, audio, 15), windows)
     assert unpadded.confidence < min(1.0, padded.confidence)
 
 
 def test_features_nearer_to_zero_than_to_each_other_give_the_last_shift() -> None:
-    lips, sound = features(60, 1, 4096), features(60, 2, 4096)
-    assert abs(sync_score(padded_distances(lips, sound, 15), 60).offset) == 15
+    lips, audio = features(60, 1, 4096), features(60, 2, 4096)
+    assert abs(sync_score(padded_distances(lips, audio, 15), 60).offset) == 15
 
 
 def test_the_last_possible_window_is_omitted() -> None:

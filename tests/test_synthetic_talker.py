@@ -158,16 +158,16 @@ def test_a_dataset_holds_the_synthetic_talkers(tmp_path: Path) -> None:
     assert progress == [1, 2, 3]
     clips = load_clips(options.out)
     assert clips.keys == [f"talker_9_{number:06d}" for number in (2, 3, 4)]
-    for place, number in enumerate((2, 3, 4)):
+    for index, number in enumerate((2, 3, 4)):
         talker = draw_talker(9, number, frames=9, size=32)
-        seen = clips.pixels[place].permute(1, 2, 3, 0).numpy().astype(float)
+        seen = clips.pixels[index].permute(1, 2, 3, 0).numpy().astype(float)
         assert np.abs(seen - talker.frames).mean() < 8  # H.264 stands between
-        np.testing.assert_allclose(clips.samples[place], talker.samples, atol=1e-4)
-        np.testing.assert_array_equal(clips.lips[place], talker.lips)
+        np.testing.assert_allclose(clips.samples[index], talker.samples, atol=1e-4)
+        np.testing.assert_array_equal(clips.lips[index], talker.lips)
         assert clips.visemes is not None
-        np.testing.assert_array_equal(clips.visemes[place, :, 0], talker.opening)
-        assert clips.metadata[place]["caption"] == talker.look.caption()
-        assert clips.metadata[place]["number"] == number
+        np.testing.assert_array_equal(clips.visemes[index, :, 0], talker.opening)
+        assert clips.metadata[index]["caption"] == talker.look.caption()
+        assert clips.metadata[index]["number"] == number
 
 
 def test_the_same_seed_gives_the_same_dataset(tmp_path: Path) -> None:

@@ -215,10 +215,10 @@ def test_an_endless_index_is_refused(
         assert server.asked["dataset.json"] == 1
 
 
-@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "/loop"])
-def test_redirects_lead_only_to_the_web(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "/loop"])
+def test_redirects_lead_only_to_the_web(tmp_path: Path, url: str) -> None:
     with fault_server.serving(tmp_path) as server:
-        server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(place)
+        server.always["dataset.json"] = server.always["loop"] = fault_server.sent_to(url)
         with pytest.raises(FetchError) as error:
             open_dataset(server.url, cache_dir=tmp_path / "cache", retry_policy=QUICK)
     assert str(error.value).isprintable() and "root:" not in str(error.value)

@@ -57,13 +57,13 @@ def conditions(clips: int = 2, seed: int = 0, layers: int | None = None) -> Cond
     """
     g = torch.Generator().manual_seed(seed)
     tokens = HEIGHT // 2 * (WIDTH // 2)
-    sound = (FRAMES, layers, 6) if layers else (2 * FRAMES, 6)
+    audio_shape = (FRAMES, layers, 6) if layers else (2 * FRAMES, 6)
     known = torch.zeros(clips, 4, *SHAPE[1:])
     known[:, :, 0] = 1
     return Conditions(
         text=torch.randn(clips, 5, 10, generator=g),
         image=torch.randn(clips, 3, 12, generator=g),
-        audio=torch.randn(clips, *sound, generator=g),
+        audio=torch.randn(clips, *audio_shape, generator=g),
         face=(torch.arange(tokens) % 2).float().expand(clips, -1).clone(),
         known=known,
         known_latents=torch.randn(clips, *SHAPE, generator=g),
