@@ -178,6 +178,7 @@ def take(run: Path, claimant: Holder) -> Lease:
                     f"{run}: {describe(last)} is using this run folder; wait for its end, or give "
                     "another folder by run_dir=..."
                 )
+            # Creating the file decides between launches that start at the same time.
             lease = Lease(run, last.epoch + 1 if last else 1)
             # If another launch takes this epoch first, the loop checks that launch.
             with suppress(FileExistsError):
