@@ -42,6 +42,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}; give another dataset")
     if not len(dataset):
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
+    # The sizes that dataset and network must share.
     form = common_shapes(dataset)
     latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
     sizes: dict[str, Any] = {
@@ -51,6 +52,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         "audio_layers": audio[1] if len(audio) == 3 else None,
         "out_channels": latents[0],
     }
+    # null in the architecture means no such branch, which any dataset fits.
     has_audio = architecture.get("audio_dim") is not None
     for name, there in sizes.items():
         here = architecture.get(name)
@@ -63,6 +65,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
                 f"have {'null' if there is None else there}; take the model= that fits their "
                 "encoders"
             )
+    # Patches must divide the latents, or positions would be lost.
     check_geometry(dataset, architecture)
     for size, step in zip(latents[1:], architecture.get("patch_size") or (), strict=False):
         if size % step:
@@ -87,6 +90,7 @@ def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> No
 
 def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> None:
     """Raise ConfigError for a task that the samples of an encoded dataset have no tensors for."""
+    # Tasks are stored as tensors named known.TASK.
     posed = {name.partition(".")[2] for name in common_shapes(dataset) if name.startswith("known.")}
     for task in tasks:
         if TASK_TABLE[task].has_known and task not in posed:
@@ -108,6 +112,7 @@ def check_data(
 
     Raises DataError, or ConfigError if they do not fit the network, the tasks or each other.
     """
+    # Each dataset by itself, then those that share batches.
     for dataset in clips:
         check_dataset(dataset, "encoded", architecture)
         check_tasks(dataset, curriculum.tasks, "tasks.tasks")
@@ -121,6 +126,7 @@ def check_data(
                 )
     for dataset in pairs:
         check_dataset(dataset, "preference", architecture)
+    # Validation data is read by the network too, and by the export check.
     if val_data:
         check_dataset(val_data.clips, "encoded", architecture)
         check_tasks(val_data.clips, val_data.tasks, "data.val_tasks")
@@ -213,6 +219,7 @@ class TrainConfig(NamedTuple):
 
     def check(self) -> None:
         """Raise ConfigError for parts that do not fit each other."""
+        # Schedule, optimizer and validation, which need no data.
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
@@ -233,6 +240,7 @@ class TrainConfig(NamedTuple):
         check_device(self.machine)
         if not 0 < self.flow_shift < math.inf:
             raise ConfigError(f"flow_shift={self.flow_shift:g}: must be above 0; 5 is usual")
+        # The datasets: their samples, and the encoders that made them.
         check_data(
             self.clips,
             self.pairs,
@@ -244,6 +252,7 @@ class TrainConfig(NamedTuple):
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
+        # Everything that meets in one run must come from the same encoders.
         first = self.clips[0]
         for dataset in (*self.pairs, *([self.val_data.clips] if self.val_data else [])):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
@@ -260,6 +269,7 @@ class TrainConfig(NamedTuple):
         `order_names` are what the order of "clips" and "pairs" depends on, by default their
         fingerprints.
         """
+        # Settings that both mixtures share.
         names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         shared |= {"max_bad_fraction": self.max_bad_fraction, "quarantine": self.quarantine}
@@ -274,6 +284,7 @@ class TrainConfig(NamedTuple):
                 self.pairs, kind="preference", weights=self.pair_weights, shuffle=order,
                 order_names=names["pairs"], **shared,
             )  # fmt: skip
+        # How each batch is divided among ranks and micro-batches.
         accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
         together = self.machine.sequence_parallel
         return TrainData(

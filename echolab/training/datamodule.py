@@ -201,6 +201,7 @@ class TimedLoader(DataLoader[MicroBatch]):
 
     def __iter__(self) -> Any:
         """Yield the loader's items; raise errors of its workers as the workers raised them."""
+        # Workers start here: what they raise is shown as they raised it.
         with reported():
             items = super().__iter__()
         while not self.ended:
@@ -237,6 +238,7 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def writer(self) -> int | None:
         """This rank's number in the ledger; None where another rank has the same clips."""
+        # Of ranks that share a clip, the first writes it.
         row, within = divmod(distributed.rank(), self.train_data.sequence_parallel)
         return None if within else row
 
@@ -248,6 +250,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """Load exactly what remains; the order is the same for every number of workers."""
+        # Ranks that share a clip read the same items.
         train_data = self.train_data
         items = TrainDataset(
             train_data.clips,
@@ -263,8 +266,10 @@ class ShardDataModule(pl.LightningDataModule):
         )
         if self.first_step < self.steps:  # workers then share the plan of the first epoch
             items.global_batch(self.first_step)
+        # Shared memory that is too small would stop the workers without an error.
         if train_data.num_workers and not self.loader:
             self._check_room(items)
+        # A range of item indices is the sampler, so that resuming is a different start.
         self.loader = TimedLoader(
             items,
             batch_size=None,
@@ -281,6 +286,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _check_room(self, items: TrainDataset) -> None:
         """Check that the workers' batches fit in shared memory, by the first batch of each kind."""
+        # Batches of one kind have one size, so the first of each stands for all.
         firsts: dict[str, int] = {}
         for step in range(self.first_step, self.steps):
             firsts.setdefault(self.place(step).kind, step)
@@ -297,9 +303,11 @@ class ShardDataModule(pl.LightningDataModule):
 
         Also count the bad samples that all ranks skipped, if that is allowed.
         """
+        # Bad samples that any rank skipped.
         values, quarantine = {}, self.train_data.quarantine
         if quarantine:
             values["data/skipped"] = float(len(read_quarantine(quarantine)))
+        # Epochs and dropped samples, of supervised batches only.
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
             return values

@@ -19,6 +19,7 @@ def rank() -> int:
 
 def device() -> torch.device:
     """Return the device of tensors that the backend can send."""
+    # NCCL sends tensors of GPUs only.
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -27,6 +28,7 @@ def sums(values: list[float]) -> list[float]:
     """Sum over the ranks, element by element."""
     if world() == 1:
         return values
+    # fp64: counts and sums of losses stay exact enough on any number of ranks.
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
@@ -43,6 +45,7 @@ def largest(values: list[int]) -> list[int]:
 
 def agree(text: str) -> bool:
     """Return whether all ranks pass the same text."""
+    # Equal on all ranks if the largest is the smallest.
     number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
     highest, lowest = largest([number, -number])
     return highest == -lowest
@@ -52,6 +55,7 @@ def gather_text(text: str) -> list[str]:
     """Return the text of each rank, by rank.  It is sent as bytes, so that nothing is pickled."""
     if world() == 1:
         return [text]
+    # Lengths first, then the texts padded to the longest.
     own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
     sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world())]
     dist.all_gather(sizes, torch.tensor([len(text.encode())], device=device()))

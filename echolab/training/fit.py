@@ -64,6 +64,7 @@ class quiet:
 
 def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback) -> pl.Trainer:
     """Make a trainer without Lightning's saving, logging and stopping: `loop` does these."""
+    # Everything that Lightning does by default is done by `loop`, or not at all.
     trainer = pl.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -102,6 +103,7 @@ def fit(config: TrainConfig) -> FitResult:
     """
     with StopSignals(config.signal_grace_seconds) as signals, quiet():
         config.check()
+        # Weights to start from, if no checkpoint replaces them.
         heartbeat = config.heartbeat or Heartbeat(None)
         if config.init_from:
             origin = open_checkpoint(config.init_from)
@@ -113,6 +115,7 @@ def fit(config: TrainConfig) -> FitResult:
             place_shared(config.net, weights.items, where, "initial weights")
         train_data, schedule = config.build_data(), config.schedule
         _speed_up(config)
+        # The parts of the run, and Lightning's trainer around them.
         data = ShardDataModule(
             train_data, schedule.place, schedule.steps, config.curriculum, heartbeat
         )
@@ -159,6 +162,7 @@ def _module(config: TrainConfig, accumulation: int, heartbeat: Heartbeat) -> Dif
         offloads=config.machine.activation_checkpointing == OFFLOAD,
         heartbeat=heartbeat,
     )
+    # The reference must be outside the module, or it would be trained and saved.
     check_alone(module, config.net)
     reference = config.reference
     check_frozen_networks(

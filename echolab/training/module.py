@@ -72,6 +72,7 @@ class Meter:
 
         Every rank has added values of the same names.
         """
+        # Sums and counts, so that ranks with different counts are averaged correctly.
         totals: dict[str, tuple[float, int]] = {}
         for name, parts in self._values.items():
             values = torch.cat(parts).double().cpu()
@@ -89,6 +90,7 @@ class Meter:
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
     """Draw the randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
     clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
+    # Clips of one epoch are drawn together; a step may span two epochs.
     shape = tuple(clips.shape[1:])
     of_epochs = []
     for epoch, pairs in groupby(zip(item.epochs, item.batch.keys, strict=True), lambda p: p[0]):
@@ -130,6 +132,7 @@ class DiffusionModule(pl.LightningModule):
         self.sequence_parallel = sequence_parallel
         self.offloads = offloads  # activations wait for the backward pass in host memory
         self._offloading: AbstractContextManager[Any] | None = None
+        # What the callbacks collect after each step.
         self.meter = Meter()
         self.heartbeat = heartbeat
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
@@ -146,6 +149,7 @@ class DiffusionModule(pl.LightningModule):
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """Compute the loss of one micro-batch."""
         self.heartbeat.enter("forward")
+        # The noise of each clip, recorded in the ledger before it is used.
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
             self.on_draws(item, draws)
@@ -153,6 +157,7 @@ class DiffusionModule(pl.LightningModule):
             torch.manual_seed(number_of(item, self.seed))
         with self._forward_context():
             loss = self.objectives[item.kind](self.net, item.batch, draws)
+        # A micro-batch that pads a step has weight 0, and counts in no mean.
         value = loss.value * item.loss_weight
         if item.loss_weight:
             if "margin" in loss.parts:
@@ -161,6 +166,7 @@ class DiffusionModule(pl.LightningModule):
         else:  # these clips are not in the batch: ranks must name the same values all the same
             nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
             self.meter.add(Loss(value, nothing), [])
+        # Kept on the device: reading it here would wait for the GPU.
         part = value.detach().float()
         self._loss = part if self._loss is None else self._loss + part
         return value * self.loss_factor
@@ -184,11 +190,13 @@ class DiffusionModule(pl.LightningModule):
         taken, self._margins = self._margins, []
         if not taken:
             return {}
+        # In fp64, so that the sum does not depend on the order of the ranks.
         means = torch.stack([margin.double() * share for margin, share in taken])
         return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
 
     def take_norm(self) -> Tensor:
         """Return the gradient's norm before clipping; not yet read from the device."""
+        # DeepSpeed clips in its own step and keeps the norm.
         if not self.clip_here:
             engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
             self.norm = torch.as_tensor(engine.get_global_grad_norm())
@@ -211,6 +219,7 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make AdamW; vectors (norms, biases, modulation) are not decayed."""
+        # Two groups, since only matrices are decayed.
         trained = [p for p in self.net.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2]},

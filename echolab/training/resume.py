@@ -36,16 +36,19 @@ def open_run(config: TrainConfig, data: ShardDataModule, module: DiffusionModule
     The tensors are not restored yet.  Raise EcholabError if the ranks or the checkpoint disagree
     with the settings.
     """
+    # What this run is, which all ranks and the checkpoint must agree on.
     folder = config.run_dir / "checkpoints"
     identity = config.identity(data.train_data)
     # Rank 0 alone hashed the weights and checkpoints that this run started from.
     origins = distributed.gather_text(json.dumps(dict(config.origins)))[0]
     identity["origins"] = json.loads(origins)
     check_same_settings(config.settings_digest, identity, config.schedule.state_dict())
+    # Rollbacks of earlier attempts have skipped batches for good.
     events = History(config.run_dir)
     schedule = config.schedule.leaving_out(events.skips)
     state = RunState(config.run_dir, module, schedule, events, identity)
     data.place = schedule.place
+    # The newest complete checkpoint, if there is one.
     if checkpoint := checkpoints.newest(folder):
         check_continues(checkpoint, identity, schedule)
         _continue_data(state, config, data, checkpoint)
@@ -97,6 +100,7 @@ def awaits_export_check(checkpoint: Checkpoint, config: TrainConfig) -> bool:
     """
     if not config.verify_export or checkpoint.step < config.schedule.steps:
         return False
+    # Rank 0 reads the report; all ranks then do the same.
     passed = distributed.from_first(int(passed_before(config.run_dir, checkpoint.path) is True))
     if not passed and distributed.rank() == 0:
         print(
@@ -111,6 +115,7 @@ def check_continues(
     checkpoint: Checkpoint, identity: Mapping[str, Any], schedule: Schedule
 ) -> None:
     """Raise EcholabError, naming the difference, if the checkpoint is of another run."""
+    # The network and the schedule, then the data and its order.
     checkpoints.check_architecture(checkpoint, identity["architecture"])
     checkpoints.check_adapters(checkpoint, identity.get("adapters"))
     schedule.check_continues(checkpoint.state["schedule"], checkpoint.step)
@@ -136,6 +141,7 @@ def resumed_train_data(
 
     Raise EcholabError if the datasets are not those that were trained on, and that is not accepted.
     """
+    # Datasets that were trained on may not change without permission.
     was, now = saved_data(checkpoint.state)[-1], data_of(train_data)
     changed = [
         key
@@ -151,6 +157,7 @@ def resumed_train_data(
             f"(fingerprints {prints[0]} then, {prints[1]} now); put that back, or give "
             "data.changed=accept to go on with this, which events.jsonl then records"
         )
+    # The same samples keep their order, even if they were encoded again.
     names_of = order_names(was, now)
     kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
     train_data = train_data if kept else config.build_data(names_of)
@@ -175,6 +182,7 @@ def saved_data(state: Mapping[str, Any]) -> list[Data]:
 def continued_data(state: Mapping[str, Any], now: Data, step: int) -> list[Data]:
     """Return the data by first step of a run that continues from `step` with `now`."""
     now = {key: now[key] for key in GROUPS}
+    # Consecutive entries with the same data are one.
     before = [data for data in saved_data(state) if data["first"] < step]
     if before and all(before[-1][key] == now[key] for key in GROUPS):
         return before

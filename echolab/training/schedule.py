@@ -65,6 +65,7 @@ class Rates(NamedTuple):
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""
+        # The epoch's rate, warmed up from the first step of the run.
         ends = itertools.accumulate(epoch.steps for epoch in self.epochs)
         epoch = next((e for e, end in zip(self.epochs, ends, strict=True) if step < end), None)
         rate = (epoch or self.epochs[-1]).lr * min(1.0, (step + 1) / max(self.warmup, 1))
@@ -81,6 +82,7 @@ def group_of(kind: str) -> str:
 
 def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tuple[int, int]]:
     """Return the batches [first, stop) that a group skips, in order and disjoint; below `stop`."""
+    # Sorted, so that each skip can only touch the last span.
     spans: list[tuple[int, int]] = []
     for skip in sorted(skip for skip in skips if skip.kind == kind):
         end = skip.stop if stop is None else min(skip.stop, stop)
@@ -118,6 +120,7 @@ class Schedule:
                 )
         if decay not in ("constant", "cosine"):
             raise ConfigError(f"schedule.decay={decay}: unknown; constant or cosine")
+        # The epochs of all cycles in a row, and the step at which each starts.
         self.one_cycle = len(epochs)
         self.epochs = [Epoch(*epoch) for epoch in epochs] * cycles
         self.rates: tuple[Rates, ...] = (Rates(0, tuple(self.epochs), warmup, decay),)
@@ -139,6 +142,7 @@ class Schedule:
 
     def locate(self, step: int) -> Position:
         """Return the epoch of step `step` (from 0); the end belongs to the last epoch."""
+        # From the last epoch backwards: runs have few epochs.
         number = len(self.epochs) - 1
         while number and self.starts[number] > step:
             number -= 1
@@ -152,12 +156,14 @@ class Schedule:
 
     def _done(self, group: str, step: int) -> int:
         """Count the steps among the first `step` that took a batch of a group."""
+        # Complete epochs of the group, and what is done of the present one.
         number, _, epoch, within = self.locate(step)
         done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
         return done + (within if group_of(epoch.kind) == group else 0)
 
     def _batch(self, group: str, turn: int) -> tuple[int, int]:
         """Return the batch of a group's step number `turn`, and how many were skipped before."""
+        # Spans are in order, so each one moves the batch past itself.
         batch = turn
         for first, stop in self._spans[group]:
             if batch >= first:
@@ -222,6 +228,7 @@ class Schedule:
 
     def continuing(self, state: Mapping[str, Any], step: int) -> "Schedule":
         """Return the same schedule with the saved rates for the first `step` steps."""
+        # Steps done keep their rates; the present settings begin at `step`.
         other, own = copy.copy(self), self.rates[-1]
         before = [rates for rates in self._saved_rates(state) if rates.first < step]
         same = bool(before) and before[-1][1:] == own[1:]
@@ -233,6 +240,7 @@ class Schedule:
         if "rates" not in state:
             epochs = tuple(Epoch(*epoch) for epoch in state["epochs"])
             return [self.rates[-1]._replace(first=0, epochs=epochs)]
+        # JSON has lists instead of tuples.
         return [
             Rates(**{**rates, "epochs": tuple(Epoch(*epoch) for epoch in rates["epochs"])})
             for rates in state["rates"]
@@ -240,6 +248,7 @@ class Schedule:
 
     def check_continues(self, state: Mapping[str, Any], step: int) -> None:
         """Raise ConfigError unless the steps done under the saved schedule are this one's too."""
+        # Epochs and rates first, then the batches that were skipped.
         saved = self._saved_rates(state)[-1]
         self._check_epochs(saved.epochs, step)
         self._check_rates(saved, step)
@@ -260,6 +269,7 @@ class Schedule:
         for number, old in enumerate(saved):
             if done >= step:
                 return
+            # How much of this epoch was trained, and what may not change of it.
             new = self.epochs[number] if number < len(self.epochs) else None
             used = min(old.steps, step - done)
             passed = step > done + used  # later epochs have begun: its length is history
@@ -277,6 +287,7 @@ class Schedule:
 
     def _check_rates(self, saved: Rates, step: int) -> None:
         """Raise ConfigError where a warm-up that is over, or a finished run's decay, is changed."""
+        # A setting that is over has no effect left, except on what was trained.
         own = self.rates[-1]
         for key, over in (
             ("warmup", step >= min(saved.warmup, self.steps)),

@@ -21,6 +21,7 @@ def caught() -> list[signal.Signals]:
 
 def leave_terminal() -> None:
     """Write to nothing instead of a terminal, for one that was closed: writing there would fail."""
+    # The terminal is replaced, files and pipes stay.
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode):
@@ -44,6 +45,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C: the user does not want to wait for the save.
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
@@ -63,6 +65,7 @@ class StopSignals:
             self._before = {number: signal.getsignal(number) for number in caught()}
             for number in self._before:
                 signal.signal(number, self._remember)
+            # A signal that came while modules were imported counts from then on.
             outer = getattr(self._before[signal.SIGTERM], "__self__", None)
             if isinstance(outer, StopSignals) and outer.received:
                 self.received, self._at = outer.received, outer._at
@@ -94,6 +97,7 @@ def end_of_job() -> float:
 
 def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
     """Return the seconds from a signal to the kill, by its number; empty without Slurm."""
+    # Without Slurm nobody kills the process after a signal.
     if "SLURM_JOB_ID" not in os.environ:
         return {}
     return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}

@@ -46,6 +46,7 @@ class Vote(NamedTuple):
     @property
     def reason(self) -> str:
         """Why the run ends: signal, time, memory, prune or stop; empty if it does not."""
+        # In order of urgency: the first that holds is given.
         reasons = {
             "signal": self.signal,
             "time": self.time,

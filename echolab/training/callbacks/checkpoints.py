@@ -43,6 +43,7 @@ class Checkpoints(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Save if it is time.  If rank 0 could not log the step before: save, then raise that."""
+        # The steps are saved before the error ends the run.
         if state.vote.unlogged:
             self.save(state)
             raise_log_error(state)
@@ -54,6 +55,7 @@ class Checkpoints(Callback):
         # All ranks have written the pending checkpoint: publishing it takes no time now.
         if self.writer.pending and vote.written == distributed.world():
             self.publish(state)
+        # An end of the run waits for the save; other saves are written while training continues.
         saved = state.checkpoint and state.checkpoint.name == folder_of(Path(), step).name
         pruned = vote.prune and not schedule.keeps(step)
         if saved:
@@ -71,6 +73,7 @@ class Checkpoints(Callback):
 
     def begin(self) -> None:
         """Copy weights and state, and write them while training continues; collective."""
+        # A frozen network that has changed must not be saved as if it were right.
         self.heartbeat.enter("save")
         self.replica_check.check_frozen()
         self.writer.begin(self.collect_state())

@@ -80,6 +80,7 @@ class Parity(NamedTuple):
 
 def parity_clips(reader: TolerantReader, tasks: Sequence[str]) -> list[Batch]:
     """Return the first clip of a dataset, or its replacement, posed as each of the tasks."""
+    # One clip is enough: a wrong weight shows in any sample.
     clips = reader.dataset
     one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
     return [collate_clips(clips, [clip]) for clip in one]
@@ -98,6 +99,7 @@ def sample(
 
     `poll` is called after each step of the sampler.
     """
+    # Few steps at a fixed seed: both networks get the same noise.
     samples = []
     for clip in clips:
         latents = generate(
@@ -131,11 +133,13 @@ def _load(
 
 def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:
     """Export a checkpoint to `file` and load the network from it; fp32, on the CPU."""
+    # The weights as `echolab export` would write them, in one file.
     opened = open_checkpoint(checkpoint)
     net, tensors = exported_weights(opened, _load)
     size = sum(tensor.numel() * 4 for tensor in tensors.values())
     file.unlink(missing_ok=True)
     write_original(file, net, tensors, dtype=torch.float32, shard_bytes=2 * size + 1)
+    # Read back by the ordinary loader, which knows only the file.
     made = load_released(file, opened.state["architecture"]).net
     return made.eval().requires_grad_(False)
 
@@ -161,8 +165,10 @@ def _differences(
     """
     device, dtype, cast = where
     shared: dict[str, Any] = {"device": device, "poll": poll}
+    # The exported network in fp32, which is the exact result.
     exact = own = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
     bound = TOLERANCE
+    # In a smaller dtype the bound is what that dtype is measured to cost.
     if dtype != torch.float32:
         own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
         rounding = [relative(a, b) for a, b in zip(own, exact, strict=True)]
@@ -207,6 +213,7 @@ def _exported(
     """Return differences by batch, the bound, and an error; zeros on ranks other than 0."""
     fault: Exception | None = None
     differences, bound = [0.0] * len(clips), 0.0
+    # Every rank polls as often as rank 0, which alone compares.
     passes = 1 if where.dtype == torch.float32 else 2
     polls = iter([poll] * (passes * len(clips) * how.steps))  # one a step of the sampler
     if distributed.rank() == 0:

@@ -167,6 +167,7 @@ class LossSpikes(Callback):
             window=spike_config.window,
             min_history=spike_config.min_history,
         )
+        # Counts by which steps that DeepSpeed skipped are noticed.
         self._steps = 0  # of this attempt, those that were undone included
         self._skipped = 0  # of these, by DeepSpeed, before a rollback
 

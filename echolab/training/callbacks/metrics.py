@@ -152,18 +152,22 @@ class MeasureMetrics(Callback):
         """Put the values of a step that logs into `state.metrics`; collective."""
         if not _logs(self.intervals, state):
             return
+        # Means over the steps since the last log.
         now, spent = time.monotonic(), self.heartbeat.seconds
         done, seconds = state.step - self._step, max(now - self._time, 1e-9)
         values = state.module.meter.flush()
         values["train/lr"] = state.schedule.lr(state.step - 1)
         values["perf/steps_per_second"] = done / seconds
+        # Waiting time is a mean over the ranks too.
         waited = spent["data_wait"] - self._waited
         values |= distributed.means({"perf/data_wait_seconds": (waited, done)})
         values["perf/goodput"] = goodput(spent)
+        # The state of the curriculum and of the data.
         supervised = state.schedule.supervised_steps(state.step)
         for task, probability in self.data.curriculum.probabilities(supervised).items():
             values[f"tasks/probability/{task}"] = probability
         values |= self.data.progress(state.step)
+        # The user's own values last: theirs win.
         for callback in self.custom:
             values |= callback.metrics(state)
         state.metrics = values
@@ -179,6 +183,7 @@ class LogMetrics(Callback):
         """Gather the hosts of all ranks; collective."""
         self.config, self.intervals = config, intervals
         self.memory, self.heartbeat = memory, heartbeat
+        # Sections with collectives inside say nothing about one rank's speed.
         machine = config.machine
         waits = machine.strategy == "zero3" or machine.sequence_parallel > 1
         self.stragglers = Stragglers(
@@ -194,6 +199,7 @@ class LogMetrics(Callback):
         """Log `state.metrics`, the slowest rank and host memory; collective."""
         if not _logs(self.intervals, state):
             return
+        # Slow ranks become events of the run.
         values, slow = self.stragglers.look(self.heartbeat.seconds)
         for straggler in slow:
             details = {k: v for k, v in straggler._asdict().items() if k != "rank"}

@@ -43,6 +43,7 @@ class ReferenceModel(Callback):
         self.sync_steps, self.alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
         self.masters, self.ema = masters, ema
         self.checkpoints, self.replica_check = checkpoints, replica_check
+        # Objectives that keep a running margin.
         self.stateful: dict[str, Any] = {
             kind: objective
             for kind, objective in config.objectives.items()
@@ -58,6 +59,7 @@ class ReferenceModel(Callback):
 
     def before_step(self, state: RunState) -> None:
         """Load the reference of a preference epoch, unless it is in place; collective."""
+        # Only preference epochs have a reference, loaded once at their start.
         position = state.schedule.locate(state.step)
         if position.epoch.kind == "sft":
             return
@@ -75,6 +77,7 @@ class ReferenceModel(Callback):
             if self.mixes:
                 self.masters.fill(self.ema.flats[REFERENCE], weights)
         self.reference.to(state.module.device)
+        # A new epoch has a new reference: earlier margins say nothing about it.
         if position.within == 0:
             self.load_state_dict(self._initial)
         self._loaded = boundary
@@ -82,6 +85,7 @@ class ReferenceModel(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Give the objective the mean margin of the step, over all ranks."""
+        # The mean over all ranks, so that beta stays the same on each.
         if state.vote.margin_share:
             mean = state.vote.margin / state.vote.margin_share
             self.stateful[state.kind].update(mean)

@@ -212,6 +212,7 @@ class ReplicaCheck(Callback):
 
     def watch_reference(self) -> None:
         """Watch the reference, which must not change in its preference epoch."""
+        # A reference of adapters has no network of its own to watch.
         parameters = self._reference_parameters()
         self._frozen_reference = Unchanged("the reference", parameters) if parameters else None
 
@@ -230,10 +231,12 @@ class ReplicaCheck(Callback):
         """Raise ReplicaError if ranks that should hold the same do not; collective."""
         if not self.intervals.due(self.intervals.replica_check_every, state.step):
             return
+        # Without ZeRO the moments and averages are equal on all ranks too.
         tensors = replicated(self.net)
         if not self.masters.sharded:
             flats = {part: self.masters.flats(part) for part in MOMENTS} | self.ema.flats
             tensors |= {f"{part}/{i}": t for part, ts in flats.items() for i, t in enumerate(ts)}
+        # The event is written before the run ends by the error.
         try:
             check_replicas(tensors, json.dumps(state.schedule.state_dict(), sort_keys=True))
         except ReplicaError as error:

@@ -44,6 +44,7 @@ def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
 
 def left_out(train_data: TrainData, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
     """Yield the samples of the batches of `skips`, each batch once."""
+    # A dict, so that overlapping skips yield a batch once, in order.
     batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
     for kind, batch in batches:
         stock = train_data.clips if kind == "sft" else train_data.pairs
@@ -70,6 +71,7 @@ class SampleLedger(Callback):
     def on_start(self, state: RunState) -> None:
         """Begin an attempt of the ledger; collective."""
         train_data = self.data.train_data
+        # Rank 0 numbers the attempts, since it alone lists the folder.
         number = next_attempt(self.folder) if distributed.rank() == 0 else 0
         attempt = Attempt(
             attempt=distributed.from_first(number),
@@ -82,6 +84,7 @@ class SampleLedger(Callback):
         writer = self.data.writer
         self._items = []
         self._writer = None if writer is None else LedgerWriter(self.folder, attempt, writer)
+        # Batches that a rollback skips are listed once, by rank 0.
         if distributed.rank() == 0:
             known = {(batch.kind, batch.batch) for batch in read_skipped(self.folder)}
             skipped = left_out(train_data, state.schedule.skipped)
@@ -99,6 +102,7 @@ class SampleLedger(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Write the samples of the step."""
+        # Taken even without a writer, so that nothing grows.
         items, self._items = self._items, []
         if self._writer:
             row = Row(

@@ -97,6 +97,7 @@ class EvaluationInterrupted(Exception):
 
 def sum_votes(own: Mapping[str, float | torch.Tensor]) -> Vote:
     """Sum the votes of the ranks; collective.  Tensors are read from the device all at once."""
+    # One transfer for all values on the device: each would wait for the GPU.
     on_device = [name for name, value in own.items() if isinstance(value, torch.Tensor)]
     votes = {name: float(value) for name, value in own.items() if name not in on_device}
     if on_device:
@@ -149,14 +150,17 @@ class StepSync(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Vote; raise FencedError on every rank if another process has taken the run."""
+        # The measurements of this rank, which stay on the device until they are summed.
         module = state.module
         loss, norm = module.take_loss() / self.accumulation, module.take_norm()
         own = step_vote(loss, norm, self.clipped.take()) | module.take_margin()
+        # One all-reduce for everything that any rank measured or requests.
         written = {"written": float(self.checkpoints.writer.written())}
         state.vote = sum_votes(own | self.requests(state) | written)
         state.loss, state.gradient_norm = float(loss), float(norm)
         if state.vote.fenced:
             raise self.config.taken()
+        # From here on all ranks know the same.
         last = state.step in (state.schedule.steps, self.config.stop_after_step)
         state.ends = last or bool(state.vote.reason)
 
@@ -165,6 +169,7 @@ class StepSync(Callback):
 
         The clock and the control files are those of rank 0 alone.
         """
+        # Requests of every rank: each has its own signals and host memory.
         needed = self.checkpoints.seconds_needed
         requests = {
             "late": float(needed > self.signals.seconds_left),
@@ -174,6 +179,7 @@ class StepSync(Callback):
         }
         if self.signals.received:
             requests[signal.Signals(self.signals.received).name.lower()] = 1.0
+        # Requests of rank 0 alone: its clock and the control files.
         if distributed.rank() == 0:
             requests["time"] = float(
                 time.time() + needed + MARGIN_SECONDS > self.config.job_end_time
@@ -187,6 +193,7 @@ class StepSync(Callback):
         Memory can wait for the next step: with a run that ends for it, the last check would never
         finish.
         """
+        # As after a step, but nothing was measured.
         vote = sum_votes(self.requests(state) | {"memory": 0.0})
         if vote.fenced or vote.reason:
             raise EvaluationInterrupted(vote)
@@ -223,6 +230,7 @@ class Pause(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Wait if that is requested; remove the file SAVE, whose checkpoint was begun."""
+        # All ranks wait together: the sum of their votes ends the pause.
         if state.vote.pause and not state.ends:
             self.sync.heartbeat.enter("pause")
             state.vote = wait(lambda: self.sync.requests(state))

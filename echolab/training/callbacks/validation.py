@@ -64,6 +64,7 @@ def read_share(
     Rows are ranks, or the groups of ranks that share a clip.  `reader` may skip bad clips.
     Raise ConfigError if there is no clip.
     """
+    # As many clips as asked for, or all there are.
     reader = reader or TolerantReader(val_data.clips)
     clips = min(val_data.num_clips, len(val_data.clips))
     if clips < 1:
@@ -71,6 +72,7 @@ def read_share(
             f"{val_data.clips.folder}: {len(val_data.clips)} held-out clips, data.val_num_clips="
             f"{val_data.num_clips}; give at least one, or val_every=0"
         )
+    # Every task uses the same clips, so that errors by task can be compared.
     places, size = places_of(clips, row, rows), val_data.batch_size
     batches = []
     for number, task in enumerate(val_data.tasks):
@@ -95,6 +97,7 @@ def autocast_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
 
     It is fp32, which means none, if the parameters themselves are in `dtype`.
     """
+    # Weights in another dtype than fp32 need no autocast.
     in_fp32 = any(parameter.dtype == torch.float32 for parameter in net.parameters())
     return dtype if in_fp32 else torch.float32
 
@@ -105,6 +108,7 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
 
     These are the states of torch on the CPU and on `device`, of numpy and of Python.
     """
+    # Everything that validation changes is saved before and restored after it.
     modes = [(module, module.training) for module in net.modules()]
     python, ours = random.getstate(), np.random.get_state()
     gpus = [device] if device.type == "cuda" else []
@@ -124,6 +128,7 @@ def held_out_errors(
     net: nn.Module, batch: Batch, phases: Allocator, sigmas: Sequence[float], seed: int
 ) -> Tensor:
     """Return errors [B, levels] in fp32, nothing dropped; the noise is of (seed, key) alone."""
+    # The same noise at every validation, so that errors differ by the weights alone.
     shape, keys = tuple(batch.latents.shape[1:]), batch.keys
     noise = draw_noise(keys, shape, seed=seed, epoch=-1).noise.to(batch.latents.device)
     kept = noise.new_zeros(len(keys), 2)
@@ -146,6 +151,7 @@ def _table(
     poll: Poll,
 ) -> Tensor:
     """Return [tasks x clips, levels] in fp64 on the CPU, zero for the clips of other ranks."""
+    # Zero for clips of other ranks, so that a sum over ranks is the full table.
     table = torch.zeros(len(share.tasks) * share.clips, len(sigmas), dtype=torch.float64)
     cast = autocast_dtype(net, dtype)
     for batch, places in share.batches:
@@ -161,6 +167,7 @@ def means_of(
     table: Tensor, tasks: Sequence[str], sigmas: Sequence[float], prefix: str
 ) -> dict[str, float]:
     """Return `loss`, `error/<task>` and `error/sigma_<level>` of a table, below `prefix`."""
+    # Means in the order of the table, the same for any number of ranks.
     by_task = table.reshape(len(tasks), -1, len(sigmas))
     means = {f"{prefix}/loss": float(table.mean())}
     for task, part in zip(tasks, by_task, strict=True):
@@ -190,11 +197,13 @@ def validate(
     in `dtype`, as in training.  `counts` is false on ranks whose clips another rank counts.  `poll`
     is called before each batch, of which all ranks have equally many.
     """
+    # First the averaged weights, then the trained ones, on the same clips.
     shared: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype, "poll": poll}
     with unchanged(net, device):
         with ema.applied(masters):
             averaged = _table(net, share, phases, sigmas, **shared)
         raw = _table(net, share, phases, sigmas, **shared)
+    # One all-reduce for both tables.
     both = torch.stack([averaged, raw])
     if not counts:
         both = torch.zeros_like(both)
@@ -228,6 +237,7 @@ class Validation(Callback):
         self.config, self.intervals, self.data = config, intervals, data
         self.masters, self.ema = masters, ema
         self.checkpoints, self.sync, self.log = checkpoints, sync, log
+        # Ranks that share a clip read the same row.
         self._share: Share | None = None
         if (val_data := config.val_data) and intervals.val_every:
             together = config.machine.sequence_parallel
@@ -236,6 +246,7 @@ class Validation(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Validate if it is time, unless the run was requested to end."""
+        # The last step is validated too, unless the run was asked to end.
         last = state.ends and self.intervals.val_every > 0
         due = self.intervals.due(self.intervals.val_every, state.step) or last
         if not due or state.vote.reason:

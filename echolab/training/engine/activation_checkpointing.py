@@ -110,7 +110,7 @@ def offload_activations(net: nn.Module) -> AbstractContextManager[Any]:
 
     They come back in the backward pass, bit for bit.  The context is entered once before each
     backward pass, with all forward passes of that loss in it.  Call this when the weights are on
-    their device: trl's class leaves them there, and tells them by their storage.
+    their device: trl's class knows them by their storage and leaves them there.
     """
     from trl.models.activation_offloading import get_act_offloading_ctx_manager  # takes seconds
 

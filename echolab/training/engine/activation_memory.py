@@ -256,6 +256,7 @@ def _run(
     autocast: bool,
     offloading: AbstractContextManager[Any],
 ) -> Step:
+    # One batch of the right shapes; its values do not matter.
     shape = (clip.clips, architecture["out_channels"], clip.frames, clip.height, clip.width)
     weight = torch.empty(clip.clips, 1, *shape[2:])
     batch = Batch(torch.empty(shape), _conditions(architecture, clip), weight, [], [])

@@ -124,6 +124,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     engine: Any = trainer.strategy.model
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     together, attention = _together(net)
+    # Read from the engine itself, not from the settings.
     blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
     accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
     return Plan(
@@ -177,6 +178,7 @@ def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int)
 
 def check(plan: Plan, asked: dict[str, Any]) -> None:
     """Raise EcholabError naming everything in which the engine differs from the settings."""
+    # Everything that differs in one message.
     differ = [
         f"{name} is {getattr(plan, name)}, asked for {value}"
         for name, value in asked.items()

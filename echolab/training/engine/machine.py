@@ -52,6 +52,7 @@ class Machine(NamedTuple):
 
 
 def _unknown(machine: Machine) -> str | None:
+    # Settings with a fixed list of choices.
     known = {
         "strategy": STRATEGIES,
         "activation_checkpointing": CHECKPOINTINGS,

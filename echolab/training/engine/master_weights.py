@@ -89,6 +89,7 @@ class Masters:
 
     def check_complete(self) -> None:
         """Raise CheckpointError for a trained parameter without an optimizer; collective."""
+        # Values with an optimizer, over all ranks.
         held = dict.fromkeys(self.parameters, 0)
         for piece in self.pieces:
             held[piece.name] += piece.numel
@@ -155,12 +156,14 @@ class Masters:
     def fill(self, flats: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Set this rank's pieces from full tensors by name; after the masters, `show` them."""
         for piece in self.pieces:
+            # Only this rank's part of the full tensor is read.
             flat_values = tensors[piece.name].reshape(-1)
             values(flats, piece).copy_(flat_values[piece.start : piece.start + piece.numel])
 
     @torch.no_grad()
     def show(self, flats: Sequence[Tensor]) -> None:
         """Let the network compute with the values of `flats`; collective if sharded."""
+        # One parameter at a time, so that only one full tensor is in memory.
         for name, parameter in self.parameters.items():
             self._set(parameter, self.full_tensor(name, flats))
 
@@ -174,6 +177,7 @@ class Masters:
     @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
         """Put back the network's own weights, bit for bit."""
+        # A copy of the bits: the result of `show` may have been rounded.
         for parameter, kept in zip(self.parameters.values(), saved, strict=True):
             parameter.data.copy_(kept)
 
