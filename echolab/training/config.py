@@ -273,6 +273,7 @@ class TrainConfig(NamedTuple):
         names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         shared |= {"max_bad_fraction": self.max_bad_fraction, "quarantine": self.quarantine}
+        # Clips and pairs are two mixtures, each with an order of its own.
         clips = build_mixture(
             self.clips, kind="encoded", weights=self.clip_weights, shuffle=self.shuffle,
             order_names=names["clips"], **shared,
@@ -301,6 +302,7 @@ class TrainConfig(NamedTuple):
 
     def identity(self, train_data: TrainData) -> dict[str, Any]:
         """Return what a checkpoint must agree on with the run."""
+        # Everything that would make the steps to come others than was planned.
         return {
             "architecture": dict(self.architecture),
             "adapters": dict(self.adapters) if self.adapters else None,

@@ -211,6 +211,7 @@ def _exported(
     poll: Poll,
 ) -> tuple[list[float], float, Exception | None]:
     """Return differences by batch, the bound, and an error; zeros on ranks other than 0."""
+    # Rank 0 compares, the other ranks keep polling with it.
     fault: Exception | None = None
     differences, bound = [0.0] * len(clips), 0.0
     # Every rank polls as often as rank 0, which alone compares.

@@ -77,6 +77,7 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifferenc
 
 def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
+        # Values of different shapes cannot be compared.
         forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
         return TensorDifference(part, name, f"{forms[0]} in a, {forms[1]} in b")
     # As integers: NaN equals itself, and 0 differs from -0.

@@ -113,6 +113,7 @@ def fields(required: Mapping[str, Check], **optional: Check) -> Check:
         if not isinstance(value, dict):
             yield _fault(value, name, "a mapping")
             return
+        # Unknown keys pass, so that a newer version may add some.
         for key, one in {**required, **optional}.items():
             full = f"{name}.{key}" if name else key
             if key in value:
@@ -133,12 +134,14 @@ def anything(value: Any, name: str) -> Iterator[str]:
     return iter(())
 
 
+# The manifest: which files there are, and the shapes of what they hold.
 MANIFEST = fields({
     "step": integer(),
     "parameters": mapping(items(integer())),
     "tied": mapping(text()),
     "files": mapping(fields({"bytes": integer(), "sha256": text()})),
 })  # fmt: skip
+# The state: everything but tensors; entries of later versions are optional.
 STATE = fields(
     {
         "step": integer(),
@@ -147,6 +150,7 @@ STATE = fields(
             {"updates": integer()}, decay=number(0, 1), more=items(number(0, 1)),
             widths=items(number(0, 1)), keeps_reference=true(),
         ),
+        # How far the run is, and what its steps were.
         "schedule": fields(
             {"epochs": items(row(text(*KINDS), integer(1), number(0)))},
             skipped=items(row(text(*GROUPS), integer(), integer(1))),
@@ -159,6 +163,7 @@ STATE = fields(
             {"step": integer(), "probabilities": mapping(number(0, 1), *TASKS)},
             before=integer(), stages_left=integer(),
         ),
+        # Running state of callbacks.
         "objectives": mapping(mapping(number()), *KINDS),
         "spikes": mapping(
             fields({
@@ -168,6 +173,7 @@ STATE = fields(
         ),
         "architecture": mapping(anything),
     },
+    # What the run was made of, and where it ran.
     origin=fields({}, world=integer(1), masters=text()),
     adapters=nullable(mapping(anything)),
     encoders=mapping(text()),
@@ -183,6 +189,7 @@ STATE = fields(
 
 def state_faults(state: Any, step: int) -> list[str]:
     """Return one line for each entry of the state of step `step` that cannot be."""
+    # Types and ranges first: contradictions are computed from the entries.
     wrong = list(STATE(state, ""))
     return wrong or list(_contradictions(state, step))
 

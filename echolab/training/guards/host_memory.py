@@ -40,6 +40,7 @@ def used(pid: int, proc: Path = PROC) -> int:
 
     If the kernel does not report shares (smaps_rollup), these are all resident bytes.
     """
+    # Shared pages of loader workers would otherwise count once for each worker.
     for line in (_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -65,6 +66,7 @@ def capacity(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the bytes of memory of this node, or of the smallest cgroup; None if unknown."""
     lines = (_text(proc / "meminfo") or "").splitlines()
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    # A container may have less than its node.
     limits = [limit for limit, _ in _cgroups(proc, cgroups)]
     return min([*node, *limits], default=None)
 
