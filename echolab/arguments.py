@@ -143,6 +143,7 @@ def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) 
     Print the list of actions for `--help`, and for no words at all, then with exit code 2.  Raise
     ConfigError for an unknown action.
     """
+    # No words at all is a mistake, and gets the list with exit code 2.
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, actions))
         lines = [f"  {name:<{width}}  {action.summary}" for name, action in actions.items()]
@@ -169,6 +170,7 @@ def help_text(schema: type, *, command: str, positional: tuple[str, ...] = ()) -
     if schema.__doc__ and not schema.__doc__.startswith(f"{schema.__name__}("):
         lines += ["", *(line.strip() for line in schema.__doc__.strip().splitlines())]
     names = {f.name: f"{f.name} {_metavar(f, hints[f.name])}".strip() for f in fields}
+    # Longer names get a line of their own, so they do not widen the column.
     width = max((len(name) for name in names.values() if len(name) <= NAME_COLUMNS), default=0)
     if not fields or not fields[0].metadata.get("section"):
         lines.append("")
@@ -239,6 +241,7 @@ def _words_by_key(
         if key in words:
             raise ConfigError(f"{command}: {key} is given twice ({words[key]!r} and {value!r})")
         words[key] = value
+        # An argument given by name is no longer expected by position.
         places = [name for name in places if name not in words]
     return words
 
@@ -255,6 +258,7 @@ def _nearest(key: str, fields: Mapping[str, Any]) -> str:
     """Return the remedy for an unknown key: names that know it as an alias, or a similar name."""
     plain = key.lstrip("-").replace("-", "_")
     near = [name for name, field in fields.items() if plain in field.metadata.get("aka", ())]
+    # An alias answers first: it names the argument that replaced it.
     near = near or difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(f'{name}=...' for name in near)}?"
@@ -316,6 +320,7 @@ def _value(word: str, hint: Any) -> Any:
             raise ValueError(word)
         return Path(expand_home(word))
     if hint is float:
+        # float accepts "nan" and "inf", which no argument means.
         number = float(word)
         if not math.isfinite(number):
             raise ValueError(word)
@@ -338,6 +343,7 @@ def _value_of_union(word: str, inner: tuple[Any, ...]) -> Any:
 
 
 def _value_of_tuple(word: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Brackets are allowed, as Hydra and Python write lists.
     parts = [part.strip() for part in word.strip("()[]").split(",")] if word.strip("()[]") else []
     if len(inner) == 2 and inner[1] is Ellipsis:
         return tuple(_value(part, inner[0]) for part in parts)

@@ -57,15 +57,18 @@ def fit(
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
+    # Continue an interrupted fit of the same settings from its saved state.
     identity = {"steps": str(steps), "seed": str(seed)}
     start = _load(progress, net, optimizer, identity) if progress.exists() else 0
     saved = time.monotonic()
     net.train()
     for step in range(start, steps):
+        # Linear warmup, then cosine decay to 2 % of the learning rate.
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         cosine = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm * cosine
+        # The generator depends on seed and step alone, so that a stop changes no draw.
         loss = loss_of(seeded(seed, step))
         optimizer.zero_grad()
         loss.backward()
@@ -73,6 +76,7 @@ def fit(
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == steps:
             report(step + 1, steps, float(loss.detach()))
+        # Save by time, not by steps: their duration varies with the network.
         if time.monotonic() - saved > SAVE_SECONDS:
             _save(progress, net, optimizer, {**identity, "step": str(step + 1)})
             saved = time.monotonic()
@@ -83,6 +87,7 @@ def _save(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]
 ) -> None:
     """Write network and optimizer moments."""
+    # Network and moments share one file, so that a kill cannot separate them.
     tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -109,6 +114,7 @@ def _load(
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a state of this fit ({line}); remove it") from error
+    # A state of other settings would give another network under the same name.
     for name, value in identity.items():
         if metadata.get(name, value) != value:
             raise CheckpointError(
@@ -135,9 +141,11 @@ def load_net(path: Path, network: type[Net]) -> Net:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fit or copy it again") from error
+    # Weights of another class may fit by shape, so compare the class first.
     if metadata.get("network") != network.__name__:
         name = metadata.get("network", "no network of echolab's")
         raise WeightsError(f"{path}: holds {name}, need {network.__name__}; give another file")
+    # Compare config and tensors on the meta device before any memory is allocated.
     try:
         config = json.loads(metadata["config"])
         with torch.device("meta"):  # a foreign config may ask for any size

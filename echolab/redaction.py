@@ -79,14 +79,17 @@ def register_secrets(address: str) -> None:
         return
     user_info, _, query = _parts(match[3])
     user, _, password = user_info.partition(":")
+    # Without a password the user is the secret: a token.
     secrets = {password or user}
     if len(user) >= LONG:  # an access key
         secrets.add(user)
     if password:
         secrets.add(base64.b64encode(unquote(user_info).encode()).decode())  # as http sends it
+    # Signed addresses carry their signature in the query.
     for name, value in parse_qsl(query.replace("#", "&").lstrip("?&")):
         if SECRET_NAME.search(name) or (len(value) >= LONG and "/" not in value):
             secrets.add(value)
+    # Libraries write secrets decoded or encoded; mask every spelling that is long enough.
     for secret in secrets:
         spelled = {secret, unquote(secret), quote(unquote(secret), safe="")}
         _concealed.update(one for one in spelled if len(one) >= SHORTEST)
@@ -111,6 +114,7 @@ def _masked_address(match: re.Match[str]) -> str:
     held = re.findall(INTERPOLATION, rest)
     numbers = iter(range(len(held)))
     rest = re.sub(INTERPOLATION, lambda _: chr(FIRST_HELD + next(numbers)), rest)
+    # Punctuation at the end belongs to the sentence, not to the address.
     end = len(rest.rstrip(PUNCTUATION))
     user_info, place, query = _parts(rest[:end])
     user = f"{_masked_user(user_info)}@" if user_info else ""
@@ -169,6 +173,7 @@ def mask_output() -> Iterator[None]:
     Characters that their encoding lacks are written as escapes: a path with accents must not end a
     command in the line that names its result.
     """
+    # The interpreter writes uncaught exceptions to the original stream, so replace its hook.
     sys.excepthook = _show_traceback
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

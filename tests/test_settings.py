@@ -31,8 +31,9 @@ from echolab.models import attention
 from echolab.models.transformer import EchoTransformer
 from echolab.tasks.table import TASKS
 from echolab.tracking.wandb_run import MODES
+from echolab.training.config import TrainConfig
 from echolab.training.engine import machine
-from echolab.training.engine.activation_checkpointing import KEPT
+from echolab.training.engine.activation_checkpointing import KEPT, OFFLOAD
 from echolab.training.engine.ema import WIDEST
 from echolab.training.schedule import KINDS
 
@@ -294,8 +295,9 @@ def test_the_choices_equal_those_of_the_code() -> None:
     assert choices(schema.Trainer, "attention") == attention.NAMES
     assert choices(schema.Trainer, "strategy") == machine.STRATEGIES
     assert choices(schema.Trainer, "offload") == machine.OFFLOADS
-    assert set(choices(schema.Trainer, "activation_checkpointing")) == {"none", *KEPT}
-    assert set(machine.CHECKPOINTINGS) == {"none", *KEPT}
+    kinds = {"none", *KEPT, OFFLOAD}
+    assert set(choices(schema.Trainer, "activation_checkpointing")) == kinds
+    assert set(machine.CHECKPOINTINGS) == kinds
     assert limits([schema.Optim.model_fields["posthoc_ema_stds"]]) or WIDEST > 0.2886
 
 
@@ -322,7 +324,9 @@ def test_the_settings_equal_the_arguments_of_the_code() -> None:
     lora = distinct(schema.Lora, target_modules=("a",))
     assert reach((*lora_from(lora), lora["init_from"]), lora)
     arguments = set(inspect.signature(Preference).parameters) - {"phases", "reference"}
-    assert set(schema.Objective.model_fields) == arguments
+    mixing = {"ref_model_sync_steps", "ref_model_mixup_alpha"}  # settings of the loop
+    assert mixing <= set(inspect.signature(TrainConfig).parameters)
+    assert set(schema.Objective.model_fields) == arguments | mixing
 
 
 # -- what passes is understood ----------------------------------------------------------------

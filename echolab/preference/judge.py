@@ -33,6 +33,7 @@ def judge(
     """Judge clips [B, 3, T, Y, X] with reference images [B, 3, Y, X] and lip boxes [B, 4]."""
     syncs = sync_of(sync, pixels, boxes, cepstra)
     clips, frames = pixels.shape[0], pixels.shape[2]
+    # Every frame is compared with the one reference image of its clip.
     features = frame(pixels.transpose(1, 2).flatten(0, 1)).view(clips, frames, -1)
     identity = functional.cosine_similarity(features, frame(reference)[:, None], dim=-1).mean(1)
     flicker = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean((1, 2, 3, 4))
@@ -43,6 +44,7 @@ def judge(
 def total_scores(verdicts: dict[tuple[str, int], Verdict]) -> dict[tuple[str, int], float]:
     """Return one score for each candidate: the standardized parts, weighted by WEIGHTS."""
     table = torch.tensor([tuple(verdict) for verdict in verdicts.values()], dtype=torch.float64)
+    # Standardize over all candidates, so that WEIGHTS compare parts without units.
     spread = table.std(0).clamp(min=1e-9) if len(table) > 1 else torch.ones(3)
     scaled = (table - table.mean(0)) / spread
     weights = torch.tensor([WEIGHTS[name] for name in Verdict._fields], dtype=torch.float64)
@@ -54,5 +56,6 @@ def best_and_worst(scores: dict[tuple[str, int], float]) -> dict[str, tuple[int,
     prompts: dict[str, list[tuple[float, int]]] = {}
     for (key, candidate), score in scores.items():
         prompts.setdefault(key, []).append((score, candidate))
+    # A prompt with a single candidate gives no pair.
     ranked = {key: sorted(scored) for key, scored in prompts.items() if len(scored) > 1}
     return {key: (scored[-1][1], scored[0][1]) for key, scored in ranked.items()}
