@@ -57,7 +57,6 @@ def fit(
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
-    # Continue an interrupted fit of the same settings from its saved state.
     identity = {"steps": str(steps), "seed": str(seed)}
     start = _load(progress, net, optimizer, identity) if progress.exists() else 0
     saved = time.monotonic()
@@ -76,7 +75,6 @@ def fit(
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == steps:
             report(step + 1, steps, float(loss.detach()))
-        # Save by time, not by steps: their duration varies with the network.
         if time.monotonic() - saved > SAVE_SECONDS:
             _save(progress, net, optimizer, {**identity, "step": str(step + 1)})
             saved = time.monotonic()
