@@ -32,6 +32,7 @@ BRITISH = frozenset(
     "standardise standardised minimise minimised signalled cancelled labelled".split()
 )
 VERBS = frozenset((ROOT / "tests/imperative_verbs.txt").read_text().split())
+COMMENT_SHARE = 0.04
 THIS = Path(__file__).resolve()
 TEST_FILES = sorted(path for path in ROOT.glob("tests/**/*.py") if path != THIS)
 
@@ -112,6 +113,17 @@ def test_every_file_speaks_the_language_of_the_field(path: Path) -> None:
 @pytest.mark.parametrize("path", TEST_FILES, ids=[path.name for path in TEST_FILES])
 def test_every_test_speaks_the_language_of_the_field(path: Path) -> None:
     assert faults(path.read_text()) == []
+
+
+ROOMS = sorted({"/".join(Path(name).parts[:2][: len(Path(name).parts) - 1]) for name in NAMES})
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_line_in_25_of_a_room_is_a_comment(room: str) -> None:
+    """A room is a package with the packages in it; modules directly in echolab are one room."""
+    pattern = "*.py" if room == "echolab" else "**/*.py"
+    lines = [line.strip() for path in ROOT.glob(f"{room}/{pattern}") for line in path.open()]
+    assert sum(line.startswith("#") for line in lines) >= COMMENT_SHARE * len(lines)
 
 
 def test_the_rule_itself() -> None:

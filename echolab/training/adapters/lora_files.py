@@ -71,12 +71,14 @@ def save_single_file(
     for name, tensor in tensors.items():
         layer, _, part = name.partition(".lora_")
         content = layers[audio_file if is_audio(layer) else file]
+        # Outside of blocks diffusers ignores alpha, so the scale goes into the tensor.
         if layer.startswith("blocks."):
             content[f"{SINGLE_PREFIX}{layer}.alpha"] = torch.tensor(float(lora.alpha))
         elif part.startswith("B"):
             tensor = tensor * (lora.alpha / lora.rank)
         short = part.replace(f".{TRAINED}.", ".")
         content[f"{SINGLE_PREFIX}{layer}.lora_{short}"] = tensor.to(dtype).contiguous()
+    # The fingerprint lets a reader refuse another base.
     metadata = {"format": "pt", BASE: base}
     if layers[file] and layers[audio_file]:  # the audio layers first: what names them comes last
         write_atomic(audio_file, save(layers[audio_file], metadata))
@@ -108,6 +110,7 @@ def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
                 f"{origin}: other adapters: {name} is {there} there, {here} here; "
                 "give adapters of the same rank and layers"
             )
+    # Copy only once every shape has been compared, so that an error changes nothing.
     for name, value in own.items():
         value.data.copy_(tensors[name])
 
@@ -228,6 +231,7 @@ def merge_adapters(net: nn.Module, adapters: Adapters) -> None:
 
 def _open(path: Path) -> list[_Content]:
     """Return the content of the file or folder, and of the file of audio layers if it names one."""
+    # A folder is peft's if it has a settings file, else diffusers'.
     file, config = path, None
     if path.is_dir():
         config = _config_of(path / CONFIG) if (path / CONFIG).is_file() else None
@@ -237,9 +241,11 @@ def _open(path: Path) -> list[_Content]:
                 f"{path}: no adapters that can be read; give a folder with {CONFIG} and {TENSORS}, "
                 f"one with {DIFFUSERS_FILE}, or a .safetensors file"
             )
+    # A second file holds the audio layers; the first names it.
     content, audio = _read(file, config)
     if audio is None:
         return [content]
+    # A path there could make us read any file of the machine.
     if Path(audio).name != audio:
         raise WeightsError(f"{file}: names {audio!r} for its audio layers: no plain file name")
     return [content, _read(file.with_name(audio), None)[0]]
@@ -257,6 +263,7 @@ def _config_of(file: Path) -> dict[str, Any]:
     if config.get("peft_type", "LORA") != "LORA" or int(config["r"]) < 1:
         kind = config.get("peft_type", "LORA")
         raise WeightsError(f"{file}: adapters of {kind} with r={config['r']}: no plain LoRA")
+    # Methods that change more than the low-rank product would be read incompletely.
     if config.get("bias", "none") != "none":
         raise WeightsError(f"{file}: bias={config['bias']}: not read here; need none")
     for key in ("use_dora", "modules_to_save", "fan_in_fan_out"):
@@ -278,6 +285,7 @@ def _read(file: Path, config: dict[str, Any] | None) -> tuple[_Content, str | No
         OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError,
     ) as error:  # fmt: skip
         raise WeightsError(f"{file}: no adapters that can be read ({error}); {REMEDY}") from error
+    # Damage shows in the values too: an empty file, other dtypes, NaN.
     if not tensors:
         raise WeightsError(f"{file}: 0 tensors; {REMEDY}")
     check_precision(file, tensors)
@@ -312,6 +320,7 @@ def _parameters_by_stem(net: nn.Module) -> dict[str, str]:
 
 
 def _without_prefix(stem: str) -> str:
+    # Programs nest their prefixes, such as base_model.model.transformer.
     shorter = stem
     while (prefix := next((p for p in PREFIXES if shorter.startswith(p)), None)) is not None:
         shorter = shorter[len(prefix) :]

@@ -48,6 +48,7 @@ class SpikeConfig(NamedTuple):
                 "loss_spike.window="
                 f"{self.window}; 48 and 128 are usual"
             )
+        # Zero is meaningful for each: no steps back, no batches skipped, no rollback.
         counts = {
             "rollback_steps": self.rollback_steps,
             "skip_batches": self.skip_batches,
@@ -84,6 +85,7 @@ class Spike(NamedTuple):
 
     def details(self) -> dict[str, Any]:
         """Return the details for an event: JSON has no NaN."""
+        # The log is read by other programs, so NaN and infinity become null.
         usual = None if math.isnan(self.usual) else self.usual
         numbers = (
             {"value": self.value, "deviations": self.deviations}
@@ -97,6 +99,7 @@ class Spike(NamedTuple):
 def scale_of(window: Sequence[float]) -> float:
     """Return the value below which asinh(value / scale) is linear; 0 if most values are 0."""
     positive, negative = sum(one > 0 for one in window), sum(one < 0 for one in window)
+    # Values of both signs need a larger scale: near zero a logarithm exaggerates.
     agreement = abs(positive - negative) / max(positive + negative, 1)  # 1: all of one sign
     return median(map(abs, window)) / max(agreement, 1 / MIXED)
 
@@ -155,6 +158,7 @@ class SpikeDetector:
             ):
                 spikes.append(Spike(step, kind, measure, value, usual, above))
             window.append(value)
+        # A value that is not finite comes first: it cannot be trained on.
         return min(spikes, key=lambda spike: spike.finite, default=None)
 
     def state_dict(self) -> dict[str, Any]:
