@@ -169,7 +169,7 @@ def _receive(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report 
 
 def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
     """Return the report on a worker whose process has ended."""
-    # Only a signal of the decoder itself speaks against the file, and only the second time.
+    # Only a crash of the decoder marks the file as damaged, and only the second time.
     worker.process.join(5)
     code, job = worker.process.exitcode, worker.job
     if code is None or code >= 0:

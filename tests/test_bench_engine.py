@@ -13,9 +13,9 @@ from echolab.bench import commands, engine
 from echolab.bench import step as bench_step
 from echolab.bench.engine import (
     SMALLEST,
+    AlternatingTimer,
     Bare,
     Subject,
-    Turns,
     batches_of,
     build_net,
     build_training,
@@ -70,7 +70,7 @@ def test_engine_and_bare_steps_are_measured_separately(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "process_time", lambda: 2 * now[0])
-    turns = Turns(BareLoop(), iter(range(9)))  # type: ignore[arg-type]
+    turns = AlternatingTimer(BareLoop(), iter(range(9)))  # type: ignore[arg-type]
     for step in range(1, 6):
         now[0] += step  # seconds of an engine step
         turns(step, 5)

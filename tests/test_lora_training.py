@@ -172,7 +172,7 @@ def test_the_commands_train_export_and_merge_adapters(
     assert train("d", *first, f"lora.init_from={tmp_path / 'folder'}") == 0
     capsys.readouterr()
     refused = {
-        "ref_model=base: means adapters": ["ref_model=base"],
+        "ref_model=base: requires adapters": ["ref_model=base"],
         "rank is 2 there, 3 here": ["init_from=" + str(tmp_path / "a"), *lora, "lora.r=3"],
         "is 2, here 5; set lora.r=2":
             [*first, "lora.r=5", f"lora.init_from={tmp_path / 'folder'}"],

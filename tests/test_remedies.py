@@ -178,7 +178,7 @@ def test_a_diverged_run_continues_as_its_error_advises(
     folder = tmp_path / "run"
     with pytest.raises(DivergedError) as error:
         run(words(diverging("1e30")))
-    assert "`echolab rollback RUN to=STEP` if the newest is spoilt" in str(error.value)
+    assert "`echolab rollback RUN to=STEP` if the newest is damaged" in str(error.value)
     assert "`echolab replay RUN step=5` names the clips" in str(error.value)
     # Replay names the clips, and does not say again what sent the user there.
     assert main(["replay", str(folder), "step=5"]) == 0

@@ -217,7 +217,7 @@ def test_a_refusal_needs_no_torch_and_no_rank() -> None:
          "trainer.sequence_parallel=8: must divide model.num_heads=4"),
         (["model.num_heads=3"], "model.dim=256: must be a multiple of 2 x model.num_heads=3"),
         (["model.in_channels=20"], "model.in_channels=20: must be model.out_channels=16, or 36"),
-        (["ref_model=base"], "ref_model=base: means adapters"),
+        (["ref_model=base"], "ref_model=base: requires adapters"),
         (["lora.init_from=folder"], "lora.init_from=folder: this run has no adapters"),
         (["optim.extra_ema_decays=[0.9,0.9]"],
          "optim.extra_ema_decays=[0.9,0.9]: one is given twice"),

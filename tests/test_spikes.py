@@ -13,14 +13,20 @@ from hypothesis import strategies as st
 from echolab.errors import ConfigError, DivergedError
 from echolab.training.callbacks.loss_spikes import (
     NOTHING,
-    What,
+    ActionKind,
     clipped,
     decide,
     event_details,
     without_checkpoint,
 )
 from echolab.training.guards.events import Event, History
-from echolab.training.guards.spikes import LEAST, Spike, SpikeConfig, SpikeDetector, deviations
+from echolab.training.guards.spikes import (
+    MIN_DEVIATION,
+    Spike,
+    SpikeConfig,
+    SpikeDetector,
+    deviations,
+)
 from echolab.training.schedule import Skip
 
 STEPS = 50_000
@@ -108,7 +114,7 @@ def test_preference_losses_near_and_below_zero_are_no_spikes() -> None:
 def test_small_moves_of_a_quiet_loss_are_no_spikes() -> None:
     quiet = [0.5] * 50
     assert deviations(0.5 * 1.5, quiet) < 8 < deviations(0.5 * 1.7, quiet)
-    assert deviations(0.5, quiet) == 0 and LEAST == 0.05
+    assert deviations(0.5, quiet) == 0 and MIN_DEVIATION == 0.05
 
 
 def test_kinds_and_preference_epochs_have_separate_histories() -> None:
@@ -179,7 +185,7 @@ def event(kind: str, step: int, **about: Any) -> Event:
 def test_record_continues_except_at_nan() -> None:
     guards = SpikeConfig("record")
     assert decide(None, guards, [], PLAN) == NOTHING
-    assert decide(HIGH, guards, [], PLAN)[:2] == (What.RECORD, "spike")
+    assert decide(HIGH, guards, [], PLAN)[:2] == (ActionKind.RECORD, "spike")
     with pytest.raises(DivergedError, match="step 700 .*not finite; .*loss_spike.policy=recompute"):
         decide(BROKEN, guards, [], PLAN)
 
@@ -188,12 +194,12 @@ def test_recompute_repeats_a_step_once() -> None:
     guards = SpikeConfig("recompute")
     for spike in (HIGH, BROKEN):
         action = decide(spike, guards, [event("recompute", 699), event("spike", 700)], PLAN)
-        assert action[:4] == (What.GO_BACK, "recompute", 700, None)
+        assert action[:4] == (ActionKind.GO_BACK, "recompute", 700, None)
     again = [event("recompute", 700)]
-    assert decide(HIGH, guards, again, PLAN)[:2] == (What.RECORD, "reproducible")
+    assert decide(HIGH, guards, again, PLAN)[:2] == (ActionKind.RECORD, "reproducible")
     with pytest.raises(DivergedError, match="twice from the same state"):
         decide(BROKEN, guards, again, PLAN)
-    assert without_checkpoint(HIGH)[:2] == (What.RECORD, "spike")
+    assert without_checkpoint(HIGH)[:2] == (ActionKind.RECORD, "spike")
     with pytest.raises(DivergedError, match="no checkpoint before it"):
         without_checkpoint(BROKEN)
 
@@ -202,13 +208,13 @@ def test_rollback_skips_the_batches_around_the_spike() -> None:
     guards = SpikeConfig("rollback", rollback_steps=100, skip_batches=200, max_rollbacks=2)
     action = decide(HIGH, guards, [], PLAN)
     # Step 700 is the 650th supervised one.
-    assert action == (What.GO_BACK, "rollback", 600, Skip("sft", 550, 200))
+    assert action == (ActionKind.GO_BACK, "rollback", 600, Skip("sft", 550, 200))
     preferred = decide(HIGH._replace(step=210, kind="dpo"), guards, [], PLAN)
-    assert preferred == (What.GO_BACK, "rollback", 110, Skip("preference", 0, 200))
+    assert preferred == (ActionKind.GO_BACK, "rollback", 110, Skip("preference", 0, 200))
     assert decide(HIGH, guards._replace(skip_batches=0), [], PLAN).skip is None
     by_hand = event("rollback", 700, by="command")
     own = event("rollback", 700, by="guard")
-    assert decide(BROKEN, guards, [by_hand, by_hand, own], PLAN).what is What.GO_BACK
+    assert decide(BROKEN, guards, [by_hand, by_hand, own], PLAN).kind is ActionKind.GO_BACK
     with pytest.raises(DivergedError, match="rolled back 2 times already"):
         decide(BROKEN, guards, [own, by_hand, own], PLAN)
 

@@ -175,7 +175,7 @@ def average_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
 # -- Lightning, the module and the callbacks -----------------------------------------------------
 
 
-class Turns:
+class AlternatingTimer:
     """Runs a bare step after every step of the engine, and measures both."""
 
     def __init__(self, bare: Bare, items: Iterator[MicroBatch]) -> None:
@@ -215,22 +215,24 @@ def medians(costs: list[Cost]) -> Cost:
     )
 
 
-def in_turns(subject: Subject, net: nn.Module, steps: int, run: str) -> tuple[Cost, Cost]:
+def measure_alternately(
+    subject: Subject, net: nn.Module, steps: int, run: str
+) -> tuple[Cost, Cost]:
     """Return medians of a step of the engine and of a bare one.
 
     The engine's last step saves a checkpoint and is not counted.
     """
     steps += WARMUP + 2
     training = build_training(subject, net, run, steps)
-    turns = Turns(Bare(subject, net), batches_of(training))
-    fit(training._replace(on_step=turns))
-    return medians(turns.engine[:-1]), medians(turns.plain[1:-1])
+    timer = AlternatingTimer(Bare(subject, net), batches_of(training))
+    fit(training._replace(on_step=timer))
+    return medians(timer.engine[:-1]), medians(timer.plain[1:-1])
 
 
 def module_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
     """Yield rows of `fit` compared with a bare loop, and what it adds to a short step."""
     say("measuring engine/module")
-    engine, plain = in_turns(subject, net, 3 * pairs, "module")
+    engine, plain = measure_alternately(subject, net, 3 * pairs, "module")
     yield Row("engine/module/time", engine.seconds, "s", BARE, plain.seconds)
     # On the CPU processor seconds are steadier than wall time.
     if subject.device == "cpu":
@@ -240,6 +242,6 @@ def module_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
     # What the engine adds is a constant, which a short step shows best.
     short = subject._replace(architecture=SMALLEST, folder=subject.folder / "short")
     write_clips(short, draw_inputs(SMALLEST, (5, 32, 32), subject.seed, "cpu"))
-    engine, other = in_turns(short, build_net(short), 20 * pairs, "module")
+    engine, other = measure_alternately(short, build_net(short), 20 * pairs, "module")
     yield Row("engine/module/short_step", engine.seconds, "s", BARE, other.seconds)
     yield Row("engine/module/added", engine.seconds - other.seconds, "s", STEP, plain.seconds)

@@ -131,7 +131,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         folder = data / name
         encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
         yield Stage(f"encode {name}", encode, folder / INDEX)
-    # The truth, and the truth with another clip's audio, frame the scores.
+    # The truth, and the truth with another clip's audio, bound the scores.
     for name in REFERENCES:
         chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")
         yield Stage(f"score {name}", ("echolab", "evaluate", *chosen, *evaluation(demo)))
@@ -297,13 +297,13 @@ class Progress:
 
     def _call(self, stage: Stage) -> int:
         from data_prep import __main__ as data_prep
-        from echolab.cli import __main__ as front_door
+        from echolab.cli import __main__ as echolab_cli
 
         program, *words = stage.words
-        # The commands' own main functions: the same door, without the imports of a new process.
-        door = {"echolab": front_door.main, "data_prep": data_prep.main}[program]
+        # The entry points of the commands, without the imports of a new process.
+        entry_point = {"echolab": echolab_cli.main, "data_prep": data_prep.main}[program]
         with redirect_stdout(sys.stderr):  # standard output is the demo's own summary
-            return door(words)
+            return entry_point(words)
 
 
 def main(argv: list[str]) -> int:

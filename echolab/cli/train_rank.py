@@ -31,9 +31,9 @@ def train(
     """Train the run of these settings; rank 0 holds its folder and logs metrics.
 
     `heartbeat` is by default those that the environment names.  `on_failure` is given an
-    exception before anything is tidied up, by Lightning too: that may take long, or hang, and makes
-    of a KeyboardInterrupt a SystemExit.  `on_end` is given the result before the tracker is waited
-    for. `kept` are the settings to store and to send, without secrets.
+    exception before anything is tidied up, by Lightning too: that may take long, or hang, and
+    turns a KeyboardInterrupt into a SystemExit.  `on_end` is given the result before the wait for
+    the tracker.  `kept` are the settings to store and to send, without secrets.
     """
     # What is stored and sent holds no secret.
     kept = mask_values(config) if kept is None else kept
@@ -95,10 +95,10 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _say(folder: Path, lines: list[str]) -> None:
-    print("\n".join(["echolab: the engine as it is:", *lines]), flush=True)
+    print("\n".join(["echolab: effective engine configuration:", *lines]), flush=True)
     try:
         write_atomic(folder / "engine.txt", "\n".join([*lines, ""]).encode())
-    except StorageError as error:  # it was said above
+    except StorageError as error:  # the lines were printed above
         print(f"echolab: {error}", file=sys.stderr, flush=True)
 
 

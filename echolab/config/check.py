@@ -27,6 +27,7 @@ from echolab.config.parts import (
 )
 from echolab.config.schema import Settings
 from echolab.errors import ConfigError
+from echolab.geometry import geometry_of
 from echolab.training.engine.machine import accumulation_steps, conflict
 
 # Earlier names of settings and groups, by section; a name that begins with "/" is of no section.
@@ -106,10 +107,10 @@ def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
     assert field
     if kind == "missing":
         return missing(path)
-    # State what it takes, what it means, and the nearest choice.
-    given, takes = _value_at(config, path), described(field)
+    # State the allowed values, the meaning and the nearest choice.
+    given, allowed = _value_at(config, path), described(field)
     near = closest(str(given), choices_of(field.annotation)) if isinstance(given, str) else ""
-    return f"{dotted(path)}={shown(given)}: must be {takes}; {field.description}{near}"
+    return f"{dotted(path)}={shown(given)}: must be {allowed}; {field.description}{near}"
 
 
 def choices_of(annotation: Any) -> list[str]:
@@ -310,30 +311,30 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each conflict between settings that have the right kinds and ranges."""
     # Groups that are checked by the part that they build.
     yield from filter(None, [conflict(machine_from(config["trainer"]))])
-    yield from _of_the_network(config["model"], config["trainer"], config["lora"])
-    yield from _of_the_rates(config["optim"]["lr"], config["schedule"]["epochs"])
-    yield from _of_the_data(config["data"], config["schedule"]["epochs"])
-    yield from _of_the_reference(config)
-    yield from _of_the_tasks(config["tasks"])
+    yield from _model_conflicts(config["model"], config["trainer"], config["lora"])
+    yield from _lr_conflicts(config["optim"]["lr"], config["schedule"]["epochs"])
+    yield from _data_conflicts(config["data"], config["schedule"]["epochs"])
+    yield from _reference_conflicts(config)
+    yield from _task_conflicts(config["tasks"])
     # Preference losses and reference models.
     loss = config["objective"]
     if loss["loss_type"] == "exo_pair" and not loss["label_smoothing"]:
         yield "objective.loss_type=exo_pair: infinite at label_smoothing=0; set it to 1e-3"
     if config["ref_model"] == "base" and not config["lora"]["target_modules"]:
         yield (
-            "ref_model=base: means adapters, and this run trains all weights; give lora=attention, "
-            "or ref_model=null"
+            "ref_model=base: requires adapters, but this run trains all weights; give "
+            "lora=attention, or ref_model=null"
         )
     # Averages by name: two of one width would overwrite each other.
     for name in ("extra_ema_decays", "posthoc_ema_stds"):
         values = config["optim"][name]
         if len(set(values)) < len(values):
             yield f"optim.{name}={shown(values)}: one is given twice; give each once"
-    yield from filter(None, [_refusal_of(config)])
+    yield from filter(None, [_error_of_parts(config)])
 
 
-def _refusal_of(config: Mapping[str, Any]) -> str | None:
-    """Return what the parts that these settings go to say against them."""
+def _error_of_parts(config: Mapping[str, Any]) -> str | None:
+    """Return the first ConfigError raised by the objects built from these settings."""
     try:
         accumulation_steps(
             config["batch_size"], config["micro_batch_size"], machine_from(config["trainer"])
@@ -347,7 +348,7 @@ def _refusal_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _of_the_network(
+def _model_conflicts(
     model: Mapping[str, Any], trainer: Mapping[str, Any], lora: Mapping[str, Any]
 ) -> Iterator[str]:
     # Sizes of the network divide each other.
@@ -355,10 +356,11 @@ def _of_the_network(
     if dim % (2 * heads):
         yield f"model.dim={dim}: must be a multiple of 2 x model.num_heads={heads}; change either"
     out_channels, in_channels = model["out_channels"], model["in_channels"]
-    if in_channels not in (out_channels, 2 * out_channels + 4):
+    with_known = 2 * out_channels + geometry_of(model).time_stride
+    if in_channels not in (out_channels, with_known):
         yield (
             f"model.in_channels={in_channels}: must be model.out_channels={out_channels}, or "
-            f"{2 * out_channels + 4} with "
+            f"{with_known} with "
             "the known mask and latents; change either"
         )
     if heads % together:
@@ -374,17 +376,17 @@ def _of_the_network(
         )
 
 
-def _of_the_rates(lr: float, epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _lr_conflicts(lr: float, epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for number, epoch in enumerate(epochs):
         scale = epoch.get("lr_scale", 1.0)
         if not math.isfinite(rate_of(lr, scale)):
             yield (
                 f"schedule.epochs[{number}].lr_scale={scale:g}: too large for optim.lr={lr:g}; "
-                "take smaller ones"
+                "reduce lr_scale or optim.lr"
             )
 
 
-def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _data_conflicts(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     prefers = {epoch["kind"] for epoch in epochs} - {"sft"}
     if prefers and not data["pairs"]:
         yield "data.pairs=null: ndpo and dpo epochs need a preference dataset; give one"
@@ -402,7 +404,7 @@ def _of_the_data(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -
             yield f"data.{key}={shown(weights)}: all are 0; give one above 0, or null"
 
 
-def _of_the_reference(config: Mapping[str, Any]) -> Iterator[str]:
+def _reference_conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     steps = config["objective"].get("ref_model_sync_steps", 0)
     if steps and config["ref_model"] == "base":
         yield (
@@ -411,7 +413,7 @@ def _of_the_reference(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _of_the_tasks(tasks: Mapping[str, Any]) -> Iterator[str]:
+def _task_conflicts(tasks: Mapping[str, Any]) -> Iterator[str]:
     stages = tasks["stages"] or [{"targets": dict.fromkeys(tasks["tasks"], 1.0)}]
     for number, stage in enumerate(stages):
         if not any(stage["targets"].values()):

@@ -305,7 +305,7 @@ def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | 
     state = open_checkpoint(pinned).state if pinned else {}
     if own is None and (config["ref_model"] == "base" or state.get("adapters")):
         raise ConfigError(
-            f"ref_model={config['ref_model']}: means adapters, and this run trains all weights; "
+            f"ref_model={config['ref_model']}: requires adapters, but this run trains all weights; "
             "give lora=attention as there, or a run without adapters"
         )
     if own and config["ref_model"] == "base":

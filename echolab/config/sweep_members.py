@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PREFIX = 100  # characters of a name that show what is swept
 HASH = 10  # hexadecimal digits
 ADDRESS = re.compile(r"\w+://[^\s'\",\]]+")
-SIGNATURE = re.compile(r"x-amz-|x-goog-|s[evprt]$|se$|expires", re.IGNORECASE)  # and its date
+# Signature and expiry in the query of a signed address.
+SIGNATURE = re.compile(r"x-amz-|x-goog-|s[evprt]$|se$|expires", re.IGNORECASE)
 
 
 class Member(NamedTuple):
@@ -160,9 +161,9 @@ def name_of(kept: Mapping[str, Any], values: Mapping[str, str]) -> str:
     name when the sweep is run again or gets more values.
     """
     # The hash covers all settings but those of the machine.
-    flat = {key: plain(key, value) for key, value in run_dir.flatten(kept).items()}
+    flat = {key: normalized_setting(key, value) for key, value in run_dir.flatten(kept).items()}
     own = {key: value for key, value in flat.items() if not is_machines(key)}
-    swept = {key: chosen(flat, key, text) for key, text in values.items()}
+    swept = {key: resolved_value(flat, key, text) for key, text in values.items()}
     text = json.dumps([own, swept], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:HASH]
     return f"{prefix(values) or 'member'}-{digest}"
@@ -173,8 +174,8 @@ def is_machines(key: str) -> bool:
     return bool({key, key.split(".")[0]} & set(run_dir.MACHINE))
 
 
-def chosen(flat: Mapping[str, Any], key: str, text: str) -> Any:
-    """Return what a swept override came to: a setting, all of a group's, or its text."""
+def resolved_value(flat: Mapping[str, Any], key: str, text: str) -> Any:
+    """Return the resolved value of a swept override: a setting, all of a group's, or its text."""
     if "://" in text:  # settings are kept without the queries of addresses
         return re.sub(ADDRESS, lambda match: without_signature(match[0]), text)
     name = key.lstrip("+").replace("/", ".")
@@ -182,10 +183,10 @@ def chosen(flat: Mapping[str, Any], key: str, text: str) -> Any:
     return values or text
 
 
-def plain(key: str, value: Any) -> Any:
+def normalized_setting(key: str, value: Any) -> Any:
     """Return a setting such that two spellings of one path are equal: absolute, without links."""
     if isinstance(value, list):
-        return [plain(key, item) for item in value]
+        return [normalized_setting(key, item) for item in value]
     is_path = key in PATHS and isinstance(value, str) and "://" not in value
     return os.path.realpath(value) if is_path and (key, value) != ("ref_model", "base") else value
 
@@ -194,9 +195,9 @@ def without_signature(address: str) -> str:
     """Return an address without user, password and what is secret in its query."""
     # A signature changes from day to day; the member is the same.
     query = parse_qsl(urlsplit(address).query)
-    open_ = [(name, value) for name, value in query if not SIGNATURE.match(name)]
-    open_ = [(name, value) for name, value in open_ if not is_secret_name(name)]
-    return f"{strip_secrets(address)}?{urlencode(open_)}" if open_ else strip_secrets(address)
+    public = [(name, value) for name, value in query if not SIGNATURE.match(name)]
+    public = [(name, value) for name, value in public if not is_secret_name(name)]
+    return f"{strip_secrets(address)}?{urlencode(public)}" if public else strip_secrets(address)
 
 
 def prefix(values: Mapping[str, str]) -> str:
@@ -214,17 +215,17 @@ def prefix(values: Mapping[str, str]) -> str:
         value = (
             ""
             if is_secret_name(key.rpartition(".")[2])
-            else clean(mask_secrets(shown(values[key])))
+            else file_name_part(mask_secrets(without_queries(values[key])))
         )
-        parts.append(f"{clean(name)}-{value[-max(8, room - len(name) - 1) :].lstrip('-')}")
+        parts.append(f"{file_name_part(name)}-{value[-max(8, room - len(name) - 1) :].lstrip('-')}")
     return "_".join(parts)[:PREFIX].strip("-_.")
 
 
-def shown(text: str) -> str:
+def without_queries(text: str) -> str:
     """Return a text with the addresses in it cut to host and path."""
     return ADDRESS.sub(lambda match: strip_secrets(match[0]).partition("://")[2], text)
 
 
-def clean(text: str) -> str:
+def file_name_part(text: str) -> str:
     """Return a text of characters that need no quotes in any shell."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-")

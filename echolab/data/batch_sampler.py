@@ -266,7 +266,7 @@ class Stream:
         if not self.span:
             raise ConfigError(
                 f"data.last_batch=drop: {source.name} has {self.samples} samples, less than one "
-                f"global batch of {batch}; take carry or pad"
+                f"global batch of {batch}; use carry or pad"
             )
         self._orders: dict[int, EpochOrder] = {}
 
@@ -322,7 +322,7 @@ class Bucket:
             names = ", ".join(source.name for source in sources.values())
             raise ConfigError(
                 f"data.last_batch={shuffle.last_batch}: {names} are mixed in one batch, and their "
-                "epochs end at different steps; take carry, or put them into one folder"
+                "epochs end at different steps; use carry, or put them into one folder"
             )
         self.clips_per_slot, self.seed = clips_per_slot, seed
         self.batch = batch_size * clips_per_slot  # clips of a global batch

@@ -34,7 +34,7 @@ Advance = Callable[[int, str], None]
 
 
 class Renderer(NamedTuple):
-    """The network with everything that its samples depend on, but for the scene."""
+    """The network with everything that its samples depend on, except the scene."""
 
     net: nn.Module
     encoders: Encoders

@@ -108,7 +108,7 @@ class TrainLoop(pl.Callback):
             *config.callbacks,
             # Waits until a user removes the file, so nothing may be left to do.
             Pause(sync),
-            # At the end alone.  Ends run in reverse order: this first, while everything is open.
+            # Acts only in `on_end`, which runs in reverse order: first, while everything is open.
             ExportCheck(config, **evaluated),
         ]
 

@@ -21,7 +21,7 @@ from echolab.types import Draws, Loss, PreferencePair
 
 
 class Objective(Protocol):
-    """`objectives.Supervised` and its kin."""
+    """`objectives.Supervised` and the other objectives."""
 
     def __call__(self, net: Any, batch: Any, draws: Draws) -> Loss: ...
 

@@ -155,7 +155,7 @@ def resumed_train_data(
         raise EcholabError(
             f"data.{key}: {names} is not what the run was trained on up to step {checkpoint.step} "
             f"(fingerprints {prints[0]} then, {prints[1]} now); put that back, or give "
-            "data.changed=accept to go on with this, which events.jsonl then records"
+            "data.changed=accept to continue with the new data, which events.jsonl then records"
         )
     # The same samples keep their order, even if they were encoded again.
     names_of = order_names(was, now)
@@ -218,20 +218,22 @@ def check_origins(was: Mapping[str, Any], now: Mapping[str, Any], place: str) ->
     for key in sorted({*was, *now}):
         if not _same_origin(key, was.get(key), now.get(key)):
             raise EcholabError(
-                f"{place}: {key}= was {_words(was.get(key))}, now {_words(now.get(key))}; give "
-                "what the run began with, or a new run folder by run_dir=..."
+                f"{place}: {key}= was {_describe_origin(was.get(key))}, now "
+                f"{_describe_origin(now.get(key))}; give what the run began with, or a new run "
+                "folder by run_dir=..."
             )
 
 
 def _same_origin(key: str, was: Any, now: Any) -> bool:
     if was is None or now is None:
         return was is now
-    # The run that this one started from may have been trained on since: its weights are past.
+    # The run that this one started from may have been trained further: the weights used then may
+    # no longer exist.
     moved_on = key == "init_from" and was.get("run") and was["run"] == now.get("run")
     return bool(was["content"] == now["content"] or (moved_on and now["step"] >= was["step"]))
 
 
-def _words(origin: Mapping[str, Any] | None) -> str:
+def _describe_origin(origin: Mapping[str, Any] | None) -> str:
     if origin is None:
         return "not given"
     step = f"step {origin['step']}, " if "step" in origin else ""

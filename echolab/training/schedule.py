@@ -212,7 +212,7 @@ class Schedule:
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
     def keeps(self, step: int) -> bool:
-        """Return whether the checkpoint stays: an epoch ends at this step, or refers to it."""
+        """Return whether to keep the checkpoint: an epoch ends here, or has it as reference."""
         return self.is_boundary(step) or self.needs_reference(step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,8 +33,8 @@ class StopSignals:
     """Remembers the first signal, and does nothing else in the handler.
 
     `grace` is how many seconds a signal leaves until the process is killed, by number; without an
-    entry, for ever.  The handlers before it come back at the end.  A second Ctrl-C is not patient
-    any more: KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are
+    entry, for ever.  Previous handlers are restored on exit.  A second Ctrl-C raises
+    KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are
     none.  A signal that an outer `StopSignals` caught, before this one began, counts too.
     """
 

@@ -17,7 +17,7 @@ from echolab.vision.faces import Image
 from echolab.vision.video_reader import Probe
 
 SAMPLES_PER_FRAME = RATE_HZ // FPS
-FROZEN_SECONDS = 0.2  # a source frame farther away than this is no frame of the moment
+FROZEN_SECONDS = 0.2  # a source frame farther away than this counts as missing
 HEAD_SCALE = 2.0  # side of the head crop, in the larger side of all face boxes of a clip
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in source pixels

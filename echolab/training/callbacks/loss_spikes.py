@@ -28,7 +28,7 @@ from echolab.training.guards.events import Event
 from echolab.training.guards.spikes import Spike, SpikeConfig, SpikeDetector
 from echolab.training.schedule import Schedule, Skip, group_of
 
-BY = "guard"  # who wrote the event: not the command
+SOURCE = "guard"  # written by this callback, not by `echolab rollback`
 
 
 def remedy(spike: Spike) -> str:
@@ -38,11 +38,12 @@ def remedy(spike: Spike) -> str:
     """
     return (
         "lower the learning rate, from an earlier checkpoint by `echolab rollback RUN to=STEP` if "
-        f"the newest is spoilt; `echolab replay RUN step={spike.step + 1}` names the clips"
+        "the newest is damaged by it; "
+        f"`echolab replay RUN step={spike.step + 1}` names the clips"
     )
 
 
-class What(Enum):
+class ActionKind(Enum):
     """The kind of a decision."""
 
     NONE = "none"
@@ -53,13 +54,13 @@ class What(Enum):
 class Action(NamedTuple):
     """A decision."""
 
-    what: What
+    kind: ActionKind
     event: str = ""  # the kind of event to write: spike, reproducible, recompute, rollback
     to_step: int = 0  # GO_BACK: the newest checkpoint of at most so many steps done
-    skip: Skip | None = None  # GO_BACK: batches to leave out, as many as were not trained on before
+    skip: Skip | None = None  # GO_BACK: batches to skip, none of them trained on before
 
 
-NOTHING = Action(What.NONE)
+NOTHING = Action(ActionKind.NONE)
 
 
 def decide(
@@ -68,8 +69,8 @@ def decide(
     """Decide what to do about a step; a function of its arguments, so that all ranks do the same.
 
     `history` is the events of the run so far; they survive a rollback.  Raise DivergedError if
-    nothing sane is left to do: values that are not finite, and no policy that goes back, or one
-    that went back in vain.
+    no policy can recover: values that are not finite, and no policy that goes back, or one that
+    went back in vain.
     """
     if spike is None:
         return NOTHING
@@ -79,27 +80,29 @@ def decide(
         # The same step was recomputed before: then the spike is reproducible.
         again = any(e.kind == "recompute" and e.step == spike.step for e in history)
         if not again and _went_back(history) < guards.max_rollbacks:
-            return Action(What.GO_BACK, "recompute", to_step=spike.step)
+            return Action(ActionKind.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
             why = (
-                "twice from the same state" if again else f"after {guards.max_rollbacks} times back"
+                "twice from the same state" if again else f"after {guards.max_rollbacks} rollbacks"
             )
             raise DivergedError(
                 f"{spike.reason}, {why} (loss_spike.max_rollbacks); {remedy(spike)}"
             )
-        return Action(What.RECORD, "reproducible" if again else "spike")
+        return Action(ActionKind.RECORD, "reproducible" if again else "spike")
     if not spike.finite:
         raise DivergedError(
             f"{spike.reason}; {remedy(spike)}; loss_spike.policy=recompute or rollback goes "
             "back by "
             "itself"
         )
-    return Action(What.RECORD, "spike")
+    return Action(ActionKind.RECORD, "spike")
 
 
 def _went_back(history: Sequence[Event]) -> int:
     """Return how often the guards of this run went back, for any reason."""
-    return sum(e.kind in ("recompute", "rollback") and e.details.get("by") == BY for e in history)
+    return sum(
+        e.kind in ("recompute", "rollback") and e.details.get("by") == SOURCE for e in history
+    )
 
 
 def _rollback(
@@ -119,7 +122,7 @@ def _rollback(
         first = max(0, batch - guards.skip_batches // 2)
         skip = Skip(group_of(spike.kind), first, guards.skip_batches)
     to = max(0, spike.step - guards.rollback_steps)
-    return Action(What.GO_BACK, "rollback", to_step=to, skip=skip)
+    return Action(ActionKind.GO_BACK, "rollback", to_step=to, skip=skip)
 
 
 def without_checkpoint(spike: Spike) -> Action:
@@ -129,7 +132,7 @@ def without_checkpoint(spike: Spike) -> Action:
             f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
             "learning rate, or save more often (save_every)"
         )
-    return Action(What.RECORD, "spike")
+    return Action(ActionKind.RECORD, "spike")
 
 
 def clipped(skip: Skip, schedule: Schedule, step: int) -> Skip:
@@ -139,7 +142,7 @@ def clipped(skip: Skip, schedule: Schedule, step: int) -> Skip:
 
 def event_details(spike: Spike, to: int | None = None, skip: Skip | None = None) -> dict[str, Any]:
     """Return the details of a decision's event, besides step and kind."""
-    return {**spike.details(), "by": BY, "to": to, "skip": list(skip) if skip else None}
+    return {**spike.details(), "by": SOURCE, "to": to, "skip": list(skip) if skip else None}
 
 
 NORM_TOLERANCE = 1e-5  # share by which the ranks' norms of the same gradient may differ
@@ -181,13 +184,13 @@ class LossSpikes(Callback):
         try:
             action, spike = self._judge(state)
         except EcholabError:
-            self.checkpoints.publish(state)  # it was begun while all was well
+            self.checkpoints.publish(state)  # the pending checkpoint precedes the bad step
             raise
-        if action.what is What.GO_BACK and spike:
+        if action.kind is ActionKind.GO_BACK and spike:
             state.rollback = self._prepare_rollback(state, action, spike)
             if state.rollback:
                 return
-        if action.what is What.RECORD and spike:
+        if action.kind is ActionKind.RECORD and spike:
             self._record(state, spike, action.event)
         # Lightning and DeepSpeed must count the steps as this loop does, or one was left out.
         engine_report.check_counts(

@@ -331,7 +331,7 @@ def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
     for part in (MASTER, *MOMENTS):
         tensors = checkpoint.tensors(part)
         if {name: tuple(tensors[name].shape) for name in tensors} != masters.shapes:
-            raise CheckpointError(f"{checkpoint.path}: {part} is not whole; {REMEDY}")
+            raise CheckpointError(f"{checkpoint.path}: {part} is incomplete; {REMEDY}")
         masters.fill(masters.flats(part), tensors)
     # Allocate the averages, then fill them.
     ema.start(masters)

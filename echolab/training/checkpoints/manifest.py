@@ -25,7 +25,7 @@ from echolab.training.checkpoints import schema
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 FILE = re.compile(r"state\.json|(?P<part>[a-z_]+(?:-[\w.]+)?)-\d{5}-of-\d{5}\.safetensors")
-REMEDY = "take another checkpoint"
+REMEDY = "use another checkpoint"
 Manifest = dict[str, Any]
 
 
@@ -58,7 +58,7 @@ def read_manifest(path: Path) -> Manifest:
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {content.get('format')}, this program reads {FORMAT}; {REMEDY}, or "
-            "go on with the version of echolab that wrote it"
+            "use the version of echolab that wrote it"
         )
     # The text is a function of the content: any changed byte shows.
     if serialize({k: v for k, v in content.items() if k != "sha256"}) != data:

@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Piece(NamedTuple):
-    """A run of one parameter's values that this rank holds."""
+    """A contiguous slice of one parameter that this rank holds."""
 
     name: str  # of the parameter
     group: int  # which of the local tensors

@@ -17,19 +17,19 @@ from echolab.errors import ConfigError
 
 MEASURES = ("loss", "gradient_norm")
 NORMAL = 1.4826  # standard deviations of normal noise in one median absolute deviation
-# A loss that hardly moves may still move: never take less than this for its deviation, so that at
-# the usual limit of 8 a value below 1.6 times the usual one is no spike.
-LEAST = 0.05
+# The deviation of a loss that hardly moves is taken to be at least this, so that at the usual
+# threshold of 8 a value below 1.6 times the median is no spike.
+MIN_DEVIATION = 0.05
 MIXED = 10.0  # times the median of absolute values is the scale, where half are negative
 
 
 class SpikeConfig(NamedTuple):
-    """Settings of `guards`."""
+    """Settings of `loss_spike`."""
 
     policy: str = "record"  # or recompute, rollback
     threshold: float = 8.0  # robust standard deviations above the median
     window: int = 128  # steps of the same kind
-    min_history: int = 48  # of these that must be there before anything but NaN is a spike
+    min_history: int = 48  # steps needed before anything but NaN is a spike
     rollback_steps: int = 100  # steps that a rollback goes back at least
     skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
     max_rollbacks: int = 3  # times that a run goes back, under any policy
@@ -117,14 +117,14 @@ def deviations(value: float, window: Sequence[float]) -> float:
     logs = [math.asinh(one / scale) for one in window]
     middle = median(logs)
     spread = NORMAL * median(abs(one - middle) for one in logs)
-    return (math.asinh(value / scale) - middle) / max(spread, LEAST)
+    return (math.asinh(value / scale) - middle) / max(spread, MIN_DEVIATION)
 
 
 class SpikeDetector:
     """Remembers the last values of each kind of epoch.
 
     Every rank gives it the same values, so every rank finds the same.  Each preference epoch resets
-    the history: it starts with a new reference at the loss of indifference, log 2.
+    the history: with a new reference, the loss starts at log 2, that of zero margin.
     """
 
     def __init__(self, *, threshold: float = 8.0, window: int = 128, min_history: int = 48) -> None:
