@@ -3,7 +3,7 @@
 from echolab import remove_working_directory
 
 if __name__ == "__main__":
-    remove_working_directory()  # before anything else is imported
+    remove_working_directory()  # before all other imports
 
 import sys
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from echolab.atomic_io import check_writable, write_error
 from echolab.errors import BusyError, EcholabError, RetryableError
 from echolab.redaction import mask_output
 
-RETRYABLE = 77  # exit code of failures that may pass, the same as that of `echolab train`
+RETRYABLE = 77  # exit code of transient failures, as in `echolab train`
 
 
-# Each action parses its arguments before it imports what does the work, which takes seconds.
+# Each action parses its arguments before it imports the heavy modules, which takes seconds.
 def run(argv: list[str]) -> int:
     """Cut raw videos into a dataset and print a summary."""
     options = parse(
@@ -64,10 +64,10 @@ ACTIONS = {
 def main(argv: list[str]) -> int:
     """Run one action and return its exit code.
 
-    0: done.  1: an error that the user can fix.  2: no action given.  77: may pass, try again.
+    0: done.  1: an error that the user can fix.  2: no action given.  77: transient failure, retry.
     130: interrupted.
     """
-    # Addresses may hold passwords: nothing that is printed shows them.
+    # Mask passwords of addresses in all printed text.
     with mask_output():
         return _guarded(lambda: run_action(argv, ACTIONS, command="python -m data_prep"))
 
@@ -76,18 +76,18 @@ def _guarded(action: Callable[[], int]) -> int:
     """Run an action and turn errors that the user can fix into one line and an exit code."""
     try:
         return action()
-    # A busy folder, or a machine that was short of something.
+    # A locked folder, or a shortage of memory or disk space.
     except (BusyError, RetryableError) as error:
         _print_error(str(error))
         return RETRYABLE
     except EcholabError as error:
         line = str(error)
-    # An OSError with a file name is the user's disk; one without is a fault of the program.
+    # An OSError with a file name comes from the user's disk; an OSError without one is a bug.
     except OSError as error:
         if not error.filename:
             raise
         line = str(write_error(error.filename, error))
-    # An interrupt is the user's own: no stack, and the exit code of the shell.
+    # The user pressed Ctrl-C: print no stack trace, and return the shell's exit code.
     except KeyboardInterrupt:
         print("data_prep: stopped; the same command resumes", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """Draw datasets of synthetic talkers: random faces whose lips follow a synthetic voice.
 
-They need no download and their visemes are known exactly, so that lip sync can be measured without
-a trained network.  A clip is a pure function of (seed, index).
+Synthetic talkers need no download, and their visemes are known exactly, so that lip sync can be
+measured without a trained network.  A clip is a pure function of (seed, index).
 """
 
 import json
@@ -23,7 +23,7 @@ OVERSAMPLE = 2
 SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
 MOUTH_CENTER = (0.0, 0.50)  # in head coordinates, where the face is the ellipse x^2/a^2 + y^2 = 1
 
-# Colors by the words that captions use for them.
+# Colors by their names in captions.
 SKINS = {
     "pale": (244, 214, 190),
     "fair": (232, 190, 160),
@@ -56,7 +56,7 @@ WALLS = {
 LIPS = ((178, 78, 84), (196, 92, 92), (160, 66, 74))
 MOUTH_INSIDE = (58, 14, 22)
 TEETH = (240, 238, 230)
-FRAME = (24, 24, 28)  # of glasses
+FRAME = (24, 24, 28)  # color of the rim of glasses
 
 
 class Look(NamedTuple):
@@ -70,7 +70,7 @@ class Look(NamedTuple):
     shirt: str
     wall: str
     lips: tuple[int, int, int]
-    aspect: float  # width of the face by its height
+    aspect: float  # width of the face / its height
     size: float  # height of the face, in half image heights
 
     def caption(self) -> str:
@@ -83,12 +83,12 @@ class Look(NamedTuple):
 
 
 class Motion(NamedTuple):
-    """The motion of a head; every field has one value per frame."""
+    """The motion of a head; every field has shape [frames]."""
 
     x: NDArray[np.float64]  # in half image widths
     y: NDArray[np.float64]
     tilt: NDArray[np.float64]  # radians
-    turn: NDArray[np.float64]  # shift of the features sideways, in head coordinates
+    turn: NDArray[np.float64]  # sideways shift of the facial features, in head coordinates
     lids: NDArray[np.float64]  # 1 open, 0 shut
     brows: NDArray[np.float64]
 
@@ -110,8 +110,8 @@ def draw_look(rng: np.random.Generator) -> Look:
 
 
 def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.float64]:
-    """Return a slow, smooth path around zero: two sines of random phase."""
-    # Rates in Hz.
+    """Return a slow, smooth path [frames] around zero: the sum of two sines of random phase."""
+    # Frequencies in Hz.
     seconds = np.arange(frames) / FPS
     slow, quick = rng.uniform(0.15, 0.5), rng.uniform(0.6, 1.1)
     path = np.sin(2 * np.pi * slow * seconds + rng.uniform(0, 2 * np.pi))
@@ -119,8 +119,8 @@ def wander(rng: np.random.Generator, frames: int, amount: float) -> NDArray[np.f
 
 
 def draw_motion(rng: np.random.Generator, frames: int) -> Motion:
-    """Draw the motion of a head, with about one blink in 1.5 s."""
-    # A blink takes four frames.
+    """Draw the motion of a head, with about one blink every 1.5 s."""
+    # A blink lasts four frames.
     lids = np.ones(frames)
     for start in rng.integers(0, 3 * FPS, size=2):
         for offset, opening in ((0, 0.45), (1, 0.05), (2, 0.05), (3, 0.5)):
@@ -140,7 +140,7 @@ class Pen:
     """Draws shapes given in head coordinates on an oversampled canvas."""
 
     def __init__(self, canvas: NDArray[np.uint8], look: Look, motion: Motion, frame: int) -> None:
-        # Head coordinates: the origin in the middle of the face, its half height as the unit.
+        # Head coordinates: origin at the center of the face, unit of half its height.
         half = canvas.shape[0] / 2
         self.canvas = canvas
         self.unit = look.size * half
@@ -165,7 +165,7 @@ class Pen:
         start: float = 0,
         end: float = 360,
     ) -> None:
-        # In fractions of a pixel, so that a slow motion does not jump.
+        # Round to 1/16 pixel, so that slow motion is smooth.
         center = tuple(round(v * 2**SHIFT) for v in self.to_canvas(x, y))
         axes = (max(1, round(a * self.unit * 2**SHIFT)), max(1, round(b * self.unit * 2**SHIFT)))
         cv2.ellipse(
@@ -191,7 +191,7 @@ def darker(color: tuple[int, ...], factor: float) -> tuple[int, ...]:
 
 def draw_mouth(pen: Pen, look: Look, turn: float, opening: float, width: float) -> None:
     """Draw lips around a dark inside with a row of teeth; shut lips are one line."""
-    # Lips, then the inside, then the teeth if the mouth is wide open.
+    # Draw the lips, then the inside, then the teeth if the mouth is wide open.
     x, y = MOUTH_CENTER[0] + turn, MOUTH_CENTER[1]
     half_width = 0.19 + 0.17 * width
     half_height = 0.02 + 0.24 * opening
@@ -209,14 +209,14 @@ def draw_eyes(pen: Pen, look: Look, turn: float, lids: float, brows: float) -> N
     skin = SKINS[look.skin]
     for side in (-1, 1):
         x, y = side * 0.36 * look.aspect / 0.8 + 1.2 * turn, -0.16
-        # Eyes: white, iris and pupil, which look to the side that the head turns to.
+        # White, iris and pupil; iris and pupil shift in the direction of the head turn.
         if lids > 0.3:
             pen.ellipse(x, y, 0.15, 0.105 * lids, (250, 250, 250))
             pen.ellipse(x + 0.25 * turn, y, 0.075, min(0.075, 0.1 * lids), EYES[look.eyes])
             pen.ellipse(x + 0.25 * turn, y, 0.035, min(0.035, 0.05 * lids), (16, 16, 18))
         else:
             pen.line([(x - 0.14, y + 0.02), (x + 0.14, y + 0.02)], 0.035, darker(skin, 0.5))
-        # The brow, and the rim of the glasses.
+        # Brow and rim of the glasses.
         brow = -0.37 - brows
         pen.line(
             [(x - 0.16, brow + 0.03), (x, brow - 0.03), (x + 0.16, brow + 0.02)],
@@ -235,7 +235,7 @@ def draw_frame(
     size: int, look: Look, motion: Motion, frame: int, opening: float, width: float
 ) -> tuple[NDArray[np.uint8], Pen]:
     """Return an image uint8 [size, size, 3], and the pen that drew it."""
-    # Background, then the layers of the head from back to front.
+    # Draw the background, then the layers of the head from back to front.
     canvas = np.empty((size * OVERSAMPLE, size * OVERSAMPLE, 3), np.uint8)
     shade = np.linspace(1.08, 0.86, canvas.shape[0])[:, None, None]  # brighter at the top
     canvas[:] = np.clip(np.array(WALLS[look.wall]) * shade, 0, 255)
@@ -261,7 +261,7 @@ def draw_frame(
 
 def box_around(pen: Pen, x: float, y: float, a: float, b: float) -> list[float]:
     """Return the box [left, top, right, bottom], in pixels, of an ellipse in head coordinates."""
-    # The box of an ellipse that is tilted with the head.
+    # Bounding box of an ellipse tilted with the head.
     center = pen.to_canvas(x, y)
     half_width = pen.unit * float(np.hypot(a * pen.cos, b * pen.sin))
     half_height = pen.unit * float(np.hypot(a * pen.sin, b * pen.cos))
@@ -281,8 +281,8 @@ class Talker(NamedTuple):
     samples: NDArray[np.float32]  # [640 T] at 16 kHz
     face: NDArray[np.float32]  # [T, 4] left, top, right, bottom in pixels
     lips: NDArray[np.float32]  # [T, 4] boxes with room for the widest mouth
-    opening: NDArray[np.float32]  # [T] the true visemes
-    width: NDArray[np.float32]  # [T]
+    opening: NDArray[np.float32]  # [T] true opening of the mouth, 0 to 1
+    width: NDArray[np.float32]  # [T] true width of the mouth, 0 to 1
     look: Look
 
 
@@ -291,13 +291,13 @@ def draw_talker(seed: int, index: int, *, frames: int = 25, size: int = 64) -> T
     rng = np.random.default_rng([seed, index])
     look, motion = draw_look(rng), draw_motion(rng, frames)
     voice = synthesize(rng, frames / FPS)
-    # The lips in the middle of each frame's time.
+    # Sample the lip curves at the middle of each frame.
     samples_at = (np.arange(frames) + 0.5) * CONTROL_HZ / FPS - 0.5
     steps = np.arange(len(voice.opening))
     opening = np.interp(samples_at, steps, voice.opening)
     width = np.interp(samples_at, steps, voice.width)
 
-    # Draw the frames, and keep the true boxes.
+    # Draw the frames and record the true boxes.
     images, face, lips = [], [], []
     for frame in range(frames):
         image, pen = draw_frame(size, look, motion, frame, opening[frame], width[frame])
@@ -320,7 +320,7 @@ def draw_talker(seed: int, index: int, *, frames: int = 25, size: int = 64) -> T
 
 
 def draw_and_report(options: DrawOptions) -> None:
-    """Draw as `options` say and print a summary."""
+    """Draw a dataset and print a summary."""
     with progress("drawing talkers", options.num_clips) as advance:
         draw_dataset(options, lambda done: advance(done, ""))
     seconds = options.num_clips * options.frames / FPS
@@ -331,7 +331,7 @@ def draw_and_report(options: DrawOptions) -> None:
 
 def draw_dataset(options: DrawOptions, report: Callable[[int], None]) -> None:
     """Write the dataset, calling `report` with the number of clips done."""
-    # Keys hold seed and index, so that datasets of several seeds can be mixed.
+    # Keys contain seed and index, so that datasets with different seeds can be mixed.
     with ShardWriter(
         options.out, kind="raw", description={"source": "drawn", "seed": options.seed}
     ) as writer:
@@ -342,8 +342,8 @@ def draw_dataset(options: DrawOptions, report: Callable[[int], None]) -> None:
 
 
 def members_of(talker: Talker, index: int, options: DrawOptions) -> dict[str, bytes]:
-    """Return one sample of the raw kind."""
-    # The curves of the mouth are the truth that lip sync is measured against.
+    """Return the members of one raw sample."""
+    # The true mouth curves serve as reference for lip-sync metrics.
     facts = {
         "caption": talker.look.caption(),
         "source": "drawn",

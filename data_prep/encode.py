@@ -1,8 +1,8 @@
 """Encode a raw dataset: latents and conditions of every clip, computed once.
 
 Released encoders run one after another: all texts, then all images, audio tracks and videos, so
-that only one is in memory at a time.  The tensors of each are kept in OUT/.work, a file per sample,
-until the shards are written from them; so the same command resumes where it was stopped.
+that only one encoder is in memory at a time.  The tensors of each encoder are stored in OUT/.work,
+one file per sample, until the shards are written; the same command resumes an interrupted run.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ CLEAN = {"no": as_written, "wan": cleaned}
 WORK = ".work"
 
 Members = dict[str, bytes]
-Settings = dict[str, str | bool]  # that values depend on besides the encoders
+Settings = dict[str, str | bool]  # settings besides the encoders that affect the tensors
 Stage = Callable[[Members], dict[str, Tensor]]
 
 
 def encode_and_report(options: EncodeOptions) -> None:
-    """Encode as `options` say and print a summary."""
-    # Large networks run one after another; the demo's small ones all run on each clip.
+    """Encode a dataset and print a summary."""
+    # Released encoders run one after another; the small demo encoders all run on each clip.
     if options.encoders == "released":
         encoders = _load_released(options)
     else:
         encoders = demo_encoders(load_net(options.required_path("vae"), CausalAutoencoder))
 
-    # Add tasks to an encoded dataset, or encode everything, in stages if the networks are large.
+    # Add tasks to an encoded dataset, or encode everything; released encoders run in stages.
     settings: Settings = {}
     if options.encoders == "released":
         settings = {"dtype": options.dtype, "tiling": options.tiling}
@@ -70,8 +70,8 @@ def encode_and_report(options: EncodeOptions) -> None:
 
 
 def _load_released(options: EncodeOptions) -> Encoders:
-    """Return the released encoders on the requested device; raise ConfigError if it is absent."""
-    # Allocate something, for a device that does not exist is not noticed before.
+    """Return the released encoders on the requested device; raise ConfigError if it is missing."""
+    # torch detects a missing device only at the first allocation.
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
@@ -80,7 +80,7 @@ def _load_released(options: EncodeOptions) -> Encoders:
         raise ConfigError(
             f"device={options.device}: not on this machine ({line}); give device=cpu"
         ) from error
-    # Look for all files before the first network is loaded.
+    # Check that all files exist before loading the first network.
     files = find_released(options.required_path("encoder_dir"), options.required_path("wav2vec"))
     return released_encoders(
         files,
@@ -96,7 +96,7 @@ def _load_released(options: EncodeOptions) -> Encoders:
 
 
 def open_raw(source: Path) -> ShardDataset:
-    """Return a dataset of raw samples; raise DataError for one of another kind."""
+    """Open a dataset of raw samples; raise DataError for a dataset of another kind."""
     dataset = open_dataset(source)
     if dataset.kind != "raw":
         raise DataError(f"{source}: holds {dataset.kind} samples; give a dataset of the raw kind")
@@ -117,7 +117,7 @@ def audio_of(members: Members) -> Tensor:
 
 
 def boxes_of(members: Members) -> tuple[Tensor, Tensor]:
-    """Return boxes of face and lips, [T, 4] each, in pixels."""
+    """Return face boxes and lip boxes, [T, 4] each, in pixels."""
     tracks = decode_tracks(members["tracks.npz"])
     return torch.from_numpy(tracks.face), torch.from_numpy(tracks.lips)
 
@@ -125,7 +125,7 @@ def boxes_of(members: Members) -> tuple[Tensor, Tensor]:
 def pixels_of(members: Members) -> Tensor:
     """Return pixels [3, T, Y, X] in [-1, 1].
 
-    Raise DataError for sizes of which an encoder would drop frames or edges.
+    Raise DataError for a size at which an encoder would drop frames or edges.
     """
     frames = torch.from_numpy(decode_mp4(members["mp4"]))
     count, height, width = frames.shape[:3]
@@ -139,8 +139,8 @@ def pixels_of(members: Members) -> Tensor:
 
 
 def to_safetensors(key: str, tensors: dict[str, Tensor]) -> bytes:
-    """Return a sample's tensors as stored, in fp16; raise DataError for a value out of range."""
-    # A value beyond fp16 becomes infinite, which training would refuse much later.
+    """Serialize a sample's tensors in fp16; raise DataError for a value out of range."""
+    # A value beyond the fp16 range becomes infinite; otherwise only training would refuse it.
     halves = {name: value.half().contiguous() for name, value in tensors.items()}
     for name, value in halves.items():
         if not bool(value.isfinite().all()):
@@ -156,7 +156,7 @@ def encode_dataset(
 ) -> int:
     """Encode every sample of `source` into the new dataset `out`; return the number of samples.
 
-    All encoders process each sample, and a stopped run starts again from the beginning.
+    All encoders process each sample; an interrupted run starts from the beginning.
     """
     dataset = open_raw(source)
     with ShardWriter(
@@ -195,7 +195,7 @@ def encode_in_stages(source: Path, out: Path, encoders: Encoders, settings: Sett
 
 
 def stages_of(encoders: Encoders) -> dict[str, Stage]:
-    """Return the function of each encoder on a raw sample, that of the largest network first."""
+    """Return the encoding function of each stage for a raw sample, the largest network first."""
 
     def audio(members: Members) -> dict[str, Tensor]:
         return {"audio": encoders.audio(audio_of(members), len(boxes_of(members)[0]))}
@@ -213,13 +213,13 @@ def add_tasks(
 ) -> int:
     """Copy the dataset `encoded` of `source` to `out`, adding known latents of missing tasks.
 
-    Only the video encoder runs, and only for the missing tasks.  Released encoders, which take one
-    clip at a time, give the bytes of a new encoding; the demo's differ by rounding.
+    Only the video encoder runs, and only for the missing tasks.  Released encoders, which process
+    one clip at a time, reproduce a full encoding byte for byte; demo encoders differ by rounding.
 
-    Return the number of samples.  Raise DataError if `encoded` is of another source, of other
-    encoders or settings, or lacks no task.
+    Return the number of samples.  Raise DataError if `encoded` was made from another source or with
+    other encoders or settings, or if no task is missing.
     """
-    # What is copied must be what these encoders would give.
+    # The copied tensors must be those that the given encoders would compute.
     dataset, base = open_raw(source), open_dataset(encoded)
     if base.kind != "encoded" or base.description.get("source") != dataset.fingerprint:
         raise DataError(f"encoded={encoded}: was not encoded from {source}; give its own source")
@@ -231,13 +231,13 @@ def add_tasks(
                 f"encoded={encoded}: was made with {name}={base.description.get(name)}, not "
                 f"{value}; give the same {name}="
             )
-    # All samples of a dataset have the same tensors, so the first one shows the missing ones.
+    # All samples of a dataset have the same tensors, so the first sample shows which are missing.
     present = load(base.read(0)["safetensors"]) if len(base) else {}
     missing = [task for task in KNOWN_TASKS if f"known_latents.{task}" not in present]
     if not missing:
         raise DataError(f"encoded={encoded}: has the known latents of all tasks; use it as it is")
 
-    # A task's mask says which pixels are given; the network sees the latents of these alone.
+    # A task's mask defines the given pixels; the network sees the latents of only those pixels.
     def known(members: Members) -> dict[str, Tensor]:
         return encode_known(encoders, missing, pixels_of(members), *boxes_of(members))
 
@@ -251,9 +251,9 @@ def add_tasks(
 def encode_known(
     encoders: Encoders, tasks: Sequence[str], pixels: Tensor, face: Tensor, lips: Tensor
 ) -> dict[str, Tensor]:
-    """Return mask and known latents of some tasks, for pixels [3, T, Y, X] and boxes [T, 4]."""
+    """Return masks and known latents of the tasks, for pixels [3, T, Y, X] and boxes [T, 4]."""
     _, frames, height, width = pixels.shape
-    # As in `encode_pixels`: the mask, and the latents of the clip with all else gray.
+    # As in `encode_pixels`: the mask, and the latents of the clip with unknown pixels gray.
     tensors = {}
     for task in tasks:
         known = known_pixels(task, frames=frames, height=height, width=width, face=face, lips=lips)
@@ -272,7 +272,7 @@ def _run_stages(
     description: dict[str, Any],
     base: ShardDataset | None = None,
 ) -> None:
-    """Run all stages, then write the shards from their files, and from `base`; remove the files."""
+    """Run all stages, write the shards from their files and from `base`, then remove the files."""
     make_folder(out)
     with lock_folder(out):
         if (out / INDEX).exists():
@@ -280,8 +280,8 @@ def _run_stages(
                 f"{out}: already holds a dataset; choose another folder, with encoded={out} if it "
                 "lacks a task"
             )
-        # Every stage keeps a file a sample, so that a stopped run loses one sample at most.
-        work = out / WORK / _work_name(dataset, encoders, description)
+        # Every stage writes one file per sample, so that an interruption loses at most one sample.
+        work = out / WORK / _work_hash(dataset, encoders, description)
         for name, stage in stages.items():
             _run_stage(dataset, work / name, stage, f"encoding {name}")
         with (
@@ -298,18 +298,18 @@ def _run_stages(
             for i, key in enumerate(dataset.keys):
                 tensors = load(base.read(i)["safetensors"]) if base else {}
                 for name in stages:
-                    tensors |= load_file(_file(work / name, key))
+                    tensors |= load_file(_tensor_path(work / name, key))
                 writer.write(key, {"safetensors": save(tensors), "json": dataset.read(i)["json"]})
                 advance(i + 1, "")
         shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def _run_stage(dataset: ShardDataset, folder: Path, stage: Stage, title: str) -> None:
-    """Write what one stage lacks yet; an error names the sample."""
+    """Write the missing files of one stage; name the sample in errors."""
     make_folder(folder)
     with progress(title, len(dataset)) as advance:
         for i, key in enumerate(dataset.keys):
-            path = _file(folder, key)
+            path = _tensor_path(folder, key)
             if not path.is_file():
                 try:
                     tensors = stage(dataset.read(i))
@@ -319,11 +319,11 @@ def _run_stage(dataset: ShardDataset, folder: Path, stage: Stage, title: str) ->
             advance(i + 1, "")
 
 
-def _file(folder: Path, key: str) -> Path:
+def _tensor_path(folder: Path, key: str) -> Path:
     return folder / f"{key}.safetensors"
 
 
-def _work_name(dataset: ShardDataset, encoders: Encoders, description: Mapping[str, Any]) -> str:
-    """Return a hash of all that the values depend on: leftovers of other commands are not used."""
+def _work_hash(dataset: ShardDataset, encoders: Encoders, description: Mapping[str, Any]) -> str:
+    """Return a hash of all inputs of the tensors, so that no file of another command is reused."""
     content = [dataset.fingerprint, encoders.fingerprints, description]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from echolab.vision.faces import Rows, Track
 from echolab.vision.normalize import SAMPLES_PER_FRAME, Grid
 
-AUDIBLE_DBFS = -50.0  # of the 40 ms of one frame
-MIN_AUDIBLE_FRACTION = 0.2  # of a clip's frames: people pause
-STILL_LIPS = 0.006  # spread of the mouth's opening, in heights of the face
-MESH_PRESENCE = 0.5
-MIN_MESH_FRACTION = 0.8  # of a clip's frames in which the mesh must fit
-SECOND_FACE_FRACTION = 0.5  # from this fraction of the subject's height a second face counts
+AUDIBLE_DBFS = -50.0  # minimum loudness of an audible frame (40 ms)
+MIN_AUDIBLE_FRACTION = 0.2  # minimum fraction of audible frames in a clip; low, as people pause
+STILL_LIPS = 0.006  # standard deviation of the mouth opening, in face heights, of still lips
+MESH_PRESENCE = 0.5  # minimum confidence of the face mesh
+MIN_MESH_FRACTION = 0.8  # minimum fraction of a clip's frames in which the mesh fits
+SECOND_FACE_FRACTION = 0.5  # minimum height of a second face that counts, relative to the largest
 
 CUT_SHORT = "damaged: the file ends before the end in its header; download it again"
 DAMAGED = "damaged: the frames cannot be decoded here"
@@ -26,7 +26,7 @@ Flags = NDArray[np.bool_]
 
 
 class Refusal(NamedTuple):
-    """A span of a file that is not used, with the reason."""
+    """A refused span of a file, with the reason."""
 
     start_seconds: float
     end_seconds: float
@@ -37,14 +37,14 @@ class Subject(NamedTuple):
     """The largest face of each frame."""
 
     track: NDArray[np.int64]  # [K] index of the largest track, -1 for no face
-    height: NDArray[np.float32]  # [K] of its box in source pixels
-    second: NDArray[np.float32]  # [K] height of the second largest, as a fraction of it
+    height: NDArray[np.float32]  # [K] height of the largest face in source pixels
+    second: NDArray[np.float32]  # [K] height of the second largest face / that of the largest
     faces: NDArray[np.int64]  # [K] number of faces
 
 
 def find_subject(tracks: list[Track], frames: int) -> Subject:
     """Return the largest face of each frame."""
-    # Two rows of zeros, so that there are a largest and a second face in any case.
+    # Two extra rows of zeros, so that the two largest heights always exist.
     heights = np.zeros((len(tracks) + 2, frames), np.float32)
     for index, track in enumerate(tracks):
         heights[index, track.first : track.last] = track.rows[:, 3]
@@ -56,8 +56,8 @@ def find_subject(tracks: list[Track], frames: int) -> Subject:
 
 
 def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: float) -> list[str]:
-    """Return the gravest reason to refuse each frame, "" for frames that may be used."""
-    # The first reason that holds, from damage of the file to the size of the face.
+    """Return the most severe reason to refuse each frame, "" for usable frames."""
+    # The first reason that applies, from damage of the file to the size of the face.
     reasons = [""] * len(grid.indices)
     for k in range(len(reasons)):
         if grid.damaged[k]:
@@ -76,14 +76,14 @@ def frame_reasons(grid: Grid, covered: Flags, subject: Subject, min_pixels: floa
 
 
 def runs(labels: list[str] | NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the runs of equal labels, as (first, end)."""
+    """Return the runs of equal labels as (first, end) indices, end exclusive."""
     starts = [k for k in range(len(labels)) if k == 0 or labels[k] != labels[k - 1]]
     return list(zip(starts, [*starts[1:], len(labels)], strict=True)) if starts else []
 
 
 def loudness(samples: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return [T] the loudness of each frame's 40 ms in dBFS."""
-    # Silence has -100 dBFS, not minus infinity.
+    """Return the loudness [T] of each 40 ms frame in dBFS."""
+    # The offset maps silence to -100 dBFS instead of minus infinity.
     frames = len(samples) // SAMPLES_PER_FRAME
     blocks = samples[: frames * SAMPLES_PER_FRAME].reshape(frames, -1).astype(np.float64)
     return np.asarray(10 * np.log10((blocks**2).mean(1) + 1e-10))
@@ -96,13 +96,13 @@ def is_audible(samples: NDArray[np.float32]) -> bool:
 
 
 def silence_reason(samples: NDArray[np.float32]) -> str:
-    """Return the reason to refuse this audio, or ""."""
-    # People pause: a part of the frames is enough.
+    """Return the reason to refuse silent audio, or "" if enough of it is audible."""
+    # People pause, so only a fraction of the frames must be audible.
     levels = loudness(samples)
     fraction = float((levels > AUDIBLE_DBFS).mean()) if len(levels) else 0.0
     if fraction >= MIN_AUDIBLE_FRACTION:
         return ""
-    # Name the loudest frame, by which a user can judge the limit.
+    # Report the loudest frame, so that the user can judge the limit.
     loudest = float(levels.max()) if len(levels) else -100.0
     return (
         f"silence: {fraction:.0%} of it is above {AUDIBLE_DBFS:g} dBFS, need "
@@ -111,11 +111,11 @@ def silence_reason(samples: NDArray[np.float32]) -> str:
 
 
 def still_lips_reason(opening: NDArray[np.floating[Any]], presence: NDArray[np.float64]) -> str:
-    """Return the reason to refuse this mouth, or "".
+    """Return the reason to refuse still or undetected lips, or "" if the lips move.
 
-    `opening` [T] is in heights of the face, `presence` [T] the confidence of the mesh.
+    `opening` [T] is the mouth opening in face heights, `presence` [T] the confidence of the mesh.
     """
-    # Without a mesh the opening of the mouth is no measurement.
+    # The opening is meaningless in frames in which the mesh does not fit.
     fits = presence >= MESH_PRESENCE
     if fits.mean() < MIN_MESH_FRACTION:
         return f"no face: the face mesh fits in {fits.mean():.0%} of the frames, need 80%"
@@ -128,7 +128,7 @@ def still_lips_reason(opening: NDArray[np.floating[Any]], presence: NDArray[np.f
 def clip_scores(
     rows: Rows, opening: NDArray[np.floating[Any]], samples: NDArray[np.float32]
 ) -> dict[str, float]:
-    """Return the measurements of an accepted clip, for a later, stricter choice."""
+    """Return the measurements of an accepted clip, for stricter filtering later."""
     return {
         "face_pixels": round(float(rows[:, 3].min()), 1),
         "face_score": round(float(rows[:, 14].mean()), 4),

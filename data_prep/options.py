@@ -12,11 +12,11 @@ from echolab.errors import ConfigError, DataError, MediaError, WeightsError
 from echolab.geometry import WAN
 
 # Options that change how the work is done or shown, but not its result.
-NOT_OF_THE_RESULT = ("source", "out", "face_models", "workers", "stall_seconds", "format")
+EXECUTION_OPTIONS = ("source", "out", "face_models", "workers", "stall_seconds", "format")
 
 
 def is_clip_length(frames: int) -> bool:
-    """Return whether a clip may have so many frames: 4n+1, and more than one latent frame."""
+    """Return whether a clip may have `frames` frames: 4n+1, and more than one latent frame."""
     return frames > 1 and WAN.is_clip_length(frames)
 
 
@@ -24,7 +24,7 @@ def is_clip_length(frames: int) -> bool:
 class RunOptions:
     """Cut raw talking videos into a dataset of clips, and list what is refused, with reasons.
 
-    The same command resumes where it was stopped.
+    The same command resumes an interrupted run.
     """
 
     source: Path = argument("video, or folder of videos, searched recursively", section="Files")
@@ -62,27 +62,27 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
-        # Checks that a field's own limits cannot state: the frames and the side of a latent grid.
+        # Check the limits that depend on several fields or on the latent grid.
         least = self.frames if self.min_frames is None else self.min_frames
         for name, frames in (("frames", self.frames), ("min_frames", least)):
             if not is_clip_length(frames) or frames > self.frames:
                 raise ConfigError(
                     f"{name}={frames}: give {WAN.clip_lengths}, at least 5 and at most frames"
                 )
-        # The latents are halved into tokens of two by two, so sides are multiples of 16 pixels.
+        # A token covers 2 x 2 latents of 8 x 8 pixels, so sides are multiples of 16 pixels.
         side = WAN.token_pixels
         if self.size < side or self.size % side:
             raise ConfigError(f"size={self.size}: give a multiple of {side}")
 
     def check_inputs(self) -> None:
-        """Raise MediaError if the source does not exist, before anything heavy is imported."""
+        """Raise MediaError if the source does not exist, before the heavy imports."""
         if not self.source.exists():
             raise MediaError(f"{self.source}: not there; give a video or a folder of videos")
 
     def result_options(self) -> dict[str, Any]:
-        """Return the options that the result depends on."""
-        # A dataset is the same however many processes made it, so these do not count.
-        return {k: v for k, v in asdict(self).items() if k not in NOT_OF_THE_RESULT}
+        """Return the options that affect the result."""
+        # The number of processes, for one, does not change the dataset.
+        return {k: v for k, v in asdict(self).items() if k not in EXECUTION_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DrawOptions:
     size: int = argument("height and width, pixels, a multiple of 16", 64, ge=32)
 
     def __post_init__(self) -> None:
-        # The autoencoder takes 4n+1 frames, and sides that are multiples of a token's.
+        # The autoencoder needs 4n+1 frames, and sides that are multiples of a token's side.
         if self.num_clips < 1:
             raise ConfigError(f"num_clips={self.num_clips}: must be 1 or more")
         if self.frames < 5 or not WAN.is_clip_length(self.frames):
@@ -121,7 +121,7 @@ class EncodeOptions:
     """Compute latents and conditions of every clip once, and write encoded shards.
 
     Released encoders process the dataset one after another, so that only the largest must fit in
-    memory; the same command resumes where it was stopped.
+    memory; the same command resumes an interrupted run.
     """
 
     source: Path = argument("raw dataset", section="Files")
@@ -160,13 +160,13 @@ class EncodeOptions:
     tiling: bool = argument("released: encode videos in blended tiles, with less memory", False)
 
     def check_inputs(self) -> None:
-        """Raise an EcholabError for an input that is missing, before anything heavy is imported."""
-        # Datasets, unless they lie behind an address.
+        """Raise an EcholabError for a missing input, before the heavy imports."""
+        # Check datasets, except remote ones.
         for folder in (self.source, self.encoded):
             index = folder / "dataset.json" if folder is not None else Path()
             if not index.exists() and ":/" not in str(folder):
                 raise DataError(f"{index}: not there; the folder is no complete dataset")
-        # The files of the encoders in use.
+        # Check the files of the selected encoders.
         for name in ("vae",) if self.encoders == "demo" else ("encoder_dir", "wav2vec"):
             path = self.required_path(name)
             if not path.exists():
@@ -174,8 +174,8 @@ class EncodeOptions:
                 raise WeightsError(f"{path}: not there; {remedy}, or give another {name}=PATH")
 
     def required_path(self, name: str) -> Path:
-        """Return an argument that the encoders in use need; raise ConfigError without it."""
-        # Which arguments are needed depends on the encoders, so none of them is required by itself.
+        """Return an argument that the selected encoders need; raise ConfigError if it is absent."""
+        # The required arguments depend on `encoders`, so the parser cannot require any of them.
         path: Path | None = getattr(self, name)
         if path is None:
             raise ConfigError(f"{name}: needed with encoders={self.encoders}; give {name}=PATH")

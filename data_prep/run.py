@@ -1,7 +1,7 @@
 """Cut raw talking videos into a dataset.
 
-The clips of each file are kept in OUT/.work until all files are done, so that the same command
-resumes where it was stopped.  Then the shards are written, refused.jsonl and, last, dataset.json.
+The clips of each file are stored in OUT/.work until all files are done, so that the same command
+resumes an interrupted run.  Then the shards, refused.jsonl and, last, dataset.json are written.
 """
 
 import errno
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 WORK = ".work"
 DONE = "done.json"
-FAILED = "failed.json"  # of a file whose work was stopped by something other than its content
-MAX_FAILURES = 3  # in as many runs, after which a file is refused
+FAILED = "failed.json"  # counts the failures of a file that its content did not cause
+MAX_FAILURES = 3  # number of failed runs after which a file is refused
 REFUSED = "refused.jsonl"
 
 
@@ -42,35 +42,35 @@ class Job(NamedTuple):
     """One file to cut."""
 
     path: Path
-    name: str  # its path within the source
-    folder: Path  # of its clips
+    name: str  # path relative to the source
+    folder: Path  # folder for its clips
     caption: str
-    fault: str  # the reason that its caption cannot be used, or ""
+    fault: str  # why its caption is unusable, or ""
 
 
 def prepare(options: RunOptions) -> dict[str, Any]:
     """Write the dataset and return the figures of the summary.
 
-    Raise an EcholabError if there is no clip at all, or if work was interrupted.
+    Raise an EcholabError if no clip could be cut, or if files remain unfinished.
     """
-    # A dataset that is there already is only checked against the request.
+    # An existing dataset is not written again, only checked against the request.
     listing = list_source(options.source, options.out)
-    jobs = [_job(path, name, options) for path, name in listing.files]
+    jobs = [_make_job(path, name, options) for path, name in listing.files]
     if not (options.out / INDEX).exists():
         make_folder(options.out)
         with lock_folder(options.out):
-            if not (options.out / INDEX).exists():  # another run may just have written it
+            if not (options.out / INDEX).exists():  # another run may have written it in between
                 _process_files(jobs, options)
                 _write_dataset(jobs, listing.left_out, options)
                 shutil.rmtree(options.out / WORK, ignore_errors=True)
     dataset = open_dataset(options.out)
     _check_request(dataset, jobs, options)
-    return _figures(dataset, len(jobs), read_refused(options.out / REFUSED))
+    return _summary_figures(dataset, len(jobs), read_refused(options.out / REFUSED))
 
 
-def _job(path: Path, name: str, options: RunOptions) -> Job:
-    """Return the job of one file, in a folder named by all that its result depends on."""
-    # A caption that cannot be used refuses its file, not the run.
+def _make_job(path: Path, name: str, options: RunOptions) -> Job:
+    """Return the job of one file; its folder name is a hash of all inputs of its result."""
+    # An unusable caption refuses its file; it does not stop the run.
     caption, fault = "", ""
     try:
         caption = caption_of(options.caption, path, options.source)
@@ -81,26 +81,26 @@ def _job(path: Path, name: str, options: RunOptions) -> Job:
     return Job(path, name, options.out / WORK / _hash(content)[:24], caption, fault)
 
 
-def _request(jobs: list[Job], options: RunOptions) -> str:
-    """Return a hash of the request: the files, and the options that the result depends on."""
+def _request_hash(jobs: list[Job], options: RunOptions) -> str:
+    """Return a hash of the request: the files and the options that affect the result."""
     stats = [(job.name, job.path.stat().st_size, job.path.stat().st_mtime_ns) for job in jobs]
     return _hash([options.result_options(), stats])
 
 
-def _captions(jobs: list[Job]) -> dict[str, str]:
-    """Return a hash of each file's caption, or of the reason that it cannot be used."""
+def _caption_hashes(jobs: list[Job]) -> dict[str, str]:
+    """Return a hash of each file's caption, or of the reason why the caption is unusable."""
     return {job.name: _hash([job.caption, job.fault])[:16] for job in jobs}
 
 
 def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) -> None:
-    """Raise DataError if a dataset is of other files, options or captions."""
-    # Another request must not silently get an old dataset.
+    """Raise DataError if a dataset was made from other files, options or captions."""
+    # A changed request must not silently return an old dataset.
     description = dataset.description
-    if description.get("request") != _request(jobs, options):
+    if description.get("request") != _request_hash(jobs, options):
         raise DataError(
             f"{options.out}: holds a dataset of other files or options; choose another folder"
         )
-    before, now = description.get("captions", {}), _captions(jobs)
+    before, now = description.get("captions", {}), _caption_hashes(jobs)
     edited = [name for name in now if before.get(name) != now[name]]
     if edited:
         raise DataError(
@@ -110,26 +110,26 @@ def _check_request(dataset: ShardDataset, jobs: list[Job], options: RunOptions) 
 
 
 def _hash(content: Any) -> str:
-    # Sorted keys, so that equal contents have equal hashes.
+    # Sort keys, so that equal contents have equal hashes.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _process_files(jobs: list[Job], options: RunOptions) -> None:
     """Write a folder with clips and done.json for every file.
 
-    Raise RetryableError, at the end, if files were stopped by something other than their content.
+    Raise RetryableError, at the end, if files failed for a reason other than their content.
     """
-    # Files with unusable captions are refused unread.
+    # Refuse files with unusable captions without reading them.
     for refused in (job for job in jobs if job.fault):
-        _keep_refusal(refused, refused.fault)
+        _refuse_file(refused, refused.fault)
     todo = [job for job in jobs if not (job.folder / DONE).is_file()]
     if not todo:
         return
     yunet = find_face_model(YUNET, options.face_models)
     landmarker = find_face_model(LANDMARKER, options.face_models)
-    setup = partial(_setup, options, yunet, landmarker)
+    setup = partial(_make_task, options, yunet, landmarker)
 
-    # Process the others; each report is final, progress excepted.
+    # Process the other files; every report except Progressed is final for its file.
     stopped: list[tuple[Job, str]] = []
     with FileProgress(len(jobs), len(jobs) - len(todo)) as bar:
         for report in work(setup, todo, options.workers, options.stall_seconds):
@@ -140,10 +140,10 @@ def _process_files(jobs: list[Job], options: RunOptions) -> None:
                 case Finished(_, (clips, refused)):
                     bar.finish(job.name, clips, refused)
                 case Failed(_, reason):
-                    _keep_refusal(job, reason)
+                    _refuse_file(job, reason)
                     bar.finish(job.name, 0, [reason])
                 case Unfinished(_, reason):
-                    if not _is_given_up(job, reason):
+                    if not _count_failure(job, reason):
                         stopped.append((job, reason))
                     bar.finish(job.name, 0, [reason])
     if stopped:
@@ -155,47 +155,47 @@ def _process_files(jobs: list[Job], options: RunOptions) -> None:
         )
 
 
-def _is_given_up(job: Job, reason: str) -> bool:
+def _count_failure(job: Job, reason: str) -> bool:
     """Count a failure of a file; after MAX_FAILURES refuse the file and return True."""
-    # Outside the job's folder, which the next run empties.
+    # Store the count outside the job's folder, which the next run empties.
     path = job.folder.with_name(f"{job.folder.name}.{FAILED}")
     failures = 1 + (json.loads(path.read_bytes())["tries"] if path.is_file() else 0)
     write_atomic(path, json.dumps({"tries": failures, "reason": reason}).encode())
     if failures >= MAX_FAILURES:
-        _keep_refusal(job, f"{reason}; in {failures} runs")
+        _refuse_file(job, f"{reason}; in {failures} runs")
     return failures >= MAX_FAILURES
 
 
-def _keep_refusal(job: Job, reason: str) -> None:
-    """Refuse a file."""
-    _make_empty(job.folder)
+def _refuse_file(job: Job, reason: str) -> None:
+    """Record the refusal of all of a file."""
+    _empty_folder(job.folder)
     _write_done(job, [], [Refusal(0.0, 0.0, reason)])
 
 
-def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., Any]:
+def _make_task(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., Any]:
     """Load the models in a worker process and return its task."""
     import cv2
 
     from data_prep.source import Models
     from echolab.vision.faces import FaceMesh
 
-    # One thread: the processes divide the cores.
+    # One OpenCV thread per process: the processes already share the cores.
     cv2.setNumThreads(1)
     models = Models(yunet, FaceMesh(landmarker))
 
     def task(job: Job, progress: Callable[[float], None]) -> tuple[int, list[str]]:
         sha256 = _sha256(job.path, progress)
         try:
-            clips, refused = _cut(job, sha256, options, models, progress)
+            clips, refused = _cut_file(job, sha256, options, models, progress)
         except OSError:
-            # Decoders report some damage as an error of the disk: if the bytes are readable, retry.
+            # Decoders report some damage as a disk error: if the bytes are readable, retry.
             _check_unchanged(job, sha256, progress)
             try:
-                clips, refused = _cut(job, sha256, options, models, progress)
+                clips, refused = _cut_file(job, sha256, options, models, progress)
             except OSError as error:
                 reason = f"damaged: the decoder cannot read it ({error.strerror or error})"
                 clips, refused = [], [Refusal(0.0, 0.0, reason)]
-        # A refusal is final, so check that the disk returned the file's own bytes.
+        # A refusal is final, so check that the disk returned the right bytes.
         if any(refusal.reason.startswith("damaged") for refusal in refused):
             _check_unchanged(job, sha256, progress)
         _write_done(job, clips, refused)
@@ -204,14 +204,14 @@ def _setup(options: RunOptions, yunet: Path, landmarker: Path) -> Callable[..., 
     return task
 
 
-def _cut(
+def _cut_file(
     job: Job, sha256: str, options: RunOptions, models: "Models", progress: Callable[[float], None]
 ) -> tuple[list[str], list[Refusal]]:
     """Write the clips of one file to its folder; return their keys and the refusals."""
     from data_prep.source import Clip, Source, read_source
 
     # Start from an empty folder: an interrupted run may have left clips.
-    _make_empty(job.folder)
+    _empty_folder(job.folder)
     clips: list[str] = []
     refused: list[Refusal] = []
     source = Source(job.path, job.name, sha256, job.caption)
@@ -226,7 +226,7 @@ def _cut(
 
 
 def _sha256(path: Path, progress: Callable[[float], None]) -> str:
-    # Report progress: hashing a large file on a slow disk takes minutes.
+    # Report progress, since hashing a large file on a slow disk takes minutes.
     digest, done, size = hashlib.sha256(), 0, max(1, path.stat().st_size)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -237,12 +237,12 @@ def _sha256(path: Path, progress: Callable[[float], None]) -> str:
 
 
 def _check_unchanged(job: Job, sha256: str, progress: Callable[[float], None]) -> None:
-    """Raise OSError unless a file that seems damaged reads the same a second time."""
+    """Raise OSError unless a seemingly damaged file has the same hash when read again."""
     if _sha256(job.path, progress) != sha256:
         raise OSError(errno.EAGAIN, "it changed while it was read")
 
 
-def _make_empty(folder: Path) -> None:
+def _empty_folder(folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -258,9 +258,9 @@ def _write_done(job: Job, clips: list[str], refused: list[Refusal]) -> None:
 def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: RunOptions) -> None:
     """Write the shards, then refused.jsonl, then dataset.json.
 
-    Raise MediaError, with refused.jsonl written, if there is no clip.
+    If there is no clip, write refused.jsonl alone and raise MediaError.
     """
-    # The refusals of each file in order of time, then files that were not read at all.
+    # List the refusals of each file in order of time, then the skipped files.
     done = [json.loads((job.folder / DONE).read_bytes()) for job in jobs]
     rows = [
         (job.name, *refusal)
@@ -275,10 +275,10 @@ def _write_dataset(jobs: list[Job], left_out: list[tuple[str, str]], options: Ru
             f"{options.source}: no clip could be made of {len(jobs)} file(s); the first reason: "
             f"{rows[0][3]}; all are in {options.out / REFUSED}"
         )
-    # All that decides the result, so that another request is noticed.
+    # Store all inputs of the result, so that a changed request is detected.
     description = {
-        "request": _request(jobs, options),
-        "captions": _captions(jobs),
+        "request": _request_hash(jobs, options),
+        "captions": _caption_hashes(jobs),
         "options": options.result_options(),
     }
     with ShardWriter(
@@ -309,9 +309,11 @@ def read_refused(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _figures(dataset: ShardDataset, files: int, refused: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of the summary, refusals by kind."""
-    # The part of a reason before the colon is its kind.
+def _summary_figures(
+    dataset: ShardDataset, files: int, refused: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the figures of the summary, with refusals by kind."""
+    # The kind of a refusal is the part of its reason before the colon.
     kinds: dict[str, dict[str, float]] = {}
     for row in refused:
         kind = kinds.setdefault(row["reason"].partition(":")[0], {"spans": 0, "seconds": 0.0})
@@ -338,14 +340,14 @@ def summarize(figures: dict[str, Any], format: str) -> str:
         f"{figures['clips']} clips, {figures['seconds']:.1f} s, of {figures['files_used']} of "
         f"{figures['files']} files, in {figures['shards']} shards: {figures['out']}"
     ]
-    # The most refused first.
+    # Sort by refused seconds, the most first.
     for kind, sums in sorted(figures["refused"].items(), key=lambda item: -item[1]["seconds"]):
         lines.append(f"  refused {sums['seconds']:8.1f} s in {sums['spans']:4d} spans: {kind}")
     return "\n".join(lines)
 
 
 class FileProgress:
-    """Progress over files, on standard error: a bar on a terminal, else one line a file."""
+    """Progress over files, on standard error: a bar on a terminal, else one line per file."""
 
     def __init__(self, files: int, done: int) -> None:
         self.files, self.done = files, done
@@ -379,7 +381,7 @@ class FileProgress:
             self.bar.stop()
 
     def progress(self, name: str, fraction: float) -> None:
-        """Show that a file is done by `fraction`."""
+        """Show that `fraction` of a file is done."""
         # Files in progress count by their fractions, so that the bar moves during a long file.
         self.fractions[name] = fraction
         if self.bar:

@@ -1,4 +1,4 @@
-"""Cut one raw file into clips: every second of it ends in a clip or in a refusal with a reason."""
+"""Cut one raw file into clips; every second ends up in a clip or in a refusal with a reason."""
 
 import hashlib
 import json
@@ -59,17 +59,17 @@ from echolab.vision.normalize import (
 )
 from echolab.vision.video_reader import Probe, VideoReader, probe
 
-DETECT_PIXELS = 640  # longer side of the image that the detector sees
-# Progress at the beginning and end of each part of the work on one file.
+DETECT_PIXELS = 640  # longer side of the detector's input, pixels
+# Fraction of a file's work that is done at the beginning and end of each step.
 HASHING, PROBING, READING_AUDIO, TRACKING, CUTTING = (
     (0.0, 0.05), (0.05, 0.25), (0.25, 0.3), (0.3, 0.65), (0.65, 1.0),
 )  # fmt: skip
 
-Progress = Callable[[float], None]  # takes the fraction of a file that is done
+Progress = Callable[[float], None]  # called with the fraction of a file that is done
 
 
 class Models(NamedTuple):
-    """The two face networks; YuNet by its file, since it is loaded for each frame size."""
+    """The two face networks; YuNet as a path, since it is loaded again for each frame size."""
 
     yunet: Path
     mesh: FaceMesh
@@ -79,12 +79,12 @@ class Source(NamedTuple):
     """One raw file, with its hash and caption."""
 
     path: Path
-    name: str  # its path in the source folder
+    name: str  # path relative to the source folder
     sha256: str
     caption: str
 
     def key(self) -> str:
-        """Return the prefix of its clips' keys; copies of a file at two paths have two."""
+        """Return the prefix of its clips' keys; copies of a file at two paths have two prefixes."""
         digest = hashlib.sha256(f"{self.name}\0{self.sha256}".encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.path.stem)[:48]}-{digest[:12]}"
 
@@ -97,7 +97,7 @@ class Clip(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Frames of the grid with one face and no fault."""
+    """Consecutive usable frames of the grid with one face."""
 
     first: int
     last: int
@@ -112,7 +112,7 @@ class ProbedFile(NamedTuple):
     audio: AudioTrack | None
     options: RunOptions
     models: Models
-    facts: dict[str, Any]  # common to the json of all clips
+    facts: dict[str, Any]  # metadata common to the json of all clips
 
 
 def read_source(
@@ -120,21 +120,21 @@ def read_source(
 ) -> Iterator[Clip | Refusal]:
     """Yield all clips and refusals of one file.
 
-    Raise OSError if it cannot be read, and MemoryError.
+    Raise OSError if the file cannot be read, and MemoryError.
     """
-    # A file without frames that can be decoded has no grid, so it is refused as one span.
+    # A file without decodable frames has no grid, so it is refused as one span.
     try:
-        probed = probe(source.path, _between(progress, *PROBING))
+        probed = probe(source.path, _step_progress(progress, *PROBING))
     except MediaError as error:
         yield Refusal(0.0, 0.0, str(error))
         return
     try:
         facts = {"source": source.name, "source_sha256": source.sha256, "rate": RATE_HZ, "fps": FPS}
         facts["caption"] = source.caption
-        audio = _read_audio(probed, _between(progress, *READING_AUDIO))
+        audio = _read_audio(probed, _step_progress(progress, *READING_AUDIO))
         file = ProbedFile(probed, make_grid(probed), audio, options, models, facts)
 
-        # Refuse what needs no face detection.
+        # Apply the checks that need no face detection.
         for first, last in probed.damaged:
             if last > probed.end:
                 yield Refusal(max(first, probed.end), last, CUT_SHORT)
@@ -143,26 +143,26 @@ def read_source(
             yield from refusals
             return
 
-        # Track faces, divide the file into spans with one face, and cut these into clips.
-        scenes, tracks = _track(file, _between(progress, *TRACKING))
+        # Track faces, divide the file into spans with one face, and cut the spans into clips.
+        scenes, tracks = _track(file, _step_progress(progress, *TRACKING))
         spans: list[Span] = []
-        for part in _spans(file, scenes, tracks):
+        for part in _find_spans(file, scenes, tracks):
             if isinstance(part, Refusal):
                 yield part
             else:
                 spans.append(part)
-        yield from _clips(file, spans, source.key(), _between(progress, *CUTTING))
+        yield from _cut_spans(file, spans, source.key(), _step_progress(progress, *CUTTING))
     except MediaError as error:
         yield Refusal(float(probed.times[0]), probed.end, str(error))
 
 
-def _between(progress: Progress, first: float, last: float) -> Progress:
-    """Return the progress of a part of the work, from fraction `first` to `last` of the file's."""
+def _step_progress(progress: Progress, first: float, last: float) -> Progress:
+    """Return the progress of one step, which runs from fraction `first` to `last` of the file."""
     return lambda fraction: progress(first + fraction * (last - first))
 
 
 def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
-    """Return the audio track, if there is one; raise MediaError with the kind of its damage."""
+    """Return the audio track, None without one; raise MediaError with the kind of its damage."""
     if not probed.has_audio:
         return None
     try:
@@ -174,7 +174,7 @@ def _read_audio(probed: Probe, advance: Progress) -> AudioTrack | None:
 
 
 def _file_refusals(file: ProbedFile) -> list[Refusal]:
-    """Return the refusals of a file that is refused before face detection, else none."""
+    """Return the refusals of a file that is refused before face detection, else an empty list."""
     grid, audio = file.grid, file.audio
     if audio is None:
         reason = "no audio: the file has no audio track"
@@ -184,7 +184,7 @@ def _file_refusals(file: ProbedFile) -> list[Refusal]:
         reason = silence_reason(audio.samples)
     else:
         return []
-    # Frames that cannot be decoded are refused as damaged, not for the fault of the file.
+    # Refuse undecodable frames as damaged, the others for the fault of the file.
     damaged = [DAMAGED if is_damaged else reason for is_damaged in grid.damaged]
     return [
         Refusal(grid.seconds(first), grid.seconds(last), damaged[first])
@@ -211,13 +211,13 @@ def _track(file: ProbedFile, progress: Progress) -> tuple[NDArray[np.int64], lis
             tracker.add(k, detector.detect(image))
         progress(k / len(indices))
 
-    # Scale the tracks back.
+    # Scale the tracks back to the full frame: x and y of box and landmarks, not the score.
     back = np.array([probed.width / width, probed.height / height] * 7 + [1], np.float32)
     tracks = tracker.finish(len(indices), every)
     return scenes, [track._replace(rows=track.rows * back) for track in tracks]
 
 
-def _spans(
+def _find_spans(
     file: ProbedFile, scenes: NDArray[np.int64], tracks: list[Track]
 ) -> Iterator[Span | Refusal]:
     """Yield the spans with one usable face in one scene, and refusals of the other frames."""
@@ -230,24 +230,24 @@ def _spans(
         if reasons[first]:
             yield Refusal(grid.seconds(first), grid.seconds(last), reasons[first])
             continue
-        # A new scene, or a change of the largest face, begins a new span.
+        # A new scene or another largest face begins a new span.
         labels = scenes[first:last] * (len(tracks) + 1) + subject.track[first:last]
         for begin, end in runs(labels):
             yield Span(first + begin, first + end, tracks[subject.track[first + begin]])
 
 
-def _clips(
+def _cut_spans(
     file: ProbedFile, spans: list[Span], key: str, progress: Progress
 ) -> Iterator[Clip | Refusal]:
-    """Yield the clips of all spans, with refusals of what is too short, silent or still."""
+    """Yield the clips of all spans, and refusals of parts that are too short, silent or still."""
     index, options, probed, done_fraction = 0, file.options, file.probe, 0.0
     min_frames = options.min_frames or options.frames
-    # Decoding up to the next clip is progress too, of unknown size.
+    # Report progress, though of unknown size, while frames up to the next clip are decoded.
     reader = VideoReader(probed, probed.width, probed.height, lambda _: progress(done_fraction))
     for done, span in enumerate(spans):
         cuts, rest = cut_span(span.first, span.last, options.frames, min_frames)
         for first, last in cuts:
-            members = _clip(file, reader, span.track, first, last)
+            members = _make_clip(file, reader, span.track, first, last)
             if isinstance(members, Refusal):
                 yield members
             else:
@@ -263,11 +263,11 @@ def _clips(
 def cut_span(
     first: int, last: int, frames: int, min_frames: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """Return the clips (first, end) of a span, of `frames` each, and the frame that they end at.
+    """Return the clips (first, end) of a span, `frames` long each, and the end of the last clip.
 
-    The rest gives one more, shorter clip of 4n+1 frames if it has `min_frames`.
+    The remainder yields a shorter clip of 4n+1 frames if it has at least `min_frames`.
     """
-    # Full clips first, then one of the rest if it is long enough.
+    # Full clips first, then one shorter clip if the remainder is long enough.
     clips = []
     while last - first >= frames:
         clips.append((first, first + frames))
@@ -283,7 +283,7 @@ def _too_short(grid: Grid, first: int, last: int, min_frames: int, is_rest: bool
     """Return the refusal of a span with too few frames."""
     count = last - first
     subject = "the rest after the last clip" if is_rest else "a span with one face"
-    # Five frames are the shortest clip.
+    # The shortest possible clip has five frames.
     hint = (
         f"; min_frames={WAN.frames(WAN.latent_frames(count))} would take it" if count >= 5 else ""
     )
@@ -291,11 +291,11 @@ def _too_short(grid: Grid, first: int, last: int, min_frames: int, is_rest: bool
     return Refusal(grid.seconds(first), grid.seconds(last), reason)
 
 
-def _clip(
+def _make_clip(
     file: ProbedFile, reader: VideoReader, track: Track, first: int, last: int
 ) -> dict[str, bytes] | Refusal:
-    """Return the members of one clip, or its refusal if it is silent or its lips are still."""
-    # Audio first: it is cheap to check.
+    """Return the members of one clip, or the refusal of a silent clip or of still lips."""
+    # Check the audio first, since that is cheap.
     grid = file.grid
     assert file.audio is not None
     span = grid.seconds(first), grid.seconds(last)
@@ -305,7 +305,7 @@ def _clip(
 
     # Decode and crop the frames, and measure the mouth in each.
     rows = track.rows[first - track.first : last - track.first]
-    crop = _crop_of(file, boxes(rows))
+    crop = _clip_crop(file, boxes(rows))
     frames, meshes = [], []
     for row, image in zip(rows, reader.read(grid.indices[first:last]), strict=True):
         meshes.append(file.models.mesh.find(image, row))
@@ -333,9 +333,9 @@ def _clip(
     }
 
 
-def _crop_of(file: ProbedFile, faces: NDArray[np.float32]) -> Crop:
-    """Return the crop of a clip with these face boxes [T, 4]."""
-    # The head crop holds all face boxes of the clip, so that it does not move.
+def _clip_crop(file: ProbedFile, faces: NDArray[np.float32]) -> Crop:
+    """Return the crop of a clip whose face boxes [T, 4] are `faces`."""
+    # A head crop contains all face boxes of the clip, so that the crop does not move.
     width, height = file.probe.width, file.probe.height
     if file.options.crop == "head":
         return crop_head(faces, width, height, file.options.size)

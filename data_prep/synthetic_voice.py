@@ -1,8 +1,8 @@
-"""A synthetic voice with known lips: syllables of vowels, closures, hisses and pauses.
+"""A synthetic voice with known lip shapes: syllables of vowels, closures, hisses and pauses.
 
-Two curves drive everything: opening and width of the mouth, both in [0, 1] and functions of time.
-The audio is made from the same curves (formants follow them, closures silence the voice), so that
-audio and video are in sync by construction.
+Two functions of time drive the lips: opening and width of the mouth, both in [0, 1].  Audio and
+lip curves come from one sequence of phones (closures silence the voice), so that audio and video
+are in sync by construction.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 RATE_HZ = 16_000
 CONTROL_HZ = 200
-GLIDE_SECONDS = 0.045  # in which lips and formants move from one target to the next
+GLIDE_SECONDS = 0.045  # half-width of the transition of lips and formants between two targets
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ def draw_phones(rng: np.random.Generator, seconds: float) -> list[tuple[Phone, f
     phones: list[tuple[Phone, float]] = []
     filled = 0.0
     while filled < seconds:
-        # A syllable is a consonant and a vowel; the lips are known from both.
+        # Insert a pause now and then; all other syllables are a consonant and a vowel.
         if rng.random() < 0.18:
             syllable = [(PAUSE, rng.uniform(0.12, 0.35))]
         else:
@@ -78,7 +78,7 @@ def glide(values: Array) -> Array:
 
 def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[str, Array]:
     """Return the targets of all phones as smooth curves at CONTROL_HZ."""
-    # The phone at the middle of each control step.
+    # Find the phone at the middle of each control step.
     count = round(seconds * CONTROL_HZ)
     ends = np.cumsum([duration for _, duration in phones])
     indices = np.searchsorted(ends, (np.arange(count) + 0.5) / CONTROL_HZ, side="right")
@@ -90,8 +90,8 @@ def control_curves(phones: list[tuple[Phone, float]], seconds: float) -> dict[st
 
 
 def harmonics_of(curves: dict[str, Array], pitch: Array, scale: float) -> Array:
-    """Return the amplitude of each harmonic at CONTROL_HZ, [harmonics, time]: three resonances."""
-    # Three resonances of the vocal tract, at the formants; a longer tract lowers all of them.
+    """Return the amplitude [harmonics, time] of each harmonic at CONTROL_HZ."""
+    # The vocal tract resonates at three formants; `scale` shifts them (a longer tract is below 1).
     numbers = np.arange(1, 1 + int(4000 / pitch.max()))[:, None]
     frequency = numbers * pitch[None]
     response = np.zeros_like(frequency)
@@ -107,7 +107,7 @@ def harmonics_of(curves: dict[str, Array], pitch: Array, scale: float) -> Array:
 
 def synthesize(rng: np.random.Generator, seconds: float) -> Voice:
     """Synthesize `seconds` of speech with random pitch and vocal-tract length."""
-    # Control rate: lips, formants, pitch and the amplitude of each harmonic.
+    # At the control rate: lips, formants, pitch and the amplitude of each harmonic.
     curves = control_curves(draw_phones(rng, seconds), seconds)
     base, tract = rng.uniform(95, 230), rng.uniform(0.92, 1.15)
     times = np.arange(len(curves["voice"])) / CONTROL_HZ
@@ -116,14 +116,14 @@ def synthesize(rng: np.random.Generator, seconds: float) -> Voice:
     )
     amplitude = harmonics_of(curves, pitch, tract)
 
-    # Audio rate: a sum of harmonics, and noise for hisses.
+    # At the audio rate: a sum of harmonics, and noise for hisses.
     count = round(seconds * RATE_HZ)
     fine = np.arange(count) / RATE_HZ
     phase = 2 * np.pi * np.cumsum(np.interp(fine, times, pitch)) / RATE_HZ
     samples = np.zeros(count)
     for number, row in enumerate(amplitude, start=1):
         samples += np.interp(fine, times, row) * np.sin(number * phase)
-    noise = np.diff(rng.standard_normal(count + 1))  # a difference lifts the high frequencies
+    noise = np.diff(rng.standard_normal(count + 1))  # differencing boosts high frequencies
     samples = 0.25 * samples + 0.12 * np.interp(fine, times, curves["hiss"]) * noise
     samples += 0.001 * rng.standard_normal(count)
     return Voice(np.clip(samples, -1, 1).astype(np.float32), curves["opening"], curves["width"])

@@ -1,7 +1,7 @@
-"""Process untrusted files in processes of their own, so that no file can end the run.
+"""Process untrusted files in separate processes, so that no file can end the run.
 
-A decoder may crash or hang: the file is then refused, and a new process takes the next one.  A
-process that is killed from outside, lacks memory or cannot read its disk does not refuse its file.
+A decoder may crash or hang: the file is then refused, and a new process handles the next file.  If
+a process is killed from outside, lacks memory or cannot read its disk, its file is not refused.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from echolab.errors import EcholabError
 
 POLL_SECONDS = 0.5
-PROGRESS_SECONDS = 0.2  # between two reports of a worker
-SETUP_SECONDS = 600.0  # loading the models, on a busy machine
-LONGEST_TICK = 4 * POLL_SECONDS  # in a longer one this process was suspended
+PROGRESS_SECONDS = 0.2  # minimum interval between two reports of a worker
+SETUP_SECONDS = 600.0  # time limit to load the models, for a busy machine
+LONGEST_TICK = 4 * POLL_SECONDS  # a longer interval means that this process was suspended
 PR_SET_PDEATHSIG = 1
 OPENCV_NO_MEMORY = -4
-# Signals that a decoder causes itself; all others come from outside.
+# Signals of a crash in the decoder; all others come from outside.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 Progress = Callable[[float], None]
@@ -31,7 +31,7 @@ Setup = Callable[[], Task]  # run once in each process: loads the models
 
 
 class Progressed(NamedTuple):
-    """A part of a job is done."""
+    """A fraction of a job is done."""
 
     job: Any
     fraction: float  # from 0 to 1
@@ -52,7 +52,7 @@ class Failed(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A job was stopped by something other than its file; another try may succeed."""
+    """A job failed for a reason other than its file; a retry may succeed."""
 
     job: Any
     reason: str
@@ -62,13 +62,13 @@ Report = Progressed | Finished | Failed | Unfinished
 
 
 class Clock:
-    """Seconds that this process ran, without those that it was suspended."""
+    """Seconds that this process ran, excluding suspensions."""
 
     def __init__(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
 
     def tick(self) -> None:
-        # A wait after a suspension counts as one tick, or a laptop's sleep would end all jobs.
+        # Count a suspension as one tick; otherwise a laptop's sleep would time out all jobs.
         now = time.monotonic()
         self.seconds += min(now - self._last, LONGEST_TICK)
         self._last = now
@@ -78,7 +78,7 @@ class _Worker:
     """One process and its current job."""
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
-        # Spawned: a fork would copy the state of decoders and threads.
+        # Spawn, since a fork would copy the state of decoders and threads.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
@@ -92,16 +92,16 @@ class _Worker:
         try:
             self.pipe.send(job)
         except OSError:
-            pass  # it died at once: the next poll sees the closed pipe
+            pass  # the process has died: the next poll detects the closed pipe
 
     def end(self) -> None:
         self.process.kill()
-        self.process.join(5)  # a process that waits for its disk cannot be killed yet
+        self.process.join(5)  # bounded: a process that waits for its disk cannot be killed yet
         self.pipe.close()
 
     def state(self) -> str:
-        """Return R running, S asleep, D waiting for the disk or T stopped; "" if it has ended."""
-        # The process's name may hold spaces and brackets: the state follows the last bracket.
+        """Return R (running), S (asleep), D (waiting for disk), T (stopped) or "" (ended)."""
+        # The process name may contain spaces and brackets: the state follows the last bracket.
         try:
             text = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8", "replace")
         except OSError:
@@ -112,8 +112,8 @@ class _Worker:
 def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) -> Iterator[Report]:
     """Run all jobs in `count` processes and yield their reports.
 
-    Raise the EcholabError of a job, which ends the run.  A process without a message for
-    `stall_seconds`, not counting time that this process was suspended, hangs.
+    Raise the EcholabError of a job, which ends the run.  A process that sends no message for
+    `stall_seconds`, excluding suspensions of this process, counts as hung.
     """
     waiting, crashed = list(reversed(jobs)), list[Any]()
     workers: list[_Worker] = []
@@ -126,17 +126,17 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
             ready = wait([worker.pipe for worker in workers], POLL_SECONDS)
             clock.tick()
             for worker in list(workers):
-                # Receive a message, or check that the worker still progresses.
+                # Receive a message, or check whether the worker stalled.
                 if worker.pipe in ready:
                     report = _receive(worker, crashed, waiting)
                 else:
-                    report = _stalled(worker, stall_seconds)
+                    report = _report_stall(worker, stall_seconds)
                 if report is not None:
                     yield report
                 if isinstance(report, Progressed) or (report is None and worker.job is not None):
                     continue
 
-                # The job is over: only a process that finished it normally takes another.
+                # The job is over: reuse the process only if it finished the job normally.
                 if not isinstance(report, Finished) or not waiting:
                     worker.end()
                     workers.remove(worker)
@@ -151,12 +151,12 @@ def work(setup: Setup, jobs: Sequence[Any], count: int, stall_seconds: float) ->
 
 
 def _receive(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
-    """Return the report of a worker; after its first crash its job waits for another try."""
+    """Return the report of a worker; after the first crash of a job, queue it for a retry."""
     worker.last_message = worker.clock.seconds
     try:
         kind, value = worker.pipe.recv()
     except (EOFError, ConnectionError):
-        return _died(worker, crashed, waiting)
+        return _report_exit(worker, crashed, waiting)
     if kind == "raise":
         raise value
     if kind == "ready":
@@ -167,9 +167,9 @@ def _receive(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report 
     return report
 
 
-def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
+def _report_exit(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | None:
     """Return the report on a worker whose process has ended."""
-    # Only a crash of the decoder marks the file as damaged, and only the second time.
+    # A file counts as damaged only if the decoder crashed twice.
     worker.process.join(5)
     code, job = worker.process.exitcode, worker.job
     if code is None or code >= 0:
@@ -185,14 +185,14 @@ def _died(worker: _Worker, crashed: list[Any], waiting: list[Any]) -> Report | N
     return None
 
 
-def _stalled(worker: _Worker, stall_seconds: float) -> Report | None:
-    """Return the report on a worker without messages for too long, else None."""
-    # Loading the models takes longer than a step of a job.
+def _report_stall(worker: _Worker, stall_seconds: float) -> Report | None:
+    """Return the report on a worker that has been silent for too long, else None."""
+    # Allow more time for loading the models than for a step of a job.
     limit = stall_seconds if worker.is_ready else max(stall_seconds, SETUP_SECONDS)
     if worker.clock.seconds - worker.last_message < limit:
         return None
     state = worker.state()
-    if state == "T":  # stopped by a signal: its time begins when it continues
+    if state == "T":  # stopped by a signal: restart its time limit
         worker.last_message = worker.clock.seconds
         return None
     if state == "D":
@@ -207,7 +207,7 @@ def _stalled(worker: _Worker, stall_seconds: float) -> Report | None:
 
 
 def _die_with_parent() -> None:
-    """Make the kernel kill this process when its parent dies: two runs never write at once."""
+    """Make the kernel kill this process when its parent dies, so that two runs never overlap."""
     parent = multiprocessing.parent_process()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent.pid:  # the parent died before the call
@@ -223,29 +223,29 @@ def _serve(pipe: Connection, setup: Setup) -> None:
     last = 0.0
 
     def progress(fraction: float) -> None:
-        # A pipe full of small messages would slow the job down.
+        # Limit the rate of messages, since a full pipe would block the job.
         nonlocal last
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
             pipe.send(("progress", fraction))
 
     try:
-        # Each process sets it up itself: models cannot be sent through a pipe.
+        # Each process loads the models itself, since they cannot be sent through a pipe.
         task = setup()
         pipe.send(("ready", None))
         while True:
             job = pipe.recv()
-            pipe.send(_outcome(task, job, progress))
+            pipe.send(_run_job(task, job, progress))
     except (EOFError, BrokenPipeError):
         pass
     except EcholabError as error:
         pipe.send(("raise", error))
-    except Exception as error:  # the models cannot be loaded, which would fail for every file
+    except Exception as error:  # the models cannot be loaded, so every file would fail
         problem = f"a worker cannot start ({type(error).__name__}: {str(error)[:200]})"
         pipe.send(("raise", EcholabError(f"{problem}; check the installation with `make test`")))
 
 
-def _outcome(task: Task, job: Any, progress: Progress) -> tuple[str, Any]:
+def _run_job(task: Task, job: Any, progress: Progress) -> tuple[str, Any]:
     """Run one job and return (kind of report, its value); EcholabError passes through."""
     try:
         return "done", task(job, progress)

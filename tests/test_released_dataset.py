@@ -209,12 +209,12 @@ def test_leftovers_of_another_command_are_not_used(world: Path, tmp_path: Path) 
     one, other = made(world), made(world, audio="chinese", speech="flash")
     dataset = open_raw(world / "raw")
     names = {
-        encode._work_name(dataset, one, {"dtype": "fp32"}),
-        encode._work_name(dataset, one, {"dtype": "bf16"}),
-        encode._work_name(dataset, other, {"dtype": "fp32"}),
+        encode._work_hash(dataset, one, {"dtype": "fp32"}),
+        encode._work_hash(dataset, one, {"dtype": "bf16"}),
+        encode._work_hash(dataset, other, {"dtype": "fp32"}),
     }
     assert len(names) == 3
-    assert encode._work_name(dataset, made(world), {"dtype": "fp32"}) in names
+    assert encode._work_hash(dataset, made(world), {"dtype": "fp32"}) in names
 
 
 def test_an_error_names_the_sample_and_leaves_no_dataset(world: Path, tmp_path: Path) -> None:

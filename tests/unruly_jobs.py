@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.run import Job, _make_empty, _write_done
+from data_prep.run import Job, _empty_folder, _write_done
 from data_prep.source import Source
 from data_prep.workers import Finished, Unfinished
 from echolab.errors import DataError
@@ -65,7 +65,7 @@ def stand_in(stopped: Collection[str]) -> Callable[..., Iterator[Any]]:
             if job.name in stopped:
                 yield Unfinished(job, "killed: its process was ended from outside (signal 9)")
                 continue
-            _make_empty(job.folder)
+            _empty_folder(job.folder)
             key = Source(job.path, job.name, "0" * 64, job.caption).key()
             facts = {"source": job.name, "frames": 5, "caption": job.caption}
             for member in ("mp4", "flac", "tracks.npz"):

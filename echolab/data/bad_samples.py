@@ -1,10 +1,10 @@
 """Replace bad samples within a budget; without a budget, the default, a bad sample stops the run.
 
-A bad sample is one whose bytes or content break the contract; a file system, server or network
-that fails does not make a sample bad.  A bad sample is replaced by the next good one of its
-dataset, a pure function of the data, so that every rank keeps its number of steps and every run its
-batches.  Each is written once to a file that all ranks and workers of the run share: the budget
-counts the samples in that file.
+The bytes or content of a bad sample violate the format; a failing file system, server or network
+does not make a sample bad.  A bad sample is replaced by the next good sample of its dataset, a pure
+function of the data, so that all ranks run the same number of steps and batches are reproducible.
+Each bad sample is listed once in a file that all ranks and workers of the run share; the budget
+limits the number of listed samples.
 """
 
 import fcntl
@@ -29,8 +29,8 @@ Entry = dict[str, Any]
 
 
 def max_bad_samples(samples: int, max_bad_fraction: float) -> int:
-    """Return how many of so many samples may be bad: at least one with any budget."""
-    return math.ceil(samples * max_bad_fraction - 1e-9)  # 700 x 0.01 is a little more than 7
+    """Return how many of `samples` samples may be bad: at least 1 if the fraction is above 0."""
+    return math.ceil(samples * max_bad_fraction - 1e-9)  # in floating point 700 * 0.01 exceeds 7
 
 
 def read_quarantine(path: Path) -> list[Entry]:
@@ -43,27 +43,30 @@ def read_quarantine(path: Path) -> list[Entry]:
 
 
 def _parse_entries(lines: Iterable[bytes]) -> list[Entry]:
-    # Of a sample that is listed twice the first line counts: ranks may meet it at the same time.
+    # Keep the first line of a sample listed twice: two ranks may read it at the same time.
     entries: dict[tuple[str, str], Entry] = {}
     for line in lines:
         try:
             entry = json.loads(line)
             entries.setdefault((entry["dataset"], entry["key"]), entry)
         except (ValueError, TypeError, KeyError):
-            continue  # a process was killed while it wrote this line
+            continue  # incomplete line of a killed process
     return list(entries.values())
 
 
 def next_samples(samples: int) -> Callable[[int], Iterator[int]]:
-    """Return the substitutes of a sample: those after it, cyclically; near ones read quickly."""
+    """Return a function that yields the samples after a sample, cyclically, as its substitutes.
+
+    Nearby samples come first, since they are fast to read.
+    """
     return lambda i: ((i + step) % samples for step in range(1, samples))
 
 
 class TolerantReader:
     """Reads samples of one dataset and replaces bad ones within a budget.
 
-    `max_bad_fraction` is the fraction of samples, of each shard and of the dataset, that may be
-    bad.  `substitutes(i)` are the samples that may replace sample i, in order of preference.
+    `max_bad_fraction` limits the fraction of bad samples in each shard and in the dataset.
+    `substitutes(i)` yields the samples that may replace sample i, in order of preference.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class TolerantReader:
             raise ConfigError(
                 f"max_bad_fraction={max_bad_fraction}: must be a fraction from 0 to under 1"
             )
-        # A budget without a file would be counted by each process for itself.
+        # Without a shared file each process would count separately.
         if max_bad_fraction and quarantine is None:
             raise ConfigError(
                 f"max_bad_fraction={max_bad_fraction}: needs a file for them; give quarantine="
@@ -89,10 +92,10 @@ class TolerantReader:
     def read(self, i: int, read: Callable[[int], Sample]) -> Sample:
         """Return `read(i)`, or `read(j)` of the first good substitute j.
 
-        `read` raises DataError for a bad sample.  Without a budget that error is raised; with one,
-        DataError is raised if the budget of the shard or of the dataset is exceeded.
+        `read` raises DataError for a bad sample.  Without a budget, raise that error; with a
+        budget, raise DataError only if the budget of the shard or of the dataset is exceeded.
         """
-        # Without a budget the first bad sample is the error.
+        # Without a budget the first bad sample is an error.
         if not self.max_bad_fraction or self.quarantine is None:
             return self._read_strictly(i, read)
         substitutes = self.substitutes or next_samples(len(self.dataset))
@@ -101,7 +104,7 @@ class TolerantReader:
             try:
                 return read(j)
             except FetchError:
-                raise  # a server that is down would cost all samples of a shard
+                raise  # a server failure would mark all samples of a shard as bad
             except DataError as error:
                 self._quarantine(j, error, self.quarantine)
         raise DataError(
@@ -110,7 +113,7 @@ class TolerantReader:
         )
 
     def _read_strictly(self, i: int, read: Callable[[int], Sample]) -> Sample:
-        """Return `read(i)`; the error of a bad sample also names the budget."""
+        """Return `read(i)`; for a bad sample raise an error that recommends a budget."""
         try:
             return read(i)
         except FetchError:
@@ -119,8 +122,8 @@ class TolerantReader:
             raise DataError(f"{error}, or train without it by {REMEDY}") from error
 
     def _quarantine(self, i: int, error: DataError, path: Path) -> None:
-        """List a bad sample; raise DataError if there are too many."""
-        # The fingerprint, since datasets may share keys; messages may hold an address with secrets.
+        """Record a bad sample; raise DataError if there are too many."""
+        # Store the fingerprint, since datasets may share keys; mask secrets in addresses.
         sample = self.dataset.sample(i)
         entry = {
             "dataset": self.dataset.fingerprint,
@@ -139,7 +142,7 @@ class TolerantReader:
         dataset, name_of_shard = self.dataset, entry["shard"]
         samples_of = {shard.name: shard.samples for shard in dataset.shards}
         bad_of_shard = sum(e["shard"] == name_of_shard for e in entries)
-        # A budget for each shard too: a damaged shard must not use up that of the dataset.
+        # Check each shard too: one damaged shard must not use up the budget of the dataset.
         for name, bad, samples in (
             (f"{dataset.folder}/{name_of_shard}", bad_of_shard, samples_of[name_of_shard]),
             (str(dataset.folder), len(entries), len(dataset)),
@@ -155,7 +158,7 @@ class TolerantReader:
 
 
 def _append_entry(path: Path, entry: Entry) -> list[Entry]:
-    """Add an entry to a file under a lock unless it is there; return all entries."""
+    """Append an entry to a file under a lock unless it is already listed; return all entries."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
@@ -163,13 +166,13 @@ def _append_entry(path: Path, entry: Entry) -> list[Entry]:
 
 
 def _append_locked(file: BinaryIO, entry: Entry) -> list[Entry]:
-    # Read under the lock: another rank may have listed this sample.
+    # Read under the lock, since another rank may have listed this sample.
     file.seek(0)
     text = file.read()
     entries = _parse_entries(text.splitlines())
     listed = {(e["dataset"], e["key"]) for e in entries}
     if (entry["dataset"], entry["key"]) not in listed:
-        # A killed process may have left half a line: begin below it.
+        # A killed process may have left an incomplete line: start a new one.
         begin = b"" if text[-1:] in (b"", b"\n") else b"\n"
         file.write(begin + json.dumps(entry).encode() + b"\n")
         file.flush()

@@ -1,16 +1,15 @@
-"""Choose the samples of each global batch: mix datasets by weight, bucket by size, keep remainders.
+"""Choose the samples of each global batch: mix datasets by weight, bucket by clip size.
 
-A *stream* is one dataset, repeated without end.  A *bucket* is the streams whose clips have one
-size; a global batch comes from one bucket, so that it stacks.  Several small clips take the slot of
-a large one, so that every batch holds about as many tokens and takes about as long.  All of it is a
-function of the batch's index: fixed before the first step, and the same for any number of ranks,
-workers and micro-batches.
+A *stream* is one dataset, repeated infinitely.  A *bucket* groups the streams whose clips have the
+same size; a global batch comes from one bucket, so that it can be stacked.  Several small clips use
+the slot of one large clip, so that all batches have about the same number of tokens and take about
+the same time.  The content of a batch is a function of its index: fixed before the first step, and
+the same for any number of ranks, workers and micro-batches.
 
-The order of one epoch depends on (fingerprint, seed, epoch) alone, with integers as all state.
-Samples lie in shards, and reads are cheap when they are near each other; so blocks of neighbors are
-put in random order, then every sample moves a bounded way.  Any part of the order can be computed
-by itself: nothing is kept for each sample, so that 10^8 samples cost no more memory than their
-shards and blocks do.
+The order of one epoch depends only on (fingerprint, seed, epoch); its only state are integers.
+Samples are stored in shards, and reading neighbors is cheap; so blocks of neighbors are shuffled,
+then every sample moves a bounded distance.  Any range of the order can be computed separately, and
+there is no state per sample, so memory grows with the number of shards and blocks alone.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from echolab.errors import ConfigError, DataError
 
-ORDER_VERSION = 1  # of the order; a run resumes only in the version that it began in
+ORDER_VERSION = 1  # a run can resume only with the version of the order that it started with
 BLOCK_SIZE, BUFFER_SIZE = 32, 1024  # samples
 
 LastBatch = Literal["carry", "drop", "pad"]
@@ -36,9 +35,9 @@ GOLDEN = 0x9E3779B97F4A7C15  # CIRCLE / golden ratio, odd
 
 
 def random_bits(count: int, *parts: object, first: int = 0) -> np.ndarray:
-    """Return [count] uint64 from index `first` of the random stream that `parts` name.
+    """Return uint64 [count] from index `first` on of the random stream that `parts` seed.
 
-    Raw bits: numpy promises these, but not what its Generators make of them.
+    Use raw bits: numpy guarantees that they are stable across versions, unlike Generator methods.
     """
     digest = blake2b("/".join(map(str, parts)).encode(), digest_size=16).digest()
     source = np.random.PCG64(int.from_bytes(digest, "little"))
@@ -48,8 +47,8 @@ def random_bits(count: int, *parts: object, first: int = 0) -> np.ndarray:
 class EpochOrder:
     """The order of the samples in one epoch; samples are numbered shard after shard.
 
-    A sample's *index* is where the shuffle of blocks puts it; its *position* is where the bounded
-    shuffle then moves it, less than `buffer_size` away.
+    A sample's *index* is its place after the block shuffle; its *position* is its place after the
+    bounded shuffle, which moves each sample by less than `buffer_size`.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class EpochOrder:
         count = int(self._first_block[-1])
         bits = random_bits(count, *self.seed_parts, "blocks")
         self._blocks = np.argsort(bits, kind="stable").astype(np.uint32)  # [blocks]
-        del bits  # at 10^8 samples every array of this length counts
+        del bits  # limit memory for datasets of 10^8 samples
         # The last block of each shard may be smaller than the others.
         sizes = np.full(count, block_size, dtype=np.int32)
         nonempty = samples > 0
         sizes[self._first_block[1:][nonempty] - 1] = (samples - (blocks - 1) * block_size)[nonempty]
-        self._first_index = np.zeros(count + 1, dtype=np.int64)  # of each block
+        self._first_index = np.zeros(count + 1, dtype=np.int64)  # [blocks + 1]
         np.cumsum(sizes[self._blocks], out=self._first_index[1:])
 
     def __len__(self) -> int:
@@ -86,22 +85,21 @@ class EpochOrder:
     def indices(self, first: int, stop: int) -> np.ndarray:
         """Return the indices of the samples at positions [first, stop) of the epoch.
 
-        An index i moves to a position below i + buffer_size.  So no index below
-        first - 2 buffer_size comes after one that ends up at `first` or later, and none from
-        stop + 2 buffer_size on comes before one that ends up below `stop`: sorting what lies
-        between is enough.
+        The sort key of index i lies in [i, i + buffer_size).  So all indices below
+        first - 2 buffer_size come before position `first`, and all indices from
+        stop + 2 buffer_size on come after position `stop`: sorting the indices in between suffices.
         """
-        # Only indices near the range can end up in it: compute keys for these alone.
+        # Compute keys only for indices near the range.
         low = max(0, first - 2 * self.buffer_size)
         high = min(len(self), stop + 2 * self.buffer_size)
-        # The top 53 bits make a double in [0, 1) exactly.
+        # The top 53 bits convert exactly to a double in [0, 1).
         bits = random_bits(high - low, *self.seed_parts, "samples", first=low)
         keys = np.arange(low, high) + self.buffer_size * ((bits >> 11) * 2.0**-53)
         return low + np.argsort(keys, kind="stable")[first - low : stop - low]
 
     def samples(self, indices: np.ndarray) -> np.ndarray:
         """Return the sample at each index, int64."""
-        # The shuffled block that holds each index, its shard, and its start in that shard.
+        # Find the shuffled block of each index, its shard, and its start in that shard.
         slots = np.searchsorted(self._first_index, indices, side="right") - 1
         blocks = self._blocks[slots].astype(np.int64)
         shards = np.searchsorted(self._first_block, blocks, side="right") - 1
@@ -134,18 +132,18 @@ def epoch_order(
 
 
 class Source(NamedTuple):
-    """One dataset, as far as the sampler needs it."""
+    """The properties of one dataset that the sampler needs."""
 
     name: str  # for messages
     fingerprint: str
     samples_by_shard: Sequence[int] | np.ndarray
     size: Size = (1, 1, 1)
-    weight: float | None = None  # fraction of all clips; None: the number of its samples
-    order_name: str = ""  # what the order depends on; "": the fingerprint
+    weight: float | None = None  # relative sampling weight; None: the number of samples
+    order_name: str = ""  # seeds the order; "": the fingerprint
 
     @property
     def order_seed(self) -> str:
-        """Return the name that seeds the order, which may outlive a new encoding of the dataset."""
+        """Return the name that seeds the order; it may persist when the dataset is re-encoded."""
         return self.order_name or self.fingerprint
 
     @property
@@ -155,12 +153,12 @@ class Source(NamedTuple):
 
 
 class ShuffleConfig(NamedTuple):
-    """How samples are ordered; a run resumes only with the values that it began with."""
+    """The shuffle settings; a run can resume only with the values that it started with."""
 
-    shuffle_block_size: int = BLOCK_SIZE  # neighbors in a shard that stay together
-    shuffle_buffer: int = BUFFER_SIZE  # maximum number of positions that a sample then moves
-    last_batch: LastBatch = "carry"  # of an epoch that global batches do not divide
-    token_budget: int | None = None  # latent positions of a slot; None: those of the largest clip
+    shuffle_block_size: int = BLOCK_SIZE  # neighbors in a shard that are shuffled as one block
+    shuffle_buffer: int = BUFFER_SIZE  # maximum distance that a sample then moves
+    last_batch: LastBatch = "carry"  # handling of an incomplete batch at the end of an epoch
+    token_budget: int | None = None  # latent positions per slot; None: those of the largest clip
 
     def check(self) -> None:
         """Raise ConfigError for a value out of range."""
@@ -182,21 +180,24 @@ class DrawnSample(NamedTuple):
     """One clip of a global batch."""
 
     source: int  # index of the dataset
-    epoch: int  # of that dataset, from 0
+    epoch: int  # epoch of that dataset, from 0
     sample: int
-    loss_weight: float = 1.0  # of its loss; 0 for a clip that only pads the batch
+    loss_weight: float = 1.0  # 0 for a clip that only pads the batch
 
 
 def floor_sum(count: int, modulus: int, slope: int, offset: int) -> int:
-    """Return the sum of (slope * i + offset) // modulus over i in [0, count), by Euclid's steps."""
+    """Return the sum of (slope * i + offset) // modulus over i in [0, count).
+
+    The recursion is that of Euclid's algorithm.
+    """
     total = 0
-    # Each round takes the integer parts out of slope and offset, and at least halves the numbers.
+    # Each iteration extracts the integer parts of slope and offset, and halves the numbers or more.
     while count:
         quotient, slope = divmod(slope, modulus)
         total += count * (count - 1) // 2 * quotient
         quotient, offset = divmod(offset, modulus)
         total += count * quotient
-        # The rest counts lattice points below a line: exchange the axes.
+        # The remaining sum counts lattice points below a line: swap the axes.
         top = slope * count + offset
         count, offset = divmod(top, modulus)
         modulus, slope = slope, modulus
@@ -206,22 +207,24 @@ def floor_sum(count: int, modulus: int, slope: int, offset: int) -> int:
 class Interleaver:
     """Choose between members by weight, as a pure function of the position.
 
-    Position p falls on a point of [0, 1) that advances by the golden ratio, and each member owns an
-    interval as long as its relative weight.  Such points are spread evenly, so every member gets
-    its fraction, give or take a few, at every moment.  How many of the first p points fall into an
-    interval is a sum of floors, which takes some hundred steps for any p.  All in integers: the
-    same on every machine.  A member of weight 0 is never chosen.
+    Position p maps to the point frac(start + p * golden ratio) of [0, 1), and each member owns an
+    interval as long as its relative weight.  Such points are evenly spread, so at every position
+    every member has been chosen in proportion to its weight, up to a few positions.  The number of
+    the first p points that fall into an interval is a sum of floors, computed in some hundred
+    steps for any p.  All arithmetic uses integers, so it is the same on every machine.  A member
+    of weight 0 is never chosen.
     """
 
     def __init__(self, weights: Sequence[float], *parts: object) -> None:
-        """Seed with `parts`.  Raise ConfigError unless weights are 0 or more and one is above 0."""
+        """Seed with `parts`; raise ConfigError unless all weights are >= 0 and one is > 0."""
         if not weights or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
             raise ConfigError(
                 f"weights {list(weights)}: need one 0 or more for each dataset, and one above 0"
             )
         # Each member owns an interval of the circle, as long as its relative weight.
         total = sum(weights)
-        last = max(i for i, weight in enumerate(weights) if weight)  # it gets the rounding error
+        # The last member with a weight absorbs the rounding error.
+        last = max(i for i, weight in enumerate(weights) if weight)
         self._bounds = [0]
         for i, weight in enumerate(weights):
             end = self._bounds[-1] + round(weight / total * CIRCLE)
@@ -229,20 +232,20 @@ class Interleaver:
         self._start = int(random_bits(1, *parts, "mixing")[0])
 
     def counts(self, position: int) -> list[int]:
-        """Return how many of the first `position` positions each member has."""
+        """Return how many of the first `position` positions are assigned to each member."""
 
         def below(bound: int) -> int:
-            """Count points in [0, bound): those that do not wrap when CIRCLE - bound is added."""
+            """Count points in [0, bound): they do not wrap when CIRCLE - bound is added."""
             wraps = floor_sum(position, CIRCLE, GOLDEN, self._start + CIRCLE - bound)
             return position - (wraps - floor_sum(position, CIRCLE, GOLDEN, self._start))
 
-        # The points in [0, end of a member's interval), less those before its start.
+        # Points below the end of a member's interval minus points below its start.
         counts = [below(bound) for bound in self._bounds]
         return [after - before for before, after in zip(counts, counts[1:], strict=False)]
 
     def members(self, first: int, stop: int) -> np.ndarray:
         """Return the members at positions [first, stop), int64."""
-        # Products beyond 64 bits wrap, as the circle does.
+        # uint64 overflow wraps around the circle.
         steps = np.arange(first, stop, dtype=np.uint64)
         points = steps * np.uint64(GOLDEN) + np.uint64(self._start)
         inner = [bound for bound in self._bounds[1:] if bound < CIRCLE]
@@ -250,17 +253,17 @@ class Interleaver:
 
 
 class Stream:
-    """One dataset without end: position p is in epoch p div span, `span` positions an epoch."""
+    """One infinitely repeated dataset: position p is in epoch p // span, `span` positions each."""
 
     def __init__(
         self, index: int, source: Source, shuffle: ShuffleConfig, seed: int, batch: int
     ) -> None:
-        """Cut epochs for global batches of `batch` clips; raise DataError or ConfigError."""
+        """Lay out epochs for global batches of `batch` clips; raise DataError or ConfigError."""
         self.index, self.source, self.shuffle, self.seed = index, source, shuffle, seed
         self.samples = source.samples
         if not self.samples:
             raise DataError(f"{source.name}: holds no sample; nothing to train on")
-        # Positions of an epoch: all samples, or rounded down or up to full batches.
+        # Positions per epoch: all samples, or their number rounded down or up to full batches.
         spans = {"carry": self.samples, "drop": self.samples // batch * batch}
         self.span = spans.get(shuffle.last_batch, -(-self.samples // batch) * batch)
         if not self.span:
@@ -271,7 +274,7 @@ class Stream:
         self._orders: dict[int, EpochOrder] = {}
 
     def order(self, epoch: int) -> EpochOrder:
-        """Return the order of an epoch; the two used last are cached."""
+        """Return the order of an epoch; cache the last two."""
         if epoch not in self._orders:
             self._orders = dict(list(self._orders.items())[-1:])
             self._orders[epoch] = EpochOrder(
@@ -285,12 +288,12 @@ class Stream:
         return self._orders[epoch]
 
     def take(self, first: int, stop: int) -> list[DrawnSample]:
-        """Return the clips at positions [first, stop), by epoch, then by index.
+        """Return the clips at positions [first, stop), sorted by epoch, then by index.
 
-        Processes cut a batch by position; sorted so, each of them reads neighbors on disk.
+        Each process reads a contiguous part of the batch; in this order it reads neighbors on disk.
         """
         drawn: list[DrawnSample] = []
-        # A range may cross the ends of epochs: take it epoch by epoch.
+        # A range may span several epochs: process it epoch by epoch.
         while first < stop:
             epoch, offset = divmod(first, self.span)
             end = min(self.span, offset + stop - first)
@@ -298,7 +301,7 @@ class Stream:
             indices = np.sort(order.indices(offset, min(end, self.samples)))
             samples = order.samples(indices).tolist()
             drawn += [DrawnSample(self.index, epoch, sample) for sample in samples]
-            # Padding repeats a sample with weight 0, so that it changes no gradient.
+            # Padding repeats a sample with weight 0, so that it has no gradient.
             if end > self.samples:
                 padding = DrawnSample(self.index, epoch, samples[0], 0.0)
                 drawn += [padding] * (end - max(offset, self.samples))
@@ -307,7 +310,7 @@ class Stream:
 
 
 class Bucket:
-    """The streams whose clips have one size."""
+    """The streams whose clips have the same size."""
 
     def __init__(
         self,
@@ -317,7 +320,7 @@ class Bucket:
         batch_size: int,
         clips_per_slot: int,
     ) -> None:
-        """Let `clips_per_slot` clips of this size take the slot of one clip of the largest size."""
+        """Let `clips_per_slot` clips of this size use the slot of one clip of the largest size."""
         if len(sources) > 1 and shuffle.last_batch != "carry":
             names = ", ".join(source.name for source in sources.values())
             raise ConfigError(
@@ -329,12 +332,12 @@ class Bucket:
         self.streams = [Stream(i, s, shuffle, seed, self.batch) for i, s in sources.items()]
         weights = relative_weights(list(sources.values()))
         self.weight = sum(weights)
-        # Named by its content, so that another bucket changes nothing in this one.
+        # The name seeds the draws; it depends only on this bucket, so other buckets have no effect.
         self.name = "+".join(source.order_seed for source in sources.values())
         self._interleaver = Interleaver(weights, self.name, seed)
 
     def positions(self, index: int) -> list[tuple[Stream, int, int]]:
-        """Return the positions [first, stop) of each stream that batch `index` takes."""
+        """Return the positions [first, stop) of each stream that batch `index` consists of."""
         starts = self._interleaver.counts(index * self.batch)
         stops = self._interleaver.counts((index + 1) * self.batch)
         return list(zip(self.streams, starts, stops, strict=True))
@@ -342,20 +345,20 @@ class Bucket:
     def take(self, index: int) -> list[DrawnSample]:
         """Return the clips of batch `index` of this bucket."""
         clips = [clip for s, first, stop in self.positions(index) for clip in s.take(first, stop)]
-        # The mean over the batch must be the mean over the clips that are no padding.
+        # Rescale so that the mean over the batch equals the mean over the clips without padding.
         real = sum(clip.loss_weight > 0 for clip in clips)
         if real < len(clips):
             clips = [
                 clip._replace(loss_weight=clip.loss_weight * len(clips) / real) for clip in clips
             ]
-        # Rotate at random, so that no process always gets the first datasets or the oldest blocks.
+        # Rotate randomly, so that no process always gets the first datasets or the oldest blocks.
         bits = random_bits(1, self.name, self.seed, "turn", first=index)
         shift = int(bits[0] % len(clips))
         return clips[shift:] + clips[:shift]
 
 
 def relative_weights(sources: Sequence[Source]) -> list[float]:
-    """Return the weights, by default the numbers of samples; raise ConfigError if some are None."""
+    """Return the weights, or the numbers of samples if none is set; raise ConfigError for a mix."""
     given = [source.weight for source in sources if source.weight is not None]
     if given and len(given) < len(sources):
         raise ConfigError("data.clip_weights: give one for each dataset, or none")
@@ -363,7 +366,7 @@ def relative_weights(sources: Sequence[Source]) -> list[float]:
 
 
 def positions_per_slot(sources: Sequence[Source], shuffle: ShuffleConfig) -> int:
-    """Return the number of latent positions in a slot of the batch; raise ConfigError."""
+    """Return the number of latent positions per slot; raise ConfigError for a small budget."""
     largest = max(int(np.prod(source.size)) for source in sources)
     budget = shuffle.token_budget or largest
     if budget < largest:
@@ -375,7 +378,7 @@ def positions_per_slot(sources: Sequence[Source], shuffle: ShuffleConfig) -> int
 
 
 class BatchSampler:
-    """Global batches by index, over all datasets of one kind."""
+    """Returns global batches by index, over all datasets of one kind."""
 
     def __init__(
         self,
@@ -385,11 +388,11 @@ class BatchSampler:
         seed: int,
         shuffle: ShuffleConfig = DEFAULT_SHUFFLE,
     ) -> None:
-        """Count `batch_size` in slots for clips of the largest size."""
+        """Compose batches of `batch_size` slots; a slot fits one clip of the largest size."""
         shuffle.check()
         Interleaver(relative_weights(sources))  # raises ConfigError for bad weights
         self.sources, self.shuffle = list(sources), shuffle
-        # A dataset of weight 0 is never drawn from, and must not decide the size of a slot.
+        # A dataset of weight 0 is never sampled, so it must not affect the size of a slot.
         used = {i: source for i, source in enumerate(sources) if source.weight != 0}
         budget = positions_per_slot(list(used.values()), shuffle)
         self.buckets = [
@@ -400,24 +403,24 @@ class BatchSampler:
             for size in sorted({source.size for source in used.values()})
         ]  # fmt: skip
         name = "+".join(bucket.name for bucket in self.buckets)
-        # A bucket of small clips takes several in a slot, so it is drawn so many times less often.
+        # A bucket with n clips per slot is chosen n times less often.
         weights = [bucket.weight / bucket.clips_per_slot for bucket in self.buckets]
         self._interleaver = Interleaver(weights, name, seed)
 
     def bucket(self, index: int) -> tuple[Bucket, int]:
-        """Return the bucket of global batch `index`, and how many of its batches came before."""
+        """Return the bucket of global batch `index`, and how many earlier batches came from it."""
         member = int(self._interleaver.members(index, index + 1)[0])
         return self.buckets[member], self._interleaver.counts(index)[member]
 
     def batch(self, index: int) -> list[DrawnSample]:
-        """Return the clips of global batch `index`: batch_size, or more if they are small."""
+        """Return the clips of global batch `index`: batch_size, or more if the clips are small."""
         bucket, before = self.bucket(index)
         return bucket.take(before)
 
     def state(self) -> dict[str, Any]:
-        """Return all that the order depends on, as JSON; it is the same at every step."""
+        """Return all inputs of the order as JSON; the same at every step."""
         block_size, buffer_size, last_batch, token_budget = self.shuffle
-        # The keys are those of checkpoints: they stay when a setting gets another name.
+        # Keep these keys if a setting is renamed: they are stored in checkpoints.
         return {
             "version": ORDER_VERSION,
             "block": block_size,
@@ -428,7 +431,7 @@ class BatchSampler:
         }
 
     def datasets(self) -> list[dict[str, Any]]:
-        """Return the description of each dataset that a ledger is audited against, as JSON."""
+        """Return the description of each dataset, as JSON, for the audit of a ledger."""
         spans = {s.index: s.span for bucket in self.buckets for s in bucket.streams}
         return [
             {
@@ -442,8 +445,8 @@ class BatchSampler:
         ]
 
     def progress(self, batches: int) -> list[tuple[int, int]]:
-        """Return (finished epochs, samples dropped) of each dataset after so many batches."""
-        # The positions of the last batch of each bucket show how far its streams have come.
+        """Return (finished epochs, dropped samples) of each dataset after `batches` batches."""
+        # The end positions of each bucket's last batch give the progress of its streams.
         progress = [(0, 0)] * len(self.sources)
         for bucket, done in zip(self.buckets, self._interleaver.counts(batches), strict=True):
             for stream, _, stop in bucket.positions(done - 1) if done else []:

@@ -1,14 +1,14 @@
-"""Read the samples of encoded and preference shards as fp32 tensors, and collate them to batches.
+"""Read the samples of encoded and preference shards as fp32 tensors, and collate batches.
 
 Sample members (safetensors):
 
     encoded      latents [C, F, H, W], text [L, D], image [N, D], audio [2 T, D], face [P],
                  weight [1, F, H, W]; for each task but t2v: known.<task> [4, F, H, W] and
                  known_latents.<task> [C, F, H, W]
-    preference   chosen and rejected in place of latents; known, known_latents of the one task that
-                 the json member names
+    preference   chosen and rejected instead of latents; known, known_latents of the single task
+                 that the json member names
 
-`samples` says which shapes they must have.
+`samples` defines the shapes.
 """
 
 import math
@@ -41,7 +41,7 @@ from echolab.geometry import WAN, LatentGeometry
 from echolab.tasks.table import DEFAULT_TASK, TASK_TABLE
 from echolab.types import Batch, Conditions, PreferencePair
 
-KNOWN_WEIGHT = 0.1  # the known region is nearly given by the input: it teaches little
+KNOWN_WEIGHT = 0.1  # loss weight of the known region, which the input nearly determines
 FEATURES = ("text", "image", "audio", "face")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -49,9 +49,9 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-# Weights are usually stored with mean 1; below this mean a clip would hardly be trained on.
+# Weights normally have mean 1; a clip below this mean would hardly contribute to training.
 MIN_MEAN_WEIGHT = 1e-4
-ROUNDING = 1e-3  # of a mask that is stored in fp16 or bf16
+ROUNDING = 1e-3  # tolerance for the rounding of masks stored in fp16 or bf16
 
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ Result = TypeVar("Result")
 
 
 def take_fp32(member: MemberReader, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return the named tensors that are there, by default all; raise MemberError."""
+    """Return those of the named tensors that exist, by default all; raise MemberError."""
     return take_listed(member, read_header(member), names)
 
 
@@ -73,10 +73,10 @@ def take_sample(
 ) -> dict[str, Tensor]:
     """Return the tensors of a sample in fp32, by default all.
 
-    `common` are the shapes that the dataset's samples have.  Raises MemberError for a tensor that
-    is missing, does not fit the others or `common`, or holds values that cannot be trained on.
+    `common` holds the shapes of the dataset's samples.  Raise MemberError for a tensor that is
+    missing, whose shape contradicts the others or `common`, or whose values are unusable.
     """
-    # The header first: a wrong shape is refused before a byte of a tensor is read.
+    # Check the header first, so that a wrong shape is refused before any tensor is read.
     header = read_header(member)
     shapes = {name: tuple(shape) for name, (_, shape, _, _) in header.items()}
     check_shapes(kind, shapes, geometry)
@@ -92,9 +92,9 @@ def take_listed(
 ) -> dict[str, Tensor]:
     """Return the named tensors that are in `header`, by default all.
 
-    Raises MemberError, also for a value that is not finite in fp32.
+    Raise MemberError, also for a value that is not finite in fp32.
     """
-    # In the order of the bytes, so that the member is read from front to back.
+    # Sort by byte offset, so that the member is read sequentially.
     tensors = {}
     for name, (dtype, shape, begin, end) in sorted(header.items(), key=lambda item: item[1][2]):
         if names is not None and name not in names:
@@ -112,7 +112,7 @@ def take_listed(
 def _take_values(member: MemberReader, dtype: torch.dtype, size: int) -> tuple[Tensor, int]:
     """Return the next `size` bytes as fp32 [N], and the number of nonfinite values."""
     count, step = size // dtype.itemsize, CHUNK // dtype.itemsize
-    # numpy asks the kernel for huge pages: with small ones, every clip would fault in thousands.
+    # numpy requests huge pages from the kernel, which avoids thousands of page faults per clip.
     values, nonfinite = torch.from_numpy(np.empty(count, np.float32)), 0
     for first in range(0, count, step):
         chunk_bytes = min(step, count - first) * dtype.itemsize
@@ -120,14 +120,14 @@ def _take_values(member: MemberReader, dtype: torch.dtype, size: int) -> tuple[T
         if len(data) < chunk_bytes:
             raise MemberError(f"cut at byte {member.position}")
         part = values[first : first + step].copy_(torch.from_numpy(data).view(dtype))
-        # A sum is cheap while the chunk is in the processor's cache, and no NaN is lost in it.
+        # A sum is cheap while the chunk is in the CPU cache, and it propagates every NaN.
         if not math.isfinite(float(part.sum())):
             nonfinite += int((~part.isfinite()).sum())
     return values, nonfinite
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Raise MemberError for weights or masks out of range; all values are finite already."""
+    """Raise MemberError for weights or masks out of range; expect finite values."""
     if name == "weight" and (float(tensor.min()) < 0 or float(tensor.mean()) < MIN_MEAN_WEIGHT):
         low, mean = float(tensor.min()), float(tensor.mean())
         raise MemberError(
@@ -143,10 +143,10 @@ def check_values(name: str, tensor: Tensor) -> None:
 # Samples of a dataset
 
 
-def _take(
+def _use_member(
     dataset: ShardDataset, i: int, name: str, use: Callable[[MemberReader], Result]
 ) -> Result:
-    """Return `use` of a member of sample `i`; raise DataError."""
+    """Return `use(member)` for one member of sample `i`; raise DataError."""
     key = dataset.keys[i]
     try:
         return dataset.take(i, name, use)
@@ -164,30 +164,30 @@ def read_fp32(
 ) -> dict[str, Tensor]:
     """Return tensors of sample `i` in fp32, by default all; raise DataError.
 
-    Shapes and ranges are not checked: see `read_sample`.
+    Do not check shapes and ranges, unlike `read_sample`.
     """
-    return _take(dataset, i, "safetensors", lambda member: take_fp32(member, names))
+    return _use_member(dataset, i, "safetensors", lambda member: take_fp32(member, names))
 
 
 def read_sample(
     dataset: ShardDataset, i: int, names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Return tensors of sample `i` in fp32; raise DataError for one that cannot be trained on.
+    """Return tensors of sample `i` in fp32; raise DataError for an unusable sample.
 
-    All shapes are checked, and the values of what is read.
+    Check all shapes, and the values of the tensors that are read.
     """
     common = common_shapes(dataset)
 
     def take(member: MemberReader) -> dict[str, Tensor]:
         return take_sample(member, dataset.kind, common, names, dataset.geometry)
 
-    return _take(dataset, i, "safetensors", take)
+    return _use_member(dataset, i, "safetensors", take)
 
 
 def common_shapes(dataset: ShardDataset) -> Shapes:
-    """Return the shapes by name that all samples must have: those of most of the first good ones.
+    """Return the required shapes by name: the most common ones of the first good samples.
 
-    Raises DataError for the first sample if none of the first hundred is good.
+    Raise the DataError of the first sample if none of the first hundred samples is good.
     """
     if dataset.common_shapes is None:
         dataset.common_shapes = most_common_shapes(_first_shapes(dataset))
@@ -198,14 +198,14 @@ def _first_shapes(dataset: ShardDataset) -> list[Shapes]:
     def read_shapes(member: MemberReader) -> Shapes:
         return shapes_of(member, dataset.kind, dataset.geometry)
 
-    # Some samples may be bad: take the shapes of the first few good ones.
+    # Some samples may be bad: use the shapes of the first few good samples.
     shapes: list[Shapes] = []
     faults = []
     for i in range(min(len(dataset), TRIED)):
         try:
-            shapes.append(_take(dataset, i, "safetensors", read_shapes))
+            shapes.append(_use_member(dataset, i, "safetensors", read_shapes))
         except FetchError:
-            raise  # of a server, not of a sample
+            raise  # a failure of the server, not of a sample
         except DataError as error:
             faults.append(error)
         if len(shapes) == COMPARED:
@@ -220,11 +220,11 @@ def read_tensors(dataset: ShardDataset, i: int) -> tuple[dict[str, Tensor], dict
     tensors = read_sample(dataset, i)
     if "json" not in dataset.sample(i).members:
         return tensors, {}
-    return tensors, _take(dataset, i, "json", read_metadata)
+    return tensors, _use_member(dataset, i, "json", read_metadata)
 
 
 def _select(dataset: ShardDataset, i: int, tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Return one tensor of a sample; raise DataError that names both."""
+    """Return one tensor of a sample; raise a DataError that names tensor and sample."""
     if name not in tensors:
         raise DataError(
             f"{dataset.folder}: sample {dataset.keys[i]} holds no tensor {name!r}; add its "
@@ -238,8 +238,8 @@ def _conditions(tensors: dict[str, Tensor], known: Tensor, known_latents: Tensor
 
 
 def position_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_WEIGHT) -> Tensor:
-    """Return the stored weight [1, F, H, W], less at known positions [4, F, H, W]; mean 1."""
-    # The known part needs no generation, so its error counts less.
+    """Return the loss weight [1, F, H, W], mean 1, reduced where `known` [4, F, H, W] is set."""
+    # The known part is not generated, so its error counts less.
     fraction = known.mean(0, keepdim=True)
     weight = stored * (1 - fraction + known_weight * fraction)
     return weight / weight.mean().clamp_min(1e-6)
@@ -247,7 +247,7 @@ def position_weight(stored: Tensor, known: Tensor, known_weight: float = KNOWN_W
 
 def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     """Return sample `i` with the known region of `task`, as a batch without its first dimension."""
-    # Read the known latents of this task alone: those of the others are most of a sample.
+    # Read only the known latents of this task: all tasks together are most of a sample's bytes.
     has_known = TASK_TABLE[task].has_known
     known_names = (f"known.{task}", f"known_latents.{task}") if has_known else ()
     tensors = read_sample(dataset, i, ("latents", "weight", *FEATURES, *known_names))
@@ -255,7 +255,7 @@ def read_clip(dataset: ShardDataset, i: int, task: str) -> Batch:
     if has_known:
         known = _select(dataset, i, tensors, f"known.{task}")
         known_latents = _select(dataset, i, tensors, f"known_latents.{task}")
-    else:  # from text (and audio) alone, without any image
+    else:  # generate from text and audio alone, without an image
         known = latents.new_zeros(dataset.geometry.time_stride, *latents.shape[1:])
         known_latents = torch.zeros_like(latents)
         tensors["image"] = torch.zeros_like(tensors["image"])
@@ -268,7 +268,7 @@ def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
     """Return sample `i` of a preference dataset, without batch dimension; raise DataError."""
     tensors, metadata = read_tensors(dataset, i)
     chosen, rejected, known = tensors["chosen"], tensors["rejected"], tensors["known"]
-    # Two equal clips have no preference, so their loss would only add noise.
+    # Equal clips carry no preference, so their loss would only add noise.
     if torch.equal(chosen, rejected):
         raise DataError(
             f"{dataset.folder}: sample {dataset.keys[i]}: chosen and rejected are the same clip, "
@@ -284,7 +284,7 @@ def read_pair(dataset: ShardDataset, i: int) -> PreferencePair:
 
 
 def _stack(dataset: ShardDataset, name: str, parts: list[Tensor]) -> Tensor:
-    # Name the tensor and the remedy, which torch's own error does not.
+    # Unlike torch's error, name the tensor and the remedy.
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
         raise DataError(
@@ -302,7 +302,7 @@ def _collate_conditions(dataset: ShardDataset, parts: list[Conditions]) -> Condi
 
 def collate_clips(dataset: ShardDataset, clips: list[Batch]) -> Batch:
     """Return clips without a batch dimension as one batch; raise DataError if sizes differ."""
-    # Sampled tasks differ between clips, so each clip of a batch may have a task of its own.
+    # Tasks are sampled per clip, so a batch may mix tasks.
     return Batch(
         _stack(dataset, "latents", [clip.latents for clip in clips]),
         _collate_conditions(dataset, [clip.conditions for clip in clips]),

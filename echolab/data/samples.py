@@ -1,21 +1,21 @@
 """Read the members of a sample and check their structure: bytes, arrays, and the shapes of tensors.
 
-A clip of 81 frames has some 30 MB, most of it known latents of tasks that it was not drawn for.
-Read at once, it is written to memory and fetched back for its checksum and again for each tensor;
-read in chunks into memory that is reused, it stays in the processor's caches.  Nothing is
+A clip of 81 frames has about 30 MB, mostly known latents of tasks other than the sampled task.
+Members are read in chunks into a reused buffer: the data stay in the CPU caches, while a single
+large read would go through main memory for the checksum and again for each tensor.  Nothing is
 unpickled.
 
-One rule of shapes holds for verifying, training and validation:
+Verification, training and validation check the same shapes:
 
     encoded      latents [C, F, H, W]; for each task but t2v known.<task>, known_latents.<task>
     preference   chosen, rejected, known_latents [C, F, H, W]; known
     both         text [L, D], image [N, D], face [P], weight [1, F, H, W], known [S, F, H, W],
                  audio [2 T, D], or Flash's [T, layers, D]
 
-F latent frames are T = S (F - 1) + 1 video frames, and P = (H / p) (W / p) tokens; the time
-stride S and the patch p are those of the dataset's geometry, 4 and 2 for Wan.  Batches are
-stacked, so all samples of a dataset have the shapes of its first ones.  `collate.take_sample`
-checks values.
+F latent frames correspond to T = S (F - 1) + 1 video frames, and each has P = (H / p) (W / p)
+tokens; time stride S and patch p come from the dataset's geometry, 4 and 2 for Wan.  Batches are
+stacked, so all samples of a dataset must have the same shapes.  `collate.take_sample` checks
+values.
 """
 
 import io
@@ -36,10 +36,10 @@ from isal import isal_zlib
 from echolab.geometry import WAN, LatentGeometry
 
 CHUNK = 2**20  # bytes
-MAX_HEADER_BYTES = 100 * 10**6  # as safetensors has it
-MAX_ARRAY_BYTES = 2**28  # unpacked
-MAX_PIXELS = 2**27  # of an image or a frame: four times 8K
-MAX_AUDIO_VALUES = 2**28  # of one channel at 16 kHz, 4.6 hours
+MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
+MAX_ARRAY_BYTES = 2**28  # of an npz file, unpacked
+MAX_PIXELS = 2**27  # per image or video frame: four times 8K
+MAX_AUDIO_VALUES = 2**28  # 4.6 hours of one channel at 16 kHz
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -54,7 +54,7 @@ TENSORS = {
     "encoded": ("latents", *CONDITIONS),
     "preference": ("chosen", "rejected", "known", "known_latents", *CONDITIONS),
 }
-TRIED, COMPARED = 100, 3  # of the first samples, at most; and the good ones that are enough
+TRIED, COMPARED = 100, 3  # read at most TRIED samples until COMPARED good samples were read
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -64,12 +64,12 @@ class MemberError(ValueError):
 
 
 class MemberReader:
-    """`size` bytes of an open file from `offset` on, and the crc32 of those read so far."""
+    """Reads `size` bytes of an open file from `offset` on, and computes their crc32."""
 
     def __init__(self, file: int, offset: int, size: int) -> None:
         self.size, self.crc32, self.position = size, 0, 0
         self._file, self._offset = file, offset
-        # A small member takes one call of the kernel; a large one is read chunk by chunk.
+        # Read a small member in one system call, a large member chunk by chunk.
         self._memory = np.empty(min(size, CHUNK), np.uint8)
         self._small = self._read(0, size) if size <= CHUNK else None
 
@@ -87,22 +87,22 @@ class MemberReader:
     def _read(self, start: int, size: int) -> np.ndarray:
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
-        # One call reads 2 GiB at most, and less from some file systems.
+        # One call reads at most 2 GiB, and some file systems return less.
         chunk, filled = self._memory[:size], 0
         while filled < size:
             position = self._offset + start + filled
             count = os.preadv(self._file, [chunk[filled:].data], position)
             if not count:
-                break  # the file was cut
+                break  # the file is truncated
             filled += count
         return chunk[:filled]
 
     def at(self, offset: int, size: int) -> bytes:
-        """Return bytes from an offset within the member, without moving the position."""
+        """Return `size` bytes from an offset within the member; keep the position."""
         return os.pread(self._file, size, self._offset + offset)
 
     def rest(self) -> bytes:
-        """Return the remaining bytes in memory of their own; fewer if the file ends."""
+        """Return a copy of the remaining bytes; fewer if the file ends."""
         if self._small is not None:
             return self.take(self.size).tobytes()
         data, end, start = b"", self.size - self.position, self._offset + self.position
@@ -113,7 +113,7 @@ class MemberReader:
         return data
 
     def skip(self, size: int) -> None:
-        """Skip so many bytes; they count for the checksum."""
+        """Skip `size` bytes, but include them in the checksum."""
         end = self.position + size
         while self.position < end and len(self.take(min(CHUNK, end - self.position))):
             pass
@@ -127,17 +127,17 @@ def read_header(member: MemberReader) -> Header:
 def parse_header(read: Read, size: int) -> Header:
     """Return name -> (dtype, shape, begin, end) of a safetensors member, bytes from its start.
 
-    Raises MemberError unless header and tensors fill the member exactly.
+    Raise MemberError unless header and tensors fill the member exactly.
     """
-    # A length beyond the member would allocate memory for nothing.
+    # Check the length first: a damaged length could allocate too much memory.
     length = int.from_bytes(read(0, 8), "little") if size >= 8 else -1
     if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
         raise MemberError(f"a safetensors header of {length} bytes in a member of {size}")
     header = parse_json(read(8, length))
     if not isinstance(header, dict):
         raise MemberError("the safetensors header is not a JSON object")
-    tensors = {k: _tensor(k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
-    # No gap and no overlap: each tensor begins where the one before it ends.
+    tensors = {k: _parse_tensor(k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
+    # Allow no gaps and no overlaps: each tensor begins where the previous tensor ends.
     position = 8 + length
     for name, (_, _, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -148,9 +148,9 @@ def parse_header(read: Read, size: int) -> Header:
     return tensors
 
 
-def _tensor(name: str, entry: Any, start: int) -> tuple[str, list[int], int, int]:
+def _parse_tensor(name: str, entry: Any, start: int) -> tuple[str, list[int], int, int]:
     try:
-        # JSON allows fractions and negative numbers; sizes and offsets are neither.
+        # Sizes and offsets must be nonnegative integers, which JSON does not guarantee.
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         are_sizes = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         bits = BITS[dtype] * math.prod(shape) if are_sizes else -1
@@ -165,13 +165,13 @@ def parse_json(data: bytes) -> Any:
     """Return the value of a JSON text; raise MemberError."""
     try:
         return json.loads(data)
-    except ValueError as error:  # of the encoding too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise MemberError(f"{type(error).__name__}: {error}") from error
 
 
 def read_array(data: bytes) -> np.ndarray:
     """Return the array of an npy file; raise MemberError unless its size fits its header."""
-    # Compare sizes before numpy allocates what the header asks for.
+    # Compare sizes before numpy allocates the array.
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -190,7 +190,7 @@ def read_arrays(data: bytes) -> dict[str, np.ndarray]:
     """Return the arrays of an npz file by name, at most `MAX_ARRAY_BYTES`; raise MemberError."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
-            # zipfile reads no more of a file than is listed here, however it is packed.
+            # zipfile never unpacks more bytes of a file than its directory lists.
             unpacked = sum(info.file_size for info in file.infolist())
             if unpacked > MAX_ARRAY_BYTES:
                 raise MemberError(f"arrays of {unpacked} bytes, at most {MAX_ARRAY_BYTES} are read")
@@ -205,7 +205,7 @@ def read_arrays(data: bytes) -> dict[str, np.ndarray]:
 def read_flac(data: bytes) -> np.ndarray:
     """Return audio samples [n] or [n, channels], float32; raise MemberError.
 
-    A few bytes of FLAC can stand for hours: `MAX_AUDIO_VALUES` values are read at most.
+    Read at most `MAX_AUDIO_VALUES` values, since a few bytes of FLAC can decode to hours.
     """
     import soundfile
 
@@ -239,8 +239,8 @@ def shapes_of(
 
 
 def most_common_shapes(shapes: Sequence[Shapes]) -> Shapes:
-    """Return the shapes that most of some samples have; of several, the first."""
-    # Compare by JSON text, since dictionaries of lists cannot be counted.
+    """Return the most common shapes of some samples; in a tie, the first."""
+    # Count JSON texts, since dictionaries are not hashable.
     texts = Counter(json.dumps({name: list(shape) for name, shape in s.items()}) for s in shapes)
     return dict(json.loads(texts.most_common(1)[0][0])) if texts else {}
 
@@ -257,17 +257,17 @@ def read_metadata(member: MemberReader) -> dict[str, Any]:
 
 
 def check_shapes(kind: str, shapes: Shapes, geometry: LatentGeometry = WAN) -> None:
-    """Raise MemberError unless a sample of this kind has its tensors and they fit each other.
+    """Raise MemberError unless a sample of this kind has all tensors, with consistent shapes.
 
     Samples of other kinds may hold anything.
     """
-    # All tensors of the kind.
+    # Check that all tensors of the kind exist.
     for name in TENSORS.get(kind, ()):
         if name not in shapes:
             raise MemberError(f"no tensor {name!r}")
     if kind not in TENSORS:
         return
-    # The latents, on which the other shapes depend.
+    # Check the latents, which determine other shapes.
     main = "latents" if kind == "encoded" else "chosen"
     latents = tuple(shapes[main])
     patch = geometry.patch
@@ -283,7 +283,7 @@ def check_shapes(kind: str, shapes: Shapes, geometry: LatentGeometry = WAN) -> N
                 f"tensor {name} {list(shapes[name])}: must be {list(expected)} for {main} "
                 f"{list(latents)}"
             )
-    # The features of the encoders.
+    # Check the features of the encoders.
     for name in ("text", "image"):
         if len(shapes[name]) != 2 or min(shapes[name]) < 1:
             raise MemberError(f"tensor {name} {list(shapes[name])}: must be [tokens, width]")
@@ -293,7 +293,7 @@ def check_shapes(kind: str, shapes: Shapes, geometry: LatentGeometry = WAN) -> N
 def _expected_shapes(
     kind: str, latents: tuple[int, ...], names: Collection[str], geometry: LatentGeometry
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield each tensor whose shape follows from that of the latents, and this shape."""
+    """Yield (name, expected shape) of each tensor whose shape depends on the latents."""
     positions, mask_channels = latents[1:], geometry.time_stride
     yield "face", (geometry.tokens(*positions[1:]),)
     yield "weight", (1, *positions)
@@ -303,7 +303,7 @@ def _expected_shapes(
         yield "known_latents", latents
     if "lips" in names:
         yield "lips", (1, *positions)
-    # A dataset may hold known latents of any tasks: it may have been encoded before one was added.
+    # A dataset may lack known latents of tasks that were added after it was encoded.
     tasks = {name.partition(".")[2] for name in names if name.startswith(("known.", "known_lat"))}
     for task in sorted(tasks - {""}):
         yield f"known.{task}", (mask_channels, *positions)
@@ -311,7 +311,7 @@ def _expected_shapes(
 
 
 def _check_audio(shape: Sequence[int], frames: int, main: str, latents: tuple[int, ...]) -> None:
-    # Two tokens a frame, or all layers of each frame.
+    # Two tokens per frame, or all encoder layers for each frame.
     is_two_tokens = len(shape) == 2 and shape[0] == 2 * frames
     is_layered = len(shape) == 3 and shape[0] == frames
     if not (is_two_tokens or is_layered) or min(shape) < 1:
@@ -322,7 +322,7 @@ def _check_audio(shape: Sequence[int], frames: int, main: str, latents: tuple[in
 
 
 def check_same_shapes(shapes: Shapes, common: Shapes) -> None:
-    """Raise MemberError if a tensor has another shape than in the dataset's other samples."""
+    """Raise MemberError if a tensor's shape differs from that in the dataset's other samples."""
     for name in sorted(set(shapes) & set(common)):
         if tuple(shapes[name]) != tuple(common[name]):
             raise MemberError(
