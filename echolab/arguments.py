@@ -9,7 +9,8 @@
     parse(DrawOptions, ["talkers", "num_clips=8"], command="data_prep draw", positional=("out",))
 
 Types: str, int, float, bool, Path, Literal, tuples of these (`1,2,3`), and `X | None` (`none`).
-Numbers are finite.  This module imports nothing heavy: a command parses before it imports torch.
+Numbers are finite.  This module imports no large package: a command parses its arguments before it
+imports torch.
 """
 
 import dataclasses
@@ -39,10 +40,10 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "le": ("at most", operator.le),
     "lt": ("below", operator.lt),
 }
-# An argument is key=value only if its start reads as a key, so that paths may hold `=`.
+# A word is key=value only if it begins with an identifier, so that paths may contain `=`.
 KEY_VALUE = re.compile(r"(?P<key>-{0,2}[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 HELP_COLUMNS = 100
-NAME_COLUMNS = 34  # of help: a longer name and type get a line of their own
+NAME_COLUMNS = 34  # width of names with types in the help; longer ones get a separate line
 PLAIN_NAMES = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
 METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
@@ -60,40 +61,41 @@ def argument(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """Return a dataclass field for one argument; without a default it is required.
+    """Return a dataclass field for one argument; the argument is required if it has no default.
 
-    `text` is its line of help.  `section` is a heading that the help prints before it.  `choices`
-    are the values of a string that has no Literal type.  `default_text` says what None stands for.
-    `aka` are other names under which people look for it: they are refused with this one as the
-    remedy.  `ge`, `gt`, `le` and `lt` are limits of a number, or of each in a tuple.
+    `text` is the help text.  `section` is a heading that the help prints before the argument.
+    `choices` are the allowed values of a string without a Literal type.  `default_text` describes
+    the meaning of the default None.  `aka` are other names that users may try: they are refused
+    with a hint at this argument.  `ge`, `gt`, `le` and `lt` limit a number, or each number of a
+    tuple.
     """
-    about: dict[str, Any] = {"help": text, "section": section, "choices": tuple(choices)}
-    about |= {"default_text": default_text, "aka": tuple(aka)}
+    metadata: dict[str, Any] = {"help": text, "section": section, "choices": tuple(choices)}
+    metadata |= {"default_text": default_text, "aka": tuple(aka)}
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    about |= {name: limit for name, limit in limits.items() if limit is not None}
-    return dataclasses.field(default=default, metadata=about)
+    metadata |= {name: limit for name, limit in limits.items() if limit is not None}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(
     schema: type[Schema], argv: list[str], *, command: str, positional: tuple[str, ...] = ()
 ) -> Schema:
-    """Return an instance of the dataclass `schema` from `argv` (the words after the command).
+    """Parse `argv` (the words after the command) into an instance of the dataclass `schema`.
 
     A field without a default is required.  The fields named in `positional` may be given by
-    position, in that order.  `-h` or `--help` prints the fields and exits with 0.  Raise
-    ConfigError for unknown, missing, repeated and badly typed arguments.
+    position, in that order.  `-h` or `--help` prints the help and exits with 0.  Raise ConfigError
+    for an argument that is unknown, missing, repeated or of the wrong type.
     """
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(schema, command=command, positional=positional))
         raise SystemExit(0)
-    fields = {field.name: field for field in _fields(schema)}
-    words = _words_by_key(argv, fields, positional, command)
+    fields = {field.name: field for field in _init_fields(schema)}
+    words = _texts_by_key(argv, fields, positional, command)
     hints = typing.get_type_hints(schema)
     values = {
-        key: _convert(word, hints[key], fields[key].metadata, key, command)
+        key: _convert_argument(word, hints[key], fields[key].metadata, key, command)
         for key, word in words.items()
     }
-    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         wanted = " ".join(f"{name}=..." for name in missing)
         raise ConfigError(f"{command}: give {wanted} (see {command} --help)")
@@ -101,12 +103,12 @@ def parse(
 
 
 def expand_home(path: str) -> str:
-    """Return a path with the home folder in place of a leading `~` or `~user`, if that is known."""
+    """Expand a leading `~` or `~user` to the home folder, if the user exists."""
     return os.path.expanduser(path)
 
 
 def check_exists(arguments: object, *names: str) -> None:
-    """Raise ConfigError for the first of the named arguments whose file or folder is not there.
+    """Raise ConfigError for the first of the named arguments whose file or folder does not exist.
 
     Arguments that are None are skipped.
     """
@@ -119,7 +121,7 @@ def check_exists(arguments: object, *names: str) -> None:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known word nearest to `word`, or "" if none is near."""
+    """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -127,7 +129,7 @@ def closest(word: str, known: Iterable[str]) -> str:
 class Action(NamedTuple):
     """A command or sub-command: `echolab data`, `echolab data verify`."""
 
-    target: str  # MODULE (its function main) or MODULE:FUNCTION, imported only when it runs
+    target: str  # MODULE (then its function main) or MODULE:FUNCTION; imported only when run
     summary: str
 
     def run(self, argv: list[str]) -> int:
@@ -138,12 +140,12 @@ class Action(NamedTuple):
 
 
 def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) -> int:
-    """Run the action that `argv` begins with and return its exit code.
+    """Run the action named by the first word of `argv` and return its exit code.
 
-    Print the list of actions for `--help`, and for no words at all, then with exit code 2.  Raise
-    ConfigError for an unknown action.
+    Print the list of actions for `--help` (exit code 0) and for an empty `argv` (exit code 2).
+    Raise ConfigError for an unknown action.
     """
-    # No words at all is a mistake, and gets the list with exit code 2.
+    # An empty command line is an error: print the list of actions and return 2.
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, actions))
         lines = [f"  {name:<{width}}  {action.summary}" for name, action in actions.items()]
@@ -158,35 +160,35 @@ def run_action(argv: list[str], actions: Mapping[str, Action], *, command: str) 
 
 
 def help_text(schema: type, *, command: str, positional: tuple[str, ...] = ()) -> str:
-    """Return usage, the schema's docstring, and the fields in sections."""
-    fields = _fields(schema)
+    """Return the help text: usage, the docstring of `schema`, and the arguments in sections."""
+    fields = _init_fields(schema)
     hints = typing.get_type_hints(schema)
     usage = [f"usage: {command}", *(name.upper() for name in positional)]
-    required = [field.name for field in fields if _required(field)]
+    required = [field.name for field in fields if _is_required(field)]
     usage += [f"{name}=..." for name in required if name not in positional]
     usage += ["[key=value ...]"] if len(required) < len(fields) else []
     lines = [" ".join(usage)]
-    # dataclasses writes a docstring of its own, the signature, when the author gave none
+    # Skip the docstring that dataclasses generates (the signature) if the class has none.
     if schema.__doc__ and not schema.__doc__.startswith(f"{schema.__name__}("):
         lines += ["", *(line.strip() for line in schema.__doc__.strip().splitlines())]
     names = {f.name: f"{f.name} {_metavar(f, hints[f.name])}".strip() for f in fields}
-    # Longer names get a line of their own, so they do not widen the column.
+    # Longer names get a separate line, so that they do not widen the column.
     width = max((len(name) for name in names.values() if len(name) <= NAME_COLUMNS), default=0)
     if not fields or not fields[0].metadata.get("section"):
         lines.append("")
     for field in fields:
         if section := field.metadata.get("section"):
             lines += ["", f"{section}:"]
-        lines += help_lines(names[field.name], _help_of(field, hints[field.name]), width)
+        lines += help_lines(names[field.name], _field_help(field, hints[field.name]), width)
     return "\n".join(lines)
 
 
-def _fields(schema: type) -> list[Any]:
+def _init_fields(schema: type) -> list[Any]:
     return [field for field in dataclasses.fields(schema) if field.init]
 
 
 def help_lines(name: str, text: str, width: int) -> list[str]:
-    """Return one field's help: its name with type, then its wrapped text."""
+    """Return the help lines of one argument: its name with type, then its wrapped text."""
     indent = " " * (width + 4)
     wrapped = textwrap.wrap(text, HELP_COLUMNS - len(indent), break_on_hyphens=False) or [""]
     if len(name) > width:
@@ -194,17 +196,17 @@ def help_lines(name: str, text: str, width: int) -> list[str]:
     return [f"  {name:<{width}}  {wrapped[0]}".rstrip(), *(indent + line for line in wrapped[1:])]
 
 
-def _help_of(field: Any, hint: Any) -> str:
-    """Return the help text of a field with its limits and its default."""
+def _field_help(field: Any, hint: Any) -> str:
+    """Return the help text of an argument with its limits and its default."""
     limits = [
         f"{LIMITS[key][0]} {field.metadata[key]:g}" for key in LIMITS if key in field.metadata
     ]
     parts = [str(field.metadata.get("help", "")), *limits]
-    return f"{', '.join(part for part in parts if part)} [{_default(field, hint)}]"
+    return f"{', '.join(part for part in parts if part)} [{_format_default(field, hint)}]"
 
 
 def _metavar(field: Any, hint: Any) -> str:
-    """Return the type of a field as help shows it: {a,b}, INT, FLOAT, PATH, TEXT or X,X,..."""
+    """Return the type of an argument for the help: {a,b}, INT, FLOAT, PATH, TEXT or X,X,..."""
     if choices := field.metadata.get("choices"):
         return "{" + ",".join(choices) + "}"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -218,99 +220,103 @@ def _metavar(field: Any, hint: Any) -> str:
     return METAVARS.get(hint, str(hint))
 
 
-def _words_by_key(
+def _texts_by_key(
     argv: list[str], fields: Mapping[str, Any], positional: tuple[str, ...], command: str
 ) -> dict[str, str]:
-    """Return the text of each argument; raise ConfigError for words that cannot be placed."""
-    places = list(positional)
+    """Return the text of each argument; raise ConfigError for a word that matches no argument."""
+    remaining = list(positional)
     words: dict[str, str] = {}
     for word in argv:
         match = KEY_VALUE.fullmatch(word)
-        # A path by position may look like key=value, or like an option: then it must exist.
-        is_path = bool(places) and (match is None or match["key"] not in fields) and exists(word)
+        # A positional path that looks like key=value or like an option must exist.
+        is_path = bool(remaining) and (match is None or match["key"] not in fields) and exists(word)
         if match and not is_path:
             key, value = match["key"], match["value"]
         elif word.startswith("-") and len(word) > 1 and not is_path:
             raise ConfigError(f"{command}: no option {word}; arguments are written key=value")
-        elif places:
-            key, value = places.pop(0), word
+        elif remaining:
+            key, value = remaining.pop(0), word
         else:
             raise ConfigError(f"{command}: one word too many, {word!r}; write it as key=value")
         if key not in fields:
-            raise ConfigError(f"{command}: no argument {key!r}{_nearest(key, fields)}")
+            raise ConfigError(f"{command}: no argument {key!r}{_suggestion(key, fields)}")
         if key in words:
             raise ConfigError(f"{command}: {key} is given twice ({words[key]!r} and {value!r})")
         words[key] = value
-        # An argument given by name is no longer expected by position.
-        places = [name for name in places if name not in words]
+        # An argument that is given by name is not expected by position any more.
+        remaining = [name for name in remaining if name not in words]
     return words
 
 
 def exists(word: str) -> bool:
-    """Return whether a word names a file or folder."""
+    """Return whether a word is the path of an existing file or folder."""
     try:
         return Path(word).exists()
-    except (OSError, ValueError):  # longer than any name, or with a NUL character
+    except (OSError, ValueError):  # the word is too long for a path, or contains NUL
         return False
 
 
-def _nearest(key: str, fields: Mapping[str, Any]) -> str:
-    """Return the remedy for an unknown key: names that know it as an alias, or a similar name."""
+def _suggestion(key: str, fields: Mapping[str, Any]) -> str:
+    """Return a hint for an unknown key: the arguments with it as an alias, else a similar name."""
     plain = key.lstrip("-").replace("-", "_")
     near = [name for name, field in fields.items() if plain in field.metadata.get("aka", ())]
-    # An alias answers first: it names the argument that replaced it.
+    # Prefer an exact alias to a similar name.
     near = near or difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(f'{name}=...' for name in near)}?"
     return f"; known: {', '.join(fields)}"
 
 
-def _convert(word: str, hint: Any, about: Mapping[str, Any], key: str, command: str) -> Any:
-    """Return the value of one argument; raise ConfigError if it has another type or range."""
+def _convert_argument(
+    word: str, hint: Any, metadata: Mapping[str, Any], key: str, command: str
+) -> Any:
+    """Return the value of one argument; raise ConfigError if its type or range is wrong."""
     try:
-        value = _value(word, hint)
-        _check_limits(value, about)
+        value = _parse_value(word, hint)
+        _check_limits(value, metadata)
     except ValueError:
-        limits = [f"{LIMITS[name][0]} {about[name]}" for name in LIMITS if name in about]
-        wanted = ", ".join([_described(hint, about), *([" and ".join(limits)] if limits else [])])
-        near = closest(word, _choices(hint, about))
+        limits = [f"{LIMITS[name][0]} {metadata[name]}" for name in LIMITS if name in metadata]
+        wanted = ", ".join(
+            [_describe_type(hint, metadata), *([" and ".join(limits)] if limits else [])]
+        )
+        near = closest(word, _allowed_values(hint, metadata))
         problem = f"{command}: {key}={word} is not {wanted}{near}"
         raise ConfigError(f"{problem} (see {command} --help)") from None
     return value
 
 
-def _choices(hint: Any, about: Mapping[str, Any]) -> list[str]:
-    """Return the values of an argument that has only some."""
-    if about.get("choices"):
-        return list(about["choices"])
+def _allowed_values(hint: Any, metadata: Mapping[str, Any]) -> list[str]:
+    """Return the allowed values of an argument, as text; empty if they are not enumerated."""
+    if metadata.get("choices"):
+        return list(metadata["choices"])
     if typing.get_origin(hint) is typing.Literal:
         return [str(choice) for choice in typing.get_args(hint)]
-    return [choice for part in typing.get_args(hint) for choice in _choices(part, {})]
+    return [choice for part in typing.get_args(hint) for choice in _allowed_values(part, {})]
 
 
-def _check_limits(value: Any, about: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value, or one of several, that is out of its limits or choices."""
-    for one in value if isinstance(value, tuple) else (value,):
-        if isinstance(one, str) and about.get("choices") and one not in about["choices"]:
-            raise ValueError(one)
-        if isinstance(one, int | float) and not all(
-            holds(one, about[name]) for name, (_, holds) in LIMITS.items() if name in about
+def _check_limits(value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if a value, or an item of a tuple, is outside its limits or choices."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str) and metadata.get("choices") and item not in metadata["choices"]:
+            raise ValueError(item)
+        if isinstance(item, int | float) and not all(
+            holds(item, metadata[name]) for name, (_, holds) in LIMITS.items() if name in metadata
         ):
-            raise ValueError(one)
+            raise ValueError(item)
 
 
-def _value(word: str, hint: Any) -> Any:
-    """Return the text `word` as a value of type `hint`; raise ValueError if it is none."""
+def _parse_value(word: str, hint: Any) -> Any:
+    """Convert the text `word` to a value of type `hint`; raise ValueError if that fails."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _value_of_union(word, inner)
+        return _parse_union(word, inner)
     if origin is typing.Literal:
         by_text = {str(choice): choice for choice in inner}
         if word not in by_text:
             raise ValueError(word)
         return by_text[word]
     if origin is tuple:
-        return _value_of_tuple(word, inner)
+        return _parse_tuple(word, inner)
     if hint is bool:
         if word.lower() not in BOOLEANS:
             raise ValueError(word)
@@ -320,7 +326,7 @@ def _value(word: str, hint: Any) -> Any:
             raise ValueError(word)
         return Path(expand_home(word))
     if hint is float:
-        # float accepts "nan" and "inf", which no argument means.
+        # Reject "nan" and "inf", which float accepts but no argument allows.
         number = float(word)
         if not math.isfinite(number):
             raise ValueError(word)
@@ -330,54 +336,54 @@ def _value(word: str, hint: Any) -> Any:
     raise TypeError(f"arguments cannot have the type {hint}")
 
 
-def _value_of_union(word: str, inner: tuple[Any, ...]) -> Any:
+def _parse_union(word: str, inner: tuple[Any, ...]) -> Any:
     if type(None) in inner and word.lower() in NONE_WORDS:
         return None
     for choice in inner:
         if choice is not type(None):
             try:
-                return _value(word, choice)
+                return _parse_value(word, choice)
             except ValueError:
                 continue
     raise ValueError(word)
 
 
-def _value_of_tuple(word: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
-    # Brackets are allowed, as Hydra and Python write lists.
+def _parse_tuple(word: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Brackets are optional, since Hydra and Python write lists with brackets.
     parts = [part.strip() for part in word.strip("()[]").split(",")] if word.strip("()[]") else []
     if len(inner) == 2 and inner[1] is Ellipsis:
-        return tuple(_value(part, inner[0]) for part in parts)
+        return tuple(_parse_value(part, inner[0]) for part in parts)
     if len(parts) != len(inner):
         raise ValueError(word)
-    return tuple(_value(part, hint) for part, hint in zip(parts, inner, strict=True))
+    return tuple(_parse_value(part, hint) for part, hint in zip(parts, inner, strict=True))
 
 
-def _described(hint: Any, about: Mapping[str, Any]) -> str:
-    """Return a plain description of the values of a type, for an error."""
+def _describe_type(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """Describe the allowed values of a type, for an error message."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if about.get("choices"):
-        return "one of " + ", ".join(about["choices"])
+    if metadata.get("choices"):
+        return "one of " + ", ".join(metadata["choices"])
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("none" if i is type(None) else _described(i, {}) for i in inner)
+        return " or ".join("none" if i is type(None) else _describe_type(i, {}) for i in inner)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in inner)
     if origin is tuple:
         if len(inner) == 2 and inner[1] is Ellipsis:
             if typing.get_origin(inner[0]) is typing.Literal:
-                return f"a list with commas between, each {_described(inner[0], {})}"
+                return f"a list with commas between, each {_describe_type(inner[0], {})}"
             return f"a list of {inner[0].__name__} with commas between"
         return f"{len(inner)} values with commas between"
     return PLAIN_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _required(field: Any) -> bool:
+def _is_required(field: Any) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
 
 
-def _default(field: Any, hint: Any) -> str:
-    """Return the default as a user would type it, or "required"."""
-    if _required(field):
+def _format_default(field: Any, hint: Any) -> str:
+    """Return the default as a user would type it, or "required" if there is none."""
+    if _is_required(field):
         return "required"
     value = field.default
     if value is dataclasses.MISSING:

@@ -5,23 +5,22 @@ The exit code of each class is in `launch.exit_codes`.
 
 import re
 
-# Control characters, lone surrogates, line separators, and marks that reverse reading direction.
+# Control characters, lone surrogates, line separators, and marks that change the text direction.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 def escape_unprintable(text: str) -> str:
-    """Return the text with escapes for characters that would steer a terminal, such as ESC.
+    """Escape characters that would control a terminal, such as ESC; keep line ends and tabs.
 
-    Names and messages from files and servers go through this before they are shown.  Line ends and
-    tabs stay.
+    Apply this to names and messages from files and servers before they are shown.
     """
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class EcholabError(Exception):
-    """An error that the user can fix; the command line prints its message alone and exits 1."""
+    """An error that the user can fix; the command line prints only its message and exits with 1."""
 
     def __str__(self) -> str:
         return escape_unprintable(super().__str__()).replace("\n", "\\n")
@@ -31,7 +30,7 @@ class ConfigError(EcholabError):
     """A setting that is unknown, missing or out of range."""
 
 
-# A run folder or dataset folder that another process uses.
+# Errors about a run folder or dataset folder that another process uses.
 
 
 class BusyError(EcholabError):
@@ -46,15 +45,15 @@ class RetryableError(EcholabError):
     """A temporary failure: the same command may succeed later; exit code 77."""
 
 
-# Data, and the storage that holds it.
+# Errors about data and storage.
 
 
 class DataError(EcholabError):
-    """A shard, sample or dataset that breaks the contract."""
+    """A shard, sample or dataset that violates the dataset format."""
 
 
 class StorageError(EcholabError):
-    """A file system or server that fails, also after retries; the data may be undamaged."""
+    """A file system or server that still fails after retries; the data may be undamaged."""
 
 
 class DiskFullError(StorageError):
@@ -73,7 +72,7 @@ class MediaError(EcholabError):
     """An image, video or audio track that cannot be used."""
 
 
-# Checkpoints and weights.
+# Errors about checkpoints and weights.
 
 
 class CheckpointError(EcholabError):
@@ -88,11 +87,11 @@ class WeightsError(EcholabError):
     """A model file that is missing, damaged or of another model."""
 
 
-# Failures of training that all ranks notice in the same step.
+# Training failures that all ranks detect in the same step.
 
 
 class CollectiveError(EcholabError):
-    """A fault that all ranks raise together; `rank` is the rank at fault, None if unknown."""
+    """An error that all ranks raise together; `rank` is the rank at fault, None if unknown."""
 
     def __init__(self, message: str, *, rank: int | None = None) -> None:
         super().__init__(message)
@@ -110,4 +109,4 @@ class ReplicaError(CollectiveError):
 
 
 class ParityError(EcholabError):
-    """Exported weights that compute other values than the training model."""
+    """An exported model whose outputs differ from those of the training model."""

@@ -1,8 +1,8 @@
 """Heartbeat of a rank: the section of training that it is in, and the timeouts of sections.
 
-A rank that hangs cannot report where.  It therefore records each section on entry, with one write
-to a memory-mapped file that the supervisor on the same node reads.  The module imports nothing
-heavy, because the heartbeat starts before torch is imported.
+A rank that hangs cannot report where it hangs.  It therefore records each section on entry, with
+one write to a memory-mapped file that the supervisor on the same node reads.  The module imports no
+large package, because the heartbeat starts before torch is imported.
 """
 
 import ctypes
@@ -48,18 +48,18 @@ class HeartbeatState(NamedTuple):
 
     section: str
     step: int  # optimizer steps done
-    first_step: int  # the first step that was recorded, -1 before
-    switches: int  # sections entered
-    since: float  # time.monotonic() of this node at which the section was entered
-    seconds: dict[str, float]  # total by section, without the present section
-    longest: dict[str, float]  # longest single stay by section
+    first_step: int  # first step that was recorded, -1 if none was
+    switches: int  # number of sections entered
+    since: float  # time.monotonic() of this node when the section was entered
+    seconds: dict[str, float]  # total seconds by section, without the current stay
+    longest: dict[str, float]  # longest single stay in seconds by section
 
 
 class Heartbeat:
-    """Measures the time in each section and publishes it in a file; without a path only measures.
+    """Measures the time spent in each section and publishes it in a file, if `path` is given.
 
-    The process counts as in `init` from the construction on.  Raises OSError if the file cannot be
-    made.
+    The process is in section `init` from construction on.  Raises OSError if the file cannot be
+    created.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -70,7 +70,8 @@ class Heartbeat:
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                # Missing disk space raises OSError here; through the map it would be a bus error.
+                # Reserve the disk space now: a full disk raises OSError here, but would cause a
+                # bus error on a write through the memory map.
                 os.posix_fallocate(descriptor, 0, SIZE)
                 self._map = mmap.mmap(descriptor, SIZE)
             finally:
@@ -78,14 +79,14 @@ class Heartbeat:
         self._publish()
 
     def enter(self, section: str, step: int | None = None) -> None:
-        """End the present section and begin `section`; `step` is the optimizer steps done.
+        """End the current section and begin `section`; `step` counts the optimizer steps done.
 
-        Takes microseconds.  Entering the present section again starts a new stay: that is progress
-        too.  Raises ValueError for an unknown section.
+        Takes microseconds.  Entering the current section again starts a new stay, which counts as
+        progress.  Raises ValueError for an unknown section.
         """
         if section not in _INDEX:
             raise ValueError(f"no section {section!r}; one of {', '.join(SECTIONS)}")
-        # Add the stay that ends to its section.
+        # Add the duration of the stay that ends to its section.
         index, now = _INDEX[self.section], time.monotonic()
         stay = now - self.since
         self._seconds[index] += stay
@@ -100,17 +101,17 @@ class Heartbeat:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Total seconds by section, without the present stay."""
+        """Total seconds by section, without the current stay."""
         return dict(zip(SECTIONS, self._seconds, strict=True))
 
     @property
     def longest(self) -> dict[str, float]:
-        """Longest stay in seconds by section, without the present stay."""
+        """Longest stay in seconds by section, without the current stay."""
         return dict(zip(SECTIONS, self._longest, strict=True))
 
     def _publish(self) -> None:
         if self._map is not None:
-            # Counted from 1: a file of zeros is one that was reserved and never written.
+            # Count writes from 1: a file of zeros was reserved but never written.
             writes = self.switches + 1
             values = (_INDEX[self.section], self.step, self.first_step, self.since)
             data = LAYOUT.pack(writes, *values, *self._seconds, *self._longest)
@@ -128,19 +129,19 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 
 def read_heartbeat(path: Path) -> HeartbeatState | None:
-    """Read a heartbeat file; None if nothing was written yet or its writer stopped in a write."""
+    """Read a heartbeat file; return None if it was never written, or only in part."""
     # Read again if the writer was in the middle of a write.
     for _ in range(100):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        if not any(content):  # reserved and never written
+        if not any(content):  # reserved but never written
             return None
         data, crc = content[:-4], content[-4:]
         if len(content) == SIZE and zlib.crc32(data) == int.from_bytes(crc, "little"):
             break
-        time.sleep(0.001)  # the writer may have lost its core during the write
+        time.sleep(0.001)  # the writer may have been preempted during the write
     else:
         return None
     # Unpack the fields in the order of LAYOUT.
@@ -152,21 +153,22 @@ def read_heartbeat(path: Path) -> HeartbeatState | None:
 
 
 def reserve_files(folder: Path, rank: int) -> None:
-    """Create the heartbeat and stack files of a rank with disk space for all later writes.
+    """Create the heartbeat and stack files of a rank and reserve disk space for all later writes.
 
-    A /dev/shm that fills up later then neither kills the rank nor hides why it ended.  Raises
-    OSError if there is no space now.
+    If /dev/shm fills up later, this neither kills the rank nor hides why the rank ended.  Raises
+    OSError if there is not enough space now.
     """
     Heartbeat(heartbeat_path(folder, rank))
     reserve_space(stacks_path(folder, rank), STACKS_BYTES)
 
 
 def reserve_space(path: Path, size: int) -> None:
-    """Create an empty file that can grow to `size` bytes on a full disk.
+    """Create an empty file that can grow to `size` bytes even if the disk becomes full.
 
-    Raises OSError if the disk has no space for it.  File systems without reservation are accepted.
+    Raises OSError if the disk has too little space now.  Does nothing more on file systems that
+    cannot reserve space.
     """
-    # os.posix_fallocate would change the size of the file; KEEP_SIZE only reserves.
+    # os.posix_fallocate would change the file size; with KEEP_SIZE, fallocate only reserves space.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -178,10 +180,10 @@ def reserve_space(path: Path, size: int) -> None:
 
 
 def heartbeat_from_environment() -> Heartbeat:
-    """Return the heartbeat of this rank, with a file if a supervisor started the rank.
+    """Return the heartbeat of this rank; it writes a file if a supervisor started the rank.
 
-    SIGQUIT then makes this process write the stacks of all its threads, even if Python is blocked
-    in C; so does a fatal signal.  Both also hold for processes that are forked from this one.
+    With a supervisor, SIGQUIT and fatal signals make this process write the stack traces of all its
+    threads, even if Python is blocked in C code.  Forked child processes inherit this.
     """
     stacks = open_stacks_file()
     if stacks is None:
@@ -196,7 +198,7 @@ def _rank() -> int:
 
 
 def open_stacks_file() -> int | None:
-    """Open the stack file of this rank and its workers; None without a supervisor."""
+    """Open the stack file of this rank and its workers; return None without a supervisor."""
     folder = os.environ.get(LOCAL_DIR)
     if not folder:
         return None
@@ -210,10 +212,10 @@ def open_stacks_file() -> int | None:
 class SectionTimeouts(NamedTuple):
     """Timeouts in seconds.
 
-    `step` is an upper bound: a step may take `safety_factor` times the longest step so far, and at
-    least `min_step_timeout`.  The other timeouts are fixed, because one section covers work of very
-    different length: a validation and the export check, a copy and a full checkpoint, a batch and a
-    reference.
+    A step may take `safety_factor` times the longest step so far, but not less than
+    `min_step_timeout` and not more than `step`.  The other timeouts are fixed, because work within
+    one of these sections varies widely in length: `eval` covers validation and the export check,
+    `save` a copy to host memory and a full checkpoint, `data_wait` a batch and the reference model.
     """
 
     init: float = 1800.0
@@ -235,17 +237,17 @@ class SectionTimeouts(NamedTuple):
 
 
 def timeout_name(state: HeartbeatState) -> str | None:
-    """Return the name of the timeout that applies to a rank; None during a pause."""
+    """Return the name of the timeout that applies to a rank, or None during a pause."""
     if state.section == "pause":
         return None
     if state.section not in STEP_SECTIONS:
         return state.section
-    # The first step includes compilation, allocation and the choice of kernels.
+    # The first step also compiles, allocates memory and selects kernels.
     return "step" if 0 <= state.first_step < state.step - 1 else "first_step"
 
 
 def allowed_seconds(timeouts: SectionTimeouts, name: str, longest: Mapping[str, float]) -> float:
-    """Return the seconds allowed by timeout `name`; `longest` are the longest stays by section."""
+    """Return the seconds that timeout `name` allows; `longest` has the longest stay by section."""
     upper_bound = float(getattr(timeouts, name))
     if name != "step" or not (longest_step := max(longest[section] for section in STEP_SECTIONS)):
         return upper_bound
@@ -270,9 +272,10 @@ def overdue_ranks(
 ) -> dict[int, float]:
     """Return the ranks that exceeded their timeout, each with that timeout in seconds.
 
-    A rank within a step waits for the slowest rank.  It is excused while another rank that is not
-    ahead of it loads data, validates or saves within its own timeout.  Ranks on other nodes cannot
-    be observed: with `has_remote_ranks` a step may take as long as a wait for data.
+    A rank within a step waits for the slowest rank.  Such a rank is not overdue while another rank
+    at the same or an earlier step loads data, validates or saves within its own timeout.  Ranks on
+    other nodes cannot be observed: with `has_remote_ranks`, a step may take as long as a wait for
+    data.
     """
     # Find the ranks that exceeded their timeout.
     longest = longest_stays(states.values())
@@ -284,7 +287,7 @@ def overdue_ranks(
                 limits[rank] = max(limits[rank], allowed_seconds(timeouts, "data_wait", longest))
     overdue = {rank: limits[rank] for rank in limits if now - states[rank].since > limits[rank]}
 
-    # Excuse those that wait for a rank that is still within its timeout.
+    # Exclude ranks that wait for a rank that is still within its timeout.
     def is_excused(rank: int) -> bool:
         return states[rank].section in STEP_SECTIONS and any(
             state.section not in STEP_SECTIONS and state.step <= states[rank].step
@@ -298,13 +301,13 @@ def overdue_ranks(
 def stop_timeout(
     timeouts: SectionTimeouts, grace: float | None, states: Iterable[HeartbeatState]
 ) -> float | None:
-    """Return the seconds after a signal within which a step must end; None if there is no limit.
+    """Return the seconds after a signal within which a step must end, or None without a limit.
 
-    `grace` is the time until the ranks are killed, None if nothing kills them.  Without it a step
-    may take its usual time, and the other sections have their own timeouts.  No step has to end if
-    a rank saves or exits already.
+    `grace` is the time in seconds until the ranks are killed, or None if they are not killed.
+    Without `grace`, a step may take its usual time and the other sections have their own timeouts.
+    There is no limit once a rank is saving or exiting.
     """
-    # Ranks that save or exit are stopping already.
+    # Ranks that save or exit are already stopping.
     states = list(states)
     sections = {state.section for state in states}
     if sections & {"save", "teardown"}:
@@ -319,10 +322,9 @@ def stop_timeout(
 
 
 class RunningClock:
-    """Clock that excludes the time in which this process did not run.
+    """Clock that excludes gaps in which this process did not run.
 
-    While a job is suspended or the machine sleeps, nothing ticks.  No rank could have made progress
-    during such a gap.
+    A suspended job or a sleeping machine causes such a gap, in which ranks cannot make progress.
     """
 
     def __init__(self) -> None:
@@ -330,7 +332,7 @@ class RunningClock:
         self._gaps: list[tuple[float, float]] = []
 
     def tick(self) -> float:
-        """Return time.monotonic() and record a gap if there was one; call it often."""
+        """Return time.monotonic() and record a gap if there was one; call at least every 2 s."""
         now = time.monotonic()
         if now - self._last_tick > TICK_SECONDS:
             self._gaps.append((self._last_tick + TICK_SECONDS, now))
@@ -338,6 +340,6 @@ class RunningClock:
         return now
 
     def elapsed(self, since: float) -> float:
-        """Return the seconds from time.monotonic() `since` to the last tick, without gaps."""
+        """Return the seconds from `since` (time.monotonic()) to the last tick, without gaps."""
         gaps = sum(max(end - max(begin, since), 0.0) for begin, end in self._gaps)
         return self._last_tick - since - gaps

@@ -25,7 +25,7 @@ from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, initial_values, 
 from echolab.training.engine.machine import Machine
 from echolab.training.engine.placement import (
     Placement,
-    _address,
+    _socket_address,
     check_device,
     filled_network,
     initialized_network,
@@ -111,9 +111,9 @@ def test_a_process_without_a_launcher_waits_for_no_others(monkeypatch: pytest.Mo
 def test_networks_of_different_subjects_and_launches_have_different_sockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    result = {_address("a"), _address("b")}
+    result = {_socket_address("a"), _socket_address("b")}
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert len(result | {_address("a")}) == 3
+    assert len(result | {_socket_address("a")}) == 3
 
 
 def test_a_missing_gpu_is_reported_before_the_network_is_built() -> None:

@@ -21,14 +21,14 @@ from echolab.training.callbacks.replicas import (
     CHUNK,
     MIX_1,
     Unchanged,
-    _factors,
+    _hash_factors,
     check_replicas,
+    describe_outliers,
     difference,
     digest,
     digests,
     frozen,
-    odd,
-    odd_rank,
+    outlier_rank,
     replicated,
 )
 
@@ -60,7 +60,7 @@ def test_digests_follow_the_formula(values: list[int]) -> None:
 
 def test_large_tensors_are_hashed_in_chunks() -> None:
     values = torch.arange(CHUNK + 3)
-    factors = _factors(CHUNK, values.device)
+    factors = _hash_factors(CHUNK, values.device)
     first = int((values[:CHUNK] * factors).sum()) * MIX_1
     rest = sum((CHUNK + i) * splitmix64(i + 1) for i in range(3))
     expected = (first + rest) % BITS
@@ -118,7 +118,7 @@ def test_digests_ignore_memory_layout_and_include_nan() -> None:
     ],
 )
 def test_the_majority_of_ranks_is_right(values: list[str], words: str, one: int | None) -> None:
-    assert odd(values) == words and odd_rank(values) == one
+    assert describe_outliers(values) == words and outlier_rank(values) == one
 
 
 def test_several_tensors_may_differ() -> None:

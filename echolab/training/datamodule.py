@@ -67,15 +67,17 @@ def in_shared_memory(item: Item) -> Item:
         for tensor in tensors_of(item):
             tensor.share_memory_()
     except RuntimeError as error:  # PyTorch has no other type for it
-        raise SharedMemoryError(_full(sum(t.nbytes for t in tensors_of(item)))) from error
+        raise SharedMemoryError(
+            _no_room_message(sum(t.nbytes for t in tensors_of(item)))
+        ) from error
     return item
 
 
-def _full(size: int) -> str:
-    return f"{SHARED}: no room for a batch of {size:,} bytes, {_free():,} are free; {REMEDY}"
+def _no_room_message(size: int) -> str:
+    return f"{SHARED}: no room for a batch of {size:,} bytes, {_free_bytes():,} are free; {REMEDY}"
 
 
-def _free() -> int:
+def _free_bytes() -> int:
     disk = os.statvfs(SHARED)
     return disk.f_bavail * disk.f_frsize
 
@@ -106,10 +108,10 @@ def begin_worker(number: int) -> None:
     stacks = open_stacks_file()
     faulthandler.disable()  # as this rank enabled it, below the handlers of PyTorch
     faulthandler.enable(sys.stderr if stacks is None else stacks)
-    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    Queue._on_queue_feeder_error = staticmethod(_exit_worker)  # type: ignore[attr-defined]
 
 
-def _end(error: BaseException, item: Any) -> None:
+def _exit_worker(error: BaseException, item: Any) -> None:
     """End this worker, in the thread that could not send an item; the rank then notices."""
     print("echolab: a worker of the data loader cannot send a batch:", file=sys.stderr)
     traceback.print_exception(error)
@@ -136,7 +138,7 @@ def reported() -> Iterator[None]:
     except RuntimeError as error:
         if not DIED.search(str(error)):
             raise
-        raise _death(error) from error
+        raise _worker_error(error) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -144,7 +146,7 @@ def reported() -> Iterator[None]:
         raise SharedMemoryError(f"{SHARED}: is full; {REMEDY}") from error
 
 
-def _death(error: RuntimeError) -> EcholabError:
+def _worker_error(error: RuntimeError) -> EcholabError:
     """Return the error for a worker that died, with the signal that PyTorch reports."""
     words = [str(error), str(error.__cause__ or "")]
     signal_line = next((one for one in words if "killed by signal" in one), words[0])
@@ -181,10 +183,10 @@ class TrainData(NamedTuple):
 
 def data_of(train_data: TrainData) -> dict[str, Any]:
     """Return its datasets by content: [fingerprint, hash of the keys, order name] each."""
-    return {"clips": _listed(train_data.clips), "pairs": _listed(train_data.pairs)}
+    return {"clips": _dataset_rows(train_data.clips), "pairs": _dataset_rows(train_data.pairs)}
 
 
-def _listed(stock: DatasetMixture | None) -> list[list[str]]:
+def _dataset_rows(stock: DatasetMixture | None) -> list[list[str]]:
     return [
         [dataset.fingerprint, dataset.keys_digest, source.order_seed]
         for dataset, source in (

@@ -288,7 +288,7 @@ class TrainLoop(pl.Callback):
         state = self.state
         supervised = state.schedule.supervised_steps(state.step)
         saved = {c.state_key: c.state_dict() for c in self.callbacks if c.state_key}
-        custom = {_name(c): c.state_dict() for c in self.config.callbacks}
+        custom = {_class_path(c): c.state_dict() for c in self.config.callbacks}
         return {
             "step": state.step,
             "optimizer_updates": self.masters.updates,
@@ -305,11 +305,11 @@ class TrainLoop(pl.Callback):
             if callback.state_key:
                 callback.load_state_dict(saved[callback.state_key])
         for callback in self.config.callbacks:
-            if _name(callback) in saved.get(CUSTOM, {}):
-                callback.load_state_dict(saved[CUSTOM][_name(callback)])
+            if _class_path(callback) in saved.get(CUSTOM, {}):
+                callback.load_state_dict(saved[CUSTOM][_class_path(callback)])
 
 
-def _name(callback: Callback) -> str:
+def _class_path(callback: Callback) -> str:
     kind = type(callback)
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -152,16 +152,18 @@ class Schedule:
     def place(self, step: int) -> StepPlan:
         """Return the dataset batch of a step: each group continues where its last epoch stopped."""
         kind = self.locate(step).epoch.kind
-        return StepPlan(kind, *self._batch(group_of(kind), self._done(group_of(kind), step)))
+        return StepPlan(
+            kind, *self._batch_index(group_of(kind), self._steps_done(group_of(kind), step))
+        )
 
-    def _done(self, group: str, step: int) -> int:
+    def _steps_done(self, group: str, step: int) -> int:
         """Count the steps among the first `step` that took a batch of a group."""
         # Complete epochs of the group, and what is done of the present one.
         number, _, epoch, within = self.locate(step)
         done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
         return done + (within if group_of(epoch.kind) == group else 0)
 
-    def _batch(self, group: str, turn: int) -> tuple[int, int]:
+    def _batch_index(self, group: str, turn: int) -> tuple[int, int]:
         """Return the batch of a group's step number `turn`, and how many were skipped before."""
         # Spans are in order, so each one moves the batch past itself.
         batch = turn
@@ -172,8 +174,8 @@ class Schedule:
 
     def begun(self, group: str, step: int) -> int:
         """Return the index of the first batch of a group after all those of `step` steps."""
-        done = self._done(group, step)
-        return self._batch(group, done - 1)[0] + 1 if done else 0
+        done = self._steps_done(group, step)
+        return self._batch_index(group, done - 1)[0] + 1 if done else 0
 
     def leaving_out(self, skips: Iterable[Skip]) -> "Schedule":
         """Return the same schedule with these batches skipped too."""
@@ -197,7 +199,7 @@ class Schedule:
 
     def supervised_steps(self, step: int) -> int:
         """Count the supervised steps among the first `step`, which the curriculum counts."""
-        return self._done("sft", step)
+        return self._steps_done("sft", step)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""

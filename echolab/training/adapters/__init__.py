@@ -1,1 +1,1 @@
-"""LoRA: adapters on a network, alone and added to it."""
+"""LoRA adapters: training, saving, loading and merging them."""

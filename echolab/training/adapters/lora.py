@@ -1,9 +1,9 @@
-"""Low-rank adapters on linear layers, through peft: the base is unchanged, in memory once.
+"""Low-rank adapters (LoRA) on linear layers, by peft; the base network is frozen and held once.
 
 An adapted layer computes W x + (alpha / rank) B A x, with A [rank, in] and B [out, rank]; B starts
-at zero, so a newly adapted network equals its base.  Adapters have parameters of their own
-(`blocks.0.self_attn.q.lora_A.default.weight`), which alone are trained; averages and checkpoints,
-which hold what is trained, hold them alone.  Source: Hu et al., arXiv 2106.09685.
+at zero, so a newly adapted network equals its base.  Only the adapter parameters
+(`blocks.0.self_attn.q.lora_A.default.weight`) are trained; averages and checkpoints contain only
+trained parameters, hence only the adapters.  Source: Hu et al., arXiv 2106.09685.
 """
 
 import math
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from echolab.errors import ConfigError
 
-if TYPE_CHECKING:  # peft takes seconds to import: only runs with adapters pay for it
+if TYPE_CHECKING:  # importing peft takes seconds: import it at run time only if adapters are used
     from peft import LoraConfig
 
 TRAINED, AVERAGE = "default", "reference"  # peft's names of the two sets of adapters
 
 
 class Lora(NamedTuple):
-    """Which layers are adapted, and how."""
+    """Settings of LoRA: the target layers, rank, alpha and dropout."""
 
     targets: tuple[str, ...]
     rank: int = 16
@@ -33,7 +33,7 @@ class Lora(NamedTuple):
     dropout: float = 0.0
 
     def check(self) -> "Lora":
-        """Return itself; raise ConfigError for a setting outside its range."""
+        """Return self; raise ConfigError for a setting outside its range."""
         if self.rank < 1:
             raise ConfigError(f"lora.r={self.rank}: must be 1 or more; 8 to 128 is usual")
         if self.alpha <= 0:
@@ -43,7 +43,7 @@ class Lora(NamedTuple):
         return self
 
     def peft_config(self, layers: list[str]) -> "LoraConfig":
-        """Return the same settings for peft."""
+        """Return these settings as peft's LoraConfig, for the named layers."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -51,26 +51,26 @@ class Lora(NamedTuple):
         )
 
 
-def _pattern(target: str) -> re.Pattern[str]:
-    """Compile `blocks.*.self_attn.{q,k}`: `*` is one part of a name, `{q,k}` either."""
-    # Escape everything, then give `*`, `{`, `}` and `,` their meaning.
-    words = {r"\*": "[^.]*", r"\{": "(?:", r"\}": ")", ",": "|"}
-    source = re.sub(r"\\[*{}]|,", lambda match: words[match[0]], re.escape(target))
+def _compile_target(target: str) -> re.Pattern[str]:
+    """Compile a target such as `blocks.*.self_attn.{q,k}`; `*` matches one name part."""
+    # Escape everything, then translate `*`, `{`, `}` and `,` to regular expressions.
+    syntax = {r"\*": "[^.]*", r"\{": "(?:", r"\}": ")", ",": "|"}
+    source = re.sub(r"\\[*{}]|,", lambda match: syntax[match[0]], re.escape(target))
     return re.compile(rf"(?:.*\.)?{source}(?:\..*)?")
 
 
 def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Return the names of the linear layers that a target names, or that lie in what it names.
+    """Return the names of the linear layers that match a target or lie in a matching module.
 
-    A target is a run of complete parts anywhere in a layer's name: `ffn` is both layers of every
-    feed-forward, `blocks.0` all of the first block, `cross_attn.{k,v}_audio` the audio branch.
-    Raise ConfigError for a target that names no linear layer.
+    A target matches consecutive complete parts anywhere in a layer's name: `ffn` matches both
+    layers of every feed-forward, `blocks.0` all layers of the first block,
+    `cross_attn.{k,v}_audio` the audio branch.  Raise ConfigError for a target without a match.
     """
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     matching_layers: set[str] = set()
     for target in targets:
-        matching = {name for name in linear if _pattern(target).fullmatch(name)}
-        # A target that matches nothing is a typing error.
+        matching = {name for name in linear if _compile_target(target).fullmatch(name)}
+        # A target without a match is most likely misspelled.
         if not matching:
             near = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             raise ConfigError(
@@ -83,7 +83,7 @@ def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
 
 
 def adapted_layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield every layer that has adapters, by its name in the base."""
+    """Yield (name in the base network, layer) for every layer with adapters."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in net.named_modules():
@@ -92,51 +92,53 @@ def adapted_layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def base_fingerprint(net: nn.Module) -> str:
-    """Hash names, shapes and values of all parameters that are not adapters.
+    """Hash the names, shapes and values of all parameters that are not adapters.
 
-    The hash is the same with adapters or without.  The values count in fp32: a checkpoint and a
-    released bf16 file of the same numbers agree.
+    The hash is the same with or without adapters.  Values are converted to fp32, so that a
+    checkpoint and a released bf16 file with the same values have the same hash.
     """
     digest = blake2b(digest_size=16)
     for name, value in net.named_parameters():
         if ".lora_" not in name:
-            # peft wraps adapted layers: their names are those of the plain network.
+            # peft wraps adapted layers: restore the names of the plain network.
             plain = name.replace(".base_layer.", ".")
             digest.update(f"{plain} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().float().cpu().contiguous().view(-1).numpy().data)
     return digest.hexdigest()
 
 
-def _inject(net: nn.Module, config: "LoraConfig", adapter: str) -> None:
+def _inject_adapter(net: nn.Module, config: "LoraConfig", adapter: str) -> None:
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced anyway
+    with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced afterwards
         inject_adapter_in_model(config, net, adapter)
-    del net.peft_config  # kept by the layers; peft warns where it finds it again
+    del net.peft_config  # each layer has its settings; peft warns if the network has them too
     for _, layer in adapted_layers(net):
         # peft activates the adapter that was added last.
         layer.set_adapter(TRAINED)
         for part in (layer.lora_A, layer.lora_B):
-            part[adapter].float()  # what is trained is fp32, even on a bf16 base
+            part[adapter].float()  # adapters are trained in fp32, even on a bf16 base
 
 
 def add_adapters(net: nn.Module, lora: Lora, seed: int) -> None:
-    """Freeze `net` and give its layers adapters to train; raise ConfigError for wrong settings.
+    """Freeze `net` and add trainable adapters to its layers; raise ConfigError for wrong settings.
 
-    The values are a pure function of the seed and the layer's name, on any device.
+    The initial values depend only on the seed and the layer's name, not on the device.
     """
     layers = layers_matching(net, lora.check().targets)
     net.requires_grad_(False)
-    _inject(net, lora.peft_config(layers), TRAINED)
+    _inject_adapter(net, lora.peft_config(layers), TRAINED)
     for name, layer in adapted_layers(net):
         down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-        # Only shapes are wanted, as in an estimate.
+        # A memory estimate needs only the shapes.
         if down.is_meta:
             continue
-        # A seed for each layer: values do not depend on which other layers are adapted.
-        number = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big")
-        generator = torch.Generator().manual_seed(number)  # on the CPU: the same on any device
-        bound = 1 / math.sqrt(down.shape[1])  # peft's own: kaiming_uniform with a = sqrt(5)
+        # One seed per layer: the values do not depend on which other layers are adapted.
+        layer_seed = int.from_bytes(
+            blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big"
+        )
+        generator = torch.Generator().manual_seed(layer_seed)  # on the CPU for any device
+        bound = 1 / math.sqrt(down.shape[1])  # as in peft: kaiming_uniform with a = sqrt(5)
         value = torch.empty(down.shape, dtype=down.dtype).uniform_(
             -bound, bound, generator=generator
         )
@@ -146,19 +148,19 @@ def add_adapters(net: nn.Module, lora: Lora, seed: int) -> None:
 
 @torch.no_grad()
 def merge(net: nn.Module) -> None:
-    """Add every adapter to its layer, and remove the adapters."""
+    """Merge every adapter into the weight of its layer and remove the adapters."""
     for name, layer in list(adapted_layers(net)):
         layer.merge(safe_merge=True, adapter_names=[TRAINED])
-        # The plain layer takes the place of the adapted one.
+        # Replace the adapted layer by its plain base layer.
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, layer.get_base_layer())
     net.requires_grad_(True)
 
 
 class AdaptersOff:
-    """The base of an adapted network, as a frozen network: no second copy of it is held.
+    """The base of an adapted network as a frozen network, without a second copy of its weights.
 
-    Not an nn.Module, as `models.frozen.Frozen` is not.
+    Not an nn.Module, so that the engine does not wrap it; see `models.frozen.Frozen`.
     """
 
     def __init__(self, net: nn.Module):
@@ -168,10 +170,10 @@ class AdaptersOff:
             raise ConfigError("ref_model=base: the network has no adapters; give lora=attention")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Ignore the weights: the base does not change, whichever adapters are trained."""
+        """Ignore `weights`: training the adapters does not change the base."""
 
     def to(self, device: torch.device | str) -> "AdaptersOff":
-        """Return itself: it is on the device of its network."""
+        """Return self: the base is on the device of its network."""
         del device
         return self
 
@@ -180,7 +182,7 @@ class AdaptersOff:
             layer.enable_adapters(on)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base returns, outside the graph."""
+        """Return the output of the base network, computed without gradients."""
         self._switch(False)
         try:
             with torch.no_grad():
@@ -190,20 +192,20 @@ class AdaptersOff:
 
 
 class AverageAdapters(AdaptersOff):
-    """The same base with a second, frozen set of adapters, such as an earlier average."""
+    """The base with a second, frozen set of adapters, such as an earlier average."""
 
     def __init__(self, net: nn.Module, lora: Lora):
         super().__init__(net)
         names = [name for name, _ in adapted_layers(net)]
-        _inject(net, lora._replace(dropout=0.0).peft_config(names), AVERAGE)
+        _inject_adapter(net, lora._replace(dropout=0.0).peft_config(names), AVERAGE)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the frozen adapters from trained ones by parameter name."""
+        """Copy trained adapters, given by parameter name, into the frozen adapters."""
         own = dict(self.net.named_parameters())
         for name, tensor in weights.items():
             parameter = own[name.replace(f".{TRAINED}.", f".{AVERAGE}.")]
-            with _gathered(parameter):
+            with _gather_for_write(parameter):
                 parameter.data.copy_(tensor)
 
     def _switch(self, on: bool) -> None:
@@ -211,8 +213,8 @@ class AverageAdapters(AdaptersOff):
             layer.set_adapter(TRAINED if on else AVERAGE, inference_mode=not on)
 
 
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Gather a parameter for writing: under ZeRO 3 it is partitioned between uses."""
+def _gather_for_write(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Gather a parameter for writing; ZeRO 3 partitions parameters between uses."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed

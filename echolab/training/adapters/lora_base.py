@@ -1,4 +1,4 @@
-"""The base of an adapted network, rebuilt from the origin that a checkpoint records."""
+"""Rebuild the base of an adapted network from the origin that a checkpoint records."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +19,12 @@ from echolab.training.engine.placement import (
     initialized_network,
 )
 
-# (file or folder, architecture, seed, placement) -> a network of released weights
+# (file or folder, architecture, seed, placement) -> network with released weights
 Load = Callable[[Path, Mapping[str, Any], int, Placement], EchoTransformer]
 
 
 class Origin(NamedTuple):
-    """Where a base came from: released weights, a checkpoint, or nothing but the seed."""
+    """Source of a base network: released weights, a checkpoint, or initialization by a seed."""
 
     weights: str | None
     checkpoint: str | None
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
 def base_of(
     architecture: Mapping[str, Any], origin: Origin, load: Load, placement: Placement = HOST
 ) -> EchoTransformer:
-    """Build the network that adapters were, or will be, added to."""
+    """Build the base network, without adapters, from its origin."""
     if origin.weights:
         return load(Path(origin.weights), architecture, origin.seed, placement)
     if origin.checkpoint:
@@ -44,11 +44,14 @@ def base_of(
 
 
 def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lora, dict[str, Any]]:
-    """Build the network of a checkpoint of adapters; raise CheckpointError for another base."""
+    """Build the base of a checkpoint of adapters and load the averaged adapters onto it.
+
+    Raise CheckpointError if the base has changed since training.
+    """
     record = checkpoint.state["adapters"]
     origin = Origin(**record["origin"])
     net = base_of(checkpoint.state["architecture"], origin, load)
-    # Adapters on another base would compute something else.
+    # On another base, the adapters would compute other outputs than in training.
     fingerprint = base_fingerprint(net)
     if fingerprint != record["base"]:
         place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
@@ -56,7 +59,7 @@ def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lo
             f"{checkpoint.path}: its base {place} is another one now: fingerprint {record['base']} "
             f"when it was trained, {fingerprint} here; put back what was there"
         )
-    # Shapes from the record; the values are replaced at once.
+    # Create adapters of the recorded shapes; `load_trained` then replaces their values.
     lora = Lora(tuple(record["targets"]), record["rank"], record["alpha"])
     add_adapters(net, lora, seed=0)
     load_trained(net, checkpoint.tensors(EMA), str(checkpoint.path))
@@ -64,7 +67,7 @@ def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lo
 
 
 def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
-    """Build the network of a checkpoint of adapters, and merge the averaged ones into it."""
+    """Build the network of a checkpoint of adapters, with the averaged adapters merged."""
     net, _, _ = on_its_base(checkpoint, load)
     merge(net)
     return net
@@ -76,10 +79,11 @@ def merged(checkpoint: Checkpoint, load: Load) -> EchoTransformer:
 def exported_weights(
     checkpoint: Checkpoint, load: Load, part: str = EMA
 ) -> tuple[EchoTransformer, dict[str, Tensor]]:
-    """Return the network, on the meta device if it need not be built, and its weights by name.
+    """Return the network of a checkpoint and its weights by name.
 
-    `part` is EMA or MASTER; of adapters the averaged ones are merged.  `load` reads the released
-    weights of a base.
+    `part` selects the weights: EMA or MASTER.  Of a checkpoint of adapters, the averaged adapters
+    are merged into the base; `load` reads the released weights of that base.  Without adapters the
+    network is on the meta device.
     """
     if checkpoint.state.get("adapters"):
         merged_net = merged(checkpoint, load)

@@ -1,13 +1,13 @@
-"""Write adapters: a folder as peft reads it, and one file for diffusers and ComfyUI.
+"""Read and write adapters: a folder in peft's format, or one file for diffusers and ComfyUI.
 
-    FOLDER/  adapter_config.json         rank, alpha, which layers
+    FOLDER/  adapter_config.json         rank, alpha, target layers
              adapter_model.safetensors   base_model.model.LAYER.lora_A.weight and lora_B.weight
     FOLDER.safetensors                   diffusion_model.LAYER.lora_A.weight, lora_B.weight, alpha
-    FOLDER.audio.safetensors             the same of the audio layers, if these are adapted
+    FOLDER.audio.safetensors             as above for the audio layers, if they are adapted
 
-The single file has the layers of the Wan network alone, since diffusers refuses a file with a layer
-that it does not know; the audio layers have a file of their own, which the first one's metadata
-names.  Metadata hold the fingerprint of the base too.
+The single file contains only layers of the Wan network, since diffusers refuses a file with an
+unknown layer.  The audio layers have a separate file, whose name is in the metadata of the first
+file.  The metadata of each file also contain the fingerprint of the base.
 """
 
 import json
@@ -39,9 +39,9 @@ def save_adapters(
     base: str,
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Write adapters, named as the parameters of an adapted network, as peft's folder."""
+    """Write adapters as a folder in peft's format; `tensors` has names of an adapted network."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The settings as peft itself writes them.
+    # Let peft write its own settings file.
     config = lora.peft_config(layers)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -60,27 +60,28 @@ def save_single_file(
     base: str,
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Write adapters as one file for diffusers and ComfyUI, and one of the audio layers if any.
+    """Write adapters as one file for diffusers and ComfyUI, and one for the audio layers if any.
 
-    Return the files.  diffusers takes `.alpha` of layers within blocks only, so that the scale of
-    the others is multiplied into their tensors.
+    Return the files.  diffusers reads `.alpha` only for layers in blocks, so the scale of other
+    layers is multiplied into their tensors.
     """
-    # Two files: readers of Wan refuse layers that they do not know.
+    # Audio layers need a separate file: readers of Wan files refuse unknown layers.
     audio_file = audio_file_of(file)
     layers: dict[Path, dict[str, Tensor]] = {file: {}, audio_file: {}}
     for name, tensor in tensors.items():
         layer, _, part = name.partition(".lora_")
         content = layers[audio_file if is_audio(layer) else file]
-        # Outside of blocks diffusers ignores alpha, so the scale goes into the tensor.
+        # diffusers ignores alpha outside of blocks: multiply the scale into the tensor.
         if layer.startswith("blocks."):
             content[f"{SINGLE_PREFIX}{layer}.alpha"] = torch.tensor(float(lora.alpha))
         elif part.startswith("B"):
             tensor = tensor * (lora.alpha / lora.rank)
         short = part.replace(f".{TRAINED}.", ".")
         content[f"{SINGLE_PREFIX}{layer}.lora_{short}"] = tensor.to(dtype).contiguous()
-    # The fingerprint lets a reader refuse another base.
+    # The fingerprint allows a reader to refuse another base.
     metadata = {"format": "pt", BASE: base}
-    if layers[file] and layers[audio_file]:  # the audio layers first: what names them comes last
+    if layers[file] and layers[audio_file]:
+        # Write the audio file first, so that a file that refers to it implies that it exists.
         write_atomic(audio_file, save(layers[audio_file], metadata))
         write_atomic(file, save(layers[file], metadata | {AUDIO_FILE: audio_file.name}))
         return [file, audio_file]
@@ -89,18 +90,18 @@ def save_single_file(
 
 
 def audio_file_of(file: Path) -> Path:
-    """Return the name of the file of audio layers that belongs to a single file."""
+    """Return the path of the audio layers that belong to a single file."""
     return file.with_suffix(f".audio{file.suffix}")
 
 
 def is_audio(layer: str) -> bool:
-    """Return whether a layer is of the audio branch, which Wan's own network lacks."""
+    """Return whether a layer belongs to the audio branch, which the Wan network lacks."""
     return any(part in f"{layer}." for part in AUDIO_PARTS)
 
 
 def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Set the adapters of a network, all of them, by parameter name; raises WeightsError."""
-    # Both ways: nothing may be missing, and nothing superfluous.
+    """Set all adapters of a network by parameter name; raise WeightsError if names differ."""
+    # Compare in both directions: no adapter may be missing or unknown.
     own = {name: value for name, value in net.named_parameters() if value.requires_grad}
     for name in [*own, *tensors]:
         here = tuple(own[name].shape) if name in own else "missing"
@@ -110,7 +111,7 @@ def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
                 f"{origin}: other adapters: {name} is {there} there, {here} here; "
                 "give adapters of the same rank and layers"
             )
-    # Copy only once every shape has been compared, so that an error changes nothing.
+    # Copy only after all shapes were compared, so that an error leaves the network unchanged.
     for name, value in own.items():
         value.data.copy_(tensors[name])
 
@@ -133,7 +134,7 @@ PREFIXES = (
     "base_model.model.", "diffusion_model.", "transformer.", "model.", "module.",
     "lora_unet_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
-# STEM.PART[.ADAPTER].weight, with the spellings of both halves
+# STEM.PART[.ADAPTER].weight, where PART is one of the known names of the A and B matrices
 PART = re.compile(
     r"(?P<stem>.+?)[._](?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up"
     r"|lora_linear_layer\.down|lora_linear_layer\.up)(?:\.(?!weight|bias)\w+)?"
@@ -145,7 +146,7 @@ REMEDY = "give plain LoRA of a Wan or EchoMimicV3 transformer"
 
 
 class LowRank(NamedTuple):
-    """The change of a linear layer's weight, scale * up @ down."""
+    """Update of a linear layer's weight: scale * up @ down."""
 
     down: Tensor  # [rank, inputs]
     up: Tensor  # [outputs, rank]
@@ -153,39 +154,39 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Inner size of the product."""
+        """Rank of the update: the inner dimension of the product."""
         return self.down.shape[0]
 
 
 class Adapters(NamedTuple):
-    """The content of a LoRA file, by names of the network that it was read for."""
+    """Content of a LoRA file, with names of the network for which the file was read."""
 
     source: Path
-    layers: dict[str, LowRank]  # by linear layer
-    changes: dict[str, Tensor]  # by parameter: added to it as they are (biases, norms)
+    layers: dict[str, LowRank]  # by name of the linear layer
+    changes: dict[str, Tensor]  # by parameter name: added without scaling (biases, norms)
 
 
-class _Content(NamedTuple):
+class _LoraFile(NamedTuple):
     file: Path
     tensors: dict[str, Tensor]
-    config: Mapping[str, Any]  # r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; or empty
-    base: str | None  # fingerprint; None if another program wrote the file
+    config: Mapping[str, Any]  # r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; may be {}
+    base: str | None  # fingerprint of the base; None if another program wrote the file
 
 
 def read_adapters(path: Path, net: nn.Module) -> Adapters:
-    """Read the LoRA of a folder or file for `net`; ranks and alphas may differ by layer.
+    """Read the LoRA in a folder or file for `net`; rank and alpha may differ between layers.
 
-    Tensors may be fp16, bf16 or fp32.  Raise WeightsError, in one line, for a file that is missing
-    or damaged, of another method (DoRA, LoKr, ...), of another network, or of another base where
-    the file names its base.
+    Tensors may be fp16, bf16 or fp32.  Raise WeightsError for a file that is missing or damaged,
+    uses another method (DoRA, LoKr, ...), or was trained for another network or on another base
+    (checked if the file contains the fingerprint of its base).
     """
-    # Names first, then shapes, then the base.
+    # Check names first, then shapes, then the base.
     parameters = _parameters_by_stem(net)
     layers: dict[str, LowRank] = {}
     changes: dict[str, Tensor] = {}
-    contents = _open(path)
+    contents = _read_files(path)
     for content in contents:
-        low_rank, more = _parse(content, parameters)
+        low_rank, more = _parse_tensors(content, parameters)
         layers |= low_rank
         changes |= more
     own = dict(net.named_parameters())
@@ -198,7 +199,7 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
                 f"{path}: the change of {name} is {tuple(change.shape)}, the network's is "
                 f"{here_shape}; {REMEDY}"
             )
-    # Files of other programs name no base: they are accepted.
+    # Files by other programs contain no fingerprint: accept them.
     bases = {content.base for content in contents} - {None}
     if bases and bases != {here := base_fingerprint(net)}:
         raise WeightsError(
@@ -210,7 +211,7 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
 
 @torch.no_grad()
 def merge_adapters(net: nn.Module, adapters: Adapters) -> None:
-    """Add adapters to the weights of `net`, computed in fp32, kept in each weight's dtype."""
+    """Add adapters to the weights of `net`; compute in fp32 and keep the dtype of each weight."""
     deltas = {
         f"{name}.weight": layer.scale * layer.up.float() @ layer.down.float()
         for name, layer in adapters.layers.items()
@@ -218,41 +219,41 @@ def merge_adapters(net: nn.Module, adapters: Adapters) -> None:
     parameters = dict(net.named_parameters())
     for name in {**deltas, **adapters.changes}:
         parameter = parameters[name]
-        # In fp32, rounded once at the end.
+        # Sum in fp32 and round once at the end.
         value = parameter.float()
         for part in (deltas.get(name), adapters.changes.get(name)):
             if part is not None:
                 value = value + part.float().to(value.device)
-        parameter.data = value.to(parameter.dtype)  # not in place: it may be a mapped file
+        parameter.data = value.to(parameter.dtype)  # not in place: it may be a memory-mapped file
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> list[_Content]:
-    """Return the content of the file or folder, and of the file of audio layers if it names one."""
-    # A folder is peft's if it has a settings file, else diffusers'.
+def _read_files(path: Path) -> list[_LoraFile]:
+    """Read a file or folder, and the file of audio layers if its metadata name one."""
+    # A folder with a settings file is in peft's format, otherwise in diffusers' format.
     file, config = path, None
     if path.is_dir():
-        config = _config_of(path / CONFIG) if (path / CONFIG).is_file() else None
+        config = _read_peft_config(path / CONFIG) if (path / CONFIG).is_file() else None
         file = path / (TENSORS if config is not None else DIFFUSERS_FILE)
         if not file.is_file():
             raise WeightsError(
                 f"{path}: no adapters that can be read; give a folder with {CONFIG} and {TENSORS}, "
                 f"one with {DIFFUSERS_FILE}, or a .safetensors file"
             )
-    # A second file holds the audio layers; the first names it.
-    content, audio = _read(file, config)
+    # A second file, named in the metadata of the first, contains the audio layers.
+    content, audio = _read_file(file, config)
     if audio is None:
         return [content]
-    # A path there could make us read any file of the machine.
+    # Accept only a plain file name: a path could refer to any file of this machine.
     if Path(audio).name != audio:
         raise WeightsError(f"{file}: names {audio!r} for its audio layers: no plain file name")
-    return [content, _read(file.with_name(audio), None)[0]]
+    return [content, _read_file(file.with_name(audio), None)[0]]
 
 
-def _config_of(file: Path) -> dict[str, Any]:
-    """Return peft's settings; raise WeightsError for what is no plain LoRA."""
+def _read_peft_config(file: Path) -> dict[str, Any]:
+    """Read peft's settings file; raise WeightsError if it is not plain LoRA."""
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
@@ -263,7 +264,7 @@ def _config_of(file: Path) -> dict[str, Any]:
     if config.get("peft_type", "LORA") != "LORA" or int(config["r"]) < 1:
         kind = config.get("peft_type", "LORA")
         raise WeightsError(f"{file}: adapters of {kind} with r={config['r']}: no plain LoRA")
-    # Methods that change more than the low-rank product would be read incompletely.
+    # Refuse methods that change more than the low-rank product, since only that is read.
     if config.get("bias", "none") != "none":
         raise WeightsError(f"{file}: bias={config['bias']}: not read here; need none")
     for key in ("use_dora", "modules_to_save", "fan_in_fan_out"):
@@ -272,20 +273,20 @@ def _config_of(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read(file: Path, config: dict[str, Any] | None) -> tuple[_Content, str | None]:
-    """Return the content of one file, and the name of its file of audio layers."""
+def _read_file(file: Path, config: dict[str, Any] | None) -> tuple[_LoraFile, str | None]:
+    """Read one file; return its content and the name of its file of audio layers, if any."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        # peft has a settings file, diffusers puts them into the metadata.
+        # peft has a settings file, diffusers stores the settings in the metadata.
         if config is None:
             config = _diffusers_config(metadata)
     except (
         OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError,
     ) as error:  # fmt: skip
         raise WeightsError(f"{file}: no adapters that can be read ({error}); {REMEDY}") from error
-    # Damage shows in the values too: an empty file, other dtypes, NaN.
+    # Refuse damaged content: an empty file, unsupported dtypes, NaN.
     if not tensors:
         raise WeightsError(f"{file}: 0 tensors; {REMEDY}")
     check_precision(file, tensors)
@@ -293,11 +294,11 @@ def _read(file: Path, config: dict[str, Any] | None) -> tuple[_Content, str | No
         numbers = tensor.is_floating_point() or key.endswith(".alpha")
         if not numbers or not bool(tensor.isfinite().all()):
             raise WeightsError(f"{file}: {key}: values that are not finite numbers; get it again")
-    return _Content(file, tensors, config, metadata.get(BASE)), metadata.get(AUDIO_FILE)
+    return _LoraFile(file, tensors, config, metadata.get(BASE)), metadata.get(AUDIO_FILE)
 
 
 def _diffusers_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the transformer's LoraConfig that diffusers puts into a file, if it did."""
+    """Return the transformer's LoraConfig from diffusers' metadata; empty if there is none."""
     content = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
     return {
         key.removeprefix("transformer."): value
@@ -310,38 +311,38 @@ def _diffusers_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _parameters_by_stem(net: nn.Module) -> dict[str, str]:
-    """Return parameters by what files call them without prefix, dots as underscores."""
+    """Map names in LoRA files, without prefix and with underscores for dots, to parameter names."""
     table: dict[str, str] = {}
     for name, _ in net.named_parameters():
         if not name.endswith(".bias"):
-            for spelled in (to_diffusers(name), name):  # Wan's own names win
+            for spelled in (to_diffusers(name), name):  # Wan's names take precedence
                 table[spelled.removesuffix(".weight").replace(".", "_")] = name
     return table
 
 
-def _without_prefix(stem: str) -> str:
-    # Programs nest their prefixes, such as base_model.model.transformer.
+def _strip_prefixes(stem: str) -> str:
+    # Prefixes may be nested, such as base_model.model.transformer.
     shorter = stem
     while (prefix := next((p for p in PREFIXES if shorter.startswith(p)), None)) is not None:
         shorter = shorter[len(prefix) :]
     return shorter
 
 
-def _parse(
-    content: _Content, parameters: Mapping[str, str]
+def _parse_tensors(
+    content: _LoraFile, parameters: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """Return the low-rank pairs by layer, and other changes by parameter."""
+    """Return the low-rank updates by layer, and other changes by parameter."""
     file = content.file
-    # Both halves and the scale of a layer together.
+    # Collect both matrices and alpha of each layer.
     stems: dict[str, dict[str, Tensor]] = {}
     for key, tensor in content.tensors.items():
-        stem, part = _split(file, key)
+        stem, part = _split_name(file, key)
         stems.setdefault(stem, {})[part] = tensor
     layers: dict[str, LowRank] = {}
     changes: dict[str, Tensor] = {}
     for stem, parts in stems.items():
-        short = _without_prefix(stem)
-        # A layer that the network lacks means another model.
+        short = _strip_prefixes(stem)
+        # An unknown layer means that the file was trained for another model.
         weight = parameters.get(short.replace(".", "_"))
         if weight is None:
             raise WeightsError(
@@ -351,7 +352,7 @@ def _parse(
         name = weight.removesuffix(".weight")
         scale = 1.0
         if "down" in parts or "up" in parts:
-            scale = _scale(file, short, parts, content.config)
+            scale = _layer_scale(file, short, parts, content.config)
             layers[name] = LowRank(parts["down"], parts["up"], scale)
         if "diff" in parts:
             changes[weight] = parts["diff"]
@@ -361,8 +362,8 @@ def _parse(
     return layers, changes
 
 
-def _split(file: Path, key: str) -> tuple[str, str]:
-    """Return the stem of a tensor's name, and down, up, up_bias, alpha, diff or diff_b."""
+def _split_name(file: Path, key: str) -> tuple[str, str]:
+    """Split a tensor's name into its stem and down, up, up_bias, alpha, diff or diff_b."""
     if match := OTHER.fullmatch(key):
         return match["stem"], match["part"]
     if match := PART.fullmatch(key):
@@ -374,12 +375,14 @@ def _split(file: Path, key: str) -> tuple[str, str]:
     raise WeightsError(f"{file}: {key}: no part of plain LoRA; {REMEDY}")
 
 
-def _scale(file: Path, stem: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
-    """Return alpha / rank of a layer, by the file's alpha, else by its settings, else 1."""
+def _layer_scale(
+    file: Path, stem: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> float:
+    """Return alpha / rank of a layer: from its alpha tensor, else from the settings, else 1."""
     for side in ("down", "up"):
         if side not in parts:
             raise WeightsError(f"{file}: {stem}: its {side} half is missing there; get it again")
-    # In order of precedence: the file, its settings, 1.
+    # In order of precedence: alpha tensor, settings, 1.
     rank = parts["down"].shape[0]
     if "alpha" in parts:
         return float(parts["alpha"]) / rank

@@ -1,6 +1,7 @@
-"""The interface of a callback, one idea of the training loop, and the state that callbacks share.
+"""The interface of callbacks, each one concern of the training loop, and their shared state.
 
-`training/loop.py` holds the ordered list.  A user adds callbacks by the setting `callbacks`.
+`training/loop.py` defines the order of the callbacks.  Users add callbacks with the setting
+`callbacks`.
 """
 
 from collections.abc import Mapping
@@ -18,35 +19,35 @@ STOP_SIGNALS = ("sigint", "sigterm", "sighup", "sigusr1", "sigusr2")
 
 
 class Vote(NamedTuple):
-    """The part of one rank in the all-reduce after a step; summed over the ranks, the decision."""
+    """One rank's contribution to the all-reduce after a step; all ranks decide by the sum."""
 
-    fenced: float = 0  # another process has taken the run
+    fenced: float = 0  # another process has taken over the run
     sigint: float = 0  # this rank received a signal to stop
     sigterm: float = 0
     sighup: float = 0
     sigusr1: float = 0
     sigusr2: float = 0
-    late: float = 0  # a save would take longer than what is left of the signal's grace
-    time: float = 0  # the job's time is nearly up
-    memory: float = 0  # host memory is over its limit
+    late: float = 0  # a save would take longer than the remaining grace time of the signal
+    time: float = 0  # the time limit of the job is close
+    memory: float = 0  # host memory exceeds its limit
     stop: float = 0  # requested by a file in the run folder, or by a callback
     save: float = 0
     pause: float = 0
     prune: float = 0
     unlogged: float = 0  # metrics could not be written
-    written: float = 0  # this rank's part of the pending checkpoint is on disk, or failed
-    not_finite: float = 0  # this rank's loss, or the norm of its gradient
-    loss: float = 0  # sum of the means of this rank's micro-batches
-    norm: float = 0  # of all gradients before clipping, as this rank has it
+    written: float = 0  # this rank's files of the pending checkpoint are on disk, or failed
+    not_finite: float = 0  # this rank's loss or gradient norm is not finite
+    loss: float = 0  # this rank's loss: mean over its micro-batches
+    norm: float = 0  # total gradient norm before clipping, as this rank computed it
     norm_squared: float = 0
-    margin: float = 0  # of preferences: sum of the means of micro-batches, each times its share
-    margin_share: float = 0  # sum of these shares
-    clipped: float = 0  # this rank's sum of squares of the gradients given to the optimizer
+    margin: float = 0  # sum over micro-batches of mean preference margin times weight
+    margin_share: float = 0  # sum of these weights
+    clipped: float = 0  # this rank's sum of squared gradients after clipping
 
     @property
     def reason(self) -> str:
-        """Why the run ends: signal, time, memory, prune or stop; empty if it does not."""
-        # In order of urgency: the first that holds is given.
+        """Why the run ends: signal, time, memory, prune or stop; empty if it continues."""
+        # In order of urgency: the first true reason is returned.
         reasons = {
             "signal": self.signal,
             "time": self.time,
@@ -64,68 +65,68 @@ class Vote(NamedTuple):
 
 @dataclass
 class RunState:
-    """The state of one attempt.  Every field is the same on all ranks unless it says otherwise."""
+    """The state of one attempt.  Fields are equal on all ranks unless noted otherwise."""
 
     run_dir: Path
     module: DiffusionModule  # `module.net` is the network
     schedule: Schedule
     events: History
-    identity: dict[str, Any]  # what a checkpoint must agree on to continue this run
-    resumed: Checkpoint | None = None  # the checkpoint that this attempt started from
-    checkpoint: Path | None = None  # the newest complete one
+    identity: dict[str, Any]  # properties in which a checkpoint must equal this run
+    resumed: Checkpoint | None = None  # the checkpoint from which this attempt resumed
+    checkpoint: Path | None = None  # the newest complete checkpoint
     step: int = 0  # optimizer steps done, over all attempts
 
-    # The last step.
-    kind: str = ""  # of its batch: sft, ndpo or dpo
+    # Results of the last step.
+    kind: str = ""  # kind of its batch: sft, ndpo or dpo
     vote: Vote = field(default_factory=Vote)
-    loss: float = 0.0  # of this rank: mean over the micro-batches
+    loss: float = 0.0  # this rank's mean over the micro-batches
     gradient_norm: float = 0.0  # before clipping
     metrics: dict[str, float] = field(default_factory=dict)  # logged at this step, by name
-    rollback: Checkpoint | None = None  # set by a callback: undo the step, continue from there
+    rollback: Checkpoint | None = None  # set by a callback: undo the step, resume from here
     ends: bool = False  # the run ends after this step
 
     # Requests and faults of this rank, for the next vote.
-    stop_requested: bool = False  # set by a callback: end the run, with a checkpoint
-    log_error: Exception | None = None  # why rank 0 could not log
+    stop_requested: bool = False  # set by a callback: save a checkpoint and end the run
+    log_error: Exception | None = None  # the error that prevented rank 0 from logging
 
-    # The end.
+    # How the run ended.
     reason: str = ""  # done, until, or `Vote.reason`; empty while the run continues
-    signal: int = 0  # number of the signal, if that is the reason
-    unsaved: bool = False  # ended with steps that no checkpoint has
-    unverified: bool = False  # ended before its export was compared
+    signal: int = 0  # signal number, if `reason` is signal
+    unsaved: bool = False  # the run ended with steps that are in no checkpoint
+    unverified: bool = False  # the run ended before the export check
 
 
 class Callback:
     """Hooks around each optimizer step, called on every rank in the order of the list.
 
-    All hooks are optional.  A hook runs the same collectives on every rank, and raises on every
-    rank or on none, so that no rank waits for another.
+    All hooks are optional.  A hook must run the same collectives on every rank, and raise on all
+    ranks or on none, so that no rank waits forever for another.
     """
 
-    state_key = ""  # where the checkpoint keeps `state_dict`; empty: it keeps nothing
+    state_key = ""  # key of `state_dict` in the checkpoint's state; empty: not saved
 
     def on_start(self, state: RunState) -> None:
-        """Prepare for the first step of this attempt; the weights are in place."""
+        """Prepare for the first step of this attempt; the weights are already loaded."""
 
     def before_step(self, state: RunState) -> None:
         """Prepare for step `state.step`, before its first micro-batch."""
 
     def after_step(self, state: RunState) -> None:
-        """Follow the optimizer step just done; `state.step` counts it."""
+        """Follow an optimizer step, which `state.step` already counts."""
 
     def metrics(self, state: RunState) -> Mapping[str, float]:
-        """Return further values to log; called at every step that logs."""
+        """Return additional values to log; called at every step that logs."""
         return {}
 
     def on_rollback(self, state: RunState) -> None:
-        """Forget the steps that were undone; weights and `state` are the checkpoint's again."""
+        """Discard the steps that were undone; weights and `state` are already restored."""
 
     def on_end(self, state: RunState) -> None:
-        """Finish; called in reverse order of the list, after the last step."""
+        """Finish after the last step; called in reverse order of the list."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the checkpoint keeps of this callback, as JSON."""
+        """Return the state of this callback to save in the checkpoint, as JSON."""
         return {}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Restore the state from a `state_dict`."""

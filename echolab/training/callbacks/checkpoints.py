@@ -1,4 +1,4 @@
-"""When a checkpoint is saved: written while training continues, and published some steps later."""
+"""Save checkpoints: written in the background during training, published some steps later."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from echolab.training.checkpoints.checkpoint import folder_of
 from echolab.training.checkpoints.writer import CheckpointWriter
 from echolab.training.intervals import Intervals
 
-SAVE_TIMES = 1.5  # a save may take so many times as long as the longest so far
+SAVE_TIMES = 1.5  # a save may take this many times as long as the longest save so far
 
 
 class Checkpoints(Callback):
@@ -33,7 +33,7 @@ class Checkpoints(Callback):
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints are."""
+        """Folder of the checkpoints."""
         return self.writer.folder
 
     @property
@@ -42,20 +42,20 @@ class Checkpoints(Callback):
         return SAVE_TIMES * self.writer.seconds
 
     def after_step(self, state: RunState) -> None:
-        """Save if it is time.  If rank 0 could not log the step before: save, then raise that."""
-        # The steps are saved before the error ends the run.
+        """Save if due; if rank 0 could not log the last step, save and raise its error."""
+        # Save before the error ends the run, so that no step is lost.
         if state.vote.unlogged:
             self.save(state)
             raise_log_error(state)
         self.save_if_due(state)
 
     def save_if_due(self, state: RunState) -> None:
-        """Begin a save while training continues; wait for it if the run ends or needs it."""
+        """Begin a save if one is due; wait for it if the run ends, pauses or needs a reference."""
         vote, schedule, step = state.vote, state.schedule, state.step
-        # All ranks have written the pending checkpoint: publishing it takes no time now.
+        # Publish the pending checkpoint once all ranks have written it, so that nothing waits.
         if self.writer.pending and vote.written == distributed.world():
             self.publish(state)
-        # An end of the run waits for the save; other saves are written while training continues.
+        # Wait for the save at the end of the run; other saves are written while training continues.
         saved = state.checkpoint and state.checkpoint.name == folder_of(Path(), step).name
         pruned = vote.prune and not schedule.keeps(step)
         if saved:
@@ -72,28 +72,28 @@ class Checkpoints(Callback):
         self.heartbeat.enter("vote")
 
     def begin(self) -> None:
-        """Copy weights and state, and write them while training continues; collective."""
-        # A frozen network that has changed must not be saved as if it were right.
+        """Copy weights and state, and write them in the background; collective."""
+        # Do not save if a frozen network has changed.
         self.heartbeat.enter("save")
         self.replica_check.check_frozen()
         self.writer.begin(self.collect_state())
 
     def publish(self, state: RunState) -> None:
-        """Wait for the pending checkpoint, if there is one; collective."""
+        """Wait for the pending checkpoint, if any, and publish it; collective."""
         self.heartbeat.enter("save")
         state.checkpoint = self.writer.finish() or state.checkpoint
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint, and wait until it is complete; collective."""
+        """Write a checkpoint and wait until it is complete; collective."""
         self.begin()
         self.publish(state)
 
     def on_end(self, state: RunState) -> None:
-        """Wait until old checkpoints are removed."""
+        """Wait until old checkpoints have been removed."""
         self.writer.close()
 
 
 def raise_log_error(state: RunState) -> None:
-    """Raise on rank 0 what kept it from logging; the supervisor then ends the other ranks."""
+    """Raise the logging error on rank 0, if any; the supervisor then ends the other ranks."""
     if state.log_error:
         raise state.log_error

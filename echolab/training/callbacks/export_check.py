@@ -1,9 +1,10 @@
-"""The export check at the end of a run: the exported network computes what was trained.
+"""The export check at the end of a run: the exported network must match the training model.
 
 Samples of the training model (in its engine, with the averaged weights swapped in) are compared
-with samples of a second network that the ordinary loader made of an export of the checkpoint.
-Between them lie the swap, the gathering of shards, the file, the names and the merging of adapters;
-compilation, activation checkpointing and sharding are on one side only.
+with samples of a second network, which the ordinary loader reads from an export of the checkpoint.
+This tests the swap of averages, the gathering of shards, the file, the parameter names and the
+merging of adapters.  Only the training model is compiled, sharded and uses activation
+checkpointing.
 """
 
 import json
@@ -43,10 +44,10 @@ from echolab.training.engine.master_weights import Masters
 from echolab.training.engine.placement import HOST, Placement
 from echolab.types import Batch
 
-STEPS = 4  # of Euler's method
-TOLERANCE = 1e-4  # relative, in fp32
+STEPS = 4  # steps of the Euler solver
+TOLERANCE = 1e-4  # relative difference allowed in fp32
 REPORT, EXPORT = "parity.json", "parity-export.safetensors"
-FAILURES = (ParityError, ParityError, StorageError, DiskFullError)  # by number; 0 is none
+FAILURES = (ParityError, ParityError, StorageError, DiskFullError)  # by index; 0 means no failure
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 REMEDY = (
     "check the swap of averages (training/engine/ema.py), the names (models/export.py) and, with "
@@ -55,7 +56,7 @@ REMEDY = (
 
 
 class Sampling(NamedTuple):
-    """How both are sampled."""
+    """Sampling settings of both networks."""
 
     seed: int
     shift: float
@@ -63,14 +64,14 @@ class Sampling(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """How much the samples differ, relative to their norm."""
+    """Difference between the samples, relative to their norm."""
 
-    difference: float  # the largest of the tasks
-    bound: float
+    difference: float  # the largest over the tasks
+    bound: float  # the largest difference allowed
 
     @property
     def passed(self) -> bool:
-        """Return whether the difference is within the bound; NaN is not."""
+        """Return whether the difference is within the bound; False for NaN."""
         return self.difference <= self.bound
 
     def values(self) -> dict[str, float]:
@@ -79,11 +80,11 @@ class Parity(NamedTuple):
 
 
 def parity_clips(reader: TolerantReader, tasks: Sequence[str]) -> list[Batch]:
-    """Return the first clip of a dataset, or its replacement, posed as each of the tasks."""
-    # One clip is enough: a wrong weight shows in any sample.
-    clips = reader.dataset
-    one = [reader.read(0, partial(read_clip, clips, task=task)) for task in tasks]
-    return [collate_clips(clips, [clip]) for clip in one]
+    """Return the first clip of a dataset, or its replacement, as a batch of one for each task."""
+    # One clip is enough: a wrong weight changes any sample.
+    dataset = reader.dataset
+    clips = [reader.read(0, partial(read_clip, dataset, task=task)) for task in tasks]
+    return [collate_clips(dataset, [clip]) for clip in clips]
 
 
 def sample(
@@ -95,11 +96,12 @@ def sample(
     dtype: torch.dtype,
     poll: Poll = lambda: None,
 ) -> list[Tensor]:
-    """Sample latents [B, C, F, H, W] for each batch, on the CPU in fp32; keys alone fix the noise.
+    """Sample latents [B, C, F, H, W] for each batch; return them in fp32 on the CPU.
 
-    `poll` is called after each step of the sampler.
+    The noise depends only on the seed and the clips' keys.  `poll` is called after each step of the
+    sampler.
     """
-    # Few steps at a fixed seed: both networks get the same noise.
+    # A few steps suffice; the fixed seed gives both networks the same noise.
     samples = []
     for clip in clips:
         latents = generate(
@@ -118,11 +120,11 @@ def sample(
 
 
 def relative(sampled: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to that of `expected`."""
+    """Return the norm of the difference divided by the norm of `expected`."""
     return float((sampled - expected).double().norm() / expected.double().norm())
 
 
-def _load(
+def _load_released(
     path: Path, architecture: Mapping[str, Any], seed: int, placement: Placement = HOST
 ) -> EchoTransformer:
     net = meta_network(architecture)
@@ -132,43 +134,43 @@ def _load(
 
 
 def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:
-    """Export a checkpoint to `file` and load the network from it; fp32, on the CPU."""
-    # The weights as `echolab export` would write them, in one file.
+    """Export a checkpoint to `file` and load the network from that file; fp32, on the CPU."""
+    # Write the weights as `echolab export` does, in one file.
     opened = open_checkpoint(checkpoint)
-    net, tensors = exported_weights(opened, _load)
+    net, tensors = exported_weights(opened, _load_released)
     size = sum(tensor.numel() * 4 for tensor in tensors.values())
     file.unlink(missing_ok=True)
     write_original(file, net, tensors, dtype=torch.float32, shard_bytes=2 * size + 1)
-    # Read back by the ordinary loader, which knows only the file.
+    # Read the file with the ordinary loader, as a user would.
     made = load_released(file, opened.state["architecture"]).net
     return made.eval().requires_grad_(False)
 
 
-class _Where(NamedTuple):
+class _ComputeOptions(NamedTuple):
     device: torch.device
-    dtype: torch.dtype  # to compute in
-    cast: bool  # the parameters are of that dtype too; else autocast
+    dtype: torch.dtype  # of the computation
+    cast: bool  # cast the parameters to that dtype; otherwise use autocast
 
 
-def _differences(
+def _sample_differences(
     fresh: nn.Module,
     live: Sequence[Tensor],
     clips: Sequence[Batch],
     how: Sampling,
-    where: _Where,
+    where: _ComputeOptions,
     poll: Poll,
 ) -> tuple[list[float], float]:
-    """Return differences by batch, and the bound.
+    """Return the difference for each batch, and the bound.
 
-    Each of two computations in a smaller dtype may differ from fp32 as much as the exported weights
-    are measured to, so from each other by twice that.
+    In a lower-precision dtype, the error of the exported network against fp32 is measured.  Both
+    networks may have that error, so their difference may be twice as large.
     """
     device, dtype, cast = where
     shared: dict[str, Any] = {"device": device, "poll": poll}
-    # The exported network in fp32, which is the exact result.
+    # Sample the exported network in fp32 as the exact result.
     exact = own = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
     bound = TOLERANCE
-    # In a smaller dtype the bound is what that dtype is measured to cost.
+    # In a lower-precision dtype the bound is twice the measured rounding error.
     if dtype != torch.float32:
         own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
         rounding = [relative(a, b) for a, b in zip(own, exact, strict=True)]
@@ -182,14 +184,14 @@ def _compare(
     live: Sequence[Tensor],
     clips: Sequence[Batch],
     how: Sampling,
-    where: _Where,
+    where: _ComputeOptions,
     poll: Poll,
 ) -> tuple[list[float], float]:
-    """Return differences by batch and the bound, and write them to the report in `folder`."""
+    """Return the difference for each batch and the bound; write the report into `folder`."""
     try:
         fresh = exported_net(checkpoint, folder / EXPORT)
         with unchanged(fresh, where.device):
-            differences, bound = _differences(fresh, live, clips, how, where, poll)
+            differences, bound = _sample_differences(fresh, live, clips, how, where, poll)
     finally:
         (folder / EXPORT).unlink(missing_ok=True)
     parity = judged(differences, bound)
@@ -201,22 +203,22 @@ def _compare(
     return differences, bound
 
 
-def _exported(
+def _compare_export(
     checkpoint: Path,
     folder: Path,
     live: Sequence[Tensor],
     clips: Sequence[Batch],
     how: Sampling,
-    where: _Where,
+    where: _ComputeOptions,
     poll: Poll,
 ) -> tuple[list[float], float, Exception | None]:
-    """Return differences by batch, the bound, and an error; zeros on ranks other than 0."""
-    # Rank 0 compares, the other ranks keep polling with it.
+    """Return differences for each batch, the bound and an error; zeros on ranks other than 0."""
+    # Only rank 0 compares.
     fault: Exception | None = None
     differences, bound = [0.0] * len(clips), 0.0
-    # Every rank polls as often as rank 0, which alone compares.
+    # Polling is collective: every rank must poll as often as rank 0.
     passes = 1 if where.dtype == torch.float32 else 2
-    polls = iter([poll] * (passes * len(clips) * how.steps))  # one a step of the sampler
+    polls = iter([poll] * (passes * len(clips) * how.steps))  # one per step of the sampler
     if distributed.rank() == 0:
         try:
             differences, bound = _compare(
@@ -224,13 +226,16 @@ def _exported(
             )
         except (EcholabError, OSError, torch.OutOfMemoryError) as error:
             fault = error
-    for missing in polls:  # other ranks, or a rank 0 that failed, poll as often
-        missing()
+    for remaining in polls:  # all polls of other ranks, or the rest if rank 0 failed
+        remaining()
     return differences, bound, fault
 
 
-def _failure(fault: BaseException | None) -> int:
-    """Return the index in FAILURES of an exception, 0 for none; a full disk is no bad export."""
+def _fault_code(fault: BaseException | None) -> int:
+    """Return the index in FAILURES of an exception, 0 for none.
+
+    Storage failures count as such, not as a bad export.
+    """
     kind = int(fault is not None)
     while fault is not None:
         if isinstance(fault, DiskFullError) or (isinstance(fault, OSError) and fault.errno in FULL):
@@ -242,7 +247,7 @@ def _failure(fault: BaseException | None) -> int:
 
 
 def judged(differences: Sequence[float], bound: float) -> Parity:
-    """Return the largest difference of all batches, and the bound."""
+    """Return the largest difference over all batches, with the bound."""
     return Parity(float(torch.tensor(differences).max()), bound)  # torch's max keeps NaN
 
 
@@ -263,21 +268,20 @@ def check_parity(
     dtype: torch.dtype = torch.float32,
     poll: Poll = lambda: None,
 ) -> Parity:
-    """Compare the training model with the export of `checkpoint`, the one it has just saved.
+    """Compare the training model with the export of `checkpoint`, which was saved just before.
 
-    Collective: all ranks sample, with the same clips; rank 0 exports into `folder`, reads that back
-    and writes `parity.json`.  Raise ParityError on every rank if the samples differ too much, or if
-    the export cannot be made; StorageError if a disk is at fault.  It needs memory for one more
-    copy of the weights on rank 0.
-    `poll` is called on all ranks after each step of the sampler, here and on rank 0.
+    Collective: all ranks sample the training model; rank 0 exports into `folder`, samples the
+    export (which needs memory for another copy of the weights) and writes `parity.json`.  `poll` is
+    called on all ranks at each sampler step.  Raise ParityError on every rank if the samples differ
+    or the export fails, StorageError if the storage fails.
     """
     with unchanged(net, device), ema.applied(masters):
         live = sample(net, clips, how, device=device, dtype=dtype, poll=poll)
-    where = _Where(device, dtype, autocast_dtype(net, dtype) != dtype)
-    differences, bound, fault = _exported(checkpoint, folder, live, clips, how, where, poll)
-    *differences, bound, failed = distributed.sums([*differences, bound, float(_failure(fault))])
+    where = _ComputeOptions(device, dtype, autocast_dtype(net, dtype) != dtype)
+    differences, bound, fault = _compare_export(checkpoint, folder, live, clips, how, where, poll)
+    *differences, bound, failed = distributed.sums([*differences, bound, float(_fault_code(fault))])
     parity = judged(differences, bound)
-    if failed:  # all ranks know which error; rank 0 has its message
+    if failed:  # all ranks know the kind of error; only rank 0 has the message
         why = " ".join(str(fault or "see rank 0").split()) or type(fault).__name__
         kind = FAILURES[int(failed)]
         raise kind(f"{checkpoint}: its export cannot be compared: {why}")
@@ -293,9 +297,10 @@ def check_parity(
 
 
 def passed_before(folder: Path, checkpoint: Path) -> bool | None:
-    """Return whether the report in a run's folder passed a checkpoint; None if it has no report.
+    """Return whether the report in the run folder says that this checkpoint passed the check.
 
-    A check that passed is not repeated when its run is started again; any other is.
+    Return None without a report for it.  A passed check is not repeated when the run is started
+    again.
     """
     try:
         report = json.loads(read_file(folder / REPORT))
@@ -305,7 +310,7 @@ def passed_before(folder: Path, checkpoint: Path) -> bool | None:
 
 
 class ExportCheck(Callback):
-    """Compares the export of the last checkpoint, before the run counts as done."""
+    """Checks the export of the last checkpoint before the run counts as done."""
 
     def __init__(
         self, config: TrainConfig, masters: Masters, ema: Ema, sync: StepSync, log: LogMetrics
@@ -314,9 +319,10 @@ class ExportCheck(Callback):
         self.sync, self.log = sync, log
 
     def on_end(self, state: RunState) -> None:
-        """Check a finished run; raise ParityError on every rank if its export differs.
+        """Check the export of a finished run; raise ParityError on every rank if it differs.
 
-        If a rank requests an end, the run ends unverified, and its next start repeats the check.
+        If a rank requests an end during the check, the run ends unverified; its next start repeats
+        the check.
         """
         done = state.step == state.schedule.steps and not state.unsaved
         if not (done and self.config.verify_export and state.checkpoint):

@@ -1,9 +1,9 @@
-"""Judge each step before anything keeps it: accepted, recorded, undone, or the run ends.
+"""Check each step for a loss spike before it is saved or logged, and apply the spike policy.
 
 *record* writes an event.  *recompute* returns to the newest checkpoint before the spike and repeats
-the steps: a hardware fault vanishes (arXiv:2604.00726), a spike that comes again is caused by the
-data or the model.  *rollback* returns further and skips the batches around the spike, as PaLM did
-(arXiv:2204.02311, 5.1: about 100 steps back, 200 to 500 batches skipped).
+the steps: a hardware fault does not recur (arXiv:2604.00726), a spike that recurs is caused by the
+data or the model.  *rollback* returns to an earlier checkpoint and skips the batches around the
+spike, as PaLM did (arXiv:2204.02311, 5.1: about 100 steps back, 200 to 500 batches skipped).
 """
 
 import math
@@ -17,7 +17,7 @@ from echolab.errors import DivergedError, EcholabError, ReplicaError
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback, RunState, Vote
 from echolab.training.callbacks.checkpoints import Checkpoints
-from echolab.training.callbacks.replicas import REMEDY, odd, odd_rank
+from echolab.training.callbacks.replicas import REMEDY, describe_outliers, outlier_rank
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.checkpoint import Checkpoint
 from echolab.training.checkpoints.retention import set_aside
@@ -28,13 +28,13 @@ from echolab.training.guards.events import Event
 from echolab.training.guards.spikes import Spike, SpikeConfig, SpikeDetector
 from echolab.training.schedule import Schedule, Skip, group_of
 
-SOURCE = "guard"  # written by this callback, not by `echolab rollback`
+SOURCE = "guard"  # marks events of this callback, as opposed to `echolab rollback`
 
 
 def remedy(spike: Spike) -> str:
-    """Return what a user does about a value that is not finite.
+    """Return the remedy to print for a value that is not finite.
 
-    The weights may have been damaged by the steps before, and so may the newest checkpoint.
+    Earlier steps, and so the newest checkpoint, may already have damaged weights.
     """
     return (
         "lower the learning rate, from an earlier checkpoint by `echolab rollback RUN to=STEP` if "
@@ -44,7 +44,7 @@ def remedy(spike: Spike) -> str:
 
 
 class ActionKind(Enum):
-    """The kind of a decision."""
+    """The kind of an action."""
 
     NONE = "none"
     RECORD = "record"
@@ -52,12 +52,12 @@ class ActionKind(Enum):
 
 
 class Action(NamedTuple):
-    """A decision."""
+    """What to do about a step."""
 
     kind: ActionKind
     event: str = ""  # the kind of event to write: spike, reproducible, recompute, rollback
-    to_step: int = 0  # GO_BACK: the newest checkpoint of at most so many steps done
-    skip: Skip | None = None  # GO_BACK: batches to skip, none of them trained on before
+    to_step: int = 0  # GO_BACK: return to the newest checkpoint up to this step
+    skip: Skip | None = None  # GO_BACK: batches to skip
 
 
 NOTHING = Action(ActionKind.NONE)
@@ -66,29 +66,29 @@ NOTHING = Action(ActionKind.NONE)
 def decide(
     spike: Spike | None, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
 ) -> Action:
-    """Decide what to do about a step; a function of its arguments, so that all ranks do the same.
+    """Decide what to do about a step; a pure function, so that all ranks decide the same.
 
-    `history` is the events of the run so far; they survive a rollback.  Raise DivergedError if
-    no policy can recover: values that are not finite, and no policy that goes back, or one that
-    went back in vain.
+    `history` contains the events of the run so far, including those before rollbacks.  Raise
+    DivergedError for a value that is not finite if the policy does not roll back, or if rolling
+    back did not help.
     """
     if spike is None:
         return NOTHING
     if guards.policy == "rollback":
-        return _rollback(spike, guards, history, schedule)
+        return _decide_rollback(spike, guards, history, schedule)
     if guards.policy == "recompute":
-        # The same step was recomputed before: then the spike is reproducible.
-        again = any(e.kind == "recompute" and e.step == spike.step for e in history)
-        if not again and _went_back(history) < guards.max_rollbacks:
+        # A spike at a step that was already recomputed is reproducible.
+        recurs = any(e.kind == "recompute" and e.step == spike.step for e in history)
+        if not recurs and _rollback_count(history) < guards.max_rollbacks:
             return Action(ActionKind.GO_BACK, "recompute", to_step=spike.step)
         if not spike.finite:
             why = (
-                "twice from the same state" if again else f"after {guards.max_rollbacks} rollbacks"
+                "twice from the same state" if recurs else f"after {guards.max_rollbacks} rollbacks"
             )
             raise DivergedError(
                 f"{spike.reason}, {why} (loss_spike.max_rollbacks); {remedy(spike)}"
             )
-        return Action(ActionKind.RECORD, "reproducible" if again else "spike")
+        return Action(ActionKind.RECORD, "reproducible" if recurs else "spike")
     if not spike.finite:
         raise DivergedError(
             f"{spike.reason}; {remedy(spike)}; loss_spike.policy=recompute or rollback goes "
@@ -98,18 +98,18 @@ def decide(
     return Action(ActionKind.RECORD, "spike")
 
 
-def _went_back(history: Sequence[Event]) -> int:
-    """Return how often the guards of this run went back, for any reason."""
+def _rollback_count(history: Sequence[Event]) -> int:
+    """Count the rollbacks and recomputations that this callback made in the run."""
     return sum(
         e.kind in ("recompute", "rollback") and e.details.get("by") == SOURCE for e in history
     )
 
 
-def _rollback(
+def _decide_rollback(
     spike: Spike, guards: SpikeConfig, history: Sequence[Event], schedule: Schedule
 ) -> Action:
-    # The budget of rollbacks is for the run, not for the attempt.
-    done = _went_back(history)
+    # The limit on rollbacks applies to the run, not to one attempt.
+    done = _rollback_count(history)
     if done >= guards.max_rollbacks:
         raise DivergedError(
             f"{spike.reason}, and the run was rolled back {done} times already "
@@ -117,7 +117,7 @@ def _rollback(
         )
     skip = None
     if guards.skip_batches:
-        # Half of the skipped batches lie before the spike: its cause may be older than it.
+        # Skip half of the batches before the spike: an earlier batch may have caused it.
         batch = schedule.place(spike.step).batch
         first = max(0, batch - guards.skip_batches // 2)
         skip = Skip(group_of(spike.kind), first, guards.skip_batches)
@@ -126,7 +126,10 @@ def _rollback(
 
 
 def without_checkpoint(spike: Spike) -> Action:
-    """Decide if no checkpoint is there to go back to; raise DivergedError if not finite."""
+    """Return the action if no checkpoint before the spike exists.
+
+    Raise DivergedError for a value that is not finite.
+    """
     if not spike.finite:
         raise DivergedError(
             f"{spike.reason}, and there is no checkpoint before it to go back to; lower the "
@@ -136,22 +139,22 @@ def without_checkpoint(spike: Spike) -> Action:
 
 
 def clipped(skip: Skip, schedule: Schedule, step: int) -> Skip:
-    """Return as many batches, but none that were trained on before `step`."""
+    """Move the skipped range, at equal length, past the batches trained on before `step`."""
     return skip._replace(first=max(skip.first, schedule.begun(skip.kind, step)))
 
 
 def event_details(spike: Spike, to: int | None = None, skip: Skip | None = None) -> dict[str, Any]:
-    """Return the details of a decision's event, besides step and kind."""
+    """Return the details of an action's event, without step and kind."""
     return {**spike.details(), "by": SOURCE, "to": to, "skip": list(skip) if skip else None}
 
 
-NORM_TOLERANCE = 1e-5  # share by which the ranks' norms of the same gradient may differ
+NORM_TOLERANCE = 1e-5  # relative difference allowed between the ranks' norms of one gradient
 
 
 class LossSpikes(Callback):
-    """Judges loss and gradient by those of the last steps, as `decide` says.
+    """Compares loss and gradient norm with the last steps and acts on spikes (`decide`).
 
-    Every rank is given the same numbers, so every rank decides the same.
+    All ranks get the same values, so they decide the same.
     """
 
     state_key = "spikes"
@@ -170,15 +173,15 @@ class LossSpikes(Callback):
             window=spike_config.window,
             min_history=spike_config.min_history,
         )
-        # Counts by which steps that DeepSpeed skipped are noticed.
-        self._steps = 0  # of this attempt, those that were undone included
-        self._skipped = 0  # of these, by DeepSpeed, before a rollback
+        # Step counts, to detect steps that DeepSpeed skipped.
+        self._steps = 0  # steps of this attempt, including undone steps
+        self._skipped = 0  # steps that DeepSpeed skipped and a rollback undid
 
     def after_step(self, state: RunState) -> None:
-        """Judge the step; set `state.rollback` if it is to be undone.
+        """Check the step; set `state.rollback` if it must be undone.
 
-        Raise DivergedError if no policy can save the run, EcholabError if the gradient was not
-        clipped or the engine skipped the step, ReplicaError if the norms of the ranks differ.
+        Raise DivergedError if the policy cannot recover the run, EcholabError if the gradient was
+        not clipped or the engine skipped the step, ReplicaError if the norms of the ranks differ.
         """
         self._steps += 1
         try:
@@ -192,7 +195,7 @@ class LossSpikes(Callback):
                 return
         if action.kind is ActionKind.RECORD and spike:
             self._record(state, spike, action.event)
-        # Lightning and DeepSpeed must count the steps as this loop does, or one was left out.
+        # If Lightning or DeepSpeed count fewer steps than this loop, they skipped a step.
         engine_report.check_counts(
             self.trainer,
             steps=self._steps,
@@ -201,26 +204,26 @@ class LossSpikes(Callback):
         )
 
     def on_rollback(self, state: RunState) -> None:
-        """Accept the steps that DeepSpeed skipped, since they are undone."""
+        """Accept the steps that DeepSpeed skipped so far, since they are undone."""
         self._skipped = engine_report.skipped(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last losses and norms, by kind of epoch."""
+        """Return the last losses and gradient norms, by kind of epoch."""
         return self.detector.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from the losses and norms of a checkpoint."""
+        """Restore the last losses and gradient norms from a checkpoint."""
         self.detector.load_state_dict(saved)
 
     def _judge(self, state: RunState) -> tuple[Action, Spike | None]:
-        vote, step = state.vote, state.step - 1  # of the ledger, which counts from 0
+        vote, step = state.vote, state.step - 1  # step index from 0, as in the ledger
         self._check_norms(vote, state.gradient_norm, step)
         loss = vote.loss / distributed.world() if not vote.not_finite else math.nan
         number, _, epoch, _ = state.schedule.locate(step)
         norm = vote.norm / distributed.world()
         spike = self.detector.observe(epoch.kind, loss, norm, step=step, epoch=number)
         finite = math.isfinite(state.loss) and math.isfinite(state.gradient_norm)
-        rank = _first_not_finite(finite) if vote.not_finite else None
+        rank = _first_nonfinite_rank(finite) if vote.not_finite else None
         try:
             events = state.events.events
             return decide(spike, self.config.loss_spike, events, state.schedule), spike
@@ -237,21 +240,22 @@ class LossSpikes(Callback):
             norms = distributed.gather_text(f"{norm:.9g}")
             raise ReplicaError(
                 f"step {step + 1}: the norm of the gradient is not the same on all ranks: "
-                f"{odd(norms)} ({', '.join(dict.fromkeys(norms))}); {REMEDY}",
-                rank=odd_rank(norms),
+                f"{describe_outliers(norms)} ({', '.join(dict.fromkeys(norms))}); {REMEDY}",
+                rank=outlier_rank(norms),
             )
 
     def _prepare_rollback(self, state: RunState, action: Action, spike: Spike) -> Checkpoint | None:
-        """Return the checkpoint to continue from, in order to repeat its steps or skip batches.
+        """Return the checkpoint to resume from, after recording the event and skipping batches.
 
-        Return None if there is none; collective.
+        Return None if there is no checkpoint before the spike; collective.
         """
         folder = self.checkpoints.folder
-        # Nothing may be removed any more, or the checkpoint to continue from might be.
+        # Wait for pending removals, which could remove the checkpoint to resume from.
         self.checkpoints.publish(state)
         self.checkpoints.writer.close()
         checkpoint = checkpoints.newest(folder, action.to_step)
-        checkpoint = checkpoint or checkpoints.oldest(folder, spike.step)  # none is old enough
+        # If none is old enough, use the oldest checkpoint.
+        checkpoint = checkpoint or checkpoints.oldest(folder, spike.step)
         if checkpoint is None:
             self._record(state, spike, without_checkpoint(spike).event)
             return None
@@ -275,6 +279,6 @@ class LossSpikes(Callback):
         state.events.add(spike.step, event, **event_details(spike, to, skip))
 
 
-def _first_not_finite(finite: bool) -> int | None:
+def _first_nonfinite_rank(finite: bool) -> int | None:
     faults = distributed.gather_text("" if finite else "not")
     return next((rank for rank, fault in enumerate(faults) if fault), None)

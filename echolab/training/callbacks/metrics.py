@@ -1,7 +1,8 @@
-"""The metrics of a run: measured before the step is saved, logged after it.
+"""The metrics of a run: measured before a step is saved, logged after the save.
 
-Slow ranks are named with their host and section of the step.  Only sections without collectives are
-compared: in the others the fast ranks wait for the slow.
+Slow ranks are reported with their host and the section of the step in which they are slow.  Only
+sections without collectives are compared: in a section with a collective, fast ranks wait for slow
+ranks.
 """
 
 import socket
@@ -22,24 +23,24 @@ from echolab.training.module import Meter
 
 OWN_PACE = ("data_wait", "forward")  # sections in which no rank waits for another
 STEP = ("data_wait", "forward", "backward", "optimizer", "vote")
-SHARE = 0.05  # of the step: shorter sections are ignored
-LIMIT = 0.75  # of the score
-WINDOWS = 3  # in a row
+SHARE = 0.05  # sections that take a smaller share of the step are ignored
+LIMIT = 0.75  # a rank with a lower score is slow
+WINDOWS = 3  # consecutive slow windows that make a rank a straggler
 
 
 class Straggler(NamedTuple):
-    """A rank that has been slow for some windows in a row."""
+    """A rank that was slow in WINDOWS consecutive windows."""
 
     rank: int
     host: str
     section: str
-    score: float  # seconds of the fastest rank / its own, in the last window
-    seconds: float  # its own, in the last window
-    best: float  # the fastest rank's
+    score: float  # seconds of the fastest rank / seconds of this rank, in the last window
+    seconds: float  # seconds of this rank in the last window
+    best: float  # seconds of the fastest rank in the last window
 
     @property
     def words(self) -> str:
-        """One line for people."""
+        """A one-line description."""
         return (
             f"rank {self.rank} on {self.host} is slow in {self.section}: {self.seconds:.3g} s, "
             f"the fastest rank {self.best:.3g} s (score {self.score:.2f})"
@@ -49,9 +50,10 @@ class Straggler(NamedTuple):
 def scores(
     windows: Sequence[Mapping[str, float]], sections: Sequence[str] = OWN_PACE
 ) -> list[dict[str, float]]:
-    """Return best / own in 0 to 1 for each rank and section, given its seconds by section.
+    """Return the score (fastest / own seconds, 0 to 1) of each rank by section.
 
-    A section counts for a rank that spends at least SHARE of its step in it.
+    `windows` has the seconds by section of each rank.  A rank has no score for a section that takes
+    less than SHARE of its step.
     """
     best = {name: min(window[name] for window in windows) for name in sections}
     return [
@@ -65,27 +67,27 @@ def scores(
 
 
 class Stragglers:
-    """Compares the ranks' seconds from one call of `look` to the next."""
+    """Compares the ranks' seconds in each section between two calls of `look`."""
 
     def __init__(self, hosts: Sequence[str], sections: Sequence[str] = OWN_PACE) -> None:
-        """Set the `hosts` by rank.
+        """Compare `sections`; `hosts` has the host name of each rank.
 
-        Leave out of `sections` those with collectives: `forward` has some under ZeRO 3 and if ranks
-        share a clip.
+        `sections` must not contain a section with collectives, such as `forward` under ZeRO 3 or
+        with sequence parallelism.
         """
         self.hosts, self.sections = list(hosts), tuple(sections)
         self._last = dict.fromkeys(STEP, 0.0)
-        self._low: dict[tuple[int, str], int] = {}  # windows in a row
+        self._slow_windows: dict[tuple[int, str], int] = {}  # consecutive, by rank and section
 
     def start(self, seconds: Mapping[str, float]) -> None:
-        """Begin a window; what came before, such as the first step, is left out."""
+        """Begin a window; earlier time, such as the first step, is ignored."""
         self._last = {name: seconds[name] for name in STEP}
 
     def look(self, seconds: Mapping[str, float]) -> tuple[dict[str, float], list[Straggler]]:
-        """Return values for the log, and ranks that have just been slow for WINDOWS windows.
+        """End the window; return values to log, and new stragglers.
 
-        `seconds` is `Heartbeat.seconds`.  Collective: one all-reduce of a few numbers for each
-        rank.
+        A straggler is returned once, when it has been slow for WINDOWS windows.  `seconds` is
+        `Heartbeat.seconds`.  Collective: one all-reduce of a few numbers for each rank.
         """
         own = [seconds[name] - self._last[name] for name in STEP]
         self.start(seconds)
@@ -102,30 +104,30 @@ class Stragglers:
     def judge(
         self, windows: Sequence[Mapping[str, float]]
     ) -> tuple[dict[str, float], list[Straggler]]:
-        """Return the same, given all ranks' seconds of one window."""
+        """Return values to log and new stragglers, given all ranks' seconds of one window."""
         stragglers, low = [], {}
         of_ranks = scores(windows, self.sections)
         for rank, own in enumerate(of_ranks):
             for section, score in own.items():
                 if score >= LIMIT:
                     continue
-                # Slow in several windows in a row, reported once.
-                low[rank, section] = self._low.get((rank, section), 0) + 1
+                # Report a rank once, when it has been slow in WINDOWS consecutive windows.
+                low[rank, section] = self._slow_windows.get((rank, section), 0) + 1
                 if low[rank, section] == WINDOWS:
                     spent = windows[rank][section]
                     best = score * spent
                     host = self.hosts[rank]
                     stragglers.append(Straggler(rank, host, section, score, spent, best))
-        self._low = low
+        self._slow_windows = low
         worst = min((score for own in of_ranks for score in own.values()), default=1.0)
         return {"perf/straggler_score": worst}, stragglers
 
 
-USEFUL = ("forward", "backward", "optimizer")  # sections
+USEFUL = ("forward", "backward", "optimizer")  # sections that count as goodput
 
 
 class MeasureMetrics(Callback):
-    """Averages over the steps since the last log: losses, rates, waiting time."""
+    """Measures losses, speed and waiting time, averaged over the steps since the last log."""
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class MeasureMetrics(Callback):
         heartbeat: Heartbeat,
         custom: Sequence[Callback] = (),
     ) -> None:
-        """Take the clock of `heartbeat`; `custom` are callbacks that may add values."""
+        """Use the section times of `heartbeat`; `custom` are callbacks that may add values."""
         self.intervals, self.data, self.heartbeat, self.custom = intervals, data, heartbeat, custom
         self._step, self._time, self._waited = 0, 0.0, 0.0
 
@@ -144,30 +146,30 @@ class MeasureMetrics(Callback):
         self._waited = self.heartbeat.seconds["data_wait"]
 
     def on_rollback(self, state: RunState) -> None:
-        """Drop the values of the steps that were undone, and start the clock."""
+        """Discard the values of the steps that were undone, and restart the clock."""
         state.module.meter = Meter()
         self.on_start(state)
 
     def after_step(self, state: RunState) -> None:
         """Put the values of a step that logs into `state.metrics`; collective."""
-        if not _logs(self.intervals, state):
+        if not _is_logged(self.intervals, state):
             return
-        # Means over the steps since the last log.
+        # Average over the steps since the last log.
         now, spent = time.monotonic(), self.heartbeat.seconds
         done, seconds = state.step - self._step, max(now - self._time, 1e-9)
         values = state.module.meter.flush()
         values["train/lr"] = state.schedule.lr(state.step - 1)
         values["perf/steps_per_second"] = done / seconds
-        # Waiting time is a mean over the ranks too.
+        # Average the waiting time over the ranks too.
         waited = spent["data_wait"] - self._waited
         values |= distributed.means({"perf/data_wait_seconds": (waited, done)})
         values["perf/goodput"] = goodput(spent)
-        # The state of the curriculum and of the data.
+        # Add the state of the curriculum and of the data.
         supervised = state.schedule.supervised_steps(state.step)
         for task, probability in self.data.curriculum.probabilities(supervised).items():
             values[f"tasks/probability/{task}"] = probability
         values |= self.data.progress(state.step)
-        # The user's own values last: theirs win.
+        # Add the values of the user's callbacks last, so that they take precedence.
         for callback in self.custom:
             values |= callback.metrics(state)
         state.metrics = values
@@ -175,7 +177,7 @@ class MeasureMetrics(Callback):
 
 
 class LogMetrics(Callback):
-    """Logs on rank 0.  A failure there is raised after the next step, once all ranks have saved."""
+    """Logs on rank 0.  A logging error is raised after the next step, once all ranks have saved."""
 
     def __init__(
         self, config: TrainConfig, intervals: Intervals, memory: HostMemory, heartbeat: Heartbeat
@@ -183,7 +185,7 @@ class LogMetrics(Callback):
         """Gather the hosts of all ranks; collective."""
         self.config, self.intervals = config, intervals
         self.memory, self.heartbeat = memory, heartbeat
-        # Sections with collectives inside say nothing about one rank's speed.
+        # Sections with collectives do not show the speed of a single rank.
         machine = config.machine
         waits = machine.strategy == "zero3" or machine.sequence_parallel > 1
         self.stragglers = Stragglers(
@@ -197,9 +199,9 @@ class LogMetrics(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Log `state.metrics`, the slowest rank and host memory; collective."""
-        if not _logs(self.intervals, state):
+        if not _is_logged(self.intervals, state):
             return
-        # Slow ranks become events of the run.
+        # Record stragglers as events of the run.
         values, slow = self.stragglers.look(self.heartbeat.seconds)
         for straggler in slow:
             details = {k: v for k, v in straggler._asdict().items() if k != "rank"}
@@ -223,14 +225,14 @@ class LogMetrics(Callback):
                 state.log_error = error
 
     def on_end(self, state: RunState) -> None:
-        """Raise on rank 0 what kept it from logging the end."""
+        """Raise on rank 0 the error of its last log, if any."""
         raise_log_error(state)
 
 
-def _logs(intervals: Intervals, state: RunState) -> bool:
+def _is_logged(intervals: Intervals, state: RunState) -> bool:
     return intervals.due(intervals.log_every, state.step) or state.ends
 
 
 def goodput(seconds: Mapping[str, Any]) -> float:
-    """Return the share of this attempt so far that was spent in steps."""
+    """Return the share of this attempt's time so far that was spent in training steps."""
     return sum(seconds[name] for name in USEFUL) / max(sum(seconds.values()), 1e-9)

@@ -1,4 +1,4 @@
-"""Preference epochs: the frozen reference network, and the running state of beta."""
+"""Preference epochs: the frozen reference network, and the running state of the objectives."""
 
 import copy
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from echolab.training.engine.master_weights import Masters
 class ReferenceModel(Callback):
     """Loads the averaged weights into the frozen reference at the start of a preference epoch.
 
-    They are those of the checkpoint saved there, so that a resumed run reads the same reference;
-    `config.ref_model` replaces them in all epochs.  The state of an objective is reset
-    with each epoch: a margin against an earlier reference says nothing.
+    The weights are read from the checkpoint saved at that step, so that a resumed run uses the same
+    reference; with `config.ref_model`, all epochs use that checkpoint instead.  The state of an
+    objective is reset in each epoch, since margins depend on the reference.
 
     With `config.ref_model_sync_steps` the trained weights are mixed into the reference within the
-    epoch, as by trl's SyncRefModelCallback.  Its weights are then part of every checkpoint.
+    epoch, as in trl's SyncRefModelCallback.  The reference is then part of every checkpoint.
     """
 
     state_key = "objectives"
@@ -50,16 +50,16 @@ class ReferenceModel(Callback):
             if hasattr(objective, "load_state_dict")
         }
         self._initial = copy.deepcopy(self.state_dict())
-        self._loaded: Path | None = None  # the checkpoint at which the epoch began
+        self._loaded: Path | None = None  # the checkpoint at the start of the current epoch
 
     def on_start(self, state: RunState) -> None:
-        """Save the checkpoint that a first epoch of preferences refers to."""
+        """Save the reference checkpoint if the run begins with a preference epoch."""
         if not state.resumed and state.schedule.needs_reference(0):
             self.checkpoints.save(state)
 
     def before_step(self, state: RunState) -> None:
-        """Load the reference of a preference epoch, unless it is in place; collective."""
-        # Only preference epochs have a reference, loaded once at their start.
+        """Load the reference of a preference epoch unless it is already loaded; collective."""
+        # Only preference epochs have a reference, which is loaded once at their start.
         position = state.schedule.locate(state.step)
         if position.epoch.kind == "sft":
             return
@@ -68,7 +68,7 @@ class ReferenceModel(Callback):
             return
         if self.reference is None:
             raise ConfigError("schedule: preference epochs need a reference; give ref_model=")
-        # Within an epoch a mixed reference is no checkpoint's average: `restore` has read it.
+        # Within an epoch a mixed reference equals no checkpoint's average; `restore` has read it.
         if self.mixes and position.within:
             self.reference.load(self._mixed())
         else:
@@ -77,15 +77,15 @@ class ReferenceModel(Callback):
             if self.mixes:
                 self.masters.fill(self.ema.flats[REFERENCE], weights)
         self.reference.to(state.module.device)
-        # A new epoch has a new reference: earlier margins say nothing about it.
+        # A new epoch has a new reference: reset the running margins.
         if position.within == 0:
             self.load_state_dict(self._initial)
         self._loaded = boundary
         self.replica_check.watch_reference()
 
     def after_step(self, state: RunState) -> None:
-        """Give the objective the mean margin of the step, over all ranks."""
-        # The mean over all ranks, so that beta stays the same on each.
+        """Pass the mean margin of the step to the objective; mix the reference if due."""
+        # Use the mean over all ranks, so that beta is equal on all of them.
         if state.vote.margin_share:
             mean = state.vote.margin / state.vote.margin_share
             self.stateful[state.kind].update(mean)
@@ -101,20 +101,20 @@ class ReferenceModel(Callback):
         self.replica_check.watch_reference()
 
     def _mixed(self) -> dict[str, Tensor]:
-        """Return a copy of the mixed reference by parameter name, in full; collective."""
+        """Return a copy of the mixed reference, as full tensors by parameter name; collective."""
         flats = self.ema.flats[REFERENCE]
         return {
             name: self.masters.full_tensor(name, flats).clone() for name in self.masters.parameters
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every objective that has one, by kind."""
+        """Return the state of every stateful objective, by kind of epoch."""
         return {kind: dict(objective.state_dict()) for kind, objective in self.stateful.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; the reference is read again.
+        """Restore the state from `state_dict()`, and load the reference again at the next step.
 
-        A run that was rolled back reaches the same boundary with other weights.
+        After a rollback, the run may reach the same epoch start with different weights.
         """
         self._loaded = None
         for kind, objective in self.stateful.items():

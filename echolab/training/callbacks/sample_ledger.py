@@ -1,4 +1,4 @@
-"""The sample ledger: which samples each optimizer step trained on, and under which noise."""
+"""The sample ledger: the samples and the noise that each optimizer step trained on."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from echolab.types import Draws
 
 
 def noise_hashes(draws: Draws) -> list[str]:
-    """Return 16 hexadecimal digits a clip, of its noise, noise level and uniforms.  [B]"""
+    """Return a hash (16 hex digits) of each clip's noise, noise level and uniforms.  [B]"""
     parts = [part.detach().cpu() for part in (draws.noise, draws.sigmas, draws.uniforms)]
     return [
         blake2b(b"".join(part[i].numpy().tobytes() for part in parts), digest_size=8).hexdigest()
@@ -33,7 +33,7 @@ def noise_hashes(draws: Draws) -> list[str]:
 
 
 def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
-    """Return the datasets as the audit will open them: a local folder by its absolute path."""
+    """Return the datasets as the audit opens them: local folders by absolute path."""
     return [
         {**dataset, "folder": str(Path(dataset["folder"]).resolve())}
         if Path(dataset["folder"]).is_dir()
@@ -43,25 +43,25 @@ def datasets_of(plan: BatchSampler) -> list[dict[str, object]]:
 
 
 def left_out(train_data: TrainData, skips: Iterable[Skip]) -> Iterator[SkippedBatch]:
-    """Yield the samples of the batches of `skips`, each batch once."""
-    # A dict, so that overlapping skips yield a batch once, in order.
+    """Yield the samples of the batches in `skips`, each batch once."""
+    # A dict removes duplicates of overlapping skips and keeps the order.
     batches = {(s.kind, b): None for s in skips for b in range(s.first, s.stop)}
     for kind, batch in batches:
-        stock = train_data.clips if kind == "sft" else train_data.pairs
-        if stock is None:
+        mixture = train_data.clips if kind == "sft" else train_data.pairs
+        if mixture is None:
             continue
-        drawn = [one for one in stock.sampler.batch(batch) if one.loss_weight]
+        samples = [item for item in mixture.sampler.batch(batch) if item.loss_weight]
         yield SkippedBatch(
             kind,
             batch,
-            sources=[one.source for one in drawn],
-            epochs=[one.epoch for one in drawn],
-            keys=[stock.datasets[one.source].keys[one.sample] for one in drawn],
+            sources=[item.source for item in samples],
+            epochs=[item.epoch for item in samples],
+            keys=[mixture.datasets[item.source].keys[item.sample] for item in samples],
         )
 
 
 class SampleLedger(Callback):
-    """Gathers the micro-batches of a step, and writes them once the optimizer has used them."""
+    """Collects the micro-batches of a step and writes them after the optimizer step."""
 
     def __init__(self, run_dir: Path, data: ShardDataModule) -> None:
         self.folder, self.data = run_dir / LEDGER, data
@@ -69,9 +69,9 @@ class SampleLedger(Callback):
         self._writer: LedgerWriter | None = None
 
     def on_start(self, state: RunState) -> None:
-        """Begin an attempt of the ledger; collective."""
+        """Begin a new attempt in the ledger; collective."""
         train_data = self.data.train_data
-        # Rank 0 numbers the attempts, since it alone lists the folder.
+        # Rank 0 lists the folder and chooses the number of the attempt.
         number = next_attempt(self.folder) if distributed.rank() == 0 else 0
         attempt = Attempt(
             attempt=distributed.from_first(number),
@@ -80,11 +80,11 @@ class SampleLedger(Callback):
             clips=datasets_of(train_data.clips.sampler),
             pairs=datasets_of(train_data.pairs.sampler) if train_data.pairs else [],
         )
-        # Of the ranks that share their clips, one writes.
+        # Only one of the ranks that share a clip writes.
         writer = self.data.writer
         self._items = []
         self._writer = None if writer is None else LedgerWriter(self.folder, attempt, writer)
-        # Batches that a rollback skips are listed once, by rank 0.
+        # Rank 0 lists the batches that rollbacks skip, each once.
         if distributed.rank() == 0:
             known = {(batch.kind, batch.batch) for batch in read_skipped(self.folder)}
             skipped = left_out(train_data, state.schedule.skipped)
@@ -92,17 +92,17 @@ class SampleLedger(Callback):
         state.module.on_draws = self.add
 
     def on_rollback(self, state: RunState) -> None:
-        """Begin another attempt: the audit knows by it that steps were undone."""
+        """Begin a new attempt, by which the audit detects that steps were undone."""
         self.on_start(state)
 
     def add(self, item: MicroBatch, draws: Draws) -> None:
-        """Add a micro-batch that was trained on, unless it only fills up a short batch."""
+        """Add a micro-batch that was trained on, unless it only pads a short batch."""
         if self._writer and item.loss_weight:
             self._items.append((item, noise_hashes(draws)))
 
     def after_step(self, state: RunState) -> None:
         """Write the samples of the step."""
-        # Taken even without a writer, so that nothing grows.
+        # Clear the items even without a writer, so that the list does not grow.
         items, self._items = self._items, []
         if self._writer:
             row = Row(
@@ -116,6 +116,6 @@ class SampleLedger(Callback):
             self._writer.write(row)
 
     def on_end(self, state: RunState) -> None:
-        """Write the rows that could not be written when their steps were done."""
+        """Write the rows that could not be written right after their steps."""
         if self._writer:
             self._writer.close()

@@ -1,16 +1,17 @@
-"""One all-reduce after each step, by which any rank can end or change what all ranks do.
+"""One all-reduce after each step, by which all ranks agree to continue, save, pause or stop.
 
-No other decision of a run depends on what one rank alone sees, so no rank ever waits in a
-collective that another does not enter.
+All decisions that depend on the state of a single rank are made here, so no rank waits in a
+collective that another rank does not enter.
 
-Control files steer a running training: whoever may write to the run folder creates them there.
+Control files change a running training; anyone with write access to the run folder can create them
+there:
 
 STOP   save and end; the same command resumes             SAVE   save at this step
-PAUSE  save and wait until the file is removed            PRUNE  end: a sweep needs no more of it
+PAUSE  save and wait until the file is removed            PRUNE  end: a sweep discards this run
 
-Rank 0 checks for them about once a second, and removes them once they were acted upon; PAUSE stays.
-A file that cannot be checked counts as absent.  A file that cannot be removed, such as a folder
-that is not empty, is acted upon once.
+Rank 0 checks for control files about once a second and removes them after acting on them, except
+PAUSE.  A file that cannot be checked counts as absent.  A file that cannot be removed, such as a
+non-empty folder, is acted on once.
 """
 
 import signal
@@ -34,42 +35,42 @@ from echolab.training.guards.host_memory import HostMemory
 from echolab.training.signals import StopSignals
 
 REQUESTS = ("STOP", "SAVE", "PAUSE", "PRUNE")
-POLL_SECONDS = 1.0  # between two checks: a shared file system answers slowly
+POLL_SECONDS = 1.0  # time between two checks: a shared file system responds slowly
 
 
 class ControlFiles:
     """The control files of one run folder."""
 
     def __init__(self, folder: Path, fenced: Callable[[], bool] | None = None) -> None:
-        """Watch `folder`; `fenced` returns whether another process has taken the run."""
+        """Watch `folder`; `fenced` returns whether another process has taken over the run."""
         self.folder, self._fenced = folder, fenced or (lambda: False)
         self._checked = float("-inf")
         self._pending: set[str] = set()
-        self._done: dict[str, float] = {}  # ctime of those that cannot be removed
+        self._handled: dict[str, float] = {}  # ctime of handled files that cannot be removed
 
     def pending(self) -> set[str]:
-        """Return the names of REQUESTS that are there, and FENCED if another has taken the run."""
+        """Return the REQUESTS whose files exist, and FENCED if another process took over."""
         if time.monotonic() - self._checked >= POLL_SECONDS:
             self._checked = time.monotonic()
-            made = {name: self._changed(name) for name in REQUESTS}
-            self._pending = {n for n, at in made.items() if at and self._done.get(n) != at}
+            made = {name: self._change_time(name) for name in REQUESTS}
+            self._pending = {n for n, at in made.items() if at and self._handled.get(n) != at}
             with suppress(OSError):  # the next check may succeed
                 self._pending |= {"FENCED"} if self._fenced() else set()
         return self._pending
 
-    def _changed(self, name: str) -> float:
-        """Return when a file was changed last, in seconds since 1970; 0 if there is none."""
+    def _change_time(self, name: str) -> float:
+        """Return the ctime of a file in seconds since 1970; 0 if it does not exist."""
         try:
             return (self.folder / name).lstat().st_ctime
         except OSError:
             return 0.0
 
     def clear(self, *names: str) -> None:
-        """Remove the files of these requests, on rank 0, after they were acted upon."""
+        """Remove the files of these requests on rank 0, after they were acted on."""
         if distributed.rank() > 0:
             return
         for name in names:
-            path, made = self.folder / name, self._changed(name)
+            path, made = self.folder / name, self._change_time(name)
             self._pending.discard(name)
             try:
                 if path.is_dir() and not path.is_symlink():
@@ -77,18 +78,18 @@ class ControlFiles:
                 else:
                     path.unlink(missing_ok=True)
             except OSError as error:
-                if self._done.get(name) != made:
+                if self._handled.get(name) != made:
                     words = f"was acted upon, but cannot be removed ({describe_error(error)})"
                     print(f"echolab: {path}: {words}; remove it", file=sys.stderr, flush=True)
-                self._done[name] = made
+                self._handled[name] = made
 
 
-PAUSE_SECONDS = 1.0  # between two checks whether PAUSE is still there
-MARGIN_SECONDS = 60.0  # before a job's end: for the step in progress, and for the exit
+PAUSE_SECONDS = 1.0  # time between two checks whether the file PAUSE still exists
+MARGIN_SECONDS = 60.0  # time reserved before the end of a job for a step and the exit
 
 
 class EvaluationInterrupted(Exception):
-    """Raised on every rank, amid a validation or an export check, by a vote to end the run."""
+    """Raised on every rank if a vote during validation or the export check ends the run."""
 
     def __init__(self, vote: Vote) -> None:
         super().__init__(vote.reason)
@@ -96,13 +97,13 @@ class EvaluationInterrupted(Exception):
 
 
 def sum_votes(own: Mapping[str, float | torch.Tensor]) -> Vote:
-    """Sum the votes of the ranks; collective.  Tensors are read from the device all at once."""
-    # One transfer for all values on the device: each would wait for the GPU.
+    """Sum the votes of the ranks; collective."""
+    # Read all values from the device in one transfer, since each transfer waits for the GPU.
     on_device = [name for name, value in own.items() if isinstance(value, torch.Tensor)]
     votes = {name: float(value) for name, value in own.items() if name not in on_device}
     if on_device:
         scalars = [torch.as_tensor(own[name]).double().reshape(()) for name in on_device]
-        # Gradients of an offloaded optimizer are on the host, the loss is not.
+        # The gradients of an offloaded optimizer are on the host, the loss is on the GPU.
         device = max((scalar.device for scalar in scalars), key=lambda place: place.type != "cpu")
         values = torch.stack([scalar.to(device) for scalar in scalars])
         votes |= dict(zip(on_device, values.tolist(), strict=True))
@@ -110,7 +111,11 @@ def sum_votes(own: Mapping[str, float | torch.Tensor]) -> Vote:
 
 
 def step_vote(loss: torch.Tensor, norm: torch.Tensor, clipped: torch.Tensor) -> dict[str, Any]:
-    """Return this rank's vote on a step: its loss [], its gradient's norm [] before clipping."""
+    """Return this rank's measurements of a step as a vote, on the device.
+
+    The arguments are scalars []: the loss, the gradient norm before clipping, and the sum of
+    squares of the clipped gradient.
+    """
     return {
         "loss": loss,
         "norm": norm,
@@ -121,7 +126,7 @@ def step_vote(loss: torch.Tensor, norm: torch.Tensor, clipped: torch.Tensor) -> 
 
 
 def wait(requests: Callable[[], Mapping[str, float]]) -> Vote:
-    """Wait until no rank requests a pause any more, or something ends the run; collective."""
+    """Wait until no rank requests a pause, or a rank requests an end; collective."""
     while True:
         time.sleep(PAUSE_SECONDS)
         vote = sum_votes(requests())
@@ -130,7 +135,7 @@ def wait(requests: Callable[[], Mapping[str, float]]) -> Vote:
 
 
 class StepSync(Callback):
-    """Sums what the ranks measured and request, and decides whether the run ends."""
+    """Sums the measurements and requests of all ranks, and decides whether the run ends."""
 
     def __init__(
         self,
@@ -149,27 +154,27 @@ class StepSync(Callback):
         self.heartbeat, self.checkpoints, self.clipped = heartbeat, checkpoints, clipped
 
     def after_step(self, state: RunState) -> None:
-        """Vote; raise FencedError on every rank if another process has taken the run."""
-        # The measurements of this rank, which stay on the device until they are summed.
+        """Vote; raise FencedError on every rank if another process has taken over the run."""
+        # The measurements of this rank remain on the device until they are summed.
         module = state.module
         loss, norm = module.take_loss() / self.accumulation, module.take_norm()
         own = step_vote(loss, norm, self.clipped.take()) | module.take_margin()
-        # One all-reduce for everything that any rank measured or requests.
+        # Sum all measurements and requests in one all-reduce.
         written = {"written": float(self.checkpoints.writer.written())}
         state.vote = sum_votes(own | self.requests(state) | written)
         state.loss, state.gradient_norm = float(loss), float(norm)
         if state.vote.fenced:
             raise self.config.taken()
-        # From here on all ranks know the same.
+        # The summed vote is equal on all ranks, so they all decide the same.
         last = state.step in (state.schedule.steps, self.config.stop_after_step)
         state.ends = last or bool(state.vote.reason)
 
     def requests(self, state: RunState) -> dict[str, float]:
-        """Return this rank's vote on whether to end, save or wait.
+        """Return this rank's requests to end, save or pause.
 
-        The clock and the control files are those of rank 0 alone.
+        Only rank 0 checks the clock and the control files.
         """
-        # Requests of every rank: each has its own signals and host memory.
+        # Each rank checks its own signals and host memory.
         needed = self.checkpoints.seconds_needed
         requests = {
             "late": float(needed > self.signals.seconds_left),
@@ -179,7 +184,7 @@ class StepSync(Callback):
         }
         if self.signals.received:
             requests[signal.Signals(self.signals.received).name.lower()] = 1.0
-        # Requests of rank 0 alone: its clock and the control files.
+        # Rank 0 alone checks the time limit and the control files.
         if distributed.rank() == 0:
             requests["time"] = float(
                 time.time() + needed + MARGIN_SECONDS > self.config.job_end_time
@@ -188,12 +193,12 @@ class StepSync(Callback):
         return requests
 
     def poll(self, state: RunState) -> None:
-        """Raise EvaluationInterrupted on every rank if one requests an end; between batches.
+        """Raise EvaluationInterrupted on every rank if any rank requests an end; collective.
 
-        Memory can wait for the next step: with a run that ends for it, the last check would never
-        finish.
+        Call between batches.  The memory limit is ignored here: if it interrupted the check at the
+        end of a run, every restart would be interrupted again.
         """
-        # As after a step, but nothing was measured.
+        # Vote as after a step, but without measurements.
         vote = sum_votes(self.requests(state) | {"memory": 0.0})
         if vote.fenced or vote.reason:
             raise EvaluationInterrupted(vote)
@@ -202,9 +207,9 @@ class StepSync(Callback):
     def accept_interruption(
         self, state: RunState, interruption: EvaluationInterrupted, what: str, result: str
     ) -> None:
-        """End the run by the vote that interrupted `what`; print what that means for `result`.
+        """End the run after an interruption; print that `what` was interrupted, and the `result`.
 
-        Raise FencedError on every rank if another process has taken the run.
+        Raise FencedError on every rank if another process has taken over the run.
         """
         state.vote, state.ends = interruption.vote, True
         if state.vote.fenced:
@@ -223,14 +228,14 @@ class StepSync(Callback):
 
 
 class Pause(Callback):
-    """Waits while the file PAUSE is there, after everything else of the step."""
+    """Waits while the file PAUSE exists, after all other work of the step."""
 
     def __init__(self, sync: StepSync) -> None:
         self.sync = sync
 
     def after_step(self, state: RunState) -> None:
-        """Wait if that is requested; remove the file SAVE, whose checkpoint was begun."""
-        # All ranks wait together: the sum of their votes ends the pause.
+        """Wait if a pause is requested; remove the file SAVE, since the save has begun."""
+        # All ranks wait together, until their summed votes end the pause.
         if state.vote.pause and not state.ends:
             self.sync.heartbeat.enter("pause")
             state.vote = wait(lambda: self.sync.requests(state))

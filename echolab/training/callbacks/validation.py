@@ -1,11 +1,11 @@
-"""Validation: the error on clips that are never trained on, always at the same noise and levels.
+"""Validation: the error on held-out clips, always with the same noise and noise levels.
 
-It leaves no trace: weights, moments, averages, random states and modes are restored bit for bit, so
-that a run with validation trains as one without.
+Validation does not affect training: weights, moments, averages, random states and modes are
+restored bit-exactly.
 
-The errors go into a table with one entry for each clip, task and level, and one all-reduce adds the
-tables of the ranks: each clip counts once for any number of ranks, and the means are taken in the
-same order everywhere.
+The errors form a table with one entry for each clip, task and noise level; one all-reduce sums the
+tables of the ranks.  Each clip counts once for any number of ranks, and all ranks compute the means
+in the same order.
 """
 
 import random
@@ -37,21 +37,21 @@ from echolab.training.engine.master_weights import Masters
 from echolab.training.intervals import Intervals
 from echolab.types import Batch, Conditions, Draws
 
-Poll = Callable[[], None]  # called on all ranks between batches; what it raises ends the work
+Poll = Callable[[], None]  # called on all ranks between batches; may raise to interrupt the work
 FILLS_UP = -1
 AVERAGED, RAW = "val", "val_raw"
 
 
 class Share(NamedTuple):
-    """What one rank evaluates; all ranks have equally many batches of the same sizes."""
+    """The batches that one rank evaluates; number and sizes are equal on all ranks."""
 
     tasks: tuple[str, ...]
-    clips: int  # of all ranks
-    batches: list[tuple[Batch, list[int]]]  # rows of the table; FILLS_UP: no row
+    clips: int  # number of clips, over all ranks
+    batches: list[tuple[Batch, list[int]]]  # batch and its table rows; FILLS_UP marks padding
 
 
 def places_of(clips: int, row: int, rows: int) -> list[int]:
-    """Return the clips of row `row` of `rows`: equally many for each, filled up with FILLS_UP."""
+    """Return the clip indices of row `row` of `rows`, padded with FILLS_UP to equal length."""
     each = -(-clips // rows)
     return [place if place < clips else FILLS_UP for place in range(row * each, (row + 1) * each)]
 
@@ -59,12 +59,12 @@ def places_of(clips: int, row: int, rows: int) -> list[int]:
 def read_share(
     val_data: ValData, row: int = 0, rows: int = 1, reader: TolerantReader | None = None
 ) -> Share:
-    """Read row `row` of the held-out clips, every clip posed as every task, on the CPU.
+    """Read row `row` of the held-out clips, each clip once for every task, on the CPU.
 
-    Rows are ranks, or the groups of ranks that share a clip.  `reader` may skip bad clips.
-    Raise ConfigError if there is no clip.
+    A row is the share of one rank, or of a group of ranks that share clips.  `reader` may skip bad
+    clips.  Raise ConfigError if there is no clip.
     """
-    # As many clips as asked for, or all there are.
+    # Use the requested number of clips, or all if there are fewer.
     reader = reader or TolerantReader(val_data.clips)
     clips = min(val_data.num_clips, len(val_data.clips))
     if clips < 1:
@@ -86,29 +86,29 @@ def read_share(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a copy on `device`; the batch itself if it is there already."""
+    """Return the batch with its tensors on `device`."""
     conditions = Conditions(*(part.to(device) for part in batch.conditions))
     weight = batch.weight.to(device)
     return batch._replace(latents=batch.latents.to(device), conditions=conditions, weight=weight)
 
 
 def autocast_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of autocast with which `net` computes in `dtype`.
+    """Return the autocast dtype with which `net` computes in `dtype`.
 
-    It is fp32, which means none, if the parameters themselves are in `dtype`.
+    Return fp32, which means no autocast, if the parameters are already in a lower precision.
     """
-    # Weights in another dtype than fp32 need no autocast.
+    # Parameters in a lower precision need no autocast.
     in_fp32 = any(parameter.dtype == torch.float32 for parameter in net.parameters())
     return dtype if in_fp32 else torch.float32
 
 
 @contextmanager
 def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Set `net` to evaluate, without dropout; restore its modes and all random states afterwards.
+    """Set `net` to eval mode; restore the modes and all random states afterwards.
 
-    These are the states of torch on the CPU and on `device`, of numpy and of Python.
+    The random states are those of torch on the CPU and on `device`, of numpy and of Python.
     """
-    # Everything that validation changes is saved before and restored after it.
+    # Save all state that validation changes.
     modes = [(module, module.training) for module in net.modules()]
     python, ours = random.getstate(), np.random.get_state()
     gpus = [device] if device.type == "cuda" else []
@@ -127,8 +127,11 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
 def held_out_errors(
     net: nn.Module, batch: Batch, phases: Allocator, sigmas: Sequence[float], seed: int
 ) -> Tensor:
-    """Return errors [B, levels] in fp32, nothing dropped; the noise is of (seed, key) alone."""
-    # The same noise at every validation, so that errors differ by the weights alone.
+    """Return errors [B, levels] in fp32, without modality dropout.
+
+    The noise depends only on (seed, key).
+    """
+    # Every validation uses the same noise, so that errors differ only by the weights.
     shape, keys = tuple(batch.latents.shape[1:]), batch.keys
     noise = draw_noise(keys, shape, seed=seed, epoch=-1).noise.to(batch.latents.device)
     kept = noise.new_zeros(len(keys), 2)
@@ -139,7 +142,7 @@ def held_out_errors(
     return torch.stack(columns, 1)
 
 
-def _table(
+def _error_table(
     net: nn.Module,
     share: Share,
     phases: Allocator,
@@ -150,8 +153,8 @@ def _table(
     dtype: torch.dtype,
     poll: Poll,
 ) -> Tensor:
-    """Return [tasks x clips, levels] in fp64 on the CPU, zero for the clips of other ranks."""
-    # Zero for clips of other ranks, so that a sum over ranks is the full table.
+    """Return errors [tasks x clips, levels] in fp64 on the CPU; zero for clips of other ranks."""
+    # With zeros for clips of other ranks, the sum over ranks is the full table.
     table = torch.zeros(len(share.tasks) * share.clips, len(sigmas), dtype=torch.float64)
     cast = autocast_dtype(net, dtype)
     for batch, places in share.batches:
@@ -166,8 +169,8 @@ def _table(
 def means_of(
     table: Tensor, tasks: Sequence[str], sigmas: Sequence[float], prefix: str
 ) -> dict[str, float]:
-    """Return `loss`, `error/<task>` and `error/sigma_<level>` of a table, below `prefix`."""
-    # Means in the order of the table, the same for any number of ranks.
+    """Return the means `PREFIX/loss`, `PREFIX/error/TASK` and `PREFIX/error/sigma_LEVEL`."""
+    # The order of the table, and so of each sum, does not depend on the number of ranks.
     by_task = table.reshape(len(tasks), -1, len(sigmas))
     means = {f"{prefix}/loss": float(table.mean())}
     for task, part in zip(tasks, by_task, strict=True):
@@ -191,19 +194,19 @@ def validate(
     counts: bool = True,
     poll: Poll = lambda: None,
 ) -> Mapping[str, float]:
-    """Return held-out errors of the averaged weights (`val/...`) and of the raw (`val_raw/...`).
+    """Return held-out errors of the averaged (`val/...`) and the raw weights (`val_raw/...`).
 
-    Collective: every rank calls it with its share and gets the same values.  The network computes
-    in `dtype`, as in training.  `counts` is false on ranks whose clips another rank counts.  `poll`
-    is called before each batch, of which all ranks have equally many.
+    Collective: every rank passes its share and gets the same values.  The network computes in
+    `dtype`, as in training.  `counts` is false on ranks whose clips another rank counts.  `poll` is
+    called before each batch; all ranks have the same number of batches.
     """
-    # First the averaged weights, then the trained ones, on the same clips.
+    # Evaluate the averaged weights, then the raw weights, on the same clips.
     shared: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype, "poll": poll}
     with unchanged(net, device):
         with ema.applied(masters):
-            averaged = _table(net, share, phases, sigmas, **shared)
-        raw = _table(net, share, phases, sigmas, **shared)
-    # One all-reduce for both tables.
+            averaged = _error_table(net, share, phases, sigmas, **shared)
+        raw = _error_table(net, share, phases, sigmas, **shared)
+    # Sum both tables in one all-reduce.
     both = torch.stack([averaged, raw])
     if not counts:
         both = torch.zeros_like(both)
@@ -214,12 +217,12 @@ def validate(
 
 
 def compute_dtype(machine: Machine) -> torch.dtype:
-    """Return the dtype in which the network computes while it trains."""
+    """Return the dtype in which the network computes in training."""
     return torch.float32 if machine.precision == "32-true" else torch.bfloat16
 
 
 class Validation(Callback):
-    """Logs the held-out errors at intervals and at the end."""
+    """Logs the held-out errors at intervals and at the end of the run."""
 
     def __init__(
         self,
@@ -233,7 +236,7 @@ class Validation(Callback):
         sync: StepSync,
         log: LogMetrics,
     ) -> None:
-        """Read this rank's held-out clips, so that bad ones are known before the first step."""
+        """Read this rank's held-out clips, so that bad clips are detected before the first step."""
         self.config, self.intervals, self.data = config, intervals, data
         self.masters, self.ema = masters, ema
         self.checkpoints, self.sync, self.log = checkpoints, sync, log
@@ -245,22 +248,22 @@ class Validation(Callback):
             self._share = read_share(val_data, row, rows, config.reader_of(val_data.clips))
 
     def after_step(self, state: RunState) -> None:
-        """Validate if it is time, unless the run was requested to end."""
-        # The last step is validated too, unless the run was asked to end.
+        """Validate if due, unless a rank requested the end of the run."""
+        # The last step of a run is validated too.
         last = state.ends and self.intervals.val_every > 0
         due = self.intervals.due(self.intervals.val_every, state.step) or last
         if not due or state.vote.reason:
             return
         self.run(state)
-        # An interrupted validation ends the run, which is saved as any other that ends.
+        # An interrupted validation ends the run: save the last steps.
         if state.vote.reason:
             self.checkpoints.save_if_due(state)
 
     def run(self, state: RunState) -> None:
-        """Log the held-out errors; if a rank requests an end, put that vote into `state`."""
+        """Log the held-out errors; if a rank requests an end, store that vote in `state`."""
         if self._share is None:
             return
-        self.checkpoints.publish(state)  # a validation can take long, and leave no time for it
+        self.checkpoints.publish(state)  # a long validation could leave no time to publish later
         self.sync.heartbeat.enter("eval")
         try:
             errors = self._errors(state, self._share)

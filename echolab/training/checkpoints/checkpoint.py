@@ -52,7 +52,7 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = {}
         for path in files:
-            opened = _opened(path)
+            opened = _open_file(path)
             for name in opened.keys():
                 self._files[name] = opened
 
@@ -67,7 +67,7 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _opened(path: Path) -> Any:
+def _open_file(path: Path) -> Any:
     """Map a safetensors file into memory; raise StorageError where the file system fails."""
     try:
         return retry(lambda: safe_open(path, "pt"))
@@ -349,7 +349,7 @@ def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
 
 def open_on_all_ranks(path: Path) -> Checkpoint:
     """Open the checkpoint at `path` on all ranks; rank 0 verifies it."""
-    checkpoint = _open_same(path.parent, lambda: open_checkpoint(path))
+    checkpoint = _open_collectively(path.parent, lambda: open_checkpoint(path))
     assert checkpoint
     return checkpoint
 
@@ -364,7 +364,7 @@ def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
             print(f"echolab: skipped: {line}", file=sys.stderr)
         return checkpoint
 
-    return _open_same(folder, find)
+    return _open_collectively(folder, find)
 
 
 def oldest(folder: Path, at_most: int) -> Checkpoint | None:
@@ -375,10 +375,10 @@ def oldest(folder: Path, at_most: int) -> Checkpoint | None:
         tried = (latest_valid(folder, step)[0] for step in steps)
         return next((checkpoint for checkpoint in tried if checkpoint), None)
 
-    return _open_same(folder, find)
+    return _open_collectively(folder, find)
 
 
-def _open_same(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+def _open_collectively(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Open on all ranks what `find` returns on rank 0; others may see its folder later."""
     checkpoint: Checkpoint | None = None
     fault, broken, message = "", "", "[]"

@@ -50,12 +50,12 @@ def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[s
     for key in sorted(one.keys() | other.keys()):
         values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
         # An entry that only one side has is a difference too.
-        if len(values) < 2 or not _same(values["a"], values["b"]):
+        if len(values) < 2 or not _is_equal(values["a"], values["b"]):
             differences.append({"key": key, **values})
     return differences
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     return repr(a) == repr(b)  # 1 is not 1.0, and nan is nan
 
 
@@ -71,11 +71,11 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifferenc
             if name not in one or name not in other:
                 where = "a" if name in one else "b"
                 yield TensorDifference(part, name, f"only in {where}")
-            elif difference := _compared(part, name, one[name], other[name]):
+            elif difference := _compare_tensors(part, name, one[name], other[name]):
                 yield difference
 
 
-def _compared(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
+def _compare_tensors(part: str, name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         # Values of different shapes cannot be compared.
         forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]

@@ -104,7 +104,7 @@ def _content_fault(path: Path, name: str, expected: Mapping[str, Any]) -> str:
     return f"{path / name}: its sha256 is {actual[:12]}..., the manifest says another; {REMEDY}"
 
 
-def _fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) -> str:
+def _file_fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) -> str:
     def fault() -> str:
         return (
             _size_fault(path, name, expected)
@@ -123,7 +123,7 @@ def _fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) -> st
 def shallow_faults(path: Path, manifest: Manifest) -> list[str]:
     """Return a line for each missing file, wrong size, or changed state.json."""
     files: dict[str, Any] = manifest["files"]
-    wrong = [_fault(path, name, expected, name == STATE) for name, expected in files.items()]
+    wrong = [_file_fault(path, name, expected, name == STATE) for name, expected in files.items()]
     return [fault for fault in wrong if fault]
 
 
@@ -133,5 +133,5 @@ def faults(path: Path, manifest: Manifest) -> list[str]:
     # Hashing releases the interpreter lock: several files at once.
     readers = min(len(files), os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(readers, thread_name_prefix="verify") as pool:
-        wrong = pool.map(lambda name: _fault(path, name, files[name], True), files)
+        wrong = pool.map(lambda name: _file_fault(path, name, files[name], True), files)
         return [fault for fault in wrong if fault]

@@ -126,7 +126,7 @@ def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
     partial.rename(path)
 
 
-def _sources(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
+def _power_averages(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
     """Return every average that can contribute to one at the newest checkpoint's step."""
     folder = newest.path.parent / SNAPSHOTS
     earlier = [step for step in saved_steps(folder) if step < newest.step]
@@ -147,7 +147,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
     Raise CheckpointError if the run kept no power averages, or a snapshot is damaged.
     """
     wanted = Profile(exponent_of(sigma), newest.state["ema"]["updates"])
-    sources = _sources(newest)
+    sources = _power_averages(newest)
     if not sources:
         raise CheckpointError(
             f"{newest.path}: this run kept no averages to make another from; train with "
@@ -156,10 +156,12 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
     # The wanted profile as a sum of those that were kept.
     shares = coefficients([profile for _, _, profile in sources], wanted)
     opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
-    return {name: _sum(opened, shares, name) for name in opened[-1]}
+    return {name: _weighted_sum(opened, shares, name) for name in opened[-1]}
 
 
-def _sum(opened: Sequence[Mapping[str, Tensor]], shares: Sequence[float], name: str) -> Tensor:
+def _weighted_sum(
+    opened: Sequence[Mapping[str, Tensor]], shares: Sequence[float], name: str
+) -> Tensor:
     """Sum in double precision: large shares of opposite signs cancel most of each other."""
     total = torch.zeros(opened[-1][name].shape, dtype=torch.float64)
     for tensors, share in zip(opened, shares, strict=True):

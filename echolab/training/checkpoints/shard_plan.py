@@ -43,7 +43,7 @@ class File(NamedTuple):
         return len(content).to_bytes(8, "little") + content
 
 
-def _runs(shapes: Shapes, files: int) -> list[list[str]]:
+def _partition_names(shapes: Shapes, files: int) -> list[list[str]]:
     """Return the names in order, cut into at most `files` runs of about equal size."""
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
     # A name goes to the run in which the middle of its values lies.
@@ -69,7 +69,7 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
     while count > 1 and count * len(parts) % writers:
         count += 1  # so that each writes as much
     # The same cut for each part, so that files of equal index hold the same parameters.
-    runs = _runs(shapes, count)
+    runs = _partition_names(shapes, count)
     files: list[File] = []
     for part in parts:
         for number, names in enumerate(runs, 1):
@@ -100,14 +100,14 @@ def gather(masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor |
     if masters.sharded:
         # In windows, so that the buffer of the reduction stays small.
         for first in range(0, file.numel, WINDOW):
-            _reduce(masters, flats, file, into, first)
+            _reduce_window(masters, flats, file, into, first)
     elif into is not None:
         for name, start in file.starts.items():
             full_tensor = masters.full_tensor(name, flats).detach().reshape(-1)
             into[start : start + full_tensor.numel()].copy_(full_tensor, non_blocking=True)
 
 
-def _reduce(
+def _reduce_window(
     masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor | None, first: int
 ) -> None:
     """Collect the values first, first + 1, ... of a file: every rank adds its own to zeros."""

@@ -116,7 +116,7 @@ class CheckpointWriter:
         self._check = check
         # No two attempts write into one folder; a later one removes those of the earlier, so that
         # what is left of an attempt that was given up finds nothing to publish.
-        self._own = distributed.gather_text(secrets.token_hex(4))[0]
+        self._attempt_id = distributed.gather_text(secrets.token_hex(4))[0]
         self._retention = Retention(folder, keep, newest, check)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -124,9 +124,9 @@ class CheckpointWriter:
         self._path = folder
         self._receipts: dict[str, Receipt] = {}
         self._fault = Fault("", "")
-        self._spent = 0.0
+        self._save_seconds = 0.0
         masters.check_complete()
-        self._on_first(self._tidy)
+        self._run_on_rank_0(self._tidy)
 
     def _tidy(self) -> None:
         self._check()
@@ -148,9 +148,9 @@ class CheckpointWriter:
 
     def check_start(self) -> None:
         """Raise SaveError if two checkpoints would not fit; at the start; collective."""
-        self._on_first(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
+        self._run_on_rank_0(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
 
-    def _on_first(self, work: Callable[[], object]) -> None:
+    def _run_on_rank_0(self, work: Callable[[], object]) -> None:
         """Run `work` on rank 0, and raise its error on every rank."""
         fault = Fault("", "")
         if distributed.rank() == 0:
@@ -175,21 +175,21 @@ class CheckpointWriter:
         self._path = folder_of(self.folder, state["step"])
         self._receipts, self._fault = {}, Fault("", "")
         text = json.dumps(state, indent=1).encode()
-        self._on_first(lambda: self._make_room(len(text)))
+        self._run_on_rank_0(lambda: self._make_room(len(text)))
         self._make_buffers()
         for file in self.files:
             # Training waits for these copies, and for nothing else.
             gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
         if self._on_gpu:
             torch.cuda.synchronize()
-        self._spent = time.monotonic() - started
+        self._save_seconds = time.monotonic() - started
         # The buffers belong to the thread until `finish`.
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
 
     @property
     def _partial(self) -> Path:
-        return self.folder / f"{PARTIAL}{self._own}-{self._path.name}"
+        return self.folder / f"{PARTIAL}{self._attempt_id}-{self._path.name}"
 
     def _make_room(self, state_bytes: int) -> None:
         self._check()
@@ -229,7 +229,7 @@ class CheckpointWriter:
         except Exception as error:
             fault = fault_of(error)
             self._fault = fault._replace(words=f"rank {distributed.rank()}: {fault.words}")
-        self._spent += time.monotonic() - started
+        self._save_seconds += time.monotonic() - started
 
     def _write_tensors(self, file: File) -> Receipt:
         values = memoryview(self._buffers[file.name].numpy()).cast("B")  # type: ignore[arg-type]
@@ -247,7 +247,7 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         started = time.monotonic()
-        own = {"files": self._receipts, "fault": self._fault, "spent": self._spent}
+        own = {"files": self._receipts, "fault": self._fault, "spent": self._save_seconds}
         # All ranks learn of a fault of any, and rank 0 of all files.
         reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
         fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))

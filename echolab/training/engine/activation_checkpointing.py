@@ -52,7 +52,9 @@ def _is_kept(operator: Any, keep: tuple[str, ...]) -> bool:
     return any(part in str(operator) for part in keep)
 
 
-def _policy(keep: tuple[str, ...], _: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+def _checkpoint_policy(
+    keep: tuple[str, ...], _: Any, operator: Any, *args: Any, **kwargs: Any
+) -> Any:
     kept = _is_kept(operator, keep)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -65,7 +67,7 @@ class Recomputing(_CachedTorchDispatchMode):
     """
 
     def __init__(self, keep: tuple[str, ...], storage: Any) -> None:
-        super().__init__(partial(_policy, keep), storage, False)
+        super().__init__(partial(_checkpoint_policy, keep), storage, False)
         self.keep = keep
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,11 +78,11 @@ class Recomputing(_CachedTorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _checkpointed(keep: tuple[str, ...]) -> Callable[..., Tensor]:
+def _checkpointed_forward(keep: tuple[str, ...]) -> Callable[..., Tensor]:
     """Return a block's `forward`.  Plain functions: Dynamo does not look into a partial."""
 
     def contexts() -> Any:
-        keeping, cached = create_selective_checkpoint_contexts(partial(_policy, keep))
+        keeping, cached = create_selective_checkpoint_contexts(partial(_checkpoint_policy, keep))
         return keeping, Recomputing(keep, cached.storage)
 
     def kept(block: nn.Module, *given: Any) -> Any:
@@ -102,7 +104,7 @@ def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) 
     """
     for block in list(net.blocks)[::every]:  # type: ignore[arg-type]
         # A method of the block, so that a copy of it runs the copy.
-        block.forward = MethodType(_checkpointed(tuple(keep)), block)
+        block.forward = MethodType(_checkpointed_forward(tuple(keep)), block)
 
 
 def offload_activations(net: nn.Module) -> AbstractContextManager[Any]:

@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live, self.gradients, self.peak, self.peak_together = 0, 0, 0, 0
         self._storages: dict[int, weakref.ref[Any]] = {}
-        self._of_weights: set[int] = set()
+        self._gradient_keys: set[int] = set()
         self._known = [tensor.untyped_storage() for tensor in known]
         self._keys = {storage._cdata for storage in self._known}
 
@@ -73,23 +73,23 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                self._count_storage(leaf.untyped_storage())
         self.peak = max(self.peak, self.live)
         self.peak_together = max(self.peak_together, self.live + self.gradients)
         return result
 
-    def _see(self, storage: Any) -> None:
+    def _count_storage(self, storage: Any) -> None:
         key = storage._cdata
         if key not in self._keys and key not in self._storages:
             size = storage.nbytes()
             # The callback runs when the storage is freed.
-            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self._storages[key] = weakref.ref(storage, lambda _: self._release_storage(key, size))
             self.live += size
 
-    def _forget(self, key: int, size: int) -> None:
+    def _release_storage(self, key: int, size: int) -> None:
         del self._storages[key]
-        if key in self._of_weights:
-            self._of_weights.remove(key)
+        if key in self._gradient_keys:
+            self._gradient_keys.remove(key)
             self.gradients -= size
         else:
             self.live -= size
@@ -97,10 +97,10 @@ class LiveBytes(TorchDispatchMode):
     def count_gradient(self, tensor: Tensor) -> None:
         """Count a weight's gradient separately from the activations."""
         storage = tensor.untyped_storage()
-        self._see(storage)
+        self._count_storage(storage)
         # From activations to gradients, in which the engine counts it.
-        if storage._cdata not in self._of_weights:
-            self._of_weights.add(storage._cdata)
+        if storage._cdata not in self._gradient_keys:
+            self._gradient_keys.add(storage._cdata)
             self.live -= storage.nbytes()
             self.gradients += storage.nbytes()
 
@@ -115,29 +115,29 @@ class Offloaded(saved_tensors_hooks):
     def __init__(self, known: list[Tensor]) -> None:
         self.bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._recent: dict[int, Tensor] = {}  # by storage, in the order in which they were saved
+        self._stashed: dict[int, Tensor] = {}  # by storage, in the order in which they were saved
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
-        if key in self._known or key in self._recent or tensor.nbytes < SMALLEST_OFFLOADED:
+        if key in self._known or key in self._stashed or tensor.nbytes < SMALLEST_OFFLOADED:
             return tensor
         # The copies of the last tensors may not be done, so their originals still live.
-        self._recent[key] = tensor
-        while len(self._recent) > STASHED:
-            del self._recent[next(iter(self._recent))]
+        self._stashed[key] = tensor
+        while len(self._stashed) > STASHED:
+            del self._stashed[next(iter(self._stashed))]
         self.bytes += tensor.nbytes
         return tensor.shape, tensor.dtype, tensor.requires_grad
 
     def _unpack(self, saved: Any) -> Tensor:
-        self._recent.clear()
+        self._stashed.clear()
         if isinstance(saved, Tensor):
             return saved
         shape, dtype, _ = saved
         return torch.empty(shape, dtype=dtype)
 
 
-def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Keep what every fast kernel keeps: its inputs, its output and one number for each query."""
     # [B, S, N, d] -> [B, N, S, d], as torch takes them.
     q, k, v = (heads.to(values.dtype).transpose(1, 2) for heads in (queries, keys, values))
@@ -159,7 +159,7 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(values), torch.empty_like(weight)
 
 
-def _norm(weight: nn.Parameter, values: Tensor) -> Tensor:
+def _fused_rms_norm(weight: nn.Parameter, values: Tensor) -> Tensor:
     if torch.is_autocast_enabled("cpu"):  # CUDA's autocast computes norms in fp32
         values = values.float()
     normed: Tensor = _FusedNorm.apply(values, weight.type_as(values))
@@ -171,10 +171,10 @@ def like_gpu(net: nn.Module) -> None:
 
     Only the kernels of attention and RMS norm keep other tensors on a GPU than on a CPU.
     """
-    use_attention(net, _flash)
+    use_attention(net, _flash_attention)
     for module in net.modules():
         if isinstance(module, RMSNorm):
-            module.forward = partial(_norm, module.weight)  # type: ignore[method-assign]
+            module.forward = partial(_fused_rms_norm, module.weight)  # type: ignore[method-assign]
 
 
 def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
@@ -195,7 +195,7 @@ def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
 
 
 @contextmanager
-def _without_values() -> Iterator[None]:
+def _fake_tensors() -> Iterator[None]:
     """Make tensors within the context have a shape and a dtype, and no values."""
     rope_freqs.cache_clear()
     try:
@@ -233,7 +233,7 @@ def simulate(
     with torch.device("meta"):
         net = EchoTransformer(**architecture)
         prepare(net)
-    with _without_values():
+    with _fake_tensors():
         _allocate(net, weights)
         # Everything allocated before this is weights; everything after it is counted.
         kernels(net)
@@ -244,11 +244,11 @@ def simulate(
                         lambda p: counted.count_gradient(p.grad)
                     )
             offloaded = Offloaded([*net.parameters(), *net.buffers()]) if offload else None
-            step = _run(net, architecture, clip, counted, autocast, offloaded or nullcontext())
+            step = _run_step(net, architecture, clip, counted, autocast, offloaded or nullcontext())
             return step._replace(offloaded=offloaded.bytes if offloaded else 0)
 
 
-def _run(
+def _run_step(
     net: nn.Module,
     architecture: Mapping[str, Any],
     clip: Clip,

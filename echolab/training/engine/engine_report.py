@@ -64,12 +64,12 @@ class Plan(NamedTuple):
         return [f"{name:{width}}  {value}" for name, value in self._asdict().items()]
 
 
-def _types(tensors: Iterable[Tensor]) -> str:
+def _dtypes(tensors: Iterable[Tensor]) -> str:
     names = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
     return "+".join(sorted(names))
 
 
-def _strategy(trainer: pl.Trainer) -> str:
+def _strategy_name(trainer: pl.Trainer) -> str:
     """Name the strategy by the objects that do the work."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         zero: Any = trainer.optimizers[0]
@@ -79,30 +79,30 @@ def _strategy(trainer: pl.Trainer) -> str:
     return "ddp" if isinstance(trainer.strategy.model, DistributedDataParallel) else "single"
 
 
-def _compute(trainer: pl.Trainer, net: nn.Module) -> str:
+def _compute_dtype(trainer: pl.Trainer, net: nn.Module) -> str:
     """Return the dtype in which a matrix product of the network's parameters comes out."""
     parameter = next(net.parameters())
     # Computed, not read from a setting: autocast shows in the result alone.
     probe = torch.ones(1, 1, dtype=parameter.dtype, device=parameter.device)
     with trainer.precision_plugin.forward_context():
-        return _types([probe @ probe])
+        return _dtypes([probe @ probe])
 
 
-def _gradients(trainer: pl.Trainer, net: nn.Module) -> str:
+def _gradient_dtypes(trainer: pl.Trainer, net: nn.Module) -> str:
     zero: Any = trainer.optimizers[0]
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
-        return _types(p for p in net.parameters() if p.requires_grad)
+        return _dtypes(p for p in net.parameters() if p.requires_grad)
     kinds = {zero.gradient_accumulation_dtype, zero.communication_data_type}
     return "+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
 
-def _offload(trainer: pl.Trainer) -> str:
+def _offload_name(trainer: pl.Trainer) -> str:
     zero: Any = trainer.optimizers[0]
     held = getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)
     return "optimizer" if held else "none"
 
 
-def _together(net: nn.Module) -> tuple[int, str]:
+def _sequence_ranks(net: nn.Module) -> tuple[int, str]:
     """Return (ranks that share a clip, attention function) of the first block."""
     attend: Any = net.blocks[0].self_attn.attend  # type: ignore[index, union-attr]
     split = getattr(attend, "__self__", None)
@@ -117,13 +117,13 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     `average` is this rank's EMA.
     """
     # Everything below is read from live objects.
-    strategy = _strategy(trainer)
+    strategy = _strategy_name(trainer)
     zero = strategy.startswith("zero")
     wrapper: Any = trainer.optimizers[0]
     module: Any = trainer.lightning_module
     engine: Any = trainer.strategy.model
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    together, attention = _together(net)
+    together, attention = _sequence_ranks(net)
     # Read from the engine itself, not from the settings.
     blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
     accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
@@ -135,14 +135,14 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
         accumulation=accumulation,
         clip=float(wrapper.clip_grad if zero else module.optim.max_grad_norm * module.clip_here),
         optimizer=type(masters.optimizer).__name__,
-        batches=_types([trainer.precision_plugin.convert_input(torch.ones(1))]),
-        compute=_compute(trainer, net),
-        parameters=_types(net.parameters()),
-        masters=_types(masters.local),
-        moments=_types(tensor for part in MOMENTS for tensor in masters.flats(part)),
-        gradients=_gradients(trainer, net),
-        average=_types(average),
-        offload=_offload(trainer),
+        batches=_dtypes([trainer.precision_plugin.convert_input(torch.ones(1))]),
+        compute=_compute_dtype(trainer, net),
+        parameters=_dtypes(net.parameters()),
+        masters=_dtypes(masters.local),
+        moments=_dtypes(tensor for part in MOMENTS for tensor in masters.flats(part)),
+        gradients=_gradient_dtypes(trainer, net),
+        average=_dtypes(average),
+        offload=_offload_name(trainer),
         trained=sum(p.requires_grad for p in net.parameters()),
         frozen=sum(not p.requires_grad for p in net.parameters()),
         blocks=len(blocks),
@@ -252,9 +252,11 @@ class ClippedNorm:
         self.replicated = replicated
         self._squares: list[Tensor] = []
         # After, not before: Lightning computes the gradients inside of `step`.
-        self._hook = optimizer.register_step_post_hook(self._listen)
+        self._hook = optimizer.register_step_post_hook(self._record_gradients)
 
-    def _listen(self, optimizer: torch.optim.Optimizer, given: Any, keywords: Any) -> None:
+    def _record_gradients(
+        self, optimizer: torch.optim.Optimizer, given: Any, keywords: Any
+    ) -> None:
         gradients = [
             p.grad.float() for group in optimizer.param_groups for p in group["params"]
             if p.grad is not None
@@ -288,7 +290,7 @@ def check_clipped(squares: float, limit: float, step: int) -> float:
 # -- trained and frozen networks --------------------------------------------------
 
 
-def _storages(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
+def _names_by_storage(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
     return {p.untyped_storage().data_ptr(): name for name, p in parameters if p.numel()}
 
 
@@ -303,11 +305,11 @@ def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) 
     if not any(p.requires_grad for p in net.parameters()):
         raise ConfigError("the network has nothing to train: all its parameters are frozen")
     # By storage: a view of a trained parameter is shared too.
-    own = _storages(net.named_parameters())
+    own = _names_by_storage(net.named_parameters())
     for called, other in frozen:
         if other.net.training or any(p.requires_grad for p in other.net.parameters()):
             raise ConfigError(f"{called}: must be in eval mode and without gradients; freeze it")
-        shared = own.keys() & _storages(other.net.named_parameters()).keys()
+        shared = own.keys() & _names_by_storage(other.net.named_parameters()).keys()
         if shared:
             raise ConfigError(
                 f"{called}: shares {len(shared)} tensors with the trained network, "

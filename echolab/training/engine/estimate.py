@@ -49,11 +49,11 @@ def parameters_of(net: nn.Module) -> list[Parameter]:
     return [Parameter(p.numel(), p.ndim, p.requires_grad) for p in net.parameters()]
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
+def _optimizer_groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
     """Group as `DiffusionModule.configure_optimizers` does: matrices, and what is not decayed."""
     groups = [p for p in trained if p.dimensions >= 2], [p for p in trained if p.dimensions < 2]
     return [group for group in groups if group]
@@ -93,8 +93,8 @@ def _unsharded(trained: Sequence[Parameter], frozen: Sequence[Parameter]) -> Sta
 def _partitioned(
     trained: Sequence[Parameter], frozen: Sequence[Parameter], stage: int, world: int, size: int
 ) -> State:
-    groups = _groups(trained)
-    padded = sum(_up(sum(p.numel for p in group), 2 * world) for group in groups)
+    groups = _optimizer_groups(trained)
+    padded = sum(_round_up(sum(p.numel for p in group), 2 * world) for group in groups)
     own = padded // world
     return State(
         weights=size * (padded + sum(p.numel for p in frozen)),
@@ -109,13 +109,14 @@ def _sharded(
     trained: Sequence[Parameter], frozen: Sequence[Parameter], stage: int, world: int, size: int
 ) -> State:
     del stage
-    own = sum(_up(p.numel, world) // world for p in trained)
-    rest = sum(_up(p.numel, world) // world for p in frozen)
+    own = sum(_round_up(p.numel, world) // world for p in trained)
+    rest = sum(_round_up(p.numel, world) // world for p in frozen)
     kept = sum(p.numel for p in [*trained, *frozen] if p.numel <= PERSISTENT)
     return State(
         weights=size * (own + rest + kept),
         gradients=size * own,
-        optimizer=3 * FP32 * own + FP32 * len(_groups(trained)),  # masters also where all is fp32
+        optimizer=3 * FP32 * own
+        + FP32 * len(_optimizer_groups(trained)),  # masters also where all is fp32
         ema=FP32 * own,
         buffers=BUCKET * size,
     )

@@ -51,7 +51,7 @@ class Machine(NamedTuple):
         return "cuda" if self.accelerator in ("gpu", "cuda") else self.accelerator
 
 
-def _unknown(machine: Machine) -> str | None:
+def _unknown_choice(machine: Machine) -> str | None:
     # Settings with a fixed list of choices.
     known = {
         "strategy": STRATEGIES,
@@ -73,7 +73,7 @@ def conflict(machine: Machine) -> str | None:
     Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
     parallelism, offload, and any accumulation.
     """
-    if fault := _unknown(machine):
+    if fault := _unknown_choice(machine):
         return fault
     # Ranks: one process needs no strategy, several need one.
     world, together = machine.world, machine.sequence_parallel

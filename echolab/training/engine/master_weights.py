@@ -165,9 +165,9 @@ class Masters:
         """Let the network compute with the values of `flats`; collective if sharded."""
         # One parameter at a time, so that only one full tensor is in memory.
         for name, parameter in self.parameters.items():
-            self._set(parameter, self.full_tensor(name, flats))
+            self._set_parameter(parameter, self.full_tensor(name, flats))
 
-    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
+    def _set_parameter(self, parameter: Any, full_tensor: Tensor) -> None:
         parameter.data.copy_(full_tensor)
 
     def snapshot(self) -> list[Tensor]:
@@ -228,7 +228,7 @@ class ShardedMasters(Masters):
                     pieces.append(Piece(name, group, offset, start, count))
         return pieces
 
-    def _set(self, parameter: Any, full_tensor: Tensor) -> None:
+    def _set_parameter(self, parameter: Any, full_tensor: Tensor) -> None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

@@ -132,13 +132,13 @@ def share_on_node(
         return values()
     try:
         if placement.local_rank == 0:
-            return _lead(net, values, placement.local_world - 1, _address(subject))
-        return _follow(net, _address(subject))
+            return _serve_values(net, values, placement.local_world - 1, _socket_address(subject))
+        return _receive_values(net, _socket_address(subject))
     except OSError:
         return values()
 
 
-def _address(subject: str) -> bytes:
+def _socket_address(subject: str) -> bytes:
     """Return the name of an abstract Unix socket that only this launch uses."""
     keys = ("ECHOLAB_LAUNCH", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
     launch = [os.environ.get(key, "") for key in keys]
@@ -146,7 +146,9 @@ def _address(subject: str) -> bytes:
     return b"\0echolab-" + blake2b(text.encode(), digest_size=12).hexdigest().encode()
 
 
-def _lead(net: nn.Module, values: Callable[[], Values], followers: int, address: bytes) -> Values:
+def _serve_values(
+    net: nn.Module, values: Callable[[], Values], followers: int, address: bytes
+) -> Values:
     """Write the values, hand the file to the followers, and map it too."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -155,7 +157,7 @@ def _lead(net: nn.Module, values: Callable[[], Values], followers: int, address:
         listener.settimeout(PATIENCE)
         # Unlinked from the start: the kernel frees it when the last rank has let go of it.
         file = stack.enter_context(tempfile.TemporaryFile())
-        offsets, size = _layout(net)
+        offsets, size = _file_layout(net)
         os.posix_fallocate(
             file.fileno(), 0, size
         )  # a full disk is an error now, not a signal later
@@ -166,28 +168,28 @@ def _lead(net: nn.Module, values: Callable[[], Values], followers: int, address:
         file.flush()
         # Every rank of the node gets the descriptor; the file outlives this process.
         for _ in range(followers):
-            connection = _accept_own(listener)
+            connection = _accept_same_user(listener)
             with connection:
                 socket.send_fds(connection, [b"."], [file.fileno()])
-        return _mapped(net, file.fileno())
+        return _map_parameters(net, file.fileno())
 
 
-def _accept_own(listener: socket.socket) -> socket.socket:
+def _accept_same_user(listener: socket.socket) -> socket.socket:
     """Return the next connection of this user's processes; refuse those of others."""
     while True:
         connection, _ = listener.accept()
-        if _is_own(connection):
+        if _is_same_user(connection):
             return connection
         connection.close()
 
 
-def _is_own(connection: socket.socket) -> bool:
+def _is_same_user(connection: socket.socket) -> bool:
     # (pid, uid, gid) of the other end, as the kernel knows them.
     sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", sent)[1] == os.getuid())
 
 
-def _follow(net: nn.Module, address: bytes) -> Values:
+def _receive_values(net: nn.Module, address: bytes) -> Values:
     """Wait for the file of local rank 0, and map it."""
     deadline = time.monotonic() + PATIENCE
     with socket.socket(socket.AF_UNIX) as connection:
@@ -201,18 +203,18 @@ def _follow(net: nn.Module, address: bytes) -> Values:
                     raise
                 time.sleep(0.05)
         # Abstract sockets have no permissions: anyone on the host could listen there.
-        if not _is_own(connection):
+        if not _is_same_user(connection):
             raise PermissionError("the socket belongs to another user")
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
     if not descriptors:
         raise ConnectionResetError("local rank 0 ended")
     try:
-        return _mapped(net, descriptors[0])
+        return _map_parameters(net, descriptors[0])
     finally:
         os.close(descriptors[0])
 
 
-def _layout(net: nn.Module) -> tuple[dict[str, int], int]:
+def _file_layout(net: nn.Module) -> tuple[dict[str, int], int]:
     """Return the offset in bytes of each parameter, and the size of the file."""
     offsets, size = {}, 0
     for name, parameter in net.named_parameters():
@@ -221,9 +223,9 @@ def _layout(net: nn.Module) -> tuple[dict[str, int], int]:
     return offsets, size
 
 
-def _mapped(net: nn.Module, descriptor: int) -> Iterator[tuple[str, Tensor]]:
+def _map_parameters(net: nn.Module, descriptor: int) -> Iterator[tuple[str, Tensor]]:
     """Return the parameters in a file, mapped privately; the file may be closed afterwards."""
-    offsets, size = _layout(net)
+    offsets, size = _file_layout(net)
     path = str(Path("/proc/self/fd") / str(descriptor))
     storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
 

@@ -93,9 +93,9 @@ class SequenceSplit:
         for block in blocks:
             block.register_forward_pre_hook(self._split_conditions)
             block.self_attn.attend = self._attend
-        net.head.register_forward_hook(self._gather)  # type: ignore[union-attr]
+        net.head.register_forward_hook(self._gather_output)  # type: ignore[union-attr]
 
-    def _share(self, values: Tensor, dim: int) -> Tensor:
+    def _local_share(self, values: Tensor, dim: int) -> Tensor:
         """Take this rank's share, padded with zeros: [.., P, ..] -> [.., p, ..]."""
         values = values.movedim(dim, -1)
         # Equal shares: the last one is padded with zeros.
@@ -107,12 +107,19 @@ class SequenceSplit:
         tokens, modulation, context, rope = given
         self.frame_tokens = context.face.shape[2]
         framewise = tokens.unflatten(1, (-1, self.frame_tokens))
-        return self._share(framewise, 2).flatten(1, 2), modulation, context, rope
+        return self._local_share(framewise, 2).flatten(1, 2), modulation, context, rope
 
     def _split_conditions(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens, modulation, context, rope = given
-        positions = self._share(rope.unflatten(0, (-1, context.face.shape[2])), 1).flatten(0, 1)
-        return tokens, modulation, context._replace(face=self._share(context.face, 2)), positions
+        positions = self._local_share(rope.unflatten(0, (-1, context.face.shape[2])), 1).flatten(
+            0, 1
+        )
+        return (
+            tokens,
+            modulation,
+            context._replace(face=self._local_share(context.face, 2)),
+            positions,
+        )
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend over all tokens: [B, F p, N, d] three times -> [B, F p, N, d]."""
@@ -139,7 +146,7 @@ class SequenceSplit:
         received = _Exchange.apply(parts.permute(2, 0, 1, 3, 4, 5), self.group)  # [W, B, F, p, ..]
         return received.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
 
-    def _gather(self, head: nn.Module, given: tuple[Any, ...], values: Tensor) -> Tensor:
+    def _gather_output(self, head: nn.Module, given: tuple[Any, ...], values: Tensor) -> Tensor:
         """Gather the output of all ranks: [B, F p, V] -> [B, S, V]."""
         share = -(-self.frame_tokens // self.world)
         parts = _Gather.apply(values.unflatten(1, (-1, share)), self.group)  # [W, B, F, p, V]

@@ -23,7 +23,7 @@ def family(pid: int, proc: Path = PROC) -> list[int]:
     sessions: dict[int, int] = {}
     # Parents and sessions of all processes, in one pass over /proc.
     for folder in proc.iterdir():
-        if folder.name.isdecimal() and (stat := _text(folder / "stat")):
+        if folder.name.isdecimal() and (stat := _read_text(folder / "stat")):
             _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
             children.setdefault(int(parent), []).append(int(folder.name))
             sessions[int(folder.name)] = int(session)
@@ -41,10 +41,10 @@ def used(pid: int, proc: Path = PROC) -> int:
     If the kernel does not report shares (smaps_rollup), these are all resident bytes.
     """
     # Shared pages of loader workers would otherwise count once for each worker.
-    for line in (_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
+    for line in (_read_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    pages = (_text(proc / str(pid) / "statm") or "0 0").split()[1]
+    pages = (_read_text(proc / str(pid) / "statm") or "0 0").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -55,25 +55,25 @@ def used_by_family(pid: int, proc: Path = PROC) -> int:
 
 def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Return the bytes that this process may still take, of the node and of its cgroups."""
-    lines = (_text(proc / "meminfo") or "").splitlines()
+    lines = (_read_text(proc / "meminfo") or "").splitlines()
     # The smallest of what node and cgroups leave.
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    left = [max(0, limit - taken) for limit, taken in _cgroups(proc, cgroups)]
+    left = [max(0, limit - taken) for limit, taken in _cgroup_limits(proc, cgroups)]
     return min([*node, *left])
 
 
 def capacity(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the bytes of memory of this node, or of the smallest cgroup; None if unknown."""
-    lines = (_text(proc / "meminfo") or "").splitlines()
+    lines = (_read_text(proc / "meminfo") or "").splitlines()
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
     # A container may have less than its node.
-    limits = [limit for limit, _ in _cgroups(proc, cgroups)]
+    limits = [limit for limit, _ in _cgroup_limits(proc, cgroups)]
     return min([*node, *limits], default=None)
 
 
-def _cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
+def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and usage in bytes, without file cache, of each cgroup that has a limit."""
-    for line in (_text(proc / "self/cgroup") or "").splitlines():
+    for line in (_read_text(proc / "self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
             root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
@@ -86,18 +86,18 @@ def _cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
         # Limits of the groups above hold too; in a container the path may be the host's.
         for group in [own, *own.parents]:
             if group.is_relative_to(root):
-                yield from _limit(group, limit, usage, cache)
+                yield from _limit_and_usage(group, limit, usage, cache)
 
 
-def _limit(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
-    most, taken = _text(group / limit), _text(group / usage)
+def _limit_and_usage(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
+    most, taken = _read_text(group / limit), _read_text(group / usage)
     if most and taken and most.strip() != "max":
-        stat = (line.split() for line in (_text(group / "memory.stat") or "").splitlines())
+        stat = (line.split() for line in (_read_text(group / "memory.stat") or "").splitlines())
         cached = next((int(value) for name, value in stat if name == cache), 0)
         yield int(most), int(taken) - cached
 
 
-def _text(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
     """Return the text of a file of the kernel; None if it is missing, or not readable."""
     try:
         return path.read_text()
