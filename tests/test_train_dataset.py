@@ -93,7 +93,7 @@ def test_a_kind_of_epoch_gives_its_kind_of_batch(folder: Path) -> None:
     assert isinstance(expected[0].batch, Batch) and isinstance(expected[4].batch, PreferencePair)
     negative = expected[7]
     assert negative.kind == "ndpo" and isinstance(negative.batch, Batch)
-    pair = expected._pairs("dpo", expected.global_batch(7))
+    pair = expected._read_pairs("dpo", expected.global_batch(7))
     assert isinstance(pair, PreferencePair)
     assert negative.batch.keys == pair.keys
     assert torch.equal(negative.batch.latents, pair.rejected)

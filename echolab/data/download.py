@@ -1,11 +1,11 @@
 """Fetch a remote object completely and verified, or raise a typed error within a deadline.
 
-One request asks for the object from a given byte: http(s) by urllib, all else by fsspec.  Both
-return a Response or raise one of two errors: PermanentError, if a retry would not help, and
-TransientError, if it may.
+A request fetches the object from a given byte on: by urllib for http(s), by fsspec for all other
+schemes.  Both return a Response or raise PermanentError, if a retry would not help, or
+TransientError, if a retry may help.
 
-A broken transfer is retried after a random pause that doubles, from the byte where it broke if the
-server still has the same object, else from the start.
+An interrupted transfer is retried after a random pause that doubles.  It resumes at the first
+missing byte if the server still has the same object, else it restarts.
 """
 
 import base64
@@ -30,9 +30,9 @@ from echolab.errors import ConfigError, DataError, StorageError
 from echolab.redaction import mask_secrets, register_secrets, strip_secrets
 
 WEB = ("http", "https")
-HTTP_BYTES = 1 << 20  # at most, in one read; a read ends with what has come
-FSSPEC_BYTES = 8 << 20  # each read is one request for so many
-MAX_BYTES = 2**31  # of an object whose size is unknown: it is kept in memory
+HTTP_BYTES = 1 << 20  # maximum per read; a read returns the bytes that have arrived
+FSSPEC_BYTES = 8 << 20  # bytes per read, each a separate request
+MAX_BYTES = 2**31  # limit for an object of unknown size, which is held in memory
 # Remedies
 CHECK_NETWORK = "check the server and the network"
 CHECK_ADDRESS = "check the address, and that the upload was finished"
@@ -42,7 +42,7 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
 
 
 class PermanentError(Exception):
-    """A refusal that the server would repeat; `remedy` is for the user."""
+    """A failure that a retry would not change; `remedy` is for the user."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -50,7 +50,7 @@ class PermanentError(Exception):
 
 
 class TransientError(Exception):
-    """A fault that may pass; `lost`: the bytes received before are of no use either."""
+    """A failure that a retry may fix; `lost` means that the bytes received so far are invalid."""
 
     def __init__(self, what: str, *, remedy: str = CHECK_NETWORK, lost: bool = False) -> None:
         super().__init__(what)
@@ -58,21 +58,21 @@ class TransientError(Exception):
 
 
 class Response(NamedTuple):
-    """A body that is being received."""
+    """The response to a request, whose body is read in parts."""
 
     start: int  # byte of the object at which `read` begins
-    size: int | None  # of the object, if the server states it
-    tag: str | None  # version of the object: another object has another tag
+    size: int | None  # size of the object, None if the server does not state it
+    tag: str | None  # version of the object, such as its ETag; a changed object has another tag
     read: Callable[[], bytes]  # returns the next bytes; none at the end
     close: Callable[[], None]
 
 
 def parse_url(location: Path | str) -> str | None:
-    """Return the address that a setting names, None for a folder; raise ConfigError.
+    """Return the address in a setting, None for a folder; raise ConfigError.
 
-    From now on its secrets are masked wherever this process writes them.
+    Secrets in the address are masked from now on in all output of this process.
     """
-    # A Path has lost a slash: https:/host.
+    # A Path drops the second slash: https:/host.
     parts = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/(.*)|(.+))", str(location), re.DOTALL)
     if re.search(r"::[A-Za-z][A-Za-z0-9+.-]+:/", str(location)):
         raise ConfigError(
@@ -80,7 +80,7 @@ def parse_url(location: Path | str) -> str | None:
         )
     if not parts:
         return None
-    # Register the secrets first, so that no later message shows them.
+    # Register the secrets first, so that error messages mask them.
     rest = parts[2] if parts[2] is not None else parts[3]
     url = f"{parts[1].lower()}://{rest}".rstrip("/")
     register_secrets(url)
@@ -104,7 +104,7 @@ def public_url(url: str) -> str:
     return strip_secrets(url)
 
 
-# Without the handlers of ftp:, file: and data:, to which a server could redirect.
+# Exclude the handlers of ftp:, file: and data:, to which a server could redirect.
 _WEB = urllib.request.OpenerDirector()
 for _handler in (
     urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
@@ -117,8 +117,8 @@ for _handler in (
 def send_request(url: str, start: int, tag: str | None, seconds: float) -> Response:
     """Request `url` from byte `start` of the object that has `tag`.
 
-    A server that cannot, or has another object now, begins at 0.  Nothing blocks on a silent http
-    server for more than `seconds`.  Raises PermanentError, TransientError or ConfigError.
+    A server that cannot resume, or that has another object now, starts at 0.  A silent http server
+    blocks for at most `seconds`.  Raise PermanentError, TransientError or ConfigError.
     """
     if urlsplit(url).scheme in WEB:
         return _request_http(url, start, tag, seconds)
@@ -126,10 +126,10 @@ def send_request(url: str, start: int, tag: str | None, seconds: float) -> Respo
 
 
 def _build_request(url: str, start: int, tag: str | None) -> urllib.request.Request:
-    # Credentials go into a header, which a redirect does not carry to another host.
+    # Send credentials in a header that redirects to another host do not copy.
     parts = urlsplit(url)
     credentials, _, host = parts.netloc.rpartition("@")
-    # A server that compresses would send other bytes than it stores.
+    # Disable compression, so that the bytes are those of the stored object.
     headers = {"Accept-Encoding": "identity", "User-Agent": "echolab"}
     if start and tag:
         headers |= {"Range": f"bytes={start}-", "If-Range": tag}
@@ -141,56 +141,56 @@ def _build_request(url: str, start: int, tag: str | None) -> urllib.request.Requ
 
 
 def _request_http(url: str, start: int, tag: str | None, seconds: float) -> Response:
-    # What may pass is retried; a wrong certificate or a refusal is not.
+    # Classify errors: a wrong certificate or a refusal is permanent, others are transient.
     try:
         response = _WEB.open(_build_request(url, start, tag), timeout=seconds)
     except urllib.error.HTTPError as error:
         error.close()
-        raise _status(error.code, error.reason) from error
+        raise _status_error(error.code, error.reason) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise PermanentError(
                 f"no connection ({error.reason})", "check the server's certificate"
             ) from error
-        raise _broken("no connection", error.reason, seconds) from error
+        raise _transfer_error("no connection", error.reason, seconds) from error
     except (OSError, http.client.HTTPException) as error:
-        raise _broken("the connection broke", error, seconds) from error
+        raise _transfer_error("the connection broke", error, seconds) from error
 
-    # An IncompleteRead or a reset is a fault of the transfer, not of the object.
+    # An IncompleteRead or a reset is a transient failure of the transfer.
     def read() -> bytes:
         try:
             return response.read1(HTTP_BYTES)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise _broken("the connection broke", error, seconds) from error
+            raise _transfer_error("the connection broke", error, seconds) from error
 
-    begins, size = _extent(response)
+    begins, size = _content_range(response)
     etag = response.headers.get("ETag")
-    # A weak tag names what means the same, not the same bytes.
+    # A weak ETag does not guarantee identical bytes.
     strong = etag if etag and not etag.startswith("W/") else None
     return Response(begins, size, strong, read, response.close)
 
 
-def _broken(what: str, error: object, seconds: float) -> TransientError:
+def _transfer_error(what: str, error: object, seconds: float) -> TransientError:
     silent = isinstance(error, TimeoutError)
     return TransientError(describe_stall(seconds) if silent else f"{what} ({_describe(error)})")
 
 
 def describe_stall(seconds: float) -> str:
-    """Return the words for a stall."""
+    """Return the description of a stall for an error message."""
     return f"no byte for {seconds:.3g} s"
 
 
-def _status(code: int, reason: str) -> Exception:
+def _status_error(code: int, reason: str) -> Exception:
     if code in (408, 416, 429) or code >= 500:
-        # 416: the object is now shorter than the bytes received of it.
+        # 416: the object is now shorter than the bytes received so far.
         return TransientError(f"HTTP {code} {reason}", lost=code == 416)
     return PermanentError(
         f"HTTP {code} {reason}", CHECK_CREDENTIALS if code in (401, 403, 407) else CHECK_ADDRESS
     )
 
 
-def _extent(response: Any) -> tuple[int, int | None]:
-    """Return (first byte sent, size of the object) by the headers."""
+def _content_range(response: Any) -> tuple[int, int | None]:
+    """Return (first byte sent, size of the object) according to the headers."""
     length = response.headers.get("Content-Length")
     if response.status != 206:
         return 0, int(length) if length and length.isdigit() else None
@@ -203,7 +203,7 @@ def _extent(response: Any) -> tuple[int, int | None]:
 
 def _request_fsspec(url: str, start: int, tag: str | None) -> Response:
     try:
-        # An instance from before a fork would wait for a thread that is not there.
+        # A cached instance from before a fork would wait for a thread that no longer exists.
         system, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     except ImportError as error:
         scheme = urlsplit(url).scheme
@@ -214,7 +214,7 @@ def _request_fsspec(url: str, start: int, tag: str | None) -> Response:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{public_url(url)}: {error}; give a folder or an address") from error
-    # Seek to the byte only if the object is still the one that was begun.
+    # Resume only if the object has not changed.
     try:
         now = str(system.ukey(path))
         size = int(system.info(path)["size"])
@@ -225,7 +225,7 @@ def _request_fsspec(url: str, start: int, tag: str | None) -> Response:
         raise PermanentError(_describe(error), CHECK_CREDENTIALS) from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise PermanentError(_describe(error), CHECK_ADDRESS) from error
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # file systems raise different errors
         raise TransientError(_describe(error)) from error
 
     def read() -> bytes:
@@ -238,7 +238,7 @@ def _request_fsspec(url: str, start: int, tag: str | None) -> Response:
 
 
 def _describe(error: object) -> str:
-    """Return the error of a library in one line."""
+    """Return a library's error as one line."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -248,24 +248,24 @@ def _describe(error: object) -> str:
 
 Result = TypeVar("Result")
 
-# Pauses must differ between processes, and must not advance the seeded generators.
+# Pauses must differ between processes and must not consume seeded random numbers.
 _RANDOM = random.SystemRandom()
 
 
 class FetchError(DataError):
-    """A remote object that could not be fetched: a fault of network or server, not of a sample."""
+    """A remote object could not be fetched: a failure of network or server, not a bad sample."""
 
 
 class UnreachableError(FetchError, StorageError):
-    """A server or network that did not answer in time; it may answer later."""
+    """A server or network did not respond in time; a later retry may succeed."""
 
 
 class RetryPolicy(NamedTuple):
     """How often and how long to retry a server."""
 
     attempts: int = 6
-    stall_seconds: float = 30.0  # without a byte
-    deadline_seconds: float = 900.0  # for one object, all attempts and pauses together
+    stall_seconds: float = 30.0  # maximum time without receiving a byte
+    deadline_seconds: float = 900.0  # for one object, including all attempts and pauses
     first_pause_seconds: float = 0.5
     max_pause_seconds: float = 30.0
 
@@ -278,10 +278,10 @@ class Expected(NamedTuple):
 
 
 class _CallThread:
-    """A thread that makes blocking calls for another thread, which can give up on them.
+    """A thread that makes blocking calls, so that the calling thread can time out.
 
-    Not every file system has a timeout, and no name server has.  An abandoned call keeps its thread
-    until it returns; the thread is a daemon, so that the process can end.
+    Some file systems and name resolution have no timeout.  A call that timed out occupies its
+    thread until it returns; the thread is a daemon, so that the process can exit.
     """
 
     def __init__(self) -> None:
@@ -308,7 +308,7 @@ class _CallThread:
         return result
 
     def end(self, last: Callable[[], Any]) -> None:
-        """Make one more call, for which nobody waits, and end the thread."""
+        """Schedule one last call without waiting for it, then end the thread."""
         self._calls.put(last)
         self._calls.put(None)
 
@@ -336,11 +336,10 @@ class _Body:
 def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: RetryPolicy) -> None:
     """Write the object at `url` to `file` from its start.
 
-    With `expected` None it is complete if it is as long as the server said.  Raises FetchError, in
-    one line that names the address, the fault and the remedy; UnreachableError if the same request
-    may succeed later.
+    If `expected` is None, the object is complete when it has the size that the server stated.
+    Raise UnreachableError if the same request may succeed later, else FetchError.
     """
-    # Attempts until the object is complete, the policy is used up, or a fault is permanent.
+    # Retry until the object is complete, the policy is exhausted, or a failure is permanent.
     began = time.monotonic()
     deadline = began + retry_policy.deadline_seconds
     body, last, attempts = _Body(file), TransientError("no time left for a request"), 0
@@ -350,7 +349,7 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: Ret
             time.sleep(min(backoff_seconds(attempts, retry_policy), remaining))
         attempts += 1
         try:
-            _attempt(url, body, expected, retry_policy.stall_seconds, deadline)
+            _try_fetch(url, body, expected, retry_policy.stall_seconds, deadline)
             return
         except PermanentError as error:
             raise FetchError(f"{public_url(url)}: {error}; {error.remedy}") from error
@@ -365,12 +364,12 @@ def fetch(url: str, file: BinaryIO, expected: Expected | None, retry_policy: Ret
     ) from last
 
 
-def _attempt(
+def _try_fetch(
     url: str, body: _Body, expected: Expected | None, stall: float, deadline: float
 ) -> None:
     caller, close = _CallThread(), lambda: None
 
-    # Each wait ends at a stall or at the deadline, whichever is sooner.
+    # Each call may wait until a stall or the deadline, whichever comes first.
     def seconds() -> float:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
@@ -381,18 +380,18 @@ def _attempt(
         wait = seconds()
         response = caller.call(lambda: send_request(url, body.count, body.tag, wait), wait)
         close = response.close
-        _begin(body, response, expected)
+        _start_body(body, response, expected)
         limit = _size_limit(response, expected)
         while body.count < limit and (data := caller.call(response.read, seconds())):
-            body.add(data[: limit - body.count])  # a server may send without end
-        _check(body, response, expected)
+            body.add(data[: limit - body.count])  # a server may send too many bytes
+        _check_body(body, response, expected)
     finally:
         caller.end(close)
 
 
-def _begin(body: _Body, response: Response, expected: Expected | None) -> None:
-    """Continue where the last attempt broke if this is the same object."""
-    # Bytes of two versions must not be mixed.
+def _start_body(body: _Body, response: Response, expected: Expected | None) -> None:
+    """Resume the body if the response continues the same object, else restart it."""
+    # Bytes of two versions of the object must not be mixed.
     if response.start and (response.start, response.tag) != (body.count, body.tag):
         what = f"the object changed (ETag {body.tag} to {response.tag})"
         raise TransientError(what, lost=True)
@@ -405,7 +404,7 @@ def _begin(body: _Body, response: Response, expected: Expected | None) -> None:
 
 
 def _size_limit(response: Response, expected: Expected | None) -> int:
-    """Return how many bytes are read and kept at most."""
+    """Return the maximum number of bytes to read."""
     if expected:
         return expected.bytes
     if response.size is not None and response.size > MAX_BYTES:
@@ -413,8 +412,8 @@ def _size_limit(response: Response, expected: Expected | None) -> int:
     return MAX_BYTES + 1 if response.size is None else response.size
 
 
-def _check(body: _Body, response: Response, expected: Expected | None) -> None:
-    # Length first: of a cut object the checksum says nothing.
+def _check_body(body: _Body, response: Response, expected: Expected | None) -> None:
+    # Check the length first: the checksum of a truncated object is meaningless.
     if body.count > MAX_BYTES and not expected:
         raise PermanentError(f"longer than the limit of {MAX_BYTES} bytes", CHECK_ADDRESS)
     size = expected.bytes if expected else response.size
@@ -426,8 +425,8 @@ def _check(body: _Body, response: Response, expected: Expected | None) -> None:
 
 
 def backoff_seconds(attempt: int, retry_policy: RetryPolicy) -> float:
-    """Return seconds before the next attempt: doubling, and random so that ranks spread out."""
-    # Random, so that ranks which failed together do not come back together.
+    """Return the seconds before the next attempt: exponential backoff with jitter."""
+    # The jitter spreads ranks that failed at the same time.
     limit = min(
         retry_policy.first_pause_seconds * 2.0 ** (attempt - 1), retry_policy.max_pause_seconds
     )

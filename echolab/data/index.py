@@ -1,7 +1,7 @@
-"""dataset.json: the format, the names of samples and members, the fingerprint, and its reader.
+"""dataset.json: its format, the names of samples and members, the fingerprint, and the parser.
 
-As Python objects each sample would take a kilobyte.  So dataset.json is parsed sample by sample
-into arrays, and its fingerprint is computed on the way.
+A sample as Python objects would need about 1 kB.  So dataset.json is parsed sample by sample into
+arrays, and the fingerprint is computed in the same pass.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from echolab.errors import DataError
 from echolab.geometry import WAN, LatentGeometry
 
 FORMAT = 2
-FORMATS = (1, FORMAT)  # that are read; in 1 all latents are Wan's, and no geometry is named
+FORMATS = (1, FORMAT)  # readable formats; format 1 has no geometry entry: latents are Wan's
 INDEX = "dataset.json"
-PARTIAL_INDEX = "index.partial"  # progress of an index that was interrupted or refused
+PARTIAL_INDEX = "index.partial"  # progress of an interrupted or refused indexing run
 MEMBERS = ("mp4", "flac", "tracks.npz", "json", "safetensors")
-# Members that every sample of a kind has; other kinds require none.
+# Required members of each kind; other kinds require none.
 REQUIRED = {
     "raw": ("mp4", "flac", "tracks.npz", "json"),
     "encoded": ("safetensors",),
     "preference": ("safetensors",),
 }
-LATENT_KINDS = ("encoded", "preference")  # their dataset.json names a geometry
+LATENT_KINDS = ("encoded", "preference")  # kinds whose dataset.json contains a geometry
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # fits a plain tar header with any member name
 KEY_RULE = "use 1 to 80 letters, digits, _ or -, without dots"
 SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
-SHARD_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.,+=-]*\.tar")  # of any writer; not hidden
+SHARD_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.,+=-]*\.tar")  # by any program; not hidden
 RESERVED = re.compile(r"__[^/]*__($|/)")  # file names that webdataset reserves
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -45,7 +45,7 @@ SAMPLES = '"samples":['
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 Members = dict[str, tuple[int, int, int]]  # member -> offset, size, crc32
-# Of some samples: keys, lengths of keys, numbers of members; names and locations of members.
+# Columns of a batch of samples: joined keys, key lengths, member counts, member names, locations.
 Columns = tuple[bytes, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -76,7 +76,7 @@ def missing_members(kind: str, members: Collection[str]) -> list[str]:
 
 def split_name(name: str) -> tuple[str, str]:
     """Split `clip_0001.tracks.npz` into (`clip_0001`, `tracks.npz`); raise DataError."""
-    # Split a name at its first dot, as webdataset does.
+    # Split at the first dot, as webdataset does.
     key, _, member = name.partition(".")
     if not KEY.fullmatch(key):
         raise DataError(f"key {key!r}: {KEY_RULE}")
@@ -88,8 +88,8 @@ def split_name(name: str) -> tuple[str, str]:
 def split_path(name: str) -> tuple[str, str] | None:
     """Split `train/clip_1.seg.PNG` into (`train/clip_1`, `seg.png`), as webdataset does.
 
-    Return None for a file that is part of no sample: a folder, a name without a dot or with one in
-    front, and names that webdataset reserves.
+    Return None for a file that belongs to no sample: a folder, a name without a dot or with a
+    leading dot, and names that webdataset reserves.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, member = base.partition(".")
@@ -102,7 +102,7 @@ def key_fault(kind: str, key: str) -> str | None:
     """Return why a dataset of this kind cannot hold the key, or None."""
     if kind != "foreign":
         return None if KEY.fullmatch(key) else KEY_RULE
-    # A foreign key may be a path, for webdataset keeps folders in keys; it stays below its root.
+    # A foreign key may be a relative path, since webdataset keeps folders in keys.
     base = key.rpartition("/")[2]
     if not base or "." in base or not key.isprintable():
         return "a key has no dots, and nothing that cannot be printed"
@@ -112,7 +112,7 @@ def key_fault(kind: str, key: str) -> str | None:
 
 
 def has_foreign_dot(member: str, known: frozenset[str] = frozenset(MEMBERS)) -> bool:
-    """Return if a member may be the tail of a key with dots: `v1.mp4` of `clip.v1.mp4`."""
+    """Return whether a member may be the tail of a key with dots: `v1.mp4` of `clip.v1.mp4`."""
     return "." in member and member not in known
 
 
@@ -120,9 +120,9 @@ def has_foreign_dot(member: str, known: frozenset[str] = frozenset(MEMBERS)) -> 
 
 
 def geometry_in(index: dict[str, Any]) -> LatentGeometry:
-    """Return the latents' geometry of a dataset.json, Wan's if it need not name one.
+    """Return the latent geometry of a dataset.json, Wan's if the format or kind has no geometry.
 
-    Raises LookupError, TypeError or ValueError if it is missing or is no geometry.
+    Raise LookupError, TypeError or ValueError if a required geometry is missing or invalid.
     """
     if index["format"] == 1 or index["kind"] not in LATENT_KINDS:
         return WAN
@@ -139,11 +139,11 @@ def fingerprint(
     samples: Iterable[Any],
     geometry: LatentGeometry = WAN,
 ) -> str:
-    """Return the identity of a dataset: a hash of all in dataset.json that decides what is read.
+    """Return the identity of a dataset: a hash of everything in dataset.json that affects reading.
 
-    It is the sha256 of [1, kind, encoders, shards, samples] as JSON with sorted keys and no
-    spaces; samples are taken a few at a time, because there may be millions.  A geometry other than
-    Wan's stands before the kind, so that datasets of format 1 keep their identity and their order.
+    The fingerprint is the sha256 of [1, kind, encoders, shards, samples] as JSON with sorted keys
+    and no spaces; samples are processed in batches, since there may be millions.  A geometry other
+    than Wan's is inserted before the kind; without it datasets of format 1 keep their fingerprint.
     """
     head = [1, kind, encoders, shards, []]
     if geometry != WAN:
@@ -166,7 +166,7 @@ def encoded_index(
     geometry: LatentGeometry = WAN,
 ) -> bytes:
     """Return the bytes of dataset.json; shards and samples are dictionaries."""
-    # The samples come last, so that a reader can parse them one by one.
+    # Write the samples last, so that a reader can parse them one by one.
     has_latents = kind in LATENT_KINDS
     geometry = geometry if has_latents else WAN
     index = {
@@ -186,10 +186,10 @@ def encoded_index(
 
 
 class Keys(Sequence[str]):
-    """The keys of all samples, in one block of memory."""
+    """The keys of all samples, in one contiguous byte string."""
 
     def __init__(self, text: bytes, ends: np.ndarray) -> None:
-        self._text, self._ends = text, ends  # ends [N]: where each key ends
+        self._text, self._ends = text, ends  # ends [N]: end offset of each key
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -217,12 +217,12 @@ class SampleIndex:
     """The samples of a dataset as arrays, numbered shard after shard."""
 
     def __init__(self, shards: list[Shard]) -> None:
-        """Start without a sample; all must be added before any is read."""
+        """Start without samples; add all samples before reading any."""
         self.shards = shards
-        # [S + 1] where the samples of each shard begin
+        # [S + 1] index of the first sample of each shard
         self.shard_starts = np.cumsum([0, *(shard.samples for shard in shards)])
-        self.names: list[str] = []  # of members
-        # Entries of one batch, joined into arrays of the dataset when all are added.
+        self.names: list[str] = []  # distinct member names
+        # Columns of each batch, joined into arrays after the last batch.
         self._parts: list[Columns] = []
         self._join()
 
@@ -242,12 +242,11 @@ class SampleIndex:
         }
 
     def add(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Add entries of dataset.json, and yield each.
+        """Add sample entries of dataset.json, and yield each of them.
 
-        Raises KeyError, TypeError, ValueError or AttributeError for an entry that breaks the
-        contract.
+        Raise KeyError, TypeError, ValueError or AttributeError for an invalid entry.
         """
-        # A few samples at a time, so that their dictionaries never fill memory.
+        # Process samples in batches, so that their dictionaries do not fill memory.
         rest, count = iter(samples), 0
         while batch := list(islice(rest, BATCH)):
             self._check_shards(batch, count)
@@ -263,7 +262,7 @@ class SampleIndex:
         columns = zip(*self._parts, strict=True) if self._parts else ([], [], [], [], [])
         texts, lengths, counts, names, locations = columns
         self.keys = Keys(b"".join(texts), _cumulative(lengths))
-        self._ends = _cumulative(counts)  # [N] where the members of each sample end
+        self._ends = _cumulative(counts)  # [N] end index of each sample's members
         self._member_names = np.concatenate([np.zeros(0, np.uint8), *names])  # [M]
         self._locations = np.concatenate([np.zeros((0, 3), np.int64), *locations])  # [M, 3]
         self._parts = []
@@ -273,7 +272,7 @@ class SampleIndex:
         return np.searchsorted(self.shard_starts, samples, side="right") - 1
 
     def _check_shards(self, batch: list[dict[str, Any]], first: int) -> None:
-        """Raise ValueError unless samples follow the order and the counts of the shards."""
+        """Raise ValueError unless samples match the order and the sample counts of the shards."""
         shards = self._shards_from(first, len(batch)).tolist()
         for sample, shard in zip(batch, shards, strict=True):
             if shard >= len(self.shards) or sample["shard"] != self.shards[shard].name:
@@ -289,7 +288,7 @@ class SampleIndex:
     def _columns(self, batch: list[dict[str, Any]]) -> Columns:
         keys = [sample["key"].encode() for sample in batch]
         members = [sample["members"] for sample in batch]
-        # Names of members repeat: each is stored once, and a sample holds its number.
+        # Member names repeat: store each name once, and its index for each sample.
         new = dict.fromkeys(name for each in members for name in each)
         self.names += [name for name in new if name not in self.names]
         index_of = {name: i for i, name in enumerate(self.names)}
@@ -308,25 +307,25 @@ def _cumulative(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], SampleIndex]:
-    """Return (dataset.json without its samples, its samples); raise DataError that names `path`."""
+    """Return (dataset.json without samples, its samples); raise a DataError that names `path`."""
     try:
         text = data.decode()
-        del data  # it may be large
+        del data  # free memory: the file may be large
         index, entries = _split_samples(text)
         if index["format"] not in FORMATS:
             raise DataError(
                 f"{path}: format {index['format']}, this program reads "
                 f"{' and '.join(map(str, FORMATS))}; make the dataset again"
             )
-        # Check the shards first: the locations of all samples are checked against them.
-        samples = SampleIndex([_shard(**shard) for shard in index["shards"]])
+        # Check the shards first, since sample locations are checked against them.
+        samples = SampleIndex([_parse_shard(**shard) for shard in index["shards"]])
         head = index["kind"], index["encoders"], index["shards"]
         if not isinstance(index["kind"], str):
             raise ValueError(f"kind {index['kind']!r} is not a string")
         for name in ("encoders", "description"):
             if not isinstance(index[name], dict):
                 raise ValueError(f"{name} is not a JSON object")
-        # Entries are checked, added and hashed in one pass.
+        # Check, add and hash the entries in one pass.
         checked = samples.add(_check_keys(index["kind"], entries))
         if fingerprint(*head, checked, geometry_in(index)) != index["fingerprint"]:
             raise DataError(f"{path}: was changed after it was written; make the dataset again")
@@ -336,14 +335,14 @@ def parse_index(data: bytes, path: Path | str) -> tuple[dict[str, Any], SampleIn
 
 
 def _check_keys(kind: str, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the samples; raise ValueError for a key that must not become part of a path."""
+    """Yield the samples; raise ValueError for an invalid key, which could escape from a folder."""
     for sample in samples:
         if fault := key_fault(kind, sample["key"]):
             raise ValueError(f"key {sample['key']!r}: {fault}")
         yield sample
 
 
-def _shard(name: str, sha256: str, bytes: int, samples: int) -> Shard:
+def _parse_shard(name: str, sha256: str, bytes: int, samples: int) -> Shard:
     if not SHARD_FILE.fullmatch(name) or not SHA256.fullmatch(sha256):
         raise ValueError(f"shard {name!r} with sha256 {sha256!r}: not a tar's name and checksum")
     if bytes < 0 or samples < 0:
@@ -354,7 +353,7 @@ def _shard(name: str, sha256: str, bytes: int, samples: int) -> Shard:
 def _split_samples(text: str) -> tuple[dict[str, Any], Iterable[dict[str, Any]]]:
     start = text.find(SAMPLES)
     try:
-        # echolab writes the samples last and no spaces.  Other JSON is parsed at once.
+        # echolab writes no spaces and the samples last; parse other JSON in one go.
         index = json.loads(text[:start].rstrip(",") + "}") if start > 0 else {}
     except ValueError:
         index = {}
@@ -365,7 +364,10 @@ def _split_samples(text: str) -> tuple[dict[str, Any], Iterable[dict[str, Any]]]
 
 
 def _parse_one_by_one(text: str, position: int) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a list from after its bracket; it must be the last value of `text`."""
+    """Yield the objects of a list, from the position after its opening bracket on.
+
+    The list must be the last value of `text`.
+    """
     decoder = json.JSONDecoder()
     while text[position] != "]":
         sample, position = decoder.raw_decode(text, position)

@@ -1,8 +1,8 @@
-"""Write dataset.json for plain WebDataset tars of another program.
+"""Write dataset.json for plain WebDataset tars made by another program.
 
-The tars are read once from front to back, each by one process, and never changed.  A folder whose
-samples keep the contract of a kind becomes a dataset of that kind; any other one becomes `foreign`,
-which can be verified, ordered and read member by member, but not trained on.
+Each tar is read once, sequentially, by one process, and is never changed.  If all samples satisfy
+the format of a kind, the folder becomes a dataset of that kind, otherwise of kind `foreign`.  A
+foreign dataset can be verified, ordered and read member by member, but not trained on.
 """
 
 import json
@@ -49,7 +49,7 @@ class Scan(NamedTuple):
 
     shard: dict[str, Any]
     samples: list[dict[str, Any]]
-    misfits: dict[str, str]  # kind -> why the first sample that does not fit it does not
+    misfits: dict[str, str]  # kind -> first reason why a sample does not fit the kind
     ignored: list[str]  # files that belong to no sample
 
 
@@ -59,32 +59,32 @@ class Indexed(NamedTuple):
     content: dict[str, Any]
     misfits: dict[str, str]
     ignored: list[str]
-    written: bool  # False: an equal one existed already
+    written: bool  # False if an equal dataset.json existed already
 
 
 def scan(compounds: frozenset[str], path: Path) -> Scan:
-    """Read a tar from front to back; `compounds` are member names with a dot, like `seg.png`.
+    """Read a tar sequentially; `compounds` are member names with a dot, such as `seg.png`.
 
-    Raises DataError that names shard, sample and byte for a tar that is damaged, for keys with
-    dots, and for members that are doubled or do not follow each other.
+    Raise a DataError that names shard, sample and byte for a damaged tar, for keys with dots, and
+    for members of a sample that are duplicated or not contiguous.
     """
     samples: dict[str, Members] = {}
     misfits: dict[str, str] = {}
     ignored: list[str] = []
     try:
         with path.open("rb") as file:
-            # One pass over the bytes: locations, checksums and the hash of the tar.
+            # One pass over the bytes yields locations, checksums and the hash of the tar.
             tar = HashingReader(file)
             for member in walk(tar):
-                name = _name(member, samples, compounds | set(MEMBERS), path)
+                name = _parse_name(member, samples, compounds | set(MEMBERS), path)
                 if name is None:
                     ignored += [] if member.name.endswith("/") else [member.name]
                     continue
                 location = (member.offset, member.size, member.crc32)
                 samples.setdefault(name[0], {})[name[1]] = location
-            # The headers of safetensors, by which kinds are recognized, need all locations.
+            # Determine the kinds by the safetensors headers, once all locations are known.
             for key, members in samples.items():
-                for kind, why in _misfits_of(key, members, file, path):
+                for kind, why in _find_misfits(key, members, file, path):
                     misfits.setdefault(kind, f"{path.name}: sample {key} {why}")
     except TarError as fault:
         last = next(reversed(samples), None)
@@ -97,16 +97,16 @@ def scan(compounds: frozenset[str], path: Path) -> Scan:
     return Scan(shard._asdict(), listed, misfits, ignored)
 
 
-def _name(
+def _parse_name(
     member: TarMember, samples: dict[str, Members], compounds: frozenset[str], path: Path
 ) -> tuple[str, str] | None:
-    """Return key and member, or None for a file of no sample; raise DataError."""
+    """Return (key, member), or None for a file that belongs to no sample; raise DataError."""
     name = split_path(member.name)
     if name is None:
         return None
     key, kind = name
     where = f"{path}: byte {member.header}: sample {key!r}:"
-    # Names must be printable, and unambiguous to a reader that splits at the first dot.
+    # Names must be printable and unambiguous for readers that split at the first dot.
     fault = key_fault("foreign", key)
     if fault or not kind.isprintable():
         raise DataError(f"{where} {fault or 'a member that cannot be printed'}; pack the tar again")
@@ -115,7 +115,7 @@ def _name(
             f"{where} {kind!r} has a dot: is it the tail of the key?  Then pack the tar again with "
             f"keys without dots; if it is a member of its own, give members={kind}"
         )
-    # Readers stream a tar, so the members of a sample must follow each other, each once.
+    # Readers stream a tar, so the members of a sample must be contiguous and unique.
     if kind in samples.get(key, ()):
         raise DataError(f"{where} a second {kind}; pack the tar again")
     if key in samples and key != next(reversed(samples)):
@@ -125,11 +125,11 @@ def _name(
     return name
 
 
-def _misfits_of(
+def _find_misfits(
     key: str, members: Members, file: BinaryIO, path: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, reason) for each kind that the sample does not fit."""
-    # The names of the tensors decide between encoded and preference samples.
+    # The names of the tensors distinguish encoded from preference samples.
     tensors: set[str] = set()
     if "safetensors" in members:
         offset, size, _ = members["safetensors"]
@@ -167,42 +167,42 @@ def index_folder(
     workers: int | None = 1,
     advance: Advance | None = None,
 ) -> Indexed:
-    """Write `folder`/dataset.json; tars read before a kill are not read again.
+    """Write `folder`/dataset.json; skip tars that an interrupted run has already read.
 
-    `kind` none takes the kind whose contract all samples keep.  A dataset.json that is there and
-    differs stays unless `replace`.  Raises DataError, and BusyError while another process writes.
+    If `kind` is None, use the strictest kind that all samples fit.  Replace an existing, different
+    dataset.json only if `replace`.  Raise DataError, and BusyError while another process writes.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one of tars")
     with lock_folder(folder):
-        paths = _tars(folder)
+        paths = _list_tars(folder)
         progress = folder / PARTIAL_INDEX
-        if progress.is_symlink():  # it came with the tars, and may point anywhere
+        if progress.is_symlink():  # untrusted: it may point anywhere
             remove_quietly(progress)
-        scans = _scans(folder, paths, compounds, workers, advance)
-        # Checks over all tars: the kind, and keys that are unique.
+        scans = _scan_all(folder, paths, compounds, workers, advance)
+        # Check all tars together: the kind, and that keys are unique.
         misfits = _first_misfits(scans)
         if kind in misfits:
             raise DataError(f"{folder}: not of kind {kind}: {misfits[kind]}; give kind=foreign")
-        _refuse_doubles(folder, scans)
-        # The strictest kind that all samples fit; an empty folder has no kind of its own.
+        _check_unique_keys(folder, scans)
+        # Choose the strictest kind that all samples fit; a folder without samples is foreign.
         shards = [each.shard for each in scans]
         samples = [sample for each in scans for sample in each.samples]
         kind = kind or next(k for k in (KINDS if samples else KINDS[-1:]) if k not in misfits)
         provenance = dict(encoders or {}), dict(description or {})
         data = encoded_index(kind, *provenance, shards, samples, geometry)
         content = json.loads(data)
-        written = _written(folder / INDEX, data, content, replace)
+        written = _write_index(folder / INDEX, data, content, replace)
         remove_quietly(progress)
     return Indexed(content, misfits, [name for each in scans for name in each.ignored], written)
 
 
-def _tars(folder: Path) -> list[Path]:
+def _list_tars(folder: Path) -> list[Path]:
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; give the folder that holds tars") from error
-    # Refuse what cannot be read from the middle, rather than leave it out silently.
+    # Refuse archives without random access instead of skipping them silently.
     for name in names:
         if re.search(r"\.(tgz|tar\.\w+)$", name):
             remedy = "unpack it to a plain .tar: samples are read from the middle"
@@ -218,20 +218,20 @@ def _tars(folder: Path) -> list[Path]:
     return paths
 
 
-def _scans(
+def _scan_all(
     folder: Path,
     paths: list[Path],
     compounds: frozenset[str],
     workers: int | None,
     advance: Advance | None,
 ) -> list[Scan]:
-    """Scan each tar that an interrupted run has not recorded yet."""
-    # A tar that was scanned before, and has not changed since, is not read again.
+    """Return the scans of all tars; read only tars that no interrupted run has recorded."""
+    # Reuse the scans of unchanged tars.
     stamps = [_stamp(path, compounds) for path in paths]
     recorded = _recorded_scans(folder / PARTIAL_INDEX)
     scans = {i: recorded[stamp] for i, stamp in enumerate(stamps) if stamp in recorded}
     remaining = [i for i in range(len(paths)) if i not in scans]
-    # Each result is recorded at once, so that a kill loses the tars in work alone.
+    # Record each result immediately, so that an interruption loses only tars in progress.
     work = partial(scan, compounds)
     count = count_processes(workers, [paths[i].stat().st_size for i in remaining])
     for j, result in map_parallel(work, [paths[i] for i in remaining], count):
@@ -255,19 +255,19 @@ def _recorded_scans(path: Path) -> dict[str, Scan]:
             stamp, fields = json.loads(line)
             scans[stamp] = Scan(*fields)
         except (ValueError, TypeError):
-            continue  # cut when the process was killed: that tar is read again
+            continue  # incomplete line of a killed process: that tar is read again
     return scans
 
 
 def _first_misfits(scans: list[Scan]) -> dict[str, str]:
-    # Of each kind the first reason stays.
+    # Keep the first reason for each kind.
     misfits: dict[str, str] = {}
     for each in scans:
         misfits = {**each.misfits, **misfits}
     return misfits
 
 
-def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
+def _check_unique_keys(folder: Path, scans: list[Scan]) -> None:
     shard_of: dict[str, str] = {}
     for sample in (sample for each in scans for sample in each.samples):
         key, shard = sample["key"], sample["shard"]
@@ -280,15 +280,18 @@ def _refuse_doubles(folder: Path, scans: list[Scan]) -> None:
         shard_of[key] = shard
 
 
-def _written(path: Path, data: bytes, content: dict[str, Any], replace: bool) -> bool:
-    """Write dataset.json unless an equal one is there; raise DataError if it differs."""
-    # An equal index stays as it is, so that a second run changes no file.
+def _write_index(path: Path, data: bytes, content: dict[str, Any], replace: bool) -> bool:
+    """Write dataset.json unless it exists with equal content; raise DataError if it differs.
+
+    Return whether the file was written.
+    """
+    # Do not rewrite an equal index, so that a second run changes no file.
     if path.exists():
         try:
             if json.loads(path.read_bytes()) == content:
                 return False
         except ValueError:
-            pass  # damaged: differs
+            pass  # a damaged file counts as different
         if not replace:
             raise DataError(f"{path}: exists and differs; give replace=true to write it again")
     write_atomic(path, data)

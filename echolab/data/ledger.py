@@ -1,17 +1,17 @@
-"""Record which samples each optimizer step trained on, and audit that each came once an epoch.
+"""Record the samples of each optimizer step, and audit that each sample was used once per epoch.
 
 A run's folder `ledger` holds one file for each rank of each attempt, attempt-0002-rank-00001.jsonl.
-Its first line names the attempt, the rank, the world, the first step and the datasets; then comes
-one line a step, written after the optimizer's update:
+The first line names the attempt, the rank, the world, the first step and the datasets; it is
+followed by one line per step, written after the optimizer's update:
 
     {"step": 7, "kind": "sft", "sources": [0, ...], "epochs": [1, ...], "keys": ["clip-3", ...],
      "noise": ["9f86d081884c7d65", ...]}
 
-Samples that were prefetched and never trained on are in no line.  An attempt that resumes from a
-checkpoint trains some steps again: `read_ledger` drops the rows of earlier attempts from its first
-step on.
+Samples that were prefetched but not trained on are not listed.  An attempt that resumes from a
+checkpoint repeats some steps: `read_ledger` drops the rows of earlier attempts from its first step
+on.
 
-skipped.jsonl lists the samples of every global batch that the run was asked to skip.
+skipped.jsonl lists the samples of every global batch that the run skipped on request.
 """
 
 import itertools
@@ -32,18 +32,18 @@ FILES = "attempt-????-rank-?????.jsonl"
 
 
 class Row(NamedTuple):
-    """One rank's part of one step; lists are aligned."""
+    """One rank's part of one step; list entries correspond to clips."""
 
     step: int  # from 0
     kind: str
     sources: list[int]  # index of the dataset
     epochs: list[int]
     keys: list[str]
-    noise: list[str]  # a hash of each clip's noise and noise level
+    noise: list[str]  # hash of each clip's noise and noise level
 
 
 class SkippedBatch(NamedTuple):
-    """One global batch that is never trained on; lists are aligned."""
+    """One global batch that the run skipped; list entries correspond to clips."""
 
     kind: str  # sft or preference
     batch: int
@@ -56,18 +56,18 @@ class Attempt(NamedTuple):
     """The start of an attempt."""
 
     attempt: int
-    world: int  # ranks that write: those that get the same clips count once
+    world: int  # number of ranks that write; ranks with the same clips count once
     first_step: int
-    clips: list[dict[str, Any]]  # `BatchSampler.datasets`
+    clips: list[dict[str, Any]]  # descriptions by `BatchSampler.datasets`
     pairs: list[dict[str, Any]]
 
 
 class Ledger(NamedTuple):
-    """The attempts of a run, and the steps that led to its state."""
+    """The attempts of a run, and the steps that produced its current weights."""
 
     attempts: list[Attempt]
-    steps: dict[int, list[Row]]  # by step, the rows of the ranks in order
-    faults: list[str]  # gaps of the ledger itself
+    steps: dict[int, list[Row]]  # step -> rows of the ranks in order
+    faults: list[str]  # gaps in the ledger itself
 
 
 # Writing
@@ -92,24 +92,24 @@ class LedgerWriter:
         self._lines = LineLog(self.path)
 
     def write(self, row: Row) -> None:
-        """Write the samples of one step, now or, if that fails, later."""
+        """Write the samples of one step; if writing fails, retry later."""
         self._lines.add(_line(row._asdict()))
 
     def close(self) -> None:
-        """Write the lines that still wait."""
+        """Write the pending lines."""
         self._lines.close()
 
 
 def write_skipped(folder: Path, batches: Iterable[SkippedBatch]) -> None:
     """Append skipped batches to the ledger in `folder`; raise StorageError."""
-    # One append for all batches: a killed process leaves complete lines.
+    # Append all batches at once, so that a killed process leaves complete lines.
     text = "".join(_line(batch._asdict()) for batch in batches)
     if text:
         append_text(folder / SKIPPED, text, patient=True)
 
 
 def next_attempt(folder: Path) -> int:
-    """Return an index above those of all attempts so far; from 1."""
+    """Return the index of the next attempt, from 1."""
     return max((int(path.name[8:12]) for path in folder.glob(FILES)), default=0) + 1
 
 
@@ -121,27 +121,27 @@ def _line(content: Mapping[str, Any]) -> str:
 
 
 def read_skipped(folder: Path) -> list[SkippedBatch]:
-    """Return the skipped batches in the ledger `folder`; a line that was cut is ignored."""
+    """Return the skipped batches in the ledger `folder`; ignore incomplete lines."""
     path = folder / SKIPPED
     return [
         SkippedBatch(*(row[name] for name in SkippedBatch._fields))
-        for row in (_rows(path) if path.exists() else [])
+        for row in (_read_rows(path) if path.exists() else [])
     ]
 
 
 def read_ledger(run: Path) -> Ledger:
-    """Return the rows that led to a run's state; raise DataError if there is no readable ledger."""
+    """Return the rows that produced a run's state; raise DataError without a readable ledger."""
     folder = run / LEDGER
-    # The files of each attempt, by rank.
+    # Group the files by attempt and rank.
     files: dict[int, dict[int, list[dict[str, Any]]]] = {}
     for path in sorted(folder.glob(FILES)):
-        lines = _rows(path)
+        lines = _read_rows(path)
         if not lines or lines[0].get("format") != FORMAT:
-            continue  # killed before its first line was complete: it trained nothing
+            continue  # killed before the first line was complete, so before any step
         files.setdefault(lines[0]["attempt"], {})[lines[0]["rank"]] = lines
     if not files:
         raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
-    # Replay the attempts in order; the last one that trained a step counts.
+    # Replay the attempts in order; for each step the last attempt counts.
     attempts: list[Attempt] = []
     steps: dict[int, list[Row]] = {}
     faults: list[str] = []
@@ -150,15 +150,15 @@ def read_ledger(run: Path) -> Ledger:
             head = next(iter(files[index].values()))[0]
             attempt = Attempt(*(head[name] for name in Attempt._fields))
             attempts.append(attempt)
-            # This attempt trains the later steps of earlier ones again.
+            # This attempt repeats the later steps of earlier attempts.
             steps = {step: rows for step, rows in steps.items() if step < attempt.first_step}
-            steps |= _steps_of(attempt, files[index], faults)
+            steps |= _attempt_steps(attempt, files[index], faults)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: attempt {index} has a row of another format ({error!r}); audit it with the "
             "program that wrote it"
         ) from error
-    # Gaps: no attempt may leave out a step that a later one trained after.
+    # Find gaps: every step up to the last one must be in some attempt.
     if not steps:
         faults.append("the ledger lists no step")
     first, last = min(steps, default=0), max(steps, default=-1)
@@ -168,18 +168,18 @@ def read_ledger(run: Path) -> Ledger:
     return Ledger(attempts, steps, faults)
 
 
-def _steps_of(
+def _attempt_steps(
     attempt: Attempt, ranks: Mapping[int, Sequence[Mapping[str, Any]]], faults: list[str]
 ) -> dict[int, list[Row]]:
-    """Return the steps of one attempt; a last one that only some ranks wrote does not count.
+    """Return the steps of one attempt; drop a last step that only some ranks wrote.
 
-    The ranks vote after every step, so that none is more than one step ahead when all die.
+    The ranks synchronize after every step, so no rank is more than one step ahead of another.
     """
     rows = {
         rank: {line["step"]: Row(*(line[name] for name in Row._fields)) for line in lines[1:]}
         for rank, lines in ranks.items()
     }
-    # The last step of each rank; one before the first if it wrote none.
+    # Last step of each rank; the step before the first if the rank wrote no step.
     none = attempt.first_step - 1
     ends = [max(rows.get(rank, {}), default=none) for rank in range(attempt.world)]
     if max(ends) - min(ends) > 1:
@@ -187,7 +187,7 @@ def _steps_of(
             f"attempt {attempt.attempt}: rank {ends.index(min(ends))} lists no step beyond "
             f"{min(ends)}, rank {ends.index(max(ends))} continues to {max(ends)}"
         )
-    # Only steps of all ranks: one that a rank lacks was not finished, or its row is lost.
+    # Keep steps that all ranks wrote; report earlier steps that a rank lacks.
     steps = {}
     for step in range(attempt.first_step, min(ends) + 1):
         lacking = [rank for rank in range(attempt.world) if step not in rows[rank]]
@@ -198,8 +198,8 @@ def _steps_of(
     return steps
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, without a line that a killed process did not finish."""
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; ignore the incomplete line of a killed process."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -213,30 +213,30 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Finding(NamedTuple):
-    """One sample that was not trained on as it should be."""
+    """One sample that was not trained on exactly once in an epoch."""
 
-    dataset: str  # its folder
+    dataset: str  # folder of the dataset
     epoch: int
     key: str
-    steps: list[int]  # those that trained on it in that epoch
+    steps: list[int]  # steps that trained on the sample in that epoch
 
 
 class Audit(NamedTuple):
-    """The result of an audit; `exact` if it has no finding and no fault."""
+    """The result of an audit."""
 
     steps: int
     attempts: int
-    samples: int  # trained on, over all datasets and epochs
+    samples: int  # number of samples trained on, over all datasets and epochs
     missing: list[Finding]
     doubled: list[Finding]
-    unknown: list[Finding]  # keys that the dataset does not hold
+    unknown: list[Finding]  # keys that are not in the dataset
     faults: list[str]
-    quarantined: int = 0  # bad samples that others replaced, as the run recorded
-    skipped: int = 0  # samples of batches that events of the run skipped
+    quarantined: int = 0  # number of bad samples that the run replaced
+    skipped: int = 0  # number of samples in skipped batches
 
     @property
     def exact(self) -> bool:
-        """Return if every sample was trained on exactly once an epoch."""
+        """Return whether every sample was trained on exactly once per epoch."""
         return not (self.missing or self.doubled or self.unknown or self.faults)
 
     def lines(self) -> list[str]:
@@ -253,19 +253,19 @@ class Audit(NamedTuple):
         return lines
 
 
-Seen = dict[int, dict[str, list[int]]]  # epoch -> key -> the steps that trained on it
+Seen = dict[int, dict[str, list[int]]]  # epoch -> key -> steps that trained on the sample
 SkippedKeys = dict[int, set[str]]  # epoch -> keys
 
 
 def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     """Compare a run's ledger with its datasets; raise DataError without a ledger.
 
-    In every epoch no sample may come twice, and in a finished epoch none may be missing beyond
-    those that last_batch=drop drops: so each comes k or k + 1 times in all.  Bad samples in the
-    run's quarantine may be missing, and as many others come once more.  `skips` are the batches
-    that events of the run skipped, (sft or preference, first, count): their samples must be missing
-    in the epoch that they would have come in.  If the run changed its samples
-    (data.changed=accept), those before are a fault: they cannot be compared.
+    No sample may occur twice in an epoch.  In a finished epoch no sample may be missing except
+    those that last_batch=drop drops.  Bad samples in the run's quarantine may be missing, and as
+    many other samples may occur twice.  `skips` lists the batches skipped by events of the run as
+    (sft or preference, first, count): their samples must be missing in their epoch.  If the run
+    changed its samples (data.changed=accept), report the steps before the change as a fault, since
+    they cannot be compared.
     """
     ledger = read_ledger(run)
     faults = list(ledger.faults)
@@ -273,19 +273,19 @@ def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     quarantine = read_quarantine(run / QUARANTINE)
     last = ledger.attempts[-1]
     audit = Audit(len(ledger.steps), len(ledger.attempts), 0, [], [], [], faults, len(quarantine))
-    # Supervised clips and preference pairs each have datasets and an order of their own.
+    # Supervised clips and preference pairs have separate datasets and orders.
     for supervised, datasets in ((True, last.clips), (False, last.pairs)):
         kind = "sft" if supervised else "preference"
         start = _first_comparable_step(ledger, supervised)
-        # Only rows of the same order are compared: others trained on other data.
+        # Compare only rows with the order of the last attempt; others used other data.
         if start:
             faults.append(
                 f"{run / LEDGER}: from step {start} on the run trained on other {kind} data "
                 "(data.changed=accept); what it trained on before cannot be compared with these"
             )
         for index, dataset in enumerate(datasets):
-            seen = _seen(ledger, supervised, index, start)
-            # All fingerprints since: the same samples may have been encoded again.
+            seen = _collect_seen(ledger, supervised, index, start)
+            # Include all fingerprints since `start`: the samples may have been re-encoded.
             fingerprints = _fingerprints(ledger, supervised, index, start)
             bad = {e["key"] for e in quarantine if e["dataset"] in fingerprints}
             skipped = _skipped_keys(batches, kind, index)
@@ -298,23 +298,23 @@ def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     return audit
 
 
-def _orders(attempt: Attempt, supervised: bool) -> list[str]:
-    """Return what the order of each dataset depended on in an attempt."""
+def _order_names(attempt: Attempt, supervised: bool) -> list[str]:
+    """Return the names that seeded the order of each dataset in an attempt."""
     datasets = attempt.clips if supervised else attempt.pairs
     return [dataset.get("order", dataset["fingerprint"]) for dataset in datasets]
 
 
 def _first_comparable_step(ledger: Ledger, supervised: bool) -> int:
-    """Return the first step of the attempts whose samples came in the order of the last attempt.
+    """Return the first step from which on all attempts used the order of the last attempt.
 
-    Data that were encoded again keep their order.  0 if no sample was trained on before that step.
+    Re-encoded data keep their order.  Return 0 if no sample was trained on before that step.
     """
-    # The attempts that the run's state comes from: each drops those of later steps before it.
+    # Attempts that contributed to the run's state: each replaces earlier attempts at later steps.
     history: list[tuple[int, list[str]]] = []  # (first step, orders)
     for attempt in ledger.attempts:
         history = [entry for entry in history if entry[0] < attempt.first_step]
-        history.append((attempt.first_step, _orders(attempt, supervised)))
-    # Go back while the order is that of the last attempt.
+        history.append((attempt.first_step, _order_names(attempt, supervised)))
+    # Go back as long as the order equals that of the last attempt.
     same = itertools.takewhile(lambda entry: entry[1] == history[-1][1], reversed(history))
     start = min(first for first, _ in same)
     before = [row for step in range(start) for row in ledger.steps.get(step, [])]
@@ -330,7 +330,7 @@ def _fingerprints(ledger: Ledger, supervised: bool, index: int, start: int) -> s
 def _skipped_batches(
     run: Path, skips: Iterable[tuple[str, int, int]], faults: list[str]
 ) -> list[SkippedBatch]:
-    """Return the skipped batches of the ledger; one that no event asked for is a fault."""
+    """Return the requested skipped batches of the ledger; add a fault for every other batch."""
     asked = {(kind, b) for kind, first, count in skips for b in range(first, first + count)}
     batches = read_skipped(run / LEDGER)
     faults += [
@@ -353,7 +353,7 @@ def _skipped_keys(batches: list[SkippedBatch], kind: str, index: int) -> Skipped
     return keys
 
 
-def _seen(ledger: Ledger, supervised: bool, index: int, start: int) -> Seen:
+def _collect_seen(ledger: Ledger, supervised: bool, index: int, start: int) -> Seen:
     seen: Seen = {}
     for step, rows in sorted(ledger.steps.items()):
         for row in rows if step >= start else []:
@@ -374,12 +374,12 @@ def _compare(
     changed: bool,
 ) -> None:
     """Add the findings of one dataset to `audit`; if `changed`, its first epoch is incomplete."""
-    # These need no dataset.
+    # The first two checks do not need to open the dataset.
     folder = dataset["folder"]
     audit.faults.extend(_trained_though_skipped(folder, seen, skipped))
-    audit.doubled.extend(_doubled(folder, seen, bad))
+    audit.doubled.extend(_find_doubled(folder, seen, bad))
     try:
-        keys = _keys(dataset)
+        keys = _read_keys(dataset)
     except DataError as error:
         audit.faults.append(str(error))
         return
@@ -389,7 +389,7 @@ def _compare(
         for key in sorted(set(trained) - keys)
     )
     first = min(seen, default=0) + 1 if changed else 0
-    audit.missing.extend(_missing(dataset, seen, keys, bad, skipped, first))
+    audit.missing.extend(_find_missing(dataset, seen, keys, bad, skipped, first))
 
 
 def _trained_though_skipped(folder: str, seen: Seen, skipped: SkippedKeys) -> Iterator[str]:
@@ -399,8 +399,8 @@ def _trained_though_skipped(folder: str, seen: Seen, skipped: SkippedKeys) -> It
             yield f"{folder}: epoch {epoch}: {key} was trained on, though skipped (steps {steps})"
 
 
-def _keys(dataset: Mapping[str, Any]) -> set[str]:
-    """Return the keys of the dataset; raise DataError if another dataset was trained on."""
+def _read_keys(dataset: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the dataset; raise DataError if the run trained on another dataset."""
     opened = open_dataset(dataset["folder"])
     if opened.fingerprint != dataset["fingerprint"]:
         raise DataError(
@@ -409,9 +409,9 @@ def _keys(dataset: Mapping[str, Any]) -> set[str]:
     return set(opened.keys)
 
 
-def _doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
+def _find_doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
     for epoch, keys in sorted(seen.items()):
-        # As many may come twice as bad samples are missing: they replaced these.
+        # One duplicate is allowed for each missing bad sample, as its substitute.
         if sum(len(steps) - 1 for steps in keys.values()) <= len(bad - set(keys)):
             continue
         for key, steps in sorted(keys.items()):
@@ -419,7 +419,7 @@ def _doubled(folder: str, seen: Seen, bad: set[str]) -> Iterator[Finding]:
                 yield Finding(folder, epoch, key, steps)
 
 
-def _missing(
+def _find_missing(
     dataset: Mapping[str, Any],
     seen: Seen,
     keys: set[str],
@@ -427,8 +427,8 @@ def _missing(
     skipped: SkippedKeys,
     first: int,
 ) -> Iterator[Finding]:
-    """Yield missing samples of each epoch from `first` on but the last, which may be unfinished."""
-    # With last_batch=drop an epoch leaves out so many samples, any of them.
+    """Yield the missing samples of each epoch from `first` on; the last epoch may be unfinished."""
+    # last_batch=drop skips this number of arbitrary samples per epoch.
     unused = max(0, len(keys) - dataset["span"])
     for epoch in range(first, max(seen, default=0)):
         lacking = keys - set(seen.get(epoch, {})) - bad - skipped.get(epoch, set())

@@ -1,12 +1,12 @@
 """Cache shards of remote datasets on a local disk, for all processes of a machine.
 
-    <sha256>.tar       a shard: it gets this name once its bytes have this sha256
-    <sha256>.partial   a shard that is being fetched; as long as the shard from the start, to
-                       reserve its room
-    <sha256>.lock      held by the process that fetches it; room.lock by the one that makes room
+    <sha256>.tar       a complete shard, verified by this sha256
+    <sha256>.partial   a shard being fetched, with the full size from the start to reserve space
+    <sha256>.lock      held by the process that fetches the shard
+    room.lock          held by the process that evicts shards
 
-A lock is the kernel's (flock): it ends with the process that held it.  A shard that is being read
-has a shared lock, and is not evicted; open files would stay readable even then.
+Locks are kernel locks (flock): they are released when their process ends.  A shard being read has a
+shared lock and is not evicted; even an evicted file would remain readable while it is open.
 """
 
 import fcntl
@@ -37,13 +37,13 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_folder(requested: Path | str | None) -> Path:
-    """Return the requested folder, or $ECHOLAB_CACHE, or ~/.cache/echolab."""
+    """Return the requested folder, else $ECHOLAB_CACHE, else ~/.cache/echolab."""
     folder = requested or os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "echolab"
     return Path(folder).expanduser()
 
 
 def _lock(file: int, how: int, path: Path) -> bool:
-    """Try to lock a file without waiting; return if it is locked."""
+    """Try to lock a file without waiting; return whether it is locked."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -58,13 +58,13 @@ def _lock(file: int, how: int, path: Path) -> bool:
 
 @contextmanager
 def file_lock(path: Path, seconds: float) -> Iterator[bool]:
-    """Hold the lock file `path` if it is free within so many seconds; yield if it is held."""
+    """Wait up to `seconds` for the lock file `path`; yield whether it is held."""
     deadline = time.monotonic() + seconds
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    # A lock counts only on the file that has the name: a holder removes its file at the end.
+    # The lock is valid only if `file` still has the name `path`: a holder removes its file.
     try:
-        while not (held := _lock(file, fcntl.LOCK_EX, path) and _same(file, path)):
-            if not _same(file, path):  # its last holder removed it: lock the new one
+        while not (held := _lock(file, fcntl.LOCK_EX, path) and _is_same_file(file, path)):
+            if not _is_same_file(file, path):  # the last holder removed it: lock a new file
                 os.close(file)
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             elif time.monotonic() >= deadline:
@@ -75,14 +75,14 @@ def file_lock(path: Path, seconds: float) -> Iterator[bool]:
             yield held
         finally:
             if held:
-                # A process forked in the block holds the same lock, and closing it here would not
-                # free it: so the next holder takes a new file.
+                # A process forked inside the block inherits the lock, which closing here would not
+                # release: remove the file, so that the next holder locks a new file.
                 path.unlink(missing_ok=True)
     finally:
         os.close(file)
 
 
-def _same(file: int, path: Path) -> bool:
+def _is_same_file(file: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -90,11 +90,11 @@ def _same(file: int, path: Path) -> bool:
 
 
 class ShardCache:
-    """At most `limit_bytes` of shards in `folder`; the least recently read are evicted first."""
+    """At most `limit_bytes` of shards in `folder`, with LRU eviction."""
 
     def __init__(self, folder: Path, limit_bytes: int, retry_policy: RetryPolicy) -> None:
         self.folder, self.limit_bytes, self.retry_policy = folder, limit_bytes, retry_policy
-        # Killed processes leave partial shards, which count as used room.
+        # Remove partial shards of killed processes, which would use space.
         try:
             retry(lambda: folder.mkdir(parents=True, exist_ok=True))
             self._clear_leftovers()
@@ -103,53 +103,53 @@ class ShardCache:
 
     @contextmanager
     def open(self, shard: Shard, url: str) -> Iterator[int]:
-        """Yield a file descriptor of the shard, fetched if needed, and kept while it is open.
+        """Fetch the shard if needed and yield its file descriptor; do not evict it while open.
 
-        Raises FetchError, or DataError if the disk or the cache is too small.
+        Raise FetchError, or DataError if the disk or the cache is too small.
         """
-        file = self._cached(shard)
+        file = self._open_cached(shard)
         if file is None:
-            file = self._fetched(shard, url)
+            file = self._open_fetched(shard, url)
         try:
             yield file
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for processes that were forked since
+            fcntl.flock(file, fcntl.LOCK_UN)  # also unlocks copies in forked processes
             os.close(file)
 
     def holds(self, shard: Shard) -> bool:
-        """Return if the shard is in the cache."""
+        """Return whether the shard is in the cache."""
         return self._path(shard).exists()
 
     def discard(self, shard: Shard) -> None:
-        """Remove a shard whose bytes have changed on disk; the next reader fetches it again."""
+        """Remove a shard that was damaged on disk; the next reader fetches it again."""
         remove_quietly(self._path(shard))
 
     def _path(self, shard: Shard) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _cached(self, shard: Shard) -> int | None:
-        # A shared lock, which keeps the shard from being evicted while it is read.
+    def _open_cached(self, shard: Shard) -> int | None:
+        # Take a shared lock, which prevents eviction.
         path = self._path(shard)
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        # Wait: only eviction locks it exclusively, and for a moment.
+        # Only eviction takes an exclusive lock, and only briefly, so wait.
         while not _lock(file, fcntl.LOCK_SH, path):
             time.sleep(POLL_SECONDS)
         _mark_read(file)
         return file
 
-    def _fetched(self, shard: Shard, url: str) -> int:
+    def _open_fetched(self, shard: Shard, url: str) -> int:
         deadline = time.monotonic() + self.retry_policy.deadline_seconds
         try:
-            return retry(lambda: self._fetched_alone(shard, url, deadline))
+            return retry(lambda: self._fetch_locked(shard, url, deadline))
         except OSError as error:
             raise write_error(self._path(shard), error) from error
 
-    def _fetched_alone(self, shard: Shard, url: str, deadline: float) -> int:
-        """Fetch it while no other process does, or wait for the one that does."""
-        # The others wait for the lock, and have the shard in the cache when they get it.
+    def _fetch_locked(self, shard: Shard, url: str, deadline: float) -> int:
+        """Fetch the shard under a lock; if another process fetches it, wait for that process."""
+        # Processes that waited for the lock then find the shard in the cache.
         seconds = max(deadline - time.monotonic(), 0.0)
         with file_lock(self.folder / f"{shard.sha256}.lock", seconds) as held:
             if not held:
@@ -157,24 +157,24 @@ class ShardCache:
                     f"{public_url(url)}: another process has been fetching it for {seconds:.3g} s; "
                     "check the server and the network"
                 )
-            file = self._cached(shard)  # another process was faster
+            file = self._open_cached(shard)  # another process may have fetched it
             return self._fetch(shard, url, deadline) if file is None else file
 
     def _fetch(self, shard: Shard, url: str, deadline: float) -> int:
         partial = self.folder / f"{shard.sha256}.partial"
-        # Reserve room, fetch with what is left of the deadline, and rename when it is verified.
+        # Reserve space, fetch within the rest of the deadline, and rename the verified file.
         try:
             self._reserve(partial, shard.bytes, deadline)
             retry_policy = self.retry_policy._replace(deadline_seconds=deadline - time.monotonic())
             with partial.open("r+b") as file:
                 fetch(url, file, Expected(shard.bytes, shard.sha256), retry_policy)
-                return self._keep(file, partial, self._path(shard))
+                return self._publish(file, partial, self._path(shard))
         except BaseException:
             remove_quietly(partial)
             raise
 
-    def _keep(self, file: BinaryIO, partial: Path, path: Path) -> int:
-        """Give the file its name, and a reader's lock before others can open it."""
+    def _publish(self, file: BinaryIO, partial: Path, path: Path) -> int:
+        """Rename a verified file; take a reader's lock before other processes can open it."""
         file.flush()
         os.fsync(file.fileno())
         reader = os.open(partial, os.O_RDONLY)
@@ -188,14 +188,14 @@ class ShardCache:
         return reader
 
     def _reserve(self, partial: Path, size: int, deadline: float) -> None:
-        """Create an empty file as long as the shard, when there is room for it."""
+        """Create a file of the shard's size once there is space for it."""
         remove_quietly(partial)
         if size > self.limit_bytes:
             raise ConfigError(
                 f"{self.folder}: a shard of {size} bytes does not fit in cache_gb="
                 f"{self.limit_bytes / 1e9:.3g}; raise it"
             )
-        # Wait until readers close shards that can be evicted, or until the deadline.
+        # Wait until enough shards can be evicted, or until the deadline.
         while True:
             seconds = max(deadline - time.monotonic(), 0.0)
             with file_lock(self.folder / "room.lock", seconds) as held:
@@ -212,7 +212,7 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         self._clear_leftovers()
-        # Evict those read longest ago first, except those that a process reads.
+        # Evict the least recently read shards first, except shards in use.
         kept = [(stat.st_mtime_ns, stat.st_size, path) for path, stat in self._files()]
         used = sum(kept_size for _, kept_size, _ in kept)
         for _, freed, path in sorted(kept):
@@ -228,10 +228,10 @@ class ShardCache:
                 try:
                     yield path, path.stat()
                 except FileNotFoundError:
-                    pass  # finished or removed since
+                    pass  # renamed or removed in the meantime
 
     def _clear_leftovers(self) -> None:
-        """Remove what killed processes were fetching."""
+        """Remove partial shards of killed processes."""
         for path, _ in list(self._files()):
             if path.suffix == ".partial":
                 with file_lock(path.with_suffix(".lock"), 0.0) as held:
@@ -240,18 +240,18 @@ class ShardCache:
 
 
 def _mark_read(file: int) -> None:
-    """Set the time of the last read, by which shards are evicted; the kernel's is too coarse."""
+    """Set the time of the last read for LRU eviction; the kernel's own time is too coarse."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
 
 
 def _remove_unread(path: Path) -> bool:
-    """Remove a shard unless a process reads it; return if it is removed."""
+    """Remove a shard unless a process reads it; return whether it is removed."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
-    # Its exclusive lock excludes readers, which hold shared ones.
+    # The exclusive lock fails while readers hold shared locks.
     try:
         if not _lock(file, fcntl.LOCK_EX, path):
             return False
@@ -264,8 +264,8 @@ def _remove_unread(path: Path) -> bool:
 class Prefetcher:
     """Calls `fetch(shard)` for the first `limit` expected shards, one after another, in a thread.
 
-    A new expectation replaces the old one.  The thread starts with the first expectation of a
-    process: it would not survive a fork.
+    Each call of `expect` replaces the previous list.  The thread starts at the first call in each
+    process, since it would not survive a fork.
     """
 
     def __init__(self, fetch: Callable[[int], None], limit: int) -> None:
@@ -276,14 +276,14 @@ class Prefetcher:
         return {"fetch": self.fetch, "limit": self.limit, "_owner": 0}
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Take indices of shards in the order in which they will be read; never block."""
-        # A forked process inherits no thread, so it starts its own.
+        """Set the indices of the shards that will be read next, in order; never block."""
+        # A forked process inherits no thread, so it starts a new one.
         if self._owner != os.getpid():
             self._owner = os.getpid()
             self._expected: list[int] = []
             self._changed = Condition()
             Thread(target=self._work, name="prefetch", daemon=True).start()
-        # Each shard once, in the order of its first sample.
+        # Keep each shard once, in the order of its first sample.
         with self._changed:
             self._expected = list(dict.fromkeys(shards))[: self.limit]
             self._changed.notify()
@@ -294,15 +294,15 @@ class Prefetcher:
                 while not self._expected:
                     self._changed.wait()
                 shard = self._expected.pop(0)
-            # A shard that cannot be fetched now is no reason to end the thread.
+            # A shard that cannot be fetched must not end the thread.
             try:
                 self.fetch(shard)
             except (EcholabError, OSError):
-                pass  # the reader of the shard tries again, and raises
+                pass  # the reader of the shard retries and raises the error
 
 
 class RemoteStore:
-    """An address, read through the cache of this machine."""
+    """A remote dataset, read through the cache of this machine."""
 
     def __init__(self, url: str, shards: list[Shard], cache: ShardCache, prefetched: int) -> None:
         self.url, self.shards, self.cache = url, shards, cache

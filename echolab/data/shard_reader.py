@@ -1,15 +1,16 @@
 """Read datasets: a folder of plain WebDataset tars and one dataset.json, which is written last.
 
-A key names a sample and has no dots; a sample is its members, each named by what follows the dot:
+The files of a tar are named KEY.MEMBER: the key of a sample contains no dots, and all files with
+the same key are the members of one sample:
 
     raw      mp4 (H.264, 25 fps, 4n+1 frames), flac (16 kHz mono), tracks.npz (boxes), json
-    encoded  the same json, and safetensors instead of what it was made from
+    encoded  the same json, and safetensors instead of the media
 
-dataset.json holds the geometry of the latents, for each shard its sha256, bytes and number of
-samples, and for each sample its members' [offset, size, crc32]; its fingerprint is the hash of all
-that.  Nothing is unpickled.
+dataset.json holds the geometry of the latents, sha256, bytes and number of samples of each shard,
+and [offset, size, crc32] of each sample's members; the fingerprint is the hash of these entries.
+Nothing is unpickled.
 
-The folder may also lie behind an address: http(s)://, s3://, or another that fsspec knows.
+A dataset may also be remote: http(s)://, s3://, or another scheme that fsspec supports.
 """
 
 import hashlib
@@ -41,8 +42,8 @@ from echolab.data.shard_cache import RemoteStore, ShardCache, cache_folder
 from echolab.errors import ConfigError, DataError
 
 CACHE_GB = 50.0
-PREFETCHED_SHARDS = 4  # at most
-OPEN_FILES = 32  # a process and dataset; a bounded shuffle reads so many shards in turn
+PREFETCHED_SHARDS = 4  # maximum
+OPEN_FILES = 32  # per process and dataset; a bounded shuffle alternates between that many shards
 RETRY_POLICY = RetryPolicy()
 
 Result = TypeVar("Result")
@@ -58,17 +59,17 @@ class Store(Protocol):
         """Return the path or address of a shard, for messages."""
 
     def forget(self, shard: int) -> bool:
-        """Drop a copy whose bytes are wrong; return False if there is only the original."""
+        """Drop a damaged cached copy; return False if there is only the original."""
 
     def release(self, shard: int) -> None:
-        """Close the file, so that the next read opens it again: a stale handle stays stale."""
+        """Close the file, so that the next read reopens it: a stale handle never recovers."""
 
     def expect(self, shards: Iterable[int]) -> None:
         """Prepare for reading these shards next, in this order."""
 
 
 class _OpenFile:
-    """A file that is closed when nothing refers to it any more."""
+    """A file descriptor that is closed when the object is no longer referenced."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
@@ -80,7 +81,7 @@ class _OpenFile:
 
 
 class LocalStore:
-    """A folder.  Each process keeps the files that it read last open."""
+    """A local folder.  Each process keeps the most recently read files open."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder, self.names = folder, names
@@ -98,7 +99,7 @@ class LocalStore:
 
     @contextmanager
     def open(self, shard: int) -> Iterator[int]:
-        # A fork copies the lock as it was, perhaps held by a thread that the child does not have.
+        # A forked child may inherit a lock held by a thread that does not exist in the child.
         if self._owner != os.getpid():
             self._forget_files()
         with self._lock:
@@ -106,7 +107,7 @@ class LocalStore:
             self._files[shard] = file
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
-        yield file.descriptor  # `file` stays open here, though another thread may drop it
+        yield file.descriptor  # this reference keeps the file open, even if a thread drops it
 
     def path(self, shard: int) -> str:
         return str(self.folder / self.names[shard])
@@ -124,14 +125,14 @@ class LocalStore:
 
 
 class CorruptSampleError(DataError):
-    """Bytes of a sample that do not match dataset.json."""
+    """The bytes of a sample do not match dataset.json."""
 
 
 class ShardDataset:
-    """A dataset, read sample by sample at random.  May be copied into workers, forked or not.
+    """A dataset with random access to samples.  It may be copied to forked or spawned workers.
 
-    Every read is checked against dataset.json; a difference is a DataError that names shard, sample
-    and byte offset.  A file system that keeps failing is a StorageError.
+    Every read is checked against dataset.json; a mismatch raises a DataError that names shard,
+    sample and byte offset.  A file system that fails repeatedly raises StorageError.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class ShardDataset:
         self.description: dict[str, Any] = index["description"]
         self.fingerprint: str = index["fingerprint"]
         self.shards, self.keys = samples.shards, samples.keys
-        self.common_shapes: Mapping[str, Sequence[int]] | None = None  # of all samples, once known
+        self.common_shapes: Mapping[str, Sequence[int]] | None = None  # set once known
         self._samples, self._store = samples, store
 
     def __len__(self) -> int:
@@ -152,8 +153,8 @@ class ShardDataset:
 
     @cached_property
     def keys_digest(self) -> str:
-        """Return a hash of the keys and of the shards' sizes: equal if the order can be equal."""
-        # A hash, for a list of all keys would be too large for a checkpoint.
+        """Return a hash of the keys and shard sizes; equal hashes allow the same sample order."""
+        # Use a hash, since a list of all keys would be too large for a checkpoint.
         digest = hashlib.sha256(json.dumps(self.samples_by_shard).encode())
         for key in self.keys:
             digest.update(f"{key}\n".encode())
@@ -171,7 +172,7 @@ class ShardDataset:
         return Sample(self.keys[i], shard.name, self._samples.members(i))
 
     def expect(self, samples: Iterable[int]) -> None:
-        """Announce the samples that are read next, so that remote shards are prefetched."""
+        """Announce the samples that will be read next, so that remote shards are prefetched."""
         self._store.expect(self._samples.shard_of(i) for i in samples)
 
     def read(self, i: int) -> dict[str, bytes]:
@@ -180,17 +181,17 @@ class ShardDataset:
         return {name: self.take(i, name, MemberReader.rest) for name in members}
 
     def take(self, i: int, name: str, use: Callable[[MemberReader], Result]) -> Result:
-        """Return `use` of one member; raise KeyError if sample `i` has none of that name.
+        """Return `use(member)` for one member; raise KeyError if sample `i` has no such member.
 
-        The checksum of the member is compared however much of it `use` reads.  `use` may see
-        damaged bytes: then its result or error is dropped.
+        The checksum of the full member is always verified, even if `use` reads only a part.  If it
+        does not match, the result or error of `use` is discarded.
         """
         i = range(len(self))[i]
         location = self._samples.members(i)[name]
         try:
             return self._take(i, name, location, use)
         except CorruptSampleError:
-            # A cached copy may be damaged on the local disk: read the original once more.
+            # A cached copy may be damaged on the local disk: fetch and read the original once.
             if not self._store.forget(self._samples.shard_of(i)):
                 raise
             return self._take(i, name, location, use)
@@ -202,7 +203,7 @@ class ShardDataset:
         location: tuple[int, int, int],
         use: Callable[[MemberReader], Result],
     ) -> Result:
-        """Retry transient errors of the file system, which say nothing about the bytes."""
+        """Return the result of `_take_once`; retry transient errors of the file system."""
         shard = self._samples.shard_of(i)
 
         def attempt() -> Result:
@@ -212,7 +213,7 @@ class ShardDataset:
                 self._store.release(shard)
                 raise
 
-        # Any OSError may pass here: the file existed when the dataset was opened.
+        # Retry every OSError: the file existed when the dataset was opened.
         try:
             return retry(attempt, final=())
         except OSError as error:
@@ -225,14 +226,14 @@ class ShardDataset:
         location: tuple[int, int, int],
         use: Callable[[MemberReader], Result],
     ) -> Result:
-        # `use` may see damaged bytes: compare the checksum whether it returns or raises.
+        # `use` may read damaged bytes: verify the checksum whether it returns or raises.
         offset, size, crc32 = location
         with self._store.open(self._samples.shard_of(i)) as file:
             member = MemberReader(file, offset, size)
             try:
                 return use(member)
             finally:
-                # The rest counts for the checksum, also if `use` raised.
+                # Include the unread rest in the checksum, also if `use` raised.
                 member.skip(size - member.position)
                 if member.crc32 != crc32 or member.position != size:
                     cut = f"is cut at {member.position}"
@@ -253,12 +254,12 @@ def open_dataset(
     cache_gb: float = CACHE_GB,
     retry_policy: RetryPolicy = RETRY_POLICY,
 ) -> ShardDataset:
-    """Open the dataset in a folder or behind an address.
+    """Open the dataset in a local folder or at a remote address.
 
-    Remote shards are downloaded to the folder `cache_dir` ($ECHOLAB_CACHE, ~/.cache/echolab), at
-    most `cache_gb` GB (1e9 bytes) of them, which all processes of the machine use together.
-    Raises DataError if dataset.json or a shard is missing or cut, FetchError if a server fails,
-    StorageError if a file system does, ConfigError for a bad address or cache.
+    Remote shards are downloaded to the folder `cache_dir` ($ECHOLAB_CACHE, ~/.cache/echolab), which
+    holds at most `cache_gb` GB (1e9 bytes) and is shared by all processes of the machine.
+    Raise DataError if dataset.json or a shard is missing or truncated, FetchError if a server
+    fails, StorageError if a file system fails, ConfigError for a bad address or cache.
     """
     url = parse_url(location)
     if url:
@@ -272,7 +273,7 @@ def _open_local(folder: Path) -> ShardDataset:
         index, samples = parse_index(read_file(path), path)
     except ABSENT as error:
         raise DataError(f"{path}: not there; the folder is no complete dataset") from error
-    # Detect a missing or cut shard at the start, not after hours of training.
+    # Detect a missing or truncated shard at the start, not after hours of training.
     for shard in samples.shards:
         path = folder / shard.name
         size = _size(path)
@@ -287,8 +288,8 @@ def _open_local(folder: Path) -> ShardDataset:
 
 
 def _size(path: Path) -> int | None:
-    """Return the bytes of a file, or None if it does not exist."""
-    # Absence is final; other errors of a shared file system may pass.
+    """Return the size of a file in bytes, or None if it does not exist."""
+    # Do not retry if the file is absent; other errors of a shared file system may be transient.
     try:
         status = retry(path.stat)
     except ABSENT:
@@ -305,7 +306,7 @@ def _open_remote(
         raise ConfigError(f"cache_gb={cache_gb}: must be above 0")
     index, samples = _remote_index(join_url(url, INDEX), retry_policy)
     cache = ShardCache(cache_dir, int(cache_gb * 1e9), retry_policy)
-    # Prefetched shards must not evict those that are still to be read.
+    # Prefetched shards must not evict shards that are still to be read.
     largest = max((shard.bytes for shard in samples.shards), default=1)
     prefetched = min(PREFETCHED_SHARDS, cache.limit_bytes // (2 * largest))
     store = RemoteStore(url, samples.shards, cache, prefetched)
@@ -313,8 +314,8 @@ def _open_remote(
 
 
 def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], SampleIndex]:
-    """Return dataset.json behind an address, and retry if its fingerprint does not fit."""
-    # A dataset.json that is being uploaded again may be cut, or of another version.
+    """Fetch and parse a remote dataset.json; retry if it is invalid."""
+    # During an upload dataset.json may be incomplete.
     deadline = time.monotonic() + retry_policy.deadline_seconds
     attempt = 0
     while True:
@@ -331,16 +332,16 @@ def _remote_index(url: str, retry_policy: RetryPolicy) -> tuple[dict[str, Any], 
             time.sleep(seconds)
 
 
-# Provenance.  Latents of two autoencoders look similar and mean different images; so do features.
-# Every dataset, checkpoint and file of candidates carries the fingerprints of its encoders by name
-# (video, text, image, audio); a foreign dataset carries none, and is trusted.
+# Provenance.  Latents of different autoencoders look similar but represent different images, and
+# so do features.  Every dataset, checkpoint and candidates file stores the fingerprints of its
+# encoders by name (video, text, image, audio); a foreign dataset stores none and is trusted.
 
 
 def check_same_encoders(
     name_a: object, encoders_a: Mapping[str, str], name_b: object, encoders_b: Mapping[str, str]
 ) -> None:
-    """Raise DataError that names the first encoder in which two things differ."""
-    # Encoders that only one of them names cannot differ.
+    """Raise a DataError that names the first encoder that differs between `a` and `b`."""
+    # Compare only encoders that both sides name.
     for part in sorted(encoders_a.keys() & encoders_b.keys()):
         if encoders_a[part] != encoders_b[part]:
             raise DataError(
@@ -350,8 +351,8 @@ def check_same_encoders(
 
 
 def shared_samples(dataset_a: ShardDataset, dataset_b: ShardDataset) -> int:
-    """Return how many samples two datasets have in common: same key, sizes and checksums."""
-    # Shards may be packed differently, so offsets are not compared.
+    """Return the number of samples in both datasets, by key, sizes and checksums."""
+    # Do not compare offsets, since the shards may be packed differently.
     index_of = {key: i for i, key in enumerate(dataset_a.keys)}
     return sum(
         _checksums(dataset_a, index_of[key]) == _checksums(dataset_b, i)

@@ -1,4 +1,4 @@
-"""Write a dataset folder: tars by webdataset, each complete or absent, and dataset.json last."""
+"""Write a dataset folder: tars by webdataset, each written atomically, and dataset.json last."""
 
 import os
 import re
@@ -28,7 +28,7 @@ MAX_SHARD_BYTES = 2 * 1024**3
 
 
 class _Partial:
-    """The file that webdataset writes one tar into, under a temporary name."""
+    """The file object that webdataset writes one tar to, under a temporary name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class _Partial:
         self.file: BinaryIO | None = self.partial.open("wb")
 
     def write(self, data: bytes) -> int:
-        # After an error tarfile still flushes when it is collected: drop that.
+        # After an error tarfile may still flush when it is garbage-collected: ignore that.
         return self.file.write(data) if self.file else len(data)
 
     def finish(self) -> None:
@@ -53,16 +53,16 @@ class _Partial:
             try:
                 file.close()
             except OSError:
-                pass  # the disk is full: the first error is the one to report
+                pass  # such as a full disk: an earlier error is reported already
         remove_quietly(self.partial)
 
 
 class ShardWriter:
     """Writes samples to a new dataset folder, which is complete when the `with` block succeeds.
 
-    Each tar is written under a temporary name, read back, and renamed; dataset.json comes last.
-    After an exception there is no dataset.json, and the next writer removes the leftovers.  Other
-    writers of the folder raise BusyError until the block ends.
+    Each tar is written under a temporary name, renamed, and read back; dataset.json is written
+    last.  After an exception there is no dataset.json, and the next writer removes the leftovers.
+    Other writers of the folder raise BusyError until the block ends.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class ShardWriter:
         self._tars: Any = None
 
     def __enter__(self) -> Self:
-        # The folder stays locked until the block ends.
+        # Lock the folder until the block ends.
         make_folder(self.folder)
         with ExitStack() as stack:
             stack.enter_context(lock_folder(self.folder))
             if (self.folder / INDEX).exists():
                 raise DataError(f"{self.folder}: already holds a dataset; choose another folder")
-            # Remove what a killed writer left.
+            # Remove leftovers of a killed writer.
             try:
                 for path in self.folder.iterdir():
                     if SHARD.fullmatch(path.name.removesuffix(".partial")):
@@ -109,7 +109,7 @@ class ShardWriter:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Add one sample with all members of its kind, named as in MEMBERS; raise DataError."""
-        # Refuse a sample before a byte of it is written.
+        # Check the sample before writing any of its bytes.
         for name in members:
             split_name(f"{key}.{name}")
         if key in self._keys or not members:
@@ -123,7 +123,7 @@ class ShardWriter:
                 f"{self.folder}: sample {key} has no {missing[0]}, which {self.kind} samples have; "
                 "remove the folder and make it again"
             )
-        # The first sample opens the first tar.
+        # Open the first tar at the first sample.
         try:
             if self._tars is None:
                 self._tars = webdataset.ShardWriter(
@@ -134,7 +134,7 @@ class ShardWriter:
                     post=self._finish_shard,
                     verbose=0,
                     encoder=False,
-                    mtime=0,  # the same samples give the same bytes
+                    mtime=0,  # so that the same samples yield the same bytes
                 )
             self._tars.write({"__key__": key, **members})
         except OSError as error:
@@ -147,13 +147,13 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an exception there is no dataset.json: no reader takes the folder for complete.
+        # After an exception write no dataset.json, so that no reader accepts the folder.
         try:
             if kind is None:
                 self._finish()
         finally:
             with self._held:
-                # A tar that was not finished is dropped.
+                # Remove an unfinished tar.
                 if self._output:
                     self._output.abandon()
 
@@ -180,7 +180,7 @@ class ShardWriter:
     def _finish_shard(self, name: str) -> None:
         assert self._output is not None
         self._output.finish()
-        # Locations and checksums are those of the bytes on disk.
+        # Read the tar back: locations and checksums are those of the bytes on disk.
         members, sha256, size = read_tar(self.folder / name)
         samples: dict[str, Members] = {}
         for member in members:

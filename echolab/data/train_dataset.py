@@ -34,19 +34,19 @@ class StepPlan(NamedTuple):
     """The global batch that one optimizer step trains on."""
 
     kind: str  # sft, ndpo or dpo
-    batch: int  # index of the global batch that it takes from its datasets
+    batch: int  # index of the global batch in its datasets
     skipped: int = 0  # number of batches before it that were skipped
 
 
 class MicroBatch(NamedTuple):
-    """One forward and backward of one rank, with all that its random draws depend on."""
+    """The data of one forward and backward pass of one rank, with all seeds of its random draws."""
 
     kind: str
     step: int
-    epochs: list[int]  # [B]  of the dataset of each clip
+    epochs: list[int]  # [B]  epoch of each clip's dataset
     batch: Batch | PreferencePair
-    sources: list[int]  # [B]  index of the dataset
-    loss_weight: float = 1.0  # of its mean loss; 0 if all of its clips are padding
+    sources: list[int]  # [B]  index of each clip's dataset
+    loss_weight: float = 1.0  # weight of the mean loss; 0 if all clips are padding
 
 
 class DatasetMixture(NamedTuple):
@@ -54,18 +54,18 @@ class DatasetMixture(NamedTuple):
 
     datasets: tuple[ShardDataset, ...]
     sampler: BatchSampler
-    readers: tuple[TolerantReader, ...]  # of each dataset
+    readers: tuple[TolerantReader, ...]  # one per dataset
 
 
 def uniform(seed: int, epoch: int, key: str, purpose: str) -> float:
-    """Return a number in [0, 1) that depends on nothing but the arguments."""
-    # A hash, not a generator: any process computes the value of any clip alone.
+    """Return a uniform number in [0, 1) that depends only on the arguments."""
+    # Use a stateless hash, so that any process can compute the value of any clip.
     digest = blake2b(f"{seed}/{epoch}/{purpose}/{key}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def _latent_size(dataset: ShardDataset) -> tuple[int, int, int]:
-    """Return (frames, height, width) of the latents of its clips."""
+    """Return (frames, height, width) of the dataset's latents."""
     shapes = common_shapes(dataset)
     _, frames, height, width = shapes["latents"] if "latents" in shapes else shapes["chosen"]
     return frames, height, width
@@ -74,7 +74,7 @@ def _latent_size(dataset: ShardDataset) -> tuple[int, int, int]:
 def _check_datasets(
     datasets: Sequence[ShardDataset], kind: str, weights: Sequence[float] | None
 ) -> None:
-    """Raise DataError for a dataset of another kind or an empty one, ConfigError for weights."""
+    """Raise DataError for an empty dataset or one of another kind, ConfigError for bad weights."""
     for dataset in datasets:
         if dataset.kind != kind:
             raise DataError(
@@ -102,12 +102,12 @@ def build_mixture(
 ) -> DatasetMixture:
     """Return the datasets with their batch sampler; raise DataError or ConfigError.
 
-    The clips of one dataset have one size: clips of several sizes are several datasets.
-    `max_bad_fraction` of the samples may be bad; they are listed in the file `quarantine`.
-    `order_names` are what the order of each dataset depends on, by default its fingerprint.
+    All clips of a dataset have the same size; use a separate dataset for each clip size.
+    `max_bad_fraction` of the samples may be bad; bad samples are listed in the file `quarantine`.
+    `order_names` seed the order of each dataset; the default is its fingerprint.
     """
     _check_datasets(datasets, kind, weights)
-    # The sizes of a single dataset matter only with a token budget.
+    # The clip size of a single dataset matters only with a token budget.
     sized = len(datasets) > 1 or shuffle.token_budget is not None
     sources = [
         Source(
@@ -121,7 +121,7 @@ def build_mixture(
         for i, dataset in enumerate(datasets)
     ]
     sampler = BatchSampler(sources, batch_size=batch_size, seed=seed, shuffle=shuffle)
-    # A reader for each dataset: budgets of bad samples are counted by dataset.
+    # Use one reader per dataset, since the budget of bad samples is per dataset.
     readers = [
         TolerantReader(dataset, max_bad_fraction=max_bad_fraction, quarantine=quarantine)
         for dataset in datasets
@@ -132,9 +132,10 @@ def build_mixture(
 class TrainDataset(Dataset[MicroBatch]):
     """Item i is the i-th micro-batch of this rank over the schedule.
 
-    The global batch of a step is cut by position: rank r of W takes its r-th part, and that part
-    falls into `accumulation` micro-batches.  The union over ranks and micro-batches is the same for
-    every W and accumulation.  Use with `DataLoader(batch_size=None, sampler=range(start, stop))`.
+    The global batch of a step is split by position: rank r of W gets the r-th part, and that part
+    is split into `accumulation` micro-batches.  The union over ranks and micro-batches is the same
+    for every W and accumulation.  Use with
+    `DataLoader(batch_size=None, sampler=range(start, stop))`.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class TrainDataset(Dataset[MicroBatch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Count `steps` over the schedule; raise ConfigError if the batch cannot be cut evenly."""
+        """Cover all `steps` of the schedule; raise ConfigError if the batch is not divisible."""
         if batch_size % (world * accumulation):
             raise ConfigError(
                 f"batch_size={batch_size}: not a multiple of {world} ranks x {accumulation} "
@@ -179,44 +180,48 @@ class TrainDataset(Dataset[MicroBatch]):
     def __getitem__(self, i: int) -> MicroBatch:
         step = i // self.accumulation
         kind, batch, skipped = self.step_plan(step)
-        # Announce the next item before this one is read, so that remote shards are on their way.
+        # Announce the next item before reading this item, so that remote shards are prefetched.
         cached = self._next and self._next[0] == i
-        drawn, weight = self._next[1:] if self._next and cached else self._micro_batch(i)
+        drawn, weight = self._next[1:] if self._next and cached else self._draw_micro_batch(i)
         self._announce_next(i)
-        # The curriculum counts supervised steps: preference epochs do not advance it.
+        # The curriculum counts supervised steps only, not preference steps.
         supervised_step = batch - skipped
-        items = self._clips(drawn, supervised_step) if kind == "sft" else self._pairs(kind, drawn)
+        items = (
+            self._read_clips(drawn, supervised_step)
+            if kind == "sft"
+            else self._read_pairs(kind, drawn)
+        )
         epochs, sources = [clip.epoch for clip in drawn], [clip.source for clip in drawn]
         return MicroBatch(kind, step, epochs, items, sources, weight)
 
     def _announce_next(self, i: int) -> None:
-        """Announce to the datasets what this process will read after item `i`."""
-        # Workers take items in turn.
+        """Announce to the datasets the samples that this process will read after item `i`."""
+        # Items are distributed to workers round-robin.
         worker = get_worker_info()
         following = i + (worker.num_workers if worker else 1)
         self._next = None
         if following < self.stop:
-            drawn, weight = self._micro_batch(following)
+            drawn, weight = self._draw_micro_batch(following)
             self._next = following, drawn, weight
             mixture = self._mixture(self.step_plan(following // self.accumulation).kind)
             for index in {clip.source for clip in drawn}:
                 samples = [clip.sample for clip in drawn if clip.source == index]
                 mixture.datasets[index].expect(samples)
 
-    def _micro_batch(self, i: int) -> tuple[list[DrawnSample], float]:
+    def _draw_micro_batch(self, i: int) -> tuple[list[DrawnSample], float]:
         """Return the clips of a micro-batch, and the weight of their mean loss."""
-        # Every rank draws the full global batch, and cuts its own part by position.
+        # Every rank draws the full global batch and selects its part by position.
         step, part = divmod(i, self.accumulation)
         drawn = self.global_batch(step)
         size = len(drawn) // (self.world * self.accumulation)
         first = (self.rank * self.accumulation + part) * size
         local = drawn[first : first + size]
         real = [clip for clip in local if clip.loss_weight]
-        # A forward is due even without a clip: other ranks wait for it.
+        # Keep one padding clip if there is no real clip: other ranks wait for this forward pass.
         return real or local[:1], sum(clip.loss_weight for clip in real) / size
 
-    def _clips(self, drawn: list[DrawnSample], supervised_step: int) -> Batch:
-        # The task depends on the clip that is read: a substitute draws its own.
+    def _read_clips(self, drawn: list[DrawnSample], supervised_step: int) -> Batch:
+        # Draw the task by the key of the clip that is read, which may be a substitute.
         probabilities = self.curriculum.probabilities(supervised_step)
         clips = []
         for source, epoch, i, _ in drawn:
@@ -229,13 +234,13 @@ class TrainDataset(Dataset[MicroBatch]):
             clips.append(self.clips.readers[source].read(i, read))
         return collate_clips(self.clips.datasets[drawn[0].source], clips)
 
-    def _pairs(self, kind: str, drawn: list[DrawnSample]) -> Batch | PreferencePair:
+    def _read_pairs(self, kind: str, drawn: list[DrawnSample]) -> Batch | PreferencePair:
         assert self.pairs
         datasets, readers = self.pairs.datasets, self.pairs.readers
         pairs = [
             readers[source].read(i, partial(read_pair, datasets[source]))
             for source, _, i, _ in drawn
         ]
-        # Negative preference trains on the rejected clips alone.
+        # NDPO trains on the rejected clips only.
         pair = collate_pairs(datasets[drawn[0].source], pairs)
         return rejected_half(pair) if kind == "ndpo" else pair

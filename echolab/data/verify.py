@@ -1,8 +1,8 @@
 """Check that a dataset is complete and undamaged.
 
-Each fault is one line that names shard, sample and byte offset.  Of each shard it checks the size
-and sha256, the structure of the tar to its last block, the location, size and crc32 of each member
-against dataset.json, and that the content can be decoded.
+Each fault is one line that names shard, sample and byte offset.  The checks of each shard are its
+size and sha256, the structure of the tar up to its last block, the location, size and crc32 of each
+member against dataset.json, and that the content can be decoded.
 """
 
 import io
@@ -63,13 +63,13 @@ from echolab.progress import Advance
 Location = tuple[int, int, int]  # offset, size, crc32
 Name = tuple[str, str]  # key, member
 
-# Of a tar header: name, size, the digits of its checksum, and the first part of a long name.
+# Byte ranges of a tar header: name, size, digits of the checksum, first part of a long name.
 VARYING_FIELDS = ((0, 100), (124, 136), (148, 154), (345, 500))
 FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 class Fault(NamedTuple):
-    """One difference from dataset.json or from the contract."""
+    """One difference from dataset.json or violation of the format."""
 
     file: str  # a shard, or dataset.json
     what: str
@@ -85,28 +85,28 @@ class Fault(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The checks of each shard."""
+    """The settings of the checks, the same for all shards."""
 
-    deep: bool
-    kind: str  # of the dataset
-    common: Shapes  # of all its samples
-    geometry: LatentGeometry = WAN  # of its latents
+    deep: bool  # also decode the content
+    kind: str  # kind of the dataset
+    common: Shapes  # required shapes of all samples
+    geometry: LatentGeometry = WAN  # geometry of the latents
 
 
 class _Expected:
-    """The content of one shard by dataset.json, and the sample that owns each byte."""
+    """The expected content of one shard according to dataset.json."""
 
     def __init__(self, shard: Shard, members: dict[Name, Location], foreign: bool) -> None:
         self.name, self.bytes, self.sha256 = shard.name, shard.bytes, shard.sha256
         self.members, self.foreign = members, foreign
-        # Sort the members by offset, so that bisection gives the owner of a byte.
+        # Sort the members by offset, to locate the owner of a byte by bisection.
         located = sorted((at[0], at[1], key) for (key, _), at in members.items())
         self._keys = [key for _, _, key in located]
-        # A member's bytes go from the end of the one before it to the end of its last block.
+        # A member owns the bytes from the end of the previous member to the end of its last block.
         self._ends = [offset + size + -size % BLOCK for offset, size, _ in located]
 
     def owner(self, byte: int) -> str | None:
-        """Return the sample that owns a byte; the end of the archive belongs to the last one."""
+        """Return the sample that owns a byte; the last sample owns the end of the archive."""
         if not self._keys:
             return None
         return self._keys[min(bisect_right(self._ends, byte), len(self._keys) - 1)]
@@ -122,7 +122,7 @@ def verify(
     deep: bool = False,
     advance: Advance | None = None,
 ) -> list[str]:
-    """Return all faults of a dataset, a line each; an empty list if every byte is as written."""
+    """Return all faults of a dataset, one line each; an empty list if the dataset is intact."""
     folder = Path(folder)
     faults = find_faults(folder, workers=workers, deep=deep, advance=advance)
     return [fault.line(folder) for fault in faults]
@@ -137,10 +137,10 @@ def find_faults(
 ) -> list[Fault]:
     """Return all faults of a dataset, shard by shard.
 
-    `workers` processes divide the shards, None is one a core.  `deep` also decodes videos, audio
-    and images, and checks that tensors can be trained on: shapes that fit, finite values.
+    `workers` processes share the shards; None means one per core.  `deep` also decodes videos,
+    audio and images, and checks that tensors have consistent shapes and finite values.
     """
-    # Parse dataset.json; without it there is nothing to compare with.
+    # Parse dataset.json, on which all other checks depend.
     path = folder / INDEX
     try:
         index, samples = parse_index(path.read_bytes(), path)
@@ -151,7 +151,7 @@ def find_faults(
         return [Fault(INDEX, f"{reason}; the folder is no complete dataset")]
     # Faults of dataset.json and of the folder's listing.
     kind, geometry = index["kind"], geometry_in(index)
-    faults = _duplicate_keys(samples.keys) + _missing(kind, samples)
+    faults = _duplicate_keys(samples.keys) + _missing_members(kind, samples)
     faults += _unlisted_files(folder, {shard.name for shard in samples.shards})
     # Faults of each shard, in parallel.
     deep_tensors = deep and kind in TENSORS
@@ -171,8 +171,8 @@ def _duplicate_keys(keys: Sequence[str]) -> list[Fault]:
     return [Fault(INDEX, "is listed twice", None, key) for key, n in counts.items() if n > 1]
 
 
-def _missing(kind: str, samples: SampleIndex) -> list[Fault]:
-    """Return samples without a member that their kind requires."""
+def _missing_members(kind: str, samples: SampleIndex) -> list[Fault]:
+    """Return a fault for each sample without a member that its kind requires."""
     return [
         Fault(
             samples.shards[samples.shard_of(i)].name,
@@ -197,7 +197,7 @@ def _expected_shards(samples: SampleIndex, foreign: bool) -> Iterator[_Expected]
 
 
 def _unlisted_files(folder: Path, listed: set[str]) -> list[Fault]:
-    """Return tars that dataset.json does not list, and files that a killed writer left."""
+    """Return a fault for each tar or leftover of a killed writer that is not in dataset.json."""
     names = sorted(path.name for path in folder.iterdir())
     tars = [name for name in names if re.search(r"\.(tar|tgz|partial)(\.|$)", name)]
     extra = [name for name in tars if name not in listed and name != PARTIAL_INDEX]
@@ -207,10 +207,10 @@ def _unlisted_files(folder: Path, listed: set[str]) -> list[Fault]:
 def _common_shapes(
     folder: Path, samples: SampleIndex, kind: str, geometry: LatentGeometry
 ) -> Shapes:
-    """Return the shapes that all samples must have, by the rule of training."""
+    """Return the shapes that all samples must have, by the same rule as in training."""
     shapes: list[Shapes] = []
     for i in range(min(len(samples), TRIED)):
-        # Samples that cannot be read are faults of their own, and have no shapes.
+        # Skip unreadable samples, which other checks report.
         location = samples.members(i).get("safetensors")
         try:
             with (folder / samples.shards[samples.shard_of(i)].name).open("rb") as file:
@@ -234,13 +234,13 @@ def _shard_faults(folder: Path, options: _Options, shard: _Expected) -> list[Fau
 
 
 def _tar_faults(file: BinaryIO, shard: _Expected, options: _Options) -> Iterator[Fault]:
-    # A wrong size is not the end: the members show where bytes are missing.
+    # Check the members even if the size is wrong: they show where bytes are missing.
     size = file.seek(0, 2)
     file.seek(0)
     if size != shard.bytes:
         what = f"the shard has {size} bytes, {INDEX} says {shard.bytes}"
         yield shard.fault(min(size, shard.bytes), what)
-    # The structure of the tar, then its members.
+    # Check the structure of the tar, then its members.
     tar, members, faults = HashingReader(file), list[TarMember](), list[Fault]()
     try:
         members += walk(tar)
@@ -248,7 +248,7 @@ def _tar_faults(file: BinaryIO, shard: _Expected, options: _Options) -> Iterator
         faults.append(shard.fault(fault.offset, fault.what))
     faults += _member_faults(file, members, shard, options)
     yield from faults
-    # Data, padding and end were compared: only a header can still differ.
+    # Data, padding and end are intact here, so only a header can differ.
     if not faults and size == shard.bytes and tar.sha256.hexdigest() != shard.sha256:
         what = f"sha256 differs from {INDEX}, in the header of a member"
         yield shard.fault(_unusual_header(file, members), what)
@@ -266,7 +266,7 @@ def _member_faults(
             if not shard.foreign:
                 yield shard.fault(member.header, f"{member.name!r} is part of no sample")
             continue
-        # The members of a sample follow each other, each once.
+        # The members of a sample must be contiguous and unique.
         key, kind = name
         if key != current:
             closed |= {current} if current is not None else set()
@@ -277,7 +277,7 @@ def _member_faults(
             yield shard.fault(member.header, f"a second {kind}", key)
         present.add(name)
         yield from _content_faults(file, member, shard, name, options)
-    # Members of dataset.json that the tar does not hold.
+    # Report members in dataset.json that are not in the tar.
     for (key, kind), (offset, _, _) in shard.members.items():
         if (key, kind) not in present:
             yield shard.fault(offset, f"{kind} is missing", key)
@@ -286,7 +286,7 @@ def _member_faults(
 def _content_faults(
     file: BinaryIO, member: TarMember, shard: _Expected, name: Name, options: _Options
 ) -> Iterator[Fault]:
-    # From the outside in: listed, in its place, unchanged, decodable.
+    # Check in this order: listed, at the right location, unchanged, decodable.
     (key, kind), expected = name, shard.members.get(name)
     if expected is None:
         hint = " (a key with dots?)" if has_foreign_dot(kind) else ""
@@ -304,7 +304,7 @@ def _content_faults(
 
 
 def _decoding_fault(reader: MemberReader, member: str, options: _Options) -> str | None:
-    """Return why a member cannot be used, or None; what is trained on follows training's rule."""
+    """Return why a member is unusable, or None; apply training's checks to training data."""
     if not (options.deep and options.kind in TENSORS and member in ("safetensors", "json")):
         return find_content_fault(member, reader.at, reader.size, deep=options.deep)
     try:
@@ -320,8 +320,11 @@ def _decoding_fault(reader: MemberReader, member: str, options: _Options) -> str
 
 
 def _unusual_header(file: BinaryIO, members: list[TarMember]) -> int:
-    """Return the byte at which one header differs from most others outside `VARYING_FIELDS`."""
-    # All headers of one writer are equal outside these fields.
+    """Return the byte offset at which one header differs from most others.
+
+    Ignore `VARYING_FIELDS`; all other fields are equal in tars made by one program.
+    """
+    # Mask the varying fields and compare with the most common header.
     headers = []
     for member in members:
         header = bytearray(os.pread(file.fileno(), BLOCK, member.offset - BLOCK))
@@ -336,8 +339,8 @@ def _unusual_header(file: BinaryIO, members: list[TarMember]) -> int:
     return 0
 
 
-# Content: structure by default (JSON parses, a safetensors header accounts for every byte, arrays
-# load); deep: videos, audio and images are decoded, and tensors hold finite numbers.
+# Content checks.  By default check the structure: JSON parses, a safetensors header accounts for
+# every byte, arrays load.  Deep checks decode videos, audio and images, and require finite tensors.
 
 
 def find_content_fault(member: str, read: Read, size: int, *, deep: bool = False) -> str | None:
@@ -378,7 +381,7 @@ def _check_video(data: bytes) -> None:
 
     from echolab.data.decoding import open_media
 
-    # A cut video decodes to fewer frames than its header states.
+    # A truncated video decodes to fewer frames than its header states.
     try:
         with open_media(io.BytesIO(data)) as container:
             stated = container.streams.video[0].frames
