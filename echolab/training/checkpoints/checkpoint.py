@@ -1,12 +1,12 @@
 """Checkpoints, independent of ranks and ZeRO stages.
 
-    step-000123/  master-00001-of-00002.safetensors ...   and so exp_avg, exp_avg_sq, ema
+    step-000123/  master-00001-of-00002.safetensors ...   likewise exp_avg, exp_avg_sq, ema
                   state.json     step, schedule, curriculum, data, objectives, architecture
                   manifest.json  files with sizes and sha256; written last
 
-Every tensor is complete, fp32 and stored under its parameter's name, so any world size and stage
-loads it bit for bit.  The folder gets its name once all of it is on disk (`writer`).  Nothing is
-ever unpickled.
+Every tensor is complete, fp32 and stored under its parameter's name, so any world size and ZeRO
+stage loads it bit-exactly.  The folder is renamed to its final name once all files are on disk
+(`writer`).  No pickle is used.
 """
 
 import json
@@ -41,13 +41,13 @@ from echolab.training.checkpoints.schema import state_faults
 from echolab.training.engine.ema import EMA, POWER, Ema, part_names
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
-PARTS = (MASTER, *MOMENTS, EMA)  # of every checkpoint; averages of further decays may follow
+PARTS = (MASTER, *MOMENTS, EMA)  # parts of every checkpoint; additional averages may follow
 NAME = re.compile(r"step-(\d{6,})")
-REPLACED = ".replaced-"  # prefix of a checkpoint that a new one of the same step replaces
+REPLACED = ".replaced-"  # prefix of an old checkpoint while a new one of the same step replaces it
 
 
 class Tensors(Mapping[str, Tensor]):
-    """One part by parameter name; a tensor's values are read from disk where they are used."""
+    """The tensors of one part by parameter name; values are read from disk when used."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = {}
@@ -68,7 +68,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def _open_file(path: Path) -> Any:
-    """Map a safetensors file into memory; raise StorageError where the file system fails."""
+    """Map a safetensors file into memory; raise StorageError if the file system fails."""
     try:
         return retry(lambda: safe_open(path, "pt"))
     except ABSENT:
@@ -85,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Everything besides the tensors that the rest of the run depends on."""
+        """The content of state.json: all saved state except the tensors."""
         state: dict[str, Any] = json.loads(read_file(self.path / STATE))
         return state
 
@@ -96,16 +96,16 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the content."""
+        """Hash of the manifest, and so of the whole content."""
         return str(self.manifest["sha256"])
 
     @property
     def parts(self) -> list[str]:
-        """PARTS, and averages of further decays."""
+        """Names of the parts: PARTS and additional averages."""
         return list(files_of(self.manifest))
 
     def tensors(self, part: str) -> Tensors:
-        """Return one of `parts` by parameter name, on the CPU."""
+        """Return the tensors of one of `parts` by parameter name, on the CPU."""
         names = files_of(self.manifest).get(part)
         if names is None:
             raise CheckpointError(f"{self.path}: has no {part}, but {', '.join(self.parts)}")
@@ -118,54 +118,54 @@ def folder_of(folder: Path, step: int) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Give a checkpoint its name back if its successor was killed before taking the name."""
+    """Restore the name of a replaced checkpoint if the save that replaced it was killed."""
     for path in folder.glob(f"{REPLACED}*"):
-        # The new checkpoint of that step never got its name: the old one is still the valid one.
+        # The new checkpoint of that step was never published, so the old one is still valid.
         complete = folder / path.name.removeprefix(REPLACED)
         if not complete.exists():
             path.rename(complete)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; it is invalid from the moment its manifest is removed."""
+    """Remove a checkpoint; its manifest first, which makes it invalid at once."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of `path`; raise CheckpointError with the first fault."""
+    """Open a checkpoint and verify every byte; raise CheckpointError with the first fault."""
     manifest = read_manifest(path)
-    # Bytes first, so that contents are read from undamaged files only.
+    # Verify the bytes first, so that contents are read only from undamaged files.
     if wrong := faults(path, manifest) or content_faults(Checkpoint(path, manifest)):
         raise CheckpointError(wrong[0])
     return Checkpoint(path, manifest)
 
 
 def content_faults(checkpoint: Checkpoint) -> list[str]:
-    """Return one line for each entry of the state, part or tensor that no training can resume from.
+    """Return one line for each invalid state entry, part or tensor.
 
-    The bytes of all files must have been compared with the manifest before.
+    The bytes of all files must have been verified against the manifest before.
     """
     file = checkpoint.path / STATE
     try:
         state = checkpoint.state
     except (ValueError, RecursionError) as error:
         return [f"{file}: is no JSON ({error}); {REMEDY}"]
-    # Types and ranges of the state, before any entry is used.
+    # Check types and ranges of the state before using any entry.
     if wrong := state_faults(state, checkpoint.step):
         return [f"{file}: {fault}; {REMEDY}" for fault in wrong]
     return _part_faults(checkpoint) or _tensor_faults(checkpoint)
 
 
 def _part_faults(checkpoint: Checkpoint) -> list[str]:
-    """Compare the parts with the averages that the state names; a snapshot has those of POWER."""
+    """Compare the parts with the averages that the state lists."""
     manifest, ema = checkpoint.manifest, checkpoint.state["ema"]
     averages = part_names(
         ema.get("more", []), ema.get("widths", []), ema.get("keeps_reference", False)
     )
     expected = {MASTER, *MOMENTS, *averages}
     powers = {part for part in averages if part.startswith(POWER)}
-    # A checkpoint has all parts, a snapshot only its power averages.
+    # A checkpoint has all parts, a snapshot only the power averages.
     if set(checkpoint.parts) not in (expected, powers):
         wanted, there = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
         return [f"{checkpoint.path}: has the parts {there}, its state names {wanted}; {REMEDY}"]
@@ -178,10 +178,10 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
 
 
 def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
-    """Compare names, shapes and dtype with the manifest; all values must be finite."""
+    """Compare names, shapes and dtype with the manifest; check that all values are finite."""
     shapes = {name: tuple(dims) for name, dims in checkpoint.manifest["parameters"].items()}
     wrong = []
-    # Threads: reading and summing release the interpreter lock.
+    # Use threads: reading and summing release the GIL.
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1, 8) or 1) as pool:
         for part in checkpoint.parts:
             try:
@@ -189,7 +189,7 @@ def _tensor_faults(checkpoint: Checkpoint) -> list[str]:
             except SafetensorError as error:
                 wrong.append(f"{checkpoint.path}: {part} cannot be read ({error}); {REMEDY}")
                 continue
-            # Every part has exactly the parameters of the manifest.
+            # Every part must have exactly the parameters of the manifest.
             if extra := sorted(set(tensors) ^ set(shapes)):
                 wrong.append(
                     f"{checkpoint.path}: {part} and the manifest's parameters differ in "
@@ -212,17 +212,18 @@ def _tensor_fault(
     if tensor.dtype is not torch.float32 or tuple(tensor.shape) != shape:
         actual = f"{tuple(tensor.shape)} of {tensor.dtype}"
         return f"is {actual}, must be {shape} of torch.float32"
-    # A sum needs no second tensor; if it overflows fp32, every value is checked.
+    # A finite sum implies finite values and needs no second tensor; it may overflow fp32, so check
+    # every value otherwise.
     finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
     if not finite:
         return "holds values that are not finite"
-    # The second moment is an average of squares.
+    # The second moment is an average of squares, so it cannot be negative.
     negative = part == MOMENTS[1] and tensor.numel() and tensor.min() < 0
     return "holds negative squares" if negative else ""
 
 
 def open_verified(path: Path) -> Checkpoint:
-    """Open a checkpoint that another rank has verified: check manifest and sizes only."""
+    """Open a checkpoint that another rank has verified; check only its manifest and sizes."""
     manifest = read_manifest(path)
     if wrong := shallow_faults(path, manifest):
         raise CheckpointError(wrong[0])
@@ -241,10 +242,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest complete checkpoint up to step `at_most`, and one line for each rejected.
+    """Return the newest valid checkpoint up to step `at_most`, and one line for each rejected one.
 
-    Raise StorageError if a checkpoint cannot be read: it may be complete, and an older one is no
-    substitute.
+    Raise StorageError if a checkpoint cannot be read: it may be valid, and resuming from an older
+    one would lose steps.
     """
     rejected: list[str] = []
     for step in saved_steps(folder):
@@ -256,7 +257,7 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
         except CheckpointError as error:
             rejected.append(str(error))
             continue
-        # A folder that was renamed by hand must not pass for another step.
+        # Reject a folder that was renamed to another step.
         if checkpoint.step == step:
             return checkpoint, rejected
         rejected.append(f"{path}: is the checkpoint of step {checkpoint.step}, not of its name")
@@ -264,8 +265,8 @@ def latest_valid(folder: Path, at_most: int | None = None) -> tuple[Checkpoint |
 
 
 def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming the first setting in which two networks differ."""
-    # Through JSON, so that tuples and lists compare equal.
+    """Raise CheckpointError, naming the first difference, if the architectures differ."""
+    # Convert through JSON, so that tuples and lists compare equal.
     saved, given = checkpoint.state["architecture"], json.loads(json.dumps(dict(architecture)))
     for key in sorted(set(saved) | set(given)):
         if saved.get(key) != given.get(key):
@@ -276,7 +277,7 @@ def check_architecture(checkpoint: Checkpoint, architecture: Mapping[str, Any]) 
 
 
 def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError if two sets of adapters differ, or only one side has any."""
+    """Raise CheckpointError if the adapters differ, or only one side has adapters."""
     saved, given = checkpoint.state.get("adapters") or {}, json.loads(json.dumps(adapters or {}))
     settings = {"targets": "target_modules", "rank": "r", "alpha": "lora_alpha", "base": ""}
     for key, setting in settings.items():
@@ -320,13 +321,13 @@ def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
 
 
 def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
-    """Set weights, moments, step counts and averages, bit for bit; collective.
+    """Restore weights, moments, step counts and averages bit-exactly; collective.
 
-    A rank reads only the pages of the files that hold its own pieces.
+    A rank reads only the pages of the files that contain its own pieces.
     """
     _check_parameters(checkpoint, masters)
     _check_averages(checkpoint, ema)
-    # Moments exist only after a first step: create them, to be filled.
+    # The optimizer creates moments only in its first step: create them now, to fill them.
     masters.prepare()
     for part in (MASTER, *MOMENTS):
         tensors = checkpoint.tensors(part)
@@ -339,16 +340,16 @@ def restore(checkpoint: Checkpoint, masters: Masters, ema: Ema) -> None:
         masters.fill(ema.flats[part], checkpoint.tensors(part))
     masters.updates = int(checkpoint.state["optimizer_updates"])
     ema.load_state_dict(checkpoint.state["ema"])
-    # The network computes with the restored weights from here on.
+    # Copy the restored fp32 weights into the network.
     masters.show(masters.local)
 
 
-# -- collective: rank 0 verifies every byte, the others check that they open the same checkpoint;
+# -- collective: rank 0 verifies every byte, other ranks check that they open the same checkpoint;
 # errors are raised on every rank or on none
 
 
 def open_on_all_ranks(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path` on all ranks; rank 0 verifies it."""
+    """Open the checkpoint at `path` on all ranks; rank 0 verifies every byte."""
     checkpoint = _open_collectively(path.parent, lambda: open_checkpoint(path))
     assert checkpoint
     return checkpoint
@@ -379,7 +380,7 @@ def oldest(folder: Path, at_most: int) -> Checkpoint | None:
 
 
 def _open_collectively(folder: Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """Open on all ranks what `find` returns on rank 0; others may see its folder later."""
+    """Open on all ranks the checkpoint in `folder` that `find` returns on rank 0, if any."""
     checkpoint: Checkpoint | None = None
     fault, broken, message = "", "", "[]"
     if distributed.rank() == 0:
@@ -394,7 +395,7 @@ def _open_collectively(folder: Path, find: Callable[[], Checkpoint | None]) -> C
         message = json.dumps([checkpoint.path.name, checkpoint.digest] if checkpoint else [])
     distributed.raise_together(CheckpointError, fault)
     distributed.raise_together(StorageError, broken)
-    # Name and hash travel; the content is on the shared disk.
+    # Send only name and hash: the content is on the shared disk.
     message = distributed.gather_text(message)[0]
     if json.loads(message) and distributed.rank() > 0:
         name, digest = json.loads(message)

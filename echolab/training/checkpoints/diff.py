@@ -1,4 +1,4 @@
-"""Differences between two checkpoints, bit by bit."""
+"""Compare two checkpoints bit by bit."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from echolab.training.checkpoints.checkpoint import Checkpoint
 
-ORIGIN = "origin"  # world size and strategy that wrote it: ignored
+ORIGIN = "origin"  # state entry with the writer's world size and strategy: not compared
 
 
 class TensorDifference(NamedTuple):
-    """A tensor that differs between the two."""
+    """A tensor that differs between two checkpoints a and b."""
 
     part: str
     name: str
-    what: str  # "values", or why they cannot be compared
-    different: int = 0  # elements whose bits differ
-    of: int = 0  # elements in all
-    largest: float = 0.0  # of |a - b|; 0 where only signs of zeros differ
+    what: str  # "values", or why the values cannot be compared
+    different: int = 0  # number of elements whose bits differ
+    of: int = 0  # number of all elements
+    largest: float = 0.0  # maximum of |a - b|; 0 if only signs of zeros differ
 
     def line(self) -> str:
-        """Return one line for people."""
+        """Return a one-line description."""
         if self.what != "values":
             return f"{self.part} {self.name}: {self.what}"
         return (
@@ -33,7 +33,7 @@ class TensorDifference(NamedTuple):
 
 
 def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of nested dicts; a list is one value."""
+    """Yield (dotted key, value) for all entries of nested dicts; a list counts as one value."""
     if isinstance(state, dict) and state:
         for name, value in state.items():
             yield from flatten(value, f"{key}.{name}" if key else str(name))
@@ -42,14 +42,14 @@ def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return {"key", "a", "b"} of each entry that differs; a side without it is left out."""
+    """Return {"key", "a", "b"} for each entry that differs; omit "a" or "b" if it is missing."""
     one, other = (
         dict(flatten({k: v for k, v in state.items() if k != ORIGIN})) for state in (a, b)
     )
     differences = []
     for key in sorted(one.keys() | other.keys()):
         values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
-        # An entry that only one side has is a difference too.
+        # An entry that exists on only one side is a difference too.
         if len(values) < 2 or not _is_equal(values["a"], values["b"]):
             differences.append({"key": key, **values})
     return differences
@@ -60,12 +60,12 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifference]:
-    """Yield the differences of all parts; one tensor of each is in memory at a time."""
+    """Yield the differences in all parts; hold only one tensor of each checkpoint in memory."""
     for part in sorted({*a.parts, *b.parts}):
         if part not in a.parts or part not in b.parts:
             yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
             continue
-        # Mapped files: a tensor is read when it is compared.
+        # The files are memory-mapped: a tensor is read only when it is compared.
         one, other = a.tensors(part), b.tensors(part)
         for name in sorted({*one, *other}):
             if name not in one or name not in other:
@@ -80,7 +80,7 @@ def _compare_tensors(part: str, name: str, a: Tensor, b: Tensor) -> TensorDiffer
         # Values of different shapes cannot be compared.
         forms = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (a, b)]
         return TensorDifference(part, name, f"{forms[0]} in a, {forms[1]} in b")
-    # As integers: NaN equals itself, and 0 differs from -0.
+    # Compare as integers: NaN equals itself, and 0 differs from -0.
     unequal = a.view(torch.int32) != b.view(torch.int32)
     if not unequal.any():
         return None

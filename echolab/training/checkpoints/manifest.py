@@ -1,11 +1,12 @@
-"""A checkpoint's manifest: which files and parameters it has, and verification against it.
+"""The manifest of a checkpoint: its files and parameters, and verification against the manifest.
 
     {"format": 2, "step": 123,
      "parameters": {"blocks.0.norm.weight": [48], ...}, "tied": {"other name": "name"},
      "files": {"master-00001-of-00001.safetensors": {"bytes": ..., "sha256": ...}, ...},
-     "sha256": of the text without this entry}
+     "sha256": hash of the text without this entry}
 
-It is written last.  Its text is a function of its content, so a change of any byte is detected.
+The manifest is written last.  Its text is determined by its content, so a change of any byte is
+detected.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ Manifest = dict[str, Any]
 
 
 def serialize(content: Mapping[str, Any]) -> bytes:
-    """Return the text of a manifest that has no "sha256" entry yet."""
+    """Return the text of a manifest, with the "sha256" entry added to `content`."""
     digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1).encode()
 
@@ -38,12 +39,12 @@ def serialize(content: Mapping[str, Any]) -> bytes:
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of the checkpoint at `path`.
 
-    Raise CheckpointError if it is missing, damaged or of another format.  Raise StorageError if the
-    file system fails: that says nothing about the checkpoint.
+    Raise CheckpointError if the manifest is missing, damaged or of another format.  Raise
+    StorageError if the file system fails, since the checkpoint may then be valid.
     """
     file = path / MANIFEST
     try:
-        # A missing manifest means an incomplete checkpoint; a failing disk says nothing of it.
+        # Without a manifest the checkpoint is incomplete; after a disk error it may be complete.
         data = read_file(file)
         content = json.loads(data)
     except ABSENT as error:
@@ -54,26 +55,26 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file}: cannot be read ({error}); {REMEDY}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: is no manifest; {REMEDY}")
-    # The format is checked before anything else is interpreted.
+    # Check the format before interpreting other entries.
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {content.get('format')}, this program reads {FORMAT}; {REMEDY}, or "
             "use the version of echolab that wrote it"
         )
-    # The text is a function of the content: any changed byte shows.
+    # The text is determined by the content, so any changed byte is detected.
     if serialize({k: v for k, v in content.items() if k != "sha256"}) != data:
         raise CheckpointError(f"{file}: its sha256 is not that of its text; {REMEDY}")
     if wrong := list(schema.MANIFEST(content, "")):
         raise CheckpointError(f"{file}: {wrong[0]}; {REMEDY}")
     files = content["files"]
-    # Names that could point outside the folder are refused.
+    # Refuse unknown names, which could point outside the folder.
     if STATE not in files or not all(map(FILE.fullmatch, files)):
         raise CheckpointError(f"{file}: lists files that are of no checkpoint; {REMEDY}")
     return content
 
 
 def files_of(manifest: Manifest) -> dict[str, list[str]]:
-    """Return the names of the files with tensors, by part."""
+    """Return the names of the tensor files, by part."""
     files: dict[str, list[str]] = {}
     for name in sorted(manifest["files"]):
         match = FILE.fullmatch(name)
@@ -121,16 +122,16 @@ def _file_fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) 
 
 
 def shallow_faults(path: Path, manifest: Manifest) -> list[str]:
-    """Return a line for each missing file, wrong size, or changed state.json."""
+    """Return one line for each file that is missing or has a wrong size; verify state.json fully."""
     files: dict[str, Any] = manifest["files"]
     wrong = [_file_fault(path, name, expected, name == STATE) for name, expected in files.items()]
     return [fault for fault in wrong if fault]
 
 
 def faults(path: Path, manifest: Manifest) -> list[str]:
-    """Return one line for each file that differs from the manifest; read all of them."""
+    """Read and hash all files; return one line for each file that differs from the manifest."""
     files: dict[str, Any] = manifest["files"]
-    # Hashing releases the interpreter lock: several files at once.
+    # Hash several files in parallel: hashing releases the GIL.
     readers = min(len(files), os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(readers, thread_name_prefix="verify") as pool:
         wrong = pool.map(lambda name: _file_fault(path, name, files[name], True), files)

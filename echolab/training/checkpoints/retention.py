@@ -1,9 +1,10 @@
-"""Which checkpoints stay: removal of old ones and of what killed attempts left, and snapshots.
+"""Retention of checkpoints: remove old checkpoints and partial folders, and keep snapshots.
 
     checkpoints/snapshots/step-000500/  the power averages of a checkpoint, its state, a manifest
 
-A snapshot is a checkpoint with the power averages only, for an EMA of any width after training
-(`engine.ema`).  Its files are hard links to the checkpoint's, and stay when that is removed.
+A snapshot is a checkpoint with only the power averages, from which an EMA of any width can be
+computed after training (`engine.ema`).  Its files are hard links to those of the checkpoint, so
+they remain when the checkpoint is removed.
 """
 
 import os
@@ -27,24 +28,24 @@ from echolab.training.checkpoints.checkpoint import (
 from echolab.training.checkpoints.manifest import MANIFEST, STATE, Manifest, files_of, serialize
 from echolab.training.engine.ema import POWER, Profile, coefficients, exponent_of
 
-PARTIAL = ".partial-"  # a folder that is being written
-NEVER_FEWER = 2  # valid ones that stay at least
-ASIDE = "rolled-back-"  # and a number: a folder of those that a rollback moved away
+PARTIAL = ".partial-"  # prefix of a folder that is being written
+NEVER_FEWER = 2  # minimum number of valid checkpoints to keep
+ASIDE = "rolled-back-"  # prefix of a folder (with a number) of checkpoints that a rollback moved
 
 
 def tidy(folder: Path) -> None:
-    """Create the folder, and remove what a killed save left in it."""
+    """Create the folder, and remove partial folders of killed saves."""
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    # Killed saves leave partial folders, here and among the snapshots.
+    # Partial folders may exist here and among the snapshots.
     for path in [*folder.rglob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 class Retention:
-    """Keeps the newest valid checkpoints, and those that `keep` is true for.
+    """Keeps the `newest` valid checkpoints, and all checkpoints whose step passes `keep`.
 
-    `check` raises if nothing may be removed any more.
+    `check` raises if this process must not remove files, since another took over the run.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Retention:
     ) -> None:
         self.folder, self.keep, self.newest = folder, keep, max(newest, NEVER_FEWER)
         self.check = check
-        self.valid: dict[int, bool] = {}  # by step: verified, or written by this process
+        self.valid: dict[int, bool] = {}  # by step: whether verified, or written by this process
 
     def _is_valid(self, step: int) -> bool:
         if step not in self.valid:
@@ -68,13 +69,14 @@ class Retention:
         return self.valid[step]
 
     def prune(self, last: int) -> None:
-        """Remove checkpoints older than `last` once enough newer ones are known to be complete.
+        """Remove old checkpoints up to step `last`, except the newest valid ones.
 
-        One from an earlier attempt is verified before it counts.  Those above `last` are left.
+        A checkpoint of an earlier attempt is verified before it counts as valid.  Checkpoints above
+        `last` are not removed.
         """
         newer = 0
         for step in [step for step in saved_steps(self.folder) if step <= last]:
-            # Enough newer ones are valid: this one may go, unless it is to be kept.
+            # Remove this checkpoint if enough newer ones are valid and `keep` does not protect it.
             if newer >= self.newest:
                 if not self.keep(step):
                     self.check()
@@ -84,15 +86,15 @@ class Retention:
 
 
 def set_aside(folder: Path, step: int) -> Path | None:
-    """Move all checkpoints newer than `step` to rolled-back-<n>, which nothing reads.
+    """Move all checkpoints newer than `step` to rolled-back-<n>, which is never read.
 
-    The newest first: if killed midway, the run resumes from the newest one left.  Return the new
-    folder, or None if there was nothing to move; raise OSError.
+    The newest is moved first, so that after a kill the run resumes from the newest checkpoint that
+    was not moved.  Return the new folder, or None if there was nothing to move; raise OSError.
     """
     newer = [other for other in saved_steps(folder) if other > step]
     if not newer:
         return None
-    # A fresh folder each time: an earlier rollback is never overwritten.
+    # Use a new folder each time, so that earlier rollbacks are not overwritten.
     numbers = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
     to = folder / f"{ASIDE}{max(numbers, default=0) + 1}"
     to.mkdir()
@@ -106,19 +108,19 @@ SNAPSHOTS = "snapshots"
 
 
 def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
-    """Keep the power averages of the files in `written` in `folder`; raise OSError."""
+    """Keep the power averages in `written` as a snapshot in `folder`; raise OSError."""
     parts = {part: names for part, names in files_of(manifest).items() if part.startswith(POWER)}
     names = [STATE, *(name for own in parts.values() for name in own)]
     path = folder_of(folder, manifest["step"])
-    # Complete under another name first, so that a killed save leaves no snapshot.
+    # Write under a temporary name, so that a killed save leaves no incomplete snapshot.
     partial = folder / f".partial-{path.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in names:
         try:
-            # Links cost no space, and stay when the checkpoint is removed.
+            # Hard links need no space, and remain when the checkpoint is removed.
             os.link(written / name, partial / name)
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             shutil.copyfile(written / name, partial / name)
     files = {name: manifest["files"][name] for name in sorted(names)}
     (partial / MANIFEST).write_bytes(serialize({**manifest, "files": files}))
@@ -127,11 +129,11 @@ def keep_snapshot(written: Path, manifest: Manifest, folder: Path) -> None:
 
 
 def _power_averages(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]:
-    """Return every average that can contribute to one at the newest checkpoint's step."""
+    """Return (checkpoint, part, profile) of every power average up to the newest checkpoint."""
     folder = newest.path.parent / SNAPSHOTS
     earlier = [step for step in saved_steps(folder) if step < newest.step]
     sources = []
-    # Every snapshot before the checkpoint, and the checkpoint itself.
+    # Use every snapshot before the checkpoint, and the checkpoint itself.
     for checkpoint in [*(open_checkpoint(folder_of(folder, s)) for s in earlier[::-1]), newest]:
         for part in checkpoint.parts:
             if part.startswith(POWER):
@@ -142,7 +144,7 @@ def _power_averages(newest: Checkpoint) -> list[tuple[Checkpoint, str, Profile]]
 
 
 def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
-    """Return the EMA of the run's weights with width `sigma` at a checkpoint, by name, in fp32.
+    """Return the EMA of width `sigma` at a checkpoint, by parameter name, in fp32.
 
     Raise CheckpointError if the run kept no power averages, or a snapshot is damaged.
     """
@@ -153,7 +155,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
             f"{newest.path}: this run kept no averages to make another from; train with "
             "optim.posthoc_ema_stds=[0.05,0.1] and snapshot_every"
         )
-    # The wanted profile as a sum of those that were kept.
+    # Express the requested profile as a linear combination of the saved profiles.
     shares = coefficients([profile for _, _, profile in sources], wanted)
     opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
     return {name: _weighted_sum(opened, shares, name) for name in opened[-1]}
@@ -162,7 +164,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
 def _weighted_sum(
     opened: Sequence[Mapping[str, Tensor]], shares: Sequence[float], name: str
 ) -> Tensor:
-    """Sum in double precision: large shares of opposite signs cancel most of each other."""
+    """Sum in double precision, since large coefficients of opposite signs nearly cancel."""
     total = torch.zeros(opened[-1][name].shape, dtype=torch.float64)
     for tensors, share in zip(opened, shares, strict=True):
         total += share * tensors[name].double()

@@ -1,8 +1,8 @@
 """The schema of a checkpoint: types and ranges of all entries of its manifest and its state.
 
-A new entry of the state is one line of `STATE`.  Entries that the schema does not know are allowed,
-so that an older program can read them.  A check is a function of a value and its dotted name; it
-yields one line for each fault.
+To add an entry to the state, add one line to `STATE`.  Unknown entries are allowed, so that an
+older version of the program can read a newer checkpoint.  A check is a function of a value and its
+dotted name; it yields one line for each fault.
 """
 
 import math
@@ -13,8 +13,8 @@ from echolab.tasks.table import TASKS
 from echolab.training.schedule import GROUPS, KINDS
 
 Check = Callable[[Any, str], Iterator[str]]
-SHOWN = 60  # characters of a wrong value in a message
-SUM_TOLERANCE = 1e-6  # of the probabilities of the tasks
+SHOWN = 60  # maximum characters of a wrong value in a message
+SUM_TOLERANCE = 1e-6  # allowed deviation from 1 of the sum of task probabilities
 
 
 def _fault(value: Any, name: str, expected: str) -> str:
@@ -24,7 +24,7 @@ def _fault(value: Any, name: str, expected: str) -> str:
 
 
 def integer(least: int = 0) -> Check:
-    """Accept integers of `least` or more; bool is none."""
+    """Accept integers of `least` or more, but no bool."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -34,7 +34,7 @@ def integer(least: int = 0) -> Check:
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Check:
-    """Accept finite numbers from `least` to `most`; bool is none."""
+    """Accept finite numbers from `least` to `most`, but no bool."""
     bounds = "" if math.isinf(least) else f" from {least:g} to {most:g}"
 
     def check(value: Any, name: str) -> Iterator[str]:
@@ -46,7 +46,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Check:
 
 
 def true() -> Check:
-    """Accept true alone: a saved mark, which is absent otherwise."""
+    """Accept only true, for a flag that is absent otherwise."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if value is not True:
@@ -56,7 +56,7 @@ def true() -> Check:
 
 
 def text(*choices: str) -> Check:
-    """Accept text, or one of `choices` if there are any."""
+    """Accept any text, or only one of `choices` if given."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, str) or (choices and value not in choices):
@@ -79,7 +79,7 @@ def items(each: Check) -> Check:
 
 
 def row(*columns: Check) -> Check:
-    """Accept a list that begins with one item for each of `columns`."""
+    """Accept a list whose first items pass `columns`, one each; more items are allowed."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, list) or len(value) < len(columns):
@@ -92,7 +92,7 @@ def row(*columns: Check) -> Check:
 
 
 def mapping(values: Check, *keys: str) -> Check:
-    """Accept a mapping whose values all pass `values`; its keys are `keys` if any are given."""
+    """Accept a mapping whose values all pass `values`; if given, only `keys` are allowed as keys."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, dict):
@@ -107,13 +107,13 @@ def mapping(values: Check, *keys: str) -> Check:
 
 
 def fields(required: Mapping[str, Check], **optional: Check) -> Check:
-    """Accept a mapping with all of `required`, and perhaps `optional` and others."""
+    """Accept a mapping with all `required` keys; `optional` and unknown keys may be present."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, dict):
             yield _fault(value, name, "a mapping")
             return
-        # Unknown keys pass, so that a newer version may add some.
+        # Allow unknown keys, since a newer version may add some.
         for key, one in {**required, **optional}.items():
             full = f"{name}.{key}" if name else key
             if key in value:
@@ -125,7 +125,7 @@ def fields(required: Mapping[str, Check], **optional: Check) -> Check:
 
 
 def nullable(other: Check) -> Check:
-    """Accept null, and what `other` accepts."""
+    """Accept null and every value that `other` accepts."""
     return lambda value, name: iter(()) if value is None else other(value, name)
 
 
@@ -134,7 +134,7 @@ def anything(value: Any, name: str) -> Iterator[str]:
     return iter(())
 
 
-# The manifest: which files there are, and the shapes of what they hold.
+# The manifest: files and parameter shapes.
 MANIFEST = fields({
     "step": integer(),
     "parameters": mapping(items(integer())),
@@ -150,7 +150,7 @@ STATE = fields(
             {"updates": integer()}, decay=number(0, 1), more=items(number(0, 1)),
             widths=items(number(0, 1)), keeps_reference=true(),
         ),
-        # How far the run is, and what its steps were.
+        # Progress of the run: schedule and curriculum.
         "schedule": fields(
             {"epochs": items(row(text(*KINDS), integer(1), number(0)))},
             skipped=items(row(text(*GROUPS), integer(), integer(1))),
@@ -173,7 +173,7 @@ STATE = fields(
         ),
         "architecture": mapping(anything),
     },
-    # What the run was made of, and where it ran.
+    # The inputs and the environment of the run.
     origin=fields({}, world=integer(1), masters=text()),
     adapters=nullable(mapping(anything)),
     encoders=mapping(text()),
@@ -188,8 +188,8 @@ STATE = fields(
 
 
 def state_faults(state: Any, step: int) -> list[str]:
-    """Return one line for each entry of the state of step `step` that cannot be."""
-    # Types and ranges first: contradictions are computed from the entries.
+    """Return one line for each invalid entry of the state of step `step`."""
+    # Check types and ranges first: the consistency checks rely on them.
     wrong = list(STATE(state, ""))
     return wrong or list(_contradictions(state, step))
 
@@ -197,14 +197,14 @@ def state_faults(state: Any, step: int) -> list[str]:
 def _contradictions(state: Mapping[str, Any], step: int) -> Iterator[str]:
     if state["step"] != step:
         yield f"step is {state['step']}, the manifest says {step}"
-    # A run cannot have done more steps than its schedule has.
+    # A run cannot have done more steps than its schedule contains.
     planned = sum(epoch[1] for epoch in state["schedule"]["epochs"])
     if planned < step:
         yield f"schedule.epochs are {planned} steps, {step} are done"
     curriculum = state["curriculum"]
     if curriculum["step"] > step:
         yield f"curriculum.step is {curriculum['step']}, {step} are done"
-    # Probabilities of tasks add up to one, but for rounding.
+    # Task probabilities must add up to 1, up to rounding.
     total = sum(curriculum["probabilities"].values())
     if abs(total - 1) > SUM_TOLERANCE:
         yield f"curriculum.probabilities add up to {total:g}, must be 1"

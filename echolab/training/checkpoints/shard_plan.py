@@ -1,4 +1,4 @@
-"""The files of a checkpoint: their tensors and offsets, the rank that writes each, collection."""
+"""The files of a checkpoint: tensors and offsets, the writing rank, and gathering of values."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from torch import Tensor
 from echolab.training import distributed
 from echolab.training.engine.master_weights import Masters, values
 
-WINDOW = 1 << 25  # values that travel at once: 128 MiB
-ITEM = 4  # bytes of an fp32 value
+WINDOW = 1 << 25  # values reduced at once: 128 MiB
+ITEM = 4  # bytes per fp32 value
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -22,12 +22,12 @@ class File(NamedTuple):
 
     name: str
     part: str
-    starts: dict[str, int]  # by parameter name, in values from the first
-    numel: int  # values in all
-    writer: int  # rank
+    starts: dict[str, int]  # offset of each parameter, in values
+    numel: int  # total number of values
+    writer: int  # rank that writes the file
 
     def header(self, shapes: Shapes) -> bytes:
-        """Return what safetensors has before the values: a length, and JSON padded to 8 bytes."""
+        """Return the safetensors header: its length and JSON, padded to 8 bytes."""
         entries = {
             name: {
                 "dtype": "F32",
@@ -36,7 +36,7 @@ class File(NamedTuple):
             }
             for name, start in self.starts.items()
         }
-        # The values start at a multiple of 8 bytes.
+        # Pad the header, so that the values start at a multiple of 8 bytes.
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
         content = text.encode()
         content += b" " * (-len(content) % 8)
@@ -44,9 +44,9 @@ class File(NamedTuple):
 
 
 def _partition_names(shapes: Shapes, files: int) -> list[list[str]]:
-    """Return the names in order, cut into at most `files` runs of about equal size."""
+    """Split the names, in order, into at most `files` groups of about equal total size."""
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
-    # A name goes to the run in which the middle of its values lies.
+    # A parameter belongs to the group that contains the middle of its values.
     total, before = max(1, sum(sizes.values())), 0
     runs: dict[int, list[str]] = {}
     for name, size in sizes.items():
@@ -58,17 +58,17 @@ def _partition_names(shapes: Shapes, files: int) -> list[list[str]]:
 def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int) -> list[File]:
     """Return the files of a checkpoint, in the order in which all ranks fill them.
 
-    Each part is cut into equal files of about `shard_bytes` or less.  As many ranks write as there
-    are `shard_bytes` in all, spread over the job so that several nodes write; a small network is
-    written by rank 0 alone.  A pure function: every rank computes the same.
+    Each part is split into files of equal size, about `shard_bytes` or less.  The number of writing
+    ranks is the total size / `shard_bytes`; they are spread over the job so that several nodes
+    write, and rank 0 alone writes a small network.  A pure function: every rank computes the same.
     """
-    # As many writers as there is work for.
+    # Use one writer per `shard_bytes`, up to the number of ranks.
     bytes_of_part = ITEM * sum(map(math.prod, shapes.values()))
     writers = min(world, max(1, bytes_of_part * len(parts) // shard_bytes))
     count = math.ceil(bytes_of_part / shard_bytes)
     while count > 1 and count * len(parts) % writers:
-        count += 1  # so that each writes as much
-    # The same cut for each part, so that files of equal index hold the same parameters.
+        count += 1  # until every writer gets the same number of files
+    # Split every part alike, so that files of equal index contain the same parameters.
     runs = _partition_names(shapes, count)
     files: list[File] = []
     for part in parts:
@@ -84,9 +84,9 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
 
 
 def host_buffer(file: File, *, pinned: bool) -> Tensor:
-    """Return fp32 memory for a file's values; if pinned, copies from a GPU are asynchronous.
+    """Allocate fp32 host memory for a file's values; if pinned, GPU copies are asynchronous.
 
-    torch rounds pinned memory up to a power of two: files of just under one waste least.
+    torch rounds pinned memory up to a power of two, so files just below one waste least.
     """
     return torch.empty(file.numel, dtype=torch.float32, pin_memory=pinned)
 
@@ -95,10 +95,10 @@ def host_buffer(file: File, *, pinned: bool) -> Tensor:
 def gather(masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor | None) -> None:
     """Fill `into`, on the rank that writes `file`, with the values of its parameters in `flats`.
 
-    Collective if sharded.  A copy from a GPU may still be in flight afterwards: synchronize.
+    Collective if sharded.  Copies from a GPU are asynchronous: synchronize before reading `into`.
     """
     if masters.sharded:
-        # In windows, so that the buffer of the reduction stays small.
+        # Reduce in windows, to limit the size of the buffer.
         for first in range(0, file.numel, WINDOW):
             _reduce_window(masters, flats, file, into, first)
     elif into is not None:
@@ -110,9 +110,9 @@ def gather(masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor |
 def _reduce_window(
     masters: Masters, flats: Sequence[Tensor], file: File, into: Tensor | None, first: int
 ) -> None:
-    """Collect the values first, first + 1, ... of a file: every rank adds its own to zeros."""
+    """Gather one window of a file's values, from index `first` on, by a sum over ranks."""
     last = min(first + WINDOW, file.numel)
-    # As integers: 0 + x keeps every bit, of -0.0 and NaN too.
+    # Sum as integers: 0 + x preserves every bit, also of -0.0 and NaN.
     bits = torch.zeros(last - first, dtype=torch.int32, device=distributed.device())
     for name, start in file.starts.items():
         for piece in masters.pieces_of(name):
@@ -121,7 +121,7 @@ def _reduce_window(
             if low < high:
                 own = values(flats, piece)[low - begin : high - begin]
                 bits[low - first : high - first].copy_(own.view(torch.int32), non_blocking=True)
-    # Each value is held by exactly one rank, so that the sum is that value.
+    # Exactly one rank holds each value and the others add zero, so the sum is the value.
     if distributed.world() > 1:
         dist.reduce(bits, dst=file.writer)
     if into is not None:

@@ -1,4 +1,4 @@
-"""Checkpoint writing in a background thread: training waits only for a copy to host memory."""
+"""Write checkpoints in a background thread: training waits only for the copy to host memory."""
 
 import hashlib
 import json
@@ -31,22 +31,22 @@ from echolab.training.checkpoints.shard_plan import ITEM, File, gather, host_buf
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import MASTER, MOMENTS, Masters
 
-SPARE = 1.05  # for headers, folders and other files of the run
-FACTOR = 2  # at the start of a run: a new one is complete before an old one is removed
-NICENESS = 10  # of the thread that writes
-CHUNK = 1 << 24  # bytes hashed and written at once, without holding the interpreter
-Receipt = dict[str, Any]  # of a file: {"bytes": ..., "sha256": ...}
+SPARE = 1.05  # factor on required disk space, for headers, folders and other files of the run
+FACTOR = 2  # checkpoints that must fit at the start: an old one is removed after a new one is saved
+NICENESS = 10  # niceness of the writing thread
+CHUNK = 1 << 24  # bytes hashed and written at once, without the GIL
+Receipt = dict[str, Any]  # size and hash of a written file: {"bytes": ..., "sha256": ...}
 
 
 class Fault(NamedTuple):
-    """What failed on one rank ("": nothing), to be raised on all ranks; JSON."""
+    """A failure on one rank, sent as JSON and raised on all ranks."""
 
-    words: str
-    passing: str  # "yes": the file system may be well again
+    words: str  # message; empty: no failure
+    passing: str  # "yes" if the failure may be temporary, else empty
 
     @property
     def remedy(self) -> str:
-        """What the user does."""
+        """Remedy for the error message."""
         place = "see to that file system" if self.passing else "make room there"
         return f"{place} and run the same command again"
 
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
 
 def fault_of(error: Exception) -> Fault:
-    """Distinguish a disk that is full from a file system that fails."""
+    """Convert an exception to a Fault; a file system error may be temporary, a full disk is not."""
     if isinstance(error, OSError) and error.errno and error.errno not in FULL:
         place = f"{error.filename}: " if error.filename else ""
         return Fault(f"{place}{describe_error(error)}", "yes")
@@ -65,7 +65,7 @@ def fault_of(error: Exception) -> Fault:
 
 
 def write_file(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
-    """Write and fsync, with retries; the hash is of the bytes that were to be written."""
+    """Write and fsync a file, with retries; return its size and the hash of `contents`."""
     parts = list(contents)
     return retry(lambda: _write_once(path, parts))
 
@@ -85,12 +85,13 @@ def _write_once(path: Path, contents: Iterable[bytes | memoryview]) -> Receipt:
 
 
 class CheckpointWriter:
-    """Saves by `begin` and, steps later, `finish`; both at once is a save that waits.
+    """Saves with `begin` and, some steps later, `finish`; calling both in a row waits for the save.
 
-    Each rank's thread writes the files that `layout` assigns to it; rank 0 publishes them.  The
-    `newest` valid ones stay, at least two, and those whose step `keep` is true for.  If `snapshot`
-    is true for a step, its power averages stay too (`retention`).  The constructor is collective,
-    and removes what a killed attempt left in `folder`.  `check` raises if rank 0 must not write.
+    Each rank's thread writes the files that `layout` assigns to the rank; rank 0 publishes them.
+    The `newest` valid checkpoints (at least two) are kept, and all those whose step passes `keep`.
+    If a step passes `snapshot`, its power averages are kept too (`retention`).  The constructor is
+    collective, and removes partial folders of killed attempts from `folder`.  `check` raises if
+    rank 0 must not write.
     """
 
     def __init__(
@@ -106,16 +107,16 @@ class CheckpointWriter:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.masters, self.ema = folder, masters, ema
-        self.seconds = 0.0  # of the longest save so far, with its time in the background
-        # Every rank computes the same plan, so that none has to be sent.
+        self.seconds = 0.0  # duration of the longest save so far, including the background
+        # Every rank computes the same plan, so the plan need not be sent.
         parts = [MASTER, *MOMENTS, *ema.parts]
         self.shapes = masters.shapes
         self.files = layout(self.shapes, parts, world=distributed.world(), shard_bytes=shard_bytes)
         self._snapshot = snapshot
         self._on_gpu = next(iter(masters.parameters.values())).is_cuda
         self._check = check
-        # No two attempts write into one folder; a later one removes those of the earlier, so that
-        # what is left of an attempt that was given up finds nothing to publish.
+        # Each attempt writes into its own partial folders and removes those of earlier attempts, so
+        # that a process left over from an earlier attempt cannot publish anything.
         self._attempt_id = distributed.gather_text(secrets.token_hex(4))[0]
         self._retention = Retention(folder, keep, newest, check)
         self._buffers: dict[str, Tensor] = {}
@@ -139,19 +140,19 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has begun and not finished."""
+        """Whether a save has begun but not finished."""
         return self._thread is not None
 
     def written(self) -> bool:
-        """Return whether this rank's pending files are on disk, or failed; not collective."""
+        """Return whether this rank has written its pending files, or failed; not collective."""
         return self._thread is not None and not self._thread.is_alive()
 
     def check_start(self) -> None:
-        """Raise SaveError if two checkpoints would not fit; at the start; collective."""
+        """Raise SaveError if two checkpoints do not fit on the disk; collective."""
         self._run_on_rank_0(lambda: check_room(self.folder, FACTOR * self.size, len(self.files)))
 
     def _run_on_rank_0(self, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0, and raise its error on every rank."""
+        """Run `work` on rank 0 and raise its error on every rank; collective."""
         fault = Fault("", "")
         if distributed.rank() == 0:
             try:
@@ -165,25 +166,25 @@ class CheckpointWriter:
     def begin(self, state: dict[str, Any]) -> None:
         """Copy `state` and all tensors, and write them in a thread; collective.
 
-        Finish an earlier save first.  Raise SaveError on every rank, before anything is written, if
-        there is no room on the disk or in memory.
+        Finish an earlier save first.  Raise SaveError on every rank, before writing anything, if
+        disk space or host memory is insufficient.
         """
         self.finish()
         self.close()
         started = time.monotonic()
-        # Room on the disk and in memory first: nothing is written if either is missing.
+        # Check disk space and allocate host memory before writing anything.
         self._path = folder_of(self.folder, state["step"])
         self._receipts, self._fault = {}, Fault("", "")
         text = json.dumps(state, indent=1).encode()
         self._run_on_rank_0(lambda: self._make_room(len(text)))
         self._make_buffers()
         for file in self.files:
-            # Training waits for these copies, and for nothing else.
+            # Training waits only for these copies.
             gather(self.masters, self._flats(file.part), file, self._buffers.get(file.name))
         if self._on_gpu:
             torch.cuda.synchronize()
         self._save_seconds = time.monotonic() - started
-        # The buffers belong to the thread until `finish`.
+        # The thread uses the buffers until `finish`.
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
 
@@ -204,7 +205,7 @@ class CheckpointWriter:
             for file in self.files:
                 if file.writer == distributed.rank() and file.name not in self._buffers:
                     self._buffers[file.name] = host_buffer(file, pinned=self._on_gpu)
-        except RuntimeError as error:  # torch has no other name for it
+        except RuntimeError as error:  # torch has no specific type for this error
             fault = f"rank {distributed.rank()}: no host memory to save from ({error})".split("\n")[
                 0
             ]
@@ -213,13 +214,13 @@ class CheckpointWriter:
     def _flats(self, part: str) -> list[Tensor]:
         return self.ema.flats[part] if part in self.ema.flats else self.masters.flats(part)
 
-    # -- in the thread ------------------------------------------------------------------------
+    # -- in the background thread -------------------------------------------------------------
 
     def _write(self, state: bytes) -> None:
-        """Write this rank's files.  `finish` raises what failed here."""
+        """Write this rank's files; `finish` raises errors that occur here."""
         started = time.monotonic()
         try:
-            # Linux counts niceness by thread: training steps come first.
+            # Niceness applies per thread on Linux: give priority to the training steps.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             for file in self.files:
                 if file.writer == distributed.rank():
@@ -238,9 +239,10 @@ class CheckpointWriter:
     # -- finish -------------------------------------------------------------------------------
 
     def finish(self) -> Path | None:
-        """Wait for the pending save and publish it; return None if there is none; collective.
+        """Wait for the pending save and publish it; return its path, None if none is pending.
 
-        Raise SaveError on every rank if one failed; earlier checkpoints are untouched.
+        Collective.  Raise SaveError or StorageError on every rank if a rank failed; earlier
+        checkpoints are not changed.
         """
         if self._thread is None:
             return None
@@ -248,7 +250,7 @@ class CheckpointWriter:
         self._thread = None
         started = time.monotonic()
         own = {"files": self._receipts, "fault": self._fault, "spent": self._save_seconds}
-        # All ranks learn of a fault of any, and rank 0 of all files.
+        # Exchange faults and receipts, so that all ranks know of any fault.
         reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
         fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))
         if distributed.rank() == 0:
@@ -257,7 +259,7 @@ class CheckpointWriter:
                     self._publish({name: r for one in reports for name, r in one["files"].items()})
             except OSError as error:
                 fault = fault_of(error)
-            # A partial folder is useless: remove it, and keep the earlier checkpoints.
+            # Remove the partial folder; earlier checkpoints are kept.
             if fault.words:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 fault = fault._replace(
@@ -272,7 +274,7 @@ class CheckpointWriter:
     def _publish(self, receipts: dict[str, Receipt]) -> None:
         """Check on rank 0 that all files exist, write the manifest, and rename the folder."""
         self._check()
-        # Rank 0 sees the files of all ranks on the shared disk, in their full size.
+        # Check that rank 0 sees the files of all ranks on the shared disk, in full size.
         if missing := {STATE, *(file.name for file in self.files)} - set(receipts):
             raise OSError(f"nobody wrote {', '.join(sorted(missing))}")
         for name, receipt in receipts.items():
@@ -280,7 +282,7 @@ class CheckpointWriter:
             if size != receipt["bytes"]:
                 raise OSError(f"{name} has {size} bytes here, {receipt['bytes']} were written")
         step = int(self._path.name.removeprefix("step-"))
-        # The manifest comes last: without it the folder is no checkpoint.
+        # Write the manifest last: without a manifest, the folder is not a checkpoint.
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -290,18 +292,18 @@ class CheckpointWriter:
         }
         write_file(self._partial / MANIFEST, [serialize(manifest)])
         retry(lambda: fsync(self._partial))
-        # Links to the same files, before the folder gets its name.
+        # Link the snapshot before the checkpoint is published.
         if self._snapshot(step):
             keep_snapshot(self._partial, manifest, self.folder / SNAPSHOTS)
-        retry(self._check)  # the snapshot took its time
-        # A rename is atomic: at any moment there is a complete checkpoint of this step, or none.
+        retry(self._check)  # check again, since the snapshot may take long
+        # Rename is atomic: a checkpoint of this step is always complete or absent.
         aside = self.folder / f"{REPLACED}{self._path.name}"
         if self._path.exists():
             retry(lambda: self._path.rename(aside))
         retry(lambda: self._partial.rename(self._path))
         retry(lambda: fsync(self.folder))
         shutil.rmtree(aside, ignore_errors=True)
-        # Old checkpoints are removed in a thread: large files take seconds.
+        # Remove old checkpoints in a thread, since removing large files takes seconds.
         self._retention.valid[step] = True
         self._pruning = threading.Thread(target=self._prune, args=(step,), daemon=True)
         self._pruning.start()
@@ -309,13 +311,13 @@ class CheckpointWriter:
     def _prune(self, step: int) -> None:
         try:
             self._retention.prune(step)
-        except FencedError:  # what is there is another's
+        except FencedError:  # the checkpoints now belong to the process that took over
             pass
-        except OSError as error:  # the next save says whether there is room all the same
+        except OSError as error:  # not fatal: the next save checks the disk space anyway
             print(f"echolab: an old checkpoint could not be removed: {error}", file=sys.stderr)
 
     def close(self) -> None:
-        """Wait until old checkpoints are removed, which is done in a thread."""
+        """Wait until the background thread has removed old checkpoints."""
         if self._pruning.is_alive():
             self._pruning.join()
 
@@ -323,9 +325,9 @@ class CheckpointWriter:
 def check_room(folder: Path, needed: int, files: int = 20) -> None:
     """Raise SaveError if `folder`'s disk has less than 1.05 x `needed` bytes, or too few inodes.
 
-    These are the limits of an unprivileged user.  A quota shows only when a write fails.
+    Only space available to unprivileged users counts.  A quota is detected only when a write fails.
     """
-    # Blocks and inodes that are available without privileges.
+    # f_bavail and f_favail exclude what is reserved for the superuser.
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     wanted = int(needed * SPARE)
@@ -334,7 +336,7 @@ def check_room(folder: Path, needed: int, files: int = 20) -> None:
             f"{folder}: a checkpoint needs {wanted:,} bytes, {free:,} are free; make room, or "
             "give another run folder"
         )
-    if disk.f_files and disk.f_favail < files:  # 0: a file system without fixed inodes
+    if disk.f_files and disk.f_favail < files:  # f_files is 0 if inodes are not limited
         raise SaveError(
             f"{folder}: a checkpoint needs {files} inodes, {disk.f_favail} are free; remove files "
             "there, or give another run folder"
