@@ -1,4 +1,4 @@
-"""Everything a training run is made of, and whether the parts fit each other."""
+"""The configuration of a training run, and checks that its parts are compatible."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         raise DataError(f"{dataset.folder}: kind {dataset.kind}, need {kind}; give another dataset")
     if not len(dataset):
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
-    # The sizes that dataset and network must share.
+    # Sizes that must be equal in dataset and network.
     form = common_shapes(dataset)
     latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
     sizes: dict[str, Any] = {
@@ -52,7 +52,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         "audio_layers": audio[1] if len(audio) == 3 else None,
         "out_channels": latents[0],
     }
-    # null in the architecture means no such branch, which any dataset fits.
+    # null in the architecture means that the branch does not exist; any dataset is compatible.
     has_audio = architecture.get("audio_dim") is not None
     for name, there in sizes.items():
         here = architecture.get(name)
@@ -65,7 +65,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
                 f"have {'null' if there is None else there}; take the model= that fits their "
                 "encoders"
             )
-    # Patches must divide the latents, or positions would be lost.
+    # The patch size must divide the latents, or positions would be cut off.
     check_geometry(dataset, architecture)
     for size, step in zip(latents[1:], architecture.get("patch_size") or (), strict=False):
         if size % step:
@@ -76,9 +76,9 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
 
 
 def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the network divides clips otherwise than the dataset's encoders."""
+    """Raise ConfigError if strides or patch size of network and dataset differ."""
     clips, network = dataset.geometry, geometry_of(architecture)
-    for name in ("time_stride", "space_stride", "patch"):  # channels: see the tensors themselves
+    for name in ("time_stride", "space_stride", "patch"):  # `check_dataset` compares the channels
         if getattr(clips, name) != getattr(network, name):
             setting = "patch_size" if name == "patch" else name
             raise ConfigError(
@@ -89,8 +89,8 @@ def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> No
 
 
 def check_tasks(dataset: ShardDataset, tasks: Sequence[str], setting: str) -> None:
-    """Raise ConfigError for a task that the samples of an encoded dataset have no tensors for."""
-    # Tasks are stored as tensors named known.TASK.
+    """Raise ConfigError for a task whose tensors are missing in an encoded dataset."""
+    # The tensors of a task are stored under the name known.TASK.
     posed = {name.partition(".")[2] for name in common_shapes(dataset) if name.startswith("known.")}
     for task in tasks:
         if TASK_TABLE[task].has_known and task not in posed:
@@ -108,11 +108,12 @@ def check_data(
     curriculum: Curriculum,
     parity: bool,
 ) -> None:
-    """Look at the first good samples of each dataset, which takes no weights.
+    """Check the first good sample of each dataset; this does not need the weights.
 
-    Raises DataError, or ConfigError if they do not fit the network, the tasks or each other.
+    Raise DataError for bad data, ConfigError if a dataset does not match the network, the tasks or
+    another dataset.
     """
-    # Each dataset by itself, then those that share batches.
+    # Check each dataset alone, then pairs of datasets that share batches.
     for dataset in clips:
         check_dataset(dataset, "encoded", architecture)
         check_tasks(dataset, curriculum.tasks, "tasks.tasks")
@@ -126,85 +127,86 @@ def check_data(
                 )
     for dataset in pairs:
         check_dataset(dataset, "preference", architecture)
-    # Validation data is read by the network too, and by the export check.
+    # Validation and the export check use the validation data.
     if val_data:
         check_dataset(val_data.clips, "encoded", architecture)
         check_tasks(val_data.clips, val_data.tasks, "data.val_tasks")
-        if parity:  # samples of the export are compared on held-out clips
+        if parity:  # the export check samples all trained tasks on held-out clips
             check_tasks(val_data.clips, curriculum.tasks, "tasks.tasks")
 
 
 class TrainConfig(NamedTuple):
-    """Everything a training run is made of.
+    """The configuration of a training run.
 
-    Fields that a setting of conf/ sets have its name.  Checkpoints lie in `run_dir/checkpoints`,
-    and training resumes bit-exactly from the newest complete one, under any number of ranks and any
-    strategy.  Without one, training starts from the averaged weights of the checkpoint `init_from`,
-    or from `net` as it is.
-    `objectives` has one entry for each kind of epoch; preference objectives hold `reference`,
-    which is loaded at the start of each of their epochs with the averaged weights of that moment,
-    or always with those of `ref_model`.
+    A field that corresponds to a setting in conf/ has the name of the setting.  Checkpoints are in
+    `run_dir/checkpoints`; training resumes bit-exactly from the newest complete checkpoint, with
+    any number of ranks and any strategy.  Without a checkpoint, training starts from the averaged
+    weights of the checkpoint `init_from`, or from the weights of `net`.
+
+    `objectives` has one entry for each kind of epoch.  Preference objectives use `reference`, which
+    is loaded at the start of each preference epoch with the averaged weights of that step, or with
+    those of the checkpoint `ref_model`.
     """
 
     net: nn.Module
     architecture: Mapping[str, Any]
     run_dir: Path
-    clips: Sequence[ShardDataset]  # one for each size of clips, or more, mixed by weight
+    clips: Sequence[ShardDataset]  # one or more datasets per clip size, mixed by weight
     schedule: Schedule
     curriculum: Curriculum
     objectives: Mapping[str, Objective]
-    batch_size: int  # clips of the largest size a step, over all ranks
+    batch_size: int  # clips of the largest size per optimizer step, over all ranks
     seed: int = 0
     flow_shift: float = 5.0
     pairs: Sequence[ShardDataset] = ()
-    clip_weights: Sequence[float] | None = None  # of `clips`; None: by the numbers of their samples
-    pair_weights: Sequence[float] | None = None
+    clip_weights: Sequence[float] | None = None  # mixing weights of `clips`; None: sample counts
+    pair_weights: Sequence[float] | None = None  # mixing weights of `pairs`; None: sample counts
     shuffle: ShuffleConfig = DEFAULT_SHUFFLE
-    log_samples: bool = False  # whether `run_dir/ledger` records the samples of each step
-    max_bad_fraction: float = 0.0  # of samples to skip; quarantine.jsonl lists them
-    accepts_changed_data: bool = False  # accepts other data than the run was trained on so far
+    log_samples: bool = False  # record the samples of each step in `run_dir/ledger`
+    max_bad_fraction: float = 0.0  # fraction of bad samples to skip, listed in quarantine.jsonl
+    accepts_changed_data: bool = False  # allow datasets that differ from those trained on so far
     reference: Reference | None = None
     ref_model: Path | None = None
-    ref_model_sync_steps: int = 0  # steps between mixings of the weights into it; 0: never
-    ref_model_mixup_alpha: float = 0.6  # share of the weights in such a mixing
+    ref_model_sync_steps: int = 0  # steps between mixings of the weights into the reference; 0: off
+    ref_model_mixup_alpha: float = 0.6  # share of the trained weights in such a mixing
     init_from: Path | None = None
-    origins: Mapping[str, Any] = EMPTY  # what it starts from and refers to, by content; rank 0's
-    adapters: Mapping[str, Any] | None = None  # of an adapted `net`: settings and base
+    origins: Mapping[str, Any] = EMPTY  # content hashes of initial weights and reference; of rank 0
+    adapters: Mapping[str, Any] | None = None  # settings and base of an adapted `net`
     val_data: ValData | None = None
-    phases: Allocator | None = None  # for the held-out error
+    phases: Allocator | None = None  # modality dropout for the held-out error
     optim: Optim = OPTIM
     machine: Machine = ALONE
     micro_batch_size: int | None = None
     num_workers: int = 0
     intervals: Intervals | None = None
-    settings_digest: str = ""  # must be equal on all ranks: a digest of the settings, say
-    log_metrics: Sink | None = None  # (step, values), on rank 0
-    on_step: Callable[[int, int], None] | None = None  # (step, steps), on rank 0
-    stop_after_step: int | None = None  # the step to end after, before the schedule's end
-    signal_grace_seconds: Mapping[int, float] | None = None  # by number: from signal to kill
-    job_end_time: float = FOREVER  # by the system's clock: the run is saved before
+    settings_digest: str = ""  # digest of the settings, which must be equal on all ranks
+    log_metrics: Sink | None = None  # (step, values), called on rank 0
+    on_step: Callable[[int, int], None] | None = None  # (step, steps), called on rank 0
+    stop_after_step: int | None = None  # end the run after this step, before the schedule's end
+    signal_grace_seconds: Mapping[int, float] | None = None  # from signal to kill, by signal number
+    job_end_time: float = FOREVER  # seconds since 1970 by which the run must be saved
     loss_spike: SpikeConfig = SPIKES
-    max_host_memory_gb: float | None = None  # of a rank with its workers; above, the run ends
-    verify_export: bool = False  # before it is done, samples of an export are compared
-    on_begin: Callable[[int], None] | None = None  # (step), on rank 0, called when training starts
-    print_lines: Callable[[list[str]], None] | None = None  # lines for the user, on rank 0
-    on_failure: Callable[[BaseException], None] | None = None  # before anything is tidied up
-    fenced: Callable[[], bool] | None = None  # whether another process has taken the run, on rank 0
-    callbacks: Sequence[Callback] = ()  # the user's own, in order
-    heartbeat: Heartbeat | None = None  # by which a supervisor sees how far this rank is
+    max_host_memory_gb: float | None = None  # limit per rank with its workers; above it, stop
+    verify_export: bool = False  # compare the export with the training model at the end
+    on_begin: Callable[[int], None] | None = None  # (step), called on rank 0 when training starts
+    print_lines: Callable[[list[str]], None] | None = None  # prints lines for the user, on rank 0
+    on_failure: Callable[[BaseException], None] | None = None  # called before any cleanup
+    fenced: Callable[[], bool] | None = None  # whether another process took over the run; rank 0
+    callbacks: Sequence[Callback] = ()  # the user's callbacks, in order
+    heartbeat: Heartbeat | None = None  # reports this rank's progress to a supervisor
 
     @property
     def quarantine(self) -> Path | None:
-        """Where bad samples are listed, if any are borne with."""
+        """File that lists the bad samples; None if bad samples are not allowed."""
         return self.run_dir / QUARANTINE if self.max_bad_fraction else None
 
     def check_ours(self) -> None:
-        """Raise FencedError where another process has taken the run; on rank 0, before writing."""
+        """Raise FencedError if another process has taken over the run; call before writing."""
         if self.fenced and self.fenced():
             raise self.taken()
 
     def taken(self) -> FencedError:
-        """Return the error of a process from which another has taken the run."""
+        """Return the error to raise if another process has taken over the run."""
         return FencedError(f"{self.run_dir}: a later launch took over the run; this one leaves")
 
     @property
@@ -218,8 +220,8 @@ class TrainConfig(NamedTuple):
         return self.ref_model_sync_steps > 0 and self.reference is not None
 
     def check(self) -> None:
-        """Raise ConfigError for parts that do not fit each other."""
-        # Schedule, optimizer and validation, which need no data.
+        """Raise ConfigError if parts of the configuration are incompatible."""
+        # Check schedule, optimizer and validation settings, which need no data.
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
@@ -240,7 +242,7 @@ class TrainConfig(NamedTuple):
         check_device(self.machine)
         if not 0 < self.flow_shift < math.inf:
             raise ConfigError(f"flow_shift={self.flow_shift:g}: must be above 0; 5 is usual")
-        # The datasets: their samples, and the encoders that made them.
+        # Check the samples of the datasets, and the encoders that produced them.
         check_data(
             self.clips,
             self.pairs,
@@ -252,40 +254,40 @@ class TrainConfig(NamedTuple):
         if any(clips.encoders != self.clips[0].encoders for clips in self.clips):
             names = ", ".join(str(clips.folder) for clips in self.clips)
             raise ConfigError(f"data.clips: {names} were encoded by different networks")
-        # Everything that meets in one run must come from the same encoders.
+        # All datasets of a run must come from the same encoders.
         first = self.clips[0]
         for dataset in (*self.pairs, *([self.val_data.clips] if self.val_data else [])):
             check_same_encoders(dataset.folder, dataset.encoders, first.folder, first.encoders)
 
     def reader_of(self, dataset: ShardDataset) -> TolerantReader:
-        """Return the reader of single samples of a dataset, within the budget for bad ones."""
+        """Return a reader for single samples of a dataset; it skips up to `max_bad_fraction`."""
         return TolerantReader(
             dataset, max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine
         )
 
     def build_data(self, order_names: Mapping[str, Sequence[str]] = EMPTY) -> TrainData:
-        """Plan the batches; raise EcholabError if that is impossible.
+        """Build the training data; raise EcholabError if the settings are impossible.
 
-        `order_names` are what the order of "clips" and "pairs" depends on, by default their
-        fingerprints.
+        `order_names` are names that determine the order of "clips" and "pairs", by default the
+        fingerprints of the datasets.
         """
-        # Settings that both mixtures share.
+        # Settings of both mixtures.
         names = {"clips": (), "pairs": (), **order_names}
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         shared |= {"max_bad_fraction": self.max_bad_fraction, "quarantine": self.quarantine}
-        # Clips and pairs are two mixtures, each with an order of its own.
+        # Clips and pairs are two mixtures, each with its own order.
         clips = build_mixture(
             self.clips, kind="encoded", weights=self.clip_weights, shuffle=self.shuffle,
             order_names=names["clips"], **shared,
         )  # fmt: skip
         pairs = None
-        if self.pairs:  # few and met often: their epochs always run on into each other
+        if self.pairs:  # always carry partial batches over, since epochs of pairs are short
             order = self.shuffle._replace(last_batch="carry")
             pairs = build_mixture(
                 self.pairs, kind="preference", weights=self.pair_weights, shuffle=order,
                 order_names=names["pairs"], **shared,
             )  # fmt: skip
-        # How each batch is divided among ranks and micro-batches.
+        # Divide each batch among ranks and micro-batches.
         accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
         together = self.machine.sequence_parallel
         return TrainData(
@@ -301,8 +303,8 @@ class TrainConfig(NamedTuple):
         )
 
     def identity(self, train_data: TrainData) -> dict[str, Any]:
-        """Return what a checkpoint must agree on with the run."""
-        # Everything that would make the steps to come others than was planned.
+        """Return the properties in which a checkpoint must equal this run in order to resume."""
+        # A change of any of these would change the remaining steps.
         return {
             "architecture": dict(self.architecture),
             "adapters": dict(self.adapters) if self.adapters else None,

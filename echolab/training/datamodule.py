@@ -1,8 +1,8 @@
-"""The batches of one rank: the loader, its worker processes, and the validation clips.
+"""The data of one rank: the data loader, its worker processes, and the validation clips.
 
-A batch travels in shared memory, files of /dev/shm.  PyTorch puts it there in a thread that cannot
-report that there is no room: the batch is lost and the rank waits for ever.  So a worker moves it
-before, and its exception reaches the rank.
+Workers send batches through shared memory, which are files in /dev/shm.  PyTorch moves a batch to
+shared memory in a thread that cannot report a lack of space: the batch is lost and the rank waits
+forever.  Therefore the worker moves the batch itself, and its exception reaches the rank.
 """
 
 import errno
@@ -34,8 +34,8 @@ from echolab.training import distributed
 from echolab.training.signals import ignore_signals
 
 SHARED = Path("/dev/shm")
-PREFETCHED = 2  # batches that a worker makes ahead: PyTorch's default
-IN_USE = 2  # batches that a rank holds: it trains on one, and Lightning has the next
+PREFETCHED = 2  # batches that a worker prefetches: PyTorch's default
+IN_USE = 2  # batches that a rank holds: the current one, and the next one in Lightning
 SENDING_FAILED = 74  # exit code of a worker that cannot send a batch
 REMEDY = "make room there (in a container: --shm-size), or lower data.num_workers"
 
@@ -57,16 +57,16 @@ def tensors_of(item: Any) -> Iterator[Tensor]:
 
 
 def as_it_is(item: Item) -> Item:
-    """Return an item as it is: a dataset's items are complete batches."""
+    """Return an item unchanged, as collate function: the dataset's items are already batches."""
     return item
 
 
 def in_shared_memory(item: Item) -> Item:
-    """Move the tensors of an item to shared memory; raise SharedMemoryError if there is no room."""
+    """Move the tensors of an item to shared memory; raise SharedMemoryError if it is full."""
     try:
         for tensor in tensors_of(item):
             tensor.share_memory_()
-    except RuntimeError as error:  # PyTorch has no other type for it
+    except RuntimeError as error:  # PyTorch has no specific type for this error
         raise SharedMemoryError(
             _no_room_message(sum(t.nbytes for t in tensors_of(item)))
         ) from error
@@ -83,10 +83,10 @@ def _free_bytes() -> int:
 
 
 def check_room(size: int, workers: int, ranks: int) -> None:
-    """Check that the batches of all workers fit in /dev/shm; `size` is the bytes of one batch.
+    """Check that the batches of all workers fit in /dev/shm.
 
-    `ranks` are those of this node.  Raise ConfigError if they never fit, SharedMemoryError if the
-    room is taken by others now.
+    `size` is the size of one batch in bytes, `ranks` the number of ranks on this node.  Raise
+    ConfigError if /dev/shm is too small, SharedMemoryError if too little of it is free now.
     """
     batches = workers * PREFETCHED + IN_USE
     needed = size * batches * ranks
@@ -103,16 +103,16 @@ def check_room(size: int, workers: int, ranks: int) -> None:
 
 
 def begin_worker(number: int) -> None:
-    """Prepare a worker: only its parent decides when to stop; its end is never silent."""
+    """Prepare a worker: ignore signals, and report fatal signals and sending errors."""
     ignore_signals()
     stacks = open_stacks_file()
-    faulthandler.disable()  # as this rank enabled it, below the handlers of PyTorch
+    faulthandler.disable()  # enable it again below, after PyTorch installed its handlers
     faulthandler.enable(sys.stderr if stacks is None else stacks)
     Queue._on_queue_feeder_error = staticmethod(_exit_worker)  # type: ignore[attr-defined]
 
 
 def _exit_worker(error: BaseException, item: Any) -> None:
-    """End this worker, in the thread that could not send an item; the rank then notices."""
+    """End this worker from the thread that could not send an item, so that the rank notices."""
     print("echolab: a worker of the data loader cannot send a batch:", file=sys.stderr)
     traceback.print_exception(error)
     sys.stderr.flush()
@@ -121,9 +121,9 @@ def _exit_worker(error: BaseException, item: Any) -> None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Raise an error of a worker as the worker raised it, in one line.
+    """Raise a worker's error with its original one-line message.
 
-    PyTorch keeps the type, and makes the traceback its message.
+    PyTorch raises the same type, but with the traceback as the message.
     """
     try:
         yield
@@ -142,47 +142,47 @@ def reported() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        # The queues of the loader are semaphores in /dev/shm.
+        # The queues of the loader use semaphores in /dev/shm.
         raise SharedMemoryError(f"{SHARED}: is full; {REMEDY}") from error
 
 
 def _worker_error(error: RuntimeError) -> EcholabError:
-    """Return the error for a worker that died, with the signal that PyTorch reports."""
-    words = [str(error), str(error.__cause__ or "")]
-    signal_line = next((one for one in words if "killed by signal" in one), words[0])
+    """Return the error to raise for a worker that died, with the signal that PyTorch reports."""
+    messages = [str(error), str(error.__cause__ or "")]
+    signal_line = next((text for text in messages if "killed by signal" in text), messages[0])
     line = " ".join(signal_line.split())
-    if "Bus error" in line:  # a page of shared memory that there is no room for
+    if "Bus error" in line:  # a write to shared memory failed because /dev/shm is full
         return SharedMemoryError(f"{SHARED}: {line}; {REMEDY}")
     return WorkerError(f"{line}; if it was memory, lower data.num_workers or ask for more of it")
 
 
 @dataclass(frozen=True)
 class ValData:
-    """Clips that are never trained on, and at which noise levels their error is taken."""
+    """Validation clips, and the tasks and noise levels at which their error is measured."""
 
     clips: ShardDataset
-    num_clips: int = 32  # clips
+    num_clips: int = 32
     batch_size: int = 16
     tasks: tuple[str, ...] = VALIDATION_TASKS
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class TrainData(NamedTuple):
-    """What is trained on, and how it is cut."""
+    """The training data, and how batches are divided."""
 
     clips: DatasetMixture
     pairs: DatasetMixture | None
-    batch_size: int  # clips of the largest size an optimizer step, over all ranks
-    accumulation: int
+    batch_size: int  # clips of the largest size per optimizer step, over all ranks
+    accumulation: int  # micro-batches per rank and optimizer step
     num_workers: int
     seed: int
-    sequence_parallel: int = 1  # ranks in a row that get the same clips
+    sequence_parallel: int = 1  # consecutive ranks that get the same clips
     ranks_per_node: int = 1
-    quarantine: Path | None = None  # where bad samples are listed, if any are borne with
+    quarantine: Path | None = None  # file that lists bad samples; None: bad samples not allowed
 
 
 def data_of(train_data: TrainData) -> dict[str, Any]:
-    """Return its datasets by content: [fingerprint, hash of the keys, order name] each."""
+    """Identify the datasets by content: [fingerprint, hash of the keys, order name] for each."""
     return {"clips": _dataset_rows(train_data.clips), "pairs": _dataset_rows(train_data.pairs)}
 
 
@@ -196,14 +196,14 @@ def _dataset_rows(stock: DatasetMixture | None) -> list[list[str]]:
 
 
 class TimedLoader(DataLoader[MicroBatch]):
-    """Marks the time that is spent waiting for it, and can be ended early."""
+    """A data loader that reports waiting time to the heartbeat and can be ended early."""
 
     heartbeat: Heartbeat
     ended = False  # if true, yields no more items
 
     def __iter__(self) -> Any:
         """Yield the loader's items; raise errors of its workers as the workers raised them."""
-        # Workers start here: what they raise is shown as they raised it.
+        # The workers start here; show their errors with the original message.
         with reported():
             items = super().__iter__()
         while not self.ended:
@@ -216,7 +216,7 @@ class TimedLoader(DataLoader[MicroBatch]):
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Gives the loader of micro-batches `start` to the end of the schedule."""
+    """Creates the loader of the remaining micro-batches of the schedule."""
 
     def __init__(
         self,
@@ -234,25 +234,25 @@ class ShardDataModule(pl.LightningDataModule):
             curriculum,
         )
         self.heartbeat = heartbeat
-        self.first_step = 0  # set when the checkpoint to resume from is known
+        self.first_step = 0  # set once the checkpoint to resume from is known
         self.loader: TimedLoader | None = None
 
     @property
     def writer(self) -> int | None:
-        """This rank's number in the ledger; None where another rank has the same clips."""
-        # Of ranks that share a clip, the first writes it.
+        """This rank's index in the ledger; None if another rank writes the same clips."""
+        # Of the ranks that share a clip, the first writes to the ledger.
         row, within = divmod(distributed.rank(), self.train_data.sequence_parallel)
         return None if within else row
 
     def go_to(self, step: int) -> None:
-        """Continue at step `step` (from 0): the loader ends, and Lightning requests another."""
+        """Continue at step `step` (from 0): end this loader, so that Lightning requests another."""
         self.first_step = step
         if self.loader:
             self.loader.ended = True
 
     def train_dataloader(self) -> TimedLoader:
-        """Load exactly what remains; the order is the same for every number of workers."""
-        # Ranks that share a clip read the same items.
+        """Return the loader of the remaining steps; its order is independent of `num_workers`."""
+        # Ranks that share a clip load the same items.
         train_data = self.train_data
         items = TrainDataset(
             train_data.clips,
@@ -266,12 +266,12 @@ class ShardDataModule(pl.LightningDataModule):
             rank=distributed.rank() // train_data.sequence_parallel,
             world=distributed.world() // train_data.sequence_parallel,
         )
-        if self.first_step < self.steps:  # workers then share the plan of the first epoch
+        if self.first_step < self.steps:  # compute the order before the fork, so workers share it
             items.global_batch(self.first_step)
-        # Shared memory that is too small would stop the workers without an error.
+        # Check the size of shared memory before the workers need it.
         if train_data.num_workers and not self.loader:
             self._check_room(items)
-        # A range of item indices is the sampler, so that resuming is a different start.
+        # The sampler is a range of item indices, so resuming only changes its start.
         self.loader = TimedLoader(
             items,
             batch_size=None,
@@ -288,7 +288,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _check_room(self, items: TrainDataset) -> None:
         """Check that the workers' batches fit in shared memory, by the first batch of each kind."""
-        # Batches of one kind have one size, so the first of each stands for all.
+        # Measure only the first batch of each kind: batches of one kind have one size.
         firsts: dict[str, int] = {}
         for step in range(self.first_step, self.steps):
             firsts.setdefault(self.place(step).kind, step)
@@ -301,15 +301,15 @@ class ShardDataModule(pl.LightningDataModule):
         )
 
     def progress(self, step: int) -> dict[str, float]:
-        """Return the epochs of the clips after `step` steps, and how many samples were dropped.
+        """Return the epochs of the clips and the number of dropped samples after `step` steps.
 
-        Also count the bad samples that all ranks skipped, if that is allowed.
+        If bad samples are allowed, also return the number that all ranks skipped.
         """
-        # Bad samples that any rank skipped.
+        # Count the bad samples that any rank skipped.
         values, quarantine = {}, self.train_data.quarantine
         if quarantine:
             values["data/skipped"] = float(len(read_quarantine(quarantine)))
-        # Epochs and dropped samples, of supervised batches only.
+        # Report epochs and dropped samples only at supervised steps.
         kind, batch, _ = self.place(step - 1)
         if kind != "sft":
             return values

@@ -1,4 +1,4 @@
-"""Collective operations.  On one rank each function is the identity; only `device` is local."""
+"""Collective operations, each the identity on a single rank; and the rank, size and device."""
 
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -18,8 +18,8 @@ def rank() -> int:
 
 
 def device() -> torch.device:
-    """Return the device of tensors that the backend can send."""
-    # NCCL sends tensors of GPUs only.
+    """Return the device on which the backend needs its tensors."""
+    # NCCL communicates only GPU tensors.
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -28,7 +28,7 @@ def sums(values: list[float]) -> list[float]:
     """Sum over the ranks, element by element."""
     if world() == 1:
         return values
-    # fp64: counts and sums of losses stay exact enough on any number of ranks.
+    # Use fp64, which is precise enough for counts and sums of losses on any number of ranks.
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
@@ -45,17 +45,17 @@ def largest(values: list[int]) -> list[int]:
 
 def agree(text: str) -> bool:
     """Return whether all ranks pass the same text."""
-    # Equal on all ranks if the largest is the smallest.
+    # Hashes are equal on all ranks if their maximum equals their minimum.
     number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
     highest, lowest = largest([number, -number])
     return highest == -lowest
 
 
 def gather_text(text: str) -> list[str]:
-    """Return the text of each rank, by rank.  It is sent as bytes, so that nothing is pickled."""
+    """Return the text of each rank, by rank; sent as bytes, without pickle."""
     if world() == 1:
         return [text]
-    # Lengths first, then the texts padded to the longest.
+    # Gather the lengths, then the texts padded to the longest.
     own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
     sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world())]
     dist.all_gather(sizes, torch.tensor([len(text.encode())], device=device()))
@@ -69,7 +69,7 @@ def gather_text(text: str) -> list[str]:
 
 
 def raise_together(kind: type[Exception], fault: str) -> None:
-    """Raise the first rank's fault ("": none) on every rank, so that none is left waiting."""
+    """Raise the first nonempty `fault` of any rank on all ranks, so that no rank waits forever."""
     for message in gather_text(fault):
         if message:
             raise kind(message)
@@ -87,7 +87,7 @@ def from_first(value: int) -> int:
 def means(totals: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """Return the mean over all ranks for each name, given (sum, count) of this rank.
 
-    Names with a count of zero on all ranks are left out.
+    Names with a count of zero on all ranks are omitted.
     """
     names = sorted(totals)
     flat = sums([float(x) for name in names for x in totals[name]])

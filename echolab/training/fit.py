@@ -1,4 +1,4 @@
-"""Train one run, from the start or from its newest checkpoint: the same call either way."""
+"""Train a run, from the start or, if there is one, from its newest checkpoint."""
 
 import logging
 import warnings
@@ -27,14 +27,14 @@ __all__ = ["FitResult", "Intervals", "Machine", "TrainConfig", "fit"]
 
 
 class FitResult(NamedTuple):
-    """How a run ended."""
+    """How an attempt of a run ended."""
 
     step: int  # optimizer steps done
-    steps: int  # of the schedule
+    steps: int  # optimizer steps of the schedule
     reason: str  # done, until, signal, time, memory, stop or prune
     stopped_by: int  # signal number; 0 if none
-    unsaved: bool  # steps are lost that no checkpoint has
-    checkpoint: Path | None  # the newest
+    unsaved: bool  # the last steps are in no checkpoint
+    checkpoint: Path | None  # the newest checkpoint
 
     @property
     def done(self) -> bool:
@@ -43,7 +43,7 @@ class FitResult(NamedTuple):
 
 
 class quiet:
-    """Silences Lightning's banners and its advice, which do not apply here."""
+    """Silences Lightning's banners and hints, which do not apply here."""
 
     def __enter__(self) -> None:
         self._levels = {}
@@ -63,8 +63,8 @@ class quiet:
 
 
 def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback) -> pl.Trainer:
-    """Make a trainer without Lightning's saving, logging and stopping: `loop` does these."""
-    # Everything that Lightning does by default is done by `loop`, or not at all.
+    """Make a trainer without Lightning's saving, logging and stopping, which `loop` replaces."""
+    # Disable all default features of Lightning that `loop` replaces.
     trainer = pl.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -74,7 +74,7 @@ def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback
         precision=machine.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=accumulation,
         gradient_clip_val=clip if machine.sharded else None,
-        max_epochs=-1,  # one Lightning epoch is the rest of the schedule, or up to a rollback
+        max_epochs=-1,  # a Lightning epoch lasts until the next rollback or the schedule's end
         reload_dataloaders_every_n_epochs=1,
         callbacks=[loop],
         logger=False,
@@ -85,25 +85,25 @@ def _trainer(machine: Machine, accumulation: int, clip: float, loop: pl.Callback
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    # `StopSignals` has the handlers from the first moment on.  Lightning would replace them, and
-    # broadcast SIGTERM among all ranks before every micro-batch; no public setting prevents that.
-    # test_lightning.py fails if Lightning changes either.
-    nothing: Any = lambda: None  # noqa: E731
-    trainer._signal_connector.register_signal_handlers = nothing  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = nothing  # type: ignore[method-assign]
+    # `StopSignals` already handles signals.  Lightning would replace its handlers, and broadcast
+    # SIGTERM among all ranks before every micro-batch; no public setting prevents that.
+    # test_lightning.py fails if Lightning changes either method.
+    no_op: Any = lambda: None  # noqa: E731
+    trainer._signal_connector.register_signal_handlers = no_op  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = no_op  # type: ignore[method-assign]
     return trainer
 
 
 def fit(config: TrainConfig) -> FitResult:
-    """Train through the rest of the schedule; raise EcholabError for what a user can fix.
+    """Train to the end of the schedule; raise EcholabError for errors that a user can fix.
 
-    SIGNALS on any rank, the end of the job's time and control files end the run after the step,
-    with a checkpoint; the result says why.
-    Signal handlers and global state are restored at the end.
+    SIGNALS on any rank, the time limit of the job and control files end the run after the current
+    step, with a checkpoint; the result contains the reason.  Signal handlers and global state are
+    restored at the end.
     """
     with StopSignals(config.signal_grace_seconds) as signals, quiet():
         config.check()
-        # Weights to start from, if no checkpoint replaces them.
+        # Load initial weights; a checkpoint of the run replaces them later.
         heartbeat = config.heartbeat or Heartbeat(None)
         if config.init_from:
             origin = open_checkpoint(config.init_from)
@@ -115,7 +115,7 @@ def fit(config: TrainConfig) -> FitResult:
             place_shared(config.net, weights.items, where, "initial weights")
         train_data, schedule = config.build_data(), config.schedule
         _speed_up(config)
-        # The parts of the run, and Lightning's trainer around them.
+        # Build data, module and loop, and run them in Lightning's trainer.
         data = ShardDataModule(
             train_data, schedule.place, schedule.steps, config.curriculum, heartbeat
         )
@@ -128,7 +128,7 @@ def fit(config: TrainConfig) -> FitResult:
     return FitResult(
         step=state.step,
         steps=schedule.steps,
-        reason=state.reason or "done",  # a finished run has no steps to end after
+        reason=state.reason or "done",  # a finished run has no more steps, so no reason was set
         stopped_by=state.signal,
         unsaved=state.unsaved,
         checkpoint=state.checkpoint,
@@ -162,7 +162,7 @@ def _module(config: TrainConfig, accumulation: int, heartbeat: Heartbeat) -> Dif
         offloads=config.machine.activation_checkpointing == OFFLOAD,
         heartbeat=heartbeat,
     )
-    # The reference must be outside the module, or it would be trained and saved.
+    # The reference must be outside of the module, or the engine would wrap and save it.
     check_alone(module, config.net)
     reference = config.reference
     check_frozen_networks(

@@ -4,7 +4,7 @@ from echolab.errors import ConfigError
 
 
 class Intervals:
-    """Every how many steps; 0 is never."""
+    """Intervals in optimizer steps; 0 means never."""
 
     def __init__(
         self,
@@ -20,14 +20,14 @@ class Intervals:
                 f"save_every={save_every}; change either"
             )
         self.log_every, self.save_every, self.val_every = log_every, save_every, val_every
-        self.snapshot_every = snapshot_every  # keep the averages of optim.posthoc_ema_stds
-        self.replica_check_every = replica_check_every  # compare what all ranks should hold
+        self.snapshot_every = snapshot_every  # keep a snapshot of optim.posthoc_ema_stds
+        self.replica_check_every = replica_check_every  # compare replicated state between ranks
 
     def keeps_snapshot(self, step: int) -> bool:
-        """Return whether the power averages of the checkpoint of this step stay."""
+        """Return whether to keep the power averages of this step's checkpoint as a snapshot."""
         return self.due(self.snapshot_every, step)
 
     @staticmethod
     def due(every: int, step: int) -> bool:
-        """Return whether `step` is one of every `every` steps."""
+        """Return whether `step` is a multiple of the interval `every`; False if `every` is 0."""
         return every > 0 and step % every == 0

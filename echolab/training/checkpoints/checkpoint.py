@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the manifest, and so of the whole content."""
+        """Hash of the manifest, which identifies the content of all files."""
         return str(self.manifest["sha256"])
 
     @property

@@ -122,7 +122,7 @@ def _file_fault(path: Path, name: str, expected: Mapping[str, Any], deep: bool) 
 
 
 def shallow_faults(path: Path, manifest: Manifest) -> list[str]:
-    """Return one line for each file that is missing or has a wrong size; verify state.json fully."""
+    """Return one line for each file that is missing or of wrong size; hash only state.json."""
     files: dict[str, Any] = manifest["files"]
     wrong = [_file_fault(path, name, expected, name == STATE) for name, expected in files.items()]
     return [fault for fault in wrong if fault]

@@ -92,7 +92,7 @@ def row(*columns: Check) -> Check:
 
 
 def mapping(values: Check, *keys: str) -> Check:
-    """Accept a mapping whose values all pass `values`; if given, only `keys` are allowed as keys."""
+    """Accept a mapping whose values all pass `values`; if given, only `keys` may be keys."""
 
     def check(value: Any, name: str) -> Iterator[str]:
         if not isinstance(value, dict):

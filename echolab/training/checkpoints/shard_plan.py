@@ -68,7 +68,7 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
     count = math.ceil(bytes_of_part / shard_bytes)
     while count > 1 and count * len(parts) % writers:
         count += 1  # until every writer gets the same number of files
-    # Split every part alike, so that files of equal index contain the same parameters.
+    # Split all parts in the same way, so that files of equal index contain the same parameters.
     runs = _partition_names(shapes, count)
     files: list[File] = []
     for part in parts:

@@ -1,10 +1,10 @@
-"""Events of a run besides its steps: `events.jsonl` in its folder, one JSON line for each event.
+"""The events of a run: `events.jsonl` in the run folder, one JSON line for each event.
 
     {"id": 3, "time": 1765432100.5, "step": 950, "kind": "rollback", "to": 800, "skip": [...], ...}
 
 Kinds: spike, recompute, reproducible, rollback, straggler, replicas, data (the run continues with
-other data than before).  The file only grows, and rank 0 (or `echolab rollback`) alone writes it.
-Skips are never undone.
+changed datasets).  The file is append-only; only rank 0 or `echolab rollback` writes it.  Skips are
+permanent.
 """
 
 import json
@@ -28,23 +28,23 @@ class Event(NamedTuple):
 
     id: int  # from 1
     time: float  # seconds since 1970, by the writer's clock
-    step: int  # of the run, from 0
+    step: int  # step of the run, from 0
     kind: str
-    details: dict[str, Any]  # everything else
+    details: dict[str, Any]  # all other entries of the line
 
 
 def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
-    """Append an event for the run in `folder`; it is on disk on return.
+    """Append an event to the run in `folder` and wait until it is on disk.
 
-    Raise StorageError, after some retries, if it cannot be written: later steps depend on it.  What
-    a killed writer left of a line stays in the file, and is ignored.
+    Raise StorageError, after some retries, if it cannot be written, since later steps depend on it.
+    An incomplete line of a killed writer remains in the file and is ignored.
     """
     path = folder / EVENTS
     event = Event(
         1 + max((e.id for e in read(folder)), default=0), time.time(), step, kind, details
     )
     head = {name: value for name, value in event._asdict().items() if name != "details"}
-    # Secrets of settings may be in messages.
+    # Mask secrets, which messages may contain.
     line = json.dumps(mask_values({**head, **details}), allow_nan=False) + "\n"
     new = not path.exists()
     append_text(path, line, patient=True)
@@ -58,9 +58,9 @@ def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
 
 
 def read(folder: Path) -> list[Event]:
-    """Return all events of a run, oldest first; none if there is no file.
+    """Return all events of a run, oldest first; empty if there is no file.
 
-    Raise DataError for a line that is not an event, except one that was cut off.
+    Raise DataError for a line that is not an event.  Incomplete lines are ignored.
     """
     path = folder / EVENTS
     try:
@@ -68,12 +68,12 @@ def read(folder: Path) -> list[Event]:
     except ABSENT:
         return []
     events = []
-    # A line that is no JSON was cut off by a kill; one that is JSON must be an event.
+    # A line that is not valid JSON is incomplete; all other lines must be events.
     for number, line in enumerate(text.splitlines(), 1):
         try:
             details = json.loads(line)
         except ValueError:
-            continue  # its writer was killed within the line
+            continue  # the writer was killed within the line
         try:
             head = {name: details.pop(name) for name in Event._fields[:-1]}
             events.append(Event(**head, details=details))
@@ -88,22 +88,22 @@ class History:
     """The events of a run, the same on all ranks while it trains; rank 0 writes new ones."""
 
     def __init__(self, folder: Path) -> None:
-        """Read them on rank 0: a shared disk shows new lines to some ranks late.  Collective."""
+        """Read the events on rank 0 and send them to all ranks; collective."""
         self.folder = folder
-        # The file as rank 0 sees it is what all ranks decide by.
+        # Only rank 0 reads, since a shared disk may show new lines to other ranks later.
         own = read(folder) if distributed.rank() == 0 else []
         details = distributed.gather_text(json.dumps([list(event) for event in own]))[0]
         self.events = [Event(*event) for event in json.loads(details)]
 
     @property
     def skips(self) -> tuple[Skip, ...]:
-        """The batches that events skipped, for `Schedule.leaving_out`."""
+        """The batches that events skip, for `Schedule.leaving_out`."""
         return _skips(self.events)
 
     def add(self, step: int, kind: str, **details: Any) -> None:
         """Append an event; every rank must call this with the same arguments."""
         if distributed.rank() == 0:
-            # Rank 0 writes; the others only remember.
+            # Rank 0 writes; other ranks only add the event to the list.
             self.events.append(append(self.folder, step, kind, **details))
         else:
             self.events.append(Event(len(self.events) + 1, time.time(), step, kind, details))

@@ -1,6 +1,7 @@
-"""Host memory of a rank and its loader workers, and the memory of its node.
+"""Host memory of a rank with its loader workers, and of its node.
 
-Slow leaks end with the kernel killing some process.  A run that watches can save and restart first.
+With a slow leak, the kernel finally kills a process.  A run with a memory limit saves and restarts
+before.
 """
 
 import os
@@ -10,21 +11,21 @@ from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 GB = 1e9
-SECONDS = 60.0  # between two looks: one costs milliseconds, and more in a process of 100 GB
+SECONDS = 60.0  # between two measurements: each takes milliseconds, more for 100 GB processes
 
 
 def family(pid: int, proc: Path = PROC) -> list[int]:
-    """Return a process and its descendants in the same session.
+    """Return the ids of a process and its descendants in the same session.
 
-    A process with a session of its own, such as the tracker's, is not part of the training: its
-    memory must not end a run.
+    A descendant in another session, such as the tracker's process, is excluded, since its memory
+    must not end a run.
     """
     children: dict[int, list[int]] = {}
     sessions: dict[int, int] = {}
-    # Parents and sessions of all processes, in one pass over /proc.
+    # Read parents and sessions of all processes in one pass over /proc.
     for folder in proc.iterdir():
         if folder.name.isdecimal() and (stat := _read_text(folder / "stat")):
-            _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # a name may hold anything
+            _, parent, _, session = stat.rpartition(")")[2].split()[:4]  # (name) may contain ")"
             children.setdefault(int(parent), []).append(int(folder.name))
             sessions[int(folder.name)] = int(session)
     processes = [pid]
@@ -36,11 +37,11 @@ def family(pid: int, proc: Path = PROC) -> list[int]:
 
 
 def used(pid: int, proc: Path = PROC) -> int:
-    """Return the bytes that a process keeps in memory; a page shared by n processes counts 1/n.
+    """Return the proportional set size in bytes: a page shared by n processes counts 1/n.
 
-    If the kernel does not report shares (smaps_rollup), these are all resident bytes.
+    If the kernel does not report it (smaps_rollup), return the resident set size.
     """
-    # Shared pages of loader workers would otherwise count once for each worker.
+    # The resident set size would count pages shared with loader workers once per worker.
     for line in (_read_text(proc / str(pid) / "smaps_rollup") or "").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -49,14 +50,14 @@ def used(pid: int, proc: Path = PROC) -> int:
 
 
 def used_by_family(pid: int, proc: Path = PROC) -> int:
-    """Return the bytes of a process and all its descendants."""
-    return sum(used(one, proc) for one in family(pid, proc))
+    """Return the bytes used by a process and its descendants."""
+    return sum(used(member, proc) for member in family(pid, proc))
 
 
 def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Return the bytes that this process may still take, of the node and of its cgroups."""
+    """Return the bytes that this process can still allocate on its node and in its cgroups."""
     lines = (_read_text(proc / "meminfo") or "").splitlines()
-    # The smallest of what node and cgroups leave.
+    # The smallest remainder of node and cgroups applies.
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     left = [max(0, limit - taken) for limit, taken in _cgroup_limits(proc, cgroups)]
     return min([*node, *left])
@@ -83,7 +84,7 @@ def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
         else:
             continue
         own = root / path.lstrip("/")
-        # Limits of the groups above hold too; in a container the path may be the host's.
+        # Limits of parent groups apply too; in a container the path may be that of the host.
         for group in [own, *own.parents]:
             if group.is_relative_to(root):
                 yield from _limit_and_usage(group, limit, usage, cache)
@@ -98,7 +99,7 @@ def _limit_and_usage(group: Path, limit: str, usage: str, cache: str) -> Iterato
 
 
 def _read_text(path: Path) -> str | None:
-    """Return the text of a file of the kernel; None if it is missing, or not readable."""
+    """Return the text of a kernel file; None if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -106,26 +107,26 @@ def _read_text(path: Path) -> str | None:
 
 
 class HostMemory:
-    """Watches this process and its children against a limit."""
+    """Compares the memory of this process and its children with a limit."""
 
     def __init__(self, limit_gb: float | None, seconds: float = SECONDS) -> None:
-        """`limit_gb` is in 10^9 bytes a rank, its loader workers included; None: no limit."""
+        """Set the limit per rank with its loader workers in 10^9 bytes; None: no limit."""
         self.limit_gb, self.seconds = limit_gb, seconds
         self._read_at, self._used = -float("inf"), 0.0
 
     @property
     def used_gb(self) -> float:
         """Bytes in use / 10^9, at most `seconds` old."""
-        # Reading the shares of large processes is slow, so that it is done now and then.
+        # Measure only every `seconds`, since this is slow for large processes.
         now = time.monotonic()
         if now - self._read_at >= self.seconds:
             self._used, self._read_at = used_by_family(os.getpid()) / GB, now
         return self._used
 
     def over(self) -> bool:
-        """Return whether this rank should ask for a planned restart: save and stop.  Cheap."""
+        """Return whether this rank exceeds the limit and should save and stop.  Cheap."""
         return self.limit_gb is not None and self.used_gb > self.limit_gb
 
     def values(self) -> dict[str, float]:
-        """Return values for the log in 10^9 bytes, of this rank and of its node."""
+        """Return the memory used by this rank and free on its node, in 10^9 bytes, to log."""
         return {"perf/host_memory_gb": self.used_gb, "perf/host_memory_free_gb": free() / GB}

@@ -1,10 +1,10 @@
-"""Detection of spikes of the loss and of the gradient's norm, from the last steps of the same kind.
+"""Detect spikes of the loss and of the gradient norm, by the last steps of the same kind.
 
-A value is a spike if it lies too many robust standard deviations (1.4826 x the median absolute
-deviation) above the median of a window, both measured on asinh(value / scale): a logarithm that
-passes through zero, since losses of preferences come near zero, and some are negative.  The scale
-is the median of the absolute values, and up to ten times that if signs are mixed: values on both
-sides of zero have no order of magnitude, and are measured linearly.
+A value is a spike if it is too many robust standard deviations (1.4826 x the median absolute
+deviation) above the median of a window, both computed on asinh(value / scale).  asinh is like a
+logarithm but defined for all signs, since preference losses can be near zero or negative.  The
+scale is the median of the absolute values, or up to ten times that for a window with mixed signs,
+where a nearly linear scale is appropriate.
 """
 
 import math
@@ -17,25 +17,25 @@ from echolab.errors import ConfigError
 
 MEASURES = ("loss", "gradient_norm")
 NORMAL = 1.4826  # standard deviations of normal noise in one median absolute deviation
-# The deviation of a loss that hardly moves is taken to be at least this, so that at the usual
-# threshold of 8 a value below 1.6 times the median is no spike.
+# Minimum deviation, for a loss that hardly changes: at the usual threshold of 8, a value below 1.6
+# times the median is never a spike.
 MIN_DEVIATION = 0.05
-MIXED = 10.0  # times the median of absolute values is the scale, where half are negative
+MIXED = 10.0  # scale / median of absolute values if half of the values are negative
 
 
 class SpikeConfig(NamedTuple):
     """Settings of `loss_spike`."""
 
-    policy: str = "record"  # or recompute, rollback
+    policy: str = "record"  # record, recompute or rollback
     threshold: float = 8.0  # robust standard deviations above the median
-    window: int = 128  # steps of the same kind
-    min_history: int = 48  # steps needed before anything but NaN is a spike
-    rollback_steps: int = 100  # steps that a rollback goes back at least
-    skip_batches: int = 200  # that a rollback leaves out, half of them before the spike
-    max_rollbacks: int = 3  # times that a run goes back, under any policy
+    window: int = 128  # steps of the same kind to compare with
+    min_history: int = 48  # steps needed before a finite value can be a spike
+    rollback_steps: int = 100  # minimum steps to go back in a rollback
+    skip_batches: int = 200  # batches that a rollback skips, half of them before the spike
+    max_rollbacks: int = 3  # maximum rollbacks and recomputations per run
 
     def check(self) -> "SpikeConfig":
-        """Return itself; raise ConfigError for a setting outside its range."""
+        """Return self; raise ConfigError for a setting outside its range."""
         if self.policy not in ("record", "recompute", "rollback"):
             raise ConfigError(
                 f"loss_spike.policy={self.policy}: unknown; record, recompute or rollback"
@@ -48,7 +48,7 @@ class SpikeConfig(NamedTuple):
                 "loss_spike.window="
                 f"{self.window}; 48 and 128 are usual"
             )
-        # Zero is meaningful for each: no steps back, no batches skipped, no rollback.
+        # Zero is allowed for each: no steps back, no batches skipped, no rollback.
         counts = {
             "rollback_steps": self.rollback_steps,
             "skip_batches": self.skip_batches,
@@ -61,14 +61,14 @@ class SpikeConfig(NamedTuple):
 
 
 class Spike(NamedTuple):
-    """A step that is unlike those before it."""
+    """A step whose loss or gradient norm is a spike."""
 
-    step: int  # from 0, as the ledger counts
-    kind: str  # of the epoch: sft, ndpo, dpo
-    measure: str  # of MEASURES
+    step: int  # from 0, as in the ledger
+    kind: str  # kind of the epoch: sft, ndpo, dpo
+    measure: str  # one of MEASURES
     value: float
-    usual: float  # the median of the window; NaN before there is one
-    deviations: float  # above it; infinite where the value is not finite
+    usual: float  # median of the window; NaN if the window is empty
+    deviations: float  # robust deviations above the median; infinite if the value is not finite
 
     @property
     def finite(self) -> bool:
@@ -77,15 +77,15 @@ class Spike(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """A description."""
+        """A description of the spike, for messages."""
         what = f"step {self.step} ({self.kind}): {self.measure.replace('_', ' ')} {self.value:g}"
         if not self.finite:
             return f"{what} is not finite"
         return f"{what}, usually {self.usual:g}: {self.deviations:.1f} robust deviations above"
 
     def details(self) -> dict[str, Any]:
-        """Return the details for an event: JSON has no NaN."""
-        # The log is read by other programs, so NaN and infinity become null.
+        """Return the details for an event, as JSON."""
+        # Strict JSON has no NaN and infinity: write them as text or null.
         usual = None if math.isnan(self.usual) else self.usual
         numbers = (
             {"value": self.value, "deviations": self.deviations}
@@ -97,34 +97,34 @@ class Spike(NamedTuple):
 
 
 def scale_of(window: Sequence[float]) -> float:
-    """Return the value below which asinh(value / scale) is linear; 0 if most values are 0."""
-    positive, negative = sum(one > 0 for one in window), sum(one < 0 for one in window)
-    # Values of both signs need a larger scale: near zero a logarithm exaggerates.
-    agreement = abs(positive - negative) / max(positive + negative, 1)  # 1: all of one sign
+    """Return the scale below which asinh(value / scale) is nearly linear; 0 if most are 0."""
+    positive, negative = sum(value > 0 for value in window), sum(value < 0 for value in window)
+    # Mixed signs need a larger scale, since a logarithm exaggerates differences near zero.
+    agreement = abs(positive - negative) / max(positive + negative, 1)  # 1: all have one sign
     return median(map(abs, window)) / max(agreement, 1 / MIXED)
 
 
 def deviations(value: float, window: Sequence[float]) -> float:
-    """Return the robust standard deviations of `value` above the median of `window`, not empty.
+    """Return the robust standard deviations of `value` above the median of a nonempty `window`.
 
-    The same for any positive multiple of all numbers; 0 if most of the window is 0, which gives no
-    scale for other values.
+    The result is invariant under positive scaling of all values.  Return 0 if most of the window is
+    0, since it then has no scale.
     """
     scale = scale_of(window)
     if not scale:
         return 0.0
-    # Robust: median and median absolute deviation ignore single outliers.
-    logs = [math.asinh(one / scale) for one in window]
+    # Median and median absolute deviation are robust to single outliers.
+    logs = [math.asinh(entry / scale) for entry in window]
     middle = median(logs)
-    spread = NORMAL * median(abs(one - middle) for one in logs)
+    spread = NORMAL * median(abs(log - middle) for log in logs)
     return (math.asinh(value / scale) - middle) / max(spread, MIN_DEVIATION)
 
 
 class SpikeDetector:
-    """Remembers the last values of each kind of epoch.
+    """Detects spikes from the last values of each kind of epoch.
 
-    Every rank gives it the same values, so every rank finds the same.  Each preference epoch resets
-    the history: with a new reference, the loss starts at log 2, that of zero margin.
+    All ranks pass the same values, so all ranks detect the same spikes.  The history is reset at
+    each preference epoch: with a new reference, the loss starts at log 2, the loss of zero margin.
     """
 
     def __init__(self, *, threshold: float = 8.0, window: int = 128, min_history: int = 48) -> None:
@@ -135,12 +135,12 @@ class SpikeDetector:
     def observe(
         self, kind: str, loss: float, gradient_norm: float, *, step: int, epoch: int = 0
     ) -> Spike | None:
-        """Return the spike of step `step`, if it is one; the loss is judged first.
+        """Add the values of step `step` and return a spike if there is one, of the loss first.
 
-        `epoch` is the index of the epoch in the run.  Values that are not finite are not
-        remembered; spikes are, so that a lasting change of level becomes usual by itself.
+        `epoch` is the index of the epoch in the run.  Values that are not finite are not added to
+        the history; spikes are added, so that a lasting change of level becomes normal in time.
         """
-        # A new reference starts from log 2: earlier values say nothing of it.
+        # Reset the history at a new preference epoch, which has a new reference.
         if kind not in self._values or (kind != "sft" and self._epochs[kind] != epoch):
             self._values[kind] = {name: deque(maxlen=self.window) for name in MEASURES}
         self._epochs[kind] = epoch
@@ -148,7 +148,7 @@ class SpikeDetector:
         for measure, value in zip(MEASURES, (loss, gradient_norm), strict=True):
             window = self._values[kind][measure]
             usual = median(window) if window else math.nan
-            # Not remembered: the median of a window with NaN would be NaN.
+            # Do not add the value: the median of a window with NaN would be NaN.
             if not math.isfinite(value):
                 spikes.append(Spike(step, kind, measure, value, usual, math.inf))
                 continue
@@ -158,18 +158,18 @@ class SpikeDetector:
             ):
                 spikes.append(Spike(step, kind, measure, value, usual, above))
             window.append(value)
-        # A value that is not finite comes first: it cannot be trained on.
+        # Prefer a value that is not finite: training cannot continue with it.
         return min(spikes, key=lambda spike: spike.finite, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that decisions depend on, as JSON, exactly."""
+        """Return the history as JSON, with exact values."""
         return {
             kind: {"epoch": self._epochs[kind], **{name: list(v) for name, v in values.items()}}
             for kind, values in self._values.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; a shorter window takes the last values."""
+        """Restore the history from `state_dict()`; a shorter window keeps the last values."""
         self._epochs = {kind: int(saved["epoch"]) for kind, saved in state.items()}
         self._values = {
             kind: {name: deque(saved[name], maxlen=self.window) for name in MEASURES}
