@@ -1,1 +1,1 @@
-"""Bench."""
+"""Measurements: speed and memory of training, generation and data, and the memory estimate."""

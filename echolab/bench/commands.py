@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Attention = Literal["auto", "sdpa", "cudnn", "flash2", "flash3"]
 Precision = Literal["fp32", "bf16"]
 DEMO = "demo"
-# (frames, height, width) that are measured unless others are given.
+# Default (frames, height, width) of the measured clip, by device.
 STEP_SIZES = {"cpu": (25, 192, 256), "cuda": (81, 480, 832)}
 GENERATE_SIZES = {"cpu": (49, 48, 48), "cuda": (125, 480, 832)}
 
@@ -27,12 +27,12 @@ GENERATE_SIZES = {"cpu": (49, 48, 48), "cuda": (125, 480, 832)}
 def size_of(
     given: tuple[int | None, int | None, int | None], usual: tuple[int, int, int], model: str
 ) -> tuple[int, int, int]:
-    """Return (frames, height, width), the usual for what is not given.
+    """Return (frames, height, width), with the defaults `usual` for values that are None.
 
-    Raise ConfigError for a model that is not in conf/model, or a size that it cannot take.
+    Raise ConfigError for a model that is not in conf/model, or a size that the model cannot use.
     """
     frames, height, width = (u if g is None else g for g, u in zip(given, usual, strict=True))
-    # Sides must be multiples of a token, and lengths 4n + 1.
+    # Sides must be multiples of a token's side, and lengths 4n + 1.
     geometry = WAN if model == "small" else geometry_of(architecture_of(model))
     if not geometry.is_clip_length(frames):
         near = geometry.near_clip_length(frames)
@@ -45,7 +45,7 @@ def size_of(
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError if a GPU is asked for and this machine has none."""
+    """Raise ConfigError if a GPU is requested and this machine has none."""
     from echolab.config.paths import has_gpu
 
     if device == "cuda" and not has_gpu():
@@ -54,11 +54,11 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StepArguments:
-    """Forward and backward of the network in turns with diffusers' WanTransformer3DModel.
+    """Measure forward and backward of the network against diffusers' WanTransformer3DModel.
 
-    Both have the same weights and inputs, with image and without audio; times are medians.
-    Peak memory is the most that torch's allocator held in a step above what it held before it
-    (activations and gradients, not weights).  bf16 is autocast over fp32 weights.
+    Both have the same weights and inputs, with image and without audio, and run alternately; times
+    are medians.  Peak memory is the most that torch's allocator held in a step, above what it held
+    before the step (activations and gradients, not weights).  bf16 is autocast over fp32 weights.
     With engine=true, in the first precision: an update of the average compared with a step, and a
     run of `echolab train` compared with a bare loop of the same steps.
     """
@@ -107,8 +107,8 @@ class StepArguments:
 class GenerateArguments:
     """Denoise a video with random weights, once for each solver, number of steps and window.
 
-    Encoders and the decoder are left out.  Each time is compared with the length of the video: the
-    ratio is how many times longer than the video its generation takes.
+    Encoders and the decoder are not measured.  The ratio of a row is the time of the generation
+    divided by the length of the video.
     """
 
     model: str | None = argument(
@@ -157,11 +157,11 @@ class GenerateArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """Read shards in turns with plain webdataset, and with nothing but reads of the same bytes.
+    """Measure reading of shards against plain webdataset and against reading the bytes alone.
 
-    One process and one thread each, as a worker has it; medians of the rounds.  Ours reads in the
-    order of training and checks every byte; webdataset reads tar after tar and decodes to the same
-    tensors.  `cold` is after the files left the page cache.
+    Each reader has one process and one thread, like a worker; the readers alternate, and times are
+    medians of the rounds.  echolab reads in the order of training and checks every byte; webdataset
+    reads tar after tar and decodes to the same tensors.  `cold` is without the page cache.
     """
 
     clips: Path | None = argument("encoded dataset", None, default_text="random clips")
@@ -176,7 +176,7 @@ class DataArguments:
     format: Literal["table", "json"] = argument("output format", "table")
 
     def check(self) -> None:
-        """Raise EcholabError for a dataset that is not there, or an impossible size."""
+        """Raise EcholabError for a dataset that does not exist, or an impossible size."""
         from echolab.config.paths import check_dataset_head
 
         for key, kind in (("clips", "encoded"), ("raw", "raw")):
@@ -192,11 +192,11 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class EstimateArguments:
-    """Predict the bytes of one rank in training, by kind, and whether they fit.
+    """Predict the GPU memory of one rank in training, by kind, and whether it fits.
 
-    Weights, gradients, moments and EMA are exact.  Activations are those of one step, run on
-    tensors without values: the peak, at the end of the forward or in the backward.  Not counted:
-    the CUDA context (about 0.5 GiB), fragmentation, scratch space of kernels.
+    Weights, gradients, moments and EMA are exact.  The peak of the activations, at the end of the
+    forward or in the backward, is measured in one step on meta tensors.  Not counted: the CUDA
+    context (about 0.5 GiB), fragmentation, scratch space of kernels.
     """
 
     model: str = argument("network, a name in conf/model", section="Model")
@@ -228,7 +228,7 @@ class EstimateArguments:
     kernels: Literal["gpu", "cpu"] = argument(
         "kernels that run the step", "gpu", section="Device and output"
     )
-    # With this memory the largest micro-batches are searched.
+    # If given, the largest micro-batches that fit into this memory are searched.
     gpu_gib: float | None = argument(
         "memory of one GPU in GiB; also print the largest micro-batches that fit", None, gt=0,
         aka=("memory",),

@@ -31,7 +31,7 @@ from echolab.geometry import WAN
 from echolab.tasks.table import DEFAULT_TASK, KNOWN_TASKS
 
 OURS, PEER, LIMIT = "echolab", "webdataset", "sequential read"
-COMPARED = 4  # samples
+COMPARED = 4  # samples whose tensors are compared
 TASK = DEFAULT_TASK
 WANTED = ("latents", "weight", *FEATURES, f"known.{TASK}", f"known_latents.{TASK}")
 SHARD_BYTES = 2**28
@@ -39,11 +39,11 @@ TEXT, IMAGE, AUDIO = (512, 4096), (257, 1280), 768  # as the released encoders g
 CHUNK = 2**20
 
 
-Way = Callable[[], Iterable[object]]  # goes through all samples once
+Reader = Callable[[], Iterable[object]]  # reads all samples once
 
 
 def rows_of(arguments: DataArguments) -> list[Row]:
-    """Measure as the arguments say."""
+    """Return the rows of the benchmark that the arguments request."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
@@ -70,7 +70,7 @@ def bench(arguments: DataArguments) -> Iterator[Row]:
 
 def opened(folder: Path, kind: str) -> ShardDataset:
     """Open a dataset.  Raise ConfigError if it is of another kind or empty."""
-    # An empty dataset, or one of another kind, has no rates.
+    # Speed cannot be measured on an empty dataset or on another kind.
     dataset = open_dataset(folder)
     if dataset.kind != kind or not len(dataset):
         raise ConfigError(f"{folder}: {len(dataset)} {dataset.kind} samples; need {kind} ones")
@@ -78,31 +78,31 @@ def opened(folder: Path, kind: str) -> ShardDataset:
 
 
 def encoded_rows(folder: Path, rounds: int) -> Iterator[Row]:
-    """Yield rows for the tensors that training needs of a clip, then for every tensor."""
+    """Yield rows for the tensors of a clip that training needs, then for all tensors."""
     dataset = opened(folder, "encoded")
     yield Row("encoded/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
     yield Row("encoded/difference", difference(dataset), "largest", PEER)
     for name, wanted in (("encoded", WANTED), ("encoded/every_tensor", None)):
         # The three readers return the same tensors, or the same bytes.
-        ways: dict[str, Way] = {
+        readers: dict[str, Reader] = {
             OURS: partial(tensors_of, dataset, wanted),
             PEER: partial(webdataset_of, dataset, partial(decode_encoded, wanted=wanted)),
             LIMIT: partial(sequentially, dataset),
         }
-        yield from speed_rows(name, dataset, ways, rounds)
+        yield from speed_rows(name, dataset, readers, rounds)
 
 
 def raw_rows(folder: Path, rounds: int) -> Iterator[Row]:
-    """Yield rows for decoded clips, where the video decoder takes the time, and for bytes."""
+    """Yield rows for decoded clips, where video decoding dominates, and for undecoded bytes."""
     dataset = opened(folder, "raw")
     yield Row("raw/sample", sum(s.bytes for s in dataset.shards) / len(dataset) / 1e6, "MB")
     limit = partial(sequentially, dataset)
     decoded = partial(webdataset_of, dataset, decode_raw)
-    ways: dict[str, Way] = {OURS: partial(decoded_of, dataset), PEER: decoded, LIMIT: limit}
-    yield from speed_rows("raw", dataset, ways, rounds)
+    readers: dict[str, Reader] = {OURS: partial(decoded_of, dataset), PEER: decoded, LIMIT: limit}
+    yield from speed_rows("raw", dataset, readers, rounds)
     plain = partial(webdataset_of, dataset, dict)
-    ways = {OURS: partial(members_of, dataset), PEER: plain, LIMIT: limit}
-    yield from speed_rows("raw/bytes", dataset, ways, rounds)
+    readers = {OURS: partial(members_of, dataset), PEER: plain, LIMIT: limit}
+    yield from speed_rows("raw/bytes", dataset, readers, rounds)
 
 
 def difference(dataset: ShardDataset) -> float:
@@ -110,7 +110,7 @@ def difference(dataset: ShardDataset) -> float:
     # Compare the first samples value by value.
     theirs = webdataset_of(dataset, partial(decode_encoded, wanted=WANTED))
     largest = 0.0
-    for i, tensors in zip(range(COMPARED), theirs, strict=False):  # samples stand as in the tars
+    for i, tensors in zip(range(COMPARED), theirs, strict=False):  # both in tar order
         mine = read_fp32(dataset, i, WANTED)
         largest = max(
             largest, *(float((mine[name] - tensors[name]).abs().max()) for name in WANTED)
@@ -119,7 +119,7 @@ def difference(dataset: ShardDataset) -> float:
 
 
 def speed_rows(
-    name: str, dataset: ShardDataset, ways: dict[str, Way], rounds: int
+    name: str, dataset: ShardDataset, readers: dict[str, Reader], rounds: int
 ) -> Iterator[Row]:
     """Yield samples and bytes per second, warm and cold, and the processor time per sample."""
     samples, megabytes = len(dataset), sum(shard.bytes for shard in dataset.shards) / 1e6
@@ -131,51 +131,51 @@ def speed_rows(
             say(f"{name}/cold: skipped, {why}")
             return
         prepare = partial(evict, shards_of(dataset)) if state == "cold" else None
-        wall, processor = in_turns(ways, rounds, prepare)
+        wall, processor = in_turns(readers, rounds, prepare)
         label = f"{name}/{state}"
         yield Row(f"{label}/samples", samples / wall[OURS], "1/s", PEER, samples / wall[PEER])
-        speed = {way: megabytes / seconds for way, seconds in wall.items()}
+        speed = {reader: megabytes / seconds for reader, seconds in wall.items()}
         yield Row(f"{label}/bytes", speed[OURS], "MB/s", LIMIT, speed[LIMIT])
         # Compare with webdataset, and with the disk alone.
         for baseline in (PEER, LIMIT):
-            cost = {way: 1e3 * seconds / samples for way, seconds in processor.items()}
+            cost = {reader: 1e3 * seconds / samples for reader, seconds in processor.items()}
             row = f"{label}/processor_time/{baseline.replace(' ', '_')}"
             yield Row(row, cost[OURS], "ms/sample", baseline, cost[baseline])
 
 
 def in_turns(
-    ways: dict[str, Way], rounds: int, prepare: Callable[[], object] | None
+    readers: dict[str, Reader], rounds: int, prepare: Callable[[], object] | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the median seconds of each way: wall time, and processor time of this process.
+    """Return the median seconds of each reader: wall time, and processor time of this process.
 
-    Each way is first in turn, so that what disturbs one disturbs all.
+    Each round begins with another reader, so that disturbances affect all readers equally.
     """
     # Warm up, then alternate the order from round to round.
-    for way in ways.values():  # decoders at work, and all in the page cache
-        exhaust(way)
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
+    for reader in readers.values():  # initializes decoders and fills the page cache
+        exhaust(reader)
+    wall: dict[str, list[float]] = {name: [] for name in readers}
+    processor: dict[str, list[float]] = {name: [] for name in readers}
+    names = list(readers)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if prepare is not None:
                 prepare()
             start, busy = time.perf_counter(), time.process_time()
-            exhaust(ways[name])
+            exhaust(readers[name])
             wall[name].append(time.perf_counter() - start)
             processor[name].append(max(time.process_time() - busy, 1e-9))
     middle = statistics.median
     return {n: middle(t) for n, t in wall.items()}, {n: middle(t) for n, t in processor.items()}
 
 
-def exhaust(way: Way) -> None:
+def exhaust(reader: Reader) -> None:
     """Read all samples."""
-    for _ in way():
+    for _ in reader():
         pass
 
 
 def memory_rows(folder: Path) -> Iterator[Row]:
-    """Yield the memory of a worker that reads, above what it takes to start."""
+    """Yield the memory of a worker that reads, above its memory at the start."""
     grown = alone(reading_growth, folder, OURS)
     yield Row("memory/worker", grown, "MB", PEER, alone(reading_growth, folder, PEER))
 
@@ -194,14 +194,14 @@ def reading_growth(folder: Path, reader: str) -> float:
 
 
 def alone(work: Callable[..., Any], *given: object) -> Any:
-    """Call a function in a new process, whose memory is that of the function alone."""
-    # A process of its own has a peak of its own.
+    """Call a function in a new process, so that its memory can be measured alone."""
+    # The peak of a process never decreases, so every measurement needs a new process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *given).result()
 
 
 def high_water() -> float:
-    """Return the most MB that this process had in memory since its start."""
+    """Return the peak memory of this process since its start, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
@@ -224,14 +224,14 @@ def draw_clip(size: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     for task in KNOWN_TASKS:
         shapes |= {f"known.{task}": (WAN.time_stride, *grid)}
         shapes |= {f"known_latents.{task}": (WAN.channels, *grid)}
-    # Masks and weights are fractions, all else is normal.
+    # Masks and weights are in [0, 1], all other values are normal.
     made = {k: torch.randn(v, generator=generator).half() for k, v in shapes.items()}
     fractions = (name for name in made if name == "weight" or name.startswith("known."))
     return made | {name: made[name].abs().clamp(max=1) for name in fractions}
 
 
 def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) -> None:
-    """Write random encoded clips of about so many bytes."""
+    """Write random encoded clips of about `total_bytes` in total."""
     sample_bytes = len(save(draw_clip(size, 0)))
     count = max(2, round(total_bytes / sample_bytes))
     each = max(1, SHARD_BYTES // sample_bytes)
@@ -243,7 +243,7 @@ def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) 
 
 
 def write_raw(folder: Path, size: tuple[int, int, int], count: int) -> None:
-    """Write raw clips, all of the same moving image and audio."""
+    """Write raw clips, all with the same video and audio."""
     frames, height, width = size
     wave = (
         np.add.outer(np.arange(height), np.arange(width))[None]
@@ -271,12 +271,12 @@ def decode_raw(members: dict[str, bytes]) -> tuple[Any, ...]:
 
 
 def decode_encoded(members: dict[str, bytes], wanted: Iterable[str] | None) -> dict[str, Tensor]:
-    """Decode tensors to fp32 in the plain way: safetensors copies each of them once."""
+    """Decode tensors to fp32 without optimization: safetensors copies each tensor once."""
     tensors = load(members["safetensors"])
     return {name: tensors[name].float() for name in wanted or sorted(tensors)}
 
 
-# -- ways to read them ---------------------------------------------------------------------------
+# -- readers --------------------------------------------------------------------------------------
 
 
 def training_order(dataset: ShardDataset) -> list[int]:
@@ -306,7 +306,7 @@ def decoded_of(dataset: ShardDataset) -> Iterator[tuple[Any, ...]]:
 def webdataset_of(
     dataset: ShardDataset, decode: Callable[[dict[str, bytes]], object]
 ) -> Iterator[Any]:
-    """Read every sample with plain webdataset, in tar order, decoded the same strict way."""
+    """Read every sample with plain webdataset, in tar order, with the same strict decoding."""
     read = webdataset.WebDataset([str(path) for path in shards_of(dataset)], shardshuffle=False)
     yield from read.map(decode)
 
@@ -337,7 +337,7 @@ def evict(paths: list[Path]) -> str | None:
             os.preadv(file, [bytearray(512)], path.stat().st_size // 2, os.RWF_NOWAIT)
             return f"{path.name} stays in the page cache"
         except BlockingIOError:
-            continue  # it would have to come from the disk: as wanted
+            continue  # not in the page cache, as intended
         except OSError as error:
             return f"the page cache cannot be read ({error.strerror})"
         finally:

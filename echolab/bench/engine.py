@@ -45,7 +45,7 @@ from echolab.training.module import draws_of
 BARE, STEP = "bare loop", "training step"
 CLIPS, TASK, FLOW_SHIFT = 4, DEFAULT_TASK, 5.0
 LEARNING_RATE, MAX_GRAD_NORM, EMA_DECAY = 1e-6, 1.0, 0.999
-WARMUP = 3  # steps before the first that counts
+WARMUP = 3  # steps that are not counted
 SMALLEST: dict[str, Any] = {  # a network with a short step, which shows the engine's own cost
     "dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 1, "in_channels": 36,
     "out_channels": 16, "text_dim": 32, "image_dim": 32, "audio_dim": None, "freq_dim": 32,
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
     """The run that is measured."""
 
     architecture: Mapping[str, Any]
-    folder: Path  # of clips and runs
+    folder: Path  # folder of clips and runs
     device: str
     precision: str  # fp32, bf16
     checkpointing: str
@@ -65,8 +65,8 @@ class Subject(NamedTuple):
     seed: int
 
     def settings(self, run: str, steps: int) -> dict[str, Any]:
-        """Return the settings of a supervised run over the clips, as `echolab train` has them."""
-        # The run is composed from conf/ as by `echolab train`.
+        """Return the settings of a supervised run over the clips, as in `echolab train`."""
+        # Compose the run from conf/, as `echolab train` does.
         config = compose([
             "trainer=cpu", "logger=none", "phases=flat", f"tasks={TASK}", "batch_size=1",
             f"trainer.accelerator={'gpu' if self.device == 'cuda' else 'cpu'}",
@@ -98,7 +98,7 @@ def write_clips(subject: Subject, inputs: Inputs) -> None:
 
 
 def build_training(subject: Subject, net: nn.Module, run: str, steps: int) -> TrainConfig:
-    """Build the run as `echolab train` does, and give it the network that is measured."""
+    """Build the run as `echolab train` does, with the measured network."""
     return train_config_from(subject.settings(run, steps), "")._replace(net=net)
 
 
@@ -120,7 +120,7 @@ def batches_of(training: TrainConfig) -> Iterator[MicroBatch]:
 
 # The baseline: the same network, optimizer and data, without Lightning.
 class Bare:
-    """A copy of a network with optimizer and average, and the step in plain PyTorch."""
+    """A copy of a network with optimizer, weight average and training step in plain PyTorch."""
 
     def __init__(self, subject: Subject, net: nn.Module) -> None:
         """Copy the network to the device and make its optimizer."""
@@ -150,7 +150,7 @@ class Bare:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
             with self.offloading:
                 loss = self.objective(self.net, batch, draws)
-        self.optimizer.zero_grad(set_to_none=True)  # where Lightning does: memory is used again
+        self.optimizer.zero_grad(set_to_none=True)  # at this point as in Lightning
         loss.value.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM, foreach=True)
         self.optimizer.step()
@@ -164,7 +164,7 @@ class Bare:
 
 
 def average_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
-    """Yield rows of one update of the average compared with a step: the ratio is its share."""
+    """Yield rows of one update of the average compared with a step; the ratio is its cost."""
     say("measuring engine/ema")
     bare = Bare(subject, net)
     item = next(batches_of(build_training(subject, net, "bare", 1)))
@@ -179,14 +179,14 @@ class AlternatingTimer:
     """Runs a bare step after every step of the engine, and measures both."""
 
     def __init__(self, bare: Bare, items: Iterator[MicroBatch]) -> None:
-        """Take the bare loop and its micro-batches."""
+        """Store the bare loop and its micro-batches."""
         self.bare, self.items = bare, items
         self.engine: list[Cost] = []
         self.plain: list[Cost] = []
         self.since = (0.0, 0.0)
 
-    def _now(self) -> tuple[float, float]:
-        # Time on the GPU ends when its queue is empty.
+    def _timestamps(self) -> tuple[float, float]:
+        # Wait for the GPU to finish its queued work.
         if self.bare.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
@@ -196,14 +196,14 @@ class AlternatingTimer:
         self.bare.average()
 
     def __call__(self, step: int, steps: int) -> None:
-        """Record the step that the engine ended, then run and record a bare one."""
+        """Record the step that the engine finished, then run and record a bare step."""
         del steps
-        now = self._now()
+        now = self._timestamps()
         # The first steps allocate memory and compile.
         if step > 1:
             self.engine.append(Cost(now[0] - self.since[0], now[1] - self.since[1]))
         self.plain.append(cost_of(self._bare_step, self.bare.device.type))
-        self.since = self._now()
+        self.since = self._timestamps()
 
 
 def medians(costs: list[Cost]) -> Cost:
@@ -218,7 +218,7 @@ def medians(costs: list[Cost]) -> Cost:
 def measure_alternately(
     subject: Subject, net: nn.Module, steps: int, run: str
 ) -> tuple[Cost, Cost]:
-    """Return medians of a step of the engine and of a bare one.
+    """Return the median costs of an engine step and of a bare step.
 
     The engine's last step saves a checkpoint and is not counted.
     """
@@ -230,7 +230,7 @@ def measure_alternately(
 
 
 def module_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
-    """Yield rows of `fit` compared with a bare loop, and what it adds to a short step."""
+    """Yield rows of `fit` compared with a bare loop, and of the time it adds to a short step."""
     say("measuring engine/module")
     engine, plain = measure_alternately(subject, net, 3 * pairs, "module")
     yield Row("engine/module/time", engine.seconds, "s", BARE, plain.seconds)
@@ -239,7 +239,7 @@ def module_rows(subject: Subject, net: nn.Module, pairs: int) -> Iterator[Row]:
         taken = engine.processor_seconds, plain.processor_seconds
         yield Row("engine/module/processor_time", taken[0], "s", BARE, taken[1])
 
-    # What the engine adds is a constant, which a short step shows best.
+    # The engine adds a constant time, which a short step shows best.
     short = subject._replace(architecture=SMALLEST, folder=subject.folder / "short")
     write_clips(short, draw_inputs(SMALLEST, (5, 32, 32), subject.seed, "cpu"))
     engine, other = measure_alternately(short, build_net(short), 20 * pairs, "module")

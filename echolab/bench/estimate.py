@@ -36,7 +36,7 @@ from echolab.training.engine.estimate import FP32, STAGES, parameters_of, state_
 GIB = 2**30
 BF16 = 2
 TARGETS = {"attention": ("blocks.*.self_attn", "blocks.*.cross_attn"), "all": ("blocks",)}
-TRIED = (1, 4, 32)  # clips per forward that are simulated
+SIMULATED_CLIPS = (1, 4, 32)  # clips per forward that are simulated
 WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -50,7 +50,7 @@ def clip_of(arguments: EstimateArguments, clips: int) -> Clip:
 
 
 class Plan(NamedTuple):
-    """The request, with the network on the meta device."""
+    """The arguments, with the network on the meta device."""
 
     arguments: EstimateArguments
     architecture: Mapping[str, Any]
@@ -97,7 +97,7 @@ def prepare(arguments: EstimateArguments, net: nn.Module) -> None:
 
 
 def step_of(plan: Plan, stage: int, clips: int) -> Step:
-    """Simulate a forward and backward of `clips` clips; of pairs there are twice as many."""
+    """Simulate a forward and backward of `clips` clips, or pairs of clips for objective=dpo."""
     arguments = plan.arguments
     mixed = arguments.precision == "bf16-mixed"
     return simulate(
@@ -114,8 +114,8 @@ def step_of(plan: Plan, stage: int, clips: int) -> Step:
 def bytes_of(plan: Plan, stage: int, world: int, step: Step) -> dict[str, int]:
     """Return the bytes of a rank by kind, and in total at the peak.
 
-    A single process still holds the last step's gradients in the forward, and frees them before the
-    backward; DDP and DeepSpeed keep theirs in buffers.
+    A single process holds the last step's gradients during the forward and frees them before the
+    backward; DDP and DeepSpeed keep gradients in buffers.
     """
     arguments, parameters = plan.arguments, parameters_of(plan.net)
     # State is exact; the peak of the activations depends on when gradients exist.
@@ -138,7 +138,7 @@ def bytes_of(plan: Plan, stage: int, world: int, step: Step) -> dict[str, int]:
 
 def encoder_bytes(model: str) -> dict[str, int]:
     """Return the bytes of each encoder in bf16; training reads encoded clips and loads none."""
-    # The demo has one small encoder of pixels, in fp32.
+    # The demo has one small pixel encoder, in fp32.
     if model == DEMO:
         with torch.device("meta"):
             codec = CausalAutoencoder()
@@ -150,26 +150,26 @@ def largest_that_fit(plan: Plan, memory: float) -> list[dict[str, int]]:
     """Return the largest micro-batch by ZeRO stage and world size, 0 if one clip does not fit."""
     rows = []
     for stages in ((0,), STAGES[1:]):
-        steps = [step_of(plan, stages[0], clips) for clips in TRIED]
+        steps = [step_of(plan, stages[0], clips) for clips in SIMULATED_CLIPS]
         for stage in stages:
             # Activations do not depend on stage and world size within a group.
             for world in WORLD_SIZES:
                 totals = [bytes_of(plan, stage, world, step)["total"] for step in steps]
                 row = {"zero_stage": stage, "world_size": world}
-                row["micro_batch"] = _largest(totals, memory)
+                row["micro_batch"] = _largest_fitting(totals, memory)
                 rows.append(row)
     return rows
 
 
-def _largest(totals: list[int], memory: float) -> int:
-    """Return the clips that fit, up to the last of TRIED, from the bytes of each of TRIED.
+def _largest_fitting(totals: list[int], memory: float) -> int:
+    """Return how many clips fit into `memory`, from the `totals` in bytes of SIMULATED_CLIPS.
 
-    A peak is the maximum of several that grow linearly: between two of TRIED it is below their
-    chord.
+    The peak is the maximum of functions that are linear in the clips, so it is convex: linear
+    interpolation between simulated numbers of clips is an upper bound.
     """
     largest = 0
     # Interpolate between the micro-batches that were simulated.
-    points = list(zip(TRIED, totals, strict=True))
+    points = list(zip(SIMULATED_CLIPS, totals, strict=True))
     for (few, first), (many, last) in itertools.pairwise(points):
         if first <= memory:
             fitting = few + int((memory - first) * (many - few) // (last - first))
@@ -200,7 +200,7 @@ def show(plan: Plan, figures: Mapping[str, Any]) -> None:
         return
     fits = figures["bytes"]["total"] <= arguments.gpu_gib * GIB
     console.print(f"{'fits' if fits else 'does not fit'} into {arguments.gpu_gib:g} GiB")
-    console.print(f"largest micro-batch, up to {TRIED[-1]}, by world size:")
+    console.print(f"largest micro-batch, up to {SIMULATED_CLIPS[-1]}, by world size:")
     # Largest micro-batches by ZeRO stage and world size.
     table = Table("", *map(str, WORLD_SIZES))
     for stage in STAGES:

@@ -22,7 +22,7 @@ FPS = 25
 
 
 def rows_of(arguments: GenerateArguments) -> list[Row]:
-    """Measure as the arguments say."""
+    """Return the rows of the benchmark that the arguments request."""
     return list(bench(arguments))
 
 
@@ -43,7 +43,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
         name = f"{recipe.solver}/steps={recipe.num_steps}/window={recipe.window}"
         say(f"measuring {name}")
         run = Denoising(net, inputs, recipe, arguments.cfg, half)
-        if recipe.window not in measured:  # solvers differ by a few copies of the latents
+        if recipe.window not in measured:  # solvers differ only by a few copies of the latents
             measured.add(recipe.window)
             peak = peak_of(run.one_step, arguments.device)
             yield Row(f"window={recipe.window}/peak_memory", peak / 2**20, "MiB")
@@ -74,19 +74,19 @@ def network(arguments: GenerateArguments, architecture: dict[str, Any]) -> EchoT
     if arguments.device == "cuda" and arguments.precision != "fp32":
         net = net.bfloat16()
     use_attention(net, attention_from(arguments.attention, arguments.device))
-    # Compiled after the weights have their type.
+    # Compile after the weights have their dtype.
     if arguments.compile:
         compile_blocks(net, arguments.device)
     return net
 
 
 class Denoising:
-    """One video by one recipe: a call denoises it."""
+    """A video and its sampler settings; a call denoises the video."""
 
     def __init__(
         self, net: EchoTransformer, inputs: Inputs, recipe: SamplerConfig, cfg: str, half: bool
     ):
-        """Take the network, its inputs and the recipe."""
+        """Store the network, its inputs and the sampler settings."""
         self.net, self.inputs, self.recipe, self.cfg = net, inputs, recipe, cfg
         self.dtype = torch.bfloat16 if half else torch.float32
 
@@ -99,7 +99,7 @@ class Denoising:
         )  # fmt: skip
 
     def one_step(self) -> None:
-        """Run one step, which takes the memory of any number of steps and warms up."""
+        """Run one step, which needs the same memory as any number of steps and warms up."""
         self._sample(self.recipe._replace(num_steps=1))
 
     def __call__(self) -> None:

@@ -35,13 +35,13 @@ class Row(NamedTuple):
 class Cost(NamedTuple):
     """The cost of one run, or the medians of several."""
 
-    seconds: float  # by the clock on the wall, the GPU's work included
-    processor_seconds: float  # of all threads: what others do on the same cores is not in it
+    seconds: float  # wall time, including the work of the GPU
+    processor_seconds: float  # CPU time of all threads, unaffected by other processes
     peak: int = 0  # bytes
 
 
 class Pair(NamedTuple):
-    """The costs of two things that were run in turns."""
+    """The costs of two functions that were run alternately."""
 
     ours: Cost
     baseline: Cost
@@ -94,8 +94,8 @@ def cost_of(run: Run, device: str) -> Cost:
 def peak_of(run: Run, device: str) -> int:
     """Return the most bytes that torch's allocator held in a run, above what it held before.
 
-    On GPUs the caching allocator counts them; on CPUs every allocation and release is taken from
-    torch's profiler.  Tensors that a run makes count, gradients among them; the weights do not.
+    On GPUs the caching allocator counts the bytes; on CPUs torch's profiler records every
+    allocation and release.  Tensors made in the run count, including gradients; weights do not.
     """
     gc.collect()
     if device == "cuda":
@@ -119,12 +119,12 @@ def peak_of(run: Run, device: str) -> int:
 
 
 def measure(run: Run, baseline: Run, pairs: int, device: str) -> Pair:
-    """Run both in turns, `pairs` times, and return their median costs.
+    """Run both alternately, `pairs` times, and return their median costs.
 
-    Each is first every other time, so that what disturbs one disturbs the other.  Memory is that of
-    a round before them.
+    The order changes every time, so that disturbances affect both equally.  Memory is measured in
+    a separate round before.
     """
-    run()  # compilers and tables at work
+    run()  # warm up compilers and tables
     baseline()
     peaks = peak_of(run, device), peak_of(baseline, device)
     costs: dict[Run, list[Cost]] = {run: [], baseline: []}
@@ -151,7 +151,7 @@ def say(message: str) -> None:
 # -- arithmetic ------------------------------------------------------------------------------------
 
 # Counted by the shapes of a pass: a multiplication with its addition is two operations; norms,
-# activations and softmax are left out, as usual for model FLOPs utilization (MFU; PaLM, arXiv
+# activations and softmax are not counted, as usual for model FLOPs utilization (MFU; PaLM, arXiv
 # 2204.02311, appendix B).
 FORMULA = (
     "forward FLOPs of a clip = "
@@ -172,9 +172,9 @@ class Shapes(NamedTuple):
 
 
 def forward_flops(architecture: Mapping[str, Any], shapes: Shapes) -> int:
-    """Return the operations of one clip's forward pass through a network of these settings.
+    """Return the FLOPs of one clip's forward pass through a network of this architecture.
 
-    A branch counts if it has tokens; the audio branch is the preview model's.
+    A branch counts if it has tokens; the audio branch is that of the preview model.
     """
     dim, ffn = architecture["dim"], architecture["ffn_dim"]
     tokens, text, image, audio = shapes
@@ -198,5 +198,5 @@ def forward_flops(architecture: Mapping[str, Any], shapes: Shapes) -> int:
 
 
 def step_flops(architecture: Mapping[str, Any], shapes: Shapes) -> int:
-    """Return the operations of a training step on one clip: the backward pass is two forwards."""
+    """Return the FLOPs of a training step on one clip; the backward counts as two forwards."""
     return 3 * forward_flops(architecture, shapes)

@@ -12,24 +12,24 @@ from echolab.models.state_dict import initialize, to_diffusers
 from echolab.models.transformer import EchoTransformer
 from echolab.types import Conditions
 
-# Wan's proportions (heads of 128 channels, ffn 5.83 D) at a size that a CPU core does in seconds.
+# Wan's proportions (heads of 128 channels, ffn 5.83 D) at a size that takes a CPU core seconds.
 SMALL: dict[str, Any] = {
     "dim": 512, "ffn_dim": 2976, "num_heads": 4, "num_layers": 3, "in_channels": 36,
     "out_channels": 16, "text_dim": 4096, "image_dim": 1280, "audio_dim": None, "freq_dim": 256,
 }  # fmt: skip
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 AUDIO_DIM = 768  # wav2vec2's
-# Dense bf16 arithmetic in TFLOP/s, as NVIDIA's data sheets have it, by a part of the device's name.
+# Dense bf16 peak in TFLOP/s from NVIDIA's data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
 
 class Inputs(NamedTuple):
-    """One clip."""
+    """Network inputs of one clip."""
 
     latents: Tensor  # [1, C, F, H, W]
     timesteps: Tensor  # [1]
     conditions: Conditions
-    direction: Tensor  # [1, C, F, H, W]   the loss is the output's product with it
+    direction: Tensor  # [1, C, F, H, W]   the loss is the inner product with the output
 
 
 def draw_inputs(
@@ -81,12 +81,12 @@ def with_audio(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def ours_net(architecture: Mapping[str, Any], seed: int, device: str) -> EchoTransformer:
     """Build our network with Wan's initialization, except that its head is not zero.
 
-    A head of zeros would stop all gradients.
+    With a head of zeros all other gradients would be zero.
     """
     net = EchoTransformer(**architecture)
     generator = torch.Generator().manual_seed(seed)
     initialize(net, generator)
-    # The output layer starts at zero: random values make outputs comparable.
+    # Wan initializes the output layer to zero; random values make outputs comparable.
     with torch.no_grad():
         net.head.head.weight.normal_(0, 0.02, generator=generator)
     return net.to(device)
@@ -98,7 +98,7 @@ def diffusers_net(net: EchoTransformer, architecture: Mapping[str, Any]) -> nn.M
 
     a = architecture
     device = next(net.parameters()).device
-    # Build theirs with our weights under its names.
+    # Build diffusers' network, and load our weights under its parameter names.
     with torch.device(device):
         theirs: nn.Module = WanTransformer3DModel(
             patch_size=net.patch_size, num_attention_heads=a["num_heads"],
@@ -121,7 +121,7 @@ def run_diffusers(net: nn.Module, inputs: Inputs) -> Tensor:
     """Return the velocity [1, C, F, H, W]."""
     conditions, latents = inputs.conditions, inputs.latents
     config: Any = net.config
-    # Their network takes known pixels as further channels.
+    # diffusers' network expects the known pixels as additional input channels.
     if config.in_channels > latents.shape[1]:
         latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
     image = conditions.image if config.image_dim else None
@@ -130,13 +130,13 @@ def run_diffusers(net: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to the expected tensor's."""
+    """Return the norm of the difference, relative to the norm of the expected tensor."""
     return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 def peak_tflops_of(device: str) -> float | None:
     """Return the bf16 peak of the GPU in TFLOP/s, or None if it is not known."""
-    # There is no data sheet of a CPU.
+    # CPUs have no entry in PEAK_TFLOPS.
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()

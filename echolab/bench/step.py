@@ -45,11 +45,14 @@ from echolab.training.engine.activation_checkpointing import (
 )
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-USUAL = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}  # where no precision is named
+DEFAULT_PRECISIONS = {
+    "cpu": ("fp32", "bf16"),
+    "cuda": ("bf16",),
+}  # by device
 
 
 def rows_of(arguments: StepArguments) -> list[Row]:
-    """Measure as the arguments say."""
+    """Return the rows of the benchmark that the arguments request."""
     inputs, architecture = subject(arguments)
     # The formula explains how FLOPs are counted.
     if not arguments.engine:
@@ -77,7 +80,7 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
     ours = ours_net(architecture, arguments.seed, arguments.device)
     theirs = diffusers_net(ours, architecture)
     use_attention(ours, attention_from(arguments.attention, arguments.device))
-    for precision in arguments.precision or USUAL[arguments.device]:
+    for precision in arguments.precision or DEFAULT_PRECISIONS[arguments.device]:
         step = Step(arguments, inputs, PRECISIONS[precision])
         yield Row(
             f"{precision}/output_difference",
@@ -85,7 +88,7 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
             "relative",
             "diffusers",
         )
-        # Rows of the pair, then of variants against our own base.
+        # Compare with diffusers, then variants of our network with our network.
         base = checkpointed(ours, theirs, step.checkpointing)
         yield from main_rows(step, *base, architecture, precision)
         if arguments.variants:
@@ -97,14 +100,14 @@ def bench(arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
 def engine_rows(
     arguments: StepArguments, architecture: dict[str, Any], inputs: Inputs
 ) -> Iterator[Row]:
-    """Yield the rows of the engine: the cost of training besides the network's own step."""
+    """Yield the rows of the engine: the cost of training in addition to the network's step."""
     step = Step(arguments, inputs, torch.float32)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-step-") as folder:
         subject = Subject(
             architecture,
             Path(folder),
             arguments.device,
-            (arguments.precision or USUAL[arguments.device])[0],
+            (arguments.precision or DEFAULT_PRECISIONS[arguments.device])[0],
             step.checkpointing,
             arguments.attention,
             arguments.seed,
@@ -119,7 +122,7 @@ class Step:
     """Runs and measures training steps on one set of inputs."""
 
     def __init__(self, arguments: StepArguments, inputs: Inputs, dtype: torch.dtype):
-        """Take the arguments, the inputs and the dtype of autocast."""
+        """Store the arguments, the inputs and the dtype of autocast."""
         self.arguments, self.inputs, self.dtype = arguments, inputs, dtype
         self.device = arguments.device
         usual = "selective" if self.device == "cuda" else "none"  # 1.3 B at 480p needs it
@@ -143,12 +146,12 @@ class Step:
     ) -> Run:
         """Return a function that runs forward and backward, then drops the gradients.
 
-        Of `checkpointing` only OFFLOAD acts here: the others are settings of the blocks.
+        The value OFFLOAD of `checkpointing` is applied here, others by `checkpointed`.
         """
         offloading = offload_activations(net) if checkpointing == OFFLOAD else nullcontext()
 
         def run() -> None:
-            # Free the gradients even if memory does not suffice.
+            # Free the gradients even after an out-of-memory error.
             try:
                 with self._autocast(), offloading:
                     velocity = forward(net, self.inputs)
@@ -159,7 +162,7 @@ class Step:
         return run
 
     def measure(self, name: str, run: Run, baseline: Run) -> Pair | None:
-        """Measure both in turns; return None, and print why, if memory does not suffice."""
+        """Measure both alternately; return None, and print why, if memory does not suffice."""
         say(f"measuring {name}")
         try:
             return measure(run, baseline, self.arguments.pairs, self.device)
@@ -169,7 +172,7 @@ class Step:
 
 
 def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Module, nn.Module]:
-    """Return copies of both networks that checkpoint activations, or both as they are."""
+    """Return copies of both networks that checkpoint activations; without checkpointing, both."""
     if how not in KEPT:
         return ours, theirs
     ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
@@ -181,7 +184,7 @@ def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Modul
 def main_rows(
     step: Step, ours: nn.Module, theirs: nn.Module, architecture: dict[str, Any], precision: str
 ) -> Iterator[Row]:
-    """Yield rows of our network compared with diffusers', as the arguments say."""
+    """Yield rows of our network compared with diffusers' network."""
     arguments = step.arguments
     if arguments.compile:
         ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
@@ -189,7 +192,7 @@ def main_rows(
         compile_blocks(theirs, step.device)
     run = step.runner(run_ours, ours, step.checkpointing)
     pair = step.measure(precision, run, step.runner(run_diffusers, theirs))
-    # Without a pair there is nothing to compare.
+    # Memory did not suffice: there is nothing to compare.
     if pair is None:
         return
     yield from pair.rows(precision, "diffusers", step.device)
@@ -210,22 +213,22 @@ def main_rows(
 def checkpointing_rows(
     step: Step, ours: nn.Module, theirs: nn.Module, precision: str
 ) -> Iterator[Row]:
-    """Yield rows of both kinds of checkpointing, compared with none and with diffusers'."""
+    """Yield rows of both kinds of checkpointing, compared with none and with diffusers."""
     plain = step.runner(run_ours, ours)
     # diffusers knows full recomputation only.
     for how in KEPT:
         changed, other = checkpointed(ours, theirs, how)
         name = f"{precision}/checkpointing={how}"
-        yield from _variant(step, name, changed, plain, "echolab")
+        yield from _variant_rows(step, name, changed, plain, "echolab")
         peer = step.runner(run_diffusers, other)
-        yield from _variant(step, f"{name}/peer", changed, peer, "diffusers, checkpointed")
+        yield from _variant_rows(step, f"{name}/peer", changed, peer, "diffusers, checkpointed")
     if step.device == "cuda":
         name = f"{precision}/checkpointing={OFFLOAD}"
-        yield from _variant(step, name, ours, plain, "echolab", OFFLOAD)
+        yield from _variant_rows(step, name, ours, plain, "echolab", OFFLOAD)
 
 
 def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str) -> Iterator[Row]:
-    """Yield rows of compilation, and of each attention kernel, each alone."""
+    """Yield rows of compilation, and of each attention kernel, one change at a time."""
     plain = step.runner(run_ours, ours)
     missing = compiler_missing(step.device)
     # Compiling needs a compiler on the machine.
@@ -234,7 +237,7 @@ def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str)
     else:
         changed = copy.deepcopy(ours)
         compile_blocks(changed, step.device)
-        yield from _variant(step, f"{precision}/compile", changed, plain, "echolab")
+        yield from _variant_rows(step, f"{precision}/compile", changed, plain, "echolab")
     # Each kernel of attention that this device has.
     for choice in NAMES[1:]:
         try:
@@ -245,7 +248,9 @@ def variant_rows(step: Step, ours: nn.Module, theirs: nn.Module, precision: str)
         changed = copy.deepcopy(ours)
         use_attention(changed, attend)
         name = f"{precision}/attention={choice}"
-        yield from _variant(step, name, changed, step.runner(run_diffusers, theirs), "diffusers")
+        yield from _variant_rows(
+            step, name, changed, step.runner(run_diffusers, theirs), "diffusers"
+        )
 
 
 def audio_rows(
@@ -256,12 +261,12 @@ def audio_rows(
     use_attention(audio_net, attention_from(step.arguments.attention, step.device))
     if step.checkpointing in KEPT:
         checkpoint_blocks(audio_net, KEPT[step.checkpointing])
-    yield from _variant(
+    yield from _variant_rows(
         step, f"{precision}/audio", audio_net, step.runner(run_ours, ours), "echolab without audio"
     )
 
 
-def _variant(
+def _variant_rows(
     step: Step, name: str, net: nn.Module, baseline: Run, called: str, checkpointing: str = "none"
 ) -> Iterator[Row]:
     pair = step.measure(name, step.runner(run_ours, net, checkpointing), baseline)

@@ -101,10 +101,10 @@ def _run(words: list[str]) -> int:
         remedy = closest(name, COMMANDS) or f"; known: {', '.join(COMMANDS)}"
         print(f"echolab: error: no command {name!r}{remedy}", file=sys.stderr)
         return 2
-    return _guarded(lambda: COMMANDS[name].run(rest))
+    return _run_reporting_errors(lambda: COMMANDS[name].run(rest))
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _run_reporting_errors(run: Callable[[], int]) -> int:
     """Run a command and turn errors that the user can fix into one line and an exit code."""
     try:
         return run()

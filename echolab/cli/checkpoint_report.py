@@ -73,7 +73,7 @@ def figures(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _listed(values: dict[str, Any]) -> str:
+def _format_values(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
@@ -95,8 +95,8 @@ def print_contents(path: Path, *, as_json: bool) -> int:
             f"    {part:<10}  {size['bytes']:,} bytes in {size['files']} files"
             for part, size in contents["parts"].items()
         ),
-        f"  averages    {_listed(contents['ema'])}",
-        f"  written by  {_listed(contents[ORIGIN])}",
+        f"  averages    {_format_values(contents['ema'])}",
+        f"  written by  {_format_values(contents[ORIGIN])}",
         f"  schedule    step {contents['step']} of {at['steps']}: epoch {at['epoch']} of "
         f"{at['epochs']} ({at['kind']}), {at['within']} of its {at['epoch_steps']} steps done",
         f"  sha256      {contents['sha256']}",
@@ -144,7 +144,9 @@ def print_differences(first: Path, second: Path, *, as_json: bool) -> int:
 
     # One line for each side and each difference.
     for side, opened in (("a", a), ("b", b)):
-        line = f"{side}: {opened.path}, step {opened.step}, written by {_listed(origins[side])}"
+        line = (
+            f"{side}: {opened.path}, step {opened.step}, written by {_format_values(origins[side])}"
+        )
         print(escape_unprintable(line))
     for difference in tensors:
         print(escape_unprintable(difference.line()))

@@ -178,7 +178,7 @@ def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
         if stop <= start or first >= step:
             continue
         config = _settings(arguments, kept)
-        config["init_from"] = _initial(config["init_from"], initial)
+        config["init_from"] = _initial_checkpoint(config["init_from"], initial)
         if first < start or first == 0:  # trained on the data of the checkpoint it resumed from
             config["data"]["changed"] = "refuse"
         if segments and _same_training(segments[-1].config, config):
@@ -188,7 +188,7 @@ def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
     return segments
 
 
-def _initial(place: str | None, was: dict[str, Any] | None) -> str | None:
+def _initial_checkpoint(place: str | None, was: dict[str, Any] | None) -> str | None:
     """Return the checkpoint that the run started from, though its run was trained on since."""
     start = checkpoint_of(place, was)
     return str(start) if start else None
@@ -233,7 +233,7 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     every = training.intervals or Intervals()
     # Train without saving, validating or reacting to spikes.
     again = training._replace(
-        micro_batch_size=_micro(training, machine),
+        micro_batch_size=_micro_batch_size(training, machine),
         intervals=Intervals(log_every=every.log_every, save_every=0, val_every=0),
         loss_spike=training.loss_spike._replace(policy="record", threshold=math.inf),
         val_data=None,
@@ -256,7 +256,7 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     return exact
 
 
-def _micro(training: TrainConfig, machine: Machine) -> int:
+def _micro_batch_size(training: TrainConfig, machine: Machine) -> int:
     """Return the clips per forward of one rank of the run, which `machine` trained."""
     # Ranks that share one clip count once.
     groups = machine.world // machine.sequence_parallel

@@ -81,7 +81,7 @@ def _write(arguments: ReportArguments, out: Path) -> None:
 
 def _runs(run: Path, order: Sequence[str]) -> dict[str, Path]:
     """Return the metrics files by name of their run, in the order of the score table."""
-    paths = [_own(run, path) for pattern in METRICS for path in sorted(run.glob(pattern))]
+    paths = [_path_inside(run, path) for pattern in METRICS for path in sorted(run.glob(pattern))]
     if not paths:
         return {run.resolve().name: run / METRICS[0]}  # `write_report` says what is missing
     short = [path.parent.resolve().name for path in paths]
@@ -106,7 +106,7 @@ def _videos(run: Path, order: Sequence[str]) -> list[Video]:
         task = TASK_TABLE.get(clip.stem)
         videos.append(
             Video(
-                path=_own(run, clip),
+                path=_path_inside(run, clip),
                 title=task.title if task else clip.stem.replace("_", " "),
                 caption=task.given if task else "",
                 group=title,
@@ -119,7 +119,7 @@ def _rank(name: str, order: Sequence[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _own(run: Path, path: Path) -> Path:
+def _path_inside(run: Path, path: Path) -> Path:
     """Return a path in the folder.  Raise DataError if it is a link that leaves the folder."""
     try:
         return inside(run, path.relative_to(run))
@@ -167,7 +167,7 @@ def _write_sheet(run: Path, groups: Sequence[str]) -> None:
     rows = []
     for clip in sorted((samples / groups[0]).glob("*.mp4"))[:SHEET_CLIPS]:
         for group in groups:
-            path = _own(run, samples / group / clip.name)
+            path = _path_inside(run, samples / group / clip.name)
             if not path.is_file():
                 raise DataError(f"{path}: no such clip; compare= takes groups of the same clips")
             frames = decode_mp4(path.read_bytes())[::SHEET_STRIDE]

@@ -26,7 +26,7 @@ JOB_FILE = ".job"  # in a member's folder: the Slurm job that it waits or trains
 EXTRA_CPUS = 2  # of a rank, besides those of its loader workers
 # Exit codes of a sweep, the first that a member ended with: stopped by hand, to be run again for
 # the rest, worth another try, a fault to correct.
-WORST = (
+BY_SEVERITY = (
     exit_codes.INTERRUPTED, exit_codes.STOPPED_UNSAVED, exit_codes.STOPPED_SAVED,
     exit_codes.RETRYABLE, exit_codes.FATAL,
 )  # fmt: skip
@@ -105,7 +105,9 @@ def refuse_secrets(members: Sequence[Member]) -> None:
 def report(ended: Sequence[Ended]) -> int:
     """Print a table of all members, those that failed last; return the sweep's exit code."""
     # Members that failed come last, where they are read first.
-    rows = sorted(ended, key=lambda result: -1 if result.well else WORST.index(code_of(result)))
+    rows = sorted(
+        ended, key=lambda result: -1 if result.well else BY_SEVERITY.index(code_of(result))
+    )
     width = max(len(result.member.name) for result in rows)
     print(f"echolab: a sweep of {len(rows)}:")
     for result in rows:
@@ -120,12 +122,12 @@ def report(ended: Sequence[Ended]) -> int:
             file=sys.stderr,
         )
     codes = {code_of(result) for result in bad}
-    return next((code for code in WORST if code in codes), exit_codes.DONE)
+    return next((code for code in BY_SEVERITY if code in codes), exit_codes.DONE)
 
 
 def code_of(ended: Ended) -> int:
     """Return a member's exit code; what is none of echolab's is worth another try."""
-    return ended.code if ended.code in WORST else exit_codes.RETRYABLE
+    return ended.code if ended.code in BY_SEVERITY else exit_codes.RETRYABLE
 
 
 # -- how a member ended ---------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from echolab.launch.topology import LAUNCH, cpu_warning, find_topology
 from echolab.redaction import mask_output, mask_secrets
 from echolab.training.signals import SIGNALS, StopSignals, grace_from
 
-HYDRAS = re.compile(r"(--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
+HYDRA_OPTIONS = re.compile(r"(--hydra-help|-c|--cfg|-i|--info|-sc)(=.*)?")
 HELP = ("-h", "--help")
 SWEEP = ("-m", "--multirun")
 
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     argv = with_absolute_folder(argv)
     if any(word in HELP for word in argv):
         return print_help([word for word in argv if word not in HELP])
-    if any(HYDRAS.fullmatch(word) for word in argv):
-        return _with_hydra(argv)
+    if any(HYDRA_OPTIONS.fullmatch(word) for word in argv):
+        return _run_hydra_option(argv)
     # Then all words must be settings.
     words = [word for word in argv if word not in SWEEP]
     if options := [word for word in without_folder(words) if word.startswith("-")]:
@@ -118,7 +118,7 @@ def rank(argv: list[str]) -> int:
     StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        code = _trained(*compose_both(argv), heartbeat)
+        code = _train(*compose_both(argv), heartbeat)
     except BaseException as error:
         _end_at_once(error, heartbeat)
         raise
@@ -126,7 +126,7 @@ def rank(argv: list[str]) -> int:
     return code
 
 
-def _trained(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
+def _train(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
     from echolab.cli import train_rank  # and torch, which the supervisor does without
 
     # The end is recorded before the tracker is waited for.
@@ -159,7 +159,7 @@ def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
     os._exit(code)
 
 
-def _with_hydra(argv: list[str]) -> int:
+def _run_hydra_option(argv: list[str]) -> int:
     """Answer --cfg by Hydra itself; raise ConfigError for what it would refuse."""
     import hydra
 
@@ -167,13 +167,15 @@ def _with_hydra(argv: list[str]) -> int:
     folder = str(folders_of(argv)[0])
     before, sys.argv = sys.argv, ["echolab train", *as_hydra(argv)]
     try:
-        hydra.main(version_base="1.3", config_path=folder, config_name="train")(_refuse)()
+        hydra.main(version_base="1.3", config_path=folder, config_name="train")(
+            _refuse_hydra_option
+        )()
     finally:
         sys.argv = before
     return exit_codes.DONE
 
 
-def _refuse(config: object) -> None:
+def _refuse_hydra_option(config: object) -> None:
     raise ConfigError("train: of Hydra's options -m, --help and --cfg alone are for training")
 
 

@@ -75,7 +75,7 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
     # Show the progress of optimizer steps.
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(
-            fenced=run.lease.fenced, log_metrics=log, print_lines=partial(_say, run.folder)
+            fenced=run.lease.fenced, log_metrics=log, print_lines=partial(_log_lines, run.folder)
         )
         try:
             return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
@@ -94,7 +94,7 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _say(folder: Path, lines: list[str]) -> None:
+def _log_lines(folder: Path, lines: list[str]) -> None:
     print("\n".join(["echolab: effective engine configuration:", *lines]), flush=True)
     try:
         write_atomic(folder / "engine.txt", "\n".join([*lines, ""]).encode())

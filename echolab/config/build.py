@@ -1,4 +1,4 @@
-"""From the plain settings of conf/train.yaml to the objects that `fit` takes."""
+"""Build the arguments of `fit` from the settings of conf/train.yaml."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
 
-# The setting that accepts held-out clips in the training set.
+# The setting that allows held-out clips in the training set.
 ACCEPT = "data.val_overlaps=accept"
 # Choices of conf/phases.
 PHASES = {"phda": PHDA, "phda_by_progress": PHDA_BY_PROGRESS, "flat": FLAT}
@@ -61,7 +61,7 @@ def phases_from(config: Mapping[str, Any]) -> Allocator:
 def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Curriculum:
     """Return the curriculum of conf/tasks.
 
-    It continues that of the checkpoint `origin`, unless tasks.restart is set.
+    The curriculum continues that of the checkpoint `origin`, unless tasks.restart is set.
     """
     stages = (
         [Stage(stage["steps"], stage["targets"]) for stage in config["stages"]]
@@ -76,7 +76,7 @@ def curriculum_from(config: Mapping[str, Any], origin: Path | None = None) -> Cu
 
 def schedule_from(config: Mapping[str, Any]) -> Schedule:
     """Return the epochs and their learning rates, from conf/schedule and optim.lr."""
-    # An epoch scales optim.lr; the product is exact to the last bit.
+    # An epoch scales optim.lr; `rate_of` computes the product exactly.
     schedule, lr = config["schedule"], float(config["optim"]["lr"])
     epochs = [
         Epoch(str(e["kind"]), int(e["steps"]), rate_of(lr, float(e.get("lr_scale", 1.0))))
@@ -90,7 +90,7 @@ def schedule_from(config: Mapping[str, Any]) -> Schedule:
 def objectives_from(
     config: Mapping[str, Any], phases: Allocator, reference: Reference | None
 ) -> dict[str, Any]:
-    """Return the objectives by kind of epoch; those of preferences need a reference model."""
+    """Return the objectives by kind of epoch; ndpo and dpo need a reference model."""
     # Preference losses compare with a reference model.
     objectives: dict[str, Any] = {"sft": Supervised(phases)}
     if reference:
@@ -112,13 +112,13 @@ def objectives_from(
 
 
 def mixing_from(objective: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `TrainConfig` by which the reference follows the weights."""
+    """Return the arguments of `TrainConfig` for updates of the reference model by the weights."""
     names = ("ref_model_sync_steps", "ref_model_mixup_alpha")
     return {name: objective[name] for name in names if name in objective}
 
 
 def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
-    """Open the datasets, if any, that the setting data.`key` names, and return them."""
+    """Open the datasets that the setting data.`key` names, if any, and return them."""
     # A setting names one dataset, several, or none.
     named: str | Sequence[str] = config[key] or []
     paths = [named] if isinstance(named, str) else named
@@ -127,7 +127,7 @@ def datasets_from(config: Mapping[str, Any], key: str) -> list[ShardDataset]:
 
 
 def reading_from(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `TrainConfig` that conf/data sets, without the validation data."""
+    """Return the arguments of `TrainConfig` from conf/data, except for validation."""
     return {
         "clips": datasets_from(config, "clips"),
         "pairs": datasets_from(config, "pairs"),
@@ -165,7 +165,7 @@ def check_together(
     val_data: ValData | None,
     checkpoints: Sequence[Path | None],
 ) -> None:
-    """Raise DataError for datasets and checkpoints that must not meet in one run."""
+    """Raise DataError for datasets and checkpoints that cannot be combined in one run."""
     clips, pairs = reading["clips"], reading["pairs"]
     check_checkpoints(checkpoints, clips[0])
     if val_data:
@@ -174,8 +174,8 @@ def check_together(
 
 
 def check_checkpoints(checkpoints: Sequence[Path | None], clips: ShardDataset) -> None:
-    """Raise DataError for a checkpoint that was trained on what other encoders made."""
-    # Latents of other encoders have another meaning.
+    """Raise DataError for a checkpoint that was trained on latents of other encoders."""
+    # The latents of two encoders are not comparable.
     for path in checkpoints:
         if path:
             encoders = open_verified(path).state.get("encoders") or {}
@@ -188,32 +188,31 @@ def check_held_out(
     pairs: Sequence[ShardDataset],
     accepted: bool,
 ) -> None:
-    """Raise DataError for held-out clips that are trained on; some of them are a warning.
-
-    Clips in the training set give no held-out error.  If `accepted`, print a warning instead.
-    """
+    """Raise DataError if held-out clips are in the training set; if `accepted`, warn instead."""
     # The same dataset, or one that shares samples with it.
     for dataset in clips:
         if dataset.fingerprint == held_out.fingerprint:
-            _say(
+            _warn_or_raise(
                 f"data.val_clips: {held_out.folder} is the training set {dataset.folder}", accepted
             )
         elif shared := shared_samples(held_out, dataset):
             few = shared < len(held_out)
             words = f"{shared} of its {len(held_out)} samples are in the training set"
-            _say(f"data.val_clips: {held_out.folder}: {words} {dataset.folder}", accepted or few)
-    # Pairs name the dataset whose prompts they were sampled from.
+            _warn_or_raise(
+                f"data.val_clips: {held_out.folder}: {words} {dataset.folder}", accepted or few
+            )
+    # A dataset of pairs records the dataset that provided its prompts.
     for dataset in pairs:
         if dataset.description.get("prompts") == held_out.fingerprint:
             words = f"data.pairs: {dataset.folder} was sampled from the held-out clips"
-            _say(f"{words} {held_out.folder}", accepted)
+            _warn_or_raise(f"{words} {held_out.folder}", accepted)
 
 
-def _say(words: str, accepted: bool) -> None:
-    """Print a warning, or raise what is not accepted."""
+def _warn_or_raise(words: str, accepted: bool) -> None:
+    """Print a warning if `accepted`, else raise DataError."""
     if not accepted:
         raise DataError(f"{words}; give other clips, or {ACCEPT} if that is meant")
-    # One line for all ranks.
+    # Print the line only once for all ranks.
     if rank_from_environment() == 0:
         print(
             f"echolab: warning: {words}: val/loss says nothing about new clips there",

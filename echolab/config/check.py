@@ -1,7 +1,7 @@
 """Validate a configuration: types and ranges by `schema.Settings`, then rules between settings.
 
-It imports no torch and reads no file, so that the supervisor refuses a wrong setting within a
-second, before it makes a folder or starts a rank.
+This module imports no torch and reads no file, so that the supervisor refuses an invalid setting
+within a second, before it creates a folder or starts a rank.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.training.engine.machine import accumulation_steps, conflict
 
-# Earlier names of settings and groups, by section; a name that begins with "/" is of no section.
+# Earlier names of settings and groups, by section; "/" marks a new name outside of the section.
 RENAMED = {
     "": {
         "run": "run_dir", "initial": "init_from", "weights": "pretrained",
@@ -78,17 +78,17 @@ Location = tuple[str | int, ...]
 
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a resolved configuration as plain values of their own types.
+    """Return the settings of a resolved configuration as plain values of their declared types.
 
     Raise ConfigError, in one line that names the key, for the first setting that is unknown,
     missing, of the wrong kind, out of range, or in conflict with another.
     """
-    # Types and ranges first, one setting at a time; then conflicts of several.
+    # Check types and ranges of single settings first, then conflicts between settings.
     try:
         settings = Settings.model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(_fault(config, first["type"], first["loc"])) from None
+        raise ConfigError(_error_message(config, first["type"], first["loc"])) from None
     plain = settings.model_dump(exclude_unset=True)
     for conflict_line in _conflicts(plain):
         raise ConfigError(conflict_line)
@@ -98,8 +98,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 # -- one setting ----------------------------------------------------------------------------------
 
 
-def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
-    """Return one line on an error that pydantic reports at `location`."""
+def _error_message(config: Mapping[str, Any], kind: str, location: Location) -> str:
+    """Return a one-line message for an error that pydantic reports at `location`."""
     # Name the setting as the user writes it.
     path, field = _field_at(location)
     if kind == "extra_forbidden":
@@ -114,7 +114,7 @@ def _fault(config: Mapping[str, Any], kind: str, location: Location) -> str:
 
 
 def choices_of(annotation: Any) -> list[str]:
-    """Return the values of a setting that has only some."""
+    """Return the choices of a setting; empty if it has none."""
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return [str(choice) for choice in inner]
@@ -122,15 +122,15 @@ def choices_of(annotation: Any) -> list[str]:
 
 
 def missing(path: Location) -> str:
-    """Return one line on a setting that has no value."""
+    """Return a one-line message for a setting without a value."""
     path, field = _field_at(path)
     words = f", {field.description}" if field else ""
     return f"{dotted(path)}: is missing; give {dotted(path)}=...{words}"
 
 
 def no_such_setting(path: Location, value: Any) -> str:
-    """Return one line on a setting that does not exist, with the nearest that does."""
-    # An earlier name counts first, then the nearest, then the list of the section.
+    """Return a one-line message for an unknown setting, with the nearest existing name."""
+    # Propose the present name of an earlier one, else the nearest, else the section's settings.
     section = _field_at(path[:-1])[1] if len(path) > 1 else None
     near = [new] if (new := renamed(dotted(path))) else []
     known_names = [*names(), *Settings.model_fields, *OPTIONAL]
@@ -144,8 +144,8 @@ def no_such_setting(path: Location, value: Any) -> str:
 
 
 def renamed(name: str) -> str | None:
-    """Return the present name of a setting or group that had another one, else None."""
-    # The group may have another name as well as the setting.
+    """Return the present name of a setting or group that was renamed, else None."""
+    # Both the group and the setting may have been renamed.
     group, _, rest = re.sub(r"\[\d+\]", "", name).partition(".")
     section = RENAMED[""].get(group, group)
     if not rest:
@@ -156,7 +156,7 @@ def renamed(name: str) -> str | None:
 
 
 def names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every setting, without those of items of lists."""
+    """Yield the dotted name of every setting, except for settings of list items."""
     for name, field in _fields(section).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from names(field.annotation, f"{prefix}{name}.")
@@ -165,7 +165,7 @@ def names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str
 
 
 def _fields(section: type[BaseModel] | None) -> dict[str, FieldInfo]:
-    """Return the fields of a section by the names that a configuration uses."""
+    """Return the fields of a section by their names in a configuration."""
     return dict(section.model_fields) if section else {}
 
 
@@ -180,7 +180,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _field_at(location: Location) -> tuple[Location, FieldInfo | None]:
     """Return the deepest field on the way to `location`, and its path.
 
-    A location also names items of lists and members of unions, which are no fields.
+    A location also contains items of lists and members of unions, which are not fields.
     """
     # Walk down the sections along the location.
     section: type[BaseModel] | None = Settings
@@ -211,7 +211,7 @@ def dotted(path: Location) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as the command line writes it, on one line and not too long."""
+    """Return a value as written on the command line, in one line of limited length."""
     # Text as typed, other values as JSON.
     text = (
         value if isinstance(value, str) else json.dumps(value, default=str, separators=(",", ":"))
@@ -220,15 +220,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
-# -- what may stand there, in words ---------------------------------------------------------------
+# -- types and ranges in words --------------------------------------------------------------------
 
 # Ranges are stated in the words of the help.
-LARGE = 2**18  # a limit from here on is left out of the list of all settings
+LARGE = 2**18  # limits from this value on are omitted in the list of all settings
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def described(field: FieldInfo) -> str:
-    """Return what a field takes: `an integer, at least 1 and at most 1024, or null`."""
+    """Return the type of a field in words: `an integer, at least 1 and at most 1024, or null`."""
     return _described(field.annotation, field.metadata)
 
 
@@ -242,12 +242,14 @@ def _described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin is list:
-        return f"{_items(_limits(metadata))}, each {_described(inner[0])}"
+        return f"{_length_in_words(_limits(metadata))}, each {_described(inner[0])}"
     if origin is dict:
         values = "" if inner[1] is Any else ", each value a number"
         return f"{{name: value}}, each name {_described(inner[0])}{values}"
     if annotation in (int, float):
-        return _number("a whole number" if annotation is int else "a number", _limits(metadata))
+        return _number_in_words(
+            "a whole number" if annotation is int else "a number", _limits(metadata)
+        )
     words = {bool: "true or false", str: "text, not empty"}
     return words.get(annotation, "null" if annotation is type(None) else "{key: value}")
 
@@ -269,7 +271,7 @@ def _constraints(annotation: Any, metadata: Sequence[Any]) -> list[Any]:
 
 
 def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
-    """Return what pydantic's constraints say, by its own names: ge, gt, le, lt, min_length, ..."""
+    """Return the values of pydantic's constraints by name: ge, gt, le, lt, min_length, ..."""
     names = (*LIMITS, "multiple_of", "allow_inf_nan", "min_length", "max_length")
     # Constraints may be nested in fields of annotated types.
     limits: dict[str, Any] = {}
@@ -280,7 +282,7 @@ def _limits(metadata: Sequence[Any]) -> dict[str, Any]:
     return limits
 
 
-def _items(limits: Mapping[str, Any]) -> str:
+def _length_in_words(limits: Mapping[str, Any]) -> str:
     least, most = limits.get("min_length", 0), limits.get("max_length")
     if most:
         return f"a list of {most} values"
@@ -298,18 +300,18 @@ def _limit_words(limits: Mapping[str, Any], *, shorten: bool = False) -> list[st
     return words
 
 
-def _number(kind: str, limits: Mapping[str, Any]) -> str:
+def _number_in_words(kind: str, limits: Mapping[str, Any]) -> str:
     words = _limit_words(limits)
     text = ", ".join([kind, " and ".join(words)]) if words else kind
     return f"{text}, or .inf" if limits.get("allow_inf_nan") else text
 
 
-# -- settings that do not go together -------------------------------------------------------------
+# -- conflicts between settings -------------------------------------------------------------------
 
 
 def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each conflict between settings that have the right kinds and ranges."""
-    # Groups that are checked by the part that they build.
+    """Yield a line for each conflict between settings whose types and ranges are valid."""
+    # Groups that are checked by building an object from them.
     yield from filter(None, [conflict(machine_from(config["trainer"]))])
     yield from _model_conflicts(config["model"], config["trainer"], config["lora"])
     yield from _lr_conflicts(config["optim"]["lr"], config["schedule"]["epochs"])
@@ -325,7 +327,7 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
             "ref_model=base: requires adapters, but this run trains all weights; give "
             "lora=attention, or ref_model=null"
         )
-    # Averages by name: two of one width would overwrite each other.
+    # Averages are stored by name: two of the same width would overwrite each other.
     for name in ("extra_ema_decays", "posthoc_ema_stds"):
         values = config["optim"][name]
         if len(set(values)) < len(values):

@@ -1,10 +1,10 @@
 """Compose the settings of a run from the words of a command line, and check them.
 
-Words are `key=value`, quoted here for Hydra.  A path or free text is taken as typed, with any
-characters: Hydra's grammar knows `=`, `#`, `(`, `~`, accents and more only in quotes, so such a
-value is quoted before Hydra sees it.  What remains Hydra's in these settings: 'quoted' and "quoted"
-text, null, ${...}, [lists] of datasets, and in a sweep commas, choice(...), range(...) and
-glob(...).  All other settings are Hydra's.
+Words are `key=value`.  Paths and free text are used as typed, with any characters: Hydra's grammar
+accepts `=`, `#`, `(`, `~`, accents and more only in quotes, so this module quotes such values.  In
+these settings the following keep their meaning in Hydra: 'quoted' and "quoted" text, null, ${...},
+[lists] of datasets, and in a sweep commas, choice(...), range(...) and glob(...).  Hydra parses all
+other settings unchanged.
 """
 
 import re
@@ -17,8 +17,8 @@ from echolab.config.check import OPTIONAL, check, missing, names, no_such_settin
 from echolab.config.folders import CONF, folders_of, group_choices, without_folder
 from echolab.errors import ConfigError
 
-# What Hydra raises for overrides that it does not expect, such as data=[1].
-HYDRAS_OWN = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
+# Exceptions that Hydra raises for unexpected overrides, such as data=[1].
+HYDRA_ERRORS = (TypeError, ValueError, AttributeError, KeyError, AssertionError, RecursionError)
 
 # Settings that hold a list of paths, or one.
 DATASETS = ("data.clips", "data.pairs", "data.val_clips")
@@ -34,13 +34,13 @@ PATHS = (
 TEXTS = (*PATHS, "logger.project")
 
 WORD = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)
-PLAIN = re.compile(r"\+{0,2}[\w.]+=[\w.,+-]*")  # certainly in Hydra's grammar
+PLAIN = re.compile(r"\+{0,2}[\w.]+=[\w.,+-]*")  # always valid in Hydra's grammar
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-OF_HYDRA = re.compile(rf"{QUOTED}|null|", re.DOTALL | re.IGNORECASE)
+HYDRA_VALUE = re.compile(rf"{QUOTED}|null|", re.DOTALL | re.IGNORECASE)
 CHOICE = re.compile(r"choice\((?P<values>.*)\)", re.DOTALL)
 FUNCTION = re.compile(r"(range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
-# One of several values with commas between: quoted, a list, or characters without a comma but in
-# ${...}.
+# One of several values separated by commas: quoted text, a list, or characters without a comma
+# outside of ${...}.
 ITEM = re.compile(
     rf"\s*(?:{QUOTED})\s*(?=,|$)|\s*\[(?:{QUOTED}|[^\]])*\]\s*(?=,|$)"
     r"|(?:\$\{(?:[^{}]|\{[^{}]*\})*\}|[^,])*",
@@ -52,13 +52,13 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 def compose(overrides: list[str]) -> dict[str, Any]:
     """Return the resolved and checked settings as plain values.
 
-    Raise ConfigError, in one line, for what Hydra or `check` refuses.
+    Raise ConfigError, in one line, for settings that Hydra or `check` refuses.
     """
     return compose_both(overrides)[0]
 
 
 def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of `compose`, and the same without secrets, for the run's folder."""
+    """Return the settings of `compose`, and the settings without secrets for the run folder."""
     from hydra import compose as hydra_compose
     from omegaconf import OmegaConf
 
@@ -75,12 +75,12 @@ def compose_both(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def with_home(config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings in which paths that begin with `~/` have the home folder in its place.
+    """Return the settings with `~/` at the beginning of paths replaced by the home folder.
 
-    The shell leaves the `~` of `key=~/path` to the program.
+    The shell does not expand the `~` of `key=~/path`.
     """
 
-    # Only settings that hold paths: a project may be called ~/x.
+    # Expand only settings that hold paths: a project may be called ~/x.
     def expanded(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {name: expanded(f"{key}.{name}", inner) for name, inner in value.items()}
@@ -95,7 +95,7 @@ def with_home(config: dict[str, Any]) -> dict[str, Any]:
 def compose_unresolved(words: list[str]) -> dict[str, Any]:
     """Return the composed settings with their interpolations; they may be incomplete.
 
-    Words that are no overrides are left out.
+    Words that are not overrides are ignored.
     """
     from hydra import compose as hydra_compose
     from omegaconf import OmegaConf
@@ -112,15 +112,15 @@ def compose_unresolved(words: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
-    """Make Hydra ready to compose conf/; raise ConfigError, in one line, for what it refuses.
+    """Prepare Hydra to compose conf/; raise ConfigError, in one line, for what Hydra refuses.
 
-    `words` are the overrides that are composed, and the folder that is searched first.
+    `words` are the overrides and the option --config-dir.
     """
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    # Refuse words that are no overrides before Hydra is imported.
+    # Refuse words that are not overrides before Hydra is imported.
     check_words(words)
     try:
         _search_shipped_files()
@@ -129,12 +129,12 @@ def hydra_config(words: Sequence[str] = ()) -> Iterator[None]:
             yield
     except MissingMandatoryValue as error:
         raise ConfigError(missing(tuple(str(error.full_key).split(".")))) from error
-    except (HydraException, OmegaConfBaseException, *HYDRAS_OWN) as error:
+    except (HydraException, OmegaConfBaseException, *HYDRA_ERRORS) as error:
         raise ConfigError(_refused_by_hydra(error, words)) from error
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise ConfigError for a word that is no override, such as `seed` or `seed =3`."""
+    """Raise ConfigError for a word that is not an override, such as `seed` or `seed =3`."""
     known = [*names(), *group_choices([CONF])]
     for word in without_folder(words):
         key, equals, value = word.partition("=")
@@ -148,7 +148,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _search_shipped_files() -> None:
-    """Let Hydra look up what a user's folder lacks in the files of echolab."""
+    """Let Hydra search the files of echolab for files that a user's folder lacks."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -164,9 +164,9 @@ def _search_shipped_files() -> None:
 
 
 def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
-    """Return one line in place of Hydra's message, which advises what would be refused as well."""
+    """Return one line instead of Hydra's message, whose advice would be refused as well."""
     words = " ".join(str(error).split()).partition(" Config search path:")[0]
-    if line := _wrong_choice(overrides) or _sweep_without_option(words, overrides):
+    if line := _unknown_choice(overrides) or _sweep_without_option(words, overrides):
         return line
 
     # A setting that does not exist, or an interpolation that cannot be resolved.
@@ -189,9 +189,9 @@ def _refused_by_hydra(error: Exception, overrides: Sequence[str]) -> str:
     return f"{subject}: {reason}; `echolab train --help` lists the settings"
 
 
-def _wrong_choice(overrides: Sequence[str]) -> str | None:
-    """Return one line on the first override of a group that names no file of it."""
-    # Hydra names the file that it did not find; the choices say more.
+def _unknown_choice(overrides: Sequence[str]) -> str | None:
+    """Return a one-line message for the first GROUP=CHOICE whose choice does not exist."""
+    # Hydra only names the missing file; list the choices instead.
     groups = group_choices(folders_of(overrides))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -203,7 +203,7 @@ def _wrong_choice(overrides: Sequence[str]) -> str | None:
 
 
 def _sweep_without_option(words: str, overrides: Sequence[str]) -> str | None:
-    """Return one line on an override with several values if the command line has no -m."""
+    """Return a one-line message for an override with several values, if -m is missing."""
     if not re.match(r"Ambiguous value|Sweep parameters", words):
         return None
     word = next((word for word in overrides if f"'{word}'" in words), "")
@@ -216,38 +216,38 @@ def _sweep_without_option(words: str, overrides: Sequence[str]) -> str | None:
 
 
 def as_hydra(words: Sequence[str], *, sweep: bool = False) -> list[str]:
-    """Return the words with the values of TEXTS quoted; others, and flags, as they are.
+    """Return the words with the values of TEXTS quoted, and all other words unchanged.
 
-    The folder that is searched first is no override, and left out.
+    The option --config-dir is removed, since it is not an override.
     """
-    return [_word(word, sweep) for word in without_folder(words)]
+    return [_quoted_word(word, sweep) for word in without_folder(words)]
 
 
 def quoted(text: str) -> str:
-    """Return the value that Hydra and OmegaConf read as exactly this text."""
-    return _in_quotes(INTERPOLATION.sub(lambda match: rf"{2 * match[1]}\${{", text))
+    """Return a quoted value that Hydra and OmegaConf read as exactly this text."""
+    return _add_quotes(INTERPOLATION.sub(lambda match: rf"{2 * match[1]}\${{", text))
 
 
-def _in_quotes(text: str) -> str:
+def _add_quotes(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def _interpolates(text: str) -> bool:
-    """Return whether OmegaConf can read `${...}` in a text, or its escape."""
+    """Return whether a text holds a `${...}`, or its escape, that OmegaConf can read."""
     from omegaconf.errors import GrammarParseError
     from omegaconf.grammar_parser import parse
 
     try:
         parse(text)
-    except GrammarParseError:  # `${` without an end, or with nonsense in it
+    except GrammarParseError:  # `${` without an end, or with invalid content
         return False
     return "${" in text
 
 
-def _word(word: str, sweep: bool) -> str:
-    # Flags, and keys with a slash or a package, are left to Hydra.
+def _quoted_word(word: str, sweep: bool) -> str:
+    # Hydra parses flags, and keys with a slash or a package.
     match = WORD.fullmatch(word)
     if not match:
         return word
@@ -259,19 +259,19 @@ def _word(word: str, sweep: bool) -> str:
                 f"{word}: cannot be read; close every bracket, separate by commas, and put text "
                 "with other characters than letters, digits and ._-/ in quotes: ['a#b', 'c=d']"
             )
-        return match["start"] + quoted(match["value"])  # `check` says what is wrong with the text
+        return match["start"] + quoted(match["value"])  # `check` reports the fault of the text
     # In a sweep commas separate values, unless a function of Hydra does.
     value, key = match["value"], match["key"]
     choice = CHOICE.fullmatch(value)
     if sweep and (choice or not FUNCTION.fullmatch(value)):
-        value = ",".join(_items(choice["values"] if choice else value, key))
+        value = ",".join(_split_values(choice["values"] if choice else value, key))
     elif not choice and not FUNCTION.fullmatch(value):
-        value = _value(value, key)
+        value = _quoted_value(value, key)
     return match["start"] + value
 
 
 def _is_readable(word: str) -> bool:
-    """Return whether Hydra can read an override;"""
+    """Return whether Hydra can read an override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -284,21 +284,21 @@ def _is_readable(word: str) -> bool:
     return True
 
 
-def _items(text: str, key: str) -> list[str]:
-    """Return the values of a sweep or list, each as Hydra reads it."""
+def _split_values(text: str, key: str) -> list[str]:
+    """Return the values of a sweep or list, each quoted for Hydra."""
     items, position = [], 0
     while position <= len(text):
         match = ITEM.match(text, position)
         assert match
-        items.append(_value(match[0].strip(), key))
+        items.append(_quoted_value(match[0].strip(), key))
         position = match.end() + 1
     return items
 
 
-def _value(text: str, key: str) -> str:
-    # Text in quotes, null and nothing keep Hydra's meaning.
-    if OF_HYDRA.fullmatch(text):
+def _quoted_value(text: str, key: str) -> str:
+    # Quoted text, null and the empty value keep their meaning in Hydra.
+    if HYDRA_VALUE.fullmatch(text):
         return text
     if key in DATASETS and text.startswith("[") and text.endswith("]"):
-        return f"[{','.join(_items(text[1:-1], key))}]"
-    return _in_quotes(text) if _interpolates(text) else quoted(text)
+        return f"[{','.join(_split_values(text[1:-1], key))}]"
+    return _add_quotes(text) if _interpolates(text) else quoted(text)

@@ -1,6 +1,6 @@
-"""Folders of YAML settings: the one that echolab ships, and before it one of the user's.
+"""Folders of YAML settings: the user's folder (--config-dir) first, then conf/ of echolab.
 
-A file of the user's folder takes the place of the shipped file of the same name.
+A file of the user's folder replaces the shipped file of the same name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from typing import Any
 from echolab.arguments import closest
 from echolab.errors import ConfigError
 
-CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()  # travels in the wheel
+CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()  # part of the wheel
 OPTION = "--config-dir"
 
 
 def with_absolute_folder(words: Sequence[str]) -> list[str]:
     """Return the words with `--config-dir PATH` as one word with an absolute path.
 
-    It may then be handed to ranks, to members of a sweep and to jobs.  Raise ConfigError if no
-    folder is named, if it does not exist, or if it is given twice.
+    This word can be passed to ranks, members of a sweep and jobs.  Raise ConfigError if the folder
+    is missing or does not exist, or if the option is given twice.
     """
     # The option may be written as one word or as two.
     given: list[str] = []
@@ -33,7 +33,7 @@ def with_absolute_folder(words: Sequence[str]) -> list[str]:
             rest.append(word)
     if len(given) > 1:
         raise ConfigError(f"{OPTION}={given[1]}: is given twice; give one folder")
-    # The folder must exist, and is passed on as one word.
+    # The folder must exist; return the option as one word.
     for path in given:
         if not path or not Path(path).expanduser().is_dir():
             raise ConfigError(
@@ -55,9 +55,9 @@ def without_folder(words: Sequence[str]) -> list[str]:
 
 
 def group_choices(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Return the files of each group by choice; a file of an earlier folder comes first."""
+    """Return the files of each group by choice; files of earlier folders replace later ones."""
     groups: dict[str, dict[str, Path]] = {}
-    # Later files of the same name replace earlier ones.
+    # Read the folders in reverse: later assignments replace earlier ones.
     for folder in reversed(folders):
         for path in sorted(folder.glob("*/*.yaml")):
             groups.setdefault(path.parent.name, {})[path.stem] = path
@@ -70,7 +70,7 @@ def group_choices(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
 def default_settings(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str | None]]:
     """Return the settings of a run without any override, and the choice of each group.
 
-    The files are read without Hydra, which takes a second: interpolations stay as they are.
+    The files are read without Hydra, whose import takes a second; interpolations are not resolved.
     """
     main = _read(folders, "train")
     chosen: dict[str, str | None] = {}
@@ -88,10 +88,10 @@ def default_settings(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str,
 
 
 def group_settings(folders: Sequence[Path], group: str, choice: str) -> dict[str, Any]:
-    """Return the settings of one choice of a group, with those that it inherits."""
+    """Return the settings of one choice of a group, including inherited settings."""
     own = _read(folders, f"{group}/{choice}")
     inherited: dict[str, Any] = {}
-    # A file may inherit from others of its group.
+    # A file may inherit from other files of its group.
     for base in own.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
             inherited |= group_settings(folders, group, base)
@@ -117,8 +117,8 @@ def _read(folders: Sequence[Path], name: str) -> dict[str, Any]:
 
 
 def summary_of(path: Path) -> str:
-    """Return what a file of settings says of itself: its first comment, as one line."""
-    # The comment ends with its first line that ends a sentence.
+    """Return the summary of a YAML file: its first comment, as one line."""
+    # The summary ends at the first line that ends with a full stop.
     words: list[str] = []
     for line in path.read_text().splitlines():
         if line.startswith("# @package"):

@@ -47,12 +47,12 @@ SHOWN_DEFAULT = 40  # characters
 
 
 class Key(NamedTuple):
-    """One setting as help shows it."""
+    """One setting as printed in the help."""
 
     name: str
     metavar: str
     text: str
-    heading: str  # that stands before it, or ""
+    heading: str  # heading before the setting, or ""
 
 
 def help_of(
@@ -60,8 +60,8 @@ def help_of(
 ) -> str:
     """Return the help of all settings, or of the settings, sections and groups `wanted`.
 
-    Defaults are those of `composed` settings if these are given, else of conf/train.yaml.  Raise
-    ConfigError for a name that is none of them.
+    Defaults come from the `composed` settings if given, else from conf/train.yaml.  Raise
+    ConfigError for an unknown name.
     """
     # Defaults come from the YAML files, or from composed settings.
     defaults, chosen = default_settings(folders)
@@ -80,7 +80,7 @@ def help_of(
 def keys_of(
     section: type[BaseModel], values: Any, prefix: str = "", heading: str = ""
 ) -> Iterator[Key]:
-    """Yield the settings of a section in order, with those of the items of its lists."""
+    """Yield the settings of a section in order, including the settings of list items."""
     subsections = []
     # Keys of the section first, its subsections after them.
     for name, field in section.model_fields.items():
@@ -93,7 +93,7 @@ def keys_of(
         text = f"{field.description}{_range(field)} [{_default(value)}]"
         yield Key(f"{prefix}{name}", metavar(field), text, field.title or heading)
         heading = ""
-        # Entries of a list have keys of their own.
+        # Items of a list have their own settings.
         if item := _item_section(field.annotation):
             yield from keys_of(item, {}, f"{prefix}{name}[*].")
     for annotation, value, start, title in subsections:
@@ -101,7 +101,7 @@ def keys_of(
 
 
 def _item_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that the items of a list have, if they have one."""
+    """Return the section of the items of a list; None if the items are plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inner = (_item_section(part) for part in typing.get_args(annotation))
@@ -151,7 +151,7 @@ def _rows(rows: Mapping[str, str]) -> list[str]:
 
 def _key_lines(keys: Sequence[Key]) -> list[str]:
     labels = [f"{key.name} {key.metavar}" for key in keys]
-    # Long names get a line of their own, so that the texts align.
+    # Print long names on a separate line, so that the texts align.
     width = max((len(label) for label in labels if len(label) <= 34), default=0)
     lines = []
     for key, label in zip(keys, labels, strict=True):
@@ -179,11 +179,11 @@ def _help_of_one(
 ) -> str:
     """Return the help of one setting, or of a section with the choices of its group."""
     lines = []
-    # A group: its choices, each with the first comment of its file.
+    # A group: list its choices, each with the first comment of its file.
     if name in groups:
         lines += [f"{name}=CHOICE: {_group_text(name, chosen)}"]
         lines += _rows({choice: summary_of(path) for choice, path in groups[name].items()})
-    name = re.sub(r"\[\d*\]", "[*]", name)  # schedule.epochs[0].kind is of every epoch
+    name = re.sub(r"\[\d*\]", "[*]", name)  # all items have the same help
     in_lists = {key.name.replace("[*]", ""): key.name for key in keys}
     name = in_lists.get(name, name)
     wanted = [
@@ -196,7 +196,7 @@ def _help_of_one(
     lines += _key_lines(wanted)
     if len(wanted) == 1 and (field := _field(wanted[0].name)):
         lines.append(f"  It takes {described(field)}.")
-    # Neither: propose the present name of an earlier one, or the nearest.
+    # Unknown name: propose the present name of a renamed setting, or the nearest name.
     if not lines:
         known = [*names(), *groups, *Settings.model_fields]
         near = f"; did you mean {new}?" if (new := renamed(name)) else closest(name, known)

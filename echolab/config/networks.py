@@ -1,7 +1,7 @@
 """Build networks by name, from checkpoints, from released files, and with LoRA adapters.
 
 A checkpoint of adapters records the source and the fingerprint of its base, so that every command
-that takes a checkpoint takes one of adapters too.
+that accepts a checkpoint also accepts a checkpoint of adapters.
 """
 
 import math
@@ -72,7 +72,7 @@ class Adapted(NamedTuple):
 def last_checkpoint(run: Path) -> Path:
     """Return the newest complete checkpoint of a run or of its folder of checkpoints.
 
-    A path that is a checkpoint is returned as it is.  Raise CheckpointError if there is none.
+    A path of a checkpoint is returned unchanged.  Raise CheckpointError if there is none.
     """
     # A checkpoint itself, or the newest complete one of a run.
     if (run / "manifest.json").is_file():
@@ -92,7 +92,7 @@ def load_policy(checkpoint: Path) -> EchoTransformer:
     if opened.state.get("adapters"):
         return merged(opened, load_start).eval().requires_grad_(False)
     architecture: dict[str, Any] = opened.state["architecture"]
-    # Built on the meta device, and filled from mapped files.
+    # Build the network on the meta device, and fill it from memory-mapped files.
     net = meta_network(architecture)
     net.load_state_dict(opened.tensors(EMA), assign=True)
     return net.eval().requires_grad_(False)
@@ -124,7 +124,7 @@ def load_start(
 
 
 def _print_report(path: Path, lines: list[str]) -> None:
-    """Print lines about the weights in the first process alone."""
+    """Print lines about the weights, on rank 0 only."""
     if run_dir.rank_from_environment() == 0:
         for line in lines:
             print(f"{path}: {line}", file=sys.stderr)
@@ -140,14 +140,14 @@ def net_from(
 
 
 def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: bool) -> Placement:
-    """Return where this rank's network goes; build none.
+    """Return the placement of this rank's network, before the network is built.
 
-    Raise ConfigError if its device is not here, or if the run can never fit into memory.
+    Raise ConfigError if the device does not exist, or if the run can never fit into memory.
     """
     check_device(machine)
     placement = placement_of(machine)
     net = meta_network(config["model"])
-    # Count what is trained: with adapters, little of the network.
+    # Count the trained parameters: with adapters, only a small part of the network.
     adapters = bool(config["lora"]["target_modules"])
     if adapters:
         add_adapters(net, lora_from(config["lora"]), seed=0)
@@ -169,20 +169,20 @@ def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: b
 def start_of(
     config: Mapping[str, Any], initial: Path | None, seed: int, placement: Placement = HOST
 ) -> tuple[EchoTransformer, Adapted | None, Path | None]:
-    """Build the network to train; also return its adapters, and a checkpoint still to be loaded."""
-    # Adapters on a base; adapters merged; a checkpoint; released or random weights.
+    """Build the network to train; also return its adapters, and a checkpoint to load later."""
+    # Four cases: adapters on a base, merged adapters, a checkpoint, released or random weights.
     if config["lora"]["target_modules"]:
-        # Refuses a base that is not the one of lora.init_from.
+        # `adapted` refuses a base that differs from the base of lora.init_from.
         own = adapted(config, initial, load_start, placement)
         check_base(config["pretrained"], initial)
         return own.net, own, None
     if initial and open_checkpoint(initial).state.get("adapters"):
         net = meta_network(config["model"])
-        # Merged on the CPU by one rank of each node: a GPU would round sums differently.
+        # One rank of each node merges on the CPU, because a GPU would round sums differently.
         merged_once = share_on_node(net, partial(_merged_values, initial), placement, "merged")
         assign_parameters(net, merged_once, placement.device)
         return net, None, None
-    if initial:  # its weights are loaded by `fit`, which sees that it is of this network
+    if initial:  # `fit` loads its weights and checks that they belong to this network
         return meta_network(config["model"]), None, initial
     return net_from(config["model"], config["pretrained"], seed, placement), None, None
 
@@ -207,7 +207,7 @@ def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:
 
 
 def lora_from(config: Mapping[str, Any]) -> Lora:
-    """Return which layers are adapted, and how, from conf/lora."""
+    """Return the adapted layers and the sizes of the adapters, from conf/lora."""
     return Lora(
         targets=tuple(config["target_modules"]),
         rank=config["r"],
@@ -243,12 +243,12 @@ def adapted(
         check_adapters(first, record)
         load_trained(net, first.tensors(EMA), str(first.path))
     if given:
-        load_trained(net, _start(given, lora), str(given.source))
+        load_trained(net, _initial_adapters(given, lora), str(given.source))
     return Adapted(net, lora, record)
 
 
-def _start(given: Adapters, lora: Lora) -> dict[str, Tensor]:
-    """Return the adapters of a file by parameter name; WeightsError if they are not as `lora`."""
+def _initial_adapters(given: Adapters, lora: Lora) -> dict[str, Tensor]:
+    """Return a file's adapters by parameter name; raise WeightsError unless they match `lora`."""
     if given.changes:
         raise WeightsError(
             f"{given.source}: also changes {next(iter(given.changes))}, which is no adapter; "
@@ -276,12 +276,12 @@ def export_adapters(
 ) -> list[Path]:
     """Write the averaged adapters of a checkpoint and return the files.
 
-    A folder `out` is peft's, and next to it comes `out`.safetensors for diffusers and ComfyUI; an
-    `out` that ends in .safetensors is the latter alone.
+    If `out` is a folder, write the layout of peft there, and `out`.safetensors for diffusers and
+    ComfyUI next to it.  If `out` ends in .safetensors, write only the latter file.
     """
     if not checkpoint.state.get("adapters"):
         raise CheckpointError(f"{checkpoint.path}: has no adapters; give a run with lora=attention")
-    # peft's folder with a single file next to it, or that file alone.
+    # A peft folder with a single file next to it, or only that file.
     alone = out.suffix == ".safetensors"
     single = out if alone else out.with_name(f"{out.name}.safetensors")
     for path in (single, audio_file_of(single)):
@@ -298,10 +298,10 @@ def export_adapters(
 def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | None) -> Reference:
     """Return the reference model of preference epochs, without a second copy of the base.
 
-    For adapters: the base itself (`ref_model=base`), an earlier average or a checkpoint of adapters
-    on the same base; otherwise a network of its own.
+    With adapters the reference is the base itself (`ref_model=base`), or an earlier average or a
+    checkpoint of adapters on the same base; otherwise it is a separate network.
     """
-    # Adapters share one base with their reference, which costs no copy.
+    # Adapters and their reference share one base, so no copy is needed.
     state = open_checkpoint(pinned).state if pinned else {}
     if own is None and (config["ref_model"] == "base" or state.get("adapters")):
         raise ConfigError(

@@ -31,14 +31,14 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Path | None:
-    """Return the checkpoint that a setting names; of a run its newest, or the one that `was` is.
+    """Return the checkpoint that a setting names; for a run its newest, or the one in record `was`.
 
-    A run that refers to another one keeps to the checkpoint that it began with, for as long as that
-    is kept, even if the other has been trained since.
+    A run that starts from another run keeps the checkpoint that it began with, as long as that
+    exists, even if the other run has been trained further.
     """
     if not place:
         return None
-    # Keep to the checkpoint that the run began with, while it exists.
+    # Use the checkpoint that the run began with, while it exists.
     folder = Path(place) / "checkpoints"
     for step in saved_steps(folder) if was else []:
         path = folder_of(folder, step)
@@ -51,8 +51,7 @@ def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Pa
 
 
 def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the checkpoints that `init_from` and `ref_model` mean for a run that may have "
-    "begun."""
+    """Return the checkpoints of `init_from` and `ref_model` for a new or an existing run."""
     was, reference = recorded(Path(config["run_dir"])), config["ref_model"]
     return (
         checkpoint_of(config["init_from"], was.get("init_from")),
@@ -64,10 +63,10 @@ def origins_from(
     config: Mapping[str, Any], initial: Path | None, reference: Path | None
 ) -> dict[str, Any]:
     """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
-    # Hashing large files once is enough.
+    # Hash large files only once.
     if run_dir.rank_from_environment():
         return {}
-    # Checkpoints by their manifest's hash, files by that of their bytes.
+    # Identify checkpoints by the hash of the manifest, files by the hash of their bytes.
     checkpoints = {"init_from": initial, "ref_model": reference}
     origins: dict[str, Any] = {key: _checkpoint(path) for key, path in checkpoints.items() if path}
     if config["pretrained"]:
@@ -87,12 +86,12 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(identity.read_text())["id"]
     except (OSError, ValueError, KeyError, TypeError):
-        run = None  # trained without the command line
+        run = None  # a checkpoint that was not trained by the command line
     return {"content": str(manifest["sha256"]), "step": int(manifest["step"]), "run": run}
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """Return the sha256 of the files' sha256, in order."""
+    """Return the sha256 over the sha256 of each file, in order."""
     combined = hashlib.sha256()
     for path in files:
         try:

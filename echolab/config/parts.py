@@ -1,9 +1,9 @@
 """Parts of a training run that need no torch, built from their settings.
 
-The supervisor checks a configuration by building these; the ranks train with them.
+The supervisor checks a configuration by building these parts; the ranks train with them.
 
-The user's own callbacks are among them: only classes that echolab or an installed distribution
-registers.  A distribution registers them by entry points of the group `echolab.callbacks`:
+The parts include the user's callbacks: only classes that echolab or an installed distribution
+registers.  A distribution registers classes by entry points of the group `echolab.callbacks`:
 
     [project.entry-points."echolab.callbacks"]
     weight_norms = "lab.training:WeightNorms"   # one class, by this name or by its import path
@@ -35,7 +35,7 @@ INTERVALS = ("log_every", "save_every", "val_every", "replica_check_every", "sna
 
 
 def machine_from(trainer: Mapping[str, Any]) -> Machine:
-    """Return where a run trains, from conf/trainer."""
+    """Return the devices, strategy and precision of a run, from conf/trainer."""
     return Machine(
         strategy=trainer["strategy"],
         devices=trainer["devices"],
@@ -54,13 +54,13 @@ def machine_from(trainer: Mapping[str, Any]) -> Machine:
 def rate_of(lr: float, scale: float) -> float:
     """Return the learning rate of an epoch.
 
-    The product is that of the decimal numbers, so that 2e-5 scaled by 0.1 is 2e-6 to the last bit.
+    The factors are multiplied as decimal numbers, so that 2e-5 scaled by 0.1 is exactly 2e-6.
     """
     return float(Decimal(repr(lr)) * Decimal(repr(scale)))
 
 
 def intervals_from(config: Mapping[str, Any]) -> Intervals:
-    """Return how often a run logs, saves and validates; raise ConfigError for a conflict."""
+    """Return the intervals of logging, saving and validating; raise ConfigError for a conflict."""
     return Intervals(
         log_every=config["log_every"],
         save_every=config["save_every"],
@@ -71,7 +71,7 @@ def intervals_from(config: Mapping[str, Any]) -> Intervals:
 
 
 def spike_config_from(loss_spike: Mapping[str, Any]) -> SpikeConfig:
-    """Return how spikes are detected and handled; raise ConfigError for a conflict."""
+    """Return the detection and handling of loss spikes; raise ConfigError for a conflict."""
     return SpikeConfig(
         policy=loss_spike["policy"],
         threshold=loss_spike["threshold"],
@@ -132,7 +132,7 @@ def registered_path(target: str, setting: str) -> tuple[str, str]:
 
 
 def _allowed(module: str, name: str, registered: list[EntryPoint]) -> bool:
-    # An entry point registers one class, or all below a module.
+    # An entry point registers one class, or all classes in and below a module.
     classes = {(entry.module, entry.attr) for entry in registered if entry.attr}
     namespaces = [OWN_CALLBACKS, *(entry.module for entry in registered if not entry.attr)]
     return (module, name) in classes or any(
@@ -146,7 +146,7 @@ def _build(target: str, arguments: Mapping[str, Any], setting: str) -> "Callback
 
     # Check the registration before anything is imported.
     module, name = registered_path(target, setting)
-    # Imported only now that the class is known to be registered.
+    # Import the class, which is registered.
     try:
         callback_class = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

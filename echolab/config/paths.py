@@ -1,7 +1,7 @@
-"""Look at the paths and devices of a run before anything heavy is imported.
+"""Check the paths and devices of a run before anything heavy is imported.
 
-The supervisor calls this, so that a typing error is answered in one line within a second. What
-needs the content of a dataset or of a checkpoint is checked by the ranks.
+The supervisor calls this module, so that a mistyped path is reported in one line within a second.
+The ranks check what requires the content of a dataset or of a checkpoint.
 """
 
 import json
@@ -14,18 +14,18 @@ from echolab.data.index import FORMATS, INDEX
 from echolab.errors import CheckpointError, ConfigError, DataError, WeightsError
 
 KINDS = {"clips": "encoded", "val_clips": "encoded", "pairs": "preference"}
-HEAD_BYTES = 2**18  # of dataset.json, before its list of shards
+HEAD_BYTES = 2**18  # bytes of dataset.json that are read first; its list of shards comes last
 # Device files of NVIDIA, AMD, and NVIDIA under WSL.
 GPU_FILES = ("dev/nvidia[0-9]*", "dev/kfd", "dev/dxg")
 
 
 def check_paths(config: Mapping[str, Any]) -> None:
-    """Raise EcholabError, naming setting and path, for what is missing or of another kind."""
+    """Raise EcholabError, naming setting and path, for a missing path or one of another kind."""
     # Datasets: head of dataset.json, kind and format.
     for key, path in datasets_of(config["data"]):
         check_dataset_head(f"data.{key}", path, KINDS[key])
 
-    # Checkpoints: whether one is complete is seen when it is opened.
+    # Checkpoints: opening one later checks whether it is complete.
     for key in ("init_from", "ref_model"):
         place = config[key]
         if place and (key, place) != ("ref_model", "base") and not Path(place).is_dir():
@@ -39,7 +39,7 @@ def check_paths(config: Mapping[str, Any]) -> None:
 
 
 def datasets_of(data: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Yield setting and path of each dataset that lies on a disk."""
+    """Yield setting and path of each dataset on a disk, not at an address."""
     for key in KINDS:
         named = data[key] or []
         for place in [named] if isinstance(named, str) else named:
@@ -50,10 +50,10 @@ def datasets_of(data: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
 def check_dataset_head(key: str, folder: Path, kind: str) -> None:
     """Raise DataError if a folder holds no readable dataset of this kind and a known format.
 
-    An address passes.
+    Addresses are not checked.
     """
     if parse_url(folder):
-        return  # read over the network, when it is opened
+        return  # an address, read over the network when it is opened
     path = folder / INDEX
     try:
         head = read_head(path)
@@ -76,8 +76,8 @@ def check_dataset_head(key: str, folder: Path, kind: str) -> None:
 
 
 def read_head(path: Path) -> dict[str, Any]:
-    """Return what dataset.json says before its list of shards; raise ValueError if it is none."""
-    # Read the head alone: the list of samples may be large.
+    """Return the fields of dataset.json before its list of shards; raise ValueError if invalid."""
+    # Read only the head: the list of samples may be large.
     with path.open("rb") as file:
         start = file.read(HEAD_BYTES)
         end = start.find(b'"shards":')
@@ -86,7 +86,7 @@ def read_head(path: Path) -> dict[str, Any]:
         except ValueError:
             head = {}
         if not isinstance(head, dict) or not {"format", "kind"} <= head.keys():
-            head = json.loads(start + file.read())  # written by another program
+            head = json.loads(start + file.read())  # fields in another order
     if not isinstance(head, dict):
         raise ValueError("it holds no object")
     return head
@@ -98,7 +98,7 @@ def has_gpu(root: Path = Path("/")) -> bool:
 
 
 def check_gpus(trainer: Mapping[str, Any], root: Path = Path("/")) -> None:
-    """Raise ConfigError if GPUs are asked for and this machine has none."""
+    """Raise ConfigError if GPUs are requested and this machine has none."""
     wanted = trainer["accelerator"]
     if wanted in ("gpu", "cuda") and not has_gpu(root):
         raise ConfigError(f"trainer.accelerator={wanted}: no GPU here; take trainer=cpu")

@@ -1,8 +1,8 @@
 """Every setting of `echolab train`: its type, range, choices and meaning.  Imports no torch.
 
-The defaults are in conf/, one file for each value of a group; this module says what may stand
-there.  `check.check` compares a resolved configuration with it.  Every field is required,
-so a setting that is missing here or in conf/ is refused by name.
+The defaults are in conf/, one file for each choice of a group; this module defines the valid
+values.  `check.check` validates a resolved configuration.  Most fields have no default here, so a
+setting that is missing here or in conf/ is refused by name.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,7 +65,7 @@ Datasets = Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A part of the configuration; keys that it does not name are refused."""
+    """A part of the configuration; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -89,7 +89,7 @@ class Model(Section):
     freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2), NUMBER] = Field(
         description="width of the timestep's sinusoids"
     )
-    # Settings with a default may be missing in files of users.
+    # Settings with a default here may be missing in YAML files of users.
     audio_layers: Size | None = Field(
         default=None,
         description="wav2vec2 layers that Flash projects; null: the preview's audio projection",
@@ -108,7 +108,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """conf/data: what is trained on, in which order, and what is held out."""
+    """conf/data: training data, their order, and validation data."""
 
     # Training sets and their mixture.
     clips: Datasets = Field(description="dataset of encoded clips, or a list of them")
@@ -195,7 +195,7 @@ class Curriculum(Section):
 
 
 class Phases(Section):
-    """conf/phases: how much each modality counts at a noise level."""
+    """conf/phases: weight of each modality by noise level."""
 
     schedule: Literal["phda", "phda_by_progress", "flat"] = Field(
         description="curve of modality weights over the noise levels"
@@ -227,7 +227,7 @@ class Schedule(Section):
 
 
 class Objective(Section):
-    """conf/objective: the objectives of ndpo and dpo epochs, in trl's words."""
+    """conf/objective: the objectives of ndpo and dpo epochs, with trl's parameter names."""
 
     beta: Positive = Field(description="beta of DPO: strength of the pull to the reference model")
     loss_type: Literal[
@@ -245,11 +245,11 @@ class Objective(Section):
     )
     ref_model_sync_steps: CountOrZero = Field(
         default=0,
-        description="steps between mixings of the weights into the reference, during an epoch of "
-        "ndpo or dpo; 0: never",
+        description="steps between updates of the reference model by the weights, in ndpo and dpo "
+        "epochs; 0: never",
     )
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
-        default=0.6, description="share of the trained weights in such a mixing"
+        default=0.6, description="share of the trained weights in an update of the reference model"
     )
 
 
@@ -305,7 +305,7 @@ class Trainer(Section):
         description="kernel of attention; auto: the fastest here"
     )
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
-        description="what becomes of the blocks' activations: kept, recomputed without attention, "
+        description="blocks' activations: kept, recomputed except for attention, "
         "recomputed, or moved to host memory (trl's activation offloading, on GPUs)"
     )
     compile: bool = Field(description="compile the blocks by torch.compile")
@@ -380,9 +380,9 @@ class SignalGrace(Section):
 
 
 class Timeouts(Section):
-    """Seconds after which a rank that stays in a section is taken to hang."""
+    """Seconds in a section after which a rank counts as hung."""
 
-    # Timeouts of sections; that of a step follows the steps before.
+    # Timeouts of sections; the timeout of a step follows from the earlier steps.
     init: Seconds = Field(description="seconds for imports, data, weights and the first collective")
     first_step: Seconds = Field(description="seconds for the first step, with compilation")
     step: Seconds = Field(

@@ -1,8 +1,8 @@
 """Store the settings of a run without secrets, and resolve stored settings.
 
-A value from the environment (`${oc.env:NAME}`) is kept as it was written, and an address without
-user, password and query.  So the files of a run hold no secret, and the same command resumes it if
-the variable has another value or the address another signature.
+A value from the environment (`${oc.env:NAME}`) is stored as written, and an address without user,
+password and query.  So the files of a run hold no secret, and the same command resumes the run even
+if the variable or the signature of the address has changed.
 """
 
 import re
@@ -18,26 +18,26 @@ from echolab.errors import ConfigError
 from echolab.redaction import MASK, is_secret_name, mask_secrets
 
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-SHORT = 8  # characters: a shorter number is no secret
+SHORT = 8  # characters; shorter numbers are not secrets
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)[^}]*\}")
 
 
 def stored(config: DictConfig) -> dict[str, Any]:
-    """Return composed settings as plain values: resolved, except for what may be secret.
+    """Return composed settings as plain values: resolved, except for possible secrets.
 
-    A short number from a variable whose name is not that of a secret is kept as a number, so that
-    what was trained can be read from it (`seed=${oc.env:SLURM_ARRAY_TASK_ID}`).
+    A short number is stored as a number unless its variable is named like a secret, so that the
+    stored settings show it (`seed=${oc.env:SLURM_ARRAY_TASK_ID}`).
     """
-    # Note which variables an interpolation reads.
+    # Record which variables an interpolation reads.
     read: set[str] = set()
-    with _on_environment(read.add):
+    with _observe_variables(read.add):
         kept: dict[str, Any] = _stored(config, OmegaConf.to_container(config), read)
     return kept
 
 
 @contextmanager
-def _on_environment(call: Callable[[str], None]) -> Iterator[None]:
-    """Call a function with the name of each variable before an interpolation gets its value."""
+def _observe_variables(call: Callable[[str], None]) -> Iterator[None]:
+    """Call `call` with the name of each variable before an interpolation reads its value."""
 
     def value(name: str, *default: Any) -> Any:
         call(name)
@@ -52,26 +52,26 @@ def _on_environment(call: Callable[[str], None]) -> Iterator[None]:
 
 
 def _stored(node: DictConfig | ListConfig, written: Any, read: set[str]) -> Any:
-    """Return a node without secrets; `written` is its plain value with its interpolations."""
+    """Return a node without secrets; `written` is its plain value with interpolations."""
     if isinstance(written, Mapping):
-        return {key: _kept(node, key, inner, read) for key, inner in written.items()}
-    return [_kept(node, number, inner, read) for number, inner in enumerate(written)]
+        return {key: _stored_value(node, key, inner, read) for key, inner in written.items()}
+    return [_stored_value(node, number, inner, read) for number, inner in enumerate(written)]
 
 
-def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str]) -> Any:
-    # Plain values and addresses need no interpolation.
+def _stored_value(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str]) -> Any:
+    # Plain values and addresses contain no interpolation.
     if isinstance(written, Mapping | list):
         return _stored(node[key], written, read)
     if not isinstance(written, str):
         return written
     if "${" not in written:
         return mask_secrets(written)
-    # Resolve the value to see which variables it takes.
+    # Resolve the value to record which variables it reads.
     read.clear()
     value = node[key]
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
-    # Numbers are kept as values, text from the environment as written.
+    # Store numbers as values, text from the environment as written.
     secret = any(map(is_secret_name, read))
     if not secret and isinstance(value, str) and NUMBER.fullmatch(value) and len(value) < SHORT:
         return value
@@ -81,9 +81,9 @@ def _kept(node: DictConfig | ListConfig, key: Any, written: Any, read: set[str])
 
 
 def with_types(kept: Any, given: Any, checked: Any) -> Any:
-    """Return stored settings in which every value that hides nothing is the checked one.
+    """Return stored settings with the checked value of every setting that holds no secret.
 
-    `given` are the resolved settings before the check; `1e-4` given as text is kept as a number.
+    `given` are the resolved settings before the check; `1e-4` given as text is stored as a number.
     """
     if isinstance(kept, Mapping) and isinstance(given, Mapping):
         return {key: with_types(kept[key], given[key], checked[key]) for key in kept}
@@ -104,8 +104,9 @@ def _without_defaults(written: str) -> str:
 def resolved(kept: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
     """Return stored settings with values for the `allowed` environment variables.
 
-    Others are refused, for the settings of a stranger's run could send any variable to an address
-    of theirs.  Raises ConfigError that names what is not allowed, not set, or not kept.
+    Other variables are refused, because the settings of another user's run could send any variable
+    to an address of theirs.  Raise ConfigError for variables that are not allowed or not set, and
+    for settings whose secrets are not stored.
     """
 
     # Refuse variables that the caller did not allow.
@@ -119,7 +120,7 @@ def resolved(kept: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
     check(*VARIABLE.findall(str(kept)))
     try:
         config = OmegaConf.create(dict(kept))
-        with _on_environment(check):  # names may be interpolated themselves
+        with _observe_variables(check):  # names may be interpolated themselves
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         words = " ".join(str(error).split())

@@ -22,7 +22,7 @@ from echolab.redaction import is_secret_name, mask_secrets, strip_secrets
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-PREFIX = 100  # characters of a name that show what is swept
+PREFIX = 100  # characters of a name that show the swept values
 HASH = 10  # hexadecimal digits
 ADDRESS = re.compile(r"\w+://[^\s'\",\]]+")
 # Signature and expiry in the query of a signed address.
@@ -49,11 +49,11 @@ def members(
 ) -> list[Member]:
     """Return all members of a sweep, in order.
 
-    `compose` returns the settings of overrides, and the same without secrets.  Raises ConfigError
-    if the settings of one member are wrong, or if two are the same.
+    `compose` returns the settings of overrides, and the settings without secrets.  Raise
+    ConfigError if the settings of a member are invalid, or if two members are the same.
     """
     made: dict[Path, Member] = {}
-    # Compose every member, so that a mistake stops the sweep before it starts.
+    # Compose every member first, so that an invalid setting stops the sweep before it starts.
     for own, values in expanded(words):
         for key in values:
             if key.startswith(("hydra.", "hydra/")) or key == "launcher":
@@ -78,15 +78,15 @@ class Swept(NamedTuple):
     """The overrides of one member of a sweep."""
 
     words: list[str]
-    values: dict[str, str]  # of the overrides that differ between members, by key, as Hydra's text
+    values: dict[str, str]  # overrides that differ between members: value by key, as Hydra text
 
 
 def expanded(words: Sequence[str]) -> list[Swept]:
     """Return the members of a sweep over `key=a,b`, choice, range and glob: all combinations.
 
-    An experiment may name more of them in hydra.sweeper.params; the command line counts, and of an
-    override that is given twice the last.  Raises ConfigError for words that Hydra cannot read, and
-    for a sweep with one value twice.
+    An experiment may define further swept parameters in hydra.sweeper.params; the command line
+    replaces them, and the last of several overrides of a key is used.  Raise ConfigError for words
+    that Hydra cannot read, and for a sweep with the same value twice.
     """
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
@@ -99,17 +99,17 @@ def expanded(words: Sequence[str]) -> list[Swept]:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(as_hydra(words, sweep=True))
 
-    # Compose what is not swept: an experiment may name further parameters.
+    # Compose the overrides that are not swept: an experiment may define further parameters.
     fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
     with hydra_config([*folder, *fixed]):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
         more = as_hydra([f"{key}={value}" for key, value in params.items()], sweep=True)
-        # Of an override that is given twice the last counts.
+        # The last of several overrides of a key is used.
         for override in [*parser.parse_overrides(more), *given]:
             choices[override.get_key_element()] = _choices_of(override)
 
-    # Members are all combinations; a key with one value is not part of their names.
+    # The members are all combinations; a key with one value is not part of their names.
     swept = [key for key, options in choices.items() if len({value for _, value in options}) > 1]
     return [
         Swept(
@@ -123,7 +123,7 @@ def expanded(words: Sequence[str]) -> list[Swept]:
 def _choices_of(override: "Override") -> list[tuple[str, str]]:
     """Return word and value of each choice of an override; the value is empty without a sweep.
 
-    Raise ConfigError for a value that comes twice, or an interval, which has no single values.
+    Raise ConfigError for a repeated value, or for an interval, which has no single values.
     """
     line, key = str(override.input_line), override.get_key_element()
     if not override.is_sweep_override():
@@ -137,7 +137,7 @@ def _choices_of(override: "Override") -> list[tuple[str, str]]:
 
 
 def launcher_of(words: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of hydra.launcher, resolved: how a sweep is started."""
+    """Return the resolved settings of hydra.launcher, which starts the members of a sweep."""
     from hydra import compose
     from omegaconf import OmegaConf
 
@@ -153,14 +153,14 @@ def launcher_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def name_of(kept: Mapping[str, Any], values: Mapping[str, str]) -> str:
-    """Return a folder's name: what is swept in readable form, and a hash of the settings.
+    """Return a folder's name: the swept values in readable form, and a hash of the settings.
 
     `kept` are a member's settings without secrets, `values` the overrides that differ between
-    members, by key.  The hash is of the resolved settings less those of the machine, and of all
-    that is swept.  So members that differ have different names, and the same member has the same
-    name when the sweep is run again or gets more values.
+    members, by key.  The hash covers the resolved settings, except for settings of the machine that
+    are not swept.  So different members have different names, and a member has the same name when
+    the sweep is run again or gets more values.
     """
-    # The hash covers all settings but those of the machine.
+    # The hash covers all settings except those of the machine.
     flat = {key: normalized_setting(key, value) for key, value in run_dir.flatten(kept).items()}
     own = {key: value for key, value in flat.items() if not is_machines(key)}
     swept = {key: resolved_value(flat, key, text) for key, text in values.items()}
@@ -175,8 +175,8 @@ def is_machines(key: str) -> bool:
 
 
 def resolved_value(flat: Mapping[str, Any], key: str, text: str) -> Any:
-    """Return the resolved value of a swept override: a setting, all of a group's, or its text."""
-    if "://" in text:  # settings are kept without the queries of addresses
+    """Return the resolved value of a swept override: a setting, those of a group, or text."""
+    if "://" in text:  # stored settings lack the queries of addresses
         return re.sub(ADDRESS, lambda match: without_signature(match[0]), text)
     name = key.lstrip("+").replace("/", ".")
     values = {k: v for k, v in flat.items() if k == name or k.startswith(f"{name}.")}
@@ -184,7 +184,7 @@ def resolved_value(flat: Mapping[str, Any], key: str, text: str) -> Any:
 
 
 def normalized_setting(key: str, value: Any) -> Any:
-    """Return a setting such that two spellings of one path are equal: absolute, without links."""
+    """Return a setting with paths made absolute and links resolved, so that equal paths match."""
     if isinstance(value, list):
         return [normalized_setting(key, item) for item in value]
     is_path = key in PATHS and isinstance(value, str) and "://" not in value
@@ -192,8 +192,8 @@ def normalized_setting(key: str, value: Any) -> Any:
 
 
 def without_signature(address: str) -> str:
-    """Return an address without user, password and what is secret in its query."""
-    # A signature changes from day to day; the member is the same.
+    """Return an address without user, password and the secrets in its query."""
+    # A signature expires and changes, but the member is the same.
     query = parse_qsl(urlsplit(address).query)
     public = [(name, value) for name, value in query if not SIGNATURE.match(name)]
     public = [(name, value) for name, value in public if not is_secret_name(name)]
@@ -201,9 +201,9 @@ def without_signature(address: str) -> str:
 
 
 def prefix(values: Mapping[str, str]) -> str:
-    """Return the swept keys and the ends of their values, for people to read.
+    """Return the swept keys and the ends of their values in readable form.
 
-    Long values are cut at their front, where paths are equal.  No secret is shown.
+    Long values are cut at the front, where paths are often equal.  No secret is shown.
     """
     # Long keys are shortened to their last part.
     keys = {key: key.lstrip("+") for key in sorted(values)}
@@ -222,10 +222,10 @@ def prefix(values: Mapping[str, str]) -> str:
 
 
 def without_queries(text: str) -> str:
-    """Return a text with the addresses in it cut to host and path."""
+    """Return a text with its addresses cut to host and path."""
     return ADDRESS.sub(lambda match: strip_secrets(match[0]).partition("://")[2], text)
 
 
 def file_name_part(text: str) -> str:
-    """Return a text of characters that need no quotes in any shell."""
+    """Return the text with only characters that need no quotes in any shell."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-")

@@ -1,1 +1,1 @@
-"""Inference."""
+"""Sampling, evaluation and preference rounds of the commands."""

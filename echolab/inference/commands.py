@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 DEMO_CHECKPOINT = Path("runs/demo/seed_0/dpo")
 DEMO_VAE = Path("runs/demo/networks/autoencoder.safetensors")
 DEMO_DATA = Path("runs/demo/data")
-SIZES = {"demo": 64, "preview": 768, "flash": 768}  # pixels; of the released scripts
+SIZES = {"demo": 64, "preview": 768, "flash": 768}  # pixels, as in the released scripts
 CROPS = {"demo": "head", "preview": "frame", "flash": "frame"}
-# Released defaults.
-CHUNK_OVERLAP = 8  # known frames of a chunk, as released
+# Default of the released scripts.
+CHUNK_OVERLAP = 8  # frames that a chunk shares with the previous one
 # The speech encoder of each released model.
 WAV2VEC = {"preview": "wav2vec2-base-960h", "flash": "chinese-wav2vec2-base"}
-# Presets and defaults by model.
-PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}  # by model; other models: preview
+# Preset by model; other models use preview.
+PRESET_OF = {None: "demo", "echomimicv3_flash": "flash"}
 INPUT_TITLES = {
     "image": "the image to animate", "last_image": "the image to end with",
     "source_video": "a video", "audio": "the speech",
@@ -189,11 +189,11 @@ class GenerateArguments:
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise ConfigError for values that are out of range or do not go together."""
+        """Raise ConfigError for values that are out of range or cannot be combined."""
         if self.out.suffix != ".mp4":
             raise ConfigError(f"out={self.out}: must end in .mp4")
         self._check_inputs()
-        # Options that exclude each other.
+        # Options that cannot be combined.
         if self.devices > 1 and self.teacache_threshold:
             raise ConfigError(f"devices={self.devices}: must be 1 with teacache_threshold=")
         if (self.width is None) != (self.height is None):
@@ -211,8 +211,8 @@ class GenerateArguments:
                 )
 
     def check_files(self) -> None:
-        """Raise ConfigError for an input, weights or a folder of models that is not there."""
-        # Inputs first, then the weights of the released or the own model.
+        """Raise ConfigError for an input, weights or a folder of models that does not exist."""
+        # Inputs first, then the weights of the released model or of the run.
         check_exists(self, "image", "last_image", "source_video", "audio", "face_models")
         if self.model is None:
             check_exists(self, "checkpoint", "vae")
@@ -221,8 +221,8 @@ class GenerateArguments:
             check_exists(self, "checkpoint", "encoder_dir", "wav2vec", "lora")
 
     def _check_inputs(self) -> None:
-        """Raise ConfigError unless the files given are those that the task takes."""
-        # Each input file must be one that the task takes.
+        """Raise ConfigError unless the given files are the inputs of the task."""
+        # Each given file must be an input of the task.
         task = TASK_TABLE[self.task]
         required, optional = task.inputs, task.optional_inputs
         for name, title in INPUT_TITLES.items():
@@ -259,16 +259,16 @@ class GenerateArguments:
 
     @property
     def wav2vec_folder(self) -> Path:
-        """The folder of wav2vec2: by default its usual name in `encoder_dir`."""
+        """The folder of wav2vec2; default: its released name in `encoder_dir`."""
         return self.wav2vec or (self.encoder_dir or Path()) / WAV2VEC[self.speech]
 
     @property
     def preset_name(self) -> str:
-        """The requested preset, or that of the model."""
+        """The requested preset, or the default preset of the model."""
         return self.preset or PRESET_OF.get(self.model, "preview")
 
     def recipe(self) -> SamplerConfig:
-        """Return the preset with the requested changes; raise ConfigError if they cannot be."""
+        """Return the preset with the requested changes; raise ConfigError for invalid changes."""
         from echolab.diffusion.pipeline import PRESETS, check_sampler
 
         requested = {name: getattr(self, name) for name in PRESET_FIELDS}
@@ -289,8 +289,8 @@ class GenerateArguments:
 class EvaluateArguments:
     """Sample held-out clips with a checkpoint's averaged weights and score them.
 
-    Scores are those of demo networks (`_demo`): Sync-C and Sync-D by the published formula, FID and
-    FVD against clips of `real`, the correlation of the mouth with the true visemes if those are
+    Demo networks compute the scores (`_demo`): Sync-C and Sync-D by the published formula, FID and
+    FVD against clips of `real`, the correlation of the mouth with the true visemes if these are
     known, PSNR of the first frame.  With reference= the held-out clips themselves are scored.
     """
 
@@ -328,7 +328,7 @@ class EvaluateArguments:
     format: Literal["text", "json"] = argument("output format", "text")
 
     def check(self) -> None:
-        """Raise ConfigError unless there is one thing to score."""
+        """Raise ConfigError unless exactly one subject of the scores is given."""
         if (self.checkpoint is None) == (self.reference is None):
             raise ConfigError(
                 "echolab evaluate: needs checkpoint= or reference=, not both; give one"
@@ -372,7 +372,7 @@ class PairsArguments:
     format: Literal["text", "json"] = argument("summary format", "text", section="Output")
 
     def check(self) -> None:
-        """Raise EcholabError unless the paths that the action reads are given and there."""
+        """Raise EcholabError unless the paths that the action reads are given and exist."""
         # Datasets must be of the kind that the action reads.
         kinds = {"raw": "raw", "clips": "encoded"}
         for name in PAIRS_INPUTS[self.action]:
@@ -384,7 +384,7 @@ class PairsArguments:
         if self.action == "pack":
             self.required("out")
 
-    # Inputs depend on the action, so the schema cannot require them.
+    # Required inputs depend on the action, so the fields are optional.
     def required(self, name: str) -> Path:
         """Return an argument that the action needs.  Raise ConfigError if it was not given."""
         value: Path | None = getattr(self, name)
@@ -418,7 +418,7 @@ class FitArguments:
 
 def check_dataset(key: str, folder: Path, kind: str) -> None:
     """Raise DataError, naming the argument, unless a folder holds a dataset of this kind."""
-    # Reads the head of dataset.json alone.
+    # Read only the head of dataset.json.
     from echolab.config.paths import check_dataset_head
 
     check_dataset_head(key, folder, kind)
@@ -429,7 +429,7 @@ def check_dataset(key: str, folder: Path, kind: str) -> None:
 
 def generate(argv: list[str]) -> int:
     """Generate a talking video."""
-    # Arguments, then files, then torch.
+    # Check arguments, then files, before torch is imported.
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
     arguments.check_files()
@@ -467,9 +467,9 @@ def pairs(argv: list[str]) -> int:
     check_writable(arguments.folder, folder=True)
     from echolab.inference.pairs import pack, sample, score
 
-    # Run the action; each returns the number of what it made.
+    # Run the action, which returns the number of items that it made.
     made = {"sample": sample, "score": score, "pack": pack}[arguments.action](arguments)
-    # Print what was made.
+    # Print a summary.
     figures = {"folder": str(arguments.folder), "action": arguments.action, "made": made}
     written = arguments.out if arguments.action == "pack" else arguments.folder
     plain = f"{written}: {made} {MADE[arguments.action]}"

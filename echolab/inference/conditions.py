@@ -19,7 +19,7 @@ class Scene(NamedTuple):
     text: Tensor  # [L, D]
     negative: Tensor | None  # [1, L, D] features of the negative prompt, if it is used
     image: Tensor  # [N, D] zeros without an image
-    audio: Tensor  # [2 T, D], or one entry a frame; zeros without audio
+    audio: Tensor  # [2 T, D], or [T, ...] with released encoders; zeros without audio
     samples: Tensor | None  # [640 T] the audio samples
     face: Tensor  # [P]
     pixels: Tensor  # [3, T, Y, X] in [-1, 1]
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
     def chunk(self, start: int, stop: int, previous: Tensor | None) -> "Scene":
         """Return frames [start, stop), the first k known from `previous` [3, k, Y, X] if given."""
-        # Demo audio has two tokens a frame, released audio one entry.
+        # The demo encoder has two audio tokens per frame, released encoders one entry.
         per_frame = len(self.audio) // len(self.known)
         pixels, known = self.pixels[:, start:stop].clone(), self.known[start:stop].clone()
         # The first frames repeat the last ones of the previous chunk.
@@ -47,14 +47,14 @@ class Scene(NamedTuple):
 def encode_scene(
     encoders: Encoders, footage: Footage, samples: Tensor | None, prompt: str, negative: str | None
 ) -> Scene:
-    """Return the features of a full video.  `samples` and `negative` may be None: not used."""
+    """Return the features of a full video.  `samples` and `negative` are None if not used."""
     _, frames, height, width = footage.pixels.shape
     geometry = encoders.geometry
-    # One encoder after another: if memory is short each makes room for the next.
+    # Run one encoder after another, so that each can free its memory for the next.
     text = encoders.text(prompt)
     negative_text = None if negative is None else encoders.text(negative)[None]
     image = encoders.image(footage.image)
-    # Cut the audio to the video, or fill it up with silence.
+    # Cut the audio to the length of the video, or pad it with silence.
     needed = SAMPLES_PER_FRAME * frames
     trimmed = torch.zeros(needed) if samples is None else samples[:needed]
     padded = torch.cat([trimmed, trimmed.new_zeros(needed - len(trimmed))])
@@ -75,8 +75,8 @@ def encode_scene(
 def conditions_of(encoders: Encoders, scene: Scene, device: torch.device) -> Conditions:
     """Return the network's conditions of a scene or a chunk: a batch of one.
 
-    If no pixel is known the known latents are zeros, not those of a gray video (the released
-    pipeline, 629-633).
+    If no pixel is known, the known latents are zeros, not the latents of a gray video (released
+    pipeline, lines 629-633).
     """
     known = latent_known(scene.known, encoders.geometry)
     if scene.known.any():
@@ -92,14 +92,14 @@ def conditions_of(encoders: Encoders, scene: Scene, device: torch.device) -> Con
 
 
 def encode_window_audio(encoders: Encoders, scene: Scene, start: int, stop: int) -> Tensor | None:
-    """Return the audio features of latent frames [start, stop), encoded as a clip of their own.
+    """Return the audio features of latent frames [start, stop), encoded as a separate clip.
 
     Return None without audio.  The demo encoder's tokens depend on their position in the clip, so a
     network trained on clips of one length misreads tokens of later windows cut from a long clip.
     """
     if scene.samples is None:
         return None
-    # Cut the samples of the window, and encode them alone.
+    # Cut the samples of the window, and encode them separately.
     frames = encoders.geometry.frames(stop - start)
     first = encoders.geometry.time_stride * start
     part = scene.samples[first * SAMPLES_PER_FRAME :][: frames * SAMPLES_PER_FRAME]

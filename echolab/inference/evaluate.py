@@ -1,6 +1,6 @@
-"""Sample held-out clips from a checkpoint, score them, and keep rows and samples.
+"""Sample held-out clips from a checkpoint, score them, and store rows and samples.
 
-The demo networks that judge, and sampling for the keys of a dataset, serve preference rounds too.
+Preference rounds use the judges and the sampling for samples of a dataset as well.
 """
 
 import json
@@ -36,7 +36,7 @@ from echolab.types import Clips
 BATCH = 32
 AUTOENCODER, FRAMES, CLIPS = "autoencoder", "frames", "clips"
 SYNC_JUDGE, SYNC_EVALUATOR = "sync_judge", "sync_evaluator"
-UNGUIDED = ("sync_c_demo", "mouth_corr")  # scores that are also taken without audio guidance
+UNGUIDED = ("sync_c_demo", "mouth_corr")  # scores that are also computed without audio guidance
 
 
 class Sampling(NamedTuple):
@@ -154,7 +154,7 @@ class Sampler:
 
 
 def score_checkpoint(arguments: EvaluateArguments, checkpoint: Path) -> dict[str, float]:
-    """Return the scores of clips sampled from a checkpoint; keep some of the clips."""
+    """Return the scores of clips sampled from a checkpoint; write some of the clips."""
     # Sample all clips with guidance, and score them.
     truth = load_clips(arguments.raw, arguments.num_clips)
     cepstra, indices, task = cepstra_of(truth), range(len(truth.keys)), str(arguments.task)
@@ -164,7 +164,7 @@ def score_checkpoint(arguments: EvaluateArguments, checkpoint: Path) -> dict[str
     judges = judges_of(arguments.networks, arguments.real, 4 * len(indices))
     scores = score_clips(judges, pixels, truth, cepstra)
 
-    # Guidance costs a second pass; preference training can teach part of its effect.
+    # Guidance needs a second forward; preference training can teach part of its effect.
     if arguments.unguided:
         unguided = sampler.sample(f"sampling from {name}, unguided", indices, task,
                                   sampling._replace(audio_scale=1.0))  # fmt: skip
@@ -195,15 +195,15 @@ def score_reference(arguments: EvaluateArguments) -> dict[str, float]:
     return scores
 
 
-@lru_cache(maxsize=1)  # several evaluations of one process, as in the demo, share them
+@lru_cache(maxsize=1)  # shared by several evaluations in one process, as in the demo
 def judges_of(networks: Path, real: Path, num_clips: int) -> Judges:
-    """Return the judges, with the features of real clips that FID and FVD compare with."""
+    """Return the judges, with the features of real clips for FID and FVD."""
     return load_judges(networks, load_clips(real, num_clips))
 
 
 def sample_tasks(arguments: EvaluateArguments, sampler: Sampler, truth: Clips) -> None:
-    """Write one clip of every task that is not scored, each of another talker."""
-    # Each task gets a clip of its own.
+    """Write one clip of every task that is not scored, each with another talker."""
+    # Each task uses another held-out clip.
     assert arguments.task_samples
     arguments.task_samples.mkdir(parents=True, exist_ok=True)
     for index, task in enumerate(name for name in TASKS if name != arguments.task):
@@ -222,7 +222,7 @@ def keep_samples(folder: Path, pixels: Tensor, truth: Clips, count: int) -> None
 
 def add_row(path: Path, name: str, seed: int, scores: dict[str, float]) -> None:
     """Add a row to a score table, in place of an earlier one of the same name and seed."""
-    # Rows of other checkpoints stay.
+    # Keep the rows of other checkpoints.
     try:
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
         rows = [row for row in rows if (row["checkpoint"], row["seed"]) != (name, seed)]

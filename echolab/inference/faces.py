@@ -20,10 +20,10 @@ from echolab.vision.faces import (
 from echolab.vision.video_reader import Probe, VideoReader
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
-# A second face makes an image ambiguous from this score, and this fraction of the largest face.
+# A second face with at least this score and fraction of the largest face makes an image ambiguous.
 SECOND_SCORE, SECOND_FRACTION = 0.9, 0.5
-# For boxes that the user gives in place of a detection.
-LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # typical lips in a face's box, in sizes of the box
+# Used for a box that the user gives instead of a detection.
+LIPS_IN_FACE = (0.25, 0.62, 0.75, 0.92)  # typical lip box, in fractions of the face box
 
 Boxes = NDArray[np.float32]  # [T, 4] x0, y0, x1, y1
 
@@ -44,13 +44,13 @@ def face_around(lips: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def lips_of(mesh: FaceMesh, image: Image, row: Row) -> NDArray[np.float32]:
-    """Return the lip box [4] of one face, from the mesh if it fits, else from the detector."""
+    """Return the lip box [4] of one face, from the mesh if it is valid, else from the detector."""
     mouth = mesh.find(image, row)
     return mouth.lips if mouth.presence > 0.5 else mouth_from_corners(row)
 
 
 def find_face(image: Image, name: Path, face_models: Path | None) -> tuple[Boxes, Boxes]:
-    """Return boxes [1, 4] of the face and its lips.  Raise MediaError for no face or several."""
+    """Return boxes [1, 4] of the face and its lips.  Raise MediaError unless there is one face."""
     scale = DETECT_PIXELS / max(image.shape[:2])
     size = tuple(round(side * scale) for side in image.shape[1::-1])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
@@ -58,7 +58,7 @@ def find_face(image: Image, name: Path, face_models: Path | None) -> tuple[Boxes
     yunet = find_face_model(YUNET, face_models)
     rows = FaceDetector(yunet, scaled.shape[1], scaled.shape[0]).detect(scaled)
 
-    # The largest face is meant, if no other comes near it.
+    # Choose the largest face, unless another face is nearly as large.
     rows = rows[rows[:, 3].argsort()[::-1]]
     others = [
         row
@@ -77,7 +77,7 @@ def follow_face(
 ) -> tuple[Boxes, Boxes]:
     """Return boxes [T, 4] of the largest face in all frames `indices` of a video, and its lips.
 
-    Raise MediaError if no face is in all of them.
+    Raise MediaError if no face is in all of these frames.
     """
     # Detect in a smaller copy of each frame.
     scale = min(1.0, DETECT_PIXELS / max(probe.width, probe.height))

@@ -27,11 +27,11 @@ BATCH = 32  # clips that the autoencoder reconstructs at once
 
 
 def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> Clips:
-    """Return the clips to fit on, with their reconstructions by `vae` if that is given.
+    """Return the clips to fit on, with their reconstructions by `vae` if it is given.
 
-    Raise DataError if there are none.
+    Raise DataError if there are no clips.
     """
-    # The time of the index changes if the dataset is made again.
+    # The modification time of the index changes if the dataset is written again.
     index = data / INDEX
     stamp = index.stat().st_mtime_ns if index.is_file() else 0
     clips = _decoded(data, None if count is None else first + count, stamp)
@@ -51,16 +51,16 @@ def read_clips(data: Path, first: int, count: int | None, vae: Path | None) -> C
     return with_reconstructions(clips, vae) if vae else clips
 
 
-@lru_cache(maxsize=2)  # several fits of one process, as in the demo, decode the clips once
+@lru_cache(maxsize=2)  # several fits in one process, as in the demo, decode the clips once
 def _decoded(data: Path, count: int | None, stamp: int) -> Clips:
     return load_clips(data, count)
 
 
 @torch.no_grad()
 def with_reconstructions(clips: Clips, vae_file: Path) -> Clips:
-    """Return each clip twice: as it is, and after encoding and decoding.
+    """Return each clip twice: the original, and the clip after encoding and decoding.
 
-    SyncNet judges decoded clips, so it must know their blur and read lips no less well in them.
+    SyncNet judges decoded clips, so it must be trained on their blur too.
     """
     # Decode the latents of every clip.
     vae = load_net(vae_file, CausalAutoencoder)
@@ -83,7 +83,7 @@ def fit_network(network: str, clips: Clips, out: Path, *, steps: int, seed: int)
     """Fit one network, write it to `out`, and return the last loss."""
     last_loss = float("nan")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # The state is named after the clips, so that a fit never resumes on other ones.
+    # Name the state after the content of the clips, so that a fit never resumes on other clips.
     state = out.with_suffix(f".{zlib.crc32(clips.pixels.numpy().data):08x}.progress")
     with progress(f"fitting {out.stem}", steps) as advance:
 
@@ -117,7 +117,7 @@ def _sync(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> F
 
 
 def _frames(clips: Clips, steps: int, seed: int, state: Path, report: Report) -> Fitted:
-    # The features are those of a classifier of mouth and head.
+    # Features of a classifier of mouth and head.
     labels = talker_labels(clips.face, _visemes(clips))
     net = fit_frame_features(clips.pixels, labels, steps=steps, seed=seed, progress=state,
                              report=report)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Generate a video as `echolab generate` asks: read inputs, load models, render, write."""
+"""Generate a video for `echolab generate`: read inputs, load models, render, write."""
 
 import io
 import json
@@ -55,7 +55,7 @@ RATE_HZ = 16_000
 
 
 class Models(NamedTuple):
-    """The network, and the encoders that it was trained with."""
+    """The network, and the encoders of its training data."""
 
     net: EchoTransformer
     encoders: Encoders
@@ -64,9 +64,9 @@ class Models(NamedTuple):
 def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
     """Write the video and print a summary; return the exit code.
 
-    With several devices start a rank for each by the same command, whose words are `argv`.
+    With several devices, start a rank for each by the same command, whose words are `argv`.
     """
-    # Fail on files and sizes before anything is loaded.
+    # Check files and sizes before anything is loaded.
     check_writable(arguments.out)
     recipe, start = arguments.recipe(), time.monotonic()
     samples, frames = read_speech(arguments)
@@ -77,7 +77,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
     check_network(requested_architecture(arguments), arguments)
 
     with device_group(arguments.devices) as device:
-        # Inputs are read before weights, which take longer.
+        # Read the inputs before the weights, which take longer.
         footage = footage_of(arguments, frames)
         models = load_models(arguments, device)
         use_attention(models.net, attention_from("auto", device))
@@ -86,7 +86,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
         with redirect_stderr(io.StringIO()) if rank_from_environment() else nullcontext():
             video = generate(arguments, models, footage, samples, frames, device)
 
-    # Rank 0 writes.
+    # Only rank 0 writes.
     if rank_from_environment():
         return 0
     audio = None if samples is None else samples[: frames * SAMPLES_PER_FRAME]
@@ -101,7 +101,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
 @contextmanager
 def device_group(devices: int) -> Iterator[torch.device]:
     """Yield this process's device, within a process group if several share the video."""
-    # One device, or a process group of one device a rank.
+    # One device, or a process group with one device per rank.
     on_gpu = torch.cuda.is_available()
     if on_gpu and devices > torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -141,7 +141,7 @@ def read_speech(arguments: GenerateArguments) -> tuple[Samples | None, int]:
 
 
 def _video_start(arguments: GenerateArguments) -> float | None:
-    """Return the time of the first frame if the audio is that of the video to regenerate."""
+    """Return the time of the first frame if the audio comes from the video to regenerate."""
     video, audio = arguments.source_video, arguments.audio
     if arguments.task == "continuation" or video is None or audio is None:
         return None
@@ -151,7 +151,7 @@ def _video_start(arguments: GenerateArguments) -> float | None:
 
 
 def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
-    """Return a released network with its encoders, or a run's average with the demo encoders."""
+    """Return a released network with its encoders, or a run's EMA with the demo encoders."""
     if arguments.model is not None and arguments.encoder_dir is not None:
         # A released network with its encoders.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -170,7 +170,7 @@ def load_models(arguments: GenerateArguments, device: torch.device) -> Models:
 
 
 def requested_architecture(arguments: GenerateArguments) -> Mapping[str, Any]:
-    """Return the settings of the network, without its weights."""
+    """Return the architecture of the network, without reading its weights."""
     if arguments.model is not None:
         return architecture_of(arguments.model)
     checkpoint = open_checkpoint(last_checkpoint(arguments.checkpoint))
@@ -180,7 +180,7 @@ def requested_architecture(arguments: GenerateArguments) -> Mapping[str, Any]:
 
 def check_network(architecture: Mapping[str, Any], arguments: GenerateArguments) -> None:
     """Raise ConfigError if the task needs a branch that the network lacks."""
-    # The network must take known pixels, and audio, if the task has them.
+    # The network needs inputs for known pixels and audio if the task has these.
     channels = architecture.get("in_channels", 36), architecture.get("out_channels", 16)
     if channels[0] <= channels[1] and arguments.task != "t2v":
         raise ConfigError(
@@ -224,7 +224,7 @@ def generate(
         render = render_chunks if long_video == "chunked" else render_windows
         pixels = render(renderer, scene, advance)
 
-    # Postprocess: colors of the first frame, known pixels of the source.
+    # Postprocess: match the colors of the first frame, paste known pixels of the source.
     video = to_frames(pixels[:, :frames].float().cpu())
     if arguments.match_colors:
         video = match_colors(video)

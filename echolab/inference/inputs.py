@@ -31,12 +31,12 @@ KNOWN_FRAMES = 8  # frames of the source at the beginning of a continuation
 
 
 class Footage(NamedTuple):
-    """The known pixels of a video; values of unknown pixels do not matter."""
+    """The known pixels of a video; values of unknown pixels are not used."""
 
     pixels: Tensor  # [3, T, Y, X] in [-1, 1]
     known: Tensor  # [T, 1, Y, X] bool
     face: Tensor  # [T, 4] in pixels
-    image: Tensor | None  # [3, Y, X] the reference image, if there is one
+    image: Tensor | None  # [3, Y, X] the reference image, None if the task has none
 
     def extended(self, frames: int) -> "Footage":
         """Return the footage with its last frame repeated up to `frames`."""
@@ -47,12 +47,12 @@ class Footage(NamedTuple):
 
 
 def size_of(arguments: GenerateArguments) -> int:
-    """Return the side of a square with the video's area, in pixels."""
+    """Return the side in pixels of a square with the area of the video."""
     return arguments.size or SIZES[arguments.preset_name]
 
 
 def crop_of(arguments: GenerateArguments, faces: Boxes, width: int, height: int) -> Crop:
-    """Return the part of an image of width x height that is used, and its size in the video."""
+    """Return the crop of an image of width x height, and its size in the video."""
     size = size_of(arguments)
     if arguments.width is not None and arguments.height is not None:
         new_width, new_height = arguments.width, arguments.height
@@ -68,7 +68,7 @@ def crop_of(arguments: GenerateArguments, faces: Boxes, width: int, height: int)
     return Crop((x, y, x + scale * new_width, y + scale * new_height), new_width, new_height)
 
 
-def _repeated(box: tuple[float, ...], frames: int) -> Boxes:
+def _repeat_box(box: tuple[float, ...], frames: int) -> Boxes:
     return np.tile(np.array(box, np.float32), (frames, 1))
 
 
@@ -86,7 +86,7 @@ def known_of(
 
 
 def no_footage(arguments: GenerateArguments, frames: int) -> Footage:
-    """Return the footage of t2v: nothing is known, and audio may act everywhere."""
+    """Return the footage of t2v: no pixel is known, and audio may act everywhere."""
     height, width = arguments.height or size_of(arguments), arguments.width or size_of(arguments)
     return Footage(
         torch.zeros(3, 1, height, width).expand(-1, frames, -1, -1),
@@ -101,11 +101,11 @@ def image_footage(arguments: GenerateArguments, frames: int) -> Footage:
     assert arguments.image is not None
     image = read_image(arguments.image)
 
-    # Crop around the face that was given or is detected.
+    # Crop around the face, which the user gives or which is detected.
     if arguments.face is None:
         face, lips = find_face(image, arguments.image, arguments.face_models)
     else:
-        face, lips = _repeated(arguments.face, 1), _repeated(lips_in(arguments.face), 1)
+        face, lips = _repeat_box(arguments.face, 1), _repeat_box(lips_in(arguments.face), 1)
     crop = crop_of(arguments, face, image.shape[1], image.shape[0])
 
     # Every frame shows the first image; the task's mask selects the known ones.
@@ -151,14 +151,14 @@ def video_footage(arguments: GenerateArguments, frames: int) -> Footage:
         )
     indices = indices[-needed:] if continues else indices[:needed]
 
-    # Boxes of face and lips: from the box given, or tracked.
+    # Boxes of face and lips: from the given box, or tracked.
     box = arguments.box or arguments.face
     if box is None:
         face, lips = follow_face(source, indices, arguments.face_models)
     elif arguments.box is not None and arguments.task == "lip_sync":
-        face, lips = _repeated(face_around(box), needed), _repeated(box, needed)
+        face, lips = _repeat_box(face_around(box), needed), _repeat_box(box, needed)
     else:
-        face, lips = _repeated(box, needed), _repeated(lips_in(box), needed)
+        face, lips = _repeat_box(box, needed), _repeat_box(lips_in(box), needed)
 
     # Crop the frames; a continuation repeats its last known frame.
     crop = crop_of(arguments, face, source.width, source.height)
@@ -177,7 +177,7 @@ def footage_of(arguments: GenerateArguments, frames: int) -> Footage:
     return (image_footage if arguments.source_video is None else video_footage)(arguments, frames)
 
 
-# Clips of a raw dataset, for fitting and judging the demo networks
+# Clips of a raw dataset, on which the demo networks are fitted and judged
 
 
 def load_clips(folder: Path, count: int | None = None) -> Clips:
@@ -185,13 +185,13 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
     dataset = open_dataset(folder)
     if dataset.kind != "raw":
         raise DataError(f"{folder}: holds {dataset.kind} samples; give a dataset of the raw kind")
-    # All clips, or the first ones.
+    # Read all clips, or only the first `count`.
     count = len(dataset) if count is None else min(count, len(dataset))
     if count < 1:
         raise DataError(
             f"{folder}: {count} of its {len(dataset)} clips asked for; need one or more"
         )
-    # Frames: all of one size, so that they stack.
+    # Frames must have one size, so that they can be stacked.
     members = [dataset.read(i) for i in range(count)]
     frames = [decode_mp4(m["mp4"]) for m in members]
     for key, clip in zip(dataset.keys, frames, strict=False):
@@ -200,7 +200,7 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
                 f"{folder}: clip {key} is {clip.shape[:3]}, the first {frames[0].shape[:3]} "
                 "(frames, height, width); prepare them with one frames= and one size="
             )
-    # Boxes and, of drawn talkers, the shape of the mouth.
+    # Boxes, and for drawn talkers the shape of the mouth.
     tracks = [decode_tracks(m["tracks.npz"]) for m in members]
     # Audio: 640 samples a frame, at 16 kHz and 25 frames a second.
     length = 640 * frames[0].shape[0]
@@ -223,7 +223,7 @@ def load_clips(folder: Path, count: int | None = None) -> Clips:
 
 
 def _visemes(tracks: list[Tracks]) -> Tensor | None:
-    """Return opening and width of the mouths [B, T, 2], None if one clip lacks them."""
+    """Return opening and width of the mouths [B, T, 2]; None if they are missing in any clip."""
     if not all({"opening", "width"} <= set(track.extra) for track in tracks):
         return None
     curves = [np.stack([t.extra["opening"], t.extra["width"]], -1) for t in tracks]

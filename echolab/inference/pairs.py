@@ -28,7 +28,7 @@ from echolab.progress import progress
 from echolab.types import Clips
 
 VERDICTS = "verdicts.jsonl"
-BATCH = 32  # prompts of one file of candidates
+BATCH = 32  # prompts in one file of candidates
 
 
 def sample(arguments: PairsArguments) -> int:
@@ -52,7 +52,7 @@ def sample(arguments: PairsArguments) -> int:
 def score(arguments: PairsArguments) -> int:
     """Score all candidates and return the number of verdicts."""
     networks, raw = arguments.required("networks"), arguments.required("raw")
-    # Candidates are of the first clips of the dataset: the others need no decoding.
+    # Candidates exist only for the first clips of the dataset: do not decode the others.
     clips = load_clips(raw, read_request(arguments.folder).get("prompts"))
     total = sum(1 for _ in read_candidates(arguments.folder))
     with progress("scoring candidates", total) as advance:
@@ -79,14 +79,14 @@ def pack(arguments: PairsArguments) -> int:
 
 def judge_candidates(folder: Path, clips: Clips, vae: CausalAutoencoder, sync: SyncNetDemo,
                      frame: FrameFeatures, report: Callable[[int], None]) -> None:  # fmt: skip
-    """Append a verdict for each candidate to verdicts.jsonl; keep those that are there.
+    """Append a verdict for each candidate to verdicts.jsonl; keep existing verdicts.
 
     Raise DataError if the clips lack a prompt, or if the folder was made with other networks.
     """
     index_of, cepstra = {key: index for index, key in enumerate(clips.keys)}, cepstra_of(clips)
     known = read_verdicts(folder / VERDICTS)
 
-    # One folder holds verdicts of the same judges on candidates of the same encoders.
+    # All verdicts of a folder must have the same judges and encoders.
     judges = {"video": fingerprint(vae), "sync": fingerprint(sync), "frame": fingerprint(frame)}
     encoders = read_request(folder).get("encoders") or {}
     check_same_encoders("networks", {"video": judges["video"]}, f"the clips of {folder}", encoders)
@@ -100,7 +100,7 @@ def judge_candidates(folder: Path, clips: Clips, vae: CausalAutoencoder, sync: S
         if key not in index_of:
             raise DataError(f"{folder}: candidates of {key}, which the raw clips do not hold")
         clip = slice(index_of[key], index_of[key] + 1)
-        # Judge all candidates of the prompt, and note their verdicts.
+        # Judge all candidates of the prompt, and record their verdicts.
         verdicts = judge(
             sync, frame, vae.decode(candidates),
             clips.float_pixels(clip)[:, :, 0].expand(count, -1, -1, -1),

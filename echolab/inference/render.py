@@ -27,21 +27,21 @@ from echolab.geometry import WAN, LatentGeometry
 from echolab.inference.conditions import Scene, conditions_of, encode_window_audio
 from echolab.types import Conditions
 
-FEATHER = 8.0  # pixels, the side of a latent: the mask that the network sees is that coarse
-FEATHER_SHARE = 0.25  # at most, of the radius of the generated part: its center stays generated
+FEATHER = 8.0  # pixels per latent, since the network sees the mask at this resolution
+FEATHER_SHARE = 0.25  # limit as a fraction of the generated part's radius, to keep its center
 
 Advance = Callable[[int, str], None]
 
 
 class Renderer(NamedTuple):
-    """The network with everything that its samples depend on, except the scene."""
+    """The network and all other inputs of sampling, except the scene."""
 
     net: nn.Module
     encoders: Encoders
     recipe: SamplerConfig
-    cfg: str  # of guidance.CFG_MODES
+    cfg: str  # one of guidance.CFG_MODES
     seed: int
-    cache: float  # TeaCache threshold; 0 is none
+    cache: float  # TeaCache threshold; 0: no cache
     coefficients: Sequence[float] = WAN_1B3
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
@@ -53,7 +53,7 @@ def spans_of(
     """Return the windows (in latent frames) or the chunks (in frames) of a video."""
     if long_video == "chunked":
         return chunk_spans(frames, recipe.window, recipe.overlap, recipe.by_clip, geometry)
-    # Windows cover the video; with by_clip every one has full length.
+    # Windows cover the video; with by_clip every window has full length.
     size = window_latents(recipe, geometry)
     needed = geometry.covering_latent_frames(frames)
     spans = windows(needed, size, recipe.overlap)
@@ -63,9 +63,9 @@ def spans_of(
 def frames_of(
     frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
 ) -> int:
-    """Return how many frames are rendered for a video of `frames`.
+    """Return how many frames are rendered for a video of `frames` frames.
 
-    They are 4n + 1, and with `by_clip` enough for full windows.
+    The number is 4n + 1, and with `by_clip` fills all windows.
     """
     stop = spans_of(frames, recipe, long_video, geometry)[-1][1]
     return stop if long_video == "chunked" else geometry.frames(stop)
@@ -74,8 +74,8 @@ def frames_of(
 def steps_of(
     frames: int, recipe: SamplerConfig, long_video: str, geometry: LatentGeometry = WAN
 ) -> int:
-    """Return the number of steps that progress counts."""
-    # Windows share each step, chunks have steps of their own.
+    """Return the number of steps that the progress bar counts."""
+    # All windows share each step; each chunk has its own steps.
     is_chunked = long_video == "chunked"
     chunks = len(spans_of(frames, recipe, long_video, geometry)) if is_chunked else 1
     return chunks * recipe.num_steps
@@ -83,7 +83,7 @@ def steps_of(
 
 @contextmanager
 def _cached(renderer: Renderer) -> Iterator[Net]:
-    """Yield the network, with its steps cached if that was requested."""
+    """Yield the network, with TeaCache if requested."""
     if not renderer.cache:
         yield renderer.net
         return
@@ -99,7 +99,7 @@ def render_part(
     index: int,
     on_step: Callable[[int], None],
 ) -> Tensor:
-    """Return pixels [3, T, Y, X] of a scene or chunk; each `index` has its own noise."""
+    """Return pixels [3, T, Y, X] of a scene or chunk; `index` selects the noise."""
     # Encode the known pixels, and draw noise.
     conditions = conditions_of(renderer.encoders, scene, renderer.device)
     shape = (renderer.encoders.geometry.channels, *conditions.known.shape[2:])
@@ -147,8 +147,8 @@ def render_chunks(renderer: Renderer, scene: Scene, advance: Advance) -> Tensor:
 def match_colors(frames: Frames) -> Frames:
     """Return frames [T, Y, X, 3] with the first frame's mean and spread of each LAB channel.
 
-    A long video drifts in color, and its first frame is the one that was given.  EchoMimicV3 does
-    so whenever it saves a video (`src/utils.py`, 26-67).
+    The colors of a long video drift, but its first frame is the given image.  EchoMimicV3 matches
+    colors whenever it saves a video (`src/utils.py`, lines 26-67).
     """
     # Statistics of the first frame, channel by channel.
     first = _lab(frames[0])
@@ -156,7 +156,7 @@ def match_colors(frames: Frames) -> Frames:
     matched = [frames[0]]
     for frame in frames[1:]:
         lab = _lab(frame)
-        # Standardize the frame, then scale it as the first.
+        # Standardize the frame, then apply mean and spread of the first frame.
         scaled = (lab - lab.mean((0, 1))) / np.maximum(lab.std((0, 1)), 1e-6) * std + mean
         rgb = cv2.cvtColor(scaled.astype(np.float32), cv2.COLOR_LAB2RGB)
         matched.append((rgb.clip(0, 1) * 255).round().astype(np.uint8))
@@ -182,8 +182,8 @@ def known_weight(known: NDArray[np.bool_]) -> NDArray[np.float32]:
 def paste_known(generated: Frames, source: Frames, known: NDArray[np.bool_]) -> Frames:
     """Return frames [T, Y, X, 3] with the source's pixels where `known` [T, Y, X].
 
-    A generated video differs from its source everywhere, also where the source was known, since it
-    has passed through the autoencoder and the sampler.  The edge is blended in the generated part.
+    A generated video differs from its source even where the source was known, because it passed
+    through autoencoder and sampler.  The edge is blended within the generated part.
     """
     pasted = np.empty_like(generated)
     for index, (made, given, mask) in enumerate(zip(generated, source, known, strict=True)):

@@ -38,28 +38,28 @@ class Attempt(NamedTuple):
     """One launch of a run."""
 
     launch: str
-    cause: str  # of exit_codes.CAUSES, or running
-    rank: int  # root cause, -1 if none
-    host: str  # of that rank, "" if unknown
+    cause: str  # key of exit_codes.CAUSES, or `running`
+    rank: int  # root-cause rank, -1 if none
+    host: str  # host of the root-cause rank, "" if unknown
     section: str
     step: int
     detail: str
     exit_code: int  # -1 while running
     started: float
-    ended: float  # or time of the last record
-    elapsed: float  # seconds between the two, also if the clock was set in between
+    ended: float  # time of the last record if no end was recorded
+    elapsed: float  # seconds from `started` to `ended`, unaffected by clock changes
     hosts: tuple[str, ...]
-    first_step: int  # the first that was recorded, -1 if none
+    first_step: int  # first recorded step, -1 if none
     last_step: int
-    checkpoint_before: int  # step of the newest, -1 without
-    checkpoint: int
-    seconds: dict[str, float]  # of the first rank, by section
-    save_seconds: float  # the longest save
-    waited: float  # seconds for the previous launch to leave
-    last_section: str  # of the first rank
-    last_stay: float  # seconds of the first rank in it
+    checkpoint_before: int  # step of the newest checkpoint at the start, -1 if none
+    checkpoint: int  # step of the newest checkpoint at the end
+    seconds: dict[str, float]  # seconds of the first rank by section
+    save_seconds: float  # duration of the longest save
+    waited: float  # seconds that this launch waited for the previous one to leave
+    last_section: str  # last section of the first rank
+    last_stay: float  # seconds of the first rank in `last_section`
     stack: str
-    first_error: str  # the earliest exception of any rank that is not secondary
+    first_error: str  # earliest exception of any rank that is not secondary
 
     @property
     def definition(self) -> Cause | None:
@@ -97,7 +97,7 @@ def attempts_of(run: Path, *, assume_ended: bool = False) -> list[Attempt]:
 
 
 def _with_last_checkpoint(attempt: Attempt, newest: int) -> Attempt:
-    """Add a checkpoint that was published after the last record; the attempt then ended saved."""
+    """Add a checkpoint published after the last record; the attempt then counts as saved."""
     updated = attempt._replace(checkpoint=max(attempt.checkpoint, newest))
     if attempt.cause == "preempted_unsaved" and newest >= max(attempt.last_step, 1):
         return updated._replace(cause="preempted", exit_code=CAUSES["preempted"].exit_code)
@@ -105,7 +105,7 @@ def _with_last_checkpoint(attempt: Attempt, newest: int) -> Attempt:
 
 
 def _is_running(records: Sequence[NodeRecord]) -> bool:
-    """Return whether a supervisor of the last launch runs, by this host or by Slurm."""
+    """Return whether a supervisor of the last launch runs, according to this host or Slurm."""
     # Records of other hosts may be outdated: ask Slurm whether that launch still runs.
     host, now = this_host(), time.time()
     alive = [record for record in records if is_alive(record, host, now)]
@@ -180,7 +180,7 @@ def _verdict(
 ) -> Verdict:
     verdict = find_root_cause(observations)
     # A lost node explains a failure better than a rank that only waited for it.
-    if verdict is None or verdict.cause in BY_SIGNAL or _only_waits(verdict, observations):
+    if verdict is None or verdict.cause in BY_SIGNAL or _is_waiting_only(verdict, observations):
         if node_verdict := _node_verdict(records, verdict, lost, slurm_record):
             return node_verdict
     if verdict:
@@ -189,7 +189,7 @@ def _verdict(
         if verdict.cause == "hang" and stopped:
             return Verdict(verdict.rank, stopped.cause, stopped.detail)
         return verdict
-    # No rank failed: take the cause that the supervisors recorded, failures before planned ends.
+    # No rank failed: use the cause that the supervisors recorded, failures before planned ends.
     causes = [record.cause for record in records]
     failed = [cause for cause in causes if cause and cause not in ENDS]
     worst = failed[0] if failed else next((c for c in ENDS if c in causes), causes[0])
@@ -229,7 +229,7 @@ def _unfinished_verdict(
     records: Sequence[NodeRecord], lost: Sequence[int], *, job_ended: bool
 ) -> Verdict:
     """Return the verdict for supervisors without a recorded end, on nodes that Slurm reaches."""
-    # Supervisors that recorded no end, and those of them that received no signal.
+    # `silent` supervisors recorded no end; `unsignaled` ones of them received no signal either.
     silent = [record for record in records if record.supervisor in lost]
     unsignaled = [record for record in silent if not record.stop_signal]
     number = next((record.stop_signal for record in records if record.stop_signal), 0)
@@ -249,15 +249,15 @@ def _unfinished_verdict(
 
 
 def _host(verdict: Verdict, records: Sequence[NodeRecord]) -> str:
-    """Return the host of the root-cause rank; for a planned end that of the first rank."""
+    """Return the host of the root-cause rank, or of the first rank for a planned end."""
     if verdict.rank < 0 and verdict.cause not in (*ENDS, RUNNING):
         return ""
     hosts = [record.host for record in records if verdict.rank in record.ranks or verdict.rank < 0]
     return hosts[0] if hosts else ""
 
 
-def _only_waits(verdict: Verdict, observations: Sequence[Observation]) -> bool:
-    """Return whether the verdict names a rank that only missed another rank."""
+def _is_waiting_only(verdict: Verdict, observations: Sequence[Observation]) -> bool:
+    """Return whether the rank of the verdict failed or hung only because it lost another rank."""
     observation = root_cause_observation(verdict.rank, verdict.cause, observations)
     assert observation
     failure = observation.failure
@@ -268,7 +268,7 @@ def _only_waits(verdict: Verdict, observations: Sequence[Observation]) -> bool:
 def _exit_code(records: Sequence[NodeRecord], cause: str) -> int:
     if cause == RUNNING:
         return -1
-    if cause in ENDS:  # the ranks chose the code themselves
+    if cause in ENDS:  # in a planned end the ranks chose the exit code
         default = CAUSES[cause].exit_code
         return max((r.exit_code for r in records if r.cause == cause), default=default)
     return CAUSES[cause].exit_code

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from echolab.launch.exit_codes import DONE, PRUNED, STOPPED_SAVED, STOPPED_UNSAVED
 from echolab.training.signals import SIGNALS as STOP_SIGNALS
 
-# CPU usage in cores, measured while the stacks were dumped, above which a rank is computing:
-SPINNING = 0.5  # in any state
-CONTENDED = 0.05  # in state R, on a core that many processes share
+# A rank is computing if it uses more than this many cores while the stacks are dumped:
+SPINNING = 0.5  # in any process state
+CONTENDED = 0.05  # in state R (running), since other processes may share its core
 # Messages of exceptions that a rank raises because a peer ended or never joined: they follow from
 # another failure.
 SECONDARY = re.compile(
@@ -24,7 +24,7 @@ SECONDARY = re.compile(
     r"application timeout|tcpstore|barrier.*timeout|process group.*abort",
     re.IGNORECASE | re.DOTALL,
 )
-# The innermost Python frame of a rank that waits for other ranks.
+# Matches the innermost Python frame of a rank that waits in a collective.
 COLLECTIVE = re.compile(
     r'File "[^"]*(torch/distributed/|torch/autograd/graph\.py|deepspeed/comm/|'
     r"deepspeed/utils/(comms_logging|nvtx|timer)\.py|torch/nn/parallel/distributed\.py|"
@@ -37,27 +37,27 @@ class Failure(NamedTuple):
 
     error_type: str
     message: str
-    cause: str  # of exit_codes.CAUSES
+    cause: str  # key of exit_codes.CAUSES
     time: float  # seconds since 1970, by the rank's clock
     traceback: str = ""
-    shared: bool = False  # all ranks raised it together; who recorded it need not have the fault
-    rank: int | None = None  # the rank that has the fault, of a shared failure
+    shared: bool = False  # all ranks raised it together: the recording rank need not be at fault
+    rank: int | None = None  # rank at fault in a shared failure, None if unknown
 
 
 class Observation(NamedTuple):
-    """State of one rank at the moment the run failed, before anything was killed."""
+    """State of one rank when the run failed, before any process was killed."""
 
     rank: int
     host: str
     section: str
     step: int
-    switches: int  # sections entered
-    stay: float  # seconds in the section
+    switches: int  # number of sections entered
+    stay: float  # seconds in the current section
     exit_code: int | None = None  # -n for signal n, None while alive
-    ended_at: float = 0.0  # time.time() at which its end was noticed
+    ended_at: float = 0.0  # time.time() when the supervisor noticed the rank's end
     process_state: str = ""  # as processes.ProcessState.state
-    cpu_usage: float = 0.0  # cores in use while its stack was dumped
-    timeout: float = 0.0  # the timeout that it exceeded in seconds, 0 if none
+    cpu_usage: float = 0.0  # cores in use while the stacks were dumped
+    timeout: float = 0.0  # timeout in seconds that the rank exceeded, 0 if none
     stack: str = ""
     failure: Failure | None = None
 
@@ -75,13 +75,13 @@ def observation_from(values: dict[str, Any]) -> Observation:
 class Verdict(NamedTuple):
     """Result of a diagnosis."""
 
-    rank: int  # -1 for a fault of no known rank
-    cause: str  # of exit_codes.CAUSES
+    rank: int  # rank at fault, -1 if unknown
+    cause: str  # key of exit_codes.CAUSES
     detail: str
 
 
 def main_thread(stack: str) -> list[str]:
-    """Return the frames of the main thread, innermost first; faulthandler writes it last."""
+    """Return the frames of the main thread, innermost first; faulthandler lists it last."""
     threads = re.split(r"^(?:Current thread|Thread) [^\n]*\n", stack, flags=re.MULTILINE)
     return [line.strip() for line in threads[-1].splitlines() if line.strip().startswith("File")]
 
@@ -103,17 +103,17 @@ def find_root_cause(observations: Sequence[Observation]) -> Verdict | None:
 
     Evidence is checked from the most to the least certain: killed by a signal; the earliest
     exception that is not secondary; ended by a stop signal before it had a handler; suspended; exit
-    without an error file; overdue, and then the rank outside of a collective, behind in steps,
-    behind in sections, busy.  Exceptions that follow from a lost peer come last.
+    without an error file; a hang.  In a hang the rank at fault is outside of a collective, then
+    behind in steps, then behind in sections, then busy.  Secondary exceptions come last.
     """
-    if verdict := _killed(observations, by_stop_signal=False):
+    if verdict := _killed_verdict(observations, by_stop_signal=False):
         return verdict
     # The earliest exception that does not follow from another rank's failure.
     failed = [o for o in observations if o.failure]
     primary = [o for o in failed if o.failure and not is_secondary_failure(o.failure)]
     if primary:
-        return _exception(min(primary, key=_failure_time))
-    if verdict := _killed(observations, by_stop_signal=True):
+        return _exception_verdict(min(primary, key=_failure_time))
+    if verdict := _killed_verdict(observations, by_stop_signal=True):
         return verdict
     if stopped := [o for o in observations if o.process_state == "T"]:
         return Verdict(stopped[0].rank, "stopped_process", f"in {stopped[0].section}")
@@ -127,15 +127,15 @@ def find_root_cause(observations: Sequence[Observation]) -> Verdict | None:
         return Verdict(
             first.rank, "exited", "SIGABRT" if aborted else f"exit code {first.exit_code}"
         )
-    # A hang: of the living ranks the one that the others wait for.
+    # A hang: choose the living rank that the others wait for.
     alive = [o for o in observations if o.exit_code is None and o.section != "pause"]
     if alive and (any(o.timeout for o in observations) or failed):
-        return _hang(min(alive, key=_progress))
-    return _exception(min(failed, key=_failure_time)) if failed else None
+        return _hang_verdict(min(alive, key=_progress))
+    return _exception_verdict(min(failed, key=_failure_time)) if failed else None
 
 
-def _killed(observations: Sequence[Observation], *, by_stop_signal: bool) -> Verdict | None:
-    """Return the first rank that a signal killed, either a stop signal or any other.
+def _killed_verdict(observations: Sequence[Observation], *, by_stop_signal: bool) -> Verdict | None:
+    """Return the first rank that a stop signal killed, or without `by_stop_signal` another signal.
 
     SIGABRT does not count: libraries use it to end a rank whose peer ended.
     """
@@ -160,7 +160,7 @@ def _is_unplanned(observation: Observation) -> bool:
     return observation.exit_code not in (DONE, STOPPED_SAVED, STOPPED_UNSAVED, PRUNED)
 
 
-def _exception(observation: Observation) -> Verdict:
+def _exception_verdict(observation: Observation) -> Verdict:
     failure = observation.failure
     assert failure
     # All ranks record a shared failure; the failure itself names the rank at fault, if known.
@@ -175,7 +175,7 @@ def root_cause_observation(
 ) -> Observation | None:
     """Return the observation of the root-cause rank.
 
-    For a shared failure of unknown rank it is that of the rank that recorded it first.
+    For a shared failure of unknown rank, return the observation of the rank that recorded it first.
     """
     matching = next((o for o in observations if o.rank == rank), None)
     shared = [
@@ -185,13 +185,13 @@ def root_cause_observation(
 
 
 def _progress(observation: Observation) -> tuple[bool, int, int, float, int]:
-    # A rank without a stack counts as outside of a collective: it does not even answer SIGQUIT.
+    # A rank without a stack did not respond to SIGQUIT: it counts as outside of a collective.
     waits = in_collective(observation.stack)
     usage = -round(observation.cpu_usage, 1)
     return (waits, observation.step, observation.switches, usage, observation.rank)
 
 
-def _hang(observation: Observation) -> Verdict:
+def _hang_verdict(observation: Observation) -> Verdict:
     usage, state = observation.cpu_usage, observation.process_state
     if in_collective(observation.stack):
         detail = "waiting in a collective that other ranks did not join"

@@ -1,4 +1,4 @@
-"""Exit codes, and the causes of the end of a run: budget, summary and remedy of each."""
+"""Exit codes, and the causes of an end: restart budget, summary and remedy of each."""
 
 import re
 from typing import Literal, NamedTuple
@@ -26,7 +26,7 @@ from echolab.errors import (
 DONE = 0
 FATAL = 1  # an invalid setting, damaged data, a diverged loss: the same command would fail again
 STOPPED_SAVED = 75  # stopped with a checkpoint: the same command resumes from it
-STOPPED_UNSAVED = 76  # stopped without one: steps after the last checkpoint are lost
+STOPPED_UNSAVED = 76  # stopped without a checkpoint: steps after the last checkpoint are lost
 RETRYABLE = 77  # a failure that may lie in the machine: retried within the budget
 PRUNED = 78  # pruned by a sweep
 INTERRUPTED = 130  # second Ctrl-C: steps after the last checkpoint are lost
@@ -44,7 +44,7 @@ class Cause(NamedTuple):
     next_action: str  # what the user can do
 
 
-# Cause by type of exception; the first type that the exception is an instance of counts.
+# Cause by type of exception; the first type that matches (isinstance) is used.
 SYSTEM_ERRORS: dict[type[BaseException], str] = {
     DiskFullError: "disk", StorageError: "storage", SharedMemoryError: "shared_memory",
     WorkerError: "worker",
@@ -59,7 +59,7 @@ NOT_STORAGE = (
     ConnectionError, ChildProcessError, ProcessLookupError,
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# How PyTorch and NCCL report that /dev/shm is full, and that a data loader worker was killed.
+# Messages of PyTorch and NCCL for a full /dev/shm, and of PyTorch for a killed loader worker.
 SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|\(shm\)|Bus error", re.IGNORECASE)
 WORKER = re.compile(r"DataLoader worker \(pid")
 
@@ -67,11 +67,11 @@ RERUN = "run the same command again"
 RESUME = f"{RERUN}; training resumes from the newest checkpoint"
 
 
-def _saved(summary: str, budget: Budget = "preemption", remedy: str = RESUME) -> Cause:
+def _stopped(summary: str, budget: Budget = "preemption", remedy: str = RESUME) -> Cause:
     return Cause(STOPPED_SAVED, budget, f"{summary}, checkpoint saved", remedy)
 
 
-def _infrastructure(summary: str, remedy: str) -> Cause:
+def _infra(summary: str, remedy: str) -> Cause:
     return Cause(RETRYABLE, "infrastructure", summary, f"{remedy}; {RERUN}")
 
 
@@ -82,18 +82,18 @@ def _fatal(summary: str, remedy: str) -> Cause:
 CAUSES = {
     # Planned ends.
     "done": Cause(DONE, "none", "all steps done", "nothing to do; evaluate or export the run"),
-    "preempted": _saved("stopped by a signal"),
+    "preempted": _stopped("stopped by a signal"),
     "preempted_unsaved": Cause(
         STOPPED_UNSAVED, "preemption", "stopped by a signal before a checkpoint was saved", RESUME
     ),
-    "time": _saved("stopped shortly before the job's time limit"),
-    "memory": _saved(
+    "time": _stopped("stopped shortly before the job's time limit"),
+    "memory": _stopped(
         "stopped because host memory was nearly full", remedy=f"{RESUME}; find the memory leak"
     ),
-    "stop": _saved("stopped by a STOP file", "none"),
+    "stop": _stopped("stopped by a STOP file", "none"),
     "pruned": Cause(PRUNED, "none", "pruned by the sweep", "nothing to do"),
     "interrupted": Cause(INTERRUPTED, "none", "interrupted by a second Ctrl-C", RESUME),
-    # Another launch has the run.
+    # Another launch holds the run folder.
     "busy": Cause(
         RETRYABLE, "none", "another launch uses the run folder", "wait until that launch ends"
     ),
@@ -111,16 +111,16 @@ CAUSES = {
     "parity": _fatal("the exported weights differ", "read parity.json; correct the export"),
     "refused": _fatal("training cannot continue", "follow the message"),
     # Failures of the machine.
-    "disk": _infrastructure("a file could not be written", "free disk space"),
-    "storage": _infrastructure(
+    "disk": _infra("a file could not be written", "free disk space"),
+    "storage": _infra(
         "a file system or server failed", "check that file system or server"
     ),
-    "worker": _infrastructure(
+    "worker": _infra(
         "a data loader worker was killed",
         "after SIGKILL it was probably out of memory: lower data.num_workers or request more "
         "memory (--mem)",
     ),
-    "shared_memory": _infrastructure(
+    "shared_memory": _infra(
         "/dev/shm is full",
         "free space in /dev/shm (in a container: --shm-size), or lower data.num_workers",
     ),
@@ -128,16 +128,16 @@ CAUSES = {
         RETRYABLE, "infrastructure", "replicas differ: silent data corruption",
         "exclude that host, if it is known",
     ),
-    "killed": _infrastructure(
+    "killed": _infra(
         "a rank was killed by a signal",
         "after SIGKILL look for the out-of-memory killer in dmesg",
     ),
-    "exited": _infrastructure("a rank exited without an error message", "read that rank's log"),
-    "hang": _infrastructure("no progress within the timeout", "read the stack trace of that rank"),
-    "stopped_process": _infrastructure(
+    "exited": _infra("a rank exited without an error message", "read that rank's log"),
+    "hang": _infra("no progress within the timeout", "read the stack trace of that rank"),
+    "stopped_process": _infra(
         "a rank was suspended (SIGSTOP)", "find out who suspended it"
     ),
-    "node_lost": _infrastructure("lost contact with a node", "check that node"),
+    "node_lost": _infra("lost contact with a node", "check that node"),
     "teardown": Cause(
         RETRYABLE, "infrastructure", "failure after training", f"{RERUN}; no step is left to train"
     ),
@@ -163,7 +163,7 @@ def cause_of_exception(error: BaseException, section: str) -> str:
 
 
 def _system_cause(error: BaseException | None) -> str:
-    """Return the cause of an exception that an operating system error started; else ""."""
+    """Return the cause of an exception that an operating system error led to; else ""."""
     for error_type, cause in SYSTEM_ERRORS.items():
         if isinstance(error, error_type):
             return cause

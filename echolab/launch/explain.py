@@ -1,4 +1,4 @@
-"""Explain how a run ended: last message of the supervisor, answer of `echolab why`, goodput."""
+"""Explain how a run ended: last message of the supervisor, output of `echolab why`, goodput."""
 
 import math
 import time
@@ -17,8 +17,8 @@ from echolab.launch.run_dir import ATTEMPTS
 # Causes that the user can correct: the error message alone says how.
 USER_ERRORS = ("config", "data", "start", "refused", "diverged", "parity")
 LOG_LINES = 20
-FRAMES = 8  # of the stack trace that the text shows
-# Time that trained nothing, by its key in JSON and in words.
+FRAMES = 8  # frames of the stack trace that are printed
+# Lost time: JSON key and description.
 LOSSES = {
     "waiting": "waiting for the previous launch", "init": "start", "data_wait": "waiting for data",
     "eval": "validation", "save": "checkpoints", "pause": "pause", "rework": "repeated steps",
@@ -189,11 +189,11 @@ def _goodput_lines(summary: dict[str, Any]) -> list[str]:
 
 
 class Goodput(NamedTuple):
-    """Seconds of one rank, which stands for all ranks: useful, allocated and lost."""
+    """Useful, allocated and lost seconds of the first rank, which represents all ranks."""
 
     useful: float
     allocated: float
-    losses: dict[str, float]  # by LOSSES; together with `useful` they sum to `allocated`
+    losses: dict[str, float]  # by key of LOSSES; with `useful` they sum to `allocated`
 
     @property
     def share(self) -> float:
@@ -204,8 +204,8 @@ class Goodput(NamedTuple):
 def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
     """Measure goodput over all attempts, the oldest first.
 
-    Useful is the time in steps that no later attempt repeated.  After a hang, the last stay of the
-    first rank counts as lost: that rank hung, or waited for the rank that hung.
+    Steps that no later attempt repeated are useful.  After a hang, the first rank's time in its
+    last section counts as lost: that rank hung, or waited for the rank that hung.
     """
     useful, allocated = 0.0, 0.0
     losses = dict.fromkeys(LOSSES, 0.0)
@@ -224,7 +224,7 @@ def measure_goodput(attempts: Sequence[Attempt]) -> Goodput:
         losses["waiting"] += attempt.waited
         losses["rework"] += rework
         losses["hang"] += hang
-        # The remaining time of the attempt is the start of processes and their end.
+        # The remaining time of the attempt was needed to start and end processes.
         known = sum(seconds.values()) - seconds.get("teardown", 0.0) + hang + attempt.waited
         losses["other"] += max(attempt.elapsed - known, 0.0)
         useful += steps - rework

@@ -1,8 +1,8 @@
-"""Records of a launch in the run folder: one by each supervisor, and one of its end by Slurm.
+"""Records of a launch in the run folder: one by each supervisor, and one of its state in Slurm.
 
-    RUN/attempts/LAUNCH/node-K.json    written at the start, during training and at the end; with
-                                       several supervisors it is all that they exchange
-    RUN/attempts/LAUNCH/slurm.json     state of its nodes and its job, by Slurm
+    RUN/attempts/LAUNCH/node-K.json    written at the start, during training and at the end;
+                                       supervisors of several nodes communicate only by these
+    RUN/attempts/LAUNCH/slurm.json     state of the launch's nodes and job, as Slurm reported it
 
 A launch that is killed with its job records no end.  Only Slurm knows whether a node was lost or
 the job was preempted, and only for a while.  Therefore the job script asks Slurm (`echolab why RUN
@@ -46,28 +46,28 @@ class NodeRecord:
     world_size: int
     ranks: list[int]
     pid: int
-    identity: str  # of the supervisor's process, distinct from a later one with its pid
+    identity: str  # processes.process_identity of the supervisor, since pids are reused
     started: float  # time.time()
-    epoch: int = 0  # of the lease: the order of launches, independent of clocks
+    epoch: int = 0  # lease epoch, which orders launches independently of clocks
     elapsed: float = 0.0  # seconds from `started` to `written_at`, by a monotonic clock
     written_at: float = 0.0  # time.time() of this record
     ended: float | None = None
-    local_folder: str = ""  # of heartbeats and error files, on that host
+    local_folder: str = ""  # folder of heartbeats and error files on that host
     pids: list[int] = field(default_factory=list)
-    checkpoint_before: int = -1  # step of the newest checkpoint at the start, -1 without
+    checkpoint_before: int = -1  # step of the newest checkpoint at the start, -1 if none
     checkpoint: int = -1
-    waited: float = 0.0  # seconds before the ranks started, for the previous launch to leave
-    stop_signal: int = 0  # the first signal that was forwarded, 0 without
-    cause: str = ""  # of exit_codes.CAUSES, by this supervisor's diagnosis
+    waited: float = 0.0  # seconds waited for the previous launch before the ranks started
+    stop_signal: int = 0  # first signal that was forwarded, 0 if none
+    cause: str = ""  # key of exit_codes.CAUSES, by this supervisor's diagnosis
     rank: int = -1
     detail: str = ""
     exit_code: int = -1
     followed: bool = False  # ended because another supervisor had ended
     first_step: int = -1
     last_step: int = -1
-    section: str = "init"  # of the first rank
-    stay: float = 0.0  # seconds in it at the end
-    seconds: dict[str, float] = field(default_factory=dict)  # by section, of the first rank
+    section: str = "init"  # current section of the first rank
+    stay: float = 0.0  # seconds of the first rank in `section`
+    seconds: dict[str, float] = field(default_factory=dict)  # of the first rank, by section
     longest: dict[str, float] = field(default_factory=dict)
     observations: list[Observation] = field(default_factory=list)
 
@@ -106,7 +106,7 @@ def read_launches(run: Path) -> list[list[NodeRecord]]:
     """Return the records of all launches of a run, the oldest launch first."""
     folders = [path for path in (run / ATTEMPTS).glob("*") if path.is_dir()]
     launches = [records for path in folders if (records := read_launch(path))]
-    # By lease epoch, because clocks of nodes differ.
+    # Sort by lease epoch, because clocks of nodes differ.
     return sorted(launches, key=lambda records: min((r.epoch, r.started) for r in records))
 
 
@@ -114,7 +114,7 @@ def is_alive(record: NodeRecord, host: str, now: float) -> bool:
     """Return whether a supervisor still runs, seen from `host` at time.time() `now`."""
     if record.ended is not None:
         return False
-    # On this host the process itself is checked, elsewhere the age of its record.
+    # Check the process itself on this host, and the age of its record on other hosts.
     if record.host == host:
         return process_identity(record.pid) == record.identity
     return now - record.written_at < SILENT
@@ -126,7 +126,7 @@ def all_ended(records: Sequence[NodeRecord]) -> bool:
 
 
 def newest_checkpoint(run: Path) -> int:
-    """Return the step of the newest published checkpoint by its name; -1 without one."""
+    """Return the step in the name of the newest published checkpoint; -1 if there is none."""
     # Only published checkpoints have such a name.
     try:
         names = os.listdir(run / "checkpoints")
@@ -135,19 +135,19 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(m[1]) for m in map(CHECKPOINT.fullmatch, names) if m), default=-1)
 
 
-# -- state by Slurm -------------------------------------------------------------------------------
+# -- state in Slurm -------------------------------------------------------------------------------
 
 
 class SlurmRecord(NamedTuple):
     """State of a launch as Slurm reported it, shortly after its end."""
 
-    down: tuple[str, ...]  # its nodes that were down or did not respond
-    state: str  # by Slurm's accounting: NODE_FAIL, REQUEUED, PREEMPTED; "" if unknown
-    job_ended: bool  # Slurm ended the job; otherwise only the step was over
+    down: tuple[str, ...]  # nodes of the launch that were down or did not respond
+    state: str  # in Slurm's accounting: NODE_FAIL, REQUEUED, PREEMPTED; "" if unknown
+    job_ended: bool  # True: Slurm ended the job; False: only the job step ended
 
 
 def read_slurm_record(run: Path, launch: str) -> SlurmRecord | None:
-    """Return what Slurm knew of a launch; None if nothing was recorded."""
+    """Return Slurm's recorded state of a launch; None if none was recorded."""
     values = read_json(run / ATTEMPTS / launch / SLURM_FILE)
     return (
         SlurmRecord(tuple(values["down"]), values["state"], values["job_ended"]) if values else None
@@ -165,7 +165,7 @@ def record_slurm_state(run: Path, records: Sequence[NodeRecord], *, job_ended: b
     by_signal = any(r.followed or r.cause in BY_SIGNAL for r in records)
     if all_ended(records) and not by_signal:
         return
-    # A node that was down stays the explanation, even if it has come back.
+    # Keep a recorded node that was down, even if the node has recovered since.
     known = read_slurm_record(run, launch)
     if slurm.parse_launch(launch) is None or (known and known.down):
         return
@@ -181,7 +181,7 @@ def record_earlier_launches(run: Path, this_launch: str) -> None:
     """Record Slurm's state of the previous launches, whose job scripts may have been killed."""
     earlier = [records for records in read_launches(run) if records[0].launch != this_launch]
     for records in earlier[-RECENT:]:
-        # Two steps of one start of a job: only the step ended, and the job runs on.
+        # Both launches are steps of one start of a job: only the step ended, the job still runs.
         previous, current = slurm.parse_launch(records[0].launch), slurm.parse_launch(this_launch)
         same_start = previous is not None and current is not None and previous[:2] == current[:2]
         record_slurm_state(run, records, job_ended=not same_start)

@@ -8,8 +8,8 @@ A launch takes an epoch by creating its file, in which only one process can succ
 system.  A launch whose epoch is not the highest is fenced: it leaves and writes nothing more.  A
 shared file system may show the later file with a delay.  The later launch therefore waits until the
 earlier one has left or is silent; from then on the earlier one publishes no checkpoint (`writer`).
-No file lock is used: a process on a disconnected node may hold one forever, and some file systems
-have none.
+No file lock is used: a process on a disconnected node may hold a lock forever, and some file
+systems do not support locks.
 """
 
 import json
@@ -33,10 +33,10 @@ EPOCH = "ECHOLAB_EPOCH"  # environment variable of ranks: the epoch that their l
 # A silent holder is replaced after SILENT_SECONDS.  A fenced holder is waited for, because it may
 # still be writing.
 RENEW_SECONDS = 5.0  # between two heartbeats
-SILENT_SECONDS = 60.0  # without a heartbeat a holder counts as dead
-OBSERVE_SECONDS = 15.0  # for which an old heartbeat is watched, by this machine's monotonic clock
-QUIET_SECONDS = 20.0  # without a heartbeat, after which a fenced holder is not waited for
-LEAVE_SECONDS = 120.0  # the longest wait for a fenced holder
+SILENT_SECONDS = 60.0  # without a heartbeat, after which a holder counts as dead
+OBSERVE_SECONDS = 15.0  # for which an old heartbeat must not change, by the monotonic clock
+QUIET_SECONDS = 20.0  # without a heartbeat, after which the wait for a fenced holder ends
+LEAVE_SECONDS = 120.0  # longest wait for a fenced holder
 NAME = re.compile(r"(\d{6})\.json")
 
 
@@ -49,8 +49,8 @@ class Holder(NamedTuple):
     host: str = ""
     machine: str = ""  # boot id and pid namespace in which `pid` is valid
     pid: int = 0
-    identity: str = ""  # of the process, distinct from a later one with its pid
-    taken: float = 0.0  # seconds since 1970, by its clock
+    identity: str = ""  # processes.process_identity of the holder, since pids are reused
+    taken: float = 0.0  # seconds since 1970, by the holder's clock
 
 
 def this_process(launch: str) -> Holder:
@@ -68,7 +68,7 @@ def this_process(launch: str) -> Holder:
 
 
 def _machine() -> str:
-    # A pid has a meaning only within one boot and one pid namespace (container).
+    # A pid is valid only within one boot and one pid namespace (container).
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}-{os.readlink('/proc/self/ns/pid')}"
 
@@ -85,7 +85,7 @@ class Lease(NamedTuple):
         return self.run / LEASE / f"{self.epoch:06d}.json"
 
     @property
-    def _left(self) -> Path:
+    def _left_path(self) -> Path:
         return self.path.with_suffix(".left")
 
     def fenced(self) -> bool:
@@ -110,11 +110,11 @@ class Lease(NamedTuple):
     def leave(self) -> None:
         """Record that the holder writes nothing more."""
         with suppress(OSError):  # a full or missing folder: the heartbeat ends in any case
-            self._left.touch()
+            self._left_path.touch()
 
     def has_left(self) -> bool:
-        """Return whether the holder recorded it, or was a process of this machine and ended."""
-        if os.path.exists(self._left):
+        """Return whether the holder recorded that it left, or its process on this machine ended."""
+        if os.path.exists(self._left_path):
             return True
         # A holder that was killed records nothing; on this machine its process shows it.
         holder = holder_of(self)
@@ -133,8 +133,8 @@ def _has_ended(holder: Holder) -> bool:
 
 
 def newest(run: Path) -> Lease | None:
-    """Return the highest epoch that was taken; None without one."""
-    # The names alone count: the file of the newest epoch may still be empty.
+    """Return the highest epoch that was taken; None if there is none."""
+    # Read only the names: the file of the newest epoch may still be empty.
     try:
         names = os.listdir(run / LEASE)
     except FileNotFoundError:
@@ -203,10 +203,10 @@ def is_over(lease: Lease, claimant: Holder) -> bool:
 
 
 def _is_silent(lease: Lease) -> bool:
-    """Return whether the heartbeat is old, and stays old by this machine's monotonic clock."""
-    # Clocks may jump, so an old heartbeat must also stay unchanged for a while.
+    """Return whether the heartbeat is old, and does not change for OBSERVE_SECONDS."""
+    # Clocks may jump, so also observe an old heartbeat for a while by the monotonic clock.
     renewed_at = lease.renewed_at()
-    if abs(_now(lease.run) - renewed_at) < SILENT_SECONDS:
+    if abs(_file_system_time(lease.run) - renewed_at) < SILENT_SECONDS:
         return False
     end = time.monotonic() + OBSERVE_SECONDS
     while time.monotonic() < end:
@@ -216,9 +216,9 @@ def _is_silent(lease: Lease) -> bool:
     return lease.renewed_at() == renewed_at
 
 
-def _now(run: Path) -> float:
-    """Return the time by the clock of the file system, which also dates the heartbeats."""
-    # The server dates a new file by its own clock.
+def _file_system_time(run: Path) -> float:
+    """Return the time by the clock of the file system, which also sets heartbeat times."""
+    # The server sets the modification time of a new file by its own clock.
     probe = run / LEASE / f".now-{os.getpid()}-{threading.get_native_id()}"
     probe.touch()
     now = probe.stat().st_mtime
@@ -227,12 +227,12 @@ def _now(run: Path) -> float:
 
 
 class Handover(NamedTuple):
-    """Wait of a launch for the previous one, which is fenced and may not have noticed."""
+    """A launch's wait for the previous one, which is fenced but may not have noticed yet."""
 
     previous: Lease
-    began: float  # time.monotonic()
-    age: float  # seconds since its last heartbeat at that moment
-    renewed_at: float
+    began: float  # time.monotonic() when the wait began
+    age: float  # seconds at `began` since the last heartbeat of `previous`
+    renewed_at: float  # time of that heartbeat, by the file system's clock
 
     def is_over(self) -> bool:
         """Return whether the previous launch left or is silent, or the wait took too long."""
@@ -249,12 +249,12 @@ def handover(lease: Lease) -> Handover | None:
     if not previous.path.exists() or previous.has_left():
         return None
     renewed_at = previous.renewed_at()
-    age = max(_now(lease.run) - renewed_at, 0.0)
+    age = max(_file_system_time(lease.run) - renewed_at, 0.0)
     return Handover(previous, time.monotonic(), age, renewed_at)
 
 
 def lease_of(run: Path, launch: str) -> Lease | None:
-    """Return the lease that the first supervisor of `launch` took; None before it did."""
+    """Return the lease that the first supervisor of `launch` took; None before then."""
     try:
         lease = newest(run)
     except OSError:  # the caller tries again
@@ -265,7 +265,7 @@ def lease_of(run: Path, launch: str) -> Lease | None:
 
 @contextmanager
 def held(run: Path, launch: str) -> Iterator[Lease]:
-    """Hold a run folder and renew its lease in a thread; BusyError while another launch does."""
+    """Hold a run folder, renewing its lease in a thread; raise BusyError if another launch does."""
     lease = take(run, this_process(launch))
     ended = threading.Event()
 
@@ -273,7 +273,7 @@ def held(run: Path, launch: str) -> Iterator[Lease]:
         while not ended.wait(RENEW_SECONDS):
             lease.renew()
 
-    # Heartbeats in a thread, because the caller may be busy for longer than a lease lasts.
+    # Renew in a thread, because the caller may be busy for longer than a lease lasts.
     renewer = threading.Thread(target=renew, name="lease", daemon=True)
     renewer.start()
     try:

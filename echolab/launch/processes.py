@@ -17,7 +17,7 @@ from echolab.launch.exit_codes import STOPPED_SAVED
 from echolab.training.signals import caught
 
 PR_SET_PDEATHSIG = 1
-GRACE_SECONDS = 30.0  # between the failure of one rank and the end of the others
+GRACE_SECONDS = 30.0  # for the other ranks to end by themselves after one failed
 
 
 class ProcessState(NamedTuple):
@@ -35,7 +35,7 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     """Start a process in a new session; it is killed if this process dies.
 
-    Ctrl-C reaches it only through this process, and its children can be killed with it.
+    Ctrl-C reaches the new process only through this one, and its children can be killed with it.
     """
     # The kernel kills the child if this process dies, however it dies.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -66,7 +66,7 @@ def started_by_launcher() -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -183,8 +183,8 @@ def process_state(pid: int) -> ProcessState:
 
 
 def process_identity(pid: int) -> str:
-    """Return boot id and start time, which identify a process beyond its pid; "" if it ended."""
-    # A pid may be reused by a later process, which has another start time.
+    """Return boot id and start time, which with the pid identify a process; "" if it ended."""
+    # A later process may reuse the pid, but has another start time.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -216,7 +216,7 @@ def has_ended(pid: int) -> bool:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to a process; ignore that it has ended."""
+    """Send a signal to a process; do nothing if it has ended."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

@@ -48,10 +48,10 @@ from echolab.redaction import mask_secrets
 from echolab.training.guards.host_memory import family
 
 PREFIX = "echolab-rank-"
-TRACEBACK_CHARACTERS = 20_000  # the end of a longer one is kept
+TRACEBACK_CHARACTERS = 20_000  # kept from the end of a traceback
 REPORT_BYTES = 1 << 17  # disk space reserved for an error file and an end file
-DUMP_SECONDS = 2.0  # the most that ranks get to write their stacks
-WORKERS_SECONDS = 0.5  # for the data loader workers of ranks to write theirs
+DUMP_SECONDS = 2.0  # longest wait for the ranks to write their stacks
+WORKERS_SECONDS = 0.5  # wait for data loader workers to write their stacks
 STACK_CHARACTERS = 50_000
 
 
@@ -211,7 +211,7 @@ def observe(
 ) -> list[Observation]:
     """Record the state of all ranks, with the stacks of those that are alive.
 
-    Stacks and error files are copied to `folder`.  Takes `DUMP_SECONDS` at most.
+    Stacks and error files are copied to `folder`.  This takes at most `DUMP_SECONDS`.
     """
     # Measure the CPU usage of the living ranks while they write their stacks.
     now = time.monotonic()
@@ -250,7 +250,7 @@ def observe(
 def dump_stacks(ranks: Sequence[Rank], states: Mapping[int, ProcessState]) -> dict[int, str]:
     """Return the stack traces of all threads and data loader workers, by rank.
 
-    A stopped process is resumed, because only then it writes its stacks.
+    A suspended process is resumed, because otherwise it cannot write its stacks.
     """
     paths = {rank.rank: stacks_path(rank.folder, rank.rank) for rank in ranks}
     # Without a handler SIGQUIT would end the rank.
@@ -281,7 +281,7 @@ def dump_stacks(ranks: Sequence[Rank], states: Mapping[int, ProcessState]) -> di
 
 
 def _read_from(path: Path, start: int = 0) -> str:
-    """Read a stack file from byte `start` on; "" if it does not exist."""
+    """Read a stack file from byte `start` to its end; return "" if it does not exist."""
     try:
         with path.open("rb") as file:
             file.seek(start)

@@ -9,7 +9,7 @@ from echolab.launch.attempts import RUNNING, Attempt
 
 MAX_CODE_ERRORS = 1
 MAX_WITHOUT_PROGRESS = 2
-TIME_TO_SAVE = 600.0  # seconds of steps in which an attempt should have saved a checkpoint
+TIME_TO_SAVE = 600.0  # seconds of training within which an attempt should save a checkpoint
 MAX_HOST_FAILURES = 2
 COUNTED = ("preemption", "infrastructure", "code")  # attempts of other budgets were ended by users
 HOST_CAUSES = ("killed", "exited", "hang", "stopped_process", "node_lost", "replicas")
@@ -24,12 +24,12 @@ class Decision(NamedTuple):
 
 
 def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision:
-    """Decide from the attempts of a run, the oldest first, of which the last has ended.
+    """Decide on a restart from all attempts of a run, the oldest first; the last one has ended.
 
-    Preemptions are not counted.  `max_infrastructure` machine failures and one exception in the
-    code are allowed since the last attempt that saved a checkpoint; damaged data and invalid
-    settings are not.  Two attempts in a row without a new checkpoint end the run, except for
-    attempts that were preempted early.
+    Preemptions are not counted.  Since the last attempt that saved a checkpoint,
+    `max_infrastructure` machine failures and one exception in the code are allowed; damaged data
+    and invalid settings are never retried.  Two attempts in a row without a new checkpoint end the
+    run, not counting attempts that were preempted early.
     """
     exclude = hosts_to_exclude(attempts)
     # Some ends need no decision: still running, complete, ended by the user, or sure to fail again.
@@ -61,7 +61,7 @@ def decide(attempts: Sequence[Attempt], max_infrastructure: int = 3) -> Decision
 
 
 def since_progress(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Return the attempts from the last one that saved a checkpoint; all of them if none did."""
+    """Return the attempts from the last one that saved a checkpoint on; all if none did."""
     saved = [index for index, attempt in enumerate(attempts) if attempt.progressed]
     return list(attempts[saved[-1] if saved else 0 :])
 
@@ -74,7 +74,7 @@ def _had_time_to_save(attempt: Attempt) -> bool:
 
 def hosts_to_exclude(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return the hosts on which two or more machine failures began."""
-    # A failure of unknown rank says nothing about a host.
+    # A failure of an unknown rank cannot be attributed to a host.
     failures = Counter(
         attempt.host
         for attempt in attempts

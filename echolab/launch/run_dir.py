@@ -28,7 +28,7 @@ from echolab.errors import ConfigError
 from echolab.launch import lease
 from echolab.launch.lease import Lease
 
-FORMAT = 2  # version of run.json and of the records in attempts/; 1 had none
+FORMAT = 2  # version of run.json and of the records in attempts/; format 1 did not record it
 
 # Settings that may differ between attempts: they change how a run is executed and observed, and not
 # what is trained.
@@ -44,7 +44,7 @@ MACHINE = (
     "data.val_overlaps",
 )  # fmt: skip
 
-# Compared by content, with what the checkpoints record (`training.resume`).
+# Settings that are compared by content, with what the checkpoints record (`training.resume`).
 BY_CONTENT = ("data.clips", "data.pairs", "init_from", "pretrained", "ref_model", "lora.init_from")
 
 ATTEMPTS, IDENTITY, CONFIG, CONFIGS = "attempts", "run.json", "config.json", "configs.jsonl"
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
     folder: Path
     id: str
-    attempt: int  # from 1
+    attempt: int  # counted from 1
     lease: Lease
 
 
@@ -108,7 +108,7 @@ def check_same_settings(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> None:
     """Raise ConfigError that names the first setting that differs from the run folder's."""
-    # Through JSON on both sides, so that tuples and lists compare equal.
+    # Convert both through JSON, so that tuples and lists compare equal.
     old = flatten(json.loads(read_file(folder / CONFIG)))
     new = flatten(json.loads(json.dumps(config)))
     for key in sorted(set(old) | set(new)):
@@ -160,7 +160,7 @@ def _create(folder: Path, config: Mapping[str, Any]) -> None:
         IDENTITY: {"format": FORMAT, "id": run_id, "made": time.time()},
     }
     for name, content in files.items():
-        if (folder / name).exists():  # of a start that was killed between the two files
+        if (folder / name).exists():  # an earlier start was killed between the two files
             continue
         write_atomic(folder / name, json.dumps(content, indent=1).encode(), patient=True)
 
@@ -189,9 +189,9 @@ def held(folder: Path) -> Iterator[Lease]:
 def claim(
     folder: Path, config: Mapping[str, Any], may_change: tuple[str, ...] = ()
 ) -> Iterator[Run]:
-    """Create or continue the run in `folder`; for rank 0 alone, held until the block ends.
+    """Create or continue the run in `folder`, on rank 0 only; hold it until the block ends.
 
-    The supervisor holds the folder; without a supervisor it is held here.  Raises ConfigError if
+    With a supervisor, the supervisor holds the lease of the folder.  Raises ConfigError if
     the folder belongs to another run, has another format or holds other files, BusyError if another
     process uses it, and FencedError if a later launch took it over.
     """
@@ -211,13 +211,13 @@ def claim(
             "attempt": attempt, "time": time.time(), "host": socket.gethostname(),
             "pid": os.getpid(), **job, "git": git_state(), "versions": package_versions(),
         }  # fmt: skip
-        run_lease.check()  # git and the versions took time
+        run_lease.check()  # again, since reading git and the versions took time
         append_text(path, json.dumps(record) + "\n", patient=True)
         yield Run(folder, str(identity["id"]), attempt, run_lease)
 
 
 def begin(run: Run, config: Mapping[str, Any], step: int) -> None:
-    """Record that this attempt trains from `step` on with these settings."""
+    """Record that this attempt trains with these settings, starting after `step`."""
     # configs.jsonl first: config.json describes the last attempt that it lists.
     run.lease.check()
     record = {"attempt": run.attempt, "step": step, "config": config}

@@ -23,7 +23,7 @@ BATCH = "batch"  # step id of a launch that the job script itself started
 LAUNCH = re.compile(r"slurm-(\d+)-(\d+)-(\w+)")
 NODE_LOST = re.compile(r"down|fail|\*", re.IGNORECASE)  # `*`: the node does not respond
 
-# submitit expects the prefix slurm_ for all parameters but these.
+# submitit expects the prefix slurm_ for all parameters except these.
 GENERAL = (
     "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
     "stderr_to_stdout",
@@ -40,9 +40,9 @@ NO_WORKING_FOLDER = "export PYTHONSAFEPATH=1"
 
 
 class Job(NamedTuple):
-    """A job as the controller knows it."""
+    """State of a job according to Slurm's controller."""
 
-    state: str  # "UNKNOWN" for a job that it has forgotten
+    state: str  # "UNKNOWN" for a job that Slurm has forgotten
     restarts: int
     exit_code: int = 0  # 0 until the job has ended
 
@@ -86,7 +86,7 @@ def state_of(launch: str) -> Literal["running", "ended", "restarted", "unknown"]
 
     `restarted`: the launch has ended, but its job runs again and will soon start the next launch.
     """
-    # The job decides first, then the number of its restarts, then the step.
+    # Check the job first, then the number of its restarts, then the step.
     parsed = parse_launch(launch)
     job_state = job_of(parsed[0]) if parsed else None
     if parsed is None or job_state is None:
@@ -154,7 +154,7 @@ def submit(
     arguments: Sequence[list[str]],
     parameters: Mapping[str, Any],
 ) -> list[str]:
-    """Queue a job for each of the arguments, with the settings of hydra.launcher; return their ids.
+    """Queue a job for each of the arguments, with the settings of hydra.launcher; return job ids.
 
     Raises ConfigError if there is no Slurm, or if it rejects the job.
     """
@@ -183,7 +183,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
     """Return the states of the pending and running jobs, by id; None if Slurm does not answer."""
     if not jobs:
         return {}
-    # squeue fails if it has forgotten one of several jobs, and lists the others all the same.
+    # squeue fails if Slurm has forgotten one of several jobs, but still lists the others.
     try:
         answer = subprocess.run(
             ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(jobs)}"],

@@ -76,10 +76,10 @@ class Supervisor:
         # Signals that were received.
         self.stop_signal = 0  # the first signal that was forwarded
         self.stop_signal_at = 0.0
-        self.second_interrupt_at = 0.0  # second Ctrl-C, 0 before
+        self.second_interrupt_at = 0.0  # time of the second Ctrl-C, 0 if none
         self._steps_at_signal: dict[int, int] | None = None
         # Why the launch failed.
-        self.overdue: dict[int, float] = {}  # ranks with the timeout that they exceeded
+        self.overdue: dict[int, float] = {}  # timeout in seconds that a rank exceeded, by rank
         self.exceeded_stop_timeout = 0.0  # seconds after a signal in which no step ended
         self.suspended_since: dict[int, float] = {}
         self.followed = False  # another supervisor announced the failure
@@ -92,8 +92,8 @@ class Supervisor:
     def watch(self) -> int:
         """Supervise until all ranks have ended; return an exit code of `exit_codes`.
 
-        Stop signals are forwarded, and no rank survives.  Raises BusyError, before anything is
-        written, while another launch uses the run.
+        Forward stop signals to the ranks.  On return all ranks have ended.  Raise BusyError, before
+        anything is written, while another launch uses the run.
         """
         # From here on stop signals are forwarded; those before the start of the ranks are kept.
         handlers = {number: signal.signal(number, self._forward) for number in caught()}
@@ -116,7 +116,7 @@ class Supervisor:
     # -- the start ----------------------------------------------------------------------------
 
     def _take_run(self) -> bool:
-        """Take the lease, or wait until the first supervisor has; False after a stop signal."""
+        """Take the lease, or wait until the first supervisor did; return False after a signal."""
         # One lease for all nodes: the first supervisor takes it, the others read it.
         began, launch = time.monotonic(), self.topology.launch
         if self.topology.supervisor == 0:
@@ -132,13 +132,13 @@ class Supervisor:
         return self.lease is not None
 
     def _begin_record(self) -> None:
-        """Write the first record, by which `echolab why` knows of this launch."""
+        """Write the first record, which makes this launch known to `echolab why`."""
         assert self.lease
         topology = self.topology
         if topology.launch.startswith("torchrun"):  # torchrun gives every start the same name
             launch = f"{topology.launch}-{self.lease.epoch}"
             topology = self.topology = topology._replace(launch=launch)
-        # Wait for a file system that fails for a moment.
+        # Retry while the file system fails temporarily.
         self.folder = self.run.absolute() / ATTEMPTS / topology.launch
         try:
             retry(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -156,7 +156,7 @@ class Supervisor:
             record_earlier_launches(self.run, topology.launch)
 
     def _wait_for_previous_launch(self) -> bool:
-        """Wait until the launch that held the run before has left; False after a signal."""
+        """Wait until the previous launch of the run has left; return False after a signal."""
         assert self.lease
         began, wait = time.monotonic(), lease.handover(self.lease)
         if wait and not wait.is_over() and self.topology.supervisor == 0:
@@ -219,7 +219,7 @@ class Supervisor:
         topology = self.topology
         env = {**os.environ, **topology.environment(rank - topology.first_rank)}
         env |= {LOCAL_DIR: str(self.local_folder), lease.EPOCH: str(self.lease.epoch)}
-        if rank == 0:  # prints to the terminal; the others to log files
+        if rank == 0:  # rank 0 prints to the terminal, the other ranks to log files
             process = processes.start(self.command, env, None)
         else:
             with (self.folder / f"rank-{rank}.log").open("ab") as log:
@@ -354,7 +354,7 @@ class Supervisor:
         """Return ranks that received a stop signal and do not finish their step."""
         if not self.stop_signal or not states or self._steps_since_signal(states):
             return {}
-        # Ctrl-C has the grace of SIGTERM.
+        # Ctrl-C has the same grace period as SIGTERM.
         number = signal.SIGTERM if self.stop_signal == signal.SIGINT else self.stop_signal
         allowed = stop_timeout(self.timeouts, self.grace.get(number), states.values())
         if allowed is None or self.clock.elapsed(self.stop_signal_at) <= allowed:

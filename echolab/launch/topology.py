@@ -97,7 +97,7 @@ def _slurm_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topolog
             f"trainer.devices={devices}, trainer.num_nodes={nodes}: the job has {tasks} tasks; "
             f"give srun --ntasks={nodes} (one a node) or {world_size} (one a rank)"
         )
-    # A task starts all ranks of its node, or is one rank.
+    # A task either starts all ranks of its node or is one rank.
     task, num_ranks = int(env["SLURM_PROCID"]), world_size // tasks
     return Topology(
         launch=slurm.launch_of(env),
@@ -115,7 +115,7 @@ def _slurm_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topolog
 
 
 def _torchrun_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topology:
-    # Each process of torchrun is a rank with a supervisor of its own.
+    # Each process of torchrun is a rank and has its own supervisor.
     tasks, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if tasks != devices * nodes:
         raise ConfigError(
@@ -123,7 +123,7 @@ def _torchrun_topology(devices: int, nodes: int, env: Mapping[str, str]) -> Topo
             "ranks; make the product equal to its --nproc-per-node x --nnodes"
         )
     rank, port = int(env.get("RANK", local_rank)), int(env["MASTER_PORT"])
-    # torchelastic counts its restarts: each is another launch.
+    # torchelastic counts its restarts: each restart is another launch.
     restarts = (env.get(f"TORCHELASTIC_{key}", "0") for key in ("RUN_ID", "RESTART_COUNT"))
     return Topology(
         launch=f"torchrun-{port}-{'-'.join(restarts)}",

@@ -86,7 +86,7 @@ def line_chart(title: str, name: str, series: Sequence[Series], *, wide: bool = 
 
     `name` is the metric's name in metrics.jsonl, shown small next to the title.
     """
-    plotted = [_plotted(curve) for curve in series if len(curve.steps)]
+    plotted = [_smoothed(curve) for curve in series if len(curve.steps)]
     if not plotted:
         return ""
     # The axes cover the range of all bins, not of the means alone.
@@ -123,7 +123,7 @@ def area_chart(title: str, name: str, series: Sequence[Series]) -> str:
     return _figure(title, name, plotted, across, up, "".join(marks), "chart wide piled")
 
 
-def _plotted(curve: Series) -> PlottedSeries:
+def _smoothed(curve: Series) -> PlottedSeries:
     binned = _binned(curve)
     values = binned.line.values
     # Dashed, short and smooth series are drawn as they are.
@@ -213,15 +213,15 @@ def _figure(
         for curve in series
     )
     return (
-        f'<figure class="{kind}" data-chart="{escape(_numbers(series, across, up))}">'
+        f'<figure class="{kind}" data-chart="{escape(_tooltip_data(series, across, up))}">'
         f"<figcaption><b>{escape(title)}</b><code>{escape(name)}</code></figcaption>"
-        f'{_key(series)}<svg viewBox="0 0 {across.end + RIGHT:.0f} {HEIGHT}" role="img"'
+        f'{_legend(series)}<svg viewBox="0 0 {across.end + RIGHT:.0f} {HEIGHT}" role="img"'
         f' aria-label="{escape(label)}">{_grid(across, up)}{marks}<g class="cursor"></g>'
         "</svg></figure>"
     )
 
 
-def _key(series: Sequence[Series]) -> str:
+def _legend(series: Sequence[Series]) -> str:
     """Return the legend; dashed lines of one meaning share an entry."""
     items = [
         f'<li style="--c:var(--{curve.color})">{escape(curve.label)}</li>'
@@ -256,7 +256,7 @@ def _grid(across: Axis, up: Axis) -> str:
     return "".join(parts)
 
 
-def _numbers(series: Sequence[Series], across: Axis, up: Axis) -> str:
+def _tooltip_data(series: Sequence[Series], across: Axis, up: Axis) -> str:
     """Return the tooltip's data as JSON: axes in pixels, and the points of each line."""
     # The script finds values by the axes in pixels.
     data = {

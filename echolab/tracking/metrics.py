@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: none of {len(lines)} lines is a metrics row; is it another file?")
     # Later attempts replace the rows that they repeated.
     first_steps = _first_steps(rows)
-    kept = [row for row in rows if not _superseded(row, first_steps)]
+    kept = [row for row in rows if not _is_superseded(row, first_steps)]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
 
 
@@ -73,7 +73,7 @@ def _first_steps(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:
     return first_steps
 
 
-def _superseded(row: dict[str, Any], first_steps: dict[int, tuple[int, set[str]]]) -> bool:
+def _is_superseded(row: dict[str, Any], first_steps: dict[int, tuple[int, set[str]]]) -> bool:
     """Return whether a later attempt repeated a row.
 
     An attempt that only repeats the validation of the last step has no new row of the step itself.

@@ -276,7 +276,7 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
         "Loss": _chart_grid(charts["Loss"]),
         "Tasks": _chart_grid(_probabilities(logs) + _tasks(names, logs, colors)),
         "Noise levels": _chart_grid(_noise_levels(names, logs)),
-        "Preference training": _chart_grid(charts["Preference training"] + _halves(logs)),
+        "Preference training": _chart_grid(charts["Preference training"] + _pair_errors(logs)),
         "Optimizer and speed": _chart_grid(charts["Optimizer and speed"]),
         "Other metrics": _chart_grid("".join(_chart(name, logs, colors) for name in others)),
     }
@@ -313,7 +313,7 @@ def _tasks(names: set[str], logs: Mapping[str, Rows], colors: Mapping[str, str])
     return "".join(charts)
 
 
-def _halves(logs: Mapping[str, Rows]) -> str:
+def _pair_errors(logs: Mapping[str, Rows]) -> str:
     """Return one chart for each run: the errors of both halves of the pairs."""
     charts = []
     for run, rows in logs.items():

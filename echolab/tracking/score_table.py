@@ -92,7 +92,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
         lines = [_row(c, scores, names, colors) for c in group if c in scores]
         bodies += f'<tbody class="{kind}">{"".join(lines)}</tbody>' if lines else ""
     lines = [
-        _change(after, before, scores, names)
+        _difference_row(after, before, scores, names)
         for after, before in CHANGES
         if after in scores and before in scores
     ]
@@ -187,11 +187,11 @@ def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]])
         f'<td class="{"leads" if leads else ""}" data-measure="{escape(name)}"'
         f' data-value="{score.mean!r}">{mark if leads else ""}'
         f'<span class="figure">{format_number(score.mean, places)}</span>{spread}'
-        f"{_gauge(score.mean, name, scores)}</td>"
+        f"{_sync_bar(score.mean, name, scores)}</td>"
     )
 
 
-def _gauge(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
+def _sync_bar(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
     """Return a thin bar, empty at shuffled audio and full at ground truth.
 
     Only for measures of audio sync: for others, such as FID, the two references mean nothing.
@@ -211,7 +211,7 @@ def _gauge(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -
     return f'<span class="gauge" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
 
 
-def _change(
+def _difference_row(
     after: str, before: str, scores: Mapping[str, Mapping[str, Score]], names: Sequence[str]
 ) -> str:
     """Return one row of differences, each marked as better or worse."""

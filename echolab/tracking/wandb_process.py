@@ -52,7 +52,7 @@ def main() -> None:
         run = _open(about, mode)
     except BaseException as error:  # wandb.init also raises SystemExit and KeyboardInterrupt
         # A killed service is not a fault that the next process would meet again.
-        _leave(answers, {"fault": "" if _service_ended() else _message(error)})
+        _answer_and_exit(answers, {"fault": "" if _service_ended() else _message(error)})
     _answer(answers, {"folder": str(Path(run.dir).parent), "service": _children()})
     _Mirror(run, answers).mirror(lines)
 
@@ -87,7 +87,9 @@ class _Mirror:
             wandb.teardown()  # waits until the service has written its file
         except BaseException as error:
             self.fault = self.fault or _message(error)
-        _leave(self.answers, self._end() | {"recorded": recorded_rows(folder), "finished": True})
+        _answer_and_exit(
+            self.answers, self._end() | {"recorded": recorded_rows(folder), "finished": True}
+        )
 
     def _write(self, record: dict[str, Any]) -> None:
         import wandb
@@ -118,7 +120,7 @@ class _Mirror:
 
     def _leave_without_service(self) -> NoReturn:
         self.fault = "its service process ended"
-        _leave(self.answers, self._end())
+        _answer_and_exit(self.answers, self._end())
 
     def _end(self) -> dict[str, Any]:
         return {"failed": self.failed, "fault": self.fault}
@@ -247,7 +249,7 @@ def _answer(answers: Any, values: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _leave(answers: Any, values: dict[str, Any]) -> NoReturn:
+def _answer_and_exit(answers: Any, values: dict[str, Any]) -> NoReturn:
     """Answer and exit at once, because wandb's exit handlers wait for servers."""
     try:
         _answer(answers, values)

@@ -281,7 +281,7 @@ class _Mirror:
         opened = process.receive()
         if "folder" not in opened:
             process.kill()
-            self._not_opened(opened.get("fault") or first.get("fault") or self._wait_fault)
+            self._handle_open_failure(opened.get("fault") or first.get("fault") or self._wait_fault)
             return False
         # The run is open: send again what an earlier process lost.
         self._folder = opened["folder"]
@@ -312,7 +312,7 @@ class _Mirror:
         self._lost += missing - len(again)
         self._recent, self._sent, self._folder = deque(again, maxlen=MAX_KEPT), len(again), ""
 
-    def _not_opened(self, fault: str) -> None:
+    def _handle_open_failure(self, fault: str) -> None:
         """Continue offline if a server was the reason; raise OSError if the run is offline already.
 
         A process that was killed reports no fault: the next one may succeed.

@@ -1,4 +1,11 @@
-"""Signals and the clock ask for a stop; the stop itself happens between two steps, on all ranks."""
+"""Record signals that request a stop; the stop itself happens between two steps, on all ranks.
+
+After SIGTERM the supervisor notes the signal and forwards it to its ranks, where `StopSignals` only
+records it.  After the step (or between batches of a validation) `StepSync` sums the votes of all
+ranks; if one was signaled, all save a checkpoint and exit with code 75, or with 76 if the
+remaining seconds of `grace` do not suffice for a save.  The supervisor writes cause and exit code
+to its record in RUN/attempts; slurm/train.sbatch reads them by `echolab why` and requeues the job.
+"""
 
 import os
 import signal
