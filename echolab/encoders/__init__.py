@@ -1,1 +1,1 @@
-"""Frozen encoders: images, audio and text to the conditions of the network."""
+"""Frozen encoders: videos to latents; images, audio and text to conditions of the network."""

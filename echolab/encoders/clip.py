@@ -1,4 +1,6 @@
-"""The image encoder of Wan: CLIP ViT-H/14, transformers' CLIPVisionModel, from either kind of file.
+"""The image encoder of Wan: CLIP ViT-H/14 as transformers' CLIPVisionModel.
+
+Weights come from Wan's file or from a transformers folder.
 
 Shapes: N = 257 tokens, D = 1280.
 """
@@ -14,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from echolab.encoders.files import assign_parameters, from_folder, frozen, read_file, shape_of
 
-HEADS = 16  # of ViT-H; shapes in a file do not determine it
+HEADS = 16  # attention heads of ViT-H, which tensor shapes do not determine
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 WHAT = "the CLIP of Wan, models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -36,12 +38,12 @@ _TOP = {
 
 
 def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a tensor of Wan's vision tower, named without `visual.`, as in CLIPVisionModel.
+    """Convert a tensor of Wan's vision tower, named without `visual.`, to CLIPVisionModel.
 
-    Query, key and value are one tensor there and three here.
+    Wan's joint tensor of query, key and value becomes three tensors.
     Source: Wan-Video/Wan2.1, `wan/modules/clip.py`.
     """
-    # Split the index of the block from the name in it.
+    # Separate the block index from the name within the block.
     block = re.match(r"transformer\.(\d+)\.", name)
     start, rest = (f"encoder.layers.{block[1]}.", name[block.end() :]) if block else ("", name)
     if rest.startswith("attn.to_qkv."):
@@ -59,21 +61,21 @@ def to_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def resize(image: Tensor, side: int) -> Tensor:
-    """Return an image [3, Y, X] in [-1, 1] as CLIP takes it, [1, 3, side, side].
+    """Resize and normalize an image [3, Y, X] in [-1, 1] for CLIP: [1, 3, side, side].
 
-    Bicubic without smoothing, as in the release; the aspect ratio is not kept.
+    Use bicubic interpolation without antialiasing, as in the release; ignore the aspect ratio.
     """
     size = (side, side)
-    # CLIP's own mean and spread, for pixels in [0, 1].
+    # CLIP's mean and standard deviation apply to pixels in [0, 1].
     small = functional.interpolate(image[None].float(), size, mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (small / 2 + 0.5 - mean) / std
 
 
 class ImageEncoder:
-    """Maps an image [3, Y, X] in [-1, 1] to the output of the last block but one: [257, D], fp32.
+    """Maps an image [3, Y, X] in [-1, 1] to the output of the second-to-last block: [257, D], fp32.
 
-    The last block is dropped: nothing here uses it.
+    The last block is unused and dropped.
     """
 
     def __init__(self, net: CLIPVisionModel) -> None:
@@ -82,7 +84,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, image: Tensor | None) -> Tensor:
-        """Return the states; zeros for None."""
+        """Return the hidden states; zeros if `image` is None."""
         config = self.net.config
         if image is None:
             return torch.zeros(self.net.embeddings.num_positions, config.hidden_size)
@@ -92,7 +94,7 @@ class ImageEncoder:
 
 
 def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-    """Load the image encoder of a transformers folder, or of Wan's file in its original names."""
+    """Load the image encoder from a transformers folder or from Wan's file (original names)."""
     net = (
         from_folder(CLIPVisionModel, path, dtype)
         if path.is_dir()
@@ -102,24 +104,24 @@ def load_image_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> CLIPVisionModel:
-    """Return the vision tower; text tower and projection of the file are not needed."""
+    """Return the vision tower of Wan's file, without its text tower and projection."""
     # Keep the vision tower, under transformers' names.
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_file(path).items():
         if name.startswith("visual.") and name != "visual.head":
             tensors |= to_transformers(name.removeprefix("visual."), tensor)
-    # Text and projection are not used, so they are never copied to the device.
+    # Only these tensors are copied to the device.
     config = _config(tensors, path)
     with torch.device("meta"):
         net = CLIPVisionModel(config)
     assign_parameters(net, tensors, path, device, dtype)
-    # Not in any file, so still without values.
+    # This buffer is not in the file, so it is still on the meta device.
     net.embeddings.position_ids = torch.arange(net.embeddings.num_positions, device=device)[None]
     return net
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path) -> CLIPVisionConfig:
-    # All sizes but the number of heads follow from shapes in the file.
+    # Derive all sizes except the number of heads from tensor shapes.
     width, _, patch, _ = shape_of(tensors, "embeddings.patch_embedding.weight", path, WHAT)
     positions = shape_of(tensors, "embeddings.position_embedding.weight", path, WHAT)[0]
     hidden = shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", path, WHAT)[0]

@@ -1,8 +1,8 @@
-"""Files of released encoders: names, fingerprints, and the networks in them.
+"""Files of released encoders: names, fingerprints, and loading of networks.
 
-A network comes from a folder as its library writes it (config.json and weights), or from a file in
-the names its authors used.  Such a file is mapped into memory and its tensors become the
-parameters: there is no second copy.  Only tensors are unpickled.
+A network is loaded from a folder of its library (config.json and weights), or from a file with its
+authors' parameter names.  Such a file is memory-mapped and its tensors become the parameters,
+without a second copy.  Only tensors are unpickled.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_
 
 
 def require(path: Path, what: str) -> Path:
-    """Return `path`; raise WeightsError, which names `what` it is, if it does not exist."""
+    """Return `path`; raise a WeightsError that describes it as `what` if it does not exist."""
     if not path.exists():
         raise WeightsError(f"{path}: not there; it is {what}: download or copy it")
     return path
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """Return the weights of a folder of diffusers or transformers, all shards of them."""
+    """Return the weight files, including all shards, of a diffusers or transformers folder."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
-        # Names in an index come from outside: one that leaves the folder is refused.
+        # The index is untrusted: refuse names outside the folder.
         if index.is_file():
             file_of = read_json(index).get("weight_map")  # name of a tensor -> file
             shards = sorted(set(map(str, file_of.values()))) if isinstance(file_of, dict) else []
@@ -56,8 +56,8 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """Return one sha256 for files and their names; that of one file is its own."""
-    # Names count for several files: shards that were swapped are another network.
+    """Return the sha256 of a single file, or one sha256 of several files and their names."""
+    # Include the names of several files, since swapped shards are a different network.
     digests = []
     for path in files:
         try:
@@ -80,14 +80,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not there; download or copy it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy it again") from error
-    # Any object may be JSON; a list or a number is no configuration.
+    # A JSON list or number is not a configuration.
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object; copy it again")
     return content
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or pickled file by name, mapped into memory."""
+    """Return the memory-mapped tensors of a .safetensors or pickled file by name."""
     if not path.is_file():
         raise WeightsError(f"{path}: not there; download or copy it")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -112,8 +112,11 @@ def assign_parameters(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Make `tensors` the parameters of `net`, which was built on the meta device; all or none."""
-    # Collect all faults, so that the error can count them.
+    """Make `tensors` the parameters of `net`, which is on the meta device; raise WeightsError.
+
+    If an error is raised, `net` is unchanged.
+    """
+    # Collect all faults, so that the error reports their number.
     needed = net.state_dict()
     faults = [f"lacks {name}" for name in needed if name not in tensors]
     faults += [f"has {name}, which the network lacks" for name in tensors if name not in needed]
@@ -125,15 +128,15 @@ def assign_parameters(
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise WeightsError(f"{path}: {faults[0]}{more}; give the released file")
-    # Assign, so that there is no second copy in memory.
+    # Assign instead of copying, to avoid a second copy in memory.
     on_device = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     net.load_state_dict(on_device, assign=True)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the tables and progress bars of the libraries; faults are raised as errors."""
-    # Remember the levels, to restore them afterwards.
+def _silence_libraries() -> Iterator[None]:
+    """Suppress log messages and progress bars of transformers and diffusers."""
+    # Save the levels to restore them afterwards.
     before = [(log, log.get_verbosity()) for log in (transformers_log, diffusers_log)]
     bars = transformers_log.is_progress_bar_enabled()
     for log, _ in before:
@@ -153,14 +156,15 @@ def from_folder(
 ) -> Any:
     """Load a network by its library's `from_pretrained`; raise WeightsError if a tensor is missing.
 
-    The libraries draw missing tensors at random and warn.  `unused` names those without effect.
+    The libraries initialize missing tensors randomly and only warn.  Tensors in `unused` have no
+    effect and may be missing.
     """
     # Check archives before the library opens them.
     require(folder / CONFIG, f"what {network.__name__} is made by")
     for file in weights_in(folder):
         check_archive(file)
     try:
-        with _quiet():
+        with _silence_libraries():
             net, report = network.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
             )
@@ -169,7 +173,7 @@ def from_folder(
         raise WeightsError(
             f"{folder}: no {network.__name__} can be made of it ({line}); copy it again"
         ) from error
-    # A library would draw a missing tensor at random, and warn at most.
+    # Raise an error where the library would initialize randomly.
     missing = sorted(name for name in report["missing_keys"] if name not in unused)
     if missing or report["mismatched_keys"]:
         what = f"lacks {missing[0]}" if missing else f"{report['mismatched_keys'][0]} does not fit"

@@ -1,6 +1,6 @@
 """Load the released encoders of a folder as one `Encoders`, and count their parameters.
 
-Each is loaded when it is first used, and only so many stay in memory as fit.
+Each encoder is loaded at its first use, and a limited number of them remains in memory.
 """
 
 import gc
@@ -25,7 +25,7 @@ SPEECH = {"preview": load_preview_speech, "flash": load_flash_speech}
 
 
 class ReleasedFiles(NamedTuple):
-    """The path of each encoder: a file in the authors' names, or its library's folder."""
+    """The path of each encoder: a file with the authors' names, or a folder of its library."""
 
     video: Path
     text: Path
@@ -34,7 +34,7 @@ class ReleasedFiles(NamedTuple):
     audio: Path
 
 
-# Names in a folder, in the order they are tried: the release's own, then diffusers' folders.
+# Candidate names in a folder, in order of preference: the release's names, then diffusers' folders.
 NAMES = {
     "video": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae"),
     "text": (
@@ -52,12 +52,13 @@ NAMES = {
 
 
 def find_released(folder: Path, audio: Path) -> ReleasedFiles:
-    """Return the encoders in a folder such as Wan2.1-Fun-V1.1-1.3B-InP, and one of wav2vec2.
+    """Return the paths of the encoders in a folder such as Wan2.1-Fun-V1.1-1.3B-InP.
 
-    Reads no weights; raises WeightsError naming the first part that is not there.
+    `audio` is the folder of wav2vec2.  Read no weights; raise a WeightsError that names the first
+    missing part.
     """
     require(folder, "the folder of the released encoders")
-    # The release's own names first: a folder may hold both.
+    # Prefer the release's names, since a folder may contain both.
     paths = {}
     for part, names in NAMES.items():
         existing = [folder / name for name in names if (folder / name).exists()]
@@ -71,9 +72,9 @@ def find_released(folder: Path, audio: Path) -> ReleasedFiles:
 
 
 def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str]) -> dict[str, str]:
-    """Return what identifies each encoder: the sha256 of its files, and how they are used."""
+    """Return the identity of each encoder: the sha256 of its files, and the processing options."""
 
-    # A folder's configuration counts too: the same weights may be used in another way.
+    # Include the folder's configuration, which changes how the weights are used.
     def digest(path: Path, *others: Path) -> str:
         inside = [path / CONFIG, *weights_in(path)] if path.is_dir() else [path]
         return sha256_of([*inside, *others])
@@ -90,19 +91,19 @@ def fingerprints(files: ReleasedFiles, speech: str, clean: Callable[[str], str])
 
 
 class Resident:
-    """Networks that are loaded when they are used; at most `limit` stay in memory."""
+    """An LRU cache of at most `limit` networks, each loaded when it is used."""
 
     def __init__(self, loaders: dict[str, Callable[[], Any]], limit: int) -> None:
         self.loaders, self.limit = loaders, limit
-        self.held: OrderedDict[str, Any] = OrderedDict()  # used longest ago first
+        self.held: OrderedDict[str, Any] = OrderedDict()  # least recently used first
 
     def __call__(self, name: str) -> Any:
-        """Return the network `name`; drop those used longest ago before it is loaded."""
-        # Make room first, so that two large networks never overlap.
+        """Return the network `name`; drop the least recently used one before loading another."""
+        # Free memory first, so that there are never `limit` + 1 networks.
         if name not in self.held:
             if len(self.held) == self.limit:
                 self.held.popitem(last=False)
-                gc.collect()  # a network may hold itself in cycles
+                gc.collect()  # a network may contain reference cycles
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             self.held[name] = self.loaders[name]()
@@ -111,7 +112,7 @@ class Resident:
 
 
 class _Autoencoder:
-    """The autoencoder, loaded when it is used."""
+    """The video autoencoder, loaded when it is used."""
 
     def __init__(self, networks: Resident) -> None:
         self.networks = networks
@@ -133,10 +134,10 @@ def released_encoders(
     clean: Callable[[str], str] = as_written,
     tiling: bool = False,
 ) -> Encoders:
-    """Return the released encoders with the interface of the demo's; `speech` is preview or flash.
+    """Return the released encoders; `speech` is preview or flash.
 
-    Each is loaded when it is first used, and at most `resident` (1 to 4) stay: encode all texts,
-    then all images, and so on, if not all fit.  umT5-XXL alone is 11 GB in bf16.
+    Each encoder is loaded at its first use, and at most `resident` (1 to 4) remain in memory: if
+    not all fit, encode all texts, then all images, and so on.  umT5-XXL alone is 11 GB in bf16.
     """
     # Loaders by name; each network is built at its first use.
     networks = Resident(
@@ -150,7 +151,7 @@ def released_encoders(
         },
         resident,
     )
-    # The encoders' functions look the network up at each call, since it may have been dropped.
+    # Look up the network at each call, since it may have been dropped.
     return Encoders(
         video=_Autoencoder(networks),
         text=lambda text: networks("text")(text),
@@ -160,17 +161,17 @@ def released_encoders(
     )
 
 
-# Sizes, from the configurations alone: Wan-Video/Wan2.1, `wan/configs` and `wan/modules/clip.py`.
+# Architectures without weights.  Source: Wan-Video/Wan2.1, `wan/configs`, `wan/modules/clip.py`.
 
 
-def _video() -> Any:
+def _build_vae() -> Any:
     """Return Wan 2.1's VAE without weights."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan()
 
 
-def _text() -> Any:
+def _build_umt5() -> Any:
     """Return umT5-XXL's encoder without weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -187,7 +188,7 @@ def _text() -> Any:
     )
 
 
-def _image() -> Any:
+def _build_clip() -> Any:
     """Return open-CLIP's ViT-H/14 without weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -204,25 +205,25 @@ def _image() -> Any:
     )
 
 
-def _audio() -> Any:
+def _build_wav2vec() -> Any:
     """Return wav2vec2-base without weights."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     return Wav2Vec2Model(Wav2Vec2Config())
 
 
-# The constructor of each network, by the part that it encodes.
+# The constructor of each network, by input modality.
 NETWORKS: dict[str, Callable[[], Any]] = {
-    "video": _video,
-    "text": _text,
-    "image": _image,
-    "audio": _audio,
+    "video": _build_vae,
+    "text": _build_umt5,
+    "image": _build_clip,
+    "audio": _build_wav2vec,
 }
 
 
 def parameters_of(part: str) -> int:
     """Return the number of parameters of an encoder, a key of `NETWORKS`."""
-    # The meta device: shapes alone, no memory.
+    # Build on the meta device, which allocates no memory.
     with torch.device("meta"):
         net = NETWORKS[part]()
     return sum(parameter.numel() for parameter in net.parameters())

@@ -1,4 +1,6 @@
-"""The umT5-XXL text encoder: transformers' UMT5EncoderModel, from either kind of file.
+"""The umT5-XXL text encoder as transformers' UMT5EncoderModel.
+
+Weights come from Wan's file or from a transformers folder.
 
 Shapes: L = 512 text tokens, D = 4096.
 """
@@ -47,7 +49,7 @@ def to_transformers(name: str) -> str:
 
     Source: Wan-Video/Wan2.1, `wan/modules/t5.py`.
     """
-    # Within a block, or one of the few names outside the blocks.
+    # Separate the block index, if any, from the name within the block.
     block = re.match(r"blocks\.(\d+)\.", name)
     start, rest = (f"encoder.block.{block[1]}.", name[block.end() :]) if block else ("", name)
     for old, new in (_BLOCK if block else _TOP).items():
@@ -57,18 +59,18 @@ def to_transformers(name: str) -> str:
 
 
 def as_written(text: str) -> str:
-    """Return the text itself, as EchoMimicV3 and VideoX-Fun give it to the tokenizer."""
+    """Return the text unchanged, as EchoMimicV3 and VideoX-Fun pass it to the tokenizer."""
     return text
 
 
 def cleaned(text: str) -> str:
-    """Return a text as Wan and diffusers clean it: no mojibake, entities or runs of spaces."""
-    # Entities may be escaped twice in captions from the web.
+    """Clean a text as Wan and diffusers do: repair mojibake, HTML entities and white space."""
+    # Unescape twice, since entities in captions from the web may be escaped twice.
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 class TextEncoder:
-    """Maps a text to its states [512, D] in fp32, zero after its end."""
+    """Maps a text to its hidden states [512, D] in fp32, zero-padded."""
 
     def __init__(
         self, net: UMT5EncoderModel, tokenizer: Tokenizer, clean: Callable[[str], str]
@@ -77,12 +79,12 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
-        """Return the states; a text of over 512 tokens is cut, with a warning."""
+        """Return the hidden states; truncate a text of over 512 tokens, with a warning."""
         encoded = self.tokenizer.encode(self.clean(text))
         tokens = encoded.ids
         if encoded.overflowing:
             warnings.warn(f"a text of over {LENGTH} tokens is cut: {text[:60]!r}...", stacklevel=2)
-        # The release pads to 512, masks the padding and drops its states: the same, but slower.
+        # The release pads to 512 tokens and masks the padding, which is equivalent but slower.
         states = self.net(torch.tensor([tokens], device=self.net.device)).last_hidden_state[0]
         return functional.pad(states.float().cpu(), (0, 0, 0, LENGTH - len(tokens)))
 
@@ -92,9 +94,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = require(folder / "tokenizer.json", "the tokenizer of google/umt5-xxl")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no class of its own
+    except Exception as error:  # the library raises plain Exception
         raise WeightsError(f"{path}: damaged ({error}); download or copy it again") from error
-    # Padding would only cost time: states after the end are zeros.
+    # Disable padding, which would only cost time: states after the end are zeros.
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     if tokenizer.encode("a").tokens[-1:] != [END]:
@@ -112,14 +114,14 @@ def load_text_encoder(
     *,
     clean: Callable[[str], str] = as_written,
 ) -> TextEncoder:
-    """Load the text encoder of a transformers folder, or of Wan's file in its original names."""
+    """Load the text encoder from a transformers folder or from Wan's file (original names)."""
     tokenizer = load_tokenizer(tokenizer_folder)
     net = (
         from_folder(UMT5EncoderModel, path, dtype)
         if path.is_dir()
         else _from_file(path, device, dtype)
     )
-    # A tokenizer of another model would index beyond the table.
+    # The tokenizer of another model could index beyond the embedding table.
     tokens, rows = tokenizer.get_vocab_size(), net.shared.weight.shape[0]
     if tokens > rows:
         raise WeightsError(
@@ -131,7 +133,7 @@ def load_text_encoder(
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
     tensors = {to_transformers(name): tensor for name, tensor in read_file(path).items()}
-    # All sizes of the network follow from shapes in the file.
+    # Derive all sizes of the network from tensor shapes.
     vocabulary, width = shape_of(tensors, "shared.weight", path, WHAT)
     first = "encoder.block.0.layer.{}.weight"
     attention = shape_of(tensors, first.format("0.SelfAttention.q"), path, WHAT)[0]
@@ -150,8 +152,8 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> UMT5Enco
     )
     with torch.device("meta"):
         net = UMT5EncoderModel(config)
-    # The library's class takes two names for its one table of words.
+    # The library's class has two names for one shared embedding table.
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     assign_parameters(net, tensors, path, device, dtype)
-    net.set_input_embeddings(net.shared)  # one table, under two names
+    net.set_input_embeddings(net.shared)  # tie the two names again
     return net

@@ -1,4 +1,6 @@
-"""The Wan 2.1 video autoencoder: diffusers' AutoencoderKLWan, from either kind of file.
+"""The Wan 2.1 video autoencoder as diffusers' AutoencoderKLWan.
+
+Weights come from Wan's file or from a diffusers folder.
 
 Shapes: B clips, T frames, F latent frames (T = 4 (F - 1) + 1), Y, X pixels, H = Y / 8, W = X / 8.
 """
@@ -44,7 +46,7 @@ _RESIDUAL = {
     "shortcut.": "conv_shortcut.",
 }
 _MIDDLE = {"0": "resnets.0.", "1": "attentions.0.", "2": "resnets.1."}
-_UP_PARTS = 4  # of a stage of the decoder: three residual blocks, then the upsampler
+_UP_PARTS = 4  # blocks per decoder stage: three residual blocks, then the upsampler
 
 
 def to_diffusers(name: str) -> str:
@@ -58,13 +60,13 @@ def to_diffusers(name: str) -> str:
     match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.*)", name)
     if not match:
         return name
-    # Three kinds of places: the middle block, the encoder's row of blocks, the decoder's stages.
+    # Three cases: the middle block, the encoder's flat list of blocks, the decoder's stages.
     half, part, number, rest = match.groups()
     for old, new in _RESIDUAL.items():  # names within a residual block
         rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
     if part == "middle":
         return f"{half}.mid_block.{_MIDDLE.get(number, number + '.')}{rest}"
-    if part == "downsamples":  # the encoder keeps one row of blocks
+    if part == "downsamples":  # the encoder's blocks remain a flat list
         return f"{half}.down_blocks.{number}.{rest}"
     # The decoder groups its blocks by stage.
     stage, index = divmod(int(number), _UP_PARTS)
@@ -75,20 +77,20 @@ def to_diffusers(name: str) -> str:
 class WanAutoencoder:
     """Maps pixels [B, 3, T, Y, X] in [-1, 1] to latents [B, 16, F, H, W] and back.
 
-    Latents are the posterior's mode, normalized by the mean and standard deviation of each channel;
-    diffusers leaves them raw.  Results are fp32, on the device of the input.  `slicing` takes one
-    clip at a time, `tiling` pieces of 256 x 256 pixels that are blended: both need less memory, and
-    slicing alone leaves the values unchanged.
+    Latents are the posterior's mode, normalized by the mean and standard deviation of each channel,
+    which diffusers does not apply.  Results are fp32, on the device of the input.  `slicing`
+    processes one clip at a time, `tiling` blended tiles of 256 x 256 pixels; both save memory, but
+    tiling changes the values slightly.
     """
 
     def __init__(self, net: AutoencoderKLWan, *, slicing: bool = True, tiling: bool = False):
-        # Both are switches of diffusers' own class.
+        # Slicing and tiling are features of diffusers' class.
         self.net = net
         if slicing:
             net.enable_slicing()
         if tiling:
             net.enable_tiling()
-        # One mean and one deviation for each of the 16 channels.
+        # Mean and standard deviation of each of the 16 channels.
         device = next(net.parameters()).device
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(net.config.latents_mean, device=device).view(shape)
@@ -96,8 +98,8 @@ class WanAutoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return normalized latents of clips of 4n + 1 frames, with sides of multiples of 8."""
-        # The network's precision for the convolutions, fp32 for the normalization.
+        """Return normalized latents of clips with 4n + 1 frames and sides divisible by 8."""
+        # Convolutions run in the network's precision, the normalization in fp32.
         parameter = next(self.net.parameters())
         raw = self.net.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist.mode()
         return ((raw.float() - self.mean) / self.std).to(pixels.device)
@@ -118,16 +120,16 @@ def load_autoencoder(
     slicing: bool = True,
     tiling: bool = False,
 ) -> WanAutoencoder:
-    """Load the autoencoder of a diffusers `vae` folder, or of Wan2.1_VAE.pth (or .safetensors).
+    """Load the autoencoder from a diffusers `vae` folder or Wan2.1_VAE.pth (or .safetensors).
 
-    Raises WeightsError, in one line, for one of other channels.
+    Raise WeightsError for an autoencoder with another number of channels.
     """
     net = _from_folder(path, dtype) if path.is_dir() else _from_file(path, device, dtype)
     return WanAutoencoder(frozen(net, device), slicing=slicing, tiling=tiling)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
-    # Wan 2.2's VAE has 48 channels: refuse it before it is loaded.
+    # Refuse Wan 2.2's VAE, which has 48 channels, before loading it.
     config = read_json(folder / CONFIG)
     _check_channels(folder / CONFIG, "z_dim", config.get("z_dim", CHANNELS))
     for key in ("latents_mean", "latents_std"):
@@ -138,7 +140,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
 
 
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
-    # The authors' names, or already diffusers'.
+    # Convert the authors' names unless the file has diffusers' names.
     tensors = read_file(path)
     if "post_quant_conv.weight" not in tensors:
         tensors = {to_diffusers(name): tensor for name, tensor in tensors.items()}
@@ -154,6 +156,6 @@ def _size(tensors: Mapping[str, Tensor], layer: str, path: Path) -> int:
 
 
 def _check_channels(path: Path, what: str, channels: int) -> None:
-    """Raise WeightsError for another number of channels."""
+    """Raise WeightsError unless `channels` is that of Wan 2.1."""
     if channels != CHANNELS:
         raise WeightsError(f"{path}: {what} is {channels}, need {CHANNELS}; give {WHAT}")

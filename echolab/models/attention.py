@@ -1,11 +1,11 @@
-"""Attention over heads, by the fastest kernel of the machine.
+"""Multi-head attention by the fastest available kernel.
 
-Every attention module of the network holds one plain function, `attend`; it is torch's own until
-`use_attention(net, attention_from(NAME))` sets another from outside.
+Every attention module of the network has a function `attend`, by default torch's SDPA;
+`use_attention(net, attention_from(NAME))` replaces it from outside.
 
-No kernel for sequences of different lengths is needed, because no key is masked: the zeros after a
-text and outside a window of audio are keys like any other, as in the released model, and all clips
-of a batch have one size.
+Variable-length kernels are not needed, because no key is masked: the zeros that pad a text or a
+window of audio take part in the softmax, as in the released model, and all clips of a batch have
+the same size.
 
 Shapes: B clips, S queries, K keys, N heads, d channels of a head.
 """
@@ -31,8 +31,8 @@ INSTALL = {
 }
 NAMES = ("auto", "sdpa", "cudnn", *PACKAGES)
 HOPPER = (9, 0)
-# Tokens below which torch's bf16 attention on CPUs takes up to seven times as long backwards as
-# fp32's; above, it is a seventh faster.
+# Number of tokens below which the backward pass of torch's bf16 CPU attention is up to seven times
+# slower than in fp32; for more tokens bf16 is a seventh faster.
 SHORT_SEQUENCE = 256
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -55,7 +55,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def cudnn(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend by cuDNN's kernel if it can: on Hopper much faster than FlashAttention 2."""
+    """Attend by cuDNN if it supports the inputs; on Hopper much faster than FlashAttention 2."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return sdpa(queries, keys, values)
 
@@ -77,7 +77,7 @@ def _flash(name: str) -> Attend:
                 f"attention={name}: computes in bf16 or fp16, not {values.dtype}; "
                 "take precision bf16-mixed, or attention=sdpa"
             )
-        # Under autocast norms give fp32; torch's own kernels would get bf16.
+        # Under autocast norms return fp32, which autocast casts only for torch's kernels.
         mixed = kernel(queries.type_as(values), keys.type_as(values), values)
         # FlashAttention 3 returned (output, log-sum-exp) before 3.0.0b2.
         return mixed[0] if isinstance(mixed, tuple) else mixed
@@ -87,7 +87,7 @@ def _flash(name: str) -> Attend:
 
 def _fastest(device: torch.device) -> str:
     """Return the name of the fastest kernel: FlashAttention 3 or cuDNN on Hopper, else torch's."""
-    # Before Hopper torch's own choice is the fastest.
+    # Before Hopper torch's default kernel is the fastest.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return "sdpa"
     try:
@@ -98,13 +98,13 @@ def _fastest(device: torch.device) -> str:
 
 
 def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
-    """Return the attention function `name` for a device; `auto` is the fastest there.
+    """Return the attention function `name` for a device; `auto` is the fastest available one.
 
-    Raises ConfigError for an unknown name and for a package that is not installed.
+    Raise ConfigError for an unknown name and for a package that is not installed.
     """
     if name not in NAMES:
         raise ConfigError(f"attention={name}: unknown; one of {', '.join(NAMES)}")
-    # Resolve `auto` first: what it chooses always runs on the device.
+    # Resolve `auto` first: its choice always supports the device.
     device = torch.device(device)
     if name == "auto":
         name = _fastest(device)
@@ -114,12 +114,12 @@ def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
 
 
 def attention_modules(net: nn.Module) -> Iterator[Any]:
-    """Yield both attentions of every block."""
+    """Yield the self-attention and cross-attention module of every block."""
     for block in net.blocks:  # type: ignore[union-attr]
         yield from (block.self_attn, block.cross_attn)
 
 
 def use_attention(net: nn.Module, attend: Attend) -> None:
-    """Set `attend` as the kernel of every attention of the network."""
+    """Set `attend` as the kernel of every attention module of the network."""
     for module in attention_modules(net):
         module.attend = attend

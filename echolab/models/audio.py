@@ -1,8 +1,8 @@
 """Audio for the transformer: features to tokens, and the tokens that each latent frame attends to.
 
-The preview model: two tokens a video frame, eight a latent frame, and latent frame i attends to the
-17 tokens [8i - 11, 8i + 5], about 340 ms around its frames.  The Flash model: 32 tokens a latent
-frame, made of all layers of wav2vec2 at the 8 video frames around its own four.
+The preview model has two tokens per video frame, eight per latent frame; latent frame i attends to
+the 17 tokens [8i - 11, 8i + 5], about 340 ms around its frames.  The Flash model has 32 tokens per
+latent frame, computed from all layers of wav2vec2 at its four video frames and two on each side.
 
 Shapes: B clips, T video frames, F = (T - 1) / 4 + 1 latent frames (time stride 4), D width.
 Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py` and `..._2512.py`.
@@ -17,22 +17,24 @@ from torch import Tensor, nn
 
 from echolab.geometry import WAN
 
-WINDOW = 17  # tokens that a latent frame attends to
-TOKENS_PER_FRAME = 2  # of a video frame
-LEAD = 11  # tokens of the window before the first of latent frame 0
+WINDOW = 17  # number of tokens that a latent frame attends to
+TOKENS_PER_FRAME = 2  # per video frame
+LEAD = 11  # the window of latent frame i begins at token 8 i - LEAD
 
 # Flash
-REACH = 2  # video frames attended to on each side of a latent frame's own
-FLASH_TOKENS = 32  # a latent frame
+REACH = 2  # context video frames on each side of a latent frame's video frames
+FLASH_TOKENS = 32  # per latent frame
 FLASH_HIDDEN = 512
 
 
 class AudioAttentionConfig(NamedTuple):
-    """Audio part of cross-attention; the module's parameters depend on it."""
+    """Settings of the audio branch of cross-attention."""
 
-    biases: bool  # of the projections to keys and values
-    masked: bool  # only tokens of the face attend to audio
-    windows: Callable[[Tensor, int], Tensor]  # keys or values of a clip -> of its latent frames
+    biases: bool  # whether the projections to keys and values have biases
+    masked: bool  # whether only tokens of the face attend to audio
+    windows: Callable[
+        [Tensor, int], Tensor
+    ]  # keys or values of a clip -> one window a latent frame
     time_stride: int = WAN.time_stride
 
 
@@ -45,17 +47,18 @@ class AudioTokens(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project the features; silence (zeros) becomes the norm's bias, a learned constant."""
+        """Project the features; zeros (silence) map to the norm's bias, a learned constant."""
         return self.norm(self.proj(features))
 
 
 def audio_windows(tokens: Tensor, time_stride: int = WAN.time_stride) -> Tensor:
-    """Return each latent frame's window: [B, 2 T, D] -> [B, F, 17, D], zeros beyond the clip.
+    """Return the window of each latent frame: [B, 2 T, D] -> [B, F, 17, D], zero-padded.
 
-    Zero keys take part in the softmax, as in the released model (it computes the true lengths and
-    does not use them).  It puts the zeros last; attention does not depend on the order of keys.
+    Zero keys take part in the softmax, as in the released model, which computes the true lengths
+    but does not use them.  The release appends all zeros at the end, which is equivalent, since
+    attention does not depend on the order of keys.
     """
-    # Pad so that every window is complete, then cut them at the stride of latent frames.
+    # Pad so that every window is complete, then unfold at the stride of latent frames.
     stride = TOKENS_PER_FRAME * time_stride
     frames = (tokens.shape[1] // TOKENS_PER_FRAME - 1) // time_stride + 1
     tail = stride * (frames - 1) + WINDOW - LEAD - tokens.shape[1]
@@ -63,14 +66,14 @@ def audio_windows(tokens: Tensor, time_stride: int = WAN.time_stride) -> Tensor:
     return padded.unfold(1, WINDOW, stride).transpose(2, 3)
 
 
-# Neither projection has a bias, so padding after them equals padding before, at half the cost.
+# The projections have no biases, so padding after the projections equals padding before them.
 PREVIEW = AudioAttentionConfig(biases=False, masked=True, windows=audio_windows)
 
 
 class FlashAudioTokens(nn.Module):
     """Flash: all layers of wav2vec2 [B, T, layers, audio_dim] -> tokens [B, F, 32, D].
 
-    The first latent frame, one video frame, has a first layer of its own.
+    The first latent frame, which covers one video frame, has a separate first layer.
     """
 
     def __init__(self, audio_dim: int, layers: int, dim: int, time_stride: int = WAN.time_stride):
@@ -83,8 +86,8 @@ class FlashAudioTokens(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project windows of the features; silence (zeros) is shaped by the biases alone."""
-        # The first latent frame is one video frame and has a projection of its own.
+        """Project windows of the features; zeros (silence) yield an output of the biases only."""
+        # The first latent frame has a separate projection.
         first, later = flash_windows(features, self.time_stride)
         hidden = torch.cat([self.proj1(first.flatten(-3)), self.proj1_vf(later.flatten(-3))], 1)
         tokens = self.proj3(self.proj2(hidden.relu()).relu())
@@ -92,13 +95,13 @@ class FlashAudioTokens(nn.Module):
 
 
 def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple[Tensor, Tensor]:
-    """Return the frames attended to: [B, T, ...] -> [B, 1, 5, ...] and [B, F - 1, 8, ...].
+    """Return the context frames: [B, T, ...] -> [B, 1, 5, ...] and [B, F - 1, 8, ...].
 
-    Latent frame 0 gets video frames -2..2, latent frame i its own 4i-3..4i and two on each side;
-    the ends of the clip are repeated.
-    (The release gathers five frames around each video frame and then selects these.)
+    Latent frame 0 gets video frames -2..2; latent frame i gets frames 4i-3..4i and two on each
+    side.  Frames beyond the clip repeat its first or last frame.
+    (The release gathers five frames around each video frame and then selects the same frames.)
     """
-    # Indices of the frames of each window, clamped to the clip.
+    # Frame indices of each window, clamped to the clip.
     last = features.shape[1] - 1
     around = torch.arange(time_stride + 2 * REACH, device=features.device) - REACH
     starts = 1 + time_stride * torch.arange(last // time_stride, device=features.device)
@@ -108,7 +111,7 @@ def flash_windows(features: Tensor, time_stride: int = WAN.time_stride) -> tuple
 
 
 def _all_tokens(tokens: Tensor, time_stride: int) -> Tensor:
-    """Return the tokens unchanged: those of Flash are windows already."""
+    """Return the tokens unchanged, since Flash's tokens are windowed already."""
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""Export of weights as safetensors with the names of the releases or of diffusers, atomically."""
+"""Export weights as safetensors with the parameter names of the releases or of diffusers."""
 
 import json
 import math
@@ -32,17 +32,17 @@ def write_original(
     """Write a file `out`.safetensors or a folder `out` with the names of Wan and EchoMimicV3.
 
     `tensors` are all parameters of `net` (which may be on the meta device) by name.  They are
-    written in `dtype`, or in their own if it is None.  Flash's dead query for audio is written as
-    zeros if it is not given, so that strict readers find all 1,203 names.
-    Returns the files.  Raises CheckpointError, ConfigError or WeightsError and leaves no file.
+    written in `dtype`, or in their own dtype if it is None.  Flash's unused audio query is written
+    as zeros if it is not in `tensors`, so that strict readers find all 1,203 names.
+    Return the files.  Write nothing if CheckpointError, ConfigError or WeightsError is raised.
     """
-    # Names and order of the released file, with zeros for what it holds without effect.
+    # Use names and order of the released file, with zeros for tensors that have no effect.
     _check_complete(net, tensors)
     renamed: dict[str, Tensor] = {}
     for name, shape in released_shapes(net).items():
         dead = DEAD_PART in name
         renamed[name] = tensors.get(name, torch.zeros(1).expand(shape)) if dead else tensors[name]
-    return _write(out, renamed, _original_config(net), dtype, shard_bytes)
+    return _write_weights(out, renamed, _original_config(net), dtype, shard_bytes)
 
 
 def write_diffusers(
@@ -55,20 +55,20 @@ def write_diffusers(
 ) -> list[Path]:
     """Write a folder `out` that diffusers' `WanTransformer3DModel.from_pretrained` reads.
 
-    diffusers has no audio branch: its tensors get names of echolab, which diffusers reports and
-    ignores.  Otherwise as `write_original`.
+    diffusers has no audio branch: audio tensors get echolab's own names, which diffusers reports
+    and ignores.  Otherwise like `write_original`.
     """
-    # diffusers reads a folder with config.json alone.
+    # diffusers needs a folder with config.json.
     _check_complete(net, tensors)
     if out.suffix == ".safetensors":
         raise ConfigError(f"out={out}: names=diffusers writes a folder; give a folder")
     renamed = {to_diffusers(name): tensors[name] for name, _ in net.named_parameters()}
-    return _write(out, renamed, _diffusers_config(net), dtype, shard_bytes)
+    return _write_weights(out, renamed, _diffusers_config(net), dtype, shard_bytes)
 
 
 def _check_complete(net: EchoTransformer, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `tensors` are the parameters of `net`, in their shapes."""
-    # Both ways: parameters without a tensor, and tensors without a parameter.
+    """Raise CheckpointError unless names and shapes of `tensors` match the parameters of `net`."""
+    # Check both parameters without a tensor and tensors without a parameter.
     parameters = dict(net.named_parameters())
     for name in [*parameters, *(name for name in tensors if DEAD_PART not in name)]:
         tensor, parameter = tensors.get(name), parameters.get(name)
@@ -104,7 +104,7 @@ def _original_config(net: EchoTransformer) -> Config:
 
 def _diffusers_config(net: EchoTransformer) -> Config:
     """Return config.json as diffusers reads it."""
-    # Same values under the names of diffusers.
+    # The same values under diffusers' names.
     original = _original_config(net)
     image_dim = None if net.img_emb is None else net.img_emb.proj[1].in_features
     return {
@@ -127,11 +127,11 @@ def _diffusers_config(net: EchoTransformer) -> Config:
     }
 
 
-def _shards(
+def _split_shards(
     named: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[dict[str, Tensor]]:
-    """Return shards in order, as large as allowed; a larger tensor is a shard of its own."""
-    # In the order of the names, as the releases are.
+    """Split tensors into shards of at most `shard_bytes`; a larger tensor gets a separate shard."""
+    # Keep the order of the names, as in the releases.
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in named.items():
@@ -144,7 +144,7 @@ def _shards(
     return shards
 
 
-def _write(
+def _write_weights(
     out: Path,
     named: Mapping[str, Tensor],
     config: Config,
@@ -152,8 +152,8 @@ def _write(
     shard_bytes: int,
 ) -> list[Path]:
     """Write the shards and config.json under a temporary name, then rename."""
-    # Check the output before anything is written.
-    shards = _shards(named, dtype, shard_bytes)
+    # Check the output path before writing.
+    shards = _split_shards(named, dtype, shard_bytes)
     single_file = out.suffix == ".safetensors"
     if out.exists():
         raise ConfigError(f"out={out}: exists already; give another path, or remove it")
@@ -163,7 +163,7 @@ def _write(
             f"out={out}: {size / 1e9:.2f} GB would be more than shard_gb={shard_bytes / 1e9:g}; "
             "give a folder, or raise shard_gb"
         )
-    # Write into a folder under a temporary name, sync, then rename.
+    # Write to a folder with a temporary name, sync, then rename.
     partial = out.with_name(f".partial-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def _write_shards(
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files.append(folder / f"{FILE_STEM}{part}.safetensors")
-        # Convert one shard at a time, so that host memory holds no second copy.
+        # Convert one shard at a time, to avoid a second copy of all weights in host memory.
         converted = {
             name: tensor.detach().to(dtype or tensor.dtype).contiguous()
             for name, tensor in shard.items()
@@ -203,7 +203,7 @@ def _write_shards(
         fsync(files[-1])
         weight_map |= dict.fromkeys(shard, files[-1].name)
         size += sum(tensor.nbytes for tensor in converted.values())
-    # Readers find the shard of a tensor by the index.
+    # The index maps each tensor to its shard.
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(folder / f"{FILE_STEM}.safetensors.index.json", index)
@@ -211,6 +211,6 @@ def _write_shards(
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file through to the disk."""
+    """Write a JSON file and flush it to disk."""
     path.write_text(json.dumps(content, indent=2) + "\n")
     fsync(path)

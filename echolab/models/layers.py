@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Tokens from patches that do not overlap, with the parameters of Wan's Conv3d.
+    """Tokens from non-overlapping patches, with the parameters of Wan's Conv3d.
 
-    A convolution whose stride equals its kernel is a matrix product.  Computed as one, it is
-    several times faster on CPUs, and in bf16 on GPUs it needs no 3-D convolution kernel.
+    A convolution whose stride equals its kernel is a matrix product, which is several times faster
+    on CPUs, and in bf16 on GPUs needs no 3-D convolution kernel.
     """
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]):
@@ -25,7 +25,7 @@ class PatchEmbedding(nn.Conv3d):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map [B, C, F, H, W] to [B, S, D], row-major over (frames, rows, columns)."""
-        # Cut patches in the layout of the convolution's weight, then multiply.
+        # Flatten patches in the layout of the convolution's weight, then multiply.
         p, q, r = self.kernel_size
         patches = rearrange(latents, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(patches, self.weight.flatten(1), self.bias)
@@ -45,7 +45,7 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Project the tokens; zeros stand for no image."""
+        """Project the tokens; zeros mean no image."""
         return self.proj(image)
 
 
@@ -60,15 +60,15 @@ class Linear32(nn.Linear):
 
 
 class _RootMeanSquare(torch.autograd.Function):
-    """RMS norm that keeps its input and one number a row for the backward pass.
+    """RMS norm that saves only its input and one number per row for the backward pass.
 
-    torch has a fused kernel on GPUs alone; elsewhere autograd would keep two more tensors of the
-    input's size and pass over memory twice as often.
+    torch has a fused kernel only on GPUs; elsewhere autograd would save two more tensors of the
+    input's size and access memory twice as often.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # fp32 at least; fp64 stays fp64, for gradient checks.
+        # Compute in fp32 or more: fp64 inputs remain fp64, for gradient checks.
         dtype = torch.promote_types(values.dtype, torch.float32)
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype)
         inverse = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
@@ -93,8 +93,8 @@ class _RootMeanSquare(torch.autograd.Function):
 class RMSNorm(nn.RMSNorm):
     """RMS norm over all channels, before they are split into heads; computed in fp32.
 
-    On GPUs the weight gets the values' dtype, because torch does not use its fused kernel if the
-    two differ, as under autocast.
+    On GPUs the weight is cast to the values' dtype: if the two differ, as under autocast, torch
+    does not use its fused kernel.
     """
 
     def forward(self, values: Tensor) -> Tensor:
@@ -108,10 +108,10 @@ class RMSNorm(nn.RMSNorm):
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Apply a layer norm without parameters, then scale and shift [B, 1, D] in fp32.  [B, S, D].
 
-    Scale and shift act as the weight and bias of the layer norm, so that each clip needs one
-    kernel, which keeps only its input for the backward pass.
+    1 + scale and shift are passed as weight and bias of the layer norm, so that each clip needs one
+    kernel, which saves only its input for the backward pass.
     """
-    # One layer norm for each clip, since scale and shift differ between clips.
+    # Use one layer norm per clip, since scale and shift differ between clips.
     shape = tokens.shape[-1:]
     clips = zip(tokens.float(), 1 + scale[:, 0], shift[:, 0], strict=True)
     normed = [F.layer_norm(clip, shape, weight, bias, eps) for clip, weight, bias in clips]
@@ -121,7 +121,7 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Return Wan's embedding of timesteps [B] in 0..1000: cosines, then sines.  [B, dim], fp32.
 
-    Computed in fp64: 1000 radians in fp32 would be off by 3e-5, and this is B numbers.
+    Compute in fp64, which is cheap for B values: in fp32, 1000 radians have an error of 3e-5.
     """
     # Frequencies from 1 down to 1 / 10000.
     half = dim // 2
@@ -131,8 +131,8 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
-    """Return the channels of a head that rotate with time, row and column: 44, 42, 42 of 128."""
-    # Even thirds for rows and columns; time gets the rest.
+    """Return the numbers of head channels for time, row and column: 44, 42, 42 of 128."""
+    # Rows and columns get an even third each, time the rest.
     third = 2 * (head_dim // 6)
     return head_dim - 2 * third, third, third
 
@@ -140,9 +140,9 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 @lru_cache(maxsize=32)
 def rope_freqs(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return cosines and sines that rotate channel pairs by position.  [S, 1, head_dim / 2, 2]."""
-    # Angles of each axis, expanded over the grid, in fp64.
+    # Compute the angles of each axis in fp64, and expand them over the grid.
     axes = []
-    with torch.inference_mode(False):  # a table made in validation is reused in training
+    with torch.inference_mode(False):  # a table cached in validation is reused in training
         for axis, (channels, length) in enumerate(zip(rope_split(head_dim), grid, strict=True)):
             powers = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
             positions = torch.arange(length, dtype=torch.float64, device=device)
@@ -157,7 +157,7 @@ def rope_freqs(head_dim: int, grid: tuple[int, int, int], device: torch.device) 
 def apply_rope(heads: Tensor, freqs: Tensor) -> Tensor:
     """Rotate adjacent channel pairs by their position.  [B, S, N, d] and [S, 1, d / 2, 2]."""
     pairs = heads.float().unflatten(-1, (-1, 2))
-    # Inductor does not fuse complex numbers; otherwise they need one pass over memory.
+    # Inductor does not fuse complex arithmetic; in eager mode it needs only one pass over memory.
     if torch.compiler.is_compiling():
         (x, y), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
         rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)

@@ -1,7 +1,7 @@
 """Read released weights: safetensors, sharded or not, diffusers folders, and `.pth`.
 
-Files are mapped into memory, and a network uses the mapped tensors as its parameters or copies them
-directly to a GPU, without a second copy in host memory.  Nothing is executed: pickles are read with
+Files are memory-mapped, and a network uses the mapped tensors as its parameters or copies them
+directly to a GPU, without a second copy in host memory.  No code is executed: pickles are read with
 torch's `weights_only`.
 """
 
@@ -56,7 +56,7 @@ def load_released(
 
     Raise WeightsError or CheckpointError; see `released_values` for `fresh` and `seed`.
     """
-    # On the meta device, so that no values are drawn that the file replaces.
+    # Build on the meta device, so that no memory is allocated for values that the file replaces.
     net = meta_network(architecture).to(dtype)
     report, values = released_values(net, path, fresh=fresh, seed=seed)
     assign_parameters(net, values())
@@ -73,12 +73,12 @@ def released_values(
 ) -> tuple[LoadReport, Callable[[], Iterator[tuple[str, Tensor]]]]:
     """Return a report and a reader of all values of `net`, which may be on meta, from `path`.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack.  They get Wan's
-    initialization, drawn from `seed`: new keys and values of audio are zero, so that the network
-    computes what its base does.  The reader yields (parameter name, tensor) pairs, one at a time,
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that the file may lack.  Missing parts get
+    Wan's initialization with `seed`: audio keys and values are zero, so that the network computes
+    the same function as its base.  The reader yields (parameter name, tensor) pairs, one at a time,
     converted on `device`.  Raise WeightsError or CheckpointError before any value is read.
     """
-    # All checks come first; values are read and drawn by the returned function.
+    # Run all checks now; the returned function reads and initializes values.
     tensors = read_tensors(path)
     report = match_weights(net, tensors, fresh=fresh, source=str(path))
 
@@ -91,23 +91,23 @@ def released_values(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a released file or folder by original names, mapped into memory.
+    """Return all tensors of a released file or folder by original names, memory-mapped.
 
-    A file is .safetensors, an index of shards, or .pth, .pt, .ckpt, .bin; a folder holds one of
-    these, or a diffusers model (recognized by its names), itself or in `transformer/`.
+    A file is .safetensors, an index of shards, or .pth, .pt, .ckpt, .bin; a folder contains one
+    such file or a diffusers model (recognized by parameter names), directly or in `transformer/`.
     A nested `state_dict` is unpacked, and a common prefix of all names such as `model.` removed.
-    Raises WeightsError for a file that is missing, damaged, quantized, of another network, a LoRA,
-    or a pickle with code.
+    Raise WeightsError for a file that is missing, damaged, quantized, a LoRA, a pickle with code,
+    or of another network.
     """
-    # The kind of file by its name.
-    file = _file_of(path)
+    # Select the reader by the file's name.
+    file = _find_file(path)
     if file.name.endswith(INDEX):
         tensors = _read_shards(file)
     elif file.suffix == ".safetensors":
         tensors = read_safetensors(file)
     else:
         tensors = read_pickle(file)
-    # Original names for all files.
+    # Convert all names to original names.
     tensors = _without_prefixes(tensors)
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {from_diffusers(name): tensor for name, tensor in tensors.items()}
@@ -115,8 +115,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _file_of(path: Path) -> Path:
-    """Return the file to open: `path` itself, or the one of a folder."""
+def _find_file(path: Path) -> Path:
+    """Return the file to open: `path` itself, or the weights file of a folder."""
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES) and not path.name.endswith(INDEX):
             raise WeightsError(
@@ -126,10 +126,10 @@ def _file_of(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(f"{path}: not there; give a file or folder of released weights")
-    # A diffusers pipeline keeps the network in `transformer/`.
+    # A diffusers pipeline stores the network in `transformer/`.
     folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
     _check_config(folder / "config.json")
-    # Prefer an index, then safetensors, then pickles; two of a kind are ambiguous.
+    # Prefer an index, then safetensors, then pickles; several files of one kind are ambiguous.
     for kinds in ((INDEX,), (".safetensors",), PICKLES):
         files = sorted(file for file in folder.iterdir() if file.name.endswith(kinds))
         if len(files) == 1:
@@ -144,10 +144,10 @@ def _file_of(path: Path) -> Path:
 
 def weight_files(path: Path) -> list[Path]:
     """Return the files that `read_tensors(path)` reads tensors from, and their index if any."""
-    file = _file_of(path)
+    file = _find_file(path)
     if not file.name.endswith(INDEX):
         return [file]
-    # An index may come from a stranger: only shards in its own folder count.
+    # An index is untrusted: accept only shards in its own folder.
     shard_of = _read_json(file).get("weight_map")
     shards = sorted(set(map(str, shard_of.values()))) if isinstance(shard_of, dict) else []
     return [file, *(file.parent / shard for shard in shards if Path(shard).name == shard)]
@@ -176,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, mapped into memory; raise WeightsError if damaged."""
+    """Return the memory-mapped tensors of one file; raise WeightsError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -185,12 +185,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all shards; each shard must hold the tensors that the index lists."""
+    """Return the tensors of all shards; raise WeightsError unless they match the index."""
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise WeightsError(f"{index}: no weight_map in it; {AGAIN}")
     tensors: dict[str, Tensor] = {}
-    # A shard must lie in the folder of the index and match it exactly.
+    # Every shard must be in the folder of the index and contain exactly the listed tensors.
     for shard in sorted(set(map(str, shard_of.values()))):
         names = {name for name, file_name in shard_of.items() if file_name == shard}
         file = index.parent / shard
@@ -210,7 +210,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def check_archive(path: Path) -> None:
     """Raise WeightsError for a `.pth` with compressed parts, or parts larger than the file.
 
-    torch stores parts uncompressed; compressed or overlapping parts may unpack to any size.
+    torch stores parts uncompressed; compressed or overlapping parts could unpack to any size.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -219,7 +219,7 @@ def check_archive(path: Path) -> None:
             parts = archive.infolist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
-    # Compare the sizes before anything is unpacked.
+    # Compare the sizes before unpacking.
     compressed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
     size = sum(part.file_size for part in parts)
     if compressed or size > path.stat().st_size:
@@ -230,10 +230,10 @@ def check_archive(path: Path) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.pth`, mapped into memory; raise WeightsError for other content."""
+    """Return the memory-mapped tensors of a `.pth`; raise WeightsError for other content."""
     check_archive(path)
     try:
-        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        # Files written by torch before 1.6 are not zip archives and cannot be memory-mapped.
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
@@ -243,7 +243,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: {fault}; nothing in it was run; give a .safetensors file"
         ) from error
-    except Exception as error:  # torch reports damage by errors of every kind
+    except Exception as error:  # torch raises many types of errors for damaged files
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: damaged or cut short ({line}); {AGAIN}") from error
     # Trainers nest the tensors under one of these keys.
@@ -259,9 +259,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Return whether `name` is a string and `value` a dense tensor with values.
+    """Return whether `name` is a string and `value` a dense tensor with its own storage.
 
-    An expanded view can have any size; each element must have bytes of its own.
+    Reject expanded views, whose elements share memory, so that they could state any size.
     """
     if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
         return False
@@ -272,7 +272,7 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise WeightsError for quantized tensors, whose scales are not supported."""
-    # Such files have the usual names, and would load as noise.
+    # Quantized files have the usual parameter names, but would load as noise.
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind in ("int8", "uint8") or kind.startswith("float8"):
@@ -283,7 +283,7 @@ def check_precision(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by names without a prefix that all of them have."""
+    """Return the tensors with common prefixes removed from all names."""
     # Prefixes may be nested, such as `module.model.`.
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in tensors):
@@ -293,7 +293,7 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_kind(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise WeightsError for tensors that are not full-precision weights of a Wan transformer."""
-    # A LoRA is the most common file that looks like weights and is not.
+    # A LoRA is the most common wrong file.
     lora = next((name for name in tensors if LORA.search(name)), None)
     if lora is not None:
         raise WeightsError(

@@ -1,7 +1,7 @@
-"""The two face models: find their files, check the sha256, download them if absent.
+"""The two face models: find their files, check the sha256, download missing files.
 
-Search order: the folder given, that in ECHOLAB_WEIGHTS, ./weights, ../shared/weights,
-~/.cache/echolab/weights, then the public URL, from which the cache is filled.
+Search order: the given folder or else ECHOLAB_WEIGHTS, ./weights, ../shared/weights,
+~/.cache/echolab/weights, then the public URL, which is downloaded to the cache.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from echolab.atomic_io import write_atomic
 from echolab.errors import WeightsError
 
 CACHE = Path("~/.cache/echolab/weights")
-USUAL_FOLDERS = (Path("weights"), Path("../shared/weights"))  # of the working folder
+USUAL_FOLDERS = (Path("weights"), Path("../shared/weights"))  # relative to the working directory
 TIMEOUT_SECONDS = 30
 
 
 class FaceModel(NamedTuple):
-    """A model file with its pinned content."""
+    """A model file with pinned size and sha256."""
 
     name: str
     bytes: int
@@ -50,11 +50,11 @@ LANDMARKER = FaceModel(
 
 
 def find_face_model(model: FaceModel, folder: Path | None = None) -> Path:
-    """Return the path of the checked file, downloaded if need be.
+    """Return the path of the verified model file; download it if needed.
 
-    Raise WeightsError if no folder or URL has it, or if it differs from the pinned one.
+    Raise WeightsError if no folder or URL has the file, or if its sha256 differs.
     """
-    # A folder that was named must exist: the user expects the models to come from it.
+    # A requested folder must exist, since the user expects the models to come from it.
     given = folder or os.environ.get("ECHOLAB_WEIGHTS")
     cache = CACHE.expanduser()
     folders = [*USUAL_FOLDERS, cache]
@@ -66,15 +66,15 @@ def find_face_model(model: FaceModel, folder: Path | None = None) -> Path:
             )
     for candidate in folders:
         if (candidate / model.name).is_file():
-            return _checked(candidate / model.name, model)
-    # No folder has it: download it once, for all later runs.
+            return _verify_file(candidate / model.name, model)
+    # Download the file to the cache, for all later runs too.
     cache.mkdir(parents=True, exist_ok=True)
     write_atomic(cache / model.name, _download(model, cache))
     return cache / model.name
 
 
-def _checked(path: Path, model: FaceModel) -> Path:
-    """Return `path`; raise WeightsError unless its content is the pinned one."""
+def _verify_file(path: Path, model: FaceModel) -> Path:
+    """Return `path`; raise WeightsError unless its sha256 is the pinned one."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 != model.sha256:
         raise WeightsError(
@@ -89,7 +89,7 @@ def _download(model: FaceModel, cache: Path) -> bytes:
     problem = ""
     for url in model.urls:
         try:
-            # One byte more than expected, so that a longer file is noticed and not kept in memory.
+            # Read at most one byte more than expected: enough to detect a longer file.
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
                 data: bytes = response.read(model.bytes + 1)
         except (OSError, urllib.error.URLError, ValueError) as error:

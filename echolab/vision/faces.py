@@ -1,7 +1,7 @@
 """Detect and track faces by YuNet (OpenCV), and lips by MediaPipe's face mesh (tflite, by LiteRT).
 
-mediapipe's own wheel does not fit the dependencies; the mesh needs only its landmark network and a
-crop of the face, rotated upright by the eyes, 1.5 times the size of the detector's box.
+mediapipe's wheel conflicts with the dependencies, but the mesh needs only its landmark network and
+a crop of the face, rotated so that the eyes are level, 1.5 times the size of the detector's box.
 """
 
 import zipfile
@@ -13,42 +13,42 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
-CONTINUE_SCORE = 0.7  # continues a track; one starts at 0.9, above the score of any dog seen
-NMS_IOU = 0.3  # of two boxes of one face: the weaker is suppressed
+CONTINUE_SCORE = 0.7  # minimum score to continue a track; START_SCORE to start one is higher
+NMS_IOU = 0.3  # non-maximum suppression of overlapping boxes of one face
 MESH_PIXELS = 256
 MESH_SCALE = 1.5
 MESH_FILE = "face_landmarks_detector.tflite"
 
-# The 40 lip points of MediaPipe's 478, and the middle of the inner upper and lower lip.
+# Indices of the 40 lip landmarks of MediaPipe's 478, and the middle of the inner upper, lower lip.
 LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 308, 324, 318, 402, 317, 14, 87, 178,
         88, 95, 185, 40, 39, 37, 0, 267, 269, 270, 409, 415, 310, 311, 312, 13, 82, 81, 42, 183, 78,
         191, 80]  # fmt: skip
 INNER_LIPS = (13, 14)
 
 # Tracks
-START_SCORE = 0.9
-SAME_FACE = 0.3  # IoU of two detections of one face, within a few frames
-LOST_FRAMES = 5  # a face may be hidden for 0.2 s
-BRIEF_FRAMES = 5  # a track this short is noise of the detector
+START_SCORE = 0.9  # higher than the score of any animal face in our tests
+SAME_FACE = 0.3  # minimum IoU of two detections of one face within a few frames
+LOST_FRAMES = 5  # a face may be occluded for 0.2 s
+BRIEF_FRAMES = 5  # shorter tracks are detector noise
 CUT_DIFFERENCE = 27.0  # mean change of hue, saturation and value: PySceneDetect's default
 SCENE_PIXELS = (64, 36)
 
-# A row of YuNet: box x, y, width, height; right eye, left eye, nose, mouth corners; score.
+# A row of YuNet's output: box x, y, width, height; right eye, left eye, nose, mouth corners; score.
 Row = NDArray[np.float32]  # [15]
 Rows = NDArray[np.float32]  # [n, 15]
 Image = NDArray[np.uint8]  # [Y, X, 3] RGB
 
 
 class Mesh(NamedTuple):
-    """The mouth of one face, in the pixels of the image."""
+    """The mouth of one face, in image pixels."""
 
     lips: NDArray[np.float32]  # [4] x0, y0, x1, y1
     opening: float  # pixels between the inner lips
-    presence: float  # 0 to 1: confidence that there is a face
+    presence: float  # confidence, 0 to 1, that there is a face
 
 
 class FaceDetector:
-    """YuNet for images of one size."""
+    """YuNet for images of a fixed size."""
 
     def __init__(self, weights: Path, width: int, height: int) -> None:
         self.net = cv2.FaceDetectorYN.create(
@@ -56,14 +56,14 @@ class FaceDetector:
         )
 
     def detect(self, image: Image) -> Rows:
-        """Return all faces of score 0.7 or more."""
+        """Return all faces with a score of 0.7 or more."""
         rows = self.net.detect(np.ascontiguousarray(image[..., ::-1]))[1]
-        # A copy: OpenCV's own array keeps its working memory alive.
+        # Copy, since OpenCV's array keeps its working memory alive.
         return np.zeros((0, 15), np.float32) if rows is None else np.array(rows, np.float32)
 
 
 class FaceMesh:
-    """MediaPipe's 478 face landmarks, of which the mouth is used."""
+    """MediaPipe's face mesh of 478 landmarks; only those of the mouth are used."""
 
     def __init__(self, weights: Path) -> None:
         with zipfile.ZipFile(weights) as bundle:
@@ -74,8 +74,8 @@ class FaceMesh:
         self.points, self.score = (d["index"] for d in self.net.get_output_details()[:2])
 
     def find(self, image: Image, face: Row) -> Mesh:
-        """Return the mouth of the face that a detector's row describes."""
-        # Crop the face upright and run the landmark network on it.
+        """Return the mouth of a detected face."""
+        # Crop the face, rotated upright, and run the landmark network on the crop.
         to_image = _upright_crop(face)
         crop = cv2.warpAffine(
             image,
@@ -100,7 +100,7 @@ class FaceMesh:
 
 
 def _upright_crop(face: Row) -> NDArray[np.float64]:
-    """Return the affine map [2, 3] from the pixels of the crop to those of the image."""
+    """Return the affine map [2, 3] from crop pixels to image pixels."""
     x, y, width, height = face[:4]
     across = face[6:8] - face[4:6]
     angle = np.arctan2(across[1], across[0])
@@ -120,7 +120,7 @@ def mouth_from_corners(face: Row) -> NDArray[np.float32]:
 
 
 def boxes(rows: Rows) -> NDArray[np.float32]:
-    """Return boxes [n, 4], x0, y0, x1, y1, of a detector's rows."""
+    """Return the boxes [n, 4] (x0, y0, x1, y1) of detector rows."""
     return np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)
 
 
@@ -135,7 +135,7 @@ class Track(NamedTuple):
 
     @property
     def last(self) -> int:
-        """Index of the frame after the track's last one."""
+        """Index of the frame after the end of the track."""
         return self.first + len(self.rows)
 
 
@@ -161,14 +161,14 @@ class Tracker:
         self.closed: list[Track] = []
 
     def cut(self, frame: int) -> None:
-        """End all tracks: a new scene begins at `frame`."""
+        """End all tracks, since a new scene begins at `frame`."""
         for detected in self.open:
             self._close(detected, frame)
         self.open = []
 
     def add(self, frame: int, rows: Rows) -> None:
-        """Add the detections of `frame`, which is later than all before."""
-        # Close tracks whose face was not seen for too long.
+        """Add the detections of `frame`, which must be later than all previous frames."""
+        # Close tracks whose face has not been detected for too long.
         kept = []
         for detected in self.open:
             if frame - max(detected) <= LOST_FRAMES:
@@ -176,7 +176,7 @@ class Tracker:
             else:
                 self._close(detected, max(detected) + 1)
         self.open = kept
-        # The longest tracks choose first; what no track takes may begin one.
+        # Match detections to tracks, the longest first; unmatched detections may start a track.
         free = list(range(len(rows)))
         for detected in sorted(kept, key=lambda detected: -len(detected)):
             last = detected[max(detected)]
@@ -186,16 +186,16 @@ class Tracker:
         self.open += [{frame: rows[i]} for i in free if rows[i, 14] >= START_SCORE]
 
     def finish(self, frames: int, every: int) -> list[Track]:
-        """Return the tracks of a video of `frames` frames, detected every `every` frames."""
+        """Return the tracks of a video of `frames` frames, with detections every `every` frames."""
         for detected in self.open:
-            # A track ends where the next detection would have been: the detector ran no more.
+            # Extend tracks that reach the last detection up to the end of the video.
             last = max(detected)
             self._close(detected, min(last + every, frames) if frames - last <= every else last + 1)
         self.open = []
         return [track for track in self.closed if len(track.rows) > BRIEF_FRAMES]
 
     def _close(self, detected: dict[int, NDArray[np.float32]], end: int) -> None:
-        """Keep a track up to frame `end`, with rows interpolated between its detections."""
+        """Store a track up to frame `end`, with rows interpolated between its detections."""
         frames_detected = sorted(detected)
         end = min(end, frames_detected[-1] + LOST_FRAMES)
         frames = np.arange(frames_detected[0], max(end, frames_detected[-1] + 1))

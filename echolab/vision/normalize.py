@@ -1,8 +1,8 @@
-"""Put a video on one clock and one size: 25 frames and 16 000 samples a second, cropped, scaled.
+"""Normalize a video to 25 fps, 16 kHz audio, and a cropped and scaled frame size.
 
-Frame k of the grid is shown at start + k / 25 s, and its 640 audio samples begin there.  The source
-frame nearest in time is shown, so that video and audio differ by half a source frame at most, at a
-variable rate and after a late start too.
+Frame k of the output grid is at time start + k / 25 s, where its 640 audio samples begin.  It shows
+the source frame nearest in time, so that video and audio are offset by at most half a source frame,
+also for variable frame rates and late starts.
 """
 
 from typing import NamedTuple
@@ -17,27 +17,27 @@ from echolab.vision.faces import Image
 from echolab.vision.video_reader import Probe
 
 SAMPLES_PER_FRAME = RATE_HZ // FPS
-FROZEN_SECONDS = 0.2  # a source frame farther away than this counts as missing
-HEAD_SCALE = 2.0  # side of the head crop, in the larger side of all face boxes of a clip
+FROZEN_SECONDS = 0.2  # a frame without a source frame within this time counts as missing
+HEAD_SCALE = 2.0  # side of the head crop / larger side of the union of a clip's face boxes
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in source pixels
 
 
 class Grid(NamedTuple):
-    """The output clock of one file."""
+    """The output frames of one file."""
 
     start: float  # seconds on the file's clock
-    indices: NDArray[np.int64]  # [K] source frame of each output frame
-    missing: NDArray[np.bool_]  # [K] no source frame is near
-    damaged: NDArray[np.bool_]  # [K]
+    indices: NDArray[np.int64]  # [K] index of the source frame of each output frame
+    missing: NDArray[np.bool_]  # [K] whether no source frame is close enough in time
+    damaged: NDArray[np.bool_]  # [K] whether the source is damaged at this time
 
     def seconds(self, frame: int) -> float:
-        """Return the time on the file's clock at which output frame `frame` begins."""
+        """Return the start time of output frame `frame` on the file's clock."""
         return self.start + frame / FPS
 
 
 class Crop(NamedTuple):
-    """The part of a frame that is kept, and its new size in pixels."""
+    """The region of a frame to crop, and its output size in pixels."""
 
     box: Box
     width: int
@@ -50,14 +50,14 @@ def make_grid(probe: Probe) -> Grid:
     count = max(1, round((probe.end - start) * FPS))
     times = start + np.arange(count) / FPS
 
-    # The nearest source frame; of two equally near ones the earlier.
+    # Find the nearest source frame; in a tie, the earlier one.
     later = np.searchsorted(probe.times, times).clip(1, max(1, len(probe.times) - 1))
     later = np.minimum(later, len(probe.times) - 1)
     earlier = np.maximum(later - 1, 0)
     is_earlier = np.abs(probe.times[earlier] - times) <= np.abs(probe.times[later] - times)
     indices = np.where(is_earlier, earlier, later)
 
-    # Half a frame of margin before damage: its first frame may show an earlier moment.
+    # Extend damage by half a frame before, since the nearest source frame may be a later one.
     missing = np.abs(probe.times[indices] - times) > FROZEN_SECONDS
     damaged = np.zeros(count, bool)
     for first, last in probe.damaged:
@@ -66,8 +66,8 @@ def make_grid(probe: Probe) -> Grid:
 
 
 def audio_of(audio: AudioTrack, grid: Grid, first: int, last: int) -> NDArray[np.float32]:
-    """Return samples [640 (last - first)] of output frames first to last; silence if none."""
-    # Counted in the track's own samples; what lies outside the track stays silent.
+    """Return the samples [640 (last - first)] of output frames [first, last)."""
+    # Indices count the track's samples; the result is silent outside the track.
     begin = round((grid.seconds(first) - audio.start_seconds) * RATE_HZ)
     end = begin + (last - first) * SAMPLES_PER_FRAME
     samples = np.zeros(end - begin, np.float32)
@@ -78,7 +78,7 @@ def audio_of(audio: AudioTrack, grid: Grid, first: int, last: int) -> NDArray[np
 
 
 def has_audio(audio: AudioTrack, grid: Grid) -> NDArray[np.bool_]:
-    """Return [K] whether audio was decoded for each frame; at the track's ends a part is enough."""
+    """Return [K] whether each frame has decoded audio; partly, at the ends of the track."""
     begin = (grid.start - audio.start_seconds) * RATE_HZ
     begins = begin + np.arange(len(grid.indices)) * SAMPLES_PER_FRAME
     covered = (begins > -SAMPLES_PER_FRAME) & (begins < len(audio.samples))
@@ -89,8 +89,8 @@ def has_audio(audio: AudioTrack, grid: Grid) -> NDArray[np.bool_]:
 
 
 def crop_head(faces: NDArray[np.float32], width: int, height: int, size: int) -> Crop:
-    """Return a square of `size` pixels around the head, for face boxes [T, 4] of one clip."""
-    # A square of twice the face, which stays within the frame.
+    """Return a square crop around the head, scaled to `size`, for a clip's face boxes [T, 4]."""
+    # A square of twice the face size, shifted to lie within the frame.
     left, top = faces[:, :2].min(0)
     right, bottom = faces[:, 2:].max(0)
     side = min(HEAD_SCALE * max(right - left, bottom - top), width, height)
@@ -100,7 +100,7 @@ def crop_head(faces: NDArray[np.float32], width: int, height: int, size: int) ->
 
 
 def crop_full(width: int, height: int, size: int) -> Crop:
-    """Return nearly the full frame in its own aspect ratio, with the area of size x size pixels."""
+    """Return nearly the full frame, with its aspect ratio and about the area of size x size."""
     scale = size / (width * height) ** 0.5
     multiple = WAN.token_pixels
     columns, rows = (max(1, round(side * scale / multiple)) for side in (width, height))
@@ -112,18 +112,18 @@ def crop_full(width: int, height: int, size: int) -> Crop:
 
 
 def crop_frame(frame: Image, crop: Crop) -> Image:
-    """Return the cropped part of a frame at its new size."""
+    """Return the cropped region of a frame, scaled to the output size."""
     x0, y0, x1, y1 = crop.box
     scale = crop.width / (x1 - x0)
 
-    # Shrink by averaging: fine patterns would alias to moire.
+    # Downscale by area averaging, to avoid aliasing.
     if scale < 1:
         left, top, right, bottom = (round(v) for v in crop.box)
         part = frame[top : max(bottom, top + 1), left : max(right, left + 1)]
         size = (crop.width, crop.height)
         return np.asarray(cv2.resize(part, size, interpolation=cv2.INTER_AREA), np.uint8)
 
-    # Half a pixel: the centers of the corner pixels map onto each other, as in cv2.resize.
+    # Offset by half a pixel, so that pixel centers are aligned as in cv2.resize.
     to_source = np.array(
         [[1 / scale, 0, x0 + 0.5 / scale - 0.5], [0, 1 / scale, y0 + 0.5 / scale - 0.5]]
     )
@@ -138,7 +138,7 @@ def crop_frame(frame: Image, crop: Crop) -> Image:
 
 
 def boxes_in_crop(boxes: NDArray[np.float32], crop: Crop) -> NDArray[np.float32]:
-    """Return source boxes [T, 4] in pixels of the clip, clipped at its edges."""
+    """Convert source boxes [T, 4] to pixels of the crop, clipped at its edges."""
     x0, y0, x1, y1 = crop.box
     scale = np.array([crop.width / (x1 - x0), crop.height / (y1 - y0)] * 2, np.float32)
     moved = (boxes - np.array([x0, y0, x0, y0], np.float32)) * scale

@@ -1,11 +1,11 @@
 """Probe a video file, and read its frames by index: upright, with square pixels, at any size.
 
-A probe decodes every frame once, without converting it: headers are wrong in cut files (their
-length) and at variable rates (their nominal rate), and damage appears only in decoding.
+The probe decodes every frame once, without color conversion: headers are wrong in truncated files
+(length) and for variable frame rates (nominal rate), and damage appears only in decoding.
 
-PyAV decodes the file in one pass that keeps one frame at a time.  decord is for the short clips of
-shards (`echolab.data.media.decode_mp4`): in MPEG streams it counts frames from the second group of
-pictures on, and it decodes ahead of its reader without a bound.
+PyAV decodes the file in one pass and holds one frame at a time.  decord is used only for the short
+clips in shards (`echolab.data.media.decode_mp4`): in MPEG streams it misses the frames of the first
+group of pictures, and it decodes ahead of its reader without a bound.
 """
 
 from collections.abc import Iterator
@@ -23,20 +23,20 @@ from echolab.errors import MediaError
 from echolab.vision.faces import Image
 
 LONGEST_SECONDS = 24 * 3600.0
-MISSING_SECONDS = 0.5  # a file that ends this long before the end in its header is cut
+MISSING_SECONDS = 0.5  # a file that ends earlier than its header states, by more, is truncated
 
 
 class Probe(NamedTuple):
-    """The video track of one file.  Times are on the file's own clock."""
+    """The video track of one file.  Times are on the file's clock."""
 
     path: Path
     times: NDArray[np.float64]  # [N] seconds at which each decoded frame begins, ascending
     end: float  # seconds at which the last frame ends
-    width: int  # as displayed: square pixels, upright
+    width: int  # display size: square pixels, upright
     height: int
-    rotation: int  # quarter turns counterclockwise from the coded frame to upright
-    interlaced: bool  # some frames hold two moments, in alternate rows
-    damaged: list[tuple[float, float]]  # spans in seconds that cannot be used
+    rotation: int  # counterclockwise rotation of the coded frame, in units of 90 degrees
+    interlaced: bool  # whether any frame is interlaced
+    damaged: list[tuple[float, float]]  # unusable spans in seconds
     has_audio: bool
 
 
@@ -49,14 +49,14 @@ class _Reading(NamedTuple):
 
 
 def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
-    """Decode the video track of `path` once; raise MediaError if there is none to use.
+    """Decode the video track of `path` once; raise MediaError if there is no usable one.
 
     Raise OSError if the file cannot be read, and MemoryError.
     """
     try:
         with open_media(path) as container:
             stream = video_stream(container)
-            reading = _read(container, stream, advance)
+            reading = _decode_all(container, stream, advance)
             has_audio = bool(container.streams.audio)
             aspect = _pixel_aspect(stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
@@ -64,8 +64,8 @@ def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
     except (MemoryError, OSError):
         raise
     except (av.FFmpegError, ValueError) as error:
-        raise MediaError(f"damaged: cannot be opened as a video ({_line(error)})") from error
-    # Derive the end of the last frame, and compare it with the header.
+        raise MediaError(f"damaged: cannot be opened as a video ({_first_line(error)})") from error
+    # Compute the end of the last frame, and compare it with the header.
     if not reading.times:
         raise MediaError("damaged: not one frame can be decoded")
     times = np.array(reading.times)
@@ -77,7 +77,7 @@ def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
     if stated_end - end > MISSING_SECONDS:
         damaged.append((end, stated_end))
 
-    # Display size: widen narrow pixels and never shrink a side; encoders want even sides.
+    # Display size: make pixels square without shrinking a side; encoders need even sides.
     quarters = round(reading.rotation / 90) % 4
     width = reading.size[0] * max(aspect, 1)
     height = reading.size[1] / min(aspect, 1)
@@ -88,9 +88,9 @@ def probe(path: Path, advance: Advance = ignore_progress) -> Probe:
     )
 
 
-def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
+def _decode_all(container: Any, stream: Any, advance: Advance) -> _Reading:
     """Decode all frames; raise MediaError if their size changes."""
-    # Damage lasts to the next intact key frame: frames between may decode and be wrong.
+    # Damage extends to the next intact key frame: frames in between may decode wrongly.
     times: list[float] = []
     damaged: list[tuple[float, float]] = []
     size, rotation, interlaced = (0, 0), 0, False
@@ -119,19 +119,19 @@ def _read(container: Any, stream: Any, advance: Advance) -> _Reading:
 
 
 def _stated_end(stream: Any) -> float:
-    """Return the end of the video track by its header, in seconds; 0 if unknown."""
+    """Return the end of the video track in seconds according to the header; 0 if unknown."""
     if stream.duration is not None:
         return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     return 0.0
 
 
 def _pixel_aspect(stream: Any) -> float:
-    # Some encoders write nonsense here, such as 0 or thousands.
+    # Ignore absurd values such as 0 or thousands, which some encoders write.
     aspect = float(stream.sample_aspect_ratio or 1)
     return aspect if 0.1 < aspect < 10 else 1.0
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
 
 
@@ -141,7 +141,7 @@ def _line(error: BaseException) -> str:
 class VideoReader:
     """Reads frames of one probed file, scaled to width x height.
 
-    Ascending indices, over several calls too, take one pass over the file; a smaller index begins
+    Ascending indices, also across calls, need one pass over the file; a smaller index starts
     another pass.
     """
 
@@ -152,24 +152,24 @@ class VideoReader:
         self._restart()
 
     def read(self, indices: NDArray[np.int64]) -> Iterator[Image]:
-        """Yield images [Y, X, 3] of frame indices; an index may repeat.
+        """Yield the image [Y, X, 3] of each frame index; an index may repeat.
 
-        Raise MediaError if the file does not decode as it did in the probe, OSError if it cannot
-        be read, and MemoryError.
+        Raise MediaError if the file decodes differently than in the probe, OSError if it cannot be
+        read, and MemoryError.
         """
         for index in indices.tolist():
             yield self._image(index).copy()
 
     def _restart(self) -> None:
-        self._frames = self._indexed()
-        self._first = self._last = -1  # range of indices that the current frame stands for
+        self._frames = self._indexed_frames()
+        self._first = self._last = -1  # range of indices for which the current frame is used
         self._current: Image | None = None
 
     def _image(self, index: int) -> Image:
-        """Return one frame, decoding up to it."""
+        """Decode up to frame `index` and return it."""
         if index < self._first:
             self._restart()
-        # A frame stands for all indices since the one before it: the decoder may leave frames out.
+        # The decoder may skip frames: use the next decoded frame for skipped indices.
         while self._last < index:
             try:
                 following, frame = next(self._frames)
@@ -180,13 +180,13 @@ class VideoReader:
         assert self._current is not None
         return self._current
 
-    def _indexed(self) -> Iterator[tuple[int, Any]]:
-        """Yield frames with their indices in the probe, identified by their times."""
-        # The probe's times identify a frame; one that it did not see is skipped.
+    def _indexed_frames(self) -> Iterator[tuple[int, Any]]:
+        """Yield (index in the probe, frame)."""
+        # Identify frames by time; skip frames that are not in the probe.
         times = self.probe.times
         with open_media(self.probe.path) as container:
             stream = video_stream(container)
-            # A filter graph keeps the frame before, so every pass needs one of its own.
+            # A filter graph buffers the previous frame, so every pass needs a new graph.
             graph = _deinterlacer(stream) if self.probe.interlaced else None
             for time, frame in decode_frames(container, stream, self.advance):
                 index = int(np.searchsorted(times, time))
@@ -195,12 +195,12 @@ class VideoReader:
                 if graph is None:
                     yield index, frame
                 else:
-                    yield from _filtered(graph, index, frame)
+                    yield from _filter_frame(graph, index, frame)
             if graph is not None:
-                yield from _filtered(graph, 0, None)
+                yield from _filter_frame(graph, 0, None)
 
     def _upright(self, frame: Any) -> Image:
-        # The size of the decoded frame, turned upright, then scaled by area.
+        # Rotate the decoded frame upright, then scale it by area averaging.
         image = np.rot90(frame.to_ndarray(format="rgb24"), self.probe.rotation)
         size = (self.width, self.height)
         resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
@@ -208,7 +208,7 @@ class VideoReader:
 
 
 def _deinterlacer(stream: Any) -> Any:
-    """Return a filter graph that makes one full frame of each interlaced one."""
+    """Return a filter graph that converts each interlaced frame to one progressive frame."""
     graph = av.filter.Graph()
     source = graph.add_buffer(template=stream, time_base=Fraction(1, 1))
     graph.link_nodes(source, graph.add("yadif", "deint=interlaced"), graph.add("buffersink"))
@@ -216,15 +216,14 @@ def _deinterlacer(stream: Any) -> Any:
     return graph
 
 
-def _filtered(graph: Any, index: int, frame: Any) -> Iterator[tuple[int, Any]]:
-    """Push a frame, or None for the end, and yield the output with its index.
+def _filter_frame(graph: Any, index: int, frame: Any) -> Iterator[tuple[int, Any]]:
+    """Push a frame, or None at the end, and yield (index, output frame).
 
-    The index passes through the filter as the time stamp: the filter needs the next frame, so the
-    output lags by one.
+    The index passes through the filter as the time stamp, since the output lags by one frame.
     """
     if frame is not None:
         frame.pts, frame.time_base = index, Fraction(1, 1)
-    # After the end the filter drains, and raises EOFError.
+    # After the end the filter yields its buffered frames, then raises EOFError.
     graph.push(frame)
     while True:
         try:
