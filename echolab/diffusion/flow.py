@@ -1,14 +1,14 @@
 """The straight path from data (sigma 0) to noise (sigma 1), and its velocity.
 
 Wan's conventions (Wan2.1, rectified flow): velocity = noise - latents, and the network gets
-timesteps = 1000 sigmas.  Everything here is fp32, for latents of any dtype.
+timesteps = 1000 sigmas.  All functions compute in fp32, for latents of any dtype.
 """
 
 from torch import Tensor
 
 
 def _per_clip(values: Tensor, like: Tensor) -> Tensor:
-    """Return [B] as [B, 1, ...], to multiply a tensor that begins with B."""
+    """Reshape [B] to [B, 1, ...], to broadcast over a tensor [B, ...]."""
     return values.float().reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -19,7 +19,7 @@ def interpolate(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """Return the derivative of the path by sigma, the same at every sigma.  [B, ...]."""
+    """Return the derivative of the path with respect to sigma, which is constant.  [B, ...]."""
     return noise.float() - latents.float()
 
 
@@ -29,5 +29,5 @@ def denoised(noisy_latents: Tensor, velocity: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def to_timesteps(sigmas: Tensor) -> Tensor:
-    """Return the network's timesteps of noise levels: 0 is data, 1000 is noise."""
+    """Convert noise levels to the network's timesteps: 0 is data, 1000 is noise."""
     return 1000.0 * sigmas

@@ -6,8 +6,8 @@ Three branches share the known latents and the reference image (EchoMimicV3's pi
     v = v_u + s_t (v_n - v_u) + s_a (v_c - v_n)
       = (1 - s_t) v_u + (s_t - s_a) v_n + s_a v_c
 
-Branches with coefficient zero are not run.  With s_t = 1 branch u is left out, which gives the two
-passes of EchoMimicV3's Flash: the same text in silence and with audio.
+Branches with coefficient zero are not run.  With s_t = 1 branch u is skipped, which yields the two
+passes of EchoMimicV3's Flash: the same text with silence and with audio.
 """
 
 import math
@@ -23,7 +23,7 @@ from echolab.diffusion.teacache import Net, branch_of
 from echolab.errors import ConfigError
 from echolab.types import Conditions
 
-Branches = dict[str, Conditions]  # by name (u, n, c), those with a coefficient other than zero
+Branches = dict[str, Conditions]  # name (u, n, c) -> conditions, for nonzero coefficients only
 CfgMode = Callable[[Net, Tensor, Tensor, Branches], list[Tensor]]
 T = TypeVar("T")
 SigmaFunction = Callable[[float], T]  # a setting that depends on the noise level
@@ -40,21 +40,24 @@ def _as_function(value: T | SigmaFunction[T]) -> SigmaFunction[T]:
 
 
 def dynamic_cfg_schedule(scale: float, steps: int) -> list[float]:
-    """Return a scale for each step, from `scale` down to half of it, mostly in the first third.
+    """Return a scale per step, which decays to half of `scale`, mostly in the first third.
 
-    EchoMimicV3's dynamic guidance is s/2 + s/2 (1 - cos(pi r^5)) / 2, with r the share of steps
-    that remain.
+    EchoMimicV3's dynamic guidance is s/2 + s/2 (1 - cos(pi r^5)) / 2, where r is the fraction of
+    remaining steps.
     """
-    # Share of the steps that remain, from 1 down.
+    # Fraction of remaining steps, from 1 down.
     shares = [(steps - step) / steps for step in range(steps)]
     return [scale / 2 * (1 + (1 - math.cos(math.pi * share**5)) / 2) for share in shares]
 
 
 def stepwise(values: Sequence[T], sigmas: Tensor) -> SigmaFunction[T]:
-    """Return a function that is `values[i]` at step i of `sigmas` [steps + 1]; the last stays."""
+    """Return a function of sigma: `values[i]` at step i of `sigmas` [steps + 1].
+
+    Later steps use the last value.
+    """
 
     def at(sigma: float) -> T:
-        # Levels above the present one are steps that are done.
+        # Levels above the current sigma are completed steps.
         step = int((sigmas[:-1] > sigma + 1e-6).sum())
         return values[min(step, len(values) - 1)]
 
@@ -62,28 +65,28 @@ def stepwise(values: Sequence[T], sigmas: Tensor) -> SigmaFunction[T]:
 
 
 def negative_factors(scale: float, steps: int) -> list[float]:
-    """Return the factors of the negative text in phase-aware negative guidance: `scale`, then 1."""
+    """Return the factors of phase-aware negative guidance: `scale` for `steps` steps, then 1."""
     return [scale] * steps + [1.0]
 
 
 def compounding_factors(scale: float, steps: int) -> list[float]:
-    """Return the factors of the released code: 1.5, 2.25, 3.375, and 3.375 to the end.
+    """Return the factors of the released code: for 1.5 and 3 steps 1.5, 2.25, then 3.375.
 
-    The release multiplies the stored states at each of the steps and never restores them.
+    The release multiplies the stored states at each of the first steps and never restores them.
     """
     return [scale ** (step + 1) for step in range(steps)] or [1.0]
 
 
 def integer_timesteps(sigmas: Tensor) -> Tensor:
-    """Return the timesteps of Wan's own UniPC and DPM++: 1000 sigmas, cut to integers."""
+    """Return the timesteps of Wan's UniPC and DPM++: 1000 sigmas, rounded down to integers."""
     return to_timesteps(sigmas).floor()
 
 
 def batched_cfg(
     net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
 ) -> list[Tensor]:
-    """Return the branches' velocities [B, C, F, H, W] by one call: fastest, most memory."""
-    # Stack each kind of condition over the branches, and repeat the latents to match.
+    """Return the branches' velocities [B, C, F, H, W] by one batched call: fastest, most memory."""
+    # Concatenate each condition over the branches, and repeat the latents to match.
     columns = zip(*branches.values(), strict=True)
     stacked = Conditions(*(torch.cat(column) for column in columns))
     repeated = noisy_latents.repeat(len(branches), *[1] * (noisy_latents.ndim - 1))
@@ -95,8 +98,8 @@ def batched_cfg(
 def sequential_cfg(
     net: Net, noisy_latents: Tensor, timestep: Tensor, branches: Branches
 ) -> list[Tensor]:
-    """Return the branches' velocities by one call for each: slower, least memory."""
-    # Each branch has a step cache of its own, if steps are cached.
+    """Return the branches' velocities by one call per branch: slower, least memory."""
+    # With step caching, each branch has a separate cache.
     timesteps = timestep.expand(len(noisy_latents))
     return [
         branch_of(net, name)(noisy_latents, timesteps, conditions).float()
@@ -113,7 +116,7 @@ def _branch_conditions(
     text_scale: SigmaFunction[float],
 ) -> dict[str, SigmaFunction[Conditions]]:
     """Return the conditions of each branch as functions of sigma."""
-    # Silence is features of zeros, as in training when audio is dropped.
+    # Silence is represented by zero features, as for dropped audio in training.
     silent = conditions._replace(audio=torch.zeros_like(conditions.audio))
 
     def negative(sigma: float) -> Conditions:
@@ -136,17 +139,17 @@ def cfg_velocity(
     cfg: CfgMode = batched_cfg,
     timestep_fn: Callable[[Tensor], Tensor] = to_timesteps,
 ) -> VelocityFunction:
-    """Return the guided velocity of `net` for `conditions`; `cfg` runs the branches.
+    """Return the guided velocity function of `net` for `conditions`; `cfg` runs the branches.
 
-    `text_negative` [B, L, D] is the text of branch u, needed whenever `text_scale` is not 1.
+    `text_negative` [B, L, D] is the text of branch u, required unless `text_scale` is 1.
     The scales and the negative text may be functions of sigma (`stepwise`).
-    Raises ConfigError if branch u is needed and there is no negative text.
+    The velocity function raises ConfigError if branch u lacks a negative text.
     """
     text_scale_at, audio_scale_at = _as_function(text_scale), _as_function(audio_scale)
     branch_conditions = _branch_conditions(conditions, text_negative, text_scale_at)
 
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
-        # The coefficients sum to 1, so that at least one branch is run.
+        # The coefficients sum to 1, so at least one branch is run.
         level = float(sigma)
         s_t, s_a = text_scale_at(level), audio_scale_at(level)
         coefficients = {"u": 1 - s_t, "n": s_t - s_a, "c": s_a}
@@ -154,7 +157,7 @@ def cfg_velocity(
             name: branch_conditions[name](level) for name, value in coefficients.items() if value
         }
 
-        # Run the branches, then mix their velocities by the coefficients.
+        # Run the branches, then combine their velocities linearly.
         timestep = timestep_fn(sigma).to(noisy_latents.device)
         velocities = cfg(net, noisy_latents, timestep, branches)
         weights = velocities[0].new_tensor([coefficients[name] for name in branches])

@@ -1,12 +1,12 @@
 """Videos longer than a clip: windows that share every denoising step, or chunks in sequence.
 
-Windows are overlapping ranges of latent frames.  Each is denoised with full guidance, and neighbors
-are cross-faded in their overlap (EchoMimicV3 `pipeline`, 775-888, without its failures at L <= P).
-An Euler step is linear in the velocity, so blending velocities is blending steps.
+Windows are overlapping ranges of latent frames.  Each window is denoised with full guidance, and
+neighbors are cross-faded in their overlap (EchoMimicV3 `pipeline`, 775-888, without its failures at
+L <= P).  An Euler step is linear in the velocity, so blending velocities equals blending steps.
 
-Chunks are sampled one after another.  Each gets the last decoded frames of the previous chunk as
-known frames (EchoMimicV3 `infer_preview.py`, 299-377: 113 frames, of which the first 8 are known);
-the shared frames are cross-faded as pixels.
+Chunks are sampled one after another.  The last decoded frames of a chunk are the known frames of
+the next chunk (EchoMimicV3 `infer_preview.py`, 299-377: 113 frames, of which the first 8 are
+known); the shared frames are cross-faded as pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def windows(latent_frames: int, size: int, overlap: int) -> list[Span]:
     """
     if not 0 <= overlap < size:
         raise ConfigError(f"overlap={overlap}: must be 0 or more and below the window's {size}")
-    # Windows start at a fixed stride until one reaches the end.
+    # Place windows at a fixed stride until one reaches the end.
     stride, starts = size - overlap, [0]
     while starts[-1] + size < latent_frames:
         starts.append(starts[-1] + stride)
@@ -45,17 +45,17 @@ def windows(latent_frames: int, size: int, overlap: int) -> list[Span]:
 
 
 def window_latents(config: SamplerConfig, geometry: LatentGeometry = WAN) -> int:
-    """Return the latent frames of a window."""
+    """Return the number of latent frames of a window."""
     return geometry.latent_frames(config.window)
 
 
 def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
-    """Return the weights [stop - start] of each window; at every frame they sum to 1.
+    """Return the weights [stop - start] of each window, which sum to 1 at every frame.
 
     A window fades in from 0, because its first frame is conditioned on the reference image and not
     on the previous frame.
     """
-    # Each overlap fades the new window in and all earlier windows out, by the same ramp.
+    # In each overlap fade the new window in and all earlier windows out, with the same ramp.
     weights = [torch.ones(stop - start) for start, stop in spans]
     for index, (start, _) in enumerate(spans[1:], start=1):
         overlap = spans[index - 1][1] - start
@@ -64,32 +64,32 @@ def blend_weights(spans: Sequence[Span]) -> list[Tensor]:
         fade = torch.linspace(0, 1, overlap) if overlap > 1 else torch.full((1,), 0.5)
         weights[index][:overlap] *= fade
         for earlier, (_, stop) in zip(weights[:index], spans, strict=False):
-            shared = stop - start  # a narrow stride overlaps more windows than the last one
+            shared = stop - start  # with a small stride more than two windows overlap
             if shared > 0:
                 earlier[-shared:] *= 1 - fade[:shared]
     return weights
 
 
 def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditions:
-    """Return the conditions of one window of a long video: its own audio and known pixels.
+    """Return the conditions of one window of a long video: its audio and known pixels.
 
     Known pixels in the window keep their position.  If there are none, the window gets the video's
-    first image as its own first frame (which the fade hides) and gray after it, as the released
-    code does.  Audio of two tokens a frame is cut as released to [8 start, 8 stop): three frames
-    more than the window has, to which its last latent frame attends.  Audio of one entry a frame
-    (Flash) is cut to the window's 4 (n - 1) + 1 frames.
+    first image as its first frame (which the fade hides) and gray afterwards, as in the released
+    code.  Audio with two tokens per frame is sliced as in the release to [8 start, 8 stop): three
+    frames more than the window has, to which its last latent frame attends.  Audio with one entry
+    per frame (Flash) is sliced to the window's 4 (n - 1) + 1 frames.
     """
-    # A mask has one channel for each frame of a latent frame.
+    # The mask has one channel per frame of a latent frame.
     stride, latent_frames = conditions.known.shape[1:3]
     count = stop - start
 
-    # The window's part of the audio.
+    # Slice of the audio features.
     per_frame = conditions.audio.shape[1] // (stride * (latent_frames - 1) + 1)
     frames = stride * count if per_frame > 1 else stride * (count - 1) + 1
     first = stride * start * per_frame
 
-    # Each frame of the window takes its own known pixels, or those at the start of the video.
-    # Several known frames at the start, such as a clip to continue, stay there.
+    # Use a frame's known pixels at its own position, or else those at the start of the video.
+    # Do not repeat known frames after the first, such as those of a clip to continue.
     has_known = conditions.known.transpose(0, 2).flatten(1).any(1)  # [F]
     uses_own = has_known[start:stop] | has_known[:count]
     uses_own[0] = has_known[start]
@@ -104,12 +104,12 @@ def window_conditions(conditions: Conditions, start: int, stop: int) -> Conditio
 def windowed_velocity(
     velocities: Sequence[VelocityFunction], spans: Sequence[Span]
 ) -> VelocityFunction:
-    """Return one velocity function for a long video from one for each window."""
+    """Return the blended velocity function of a long video from those of its windows."""
     weights = blend_weights(spans)
 
     def velocity(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         blended = torch.zeros_like(noisy_latents, dtype=torch.float32)
-        # Each window adds its faded velocity; the weights sum to 1 at every frame.
+        # Sum the weighted velocities of the windows; the weights sum to 1 at every frame.
         for (start, stop), weight, part in zip(spans, weights, velocities, strict=True):
             faded = weight.to(blended.device)[:, None, None]
             blended[:, :, start:stop] += faded * part(noisy_latents[:, :, start:stop], sigma)
@@ -131,14 +131,14 @@ def sample_windows(
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Return latents [B, C, F, H, W] from noise of that shape; the network runs in `dtype`.
+    """Return latents [B, C, F, H, W] from noise of that shape; run the network in `dtype`.
 
-    A clip that is not longer than a window is one window.  `negative` [1, L, D] are the states of
-    the negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` gives the conditions
-    of latent frames [start, stop).
+    A clip up to the length of a window is one window.  `negative` [1, L, D] holds the states of the
+    negative text; `cfg` is a key of `guidance.CFG_MODES`; `conditions_of` returns the conditions of
+    latent frames [start, stop).
     """
     geometry = WAN._replace(time_stride=conditions.known.shape[1])
-    # Each window is guided by its own conditions, and has its own step cache.
+    # Each window has separate conditions and a separate step cache.
     spans = windows(noise.shape[2], window_latents(config, geometry), config.overlap)
     velocities = [
         guided_velocity(
@@ -147,7 +147,7 @@ def sample_windows(
         )
         for start, stop in spans
     ]  # fmt: skip
-    # The solver sees one blended velocity, so it keeps one history for the video.
+    # The solver integrates the blended velocity, with one history for the full video.
     with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
         solver = SOLVERS[config.solver]
         return solver(windowed_velocity(velocities, spans), noise, sampler_sigmas(config), on_step)
@@ -158,17 +158,17 @@ def chunk_spans(
 ) -> list[Span]:
     """Return (start, stop) in frames of chunks that cover a video; each is 4n + 1 frames long.
 
-    All are `size` long but the last, which ends with the video or up to three frames later, and is
-    `size` long too if `fill`.  chunk_spans(229, 113, 8) = [(0, 113), (105, 218), (210, 231)].
+    All chunks are `size` long except the last, which ends up to three frames after the video, or
+    is `size` long too if `fill`.  chunk_spans(229, 113, 8) = [(0, 113), (105, 218), (210, 231)].
     """
     check_clip_length("window", size, geometry)
     if not 1 <= overlap < size:
         raise ConfigError(f"overlap={overlap}: must be 1 or more and below the window's {size}")
-    # Each chunk begins `overlap` frames before the end of the one before.
+    # Each chunk begins `overlap` frames before the end of the previous chunk.
     starts = [0]
     while starts[-1] + size < frames:
         starts.append(starts[-1] + size - overlap)
-    # The last chunk is as short as latent frames allow, unless it is to be filled.
+    # Unless `fill`, the last chunk is as short as whole latent frames allow.
     remaining = geometry.covering_latent_frames(frames - starts[-1])
     last = size if fill else geometry.frames(remaining)
     return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]

@@ -1,7 +1,7 @@
 """One forward, three objectives: supervised, paired preference, negative preference.
 
-Each objective is called as `objective(net, batch, draws) -> Loss`.  None draws anything itself, and
-policy and reference, chosen and rejected always get the same noise at the same level.
+Each objective is called as `objective(net, batch, draws) -> Loss`.  Objectives draw no random
+numbers, and policy and reference, chosen and rejected always get the same noise and noise level.
 """
 
 import math
@@ -19,12 +19,12 @@ from echolab.types import Batch, Conditions, Draws, Loss, ModalityWeights, Prefe
 
 Net = Callable[[Tensor, Tensor, Conditions, ModalityWeights | None], Tensor]
 
-SATURATION_LOGIT = 10.0  # beyond it the gradient is below 5e-5: the pair teaches nothing more
-EMA_DECAY = 0.95  # of the running mean margin that beta follows
+SATURATION_LOGIT = 10.0  # beyond this logit the gradient factor is below 5e-5
+EMA_DECAY = 0.95  # decay of the running mean margin that determines beta
 
 
 def velocity_error(net: Net, batch: Batch, draws: Draws, phases: Allocator) -> Tensor:
-    """Return the squared velocity error of each clip, a weighted mean.  [B], fp32."""
+    """Return the weighted mean squared velocity error of each clip.  [B], fp32."""
     # Noise the latents, and drop or scale modalities by the noise level.
     noisy_latents = interpolate(batch.latents, draws.noise, draws.sigmas)
     timesteps = to_timesteps(draws.sigmas)
@@ -49,12 +49,13 @@ class Supervised:
 
 
 class AdaptiveBeta:
-    """Beta, which sets how fast a preference saturates: fixed, or adapted to the margin.
+    """The DPO beta, which sets how fast a preference saturates: fixed, or adapted to the margin.
 
-    The gradient factor of a margin m is sigmoid(-beta m / 2).  At a fixed beta a growing margin
-    soon leaves no gradient (0.01 after a few hundred steps).  With a `target`, beta is chosen so
-    that the running mean margin has the target factor, within [limit / 10, limit].  Gradients are
-    in error units for every beta, so beta changes which pairs count, not the size of a step.
+    The gradient factor of a margin m is sigmoid(-beta m / 2).  With a fixed beta the gradient
+    vanishes as the margin grows (factor 0.01 after a few hundred steps).  With a `target`, beta is
+    chosen within [limit / 10, limit] so that the running mean margin has the target factor.
+    Gradients are in error units for every beta, so beta changes which pairs count, not the step
+    size.
     """
 
     def __init__(self, limit: float, target: float | None):
@@ -79,7 +80,7 @@ class AdaptiveBeta:
 
     def update(self, margin: float) -> None:
         """Add the mean margin of an optimizer step to the running mean."""
-        # The weight corrects the bias of an EMA that starts at 0.
+        # `_weight` corrects the bias of an EMA that starts at 0.
         if self.target is not None:
             self._sum = EMA_DECAY * self._sum + (1 - EMA_DECAY) * margin
             self._weight = EMA_DECAY * self._weight + (1 - EMA_DECAY)
@@ -115,7 +116,7 @@ class _ReferenceObjective:
         self.beta.update(margin)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the running margin that beta follows, as plain floats."""
+        """Return the running mean margin that determines beta, as plain floats."""
         return self.beta.state_dict()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -124,14 +125,14 @@ class _ReferenceObjective:
 
     def _errors(self, net: Net, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the errors of the policy and of the reference, each [B]."""
-        # The reference first, so that its activations are freed before the policy's graph is built.
+        # Run the reference first, so that its activations are freed before the policy's pass.
         with torch.no_grad():
             reference = velocity_error(self.reference, batch, draws, self.phases)
         return velocity_error(net, batch, draws, self.phases), reference
 
     def _parts(self, margin: Tensor, beta: float) -> dict[str, Tensor]:
-        """Return the logged values of margins [B]."""
-        # Whether the policy ranks each pair right, and how strong its gradient is.
+        """Return the values to log for margins [B]."""
+        # Log whether the policy ranks each pair correctly, and the gradient factor.
         margin = margin.detach()
         logits = beta / 2 * margin
         return {
@@ -159,8 +160,8 @@ class Preference(_ReferenceObjective):
 
     margin = (ref_c - pol_c) - (ref_r - pol_r), logit = (beta / 2) margin; the loss of the logit
     (`preference_losses.PAIR_LOSSES`) is multiplied by 2 / beta, so that "sigmoid" has the gradient
-    -sigmoid(-logit) grad(margin): beta only sets where it saturates.  `sft_weight` adds that
-    multiple of the chosen clip's error, which keeps both errors from rising together.
+    -sigmoid(-logit) grad(margin): beta only sets where the loss saturates.  The chosen clip's error
+    is added with weight `sft_weight`, which prevents both errors from rising together.
 
     Worked example: pol_c 1.0, ref_c 1.2, pol_r 1.5, ref_r 1.5, beta 10 give margin 0.2, logit 1,
     loss (2 / 10) log(1 + 1 / e) = 0.0627.
@@ -188,11 +189,11 @@ class Preference(_ReferenceObjective):
         self.sft_weight = sft_weight
 
     def __call__(self, net: Net, batch: PreferencePair, draws: Draws) -> Loss:
-        """Return the loss; parts: `preference` (unscaled), margin and values from it, errors."""
+        """Return the loss; parts: `preference` (unscaled), margin and derived values, errors."""
         # Both halves get the same noise, sigmas and uniforms.
         twice = Draws(*(torch.cat([part, part]) for part in draws))
         policy, reference = self._errors(net, stack_pair(batch), twice)
-        # The losses use trl's beta, which is half of Diffusion-DPO's.
+        # Pass trl's beta to the losses, which is half of Diffusion-DPO's beta.
         errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
         beta = self.beta.value
         loss = PAIR_LOSSES[self.loss_type](errors, beta / 2, self.label_smoothing)
@@ -203,7 +204,7 @@ class Preference(_ReferenceObjective):
 
 
 class NegativePreference(_ReferenceObjective):
-    """The rejected half alone: -log sigmoid((beta / 2) (policy - reference)), times 2 / beta.
+    """Loss on rejected clips only: -log sigmoid((beta / 2) (policy - reference)), times 2 / beta.
 
     This is Diffusion-DPO without its preferred term.  EchoMimicV3 uses it as the second half of its
     training cycle and does not publish its exact form.  It saturates once the policy is clearly
@@ -211,7 +212,7 @@ class NegativePreference(_ReferenceObjective):
     """
 
     def __call__(self, net: Net, batch: Batch, draws: Draws) -> Loss:
-        """Return the loss of rejected clips; parts as those of `Preference`."""
+        """Return the loss of rejected clips; parts as in `Preference`."""
         # The margin is positive once the policy is worse than the reference on the rejected clip.
         policy, reference = self._errors(net, batch, draws)
         margin, beta = policy - reference, self.beta.value

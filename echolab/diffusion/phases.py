@@ -1,10 +1,11 @@
 """Timestep phase-aware modality allocation (PhDA): the weight of each modality at a noise level.
 
 The curve is digitized from the published architecture figure (values from 0.5 to 1, ramp ends
-rounded to hundreds).  The figure does not say how the weights act; both readings are implemented:
+rounded to hundreds).  The figure does not show how the weights are applied; both interpretations
+are implemented:
 
-* `ModalityDropout`: the weight is the probability that the modality is kept.  A kept modality has
-  scale 1, as in the released inference code; guidance requires that it is sometimes dropped.
+* `ModalityDropout`: the weight is the probability of keeping the modality.  A kept modality has
+  scale 1, as in the released inference code; guidance requires occasional dropout.
 * `ModalityScaling`: the weight multiplies the modality's cross-attention output.
 """
 
@@ -34,7 +35,7 @@ class Ramp(NamedTuple):
 
 
 class PhaseSchedule(NamedTuple):
-    """One ramp a modality."""
+    """One ramp per modality."""
 
     text: Ramp
     image: Ramp
@@ -45,11 +46,11 @@ class PhaseSchedule(NamedTuple):
         return ModalityWeights(*(ramp(timesteps) for ramp in self))
 
 
-# Text counts fully at every timestep in all published schedules.
+# Text has weight 1 at every timestep in all published schedules.
 ALWAYS = Ramp(1.0, 1.0, 0.0, 1000.0)
 FLAT = PhaseSchedule(ALWAYS, ALWAYS, ALWAYS)
 PHDA = PhaseSchedule(ALWAYS, Ramp(0.5, 1.0, 300.0, 600.0), Ramp(0.5, 1.0, 500.0, 800.0))
-# The figure's axis read as denoising progress (0 = pure noise): text first, then image, then audio.
+# The figure's axis interpreted as denoising progress (0 = pure noise).
 PHDA_BY_PROGRESS = PhaseSchedule(ALWAYS, Ramp(1.0, 0.5, 400.0, 700.0), Ramp(1.0, 0.5, 200.0, 500.0))
 
 
@@ -60,7 +61,7 @@ def _keep_or_zero(keep: Tensor, features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModalityDropout:
-    """Zero the image or audio features of a clip if its uniform is not below the weight."""
+    """Zero the image or audio features of a clip unless its uniform is below the weight."""
 
     schedule: PhaseSchedule
 
@@ -79,7 +80,7 @@ class ModalityDropout:
 
 @dataclass(frozen=True)
 class ModalityScaling:
-    """Leave the conditions; scale the outputs of cross-attention."""
+    """Scale the outputs of cross-attention; leave the conditions unchanged."""
 
     schedule: PhaseSchedule
 
@@ -92,9 +93,9 @@ class ModalityScaling:
 
 
 def without_dropout(phases: Allocator) -> Allocator:
-    """Return the allocator of preference epochs: `phases`, with no modality dropped.
+    """Return the allocator of preference epochs: `phases`, but without modality dropout.
 
-    Both clips of a pair were made with every condition.  Training the preference without audio as
-    well would move the branch that guidance subtracts.
+    Both clips of a pair were sampled with all conditions.  Training the preference without audio
+    too would change the branch that guidance subtracts.
     """
     return ModalityDropout(FLAT) if isinstance(phases, ModalityDropout) else phases

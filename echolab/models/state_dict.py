@@ -1,6 +1,6 @@
-"""Parameters of the network: names in files, matching with a file, initialization, placement.
+"""Parameters of the network: names in files, matching with a file, initialization, assignment.
 
-Files have the names of Wan and EchoMimicV3 (original names) or those of diffusers.
+Files have the parameter names of Wan and EchoMimicV3 (original names) or of diffusers.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echolab.errors import CheckpointError
 from echolab.models.transformer import EchoTransformer
 
-# Original names to those of diffusers: outside of blocks, of an attention, within a block.
+# Original names -> diffusers' names: outside of blocks, within an attention, within a block.
 _TOP = {
     "text_embedding.0.": "condition_embedder.text_embedder.linear_1.",
     "text_embedding.2.": "condition_embedder.text_embedder.linear_2.",
@@ -27,7 +27,7 @@ _TOP = {
     "img_emb.proj.4.": "condition_embedder.image_embedder.norm2.",
     "head.head.": "proj_out.",
     "head.modulation": "scale_shift_table",
-    "audio2token.": "condition_embedder.audio_embedder.",  # of echolab: diffusers has no audio
+    "audio2token.": "condition_embedder.audio_embedder.",  # our names: diffusers has no audio
     "audio_injection.": "condition_embedder.audio_injection.",
 }
 _ATTENTION = {
@@ -40,14 +40,14 @@ _ATTENTION = {
     "k_img.": "add_k_proj.",
     "v_img.": "add_v_proj.",
     "norm_k_img.": "norm_added_k.",
-    "q_audio.": "add_q_audio_proj.",  # these four are of echolab too
+    "q_audio.": "add_q_audio_proj.",  # our names too, also for the next three
     "k_audio.": "add_k_audio_proj.",
     "v_audio.": "add_v_audio_proj.",
     "norm_k_audio.": "norm_added_k_audio.",
 }
 _BLOCK = {
     "modulation": "scale_shift_table",
-    "norm3.": "norm2.",  # diffusers counts the norms in the order they are used
+    "norm3.": "norm2.",  # diffusers numbers the norms in the order of use
     "ffn.0.": "ffn.net.0.proj.",
     "ffn.2.": "ffn.net.2.",
     **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
@@ -58,14 +58,14 @@ _BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
 
 
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """Return a name with its beginning replaced by `top` or, after `blocks.N.`, by `block`."""
-    # Names within a block do not depend on its index.
+    """Return a name with its prefix replaced by `top` or, after `blocks.N.`, by `block`."""
+    # Names within a block do not depend on the block index.
     match = re.match(r"blocks\.\d+\.", name)
     start, rest = (match[0], name[match.end() :]) if match else ("", name)
     for old, new in (block if match else top).items():
         if rest.startswith(old):
             return start + new + rest[len(old) :]
-    return name  # patch_embedding has the same name
+    return name  # patch_embedding has the same name in both
 
 
 def to_diffusers(name: str) -> str:
@@ -78,13 +78,13 @@ def from_diffusers(name: str) -> str:
     return _rename(name, _TOP_BACK, _BLOCK_BACK)
 
 
-# Branches that a base checkpoint may lack completely: `load_weights(net, tensors, fresh=...)`.
+# Parts that may be missing from a base checkpoint: `load_weights(net, tensors, fresh=...)`.
 AUDIO_PARTS = ("audio2token.", "audio_injection.", ".k_audio.", ".v_audio.", ".norm_k_audio.")
 IMAGE_PARTS = ("img_emb.", ".k_img.", ".v_img.", ".norm_k_img.")
-# Flash's query for audio, which its code computes and then overwrites with the shared one.
+# Flash's audio query, which its code computes and then overwrites with the shared query.
 DEAD_PART = ".q_audio."
 
-# A parameter by which a released model is recognized; the first that is present counts.
+# Parameter that identifies each released model; the first match counts.
 MARKS = {
     "echomimicv3_flash": "audio_injection.norm.weight",
     "echomimicv3_preview": "audio2token.norm.weight",
@@ -94,20 +94,20 @@ MARKS = {
 
 
 def model_of(names: Collection[str]) -> str | None:
-    """Return the released model that has these parameters (original names), of any size."""
+    """Return the released model, of any size, with these parameters (original names), or None."""
     return next((model for model, mark in MARKS.items() if mark in names), None)
 
 
 class LoadReport(NamedTuple):
     """Names of a checkpoint's tensors and the network's parameters, by how they match."""
 
-    loaded: list[str]  # unchanged but for the dtype
+    loaded: list[str]  # loaded, converted to the parameter's dtype
     widened: list[str]  # loaded, with zeros for input channels that the file lacks
-    fresh: list[str]  # not in the file: initialized
-    unused: list[str]  # in the file, and without effect in the released model
+    fresh: list[str]  # not in the file, initialized
+    unused: list[str]  # in the file, but without effect in the released model
 
     def lines(self) -> list[str]:
-        """Return one line for each kind with all names; `*` stands for the index of a block."""
+        """Return one line for each kind with all names; `*` replaces the block index."""
         reasons = {
             "widened": "loaded, zeros for the input channels that the file lacks",
             "fresh": "not in the file, keep their initialization",
@@ -131,8 +131,8 @@ def load_weights(
 ) -> LoadReport:
     """Set `tensors`, by original names, as the parameters of `net`; see `match_weights`.
 
-    Tensors of the parameters' dtype are used as they are, not copied, so that a network on the
-    meta device and a memory-mapped file need no second copy; others are converted.
+    Tensors with the parameter's dtype are assigned without a copy, so that a network on the meta
+    device shares the memory of a mapped file; other tensors are converted.
     If CheckpointError is raised, `net` is unchanged.
     """
     report = match_weights(net, tensors, fresh=fresh, source=source)
@@ -148,7 +148,7 @@ def converted_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a file's tensors by parameter name, in the parameters' shapes and dtypes.
 
-    A tensor is moved to `device` and converted there; None converts it where it is.
+    Each tensor is moved to `device` and converted there; None means the tensor's own device.
     """
     parameters = dict(net.named_parameters())
     for name in [*report.loaded, *report.widened]:
@@ -164,13 +164,13 @@ def match_weights(
 ) -> LoadReport:
     """Match `tensors`, by original names, with the parameters of `net`; both must be complete.
 
-    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, each completely.  If it
-    is not empty, a patch embedding of noisy latents alone is widened by zeros for a network that
-    also takes known latents: a text-to-video checkpoint can start an inpainting network, as in
-    VideoX-Fun.
-    Raises CheckpointError naming the first tensor that does not fit.
+    `fresh` lists parts (`AUDIO_PARTS`, `IMAGE_PARTS`) that may be missing, but only as a unit.  If
+    `fresh` is not empty, a patch embedding for noisy latents only is widened with zeros for a
+    network with known latents as input: a text-to-video checkpoint can initialize an inpainting
+    network, as in VideoX-Fun.
+    Raise a CheckpointError that names the first tensor that does not match.
     """
-    # Flash's dead query may be in the file, and missing parts may be absent.
+    # Allow Flash's unused query in the file, and missing parts that are in `fresh`.
     parameters = dict(net.named_parameters())
     dead = {name: s for name, s in released_shapes(net).items() if name not in parameters}
     unused = [name for name in tensors if name in dead and tensors[name].shape == dead[name]]
@@ -194,7 +194,7 @@ def match_weights(
 def _may_be_absent(
     parameters: Collection[str], present: Collection[str], fresh: Sequence[Sequence[str]]
 ) -> set[str]:
-    """Return the parameters of those parts of which no tensor is present."""
+    """Return the parameters of the parts in `fresh` that have no tensor at all in `present`."""
     absent: set[str] = set()
     for part in fresh:
         names = {name for name in parameters if any(piece in name for piece in part)}
@@ -210,7 +210,7 @@ def _check_names(
     unknown = sorted(present - set(parameters))
     if not lacking and not unknown:
         return
-    # The usual mistake is a file of another model: name that model.
+    # The most common mistake is a file of another model: name that model.
     file_model, net_model = model_of(present), model_of(parameters)
     if file_model and file_model != net_model:
         raise CheckpointError(
@@ -225,29 +225,29 @@ def _check_names(
 
 
 def _widens(name: str, parameter: Tensor, tensor: Tensor, mask_channels: int) -> bool:
-    """Return whether a patch embedding lacks the channels of the mask and the known latents."""
+    """Return whether a patch embedding lacks only the channels of mask and known latents."""
     narrow, wide = tensor.shape, parameter.shape
     if name != "patch_embedding.weight" or len(narrow) != len(wide):
         return False
-    # Twice the latents, noisy and known, and the mask; the other dimensions agree.
+    # Full input: noisy latents, known latents and mask; all other dimensions must agree.
     fits = 2 * narrow[1] + mask_channels == wide[1]
     return fits and narrow[:1] + narrow[2:] == wide[:1] + wide[2:]
 
 
 def _convert(tensor: Tensor, parameter: Tensor, device: torch.device | None) -> Tensor:
-    """Return a file's tensor in the parameter's dtype and shape; missing channels are zeros."""
+    """Convert a file's tensor to the parameter's dtype and shape; zero-fill missing channels."""
     if tensor.shape != parameter.shape:
         wide = torch.zeros(parameter.shape, dtype=parameter.dtype)
         wide[:, : tensor.shape[1]] = tensor
         return wide
-    # Move first: a conversion in host memory would make one copy for every rank.
+    # Move before converting: a conversion in host memory would make one copy per rank.
     return tensor.to(device).to(parameter.dtype).contiguous()
 
 
 def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
-    """Return names and shapes of the released file's tensors, in order, with Flash's dead ones."""
+    """Return names and shapes of the released file's tensors, in order, with Flash's dead query."""
     shapes: dict[str, torch.Size] = {}
-    # Flash's files hold the dead query before each audio key.
+    # Flash's files contain the dead query before each audio key.
     for name, parameter in net.named_parameters():
         if net.audio_injection is not None and ".k_audio." in name:
             shapes[name.replace(".k_audio.", DEAD_PART)] = parameter.shape
@@ -256,7 +256,7 @@ def released_shapes(net: EchoTransformer) -> dict[str, torch.Size]:
 
 
 def meta_network(architecture: Mapping[str, Any]) -> EchoTransformer:
-    """Return a network whose parameters have shapes and no values yet; see `assign_parameters`."""
+    """Return a network on the meta device, without parameter values; see `assign_parameters`."""
     with torch.device("meta"):
         return EchoTransformer(**architecture)
 
@@ -267,8 +267,8 @@ def assign_parameters(
 ) -> None:
     """Set the tensors of (parameter name, tensor) pairs as the parameters of `net`, on `device`.
 
-    None leaves each tensor where it is.  Tensors are moved one by one, so that host memory holds
-    one at a time if `values` generates them.
+    None keeps each tensor on its device.  Tensors are moved one by one, so that host memory holds
+    only one at a time if `values` is a generator.
     """
     # `assign` replaces parameters, which may be on the meta device, without a copy.
     moved = {name: tensor.to(device) for name, tensor in values}
@@ -281,16 +281,16 @@ def initial_values(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield Wan's initialization by parameter name, one tensor at a time, in host memory.
 
-    Xavier for linear layers, normal (0.02) for text and time, normal (1 / sqrt(D)) for
-    modulations, zero for the head and for the audio keys and values.  `only` names the parameters
-    to draw, None is all.  `net` may be on any device, meta too: values are drawn on the CPU, in the
-    order of the parameters, and depend on the generator's state alone.
+    Xavier for linear layers, normal (std 0.02) for text and time embeddings, normal (1 / sqrt(D))
+    for modulations, zero for the head and for the audio keys and values.  `only` names the
+    parameters to draw; None means all.  `net` may be on any device, also on meta: values are drawn
+    on the CPU, in the order of the parameters, and depend only on the generator's state.
     """
-    # Modulations last, so that the values of a seed do not depend on the nesting of the layers.
-    for layer, name, parameter in sorted(_parameters(net), key=_is_modulation):
+    # Draw modulations last, so that values for a seed do not depend on the nesting of the layers.
+    for layer, name, parameter in sorted(_named_parameters(net), key=_is_modulation):
         if only is None or name in only:
             value = torch.empty(parameter.shape, dtype=parameter.dtype)
-            _draw(layer, name, value, generator)
+            _fill_initial(layer, name, value, generator)
             yield name, value
 
 
@@ -304,7 +304,7 @@ def initialize(
         parameters[name].copy_(value)
 
 
-def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _named_parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for path, layer in net.named_modules():
         for leaf, parameter in layer.named_parameters(recurse=False):
             yield layer, f"{path}.{leaf}".removeprefix("."), parameter
@@ -314,7 +314,7 @@ def _is_modulation(entry: tuple[nn.Module, str, Tensor]) -> bool:
     return entry[1].endswith("modulation")
 
 
-def _draw(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
+def _fill_initial(layer: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
     # Norms: weight 1, bias 0.
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         value.fill_(float(name.endswith("weight")))

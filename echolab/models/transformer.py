@@ -1,9 +1,9 @@
-"""EchoMimicV3's network: Wan 2.1's diffusion transformer with a third, local audio branch.
+"""EchoMimicV3's network: Wan 2.1's diffusion transformer with a local audio branch.
 
 Parameters have the names of the released files (825 tensors for Wan2.1-T2V-1.3B, 983 with the
-image branch, 1,076 with the preview's audio; 1,143 of Flash's 1,203, whose `q_audio` does nothing).
-The network gets timesteps, conditions and modality weights; it knows nothing of tasks, noise
-levels, devices or ranks.  Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py`;
+image branch, 1,076 with the preview's audio; 1,143 of Flash's 1,203, whose `q_audio` has no
+effect).  The network gets timesteps, conditions and modality weights; it does not depend on tasks,
+noise levels, devices or ranks.  Source: antgroup/echomimic_v3, `src/wan_transformer3d_audio.py`;
 Wan-Video/Wan2.1, `wan/modules/model.py`.
 
 Shapes: B clips, S = F P tokens of a clip, P tokens of a latent frame, D width, N heads, d = D / N.
@@ -42,22 +42,22 @@ from echolab.types import Conditions, ModalityWeights
 
 
 class Context(NamedTuple):
-    """The conditions as tokens, for every block."""
+    """The conditions as tokens, shared by all blocks."""
 
     text: Tensor  # [B, L, D]
     image: Tensor | None  # [B, N, D]
     audio: Tensor | None  # [B, 2 T, D], or Flash's [B, F, 32, D]
-    face: Tensor  # [B, 1, P, 1]   over the latent frames
+    face: Tensor  # [B, 1, P, 1]   broadcast over latent frames
     weights: ModalityWeights | None  # each [B]
 
 
 def scale_per_sample(values: Tensor, weight: Tensor | None) -> Tensor:
-    """Multiply [B, S, D] by one weight for each clip [B]; None is 1."""
+    """Multiply [B, S, D] by one weight per clip [B]; None means 1."""
     return values if weight is None else values * weight.to(values.dtype)[:, None, None]
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Return two linear layers with an approximate GELU between them."""
+    """Return two linear layers with a tanh-approximated GELU between them."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs)
     )
@@ -85,8 +85,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention to text, image and audio, whose outputs are summed.
 
-    Queries and the output projection are shared; each modality has keys and values of its own.  The
-    audio branch is initialized to zero, so that a new network computes what its base does.
+    Modalities share the queries and the output projection and have separate keys and values.  The
+    audio branch is initialized to zero, so that a new network computes the same as its base.
     """
 
     def __init__(
@@ -120,18 +120,18 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """Return the sum of the modalities' outputs: [B, S, D] -> [B, S, D]."""
-        # One query for all modalities; text is always present.
+        # Text branch, always present; all modalities share its queries.
         queries = self.heads(self.norm_q(self.q(tokens)))
         keys = self.norm_k(self.k(context.text))
         text = self.attend_heads(queries, keys, self.v(context.text))
         weights = context.weights or (None, None, None)
         total = scale_per_sample(text, weights[0])
-        # The image branch of Wan's image-to-video networks.
+        # Image branch of Wan's image-to-video networks.
         if context.image is not None:
             keys = self.norm_k_img(self.k_img(context.image))
             image = self.attend_heads(queries, keys, self.v_img(context.image))
             total = total + scale_per_sample(image, weights[1])
-        # EchoMimicV3's audio branch, local in time and, for the preview, to the face.
+        # EchoMimicV3's audio branch: local in time and, in the preview model, limited to the face.
         if context.audio is not None and self.audio_config:
             audio = self.audio_attention(queries, context.audio, context.face, self.audio_config)
             total = total + scale_per_sample(audio, weights[2])
@@ -140,7 +140,7 @@ class CrossAttention(nn.Module):
     def audio_attention(
         self, queries: Tensor, audio: Tensor, face: Tensor, config: AudioAttentionConfig
     ) -> Tensor:
-        """Let each latent frame attend to its own W audio tokens.
+        """Let each latent frame attend to the W audio tokens of its window.
 
         [B, S, N, d], [B, 2 T, D] or [B, F, W, D], [B, 1, P, 1] -> [B, S, D].
         """
@@ -148,7 +148,7 @@ class CrossAttention(nn.Module):
             self.norm_k_audio(self.k_audio(audio)), config.time_stride
         )  # [B, F, W, D]
         values = config.windows(self.v_audio(audio), config.time_stride)
-        # Fold latent frames into the batch, so that each attends to its own window.
+        # Fold latent frames into the batch, so that each attends only to its window.
         clips, frames = keys.shape[:2]
         framewise = queries.unflatten(1, (frames, -1)).flatten(0, 1)  # [B F, P, N, d]
         output = self.attend_heads(framewise, keys.flatten(0, 1), values.flatten(0, 1))
@@ -157,7 +157,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and FFN, with adaLN modulation on the first and the last."""
+    """Self-attention, cross-attention and FFN, with adaLN modulation of self-attention and FFN."""
 
     def __init__(
         self,
@@ -178,20 +178,20 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, time: Tensor, context: Context, rope: Tensor) -> Tensor:
         """Return the next tokens: [B, S, D], [B, 6, D] in fp32, context, positions -> [B, S, D]."""
-        # adaLN: shift, scale and gate of both branches from the timestep, in fp32.
+        # adaLN: shift, scale and gate of self-attention and FFN from the timestep, in fp32.
         modulation = (self.modulation.float() + time).chunk(6, dim=1)  # each [B, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        # Self-attention, gated; the gate multiplies in fp32.
+        # Gated self-attention; the gate is applied in fp32.
         update = self.self_attn(modulate(tokens, shift, scale, self.eps), rope)
         tokens = torch.addcmul(tokens.float(), gate, update).type_as(tokens)
         tokens = tokens + self.cross_attn(self.norm3(tokens), context)
-        # The FFN, gated in the same way.
+        # Gated FFN.
         update = self.ffn(modulate(tokens, ffn_shift, ffn_scale, self.eps))
         return torch.addcmul(tokens.float(), ffn_gate, update).type_as(tokens)
 
 
 class Head(nn.Module):
-    """Output layer: tokens to the values of their patches."""
+    """Output layer: maps tokens to the values of their patches."""
 
     def __init__(self, dim: int, values: int, eps: float):
         super().__init__()
@@ -206,7 +206,7 @@ class Head(nn.Module):
 
 
 def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeometry) -> None:
-    """Raise ConfigError for sizes that do not fit together."""
+    """Raise ConfigError for inconsistent sizes."""
     if dim % (2 * num_heads):
         raise ConfigError(f"model.dim={dim}: must be an even multiple of num_heads={num_heads}")
     out_channels, mask_channels = geometry.channels, geometry.time_stride
@@ -221,7 +221,7 @@ def _check_sizes(dim: int, num_heads: int, in_channels: int, geometry: LatentGeo
 def _audio_proj(
     audio_dim: int | None, audio_layers: int | None, dim: int, time_stride: int
 ) -> AudioTokens | FlashAudioTokens | None:
-    """Return the projection of audio features: the preview's, Flash's, or None without audio."""
+    """Return the audio projection of the preview model or of Flash, or None without audio."""
     if audio_dim is None:
         return None
     if audio_layers is None:
@@ -232,11 +232,11 @@ def _audio_proj(
 class EchoTransformer(nn.Module):
     """The diffusion transformer: from noisy latents, timesteps and conditions to the velocity.
 
-    `image_dim=None` and `audio_dim=None` leave out a branch, `in_channels == out_channels` leaves
-    out the mask and known latents: with all three it is Wan2.1's text-to-video network.
-    `audio_layers=None` is the preview's audio, two tokens [audio_dim] a video frame; Flash takes 12
-    layers [12, audio_dim] a video frame and has no face mask.  Parameters have torch's own
-    initialization; `models.loading.initialize` gives them Wan's.
+    `image_dim=None` and `audio_dim=None` omit a branch, `in_channels == out_channels` omits mask
+    and known latents: with all three omitted it is Wan2.1's text-to-video network.
+    `audio_layers=None` selects the preview's audio, two tokens [audio_dim] per video frame; Flash
+    uses 12 layers [12, audio_dim] per video frame and no face mask.  Parameters have torch's
+    default initialization; `models.state_dict.initialize` sets Wan's.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class EchoTransformer(nn.Module):
         self.audio_injection = audio if isinstance(audio, FlashAudioTokens) else None
         audio_config = PREVIEW if self.audio2token else FLASH if self.audio_injection else None
         audio_config = audio_config and audio_config._replace(time_stride=time_stride)
-        # The blocks, and the output layer.
+        # Blocks and output layer.
         block_sizes = (dim, ffn_dim, num_heads, eps, image_dim is not None, audio_config)
         self.blocks = nn.ModuleList(Block(*block_sizes) for _ in range(num_layers))
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
@@ -289,21 +289,21 @@ class EchoTransformer(nn.Module):
     ) -> Tensor:
         """Return the velocity of noisy latents [B, C, F, H, W] at timesteps [B] in 0..1000.
 
-        `weights` scale the three cross-attention outputs; None is 1 everywhere.  Raises DataError
-        for audio features of another number of frames.
+        `weights` scale the three cross-attention outputs; None means 1 for all.  Raise DataError if
+        the audio features have another number of frames.
         """
-        # Latents to tokens, with mask and known latents as further channels.
+        # Append mask and known latents as channels, then embed patches as tokens.
         latents = noisy_latents
         self._check_audio(conditions.audio, latents.shape[2])
         if self.has_mask_input:
             latents = torch.cat([latents, conditions.known, conditions.known_latents], 1)
         p, q, r = self.patch_size
         frames, rows, columns = latents.shape[2] // p, latents.shape[3] // q, latents.shape[4] // r
-        # The residual stream has the dtype of the parameters: bf16 as in the release, or fp32 as in
-        # Wan's own mixed precision, which autocast would make bf16.
+        # The residual stream has the parameters' dtype: bf16 as in the release, or fp32 as in Wan's
+        # mixed precision; without the cast autocast would return bf16.
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(latents.to(dtype)).to(dtype)
-        # Timesteps and conditions, once for all blocks.
+        # Embed timesteps and conditions once for all blocks.
         time = self.time_embedding(timestep_embedding(timesteps, self.freq_dim))  # [B, D]
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # [B, 6, D]
         context = self.context(conditions, weights, tokens.dtype)
@@ -317,12 +317,13 @@ class EchoTransformer(nn.Module):
         )  # fmt: skip
 
     def _check_audio(self, audio: Tensor, latent_frames: int) -> None:
-        """Raise DataError unless the audio features belong to this number of latent frames.
+        """Raise DataError unless the audio features match this number of latent frames.
 
-        Windows could be cut from features of any length, so that wrong audio would not be noticed.
-        The preview's features may also fill the last latent frame, in a window of a longer video.
+        Windowing works for features of any length, so wrong audio would not be detected later.  In
+        a window of a longer video, the preview's features may also cover all of its last latent
+        frame.
         """
-        # Feature counts that the windows can be cut from.
+        # Allowed numbers of features along time.
         frames, layers = self.geometry.frames(latent_frames), self.audio_injection is not None
         filled = TOKENS_PER_FRAME * self.geometry.time_stride * latent_frames
         allowed = (frames,) if layers else (TOKENS_PER_FRAME * frames, filled)
@@ -338,7 +339,7 @@ class EchoTransformer(nn.Module):
         self, conditions: Conditions, weights: ModalityWeights | None, dtype: torch.dtype
     ) -> Context:
         """Return the conditions as tokens of the network's width."""
-        # Branches that the network lacks have no tokens.
+        # Missing branches have no tokens.
         text, image, audio = (part.to(dtype) for part in conditions[:3])
         audio_proj = self.audio2token or self.audio_injection
         return Context(

@@ -1,8 +1,8 @@
 """Task probabilities as a function of the step: hard tasks first, easy ones join later.
 
-The probabilities are an EMA of the stage's targets, so that a new task enters smoothly; a minimal
-probability keeps earlier tasks from being forgotten.  (EchoMimicV3's "counter-intuitive task
-allocation"; its ratios and lengths are not published.)
+The probabilities are an EMA of the stage's targets, so that new tasks are introduced smoothly; a
+minimum probability prevents forgetting of earlier tasks.  (EchoMimicV3's "counter-intuitive task
+allocation"; its ratios and stage lengths are not published.)
 """
 
 import bisect
@@ -15,7 +15,7 @@ from echolab.tasks.table import CURRICULUM_TASKS, TASKS
 
 
 class Stage(NamedTuple):
-    """Number of steps, and the target probabilities in them (any positive scale)."""
+    """Number of steps, and the target probabilities during them (unnormalized)."""
 
     steps: int
     targets: dict[str, float]
@@ -35,7 +35,7 @@ def draw_task(probabilities: Mapping[str, float], u: float) -> str:
         if remaining < probability:
             return task
         remaining -= probability
-    # Rounding can leave 1e-16 over: it belongs to the last task that can be drawn.
+    # Rounding can leave a remainder of 1e-16: return the last task with a nonzero probability.
     return [task for task, probability in probabilities.items() if probability > 0][-1]
 
 
@@ -50,7 +50,7 @@ def _check(stages: Sequence[Stage], ema_decay: float, min_prob: float) -> None:
         raise ConfigError(
             f"tasks.min_prob={min_prob:g}: times {len(tasks)} tasks must stay below 1"
         )
-    # Each stage by itself.
+    # Check each stage separately.
     for number, stage in enumerate(stages):
         unknown = [task for task in stage.targets if task not in TASKS]
         if unknown:
@@ -68,19 +68,19 @@ class Curriculum:
     """Task probabilities at a step: a recursion from a known origin, the same on every rank.
 
     p(0) is the first stage's target and p(k + 1) = ema_decay p(k) + (1 - ema_decay) target(k), in
-    Python floats; the last stage has no end.  `min_prob` is mixed into the targets of all
+    Python floats; the last stage never ends.  `min_prob` is mixed into the targets of all
     tasks introduced so far: target = min_prob + (1 - n min_prob) stage target, which sums to 1.
     """
 
     def __init__(self, stages: Sequence[Stage], ema_decay: float = 0.999, min_prob: float = 0.0):
-        # Tasks in the table's order, so that saved probabilities mean the same everywhere.
+        # Keep tasks in the table's order, so that the order does not depend on the stages.
         stages = [Stage(int(steps), dict(targets)) for steps, targets in stages]
         _check(stages, ema_decay, min_prob)
         self.ema_decay = ema_decay
         trained = {task for stage in stages for task, share in stage.targets.items() if share > 0}
         self.tasks = tuple(task for task in TASKS if task in trained)
         self._ends, self._targets, introduced, end = [], [], set[str](), 0
-        # The target of each stage, with min_prob mixed in for tasks introduced so far.
+        # Compute the target of each stage, with min_prob for all tasks introduced so far.
         for stage in stages:
             introduced |= {task for task, share in stage.targets.items() if share > 0}
             end, total = end + stage.steps, sum(stage.targets.values())
@@ -94,18 +94,18 @@ class Curriculum:
                 ]
             )
         self._origin = self._latest = (0, self._targets[0])
-        self.before = 0  # steps of the run that this one continues from, which count for the stages
+        self.before = 0  # steps of earlier runs that this run continues; they count for the stages
 
     def _stage(self, step: int) -> int:
-        """Return the index of the stage that a step is in."""
+        """Return the index of the stage that contains a step."""
         return min(bisect.bisect(self._ends, self.before + step), len(self._ends) - 1)
 
     def probabilities(self, step: int) -> dict[str, float]:
         """Return the probability of each task of the stages, hard to easy; they sum to 1.
 
-        Raises ConfigError for a step before the loaded state, which cannot be known.
+        Raise ConfigError for a step before the loaded state, which is unknown.
         """
-        # The recursion runs forward only: restart it from the known origin.
+        # The recursion runs forward only: for an earlier step restart it from the known origin.
         if step < self._latest[0]:
             self._latest = self._origin
         known_step, probabilities = self._latest
@@ -124,7 +124,7 @@ class Curriculum:
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state that later steps depend on, as JSON values.
 
-        A run that continues from this one reads from `stages_left` whether tasks are still to join.
+        `stages_left` tells a run that continues from this state whether tasks remain to be added.
         """
         return {
             "step": step,
@@ -134,14 +134,14 @@ class Curriculum:
         }
 
     def continued_from(self, state: Mapping[str, Any]) -> "Curriculum":
-        """Return the curriculum of a run that starts from another's weights at `state_dict()`.
+        """Return the curriculum of a new run that starts from another run's weights and `state`.
 
-        Its step 0 has the probabilities and the stage that the other run had reached.  If that was
-        its last stage, it is the last stage here, for any lengths.  A curriculum without a task in
-        common with the other starts from its own beginning.
+        Step 0 has the probabilities and the stage that the other run had reached.  If the other run
+        had reached its last stage, step 0 is in the last stage here, for any stage lengths.  If the
+        two have no task in common, the curriculum starts from its beginning.
         """
         continued = copy.copy(self)
-        # Steps of all earlier runs count for the stage that is reached.
+        # Steps of all earlier runs count for the current stage.
         done = int(state.get("before", 0)) + int(state["step"])
         last = self._ends[-2] if len(self._ends) > 1 else 0
         try:
@@ -154,17 +154,17 @@ class Curriculum:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, bit-exactly.
 
-        A task that the state lacks starts from 0; the share of a task that no stage has goes to the
-        others.  Raises ConfigError if the two have no task in common.
+        A task that is not in the state starts from 0; the probability of a task that is in no stage
+        is distributed to the others.  Raise ConfigError if there is no task in common.
         """
-        # Keep shares of known tasks; renormalize if a task was dropped.
+        # Keep the probabilities of known tasks; renormalize if a task was dropped.
         saved = [float(state["probabilities"].get(task, 0.0)) for task in self.tasks]
         if not sum(saved):
             raise ConfigError(
                 f"curriculum state of step {state['step']}: none of its tasks "
                 f"({', '.join(state['probabilities'])}) is in this run's stages"
             )
-        # Only then, because dividing by the sum could change the last bit.
+        # Renormalize only in this case, because the division could change the last bit.
         if set(state["probabilities"]) - set(self.tasks):
             saved = [share / sum(saved) for share in saved]
         self._origin = self._latest = (int(state["step"]), saved)

@@ -1,8 +1,9 @@
-"""Masks of the tasks (i2v, lip_sync, ...): given pixels, also at latent resolution; face tokens.
+"""Masks of the tasks (i2v, lip_sync, ...) in pixels and at latent resolution, and face tokens.
 
-A mask rule returns `known`: 1 for a given pixel, 0 for a generated one.  Boxes are (x0, y0, x1, y1)
-in pixels, one a frame.  Margins and shapes of the two local tasks are not published; the figure
-shows a square over the head of a quarter to a third of the frame's width, and a disc at the mouth.
+A mask rule returns `known`: 1 for a given pixel, 0 for a generated pixel.  Boxes are
+(x0, y0, x1, y1) in pixels, one per frame.  Margins and shapes of the two local tasks are not
+published; the paper's figure shows a square over the head of a quarter to a third of the frame's
+width, and a disc at the mouth.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from echolab.errors import ConfigError, DataError
 from echolab.geometry import WAN, LatentGeometry
 from echolab.tasks.table import TASK_TABLE, TASKS
 
-HEAD_MARGIN = 0.35  # of the face box's size, added on each side: hair and chin move with the head
-LIP_MARGIN = 1.5  # the disc's diameter, in sizes of the largest lip box
-TOKEN_MARGIN = 0.15  # of the union face box, added on each side before it is cut into tokens
+HEAD_MARGIN = 0.35  # margin on each side / size of the face box, to include hair and chin
+LIP_MARGIN = 1.5  # diameter of the disc / size of the largest lip box
+TOKEN_MARGIN = 0.15  # margin on each side / size of the union face box, for face tokens
 
 
 class Clip(NamedTuple):
@@ -33,7 +34,7 @@ class Clip(NamedTuple):
     known_frames: int
 
     def all_frames(self, known: bool) -> Tensor:
-        """Return a mask [T, 1, Y, X] of one value."""
+        """Return a constant mask [T, 1, Y, X]."""
         return torch.full((self.frames, 1, self.height, self.width), known)
 
 
@@ -43,14 +44,14 @@ def no_pixels(clip: Clip) -> Tensor:
 
 
 def first_frames(clip: Clip, count: int) -> Tensor:
-    """Return the mask that gives the first `count` frames."""
+    """Return the mask in which the first `count` frames are given."""
     known = clip.all_frames(False)
     known[:count] = True
     return known
 
 
 def first_and_last(clip: Clip) -> Tensor:
-    """Return the mask that gives the first and the last frame."""
+    """Return the mask in which the first and the last frame are given."""
     known = first_frames(clip, 1)
     known[-1] = True
     return known
@@ -63,7 +64,7 @@ def _grid(clip: Clip) -> tuple[Tensor, Tensor]:
 
 def outside_head(clip: Clip) -> Tensor:
     """Return the mask of avatar sync: a box that follows the head is generated."""
-    # A box for each frame, tested against pixel centers.
+    # Test the pixel centers against the box of each frame.
     boxes = enlarge_boxes(clip.face, HEAD_MARGIN)[:, :, None, None]  # [T, 4, 1, 1]
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = _grid(clip)
@@ -74,10 +75,11 @@ def outside_head(clip: Clip) -> Tensor:
 def outside_lips(clip: Clip) -> Tensor:
     """Return the mask of lip sync: a disc over the mouth is generated.
 
-    The disc has one size for all frames and moves with the face box, at the median position of the
-    lips in it: a disc cut to each frame's lips would reveal how far the mouth is open.
+    The disc has the same size in all frames and moves with the face box, at the median position of
+    the lips relative to the face: a disc fitted to each frame's lips would reveal how far the mouth
+    is open.
     """
-    # The disc keeps the median offset from the face, and one radius.
+    # Use the median offset from the face and a constant radius.
     face_x, face_y = centers(clip.face).unbind(1)
     offset_x, offset_y = (centers(clip.lips) - centers(clip.face)).median(0).values
     radius = LIP_MARGIN / 2 * (clip.lips[:, 2:] - clip.lips[:, :2]).max()
@@ -87,7 +89,7 @@ def outside_lips(clip: Clip) -> Tensor:
     return (across.square() + down.square() > radius.square())[:, None]
 
 
-# The names are those of `table.Task.mask`.
+# Keys are the values of `table.Task.mask`.
 MASK_RULES: dict[str, Callable[[Clip], Tensor]] = {
     "nothing": no_pixels,
     "first_frame": lambda clip: first_frames(clip, 1),
@@ -104,12 +106,12 @@ def centers(boxes: Tensor) -> Tensor:
 
 
 def enlarge_boxes(boxes: Tensor, margin: float) -> Tensor:
-    """Return boxes [T, 4] with `margin` times their own size added on each side."""
+    """Return boxes [T, 4] with `margin` times their size added on each side."""
     size = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], 1)
 
 
-def _boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
+def _check_boxes(boxes: Tensor, name: str, frames: int) -> Tensor:
     """Return boxes in fp32; raise DataError unless they are finite [frames, 4]."""
     # A damaged dataset may hold boxes of another shape, or NaN.
     boxes = torch.as_tensor(boxes, dtype=torch.float32)
@@ -133,13 +135,13 @@ def known_pixels(
 ) -> Tensor:
     """Return the mask of given pixels of a clip: bool [T, 1, Y, X].
 
-    `face` and `lips` are boxes [T, 4]; `known_frames` is for continuation (8 as in the released
-    chunked inference).  Raises ConfigError for an unknown task, DataError for bad boxes.
+    `face` and `lips` are boxes [T, 4]; `known_frames` applies to continuation (8 as in the released
+    chunked inference).  Raise ConfigError for an unknown task, DataError for bad boxes.
     """
-    # Check the arguments, then apply the rule of the task.
+    # Check the arguments, then apply the task's mask rule.
     if task not in TASK_TABLE:
         raise ConfigError(f"task={task}: unknown; one of {', '.join(TASKS)}")
-    face, lips = _boxes(face, "face", frames), _boxes(lips, "lip", frames)
+    face, lips = _check_boxes(face, "face", frames), _check_boxes(lips, "lip", frames)
     return MASK_RULES[TASK_TABLE[task].mask](Clip(frames, height, width, face, lips, known_frames))
 
 
@@ -152,11 +154,11 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
     """Return known pixels [T, 1, Y, X] at latent resolution: float [4, F, H, W].
 
     The four channels are the four frames of a latent frame: channel c of latent frame i is frame
-    4i - 3 + c; the first frame stands alone and fills all four.  Sizes shrink by bilinear
-    interpolation, so borders are fractional; frames are not mixed.  (EchoMimicV3
-    `pipeline_wan_fun_inpaint_audio.py`, 654-662; its masks have the opposite sign before.)
+    4i - 3 + c; the first frame fills all four channels of latent frame 0.  Space is downsampled by
+    bilinear interpolation, so borders are fractional; frames are not mixed.  (EchoMimicV3
+    `pipeline_wan_fun_inpaint_audio.py`, 654-662, where the masks are still inverted.)
     """
-    # The size must be a multiple of the strides of latents.
+    # Sizes must be multiples of the latent strides.
     frames, _, height, width = known.shape
     stride, space = geometry.time_stride, geometry.space_stride
     if not geometry.is_clip_length(frames):
@@ -164,21 +166,21 @@ def latent_known(known: Tensor, geometry: LatentGeometry = WAN) -> Tensor:
         raise DataError(f"{frames} frames: latent frames need {lengths}; trim the clip")
     if height % space or width % space:
         raise DataError(f"{height}x{width} pixels: need multiples of {space}; resize the clip")
-    # Space by interpolation, time by regrouping frames into channels.
+    # Downsample space by interpolation, and regroup frames into channels.
     small = F.interpolate(known.float(), geometry.latent_size(height, width), mode="bilinear")
     groups = torch.cat([small[:1].expand(stride, -1, -1, -1), small[1:]])
     return rearrange(groups, "(f c) 1 h w -> c f h w", c=stride)
 
 
 def face_tokens(face: Tensor, height: int, width: int, geometry: LatentGeometry = WAN) -> Tensor:
-    """Return the tokens that attend to audio: float [P], 1 if the face ever touches one.
+    """Return the tokens that attend to audio: float [P], 1 if the face touches the token.
 
     `face` are boxes [T, 4] in pixels; `height` and `width` count latents.  The face is the union of
-    its boxes over the clip, enlarged by a margin: the released model uses the box of the first
+    its boxes over the clip, enlarged by a margin; the released model uses the box of the first
     frame, which a moving head leaves.  Row-major over (height / 2, width / 2) tokens.
     """
-    face = _boxes(face, "face", len(face))
-    # One box around the face over all frames, in units of tokens.
+    face = _check_boxes(face, "face", len(face))
+    # Compute the union box over all frames, in units of tokens.
     union = torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)])[None]
     x0, y0, x1, y1 = (enlarge_boxes(union, TOKEN_MARGIN)[0] / geometry.token_pixels).tolist()
     patch = geometry.patch

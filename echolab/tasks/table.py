@@ -8,25 +8,25 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    """The part of a clip that is given; the network generates the rest."""
+    """A task, defined by the given part of a clip; the network generates the rest."""
 
     name: str
-    title: str  # in the report
-    given: str  # the given part in words, for captions
+    title: str  # title in the report
+    given: str  # description of the given part, for captions
     mask: str  # key of `masks.MASK_RULES`
-    inputs: tuple[str, ...]  # arguments of `echolab generate` that it needs
-    optional_inputs: tuple[str, ...] = ()  # arguments that it accepts besides
-    local: bool = False  # generates a part of each frame; the rest can be pasted back
+    inputs: tuple[str, ...]  # required arguments of `echolab generate`
+    optional_inputs: tuple[str, ...] = ()  # further accepted arguments
+    local: bool = False  # generates only a part of each frame; the rest can be pasted back
     in_curriculum: bool = True  # part of the default curriculum
     in_validation: bool = False  # part of the default held-out error
 
     @property
     def has_known(self) -> bool:
-        """Whether pixels are given, so that encoded samples hold known latents of the task."""
+        """Whether any pixels are given, so that encoded samples hold known latents of the task."""
         return self.mask != "nothing"
 
 
-# From hard to easy, by the size of the generated part; continuation is for inference only.
+# From hard to easy, by the size of the generated part; continuation is only for inference.
 TASK_TABLE = {
     task.name: task
     for task in (
@@ -53,7 +53,7 @@ TASK_TABLE = {
         ),
     )
 }  # fmt: skip
-# Names of tasks, all and by property.
+# Task names: all, and by property.
 TASKS = tuple(TASK_TABLE)
 DEFAULT_TASK = "i2v"
 
@@ -65,7 +65,7 @@ LOCAL_TASKS = tuple(name for name, task in TASK_TABLE.items() if task.local)
 
 def tasks_with(argument: str) -> str:
     """Return the tasks that accept an argument of `echolab generate`, for help texts."""
-    # Required or optional.
+    # Consider required and optional inputs.
     accepting = (
         name
         for name, task in TASK_TABLE.items()
