@@ -111,9 +111,9 @@ def difference(dataset: ShardDataset) -> float:
     theirs = webdataset_of(dataset, partial(decode_encoded, wanted=WANTED))
     largest = 0.0
     for i, tensors in zip(range(COMPARED), theirs, strict=False):  # both in tar order
-        mine = read_fp32(dataset, i, WANTED)
+        ours = read_fp32(dataset, i, WANTED)
         largest = max(
-            largest, *(float((mine[name] - tensors[name]).abs().max()) for name in WANTED)
+            largest, *(float((ours[name] - tensors[name]).abs().max()) for name in WANTED)
         )
     return largest
 
@@ -126,9 +126,9 @@ def speed_rows(
     for state in ("warm", "cold"):
         say(f"measuring {name}, {state}")
         # Cold: the shards leave the page cache before each round.
-        why = evict(shards_of(dataset)) if state == "cold" else None
-        if why:
-            say(f"{name}/cold: skipped, {why}")
+        reason = evict(shards_of(dataset)) if state == "cold" else None
+        if reason:
+            say(f"{name}/cold: skipped, {reason}")
             return
         prepare = partial(evict, shards_of(dataset)) if state == "cold" else None
         wall, processor = in_turns(readers, rounds, prepare)
@@ -156,16 +156,16 @@ def in_turns(
     wall: dict[str, list[float]] = {name: [] for name in readers}
     processor: dict[str, list[float]] = {name: [] for name in readers}
     names = list(readers)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for index in range(rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
             if prepare is not None:
                 prepare()
             start, busy = time.perf_counter(), time.process_time()
             exhaust(readers[name])
             wall[name].append(time.perf_counter() - start)
             processor[name].append(max(time.process_time() - busy, 1e-9))
-    middle = statistics.median
-    return {n: middle(t) for n, t in wall.items()}, {n: middle(t) for n, t in processor.items()}
+    median = statistics.median
+    return {n: median(t) for n, t in wall.items()}, {n: median(t) for n, t in processor.items()}
 
 
 def exhaust(reader: Reader) -> None:
@@ -193,11 +193,11 @@ def reading_growth(folder: Path, reader: str) -> float:
     return high_water() - before
 
 
-def alone(work: Callable[..., Any], *given: object) -> Any:
+def alone(work: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a new process, so that its memory can be measured alone."""
     # The peak of a process never decreases, so every measurement needs a new process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *given).result()
+        return pool.submit(work, *arguments).result()
 
 
 def high_water() -> float:
@@ -234,9 +234,9 @@ def write_encoded(folder: Path, size: tuple[int, int, int], total_bytes: float) 
     """Write random encoded clips of about `total_bytes` in total."""
     sample_bytes = len(save(draw_clip(size, 0)))
     count = max(2, round(total_bytes / sample_bytes))
-    each = max(1, SHARD_BYTES // sample_bytes)
+    per_shard = max(1, SHARD_BYTES // sample_bytes)
     # Draw samples until the size is reached.
-    with ShardWriter(folder, kind="encoded", samples_per_shard=each) as writer:
+    with ShardWriter(folder, kind="encoded", samples_per_shard=per_shard) as writer:
         for i in range(count):
             about = json.dumps({"caption": f"clip {i}"}).encode()
             writer.write(f"clip-{i}", {"safetensors": save(draw_clip(size, i)), "json": about})

@@ -171,12 +171,12 @@ class Step:
             return None
 
 
-def checkpointed(ours: nn.Module, theirs: nn.Module, how: str) -> tuple[nn.Module, nn.Module]:
+def checkpointed(ours: nn.Module, theirs: nn.Module, mode: str) -> tuple[nn.Module, nn.Module]:
     """Return copies of both networks that checkpoint activations; without checkpointing, both."""
-    if how not in KEPT:
+    if mode not in KEPT:
         return ours, theirs
     ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
-    checkpoint_blocks(ours, KEPT[how])
+    checkpoint_blocks(ours, KEPT[mode])
     theirs.enable_gradient_checkpointing()  # type: ignore[operator]
     return ours, theirs
 
@@ -216,9 +216,9 @@ def checkpointing_rows(
     """Yield rows of both kinds of checkpointing, compared with none and with diffusers."""
     plain = step.runner(run_ours, ours)
     # diffusers knows full recomputation only.
-    for how in KEPT:
-        changed, other = checkpointed(ours, theirs, how)
-        name = f"{precision}/checkpointing={how}"
+    for mode in KEPT:
+        changed, other = checkpointed(ours, theirs, mode)
+        name = f"{precision}/checkpointing={mode}"
         yield from _variant_rows(step, name, changed, plain, "echolab")
         peer = step.runner(run_diffusers, other)
         yield from _variant_rows(step, f"{name}/peer", changed, peer, "diffusers, checkpointed")

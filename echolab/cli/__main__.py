@@ -23,7 +23,7 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
-# Every command by name.  Its module is imported only when the command runs.
+# Commands by name.  The module of a command is imported only when the command runs.
 COMMANDS = {
     "demo": Action(
         "echolab.cli.demo", "data, training and report of a small example on two CPU cores"
@@ -74,8 +74,9 @@ def help_text() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done.  1: an error that the user can fix.  2: no such command.  77: worth another try, such
-    as a run folder in use by another process.  130: interrupted.  Commands may return other codes.
+    0: done.  1: an error that the user can fix.  2: no such command.  77: a retry may succeed, for
+    example if another process uses the run folder.  130: interrupted.  Commands may return other
+    codes.
     """
     if argv is None:  # started as a program
         remove_working_directory()
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    """Answer `--help` and `--version`, or import and run the command that `words` begin with."""
-    # Answer what needs no command.
+    """Handle `--help` and `--version`, or import and run the command that `words` begin with."""
+    # Options that need no command.
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if words else 2
@@ -95,7 +96,7 @@ def _run(words: list[str]) -> int:
     # Set before torch is imported: OpenMP threads that wait spin briefly, then sleep.  Without a
     # limit a step takes ten times as long on cores that other processes use too.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Run the command; a name that is close to a known one is proposed.
+    # Run the command, or propose known commands with a similar name.
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         remedy = closest(name, COMMANDS) or f"; known: {', '.join(COMMANDS)}"
@@ -118,10 +119,10 @@ def _run_reporting_errors(run: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in USER_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        prefix = f"{error.filename}: " if error.filename else ""
         remedy = "free space there, or give another path"
         print(
-            f"echolab: error: {where}{error.strerror} (errno {error.errno}); {remedy}",
+            f"echolab: error: {prefix}{error.strerror} (errno {error.errno}); {remedy}",
             file=sys.stderr,
         )
         return 1

@@ -7,7 +7,7 @@ from typing import Literal
 from echolab.arguments import Action, argument, parse, run_action
 from echolab.errors import CheckpointError
 
-# Every action takes a checkpoint, or a run in place of its newest.
+# Every action accepts a checkpoint, or a run, whose newest checkpoint is used.
 CHECKPOINT = "checkpoint, or a run or its folder of checkpoints for the newest"
 
 
@@ -21,7 +21,7 @@ class InspectArguments:
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Read every byte of a checkpoint; print one line a fault, with exit code 1 if any."""
+    """Read every byte of a checkpoint; print one line per fault, with exit code 1 if any."""
 
     path: Path = argument(CHECKPOINT)
     format: Literal["text", "json"] = argument("output format", "text")
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_folders(*paths: Path) -> None:
-    """Raise CheckpointError for the first path that is no folder."""
+    """Raise CheckpointError for the first path that is not a folder."""
     # The contents are read later, after torch is imported.
     for path in paths:
         # A damaged checkpoint passes here: `verify` reports its faults.

@@ -26,10 +26,10 @@ def find(path: Path) -> Path:
 
     Raise CheckpointError if there is none.
     """
-    # The path itself is a checkpoint, by its manifest or by its name.
+    # The path itself is a checkpoint, recognized by its manifest or by its name.
     if (path / MANIFEST).is_file() or NAME.fullmatch(path.resolve().name):
         return path
-    # A run, or its folder of checkpoints: take the newest.
+    # A run, or its folder of checkpoints: use the newest checkpoint.
     for folder in (path / "checkpoints", path):
         if steps := saved_steps(folder):
             return folder_of(folder, steps[0])
@@ -130,7 +130,7 @@ def print_faults(path: Path, *, as_json: bool) -> int:
 
 def print_differences(first: Path, second: Path, *, as_json: bool) -> int:
     """Print the differences of two checkpoints; return 1 if there are any."""
-    # Both are verified first, so that a damaged file is no difference.
+    # Verify both first, so that a damaged file is not reported as a difference.
     a, b = (open_checkpoint(find(path)) for path in (first, second))
     tensors = list(tensor_differences(a, b))
     state = state_differences(a.state, b.state)

@@ -13,12 +13,12 @@ from echolab.progress import progress
 if TYPE_CHECKING:
     from echolab.data.index_tars import Indexed
 
-SHOWN = 3  # names of files in no sample that are printed
+SHOWN = 3  # names that are printed of files that belong to no sample
 
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Check every shard of a dataset against dataset.json; print one line a fault.
+    """Check every shard of a dataset against dataset.json; print one line per fault.
 
     The exit code is 1 if there is any fault.
     """
@@ -33,8 +33,8 @@ class VerifyArguments:
 class IndexArguments:
     """Read every tar of a folder once and write dataset.json to the folder.
 
-    The tars do not change.  Tars that keep the contract of raw, encoded or preference samples can
-    then be trained on; others become kind foreign.
+    The tars are not changed.  Datasets with the members of raw, encoded or preference samples can
+    then be used for training; all others get the kind foreign.
     """
 
     folder: Path = argument("folder of the tars")
@@ -54,18 +54,18 @@ class IndexArguments:
 
 @dataclass(frozen=True)
 class AuditArguments:
-    """Check a run's ledger against its datasets: each sample exactly once an epoch.
+    """Check a run's ledger against its datasets: each sample exactly once per epoch.
 
-    Print one line a fault; the exit code is 1 if there is any.  The run must have been trained with
-    data.log_samples=true.  Steps that one attempt trained, and a later one repeated after a resume,
-    count once.  Batches that events of the run skipped may be missing.
+    Print one line per fault; the exit code is 1 if there is any.  The run must have been trained
+    with data.log_samples=true.  Steps that a later attempt repeated after a resume count once.
+    Batches that the run skipped, by its events.jsonl, may be missing.
     """
 
     run: Path = argument("run folder", aka=("run_dir",))
     format: Literal["text", "json"] = argument("output format", "text")
 
 
-# Each action parses its arguments before it imports what reads shards.
+# Each action parses its arguments before it imports the modules that read shards.
 ACTIONS = {
     "verify": Action("echolab.cli.data:verify", "check a dataset against its dataset.json"),
     "index": Action(
@@ -95,7 +95,7 @@ def verify(argv: list[str]) -> int:
         faults = find_faults(
             folder, workers=arguments.workers, deep=arguments.deep, advance=advance
         )
-    # One line a fault; the exit code says if there is any.
+    # Print one line per fault; the exit code is 1 if there is any.
     lines = [fault.line(folder) for fault in faults]
     if arguments.format == "json":
         details = [fault._asdict() for fault in faults]
@@ -106,10 +106,10 @@ def verify(argv: list[str]) -> int:
 
 
 def index(argv: list[str]) -> int:
-    """Write dataset.json and print what it holds."""
+    """Write dataset.json and print a summary of it."""
     command = "echolab data index"
     arguments = parse(IndexArguments, argv, command=command, positional=("folder",))
-    # A wrong file of descriptions is refused before the tars are read.
+    # Refuse an invalid description file before the tars are read.
     encoders, geometry, description = read_about(arguments.about)
     from echolab.data.index_tars import index_folder
 
@@ -135,15 +135,15 @@ def index(argv: list[str]) -> int:
 
 
 def read_about(about: Path | None) -> tuple[dict[str, str], LatentGeometry, dict[str, Any]]:
-    """Return encoders' fingerprints, geometry and description of a JSON file; raise DataError."""
-    # Without a file: the geometry of Wan, and no encoders.
+    """Read fingerprints of encoders, geometry and description from JSON; raise DataError."""
+    # The defaults are the geometry of Wan, and no encoders.
     if about is None:
         return {}, WAN, {}
-    # The file may be a dataset.json, or one of the user with some of its keys.
+    # The file may be a dataset.json, or a file of the user with some of its keys.
     try:
         content = json.loads(about.read_bytes())
         encoders, description = content.get("encoders", {}), content.get("description", {})
-        # Fingerprints are text; anything else would not match any encoder.
+        # Fingerprints are text; other values would match no encoder.
         named = all(isinstance(name, str) for name in encoders.values())
         if not named or not isinstance(description, dict):
             raise ValueError("encoders are name to fingerprint, description is an object")
@@ -195,7 +195,7 @@ def audit(argv: list[str]) -> int:
         raise DataError(f"{folder}: holds no ledger; a run with data.log_samples=true writes one")
     from echolab.training.guards import events
 
-    # Batches that events of the run skipped may be missing.
+    # Batches that the run skipped, by its events.jsonl, may be missing.
     result = audit_run(arguments.run, events.skips(arguments.run))
     if arguments.format == "json":
         figures = {"run": str(arguments.run), "exact": result.exact, **result._asdict()}

@@ -1,7 +1,7 @@
 """`echolab demo`: run the public commands on two CPU cores, from drawn talkers to a report.
 
-The demo is a list of commands, as a user would type them.  The folder notes which are done, so the
-same `echolab demo` resumes after a stop: within a stage by that command's own resume.
+The demo is a list of commands, as a user would type them.  stages.json records which are done, so
+the same `echolab demo` resumes after a stop; each command resumes its own work.
 """
 
 import json
@@ -28,8 +28,8 @@ STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
 FIRST_HELD_OUT = 1_000_000  # index of the first held-out talker: none is in the training set
 INDEX = "dataset.json"  # the file that every dataset has, written last
-BATCH = 16  # of conf/experiment/demo_sft.yaml: each dataset holds a batch or more
-SFT_STEPS, PREFERENCE_STEPS = 800, 30  # of conf/experiment/demo_*.yaml
+BATCH = 16  # batch_size of conf/experiment/demo_sft.yaml: the least size of a dataset
+SFT_STEPS, PREFERENCE_STEPS = 800, 30  # as in conf/experiment/demo_*.yaml
 ABOUT = (
     "Talking faces drawn by the program, with a synthesized voice. The network has seen none of "
     "these talkers: it is given the first frame, the audio and a caption, and generates the rest. "
@@ -39,10 +39,10 @@ ABOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    """Draw talkers, train everything on them, compare supervised and preference training.
+    """Draw talkers, train all networks on them, compare supervised and preference training.
 
-    The defaults take some thirteen minutes on two slow cores.  `seeds=3` is the longer run
-    whose table is in the README.
+    The defaults take about thirteen minutes on two slow cores.  The table in the README is the
+    result of `seeds=3`.
     """
 
     out: Path = argument("folder of the demo", Path("runs/demo"))
@@ -74,12 +74,12 @@ class Stage(NamedTuple):
     """One command of the demo."""
 
     name: str
-    words: tuple[str, ...]  # such as echolab fit sync DATA OUT
-    result: Path | None = None  # the file that the command writes last, if it ends with one
+    words: tuple[str, ...]  # for example echolab fit sync DATA OUT
+    result: Path | None = None  # file that the command writes last, if any
 
     @property
     def shown(self) -> str:
-        """The command as a user types it."""
+        """The command line as a user types it."""
         program = {"data_prep": "python -m data_prep"}.get(self.words[0], self.words[0])
         return f"{program} {shlex.join(self.words[1:])}"
 
@@ -102,7 +102,7 @@ def stages(demo: DemoArguments, token: str) -> Iterator[Stage]:
 def preparation(demo: DemoArguments) -> Iterator[Stage]:
     """Yield the commands that make data, demo networks and the reference rows of the table."""
     data, networks = demo.out / "data", demo.out / "networks"
-    # Talkers to train on, and others to score on.
+    # Talkers for training, and other talkers for scoring.
     for name, clips, first in (
         ("train", demo.train_clips, 0),
         ("held_out", demo.held_out_clips, FIRST_HELD_OUT),
@@ -120,7 +120,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         ("frames", "frames", demo.feature_steps, 3, ()),
         ("clips", "clips", max(1, demo.feature_steps // 2), 4, ()),
     )
-    # Fit each network by a command of its own.
+    # Fit each network by a separate command.
     for name, network, steps, seed, further in networks_to_fit:
         file = networks / f"{name}.safetensors"
         words = (network, f"{data}/raw_train", f"{file}", f"steps={steps}", f"seed={seed}")
@@ -131,7 +131,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         folder = data / name
         encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
         yield Stage(f"encode {name}", encode, folder / INDEX)
-    # The truth, and the truth with another clip's audio, bound the scores.
+    # Score the references: the ground truth, and the ground truth with another clip's audio.
     for name in REFERENCES:
         chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")
         yield Stage(f"score {name}", ("echolab", "evaluate", *chosen, *evaluation(demo)))
@@ -140,13 +140,13 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
 def one_training(demo: DemoArguments, seed: int) -> Iterator[Stage]:
     """Yield the commands that train and score all checkpoints from one seed."""
     for name in CHECKPOINTS:
-        # Preference data comes from the supervised checkpoint.
+        # Make the preference data with the supervised checkpoint.
         if name == "ndpo":
             yield from preference_round(demo, seed)
         run = demo.out / f"seed_{seed}" / name
         yield Stage(f"{name} {seed}", ("echolab", "train", *training(demo, name, seed)))
         words = [f"name={name}", f"train_seed={seed}", "unguided=true"]
-        if seed == 0:  # one training's clips are enough for the report
+        if seed == 0:  # the report shows clips of one training only
             words.append(f"samples={demo.out}/samples/{name}")
             if name == CHECKPOINTS[-1]:
                 words.append(f"task_samples={demo.out}/samples/other_tasks")
@@ -157,12 +157,12 @@ def one_training(demo: DemoArguments, seed: int) -> Iterator[Stage]:
 
 
 def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
-    """Return the settings of one training: an experiment file, and what depends on the demo."""
+    """Return the settings of one training: an experiment file, and overrides of the demo."""
     import torch
 
     from echolab.fitting import work_dtype
 
-    # Folders of this demo, in place of those of the experiment file.
+    # Replace the folders of the experiment file by folders of this demo.
     folder = demo.out / f"seed_{seed}"
     words = [
         f"experiment=demo_{name}",
@@ -171,7 +171,7 @@ def training(demo: DemoArguments, name: str, seed: int) -> list[str]:
         f"data.val_clips={demo.out}/data/held_out",
     ]
     if work_dtype() == torch.bfloat16:
-        words.append("trainer.precision=bf16-mixed")  # this CPU computes in it
+        words.append("trainer.precision=bf16-mixed")  # the CPU supports bf16
     # Preference runs start from the supervised run, with another seed.
     if name == "sft":
         words += [f"seed={seed}", *shortened(name, demo.sft_steps / SFT_STEPS)]
@@ -237,7 +237,7 @@ def preference_round(demo: DemoArguments, seed: int) -> Iterator[Stage]:
 
 
 def sampling(demo: DemoArguments) -> list[str]:
-    """Return the arguments with which checkpoints are sampled."""
+    """Return the arguments for sampling from checkpoints."""
     return [f"num_steps={demo.sampling_steps}", "flow_shift=3.0", "audio_guidance_scale=1.5"]
 
 
@@ -255,7 +255,7 @@ def evaluation(demo: DemoArguments) -> list[str]:
 
 
 class Progress:
-    """The stages that are done, and the seconds of each; kept in the folder."""
+    """The stages that are done, with the seconds of each, stored in the folder."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Read the stages of an earlier start.  Raise ConfigError if its settings differ."""
@@ -281,12 +281,12 @@ class Progress:
 
     def run(self, stage: Stage) -> int:
         """Run a stage's command unless it is done, and return its exit code."""
-        # A stage that is noted as done is skipped.
+        # Skip a stage that is recorded as done.
         if stage.name in self.seconds:
             return 0
         began = time.monotonic()
         code = 0
-        # A command may have ended before the stage was noted.
+        # The command may be complete although its stage was not recorded.
         if stage.result is None or not stage.result.exists():
             print(f"$ {stage.shown}", file=sys.stderr, flush=True)
             code = self._call(stage)
@@ -300,7 +300,7 @@ class Progress:
         from echolab.cli import __main__ as echolab_cli
 
         program, *words = stage.words
-        # The entry points of the commands, without the imports of a new process.
+        # Call the entry point in this process, to save the imports of a new process.
         entry_point = {"echolab": echolab_cli.main, "data_prep": data_prep.main}[program]
         with redirect_stdout(sys.stderr):  # standard output is the demo's own summary
             return entry_point(words)
@@ -315,13 +315,15 @@ def main(argv: list[str]) -> int:
         for name, value in asdict(demo).items()
         if name not in ("out", "format", "seeds")
     }
-    # One process at a time works in the folder.
+    # Only one process at a time may use the folder.
     with held(demo.out):
         progress = Progress(demo.out / STAGES, settings)
         for stage in stages(demo, progress.token):
             # The report shows the seconds of all other stages.
             if stage.name == "report":
-                progress.seconds.pop("report", None)  # a demo of more seeds writes it again
+                progress.seconds.pop(
+                    "report", None
+                )  # with more seeds than before it is written again
                 write_summary(demo, progress)
             if code := progress.run(stage):
                 return code
@@ -330,7 +332,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_summary(demo: DemoArguments, progress: Progress) -> None:
-    """Write summary.json, the facts for the head of the report."""
+    """Write summary.json, which the report shows at its top."""
     facts = {
         "about": ABOUT,
         "Talkers": f"{demo.train_clips} to train on, {demo.held_out_clips} held out",
@@ -343,13 +345,13 @@ def write_summary(demo: DemoArguments, progress: Progress) -> None:
 
 
 def print_scores(demo: DemoArguments, progress: Progress) -> None:
-    """Print the score table, or as one line of JSON with the seconds of each stage."""
+    """Print the score table; with format=json one line with the seconds of each stage too."""
     rows = json.loads((demo.out / "scores.json").read_text())["rows"]
     report = demo.out / "report.html"
     if demo.format == "json":
         print(json.dumps({"report": str(report), "scores": rows, "seconds": progress.seconds}))
         return
-    # Columns of the last row: it has every score.
+    # Use the columns of the last row, which has every score.
     names = list(rows[-1]["scores"])
     table = Table("checkpoint", "seed", *names)
     for row in rows:

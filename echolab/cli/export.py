@@ -1,4 +1,4 @@
-"""`echolab export RUN out=FOLDER`: trained weights as safetensors that other programs read."""
+"""`echolab export RUN out=FOLDER`: write trained weights as safetensors for other programs."""
 
 import json
 import math
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
     from echolab.models.transformer import EchoTransformer
 
-# Names of averages begin so.
-AVERAGES = ("ema-", "power-")  # prefixes of other averages: training.engine.ema
+# Prefixes of the names of additional averages (training.engine.ema).
+AVERAGES = ("ema-", "power-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     """Write weights with the names of Wan and EchoMimicV3, or as a folder for diffusers.
 
-    The source is a run, one of its checkpoints, or released weights with `model=`.  What is written
-    can start a training (`pretrained=`).  diffusers has no audio branch and loads networks without.
-    Adapters of a run are merged.  With which=adapters they are written alone: out=FOLDER as peft's
-    folder and FOLDER.safetensors for diffusers and ComfyUI, out=NAME.safetensors as the latter
-    alone; layers of the audio branch, which those programs lack, go to NAME.audio.safetensors.
+    The source is a run, one of its checkpoints, or released weights with `model=`.  Training can
+    start from the output (`pretrained=`).  diffusers has no audio branch and loads only networks
+    without one.  Adapters of a run are merged.  which=adapters writes only the adapters:
+    out=FOLDER as a peft folder and FOLDER.safetensors for diffusers and ComfyUI,
+    out=NAME.safetensors only as the latter; adapters of the audio branch, which those programs
+    lack, go to NAME.audio.safetensors.
     """
 
     source: Path = argument("run, checkpoint, or released weights", section="Source")
@@ -53,13 +54,13 @@ class ExportArguments:
     format: Literal["text", "json"] = argument("summary format", "text")
 
     def check(self) -> None:
-        """Raise ConfigError for arguments that are unknown or do not go together."""
+        """Raise ConfigError for arguments that are unknown or cannot be combined."""
         if self.which not in ("ema", "raw", "adapters") and not self.which.startswith(AVERAGES):
             raise ConfigError(
                 f"which={self.which}: unknown; ema, raw, adapters, or an average by the name in "
                 "`echolab checkpoint inspect`"
             )
-        # Options that exclude each other.
+        # Options that cannot be combined.
         if self.which == "adapters" and self.names != "original":
             raise ConfigError("names=diffusers: is for networks; leave it out with which=adapters")
         if self.model is not None and (self.which != "ema" or self.ema_std is not None):
@@ -71,7 +72,7 @@ class ExportArguments:
             raise ConfigError(
                 f"out={self.out}: must end in .safetensors, or have no suffix for a folder"
             )
-        # Released weights need the name of their architecture, a run has its own.
+        # Released weights need the name of their architecture; a run records its architecture.
         if self.model is not None:
             architecture_of(self.model)
         elif not self.source.is_dir():
@@ -99,7 +100,7 @@ def export(arguments: ExportArguments) -> None:
     from echolab.training.checkpoints.checkpoint import open_checkpoint
 
     out = arguments.out
-    # Write adapters alone, or the full network.
+    # Write only the adapters, or the full network.
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "same": None}
     if arguments.which == "adapters":
         if out.exists():
@@ -145,7 +146,7 @@ def _report(out: Path, files: list[Path], format: str) -> None:
 
 
 def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str, Tensor]]":
-    """Return the network, on the meta device if its weights are read, and its weights by name."""
+    """Return the network, on the meta device if its weights are in files, and weights by name."""
     from echolab.config.networks import last_checkpoint, load_start
     from echolab.models.loading import read_tensors
     from echolab.models.state_dict import match_weights, meta_network
@@ -161,7 +162,7 @@ def read_source(arguments: ExportArguments) -> "tuple[EchoTransformer, dict[str,
         match_weights(net, tensors, source=str(arguments.source))
         return net, tensors
 
-    # A run: its adapters merged, an average of another width, or a part of its checkpoint.
+    # A run: merged adapters, an average of another width, or a part of the checkpoint.
     checkpoint = open_checkpoint(last_checkpoint(arguments.source))
     if checkpoint.state.get("adapters") and arguments.which != "ema":
         raise ConfigError(

@@ -1,9 +1,10 @@
 """`echolab replay RUN step=N`: train the steps up to N again and compare them with the run's.
 
-They are trained in a separate folder, by one process, from the newest checkpoint before N and
-under the settings of each step: attempts may have changed them.  The run's records are compared:
-keys and noise of each step (ledger), losses (metrics.jsonl), and the checkpoint of step N, if there
-is one.  A run of one rank on the CPU in fp32 repeats bit for bit; others nearly, in their losses.
+One process trains the steps in a separate folder, from the newest checkpoint before N and with the
+settings of each step, which attempts may have changed.  It compares with the records of the run:
+keys and noise of each step (ledger), losses (metrics.jsonl), and the checkpoint of step N if it
+exists.  A run of one rank on the CPU in fp32 is repeated bit for bit; for other runs the losses
+are compared with a tolerance, and the checkpoint is not compared.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from echolab.cli.rollback import config_of
 
 @dataclass(frozen=True)
 class ReplayArguments:
-    """Train steps of a run again and compare; print one line a difference, exit code 1 if any.
+    """Train steps of a run again and compare; print one line per difference, exit code 1 if any.
 
-    Start it in the folder where the run was started, if its settings name data by relative paths.
+    If the settings of the run have relative paths, start in the folder where the run was started.
     """
 
     run: Path = argument("run folder; it is only read", aka=("run_dir",))

@@ -39,7 +39,7 @@ from echolab.training.schedule import Skip, group_of
 
 COMPARED = ("train/loss", "train/gradient_norm")
 METRICS = "metrics.jsonl"
-TOLERANCE = 1e-3  # relative, for ranks, devices or types that sum in another order
+TOLERANCE = 1e-3  # relative, if ranks, devices or precision change the order of sums
 Rows = list[dict[str, Any]]
 
 
@@ -83,7 +83,7 @@ def replay_and_compare(arguments: ReplayArguments) -> int:
 
 
 class ReplayDiverged(Exception):
-    """The replay reached a value that is not finite; `batch` are the clips of `step` (from 0)."""
+    """A value of the replay is not finite; `batch` holds the clips of `step`, counted from 0."""
 
     def __init__(self, reason: str, step: int, batch: SkippedBatch) -> None:
         super().__init__(reason)
@@ -91,7 +91,7 @@ class ReplayDiverged(Exception):
 
 
 def _report_divergence(arguments: ReplayArguments, diverged: ReplayDiverged) -> int:
-    """Print the clips of the step; return 1 if the run itself was finite there."""
+    """Print the clips of the step; return 1 if the run itself was finite at this step."""
     step, batch, run = diverged.step + 1, diverged.batch, arguments.run
     logged = [row for row in read_metrics(run / METRICS) if row["step"] == step]
     finite = [row for row in logged if math.isfinite(row.get("train/loss", math.nan))]
@@ -110,11 +110,11 @@ def _report_divergence(arguments: ReplayArguments, diverged: ReplayDiverged) -> 
 
 
 def _settings(arguments: ReplayArguments, kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the run's settings `kept`, with the secrets that its folder lacks."""
-    # Addresses of the command line replace those that are stored.
+    """Return the run's settings `kept`, with the secrets that the run folder lacks."""
+    # Addresses on the command line replace the stored addresses.
     given = {"clips": arguments.clips, "pairs": arguments.pairs}
     kept["data"] |= {key: list(value) for key, value in given.items() if value}
-    kept["data"]["val_clips"] = None  # nothing is validated
+    kept["data"]["val_clips"] = None  # no validation
     if missing := hidden({key: kept["data"].get(key) for key in given}):
         words = " ".join(f"{name}=ADDRESS" for name in sorted(set(missing)))
         raise ConfigError(f"{arguments.run}: keeps no secret of its data's address; give {words}")
@@ -131,13 +131,13 @@ def prepare(run: Path, out: Path, step: int) -> int:
     if start is None and rejected:
         raise CheckpointError(rejected[0])
     out.mkdir(parents=True, exist_ok=True)
-    # Skipped batches and bad samples decide what is trained on.
+    # Skipped batches and bad samples determine the training data.
     for name in (EVENTS, QUARANTINE):
         if (run / name).exists():
             shutil.copy(run / name, out / name)
     if start is None:
         return 0
-    # Earlier checkpoints too: a preference epoch refers to the one at its beginning.
+    # Link earlier checkpoints too: the reference of a preference epoch is the one at its beginning.
     for earlier in saved_steps(run / "checkpoints"):
         if earlier <= start.step:
             shutil.copytree(
@@ -158,8 +158,8 @@ def _link(source: str, target: str) -> None:
 class Segment(NamedTuple):
     """Steps that one attempt of the run trained, under its settings."""
 
-    attempt: int  # counted among the segments
-    stop: int  # the last of its steps, counted from 1
+    attempt: int  # index of the segment
+    stop: int  # its last step, counted from 1
     config: dict[str, Any]
 
 
@@ -168,7 +168,7 @@ def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
     run, step = arguments.run, arguments.step
     # Settings of each attempt, by its first step.
     settings = run_dir.settings_by_step(run)
-    settings[0] = (0, settings[0][1])  # a run from before settings were kept by step
+    settings[0] = (0, settings[0][1])  # for runs made before settings were recorded by step
     initial = recorded(run).get("init_from")
     segments: list[Segment] = []
     # Merge attempts that trained under the same settings.
@@ -179,7 +179,7 @@ def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
             continue
         config = _settings(arguments, kept)
         config["init_from"] = _initial_checkpoint(config["init_from"], initial)
-        if first < start or first == 0:  # trained on the data of the checkpoint it resumed from
+        if first < start or first == 0:  # the data are those of the resumed checkpoint
             config["data"]["changed"] = "refuse"
         if segments and _same_training(segments[-1].config, config):
             segments[-1] = segments[-1]._replace(stop=min(stop, step))
@@ -188,9 +188,9 @@ def segments_of(arguments: ReplayArguments, start: int) -> list[Segment]:
     return segments
 
 
-def _initial_checkpoint(place: str | None, was: dict[str, Any] | None) -> str | None:
-    """Return the checkpoint that the run started from, though its run was trained on since."""
-    start = checkpoint_of(place, was)
+def _initial_checkpoint(path: str | None, record: dict[str, Any] | None) -> str | None:
+    """Return the checkpoint that the run started from, even if its run record trained further."""
+    start = checkpoint_of(path, record)
     return str(start) if start else None
 
 
@@ -219,7 +219,7 @@ def replay(segments: Sequence[Segment], out: Path) -> tuple[Rows, bool]:
 
 def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
     """Train one segment, appending its log to `rows`; return whether it should be bit-equal."""
-    # One process on the CPU in fp32 repeats bit for bit; others nearly.
+    # Only one process on the CPU in fp32 repeats bit for bit.
     machine = machine_from(segment.config["trainer"])
     exact = machine.world == 1 and machine.accelerator == "cpu" and machine.precision == "32-true"
     single = Machine(
@@ -250,15 +250,17 @@ def _replay(segment: Segment, out: Path, rows: Rows) -> bool:
         if error.step is None:
             raise
         # Name the clips of the step that is not finite.
-        place = again.schedule.leaving_out(skips(out)).place(error.step)
-        met = next(left_out(again.build_data(), [Skip(group_of(place.kind), place.batch, 1)]))
-        raise ReplayDiverged(str(error).partition(";")[0], error.step, met) from error
+        position = again.schedule.leaving_out(skips(out)).place(error.step)
+        batch = next(
+            left_out(again.build_data(), [Skip(group_of(position.kind), position.batch, 1)])
+        )
+        raise ReplayDiverged(str(error).partition(";")[0], error.step, batch) from error
     return exact
 
 
 def _micro_batch_size(training: TrainConfig, machine: Machine) -> int:
-    """Return the clips per forward of one rank of the run, which `machine` trained."""
-    # Ranks that share one clip count once.
+    """Return the clips per forward of one rank of the run, which trained on `machine`."""
+    # Ranks that share one clip count as one.
     groups = machine.world // machine.sequence_parallel
     return training.micro_batch_size or training.batch_size // groups
 
@@ -294,27 +296,27 @@ def differences(
             yield f"step {end}: {difference.line()}"
 
 
-def _rows_differ(was: list[Row], now: list[Row]) -> str:
+def _rows_differ(old: list[Row], new: list[Row]) -> str:
     """Return the names of fields that differ.
 
-    Ranks divide a batch by position, so that their rows in order are the full batch.
+    Ranks divide a batch by position, so the rows of all ranks in order are the full batch.
     """
     names = [
         name
         for name in ("sources", "epochs", "keys", "noise")
-        if [x for row in was for x in getattr(row, name)]
-        != [x for row in now for x in getattr(row, name)]
+        if [x for row in old for x in getattr(row, name)]
+        != [x for row in new for x in getattr(row, name)]
     ]
     return ", ".join(names)
 
 
-def _metrics_differ(was: Rows, now: Rows, start: int, log: int, *, exact: bool) -> Iterator[str]:
-    """Yield the differences of rows that cover the same steps: a row is a mean since the last."""
-    # A row covers the steps since the previous row.
-    old = dict(_by_span(was, 0, log))
-    for span, row in _by_span(now, start, log):
+def _metrics_differ(old: Rows, new: Rows, start: int, log: int, *, exact: bool) -> Iterator[str]:
+    """Yield the differences between rows that cover the same steps."""
+    # A row holds the means over the steps since the previous row.
+    old_rows = dict(_by_span(old, 0, log))
+    for span, row in _by_span(new, start, log):
         for name in COMPARED:
-            a, b = old.get(span, {}).get(name, math.nan), row.get(name, math.nan)
+            a, b = old_rows.get(span, {}).get(name, math.nan), row.get(name, math.nan)
             if math.isnan(a) or math.isnan(b):
                 continue
             if a != b and (exact or not math.isclose(a, b, rel_tol=TOLERANCE)):

@@ -15,7 +15,7 @@ from echolab.tracking.report import Video, inside, validated_scores, write_again
 from echolab.tracking.score_table import CHECKPOINTS
 
 METRICS = ("metrics.jsonl", "*/metrics.jsonl", "*/*/metrics.jsonl")
-# Of samples.png: clips, every so many of their frames, magnification.
+# Layout of samples.png: number of clips, interval of the frames shown, magnification.
 SHEET_CLIPS, SHEET_STRIDE, SHEET_SCALE = 3, 3, 2
 
 
@@ -24,8 +24,8 @@ class ReportArguments:
     """Write report.html in a run folder, or in a folder that holds several runs.
 
     It shows metrics.jsonl of each run, scores.json, the clips in samples/, and the facts in
-    summary.json, if they are there.  What a report was made from is kept in report.json; without
-    further arguments an existing report is written again from that.
+    summary.json, if these exist.  report.json stores the inputs of a report; without further
+    arguments an existing report is written again from it.
     """
 
     run: Path = argument("run folder, such as runs/demo", aka=("run_dir",))
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
 
 
 def _write(arguments: ReportArguments, out: Path) -> None:
-    """Write the page, samples.png and the wandb run from what the folder holds."""
+    """Write the page, samples.png and the wandb run from the contents of the folder."""
     run, scores = arguments.run, _scores(arguments.run / "scores.json")
-    # Runs and clips stand in the order of the score table.
+    # List runs and clips in the order of the score table.
     order = list(dict.fromkeys(str(row["checkpoint"]) for row in scores))
     runs, videos = _runs(run, order), _videos(run, order)
     write_report(
@@ -76,16 +76,16 @@ def _write(arguments: ReportArguments, out: Path) -> None:
         _log_to_wandb(arguments, scores, videos)
 
 
-# -- what the folder holds -----------------------------------------------------------------------
+# -- contents of the folder ----------------------------------------------------------------------
 
 
 def _runs(run: Path, order: Sequence[str]) -> dict[str, Path]:
     """Return the metrics files by name of their run, in the order of the score table."""
     paths = [_path_inside(run, path) for pattern in METRICS for path in sorted(run.glob(pattern))]
     if not paths:
-        return {run.resolve().name: run / METRICS[0]}  # `write_report` says what is missing
+        return {run.resolve().name: run / METRICS[0]}  # `write_report` reports a missing file
     short = [path.parent.resolve().name for path in paths]
-    # Folders of equal names are shown by their path.
+    # Name folders by their path if their names are not unique.
     unique = len(set(short)) == len(short)
     named = {
         name if unique else str(path.parent.relative_to(run)): path
@@ -95,12 +95,12 @@ def _runs(run: Path, order: Sequence[str]) -> dict[str, Path]:
 
 
 def _videos(run: Path, order: Sequence[str]) -> list[Video]:
-    """Return all clips in samples/; those of one folder stand in one row."""
+    """Return all clips in samples/; the clips of a folder form one row."""
     folder = run / "samples"
     clips = sorted(folder.rglob("*.mp4"), key=lambda clip: _rank(clip.parent.name, order))
     videos = []
     for clip in clips:
-        # The folder names the checkpoint, the file the clip or its task.
+        # The folder name is the checkpoint, the file name the clip or its task.
         group = "" if clip.parent == folder else clip.parent.name
         title = CHECKPOINTS[group][0] if group in CHECKPOINTS else group.replace("_", " ")
         task = TASK_TABLE.get(clip.stem)
@@ -128,7 +128,7 @@ def _path_inside(run: Path, path: Path) -> Path:
 
 
 def _summary(run: Path, runs: dict[str, Path]) -> dict[str, Any]:
-    """Return the facts for the head of the page: summary.json, or counts from the metrics."""
+    """Return the facts for the top of the page: summary.json, or counts from the metrics."""
     path = run / "summary.json"
     if path.is_file():
         try:
@@ -136,7 +136,7 @@ def _summary(run: Path, runs: dict[str, Path]) -> dict[str, Any]:
             return {str(name): str(value) for name, value in facts.items()}
         except (ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a table of facts ({error}); remove it") from error
-    # Without facts of their own: counts from the metrics.
+    # Without summary.json, count the metrics.
     rows = [row for metrics in runs.values() for row in read_metrics(metrics)]
     return {
         "Steps": max((row["step"] for row in rows), default=0),
@@ -153,11 +153,11 @@ def _scores(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a table of scores ({error}); score the run again") from error
 
 
-# -- what is made besides the page ---------------------------------------------------------------
+# -- other outputs -------------------------------------------------------------------------------
 
 
 def _write_sheet(run: Path, groups: Sequence[str]) -> None:
-    """Write samples.png: frames of the first clips, each group's below the one before."""
+    """Write samples.png: frames of the first clips, with one row for each clip of each group."""
     import numpy as np
     from PIL import Image
 
@@ -182,7 +182,7 @@ def _write_sheet(run: Path, groups: Sequence[str]) -> None:
 def _log_to_wandb(
     arguments: ReportArguments, scores: list[dict[str, Any]], videos: list[Video]
 ) -> None:
-    """Log the score table and the sample clips as a wandb run of their own."""
+    """Log the score table and the sample clips to a separate wandb run."""
     from echolab.tracking.wandb_run import WandbRun
 
     assert arguments.wandb_project

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class RollbackArguments:
     """Resume a run from an earlier checkpoint, and optionally skip batches.
 
-    The next start of the run resumes from there.  Newer checkpoints move to another folder, and
-    nothing is removed.  The rollback is logged to events.jsonl.  The total number of steps does not
-    change; later batches replace the skipped ones.
+    The next start of the run resumes from this checkpoint.  Newer checkpoints are moved to another
+    folder, not deleted.  The rollback is logged to events.jsonl.  The total number of steps does
+    not change; later batches replace the skipped ones.
     """
 
     run: Path = argument("run folder; no process may be training it", aka=("run_dir",))
@@ -31,7 +31,7 @@ class RollbackArguments:
 
 def main(argv: list[str]) -> int:
     """Roll back and print the new position."""
-    # Check what needs no torch.
+    # Do the checks that need no torch first.
     arguments = parse(
         RollbackArguments, argv, command="echolab rollback", positional=("run", "to", "skip")
     )
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
             schedule = schedule.skipping(skip, to)
             _check_is_met(schedule, skip, to)
 
-        # Log the event first: after an interruption here a start that would train on skipped
-        # batches is refused, and the same command repairs it.
+        # Log the event first: after an interruption here, a start that would train on skipped
+        # batches is refused, and the same rollback command completes the rollback.
         skipped = list(skip) if skip else None
         event = events.append(run, steps[0], "rollback", by="command", to=to, skip=skipped)
         moved = set_aside(folder, to)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def config_of(run: Path) -> dict[str, Any]:
     """Return the settings of a run; raise ConfigError if there are none."""
-    # The settings give the schedule, which counts the batches.
+    # The settings are needed for the schedule, which numbers the batches.
     path = run / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -91,7 +91,7 @@ def parse_skip(text: str) -> tuple[int, int]:
 
 
 def _check_is_met(schedule: "Schedule", skip: "Skip", to: int) -> None:
-    """Raise ConfigError for a skip that no step would meet."""
+    """Raise ConfigError for a skip of batches that no remaining step would train on."""
     end = schedule.begun(skip.kind, schedule.steps)
     if skip.first >= end:
         raise ConfigError(
@@ -108,6 +108,6 @@ def _report(
         about = {"run": str(arguments.run), "event": event.id, "moved_to": moved and str(moved)}
         print(json.dumps({**about, "to": arguments.to, "skip": list(skip) if skip else None}))
         return
-    less = f", without {skip.kind} batches {arguments.skip}" if skip else ""
-    where = f"; newer checkpoints are in {moved}" if moved else ""
-    print(f"{arguments.run}: resumes from step {arguments.to}{less} (event {event.id}){where}")
+    without = f", without {skip.kind} batches {arguments.skip}" if skip else ""
+    newer = f"; newer checkpoints are in {moved}" if moved else ""
+    print(f"{arguments.run}: resumes from step {arguments.to}{without} (event {event.id}){newer}")

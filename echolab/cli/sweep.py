@@ -1,7 +1,7 @@
 """Run the members of a sweep one after another, or as Slurm jobs, and report how each ended.
 
-No member stops another.  The same command resumes the sweep: members that are done, pruned or
-diverged stay as they are, the others are started again.
+A failed member does not stop the others.  The same command resumes the sweep: members that are
+done, pruned or diverged are skipped, the others are started again.
 """
 
 import json
@@ -20,31 +20,31 @@ from echolab.launch.launch_records import newest_checkpoint
 from echolab.launch.processes import SignalRelay
 from echolab.redaction import mask_secrets
 
-POLL_SECONDS = 5.0  # between two looks at Slurm's queue
-RECORD_SECONDS = 15.0  # until a shared file system shows what another host wrote last
-JOB_FILE = ".job"  # in a member's folder: the Slurm job that it waits or trains in
-EXTRA_CPUS = 2  # of a rank, besides those of its loader workers
-# Exit codes of a sweep, the first that a member ended with: stopped by hand, to be run again for
-# the rest, worth another try, a fault to correct.
+POLL_SECONDS = 5.0  # between two queries of Slurm's queue
+RECORD_SECONDS = 15.0  # delay after which a shared file system shows files of other hosts
+JOB_FILE = ".job"  # in a member's folder: the id of its pending or running Slurm job
+EXTRA_CPUS = 2  # CPUs of a rank in addition to one for each loader worker
+# The exit code of a sweep is the first in this list that a member ended with: interrupted, stopped
+# (the same command resumes), failed with a retry allowed, failed with a fault to correct.
 BY_SEVERITY = (
     exit_codes.INTERRUPTED, exit_codes.STOPPED_UNSAVED, exit_codes.STOPPED_SAVED,
     exit_codes.RETRYABLE, exit_codes.FATAL,
 )  # fmt: skip
 
 
-Launch = tuple[str, float]  # its id, and when it started
+Launch = tuple[str, float]  # id and start time
 
 
 class Ended(NamedTuple):
     """How a member of a sweep ended, or why it was not started."""
 
     member: Member
-    code: int  # of launch.exit_codes
+    code: int  # exit code, see launch.exit_codes
     summary: str
 
     @property
     def well(self) -> bool:
-        """True if nothing is left to do, or to correct."""
+        """True if the member needs neither a restart nor a correction."""
         return self.code in (exit_codes.DONE, exit_codes.PRUNED)
 
 
@@ -55,7 +55,7 @@ def run(
 ) -> int:
     """Run all members that are not settled; print how each ended; return an exit code.
 
-    `command` gives the command line of a member's words, `job` trains a member within a Slurm job.
+    `command` returns the command line for a member's words, `job` trains a member in a Slurm job.
     """
     # Members that are done, pruned or diverged are not started.
     launcher = kind_of_launcher(members)
@@ -64,7 +64,7 @@ def run(
         if before := settled(member):
             ended[member.name] = before
     todo = [member for member in members if member.name not in ended]
-    # Start the others here, or as jobs.
+    # Start the other members on this machine, or as jobs.
     if launcher == "local":
         finished = run_locally(todo, command)
     else:
@@ -78,7 +78,7 @@ def run(
 
 
 def kind_of_launcher(members: Sequence[Member]) -> str:
-    """Return local or slurm; raise ConfigError if members differ, or for others of Hydra's."""
+    """Return local or slurm; raise ConfigError if members differ, or for other Hydra launchers."""
     kinds = {str(member.config["launcher"]["kind"]) for member in members}
     # hydra/launcher must match the group `launcher`.
     plugin = str(launcher_of(members[0].overrides)["_target_"]).rpartition(".")[2]
@@ -92,7 +92,7 @@ def kind_of_launcher(members: Sequence[Member]) -> str:
 
 
 def refuse_secrets(members: Sequence[Member]) -> None:
-    """Raise ConfigError if a member's words hold a secret: Slurm would keep them in files."""
+    """Raise ConfigError if a member's words hold a secret, since Slurm would store it in files."""
     for member in members:
         for word in member.words:
             if mask_secrets(word) != word:
@@ -103,8 +103,8 @@ def refuse_secrets(members: Sequence[Member]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> int:
-    """Print a table of all members, those that failed last; return the sweep's exit code."""
-    # Members that failed come last, where they are read first.
+    """Print a table of all members, failed members last; return the sweep's exit code."""
+    # Failed members are printed last, so that they remain visible in the terminal.
     rows = sorted(
         ended, key=lambda result: -1 if result.well else BY_SEVERITY.index(code_of(result))
     )
@@ -126,7 +126,7 @@ def report(ended: Sequence[Ended]) -> int:
 
 
 def code_of(ended: Ended) -> int:
-    """Return a member's exit code; what is none of echolab's is worth another try."""
+    """Return a member's exit code, or RETRYABLE for a code that is not in BY_SEVERITY."""
     return ended.code if ended.code in BY_SEVERITY else exit_codes.RETRYABLE
 
 
@@ -134,14 +134,14 @@ def code_of(ended: Ended) -> int:
 
 
 def settled(member: Member) -> Ended | None:
-    """Return how a member ended if starting it again would change nothing."""
+    """Return how a member ended if it need not be started again, else None."""
     attempts = known_attempts(member.folder)
     if not attempts or attempts[-1].cause not in ("done", "pruned", "diverged"):
         return None
     last = attempts[-1]
     if newest_checkpoint(member.folder) != last.checkpoint:
         return None
-    # A run that diverged, and was rolled back since, may train again.
+    # A run that diverged can continue if it was rolled back since.
     if last.cause == "diverged" and rolled_back(member.folder, last):
         return None
     ended = ended_with(member, last)
@@ -156,7 +156,7 @@ def rolled_back(folder: Path, last: Attempt) -> bool:
 
 
 def known_attempts(folder: Path, *, over: bool = False) -> list[Attempt]:
-    """Return the attempts of a run, none if their records cannot be read."""
+    """Return the attempts of a run; empty if their records cannot be read."""
     try:
         return attempts_of(folder, assume_ended=over)
     except EcholabError:
@@ -175,7 +175,7 @@ def ended_since(
 ) -> Ended:
     """Return how a member ended in a launch that is not among `launches`.
 
-    Its record is waited for up to `seconds`; without a launch it is `otherwise`.
+    Wait up to `seconds` for its record; return `otherwise` if there is no such launch.
     """
     end = time.monotonic() + seconds
     while True:
@@ -189,12 +189,12 @@ def ended_since(
 
 
 def launch_of(attempt: Attempt) -> Launch:
-    """Return the identity of an attempt; two starts in one job step share its id."""
+    """Return id and start time of an attempt, since two starts in one job step share the id."""
     return attempt.launch, attempt.started
 
 
 def launches_of(member: Member) -> set[Launch]:
-    """Return the launches of a member until now."""
+    """Return the launches of a member so far."""
     return {launch_of(attempt) for attempt in known_attempts(member.folder)}
 
 
@@ -204,7 +204,7 @@ def launches_of(member: Member) -> set[Launch]:
 def run_locally(
     todo: Sequence[Member], command: Callable[[list[str]], list[str]]
 ) -> Iterator[Ended]:
-    """Run the members one after another; after a signal, which the running one gets, no more."""
+    """Run the members one after another; forward a signal to the running one, start no more."""
     with SignalRelay() as relay:
         for member in todo:
             if relay.received:
@@ -223,12 +223,12 @@ def run_locally(
 
 
 def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hydra.launcher with the GPUs and processors that a member's ranks need.
+    """Return hydra.launcher with the GPUs and CPUs that a member's ranks need.
 
-    What the user gave stays; gpus_per_node=0 asks for none.
+    Values of the user are kept; gpus_per_node=0 requests no GPU.
     """
     filled = {key: value for key, value in launcher.items() if key != "_target_"}
-    # Fill in GPUs and cores that the user did not give.
+    # Fill in the GPUs and CPUs that the user did not set.
     trainer = config["trainer"]
     devices = int(trainer["devices"])
     more = {str(key).replace("-", "_") for key in filled.get("additional_parameters") or {}}
@@ -238,7 +238,7 @@ def slurm_parameters(config: Mapping[str, Any], launcher: Mapping[str, Any]) -> 
     }:  # fmt: skip
         filled["gpus_per_node"] = devices
     if not given & {"cpus_per_task", "cpus_per_gpu"}:
-        ranks = max(1, devices // int(filled["tasks_per_node"]))  # that one task starts
+        ranks = max(1, devices // int(filled["tasks_per_node"]))  # started by one task
         filled["cpus_per_task"] = ranks * (int(config["data"]["num_workers"]) + EXTRA_CPUS)
     if filled.get("gpus_per_node") == 0:
         filled["gpus_per_node"] = None
@@ -250,10 +250,10 @@ def in_slurm(
     parameters: Mapping[str, Mapping[str, Any]],
     job: Callable[[list[str]], None],
 ) -> Iterator[Ended]:
-    """Run the members as job arrays, one for all that ask for the same; wait for their ends.
+    """Run the members as job arrays, one per set of resources; wait until all have ended.
 
-    Jobs that an earlier start of the sweep queued are waited for, and not queued again.  Ctrl-C or
-    SIGTERM stops all jobs, which save; the second leaves them to themselves.
+    Jobs that an earlier start of the sweep queued are not queued again.  The first Ctrl-C or
+    SIGTERM stops all jobs, which save; after the second one the sweep no longer waits for them.
     """
     with SignalRelay() as relay:
         # Adopt the jobs that an earlier start of the sweep queued.
@@ -284,7 +284,7 @@ def in_slurm(
 def ended_in_job(
     member: Member, job: str, launches: set[Launch], parameters: Mapping[str, Any], *, stopped: bool
 ) -> Ended:
-    """Return how a member ended whose job has left the queue."""
+    """Return how a member ended, after its job has left the queue."""
     (member.folder / JOB_FILE).unlink(missing_ok=True)
     log = slurm.log_path(str(parameters["submitit_folder"]), job)
     summary = f"job {job} ended before it trained; see {log}"
@@ -302,7 +302,7 @@ def submitted(
     parameters: Mapping[str, Mapping[str, Any]],
     job: Callable[[list[str]], None],
 ) -> dict[str, Member]:
-    """Queue the members; return them by the ids of their jobs, which their folders keep."""
+    """Queue the members, store the job ids in their folders, and return the members by job id."""
     # Members that ask for the same resources share a job array.
     groups: dict[str, list[Member]] = {}
     for member in todo:
@@ -320,7 +320,7 @@ def submitted(
 
 
 def job_of(member: Member) -> str:
-    """Return the job that an earlier start of the sweep queued for a member; "" if none."""
+    """Return the id of the job that an earlier start queued for a member; "" if none."""
     try:
         return (member.folder / JOB_FILE).read_text().strip()
     except OSError:
@@ -328,7 +328,7 @@ def job_of(member: Member) -> str:
 
 
 def pause(relay: SignalRelay, stopping: bool) -> None:
-    """Wait for POLL_SECONDS, or until a signal that is not acted upon yet."""
+    """Wait for POLL_SECONDS, or until a signal that was not handled yet."""
     end = time.monotonic() + POLL_SECONDS
     while time.monotonic() < end and len(relay.received) == int(stopping):
         time.sleep(0.2)

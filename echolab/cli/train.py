@@ -35,14 +35,14 @@ SWEEP = ("-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
-    """Train; the exit codes are those of `launch.exit_codes`."""
-    # Answer help and Hydra's own options.
+    """Run `echolab train`; return an exit code of `launch.exit_codes`."""
+    # Handle help and Hydra's own options.
     argv = with_absolute_folder(argv)
     if any(word in HELP for word in argv):
         return print_help([word for word in argv if word not in HELP])
     if any(HYDRA_OPTIONS.fullmatch(word) for word in argv):
         return _run_hydra_option(argv)
-    # Then all words must be settings.
+    # All other words must be settings.
     words = [word for word in argv if word not in SWEEP]
     if options := [word for word in without_folder(words) if word.startswith("-")]:
         raise ConfigError(
@@ -51,16 +51,16 @@ def main(argv: list[str]) -> int:
         )
     if len(words) < len(argv):
         return sweep.run(members(words, compose_both), command, job)
-    # A rank, started by a supervisor; or the supervisor itself.
+    # This process is a rank, started by a supervisor, or the supervisor itself.
     if LAUNCH in os.environ:
         return rank(argv)
     return supervise(argv, compose(argv)).exit_code
 
 
 def print_help(words: list[str]) -> int:
-    """Print the help of all settings, or of those that words without `=` name.
+    """Print the help of all settings, or of the settings that words without `=` name.
 
-    With overrides the defaults are those of the composed settings.
+    With overrides the help shows the values of the composed settings as defaults.
     """
     from echolab.config.help import help_of
 
@@ -79,8 +79,8 @@ def command(words: list[str]) -> list[str]:
 def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     """Start the ranks of this machine and wait for their end.
 
-    Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError before anything is
-    written if the run's folder cannot be taken, or a path or the devices are not there.
+    Raise ConfigError, BusyError, DataError, CheckpointError or WeightsError, before anything is
+    written, if the run folder cannot be used, or if a path or a device does not exist.
     """
     from echolab.config.paths import check_gpus, check_paths
 
@@ -97,7 +97,7 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
     check_gpus(trainer)
     if warning := cpu_warning(topology, int(config["data"]["num_workers"])):
         print(warning, file=sys.stderr, flush=True)
-    # The ranks compose again: a folder that is named by the time must not be named twice.
+    # The ranks compose the settings again: pass the resolved run_dir, which may contain the time.
     words = [*argv, f"run_dir={quoted(config['run_dir'])}"]
     # Supervise the ranks until the last has ended.
     timeouts = timeouts_from(config["timeouts"])
@@ -110,12 +110,12 @@ def supervise(argv: list[str], config: Mapping[str, Any]) -> Supervisor:
 def rank(argv: list[str]) -> int:
     """Train as one rank of a launch.
 
-    The supervisor started it with signals blocked: they are kept for the first step sync.  An
-    exception is written to a file, and the process ends there: nothing that an exit would run, no
-    collective and no destructor, can hang.
+    The supervisor started this process with signals blocked; `StopSignals` records them for the
+    first step sync.  After an exception the process writes an error file and ends at once, so that
+    no collective or destructor can hang during a normal exit.
     """
     heartbeat = heartbeat_from_environment()
-    StopSignals().__enter__()  # to the end of the process: nothing is left to stop after training
+    StopSignals().__enter__()  # until the process ends
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         code = _train(*compose_both(argv), heartbeat)
@@ -127,9 +127,9 @@ def rank(argv: list[str]) -> int:
 
 
 def _train(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartbeat) -> int:
-    from echolab.cli import train_rank  # and torch, which the supervisor does without
+    from echolab.cli import train_rank  # imports torch, which the supervisor must not
 
-    # The end is recorded before the tracker is waited for.
+    # Record the end before waiting for the tracker.
     result = train_rank.train(
         config, heartbeat, lambda error: _end_at_once(error, heartbeat), _record_end, kept
     )
@@ -137,7 +137,7 @@ def _train(config: Mapping[str, Any], kept: Mapping[str, Any], heartbeat: Heartb
 
 
 def _record_end(result: Any) -> None:
-    # Without a supervisor nobody reads the end.
+    # Without a supervisor no process reads the end file.
     if folder := rank_process.local_folder():
         end = rank_process.End(
             result.reason, result.stopped_by, result.unsaved, result.step, result.steps
@@ -160,7 +160,7 @@ def _end_at_once(error: BaseException, heartbeat: Heartbeat) -> None:
 
 
 def _run_hydra_option(argv: list[str]) -> int:
-    """Answer --cfg by Hydra itself; raise ConfigError for what it would refuse."""
+    """Let Hydra handle --cfg; raise ConfigError for settings that Hydra would refuse."""
     import hydra
 
     compose_unresolved(argv)
@@ -182,8 +182,8 @@ def _refuse_hydra_option(config: object) -> None:
 def job(words: list[str]) -> None:
     """Train one member of a sweep, in its Slurm job, as the supervisor of this task's ranks.
 
-    The job goes back to the queue after a stop that nobody asked for; else it ends with the
-    supervisor's exit code.
+    Requeue the job after a stop that the user did not request: a signal other than SIGTERM and
+    SIGINT, the time limit, or host memory.  Otherwise exit with the supervisor's exit code.
     """
     supervisor = None
     with processes.SignalRelay() as relay, mask_output():
@@ -195,11 +195,11 @@ def job(words: list[str]) -> None:
             print(f"echolab: error: {error}", file=sys.stderr, flush=True)
             busy = isinstance(error, BusyError)
             raise SystemExit(exit_codes.RETRYABLE if busy else exit_codes.FATAL) from error
-    # Requeue the job after a stop that the user did not ask for.
-    asked = supervisor.stop_signal if supervisor else relay.received[0]
+    # scancel sends SIGTERM, Ctrl-C sends SIGINT: the user requested the stop.
+    stop_signal = supervisor.stop_signal if supervisor else relay.received[0]
     code = supervisor.exit_code if supervisor else exit_codes.STOPPED_SAVED
     cause = exit_codes.CAUSES[supervisor.record.cause if supervisor else "preempted"]
-    if cause.budget == "preemption" and asked not in (signal.SIGTERM, signal.SIGINT):
+    if cause.budget == "preemption" and stop_signal not in (signal.SIGTERM, signal.SIGINT):
         slurm.requeue_this_job()
     if code:
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""One rank of `echolab train`: plain values to one call of `fit`, and how it ended."""
+"""One rank of `echolab train`: build the arguments of `fit`, train, and report the end."""
 
 import signal
 import sys
@@ -28,14 +28,14 @@ def train(
     on_end: Callable[[FitResult], None] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> FitResult:
-    """Train the run of these settings; rank 0 holds its folder and logs metrics.
+    """Train the run of these settings; rank 0 holds the run folder and logs metrics.
 
-    `heartbeat` is by default those that the environment names.  `on_failure` is given an
-    exception before anything is tidied up, by Lightning too: that may take long, or hang, and
-    turns a KeyboardInterrupt into a SystemExit.  `on_end` is given the result before the wait for
-    the tracker.  `kept` are the settings to store and to send, without secrets.
+    `heartbeat` defaults to the one that the environment defines.  `on_failure` is called with an
+    exception before any cleanup, including Lightning's, which may take long or hang, and which
+    turns a KeyboardInterrupt into a SystemExit.  `on_end` is called with the result before the
+    wait for the tracker.  `kept` are the settings without secrets, which are stored and sent.
     """
-    # What is stored and sent holds no secret.
+    # Stored and sent settings hold no secret.
     kept = mask_values(config) if kept is None else kept
     heartbeat = heartbeat or heartbeat_from_environment()
     training = _training(config)._replace(heartbeat=heartbeat, on_failure=on_failure)
@@ -54,7 +54,7 @@ def train(
             wandb_run.finish(HURRY_SECONDS if result.stopped_by else FINISH_SECONDS)
             return result
         except BaseException as error:
-            # Record the failure first: what follows may hang.
+            # Record the failure first: the cleanup after it may hang.
             if on_failure:
                 on_failure(error)
             raise
@@ -63,11 +63,11 @@ def train(
 
 
 def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitResult:
-    """Train as the rank that logs and shows the progress."""
+    """Train as rank 0, which logs metrics and shows the progress."""
     metrics = MetricsLog(run.folder / "metrics.jsonl", run.attempt)
 
     def log(step: int, values: dict[str, float]) -> None:
-        with suppress(OSError):  # a file system that fails does not say who holds the run
+        with suppress(OSError):  # the lease cannot be checked while the file system fails
             run.lease.check()
         metrics.log(step, values)
         wandb_run.log(step, values)
@@ -75,7 +75,9 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
     # Show the progress of optimizer steps.
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(
-            fenced=run.lease.fenced, log_metrics=log, print_lines=partial(_log_lines, run.folder)
+            fenced=run.lease.fenced,
+            log_metrics=log,
+            print_lines=partial(_report_engine, run.folder),
         )
         try:
             return fit(ours._replace(on_step=lambda step, _: advance(step, "")))
@@ -84,8 +86,8 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
 
 
 def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the settings that may differ when a run resumes, if its past steps allow it."""
-    # Past steps must stay valid, so only the future may change.
+    """Return settings that may change when a run resumes, since only later steps use them."""
+    # The steps already trained must remain valid.
     accepted = config["data"].get("changed") == "accept"
     return (
         "schedule",
@@ -94,7 +96,8 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _log_lines(folder: Path, lines: list[str]) -> None:
+def _report_engine(folder: Path, lines: list[str]) -> None:
+    """Print the effective engine configuration and write it to engine.txt."""
     print("\n".join(["echolab: effective engine configuration:", *lines]), flush=True)
     try:
         write_atomic(folder / "engine.txt", "\n".join([*lines, ""]).encode())
@@ -124,7 +127,7 @@ def _training(config: Mapping[str, Any]) -> TrainConfig:
 
 def exit_code(result: FitResult, folder: Path) -> int:
     """Print how the run ended and return its exit code."""
-    # One line on the end, by rank 0 alone.
+    # Only rank 0 prints how the run ended.
     cause = CAUSES[cause_of_result(result.reason, unsaved=result.unsaved)]
     if run_dir.rank_from_environment() == 0:
         if result.done:

@@ -19,7 +19,7 @@ from echolab.launch.launch_records import read_launches, record_slurm_state
 class WhyArguments:
     """Explain why a run ended: cause, rank, host, section, step, stack and what to do.
 
-    Reads the records of supervisors and ranks in RUN/attempts, on any machine.
+    It reads the records of supervisors and ranks in RUN/attempts, on any machine.
     """
 
     run: Path = argument("run folder", aka=("run_dir",))
@@ -33,7 +33,7 @@ class WhyArguments:
 def main(argv: list[str]) -> int:
     """Print the explanation; return 0, however the run ended."""
     arguments = parse(WhyArguments, argv, command="echolab why", positional=("run",))
-    # Slurm knows the state of nodes that recorded no end.
+    # Ask Slurm for the state of nodes that recorded no end.
     if arguments.over:
         _ask_slurm(arguments.run, stopped=arguments.stopped)
     attempts = attempts_of(arguments.run, assume_ended=arguments.over)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"{arguments.run}: no attempts of a run in it; give the run folder of `echolab train`"
         )
-    # Summarize all attempts; the budget of restarts says if another follows.
+    # Summarize all attempts; the restart budget decides whether the run is started again.
     summary = summarize(arguments.run, attempts, _max_infrastructure(arguments.run))
     as_json = arguments.format == "json"
     print(json.dumps(summary) if as_json else escape_unprintable(format_summary(summary)))
@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def _ask_slurm(run: Path, *, stopped: bool) -> None:
-    """Record the state of the last launch's nodes, if this is its job and Slurm still knows it."""
-    # Only the job that this process runs in may be asked for.
+    """Record Slurm's state of the last launch, if this process runs in the job of that launch."""
+    # Only the job of this process may be queried.
     launches = read_launches(run)
     parsed = slurm.parse_launch(launches[-1][0].launch) if launches else None
     if parsed and parsed[0] == os.environ.get("SLURM_JOB_ID"):

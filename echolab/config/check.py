@@ -354,7 +354,7 @@ def _model_conflicts(
     model: Mapping[str, Any], trainer: Mapping[str, Any], lora: Mapping[str, Any]
 ) -> Iterator[str]:
     # Sizes of the network divide each other.
-    dim, heads, together = model["dim"], model["num_heads"], trainer["sequence_parallel"]
+    dim, heads, ranks = model["dim"], model["num_heads"], trainer["sequence_parallel"]
     if dim % (2 * heads):
         yield f"model.dim={dim}: must be a multiple of 2 x model.num_heads={heads}; change either"
     out_channels, in_channels = model["out_channels"], model["in_channels"]
@@ -365,9 +365,9 @@ def _model_conflicts(
             f"{with_known} with "
             "the known mask and latents; change either"
         )
-    if heads % together:
+    if heads % ranks:
         yield (
-            f"trainer.sequence_parallel={together}: must divide model.num_heads={heads}; "
+            f"trainer.sequence_parallel={ranks}: must divide model.num_heads={heads}; "
             "take 1, or a divisor of both heads and ranks"
         )
     if lora["init_from"] and not lora["target_modules"]:

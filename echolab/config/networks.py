@@ -80,8 +80,8 @@ def last_checkpoint(run: Path) -> Path:
     folder = run / "checkpoints"
     checkpoint, rejected = latest_valid(folder if folder.is_dir() else run)
     if checkpoint is None:
-        why = f" ({rejected[0]})" if rejected else ""
-        raise CheckpointError(f"{run}: no complete checkpoint in it{why}; train first")
+        first_fault = f" ({rejected[0]})" if rejected else ""
+        raise CheckpointError(f"{run}: no complete checkpoint in it{first_fault}; train first")
     return checkpoint.path
 
 
@@ -257,14 +257,14 @@ def _initial_adapters(given: Adapters, lora: Lora) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in given.layers.items():
         alpha = layer.scale * layer.rank
-        for key, setting, there, here in (
+        for key, setting, stored, value in (
             ("rank", "r", layer.rank, lora.rank),
             ("alpha", "lora_alpha", alpha, lora.alpha),
         ):
-            if not math.isclose(there, here, rel_tol=1e-6):
+            if not math.isclose(stored, value, rel_tol=1e-6):
                 raise WeightsError(
-                    f"{given.source}: {key} of {name} is {there:g}, here {here:g}; "
-                    f"set lora.{setting}={there:g}, and give adapters of one {key} in all layers"
+                    f"{given.source}: {key} of {name} is {stored:g}, here {value:g}; "
+                    f"set lora.{setting}={stored:g}, and give adapters of one {key} in all layers"
                 )
         tensors[f"{name}.lora_A.{TRAINED}.weight"] = layer.down
         tensors[f"{name}.lora_B.{TRAINED}.weight"] = layer.up

@@ -30,32 +30,32 @@ def recorded(run: Path) -> dict[str, Any]:
     return {}
 
 
-def checkpoint_of(place: str | None, was: Mapping[str, Any] | None = None) -> Path | None:
-    """Return the checkpoint that a setting names; for a run its newest, or the one in record `was`.
+def checkpoint_of(setting: str | None, record: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the checkpoint that a setting names; for a run its newest, or the recorded one.
 
     A run that starts from another run keeps the checkpoint that it began with, as long as that
     exists, even if the other run has been trained further.
     """
-    if not place:
+    if not setting:
         return None
     # Use the checkpoint that the run began with, while it exists.
-    folder = Path(place) / "checkpoints"
-    for step in saved_steps(folder) if was else []:
+    folder = Path(setting) / "checkpoints"
+    for step in saved_steps(folder) if record else []:
         path = folder_of(folder, step)
         try:
-            if was and read_manifest(path)["sha256"] == was["content"]:
+            if record and read_manifest(path)["sha256"] == record["content"]:
                 return path
         except CheckpointError:
             continue
-    return last_checkpoint(Path(place))
+    return last_checkpoint(Path(setting))
 
 
 def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """Return the checkpoints of `init_from` and `ref_model` for a new or an existing run."""
-    was, reference = recorded(Path(config["run_dir"])), config["ref_model"]
+    record, reference = recorded(Path(config["run_dir"])), config["ref_model"]
     return (
-        checkpoint_of(config["init_from"], was.get("init_from")),
-        checkpoint_of(None if reference == "base" else reference, was.get("ref_model")),
+        checkpoint_of(config["init_from"], record.get("init_from")),
+        checkpoint_of(None if reference == "base" else reference, record.get("ref_model")),
     )
 
 

@@ -27,24 +27,24 @@ def check_paths(config: Mapping[str, Any]) -> None:
 
     # Checkpoints: opening one later checks whether it is complete.
     for key in ("init_from", "ref_model"):
-        place = config[key]
-        if place and (key, place) != ("ref_model", "base") and not Path(place).is_dir():
-            raise CheckpointError(f"{key}={place}: no such folder; give a run or a checkpoint")
+        text = config[key]
+        if text and (key, text) != ("ref_model", "base") and not Path(text).is_dir():
+            raise CheckpointError(f"{key}={text}: no such folder; give a run or a checkpoint")
 
     # Weights: files or folders.
     weights = {"pretrained": config["pretrained"], "lora.init_from": config["lora"]["init_from"]}
-    for key, place in weights.items():
-        if place and not Path(place).exists():
-            raise WeightsError(f"{key}={place}: no such file or folder; give another path")
+    for key, text in weights.items():
+        if text and not Path(text).exists():
+            raise WeightsError(f"{key}={text}: no such file or folder; give another path")
 
 
 def datasets_of(data: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield setting and path of each dataset on a disk, not at an address."""
     for key in KINDS:
         named = data[key] or []
-        for place in [named] if isinstance(named, str) else named:
-            if not parse_url(place):
-                yield key, Path(place)
+        for text in [named] if isinstance(named, str) else named:
+            if not parse_url(text):
+                yield key, Path(text)
 
 
 def check_dataset_head(key: str, folder: Path, kind: str) -> None:
@@ -58,8 +58,8 @@ def check_dataset_head(key: str, folder: Path, kind: str) -> None:
     try:
         head = read_head(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "there is no dataset.json in it" if folder.is_dir() else "no such folder"
-        raise DataError(f"{key}={folder}: {path}: not there ({what}); give a dataset") from error
+        reason = "there is no dataset.json in it" if folder.is_dir() else "no such folder"
+        raise DataError(f"{key}={folder}: {path}: not there ({reason}); give a dataset") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{key}={folder}: {path}: cannot be read ({error})") from error
     if head.get("format") not in FORMATS:

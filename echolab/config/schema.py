@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from echolab.geometry import WAN
 from echolab.tasks.table import TASKS
 
-# Limits far above any run, which catch a mistyped exponent.
-MANY = 10**9  # more steps, clips or samples than any run has
+# A limit far above any run, which catches a mistyped exponent.
+MANY = 10**9  # steps, clips or samples
 SPELLED = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's floats
 
 
@@ -176,7 +176,7 @@ class Stage(Section):
 class Curriculum(Section):
     """conf/tasks: how often each task is trained."""
 
-    # Stages written out, or one for each task.
+    # Explicit stages, or one stage for each task.
     stages: Annotated[list[Stage], Field(min_length=1)] | None = Field(
         description="stages of the curriculum; null: one for each task of tasks.tasks"
     )

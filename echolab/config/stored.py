@@ -88,7 +88,7 @@ def with_types(kept: Any, given: Any, checked: Any) -> Any:
     if isinstance(kept, Mapping) and isinstance(given, Mapping):
         return {key: with_types(kept[key], given[key], checked[key]) for key in kept}
     if isinstance(kept, list) and isinstance(given, list):
-        return [with_types(*three) for three in zip(kept, given, checked, strict=True)]
+        return [with_types(*values) for values in zip(kept, given, checked, strict=True)]
     return checked if kept == given else kept
 
 

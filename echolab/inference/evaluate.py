@@ -168,11 +168,11 @@ def score_checkpoint(arguments: EvaluateArguments, checkpoint: Path) -> dict[str
     if arguments.unguided:
         unguided = sampler.sample(f"sampling from {name}, unguided", indices, task,
                                   sampling._replace(audio_scale=1.0))  # fmt: skip
-        without = score_clips(judges, unguided, truth, cepstra)
+        unguided_scores = score_clips(judges, unguided, truth, cepstra)
         for score in UNGUIDED:
-            if score in without:
+            if score in unguided_scores:
                 stem = score.removesuffix("_demo")
-                scores[f"{stem}_unguided{score.removeprefix(stem)}"] = without[score]
+                scores[f"{stem}_unguided{score.removeprefix(stem)}"] = unguided_scores[score]
 
     if arguments.samples:
         keep_samples(arguments.samples, pixels, truth, arguments.num_samples)

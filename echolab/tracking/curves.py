@@ -1,7 +1,7 @@
 """Line and area charts as inline SVG, readable without a library or script.
 
-Colors are names of CSS variables (`run-1`, `task-3`), so that the page sets the light and the dark
-theme.  The attribute `data-chart` carries the values for the tooltip.
+Colors are names of CSS variables (`run-1`, `task-3`), so that the page can define a light and a
+dark theme.  The attribute `data-chart` holds the values for the tooltip.
 """
 
 import json
@@ -21,7 +21,7 @@ LOG_FROM = 60.0  # ratio of largest to smallest value above which the axis is lo
 
 
 class Series(NamedTuple):
-    """One line: `values` over ascending `steps`; `dashed` is the legend of a dashed line."""
+    """One line: `values` over ascending `steps`; if `dashed` is set, it is the legend."""
 
     label: str
     color: str
@@ -49,7 +49,7 @@ class Axis(NamedTuple):
     def ticks(self, count: int) -> list[float]:
         """Return about `count` round numbers within the range."""
         if self.log:
-            # Powers of ten, thinned out over many decades.
+            # Powers of ten; over many decades only every n-th.
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             every = max(1, math.ceil(len(decades) / (count + 1)))
             return [10.0**decade for decade in decades][::every]
@@ -73,7 +73,7 @@ def short_number(value: float) -> str:
 
 
 class PlottedSeries(NamedTuple):
-    """A series to draw: `line` is bold, the rest faint behind it."""
+    """A series to draw: `line` in bold, raw values and ranges faintly behind it."""
 
     line: Series
     raw: Series | None  # as logged, if `line` is its moving average
@@ -89,7 +89,7 @@ def line_chart(title: str, name: str, series: Sequence[Series], *, wide: bool = 
     plotted = [_smoothed(curve) for curve in series if len(curve.steps)]
     if not plotted:
         return ""
-    # The axes cover the range of all bins, not of the means alone.
+    # The axes cover the range of all bins, not only the means.
     width = WIDE if wide else NARROW
     lines = [curve.line for curve in plotted]
     low, high = (
@@ -113,7 +113,7 @@ def area_chart(title: str, name: str, series: Sequence[Series]) -> str:
     floor = [0.0] * len(plotted[0].steps)
     marks = []
     for curve in plotted:
-        # Each area lies on the one below.
+        # Stack each area on the previous one.
         top = [low + value for low, value in zip(floor, curve.values, strict=True)]
         points = _points(curve.steps, top, across, up)
         points += _points(curve.steps, floor, across, up)[::-1]
@@ -126,7 +126,7 @@ def area_chart(title: str, name: str, series: Sequence[Series]) -> str:
 def _smoothed(curve: Series) -> PlottedSeries:
     binned = _binned(curve)
     values = binned.line.values
-    # Dashed, short and smooth series are drawn as they are.
+    # Draw dashed, short and smooth series without smoothing.
     if curve.dashed or len(values) < SMOOTH_OVER:
         return binned
     jumps = [abs(after - before) for before, after in zip(values, values[1:], strict=False)]
@@ -140,7 +140,7 @@ def _smoothed(curve: Series) -> PlottedSeries:
 
 
 def _binned(curve: Series) -> PlottedSeries:
-    """Return at most MAX_POINTS points: means over equal numbers of rows, and the range of each."""
+    """Return at most MAX_POINTS points: means over bins of rows, and the range of each bin."""
     count = len(curve.steps)
     bins = min(count, MAX_POINTS)
     # Bins hold equal numbers of rows, not equal spans of steps.
@@ -159,7 +159,7 @@ def _range(low: float, high: float) -> tuple[tuple[float, float], bool]:
     if high == low:
         margin = abs(high) * 0.1 or 1.0
         return (low - margin, high + margin), False
-    # A small margin; values near zero are shown from zero.
+    # Add a small margin; if all values are near zero, the axis starts at zero.
     margin = (high - low) * 0.06
     bottom = low - margin
     near_zero = low >= 0 and low < 0.35 * high  # then the axis starts at zero
@@ -187,7 +187,7 @@ def _line(curve: PlottedSeries, across: Axis, up: Axis) -> str:
     if len(points) == 1:
         x, y = points[0].split(",")
         return f'<circle cx="{x}" cy="{y}" r="3" style="{fill}"/>'
-    # Behind the line: the range of its bins, or the raw values.
+    # Draw the range of the bins, or the raw values, behind the line.
     behind = ""
     if lows != highs:
         ends = _points(line.steps, highs, across, up) + _points(line.steps, lows, across, up)[::-1]
@@ -222,7 +222,7 @@ def _figure(
 
 
 def _legend(series: Sequence[Series]) -> str:
-    """Return the legend; dashed lines of one meaning share an entry."""
+    """Return the legend; dashed lines with the same legend share an entry."""
     items = [
         f'<li style="--c:var(--{curve.color})">{escape(curve.label)}</li>'
         for curve in series
@@ -258,7 +258,7 @@ def _grid(across: Axis, up: Axis) -> str:
 
 def _tooltip_data(series: Sequence[Series], across: Axis, up: Axis) -> str:
     """Return the tooltip's data as JSON: axes in pixels, and the points of each line."""
-    # The script finds values by the axes in pixels.
+    # The script of the page locates values by the axes in pixels.
     data = {
         "x": [across.low, across.high, across.start, across.end],
         "y": [up.low, up.high, up.start, up.end, int(up.log)],

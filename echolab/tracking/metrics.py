@@ -1,8 +1,8 @@
-"""Metrics of a run as append-only JSON lines, from which wandb and the report are made.
+"""Metrics of a run as append-only JSON lines, which wandb and the report show.
 
 A run has one or more attempts: each requeue or restart is a new one.  An attempt that resumes from
-a checkpoint repeats steps that an earlier attempt logged.  The older rows stay in the file, and
-`read_metrics` leaves them out.
+a checkpoint repeats steps that an earlier attempt logged.  The older rows are kept in the file, and
+`read_metrics` skips them.
 """
 
 import json
@@ -17,9 +17,9 @@ from echolab.errors import DataError
 
 
 class MetricsLog:
-    """Appends rows to a file; each is handed to the system when `log` returns.
+    """Appends rows to a file; a row is passed to the operating system before `log` returns.
 
-    A file that cannot be written does not stop the run: rows wait for the next write (`LineLog`).
+    A failed write does not stop the run: the rows wait for the next write (`LineLog`).
     """
 
     def __init__(self, path: Path, attempt: int) -> None:
@@ -30,21 +30,21 @@ class MetricsLog:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a row; values that are not finite are written as null, because JSON has no NaN."""
-        # Every row names its attempt, so that repeated steps can be left out.
+        # Every row names its attempt, so that `read_metrics` can skip repeated steps.
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "time": time.time()}
         for name, value in values.items():
             row[name] = float(value) if math.isfinite(value) else None
         self._lines.add(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Write the rows that wait."""
+        """Write the rows that are still waiting."""
         self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of the effective series, in step order; null is read as NaN.
+    """Read the rows without superseded ones, in step order; null is read as NaN.
 
-    Rows of an older attempt end at the first step of any later attempt (at that step itself, if
+    Rows of an older attempt end at the first step of any later attempt (including that step if
     they share a name); rows of the same attempt end where it rolled back.  Lines that a killed
     process left incomplete are skipped.  Raises DataError if no line can be read.
     """

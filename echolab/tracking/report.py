@@ -1,7 +1,7 @@
 """`report.html`: samples, scores and curves of a run in one self-contained file.
 
 Videos are embedded as base64, curves as inline SVG, style and script as text.  A content security
-policy forbids the page to fetch anything.
+policy prevents the page from loading anything else.
 """
 
 import base64
@@ -23,7 +23,7 @@ from echolab.tracking.score_table import CHECKPOINTS, score_table
 
 MIN_COLUMNS, MAX_COLUMNS = 4, 8  # clips in a row
 
-# Every checkpoint and task has the same color in all charts; others take the free ones in turn.
+# Every checkpoint and task has the same color in all charts; other names get FREE_COLORS in turn.
 COLORS = {
     "ground_truth": "truth", "shuffled_sound": "chance",
     "sft": "run-0", "sft_longer": "run-1", "ndpo": "run-2", "dpo": "run-3",
@@ -46,7 +46,7 @@ SECTIONS = {
     "Optimizer and speed": ("train/lr", "train/gradient_norm", "perf/steps_per_second"),
 }  # fmt: skip
 WIDE = ("train/loss",)
-HALVES = ("chosen", "rejected")  # of a pair: train/error/chosen, train/error/reference_chosen
+HALVES = ("chosen", "rejected")  # clips of a pair: train/error/chosen, .../reference_chosen
 
 PREFIXES = ("train/error/", "val/error/", "tasks/probability/")
 
@@ -74,9 +74,9 @@ def write_report(
     """Write one self-contained page to `out`, atomically.
 
     `runs`: metrics.jsonl, or the folder that holds it, by run name.  `scores`: the rows of
-    scores.json.  `summary`: facts for the head of the page; its entry `about` is the opening
-    paragraph.  The inputs are kept next to the page for `write_again`: `report.json` for
-    `report.html`.  Raises MediaError for a missing video, DataError for unreadable metrics.
+    scores.json.  `summary`: facts for the top of the page; its entry `about` is the opening
+    paragraph.  The inputs are stored next to the page for `write_again`: `report.json` for
+    `report.html`.  Raise MediaError for a missing video, DataError for unreadable metrics.
     """
     logs = {
         name: read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
@@ -90,7 +90,7 @@ def write_report(
         **curve_sections(logs, colors),
     }
     page = _page(title, summary, {name: body for name, body in sections.items() if body})
-    # Its inputs, for `write_again`.
+    # Store the inputs, for `write_again`.
     given = {
         "title": title,
         "runs": {name: _relative(out.parent, path) for name, path in runs.items()},
@@ -105,10 +105,10 @@ def write_report(
 
 
 def write_again(out: Path) -> None:
-    """Write the page again with the rows logged since, from the JSON file next to it.
+    """Write the page again, with rows logged since, from the inputs in the JSON file next to it.
 
-    The file may come from a stranger, so it can name no file outside of its folder.  Raises
-    DataError if it is not valid.
+    The file is not trusted, so paths outside of its folder are refused.  Raise DataError if it is
+    not valid.
     """
     kept = out.with_suffix(".json")
     try:
@@ -134,8 +134,8 @@ def write_again(out: Path) -> None:
 
 
 def inside(folder: Path, name: Path | str) -> Path:
-    """Return the path of a file in `folder`; ValueError if it lies elsewhere, also by a link."""
-    # A link may lead out of the folder, so the path is resolved first.
+    """Return the path of a file in `folder`; raise ValueError if it is outside, also by a link."""
+    # A link may lead out of the folder, so resolve the path first.
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} lies outside {folder}")
@@ -165,7 +165,7 @@ def _samples(videos: Sequence[Video]) -> str:
         groups.setdefault(video.group, []).append(video)
     if not groups:
         return ""
-    # As many columns as the longest row has clips, so that rows are aligned.
+    # Use as many columns as the longest row has clips, so that rows are aligned.
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, *(len(group) for group in groups.values())))
     rows = "".join(
         f'<div class="group{"" if name else " unnamed"}"><h3>{escape(name)}</h3>'
@@ -265,7 +265,7 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
     """Return the charts as HTML, by section title."""
     names = {name for rows in logs.values() for row in rows for name in row}
     names -= {"step", "attempt", "time"}
-    # Metrics that no section names get charts of their own.
+    # Metrics that no section names get separate charts.
     known = {name for group in SECTIONS.values() for name in group}
     others = sorted(name for name in names - known if not name.startswith(PREFIXES))
     charts = {
@@ -290,7 +290,7 @@ def _chart(name: str, logs: Mapping[str, Rows], colors: Mapping[str, str]) -> st
     lines = [
         Series(_run_title(run), colors[run], *series(rows, name)) for run, rows in logs.items()
     ]
-    # A metric without a title shows its own name.
+    # The title of a metric defaults to its name.
     title = TITLES.get(name, name.split("/", 1)[-1].replace("_", " "))
     return line_chart(title, name, lines, wide=name in WIDE)
 
@@ -298,7 +298,7 @@ def _chart(name: str, logs: Mapping[str, Rows], colors: Mapping[str, str]) -> st
 def _tasks(names: set[str], logs: Mapping[str, Rows], colors: Mapping[str, str]) -> str:
     """Return one chart for each task: its training error, and its validation error dashed."""
     errors = [(name, prefix) for prefix in PREFIXES[:2] for name in names]
-    # Tasks in the order of the table, then those that it does not know.
+    # Tasks in the order of the task table, then unknown tasks.
     seen = {name.removeprefix(prefix) for name, prefix in errors if name.startswith(prefix)}
     charts = []
     for task in [*TASKS, *sorted(seen - set(TASKS))]:
@@ -314,7 +314,7 @@ def _tasks(names: set[str], logs: Mapping[str, Rows], colors: Mapping[str, str])
 
 
 def _pair_errors(logs: Mapping[str, Rows]) -> str:
-    """Return one chart for each run: the errors of both halves of the pairs."""
+    """Return one chart for each run: the errors of chosen and rejected clips."""
     charts = []
     for run, rows in logs.items():
         lines = [
@@ -334,7 +334,7 @@ def _probabilities(logs: Mapping[str, Rows]) -> str:
         prefix = PREFIXES[2]
         logged = dict.fromkeys(n for row in rows for n in row if n.startswith(prefix))
         names = sorted(logged, key=lambda name: _task_order(name.removeprefix(prefix)))
-        # Shares must sum to one, so rows that lack a task are left out.
+        # Probabilities must sum to one, so skip rows that lack a task.
         complete = [row for row in rows if all(name in row for name in names)] if names else []
         areas = [
             Series(TASK_TITLES.get(task, task), f"task-{min(_task_order(task), 5)}", *values)

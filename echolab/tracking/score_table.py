@@ -1,7 +1,7 @@
 """Score table as HTML: checkpoints in rows, measures in columns, the best of each marked.
 
-Ground truth and shuffled audio are references, not checkpoints: they show what is possible and what
-chance gives, so they are never marked as best.
+Ground truth and shuffled audio are references, not checkpoints: they are the upper bound and the
+chance level, so they are never marked as best.
 """
 
 import math
@@ -11,7 +11,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 REFERENCES = ("ground_truth", "shuffled_sound")
-# Pairs whose difference the last rows show.
+# Pairs of checkpoints whose differences are the last rows of the table.
 CHANGES = (
     ("dpo", "sft"),
     ("dpo", "sft_longer"),
@@ -66,7 +66,7 @@ class Score(NamedTuple):
 
 
 def measure_of(name: str) -> Measure:
-    """Return the measure of a name in scores.json; the title keeps `_demo` of stand-in networks."""
+    """Return the measure of a name in scores.json; the title keeps the suffix `_demo`."""
     plain = name.removesuffix("_demo")
     known = MEASURES.get(plain, Measure(plain.replace("_", " "), "", 0))
     return known._replace(title=f"{known.title} demo") if plain != name else known
@@ -81,13 +81,13 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
     scores = averaged(rows)
     if not scores:
         return ""
-    # References frame the trained checkpoints.
+    # The references are the first and the last rows, the trained checkpoints in between.
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
     trained = [checkpoint for checkpoint in scores if checkpoint not in REFERENCES]
     head = "".join(_heading(name) for name in names)
     groups = (["ground_truth"], trained, ["shuffled_sound"])
     bodies = ""
-    # One body of the table for each group.
+    # One <tbody> for each group.
     for group, kind in zip(groups, ("reference", "trained", "reference"), strict=True):
         lines = [_row(c, scores, names, colors) for c in group if c in scores]
         bodies += f'<tbody class="{kind}">{"".join(lines)}</tbody>' if lines else ""
@@ -97,7 +97,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
         if after in scores and before in scores
     ]
     foot = f"<tfoot>{''.join(lines)}</tfoot>" if lines else ""
-    # The spread is explained only if there is one.
+    # Explain the standard deviation only if there are several seeds.
     seeds = max(score.seeds for row in scores.values() for score in row.values())
     remark = f'<p class="note">± is one standard deviation over {seeds} seeds.</p>'
     remark = remark if seeds > 1 else ""
@@ -108,7 +108,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
 
 
 def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Score]]:
-    """Return scores by checkpoint and measure, in the order of CHECKPOINTS, then of appearance."""
+    """Return scores by checkpoint and measure; first CHECKPOINTS in order, then other names."""
     # Collect the values of all seeds, without missing ones.
     values_by: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -124,7 +124,7 @@ def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Score]]:
 
 
 def best(name: str, scores: Mapping[str, Mapping[str, Score]]) -> float | None:
-    """Return the best mean of the trained checkpoints; None for one checkpoint or no direction."""
+    """Return the best mean of the trained checkpoints; None if only one, or without a direction."""
     means = [row[name].mean for c, row in scores.items() if c not in REFERENCES and name in row]
     direction = measure_of(name).direction
     return max(means, key=lambda mean: direction * mean) if direction and len(means) > 1 else None
@@ -148,13 +148,13 @@ def _score(values: list[float]) -> Score:
 
 
 def _heading(name: str) -> str:
-    said = measure_of(name)
-    arrow = {1: "higher is better", -1: "lower is better", 0: ""}[said.direction]
-    sign = {1: "↑", -1: "↓", 0: ""}[said.direction]
+    measure = measure_of(name)
+    arrow = {1: "higher is better", -1: "lower is better", 0: ""}[measure.direction]
+    sign = {1: "↑", -1: "↓", 0: ""}[measure.direction]
     mark = f'<span class="sign" title="{arrow}" aria-label="{arrow}">{sign}</span>' if sign else ""
-    meaning = escape(said.meaning or name)
+    meaning = escape(measure.meaning or name)
     return (
-        f'<th scope="col" title="{escape(name)}">{escape(said.title)} {mark}'
+        f'<th scope="col" title="{escape(name)}">{escape(measure.title)} {mark}'
         f"<small>{meaning}</small></th>"
     )
 
@@ -194,7 +194,7 @@ def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]])
 def _sync_bar(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
     """Return a thin bar, empty at shuffled audio and full at ground truth.
 
-    Only for measures of audio sync: for others, such as FID, the two references mean nothing.
+    Only measures of audio sync have a bar: for others, such as FID, the references are no bounds.
     """
     # The bar needs both references.
     truth, chance = (scores.get(reference, {}).get(name) for reference in REFERENCES)
@@ -216,7 +216,7 @@ def _difference_row(
 ) -> str:
     """Return one row of differences, each marked as better or worse."""
     cells = []
-    # One cell for each measure that both have.
+    # One cell for each measure that both checkpoints have.
     for name in names:
         if name not in scores[after] or name not in scores[before]:
             cells.append('<td class="none">–</td>')

@@ -1,9 +1,9 @@
 """The process that uses wandb for `wandb_run.WandbRun`; nothing else in echolab imports wandb.
 
 wandb starts a service, threads and exit handlers, waits for servers, and raises exceptions in the
-caller.  All of that stays in this process.  It reads JSON lines from stdin: how to open the run,
-one record a line, then `{"finish": 0}`.  It writes JSON lines to stdout: one when the run is open,
-one when it ends.  It ends when its parent does.
+caller.  This process isolates all of that.  It reads JSON lines from stdin: the options of the run,
+one record per line, then `{"finish": 0}`.  It writes JSON lines to stdout: one when the run is
+open, one when it ends.  It ends when its parent ends.
 """
 
 import json
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 STEP = "trainer/step"
 INIT_SECONDS = 30.0  # for a server to answer; wandb's own limit is 90 s
-FINISH_SECONDS = 20.0  # to finish in, once the parent asked for it
-ORPHAN_SECONDS = 5.0  # to finish in, once the parent is gone: another launch may begin soon
+FINISH_SECONDS = 20.0  # to finish after the parent requested the end
+ORPHAN_SECONDS = 5.0  # to finish after the parent ended, since another launch may begin soon
 FLUSH_SECONDS = 2.0  # between two flushes of the service's file; wandb's default is 15 s
 POLL_SECONDS = 1.0  # between two checks that the parent is alive
 BLOCK = 32768  # a .wandb file is a LevelDB log: fragments with headers of 7 bytes, in blocks
@@ -28,30 +28,30 @@ FULL, LAST = 1, 4  # kinds of a fragment that ends a record
 
 
 def main() -> None:
-    """Mirror one run until the parent requests the end or ends itself."""
+    """Mirror one run until the parent requests the end or has ended."""
     parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
-    # Standard output carries answers to the parent.
+    # Keep standard output for the answers to the parent.
     for stream in (1, 2):  # because wandb and its service print to them
         os.dup2(null, stream)
     # This process must not outlive its parent.
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     lines = _lines(parent)
     # The first line describes the run.
-    about = json.loads(next(lines, "null"))
-    if about is None:
+    options = json.loads(next(lines, "null"))
+    if options is None:
         return
     opening: dict[str, Any] = {}
-    if about["previous"]:
-        # An earlier process may have died: report how many rows it recorded.
-        opening["recorded"] = recorded_rows(Path(about["previous"]))
+    if options["previous"]:
+        # An earlier process was killed or crashed: report how many rows it recorded.
+        opening["recorded"] = recorded_rows(Path(options["previous"]))
     try:
-        opening["mode"] = mode = _mode(about["mode"])
+        opening["mode"] = mode = _mode(options["mode"])
         _answer(answers, opening)
-        run = _open(about, mode)
+        run = _open(options, mode)
     except BaseException as error:  # wandb.init also raises SystemExit and KeyboardInterrupt
-        # A killed service is not a fault that the next process would meet again.
+        # If the service was killed, report no fault: the next process can succeed.
         _answer_and_exit(answers, {"fault": "" if _service_ended() else _message(error)})
     _answer(answers, {"folder": str(Path(run.dir).parent), "service": _children()})
     _Mirror(run, answers).mirror(lines)
@@ -62,7 +62,10 @@ class _Mirror:
 
     def __init__(self, run: Any, answers: Any) -> None:
         self.run, self.answers = run, answers
-        self.failed, self.fault = 0, ""  # records that wandb refused, and the first reason
+        self.failed, self.fault = (
+            0,
+            "",
+        )  # number of records that wandb refused, and the first reason
         self.finishing = False
 
     def mirror(self, lines: Iterator[str]) -> NoReturn:
@@ -77,7 +80,7 @@ class _Mirror:
                 break
             self._write(record)
         self.finishing = True
-        # Finish for a limited time: a server that hangs must not keep this process.
+        # Limit the time to finish, since a server may hang.
         threading.Timer(FINISH_SECONDS, os._exit, [1]).start()
         folder = Path(self.run.dir).parent
         try:
@@ -96,21 +99,21 @@ class _Mirror:
 
         try:
             row: dict[str, Any] = dict(record["row"])
-            # wandb.Video encodes arrays with moviepy, but takes mp4 files as they are.
+            # wandb.Video encodes arrays with moviepy, but copies mp4 files unchanged.
             for name, path in record.get("videos", {}).items():
                 row[name] = wandb.Video(path, format="mp4")
             for name, table in record.get("tables", {}).items():
                 row[name] = wandb.Table(**table)
             self.run.log(row)
         except Exception as error:
-            if _service_ended():  # the record is valid: the next process gets it again
+            if _service_ended():  # the record is valid: it is sent again to the next process
                 self._leave_without_service()
-            # wandb refused this record alone; continue with the next.
+            # wandb refused only this record; continue with the next.
             self.failed += 1
             self.fault = self.fault or _message(error)
 
     def _watch_service(self) -> None:
-        """End this process when wandb's service ends, because no record reaches it then."""
+        """End this process when wandb's service ends, because no record is stored after that."""
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         except ChildProcessError:
@@ -127,34 +130,34 @@ class _Mirror:
 
 
 def _exit_after(parent: int) -> None:
-    """Wait for the end of the parent, then end this process even if wandb still opens a run."""
-    # The parent of an orphan is another process.
+    """Wait until the parent ends, then end this process, even while wandb opens a run."""
+    # getppid changes when the parent ends.
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     time.sleep(ORPHAN_SECONDS)
     os._exit(1)
 
 
-def _mode(asked: str) -> str:
+def _mode(requested: str) -> str:
     """Return `online` or `offline`; `auto` is online when logged in."""
     import wandb
 
-    if asked == "auto":
+    if requested == "auto":
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    return asked
+    return requested
 
 
-def _open(about: dict[str, Any], mode: Any) -> Any:
+def _open(options: dict[str, Any], mode: Any) -> Any:
     import wandb
 
     run = wandb.init(
-        project=about["project"],
-        id=about["run_id"],
-        name=about["name"],
-        config=about["config"],
-        dir=about["folder"],
+        project=options["project"],
+        id=options["run_id"],
+        name=options["name"],
+        config=options["config"],
+        dir=options["folder"],
         mode=mode,
-        # offline, wandb uses the id in any case, and warns about resume
+        # offline, wandb always uses the id and would warn about resume
         resume="allow" if mode == "online" else None,
         reinit="create_new",
         settings=wandb.Settings(
@@ -176,7 +179,7 @@ def _open(about: dict[str, Any], mode: Any) -> Any:
 
 
 def recorded_rows(folder: Path) -> int:
-    """Count the history rows of the .wandb file in a run's folder, without an incomplete end."""
+    """Count the complete history rows of the .wandb file in a run's folder."""
     return sum(
         record.WhichOneof("record_type") == "history"
         for path in folder.glob("*.wandb")

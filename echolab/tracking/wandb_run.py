@@ -1,7 +1,7 @@
-"""One run on Weights & Biases, a copy of what the run folder holds; offline unless logged in.
+"""One run on Weights & Biases, a copy of the metrics in the run folder; offline unless logged in.
 
-No failure of wandb stops training, delays a step or a save: wandb runs in a process of its own
-(`wandb_process`), and a thread sends it the records from a queue.
+No failure of wandb stops training or delays a step or a save: wandb runs in a separate process
+(`wandb_process`), and a thread sends the records to it from a queue.
 
 Only plain scalars, mp4 files and tables are sent: no source code, command line, environment,
 machine description or console output.  https://docs.wandb.ai/ref/python/
@@ -28,12 +28,12 @@ PROCESS = (sys.executable, "-P", "-m", "echolab.tracking.wandb_process")
 # Slurm, a shell or a terminal sends these to all processes of a job; the process ignores them and
 # ends with its run.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-MAX_STARTS = 4  # of the process in one attempt; after these, wandb gets no more records
+MAX_STARTS = 4  # starts of the process in one attempt; afterwards no records are sent
 MAX_QUEUED = 10_000  # records that wait for the process; more are dropped
-MAX_KEPT = 2_000  # newest records to send again if the process dies before they are on disk
+MAX_KEPT = 2_000  # newest records, to send again if the process ends before they are on disk
 POLL_SECONDS = 0.1  # between two checks of an idle process
-FINISH_SECONDS = 20.0  # to record or send what is queued
-HURRY_SECONDS = 2.0  # the same after a signal, when the process will soon be killed
+FINISH_SECONDS = 20.0  # to record or send the queued records
+HURRY_SECONDS = 2.0  # the same after a signal, since the job will soon be killed
 KILL_SECONDS = 1.0  # for the kernel to end a killed process
 
 Mode = Literal["auto", "offline", "online", "disabled"]
@@ -42,11 +42,11 @@ Cell = str | int | float | bool | None
 
 
 class WandbRun:
-    """A wandb run with the caller's id, so that every attempt of a run continues it.
+    """A wandb run with the caller's id, which every attempt of a run continues.
 
-    Records are stored in `folder`/wandb.  Curves are drawn over `trainer/step`, because wandb drops
-    records whose own step decreases.  Records that do not reach wandb are counted, and one line on
-    stderr reports them.
+    Records are stored in `folder`/wandb.  The horizontal axis of curves is `trainer/step`, because
+    wandb drops records whose own step decreases.  One line on stderr reports how many records did
+    not reach wandb.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class WandbRun:
     ) -> None:
         """Start the process.
 
-        Mode `auto` follows WANDB_MODE, is offline in a Slurm job, else online if logged in.
+        Mode `auto` is WANDB_MODE if set, else offline in a Slurm job, else online if logged in.
 
-        Raises ConfigError for an unknown mode or an id that wandb would refuse.
+        Raise ConfigError for an unknown mode or an id that wandb would refuse.
         """
         if mode not in MODES:
             raise ConfigError(f"logger.mode={mode}: must be one of {', '.join(MODES)}")
@@ -72,12 +72,12 @@ class WandbRun:
         self._mirror: _Mirror | None = None
         self._mode = _chosen(mode)
         if self._mode != "disabled":
-            # Secrets leave neither the process nor the disk.
-            about = {
+            # Mask secrets, which must not be sent or stored.
+            options = {
                 "folder": str(folder.absolute()), "project": mask_secrets(project),
                 "run_id": run_id, "name": mask_secrets(name), "config": mask_values(config),
             }  # fmt: skip
-            self._mirror = _Mirror(about, self._mode)
+            self._mirror = _Mirror(options, self._mode)
 
     @property
     def mode(self) -> Mode:
@@ -109,7 +109,7 @@ class WandbRun:
             self._mirror.put(json.dumps(record, default=float))
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:
-        """End the run, within `seconds`; a second call does nothing."""
+        """End the run within `seconds`; a second call does nothing."""
         if self._mirror:
             self._mode, mirror = self._mirror.mode, self._mirror
             mirror.finish(seconds)
@@ -120,7 +120,7 @@ def _chosen(mode: Mode) -> Mode:
     """Return the mode to request; `auto` remains if it depends on a login."""
     if mode != "auto":
         return mode
-    # mode= in code would beat WANDB_MODE, so the variable is read here
+    # the argument mode of wandb.init overrides WANDB_MODE, so the variable is read here
     match os.environ.get("WANDB_MODE"):
         case ("offline" | "online" | "disabled") as wanted:
             return wanted
@@ -129,9 +129,9 @@ def _chosen(mode: Mode) -> Mode:
 
 
 class _Process:
-    """A running `wandb_process`, in a session of its own."""
+    """A running `wandb_process`, in a separate session."""
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
         """Start the process; raise OSError if it cannot be started."""
         # Do not use the wandb service of another program in this environment.
         environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
@@ -144,7 +144,7 @@ class _Process:
             start_new_session=True,
         )
         self.service: list[int] = []
-        self.send(json.dumps(about, default=str))
+        self.send(json.dumps(options, default=str))
 
     def send(self, line: str) -> bool:
         """Write a line; return False if the process has ended."""
@@ -171,7 +171,7 @@ class _Process:
         return self._popen.poll() is None
 
     def kill(self) -> None:
-        """Kill the process, and the service that wandb started in a session of its own."""
+        """Kill the process, and the service that wandb started in another session."""
         self._popen.kill()
         for pid in self.service:
             try:
@@ -186,20 +186,20 @@ class _Process:
 
 
 class _Mirror:
-    """Sends records to a process from a thread, and starts another process when one dies."""
+    """Sends records to a process from a thread, and starts another process if it ends early."""
 
-    def __init__(self, about: Mapping[str, Any], mode: Mode) -> None:
-        self.about, self.mode = about, mode
+    def __init__(self, options: Mapping[str, Any], mode: Mode) -> None:
+        self.options, self.mode = options, mode
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._queued = self._dropped = 0  # by the caller
-        self._folder = ""  # of the present process, or of the last one that died
-        self._sent = 0  # records handed to that process
-        self._recent: deque[str] = deque(maxlen=MAX_KEPT)  # the last of these
-        self._lost = 0  # records that were sent and are not on disk
+        self._queued = self._dropped = 0  # numbers of records, counted by the caller's thread
+        self._folder = ""  # folder of the current process, or of the last one
+        self._sent = 0  # number of records sent to that process
+        self._recent: deque[str] = deque(maxlen=MAX_KEPT)  # the last records that were sent
+        self._lost = 0  # records that were sent but are not on disk
         self._fault = ""  # why the first record was lost, or why the run is recorded offline
         self._offline_instead = self._reported = False
         self._wait_fault = ""  # why `finish` stopped waiting for a server
-        self._over = False  # start no further process
+        self._over = False  # True: start no further process
         self._process: _Process | None = None
         self._opened, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="wandb", daemon=True).start()
@@ -213,9 +213,9 @@ class _Mirror:
             self._queue.put(line)
 
     def finish(self, seconds: float) -> None:
-        """Wait until all records are stored, at most `seconds`; report those that are not."""
+        """Wait at most `seconds` until all records are stored; report those that are not."""
         self._queue.put(None)
-        # After half of the time, a server that does not respond is given up.
+        # After half of the time, stop waiting for a server that does not respond.
         half = seconds / 2 if seconds > HURRY_SECONDS else 0.0
         if (
             half
@@ -225,7 +225,7 @@ class _Mirror:
             # The next process records offline.
             self._wait_fault = f"no answer after {half:g} s"
             self._kill()
-        # After all of the time, the process is.
+        # After all of the time, stop waiting for the process.
         if not self._ended.wait(seconds - half):
             self._over = True
             self._kill()
@@ -242,12 +242,12 @@ class _Mirror:
             self._process.kill()
 
     def _report(self, message: str) -> None:
-        """Print a line about this run, only the first time."""
-        # One line is enough: a run logs for days.
+        """Print a line about this run, once."""
+        # Print only one line, since a run logs for days.
         if self._reported:
             return
         self._reported = True
-        metrics = Path(self.about["folder"]) / "metrics.jsonl"
+        metrics = Path(self.options["folder"]) / "metrics.jsonl"
         source = (
             f"{metrics} has all values" if metrics.exists() else "the run folder has all values"
         )
@@ -273,9 +273,9 @@ class _Mirror:
 
     def _serve(self) -> bool:
         """Start a process and send it records; return whether it finished."""
-        about = {**self.about, "mode": self.mode, "previous": self._folder}
-        process = self._process = _Process(about)
-        # The first answer names the records of an earlier process.
+        options = {**self.options, "mode": self.mode, "previous": self._folder}
+        process = self._process = _Process(options)
+        # The first answer reports how many records an earlier process stored.
         self._keep_unrecorded(first := process.receive())
         self.mode = first.get("mode", self.mode)
         opened = process.receive()
@@ -283,7 +283,7 @@ class _Mirror:
             process.kill()
             self._handle_open_failure(opened.get("fault") or first.get("fault") or self._wait_fault)
             return False
-        # The run is open: send again what an earlier process lost.
+        # The run is open: send the records again that an earlier process lost.
         self._folder = opened["folder"]
         self._opened.set()
         self._report_folder()
@@ -291,7 +291,7 @@ class _Mirror:
         self._recent.clear()
         last = self._send_all(process, again)
         self._fault = self._fault or last.get("fault", "")
-        # Count what wandb refused as lost.
+        # Count records that wandb refused as lost.
         if last.get("finished"):
             if self.mode == "offline":
                 self._lost += self._sent - last["recorded"]
@@ -313,9 +313,9 @@ class _Mirror:
         self._recent, self._sent, self._folder = deque(again, maxlen=MAX_KEPT), len(again), ""
 
     def _handle_open_failure(self, fault: str) -> None:
-        """Continue offline if a server was the reason; raise OSError if the run is offline already.
+        """Continue offline after a fault of a server; raise OSError if the run is already offline.
 
-        A process that was killed reports no fault: the next one may succeed.
+        A process that was killed reports no fault: the next process may succeed.
         """
         self._fault = self._fault or fault or "its process died"
         if not fault:
@@ -329,14 +329,14 @@ class _Mirror:
             self._report(
                 f"{self._fault}; recorded offline instead, `wandb sync {self._folder}` uploads it"
             )
-        elif not self._folder.startswith(self.about["folder"]):
+        elif not self._folder.startswith(self.options["folder"]):
             self._report(
-                f"cannot write to {self.about['folder']}/wandb; records are in {self._folder}"
+                f"cannot write to {self.options['folder']}/wandb; records are in {self._folder}"
             )
 
     def _send_all(self, process: _Process, again: Sequence[str]) -> dict[str, Any]:
         """Send the records `again`, then the queued ones; return the last answer of the process."""
-        # What an earlier process lost goes first, in order.
+        # First send the records that an earlier process lost, in order.
         for line in again:
             self._send(process, line)
         while process.alive:
