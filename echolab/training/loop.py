@@ -1,4 +1,7 @@
-"""The training loop: Lightning runs forward and backward, an ordered list of callbacks the rest."""
+"""The training loop: Lightning runs forward and backward, an ordered list of callbacks the rest.
+
+`TrainLoop.ordered_callbacks` defines the order.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,11 +34,11 @@ from echolab.training.module import DiffusionModule
 from echolab.training.resume import awaits_export_check, go_to, open_run
 from echolab.training.signals import StopSignals
 
-CUSTOM = "callbacks"  # key of the checkpoint's state: states of the user's callbacks, by class
+CUSTOM = "callbacks"  # key in the checkpoint's state of the user's callbacks, by class
 
 
 class TrainLoop(pl.Callback):
-    """Calls each callback around each optimizer step; Lightning's hooks come per micro-batch."""
+    """Calls each callback once per optimizer step; Lightning calls its hooks per micro-batch."""
 
     def __init__(
         self,
@@ -56,64 +59,64 @@ class TrainLoop(pl.Callback):
             optim.posthoc_ema_stds,
             keeps_reference=config.mixes_reference,
         )
-        # These exist once the ranks are connected, and once the optimizer is on its device.
+        # Set in `setup`, when the ranks are connected, and after the optimizer is created.
         self._state: RunState | None = None
         self._masters: Masters | None = None
         self.callbacks: list[Callback] = []
 
     @property
     def state(self) -> RunState:
-        """The state of this attempt, from `setup` on."""
+        """The state of this attempt; available from `setup` on."""
         assert self._state
         return self._state
 
     @property
     def masters(self) -> Masters:
-        """The fp32 weights and their optimizer, once the first step is near."""
+        """The fp32 weights and their optimizer; available from `_prepare` on."""
         assert self._masters
         return self._masters
 
     # -- the order ----------------------------------------------------------------------------
 
     def ordered_callbacks(self, trainer: pl.Trainer) -> list[Callback]:
-        """Return the callbacks, in the order in which they act on a step; collective."""
+        """Return the callbacks in the order in which they act on a step; collective."""
         config, intervals, data = self.config, self.intervals, self.data
         replicas, checkpoints, sync, log = self._shared_callbacks()
         evaluated: dict[str, Any] = {
             "masters": self.masters, "ema": self.ema, "sync": sync, "log": log
         }  # fmt: skip
         return [
-            # Before the step: its learning rate.  The reference is below.
+            # Sets the learning rate before the step.  (`ReferenceModel` also acts before it.)
             LearningRate(trainer.optimizers[0]),
-            # The average follows each step at once: what is saved or validated includes it.
+            # Update the averages first, so that saved or validated averages include this step.
             EmaUpdate(self.ema, self.masters),
-            # The vote: everything below decides by its sums, so that all ranks decide the same.
+            # Vote: everything below decides by the summed votes, so that all ranks decide the same.
             sync,
-            # A bad step is undone before anything below keeps it.  Nothing below runs then.
+            # Undo a bad step before it is saved or logged; callbacks below are then not called.
             LossSpikes(config, trainer, data, checkpoints),
-            # The objective's running margin, and the ledger, count accepted steps only.
+            # The objective's running margin and the ledger include only accepted steps.
             ReferenceModel(config, self.masters, self.ema, checkpoints, replicas),
             *([SampleLedger(config.run_dir, data)] if config.log_samples else []),
-            # Measured here, so that the time of checks and saves belongs to the next interval.
+            # Measure here, so that the time of checks and saves counts in the next interval.
             MeasureMetrics(intervals, data, self.heartbeat, config.callbacks),
-            # Weights that differ between ranks must not be saved.
+            # Check the replicas before saving: weights that differ must not be saved.
             replicas,
-            # The save comes before all that can take long, hang or fail.
+            # Save before anything that can take long, hang or fail.
             checkpoints,
-            # A tracker that hangs or fails costs no checkpoint.
+            # Log after the save: a tracker that hangs or fails loses no checkpoint.
             log,
-            # Takes long; a request to end interrupts it.
+            # Validation takes long; a request to end the run interrupts it.
             Validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
-            # The user's own: the step is safe, and what they raise or wait for cannot lose it.
+            # The user's callbacks: the step is saved, so their errors or delays cannot lose it.
             *config.callbacks,
-            # Waits until a user removes the file, so nothing may be left to do.
+            # Pause after all other work of the step, since it may take arbitrarily long.
             Pause(sync),
-            # Acts only in `on_end`, which runs in reverse order: first, while everything is open.
+            # Acts only in `on_end`, where it is first, since `on_end` runs in reverse order.
             ExportCheck(config, **evaluated),
         ]
 
     def _shared_callbacks(self) -> tuple[ReplicaCheck, Checkpoints, StepSync, LogMetrics]:
-        """Make the callbacks that others call."""
+        """Make the callbacks that other callbacks use."""
         config, heartbeat = self.config, self.heartbeat
         memory = HostMemory(config.max_host_memory_gb)
         replicas = ReplicaCheck(
@@ -143,7 +146,7 @@ class TrainLoop(pl.Callback):
             snapshot=self.intervals.keeps_snapshot,
             check=self.config.check_ours,
         )
-        if not self.state.resumed:  # a resumed run had disk space before
+        if not self.state.resumed:  # a resumed run already had enough disk space
             writer.check_start()
         return writer
 
@@ -154,7 +157,7 @@ class TrainLoop(pl.Callback):
     # -- start --------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make all ranks agree on the settings and on the checkpoint to continue from."""
+        """Check that all ranks have the same settings, and find the checkpoint to resume from."""
         self._state = open_run(self.config, self.data, self.module)
         begins = self.state.step < self.state.schedule.steps
         if self.config.on_begin and distributed.rank() == 0 and begins:
@@ -162,11 +165,11 @@ class TrainLoop(pl.Callback):
         self.heartbeat.enter("init", self.state.step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Repeat the checks at the end of a run that was killed in them; no step is left."""
+        """Repeat validation and export check of a finished run that was not verified."""
         state = self.state
         if state.resumed and awaits_export_check(state.resumed, self.config):
             self._prepare(trainer)
-            # The user's own callbacks were started and ended by the attempt that made the steps.
+            # The attempt that made the last steps has already ended the user's callbacks.
             custom = self.config.callbacks
             self.callbacks = [callback for callback in self.callbacks if callback not in custom]
             state.ends = True
@@ -194,7 +197,7 @@ class TrainLoop(pl.Callback):
             self._load_states(resumed.state)
 
     def _check_engine(self, trainer: pl.Trainer) -> None:
-        """Print what the engine does; raise EcholabError if it is not what the settings say."""
+        """Print the plan of the engine; raise EcholabError if it differs from the settings."""
         config, net = self.config, self.module.net
         plan = engine_report.plan_of(trainer, net, self.masters, self.ema.flats[EMA])
         blocks = len(net.blocks)  # type: ignore[arg-type]
@@ -244,9 +247,9 @@ class TrainLoop(pl.Callback):
         trainer.should_stop = state.reason != ""
 
     def _roll_back(self) -> None:
-        """Continue from the checkpoint `state.rollback`.
+        """Restore the checkpoint `state.rollback` and continue from there.
 
-        The present loader ends, so that Lightning requests another.
+        This ends the current loader, so that Lightning requests a new one.
         """
         state, checkpoint = self.state, self.state.rollback
         assert checkpoint
@@ -260,9 +263,9 @@ class TrainLoop(pl.Callback):
     # -- end ----------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Finish all callbacks, and say why the run ends: done only if its export is verified."""
+        """Finish all callbacks and set the reason why the run ends."""
         state = self.state
-        self.config.check_ours()  # a validation before can have taken long
+        self.config.check_ours()  # another process may have taken over during a long validation
         for callback in reversed(self.callbacks):
             callback.on_end(state)
         complete = state.step == state.schedule.steps and not state.unsaved
@@ -273,18 +276,18 @@ class TrainLoop(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Report it before Lightning cleans up, which can hang, and hides a KeyboardInterrupt."""
+        """Report the error before Lightning's cleanup, which may hang or hide KeyboardInterrupt."""
         if self.config.on_failure:
             self.config.on_failure(exception)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mark the section for the supervisor."""
+        """Enter section `teardown` of the heartbeat."""
         self.heartbeat.enter("teardown")
 
-    # -- what a checkpoint keeps ----------------------------------------------------------------
+    # -- state in a checkpoint ------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Return all that the future depends on except the tensors, as JSON."""
+        """Return all state that the rest of the run depends on, except tensors, as JSON."""
         state = self.state
         supervised = state.schedule.supervised_steps(state.step)
         saved = {c.state_key: c.state_dict() for c in self.callbacks if c.state_key}
@@ -315,20 +318,20 @@ def _class_path(callback: Callback) -> str:
 
 
 class LearningRate(Callback):
-    """Sets the schedule's rate before each step."""
+    """Sets the scheduled learning rate before each step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def before_step(self, state: RunState) -> None:
-        """Set the rate of this step in all parameter groups."""
+        """Set the learning rate of this step in all parameter groups."""
         rate = state.schedule.lr(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
 
 class EmaUpdate(Callback):
-    """Updates the averages.  `checkpoint.restore` reads them and their count of updates again."""
+    """Updates the averages.  `checkpoint.restore` restores them and their number of updates."""
 
     state_key = "ema"
 
@@ -336,7 +339,7 @@ class EmaUpdate(Callback):
         self.ema, self.masters = ema, masters
 
     def after_step(self, state: RunState) -> None:
-        """Update all averages by the weights of this step."""
+        """Update all averages with the weights of this step."""
         self.ema.update(self.masters)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Lightning module: one forward, an objective for each kind of epoch, and what is measured."""
+"""The Lightning module: forward pass, objectives by kind of epoch, optimizer and measurements."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ class Objective(Protocol):
 
 
 class Reference(Protocol):
-    """`models.frozen.Frozen`, or a network's base or earlier adapters (`adapters.lora`)."""
+    """A frozen network: `models.frozen.Frozen`, or the base or frozen adapters of `adapters.lora`."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
 
@@ -37,15 +37,15 @@ class Reference(Protocol):
 
 
 class Optim(NamedTuple):
-    """AdamW's settings; the learning rate is the schedule's."""
+    """Settings of AdamW, gradient clipping and averages; the schedule sets the learning rate."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0  # limit of the gradient's norm
+    max_grad_norm: float = 1.0  # limit of the gradient norm, for clipping
     ema_decay: float = 0.999
-    extra_ema_decays: tuple[float, ...] = ()  # decays of further averages, kept besides the first
-    posthoc_ema_stds: tuple[float, ...] = ()  # of power averages, from which others are made later
+    extra_ema_decays: tuple[float, ...] = ()  # decays of additional averages
+    posthoc_ema_stds: tuple[float, ...] = ()  # widths of power averages, for post-hoc EMA
 
 
 class Meter:
@@ -56,7 +56,7 @@ class Meter:
         self._tasks: list[str] = []
 
     def add(self, loss: Loss, tasks: list[str]) -> None:
-        """Add one micro-batch: the loss, and parts [B] or []."""
+        """Add one micro-batch: the loss and its parts, each [B] or []."""
         self.add_value("loss", loss.value)
         for name, part in loss.parts.items():
             self.add_value(name, part)
@@ -68,18 +68,18 @@ class Meter:
         self._values.setdefault(name, []).append(value.detach().reshape(-1))
 
     def flush(self) -> dict[str, float]:
-        """Return the means below `train/` and reset; collective.
+        """Return the means by name, with prefix `train/`, and reset; collective.
 
-        Every rank has added values of the same names.
+        Every rank must have added values with the same names.
         """
-        # Sums and counts, so that ranks with different counts are averaged correctly.
+        # Use sums and counts, so that ranks with different counts are averaged correctly.
         totals: dict[str, tuple[float, int]] = {}
         for name, parts in self._values.items():
             values = torch.cat(parts).double().cpu()
-            if name == "error":  # by task; ranks draw different tasks, so list all
+            if name == "error":  # report by task: list all, since ranks draw different tasks
                 for task in TASKS:
                     pairs = zip(values.tolist(), self._tasks, strict=True)
-                    errors = [error for error, one in pairs if one == task]
+                    errors = [error for error, drawn_task in pairs if drawn_task == task]
                     totals[f"train/error/{task}"] = (sum(errors), len(errors))
             else:
                 totals[f"train/{name}"] = (float(values.sum()), len(values))
@@ -88,9 +88,9 @@ class Meter:
 
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
-    """Draw the randomness of a micro-batch: a pure function of (seed, epoch, key) of each clip."""
+    """Draw noise, levels and uniforms: a pure function of (seed, epoch, key) of each clip."""
     clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
-    # Clips of one epoch are drawn together; a step may span two epochs.
+    # Draw for all clips of an epoch at once; a step may span two epochs.
     shape = tuple(clips.shape[1:])
     of_epochs = []
     for epoch, pairs in groupby(zip(item.epochs, item.batch.keys, strict=True), lambda p: p[0]):
@@ -106,7 +106,7 @@ def number_of(item: MicroBatch, seed: int) -> int:
 
 
 class DiffusionModule(pl.LightningModule):
-    """Trains `net`; a reference lives inside the objectives, outside the module tree."""
+    """Trains `net`; objectives hold a reference outside of the module tree."""
 
     def __init__(
         self,
@@ -126,53 +126,53 @@ class DiffusionModule(pl.LightningModule):
         self.net = net
         self.objectives = dict(objectives)
         self.optim, self.seed, self.shift = optim, seed, shift
-        self.clip_here = clip_here  # DeepSpeed clips by itself
-        # Lightning divides a loss by the micro-batches of a step, and DeepSpeed does so again.
+        self.clip_here = clip_here  # false with DeepSpeed, which clips itself
+        # Compensates that both Lightning and DeepSpeed divide a loss by the micro-batches per step.
         self.loss_factor = loss_factor
         self.sequence_parallel = sequence_parallel
-        self.offloads = offloads  # activations wait for the backward pass in host memory
+        self.offloads = offloads  # move activations to host memory until the backward pass
         self._offloading: AbstractContextManager[Any] | None = None
-        # What the callbacks collect after each step.
+        # Measurements that callbacks read after each step.
         self.meter = Meter()
         self.heartbeat = heartbeat
         self._loss: Tensor | None = None  # sum over the micro-batches of the step
-        self._margins: list[tuple[Tensor, float]] = []  # of preferences: mean and share of each
-        self.norm: Tensor | None = None  # of the last gradient before clipping
-        self.on_draws: Callable[[MicroBatch, Draws], None] | None = None  # the ledger listens
+        self._margins: list[tuple[Tensor, float]] = []  # mean preference margin, loss weight
+        self.norm: Tensor | None = None  # norm of the last gradient before clipping
+        self.on_draws: Callable[[MicroBatch, Draws], None] | None = None  # set by the ledger
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
 
     def setup(self, stage: str) -> None:
-        """Split sequences among ranks, which are connected by now."""
+        """Set up sequence parallelism; the ranks are connected by now."""
         if self.sequence_parallel > 1:
             SequenceSplit(self.net, sequence_group(self.sequence_parallel))
 
     def training_step(self, item: MicroBatch, index: int) -> Tensor:
         """Compute the loss of one micro-batch."""
         self.heartbeat.enter("forward")
-        # The noise of each clip, recorded in the ledger before it is used.
+        # Draw the noise of each clip, and record it in the ledger before use.
         draws = draws_of(item, seed=self.seed, shift=self.shift)
         if self.on_draws:
             self.on_draws(item, draws)
-        if self.drops:  # by the clips alone too, so that a resumed run drops the same
+        if self.drops:  # seed dropout by the clips, so that a resumed run drops the same units
             torch.manual_seed(number_of(item, self.seed))
         with self._forward_context():
             loss = self.objectives[item.kind](self.net, item.batch, draws)
-        # A micro-batch that pads a step has weight 0, and counts in no mean.
+        # A micro-batch that only pads a step has weight 0 and counts in no mean.
         value = loss.value * item.loss_weight
         if item.loss_weight:
             if "margin" in loss.parts:
                 self._margins.append((loss.parts["margin"].mean(), item.loss_weight))
             self.meter.add(loss._replace(value=value), item.batch.tasks)
-        else:  # these clips are not in the batch: ranks must name the same values all the same
-            nothing = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
-            self.meter.add(Loss(value, nothing), [])
-        # Kept on the device: reading it here would wait for the GPU.
+        else:  # add empty values, since all ranks must add the same names
+            empty = {name: part.reshape(-1)[:0] for name, part in loss.parts.items()}
+            self.meter.add(Loss(value, empty), [])
+        # Keep the loss on the device, since reading it would wait for the GPU.
         part = value.detach().float()
         self._loss = part if self._loss is None else self._loss + part
         return value * self.loss_factor
 
     def _forward_context(self) -> AbstractContextManager[Any]:
-        """Return the context of each forward pass; it is made when the weights are in place."""
+        """Return the context of each forward pass, created when the weights are on the device."""
         if not self.offloads:
             return nullcontext()
         if self._offloading is None:
@@ -180,23 +180,23 @@ class DiffusionModule(pl.LightningModule):
         return self._offloading
 
     def take_loss(self) -> Tensor:
-        """Return and reset the sum of this rank's losses; not yet read from the device."""
+        """Return and reset the sum of this rank's losses, on the device."""
         assert self._loss is not None
         taken, self._loss = self._loss, None
         return taken
 
     def take_margin(self) -> dict[str, Tensor | float]:
-        """Return this rank's part of the vote on the step's mean margin; nothing without pairs."""
+        """Return this rank's vote entries for the step's mean margin; empty without pairs."""
         taken, self._margins = self._margins, []
         if not taken:
             return {}
-        # In fp64, so that the sum does not depend on the order of the ranks.
+        # Sum in fp64, so that the order of the ranks does not matter.
         means = torch.stack([margin.double() * share for margin, share in taken])
         return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
 
     def take_norm(self) -> Tensor:
-        """Return the gradient's norm before clipping; not yet read from the device."""
-        # DeepSpeed clips in its own step and keeps the norm.
+        """Return the gradient norm before clipping, on the device."""
+        # DeepSpeed clips in its own step and stores the norm.
         if not self.clip_here:
             engine: Any = self.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
             self.norm = torch.as_tensor(engine.get_global_grad_norm())
@@ -205,11 +205,11 @@ class DiffusionModule(pl.LightningModule):
         return self.norm
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Mark the section for the supervisor."""
+        """Enter section `backward` of the heartbeat."""
         self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip by norm.  Here rather than by Lightning, so that the norm is computed once."""
+        """Clip the gradient by its norm; not done by Lightning, so that it is computed only once."""
         self.heartbeat.enter("optimizer")
         if self.clip_here:
             norm = nn.utils.clip_grad_norm_(
@@ -218,8 +218,8 @@ class DiffusionModule(pl.LightningModule):
             self.norm = norm.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make AdamW; vectors (norms, biases, modulation) are not decayed."""
-        # Two groups, since only matrices are decayed.
+        """Make AdamW, without weight decay for vectors (norms, biases, modulation)."""
+        # Two groups, since weight decay applies only to matrices.
         trained = [p for p in self.net.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2]},

@@ -1,7 +1,7 @@
-"""Resume a run: which checkpoint it continues from, and whether the settings allow that.
+"""Resume a run: find its newest checkpoint, and check that the settings are compatible with it.
 
-Rank 0 decides, the other ranks follow.  Datasets compare by fingerprint, checkpoints and weights by
-content: their paths are no part of what a run is.  The state of a checkpoint holds
+Rank 0 decides for all ranks.  Datasets are compared by fingerprint, checkpoints and weights by
+content; their paths do not matter.  The state of a checkpoint contains
 
     "data": [{"first": 0, "clips": [[fingerprint, hash of the keys, order name], ...],
               "pairs": [...]}, {"first": 400, ...}]
@@ -27,28 +27,28 @@ from echolab.training.module import DiffusionModule
 from echolab.training.schedule import Schedule
 
 Data = dict[str, Any]
-GROUPS = {"clips": "sft", "pairs": "preference"}  # key of `TrainConfig`: group of the schedule
+GROUPS = {"clips": "sft", "pairs": "preference"}  # field of `TrainConfig`: group of the schedule
 
 
 def open_run(config: TrainConfig, data: ShardDataModule, module: DiffusionModule) -> RunState:
-    """Return the state to start from: of the newest checkpoint, or of step 0; collective.
+    """Return the state at the newest checkpoint, or at step 0 without a checkpoint; collective.
 
-    The tensors are not restored yet.  Raise EcholabError if the ranks or the checkpoint disagree
-    with the settings.
+    Tensors are not restored yet.  Raise EcholabError if the settings differ between ranks or are
+    incompatible with the checkpoint.
     """
-    # What this run is, which all ranks and the checkpoint must agree on.
+    # The identity of this run, in which all ranks and the checkpoint must agree.
     folder = config.run_dir / "checkpoints"
     identity = config.identity(data.train_data)
-    # Rank 0 alone hashed the weights and checkpoints that this run started from.
+    # Only rank 0 hashed the weights and checkpoints that this run started from.
     origins = distributed.gather_text(json.dumps(dict(config.origins)))[0]
     identity["origins"] = json.loads(origins)
     check_same_settings(config.settings_digest, identity, config.schedule.state_dict())
-    # Rollbacks of earlier attempts have skipped batches for good.
+    # Batches that rollbacks of earlier attempts skipped remain skipped.
     events = History(config.run_dir)
     schedule = config.schedule.leaving_out(events.skips)
     state = RunState(config.run_dir, module, schedule, events, identity)
     data.place = schedule.place
-    # The newest complete checkpoint, if there is one.
+    # Continue from the newest complete checkpoint, if there is one.
     if checkpoint := checkpoints.newest(folder):
         check_continues(checkpoint, identity, schedule)
         _continue_data(state, config, data, checkpoint)
@@ -60,7 +60,7 @@ def open_run(config: TrainConfig, data: ShardDataModule, module: DiffusionModule
 def _continue_data(
     state: RunState, config: TrainConfig, data: ShardDataModule, checkpoint: Checkpoint
 ) -> None:
-    """Draw from the datasets of these settings; record an event if they have changed."""
+    """Use the datasets of the current settings; record an event if they have changed."""
     data.train_data = resumed_train_data(checkpoint, config, data.train_data, state.schedule)
     identity = config.identity(data.train_data)
     state.identity = {
@@ -75,7 +75,7 @@ def _continue_data(
 
 
 def go_to(state: RunState, data: ShardDataModule, checkpoint: Checkpoint) -> None:
-    """Set everything but tensors and callbacks to a checkpoint: step, schedule, data."""
+    """Restore step, schedule, data and curriculum from a checkpoint, but no tensors or callbacks."""
     state.step, state.checkpoint = checkpoint.step, checkpoint.path
     state.schedule = state.schedule.continuing(checkpoint.state["schedule"], checkpoint.step)
     sources = continued_data(checkpoint.state, state.identity["data"][-1], checkpoint.step)
@@ -93,14 +93,14 @@ def check_same_settings(
 
 
 def awaits_export_check(checkpoint: Checkpoint, config: TrainConfig) -> bool:
-    """Return whether all steps are done, but the export of the checkpoint was not verified yet.
+    """Return whether all steps are done but the export of the checkpoint is not verified.
 
-    A process that is killed between the last save and the end of the check leaves such a
-    checkpoint, and so does a check that fails.  No step is repeated, only the check.  Collective.
+    This is so if the check failed, or if the process was killed after the last save and before the
+    end of the check.  Only the check is repeated, no step.  Collective.
     """
     if not config.verify_export or checkpoint.step < config.schedule.steps:
         return False
-    # Rank 0 reads the report; all ranks then do the same.
+    # Rank 0 reads the report for all ranks.
     passed = distributed.from_first(int(passed_before(config.run_dir, checkpoint.path) is True))
     if not passed and distributed.rank() == 0:
         print(
@@ -114,8 +114,8 @@ def awaits_export_check(checkpoint: Checkpoint, config: TrainConfig) -> bool:
 def check_continues(
     checkpoint: Checkpoint, identity: Mapping[str, Any], schedule: Schedule
 ) -> None:
-    """Raise EcholabError, naming the difference, if the checkpoint is of another run."""
-    # The network and the schedule, then the data and its order.
+    """Raise EcholabError, naming the difference, if the checkpoint belongs to another run."""
+    # Compare network and schedule, then the data and its order.
     checkpoints.check_architecture(checkpoint, identity["architecture"])
     checkpoints.check_adapters(checkpoint, identity.get("adapters"))
     schedule.check_continues(checkpoint.state["schedule"], checkpoint.step)
@@ -137,16 +137,17 @@ def check_continues(
 def resumed_train_data(
     checkpoint: Checkpoint, config: TrainConfig, train_data: TrainData, schedule: Schedule
 ) -> TrainData:
-    """Return the batches to continue with: those that were planned, or of accepted other data.
+    """Return the training data to continue with: as planned, or with accepted changed datasets.
 
-    Raise EcholabError if the datasets are not those that were trained on, and that is not accepted.
+    Raise EcholabError if datasets that were trained on have changed and the settings do not accept
+    this.
     """
-    # Datasets that were trained on may not change without permission.
+    # Datasets that were trained on must not change unless the settings accept it.
     was, now = saved_data(checkpoint.state)[-1], data_of(train_data)
     changed = [
         key
         for key in changed_data(was, now)
-        if schedule.begun(GROUPS[key], checkpoint.step)  # else nothing of it was trained on
+        if schedule.begun(GROUPS[key], checkpoint.step)  # ignore groups not trained on yet
     ]
     if changed and not config.accepts_changed_data:
         key = changed[0]
@@ -157,7 +158,7 @@ def resumed_train_data(
             f"(fingerprints {prints[0]} then, {prints[1]} now); put that back, or give "
             "data.changed=accept to continue with the new data, which events.jsonl then records"
         )
-    # The same samples keep their order, even if they were encoded again.
+    # Samples that were encoded again keep their order.
     names_of = order_names(was, now)
     kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
     train_data = train_data if kept else config.build_data(names_of)
@@ -172,7 +173,10 @@ def resumed_train_data(
 
 
 def saved_data(state: Mapping[str, Any]) -> list[Data]:
-    """Return the data of a checkpoint by first step; one from before they were saved had one."""
+    """Return the datasets of a checkpoint by first step.
+
+    Old checkpoints without "data" have a single entry.
+    """
     if "data" in state:
         return list(state["data"])
     clips = [[name, "", name] for name in state["clips"]]
@@ -180,9 +184,9 @@ def saved_data(state: Mapping[str, Any]) -> list[Data]:
 
 
 def continued_data(state: Mapping[str, Any], now: Data, step: int) -> list[Data]:
-    """Return the data by first step of a run that continues from `step` with `now`."""
+    """Return the datasets by first step of a run that continues from `step` with `now`."""
     now = {key: now[key] for key in GROUPS}
-    # Consecutive entries with the same data are one.
+    # Merge consecutive entries with the same datasets.
     before = [data for data in saved_data(state) if data["first"] < step]
     if before and all(before[-1][key] == now[key] for key in GROUPS):
         return before
@@ -190,10 +194,10 @@ def continued_data(state: Mapping[str, Any], now: Data, step: int) -> list[Data]
 
 
 def order_names(was: Data, now: Data) -> dict[str, list[str]]:
-    """Return the names by which each dataset is shuffled from here on.
+    """Return the names by which each dataset is shuffled from now on.
 
-    The same samples, encoded again, keep the order of those that they replace, so that the present
-    epoch still contains each of them once.
+    Samples that were encoded again keep the order of the samples that they replace, so that the
+    current epoch still contains each sample once.
     """
     return {
         key: [
@@ -209,12 +213,12 @@ def _padded(rows: Sequence[list[str]], length: int) -> list[list[str]]:
 
 
 def changed_data(was: Data, now: Data) -> list[str]:
-    """Return the keys whose datasets are not those that were trained on."""
+    """Return the keys of GROUPS whose datasets have changed."""
     return [key for key in GROUPS if [r[0] for r in was[key]] != [r[0] for r in now[key]]]
 
 
 def check_origins(was: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
-    """Raise EcholabError if a run started from, or refers to, other weights than are given now."""
+    """Raise EcholabError if initial weights or reference differ from those of the run so far."""
     for key in sorted({*was, *now}):
         if not _same_origin(key, was.get(key), now.get(key)):
             raise EcholabError(
@@ -227,10 +231,10 @@ def check_origins(was: Mapping[str, Any], now: Mapping[str, Any], place: str) ->
 def _same_origin(key: str, was: Any, now: Any) -> bool:
     if was is None or now is None:
         return was is now
-    # The run that this one started from may have been trained further: the weights used then may
-    # no longer exist.
-    moved_on = key == "init_from" and was.get("run") and was["run"] == now.get("run")
-    return bool(was["content"] == now["content"] or (moved_on and now["step"] >= was["step"]))
+    # The run that this one started from may have been trained further, and its old checkpoint
+    # removed: accept a later checkpoint of the same run.
+    same_run = key == "init_from" and was.get("run") and was["run"] == now.get("run")
+    return bool(was["content"] == now["content"] or (same_run and now["step"] >= was["step"]))
 
 
 def _describe_origin(origin: Mapping[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
-"""A run's schedule: epochs that are supervised or preference epochs, repeated in cycles.
+"""The schedule of a run: supervised and preference epochs, repeated in cycles.
 
-Batches of the datasets can be left out (`Skip`): the steps stay as many, and take the next ones.
+Batches of the datasets can be skipped (`Skip`): the number of steps does not change, since the
+following batches replace the skipped ones.
 """
 
 import copy
@@ -17,7 +18,7 @@ GROUPS = ("sft", "preference")  # each draws batches from its own datasets
 
 
 class Epoch(NamedTuple):
-    """So many optimizer steps of one kind, at one learning rate."""
+    """A number of optimizer steps of one kind, at one learning rate."""
 
     kind: str
     steps: int
@@ -25,28 +26,28 @@ class Epoch(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a step falls."""
+    """Position of a step in the schedule."""
 
-    number: int  # of the epoch, counted over all cycles
+    number: int  # index of the epoch, counted over all cycles
     cycle: int
     epoch: Epoch
-    within: int  # steps of this epoch done before
+    within: int  # index of the step in the epoch, from 0
 
 
 class Skip(NamedTuple):
-    """Global batches that are never trained on."""
+    """A range of global batches that are skipped."""
 
-    kind: str  # of GROUPS
-    first: int  # its number
-    batches: int  # how many from there
+    kind: str  # one of GROUPS
+    first: int  # index of the first batch
+    batches: int  # number of batches
 
     @property
     def stop(self) -> int:
-        """The number of the first that comes after them."""
+        """Index of the first batch after the range."""
         return self.first + self.batches
 
     def check(self) -> "Skip":
-        """Return itself; raise ConfigError for values out of range."""
+        """Return self; raise ConfigError for values out of range."""
         if self.kind not in GROUPS or self.first < 0 or self.batches < 1:
             raise ConfigError(
                 f"skip {tuple(self)}: kind is one of {', '.join(GROUPS)}, first 0 or more, "
@@ -56,7 +57,7 @@ class Skip(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The settings that fix the learning rate of the steps from `first` on."""
+    """The settings that determine the learning rate from step `first` on."""
 
     first: int
     epochs: tuple[Epoch, ...]
@@ -65,7 +66,7 @@ class Rates(NamedTuple):
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""
-        # The epoch's rate, warmed up from the first step of the run.
+        # The learning rate of the epoch, with warm-up from the first step of the run.
         ends = itertools.accumulate(epoch.steps for epoch in self.epochs)
         epoch = next((e for e, end in zip(self.epochs, ends, strict=True) if step < end), None)
         rate = (epoch or self.epochs[-1]).lr * min(1.0, (step + 1) / max(self.warmup, 1))
@@ -81,8 +82,11 @@ def group_of(kind: str) -> str:
 
 
 def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tuple[int, int]]:
-    """Return the batches [first, stop) that a group skips, in order and disjoint; below `stop`."""
-    # Sorted, so that each skip can only touch the last span.
+    """Return the batches that a group skips as sorted, disjoint ranges [first, stop).
+
+    With `stop`, only batches below it.
+    """
+    # Skips are sorted, so each can overlap only the last range.
     spans: list[tuple[int, int]] = []
     for skip in sorted(skip for skip in skips if skip.kind == kind):
         end = skip.stop if stop is None else min(skip.stop, stop)
@@ -94,11 +98,11 @@ def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tu
 
 
 class Schedule:
-    """A run as a function of the step; it holds no state.
+    """The schedule of a run: maps a step to its epoch, batch and learning rate; stateless.
 
-    The learning rate is the epoch's, times a linear warm-up over the run's first `warmup` steps,
-    times (with decay="cosine") half a cosine from 1 to 0 over the run.  Steps that were trained
-    under other settings keep the rate that they had: `rates` holds the settings by first step.
+    The learning rate is that of the epoch, times a linear warm-up over the first `warmup` steps of
+    the run, times (with decay="cosine") half a cosine from 1 to 0 over the run.  Steps that were
+    trained with other settings keep their rate: `rates` has the settings by first step.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Schedule:
                 )
         if decay not in ("constant", "cosine"):
             raise ConfigError(f"schedule.decay={decay}: unknown; constant or cosine")
-        # The epochs of all cycles in a row, and the step at which each starts.
+        # List the epochs of all cycles, and the step at which each epoch starts.
         self.one_cycle = len(epochs)
         self.epochs = [Epoch(*epoch) for epoch in epochs] * cycles
         self.rates: tuple[Rates, ...] = (Rates(0, tuple(self.epochs), warmup, decay),)
@@ -137,12 +141,12 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Total number of optimizer steps of the run."""
         return self.starts[-1]
 
     def locate(self, step: int) -> Position:
-        """Return the epoch of step `step` (from 0); the end belongs to the last epoch."""
-        # From the last epoch backwards: runs have few epochs.
+        """Return the position of step `step` (from 0); `step == steps` is in the last epoch."""
+        # Search linearly from the last epoch, since runs have few epochs.
         number = len(self.epochs) - 1
         while number and self.starts[number] > step:
             number -= 1
@@ -158,36 +162,36 @@ class Schedule:
 
     def _steps_done(self, group: str, step: int) -> int:
         """Count the steps among the first `step` that took a batch of a group."""
-        # Complete epochs of the group, and what is done of the present one.
+        # Sum the complete epochs of the group and the finished part of the current epoch.
         number, _, epoch, within = self.locate(step)
         done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
         return done + (within if group_of(epoch.kind) == group else 0)
 
-    def _batch_index(self, group: str, turn: int) -> tuple[int, int]:
-        """Return the batch of a group's step number `turn`, and how many were skipped before."""
-        # Spans are in order, so each one moves the batch past itself.
-        batch = turn
+    def _batch_index(self, group: str, index: int) -> tuple[int, int]:
+        """Return the batch of the `index`-th step of a group, and the number skipped before it."""
+        # The ranges are sorted: each range at or below the batch shifts it by the range's length.
+        batch = index
         for first, stop in self._spans[group]:
             if batch >= first:
                 batch += stop - first
-        return batch, batch - turn
+        return batch, batch - index
 
     def begun(self, group: str, step: int) -> int:
-        """Return the index of the first batch of a group after all those of `step` steps."""
+        """Return the index of a group's first batch after those of the first `step` steps."""
         done = self._steps_done(group, step)
         return self._batch_index(group, done - 1)[0] + 1 if done else 0
 
     def leaving_out(self, skips: Iterable[Skip]) -> "Schedule":
-        """Return the same schedule with these batches skipped too."""
+        """Return a copy of the schedule that also skips these batches."""
         other = copy.copy(self)
         other.skipped = tuple(dict.fromkeys([*self.skipped, *(skip.check() for skip in skips)]))
         other._spans = {group: merged(other.skipped, group) for group in GROUPS}
         return other
 
     def skipping(self, skip: Skip, step: int) -> "Schedule":
-        """Return the same schedule with `skip` too, for a run that continues from `step`.
+        """Return a copy of the schedule with `skip` added, for a run that continues from `step`.
 
-        Raise ConfigError if a batch of it was trained on by then.
+        Raise ConfigError if a batch in `skip` was already trained on before `step`.
         """
         begun = self.begun(skip.check().kind, step)
         if skip.first < begun:
@@ -198,7 +202,7 @@ class Schedule:
         return self.leaving_out([skip])
 
     def supervised_steps(self, step: int) -> int:
-        """Count the supervised steps among the first `step`, which the curriculum counts."""
+        """Count the supervised steps among the first `step`; the curriculum depends on them."""
         return self._steps_done("sft", step)
 
     def lr(self, step: int) -> float:
@@ -214,7 +218,7 @@ class Schedule:
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep the checkpoint: an epoch ends here, or has it as reference."""
+        """Return whether to keep this step's checkpoint: an epoch ends, or needs it as reference."""
         return self.is_boundary(step) or self.needs_reference(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,8 +233,8 @@ class Schedule:
         }
 
     def continuing(self, state: Mapping[str, Any], step: int) -> "Schedule":
-        """Return the same schedule with the saved rates for the first `step` steps."""
-        # Steps done keep their rates; the present settings begin at `step`.
+        """Return a copy of the schedule with the saved rates for the first `step` steps."""
+        # Finished steps keep their rates; the current settings apply from `step` on.
         other, own = copy.copy(self), self.rates[-1]
         before = [rates for rates in self._saved_rates(state) if rates.first < step]
         same = bool(before) and before[-1][1:] == own[1:]
@@ -238,25 +242,25 @@ class Schedule:
         return other
 
     def _saved_rates(self, state: Mapping[str, Any]) -> list[Rates]:
-        """Return the rates of a saved state; one from before they were saved had this warm-up."""
+        """Return the rates of a saved state; old states without rates get the current settings."""
         if "rates" not in state:
             epochs = tuple(Epoch(*epoch) for epoch in state["epochs"])
             return [self.rates[-1]._replace(first=0, epochs=epochs)]
-        # JSON has lists instead of tuples.
+        # JSON stores tuples as lists.
         return [
             Rates(**{**rates, "epochs": tuple(Epoch(*epoch) for epoch in rates["epochs"])})
             for rates in state["rates"]
         ]
 
     def check_continues(self, state: Mapping[str, Any], step: int) -> None:
-        """Raise ConfigError unless the steps done under the saved schedule are this one's too."""
-        # Epochs and rates first, then the batches that were skipped.
+        """Raise ConfigError if this schedule differs from the saved one in the first `step` steps."""
+        # Compare epochs and rates, then the skipped batches.
         saved = self._saved_rates(state)[-1]
         self._check_epochs(saved.epochs, step)
         self._check_rates(saved, step)
         before = [Skip(*skip) for skip in state.get("skipped", [])]
         for group in GROUPS:
-            # What was left out before the last batch trained on is history; the rest may change.
+            # Compare only skips before the last batch trained on; later skips may change.
             begun = Schedule(saved.epochs, skipped=before).begun(group, step)
             was, now = merged(before, group, begun), merged(self.skipped, group, begun)
             if was != now:
@@ -266,17 +270,17 @@ class Schedule:
                 )
 
     def _check_epochs(self, saved: Sequence[Epoch], step: int) -> None:
-        """Raise ConfigError where kind, length or rate of what was trained is another one."""
+        """Raise ConfigError if kind, length or rate of an epoch differs where it was trained."""
         done = 0
         for number, old in enumerate(saved):
             if done >= step:
                 return
-            # How much of this epoch was trained, and what may not change of it.
+            # Find the trained part of this epoch, which must not change.
             new = self.epochs[number] if number < len(self.epochs) else None
             used = min(old.steps, step - done)
-            passed = step > done + used  # later epochs have begun: its length is history
+            passed = step > done + used  # later epochs were trained: its length must not change
             short = new is None or new.kind != old.kind or new.steps < used
-            over = new is not None and new.steps <= used  # nothing of it is still to come
+            over = new is not None and new.steps <= used  # no step of the epoch remains
             if short or (passed and new and new.steps != old.steps) or (
                 new and over and new.lr != old.lr
             ):  # fmt: skip
@@ -288,8 +292,8 @@ class Schedule:
             done += old.steps
 
     def _check_rates(self, saved: Rates, step: int) -> None:
-        """Raise ConfigError where a warm-up that is over, or a finished run's decay, is changed."""
-        # A setting that is over has no effect left, except on what was trained.
+        """Raise ConfigError for a changed warm-up after its end, or decay of a finished run."""
+        # Such a setting only affects finished steps, so it must not change.
         own = self.rates[-1]
         for key, over in (
             ("warmup", step >= min(saved.warmup, self.steps)),

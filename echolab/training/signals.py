@@ -21,14 +21,14 @@ FOREVER = float("inf")
 
 
 def caught() -> list[signal.Signals]:
-    """Return the signals that ask this process to stop: not SIGHUP under nohup."""
+    """Return the signals that request a stop of this process: all, but not SIGHUP under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 def leave_terminal() -> None:
-    """Write to nothing instead of a terminal, for one that was closed: writing there would fail."""
-    # The terminal is replaced, files and pipes stay.
+    """Redirect output from a closed terminal to /dev/null, since writing to it would fail."""
+    # Replace only terminals, not files and pipes.
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode):
@@ -37,12 +37,12 @@ def leave_terminal() -> None:
 
 
 class StopSignals:
-    """Remembers the first signal, and does nothing else in the handler.
+    """Records the first stop signal; the handler does nothing else.
 
-    `grace` is how many seconds a signal leaves until the process is killed, by number; without an
-    entry, for ever.  Previous handlers are restored on exit.  A second Ctrl-C raises
-    KeyboardInterrupt.  Outside the main thread Python allows no handlers, and there are
-    none.  A signal that an outer `StopSignals` caught, before this one began, counts too.
+    `grace` has the seconds from a signal to the kill of the process, by signal number; a signal
+    without an entry has no limit.  Previous handlers are restored on exit.  A second Ctrl-C raises
+    KeyboardInterrupt.  Outside of the main thread, where Python allows no signal handlers, none are
+    installed.  A signal that an outer `StopSignals` received before is taken over.
     """
 
     def __init__(self, grace: Mapping[int, float] | None = None) -> None:
@@ -52,7 +52,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        # A second Ctrl-C: the user does not want to wait for the save.
+        # On a second Ctrl-C, the user does not want to wait for the save.
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
@@ -62,7 +62,7 @@ class StopSignals:
 
     @property
     def seconds_left(self) -> float:
-        """Until the process is killed because of the signal."""
+        """Seconds until the process is killed because of the signal; infinite without a signal."""
         if not self.received:
             return FOREVER
         return self.grace.get(self.received, FOREVER) - (time.monotonic() - self._at)
@@ -72,7 +72,7 @@ class StopSignals:
             self._before = {number: signal.getsignal(number) for number in caught()}
             for number in self._before:
                 signal.signal(number, self._remember)
-            # A signal that came while modules were imported counts from then on.
+            # Take over a signal that arrived during imports, with its time.
             outer = getattr(self._before[signal.SIGTERM], "__self__", None)
             if isinstance(outer, StopSignals) and outer.received:
                 self.received, self._at = outer.received, outer._at
@@ -84,19 +84,19 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # None means a handler that was not set from Python.
+        # None means that the previous handler was not installed from Python.
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Ignore all signals, in a loader worker: only its parent decides when to stop."""
+    """Ignore all stop signals in a loader worker, since only its parent decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_of_job() -> float:
-    """Return when Slurm ends the job, in seconds of the system's clock; infinity without Slurm."""
+    """Return when Slurm ends the job, in seconds since 1970; infinity without Slurm."""
     try:
         return float(os.environ["SLURM_JOB_END_TIME"])
     except (KeyError, ValueError):
@@ -104,8 +104,8 @@ def end_of_job() -> float:
 
 
 def grace_from(config: Mapping[str, Any]) -> dict[int, float]:
-    """Return the seconds from a signal to the kill, by its number; empty without Slurm."""
-    # Without Slurm nobody kills the process after a signal.
+    """Return the seconds from a signal to the kill, by signal number; empty without Slurm."""
+    # Without Slurm, the process is not killed after a signal.
     if "SLURM_JOB_ID" not in os.environ:
         return {}
     return {signal.Signals[f"SIG{name}"].value: float(s) for name, s in config.items()}
