@@ -27,7 +27,7 @@ class Objective(Protocol):
 
 
 class Reference(Protocol):
-    """A frozen network: `models.frozen.Frozen`, or the base or frozen adapters of `adapters.lora`."""
+    """A frozen network: `models.frozen.Frozen`, or a base or frozen adapters (`adapters.lora`)."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
 
@@ -209,7 +209,7 @@ class DiffusionModule(pl.LightningModule):
         self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient by its norm; not done by Lightning, so that it is computed only once."""
+        """Clip by norm; not done by Lightning, so that the norm is computed only once."""
         self.heartbeat.enter("optimizer")
         if self.clip_here:
             norm = nn.utils.clip_grad_norm_(

@@ -75,7 +75,7 @@ def _continue_data(
 
 
 def go_to(state: RunState, data: ShardDataModule, checkpoint: Checkpoint) -> None:
-    """Restore step, schedule, data and curriculum from a checkpoint, but no tensors or callbacks."""
+    """Restore step, schedule, data and curriculum from a checkpoint; not tensors and callbacks."""
     state.step, state.checkpoint = checkpoint.step, checkpoint.path
     state.schedule = state.schedule.continuing(checkpoint.state["schedule"], checkpoint.step)
     sources = continued_data(checkpoint.state, state.identity["data"][-1], checkpoint.step)

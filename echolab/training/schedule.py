@@ -218,7 +218,7 @@ class Schedule:
         return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
 
     def keeps(self, step: int) -> bool:
-        """Return whether to keep this step's checkpoint: an epoch ends, or needs it as reference."""
+        """Return whether to keep this step's checkpoint: an epoch ends here, or needs it."""
         return self.is_boundary(step) or self.needs_reference(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class Schedule:
         ]
 
     def check_continues(self, state: Mapping[str, Any], step: int) -> None:
-        """Raise ConfigError if this schedule differs from the saved one in the first `step` steps."""
+        """Raise ConfigError if this schedule and the saved one differ in the first `step` steps."""
         # Compare epochs and rates, then the skipped batches.
         saved = self._saved_rates(state)[-1]
         self._check_epochs(saved.epochs, step)

@@ -27,7 +27,7 @@ def caught() -> list[signal.Signals]:
 
 
 def leave_terminal() -> None:
-    """Redirect output from a closed terminal to /dev/null, since writing to it would fail."""
+    """Replace a closed terminal by /dev/null as output, since writing to it would fail."""
     # Replace only terminals, not files and pipes.
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):

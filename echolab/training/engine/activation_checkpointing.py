@@ -1,7 +1,7 @@
-"""Activation checkpointing, offload and compilation: less memory or time for the same numbers.
+"""Activation checkpointing, offload and compilation: less memory or time, same results.
 
-Both change how the blocks of a network are run, and neither the names nor the values of its
-parameters.  Apply `checkpoint_blocks` first, so that the checkpointed block is what is compiled.
+They change how the blocks of a network are run, but neither names nor values of its parameters.
+Apply `checkpoint_blocks` before compilation, so that the checkpointed block is compiled.
 """
 
 import os
@@ -23,22 +23,22 @@ from torch.utils.checkpoint import (
 from echolab.errors import ConfigError
 from echolab.models.attention import attention_from, use_attention
 
-# Operators by parts of their names: torch's kernels, and those of the FlashAttention packages.
+# Parts of the names of attention operators: torch's kernels and the FlashAttention packages.
 ATTENTION = ("_scaled_dot_product", "flash_attn")
 KEPT: dict[str, tuple[str, ...]] = {"full": (), "selective": ATTENTION}
-OFFLOAD = "offload"  # nothing is recomputed: activations wait in host memory
+OFFLOAD = "offload"  # recompute nothing; keep activations in host memory until the backward pass
 
 
 def speed_up(
     net: nn.Module, *, device: str, attention: str, checkpointing: str, compiled: bool
 ) -> None:
-    """Apply conf/trainer's attention, checkpointing and compilation; raise ConfigError."""
+    """Set attention kernel, checkpointing and compilation; raise ConfigError for wrong settings."""
     if checkpointing not in ("none", *KEPT, OFFLOAD):
         known = ", ".join(("none", *KEPT, OFFLOAD))
         raise ConfigError(
             f"trainer.activation_checkpointing={checkpointing}: unknown; one of {known}"
         )
-    # Attention first: checkpointing names the operators that it calls.
+    # Set attention first, since selective checkpointing keeps the outputs of its operators.
     use_attention(net, attention_from(attention, device))
     if checkpointing in KEPT:
         checkpoint_blocks(net, KEPT[checkpointing])
@@ -48,7 +48,7 @@ def speed_up(
 
 @cache
 def _is_kept(operator: Any, keep: tuple[str, ...]) -> bool:
-    """Return whether an operator's output is kept.  Asked of every operator of every block."""
+    """Return whether to keep an operator's output; cached, since called for every operator."""
     return any(part in str(operator) for part in keep)
 
 
@@ -60,10 +60,10 @@ def _checkpoint_policy(
 
 
 class Recomputing(_CachedTorchDispatchMode):
-    """Return the kept outputs again and recompute every other operator.
+    """Returns the saved outputs and recomputes all other operators.
 
-    torch's own mode wants the operators of the forward pass, one by one.  Under ZeRO 3 they differ:
-    hooks within the block gather weights that are not there at that moment.
+    torch's own mode requires exactly the operators of the forward pass.  Under ZeRO 3 the operators
+    differ, since hooks in the block gather weights that are not gathered at that moment.
     """
 
     def __init__(self, keep: tuple[str, ...], storage: Any) -> None:
@@ -71,15 +71,15 @@ class Recomputing(_CachedTorchDispatchMode):
         self.keep = keep
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return what `func` returns, or returned before."""
-        # Kept outputs come from the cache of torch; everything else is computed again.
+        """Return the saved output of `func` if it was kept, else compute it again."""
+        # torch's cache returns the kept outputs.
         if _is_kept(func, self.keep):
             return super().__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
 def _checkpointed_forward(keep: tuple[str, ...]) -> Callable[..., Tensor]:
-    """Return a block's `forward`.  Plain functions: Dynamo does not look into a partial."""
+    """Return a checkpointed `forward` for a block; not a partial, which Dynamo cannot trace."""
 
     def contexts() -> Any:
         keeping, cached = create_selective_checkpoint_contexts(partial(_checkpoint_policy, keep))
@@ -96,23 +96,23 @@ def _checkpointed_forward(keep: tuple[str, ...]) -> Callable[..., Tensor]:
 
 
 def checkpoint_blocks(net: nn.Module, keep: Sequence[str] = (), every: int = 1) -> None:
-    """Let each `every`-th block keep only its input, and run again in the backward pass.
+    """Make each `every`-th block keep only its input, and run it again in the backward pass.
 
-    The outputs of operators whose names contain a part in `keep` are kept too: with `ATTENTION`,
-    everything is recomputed except attention, which at long sequences is most of the time and
-    little of the memory.  Gradients are the same bit for bit if the kernels are deterministic.
+    Outputs of operators whose names contain a part in `keep` are kept too: with `ATTENTION`,
+    everything except attention is recomputed, since attention on long sequences takes most of the
+    time and little memory.  Gradients are bit-exact if the kernels are deterministic.
     """
     for block in list(net.blocks)[::every]:  # type: ignore[arg-type]
-        # A method of the block, so that a copy of it runs the copy.
+        # Bind the method to the block, so that a copy of the block runs the copy.
         block.forward = MethodType(_checkpointed_forward(tuple(keep)), block)
 
 
 def offload_activations(net: nn.Module) -> AbstractContextManager[Any]:
-    """Return the context of a forward whose activations are moved to pinned host memory.
+    """Return a context in which activations of a forward pass are moved to pinned host memory.
 
-    They come back in the backward pass, bit for bit.  The context is entered once before each
-    backward pass, with all forward passes of that loss in it.  Call this when the weights are on
-    their device: trl's class knows them by their storage and leaves them there.
+    The backward pass moves them back bit-exactly.  Enter the context once before each backward
+    pass, with all forward passes of that loss in it.  Call this function when the weights are on
+    their device: trl's class recognizes weights by their storage and does not move them.
     """
     from trl.models.activation_offloading import get_act_offloading_ctx_manager  # takes seconds
 
@@ -121,8 +121,8 @@ def offload_activations(net: nn.Module) -> AbstractContextManager[Any]:
 
 
 def compiler_missing(device: str) -> str:
-    """Return which compiler torch.compile lacks here; empty if none."""
-    # inductor compiles C++ for the CPU, and Triton for GPUs.
+    """Return an error message if torch.compile lacks a compiler on this host; "" otherwise."""
+    # inductor needs a C++ compiler for the CPU; for GPUs it uses Triton.
     names = [os.environ.get("CXX") or "g++", "clang++"]
     if device == "cpu" and not any(shutil.which(name) for name in names):
         return "no C++ compiler (g++ or clang++) on PATH; install one, or set compile=false"
@@ -130,13 +130,13 @@ def compiler_missing(device: str) -> str:
 
 
 def compile_blocks(net: nn.Module, device: str = "cpu", backend: str = "inductor") -> None:
-    """Compile every block when it first runs: all share one graph, which is compiled once.
+    """Compile the blocks on their first call; all share one graph, which is compiled once.
 
-    Raise ConfigError if there is no C++ compiler for the CPU's kernels.
+    Raise ConfigError if there is no C++ compiler for CPU kernels.
     """
     missing = compiler_missing(device)
     if missing and backend == "inductor":
         raise ConfigError(f"compile=true: {missing}")
     for block in net.blocks:  # type: ignore[union-attr]
-        # In place, so that names of parameters stay as they are.
+        # Compile in place, so that parameter names do not change.
         block.compile(backend=backend)

@@ -1,9 +1,9 @@
-"""Activation memory of one training step, by running it on tensors without values.
+"""Estimate the activation memory of a training step by running it on tensors without values.
 
-The network's own forward and backward run under torch's FakeTensorMode, and every storage that they
-allocate is counted while it lives.  So checkpointing, adapters, autocast and tensors saved by
-kernels are counted as they are, and no formula can go stale.  Not counted: scratch space inside
-kernels, the allocator's rounding and fragmentation, and the CUDA context.
+Forward and backward pass of the network run under torch's FakeTensorMode, and every allocated
+storage counts while it is live.  This includes checkpointing, adapters, autocast and tensors saved
+by kernels, without formulas that could become outdated.  Not counted: workspace inside kernels,
+rounding and fragmentation of the allocator, and the CUDA context.
 """
 
 import weakref
@@ -28,33 +28,33 @@ from echolab.models.transformer import EchoTransformer
 from echolab.types import Batch, Conditions, Draws
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
-SMALLEST_OFFLOADED, STASHED = 1024, 5  # bytes and tensors, of trl's OffloadActivations
+SMALLEST_OFFLOADED, STASHED = 1024, 5  # defaults of trl's OffloadActivations: bytes, tensors
 
 
 class Clip(NamedTuple):
     """The size of a micro-batch: latents, and the tokens of its conditions."""
 
     clips: int
-    frames: int  # of latents
-    height: int  # of latents
-    width: int
+    frames: int  # latent frames
+    height: int  # latent height
+    width: int  # latent width
     text: int = TEXT_TOKENS
     image: int = IMAGE_TOKENS
 
 
 class Step(NamedTuple):
-    """Bytes beyond the weights, in one forward and backward."""
+    """Memory in bytes of one forward and backward pass, without the weights."""
 
-    forward: int  # the most at once until the loss is there
-    activations: int  # the most at once in all, without gradients of weights
-    together: int  # the most at once in all, with gradients of weights
-    offloaded: int = 0  # activations in host memory, of activation_checkpointing=offload
+    forward: int  # peak until the loss is computed
+    activations: int  # peak of the step, without gradients of weights
+    together: int  # peak of the step, with gradients of weights
+    offloaded: int = 0  # activations in host memory, for activation_checkpointing=offload
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live storages that were allocated while it is active.
+    """Counts the bytes of all live storages that were allocated while the mode is active.
 
-    Storages of `known` tensors do not count.  `count_gradient` moves a storage to the gradients.
+    Storages of `known` tensors are not counted.  `count_gradient` counts a storage as a gradient.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -68,8 +68,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator, and count the storages of its result."""
-        # Storages, not tensors: views of one storage count once.
+        """Run the operator and count the storages of its result."""
+        # Count storages, not tensors, so that views of one storage count once.
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
         """Count a weight's gradient separately from the activations."""
         storage = tensor.untyped_storage()
         self._count_storage(storage)
-        # From activations to gradients, in which the engine counts it.
+        # Move the storage from the activations to the gradients.
         if storage._cdata not in self._gradient_keys:
             self._gradient_keys.add(storage._cdata)
             self.live -= storage.nbytes()
@@ -106,23 +106,23 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Offloaded(saved_tensors_hooks):
-    """Counts the activations that trl's offloading moves to the host, and frees their bytes here.
+    """Counts the activations that trl moves to the host, and frees their device memory.
 
-    As trl's `OffloadActivations` by default: weights and tensors below 1 KiB stay, and so does what
-    was saved among the last five tensors already.
+    Follows the defaults of trl's `OffloadActivations`: weights, tensors below 1 KiB, and tensors
+    that share storage with one of the last five saved tensors are not moved.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
         self.bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._stashed: dict[int, Tensor] = {}  # by storage, in the order in which they were saved
+        self._stashed: dict[int, Tensor] = {}  # last saved tensors by storage, oldest first
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
         if key in self._known or key in self._stashed or tensor.nbytes < SMALLEST_OFFLOADED:
             return tensor
-        # The copies of the last tensors may not be done, so their originals still live.
+        # Keep the last tensors alive, since their copies may still be in progress.
         self._stashed[key] = tensor
         while len(self._stashed) > STASHED:
             del self._stashed[next(iter(self._stashed))]
@@ -138,15 +138,15 @@ class Offloaded(saved_tensors_hooks):
 
 
 def _flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Keep what every fast kernel keeps: its inputs, its output and one number for each query."""
-    # [B, S, N, d] -> [B, N, S, d], as torch takes them.
+    """Attend with a kernel that saves its inputs, its output and one value for each query."""
+    # [B, S, N, d] -> [B, N, S, d], the layout of torch.
     q, k, v = (heads.to(values.dtype).transpose(1, 2) for heads in (queries, keys, values))
     mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return mixed.transpose(1, 2)
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The shapes of CUDA's RMS norm, which keeps its input and a number for each token."""
+    """Shapes of CUDA's fused RMS norm, which saves its input and one value for each token."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
@@ -167,9 +167,9 @@ def _fused_rms_norm(weight: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def like_gpu(net: nn.Module) -> None:
-    """Make a network to be simulated keep the activations that it keeps on a GPU.
+    """Change a network for simulation, so that it saves the same activations as on a GPU.
 
-    Only the kernels of attention and RMS norm keep other tensors on a GPU than on a CPU.
+    Only the kernels of attention and RMS norm save other tensors on a GPU than on a CPU.
     """
     use_attention(net, _flash_attention)
     for module in net.modules():
@@ -178,7 +178,7 @@ def like_gpu(net: nn.Module) -> None:
 
 
 def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
-    # The shapes of a batch, as the data pipeline makes them.
+    # Shapes as in a batch of the data pipeline.
     geometry, size = geometry_of(architecture), clip.clips
     frames = geometry.frames(clip.frames)
     layers, audio_dim = architecture.get("audio_layers"), architecture["audio_dim"] or 1
@@ -196,17 +196,17 @@ def _conditions(architecture: Mapping[str, Any], clip: Clip) -> Conditions:
 
 @contextmanager
 def _fake_tensors() -> Iterator[None]:
-    """Make tensors within the context have a shape and a dtype, and no values."""
+    """Make tensors that are created in this context have a shape and a dtype, but no values."""
     rope_freqs.cache_clear()
     try:
         with FakeTensorMode():
             yield
     finally:
-        rope_freqs.cache_clear()  # a table without values must not serve a real network
+        rope_freqs.cache_clear()  # a real network must not use a cached table without values
 
 
 def _allocate(net: nn.Module, dtype: torch.dtype) -> None:
-    """Replace parameters on meta by parameters on the present device."""
+    """Replace parameters on the meta device by parameters on the current device."""
     for module in net.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             setattr(
@@ -224,18 +224,19 @@ def simulate(
     kernels: Callable[[nn.Module], None] = lambda net: None,
     offload: bool = False,
 ) -> Step:
-    """Run one supervised step, with weights of a type, of a network that nobody has to hold.
+    """Run one supervised step without values and return its memory; allocates no real memory.
 
-    `prepare` changes the network before (adapters, checkpointing); `kernels` may be `like_gpu`,
-    otherwise they are this CPU's.  bf16 by `autocast` or by the weights' type.  With `offload`
-    the activations wait in host memory.
+    `weights` is the dtype of the weights; compute in bf16 either by `autocast` or by this dtype.
+    `prepare` changes the network before the step (adapters, checkpointing).  `kernels` may be
+    `like_gpu`; the default is the kernels of this CPU.  With `offload`, activations are moved to
+    host memory.
     """
     with torch.device("meta"):
         net = EchoTransformer(**architecture)
         prepare(net)
     with _fake_tensors():
         _allocate(net, weights)
-        # Everything allocated before this is weights; everything after it is counted.
+        # Allocations before this point are weights; all later ones are counted.
         kernels(net)
         with LiveBytes([*net.parameters(), *net.buffers()]) as counted:
             for parameter in net.parameters():
@@ -256,14 +257,14 @@ def _run_step(
     autocast: bool,
     offloading: AbstractContextManager[Any],
 ) -> Step:
-    # One batch of the right shapes; its values do not matter.
+    # Make a batch of the right shapes; its values do not matter.
     shape = (clip.clips, architecture["out_channels"], clip.frames, clip.height, clip.width)
     weight = torch.empty(clip.clips, 1, *shape[2:])
     batch = Batch(torch.empty(shape), _conditions(architecture, clip), weight, [], [])
     draws = Draws(torch.empty(shape), torch.empty(clip.clips), torch.empty(clip.clips, 2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), offloading:
         loss = velocity_error(net, batch, draws, ModalityDropout(PHDA)).mean()
-    # The peak of the forward is where the loss is computed.
+    # The peak so far is the peak of the forward pass.
     forward = counted.peak
     loss.backward()
     return Step(forward, counted.peak, counted.peak_together)

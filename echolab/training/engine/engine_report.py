@@ -1,9 +1,9 @@
-"""What the live engine does, read from it after set-up and never from the settings.
+"""Report what the running engine does, read from the engine itself instead of the settings.
 
-Labels lie: "16-mixed" under DeepSpeed is pure fp16, accumulation was reset to 1 silently, an
-optimizer clipped on some ranks only.  So: a plan read from the engine, printed and compared with
-the expected one; counters that agree at every step; and the gradient's norm as the optimizer got
-it.
+Settings can be misleading: "16-mixed" under DeepSpeed is pure fp16, accumulation was silently reset
+to 1, an optimizer clipped only on some ranks.  Therefore a plan is read from the engine, printed
+and compared with the expected plan; step counters are compared at every step; and the norm of the
+gradients that the optimizer received is checked.
 """
 
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ from echolab.training.engine.master_weights import MOMENTS, Masters
 from echolab.training.engine.sequence_parallel import SequenceSplit
 from echolab.training.engine.strategies import Machine
 
-CLIP_SLACK = 1e-3  # by which share a norm after clipping may pass its limit
+CLIP_SLACK = 1e-3  # relative tolerance of the norm after clipping above its limit
 
-# Hooks of a LightningModule that are not called: by any of our trainers, and by DeepSpeed.
+# Hooks of a LightningModule that are never called here, and those that DeepSpeed does not call.
 NEVER_CALLED = (
     "validation_step", "test_step", "predict_step", "lr_scheduler_step",
     "on_save_checkpoint", "on_load_checkpoint",
@@ -34,32 +34,32 @@ NOT_BY_DEEPSPEED = ("backward", "configure_gradient_clipping")
 
 
 class Plan(NamedTuple):
-    """What one rank's live engine does; floating-point types as torch names them."""
+    """The configuration of one rank's running engine; dtypes as torch names them."""
 
-    strategy: str  # of strategies.STRATEGIES
-    world: int  # ranks
-    data_parallel: int  # ranks, or groups of ranks, with clips of their own
-    sequence_parallel: int  # ranks that share a clip
-    accumulation: int  # micro-batches a rank and optimizer step
-    clip: float  # limit of the gradient's norm
+    strategy: str  # one of machine.STRATEGIES
+    world: int  # number of ranks
+    data_parallel: int  # number of ranks, or groups of ranks, with different clips
+    sequence_parallel: int  # number of ranks that share a clip
+    accumulation: int  # micro-batches per rank and optimizer step
+    clip: float  # limit of the gradient norm
     optimizer: str
-    batches: str  # as objectives get them: noise, targets and losses are computed in it
-    compute: str  # of matrix products
+    batches: str  # dtype of batches, and so of noise, targets and losses
+    compute: str  # dtype of matrix products
     parameters: str
     masters: str
     moments: str
-    gradients: str  # in which they are summed over micro-batches and ranks
-    average: str  # EMA
-    offload: str  # what lies in host memory: none, or optimizer
-    trained: int  # numbers
-    frozen: int
+    gradients: str  # dtype in which they are summed over micro-batches and ranks
+    average: str  # dtype of the EMA
+    offload: str  # state in host memory: none, or optimizer
+    trained: int  # number of trained parameters (tensors)
+    frozen: int  # number of frozen parameters (tensors)
     blocks: int
-    checkpointed: int  # of the blocks
-    compiled: int  # of the blocks
+    checkpointed: int  # number of checkpointed blocks
+    compiled: int  # number of compiled blocks
     attention: str
 
     def lines(self) -> list[str]:
-        """Return the lines to print when a run starts."""
+        """Return the plan as lines to print when a run starts."""
         width = max(map(len, self._fields))
         return [f"{name:{width}}  {value}" for name, value in self._asdict().items()]
 
@@ -70,7 +70,7 @@ def _dtypes(tensors: Iterable[Tensor]) -> str:
 
 
 def _strategy_name(trainer: pl.Trainer) -> str:
-    """Name the strategy by the objects that do the work."""
+    """Name the strategy by the types of the engine's objects."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         zero: Any = trainer.optimizers[0]
         if hasattr(zero, "fp32_partitioned_groups_flat"):
@@ -80,9 +80,9 @@ def _strategy_name(trainer: pl.Trainer) -> str:
 
 
 def _compute_dtype(trainer: pl.Trainer, net: nn.Module) -> str:
-    """Return the dtype in which a matrix product of the network's parameters comes out."""
+    """Return the dtype of the result of a matrix product, in the network's precision."""
     parameter = next(net.parameters())
-    # Computed, not read from a setting: autocast shows in the result alone.
+    # Compute a product, since the effect of autocast is only visible in the result.
     probe = torch.ones(1, 1, dtype=parameter.dtype, device=parameter.device)
     with trainer.precision_plugin.forward_context():
         return _dtypes([probe @ probe])
@@ -103,7 +103,7 @@ def _offload_name(trainer: pl.Trainer) -> str:
 
 
 def _sequence_ranks(net: nn.Module) -> tuple[int, str]:
-    """Return (ranks that share a clip, attention function) of the first block."""
+    """Return (number of ranks that share a clip, attention function) of the first block."""
     attend: Any = net.blocks[0].self_attn.attend  # type: ignore[index, union-attr]
     split = getattr(attend, "__self__", None)
     if isinstance(split, SequenceSplit):
@@ -112,11 +112,11 @@ def _sequence_ranks(net: nn.Module) -> tuple[int, str]:
 
 
 def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list[Tensor]) -> Plan:
-    """Read `trainer`'s engine, optimizer and `net`; after set-up, when `masters` are prepared.
+    """Read the plan from the trainer's engine, its optimizer and `net`.
 
-    `average` is this rank's EMA.
+    Call after setup, when `masters` are prepared.  `average` is this rank's EMA.
     """
-    # Everything below is read from live objects.
+    # Read everything from the running objects, not from the settings.
     strategy = _strategy_name(trainer)
     zero = strategy.startswith("zero")
     wrapper: Any = trainer.optimizers[0]
@@ -124,7 +124,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     engine: Any = trainer.strategy.model
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     together, attention = _sequence_ranks(net)
-    # Read from the engine itself, not from the settings.
+    # DeepSpeed accumulates gradients itself; otherwise Lightning does.
     blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
     accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
     return Plan(
@@ -153,8 +153,8 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
 
 
 def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int) -> dict[str, Any]:
-    """Return what a plan must contain if these settings were followed."""
-    # The dtypes that the strategies promise for this precision.
+    """Return the entries that a plan must have under these settings."""
+    # The compute dtype for this precision.
     low = "float32" if machine.precision == "32-true" else "bfloat16"
     return {
         "strategy": machine.strategy,
@@ -177,8 +177,8 @@ def expected_plan(machine: Machine, accumulation: int, clip: float, blocks: int)
 
 
 def check(plan: Plan, asked: dict[str, Any]) -> None:
-    """Raise EcholabError naming everything in which the engine differs from the settings."""
-    # Everything that differs in one message.
+    """Raise EcholabError, naming all differences, if the engine differs from the settings."""
+    # List all differences in one message.
     differ = [
         f"{name} is {getattr(plan, name)}, asked for {value}"
         for name, value in asked.items()
@@ -192,19 +192,19 @@ def check(plan: Plan, asked: dict[str, Any]) -> None:
 
 
 def skipped(trainer: pl.Trainer) -> int:
-    """Return how many steps DeepSpeed skipped because of a gradient that is not finite."""
+    """Return the number of steps that DeepSpeed skipped for a gradient that is not finite."""
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return 0
     return int(trainer.strategy.deepspeed_engine.skipped_steps)
 
 
 def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped: int = 0) -> None:
-    """Raise EcholabError unless the engine has counted `steps` optimizer steps since it began.
+    """Raise EcholabError unless the engine counted `steps` optimizer steps since its start.
 
-    Call it after the last micro-batch of each step.  `skipped` is how many of them were rolled back
-    because their gradient was not finite.
+    Call after the last micro-batch of each step.  `skipped` is the number of steps that DeepSpeed
+    skipped and a rollback undid.
     """
-    # Lightning and DeepSpeed count on their own; both must agree with the loop.
+    # The counters of Lightning and DeepSpeed must both agree with the loop.
     counts = {"lightning's global_step": (trainer.global_step, steps)}
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         engine = trainer.strategy.deepspeed_engine
@@ -221,7 +221,7 @@ def check_counts(trainer: pl.Trainer, *, steps: int, accumulation: int, skipped:
 
 
 def check_hooks(module: pl.LightningModule, machine: Machine) -> None:
-    """Raise ConfigError for hooks that are never called: mistyped, or ignored by the engine."""
+    """Raise ConfigError for hooks that are never called: misspelled, or ignored by the engine."""
     unknown = [
         name
         for name in dir(type(module))
@@ -241,17 +241,17 @@ _PLAIN = pl.LightningModule
 
 
 class ClippedNorm:
-    """Sums the squares of the gradients that the optimizer was given, when it was given them.
+    """Sums the squares of the gradients that the optimizer receives, in a hook of its step.
 
-    Under ZeRO the optimizer steps group by group over fp32 partitions, unscaled and clipped, that
-    are freed afterwards; so this hooks into the optimizer itself.
+    Under ZeRO the optimizer steps one group at a time over unscaled and clipped fp32 partitions,
+    which are freed afterwards, so they can only be read in such a hook.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, replicated: int = 1) -> None:
-        """Set `replicated`, the number of ranks with the same gradients: 1 under ZeRO, else all."""
+        """Install the hook; `replicated` ranks have equal gradients: 1 under ZeRO, else all."""
         self.replicated = replicated
         self._squares: list[Tensor] = []
-        # After, not before: Lightning computes the gradients inside of `step`.
+        # Use a post-hook, since Lightning computes the gradients inside of `step`.
         self._hook = optimizer.register_step_post_hook(self._record_gradients)
 
     def _record_gradients(
@@ -262,12 +262,12 @@ class ClippedNorm:
             if p.grad is not None
         ]  # fmt: skip
         if gradients:
-            # One kernel for all tensors; nothing is read from the device here.
+            # Use one kernel for all tensors, and read nothing from the device.
             norms = torch._foreach_norm(gradients)
             self._squares.append(torch.stack(norms).square().sum())
 
     def take(self) -> Tensor:
-        """Return this rank's sum of squares since the last call, []; sum it over the ranks."""
+        """Return this rank's sum of squares [] since the last call, to be summed over ranks."""
         if not self._squares:
             return torch.zeros(())
         total = torch.stack(self._squares).sum() / self.replicated
@@ -276,7 +276,10 @@ class ClippedNorm:
 
 
 def check_clipped(squares: float, limit: float, step: int) -> float:
-    """Return the norm of clipped gradients, given `take` over all ranks; raise EcholabError."""
+    """Return the gradient norm after clipping; raise EcholabError if it exceeds `limit`.
+
+    `squares` is `ClippedNorm.take` summed over all ranks.
+    """
     norm = squares**0.5
     if norm > limit * (1 + CLIP_SLACK):
         raise EcholabError(
@@ -297,14 +300,14 @@ def _names_by_storage(parameters: Iterable[tuple[str, Any]]) -> dict[int, str]:
 def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) -> None:
     """Raise ConfigError if a frozen network is not frozen, or shares weights with `net`.
 
-    `frozen` are networks by their names in a message.  Call it before the engine takes `net`: ZeRO
-    3 leaves its parameters empty.  Not for adapters that are switched off, which are no copy.  A
-    reference that shares weights with the policy follows it, and then preference training teaches
-    nothing.
+    `frozen` has networks with their names for the message, but not a base with its adapters
+    switched off, which shares weights on purpose.  Call before the engine wraps `net`, since ZeRO 3
+    leaves its parameters empty.  A reference that shares weights with the policy would change with
+    it, and preference training would have no effect.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise ConfigError("the network has nothing to train: all its parameters are frozen")
-    # By storage: a view of a trained parameter is shared too.
+    # Compare storages, since a view of a trained parameter shares weights too.
     own = _names_by_storage(net.named_parameters())
     for called, other in frozen:
         if other.net.training or any(p.requires_grad for p in other.net.parameters()):
@@ -318,9 +321,9 @@ def check_frozen_networks(net: nn.Module, frozen: Iterable[tuple[str, Frozen]]) 
 
 
 def check_alone(module: nn.Module, net: nn.Module) -> None:
-    """Raise ConfigError if `module`, which the engine takes, holds parameters that are not `net`'s.
+    """Raise ConfigError if `module` has parameters that do not belong to `net`.
 
-    A frozen network inside the module tree would be wrapped, partitioned and saved.
+    The engine would wrap, partition and save a frozen network inside the module tree.
     """
     own = {id(p) for p in net.parameters()}
     for name, parameter in module.named_parameters():

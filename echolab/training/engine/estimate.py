@@ -1,9 +1,9 @@
-"""The bytes that training holds on one rank between steps, and whether its machine has them.
+"""Estimate the memory of training state on one rank, and check that the machine has enough memory.
 
-Under one process and DDP all is fp32.  DeepSpeed keeps the weights in the dtype that it computes
-in, cuts fp32 masters and moments into partitions, and pads groups so that they divide: ZeRO 1 and 2
-pad a complete group to a multiple of 2 x world, ZeRO 3 every parameter to a multiple of world.  All
-ranks hold the same number of bytes.
+With a single process and DDP, all state is fp32.  DeepSpeed holds the weights in the compute dtype,
+partitions fp32 masters and moments, and pads them to be divisible: ZeRO 1 and 2 pad each parameter
+group to a multiple of 2 x world, ZeRO 3 each parameter to a multiple of world.  All ranks hold the
+same number of bytes.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from echolab.training.engine.machine import Machine
 
 FP32 = 4
 GIB = 2**30
-# Share of memory that state may take: activations, a CUDA context and the program come on top.
+# Share of memory that state may use; activations, CUDA context and program need the rest.
 USABLE = 0.95
 STAGES = (0, 1, 2, 3)
-PRECISIONS = {"32-true": 4, "bf16-mixed": 2}  # bytes of a weight that DeepSpeed computes with
-# Lightning's settings of DeepSpeed: elements of a bucket, of which ZeRO 1 and 2 have two, since
-# communication overlaps; and the size up to which ZeRO 3 does not partition a parameter.
+PRECISIONS = {"32-true": 4, "bf16-mixed": 2}  # bytes per weight in DeepSpeed's compute dtype
+# Lightning's defaults for DeepSpeed: elements of a communication bucket, of which ZeRO 1 and 2
+# have two, to overlap communication; and the largest parameter that ZeRO 3 does not partition.
 BUCKET = 200_000_000
 PERSISTENT = 100_000
 
 
 class Parameter(NamedTuple):
-    """What a parameter's bytes depend on."""
+    """The properties of a parameter that determine its memory."""
 
     numel: int
     dimensions: int
@@ -35,17 +35,17 @@ class Parameter(NamedTuple):
 
 
 class State(NamedTuple):
-    """Bytes on each rank."""
+    """Memory in bytes on each rank."""
 
     weights: int
     gradients: int
     optimizer: int  # DeepSpeed's fp32 masters, both moments, step counts
-    ema: int
-    buffers: int  # of DeepSpeed's communication, during the backward
+    ema: int  # a single average
+    buffers: int  # DeepSpeed's communication buffers in the backward pass
 
 
 def parameters_of(net: nn.Module) -> list[Parameter]:
-    """Return the parameters of a network on any device, meta too."""
+    """Return the parameters of a network on any device, including meta."""
     return [Parameter(p.numel(), p.ndim, p.requires_grad) for p in net.parameters()]
 
 
@@ -54,7 +54,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _optimizer_groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Group as `DiffusionModule.configure_optimizers` does: matrices, and what is not decayed."""
+    """Group as in `DiffusionModule.configure_optimizers`: with and without weight decay."""
     groups = [p for p in trained if p.dimensions >= 2], [p for p in trained if p.dimensions < 2]
     return [group for group in groups if group]
 
@@ -62,7 +62,7 @@ def _optimizer_groups(trained: Sequence[Parameter]) -> list[list[Parameter]]:
 def state_bytes(
     parameters: Sequence[Parameter], *, stage: int, world: int, precision: str
 ) -> State:
-    """Return a rank's bytes at a ZeRO stage (0: one process or DDP); raise ConfigError."""
+    """Return a rank's memory at a ZeRO stage (0: no ZeRO); raise ConfigError for bad arguments."""
     if stage not in STAGES:
         raise ConfigError(f"stage={stage}: unknown; one of 0 (no ZeRO), 1, 2, 3")
     if world < 1:
@@ -75,8 +75,8 @@ def state_bytes(
         raise ConfigError("no parameter of the network is trained")
     if stage == 0:
         return _unsharded(trained, frozen)
-    cut = _sharded if stage == 3 else _partitioned
-    return cut(trained, frozen, stage, world, PRECISIONS[precision])
+    estimate = _sharded if stage == 3 else _partitioned
+    return estimate(trained, frozen, stage, world, PRECISIONS[precision])
 
 
 def _unsharded(trained: Sequence[Parameter], frozen: Sequence[Parameter]) -> State:
@@ -123,19 +123,19 @@ def _sharded(
 
 
 class Needed(NamedTuple):
-    """Bytes that a run certainly holds: a lower bound, without activations."""
+    """Lower bound on the memory of a run in bytes, without activations."""
 
-    gpu: int  # of each GPU; 0 on the CPU
-    host: int  # of each node, by all its ranks
+    gpu: int  # on each GPU; 0 on the CPU
+    host: int  # on each node, for all its ranks
 
 
 def bytes_needed(
     parameters: Sequence[Parameter], machine: Machine, *, averages: int = 1, reference: bool = False
 ) -> Needed:
-    """Return the bytes of the state of a run, on each GPU and on each node.
+    """Return the memory of the state of a run, on each GPU and on each node.
 
-    `averages` is the number of EMAs; `reference` says if a rank also holds a frozen copy of the
-    network, in fp32.  On a node, every rank's saves have a buffer for its share of a checkpoint.
+    `averages` is the number of EMAs; with `reference`, a rank also holds a frozen fp32 copy of the
+    network.  Every rank has a host buffer for its share of a checkpoint.
     """
     stage = int(machine.strategy[-1]) if machine.sharded else 0
     state = state_bytes(parameters, stage=stage, world=machine.world, precision=machine.precision)
@@ -145,10 +145,10 @@ def bytes_needed(
     resident = state.weights + state.gradients + state.ema * averages + reference * everything
     saved = trained * (3 + averages) // machine.world
     offloaded = state.optimizer if machine.offload == "optimizer" else 0
-    # On the CPU all state of all ranks lies in the memory of the node.
+    # On the CPU, the state of all ranks is in the host memory of the node.
     if machine.device == "cpu":
         return Needed(0, machine.devices * (resident + state.optimizer + saved))
-    # Masters start from the fp32 weights, which are in memory with the rounded ones until then.
+    # At the start, the fp32 weights coexist with the rounded weights and the masters.
     start = everything + (state.weights + state.optimizer // 3 if machine.sharded else 0)
     steady = resident + state.optimizer - offloaded + state.buffers
     return Needed(max(start, steady), machine.devices * (offloaded + saved))
@@ -157,8 +157,8 @@ def bytes_needed(
 def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
     """Raise ConfigError if a run cannot fit into a GPU of `gpu` bytes and a node of `host` bytes.
 
-    These are sizes, not what happens to be free: a run is refused only if it can never fit, that
-    is, if its state alone takes more than USABLE of either.  None is unknown, and not checked.
+    The arguments are total sizes, not free memory: a run is refused only if it can never fit, since
+    its state alone needs more than the share USABLE of either.  None means unknown: not checked.
     """
     remedies = {
         "a GPU": "take trainer.strategy=zero2 or zero3 on more GPUs, trainer.offload=optimizer, "
@@ -166,7 +166,7 @@ def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
         "this node": "take fewer trainer.devices, trainer.offload=none, lora=attention or a "
         "smaller model",
     }
-    # Sizes that are unknown are not compared.
+    # Skip unknown sizes.
     for place, bytes_, size in (("a GPU", needed.gpu, gpu), ("this node", needed.host, host)):
         if size is not None and bytes_ > USABLE * size:
             raise ConfigError(

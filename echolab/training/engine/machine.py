@@ -1,6 +1,6 @@
-"""Where a run trains, and which settings of conf/trainer go together.  Imports no torch.
+"""The trainer settings of a run, and which of them can be combined.  Imports no torch.
 
-The supervisor and the command line check these settings before any rank is started.
+The supervisor and the command line check the settings before any rank is started.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 OFFLOADS = ("none", "optimizer")
 CHECKPOINTINGS = ("none", "full", "selective", "offload")
 
-# Why a precision that Lightning knows is none of PRECISIONS.
+# Precisions of Lightning that are refused here, with the reason.
 REFUSED = {
     "bf16-true": "master weights in bf16 lose updates below 1/256 of a weight",
     "16-mixed": "under DeepSpeed it is pure fp16, and small gradients of video models vanish in it",
@@ -21,23 +21,23 @@ REFUSED = {
 
 
 class Machine(NamedTuple):
-    """Where it runs.  `devices` is ranks a node; they must have been started already."""
+    """Trainer settings.  The ranks must already have been started."""
 
-    strategy: str = "single"
-    devices: int = 1
+    strategy: str = "single"  # one of STRATEGIES
+    devices: int = 1  # ranks per node
     num_nodes: int = 1
     accelerator: str = "cpu"
-    precision: str = "32-true"
-    zero3_shard_small: bool = False  # ZeRO 3 cuts small tensors too: for tests
-    attention: str = "auto"  # of attention.NAMES
-    activation_checkpointing: str = "none"  # or of CHECKPOINTINGS
-    compile: bool = False  # the blocks
+    precision: str = "32-true"  # one of PRECISIONS
+    zero3_shard_small: bool = False  # make ZeRO 3 partition small tensors too, for tests
+    attention: str = "auto"  # one of attention.NAMES
+    activation_checkpointing: str = "none"  # one of CHECKPOINTINGS
+    compile: bool = False  # compile the blocks
     sequence_parallel: int = 1  # ranks that share a clip
-    offload: str = "none"  # or optimizer: fp32 masters and moments in host memory
+    offload: str = "none"  # with optimizer, fp32 masters and moments are in host memory
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.devices * self.num_nodes
 
     @property
@@ -47,12 +47,12 @@ class Machine(NamedTuple):
 
     @property
     def device(self) -> str:
-        """As torch names its type."""
+        """Device type as torch names it."""
         return "cuda" if self.accelerator in ("gpu", "cuda") else self.accelerator
 
 
 def _unknown_choice(machine: Machine) -> str | None:
-    # Settings with a fixed list of choices.
+    # Check settings that have a fixed list of choices.
     known = {
         "strategy": STRATEGIES,
         "activation_checkpointing": CHECKPOINTINGS,
@@ -68,14 +68,14 @@ def _unknown_choice(machine: Machine) -> str | None:
 
 
 def conflict(machine: Machine) -> str | None:
-    """Return why these settings do not go together, in one line with the remedy; None if they do.
+    """Return a one-line error with remedy if these settings cannot be combined, else None.
 
-    Everything not refused here composes: strategy, precision, checkpointing, compile, sequence
+    All other combinations are supported: strategy, precision, checkpointing, compile, sequence
     parallelism, offload, and any accumulation.
     """
     if fault := _unknown_choice(machine):
         return fault
-    # Ranks: one process needs no strategy, several need one.
+    # Several ranks need a distributed strategy.
     world, together = machine.world, machine.sequence_parallel
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
@@ -98,14 +98,14 @@ def conflict(machine: Machine) -> str | None:
 
 
 def _offload_conflict(machine: Machine) -> str | None:
-    """Return why nothing can be moved to the host as these settings say; None if it can."""
-    # Only ZeRO has separate masters, which can be moved to the host.
+    """Return a one-line error with remedy if offloading is not possible, else None."""
+    # Only ZeRO has separate master weights, which can be moved to the host.
     if machine.offload == "optimizer" and not machine.sharded:
         return (
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
             "one; take strategy zero1, zero2 or zero3, or offload=none"
         )
-    # Activations are moved from a GPU, and are recognized by not sharing the storage of a weight.
+    # Activation offload needs a GPU, and recognizes weights by their storage.
     if machine.activation_checkpointing != "offload":
         return None
     if machine.device != "cuda":
@@ -123,10 +123,10 @@ def _offload_conflict(machine: Machine) -> str | None:
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: Machine) -> int:
-    """Return the micro-batches of a rank and step; raise ConfigError if they do not divide."""
+    """Return the micro-batches per rank and step; raise ConfigError if they do not divide."""
     if why := conflict(machine):
         raise ConfigError(why)
-    # Ranks that share a clip count once.
+    # A group of ranks that share clips counts once.
     groups = machine.world // machine.sequence_parallel
     micro = micro_batch_size or max(1, batch_size // groups)
     least = groups * micro

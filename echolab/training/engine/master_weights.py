@@ -1,9 +1,9 @@
 """The fp32 state that an optimizer updates, under plain PyTorch, DDP and ZeRO 1, 2 and 3.
 
-A rank holds it as tensors that its optimizer updates (`local`), its moments and averages in tensors
-of the same shapes; `pieces` maps these to parts of parameters.  With that one map any such list, of
-weights, of a moment or of an average, is gathered to full tensors by parameter name
-(`full_tensor`), set from full tensors (`fill`), and shown to the network (`show`).
+A rank holds the tensors that its optimizer updates (`local`), and moments and averages in tensors
+of the same shapes; `pieces` maps these tensors to slices of parameters.  With this map, a list of
+weights, moments or averages is gathered to full tensors by parameter name (`full_tensor`), set from
+full tensors (`fill`), and copied into the network (`show`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Piece(NamedTuple):
     """A contiguous slice of one parameter that this rank holds."""
 
-    name: str  # of the parameter
-    group: int  # which of the local tensors
-    offset: int  # in that tensor, flat
-    start: int  # in the parameter, flat
+    name: str  # name of the parameter
+    group: int  # index of the local tensor
+    offset: int  # start in the flattened local tensor
+    start: int  # start in the flattened parameter
     numel: int
 
 
@@ -37,9 +37,9 @@ def shape(parameter: nn.Parameter) -> torch.Size:
 
 
 class Masters:
-    """fp32 weights and moments of one process, unsharded: single process or DDP."""
+    """fp32 weights and moments of one rank, unsharded: single process or DDP."""
 
-    sharded = False  # whether other ranks hold the other pieces
+    sharded = False  # whether the pieces are distributed over ranks
 
     def __init__(self, net: nn.Module, optimizer: Any) -> None:
         self.parameters: dict[str, Any] = {
@@ -52,7 +52,7 @@ class Masters:
             for alias, parameter in net.named_parameters(remove_duplicate=False)
             if parameter.requires_grad and alias not in self.parameters
         }
-        self.zero = optimizer  # DeepSpeed's wrapper, where there is one
+        self.zero = optimizer  # DeepSpeed's wrapper under ZeRO
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
 
     @property
@@ -62,24 +62,24 @@ class Masters:
 
     @property
     def keys(self) -> list[Tensor]:
-        """The fp32 tensors that this rank's optimizer updates, as they key its state."""
+        """The fp32 tensors that this rank's optimizer updates: the keys of its state."""
         return list(self.parameters.values())
 
     @property
     def local(self) -> list[Tensor]:
-        """Values of `keys`."""
+        """The data of `keys`."""
         return [tensor.data for tensor in self.keys]
 
     def flats(self, part: str) -> list[Tensor]:
-        """Return MASTER or one of MOMENTS, as this rank holds it."""
+        """Return this rank's tensors of MASTER or one of MOMENTS, laid out as `local`."""
         if part == MASTER:
             return self.local
         return [self.optimizer.state[key][part] for key in self.keys]
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """What this rank holds, in the order of the network."""
-        # Parameters without an optimizer are missing here; `check_complete` reports them.
+        """The pieces of parameters that this rank holds, in the order of the network."""
+        # `check_complete` reports parameters that the optimizer lacks.
         updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return [
             Piece(name, group, 0, 0, parameter.numel())
@@ -88,8 +88,8 @@ class Masters:
         ]
 
     def check_complete(self) -> None:
-        """Raise CheckpointError for a trained parameter without an optimizer; collective."""
-        # Values with an optimizer, over all ranks.
+        """Raise CheckpointError for a trained parameter that the optimizer lacks; collective."""
+        # Count the values in the optimizer, over all ranks.
         held = dict.fromkeys(self.parameters, 0)
         for piece in self.pieces:
             held[piece.name] += piece.numel
@@ -104,20 +104,20 @@ class Masters:
                 )
 
     def prepare(self) -> None:
-        """Create the moments that the first step would create, so that they can be read and set."""
-        # torch counts steps in a tensor, DeepSpeed in an int.
-        ours = type(self.optimizer).__module__.startswith("torch.")  # DeepSpeed's count in an int
+        """Create the moments before the first step, so that they can be read and set."""
+        # torch's optimizers count steps in a tensor, DeepSpeed's in an int.
+        counts_in_tensor = type(self.optimizer).__module__.startswith("torch.")
         for tensor in self.keys:
             state = self.optimizer.state[tensor]
             if "exp_avg" not in state:
                 zero = torch.zeros((), dtype=torch.float32, device=tensor.device)
-                state["step"] = zero if ours else 0
+                state["step"] = zero if counts_in_tensor else 0
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(tensor)
 
     @property
     def updates(self) -> int:
-        """Steps that the optimizer has made, as its bias correction counts them."""
+        """Number of steps that the optimizer has made, as used in its bias correction."""
         return int(self.optimizer.state[self.keys[0]]["step"])
 
     @updates.setter
@@ -134,15 +134,15 @@ class Masters:
         parameter = self.parameters[name]
         if not self.sharded:
             return flats[self.pieces_of(name)[0].group]
-        # Each rank adds its pieces to zeros; the sum over ranks is the full tensor.
+        # Each rank copies its pieces into zeros; the sum over ranks is the full tensor.
         bits = torch.zeros(shape(parameter).numel(), dtype=torch.int32, device=parameter.device)
         for piece in self.pieces_of(name):
             bits[piece.start : piece.start + piece.numel] = values(flats, piece).view(torch.int32)
-        dist.all_reduce(bits)  # of integers: 0 + x keeps every bit, of -0.0 and NaN too
+        dist.all_reduce(bits)  # as integers: 0 + x preserves every bit, also of -0.0 and NaN
         return bits.view(torch.float32).view(shape(parameter))
 
     def pieces_of(self, name: str) -> list[Piece]:
-        """Return this rank's pieces of one parameter; often none."""
+        """Return this rank's pieces of one parameter; may be empty."""
         return self._by_name.get(name, [])
 
     @cached_property
@@ -154,16 +154,16 @@ class Masters:
 
     @torch.no_grad()
     def fill(self, flats: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Set this rank's pieces from full tensors by name; after the masters, `show` them."""
+        """Set this rank's pieces from full tensors by name; call `show` after setting masters."""
         for piece in self.pieces:
-            # Only this rank's part of the full tensor is read.
+            # Read only this rank's slice of the full tensor.
             flat_values = tensors[piece.name].reshape(-1)
             values(flats, piece).copy_(flat_values[piece.start : piece.start + piece.numel])
 
     @torch.no_grad()
     def show(self, flats: Sequence[Tensor]) -> None:
-        """Let the network compute with the values of `flats`; collective if sharded."""
-        # One parameter at a time, so that only one full tensor is in memory.
+        """Copy the values of `flats` into the network; collective if sharded."""
+        # Copy one parameter at a time, so that only one full tensor is in memory.
         for name, parameter in self.parameters.items():
             self._set_parameter(parameter, self.full_tensor(name, flats))
 
@@ -171,19 +171,19 @@ class Masters:
         parameter.data.copy_(full_tensor)
 
     def snapshot(self) -> list[Tensor]:
-        """Return what `show` overwrites, for `unshow`."""
+        """Return a copy of the network's weights, which `show` overwrites, for `unshow`."""
         return [parameter.data.clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
-        """Put back the network's own weights, bit for bit."""
-        # A copy of the bits: the result of `show` may have been rounded.
+        """Restore the network's weights from `snapshot`, bit-exactly."""
+        # Copy the saved bits, since `show` may have rounded values.
         for parameter, kept in zip(self.parameters.values(), saved, strict=True):
             parameter.data.copy_(kept)
 
 
 class PartitionedMasters(Masters):
-    """ZeRO 1 and 2: full weights on each rank, one flat fp32 partition of each group."""
+    """ZeRO 1 and 2: full weights on each rank, and one flat fp32 partition of each group."""
 
     sharded = True
 
@@ -196,7 +196,7 @@ class PartitionedMasters(Masters):
         pieces = []
         for name, parameter in self.parameters.items():
             # DeepSpeed links each 16-bit parameter to its part of the fp32 partition.
-            mapping = getattr(parameter, "_hp_mapping", None)  # None: all of it is elsewhere
+            mapping = getattr(parameter, "_hp_mapping", None)  # None: held by other ranks
             if mapping is not None:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                 group = mapping.param_group_index
@@ -205,7 +205,7 @@ class PartitionedMasters(Masters):
 
 
 class ShardedMasters(Masters):
-    """ZeRO 3: weights and masters both in pieces."""
+    """ZeRO 3: both weights and masters are partitioned."""
 
     sharded = True
 
@@ -215,7 +215,7 @@ class ShardedMasters(Masters):
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """What this rank holds, without the last rank's padding, which is never written."""
+        """The pieces of parameters that this rank holds, without the padding of the last rank."""
         pieces = []
         for name, parameter in self.parameters.items():
             position = self.zero.grad_position.get(self.zero.get_param_id(parameter))
@@ -239,21 +239,20 @@ class ShardedMasters(Masters):
 
     @torch.no_grad()
     def unshow(self, saved: list[Tensor]) -> None:
-        self.show(
-            self.local
-        )  # this partitions parameters again, and gathers those that are not partitioned
+        # `show` also brings all parameters back into ZeRO's partitioned state.
+        self.show(self.local)
         for parameter, kept in zip(self.parameters.values(), saved, strict=True):
             parameter.ds_tensor.data.copy_(kept)
 
 
 def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:
-    """Return a piece's values: a flat view that can be written."""
+    """Return a writable flat view of a piece's values."""
     return flats[piece.group].view(-1).narrow(0, piece.offset, piece.numel)
 
 
 def masters_of(net: nn.Module, optimizer: Any) -> Masters:
-    """Return the right kind for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
-    # By their attributes: DeepSpeed has no common base class for them.
+    """Return the Masters for an optimizer, which under ZeRO is DeepSpeed's wrapper."""
+    # Distinguish wrappers by attributes, since DeepSpeed has no common base class for them.
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return ShardedMasters(net, optimizer)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):

@@ -1,8 +1,9 @@
-"""Build a network on the device of its rank, with at most one copy of it in a node's host memory.
+"""Build a network on the device of its rank, with at most one copy in the host memory of a node.
 
-A network is made on the meta device, without values, and filled tensor by tensor: from mapped
-files, whose pages all ranks of a node share, or from values that one rank draws for all of them
-(`share_on_node`).  Values depend neither on the device nor on the number of ranks.
+A network is created on the meta device, without values, and filled tensor by tensor: from
+memory-mapped files, whose pages all ranks of a node share, or from values that one rank draws for
+all ranks of the node (`share_on_node`).  Values depend neither on the device nor on the number of
+ranks.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ from echolab.models.transformer import EchoTransformer
 from echolab.training.engine.machine import Machine
 
 ALIGNMENT = 64  # bytes, as torch aligns tensors in host memory
-PATIENCE = 600.0  # seconds that ranks of one node wait for each other
+PATIENCE = 600.0  # timeout in seconds for ranks of a node that wait for each other
 Values = Iterable[tuple[str, Tensor]]  # by parameter name
 
 
 class Placement(NamedTuple):
-    """Where a rank keeps its network, and how many ranks its node has."""
+    """The device of a rank's network, and the number of ranks on its node."""
 
     device: torch.device = torch.device("cpu")
     local_rank: int = 0
@@ -39,7 +40,7 @@ class Placement(NamedTuple):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the network stays in host memory."""
+        """Whether the network is in host memory."""
         return self.device.type == "cpu"
 
 
@@ -47,7 +48,7 @@ HOST = Placement()
 
 
 def check_device(machine: Machine) -> None:
-    """Raise ConfigError if this rank's device is not there."""
+    """Raise ConfigError if this rank's device does not exist."""
     if machine.device != "cuda":
         return
     if not torch.cuda.is_available():
@@ -62,9 +63,9 @@ def check_device(machine: Machine) -> None:
 
 
 def placement_of(machine: Machine) -> Placement:
-    """Return this rank's placement, by its launcher's environment, before ranks can communicate.
+    """Return this rank's placement from its launcher's environment, before ranks can communicate.
 
-    A process that no launcher started has no ranks to share with, even with settings for several.
+    A process without a launcher shares with no other ranks, even if its settings have several.
     """
     launched = "LOCAL_RANK" in os.environ
     local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
@@ -93,7 +94,7 @@ def filled_network(
 ) -> EchoTransformer:
     """Return a network with the values of `tensors`, by parameter name, such as a checkpoint's."""
     net = meta_network(architecture)
-    # A checkpoint of another network fails here, before memory is taken.
+    # A checkpoint of another network fails here, before memory is allocated.
     missing = {name for name, _ in net.named_parameters()} ^ set(tensors)
     if missing:  # torch's own error names them
         net.load_state_dict(tensors, assign=True)
@@ -104,10 +105,10 @@ def filled_network(
 def place_shared(
     net: nn.Module, values: Callable[[], Values], placement: Placement, subject: str
 ) -> None:
-    """Make `values()`, which come from mapped files, the parameters of `net` on its rank's device.
+    """Load `values()`, which come from mapped files, into `net` on its rank's device.
 
-    A GPU takes them straight from the file.  Ranks on the CPU would each keep what they convert or
-    copy, so that they share it.
+    A GPU copies directly from the file.  Ranks on the CPU share the values, since each rank would
+    otherwise hold its own converted copy.
     """
     shared = share_on_node(net, values, placement, subject) if placement.on_cpu else values()
     assign_parameters(net, shared, placement.device)
@@ -119,14 +120,14 @@ def place_shared(
 def share_on_node(
     net: nn.Module, values: Callable[[], Values], placement: Placement, subject: str
 ) -> Values:
-    """Return `values()`, made once on each node and mapped into memory by all its ranks.
+    """Return `values()`, computed once on each node and mapped into memory by all its ranks.
 
-    These are the values of all parameters of `net`, which may be on the meta device; only local
-    rank 0 makes them.  It writes them to a file without a name and hands the descriptor to the
-    other ranks of the node through a socket, so that nothing stays behind, however a rank ends.
-    A mapped tensor is private: a rank that trains it changes its own copy, page by page.
-    Without the means to share (no room for the file, a rank that does not answer), each rank calls
-    `values` itself.  `subject` must differ between networks that a launch shares.
+    `values()` yields all parameters of `net`, which may be on the meta device; only local rank 0
+    calls it.  Local rank 0 writes the values to an unnamed file and sends the file descriptor to
+    the other ranks of the node through a socket, so that no file remains, however a rank ends.
+    Tensors are mapped privately: a rank that trains them changes its own copy, page by page.  If
+    sharing fails (no space for the file, a rank that does not respond), each rank calls `values`
+    itself.  `subject` must differ between the networks that a launch shares.
     """
     if placement.local_world == 1:
         return values()
@@ -149,24 +150,23 @@ def _socket_address(subject: str) -> bytes:
 def _serve_values(
     net: nn.Module, values: Callable[[], Values], followers: int, address: bytes
 ) -> Values:
-    """Write the values, hand the file to the followers, and map it too."""
+    """Write the values to a file, send it to the other ranks, and map it."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(address)  # before the values are made, so that the others can wait here
+        listener.bind(address)  # before computing the values, so that other ranks can connect
         listener.listen(followers)
         listener.settimeout(PATIENCE)
-        # Unlinked from the start: the kernel frees it when the last rank has let go of it.
+        # The file is unlinked at once: the kernel frees it when no rank uses it any more.
         file = stack.enter_context(tempfile.TemporaryFile())
         offsets, size = _file_layout(net)
-        os.posix_fallocate(
-            file.fileno(), 0, size
-        )  # a full disk is an error now, not a signal later
-        # One tensor at a time in host memory.
+        # Reserve the space: a full disk raises an error now, instead of a bus error later.
+        os.posix_fallocate(file.fileno(), 0, size)
+        # Write one tensor at a time, to limit host memory.
         for name, tensor in values():
             file.seek(offsets[name])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        # Every rank of the node gets the descriptor; the file outlives this process.
+        # Send the descriptor to every rank of the node; the file then outlives this process.
         for _ in range(followers):
             connection = _accept_same_user(listener)
             with connection:
@@ -175,7 +175,7 @@ def _serve_values(
 
 
 def _accept_same_user(listener: socket.socket) -> socket.socket:
-    """Return the next connection of this user's processes; refuse those of others."""
+    """Return the next connection from a process of this user; refuse other users."""
     while True:
         connection, _ = listener.accept()
         if _is_same_user(connection):
@@ -184,13 +184,13 @@ def _accept_same_user(listener: socket.socket) -> socket.socket:
 
 
 def _is_same_user(connection: socket.socket) -> bool:
-    # (pid, uid, gid) of the other end, as the kernel knows them.
+    # The kernel reports (pid, uid, gid) of the peer.
     sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", sent)[1] == os.getuid())
 
 
 def _receive_values(net: nn.Module, address: bytes) -> Values:
-    """Wait for the file of local rank 0, and map it."""
+    """Get the file from local rank 0 and map it."""
     deadline = time.monotonic() + PATIENCE
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(PATIENCE)
@@ -198,11 +198,11 @@ def _receive_values(net: nn.Module, address: bytes) -> Values:
             try:
                 connection.connect(address)
                 break
-            except ConnectionRefusedError:  # local rank 0 is not there yet
+            except ConnectionRefusedError:  # local rank 0 does not listen yet
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
-        # Abstract sockets have no permissions: anyone on the host could listen there.
+        # Abstract sockets have no permissions, so any user of the host could listen there.
         if not _is_same_user(connection):
             raise PermissionError("the socket belongs to another user")
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
@@ -224,13 +224,13 @@ def _file_layout(net: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def _map_parameters(net: nn.Module, descriptor: int) -> Iterator[tuple[str, Tensor]]:
-    """Return the parameters in a file, mapped privately; the file may be closed afterwards."""
+    """Map the parameters in a file privately; the file may be closed afterwards."""
     offsets, size = _file_layout(net)
     path = str(Path("/proc/self/fd") / str(descriptor))
     storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
 
     def tensor_of(name: str, parameter: Tensor) -> Tensor:
-        # A view into the one mapping.
+        # Return a view into the mapping.
         start = offsets[name] // parameter.element_size()
         empty = torch.empty(0, dtype=parameter.dtype)
         return empty.set_(storage, start, parameter.shape)  # type: ignore[call-overload]

@@ -1,11 +1,12 @@
-"""Sequence parallelism: the tokens of one clip over several ranks, applied from outside.
+"""Sequence parallelism: split the tokens of a clip over several ranks, by hooks on the network.
 
-Ulysses' scheme (DeepSpeed-Ulysses, arXiv 2309.14509): every rank has its share of the tokens in all
-layers; around self-attention an all-to-all trades tokens for heads, so that each rank attends over
-all tokens of the clip with its share of the heads.  Cross-attention needs no communication.
+The scheme is DeepSpeed-Ulysses (arXiv 2309.14509): in all layers, each rank has a share of the
+tokens; around self-attention, an all-to-all exchanges tokens for heads, so that each rank attends
+over all tokens of the clip with its share of the heads.  Cross-attention needs no communication.
 
-A rank's share is a run of tokens out of *every* latent frame, not a run of latent frames: the audio
-of a frame then meets that frame's tokens on every rank, and 21 frames need not divide.
+A rank's share is a range of tokens of *every* latent frame, not a range of latent frames.  Audio
+cross-attention, which is per frame, then works on every rank, and the number of frames (21) need
+not be divisible.
 
 Shapes: B clips, F latent frames, P tokens of a frame, S = F P, N heads, d channels of a head,
 W ranks, p = ceil(P / W) tokens of a frame on one rank.
@@ -22,7 +23,7 @@ from echolab.errors import ConfigError
 
 
 class _Exchange(torch.autograd.Function):
-    """Send part i to rank i, and receive in its place rank i's part for this rank.  [W, ...]"""
+    """All-to-all: send part i to rank i and receive rank i's part for this rank.  [W, ...]"""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
@@ -33,7 +34,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the gradients to where the parts came from: the same exchange."""
+        """Send the gradients back to the source ranks, by the same exchange."""
         return _Exchange.apply(gradient, ctx.group), None
 
 
@@ -49,9 +50,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return this rank's part times W, so that the mean over ranks is the full gradient.
+        """Return this rank's part of the gradient times W.
 
-        Parameters then have W times their share of it, and DDP and ZeRO take the mean anyway.
+        DDP and ZeRO average parameter gradients over ranks, which divides by W again.
         """
         return gradient[dist.get_rank(ctx.group)] * len(gradient), None
 
@@ -67,17 +68,17 @@ def sequence_group(count: int) -> Any:
 
 
 class SequenceSplit:
-    """Runs a network's blocks on this rank's share of the tokens, from now on.
+    """Hooks a network, so that its blocks run on this rank's share of the tokens.
 
-    All ranks of `group` must give the network the same inputs; all get the complete output.  The
-    gradients of parameters must be averaged over the ranks.  Raises ConfigError if the heads do not
-    divide.
+    All ranks of `group` must call the network with the same inputs; all get the complete output.
+    Parameter gradients must be averaged over the ranks.  Raises ConfigError if the number of heads
+    is not divisible by the number of ranks.
     """
 
     def __init__(self, net: nn.Module, group: Any = None):
         self.group = group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.frame_tokens = 0  # P of the clips under way
+        self.frame_tokens = 0  # P of the current clips
         blocks: Any = net.blocks
         # Each rank attends with an equal share of the heads.
         heads = blocks[0].self_attn.num_heads
@@ -88,7 +89,7 @@ class SequenceSplit:
                 f"take one of {fitting}"
             )
         self.attend = blocks[0].self_attn.attend
-        # Tokens are split once, before the first block; conditions before every block.
+        # Split the tokens once, before the first block, and the conditions before every block.
         blocks[0].register_forward_pre_hook(self._split_tokens)
         for block in blocks:
             block.register_forward_pre_hook(self._split_conditions)
@@ -96,9 +97,9 @@ class SequenceSplit:
         net.head.register_forward_hook(self._gather_output)  # type: ignore[union-attr]
 
     def _local_share(self, values: Tensor, dim: int) -> Tensor:
-        """Take this rank's share, padded with zeros: [.., P, ..] -> [.., p, ..]."""
+        """Return this rank's share, padded with zeros: [.., P, ..] -> [.., p, ..]."""
         values = values.movedim(dim, -1)
-        # Equal shares: the last one is padded with zeros.
+        # All shares have equal size; the last one is padded with zeros.
         share = -(-values.shape[-1] // self.world)
         padded = F.pad(values, (0, share * self.world - values.shape[-1]))
         return padded.narrow(-1, self.rank * share, share).movedim(-1, dim)
@@ -133,14 +134,14 @@ class SequenceSplit:
         """Exchange heads for tokens: [B, F p, N, d] -> [B, S, N / W, d]."""
         parts = heads.unflatten(2, (self.world, -1)).unflatten(1, (frames, -1))
         received = _Exchange.apply(parts.permute(3, 0, 1, 2, 4, 5), self.group)  # [W, B, F, p, ..]
-        # The padding of the last rank is cut off: it takes no part in attention.
+        # Remove the padding of the last rank, which must not take part in attention.
         clip = received.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)  # [B, F, W p, n, d]
         return clip[:, :, : self.frame_tokens].flatten(1, 2)
 
     def _scatter_tokens(self, mixed: Tensor, frames: int) -> Tensor:
-        """Exchange tokens for heads again: [B, S, N / W, d] -> [B, F p, N, d]."""
+        """Exchange tokens for heads: [B, S, N / W, d] -> [B, F p, N, d]."""
         clip = mixed.unflatten(1, (frames, -1))
-        # Padded again, so that every rank gets an equal part.
+        # Pad again, so that every rank gets an equal part.
         fill = -self.frame_tokens % self.world
         parts = F.pad(clip, (0, 0, 0, 0, 0, fill)).unflatten(2, (self.world, -1))
         received = _Exchange.apply(parts.permute(2, 0, 1, 3, 4, 5), self.group)  # [W, B, F, p, ..]

@@ -1,7 +1,7 @@
-"""How ranks share the work: alone, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and on CPUs.
+"""Strategies for Lightning: a single process, DDP, or DeepSpeed ZeRO 1 to 3, on GPUs and CPUs.
 
-`machine.conflict` is the complete table of what goes together: everything that it allows is trained
-in the tests, with the result of one plain process.
+`machine.conflict` defines the supported combinations; the tests train all of them and compare the
+result with that of a single plain process.
 """
 
 import os
@@ -22,9 +22,9 @@ from echolab.training.engine.master_weights import masters_of
 
 
 def refusal(machine: Machine) -> str | None:
-    """Return why `machine` cannot be run here, in one line with the remedy; None if it can.
+    """Return a one-line error with remedy if `machine` cannot be used on this host, else None.
 
-    These are the conflicts between settings, and a compiler that is missing on this host.
+    The reasons are a conflict between settings, or a missing compiler.
     """
     if why := conflict(machine):
         return why
@@ -34,10 +34,10 @@ def refusal(machine: Machine) -> str | None:
 
 
 class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed, on CPUs too: over gloo, with DeepSpeed's CPU accelerator.
+    """Lightning's DeepSpeed strategy, also on CPUs (over gloo, with DeepSpeed's CPU accelerator).
 
-    On GPUs every method is the parent's, but for two roundings to bf16 that it does not make: of
-    the batches, and of the weights from which the masters start.  Lightning 2.6 refuses CPUs in
+    On GPUs it equals the parent, except that it does not round batches and the initial values of
+    the masters to bf16.  On CPUs it replaces methods of Lightning 2.6, which refuses CPUs in
     `setup_environment`, checks GPU indices in `setup_distributed`, and passes `device_rank=None` to
     `deepspeed.initialize`.
     """
@@ -57,7 +57,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
             return super().setup_distributed()
         import deepspeed
 
-        # Else a shared-memory operation is compiled first: 50 s, a compiler and ninja.
+        # Skip compiling a shared-memory operator, which takes 50 s and needs a compiler and ninja.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
@@ -72,7 +72,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         original = deepspeed.initialize
 
         def without_args(args: Any = None, **keywords: Any) -> Any:
-            return original(**keywords)  # the engine then takes LOCAL_RANK
+            return original(**keywords)  # without args, the engine reads LOCAL_RANK
 
         with mock.patch.object(deepspeed, "initialize", without_args):
             super().init_deepspeed()
@@ -80,25 +80,25 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Keep noise, targets and losses in fp32: the network casts its own inputs."""
-        # Lightning would round the batch to bf16 here.
+        # Without this, Lightning would round the batch to bf16.
         self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         super().setup(trainer)
 
     def _setup_model_and_optimizer(self, model: nn.Module, *given: Any) -> tuple[Any, Any]:
-        """Set up the engine; the fp32 masters start from the weights before they were rounded.
+        """Set up the engine, with fp32 masters that start from the unrounded weights.
 
         DeepSpeed rounds the weights to bf16 before it copies its fp32 masters from them.
         """
         if self.precision_plugin.precision == "32-true":
             return super()._setup_model_and_optimizer(model, *given)
-        # References, not copies: rounding gives a parameter new memory, and leaves this as it is.
+        # References suffice: rounding allocates new memory and does not change these tensors.
         first = {
             name: parameter.detach().float()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
         engine, zero = super()._setup_model_and_optimizer(model, *given)
-        # The masters were copied from the rounded weights: fill them again.
+        # The masters were copied from the rounded weights: set them again.
         masters = masters_of(model, zero)
         masters.fill(masters.local, first)
         return engine, zero
@@ -112,7 +112,7 @@ def strategy_of(machine: Machine) -> Strategy | str:
         return "auto"
     if machine.strategy == "ddp":
         return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
-    # Batch size is only for DeepSpeed's own log; Lightning asks for it.
+    # Lightning requires this batch size, which DeepSpeed only uses in its log.
     strategy = AnyDeviceDeepSpeedStrategy(
         stage=int(machine.strategy[-1]), logging_batch_size_per_gpu=1
     )
@@ -120,7 +120,7 @@ def strategy_of(machine: Machine) -> Strategy | str:
     if machine.strategy == "zero3" and machine.zero3_shard_small:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if machine.offload == "optimizer":
-        # torch's fused AdamW steps on the CPU: DeepSpeed's own would be compiled first.
+        # Use torch's fused AdamW on the CPU, since DeepSpeed's CPU optimizer must be compiled.
         config["zero_force_ds_cpu_optimizer"] = False
         config["zero_optimization"]["offload_optimizer"] = {
             "device": "cpu",
@@ -132,9 +132,9 @@ def strategy_of(machine: Machine) -> Strategy | str:
 def cluster_environment() -> LightningEnvironment | SLURMEnvironment:
     """Return Slurm's environment if srun itself started this rank, else the launcher's.
 
-    Lightning never requeues: signals and requeueing are done by `signals` and slurm/train.sbatch.
+    Lightning must not requeue jobs: `signals` and slurm/train.sbatch handle signals and requeueing.
     """
-    if "ECHOLAB_LAUNCH" in os.environ:  # a supervisor started us, inside Slurm or not
+    if "ECHOLAB_LAUNCH" in os.environ:  # a supervisor started this rank, inside Slurm or not
         return LightningEnvironment()
     inside = "SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ
     if inside and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
