@@ -168,7 +168,7 @@ def chunk_spans(
     starts = [0]
     while starts[-1] + size < frames:
         starts.append(starts[-1] + size - overlap)
-    # Unless `fill`, the last chunk is as short as whole latent frames allow.
+    # Unless `fill`, the last chunk is as short as the latent stride allows.
     remaining = geometry.covering_latent_frames(frames - starts[-1])
     last = size if fill else geometry.frames(remaining)
     return [(start, start + size) for start in starts[:-1]] + [(starts[-1], starts[-1] + last)]
