@@ -97,8 +97,8 @@ def parse(
     }
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
-        wanted = " ".join(f"{name}=..." for name in missing)
-        raise ConfigError(f"{command}: give {wanted} (see {command} --help)")
+        arguments = " ".join(f"{name}=..." for name in missing)
+        raise ConfigError(f"{command}: give {arguments} (see {command} --help)")
     return schema(**values)
 
 
@@ -122,8 +122,8 @@ def check_exists(arguments: object, *names: str) -> None:
 
 def closest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 class Action(NamedTuple):
@@ -259,11 +259,11 @@ def exists(word: str) -> bool:
 def _suggestion(key: str, fields: Mapping[str, Any]) -> str:
     """Return a hint for an unknown key: the arguments with it as an alias, else a similar name."""
     plain = key.lstrip("-").replace("-", "_")
-    near = [name for name, field in fields.items() if plain in field.metadata.get("aka", ())]
+    matches = [name for name, field in fields.items() if plain in field.metadata.get("aka", ())]
     # Prefer an exact alias to a similar name.
-    near = near or difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {' or '.join(f'{name}=...' for name in near)}?"
+    matches = matches or difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean {' or '.join(f'{name}=...' for name in matches)}?"
     return f"; known: {', '.join(fields)}"
 
 
@@ -276,11 +276,11 @@ def _convert_argument(
         _check_limits(value, metadata)
     except ValueError:
         limits = [f"{LIMITS[name][0]} {metadata[name]}" for name in LIMITS if name in metadata]
-        wanted = ", ".join(
+        expected = ", ".join(
             [_describe_type(hint, metadata), *([" and ".join(limits)] if limits else [])]
         )
-        near = closest(word, _allowed_values(hint, metadata))
-        problem = f"{command}: {key}={word} is not {wanted}{near}"
+        hint_text = closest(word, _allowed_values(hint, metadata))
+        problem = f"{command}: {key}={word} is not {expected}{hint_text}"
         raise ConfigError(f"{problem} (see {command} --help)") from None
     return value
 

@@ -93,7 +93,7 @@ def register_secrets(address: str) -> None:
     # Libraries print secrets percent-encoded or decoded; mask both forms if long enough.
     for secret in secrets:
         spelled = {secret, unquote(secret), quote(unquote(secret), safe="")}
-        _concealed.update(one for one in spelled if len(one) >= SHORTEST)
+        _concealed.update(spelling for spelling in spelled if len(spelling) >= SHORTEST)
 
 
 def is_secret_name(name: str) -> bool:
@@ -113,15 +113,15 @@ def _mask_address(match: re.Match[str]) -> str:
         return match[0]
     # Replace each interpolation by one private-use character, since it may contain `:/?#@`.
     held = re.findall(INTERPOLATION, rest)
-    numbers = iter(range(len(held)))
-    rest = re.sub(INTERPOLATION, lambda _: chr(FIRST_PLACEHOLDER + next(numbers)), rest)
+    indices = iter(range(len(held)))
+    rest = re.sub(INTERPOLATION, lambda _: chr(FIRST_PLACEHOLDER + next(indices)), rest)
     # Punctuation at the end belongs to the sentence, not to the URL.
     end = len(rest.rstrip(PUNCTUATION))
-    user_info, place, query = _split_address(rest[:end])
+    user_info, path, query = _split_address(rest[:end])
     user = f"{_mask_user(user_info)}@" if user_info else ""
-    clean = f"{scheme}{slashes}{user}{place}{_mask_query(query)}{rest[end:]}"
-    for number, text in enumerate(held):
-        clean = clean.replace(chr(FIRST_PLACEHOLDER + number), text)
+    clean = f"{scheme}{slashes}{user}{path}{_mask_query(query)}{rest[end:]}"
+    for index, text in enumerate(held):
+        clean = clean.replace(chr(FIRST_PLACEHOLDER + index), text)
     return clean
 
 
@@ -131,8 +131,8 @@ def _split_address(rest: str) -> tuple[str, str, str]:
     at = host.rfind("@")
     if at < 0 and not HOST.fullmatch(host):
         at = rest.rfind("@")  # the password contains a slash or question mark, not encoded
-    place = re.split("[?#]", rest[at + 1 :], maxsplit=1)[0]
-    return rest[: max(at, 0)], place, rest[at + 1 + len(place) :]
+    path = re.split("[?#]", rest[at + 1 :], maxsplit=1)[0]
+    return rest[: max(at, 0)], path, rest[at + 1 + len(path) :]
 
 
 def _mask_user(user_info: str) -> str:

@@ -43,27 +43,27 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
     if not len(dataset):
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
     # Sizes that must be equal in dataset and network.
-    form = common_shapes(dataset)
-    latents, audio = form["latents" if kind == "encoded" else "chosen"], form["audio"]
+    shapes = common_shapes(dataset)
+    latents, audio = shapes["latents" if kind == "encoded" else "chosen"], shapes["audio"]
     sizes: dict[str, Any] = {
-        "text_dim": form["text"][-1],
-        "image_dim": form["image"][-1],
+        "text_dim": shapes["text"][-1],
+        "image_dim": shapes["image"][-1],
         "audio_dim": audio[-1],
         "audio_layers": audio[1] if len(audio) == 3 else None,
         "out_channels": latents[0],
     }
     # null in the architecture means that the branch does not exist; any dataset is compatible.
     has_audio = architecture.get("audio_dim") is not None
-    for name, there in sizes.items():
-        here = architecture.get(name)
-        differs = here is not None and here != there
+    for name, dataset_size in sizes.items():
+        model_size = architecture.get(name)
+        differs = model_size is not None and model_size != dataset_size
         if name == "audio_layers":
-            differs = has_audio and here != there
+            differs = has_audio and model_size != dataset_size
         if differs:
             raise ConfigError(
-                f"model.{name}={'null' if here is None else here}: the clips of {dataset.folder} "
-                f"have {'null' if there is None else there}; take the model= that fits their "
-                "encoders"
+                f"model.{name}={'null' if model_size is None else model_size}: the clips of "
+                f"{dataset.folder} have {'null' if dataset_size is None else dataset_size}; "
+                "take the model= that fits their encoders"
             )
     # The patch size must divide the latents, or positions would be cut off.
     check_geometry(dataset, architecture)
@@ -117,12 +117,12 @@ def check_data(
     for dataset in clips:
         check_dataset(dataset, "encoded", architecture)
         check_tasks(dataset, curriculum.tasks, "tasks.tasks")
-    for one, other in combinations(clips, 2):
-        a, b = common_shapes(one), common_shapes(other)
+    for first, second in combinations(clips, 2):
+        a, b = common_shapes(first), common_shapes(second)
         for name in ("text", "image", "audio"):
             if tuple(a["latents"]) == tuple(b["latents"]) and tuple(a[name]) != tuple(b[name]):
                 raise ConfigError(
-                    f"data.clips: {one.folder} and {other.folder} have clips of one size, but "
+                    f"data.clips: {first.folder} and {second.folder} have clips of one size, but "
                     f"{name} of {list(a[name])} and {list(b[name])}; encode them alike"
                 )
     for dataset in pairs:
@@ -225,9 +225,8 @@ class TrainConfig(NamedTuple):
         missing = {epoch.kind for epoch in self.schedule.epochs} - set(self.objectives)
         if missing:
             raise ConfigError(f"schedule: no objective for {', '.join(sorted(missing))} epochs")
-        if (
-            not self.optim.max_grad_norm > 0
-        ):  # ZeRO would take 0 for no limit, others for no gradient
+        # A norm of 0 means no limit under ZeRO, but zero gradients otherwise.
+        if not self.optim.max_grad_norm > 0:
             raise ConfigError(
                 f"optim.max_grad_norm={self.optim.max_grad_norm:g}: must be over 0; "
                 ".inf is no limit"
@@ -289,7 +288,7 @@ class TrainConfig(NamedTuple):
             )  # fmt: skip
         # Divide each batch among ranks and micro-batches.
         accumulation = accumulation_steps(self.batch_size, self.micro_batch_size, self.machine)
-        together = self.machine.sequence_parallel
+        group_size = self.machine.sequence_parallel
         return TrainData(
             clips,
             pairs,
@@ -297,7 +296,7 @@ class TrainConfig(NamedTuple):
             accumulation,
             self.num_workers,
             self.seed,
-            together,
+            group_size,
             self.machine.devices,
             self.quarantine,
         )

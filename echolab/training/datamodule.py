@@ -92,14 +92,14 @@ def check_room(size: int, workers: int, ranks: int) -> None:
     needed = size * batches * ranks
     disk = os.statvfs(SHARED)
     total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-    words = (
+    message = (
         f"data.num_workers={workers}: {ranks} ranks x {batches} batches of {size:,} bytes need "
         f"{needed:,} bytes of {SHARED}, which has"
     )
     if needed > total:
-        raise ConfigError(f"{words} {total:,}; {REMEDY}")
+        raise ConfigError(f"{message} {total:,}; {REMEDY}")
     if needed > free:
-        raise SharedMemoryError(f"{words} {free:,} free of {total:,}; {REMEDY}")
+        raise SharedMemoryError(f"{message} {free:,} free of {total:,}; {REMEDY}")
 
 
 def begin_worker(number: int) -> None:
@@ -128,13 +128,13 @@ def reported() -> Iterator[None]:
     try:
         yield
     except EcholabError as error:
-        words = str(error)
+        message = str(error)
         kind = type(error)
         marker = f"{kind.__module__}.{kind.__qualname__}: "
-        if marker not in words:
+        if marker not in message:
             raise
-        print(words, file=sys.stderr, flush=True)
-        raise kind(words.rpartition(marker)[2].strip()) from None
+        print(message, file=sys.stderr, flush=True)
+        raise kind(message.rpartition(marker)[2].strip()) from None
     except RuntimeError as error:
         if not DIED.search(str(error)):
             raise

@@ -46,8 +46,8 @@ def largest(values: list[int]) -> list[int]:
 def agree(text: str) -> bool:
     """Return whether all ranks pass the same text."""
     # Hashes are equal on all ranks if their maximum equals their minimum.
-    number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
-    highest, lowest = largest([number, -number])
+    text_hash = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+    highest, lowest = largest([text_hash, -text_hash])
     return highest == -lowest
 
 
@@ -56,12 +56,12 @@ def gather_text(text: str) -> list[str]:
     if world() == 1:
         return [text]
     # Gather the lengths, then the texts padded to the longest.
-    own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
+    encoded = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device())
     sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world())]
     dist.all_gather(sizes, torch.tensor([len(text.encode())], device=device()))
     lengths = [int(size) for size in sizes]
-    padded = own.new_zeros(max(1, *lengths))
-    padded[: len(own)] = own
+    padded = encoded.new_zeros(max(1, *lengths))
+    padded[: len(encoded)] = encoded
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
     pairs = zip(texts, lengths, strict=True)

@@ -182,17 +182,17 @@ class DiffusionModule(pl.LightningModule):
     def take_loss(self) -> Tensor:
         """Return and reset the sum of this rank's losses, on the device."""
         assert self._loss is not None
-        taken, self._loss = self._loss, None
-        return taken
+        total, self._loss = self._loss, None
+        return total
 
     def take_margin(self) -> dict[str, Tensor | float]:
         """Return this rank's vote entries for the step's mean margin; empty without pairs."""
-        taken, self._margins = self._margins, []
-        if not taken:
+        margins, self._margins = self._margins, []
+        if not margins:
             return {}
         # Sum in fp64, so that the order of the ranks does not matter.
-        means = torch.stack([margin.double() * share for margin, share in taken])
-        return {"margin": means.sum(), "margin_share": sum(share for _, share in taken)}
+        means = torch.stack([margin.double() * share for margin, share in margins])
+        return {"margin": means.sum(), "margin_share": sum(share for _, share in margins)}
 
     def take_norm(self) -> Tensor:
         """Return the gradient norm before clipping, on the device."""

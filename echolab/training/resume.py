@@ -160,8 +160,8 @@ def resumed_train_data(
         )
     # Samples that were encoded again keep their order.
     names_of = order_names(was, now)
-    kept = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
-    train_data = train_data if kept else config.build_data(names_of)
+    same_order = all([row[2] for row in now[key]] == names_of[key] for key in GROUPS)
+    train_data = train_data if same_order else config.build_data(names_of)
     if not changed and (old := checkpoint.state.get("order")) != (
         new := train_data.clips.sampler.state()
     ):
@@ -187,10 +187,10 @@ def continued_data(state: Mapping[str, Any], now: Data, step: int) -> list[Data]
     """Return the datasets by first step of a run that continues from `step` with `now`."""
     now = {key: now[key] for key in GROUPS}
     # Merge consecutive entries with the same datasets.
-    before = [data for data in saved_data(state) if data["first"] < step]
-    if before and all(before[-1][key] == now[key] for key in GROUPS):
-        return before
-    return [*before, {"first": step if before else 0, **now}]
+    earlier = [data for data in saved_data(state) if data["first"] < step]
+    if earlier and all(earlier[-1][key] == now[key] for key in GROUPS):
+        return earlier
+    return [*earlier, {"first": step if earlier else 0, **now}]
 
 
 def order_names(was: Data, now: Data) -> dict[str, list[str]]:

@@ -116,10 +116,10 @@ class Schedule:
     ) -> None:
         if not epochs or cycles < 1:
             raise ConfigError(f"schedule: {len(epochs)} epochs x {cycles} cycles; need 1 or more")
-        for number, epoch in enumerate(epochs):
+        for index, epoch in enumerate(epochs):
             if epoch.kind not in KINDS or epoch.steps < 1 or not epoch.lr >= 0:
                 raise ConfigError(
-                    f"schedule.epochs[{number}]: {tuple(epoch)}; kind is one of {', '.join(KINDS)},"
+                    f"schedule.epochs[{index}]: {tuple(epoch)}; kind is one of {', '.join(KINDS)},"
                     " steps 1 or more, lr 0 or more"
                 )
         if decay not in ("constant", "cosine"):
@@ -147,11 +147,11 @@ class Schedule:
     def locate(self, step: int) -> Position:
         """Return the position of step `step` (from 0); `step == steps` is in the last epoch."""
         # Search linearly from the last epoch, since runs have few epochs.
-        number = len(self.epochs) - 1
-        while number and self.starts[number] > step:
-            number -= 1
-        within = step - self.starts[number]
-        return Position(number, number // self.one_cycle, self.epochs[number], within)
+        index = len(self.epochs) - 1
+        while index and self.starts[index] > step:
+            index -= 1
+        within = step - self.starts[index]
+        return Position(index, index // self.one_cycle, self.epochs[index], within)
 
     def place(self, step: int) -> StepPlan:
         """Return the dataset batch of a step: each group continues where its last epoch stopped."""
@@ -163,8 +163,8 @@ class Schedule:
     def _steps_done(self, group: str, step: int) -> int:
         """Count the steps among the first `step` that took a batch of a group."""
         # Sum the complete epochs of the group and the finished part of the current epoch.
-        number, _, epoch, within = self.locate(step)
-        done = sum(e.steps for e in self.epochs[:number] if group_of(e.kind) == group)
+        index, _, epoch, within = self.locate(step)
+        done = sum(e.steps for e in self.epochs[:index] if group_of(e.kind) == group)
         return done + (within if group_of(epoch.kind) == group else 0)
 
     def _batch_index(self, group: str, index: int) -> tuple[int, int]:
@@ -183,10 +183,10 @@ class Schedule:
 
     def leaving_out(self, skips: Iterable[Skip]) -> "Schedule":
         """Return a copy of the schedule that also skips these batches."""
-        other = copy.copy(self)
-        other.skipped = tuple(dict.fromkeys([*self.skipped, *(skip.check() for skip in skips)]))
-        other._spans = {group: merged(other.skipped, group) for group in GROUPS}
-        return other
+        schedule = copy.copy(self)
+        schedule.skipped = tuple(dict.fromkeys([*self.skipped, *(skip.check() for skip in skips)]))
+        schedule._spans = {group: merged(schedule.skipped, group) for group in GROUPS}
+        return schedule
 
     def skipping(self, skip: Skip, step: int) -> "Schedule":
         """Return a copy of the schedule with `skip` added, for a run that continues from `step`.
@@ -235,11 +235,14 @@ class Schedule:
     def continuing(self, state: Mapping[str, Any], step: int) -> "Schedule":
         """Return a copy of the schedule with the saved rates for the first `step` steps."""
         # Finished steps keep their rates; the current settings apply from `step` on.
-        other, own = copy.copy(self), self.rates[-1]
-        before = [rates for rates in self._saved_rates(state) if rates.first < step]
-        same = bool(before) and before[-1][1:] == own[1:]
-        other.rates = (*before, *([] if same else [own._replace(first=step if before else 0)]))
-        return other
+        schedule, current = copy.copy(self), self.rates[-1]
+        earlier = [rates for rates in self._saved_rates(state) if rates.first < step]
+        same = bool(earlier) and earlier[-1][1:] == current[1:]
+        schedule.rates = (
+            *earlier,
+            *([] if same else [current._replace(first=step if earlier else 0)]),
+        )
+        return schedule
 
     def _saved_rates(self, state: Mapping[str, Any]) -> list[Rates]:
         """Return the rates of a saved state; old states without rates get the current settings."""
@@ -258,11 +261,11 @@ class Schedule:
         saved = self._saved_rates(state)[-1]
         self._check_epochs(saved.epochs, step)
         self._check_rates(saved, step)
-        before = [Skip(*skip) for skip in state.get("skipped", [])]
+        saved_skips = [Skip(*skip) for skip in state.get("skipped", [])]
         for group in GROUPS:
             # Compare only skips before the last batch trained on; later skips may change.
-            begun = Schedule(saved.epochs, skipped=before).begun(group, step)
-            was, now = merged(before, group, begun), merged(self.skipped, group, begun)
+            begun = Schedule(saved.epochs, skipped=saved_skips).begun(group, step)
+            was, now = merged(saved_skips, group, begun), merged(self.skipped, group, begun)
             if was != now:
                 raise ConfigError(
                     f"the run left out {group} batches {was} up to step {step}, now {now}; give "
@@ -272,11 +275,11 @@ class Schedule:
     def _check_epochs(self, saved: Sequence[Epoch], step: int) -> None:
         """Raise ConfigError if kind, length or rate of an epoch differs where it was trained."""
         done = 0
-        for number, old in enumerate(saved):
+        for index, old in enumerate(saved):
             if done >= step:
                 return
             # Find the trained part of this epoch, which must not change.
-            new = self.epochs[number] if number < len(self.epochs) else None
+            new = self.epochs[index] if index < len(self.epochs) else None
             used = min(old.steps, step - done)
             passed = step > done + used  # later epochs were trained: its length must not change
             short = new is None or new.kind != old.kind or new.steps < used
@@ -285,7 +288,7 @@ class Schedule:
                 new and over and new.lr != old.lr
             ):  # fmt: skip
                 raise ConfigError(
-                    f"schedule.epochs[{number}]: {new and tuple(new)}, but the run trained "
+                    f"schedule.epochs[{index}]: {new and tuple(new)}, but the run trained "
                     f"{tuple(old)} up to step {step}; only what is still to come may change: give "
                     "this epoch as it was, or train another run with init_from= this one"
                 )
@@ -294,12 +297,12 @@ class Schedule:
     def _check_rates(self, saved: Rates, step: int) -> None:
         """Raise ConfigError for a changed warm-up after its end, or decay of a finished run."""
         # Such a setting only affects finished steps, so it must not change.
-        own = self.rates[-1]
+        current = self.rates[-1]
         for key, over in (
             ("warmup", step >= min(saved.warmup, self.steps)),
             ("decay", step >= self.steps),
         ):
-            was, now = getattr(saved, key), getattr(own, key)
+            was, now = getattr(saved, key), getattr(current, key)
             if step and over and was != now:
                 raise ConfigError(
                     f"schedule.{key}={now}: it was {was} and is over at step {step}; "

@@ -202,9 +202,9 @@ class AverageAdapters(AdaptersOff):
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Copy trained adapters, given by parameter name, into the frozen adapters."""
-        own = dict(self.net.named_parameters())
+        parameters = dict(self.net.named_parameters())
         for name, tensor in weights.items():
-            parameter = own[name.replace(f".{TRAINED}.", f".{AVERAGE}.")]
+            parameter = parameters[name.replace(f".{TRAINED}.", f".{AVERAGE}.")]
             with _gather_for_write(parameter):
                 parameter.data.copy_(tensor)
 

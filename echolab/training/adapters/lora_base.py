@@ -54,10 +54,11 @@ def on_its_base(checkpoint: Checkpoint, load: Load) -> tuple[EchoTransformer, Lo
     # On another base, the adapters would compute other outputs than in training.
     fingerprint = base_fingerprint(net)
     if fingerprint != record["base"]:
-        place = origin.weights or origin.checkpoint or f"seed {origin.seed}"
+        source = origin.weights or origin.checkpoint or f"seed {origin.seed}"
         raise CheckpointError(
-            f"{checkpoint.path}: its base {place} is another one now: fingerprint {record['base']} "
-            f"when it was trained, {fingerprint} here; put back what was there"
+            f"{checkpoint.path}: its base {source} is another one now: "
+            f"fingerprint {record['base']} when it was trained, {fingerprint} here; "
+            "put back what was there"
         )
     # Create adapters of the recorded shapes; `load_trained` then replaces their values.
     lora = Lora(tuple(record["targets"]), record["rank"], record["alpha"])

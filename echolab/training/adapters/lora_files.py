@@ -102,17 +102,17 @@ def is_audio(layer: str) -> bool:
 def load_trained(net: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Set all adapters of a network by parameter name; raise WeightsError if names differ."""
     # Compare in both directions: no adapter may be missing or unknown.
-    own = {name: value for name, value in net.named_parameters() if value.requires_grad}
-    for name in [*own, *tensors]:
-        here = tuple(own[name].shape) if name in own else "missing"
-        there = tuple(tensors[name].shape) if name in tensors else "missing"
-        if here != there:
+    trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
+    for name in [*trained, *tensors]:
+        expected = tuple(trained[name].shape) if name in trained else "missing"
+        given = tuple(tensors[name].shape) if name in tensors else "missing"
+        if expected != given:
             raise WeightsError(
-                f"{origin}: other adapters: {name} is {there} there, {here} here; "
+                f"{origin}: other adapters: {name} is {given} there, {expected} here; "
                 "give adapters of the same rank and layers"
             )
     # Copy only after all shapes were compared, so that an error leaves the network unchanged.
-    for name, value in own.items():
+    for name, value in trained.items():
         value.data.copy_(tensors[name])
 
 
@@ -186,25 +186,25 @@ def read_adapters(path: Path, net: nn.Module) -> Adapters:
     changes: dict[str, Tensor] = {}
     contents = _read_files(path)
     for content in contents:
-        low_rank, more = _parse_tensors(content, parameters)
+        low_rank, other_changes = _parse_tensors(content, parameters)
         layers |= low_rank
-        changes |= more
-    own = dict(net.named_parameters())
+        changes |= other_changes
+    own_parameters = dict(net.named_parameters())
     for name, layer in layers.items():
         _check_layer(path, name, layer, net.get_submodule(name))
     for name, change in changes.items():
-        if name not in own or own[name].shape != change.shape:
-            here_shape = tuple(own[name].shape) if name in own else "missing"
+        if name not in own_parameters or own_parameters[name].shape != change.shape:
+            here_shape = tuple(own_parameters[name].shape) if name in own_parameters else "missing"
             raise WeightsError(
                 f"{path}: the change of {name} is {tuple(change.shape)}, the network's is "
                 f"{here_shape}; {REMEDY}"
             )
     # Files by other programs contain no fingerprint: accept them.
     bases = {content.base for content in contents} - {None}
-    if bases and bases != {here := base_fingerprint(net)}:
+    if bases and bases != {fingerprint := base_fingerprint(net)}:
         raise WeightsError(
-            f"{path}: adapters of another base: {', '.join(map(str, bases))} there, {here} here; "
-            "give the weights that they were trained on"
+            f"{path}: adapters of another base: {', '.join(map(str, bases))} there, "
+            f"{fingerprint} here; give the weights that they were trained on"
         )
     return Adapters(path, layers, changes)
 
@@ -291,14 +291,14 @@ def _read_file(file: Path, config: dict[str, Any] | None) -> tuple[_LoraFile, st
         raise WeightsError(f"{file}: 0 tensors; {REMEDY}")
     check_precision(file, tensors)
     for key, tensor in tensors.items():
-        numbers = tensor.is_floating_point() or key.endswith(".alpha")
-        if not numbers or not bool(tensor.isfinite().all()):
+        numeric = tensor.is_floating_point() or key.endswith(".alpha")
+        if not numeric or not bool(tensor.isfinite().all()):
             raise WeightsError(f"{file}: {key}: values that are not finite numbers; get it again")
     return _LoraFile(file, tensors, config, metadata.get(BASE)), metadata.get(AUDIO_FILE)
 
 
 def _diffusers_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the transformer's LoraConfig from diffusers' metadata; empty if there is none."""
+    """Return the transformer's LoraConfig from diffusers' metadata, or {} if it is missing."""
     content = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
     return {
         key.removeprefix("transformer."): value
@@ -341,9 +341,9 @@ def _parse_tensors(
     layers: dict[str, LowRank] = {}
     changes: dict[str, Tensor] = {}
     for stem, parts in stems.items():
-        short = _strip_prefixes(stem)
+        plain_stem = _strip_prefixes(stem)
         # An unknown layer means that the file was trained for another model.
-        weight = parameters.get(short.replace(".", "_"))
+        weight = parameters.get(plain_stem.replace(".", "_"))
         if weight is None:
             raise WeightsError(
                 f"{file}: adapters of another model: {stem} is no layer of this network "
@@ -352,7 +352,7 @@ def _parse_tensors(
         name = weight.removesuffix(".weight")
         scale = 1.0
         if "down" in parts or "up" in parts:
-            scale = _layer_scale(file, short, parts, content.config)
+            scale = _layer_scale(file, plain_stem, parts, content.config)
             layers[name] = LowRank(parts["down"], parts["up"], scale)
         if "diff" in parts:
             changes[weight] = parts["diff"]
@@ -391,13 +391,13 @@ def _layer_scale(
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    wanted = ranks.get(get_pattern_key(list(ranks), stem), config["r"])
-    if rank != wanted:
+    expected_rank = ranks.get(get_pattern_key(list(ranks), stem), config["r"])
+    if rank != expected_rank:
         raise WeightsError(
-            f"{file}: {stem} has rank {rank}, its settings say {wanted}; give the settings "
+            f"{file}: {stem} has rank {rank}, its settings say {expected_rank}; give the settings "
             "that were written with it"
         )
-    alpha = alphas.get(get_pattern_key(list(alphas), stem), config.get("lora_alpha", wanted))
+    alpha = alphas.get(get_pattern_key(list(alphas), stem), config.get("lora_alpha", expected_rank))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -59,7 +59,7 @@ class Vote(NamedTuple):
 
     @property
     def signal(self) -> int:
-        """The number of a received signal; 0 if there is none."""
+        """Number of a received signal; 0 if no signal was received."""
         return next((Signals[n.upper()].value for n in STOP_SIGNALS if getattr(self, n)), 0)
 
 

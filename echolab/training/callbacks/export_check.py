@@ -142,13 +142,13 @@ def exported_net(checkpoint: Path, file: Path) -> EchoTransformer:
     file.unlink(missing_ok=True)
     write_original(file, net, tensors, dtype=torch.float32, shard_bytes=2 * size + 1)
     # Read the file with the ordinary loader, as a user would.
-    made = load_released(file, opened.state["architecture"]).net
-    return made.eval().requires_grad_(False)
+    exported = load_released(file, opened.state["architecture"]).net
+    return exported.eval().requires_grad_(False)
 
 
 class _ComputeOptions(NamedTuple):
     device: torch.device
-    dtype: torch.dtype  # of the computation
+    dtype: torch.dtype  # dtype of the computation
     cast: bool  # cast the parameters to that dtype; otherwise use autocast
 
 
@@ -168,14 +168,14 @@ def _sample_differences(
     device, dtype, cast = where
     shared: dict[str, Any] = {"device": device, "poll": poll}
     # Sample the exported network in fp32 as the exact result.
-    exact = own = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
+    exact = expected = sample(fresh.to(device), clips, how, dtype=torch.float32, **shared)
     bound = TOLERANCE
     # In a lower-precision dtype the bound is twice the measured rounding error.
     if dtype != torch.float32:
-        own = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
-        rounding = [relative(a, b) for a, b in zip(own, exact, strict=True)]
+        expected = sample(fresh.to(dtype) if cast else fresh, clips, how, dtype=dtype, **shared)
+        rounding = [relative(a, b) for a, b in zip(expected, exact, strict=True)]
         bound = max(bound, 2 * max(rounding))
-    return [relative(a, b) for a, b in zip(live, own, strict=True)], bound
+    return [relative(a, b) for a, b in zip(live, expected, strict=True)], bound
 
 
 def _compare(
@@ -331,8 +331,8 @@ class ExportCheck(Callback):
         try:
             parity = self._check(state, state.checkpoint)
         except EvaluationInterrupted as interruption:
-            what = "the check of the export"
-            self.sync.accept_interruption(state, interruption, what, "the next start repeats it")
+            subject = "the check of the export"
+            self.sync.accept_interruption(state, interruption, subject, "the next start repeats it")
             state.unverified = True
         else:
             self.log.log(state, parity.values())

@@ -89,14 +89,14 @@ class Stragglers:
         A straggler is returned once, when it has been slow for WINDOWS windows.  `seconds` is
         `Heartbeat.seconds`.  Collective: one all-reduce of a few numbers for each rank.
         """
-        own = [seconds[name] - self._last[name] for name in STEP]
+        elapsed = [seconds[name] - self._last[name] for name in STEP]
         self.start(seconds)
         world, rank, width = distributed.world(), distributed.rank(), len(STEP)
         if world == 1:
             return {}, []
         # Each rank fills its own row; the sum over ranks is the table.
         flat = [0.0] * (world * width)
-        flat[rank * width : (rank + 1) * width] = own
+        flat[rank * width : (rank + 1) * width] = elapsed
         flat = distributed.sums(flat)
         rows = [flat[first : first + width] for first in range(0, len(flat), width)]
         return self.judge([dict(zip(STEP, row, strict=True)) for row in rows])
@@ -107,8 +107,8 @@ class Stragglers:
         """Return values to log and new stragglers, given all ranks' seconds of one window."""
         stragglers, low = [], {}
         of_ranks = scores(windows, self.sections)
-        for rank, own in enumerate(of_ranks):
-            for section, score in own.items():
+        for rank, rank_scores in enumerate(of_ranks):
+            for section, score in rank_scores.items():
                 if score >= LIMIT:
                     continue
                 # Report a rank once, when it has been slow in WINDOWS consecutive windows.
@@ -119,7 +119,9 @@ class Stragglers:
                     host = self.hosts[rank]
                     stragglers.append(Straggler(rank, host, section, score, spent, best))
         self._slow_windows = low
-        worst = min((score for own in of_ranks for score in own.values()), default=1.0)
+        worst = min(
+            (score for rank_scores in of_ranks for score in rank_scores.values()), default=1.0
+        )
         return {"perf/straggler_score": worst}, stragglers
 
 

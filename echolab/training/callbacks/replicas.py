@@ -89,9 +89,9 @@ def check_replicas(named: Mapping[str, Tensor], state: str = "") -> None:
     equal.
     """
     values = digests(named)
-    own = _combined_hash(state, values, named)
+    local_hash = _combined_hash(state, values, named)
     # Reduce the largest and smallest hash at once: they are equal if all hashes are.
-    highest, lowest = distributed.largest([own, -own])
+    highest, lowest = distributed.largest([local_hash, -local_hash])
     if highest == -lowest:
         return
     parts = {
@@ -107,15 +107,17 @@ def check_replicas(named: Mapping[str, Tensor], state: str = "") -> None:
 
 def difference(parts: list[dict[str, str]], states: list[str]) -> str:
     """Describe the difference between ranks, given each rank's hashes by name and its state."""
-    names = dict.fromkeys(name for own in parts for name in own)
+    names = dict.fromkeys(name for hashes in parts for name in hashes)
     differing = {
-        n: s for n in names if (s := describe_outliers([own.get(n, "missing") for own in parts]))
+        n: s
+        for n in names
+        if (s := describe_outliers([hashes.get(n, "missing") for hashes in parts]))
     }
     if describe_outliers(states):
         differing["state"] = describe_outliers(states)
-    first, who = next(iter(differing.items()))
-    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-    return f"{first}{more} is not the same on all ranks: {who}; {REMEDY}"
+    first, ranks = next(iter(differing.items()))
+    suffix = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"{first}{suffix} is not the same on all ranks: {ranks}; {REMEDY}"
 
 
 def describe_outliers(values: list[str]) -> str:
@@ -133,14 +135,14 @@ def describe_outliers(values: list[str]) -> str:
 
 def outlier_rank(values: list[str]) -> int | None:
     """Return the rank that differs from the majority; None unless exactly one rank differs."""
-    most, count = Counter(values).most_common(1)[0]
-    others = [rank for rank, value in enumerate(values) if value != most]
+    majority, count = Counter(values).most_common(1)[0]
+    others = [rank for rank, value in enumerate(values) if value != majority]
     return others[0] if len(others) == 1 and count > 1 else None
 
 
 def _format_ranks(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+    listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {listed}"
 
 
 def replicated(net: nn.Module) -> dict[str, Tensor]:
@@ -183,9 +185,11 @@ class Unchanged:
 
     def check(self, named: Mapping[str, Tensor]) -> None:
         """Raise ReplicaError on every rank if a tensor changed on any rank; collective."""
-        now = digests(named)
+        current = digests(named)
         changed = [
-            name for name in {**self.before, **now} if self.before.get(name) != now.get(name)
+            name
+            for name in {**self.before, **current}
+            if self.before.get(name) != current.get(name)
         ]
         if not distributed.largest([len(changed)])[0]:
             return

@@ -52,8 +52,8 @@ class ControlFiles:
         """Return the REQUESTS whose files exist, and FENCED if another process took over."""
         if time.monotonic() - self._checked >= POLL_SECONDS:
             self._checked = time.monotonic()
-            made = {name: self._change_time(name) for name in REQUESTS}
-            self._pending = {n for n, at in made.items() if at and self._handled.get(n) != at}
+            changed_at = {name: self._change_time(name) for name in REQUESTS}
+            self._pending = {n for n, at in changed_at.items() if at and self._handled.get(n) != at}
             with suppress(OSError):  # the next check may succeed
                 self._pending |= {"FENCED"} if self._fenced() else set()
         return self._pending
@@ -70,7 +70,7 @@ class ControlFiles:
         if distributed.rank() > 0:
             return
         for name in names:
-            path, made = self.folder / name, self._change_time(name)
+            path, changed_at = self.folder / name, self._change_time(name)
             self._pending.discard(name)
             try:
                 if path.is_dir() and not path.is_symlink():
@@ -78,10 +78,10 @@ class ControlFiles:
                 else:
                     path.unlink(missing_ok=True)
             except OSError as error:
-                if self._handled.get(name) != made:
+                if self._handled.get(name) != changed_at:
                     words = f"was acted upon, but cannot be removed ({describe_error(error)})"
                     print(f"echolab: {path}: {words}; remove it", file=sys.stderr, flush=True)
-                self._handled[name] = made
+                self._handled[name] = changed_at
 
 
 PAUSE_SECONDS = 1.0  # time between two checks whether the file PAUSE still exists

@@ -75,12 +75,12 @@ def read_share(
     # Every task uses the same clips, so that errors by task can be compared.
     places, size = places_of(clips, row, rows), val_data.batch_size
     batches = []
-    for number, task in enumerate(val_data.tasks):
+    for task_index, task in enumerate(val_data.tasks):
         for first in range(0, len(places), size):
             part = places[first : first + size]
-            one = partial(read_clip, val_data.clips, task=task)
-            read = [reader.read(max(place, 0), one) for place in part]
-            rows_of = [number * clips + p if p != FILLS_UP else FILLS_UP for p in part]
+            read_task = partial(read_clip, val_data.clips, task=task)
+            read = [reader.read(max(place, 0), read_task) for place in part]
+            rows_of = [task_index * clips + p if p != FILLS_UP else FILLS_UP for p in part]
             batches.append((collate_clips(val_data.clips, read), rows_of))
     return Share(val_data.tasks, clips, batches)
 
@@ -110,7 +110,7 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
     """
     # Save all state that validation changes.
     modes = [(module, module.training) for module in net.modules()]
-    python, ours = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     gpus = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=gpus):
@@ -119,8 +119,8 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        random.setstate(python)
-        np.random.set_state(ours)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @torch.no_grad()
@@ -134,9 +134,9 @@ def held_out_errors(
     # Every validation uses the same noise, so that errors differ only by the weights.
     shape, keys = tuple(batch.latents.shape[1:]), batch.keys
     noise = draw_noise(keys, shape, seed=seed, epoch=-1).noise.to(batch.latents.device)
-    kept = noise.new_zeros(len(keys), 2)
+    uniforms = noise.new_zeros(len(keys), 2)
     columns = [
-        velocity_error(net, batch, Draws(noise, noise.new_full((len(keys),), s), kept), phases)
+        velocity_error(net, batch, Draws(noise, noise.new_full((len(keys),), s), uniforms), phases)
         for s in sigmas
     ]
     return torch.stack(columns, 1)
@@ -161,8 +161,8 @@ def _error_table(
         poll()
         with torch.autocast(device.type, cast, enabled=cast != torch.float32):
             errors = held_out_errors(net, on_device(batch, device), phases, sigmas, seed)
-        own = [i for i, place in enumerate(places) if place != FILLS_UP]
-        table[[places[i] for i in own]] = errors.cpu().double()[own]
+        counted = [i for i, place in enumerate(places) if place != FILLS_UP]
+        table[[places[i] for i in counted]] = errors.cpu().double()[counted]
     return table
 
 
@@ -243,8 +243,8 @@ class Validation(Callback):
         # Ranks that share a clip read the same row.
         self._share: Share | None = None
         if (val_data := config.val_data) and intervals.val_every:
-            together = config.machine.sequence_parallel
-            row, rows = distributed.rank() // together, distributed.world() // together
+            group_size = config.machine.sequence_parallel
+            row, rows = distributed.rank() // group_size, distributed.world() // group_size
             self._share = read_share(val_data, row, rows, config.reader_of(val_data.clips))
 
     def after_step(self, state: RunState) -> None:

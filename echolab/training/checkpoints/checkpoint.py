@@ -167,8 +167,11 @@ def _part_faults(checkpoint: Checkpoint) -> list[str]:
     powers = {part for part in averages if part.startswith(POWER)}
     # A checkpoint has all parts, a snapshot only the power averages.
     if set(checkpoint.parts) not in (expected, powers):
-        wanted, there = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
-        return [f"{checkpoint.path}: has the parts {there}, its state names {wanted}; {REMEDY}"]
+        expected_names, present = ", ".join(sorted(expected)), ", ".join(checkpoint.parts)
+        return [
+            f"{checkpoint.path}: has the parts {present}, "
+            f"its state names {expected_names}; {REMEDY}"
+        ]
     return [
         f"{checkpoint.path / MANIFEST}: {name} shares the values of {other}, which is not there; "
         f"{REMEDY}"
@@ -294,27 +297,28 @@ def check_adapters(checkpoint: Checkpoint, adapters: Mapping[str, Any] | None) -
 def _check_parameters(checkpoint: Checkpoint, masters: Masters) -> None:
     """Raise CheckpointError unless the checkpoint has exactly the trained parameters."""
     manifest, remedy = checkpoint.manifest, "give a checkpoint of this network"
-    there = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
-    for name in [*masters.shapes, *there]:
-        if masters.shapes.get(name) != there.get(name):
+    saved_shapes = {name: tuple(dims) for name, dims in manifest["parameters"].items()}
+    for name in [*masters.shapes, *saved_shapes]:
+        if masters.shapes.get(name) != saved_shapes.get(name):
             raise CheckpointError(
-                f"{checkpoint.path}: of another network: {name} is {there.get(name, 'missing')} "
-                f"there, {masters.shapes.get(name, 'missing')} here; {remedy}"
+                f"{checkpoint.path}: of another network: {name} is "
+                f"{saved_shapes.get(name, 'missing')} there, "
+                f"{masters.shapes.get(name, 'missing')} here; {remedy}"
             )
     for name in sorted({*masters.tied, *manifest["tied"]}):
-        here, was = masters.tied.get(name, "none"), manifest["tied"].get(name, "none")
-        if here != was:
+        current, saved = masters.tied.get(name, "none"), manifest["tied"].get(name, "none")
+        if current != saved:
             raise CheckpointError(
-                f"{checkpoint.path}: of another network: {name} shares the values of {was} there, "
-                f"of {here} here; {remedy}"
+                f"{checkpoint.path}: of another network: {name} shares the values of "
+                f"{saved} there, of {current} here; {remedy}"
             )
 
 
 def _check_averages(checkpoint: Checkpoint, ema: Ema) -> None:
-    there = [part for part in checkpoint.parts if part not in (MASTER, *MOMENTS)]
-    if sorted(there) != sorted(ema.parts):
+    saved = [part for part in checkpoint.parts if part not in (MASTER, *MOMENTS)]
+    if sorted(saved) != sorted(ema.parts):
         raise CheckpointError(
-            f"{checkpoint.path}: has the averages {', '.join(there)}, this run keeps "
+            f"{checkpoint.path}: has the averages {', '.join(saved)}, this run keeps "
             f"{', '.join(ema.parts)}; give optim.extra_ema_decays, optim.posthoc_ema_stds and "
             "objective.ref_model_sync_steps as they were, or another folder"
         )

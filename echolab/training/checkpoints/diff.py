@@ -43,12 +43,16 @@ def flatten(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def state_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return {"key", "a", "b"} for each entry that differs; omit "a" or "b" if it is missing."""
-    one, other = (
+    entries_a, entries_b = (
         dict(flatten({k: v for k, v in state.items() if k != ORIGIN})) for state in (a, b)
     )
     differences = []
-    for key in sorted(one.keys() | other.keys()):
-        values = {side: all_[key] for side, all_ in (("a", one), ("b", other)) if key in all_}
+    for key in sorted(entries_a.keys() | entries_b.keys()):
+        values = {
+            side: entries[key]
+            for side, entries in (("a", entries_a), ("b", entries_b))
+            if key in entries
+        }
         # An entry that exists on only one side is a difference too.
         if len(values) < 2 or not _is_equal(values["a"], values["b"]):
             differences.append({"key": key, **values})
@@ -66,12 +70,12 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[TensorDifferenc
             yield TensorDifference(part, "*", f"only in {'a' if part in a.parts else 'b'}")
             continue
         # The files are memory-mapped: a tensor is read only when it is compared.
-        one, other = a.tensors(part), b.tensors(part)
-        for name in sorted({*one, *other}):
-            if name not in one or name not in other:
-                where = "a" if name in one else "b"
-                yield TensorDifference(part, name, f"only in {where}")
-            elif difference := _compare_tensors(part, name, one[name], other[name]):
+        tensors_a, tensors_b = a.tensors(part), b.tensors(part)
+        for name in sorted({*tensors_a, *tensors_b}):
+            if name not in tensors_a or name not in tensors_b:
+                side = "a" if name in tensors_a else "b"
+                yield TensorDifference(part, name, f"only in {side}")
+            elif difference := _compare_tensors(part, name, tensors_a[name], tensors_b[name]):
                 yield difference
 
 

@@ -91,17 +91,17 @@ def set_aside(folder: Path, step: int) -> Path | None:
     The newest is moved first, so that after a kill the run resumes from the newest checkpoint that
     was not moved.  Return the new folder, or None if there was nothing to move; raise OSError.
     """
-    newer = [other for other in saved_steps(folder) if other > step]
+    newer = [newer_step for newer_step in saved_steps(folder) if newer_step > step]
     if not newer:
         return None
     # Use a new folder each time, so that earlier rollbacks are not overwritten.
-    numbers = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
-    to = folder / f"{ASIDE}{max(numbers, default=0) + 1}"
-    to.mkdir()
-    for other in newer:
-        path = folder_of(folder, other)
-        path.rename(to / path.name)
-    return to
+    indices = [int(path.name.removeprefix(ASIDE)) for path in folder.glob(f"{ASIDE}*")]
+    target = folder / f"{ASIDE}{max(indices, default=0) + 1}"
+    target.mkdir()
+    for newer_step in newer:
+        path = folder_of(folder, newer_step)
+        path.rename(target / path.name)
+    return target
 
 
 SNAPSHOTS = "snapshots"
@@ -148,7 +148,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
 
     Raise CheckpointError if the run kept no power averages, or a snapshot is damaged.
     """
-    wanted = Profile(exponent_of(sigma), newest.state["ema"]["updates"])
+    requested = Profile(exponent_of(sigma), newest.state["ema"]["updates"])
     sources = _power_averages(newest)
     if not sources:
         raise CheckpointError(
@@ -156,7 +156,7 @@ def average_of_width(newest: Checkpoint, sigma: float) -> dict[str, Tensor]:
             "optim.posthoc_ema_stds=[0.05,0.1] and snapshot_every"
         )
     # Express the requested profile as a linear combination of the saved profiles.
-    shares = coefficients([profile for _, _, profile in sources], wanted)
+    shares = coefficients([profile for _, _, profile in sources], requested)
     opened = [checkpoint.tensors(part) for checkpoint, part, _ in sources]
     return {name: _weighted_sum(opened, shares, name) for name in opened[-1]}
 

@@ -18,9 +18,9 @@ SUM_TOLERANCE = 1e-6  # allowed deviation from 1 of the sum of task probabilitie
 
 
 def _fault(value: Any, name: str, expected: str) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-    return f"{name} is {shown}, must be {expected}"
+    excerpt = repr(value)
+    excerpt = excerpt if len(excerpt) <= SHOWN else f"{excerpt[:SHOWN]}..."
+    return f"{name} is {excerpt}, must be {expected}"
 
 
 def integer(least: int = 0) -> Check:
@@ -72,8 +72,8 @@ def items(each: Check) -> Check:
         if not isinstance(value, list):
             yield _fault(value, name, "a list")
             return
-        for position, one in enumerate(value):
-            yield from each(one, f"{name}[{position}]")
+        for position, item in enumerate(value):
+            yield from each(item, f"{name}[{position}]")
 
     return check
 
@@ -98,10 +98,10 @@ def mapping(values: Check, *keys: str) -> Check:
         if not isinstance(value, dict):
             yield _fault(value, name, "a mapping")
             return
-        for key, one in value.items():
+        for key, entry in value.items():
             if keys and key not in keys:
                 yield f"{name} has the key {key!r}, must be one of {', '.join(keys)}"
-            yield from values(one, f"{name}.{key}")
+            yield from values(entry, f"{name}.{key}")
 
     return check
 
@@ -114,10 +114,10 @@ def fields(required: Mapping[str, Check], **optional: Check) -> Check:
             yield _fault(value, name, "a mapping")
             return
         # Allow unknown keys, since a newer version may add some.
-        for key, one in {**required, **optional}.items():
+        for key, check_entry in {**required, **optional}.items():
             full = f"{name}.{key}" if name else key
             if key in value:
-                yield from one(value[key], full)
+                yield from check_entry(value[key], full)
             elif key in required:
                 yield f"{full} is missing"
 

@@ -47,11 +47,11 @@ def _partition_names(shapes: Shapes, files: int) -> list[list[str]]:
     """Split the names, in order, into at most `files` groups of about equal total size."""
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
     # A parameter belongs to the group that contains the middle of its values.
-    total, before = max(1, sum(sizes.values())), 0
+    total, offset = max(1, sum(sizes.values())), 0
     runs: dict[int, list[str]] = {}
     for name, size in sizes.items():
-        runs.setdefault(min(files - 1, (before + size // 2) * files // total), []).append(name)
-        before += size
+        runs.setdefault(min(files - 1, (offset + size // 2) * files // total), []).append(name)
+        offset += size
     return list(runs.values())
 
 
@@ -72,12 +72,12 @@ def layout(shapes: Shapes, parts: Sequence[str], *, world: int, shard_bytes: int
     runs = _partition_names(shapes, count)
     files: list[File] = []
     for part in parts:
-        for number, names in enumerate(runs, 1):
+        for index, names in enumerate(runs, 1):
             starts, count = {}, 0
             for name in names:
                 starts[name] = count
                 count += math.prod(shapes[name])
-            name = f"{part}-{number:05d}-of-{len(runs):05d}.safetensors"
+            name = f"{part}-{index:05d}-of-{len(runs):05d}.safetensors"
             writer = len(files) * writers // (len(parts) * len(runs)) * world // writers
             files.append(File(name, part, starts, count, writer))
     return files
@@ -119,8 +119,8 @@ def _reduce_window(
             begin = start + piece.start
             low, high = max(begin, first), min(begin + piece.numel, last)
             if low < high:
-                own = values(flats, piece)[low - begin : high - begin]
-                bits[low - first : high - first].copy_(own.view(torch.int32), non_blocking=True)
+                held = values(flats, piece)[low - begin : high - begin]
+                bits[low - first : high - first].copy_(held.view(torch.int32), non_blocking=True)
     # Exactly one rank holds each value and the others add zero, so the sum is the value.
     if distributed.world() > 1:
         dist.reduce(bits, dst=file.writer)

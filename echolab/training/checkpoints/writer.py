@@ -47,8 +47,8 @@ class Fault(NamedTuple):
     @property
     def remedy(self) -> str:
         """Remedy for the error message."""
-        place = "see to that file system" if self.passing else "make room there"
-        return f"{place} and run the same command again"
+        action = "see to that file system" if self.passing else "make room there"
+        return f"{action} and run the same command again"
 
     def raise_together(self) -> None:
         """Raise the first rank's fault on every rank; collective."""
@@ -59,8 +59,8 @@ class Fault(NamedTuple):
 def fault_of(error: Exception) -> Fault:
     """Convert an exception to a Fault; a file system error may be temporary, a full disk is not."""
     if isinstance(error, OSError) and error.errno and error.errno not in FULL:
-        place = f"{error.filename}: " if error.filename else ""
-        return Fault(f"{place}{describe_error(error)}", "yes")
+        location = f"{error.filename}: " if error.filename else ""
+        return Fault(f"{location}{describe_error(error)}", "yes")
     return Fault(str(error), "")
 
 
@@ -249,14 +249,16 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         started = time.monotonic()
-        own = {"files": self._receipts, "fault": self._fault, "spent": self._save_seconds}
+        report = {"files": self._receipts, "fault": self._fault, "spent": self._save_seconds}
         # Exchange faults and receipts, so that all ranks know of any fault.
-        reports = [json.loads(text) for text in distributed.gather_text(json.dumps(own))]
-        fault = next((f for one in reports if (f := Fault(*one["fault"])).words), Fault("", ""))
+        reports = [json.loads(text) for text in distributed.gather_text(json.dumps(report))]
+        faults = [Fault(*report["fault"]) for report in reports]
+        fault = next((fault for fault in faults if fault.words), Fault("", ""))
         if distributed.rank() == 0:
             try:
                 if not fault.words:
-                    self._publish({name: r for one in reports for name, r in one["files"].items()})
+                    files = [report["files"] for report in reports]
+                    self._publish({name: r for by_name in files for name, r in by_name.items()})
             except OSError as error:
                 fault = fault_of(error)
             # Remove the partial folder; earlier checkpoints are kept.
@@ -267,8 +269,8 @@ class CheckpointWriter:
                     f" it, earlier checkpoints are whole; {fault.remedy}"
                 )
         fault.raise_together()
-        spent = max(one["spent"] for one in reports) + time.monotonic() - started
-        self.seconds = max(self.seconds, spent)
+        duration = max(report["spent"] for report in reports) + time.monotonic() - started
+        self.seconds = max(self.seconds, duration)
         return self._path
 
     def _publish(self, receipts: dict[str, Receipt]) -> None:
@@ -330,10 +332,10 @@ def check_room(folder: Path, needed: int, files: int = 20) -> None:
     # f_bavail and f_favail exclude what is reserved for the superuser.
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
-    wanted = int(needed * SPARE)
-    if free < wanted:
+    required = int(needed * SPARE)
+    if free < required:
         raise SaveError(
-            f"{folder}: a checkpoint needs {wanted:,} bytes, {free:,} are free; make room, or "
+            f"{folder}: a checkpoint needs {required:,} bytes, {free:,} are free; make room, or "
             "give another run folder"
         )
     if disk.f_files and disk.f_favail < files:  # f_files is 0 if inodes are not limited

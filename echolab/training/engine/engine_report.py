@@ -123,15 +123,15 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     module: Any = trainer.lightning_module
     engine: Any = trainer.strategy.model
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    together, attention = _sequence_ranks(net)
+    sequence_parallel, attention = _sequence_ranks(net)
     # DeepSpeed accumulates gradients itself; otherwise Lightning does.
     blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
     accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
     return Plan(
         strategy=strategy,
         world=world,
-        data_parallel=world // together,
-        sequence_parallel=together,
+        data_parallel=world // sequence_parallel,
+        sequence_parallel=sequence_parallel,
         accumulation=accumulation,
         clip=float(wrapper.clip_grad if zero else module.optim.max_grad_norm * module.clip_here),
         optimizer=type(masters.optimizer).__name__,

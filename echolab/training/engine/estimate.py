@@ -95,12 +95,12 @@ def _partitioned(
 ) -> State:
     groups = _optimizer_groups(trained)
     padded = sum(_round_up(sum(p.numel for p in group), 2 * world) for group in groups)
-    own = padded // world
+    per_rank = padded // world
     return State(
         weights=size * (padded + sum(p.numel for p in frozen)),
-        gradients=size * (sum(p.numel for p in trained) if stage == 1 else own),
-        optimizer=3 * FP32 * own + FP32 * len(groups),
-        ema=FP32 * own,
+        gradients=size * (sum(p.numel for p in trained) if stage == 1 else per_rank),
+        optimizer=3 * FP32 * per_rank + FP32 * len(groups),
+        ema=FP32 * per_rank,
         buffers=2 * BUCKET * size,
     )
 
@@ -109,15 +109,15 @@ def _sharded(
     trained: Sequence[Parameter], frozen: Sequence[Parameter], stage: int, world: int, size: int
 ) -> State:
     del stage
-    own = sum(_round_up(p.numel, world) // world for p in trained)
-    rest = sum(_round_up(p.numel, world) // world for p in frozen)
-    kept = sum(p.numel for p in [*trained, *frozen] if p.numel <= PERSISTENT)
+    trained_numel = sum(_round_up(p.numel, world) // world for p in trained)
+    frozen_numel = sum(_round_up(p.numel, world) // world for p in frozen)
+    persistent_numel = sum(p.numel for p in [*trained, *frozen] if p.numel <= PERSISTENT)
     return State(
-        weights=size * (own + rest + kept),
-        gradients=size * own,
-        optimizer=3 * FP32 * own
+        weights=size * (trained_numel + frozen_numel + persistent_numel),
+        gradients=size * trained_numel,
+        optimizer=3 * FP32 * trained_numel
         + FP32 * len(_optimizer_groups(trained)),  # masters also where all is fp32
-        ema=FP32 * own,
+        ema=FP32 * trained_numel,
         buffers=BUCKET * size,
     )
 
@@ -167,10 +167,10 @@ def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
         "smaller model",
     }
     # Skip unknown sizes.
-    for place, bytes_, size in (("a GPU", needed.gpu, gpu), ("this node", needed.host, host)):
+    for location, bytes_, size in (("a GPU", needed.gpu, gpu), ("this node", needed.host, host)):
         if size is not None and bytes_ > USABLE * size:
             raise ConfigError(
                 f"memory: weights, gradients, optimizer, averages and buffers need "
-                f"{bytes_ / GIB:.1f} GiB, {place} has {size / GIB:.1f} GiB, of which "
-                f"{USABLE:.0%} may be used; {remedies[place]}"
+                f"{bytes_ / GIB:.1f} GiB, {location} has {size / GIB:.1f} GiB, of which "
+                f"{USABLE:.0%} may be used; {remedies[location]}"
             )

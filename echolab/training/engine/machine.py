@@ -76,15 +76,15 @@ def conflict(machine: Machine) -> str | None:
     if fault := _unknown_choice(machine):
         return fault
     # Several ranks need a distributed strategy.
-    world, together = machine.world, machine.sequence_parallel
+    world, group_size = machine.world, machine.sequence_parallel
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
             f"trainer.strategy={machine.strategy}: not for {world} ranks; "
             f"take {'ddp, zero1, zero2 or zero3' if world > 1 else 'trainer.devices=1'}"
         )
-    if together < 1 or world % together:
+    if group_size < 1 or world % group_size:
         return (
-            f"trainer.sequence_parallel={together}: must divide the number of ranks, {world}; "
+            f"trainer.sequence_parallel={group_size}: must divide the number of ranks, {world}; "
             "take 1, or another number of ranks"
         )
     if fault := _offload_conflict(machine):
@@ -129,10 +129,10 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: M
     # A group of ranks that share clips counts once.
     groups = machine.world // machine.sequence_parallel
     micro = micro_batch_size or max(1, batch_size // groups)
-    least = groups * micro
-    if batch_size < 1 or micro < 1 or batch_size % least:
+    multiple = groups * micro
+    if batch_size < 1 or micro < 1 or batch_size % multiple:
         raise ConfigError(
             f"batch_size={batch_size}: not a multiple of {groups} ranks x micro_batch_size={micro};"
-            f" take {max(1, -(-batch_size // least)) * least}, or another micro_batch_size"
+            f" take {max(1, -(-batch_size // multiple)) * multiple}, or another micro_batch_size"
         )
-    return batch_size // least
+    return batch_size // multiple

@@ -178,8 +178,8 @@ class Masters:
     def unshow(self, saved: list[Tensor]) -> None:
         """Restore the network's weights from `snapshot`, bit-exactly."""
         # Copy the saved bits, since `show` may have rounded values.
-        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
-            parameter.data.copy_(kept)
+        for parameter, saved_weight in zip(self.parameters.values(), saved, strict=True):
+            parameter.data.copy_(saved_weight)
 
 
 class PartitionedMasters(Masters):
@@ -198,9 +198,14 @@ class PartitionedMasters(Masters):
             # DeepSpeed links each 16-bit parameter to its part of the fp32 partition.
             mapping = getattr(parameter, "_hp_mapping", None)  # None: held by other ranks
             if mapping is not None:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                fp32_address, bf16_address = (
+                    mapping.hp_fragment_address,
+                    mapping.lp_fragment_address,
+                )
                 group = mapping.param_group_index
-                pieces.append(Piece(name, group, here.start, there.start, here.numel))
+                pieces.append(
+                    Piece(name, group, fp32_address.start, bf16_address.start, fp32_address.numel)
+                )
         return pieces
 
 
@@ -241,8 +246,8 @@ class ShardedMasters(Masters):
     def unshow(self, saved: list[Tensor]) -> None:
         # `show` also brings all parameters back into ZeRO's partitioned state.
         self.show(self.local)
-        for parameter, kept in zip(self.parameters.values(), saved, strict=True):
-            parameter.ds_tensor.data.copy_(kept)
+        for parameter, saved_weight in zip(self.parameters.values(), saved, strict=True):
+            parameter.ds_tensor.data.copy_(saved_weight)
 
 
 def values(flats: Sequence[Tensor], piece: Piece) -> Tensor:

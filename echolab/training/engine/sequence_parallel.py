@@ -59,12 +59,12 @@ class _Gather(torch.autograd.Function):
 
 def sequence_group(count: int) -> Any:
     """Return the group of `count` consecutive ranks with this rank; all ranks must call it."""
-    own = None
+    own_group = None
     for first in range(0, dist.get_world_size(), count):
         group = dist.new_group(range(first, first + count))
         if first <= dist.get_rank() < first + count:
-            own = group
-    return own
+            own_group = group
+    return own_group
 
 
 class SequenceSplit:

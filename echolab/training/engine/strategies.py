@@ -92,7 +92,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         if self.precision_plugin.precision == "32-true":
             return super()._setup_model_and_optimizer(model, *given)
         # References suffice: rounding allocates new memory and does not change these tensors.
-        first = {
+        unrounded = {
             name: parameter.detach().float()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
@@ -100,7 +100,7 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         engine, zero = super()._setup_model_and_optimizer(model, *given)
         # The masters were copied from the rounded weights: set them again.
         masters = masters_of(model, zero)
-        masters.fill(masters.local, first)
+        masters.fill(masters.local, unrounded)
         return engine, zero
 
 

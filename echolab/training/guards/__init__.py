@@ -1,1 +1,1 @@
-"""What watches over the steps: spikes, replicas, slow ranks, memory; and how a run goes back."""
+"""Detection of loss spikes, the host memory limit, and the event log of a run."""

@@ -46,11 +46,11 @@ def append(folder: Path, step: int, kind: str, **details: Any) -> Event:
     head = {name: value for name, value in event._asdict().items() if name != "details"}
     # Mask secrets, which messages may contain.
     line = json.dumps(mask_values({**head, **details}), allow_nan=False) + "\n"
-    new = not path.exists()
+    is_new = not path.exists()
     append_text(path, line, patient=True)
     try:
         retry(lambda: fsync(path))
-        if new:
+        if is_new:
             retry(lambda: fsync(folder))
     except OSError as error:
         raise write_error(path, error) from error
@@ -69,7 +69,7 @@ def read(folder: Path) -> list[Event]:
         return []
     events = []
     # A line that is not valid JSON is incomplete; all other lines must be events.
-    for number, line in enumerate(text.splitlines(), 1):
+    for line_number, line in enumerate(text.splitlines(), 1):
         try:
             details = json.loads(line)
         except ValueError:
@@ -79,7 +79,7 @@ def read(folder: Path) -> list[Event]:
             events.append(Event(**head, details=details))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}: line {number} is no event ({error!r}); put back the file as it was"
+                f"{path}: line {line_number} is no event ({error!r}); put back the file as it was"
             ) from error
     return events
 
@@ -91,8 +91,8 @@ class History:
         """Read the events on rank 0 and send them to all ranks; collective."""
         self.folder = folder
         # Only rank 0 reads, since a shared disk may show new lines to other ranks later.
-        own = read(folder) if distributed.rank() == 0 else []
-        details = distributed.gather_text(json.dumps([list(event) for event in own]))[0]
+        local_events = read(folder) if distributed.rank() == 0 else []
+        details = distributed.gather_text(json.dumps([list(event) for event in local_events]))[0]
         self.events = [Event(*event) for event in json.loads(details)]
 
     @property

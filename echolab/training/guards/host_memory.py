@@ -59,8 +59,8 @@ def free(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     lines = (_read_text(proc / "meminfo") or "").splitlines()
     # The smallest remainder of node and cgroups applies.
     node = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    left = [max(0, limit - taken) for limit, taken in _cgroup_limits(proc, cgroups)]
-    return min([*node, *left])
+    remaining = [max(0, limit - usage) for limit, usage in _cgroup_limits(proc, cgroups)]
+    return min([*node, *remaining])
 
 
 def capacity(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
@@ -83,19 +83,19 @@ def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
             limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        own = root / path.lstrip("/")
+        own_group = root / path.lstrip("/")
         # Limits of parent groups apply too; in a container the path may be that of the host.
-        for group in [own, *own.parents]:
+        for group in [own_group, *own_group.parents]:
             if group.is_relative_to(root):
                 yield from _limit_and_usage(group, limit, usage, cache)
 
 
 def _limit_and_usage(group: Path, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
-    most, taken = _read_text(group / limit), _read_text(group / usage)
-    if most and taken and most.strip() != "max":
+    limit_text, usage_text = _read_text(group / limit), _read_text(group / usage)
+    if limit_text and usage_text and limit_text.strip() != "max":
         stat = (line.split() for line in (_read_text(group / "memory.stat") or "").splitlines())
         cached = next((int(value) for name, value in stat if name == cache), 0)
-        yield int(most), int(taken) - cached
+        yield int(limit_text), int(usage_text) - cached
 
 
 def _read_text(path: Path) -> str | None:

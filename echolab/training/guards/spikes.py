@@ -78,22 +78,22 @@ class Spike(NamedTuple):
     @property
     def reason(self) -> str:
         """A description of the spike, for messages."""
-        what = f"step {self.step} ({self.kind}): {self.measure.replace('_', ' ')} {self.value:g}"
+        subject = f"step {self.step} ({self.kind}): {self.measure.replace('_', ' ')} {self.value:g}"
         if not self.finite:
-            return f"{what} is not finite"
-        return f"{what}, usually {self.usual:g}: {self.deviations:.1f} robust deviations above"
+            return f"{subject} is not finite"
+        return f"{subject}, usually {self.usual:g}: {self.deviations:.1f} robust deviations above"
 
     def details(self) -> dict[str, Any]:
         """Return the details for an event, as JSON."""
         # Strict JSON has no NaN and infinity: write them as text or null.
         usual = None if math.isnan(self.usual) else self.usual
-        numbers = (
+        numeric = (
             {"value": self.value, "deviations": self.deviations}
             if self.finite
             else {"value": str(self.value), "deviations": None}
         )
-        words = {"epoch_kind": self.kind, "measure": self.measure, "reason": self.reason}
-        return {**words, "usual": usual, **numbers}
+        texts = {"epoch_kind": self.kind, "measure": self.measure, "reason": self.reason}
+        return {**texts, "usual": usual, **numeric}
 
 
 def scale_of(window: Sequence[float]) -> float:
