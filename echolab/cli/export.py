@@ -72,6 +72,9 @@ class ExportArguments:
             raise ConfigError(
                 f"out={self.out}: must end in .safetensors, or have no suffix for a folder"
             )
+
+    def check_source(self) -> None:
+        """Raise ConfigError unless there is a run, a checkpoint, or a model of this name."""
         # Released weights need the name of their architecture; a run records its architecture.
         if self.model is not None:
             architecture_of(self.model)
@@ -85,8 +88,9 @@ def main(argv: list[str]) -> int:
     """Parse and check the arguments, then export."""
     arguments = parse(ExportArguments, argv, command="echolab export", positional=("source",))
     arguments.check()
-    check_exists(arguments, "source")
     check_writable(arguments.out, folder=not arguments.out.suffix)
+    arguments.check_source()
+    check_exists(arguments, "source")
     export(arguments)
     return 0
 

@@ -429,9 +429,10 @@ def check_dataset(key: str, folder: Path, kind: str) -> None:
 
 def generate(argv: list[str]) -> int:
     """Generate a talking video."""
-    # Check arguments, then files, before torch is imported.
+    # Check arguments, then output and inputs, before torch is imported.
     arguments = parse(GenerateArguments, argv, command="echolab generate")
     arguments.check()
+    check_writable(arguments.out)
     arguments.check_files()
     from echolab.inference.generate import generate_video
 
@@ -463,8 +464,8 @@ def pairs(argv: list[str]) -> int:
     """Run one action of a preference round and print a summary."""
     command = "echolab pairs"
     arguments = parse(PairsArguments, argv, command=command, positional=("action", "folder"))
-    arguments.check()
     check_writable(arguments.folder, folder=True)
+    arguments.check()
     from echolab.inference.pairs import pack, sample, score
 
     # Run the action, which returns the number of items that it made.
@@ -483,9 +484,9 @@ def fit(argv: list[str]) -> int:
     arguments = parse(FitArguments, argv, command=command, positional=("network", "data", "out"))
     if arguments.vae and arguments.network != "sync":
         raise ConfigError(f"vae={arguments.vae}: is for the network sync; leave it out")
+    check_writable(arguments.out)
     check_dataset("data", arguments.data, "raw")
     check_exists(arguments, "vae")
-    check_writable(arguments.out)
     from echolab.inference.fit import fit_network, read_clips
 
     # Fit, then print the last loss.

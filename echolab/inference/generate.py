@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from echolab.atomic_io import check_writable
 from echolab.config.folders import architecture_of
 from echolab.config.networks import (
     check_encoders,
@@ -66,8 +65,7 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
 
     With several devices, start a rank for each by the same command, whose words are `argv`.
     """
-    # Check files and sizes before anything is loaded.
-    check_writable(arguments.out)
+    # Check the length of the speech before anything is loaded.
     recipe, start = arguments.recipe(), time.monotonic()
     samples, frames = read_speech(arguments)
     frames_of(frames, recipe, arguments.long_video)
