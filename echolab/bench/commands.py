@@ -83,11 +83,11 @@ class StepArguments:
     variants: bool = argument("also audio, checkpointing, compile and each kernel", True)
     engine: bool = argument("measure the engine instead of the network", False)
     seed: int = argument("seed of weights and inputs", 0, ge=0)
-    pairs: int = argument("runs of each", 7, ge=1, section="How")
+    pairs: int = argument("measured runs of each network", 7, ge=1, section="How")
     # How it is measured.
     scratch: Path | None = argument("folder for runs", None, default_text="the system's")
     peak_tflops: float | None = argument(
-        "bf16 TFLOP/s of the GPU, for MFU", None, gt=0, default_text="that of its data sheet"
+        "bf16 TFLOP/s of the GPU, for MFU", None, gt=0, default_text="value of its data sheet"
     )
     format: Literal["table", "json"] = argument("output format", "table")
 
@@ -171,7 +171,7 @@ class DataArguments:
     frames: int = argument("frames of a drawn clip, 4n+1", 81)
     height: int = argument("pixels, multiple of 16", 480)
     width: int = argument("pixels, multiple of 16", 832)
-    rounds: int = argument("runs of each", 5, ge=1)
+    rounds: int = argument("measured runs of each reader", 5, ge=1)
     scratch: Path | None = argument("folder for drawn shards", None, default_text="the system's")
     format: Literal["table", "json"] = argument("output format", "table")
 

@@ -1,6 +1,6 @@
 """Rows of `echolab bench step` for the engine: the cost of training compared with a bare step.
 
-The bare step is what a short script would do with the same network, batches and optimizer: draw,
+The bare step is the step of a short script with the same network, batches and optimizer: draw,
 forward, backward, clip, AdamW, average.  The engine is a run of `echolab train`, built from
 the same settings by the same builder.
 """

@@ -89,7 +89,7 @@ def print_estimate(arguments: EstimateArguments) -> None:
 
 def prepare(arguments: EstimateArguments, net: nn.Module) -> None:
     """Apply adapters and activation checkpointing as training does."""
-    # Adapters freeze the base; recomputation changes what is kept.
+    # Adapters freeze the base; checkpointing changes which activations are stored.
     if arguments.lora != "none":
         add_adapters(net, Lora(TARGETS[arguments.lora], arguments.lora_rank), seed=0)
     if arguments.activation_checkpointing in KEPT:

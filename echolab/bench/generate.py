@@ -38,7 +38,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     net = network(arguments, architecture)
     half = (arguments.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     measured: set[int] = set()
-    # Memory depends on the window alone, time on all three.
+    # Memory depends only on the window; time depends on solver, steps and window.
     for recipe in wanted:
         name = f"{recipe.solver}/steps={recipe.num_steps}/window={recipe.window}"
         say(f"measuring {name}")

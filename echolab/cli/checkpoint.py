@@ -32,7 +32,7 @@ class DiffArguments:
     """Compare two checkpoints; exit code 0 if every tensor and counter is bit-equal, else 1."""
 
     a: Path = argument(CHECKPOINT)
-    b: Path = argument("the other, likewise")
+    b: Path = argument("second checkpoint, or a run for its newest")
     format: Literal["text", "json"] = argument("output format", "text")
 
 

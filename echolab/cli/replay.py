@@ -30,7 +30,7 @@ class ReplayArguments:
     clips: tuple[str, ...] = argument(
         "data.clips, if their addresses hold secrets that ${oc.env:NAME} did not give", ()
     )
-    pairs: tuple[str, ...] = argument("data.pairs, likewise", ())
+    pairs: tuple[str, ...] = argument("data.pairs, for the same reason", ())
     env: tuple[str, ...] = argument("environment variables that the run's settings may read", ())
     format: Literal["text", "json"] = argument("output format", "text")
 

@@ -27,21 +27,21 @@ usage: echolab train [experiment=NAME] [GROUP=CHOICE ...] [key=value ...]
 
 Train a run in the folder run_dir. The same command resumes a run or a sweep that was stopped."""
 OPTIONS = {
-    "-m, --multirun": "sweep: values separated by commas are trained one after the other, or by "
-    "launcher=slurm as jobs; may stand anywhere",
+    "-m, --multirun": "sweep: train all comma-separated values, one after another or with "
+    "launcher=slurm as jobs; may be anywhere on the command line",
     "--config-dir PATH": "folder of your own YAML files, searched before those of echolab: "
     "PATH/experiment/mine.yaml is experiment=mine",
     "--cfg job [--package KEY]": "print the composed settings and exit",
 }
 FOOTER = """\
-Paths and texts (run_dir, data.clips, pretrained, logger.project, ...) are taken as typed, with
-spaces, = # ( ~ , and all else in them. Only null, ${...}, [lists] of datasets and text in quotes
-of its own are special: "run_dir='null'" is the text null. In a sweep commas separate values:
+Paths and texts (run_dir, data.clips, pretrained, logger.project, ...) are used as typed, with
+spaces, = # ( ~ , and any other characters. Only null, ${...}, [lists] of datasets and quoted text
+are special: "run_dir='null'" is the text null. In a sweep commas separate values:
 "pretrained='a,b',c" is two. All other settings follow Hydra's grammar for overrides.
 hydra.launcher.* sets how Slurm jobs are submitted (conf/launcher/slurm.yaml)."""
 GROUP_MEANINGS = {
-    "experiment": "recipe: sets all that it needs; name it first",
-    "debug": "changes any experiment to a small trial",
+    "experiment": "recipe that sets other groups and keys; give it first",
+    "debug": "changes any experiment into a small trial",
 }
 SHOWN_DEFAULT = 40  # characters
 

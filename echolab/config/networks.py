@@ -318,7 +318,7 @@ def reference_of(config: Mapping[str, Any], own: Adapted | None, pinned: Path | 
 
 
 def check_base(weights: str | None, initial: Path | None) -> None:
-    """Raise ConfigError for adapters on a network of random values, whose gradients are all 0."""
+    """Raise ConfigError for adapters on a randomly initialized network, whose gradients are 0."""
     if not weights and not initial:
         raise ConfigError(
             "lora.target_modules: adapters need a trained base, and without one all their "

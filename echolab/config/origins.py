@@ -62,7 +62,7 @@ def checkpoints_from(config: Mapping[str, Any]) -> tuple[Path | None, Path | Non
 def origins_from(
     config: Mapping[str, Any], initial: Path | None, reference: Path | None
 ) -> dict[str, Any]:
-    """Return the origins of a run by setting; files are hashed by rank 0 alone, {} on others."""
+    """Return the origins of a run by setting; only rank 0 hashes files, other ranks return {}."""
     # Hash large files only once.
     if run_dir.rank_from_environment():
         return {}

@@ -76,8 +76,8 @@ class Model(Section):
     # Sizes of the transformer.
     dim: Size = Field(description="width of the network")
     ffn_dim: Size = Field(description="width of the feed-forward layers")
-    num_heads: Size = Field(description="heads of attention; twice as many must divide dim")
-    num_layers: Size = Field(description="blocks")
+    num_heads: Size = Field(description="attention heads; 2 x num_heads must divide dim")
+    num_layers: Size = Field(description="number of transformer blocks")
     in_channels: Size = Field(
         description="channels of the input: out_channels; with known pixels 2 x that + time_stride"
     )
@@ -87,23 +87,24 @@ class Model(Section):
     image_dim: Size | None = Field(description="width of the image features; null: no image branch")
     audio_dim: Size | None = Field(description="width of the audio features; null: no audio branch")
     freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2), NUMBER] = Field(
-        description="width of the timestep's sinusoids"
+        description="width of the sinusoidal timestep embedding"
     )
     # Settings with a default here may be missing in YAML files of users.
     audio_layers: Size | None = Field(
         default=None,
         description="wav2vec2 layers that Flash projects; null: the preview's audio projection",
     )
-    eps: Positive = Field(default=1e-6, description="added to variances by the norms")
+    eps: Positive = Field(default=1e-6, description="epsilon of the normalization layers")
     # Latent geometry: tokens, and the strides of the autoencoder.
     patch_size: Annotated[list[Size], Field(min_length=3, max_length=3)] = Field(
-        default=[1, WAN.patch, WAN.patch], description="latents of a token: frames, height, width"
+        default=[1, WAN.patch, WAN.patch], description="latents per token: frames, height, width"
     )
     time_stride: Size = Field(
-        default=WAN.time_stride, description="frames of a latent frame, by the video autoencoder"
+        default=WAN.time_stride, description="frames per latent frame of the video autoencoder"
     )
     space_stride: Size = Field(
-        default=WAN.space_stride, description="pixels of a latent, by the video autoencoder"
+        default=WAN.space_stride,
+        description="pixels per latent of the video autoencoder, in one direction",
     )
 
 
@@ -261,8 +262,8 @@ class Optim(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         description="decays of AdamW's first and second moment"
     )
-    eps: Positive = Field(description="added to the root of AdamW's second moment")
-    weight_decay: PositiveOrZero = Field(description="AdamW's decay of matrices")
+    eps: Positive = Field(description="epsilon of AdamW")
+    weight_decay: PositiveOrZero = Field(description="weight decay of AdamW, for matrices only")
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), NUMBER] = Field(
         description="limit of the gradient's norm; .inf: no limit"
     )
@@ -270,7 +271,7 @@ class Optim(Section):
     ema_decay: Fraction = Field(description="decay of the average that is evaluated and exported")
     extra_ema_decays: list[Fraction] = Field(description="decays of further averages")
     posthoc_ema_stds: list[Annotated[float, Field(ge=1e-4, lt=0.2886), NUMBER]] = Field(
-        description="widths of power averages, from which export makes one of any width"
+        description="relative widths of power averages, from which export makes any width"
     )
 
 
@@ -302,7 +303,7 @@ class Trainer(Section):
     # Kernels, memory and parallelism within a rank.
     zero3_shard_small: bool = Field(description="ZeRO 3 shards small tensors too: for tests")
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3"] = Field(
-        description="kernel of attention; auto: the fastest here"
+        description="attention kernel; auto: the fastest on this device"
     )
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
         description="blocks' activations: kept, recomputed except for attention, "
@@ -358,7 +359,7 @@ class LossSpike(Section):
         description="on a spike: record it, recompute from the last checkpoint, or roll back"
     )
     threshold: Positive = Field(
-        description="robust standard deviations above the median, from which a value is a spike"
+        description="robust standard deviations above the median from which a value is a spike"
     )
     window: Annotated[int, Field(ge=2, le=10**6), NUMBER] = Field(
         description="steps of the same kind that a step is compared with"

@@ -134,7 +134,7 @@ def sampling_of(arguments: EvaluateArguments) -> Sampling:
 
 
 class Sampler:
-    """A checkpoint's network, and what it needs to sample held-out clips."""
+    """A checkpoint's network with the dataset and autoencoder to sample held-out clips."""
 
     def __init__(self, arguments: EvaluateArguments, checkpoint: Path, truth: Clips) -> None:
         """Raise DataError or CheckpointError if clips, encoders and checkpoint do not match."""

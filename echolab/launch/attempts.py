@@ -126,7 +126,7 @@ def merge(
     verdict = Verdict(-1, RUNNING, "")
     if not running:
         verdict = _verdict(records, observations, lost, slurm_record)
-    # Section, step and stack are those of the root-cause rank, or of its node's first rank.
+    # Section, step and stack come from the root-cause rank, or from its node's first rank.
     observation = root_cause_observation(verdict.rank, verdict.cause, observations)
     record = next((r for r in records if verdict.rank in r.ranks), records[0])
     return Attempt(

@@ -14,7 +14,7 @@ from echolab.launch.launch_records import NodeRecord, newest_checkpoint
 from echolab.launch.restart_policy import Decision, decide
 from echolab.launch.run_dir import ATTEMPTS
 
-# Causes that the user can correct: the error message alone says how.
+# Causes that the user can correct: the error message explains how, without a traceback.
 USER_ERRORS = ("config", "data", "start", "refused", "diverged", "parity")
 LOG_LINES = 20
 FRAMES = 8  # frames of the stack trace that are printed
@@ -100,7 +100,7 @@ def summarize(run: Path, attempts: Sequence[Attempt], max_infrastructure: int) -
 
 
 def next_action(last: Attempt, decision: Decision, saved: int) -> str:
-    """Return what the user can do, preceded by the reason if a restart would not help.
+    """Return advice to the user, preceded by the reason if a restart would not help.
 
     `saved` is the step of the newest checkpoint on the disk.
     """

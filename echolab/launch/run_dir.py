@@ -30,8 +30,8 @@ from echolab.launch.lease import Lease
 
 FORMAT = 2  # version of run.json and of the records in attempts/; format 1 did not record it
 
-# Settings that may differ between attempts: they change how a run is executed and observed, and not
-# what is trained.
+# Settings that may differ between attempts: they change how a run is executed and observed, but
+# not the result of the training.
 MACHINE = (
     "run_dir", "trainer", "logger", "callbacks", "launcher", "timeouts", "micro_batch_size",
     "log_every", "save_every", "val_every", "replica_check_every", "snapshot_every",

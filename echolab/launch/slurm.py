@@ -161,7 +161,7 @@ def submit(
     import submitit
     from submitit.core.utils import FailedJobError
 
-    # Translate the settings of Hydra's launcher into those of submitit.
+    # Translate the settings of Hydra's launcher into parameters of submitit.
     settings = {key: value for key, value in parameters.items() if value is not None}
     folder, timeouts = settings.pop("submitit_folder"), settings.pop("max_num_timeout", 0)
     settings["setup"] = [CPUS_FOR_SRUN, NO_WORKING_FOLDER, *settings.get("setup", ())]

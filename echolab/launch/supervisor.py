@@ -1,7 +1,7 @@
 """Supervisor: start the ranks of this node, monitor them, end them, and record the cause.
 
-The supervisor is a small process that imports no torch, communicates with its ranks by signals and
-small files alone, and joins no collective.  It can therefore report any failure of a rank.
+The supervisor is a small process that imports no torch, communicates with its ranks only by signals
+and small files, and joins no collective.  It can therefore report any failure of a rank.
 """
 
 import os

@@ -113,7 +113,7 @@ def write_again(out: Path) -> None:
     kept = out.with_suffix(".json")
     try:
         given = json.loads(kept.read_text(encoding="utf-8"))
-        # Paths must stay in the folder, values must have their types.
+        # Paths must lie in the folder, values must have their types.
         runs = {name: inside(out.parent, path) for name, path in given["runs"].items()}
         videos = [
             Video(
@@ -192,7 +192,7 @@ def _clip(video: Video) -> str:
     if content is None or content[4:8] != b"ftyp":
         fault = "not found" if content is None else "not an mp4 file"
         raise MediaError(f"{video.path}: {fault}; remove it, or write the video again")
-    # The page embeds the video, so that it can be sent alone.
+    # Embed the video, so that the page is a single file.
     data = base64.b64encode(content).decode("ascii")
     caption = f"<small>{escape(video.caption)}</small>" if video.caption else ""
     return (
