@@ -1,7 +1,4 @@
-"""Sampling of a clip: settings of the sampler, their presets, and `generate`.
-
-The presets are those of the demo and of the released models.
-"""
+"""Sampling of a clip: sampler settings, presets of the demo and the released models, `generate`."""
 
 import math
 from typing import NamedTuple
@@ -43,23 +40,23 @@ TIMESTEPS = {"exact": to_timesteps, "integer": integer_timesteps}
 
 
 class SamplerConfig(NamedTuple):
-    """Settings of a sampling run; strings are keys of the tables above."""
+    """Settings of a sampling run; most strings are keys of the tables above."""
 
-    solver: str  # of SOLVERS
-    sigma_schedule: str  # of sigmas.SIGMA_SCHEDULES: the levels before the shift
+    solver: str  # key of SOLVERS
+    sigma_schedule: str  # key of sigmas.SIGMA_SCHEDULES: noise levels before the shift
     num_steps: int
     flow_shift: float
-    guidance_scale: float  # of the text; 1 is none
+    guidance_scale: float  # text guidance; 1 disables it
     audio_guidance_scale: float
-    dynamic_guidance: bool  # scales other than 1 fall to half of their value
-    negative_prompt: str  # text of the branch without the prompt
-    negative_scale: float  # of that text's states, in the first `negative_steps` steps
-    negative_steps: int
-    negative_mode: str  # of NEGATIVES
-    timesteps: str  # of TIMESTEPS: exact or rounded down
+    dynamic_guidance: bool  # whether scales other than 1 decay to half of their value
+    negative_prompt: str  # text of the negative branch
+    negative_scale: float  # factor on the negative text's states in the first steps
+    negative_steps: int  # number of steps with `negative_scale`
+    negative_mode: str  # key of NEGATIVES
+    timesteps: str  # key of TIMESTEPS: exact or rounded down
     window: int  # frames sampled at once, 4n + 1
     overlap: int  # latent frames shared by joint windows, frames shared by chunks
-    by_clip: bool  # windows are as clips in training: of one length, with their audio encoded alone
+    by_clip: bool  # whether windows have equal length and separately encoded audio, as in training
 
 
 # The sampler of the small demo models.
@@ -68,7 +65,7 @@ DEMO = SamplerConfig(
     audio_guidance_scale=2.0, dynamic_guidance=False, negative_prompt="", negative_scale=1.0,
     negative_steps=0, negative_mode="phase", timesteps="exact", window=25, overlap=2, by_clip=True,
 )  # fmt: skip
-# From infer_preview.py; there the negative scale compounds (negative_mode).
+# From infer_preview.py, which uses negative_mode="compounding".
 PREVIEW = SamplerConfig(
     solver="euler", sigma_schedule="flow_match", num_steps=25, flow_shift=5.0, guidance_scale=4.0,
     audio_guidance_scale=2.9, dynamic_guidance=True,
@@ -89,7 +86,7 @@ PRESETS = {"demo": DEMO, "preview": PREVIEW, "flash": FLASH}
 
 
 def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
-    """Raise ConfigError unless a number of frames fills its latent frames."""
+    """Raise ConfigError unless the number of frames is a valid clip length."""
     if not geometry.is_clip_length(frames):
         near = geometry.near_clip_length(frames)
         raise ConfigError(f"{name}={frames}: must be {geometry.clip_lengths} frames; {near} is one")
@@ -97,7 +94,7 @@ def check_clip_length(name: str, frames: int, geometry: LatentGeometry) -> None:
 
 def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> SamplerConfig:
     """Return `config`; raise ConfigError for a value out of range."""
-    # First the values that have a meaning of their own, then the signs.
+    # Check the range of each value, then the signs.
     if config.num_steps < 1:
         raise ConfigError(f"num_steps={config.num_steps}: must be 1 or more")
     if not 0 < config.flow_shift < 100:
@@ -116,7 +113,7 @@ def check_sampler(config: SamplerConfig, geometry: LatentGeometry = WAN) -> Samp
 
 
 def sampler_sigmas(config: SamplerConfig) -> Tensor:
-    """Return the noise levels [steps + 1], shifted once."""
+    """Return the shifted noise levels [steps + 1]."""
     return SIGMA_SCHEDULES[config.sigma_schedule](config.num_steps, config.flow_shift)
 
 
@@ -128,18 +125,19 @@ def sampler_timesteps(config: SamplerConfig) -> Tensor:
 def guided_velocity(
     net: Net, conditions: Conditions, config: SamplerConfig, negative: Tensor | None, cfg: str
 ) -> VelocityFunction:
-    """Return the guided velocity by `config`; `negative` [1, L, D] are its negative text's states.
+    """Return the guided velocity function with the settings of `config`.
 
-    `cfg` is a key of `guidance.CFG_MODES`.
+    `negative` [1, L, D] holds the states of the negative text; `cfg` is a key of
+    `guidance.CFG_MODES`.
     """
-    # Scales by step: constant, or falling to half of their value.
+    # Scales per step: constant, or decaying to half of their value.
     sigmas, steps = sampler_sigmas(config), config.num_steps
     dynamic = config.dynamic_guidance
     text, audio = (
         stepwise(dynamic_cfg_schedule(scale, steps) if dynamic and scale != 1 else [scale], sigmas)
         for scale in (config.guidance_scale, config.audio_guidance_scale)
     )
-    # The negative text by step, stronger in the first steps.
+    # Negative text per step, scaled in the first steps.
     factors = NEGATIVES[config.negative_mode](config.negative_scale, config.negative_steps)
     texts = None if negative is None else stepwise([f * negative for f in factors], sigmas)
     return cfg_velocity(
@@ -162,16 +160,16 @@ def generate(
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Return latents [B, C, F, H, W] for conditions of B clips; the network runs in `dtype`.
+    """Return latents [B, C, F, H, W] for conditions of B clips; run the network in `dtype`.
 
-    The noise of a clip is a pure function of (seed, key, draw), so two checkpoints judged on the
-    same keys start from the same noise, in any batch.
+    The noise of a clip is a pure function of (seed, key, draw index), so that two checkpoints
+    evaluated on the same keys start from the same noise, in any batch.
     """
     # Draw the noise on the CPU, so that it does not depend on the device.
     shape = tuple(conditions.known_latents.shape[1:])
     device = conditions.known_latents.device
     noise = draw_noise(keys, shape, seed=seed, epoch=0, draw_index=draw_index).noise.to(device)
-    # Guide by audio alone, and solve by Euler steps.
+    # Use audio guidance only, and the Euler solver.
     velocity = cfg_velocity(net, conditions, audio_scale=audio_scale)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return sample_euler(velocity, noise, sampling_sigmas(steps, shift), on_step)

@@ -1,13 +1,13 @@
-"""Sequence-level preference losses, with a clip's error in place of minus its log-likelihood.
+"""Sequence-level preference losses, with a clip's error instead of its negative log-likelihood.
 
-The formulas are those of trl's DPOTrainer and of the papers named below.  trl 1.16 keeps them
-inline in the private method `_compute_loss`, among token masks and gathers; calling it would tie
-training to a stand-in trainer and to one release.  They are therefore written here, and the tests
-compare each one with trl's method.
+The formulas are those of trl's DPOTrainer and of the papers named below.  trl 1.16 implements them
+in the private method `_compute_loss`, among token masks and gathers; calling it would require a
+mock trainer and depend on one release.  So the losses are implemented here, and the tests compare
+each one with trl's method.
 
-With s = -error, every loss sees the log-ratios  c = s_chosen - s_ref_chosen  and
-r = s_rejected - s_ref_rejected; `beta` multiplies them as trl's does.  This
-beta is half of the beta in the usual notation of Diffusion-DPO.
+With s = -error, every loss is a function of the log-ratios  c = s_chosen - s_ref_chosen  and
+r = s_rejected - s_ref_rejected, which `beta` multiplies as in trl.  This beta is half of the beta
+in the usual notation of Diffusion-DPO.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,11 @@ class PairErrors(NamedTuple):
 
     @property
     def margin(self) -> Tensor:
-        """The quantity that the preference increases."""
+        """The log-ratio margin, which preference training increases."""
         return self.chosen_ratio - self.rejected_ratio
 
 
-# Losses that do not use label smoothing take it all the same, so that all have one signature.
+# All losses have the same signature, also those that ignore label smoothing.
 PairLoss = Callable[[PairErrors, float, float], Tensor]  # (errors, beta, label_smoothing) -> [B]
 
 
@@ -78,14 +78,14 @@ def exo_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 
 def nca_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return NCA, arXiv 2402.05369: the chosen clip is also kept likely by itself."""
+    """Return NCA, arXiv 2402.05369, which also keeps the chosen clip likely."""
     # Three binary classifications: chosen twice, against 1 and against 0, and rejected.
     chosen, rejected = beta * errors.chosen_ratio, beta * errors.rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def robust(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return Robust DPO, arXiv 2403.00409: unbiased under flipped labels, may be below 0."""
+    """Return Robust DPO, arXiv 2403.00409: unbiased for flipped labels; may be negative."""
     # Subtract the expected contribution of flipped labels.
     logits, wrong = beta * errors.margin, label_smoothing
     clean = -(1 - wrong) * F.logsigmoid(logits) + wrong * F.logsigmoid(-logits)
@@ -93,7 +93,7 @@ def robust(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 
 def bco_pair(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return BCO, arXiv 2404.04656, without a shift: two classifiers side by side."""
+    """Return BCO, arXiv 2404.04656, without a reward shift: two independent classifiers."""
     return -F.logsigmoid(beta * errors.chosen_ratio) - F.logsigmoid(-beta * errors.rejected_ratio)
 
 
@@ -105,15 +105,15 @@ def sppo_hard(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor
 
 
 def aot(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return AOT, arXiv 2406.05882: sorted policy gaps above sorted reference gaps, by batch."""
-    # Stochastic dominance: compare the sorted gaps, not the pairs.
+    """Return AOT, arXiv 2406.05882: sorted policy gaps minus sorted reference gaps of the batch."""
+    # Stochastic dominance: compare the sorted gaps instead of pairs.
     gap = (errors.rejected - errors.chosen).sort().values
     reference_gap = (errors.reference_rejected - errors.reference_chosen).sort().values
     return logistic_loss(beta * (gap - reference_gap), label_smoothing)
 
 
 def aot_unpaired(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return AOT for chosen and rejected clips that need not be of one prompt."""
+    """Return AOT for chosen and rejected clips that may have different prompts."""
     gap = errors.chosen_ratio.sort().values - errors.rejected_ratio.sort().values
     return logistic_loss(beta * gap, label_smoothing)
 
@@ -135,7 +135,7 @@ def discopop(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
 
 
 def sft(errors: PairErrors, beta: float, label_smoothing: float) -> Tensor:
-    """Return the chosen clip's error alone, which is rejection-sampling fine-tuning."""
+    """Return only the chosen clip's error, which is rejection-sampling fine-tuning."""
     return errors.chosen
 
 
@@ -153,17 +153,17 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
-    # trl divides by the completion's length; an error is an average already.
+    # trl divides by the completion's length; our error is a mean already.
     "sigmoid_norm": sigmoid,
     "sft": sft,
 }
 
 
 def error_units(loss_type: str, beta: float) -> float:
-    """Return the factor that gives a loss's gradient the size of an error's gradient.
+    """Return the factor that scales a loss's gradient to the scale of an error's gradient.
 
-    The gradient of a loss of the logit is about beta times the margin's gradient, that of a loss
-    quadratic in the ratios about 1 / beta times, and `sft` is an error itself.
+    The gradient of a loss of the logit is about beta times the gradient of the margin, for losses
+    quadratic in the ratios about 1 / beta times; `sft` is an error itself.
     """
     if loss_type == "sft":
         return 1.0

@@ -1,9 +1,9 @@
 """ODE solvers from noise to latents along a velocity field: Euler, UniPC and DPM-Solver++.
 
-Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with levels that are
-already shifted.  UniPC and DPM-Solver++ use the previous step, by diffusers' schedulers.  If
-windows of a long video share a step, their velocities are blended first
-(`long_video.windowed_velocity`), so that a solver sees one velocity field and keeps one history.
+Every solver is called as `solver(velocity, noise, sigmas, on_step) -> latents` with shifted levels.
+UniPC and DPM-Solver++ are multistep solvers, implemented by diffusers' schedulers.  For windows of
+a long video the velocities are blended first (`long_video.windowed_velocity`), so that a solver
+integrates one velocity field with one history.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, sigma []) -> velocity
-OnStep = Callable[[int, Tensor], None]  # (step, latents after it)
+OnStep = Callable[[int, Tensor], None]  # (step, latents after the step)
 Solver = Callable[[VelocityFunction, Tensor, Tensor, OnStep | None], Tensor]
 
-ORDER = 2  # of UniPC and DPM-Solver++, as in Wan
-PURE_NOISE = 1 - 1e-6  # the highest level for a scheduler, which takes the logarithm of 0 at 1
+ORDER = 2  # order of UniPC and DPM-Solver++, as in Wan
+PURE_NOISE = 1 - 1e-6  # maximum level for diffusers' schedulers, which compute log(1 - level)
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def sample_euler(
     sigmas: Tensor,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Follow `velocity` from `noise` [B, C, F, H, W] over `sigmas` [steps + 1], in fp32.
+    """Integrate `velocity` from `noise` [B, C, F, H, W] over `sigmas` [steps + 1], in fp32.
 
-    Euler's method, of first order.  `on_step(step, latents)` is called after every step.
+    Use Euler's first-order method; call `on_step(step, latents)` after every step.
     """
     latents = noise.float()
     levels = sigmas.float().to(latents.device)
@@ -47,8 +47,8 @@ def sample_unipc(
     sigmas: Tensor,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample as `sample_euler`, by UniPC of second order (arXiv 2302.04867) from diffusers."""
-    # Imported here, because training samples by Euler steps alone and needs no diffusers.
+    """Sample like `sample_euler`, by second-order UniPC (arXiv 2302.04867), diffusers."""
+    # Import here, because training samples only by Euler steps and does not need diffusers.
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
@@ -63,7 +63,7 @@ def sample_dpmpp(
     sigmas: Tensor,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample as `sample_euler`, by DPM-Solver++ of second order (arXiv 2211.01095)."""
+    """Sample like `sample_euler`, by second-order DPM-Solver++ (arXiv 2211.01095), diffusers."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
@@ -80,11 +80,11 @@ def _sample_with(
     sigmas: Tensor,
     on_step: OnStep | None,
 ) -> Tensor:
-    """Follow `velocity` with a diffusers scheduler over exactly `sigmas`."""
-    # Latents stay in fp32 between the steps, for a network of any dtype.
+    """Integrate `velocity` with a diffusers scheduler over exactly `sigmas`."""
+    # Keep latents in fp32 between steps, for a network of any dtype.
     latents = noise.float()
     levels = sigmas.float().to(latents.device)
-    # Replace the scheduler's own levels, so that the shift is applied once.
+    # Replace the scheduler's levels, so that the shift is not applied twice.
     scheduler.set_timesteps(len(sigmas) - 1)
     scheduler.sigmas = sigmas.float().cpu().clamp(max=PURE_NOISE)
     scheduler.set_begin_index(0)

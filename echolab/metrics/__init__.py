@@ -1,1 +1,1 @@
-"""Scores of generated video; those of small demo networks carry `_demo` in their names."""
+"""Scores of generated video; names of scores by small demo networks end in `_demo`."""

@@ -1,4 +1,4 @@
-"""Small networks of the `_demo` scores: SyncNet, frame features and clip features; their training.
+"""Small networks for the `_demo` scores and their training: SyncNet, frame and clip features.
 
 Shapes: B clips, T frames, L windows, D features; crops are [B, T, 3, 24, 32] in [-1, 1].
 """
@@ -15,12 +15,12 @@ from torch.nn import functional
 from echolab.errors import DataError
 from echolab.fitting import Report, fit
 
-# Windows of SyncNet, as published: 5 frames of 25 Hz with 20 cepstra of 100 Hz.
+# Windows of SyncNet, as published: 5 frames at 25 Hz and 20 cepstra at 100 Hz.
 FRAMES_PER_WINDOW = 5
 CEPSTRA_PER_WINDOW = 20
 CEPSTRA_PER_FRAME = 4
 CROP_HEIGHT, CROP_WIDTH = 24, 32
-CROP_MARGIN = 1.3  # times the lip box, because the head moves and the crop does not
+CROP_MARGIN = 1.3  # size of the crop / lip box, because the head moves and the crop does not
 
 
 def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
@@ -33,8 +33,8 @@ def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
 
 
 def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Crop clips [B, 3, T, Y, X] at one box [B, 4] a clip (x0 y0 x1 y1) to [B, T, 3, 24, 32]."""
-    # Sampling grid of each clip, in the coordinates of grid_sample.
+    """Crop clips [B, 3, T, Y, X] at one box [B, 4] per clip (x0 y0 x1 y1) to [B, T, 3, 24, 32]."""
+    # Sampling grid of each clip, in grid_sample's coordinates.
     height, width = pixels.shape[-2:]
     x0, y0, x1, y1 = boxes.unbind(-1)
     half_x, half_y = CROP_MARGIN * (x1 - x0) / 2, CROP_MARGIN * (y1 - y0) / 2
@@ -49,7 +49,7 @@ def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
         ],
         dim=-1,
     )
-    # The same grid for all frames of a clip.
+    # Apply the same grid to all frames of a clip.
     clips, frames = pixels.shape[0], pixels.shape[2]
     stacked = rearrange(pixels, "b c t y x -> b (t c) y x")
     crops = functional.grid_sample(stacked, grid, align_corners=False, padding_mode="border")
@@ -57,18 +57,18 @@ def crop_lips(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 
 class SyncNetDemo(nn.Module):
-    """A small SyncNet: maps lips and audio to unit vectors, close if they belong together."""
+    """A small SyncNet: maps lips and audio to unit vectors, which are close if in sync."""
 
     def __init__(self, *, dim: int = 64) -> None:
         super().__init__()
-        # Each frame by itself, then windows of five frames.
+        # Encode each frame, then windows of five frames.
         self.frame = nn.Sequential(
             convolution(3, 32), convolution(32, 64), convolution(64, 64), nn.Flatten()
         )
         self.lips = nn.Sequential(
             nn.Conv1d(64 * 3 * 4, 128, FRAMES_PER_WINDOW), nn.SiLU(), nn.Conv1d(128, dim, 1)
         )
-        # Windows of 20 cepstra, one for each frame.
+        # Encode windows of 20 cepstra, one window per frame.
         self.sound = nn.Sequential(
             nn.Conv1d(13, 128, 5, stride=1),
             nn.SiLU(),
@@ -98,7 +98,7 @@ class SyncNetDemo(nn.Module):
 
 
 def check_size(pixels: Tensor, size: int) -> None:
-    """Raise DataError if frames do not have the size that a feature network was trained on."""
+    """Raise DataError unless frames have the size that the feature network was trained on."""
     height, width = pixels.shape[-2:]
     if (height, width) != (size, size):
         raise DataError(
@@ -158,12 +158,12 @@ class ClipFeatures(nn.Module):
 
 
 def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Measure how open the mouth is in each frame, [B, T], by the darkness of the lip crop.
+    """Measure the mouth opening in each frame, [B, T], by the darkness of the lip crop.
 
-    No network is needed: an open mouth shows its dark inside.  Only the change over time counts,
-    which is correlated with the true opening, so lip and skin color do not matter.
+    No network is needed, since an open mouth shows its dark inside.  The measure is only correlated
+    over time with the true opening, so that lip and skin color do not matter.
     """
-    # Skin is the brighter part of the crop, at its 80th percentile.
+    # The brightness of skin is the 80th percentile of the crop.
     luma = crop_lips(pixels, boxes).mean(dim=2)  # [B, T, 24, 32]
     skin = luma.flatten(2).quantile(0.8, dim=-1)[..., None, None]
     return ((skin - luma) / (skin + 1).clamp(min=0.2)).clamp(min=0).square().mean(dim=(2, 3))
@@ -171,7 +171,7 @@ def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     """Return the Pearson correlation of two curves; 0 if one of them is constant."""
-    # In fp64, because a constant curve has rounding noise in fp32.
+    # Compute in fp64, because a constant curve has rounding noise in fp32.
     a, b = first.astype(np.float64), second.astype(np.float64)
     if min(a.std(), b.std()) < 1e-7:
         return 0.0
@@ -182,8 +182,8 @@ def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> floa
 
 
 def jitter_boxes(boxes: Tensor, generator: torch.Generator) -> Tensor:
-    """Move boxes [B, 4] by about a pixel and resize them by about a tenth."""
-    # Detectors vary by as much.
+    """Move boxes [B, 4] by about 1 pixel and resize them by about 10 %."""
+    # Detectors have variations of this size.
     center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     center = center + torch.randn(center.shape, generator=generator)
     half = half * (1 + 0.1 * torch.randn(len(half), 1, generator=generator))
@@ -196,25 +196,25 @@ def augment_crops(crops: Tensor, generator: torch.Generator) -> Tensor:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    # One contrast and brightness for a clip, and noise for each pixel.
+    # Draw contrast and brightness per clip, and noise per pixel.
     contrast = 1 + 0.15 * normal(len(crops), 1, 1, 1, 1)
     brightness = 0.1 * normal(len(crops), 1, 1, 1, 1)
     return crops * contrast + brightness + 0.05 * normal(*crops.shape)
 
 
 def contrastive_loss(lips: Tensor, audio: Tensor, temperature: Tensor) -> Tensor:
-    """Return the contrastive loss of lips and audio embeddings, both [B, L, D], in both directions.
+    """Return the symmetric contrastive loss of lip and audio embeddings, both [B, L, D].
 
-    Windows are compared within their clip, where only timing differs, and a fifth of them with
-    those of all clips.
+    Windows are compared within their clip, where only timing differs, and every fifth window across
+    all clips.
     """
-    # Within a clip: window i of the lips belongs to window i of the audio.
+    # Within a clip: window i of the lips matches window i of the audio.
     clips, windows, _ = lips.shape
     within = temperature * torch.einsum("bid,bjd->bij", lips, audio)
     targets = torch.arange(windows).repeat(clips)
     loss = functional.cross_entropy(within.flatten(0, 1), targets)
     loss = loss + functional.cross_entropy(within.transpose(1, 2).flatten(0, 1), targets)
-    # Across clips: every fifth window of all.
+    # Across clips: every fifth window of each clip.
     some_lips, some_audio = (x[:, ::5].flatten(0, 1) for x in (lips, audio))
     across = temperature * some_lips @ some_audio.T
     targets = torch.arange(len(some_lips))
@@ -237,7 +237,7 @@ def fit_sync(
     batch: int = 24,
 ) -> SyncNetDemo:
     """Train a SyncNet on clips uint8 [N, 3, T, Y, X], lips [N, T, 4], cepstra [N, columns, 13]."""
-    # Cepstra are standardized by the statistics of the training set.
+    # Standardize cepstra by the statistics of the training set.
     torch.manual_seed(seed)
     net = SyncNetDemo()
     net.cepstra_mean.copy_(cepstra.mean((0, 1)))
@@ -292,7 +292,7 @@ def fit_clip_features(
 ) -> ClipFeatures:
     """Train clip features to predict the mean and the mean change of labels [N, T, K]."""
     torch.manual_seed(seed)
-    # The mean change over time is scaled to the size of the standardized labels.
+    # Scale the mean change over time to unit standard deviation, as the labels have.
     change = (labels[:, 1:] - labels[:, :-1]).abs().mean(1)
     targets = torch.cat([labels.mean(1), change / change.std(0).clamp(min=1e-3)], dim=-1)
     net = ClipFeatures(labels=targets.shape[-1], size=pixels.shape[-1])
@@ -307,7 +307,7 @@ def fit_clip_features(
 
 
 def talker_labels(face: Tensor, visemes: Tensor) -> Tensor:
-    """Return face box and visemes of a drawn talker in each frame, standardized, [N, T, 6]."""
+    """Return the standardized face box and visemes of synthetic talkers per frame, [N, T, 6]."""
     labels = torch.cat([face, visemes], dim=-1)
     flat = labels.flatten(0, 1)
     return (labels - flat.mean(0)) / flat.std(0).clamp(min=1e-6)

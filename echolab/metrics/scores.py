@@ -1,8 +1,8 @@
-"""Scores of generated clips: FID and FVD, lip sync, PSNR, mouth opening; a row of the score table.
+"""Scores of generated clips: FID and FVD, lip sync, PSNR, mouth opening.
 
-Sync and mouth opening are measured in one lip box a clip, that of the reference image, because a
-generated head need not move like the true one.  FID and FVD compare with clips of the training set,
-so the held-out ground truth has scores above zero.
+Sync and mouth opening are measured in one lip box per clip, that of the reference image, because a
+generated head may move differently from the true head.  FID and FVD compare with clips of the
+training set, so the held-out ground truth has scores above zero.
 """
 
 import math
@@ -28,11 +28,11 @@ from echolab.metrics.demo_networks import (
 )
 from echolab.types import Clips
 
-MAX_SHIFT = 8  # frames; the original's 15 would leave 5 of a second's 20 windows
+MAX_SHIFT = 8  # frames; the original's 15 would leave only 5 of the 20 windows of one second
 BATCH = 16  # clips
 PERFECT_PSNR = 100.0  # dB, for equal images
 
-# Defaults of python_speech_features, which SyncNet was trained with; lengths in samples.
+# Defaults of python_speech_features, used to train SyncNet; lengths in samples.
 SAMPLE_RATE, MFCC_WINDOW, MFCC_HOP, FFT, FILTERS, CEPSTRA, LIFTER = (
     16_000,
     400,
@@ -55,8 +55,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     With centered features A and B divided by sqrt(n - 1), S1 = A^T A and S2 = B^T B, and the trace
     of the root is the nuclear norm of A B^T.  No matrix root is needed: the distance is never
-    imaginary or negative, and exact also with fewer samples than features.  Covariances are
-    unbiased (n - 1), as in pytorch-fid.  Raises ValueError below two samples.
+    imaginary or negative, and it is exact also with fewer samples than features.  Covariances are
+    unbiased (n - 1), as in pytorch-fid.  Raise ValueError for less than two samples.
     """
     if len(first) < 2 or len(second) < 2:
         raise ValueError(f"a covariance needs 2 samples, got {len(first)} and {len(second)}")
@@ -74,13 +74,13 @@ def _centered(features: Tensor) -> Tensor:
 
 
 def frame_count(samples: int) -> int:
-    """Return the number of columns for `samples`."""
+    """Return the number of MFCC columns of `samples` samples."""
     return 1 + max(0, math.ceil((samples - MFCC_WINDOW) / MFCC_HOP))
 
 
 @cache
 def mel_filters() -> Array:
-    """Return triangular filters [26, 257], with corners rounded down to bins of the spectrum."""
+    """Return triangular filters [26, 257], with corners rounded down to spectrum bins."""
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     hertz = 700 * (10 ** (np.linspace(0, top, FILTERS + 2) / 2595) - 1)
     corners = np.floor((FFT + 1) * hertz / SAMPLE_RATE)
@@ -99,12 +99,12 @@ def mel_filters() -> Array:
 def mfcc(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the mel-frequency cepstra [columns, 13] of samples in [-1, 1] at 16 kHz.
 
-    Equal to python_speech_features with its defaults: 25 ms windows every 10 ms, pre-emphasis 0.97,
-    512-point spectrum, 26 mel filters, 13 cepstra with lifter 22, the first replaced by the log
-    energy.  Samples are scaled to 16-bit integers: floats in [-1, 1] would silently shift the first
-    cepstrum by 2 ln 32768.
+    The result equals python_speech_features with its defaults: 25 ms windows every 10 ms,
+    pre-emphasis 0.97, 512-point spectrum, 26 mel filters, 13 cepstra with lifter 22, the first
+    replaced by the log energy.  Samples are scaled to 16-bit integers: floats in [-1, 1] would
+    silently shift the first cepstrum by 2 ln 32768.
     """
-    # Pre-emphasis on 16-bit samples.
+    # Apply pre-emphasis to 16-bit samples.
     audio = np.round(np.asarray(samples, np.float64) * 32768).clip(-32768, 32767)
     audio = np.append(audio[:1], audio[1:] - 0.97 * audio[:-1])
     columns = frame_count(len(audio))
@@ -125,7 +125,7 @@ def mfcc(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 
 # -- Sync-C and Sync-D -----------------------------------------------------------------------------
 #
-# SyncNet's published scores of the agreement of lips and audio, for embeddings V and A:
+# SyncNet's published scores of lip sync, for embeddings V (lips) and A (audio):
 #
 #     d(i, j) = |V_i - A_(i + j)|,  j = -s .. s
 #     D(j)    = mean over i of d(i, j)
@@ -133,12 +133,12 @@ def mfcc(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 #
 # Window i is frames i .. i + 4 with cepstra 4 i .. 4 i + 19.  A positive offset means that the
 # audio is early.  The original pads A with zeros at both ends; on short clips the padding itself
-# adds confidence (over 20 for 20 unrelated windows).  The padded form is therefore for comparison
-# with published numbers, the unpadded one for clips of a few seconds.
+# increases confidence (over 20 for 20 unrelated windows).  Therefore use the padded form to compare
+# with published numbers, and the unpadded form for clips of a few seconds.
 
 
 class Sync(NamedTuple):
-    """The score of one clip."""
+    """The sync scores of one clip."""
 
     confidence: float
     distance: float
@@ -147,21 +147,21 @@ class Sync(NamedTuple):
 
 
 def window_count(frames: int, samples: int) -> int:
-    """Return the windows of a clip, one less than possible as in the original."""
+    """Return the number of windows of a clip, one less than possible, as in the original."""
     return min(frames, samples // 640) - FRAMES_PER_WINDOW
 
 
 def padded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
-    """Return D(j), [2 s + 1], of embeddings [L, D], with zeros beyond the ends of the audio."""
+    """Return D(j), [2 s + 1], of embeddings [L, D], with zero-padded audio."""
     padded = functional.pad(audio, (0, 0, max_shift, max_shift))
     shifted = padded.unfold(0, 2 * max_shift + 1, 1).transpose(1, 2)  # [L, 2 s + 1, D]
     return (visual[:, None] - shifted + 1e-6).norm(dim=-1).mean(0)
 
 
 def unpadded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
-    """Return D(j), [2 s + 1], over only those windows that have audio at shift j.
+    """Return D(j), [2 s + 1], averaged only over windows that have audio at shift j.
 
-    Raises ValueError if there are not more windows than the largest shift.
+    Raise ValueError unless there are more windows than the largest shift.
     """
     count = len(visual)
     if count <= max_shift:
@@ -174,7 +174,7 @@ def unpadded_distances(visual: Tensor, audio: Tensor, max_shift: int) -> Tensor:
 
 
 def sync_score(distances: Tensor, windows: int) -> Sync:
-    """Return Sync-C, Sync-D and the offset of D(j)."""
+    """Compute Sync-C, Sync-D and the offset from D(j)."""
     lowest, index = distances.min(0)
     offset = (len(distances) - 1) // 2 - int(index)
     median = distances.quantile(0.5)
@@ -185,7 +185,7 @@ def sync_score(distances: Tensor, windows: int) -> Sync:
 
 
 class Judges(NamedTuple):
-    """Networks that compute the scores, and the features of real clips to compare with."""
+    """Networks that compute the scores, and the features of real clips for comparison."""
 
     sync: SyncNetDemo
     frame: FrameFeatures
@@ -201,9 +201,9 @@ def cepstra_of(clips: Clips) -> Tensor:
 
 @torch.no_grad()
 def sync_of(net: SyncNetDemo, pixels: Tensor, boxes: Tensor, cepstra: Tensor) -> list[Sync]:
-    """Return the sync of clips [B, 3, T, Y, X] in [-1, 1] with their audio, at lip boxes [B, 4].
+    """Return the sync scores of clips [B, 3, T, Y, X] in [-1, 1] and audio, at lip boxes [B, 4].
 
-    Raises DataError for clips that are too short.
+    Raise DataError for clips that are too short.
     """
     lips = net.embed_lips(crop_lips(pixels, boxes))
     audio = net.embed_audio(cepstra)
@@ -222,7 +222,7 @@ def sync_of(net: SyncNetDemo, pixels: Tensor, boxes: Tensor, cepstra: Tensor) ->
 
 @torch.no_grad()
 def features_of(frame: FrameFeatures, clip: ClipFeatures, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features of every fourth frame, and of the clips [N, 3, T, Y, X] in [-1, 1]."""
+    """Return features of every fourth frame and of each clip, for [N, 3, T, Y, X] in [-1, 1]."""
     frames, clips = [], []
     for part in pixels.split(BATCH):
         frames.append(frame(part[:, :, ::4].transpose(1, 2).flatten(0, 1)))
@@ -231,7 +231,7 @@ def features_of(frame: FrameFeatures, clip: ClipFeatures, pixels: Tensor) -> tup
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB, [B], of images [B, ...] in [-1, 1]."""
+    """Return the peak signal-to-noise ratio [B] in dB of images [B, ...] in [-1, 1]."""
     error = (first - second).flatten(1).square().mean(1)
     return (10 * torch.log10(4 / error.clamp(min=1e-12))).clamp(max=PERFECT_PSNR)
 
@@ -239,7 +239,7 @@ def psnr(first: Tensor, second: Tensor) -> Tensor:
 def score_clips(judges: Judges, pixels: Tensor, truth: Clips, cepstra: Tensor) -> dict[str, float]:
     """Return all scores of clips [N, 3, T, Y, X] in [-1, 1], generated for the audio of `truth`.
 
-    `cepstra` are those of the audio that is played with each clip.
+    `cepstra` are the MFCCs of the audio that is played with each clip.
     """
     boxes = truth.lips[:, 0]
     syncs = sync_of(judges.sync, pixels, boxes, cepstra)

@@ -124,7 +124,7 @@ class Curriculum:
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state that later steps depend on, as JSON values.
 
-        `stages_left` tells a run that continues from this state whether tasks remain to be added.
+        `stages_left` is 0 if no tasks remain to be added in a run that continues from this state.
         """
         return {
             "step": step,
