@@ -1,7 +1,7 @@
 """echolab: training for unified human animation in the manner of EchoMimicV3.
 
-The package itself imports nothing but what the interpreter has loaded, so that a program can take
-the working folder off the import path before any other import.
+This module imports only modules that the interpreter has already loaded, so that a program can
+remove the working directory from the import path before any other import.
 """
 
 import os
@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 
 
 def remove_working_directory() -> None:
-    """Drop the working folder from `sys.path`, also in child processes.
+    """Remove the working directory from `sys.path`, also in child processes.
 
-    It stays if PYTHONPATH names it, and comes last if echolab could not be imported without it: in
-    a checkout that is not installed.
+    Keep the working directory if PYTHONPATH names it.  Append the folder of echolab if it is not on
+    the path, as in a checkout that is not installed.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
-    # An empty part means the working folder, mostly by mistake: PYTHONPATH=$PYTHONPATH:x
+    # Ignore empty entries, which mean the working directory, mostly by mistake: $PYTHONPATH:x
     named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     here, end = os.getcwd(), sys.path.index(os.path.dirname(os.__file__))
     if here not in map(os.path.abspath, named):

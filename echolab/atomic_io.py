@@ -1,8 +1,8 @@
 """Write files atomically, append lines, lock folders, and retry transient errors.
 
-Three faults of a file are distinguished: wrong bytes, which the caller checks; a full disk
-(`FULL`); and every other error of the operating system, such as ESTALE, ETIMEDOUT, ENOTCONN,
-EACCES or EIO of a shared file system.  The last kind may pass: the operation is retried for about
+Three kinds of file errors are distinguished: wrong bytes, which the caller checks; a full disk
+(`FULL`); and all other errors of the operating system, such as ESTALE, ETIMEDOUT, ENOTCONN, EACCES
+or EIO of a shared file system.  The last kind may be transient: the operation is retried for about
 half a minute, and then raises StorageError.
 """
 
@@ -22,10 +22,10 @@ from typing import TextIO, TypeVar
 from echolab.errors import BusyError, ConfigError, DiskFullError, StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each further attempt
-ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no such file
-NO_RETRY: tuple[float, ...] = ()  # pauses
-MAX_WAITING_LINES = 10_000  # of a log that cannot be written, kept in memory
+PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each retry
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # the file does not exist
+NO_RETRY: tuple[float, ...] = ()  # no pauses, so no retries
+MAX_WAITING_LINES = 10_000  # log lines held in memory while the log cannot be written
 LOCK = ".lock"
 _HELD: dict[Path, int] = {}  # lock file -> thread of this process that holds it
 
@@ -38,11 +38,11 @@ def retry(
     pauses: Sequence[float] | None = None,
     final: tuple[type[OSError], ...] = ABSENT,
 ) -> Result:
-    """Return `action()`; after an OSError that may pass, wait and retry.
+    """Return `action()`; after a transient OSError wait and retry.
 
-    Raise the OSError of the last attempt, and at once one of `FULL` or of the types `final`.
+    Raise the OSError of the last attempt; do not retry errors in `FULL` or of the types `final`.
     """
-    # Full disks and missing files stay so: only the user can change them.
+    # Retries do not help for full disks and missing files, which only the user can change.
     for pause in PAUSES if pauses is None else pauses:
         try:
             return action()
@@ -54,12 +54,12 @@ def retry(
 
 
 def describe_error(error: OSError) -> str:
-    """Return an OSError in words with its number: "Stale file handle, errno 116"."""
+    """Return the message and number of an OSError: "Stale file handle, errno 116"."""
     return f"{error.strerror or error}, errno {error.errno}"
 
 
 def read_error(path: Path | str, error: OSError) -> StorageError:
-    """Return the error of a file that the operating system cannot read."""
+    """Return the StorageError for a file that the operating system cannot read."""
     return StorageError(
         f"{path}: could not be read ({describe_error(error)}); its bytes may be undamaged: check "
         "the file system and its permissions, then run the same command again"
@@ -68,7 +68,7 @@ def read_error(path: Path | str, error: OSError) -> StorageError:
 
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file; raise StorageError, or one of `ABSENT` if it does not exist."""
-    # Retry what may pass: a file on a shared file system may be readable a moment later.
+    # Retry: a file on a shared file system may be readable a moment later.
     try:
         return retry(path.read_bytes)
     except ABSENT:
@@ -78,18 +78,18 @@ def read_file(path: Path) -> bytes:
 
 
 def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
-    """Write to a temporary name in the same folder, then rename: no reader sees half a file.
+    """Write to a temporary name in the same folder, then rename: no reader sees a partial file.
 
-    Raise DiskFullError or StorageError, in one line, if it cannot be written; with `patient` only
-    after retries.
+    Raise DiskFullError or StorageError if the file cannot be written; with `patient` only after
+    retries.
     """
     partial = path.with_name(path.name + ".partial")
 
     def write() -> None:
-        # A link in a stranger's folder would be written through, to any file.
+        # Remove a link, which in an untrusted folder could point to any file.
         if partial.is_symlink() and (partial.is_file() or not partial.exists()):
             partial.unlink()
-        # On the disk before the rename: a crash must not leave an empty file of this name.
+        # Flush to disk before the rename, so that a crash cannot leave an empty file.
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -104,16 +104,16 @@ def write_atomic(path: Path, data: bytes, *, patient: bool = False) -> None:
 
 
 def check_writable(out: Path, *, folder: bool = False) -> None:
-    """Create the folder that `out` is written in, and write and remove a small file there.
+    """Create the parent folder of `out`, and check that a file can be written there.
 
-    A command calls this at its start, so that no work is done for a result that cannot be saved.
-    With `folder`, `out` is a folder itself.  Raises ConfigError.
+    Commands call this at their start, so that no work is wasted on a result that cannot be saved.
+    With `folder`, `out` itself is a folder.  Raise ConfigError if it is not writable.
     """
     if not folder and out.is_dir():
         raise ConfigError(f"{out}: is a folder; name a file in it")
     if folder and out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; name a folder")
-    # Permissions alone are not enough: the disk may be full, or mounted for reading.
+    # Write a small file: permissions are not enough, as the disk may be full or read-only.
     probe = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.trial"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def check_writable(out: Path, *, folder: bool = False) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and those above it; raise StorageError, in one line."""
+    """Create a folder and its parents; raise StorageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,31 +136,31 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep all other writers out of a folder while the block runs.
+    """Lock a folder against other writers while the block runs.
 
-    The lock is the kernel's, so that it ends with its holder in any case.  The thread that holds a
-    folder may lock it again.  Raises BusyError, which names the holder, and StorageError if the
-    folder does not exist or cannot be written.
+    The kernel releases the lock when its process ends.  The lock is reentrant for its thread.
+    Raise BusyError, which names the holder, and StorageError if the folder does not exist or cannot
+    be written.
     """
-    # The same thread may lock a folder again: a function that locks may call another.
+    # Reentrant, since a function that locks the folder may call another such function.
     path = folder.resolve() / LOCK
     if _HELD.get(path) == threading.get_ident():
         yield
         return
-    file = _locked(path)
+    file = _open_locked(path)
     _HELD[path] = threading.get_ident()
     try:
         yield
     finally:
         del _HELD[path]
-        remove_quietly(path)  # while it is held: whoever waits sees that it is another file
+        remove_quietly(path)  # while locked: the next holder detects that the file was replaced
         file.close()
 
 
-def _locked(path: Path) -> TextIO:
-    """Open and lock the file of a lock, and write its holder into it."""
+def _open_locked(path: Path) -> TextIO:
+    """Open and lock a lock file, and write its holder into it."""
     while True:
-        # A link came with a stranger's files: never write to what it points to.
+        # Remove a link, which in an untrusted folder could point to any file.
         if path.is_symlink():
             remove_quietly(path)
         try:
@@ -168,7 +168,7 @@ def _locked(path: Path) -> TextIO:
             file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
         except OSError as error:
             raise write_error(path, error) from error
-        # The last holder may have removed the file since it was opened: then try again.
+        # Retry if the last holder removed the file after it was opened here.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -200,14 +200,14 @@ def fsync(path: Path) -> None:
 
 
 def append_text(path: Path, text: str, *, patient: bool = False) -> None:
-    """Append complete lines to a file, below the rest of a line that a killed process left.
+    """Append complete lines to a file, on a new line if a killed process left an incomplete one.
 
-    Raise DiskFullError or StorageError, in one line, if they cannot be written; with `patient` only
-    after retries.  Earlier lines stay.
+    Raise DiskFullError or StorageError if the lines cannot be written; with `patient` only after
+    retries.
     """
 
     def append() -> None:
-        # One write of all lines, so that concurrent writers do not mix within a line.
+        # Append all lines in one write, so that concurrent writers do not interleave within lines.
         with path.open("ab+") as file:
             end = file.tell()
             torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
@@ -220,10 +220,10 @@ def append_text(path: Path, text: str, *, patient: bool = False) -> None:
 
 
 class LineLog:
-    """A log that never stops its writer: lines that cannot be written now are written later.
+    """A log that never fails: lines that cannot be written are queued and written later.
 
-    At most `limit` lines wait; then the oldest are dropped.  Failures, late lines and lost lines
-    are reported on standard error.
+    The queue holds at most `limit` lines; then the oldest are dropped.  Failures, late lines and
+    lost lines are reported on standard error.
     """
 
     def __init__(self, path: Path, limit: int = MAX_WAITING_LINES) -> None:
@@ -232,14 +232,14 @@ class LineLog:
         self._failing, self._dropped = False, 0
 
     def add(self, line: str) -> None:
-        """Write a line, which ends in a line break, after all that wait."""
-        # A full queue drops its oldest line when one is added.
+        """Write a line, which must end with a line break, after all queued lines."""
+        # A full queue drops its oldest line.
         self._dropped += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(line)
         self._write(patient=False)
 
     def close(self) -> None:
-        """Write the waiting lines with retries, and report those that cannot be written."""
+        """Write the queued lines with retries, and report lines that cannot be written."""
         if self._waiting:
             self._write(patient=True)
         if self._waiting:
@@ -247,8 +247,8 @@ class LineLog:
             self._report(f"{self.path}: {lost} lines are lost: the file could not be written")
 
     def _write(self, *, patient: bool) -> None:
-        """Write line by line, so that no line is written twice."""
-        # Each line by itself: after a failure the rest waits, and no line is written twice.
+        """Write the queued lines one by one; after a failure keep the rest."""
+        # Separate writes ensure that no line is written twice.
         written = 0
         while self._waiting:
             try:
@@ -269,8 +269,8 @@ class LineLog:
 
 
 def write_error(path: Path, error: OSError) -> StorageError:
-    """Return the error of a file that could not be written."""
-    # Each of these has a remedy that a user may not think of.
+    """Return the StorageError or DiskFullError for a file that could not be written."""
+    # Suggest a remedy for each error.
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some of your quota or choose another folder",
@@ -282,7 +282,7 @@ def write_error(path: Path, error: OSError) -> StorageError:
 
 
 def remove_quietly(path: Path) -> None:
-    """Remove a leftover; one that cannot be removed is no reason to hide the first error."""
+    """Remove a leftover file; ignore errors, which would hide the original error."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

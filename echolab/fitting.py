@@ -1,7 +1,7 @@
-"""Fit a small network on one machine: AdamW, warm-up and cosine, with resume.
+"""Fit a small network on one machine: AdamW, warmup and cosine decay, with resume.
 
-For the demo's networks (video autoencoder, SyncNet, feature networks); the transformer is trained
-by `echolab.training`.
+It serves the demo's networks (video autoencoder, SyncNet, feature networks); `echolab.training`
+trains the transformer.
 """
 
 import json
@@ -29,14 +29,14 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def work_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """Return bf16 if the device computes in it, else fp32: emulated bf16 is slow."""
+    """Return bf16 if the device supports it in hardware, else fp32, since emulation is slow."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def seeded(seed: int, step: int) -> torch.Generator:
-    """Return a generator for one step, so that a resumed fit draws the same numbers."""
+    """Return the generator of one step, so that a resumed fit draws the same random numbers."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
@@ -67,7 +67,7 @@ def fit(
         cosine = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm * cosine
-        # The generator depends on seed and step alone, so that a stop changes no draw.
+        # The generator depends only on seed and step, so that a resume does not change the draws.
         loss = loss_of(seeded(seed, step))
         optimizer.zero_grad()
         loss.backward()
@@ -84,8 +84,8 @@ def fit(
 def _save(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]
 ) -> None:
-    """Write network and optimizer moments."""
-    # Network and moments share one file, so that a kill cannot separate them.
+    """Write the network and the optimizer moments."""
+    # Use one file for both, so that they are always consistent.
     tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
     for name, parameter in net.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -112,7 +112,7 @@ def _load(
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a state of this fit ({line}); remove it") from error
-    # A state of other settings would give another network under the same name.
+    # Refuse a state with other settings, which would change the result.
     for name, value in identity.items():
         if metadata.get(name, value) != value:
             raise CheckpointError(
@@ -122,7 +122,7 @@ def _load(
 
 
 def save_net(path: Path, net: nn.Module, config: dict[str, Any]) -> None:
-    """Write a fitted network, complete or not at all; `config` are its constructor's arguments."""
+    """Write a fitted network atomically; `config` holds its constructor's arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
     metadata = {"network": type(net).__name__, "config": json.dumps(config)}
@@ -130,7 +130,7 @@ def save_net(path: Path, net: nn.Module, config: dict[str, Any]) -> None:
 
 
 def load_net(path: Path, network: type[Net]) -> Net:
-    """Load a network of `save_net`, frozen; raise WeightsError if it is another or damaged."""
+    """Load a network written by `save_net` and freeze it; raise WeightsError for another file."""
     if not path.is_file():
         raise WeightsError(f"{path}: not there; fit it with `echolab fit`")
     try:
@@ -139,14 +139,14 @@ def load_net(path: Path, network: type[Net]) -> Net:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fit or copy it again") from error
-    # Weights of another class may fit by shape, so compare the class first.
+    # Weights of another class may have the same shapes, so compare the class first.
     if metadata.get("network") != network.__name__:
         name = metadata.get("network", "no network of echolab's")
         raise WeightsError(f"{path}: holds {name}, need {network.__name__}; give another file")
-    # Compare config and tensors on the meta device before any memory is allocated.
+    # Compare config and tensors on the meta device before allocating memory.
     try:
         config = json.loads(metadata["config"])
-        with torch.device("meta"):  # a foreign config may ask for any size
+        with torch.device("meta"):  # an untrusted config may state any size
             shapes = {k: v.shape for k, v in network(**config).state_dict().items()}
         if shapes != {k: v.shape for k, v in tensors.items()}:
             raise ValueError("its tensors are not those of its config")

@@ -1,4 +1,4 @@
-"""Show the progress of long work: a rich bar on a terminal, else a plain line every few seconds."""
+"""Show progress: a rich bar on a terminal, else a plain line every few seconds."""
 
 import sys
 import time
@@ -15,17 +15,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[int, str], None]  # parts done, a note to show
+Advance = Callable[[int, str], None]  # (number of parts done, note to show)
 
 LINE_SECONDS = 10.0
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Show work of `total` parts on standard error; yield a function that takes the parts done."""
-    # A log file gets lines: a bar would fill it with control characters.
+    """Show the progress of `total` parts on standard error; yield a function to update it."""
+    # Write plain lines to a log file, which a bar would fill with control characters.
     if sys.stderr.isatty():
-        # On a terminal: a bar with parts, rate and times.
+        # On a terminal show a bar with parts, rate and times.
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -37,19 +37,19 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         )
         with Progress(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task(title, total=total, rate="", note="")
-            rate = _rate()
+            rate = _make_rate()
 
             def advance(done: int, note: str = "") -> None:
                 bars.update(task, completed=done, rate=f"{rate(done):.3g}/s", note=note)
 
             yield advance
     else:
-        yield _lines(title, total)
+        yield _line_progress(title, total)
 
 
-def _rate() -> Callable[[int], float]:
-    """Return a function for parts a second since its first call; earlier parts do not count."""
-    # Parts that an earlier run finished would make this one look fast.
+def _make_rate() -> Callable[[int], float]:
+    """Return a function that computes parts per second since its first call."""
+    # Exclude parts of an earlier, resumed run, which would inflate the rate.
     begin: tuple[float, int] | None = None
 
     def rate(done: int) -> float:
@@ -61,12 +61,12 @@ def _rate() -> Callable[[int], float]:
     return rate
 
 
-def _lines(title: str, total: int) -> Advance:
-    rate, shown = _rate(), time.monotonic()
+def _line_progress(title: str, total: int) -> Advance:
+    rate, shown = _make_rate(), time.monotonic()
 
     def advance(done: int, note: str = "") -> None:
         nonlocal shown
-        # The last line always, others at most every few seconds.
+        # Always print the last line, others at most every few seconds.
         speed = rate(done)
         if done < total and time.monotonic() - shown < LINE_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""Types that the packages exchange; all are NamedTuples, which Lightning casts and pins.
+"""Shared data types; all are NamedTuples, which Lightning can cast and pin.
 
 Shapes, with Wan's strides (see `geometry`): B clips, T frames, F latent frames (T = 4 (F - 1) + 1),
 C latent channels, Y, X pixels, H = Y / 8, W = X / 8 latents, L text tokens, N image tokens,
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Clips(NamedTuple):
-    """Clips of one size, decoded; only synthetic talkers have visemes."""
+    """Decoded clips of one size; only synthetic talkers have visemes."""
 
     keys: list[str]
     pixels: Tensor  # [B, 3, T, Y, X] uint8
@@ -24,23 +24,23 @@ class Clips(NamedTuple):
     metadata: list[dict[str, Any]]  # JSON metadata of each sample
 
     def float_pixels(self, which: Tensor | slice = slice(None)) -> Tensor:
-        """Return pixels of some clips in [-1, 1]."""
+        """Return the pixels of selected clips, as float in [-1, 1]."""
         return self.pixels[which].float() / 127.5 - 1
 
 
-# The network: its inputs, and batches of clips with them.
+# The network's inputs, and batches of clips with these inputs.
 
 
 class Conditions(NamedTuple):
     """The inputs of the network besides noisy latents and timesteps."""
 
-    text: Tensor  # [B, L, text_dim]    text states, zero after the end of the text
-    image: Tensor  # [B, N, image_dim]   tokens of the reference image; zeros without one
-    audio: Tensor  # [B, 2 T, audio_dim] two tokens a frame, or Flash's [B, T, layers, audio_dim];
+    text: Tensor  # [B, L, text_dim]    text states, zero-padded
+    image: Tensor  # [B, N, image_dim]   tokens of the reference image; zeros without an image
+    audio: Tensor  # [B, 2 T, audio_dim] two tokens per frame, or Flash's [B, T, layers, audio_dim];
     # zeros without audio
-    face: Tensor  # [B, P]              1 on tokens that attend to audio, row-major
+    face: Tensor  # [B, P]              1 for tokens that attend to audio, row-major
     known: Tensor  # [B, 4, F, H, W]     1 for given pixels
-    known_latents: Tensor  # [B, C, F, H, W]     the given pixels, encoded; the rest mid-gray
+    known_latents: Tensor  # [B, C, F, H, W]     latents of the given pixels, all others mid-gray
 
 
 class Batch(NamedTuple):
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
-    """Two videos for the same conditions; everything else exists once for both."""
+    """Two videos for the same conditions; both share all other fields."""
 
     chosen: Tensor  # [B, C, F, H, W]
     rejected: Tensor  # [B, C, F, H, W]
@@ -64,7 +64,7 @@ class PreferencePair(NamedTuple):
     keys: list[str]
 
 
-# A training step: its random numbers, the weights of the modalities, and its loss.
+# A training step: random numbers, modality weights and loss.
 
 
 class Draws(NamedTuple):
@@ -72,7 +72,7 @@ class Draws(NamedTuple):
 
     noise: Tensor  # [B, C, F, H, W]  standard normal, fp32
     sigmas: Tensor  # [B]              noise level; 0 is data, 1 is noise
-    uniforms: Tensor  # [B, 2]           for the dropout of image and audio
+    uniforms: Tensor  # [B, 2]           uniform in [0, 1), for dropout of image and audio
 
 
 class ModalityWeights(NamedTuple):

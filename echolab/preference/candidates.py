@@ -1,11 +1,11 @@
 """Sample candidates: several clips for the same conditions, with different noise and guidance.
 
-Candidates with equal guidance differ only by chance, and training would memorize the noise of a
-preference between them.  With audio guidance from none to strong they differ in lip sync, on which
-the preference is based.
+Candidates with equal guidance differ only by chance, and training would memorize the noise in
+preferences between them.  Candidates with audio guidance from none to strong differ in lip sync, on
+which the preference is based.
 
-Each batch of prompts becomes one safetensors file, so that sampling can be interrupted and resumes
-with the first missing file.
+Each batch of prompts becomes one safetensors file; interrupted sampling resumes with the first
+missing file.
 """
 
 import json
@@ -29,7 +29,7 @@ from echolab.errors import ConfigError, DataError
 from echolab.tasks.table import DEFAULT_TASK
 from echolab.types import Batch
 
-# File of the arguments that all candidates of a folder were sampled with.
+# Name of the file with the sampling arguments of all candidates of a folder.
 REQUEST = "request.json"
 TASK = DEFAULT_TASK  # the candidates' task: an image and its audio
 
@@ -52,9 +52,9 @@ def sample_candidates(
 ) -> None:
     """Sample candidates for the first `prompts` clips of an encoded dataset.
 
-    Candidate i is guided by `audio_scales[i % len]`.  `weights` names the checkpoint of `net`;
-    `report` receives the number of prompts done.  Raises ConfigError for a folder of other
-    arguments.
+    Candidate i has audio guidance `audio_scales[i % len]`.  `weights` names the checkpoint of
+    `net`; `report` receives the number of prompts done.  Raise ConfigError for a folder of
+    candidates that were sampled with other arguments.
     """
     if not 0 < prompts <= len(dataset):
         raise DataError(f"{dataset.folder}: {len(dataset)} clips, prompts={prompts}; ask for fewer")
@@ -79,7 +79,7 @@ def sample_candidates(
 def sample_each_scale(
     sample: Callable[..., Tensor], clips: Batch, scales: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Return one clip for each prompt and guidance scale, by `key/candidate`."""
+    """Return one clip for each prompt and guidance scale, under the name `key/candidate`."""
     # The candidate index also selects the noise.
     samples = {}
     for candidate, scale in enumerate(scales):
@@ -90,16 +90,16 @@ def sample_each_scale(
 
 
 def record_request(path: Path, request: dict[str, object]) -> None:
-    """Record the arguments of a folder of candidates; raise ConfigError if they differ."""
-    # The same arguments continue the folder.
+    """Record the sampling arguments of a folder; raise ConfigError if other ones are recorded."""
+    # The first run records its arguments.
     if not path.exists():
         write_atomic(path, json.dumps(request, indent=1).encode())
         return
-    # A difference would mix candidates that cannot be compared.
+    # Refuse other arguments, since such candidates cannot be compared.
     recorded = json.loads(path.read_text())
     for name, value in request.items():
         if name == "encoders" and name not in recorded:
-            continue  # earlier versions did not record them; the fingerprint covers them
+            continue  # not recorded by earlier versions; the dataset fingerprint covers them
         if recorded.get(name) != value:
             raise ConfigError(
                 f"{path.parent}: its candidates were sampled with {name}={recorded.get(name)}, not "
@@ -108,9 +108,9 @@ def record_request(path: Path, request: dict[str, object]) -> None:
 
 
 def read_request(folder: Path) -> dict[str, Any]:
-    """Return the arguments that the candidates of a folder were sampled with; {} if unknown."""
+    """Return the sampling arguments of a folder of candidates; {} if unknown."""
     path = folder / REQUEST
-    # Folders of earlier versions have no request.
+    # Folders of earlier versions have no such file.
     try:
         request: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def read_request(folder: Path) -> dict[str, Any]:
 def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield each prompt's key and its candidates [K, C, F, H, W], in the order of sampling.
 
-    Raises DataError if there are none, or for a damaged file.
+    Raise DataError if there are no candidates, or for a damaged file.
     """
     paths = sorted(folder.glob("candidates-*.safetensors"))
     if not paths:
@@ -133,7 +133,7 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise DataError(
                 f"{path}: damaged ({error}); remove the file and sample again"
             ) from error
-        # Names are KEY/INDEX; the clips of a prompt become one tensor.
+        # Names are KEY/INDEX; stack the clips of each prompt.
         by_prompt: dict[str, dict[int, Tensor]] = {}
         for name, clip in tensors.items():
             key, _, candidate = name.rpartition("/")

@@ -19,15 +19,15 @@ from echolab.preference.judge import Verdict, best_and_worst, total_scores
 
 Verdicts = dict[tuple[str, int], Verdict]  # by prompt and candidate index
 
-BACKGROUND_WEIGHT = 0.02  # loss weight outside of the lips
+BACKGROUND_WEIGHT = 0.02  # loss weight outside the lip box
 
 
 def pair_members(tensors: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Return the stored tensors of a pair, in fp16, from the encoded tensors of its prompt.
 
-    The loss is weighted at the lips, which the judge measures.
+    The loss weight is concentrated on the lips, since the judge mainly measures lip sync.
     """
-    # The prompt's conditions, with the pair instead of its latents.
+    # Keep the prompt's conditions, and replace its latents by the pair.
     members = {
         "chosen": chosen,
         "rejected": rejected,
@@ -47,10 +47,10 @@ def pair_record(verdicts: Verdicts, key: str, candidate: int) -> dict[str, float
 def select_pairs(
     candidates: Path, verdicts: Verdicts, least_margin: float
 ) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Yield key, candidates [K, C, F, H, W], and the indices of the best and the worst.
+    """Yield (key, candidates [K, C, F, H, W], index of the best, index of the worst).
 
-    Pairs whose scores differ by less than `least_margin` standard deviations are noise, and are
-    skipped.  Raises DataError for a prompt without verdicts.
+    Skip pairs whose scores differ by less than `least_margin`, since they are noise.  Raise
+    DataError for a prompt without verdicts.
     """
     # Scores are standardized over all candidates of all prompts.
     scores = total_scores(verdicts)
@@ -69,8 +69,8 @@ def select_pairs(
 def pack_pairs(
     candidates: Path, verdicts: Verdicts, dataset: ShardDataset, out: Path, *, least_margin: float
 ) -> int:
-    """Write a preference dataset from prompts of an encoded dataset; return the pair count."""
-    # Refuse candidates of another dataset before anything is written.
+    """Write a preference dataset from prompts of an encoded dataset; return the number of pairs."""
+    # Refuse candidates of another dataset before writing.
     _check_prompts(candidates, dataset)
     index_of = {key: index for index, key in enumerate(dataset.keys)}
     pairs = 0
@@ -110,7 +110,7 @@ def pack_pairs(
 
 def _check_prompts(candidates: Path, dataset: ShardDataset) -> None:
     """Raise DataError unless the candidates were sampled from this dataset."""
-    # Encoders first: their message names the one that differs.
+    # Compare the encoders first, since that error names the encoder that differs.
     request = read_request(candidates)
     check_same_encoders(dataset.folder, dataset.encoders, candidates, request.get("encoders") or {})
     if request.get("clips", dataset.fingerprint) != dataset.fingerprint:
@@ -121,14 +121,14 @@ def _check_prompts(candidates: Path, dataset: ShardDataset) -> None:
 
 
 def read_verdicts(path: Path) -> Verdicts:
-    """Read the verdicts of a JSONL file, without an incomplete line.
+    """Read the verdicts of a JSONL file; ignore an incomplete line.
 
-    Raises DataError for a line that is not a verdict, and for verdicts of different judges, whose
+    Raise DataError for a line that is not a verdict, and for verdicts of different judges, whose
     scores cannot be compared.
     """
-    # A candidate that was scored twice has its last verdict.
+    # The last verdict of a candidate counts.
     verdicts = {}
-    for row in _rows(path):
+    for row in _read_rows(path):
         try:
             verdict = Verdict(*(float(row[name]) for name in Verdict._fields))
             verdicts[str(row["key"]), int(row["candidate"])] = verdict
@@ -140,30 +140,30 @@ def read_verdicts(path: Path) -> Verdicts:
 
 def judges_of(path: Path) -> dict[str, str]:
     """Return the fingerprints of the judge's networks by name; {} if unknown."""
-    return next((_judges(row) for row in _rows(path) if _judges(row)), {})
+    return next((_row_judges(row) for row in _read_rows(path) if _row_judges(row)), {})
 
 
-def _judges(row: Any) -> dict[str, str]:
+def _row_judges(row: Any) -> dict[str, str]:
     judges = row.get("judges") if isinstance(row, dict) else None
     return judges if isinstance(judges, dict) else {}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = list[dict[str, Any]]()
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue  # the writer was killed within the line
-    # Scores of different judges cannot be compared.
-    judges = [_judges(row) for row in rows if _judges(row)]
+            continue  # incomplete line of a killed writer
+    # Refuse verdicts of different judges.
+    judges = [_row_judges(row) for row in rows if _row_judges(row)]
     for later in judges[1:]:
         check_judges(path, judges[0], later)
     return rows
 
 
 def check_judges(path: Path, first: Mapping[str, str], second: Mapping[str, str]) -> None:
-    """Raise DataError that names the first network in which two judges differ."""
+    """Raise a DataError that names the first network that differs between two judges."""
     for name in sorted(first.keys() & second.keys()):
         if first[name] != second[name]:
             raise DataError(
@@ -177,7 +177,7 @@ def append_verdicts(
     path: Path, key: str, verdicts: list[Verdict], judges: Mapping[str, str] | None = None
 ) -> None:
     """Append a prompt's verdicts, one line each, with the fingerprints of the judge's networks."""
-    # Each line names its judge, so that files of different judges cannot be mixed unnoticed.
+    # Record the judge in each line, so that mixed files are detected.
     fingerprints = {"judges": dict(judges)} if judges else {}
     lines = [
         json.dumps({"key": key, "candidate": candidate, **verdict._asdict(), **fingerprints}) + "\n"
