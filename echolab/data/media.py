@@ -44,7 +44,7 @@ MAX_DIFFERENCE = 2.0  # mean absolute difference, of 255, between the frames of 
 RATES_HZ = (1000, 1_000_000)  # lowest and highest allowed sample rate of a file
 BLOCK_SECONDS = 10  # seconds of audio per block
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # valid first boxes of an mp4
-MAX_VIDEO_BYTES = 2**31  # of the decoded frames of one sample
+MAX_VIDEO_BYTES = 2**31  # maximum size of the decoded frames of one sample
 M_PERTURB, FILLING = -6, 1  # option of mallopt(3), and its value: any byte except 0 works
 AUDIO_FRAME = 1024  # samples per frame passed to an encoder
 

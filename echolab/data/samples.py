@@ -37,7 +37,7 @@ from echolab.geometry import WAN, LatentGeometry
 
 CHUNK = 2**20  # bytes
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
-MAX_ARRAY_BYTES = 2**28  # of an npz file, unpacked
+MAX_ARRAY_BYTES = 2**28  # maximum unpacked size of an npz file
 MAX_PIXELS = 2**27  # per image or video frame: four times 8K
 MAX_AUDIO_VALUES = 2**28  # 4.6 hours of one channel at 16 kHz
 BITS = {
