@@ -148,9 +148,9 @@ def test_a_module_offloads_every_forward_pass_if_asked(monkeypatch: pytest.Monke
 
 def test_offloading_is_refused_where_nothing_can_be_moved() -> None:
     said = conflict(Machine(activation_checkpointing="offload"))
-    assert said and said.endswith("take none, selective or full, or trainer.accelerator=gpu")
+    assert said and said.endswith("use none, selective or full, or trainer.accelerator=gpu")
     said = conflict(Machine("zero3", accelerator="gpu", activation_checkpointing="offload"))
-    assert said and "take strategy zero2, or selective" in said
+    assert said and "use strategy zero2, or selective" in said
     assert conflict(Machine(accelerator="gpu", activation_checkpointing="offload")) is None
 
 

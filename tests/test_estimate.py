@@ -240,7 +240,7 @@ def test_offload_moves_the_optimizer_to_the_node() -> None:
 @pytest.mark.parametrize(
     ("needed", "message"),
     [
-        (Needed(20 * GIB, 0), "need 20.0 GiB, a GPU has 20.0 GiB, .* take trainer.strategy=zero2"),
+        (Needed(20 * GIB, 0), "need 20.0 GiB, a GPU has 20.0 GiB, .* use trainer.strategy=zero2"),
         (Needed(0, 99 * GIB), "need 99.0 GiB, this node has 100.0 GiB, .* fewer trainer.devices"),
     ],
 )

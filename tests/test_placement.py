@@ -119,7 +119,7 @@ def test_networks_of_different_subjects_and_launches_have_different_sockets(
 def test_a_missing_gpu_is_reported_before_the_network_is_built() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here; take trainer=cpu"):
+    with pytest.raises(ConfigError, match="trainer.accelerator=gpu: no GPU here; use trainer=cpu"):
         check_device(Machine(accelerator="gpu"))
 
 

@@ -134,6 +134,24 @@ def test_settings_that_do_not_affect_training_may_change(
     assert read_metrics(run / "metrics.jsonl")[-1]["val/loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"), [({}, 1), ({"format": 1}, 1), ({"format": 99}, 99)]
+)
+def test_a_run_folder_of_another_format_is_refused_and_unchanged(
+    begun: Path, data: Path, tmp_path: Path, written: dict[str, int], expected: int
+) -> None:
+    """Format 1 did not record its number."""
+    run = shutil.copytree(begun, tmp_path / "run")
+    identity = json.loads((run / "run.json").read_text())
+    del identity["format"]
+    (run / "run.json").write_text(json.dumps({**identity, **written}))
+    before = files(run)
+    words = [f"{name}={data / path}" for name, path in NAMED.items()]
+    with pytest.raises(EcholabError, match=f"run folder of format {expected}, .* reads format 2; "):
+        run_of(run, *words, *MORE)
+    assert files(run) == before
+
+
 def same_keys(data: Path, out: Path) -> Path:
     """Encode the clips again: the same keys and shards, other values."""
     with ShardWriter(out, kind="encoded") as writer:

@@ -232,7 +232,7 @@ def check(tmp_path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"text_dim": 9}, r"model.text_dim=9: the clips of .* have 10; take the model="),
+        ({"text_dim": 9}, r"model.text_dim=9: the clips of .* have 10; use the model="),
         ({"image_dim": 9}, r"model.image_dim=9: the clips of .* have 12"),
         ({"audio_dim": 9}, r"model.audio_dim=9: the clips of .* have 6"),
         ({"audio_layers": 12}, r"model.audio_layers=12: the clips of .* have null"),

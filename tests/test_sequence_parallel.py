@@ -64,7 +64,7 @@ def test_a_run_with_clips_over_two_ranks_equals_the_run_of_one(
 def test_heads_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 8)
-    with pytest.raises(ConfigError, match=r"sequence_parallel=8: .* 12 heads; take one of 2, 3"):
+    with pytest.raises(ConfigError, match=r"sequence_parallel=8: .* 12 heads; use one of 2, 3"):
         SequenceSplit(tiny.net(num_heads=12, dim=48))
 
 

@@ -110,7 +110,7 @@ def test_the_table_refuses_exactly_the_impossible_combinations() -> None:
     ("machine", "message"),
     [
         (Machine("zero4"), "trainer.strategy=zero4: unknown; one of single, ddp"),
-        (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; take ddp"),
+        (Machine(devices=2), "trainer.strategy=single: not for 2 ranks; use ddp"),
         (Machine("ddp", devices=0), "trainer.strategy=ddp: not for 0 ranks"),
         (
             Machine("ddp", activation_checkpointing="some"),
@@ -118,7 +118,7 @@ def test_the_table_refuses_exactly_the_impossible_combinations() -> None:
         ),
         (Machine("zero1", offload="all"), "trainer.offload=all: unknown; one of none, optimizer"),
         (Machine("ddp", offload="optimizer"), "trainer.offload=optimizer: ddp keeps its weights"),
-        (Machine("zero3", compile=True), "gradients come out wrong; take strategy zero2"),
+        (Machine("zero3", compile=True), "gradients come out wrong; use strategy zero2"),
         (Machine("ddp", devices=3, sequence_parallel=2), "must divide the number of ranks, 3"),
         (Machine("ddp", sequence_parallel=0), "must divide the number of ranks, 1"),
     ],

@@ -49,7 +49,7 @@ def check_device(device: str) -> None:
     from echolab.config.paths import has_gpu
 
     if device == "cuda" and not has_gpu():
-        raise ConfigError("device=cuda: no GPU here; take device=cpu")
+        raise ConfigError("device=cuda: no GPU here; use device=cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def bench(arguments: GenerateArguments) -> Iterator[Row]:
     """Yield a row of time for each combination and one of memory for each window."""
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: no GPU here; take device=cpu")
+        raise ConfigError("device=cuda: no GPU here; use device=cpu")
     # Refuse impossible combinations before the network is built.
     wanted = recipes(arguments)
     architecture = architecture_of(arguments.model_name)

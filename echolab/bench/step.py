@@ -64,7 +64,7 @@ def rows_of(arguments: StepArguments) -> list[Row]:
 def subject(arguments: StepArguments) -> tuple[Inputs, dict[str, Any]]:
     """Return inputs and architecture without audio.  Raise ConfigError without its device."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: no GPU here; take device=cpu")
+        raise ConfigError("device=cuda: no GPU here; use device=cpu")
     architecture = SMALL if arguments.model == "small" else architecture_of(arguments.model)
     # diffusers' network has no audio branch.
     architecture = {k: v for k, v in architecture.items() if k != "audio_layers"}

@@ -368,7 +368,7 @@ def _model_conflicts(
     if heads % ranks:
         yield (
             f"trainer.sequence_parallel={ranks}: must divide model.num_heads={heads}; "
-            "take 1, or a divisor of both heads and ranks"
+            "use 1, or a divisor of both heads and ranks"
         )
     if lora["init_from"] and not lora["target_modules"]:
         yield (
@@ -411,7 +411,7 @@ def _reference_conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     if steps and config["ref_model"] == "base":
         yield (
             f"objective.ref_model_sync_steps={steps}: the base of the adapters cannot be mixed "
-            "with them; take ref_model=null, or 0"
+            "with them; use ref_model=null, or 0"
         )
 
 
@@ -426,6 +426,6 @@ def _task_conflicts(tasks: Mapping[str, Any]) -> Iterator[str]:
     count = len({task for stage in stages for task in stage["targets"]})
     if tasks["min_prob"] * count >= 1:
         yield (
-            f"tasks.min_prob={tasks['min_prob']:g}: times {count} tasks must stay below 1; take a "
+            f"tasks.min_prob={tasks['min_prob']:g}: times {count} tasks must stay below 1; use a "
             f"smaller one"
         )

@@ -101,4 +101,4 @@ def check_gpus(trainer: Mapping[str, Any], root: Path = Path("/")) -> None:
     """Raise ConfigError if GPUs are requested and this machine has none."""
     wanted = trainer["accelerator"]
     if wanted in ("gpu", "cuda") and not has_gpu(root):
-        raise ConfigError(f"trainer.accelerator={wanted}: no GPU here; take trainer=cpu")
+        raise ConfigError(f"trainer.accelerator={wanted}: no GPU here; use trainer=cpu")

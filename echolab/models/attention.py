@@ -68,14 +68,14 @@ def _flash(name: str) -> Attend:
     except ImportError as error:
         raise ConfigError(
             f"attention={name}: the package {PACKAGES[name]} is not installed; "
-            f"{INSTALL[name]}, or take attention=auto"
+            f"{INSTALL[name]}, or use attention=auto"
         ) from error
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if values.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"attention={name}: computes in bf16 or fp16, not {values.dtype}; "
-                "take precision bf16-mixed, or attention=sdpa"
+                "use precision bf16-mixed, or attention=sdpa"
             )
         # Under autocast norms return fp32, which autocast casts only for torch's kernels.
         mixed = kernel(queries.type_as(values), keys.type_as(values), values)
@@ -109,7 +109,7 @@ def attention_from(name: str, device: torch.device | str = "cpu") -> Attend:
     if name == "auto":
         name = _fastest(device)
     if device.type != "cuda" and name != "sdpa":
-        raise ConfigError(f"attention={name}: needs a GPU, not {device}; take attention=auto")
+        raise ConfigError(f"attention={name}: needs a GPU, not {device}; use attention=auto")
     return {"sdpa": sdpa, "cudnn": cudnn}.get(name) or _flash(name)
 
 

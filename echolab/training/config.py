@@ -63,7 +63,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
             raise ConfigError(
                 f"model.{name}={'null' if model_size is None else model_size}: the clips of "
                 f"{dataset.folder} have {'null' if dataset_size is None else dataset_size}; "
-                "take the model= that fits their encoders"
+                "use the model= that fits their encoders"
             )
     # The patch size must divide the latents, or positions would be cut off.
     check_geometry(dataset, architecture)
@@ -71,7 +71,7 @@ def check_dataset(dataset: ShardDataset, kind: str, architecture: Mapping[str, A
         if size % step:
             raise ConfigError(
                 f"model.patch_size={list(architecture['patch_size'])}: does not divide the latents "
-                f"{list(latents[1:])} of {dataset.folder}; take the model= that fits them"
+                f"{list(latents[1:])} of {dataset.folder}; use the model= that fits them"
             )
 
 
@@ -83,7 +83,7 @@ def check_geometry(dataset: ShardDataset, architecture: Mapping[str, Any]) -> No
             setting = "patch_size" if name == "patch" else name
             raise ConfigError(
                 f"model.{setting}: {name} is {getattr(network, name)}, the clips of "
-                f"{dataset.folder} have {getattr(clips, name)}; take the model= that fits their "
+                f"{dataset.folder} have {getattr(clips, name)}; use the model= that fits their "
                 "encoders"
             )
 

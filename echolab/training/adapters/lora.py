@@ -76,7 +76,7 @@ def layers_matching(net: nn.Module, targets: tuple[str, ...]) -> list[str]:
             raise ConfigError(
                 f"lora.target_modules={target}: names none of the network's {len(linear)} "
                 "linear layers; "
-                f"take blocks.*.self_attn, cross_attn, ffn, or one of {near}"
+                f"use blocks.*.self_attn, cross_attn, ffn, or one of {near}"
             )
         matching_layers |= matching
     return [name for name in linear if name in matching_layers]

@@ -161,9 +161,9 @@ def check_memory(needed: Needed, *, gpu: int | None, host: int | None) -> None:
     its state alone needs more than the share USABLE of either.  None means unknown: not checked.
     """
     remedies = {
-        "a GPU": "take trainer.strategy=zero2 or zero3 on more GPUs, trainer.offload=optimizer, "
+        "a GPU": "use trainer.strategy=zero2 or zero3 on more GPUs, trainer.offload=optimizer, "
         "lora=attention or a smaller model",
-        "this node": "take fewer trainer.devices, trainer.offload=none, lora=attention or a "
+        "this node": "use fewer trainer.devices, trainer.offload=none, lora=attention or a "
         "smaller model",
     }
     # Skip unknown sizes.

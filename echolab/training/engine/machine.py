@@ -80,19 +80,19 @@ def conflict(machine: Machine) -> str | None:
     if world < 1 or (machine.strategy == "single" and world > 1):
         return (
             f"trainer.strategy={machine.strategy}: not for {world} ranks; "
-            f"take {'ddp, zero1, zero2 or zero3' if world > 1 else 'trainer.devices=1'}"
+            f"use {'ddp, zero1, zero2 or zero3' if world > 1 else 'trainer.devices=1'}"
         )
     if group_size < 1 or world % group_size:
         return (
             f"trainer.sequence_parallel={group_size}: must divide the number of ranks, {world}; "
-            "take 1, or another number of ranks"
+            "use 1, or another number of ranks"
         )
     if fault := _offload_conflict(machine):
         return fault
     if machine.compile and machine.strategy == "zero3":
         return (
             "trainer.compile=true: torch.compile traces the hooks by which zero3 gathers weights, "
-            "and gradients come out wrong; take strategy zero2, or compile=false"
+            "and gradients come out wrong; use strategy zero2, or compile=false"
         )
     return None
 
@@ -103,7 +103,7 @@ def _offload_conflict(machine: Machine) -> str | None:
     if machine.offload == "optimizer" and not machine.sharded:
         return (
             f"trainer.offload=optimizer: {machine.strategy} keeps its weights and their masters in "
-            "one; take strategy zero1, zero2 or zero3, or offload=none"
+            "one; use strategy zero1, zero2 or zero3, or offload=none"
         )
     # Activation offload needs a GPU, and recognizes weights by their storage.
     if machine.activation_checkpointing != "offload":
@@ -111,13 +111,13 @@ def _offload_conflict(machine: Machine) -> str | None:
     if machine.device != "cuda":
         return (
             "trainer.activation_checkpointing=offload: moves activations from a GPU to host "
-            f"memory, and trainer.accelerator={machine.accelerator} has them there; take none, "
+            f"memory, and trainer.accelerator={machine.accelerator} has them there; use none, "
             "selective or full, or trainer.accelerator=gpu"
         )
     if machine.strategy == "zero3":
         return (
             "trainer.activation_checkpointing=offload: zero3 moves weights between uses, which "
-            "the offload would then take for activations; take strategy zero2, or selective"
+            "the offload would then mistake for activations; use strategy zero2, or selective"
         )
     return None
 
@@ -133,6 +133,6 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None, machine: M
     if batch_size < 1 or micro < 1 or batch_size % multiple:
         raise ConfigError(
             f"batch_size={batch_size}: not a multiple of {groups} ranks x micro_batch_size={micro};"
-            f" take {max(1, -(-batch_size // multiple)) * multiple}, or another micro_batch_size"
+            f" use {max(1, -(-batch_size // multiple)) * multiple}, or another micro_batch_size"
         )
     return batch_size // multiple

@@ -53,12 +53,12 @@ def check_device(machine: Machine) -> None:
         return
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"trainer.accelerator={machine.accelerator}: no GPU here; take trainer=cpu"
+            f"trainer.accelerator={machine.accelerator}: no GPU here; use trainer=cpu"
         )
     if (count := torch.cuda.device_count()) < machine.devices:
         raise ConfigError(
             f"trainer.devices={machine.devices}: {count} GPUs are visible here; "
-            f"take trainer.devices={count}"
+            f"use trainer.devices={count}"
         )
 
 

@@ -86,7 +86,7 @@ class SequenceSplit:
             fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
             raise ConfigError(
                 f"sequence_parallel={self.world}: does not divide the {heads} heads; "
-                f"take one of {fitting}"
+                f"use one of {fitting}"
             )
         self.attend = blocks[0].self_attn.attend
         # Split the tokens once, before the first block, and the conditions before every block.
