@@ -36,7 +36,7 @@ Launch = tuple[str, float]  # id and start time
 
 
 class Ended(NamedTuple):
-    """How a member of a sweep ended, or why it was not started."""
+    """The end of a member of a sweep, or the reason why it was not started."""
 
     member: Member
     code: int  # exit code, see launch.exit_codes

@@ -261,7 +261,7 @@ class UnreachableError(FetchError, StorageError):
 
 
 class RetryPolicy(NamedTuple):
-    """How often and how long to retry a server."""
+    """Number and delays of the attempts to reach a server."""
 
     attempts: int = 6
     stall_seconds: float = 30.0  # maximum time without receiving a byte

@@ -57,7 +57,7 @@ def movement(before: Tensor, now: Tensor, coefficients: Sequence[float]) -> floa
 
 
 class CachedBlocks(nn.Module):
-    """All blocks as one module that may reuse its last residual."""
+    """The blocks of a network as one module that may reuse its last residual."""
 
     def __init__(self, blocks: nn.ModuleList, plan: CachePlan) -> None:
         super().__init__()

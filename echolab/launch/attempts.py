@@ -68,7 +68,7 @@ class Attempt(NamedTuple):
 
     @property
     def progressed(self) -> bool:
-        """Whether a checkpoint was saved."""
+        """True if a checkpoint was saved."""
         return self.checkpoint > self.checkpoint_before
 
 

@@ -36,7 +36,7 @@ Budget = Literal["none", "preemption", "infrastructure", "code", "fatal"]
 
 
 class Cause(NamedTuple):
-    """Why an attempt ended."""
+    """The cause of the end of an attempt."""
 
     exit_code: int
     budget: Budget

@@ -59,7 +59,7 @@ STACK_CHARACTERS = 50_000
 
 
 class End(NamedTuple):
-    """How training ended without an exception, from `FitResult`."""
+    """The end of training without an exception, from `FitResult`."""
 
     reason: str
     stopped_by: int

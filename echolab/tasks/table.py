@@ -22,7 +22,7 @@ class Task(NamedTuple):
 
     @property
     def has_known(self) -> bool:
-        """Whether any pixels are given, so that encoded samples hold known latents of the task."""
+        """True if any pixels are given, so that encoded samples hold known latents of the task."""
         return self.mask != "nothing"
 
 

@@ -211,12 +211,12 @@ class TrainConfig(NamedTuple):
 
     @property
     def sharded(self) -> bool:
-        """Whether DeepSpeed holds the weights."""
+        """True if DeepSpeed holds the weights."""
         return self.machine.strategy.startswith("zero")
 
     @property
     def mixes_reference(self) -> bool:
-        """Whether the reference follows the trained weights within a preference epoch."""
+        """True if the reference follows the trained weights within a preference epoch."""
         return self.ref_model_sync_steps > 0 and self.reference is not None
 
     def check(self) -> None:

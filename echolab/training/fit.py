@@ -27,7 +27,7 @@ __all__ = ["FitResult", "Intervals", "Machine", "TrainConfig", "fit"]
 
 
 class FitResult(NamedTuple):
-    """How an attempt of a run ended."""
+    """The end of an attempt of a run."""
 
     step: int  # optimizer steps done
     steps: int  # optimizer steps of the schedule
@@ -38,7 +38,7 @@ class FitResult(NamedTuple):
 
     @property
     def done(self) -> bool:
-        """Whether all steps of the schedule are done and saved, and the export is verified."""
+        """True if all steps of the schedule are done and saved, and the export is verified."""
         return self.reason == "done"
 
 

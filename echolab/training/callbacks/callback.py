@@ -46,7 +46,7 @@ class Vote(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Why the run ends: signal, time, memory, prune or stop; empty if it continues."""
+        """The reason of the end: signal, time, memory, prune or stop; empty if it continues."""
         # In order of urgency: the first true reason is returned.
         reasons = {
             "signal": self.signal,

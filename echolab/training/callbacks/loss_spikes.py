@@ -52,7 +52,7 @@ class ActionKind(Enum):
 
 
 class Action(NamedTuple):
-    """What to do about a step."""
+    """The decision about a step."""
 
     kind: ActionKind
     event: str = ""  # the kind of event to write: spike, reproducible, recompute, rollback

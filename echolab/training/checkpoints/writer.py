@@ -140,7 +140,7 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has begun but not finished."""
+        """True if a save has begun but not finished."""
         return self._thread is not None
 
     def written(self) -> bool:

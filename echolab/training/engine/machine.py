@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
     @property
     def sharded(self) -> bool:
-        """Whether DeepSpeed holds the weights."""
+        """True if DeepSpeed holds the weights."""
         return self.strategy.startswith("zero")
 
     @property

@@ -40,7 +40,7 @@ class Placement(NamedTuple):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the network is in host memory."""
+        """True if the network is in host memory."""
         return self.device.type == "cpu"
 
 

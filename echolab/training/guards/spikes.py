@@ -72,7 +72,7 @@ class Spike(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the value is a finite number."""
+        """True if the value is a finite number."""
         return math.isfinite(self.value)
 
     @property
