@@ -119,6 +119,30 @@ def test_a_killed_tracker_is_restarted_and_gets_all_rows(
     assert capfd.readouterr().err == ""  # nothing was lost
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.1, 0.3])
+def test_a_service_killed_while_the_run_finishes_loses_no_row(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], delay: float
+) -> None:
+    run = begin(tmp_path)
+    log_all(run, tmp_path)
+    wait_until(lambda: list(tmp_path.glob("wandb/offline-run-*/files/media")))
+    (ours,), (service,) = tracker()
+    # The stopped process gets the rest of the rows and the end together, without its service.
+    os.kill(ours, signal.SIGSTOP)
+    for step in range(STEPS, 2 * STEPS):
+        run.log(step, {"loss": step / 2})
+    end = threading.Thread(target=run.finish, args=(60,))
+    end.start()
+    time.sleep(0.5)
+    os.kill(service, signal.SIGSTOP)  # it reads nothing more, but is not seen to end
+    os.kill(ours, signal.SIGCONT)
+    time.sleep(delay)
+    os.kill(service, signal.SIGKILL)
+    end.join()
+    assert sorted(recorded(tmp_path)) == ALL
+    assert capfd.readouterr().err == ""
+
+
 def silent(server: socket.socket, kept: list[socket.socket]) -> None:
     while True:
         try:

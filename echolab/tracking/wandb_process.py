@@ -62,10 +62,7 @@ class _Mirror:
 
     def __init__(self, run: Any, answers: Any) -> None:
         self.run, self.answers = run, answers
-        self.failed, self.fault = (
-            0,
-            "",
-        )  # number of records that wandb refused, and the first reason
+        self.failed, self.fault = 0, ""  # records that wandb refused, and the first reason
         self.finishing = False
 
     def mirror(self, lines: Iterator[str]) -> NoReturn:
@@ -89,6 +86,9 @@ class _Mirror:
 
             wandb.teardown()  # waits until the service has written its file
         except BaseException as error:
+            # If the service was killed, the next process gets the records that it did not store.
+            if isinstance(error, SystemExit) or _service_ended():  # its exit code is not 0
+                self._leave_without_service()
             self.fault = self.fault or _message(error)
         _answer_and_exit(
             self.answers, self._end() | {"recorded": recorded_rows(folder), "finished": True}
