@@ -205,6 +205,12 @@ def _poll(pid: int, ended: dict[int, int]) -> int | None:
     return ended.get(pid)
 
 
+def forget(pids: list[int], ended: dict[int, int]) -> None:
+    """Drop exit codes of earlier ranks: the kernel gives their pids to new ones."""
+    for pid in pids:
+        ended.pop(pid, None)
+
+
 def serve(descriptor: int) -> None:
     """Answer until the other end is closed."""
     words = socket.socket(fileno=descriptor).makefile("rw")
@@ -212,13 +218,14 @@ def serve(descriptor: int) -> None:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads after the imports: cannot be forked"
-    started: list[int] = []
+    started: set[int] = set()
     ended: dict[int, int] = {}
     for line in words:
         request = json.loads(line)
         if "start" in request:
             pids = _fork(request, words)
-            started += pids
+            started.update(pids)
+            forget(pids, ended)
             answer: dict[str, Any] = {"pids": pids}
         else:
             answer = {"codes": [_poll(pid, ended) for pid in request["poll"]]}

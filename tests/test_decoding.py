@@ -20,8 +20,8 @@ from data_prep.source import Models, Source, read_source
 from echolab.data.decoding import decode_frames, ignore_progress, open_media, video_stream
 from echolab.data.media import decode_mp4, encode_mp4, read_audio, read_audio_track
 from echolab.errors import MediaError
-from echolab.inference.commands import GenerateArguments
 from echolab.inference.generate import read_speech
+from echolab.inference.generate_arguments import GenerateArguments
 from echolab.inference.inputs import to_frames, video_footage
 from echolab.vision.normalize import audio_of, has_audio, make_grid
 from echolab.vision.video_reader import VideoReader, probe

@@ -13,9 +13,9 @@ from echolab.data.media import write_video
 from echolab.diffusion.pipeline import DEMO, PREVIEW
 from echolab.encoders.encode import Encoders
 from echolab.geometry import WAN
-from echolab.inference.commands import GenerateArguments
 from echolab.inference.conditions import conditions_of, encode_scene
 from echolab.inference.faces import face_around, lips_in
+from echolab.inference.generate_arguments import GenerateArguments
 from echolab.inference.inputs import Footage, footage_of, to_frames, to_pixels
 from echolab.inference.render import (
     Renderer,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from echolab.inference.commands import GenerateArguments
+from echolab.inference.generate_arguments import GenerateArguments
 from echolab.tasks.masks import MASK_RULES
 from echolab.tasks.table import (
     CURRICULUM_TASKS,

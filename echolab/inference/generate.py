@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,8 @@ from echolab.encoders.encode import Encoders, demo_encoders
 from echolab.encoders.loading import find_released, released_encoders
 from echolab.errors import ConfigError, MediaError
 from echolab.fitting import load_net, work_dtype
-from echolab.inference.commands import GenerateArguments
 from echolab.inference.conditions import encode_scene
+from echolab.inference.generate_arguments import GenerateArguments
 from echolab.inference.inputs import Footage, footage_of, open_source, to_frames
 from echolab.inference.render import (
     Renderer,
@@ -86,14 +86,23 @@ def generate_video(arguments: GenerateArguments, argv: list[str]) -> int:
 
     # Only rank 0 writes.
     if rank_from_environment():
-        return 0
+        leave_rank()
     audio = None if samples is None else samples[: frames * SAMPLES_PER_FRAME]
     write_video(arguments.out, video, audio)
     seconds = time.monotonic() - start
     figures = {"out": str(arguments.out), "frames": frames, "seconds": round(seconds, 2)}
     plain = f"{arguments.out}: {frames} frames ({frames / FPS:.2f} s) in {seconds:.1f} s"
     print(json.dumps(figures) if arguments.format == "json" else plain)
+    if arguments.devices > 1:
+        leave_rank()
     return 0
+
+
+def leave_rank() -> NoReturn:
+    """End this rank with exit code 0, because threads of gloo may abort Python's shutdown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager

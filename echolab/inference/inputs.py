@@ -12,8 +12,8 @@ from echolab.data.media import Frames, Tracks, decode_flac, decode_mp4, decode_t
 from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError, MediaError
 from echolab.geometry import WAN
-from echolab.inference.commands import CROPS, SIZES, GenerateArguments
 from echolab.inference.faces import Boxes, face_around, find_face, follow_face, lips_in
+from echolab.inference.generate_arguments import CROPS, SIZES, GenerateArguments
 from echolab.tasks.masks import known_pixels
 from echolab.tasks.table import TASK_TABLE
 from echolab.types import Clips
