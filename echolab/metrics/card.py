@@ -47,8 +47,12 @@ class Card:
 
     @property
     def hash(self) -> str:
-        """The first 12 hexadecimal digits of the sha256 of the card's canonical JSON."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """The first 12 hexadecimal digits of the sha256 of the card's canonical JSON.
+
+        How the clips were sampled is part of the system that is measured, not of the measure.
+        """
+        measure = {name: value for name, value in asdict(self).items() if name != "sampling"}
+        canonical = json.dumps(measure, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def with_evaluation(self, **changes: Any) -> "Card":
