@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from echolab.data.media import read_audio
-from echolab.metrics.scores import frame_count, mel_filters, mfcc
+from echolab.metrics.mfcc import frame_count, mel_filters, mfcc
 
 
 def noise(count: int, scale: float = 0.1) -> np.ndarray:

@@ -21,7 +21,7 @@ from echolab.encoders.demo import CausalAutoencoder
 from echolab.encoders.encode import demo_encoders
 from echolab.errors import ConfigError, DataError
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import cepstra_of
+from echolab.metrics.mfcc import cepstra_of
 from echolab.models.state_dict import initialize
 from echolab.models.transformer import EchoTransformer
 from echolab.preference.candidates import TASK, read_candidates, sample_candidates

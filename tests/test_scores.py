@@ -24,10 +24,10 @@ from echolab.metrics.demo_networks import (
     mouth_darkness,
     talker_labels,
 )
+from echolab.metrics.mfcc import cepstra_of
 from echolab.metrics.scores import (
     PERFECT_PSNR,
     Judges,
-    cepstra_of,
     features_of,
     psnr,
     score_clips,

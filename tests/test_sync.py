@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echolab.metrics.scores import (
+from echolab.metrics.sync import (
     padded_distances,
     sync_score,
     unpadded_distances,

@@ -28,7 +28,8 @@ from echolab.fitting import load_net, work_dtype
 from echolab.inference.commands import EvaluateArguments
 from echolab.inference.inputs import load_clips, to_frames
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import Judges, cepstra_of, features_of, score_clips
+from echolab.metrics.mfcc import cepstra_of
+from echolab.metrics.scores import Judges, features_of, score_clips
 from echolab.progress import progress
 from echolab.tasks.table import TASKS
 from echolab.types import Clips

@@ -19,7 +19,7 @@ from echolab.metrics.demo_networks import (
     fit_sync,
     talker_labels,
 )
-from echolab.metrics.scores import cepstra_of
+from echolab.metrics.mfcc import cepstra_of
 from echolab.progress import progress
 from echolab.types import Clips
 

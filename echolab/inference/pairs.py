@@ -14,7 +14,7 @@ from echolab.inference.commands import PairsArguments
 from echolab.inference.evaluate import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
 from echolab.inference.inputs import load_clips
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import cepstra_of
+from echolab.metrics.mfcc import cepstra_of
 from echolab.preference.candidates import read_candidates, read_request, sample_candidates
 from echolab.preference.judge import judge
 from echolab.preference.pack import (

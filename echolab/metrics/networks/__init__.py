@@ -1,0 +1,1 @@
+"""Released networks that compute features and scores, in their published architectures."""
