@@ -72,6 +72,46 @@ def measure_of(name: str) -> Measure:
     return known._replace(title=f"{known.title} demo") if plain != name else known
 
 
+def card_marks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, str]]:
+    """Return by score the letter of each row's metric card; rows with equal cards share a letter.
+
+    Two values with different cards are not comparable.  Rows without a card have no letter.
+    """
+    marks: dict[str, dict[int, str]] = {}
+    letters: dict[str, dict[str, str]] = {}
+    # Letters are given in the order of the rows.
+    for index, row in enumerate(rows):
+        for name in row["scores"]:
+            marks.setdefault(name, {})
+            if card := (row.get("cards") or {}).get(name):
+                known = letters.setdefault(name, {})
+                marks[name][index] = known.setdefault(card["hash"], _letter(len(known)))
+    return marks
+
+
+def visible_marks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return by score and checkpoint the letters of its cards; empty if all cards are equal.
+
+    A checkpoint whose seeds have different cards has several letters; `?` is a row without a card.
+    """
+    visible = {}
+    for name, letters in card_marks(rows).items():
+        by_checkpoint: dict[str, set[str]] = {}
+        for index, row in enumerate(rows):
+            if name in row["scores"]:
+                by_checkpoint.setdefault(str(row["checkpoint"]), set()).add(letters.get(index, "?"))
+        # Equal cards, or none at all as in tables of an older version, need no mark.
+        if len(set().union(*by_checkpoint.values())) > 1:
+            visible[name] = {key: " ".join(sorted(own)) for key, own in by_checkpoint.items()}
+    return visible
+
+
+def _letter(index: int) -> str:
+    """Return a, b, ..., z, aa, ab, ... for 0, 1, ..."""
+    first, last = divmod(index, 26)
+    return (_letter(first - 1) if first else "") + chr(ord("a") + last)
+
+
 def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> str:
     """Return the rows of scores.json as HTML: {"checkpoint", "seed", "scores": {measure: number}}.
 
@@ -84,15 +124,15 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
     # The references are the first and the last rows, the trained checkpoints in between.
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
     trained = [checkpoint for checkpoint in scores if checkpoint not in REFERENCES]
-    head = "".join(_heading(name) for name in names)
+    head, marks = "".join(_heading(name) for name in names), visible_marks(rows)
     groups = (["ground_truth"], trained, ["shuffled_sound"])
     bodies = ""
     # One <tbody> for each group.
     for group, kind in zip(groups, ("reference", "trained", "reference"), strict=True):
-        lines = [_row(c, scores, names, colors) for c in group if c in scores]
+        lines = [_row(c, scores, names, colors, marks) for c in group if c in scores]
         bodies += f'<tbody class="{kind}">{"".join(lines)}</tbody>' if lines else ""
     lines = [
-        _difference_row(after, before, scores, names)
+        _difference_row(after, before, scores, names, marks)
         for after, before in CHANGES
         if after in scores and before in scores
     ]
@@ -101,6 +141,11 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
     seeds = max(score.seeds for row in scores.values() for score in row.values())
     remark = f'<p class="note">± is one standard deviation over {seeds} seeds.</p>'
     remark = remark if seeds > 1 else ""
+    if marks:
+        remark += (
+            '<p class="note">Letters mark metric cards: values of a column with different letters '
+            "were measured in different ways and are not comparable.</p>"
+        )
     return (
         f'<div class="scroll"><table class="scores"><thead><tr><th scope="col">Checkpoint</th>'
         f"{head}</tr></thead>{bodies}{foot}</table></div>{remark}"
@@ -164,30 +209,34 @@ def _row(
     scores: Mapping[str, Mapping[str, Score]],
     names: Sequence[str],
     colors: Mapping[str, str],
+    marks: Mapping[str, Mapping[str, str]],
 ) -> str:
     title, remark = CHECKPOINTS.get(checkpoint, (checkpoint, ""))
     dot = f'<i style="--c:var(--{colors.get(checkpoint, "faint")})"></i>'
-    cells = "".join(_cell(checkpoint, name, scores) for name in names)
+    cells = "".join(
+        _cell(checkpoint, name, scores, marks.get(name, {}).get(checkpoint, "")) for name in names
+    )
     return (
         f'<tr data-checkpoint="{escape(checkpoint)}"><th scope="row">{dot}{escape(title)}'
         f"<small>{escape(remark)}</small></th>{cells}</tr>"
     )
 
 
-def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
+def _cell(checkpoint: str, name: str, scores: Mapping[str, Mapping[str, Score]], card: str) -> str:
     score = scores[checkpoint].get(name)
     if score is None:
         return '<td class="none">–</td>'
-    # References are never marked as best.
-    leads = checkpoint not in REFERENCES and score.mean == best(name, scores)
+    # References are never marked as best, nor is a value among others that do not compare.
+    leads = not card and checkpoint not in REFERENCES and score.mean == best(name, scores)
     places = decimals(name, scores)
     spread = f' <span class="spread">± {score.spread:.{places}f}</span>' if score.seeds > 1 else ""
+    letter = f' <sup class="card" title="metric card">{escape(card)}</sup>' if card else ""
     mark = '<span class="best" title="best of the trained checkpoints">best</span> '
     return (
         f'<td class="{"leads" if leads else ""}" data-measure="{escape(name)}"'
         f' data-value="{score.mean!r}">{mark if leads else ""}'
         f'<span class="figure">{format_number(score.mean, places)}</span>{spread}'
-        f"{_sync_bar(score.mean, name, scores)}</td>"
+        f"{letter}{_sync_bar(score.mean, name, scores)}</td>"
     )
 
 
@@ -212,13 +261,19 @@ def _sync_bar(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]
 
 
 def _difference_row(
-    after: str, before: str, scores: Mapping[str, Mapping[str, Score]], names: Sequence[str]
+    after: str,
+    before: str,
+    scores: Mapping[str, Mapping[str, Score]],
+    names: Sequence[str],
+    marks: Mapping[str, Mapping[str, str]],
 ) -> str:
     """Return one row of differences, each marked as better or worse."""
     cells = []
-    # One cell for each measure that both checkpoints have.
+    # One cell for each measure that both checkpoints have, measured in the same way.
     for name in names:
-        if name not in scores[after] or name not in scores[before]:
+        letters = marks.get(name, {})
+        comparable = letters.get(after) == letters.get(before)
+        if name not in scores[after] or name not in scores[before] or not comparable:
             cells.append('<td class="none">–</td>')
             continue
         old = scores[before][name].mean
