@@ -16,15 +16,14 @@ from echolab.metrics.demo_networks import (
     FrameFeatures,
     SyncNetDemo,
     contrastive_loss,
-    correlation,
     crop_lips,
     fit_clip_features,
     fit_frame_features,
     fit_sync,
-    mouth_darkness,
     talker_labels,
 )
 from echolab.metrics.mfcc import cepstra_of
+from echolab.metrics.motion import correlation, mouth_darkness
 from echolab.metrics.scores import (
     PERFECT_PSNR,
     Judges,

@@ -5,10 +5,8 @@ Shapes: B clips, T frames, L windows, D features; crops are [B, T, 3, 24, 32] in
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -155,27 +153,6 @@ class ClipFeatures(nn.Module):
         frames = self.frame(rearrange(pixels, "b c t y x -> (b t) c y x"))
         motion = self.time(rearrange(frames, "(b t) d -> b d t", b=clips))
         return torch.cat([motion.mean(-1), motion.std(-1)], dim=-1)
-
-
-def mouth_darkness(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Measure the mouth opening in each frame, [B, T], by the darkness of the lip crop.
-
-    No network is needed, since an open mouth shows its dark inside.  The measure is only correlated
-    over time with the true opening, so that lip and skin color do not matter.
-    """
-    # The brightness of skin is the 80th percentile of the crop.
-    luma = crop_lips(pixels, boxes).mean(dim=2)  # [B, T, 24, 32]
-    skin = luma.flatten(2).quantile(0.8, dim=-1)[..., None, None]
-    return ((skin - luma) / (skin + 1).clamp(min=0.2)).clamp(min=0).square().mean(dim=(2, 3))
-
-
-def correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """Return the Pearson correlation of two curves; 0 if one of them is constant."""
-    # Compute in fp64, because a constant curve has rounding noise in fp32.
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    if min(a.std(), b.std()) < 1e-7:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 # -- training -------------------------------------------------------------------------------------

@@ -16,10 +16,9 @@ from echolab.metrics.demo_networks import (
     ClipFeatures,
     FrameFeatures,
     SyncNetDemo,
-    correlation,
     crop_lips,
-    mouth_darkness,
 )
+from echolab.metrics.motion import correlation, mouth_darkness
 from echolab.metrics.sync import Sync, sync_score, unpadded_distances
 from echolab.types import Clips
 

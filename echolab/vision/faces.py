@@ -63,7 +63,7 @@ class FaceDetector:
 
 
 class FaceMesh:
-    """MediaPipe's face mesh of 478 landmarks; only those of the mouth are used."""
+    """MediaPipe's face mesh of 478 landmarks; `find` uses only those of the mouth."""
 
     def __init__(self, weights: Path) -> None:
         with zipfile.ZipFile(weights) as bundle:
@@ -75,6 +75,17 @@ class FaceMesh:
 
     def find(self, image: Image, face: Row) -> Mesh:
         """Return the mouth of a detected face."""
+        points, presence = self.landmarks(image, face)
+        lips = points[LIPS]
+        upper, lower = points[list(INNER_LIPS)]
+        return Mesh(
+            np.concatenate([lips.min(0), lips.max(0)]).astype(np.float32),
+            float(np.hypot(*(upper - lower))),
+            presence,
+        )
+
+    def landmarks(self, image: Image, face: Row) -> tuple[NDArray[np.float64], float]:
+        """Return all landmarks [478, 2] of a detected face in image pixels, and its presence."""
         # Crop the face, rotated upright, and run the landmark network on the crop.
         to_image = _upright_crop(face)
         crop = cv2.warpAffine(
@@ -89,14 +100,8 @@ class FaceMesh:
         # Map the landmarks back to the image.
         points = self.net.get_tensor(self.points).reshape(-1, 3)[:, :2]
         points = points @ to_image[:, :2].T + to_image[:, 2]
-        lips = points[LIPS]
-        upper, lower = points[list(INNER_LIPS)]
         score = float(self.net.get_tensor(self.score).ravel()[0])
-        return Mesh(
-            np.concatenate([lips.min(0), lips.max(0)]).astype(np.float32),
-            float(np.hypot(*(upper - lower))),
-            float(1 / (1 + np.exp(-np.clip(score, -60, 60)))),
-        )
+        return points, float(1 / (1 + np.exp(-np.clip(score, -60, 60))))
 
 
 def _upright_crop(face: Row) -> NDArray[np.float64]:
