@@ -8,7 +8,8 @@ gray 110; it is scaled to 224 x 224 pixels.
 The published detector is S3FD.  Here boxes come from YuNet, or from the tracks of a dataset.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from scipy.signal import medfilt
 
 from echolab.metrics.networks.syncnet import CROP_PIXELS
-from echolab.vision.faces import START_SCORE, Image, Rows, SceneCuts, boxes
+from echolab.vision.faces import START_SCORE, FaceDetector, Image, Rows, SceneCuts, boxes
 
 SAME_FACE = 0.5  # minimum IoU of successive detections of one face
 MISSED_FRAMES = 25  # most frames from one detection to the next
 SMOOTHING = 13  # frames of the median
 CROP_SCALE = 0.4  # margin of the crop, in half sides of the box
 GRAY = 110
+DETECT_PIXELS = 640  # longer side of the image that the detector sees
+RIVAL = 0.5  # a second face of this fraction of the first one's size is a rival
 
 Boxes = NDArray[np.float64]  # [n, 4] left, top, right, bottom
 Detect = Callable[[Image], Rows]
@@ -95,11 +98,18 @@ def _take_start(
     return None
 
 
-def tracks_of_boxes(known: Boxes) -> list[FaceTrack]:
-    """Return the tracks of one face's boxes [T, 4], which are NaN in frames without detection."""
+def tracks_of_boxes(known: Boxes, width: int, height: int) -> list[FaceTrack]:
+    """Return the tracks of one face's boxes [T, 4] in frames of width x height pixels.
+
+    Boxes that are NaN, smaller than 2 pixels or outside the frame count as no detection.
+    """
+    # A center within the frame makes sure that a crop shows some of it.
+    sizes, centers = known[:, 2:] - known[:, :2], (known[:, 2:] + known[:, :2]) / 2
+    with np.errstate(invalid="ignore"):
+        usable = (sizes >= 2).all(1) & (centers >= 0).all(1) & (centers <= (width, height)).all(1)
     detected: dict[int, Boxes] = {}
     tracks = []
-    for index in np.flatnonzero(np.isfinite(known).all(1)).tolist():
+    for index in np.flatnonzero(usable & np.isfinite(known).all(1)).tolist():
         # A longer gap ends the track.
         if detected and index > max(detected) + MISSED_FRAMES:
             tracks.append(interpolate(detected))
@@ -129,6 +139,7 @@ def iou(first: Boxes, second: Boxes) -> float:
 
 def crop_track(frames: NDArray[np.uint8], track: FaceTrack) -> NDArray[np.uint8]:
     """Return the crops [T, 224, 224, 3] of a track from the frames [N, Y, X, 3] of the video."""
+    # Half side and center are smoothed separately.
     sizes = track.boxes[:, 2:] - track.boxes[:, :2]
     centers = (track.boxes[:, 2:] + track.boxes[:, :2]) / 2
     # The published median takes frames outside the track as zero, so the first and last six frames
@@ -142,6 +153,7 @@ def crop_track(frames: NDArray[np.uint8], track: FaceTrack) -> NDArray[np.uint8]
 def _crop(frame: Image, half: float, x: float, y: float) -> Image:
     """Crop one frame, with the published order of rounding: after the padding is added."""
     pad = int(half * (1 + 2 * CROP_SCALE))
+    # Coordinates of the frame, rounded as those of the padded frame.
     top, bottom = int(y + pad - half) - pad, int(y + pad + half * (1 + 2 * CROP_SCALE)) - pad
     left, right = (int(x + pad + sign * half * (1 + CROP_SCALE)) - pad for sign in (-1, 1))
     # The published crop ends where its padded frame ends.
@@ -161,10 +173,44 @@ def source_frames(count: int, fps: float) -> NDArray[np.int64]:
     return np.minimum(np.floor(times * fps + 0.5), count - 1).astype(np.int64)
 
 
-def longest_first(tracks: list[FaceTrack]) -> Iterator[FaceTrack]:
-    """Yield tracks in the order of the summed area of their boxes, the largest first."""
+def main_track(tracks: list[FaceTrack], frames: int) -> FaceTrack | None:
+    """Return the track of the largest summed area among those of `frames` frames or more.
+
+    Return None if it has a rival: another such track, of half its size or more, at the same time.
+    Raise ValueError for no track of that length.
+    """
 
     def area(track: FaceTrack) -> float:
         return float(np.prod(track.boxes[:, 2:] - track.boxes[:, :2], axis=1).sum())
 
-    yield from sorted(tracks, key=area, reverse=True)
+    # A face that is brief, small or in another scene is no rival.
+    main, *others = sorted((t for t in tracks if len(t.boxes) >= frames), key=area, reverse=True)
+    rivals = [
+        other
+        for other in others
+        if min(main.last, other.last) > max(main.first, other.first)
+        and other.side >= RIVAL * main.side
+    ]
+    return None if rivals else main
+
+
+class YuNet:
+    """Detects faces in images of any size, of at most 640 pixels on the longer side."""
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+        self._detectors: dict[tuple[int, int], FaceDetector] = {}  # by width, height
+
+    def __call__(self, image: Image) -> Rows:
+        """Return YuNet's rows with a score of 0.7 or more, in pixels of the image."""
+        height, width = image.shape[:2]
+        scale = min(1.0, DETECT_PIXELS / max(height, width))
+        size = (round(width * scale), round(height * scale))
+        # A detector has a fixed size, and building one takes as long as a few images.
+        if size not in self._detectors:
+            self._detectors[size] = FaceDetector(self.weights, *size)
+        if scale < 1:
+            image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+        rows = self._detectors[size].detect(image)
+        rows[:, :14] /= scale
+        return rows
