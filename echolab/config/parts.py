@@ -3,22 +3,16 @@
 The supervisor checks a configuration by building these parts; the ranks train with them.
 
 The parts include the user's callbacks: only classes that echolab or an installed distribution
-registers.  A distribution registers classes by entry points of the group `echolab.callbacks`:
-
-    [project.entry-points."echolab.callbacks"]
-    weight_norms = "lab.training:WeightNorms"   # one class, by this name or by its import path
-    lab = "lab.training"                        # every class in and below this module
-
-An import path that is not registered is refused before anything is imported.
+registers (`echolab.plugins`), by entry points of the group `echolab.callbacks`.
 """
 
 import inspect
 from collections.abc import Mapping
 from decimal import Decimal
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
+from echolab import plugins
 from echolab.errors import ConfigError
 from echolab.heartbeat import SectionTimeouts
 from echolab.training.engine.machine import Machine
@@ -107,36 +101,8 @@ def check_targets(config: Mapping[str, Any]) -> None:
 
 def registered_path(target: str, setting: str) -> tuple[str, str]:
     """Return module and class of a target; raise ConfigError unless they are registered."""
-    # A name may be registered by one distribution only.
-    registered = entry_points(group=CALLBACKS_GROUP)
-    named = {(entry.module, entry.attr) for entry in registered if entry.name == target}
-    if len(named) > 1:
-        raise ConfigError(
-            f"{setting}.target={target}: several distributions register this name; give the "
-            "import path package.module:Class"
-        )
-    # The name of an entry point stands for its class; anything else must be an import path.
-    module, name = named.pop() if named else target.partition(":")[::2]
-    if not name or not all(part.isidentifier() for part in [*module.split("."), name]):
-        raise ConfigError(
-            f"{setting}.target={target}: must be an import path package.module:Class, or the name "
-            f"of an entry point of the group {CALLBACKS_GROUP} that is a class"
-        )
-    if not _allowed(module, name, list(registered)):
-        raise ConfigError(
-            f"{setting}.target={target}: is neither below {OWN_CALLBACKS} nor registered by an "
-            f"installed distribution; register {module} as an entry point of the group "
-            f"{CALLBACKS_GROUP}"
-        )
-    return module, name
-
-
-def _allowed(module: str, name: str, registered: list[EntryPoint]) -> bool:
-    # An entry point registers one class, or all classes in and below a module.
-    classes = {(entry.module, entry.attr) for entry in registered if entry.attr}
-    namespaces = [OWN_CALLBACKS, *(entry.module for entry in registered if not entry.attr)]
-    return (module, name) in classes or any(
-        module == namespace or module.startswith(f"{namespace}.") for namespace in namespaces
+    return plugins.registered_path(
+        target, setting, group=CALLBACKS_GROUP, namespace=OWN_CALLBACKS, kind="class"
     )
 
 

@@ -42,7 +42,15 @@ class EvaluateArguments:
     raw: Path = argument("held-out clips, raw", DEMO_DATA / "raw_held_out", section="Data")
     clips: Path = argument("the same clips, encoded", DEMO_DATA / "held_out")
     real: Path = argument("raw clips that FID and FVD compare with", DEMO_DATA / "raw_train")
+    metrics: str = argument("metrics: a choice of conf/metrics, or a YAML file", "demo")
+    score: tuple[str, ...] = argument(
+        "scores to compute; an error if one of them cannot be", (), default_text="all that can be"
+    )
     networks: Path = argument("folder of networks of `echolab fit`", DEMO_VAE.parent)
+    vae: Path | None = argument(
+        "autoencoder of the clips: the demo's file, or the released file or folder", None,
+        default_text="that of networks",
+    )  # fmt: skip
     task: str = argument("task to sample", DEFAULT_TASK, section="Sampling", choices=TASKS)
     num_clips: int = argument("number of clips", 64, ge=1)
     num_steps: int = argument("solver steps", 10, ge=1)
@@ -50,6 +58,7 @@ class EvaluateArguments:
     audio_guidance_scale: float = argument("audio guidance; 1 is no guidance", 2.0, ge=0)
     unguided: bool = argument("sample and score without audio guidance as well", False)
     seed: int = argument("seed of the noise", 0, ge=0)
+    batch_size: int = argument("clips in one call of the network", 32, ge=1)
     scores: Path | None = argument(
         "score table to add a row to, for `echolab report`", None, section="Output",
         default_text="no table",
@@ -189,6 +198,7 @@ def evaluate(argv: list[str]) -> int:
     if arguments.checkpoint:
         check_dataset("clips", arguments.clips, "encoded")
     check_exists(arguments, "networks")
+    check_exists(arguments, "vae")
     for folder in (arguments.samples, arguments.task_samples):
         if folder:
             check_writable(folder, folder=True)

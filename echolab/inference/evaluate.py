@@ -1,52 +1,35 @@
-"""Sample held-out clips from a checkpoint, score them, and store rows and samples.
-
-Preference rounds use the judges and the sampling for samples of a dataset as well.
-"""
+"""Sample held-out clips from a checkpoint, score them, and store rows and samples."""
 
 import json
-from collections.abc import Callable
-from functools import lru_cache
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from echolab.atomic_io import write_atomic
+from echolab.config.metrics import metrics_named
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
-from echolab.data.collate import collate_clips, read_clip
 from echolab.data.media import write_video
-from echolab.data.shard_reader import ShardDataset, open_dataset
-from echolab.diffusion.guidance import Net
-from echolab.diffusion.pipeline import generate
+from echolab.data.shard_reader import open_dataset
 from echolab.encoders.demo import CausalAutoencoder
-from echolab.encoders.encode import demo_encoders
 from echolab.errors import DataError
+from echolab.evaluation.choice import build_metrics, chosen
+from echolab.evaluation.decoding import decode, load_vae, vae_fingerprint
+from echolab.evaluation.held_out import HeldOut
+from echolab.evaluation.sampling import Part, Sampling, Share, sample_parts
+from echolab.evaluation.scoring import Keep, Results, Scorer, score_recordings, score_samples
 from echolab.fitting import load_net, work_dtype
 from echolab.inference.commands import EvaluateArguments
-from echolab.inference.inputs import load_clips, to_frames
-from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
-from echolab.metrics.mfcc import cepstra_of
-from echolab.metrics.scores import Judges, features_of, score_clips
+from echolab.metrics.metric import VideoClip, VideoMetric
+from echolab.metrics.setup import Setup
 from echolab.progress import progress
 from echolab.tasks.table import TASKS
-from echolab.types import Clips
 
-BATCH = 32
-AUTOENCODER, FRAMES, CLIPS = "autoencoder", "frames", "clips"
-SYNC_JUDGE, SYNC_EVALUATOR = "sync_judge", "sync_evaluator"
+AUTOENCODER = "autoencoder"
+SYNC_JUDGE = "sync_judge"
 UNGUIDED = ("sync_c_demo", "mouth_corr")  # scores that are also computed without audio guidance
-
-
-class Sampling(NamedTuple):
-    """Settings of the sampler."""
-
-    steps: int = 12
-    shift: float = 3.0
-    audio_scale: float = 1.5
-    seed: int = 0
 
 
 def network_file(networks: Path, name: str) -> Path:
@@ -59,166 +42,188 @@ def load_autoencoder(networks: Path) -> CausalAutoencoder:
     return load_net(network_file(networks, AUTOENCODER), CausalAutoencoder)
 
 
-def load_judges(networks: Path, real: Clips, sync: str = SYNC_EVALUATOR) -> Judges:
-    """Load the evaluator's networks; compute the features of real clips for FID and FVD."""
-    # Features of real clips are computed once for all rows.
-    frame = load_net(network_file(networks, FRAMES), FrameFeatures)
-    clip = load_net(network_file(networks, CLIPS), ClipFeatures)
-    real_frames, real_clips = features_of(frame, clip, real.float_pixels())
-    return Judges(
-        load_net(network_file(networks, sync), SyncNetDemo), frame, clip, real_frames, real_clips
-    )
-
-
-@torch.no_grad()
-def sample_pixels(
-    net: Net,
-    vae: CausalAutoencoder,
-    dataset: ShardDataset,
-    indices: range,
-    task: str,
-    sampling: Sampling,
-    report: Callable[[int], None],
-) -> Tensor:
-    """Generate clips [N, 3, T, Y, X] in [-1, 1] for samples of an encoded dataset."""
-    pixels = []
-    for first in range(indices.start, indices.stop, BATCH):
-        # Generate and decode batch by batch.
-        part = range(first, min(first + BATCH, indices.stop))
-        clips = collate_clips(dataset, [read_clip(dataset, i, task) for i in part])
-        latents = generate(
-            net, clips.conditions, clips.keys, steps=sampling.steps, shift=sampling.shift,
-            audio_scale=sampling.audio_scale, seed=sampling.seed, dtype=work_dtype(),
-        )  # fmt: skip
-        pixels.append(vae.decode(latents))
-        report(part.stop - indices.start)
-    return torch.cat(pixels)
-
-
-def check_same_clips(raw: Clips, encoded: ShardDataset) -> None:
-    """Raise DataError unless both datasets hold the same clips in the same order."""
-    if raw.keys != encoded.keys[: len(raw.keys)]:
-        raise DataError(
-            f"{encoded.folder}: its clips are not those of the raw dataset; encode that one again"
-        )
-
-
-# -- evaluation ----------------------------------------------------------------------------------
-
-
 def evaluate_checkpoint(arguments: EvaluateArguments) -> None:
     """Score generated clips, or the held-out clips themselves, and print the scores."""
-    # Score a checkpoint, or the held-out clips themselves.
-    subject = str(arguments.reference)
+    # Build the metrics first: a missing file must not be noticed after an hour of sampling.
+    evaluation = Evaluation(arguments)
     if arguments.checkpoint:
         checkpoint = last_checkpoint(arguments.checkpoint)
-        subject, scores = str(checkpoint), score_checkpoint(arguments, checkpoint)
+        subject, results = str(checkpoint), evaluation.of_checkpoint(checkpoint)
     else:
-        scores = score_reference(arguments)
+        subject, results = str(arguments.reference), evaluation.of_reference()
 
     # Add the row to the table, and print it.
+    scores = results.values()
     if arguments.scores:
         add_row(arguments.scores, arguments.row_name, arguments.train_seed, scores)
     if arguments.format == "json":
-        print(json.dumps({"checkpoint": subject, "scores": scores}))
+        cards = {name: results.cards[name].to_json() for name in scores}
+        print(json.dumps({"checkpoint": subject, "scores": scores, "cards": cards}))
     else:
-        table = Table("score", "value")
-        for name, value in scores.items():
-            table.add_row(name, f"{value:.3f}")
-        Console().print(table)
+        print_results(results)
+
+
+def print_results(results: Results) -> None:
+    """Print scores with their intervals and the hashes of their cards."""
+    table = Table("score", "value", "95 % interval", "clips", "card")
+    # A score without value shows the reason in its place.
+    missing = results.missing()
+    for name, score in results.scores.items():
+        value = missing[name] if name in missing else f"{score.value:.3f}"
+        interval = f"{score.low:.3f} to {score.high:.3f}" if score.low == score.low else ""
+        card = results.cards[name].hash if name in results.cards else ""
+        table.add_row(name, value, interval, str(score.clips), card)
+    Console().print(table)
+
+
+class Evaluation:
+    """The held-out clips and the metrics of one command."""
+
+    def __init__(self, arguments: EvaluateArguments) -> None:
+        """Open the datasets and build the metrics.
+
+        Raise WeightsError if a score that was asked for by name cannot be computed.
+        """
+        self.arguments = arguments
+        # The encoded clips condition the network; recordings are scored without them.
+        encoded = open_dataset(arguments.clips) if arguments.checkpoint else None
+        self.held_out = HeldOut(open_dataset(arguments.raw), encoded, arguments.num_clips)
+        self.metrics = self._metrics(arguments.score)
+
+    def _metrics(self, names: tuple[str, ...]) -> list[VideoMetric]:
+        """Return new metrics; print a line for each that cannot be computed."""
+        # Each evaluation needs empty tables, so the metrics are built again.
+        arguments, held_out = self.arguments, self.held_out
+        scores = metrics_named(arguments.metrics)["scores"]
+        setup = Setup(len(held_out), held_out.frames, arguments.networks, arguments.real)
+        entries = chosen(scores, names) if names else scores
+        metrics, lines = build_metrics(entries, setup, required=bool(names))
+        for line in lines:
+            print(f"echolab: {line}", file=sys.stderr)
+        return metrics
+
+    def of_reference(self) -> Results:
+        """Return the scores of the held-out clips, with their own audio or another clip's."""
+        # The audio of another clip gives the chance level of lip sync.
+        scorer = Scorer(self.metrics, self.held_out)
+        shuffled = self.arguments.reference == "shuffled_sound"
+        with progress(f"scoring {self.arguments.reference}", len(self.held_out)) as advance:
+
+            def keep(index: int, clip: VideoClip) -> None:
+                self.keep(index, clip)
+                advance(index + 1, "")
+
+            score_recordings(scorer, range(len(self.held_out)), shuffled=shuffled, keep=keep)
+        return scorer.results(None)
+
+    def of_checkpoint(self, checkpoint: Path) -> Results:
+        """Return the scores of clips sampled from a checkpoint; write some of the clips.
+
+        Raise DataError or CheckpointError if clips, encoders and checkpoint do not match.
+        """
+        assert self.held_out.encoded is not None
+        # Sample with guidance; without guidance and other tasks if requested.
+        sampler = Sampler(self, checkpoint)
+        name, sampling = self.arguments.row_name, sampling_of(self.arguments)
+        scorer = Scorer(self.metrics, self.held_out)
+        sampler.score(f"sampling from {name}", scorer, sampling, keep=self.keep)
+        results = scorer.results(sampling)
+        if self.arguments.unguided:
+            results = self._with_unguided(results, sampler, sampling)
+        if self.arguments.task_samples:
+            self._sample_tasks(sampler, self.arguments.task_samples)
+        return results
+
+    def _with_unguided(self, results: Results, sampler: "Sampler", sampling: Sampling) -> Results:
+        """Add scores without guidance, of which preference training can teach a part."""
+        # Only lip sync depends on the guidance.
+        names = tuple(name for name in UNGUIDED if name in results.scores)
+        scorer = Scorer(self._metrics(names), self.held_out)
+        unguided = sampling._replace(audio_scale=1.0)
+        sampler.score(f"sampling from {self.arguments.row_name}, unguided", scorer, unguided)
+        other = scorer.results(unguided)
+        scores, cards = dict(results.scores), dict(results.cards)
+        for score in names:
+            # The suffix of stand-ins stays last.
+            stem = score.removesuffix("_demo")
+            renamed = f"{stem}_unguided{score.removeprefix(stem)}"
+            scores[renamed] = other.scores[score]
+            cards[renamed] = other.cards[score].with_evaluation(metric=renamed)
+        return Results(scores, cards)
+
+    def keep(self, index: int, clip: VideoClip) -> None:
+        """Write one of the first clips as an mp4 file with its audio, if samples are kept."""
+        arguments = self.arguments
+        if arguments.samples and index < arguments.num_samples:
+            arguments.samples.mkdir(parents=True, exist_ok=True)
+            write_clip(arguments.samples / f"{clip.key}.mp4", clip)
+
+    def _sample_tasks(self, sampler: "Sampler", folder: Path) -> None:
+        """Write one clip of every task that is not scored, each with another talker."""
+        # Each task uses another held-out clip.
+        folder.mkdir(parents=True, exist_ok=True)
+        sampling = sampling_of(self.arguments)
+        for index, task in enumerate(name for name in TASKS if name != self.arguments.task):
+            at = index % len(self.held_out)
+            clip = sampler.sample_clip(at, sampling._replace(task=task))
+            write_clip(folder / f"{task}.mp4", clip)
+
+
+class Sampler:
+    """A checkpoint's network with the autoencoder to decode its samples."""
+
+    def __init__(self, evaluation: Evaluation, checkpoint: Path) -> None:
+        """Raise DataError or CheckpointError if clips, encoders and checkpoint do not match."""
+        arguments, dataset = evaluation.arguments, evaluation.held_out.encoded
+        assert dataset is not None
+        self.held_out = evaluation.held_out
+        # Clips, encoders and checkpoint must belong together.
+        path = arguments.vae or network_file(arguments.networks, AUTOENCODER)
+        check_encoders(checkpoint, {"video": vae_fingerprint(path)})
+        check_encoders(checkpoint, dict(dataset.encoders))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.vae = load_vae(path, self.device)
+        self.net = load_policy(checkpoint).to(self.device)
+
+    def score(
+        self, title: str, scorer: Scorer, sampling: Sampling, keep: Keep | None = None
+    ) -> None:
+        """Sample and score all held-out clips."""
+        with progress(title, len(self.held_out)) as advance:
+
+            def keep_and_advance(index: int, clip: VideoClip) -> None:
+                if keep:
+                    keep(index, clip)
+                advance(index + 1, "")
+
+            score_samples(
+                scorer, self.net, self.vae, sampling, Share(), device=self.device,
+                dtype=work_dtype(self.device), keep=keep_and_advance,
+            )  # fmt: skip
+
+    def sample_clip(self, index: int, sampling: Sampling) -> VideoClip:
+        """Return one sampled clip."""
+        part = [Part(range(index, index + 1), True)]
+        ((_, latents),) = sample_parts(
+            self.net, self.held_out, sampling, part, device=self.device,
+            dtype=work_dtype(self.device),
+        )  # fmt: skip
+        frames, _ = decode(self.vae, latents)
+        return self.held_out.clip(index, frames[0])
 
 
 def sampling_of(arguments: EvaluateArguments) -> Sampling:
     """Return the settings of the sampler, with guidance."""
-    scale = arguments.audio_guidance_scale
-    return Sampling(arguments.num_steps, arguments.flow_shift, scale, arguments.seed)
+    return Sampling(
+        arguments.task, arguments.num_steps, arguments.flow_shift,
+        arguments.audio_guidance_scale, arguments.seed, arguments.batch_size,
+    )  # fmt: skip
 
 
-class Sampler:
-    """A checkpoint's network with the dataset and autoencoder to sample held-out clips."""
-
-    def __init__(self, arguments: EvaluateArguments, checkpoint: Path, truth: Clips) -> None:
-        """Raise DataError or CheckpointError if clips, encoders and checkpoint do not match."""
-        # Clips, encoders and checkpoint must belong together.
-        self.dataset = open_dataset(arguments.clips)
-        check_same_clips(truth, self.dataset)
-        self.vae = load_autoencoder(arguments.networks)
-        check_encoders(checkpoint, demo_encoders(self.vae).fingerprints)
-        check_encoders(checkpoint, self.dataset.encoders)
-        self.net: Net = load_policy(checkpoint)
-
-    def sample(self, title: str, indices: range, task: str, sampling: Sampling) -> Tensor:
-        """Return generated clips [N, 3, T, Y, X] in [-1, 1] for some held-out clips."""
-        with progress(title, len(indices)) as advance:
-            return sample_pixels(self.net, self.vae, self.dataset, indices, task, sampling,
-                                 lambda done: advance(done, ""))  # fmt: skip
-
-
-def score_checkpoint(arguments: EvaluateArguments, checkpoint: Path) -> dict[str, float]:
-    """Return the scores of clips sampled from a checkpoint; write some of the clips."""
-    # Sample all clips with guidance, and score them.
-    truth = load_clips(arguments.raw, arguments.num_clips)
-    cepstra, indices, task = cepstra_of(truth), range(len(truth.keys)), str(arguments.task)
-    sampler = Sampler(arguments, checkpoint, truth)
-    name, sampling = arguments.row_name, sampling_of(arguments)
-    pixels = sampler.sample(f"sampling from {name}", indices, task, sampling)
-    judges = judges_of(arguments.networks, arguments.real, 4 * len(indices))
-    scores = score_clips(judges, pixels, truth, cepstra)
-
-    # Guidance needs a second forward; preference training can teach part of its effect.
-    if arguments.unguided:
-        unguided = sampler.sample(f"sampling from {name}, unguided", indices, task,
-                                  sampling._replace(audio_scale=1.0))  # fmt: skip
-        unguided_scores = score_clips(judges, unguided, truth, cepstra)
-        for score in UNGUIDED:
-            if score in unguided_scores:
-                stem = score.removesuffix("_demo")
-                scores[f"{stem}_unguided{score.removeprefix(stem)}"] = unguided_scores[score]
-
-    if arguments.samples:
-        keep_samples(arguments.samples, pixels, truth, arguments.num_samples)
-    if arguments.task_samples:
-        sample_tasks(arguments, sampler, truth)
-    return scores
-
-
-def score_reference(arguments: EvaluateArguments) -> dict[str, float]:
-    """Return the scores of the held-out clips, with their own audio or the previous clip's."""
-    truth = load_clips(arguments.raw, arguments.num_clips)
-    if arguments.reference == "shuffled_sound":
-        visemes = truth.visemes if truth.visemes is None else truth.visemes.roll(1, 0)
-        truth = truth._replace(samples=truth.samples.roll(1, 0), visemes=visemes)
-    judges = judges_of(arguments.networks, arguments.real, 4 * len(truth.keys))
-    pixels = truth.float_pixels()
-    scores = score_clips(judges, pixels, truth, cepstra_of(truth))
-    if arguments.samples:
-        keep_samples(arguments.samples, pixels, truth, arguments.num_samples)
-    return scores
-
-
-@lru_cache(maxsize=1)  # shared by several evaluations in one process, as in the demo
-def judges_of(networks: Path, real: Path, num_clips: int) -> Judges:
-    """Return the judges, with the features of real clips for FID and FVD."""
-    return load_judges(networks, load_clips(real, num_clips))
-
-
-def sample_tasks(arguments: EvaluateArguments, sampler: Sampler, truth: Clips) -> None:
-    """Write one clip of every task that is not scored, each with another talker."""
-    # Each task uses another held-out clip.
-    assert arguments.task_samples
-    arguments.task_samples.mkdir(parents=True, exist_ok=True)
-    for index, task in enumerate(name for name in TASKS if name != arguments.task):
-        at = index % len(truth.keys)
-        pixels = sampler.sample(f"sampling {task}", range(at, at + 1), task, sampling_of(arguments))
-        path = arguments.task_samples / f"{task}.mp4"
-        write_video(path, to_frames(pixels[0]), truth.samples[at].numpy())
-
-
-def keep_samples(folder: Path, pixels: Tensor, truth: Clips, count: int) -> None:
-    """Write the first clips as mp4 files with their audio."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, clip, samples in zip(truth.keys[:count], pixels, truth.samples, strict=False):
-        write_video(folder / f"{key}.mp4", to_frames(clip), samples.numpy())
+def write_clip(path: Path, clip: VideoClip) -> None:
+    """Write a clip as an mp4 file with its audio."""
+    frames = clip.frames.permute(0, 2, 3, 1).numpy()
+    write_video(path, frames, None if clip.samples is None else clip.samples.numpy())
 
 
 def add_row(path: Path, name: str, seed: int, scores: dict[str, float]) -> None:

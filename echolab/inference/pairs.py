@@ -11,8 +11,9 @@ from echolab.encoders.encode import fingerprint
 from echolab.errors import DataError
 from echolab.fitting import load_net, work_dtype
 from echolab.inference.commands import PairsArguments
-from echolab.inference.evaluate import FRAMES, SYNC_JUDGE, load_autoencoder, network_file
+from echolab.inference.evaluate import SYNC_JUDGE, load_autoencoder, network_file
 from echolab.inference.inputs import load_clips
+from echolab.metrics.demo import FRAMES
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
 from echolab.metrics.mfcc import cepstra_of
 from echolab.preference.candidates import read_candidates, read_request, sample_candidates

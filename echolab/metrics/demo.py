@@ -1,0 +1,262 @@
+"""Scores by the small demo networks; their names end in `_demo`, since they are stand-ins.
+
+Sync and mouth opening are measured in one lip box per clip, that of the reference image, because a
+generated head may move differently from the true head.  FID and FVD compare with clips of the
+training set, so the held-out ground truth has scores above zero.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echolab.data.media import decode_mp4
+from echolab.data.shard_reader import open_dataset
+from echolab.encoders.files import sha256_of
+from echolab.fitting import load_net
+from echolab.metrics.card import Card
+from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
+from echolab.metrics.fidelity import FirstFrame
+from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
+from echolab.metrics.mfcc import mfcc
+from echolab.metrics.motion import MouthCorrelation
+from echolab.metrics.scores import BATCH, MAX_SHIFT, features_of, frechet_distance, sync_of
+from echolab.metrics.setup import Setup
+
+SYNC, FRAMES, CLIPS = "sync_evaluator", "frames", "clips"  # names of the networks' files
+FRAME_STEP = 4  # FID uses every fourth frame, since neighboring frames are nearly equal
+REAL_PER_CLIP = 4  # real clips for each scored clip
+DRAWS = 200  # resamples of a Frechet distance
+NO_AUDIO, NO_LIPS, SHORT = "no audio", "no lip box", "too short for the largest shift"
+
+
+def network_file(name: str) -> str:
+    """Return the file name of a fitted demo network."""
+    return f"{name}.safetensors"
+
+
+def float_pixels(frames: Tensor) -> Tensor:
+    """Return frames uint8 [T, 3, Y, X] as a batch [1, 3, T, Y, X] in [-1, 1]."""
+    return frames.transpose(0, 1)[None].float() / 127.5 - 1
+
+
+# -- lip sync --------------------------------------------------------------------------------------
+
+
+class SyncDemo(VideoMetric):
+    """Sync-C and Sync-D of a small SyncNet, without padding: `sync_c_demo`, `sync_d_demo`."""
+
+    reasons = (NO_AUDIO, NO_LIPS, SHORT)
+
+    def __init__(self, num_clips: int, net: SyncNetDemo, weights: str = "random") -> None:
+        """Score with `net`, whose file has the sha256 `weights`."""
+        super().__init__(num_clips)
+        self.net, self.weights = net, weights
+        self.add_table("rows", 2)  # confidence, distance
+
+    rows: Tensor
+
+    def score_clip(self, index: int, clip: VideoClip) -> str:
+        """Store confidence and distance of the clip."""
+        if clip.samples is None or not len(clip.samples):
+            return NO_AUDIO
+        if clip.lips is None or not bool(clip.lips[0].isfinite().all()):
+            return NO_LIPS
+        # 640 samples and four columns of cepstra belong to each frame; a window has five frames.
+        frames = min(len(clip.frames), len(clip.samples) // 640)
+        if frames - 5 <= MAX_SHIFT:
+            return SHORT
+        cepstra = torch.from_numpy(mfcc(np.asarray(clip.samples.cpu())))[None]
+        (sync,) = sync_of(self.net, float_pixels(clip.frames), clip.lips[:1], cepstra)
+        self.rows[index] = torch.tensor([sync.confidence, sync.distance], dtype=torch.float64)
+        return ""
+
+    def scores_of(self, scored: Tensor) -> dict[str, Score]:
+        """Return the means over clips."""
+        confidence, distance = self.rows[scored].unbind(1)
+        return {"sync_c_demo": mean_score(confidence), "sync_d_demo": mean_score(distance)}
+
+    def cards(self) -> dict[str, Card]:
+        """Return the cards of both scores."""
+        formulas = {
+            "sync_c_demo": "median minus minimum over shifts of the mean embedding distance",
+            "sync_d_demo": "minimum over shifts of the mean embedding distance",
+        }
+        return {
+            name: Card(
+                metric=name,
+                definition=f"{formula}; mean over clips; SyncNet (Chung and Zisserman 2016)",
+                preprocessing="lip box of frame 1 x 1.3 to 32 x 24 pixels, MFCC of int16 audio",
+                network="SyncNetDemo",
+                weights=self.weights,
+                license="fitted by echolab",
+                settings={"max_shift": MAX_SHIFT, "padding": "none"},
+            )
+            for name, formula in formulas.items()
+        }
+
+
+# -- Frechet distances -----------------------------------------------------------------------------
+
+
+class FrechetDemo(VideoMetric):
+    """A Frechet distance of demo features to those of real clips: `fid_demo` or `fvd_demo`."""
+
+    def __init__(
+        self,
+        num_clips: int,
+        net: FrameFeatures | ClipFeatures,
+        real: Tensor,
+        *,
+        frames: int,
+        weights: str = "random",
+        real_set: str = "",
+    ) -> None:
+        """Compare with the features `real` [M, D] of the clips `real_set`, a fingerprint.
+
+        Clips to score have `frames` frames.
+        """
+        super().__init__(num_clips)
+        self.net, self.real, self.weights, self.real_set = net, real, weights, real_set
+        self.of_frames = isinstance(net, FrameFeatures)
+        self.name = "fid_demo" if self.of_frames else "fvd_demo"
+        self.per_clip = -(-frames // FRAME_STEP) if self.of_frames else 1
+        self.add_table("features", self.per_clip, real.shape[1])
+
+    features: Tensor
+
+    def score_clip(self, index: int, clip: VideoClip) -> str:
+        """Store the features of every fourth frame, or of the clip."""
+        pixels = float_pixels(clip.frames)
+        if self.of_frames:
+            pixels = pixels[0, :, ::FRAME_STEP].transpose(0, 1)
+        self.features[index] = self.net(pixels).double()
+        return ""
+
+    def scores_of(self, scored: Tensor) -> dict[str, Score]:
+        """Return the distance; NaN for a single clip, since a covariance needs two samples."""
+        rows = self.features[scored]  # [N, per_clip, D]
+        if rows.shape[0] < 2:
+            return {self.name: Score(float("nan"), flags={"fewer than two clips": 1})}
+        value = frechet_distance(rows.flatten(0, 1).float(), self.real)
+        low, high = frechet_interval(rows, self.real)
+        return {self.name: Score(value, low, high)}
+
+    def cards(self) -> dict[str, Card]:
+        """Return the card of the distance."""
+        subject = f"every {FRAME_STEP}th frame" if self.of_frames else "the entire clip"
+        return {
+            self.name: Card(
+                metric=self.name,
+                definition="Frechet distance of Gaussians, unbiased covariance, root-free",
+                preprocessing=f"{subject} in [-1, 1], not resized",
+                network=type(self.net).__name__,
+                weights=self.weights,
+                license="fitted by echolab",
+                settings={"real_samples": len(self.real), "real_clips": self.real_set},
+            )
+        }
+
+
+def frechet_interval(rows: Tensor, real: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Return the 2.5 and 97.5 % percentiles of the distance, resampled by clip.
+
+    `rows` [N, P, D] are the features of N clips.  A resample has fewer distinct clips than the set,
+    which increases a Frechet distance; the interval is shifted to have its median at the value of
+    the set.  Return NaN for less than three clips.
+    """
+    count, per_clip, _ = rows.shape
+    if count < 3:
+        return float("nan"), float("nan")
+    # Sums by clip make a resample cheap: its mean and covariance are weighted sums.
+    sums, outer = rows.sum(1), torch.einsum("npd,npe->nde", rows, rows)
+    real = real.double()
+    real_mean, centered = real.mean(0), real - real.mean(0)
+    real_cov = centered.T @ centered / (len(real) - 1)
+    root = torch.linalg.cholesky(real_cov + 1e-12 * torch.eye(len(real_cov), dtype=torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(count, (DRAWS, count), generator=generator)
+    samples, distances = count * per_clip, []
+    for weights in [torch.ones(count), *(torch.bincount(c, minlength=count) for c in chosen)]:
+        weights = weights.double()
+        mean = weights @ sums / samples
+        cov = torch.einsum("n,nde->de", weights, outer) - samples * torch.outer(mean, mean)
+        cov = cov / (samples - 1)
+        # tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of L^T S1 L.
+        roots = torch.linalg.eigvalsh(root.T @ cov @ root).clamp(min=0).sqrt().sum()
+        shift = (mean - real_mean).square().sum()
+        distances.append(float(shift + cov.trace() + real_cov.trace() - 2 * roots))
+    value, drawn = distances[0], torch.tensor(distances[1:], dtype=torch.float64)
+    drawn = (drawn - drawn.median() + value).clamp(min=0)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+def sync(setup: Setup, *, network: str = SYNC) -> VideoMetric:
+    """Build Sync-C and Sync-D with a demo SyncNet of the setup's networks."""
+    path = setup.file(network_file(network))
+    return SyncDemo(setup.num_clips, load_net(path, SyncNetDemo), sha256_of([path]))
+
+
+def fid(setup: Setup) -> VideoMetric:
+    """Build the Frechet distance of frames."""
+    return _frechet(setup, FRAMES, FrameFeatures, of_frames=True)
+
+
+def fvd(setup: Setup) -> VideoMetric:
+    """Build the Frechet distance of clips."""
+    return _frechet(setup, CLIPS, ClipFeatures, of_frames=False)
+
+
+def _frechet(
+    setup: Setup, name: str, network: type[FrameFeatures] | type[ClipFeatures], *, of_frames: bool
+) -> VideoMetric:
+    """Build a Frechet distance to the real clips of the setup."""
+    path, dataset = setup.file(network_file(name)), setup.real_clips()
+    features = real_features(path.parent, dataset, REAL_PER_CLIP * setup.num_clips)
+    return FrechetDemo(
+        setup.num_clips, load_net(path, network), features[0 if of_frames else 1],
+        frames=setup.frames, weights=sha256_of([path]),
+        real_set=open_dataset(dataset).fingerprint[:12],
+    )  # fmt: skip
+
+
+def first_frame(setup: Setup) -> VideoMetric:
+    """Build the PSNR of the first frame."""
+    return FirstFrame(setup.num_clips)
+
+
+def mouth(setup: Setup) -> VideoMetric:
+    """Build the correlation of the mouth with the true visemes."""
+    return MouthCorrelation(setup.num_clips)
+
+
+@lru_cache(maxsize=2)  # shared by FID and FVD, and by several evaluations in one process
+def real_features(networks: Path, real: Path, num_clips: int) -> tuple[Tensor, Tensor]:
+    """Return features of frames and of clips of the first clips of a raw dataset."""
+    frame = load_net(networks / network_file(FRAMES), FrameFeatures)
+    clip = load_net(networks / network_file(CLIPS), ClipFeatures)
+    dataset = open_dataset(real)
+    count = min(num_clips, len(dataset))
+    frames: list[Tensor] = []
+    clips: list[Tensor] = []
+    for first in range(0, count, BATCH):
+        # Decode batch by batch: all clips together would need gigabytes.
+        indices = range(first, min(first + BATCH, count))
+        pixels = _stacked([decode_mp4(dataset.read(i)["mp4"]) for i in indices])
+        of_frames, of_clips = features_of(frame, clip, pixels)
+        frames.append(of_frames)
+        clips.append(of_clips)
+    return torch.cat(frames), torch.cat(clips)
+
+
+def _stacked(clips: Sequence[np.ndarray]) -> Tensor:
+    """Return clips uint8 [T, Y, X, 3] as one batch [B, 3, T, Y, X] in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return pixels.float() / 127.5 - 1
