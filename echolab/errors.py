@@ -87,6 +87,10 @@ class WeightsError(EcholabError):
     """A model file that is missing, damaged or of another model."""
 
 
+class MissingWeightsError(WeightsError):
+    """A released model that is in no folder of weights; a score that needs it can be left out."""
+
+
 # Training failures that all ranks detect in the same step.
 
 

@@ -272,8 +272,8 @@ def test_options_out_of_range_are_refused(bad: str, tmp_path: Path) -> None:
 def test_a_model_file_must_have_the_pinned_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echolab.vision.face_models.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("echolab.vision.face_models.urllib.request.urlopen", offline)
+    monkeypatch.setattr("echolab.model_files.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("echolab.model_files.urllib.request.urlopen", offline)
     monkeypatch.chdir(tmp_path)  # away from weights/ and ../shared/weights
     with pytest.raises(WeightsError, match=r"yunet.*cannot be used.*face_models=FOLDER"):
         find_face_model(YUNET, tmp_path)

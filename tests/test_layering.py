@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "types": 0, "geometry": 0, "errors": 0, "arguments": 0, "redaction": 0,
-    "atomic_io": 0, "progress": 0, "heartbeat": 0, "plugins": 0,
+    "atomic_io": 0, "progress": 0, "heartbeat": 0, "plugins": 0, "model_files": 0,
     "diffusion": 1, "tasks": 1, "models": 1, "fitting": 1,
     "encoders": 2, "data": 2,
     "vision": 3,
