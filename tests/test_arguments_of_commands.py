@@ -180,6 +180,10 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("clips=TYPO", "clips=TYPO: TYPO/dataset.json: not there"),
         ("raw=TYPO", "raw=TYPO: TYPO/dataset.json: not there"),
     ],
+    "bench metrics": [
+        ("scores=snyc", "each one of sync"),
+        ("frames=20", "frames=20 is not a whole number, at least 21"),
+    ],
 }  # fmt: skip
 
 

@@ -166,6 +166,16 @@ def test_bench_generate_writes_its_rows(capsys: pytest.CaptureFixture[str]) -> N
         assert rows[name]["baseline_value"] == 17 / 25 and rows[name]["value"] > 0
 
 
+def test_bench_metrics_compares_equal_vectors(capsys: pytest.CaptureFixture[str]) -> None:
+    commands.main(["metrics", "frames=21", "pairs=1", "format=json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["sync/output_difference"]["value"] < 1e-5
+    clips, seconds = rows["sync/clips"], rows["sync/time"]
+    assert clips["value"] == pytest.approx(1 / seconds["value"])
+    assert clips["ratio"] == pytest.approx(1 / seconds["ratio"])
+    assert rows["sync/peak_memory"]["value"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,8 +13,9 @@ from torch import Tensor
 from echolab.data.media import decode_mp4, read_audio
 from echolab.metrics.metric import Score, VideoClip
 from echolab.metrics.mfcc import mfcc
-from echolab.metrics.networks.syncnet import SyncNet, VideoSyncNet, syncnet_from
+from echolab.metrics.networks.syncnet import SyncNet, VideoSyncNet
 from echolab.metrics.sync import (
+    ARCHITECTURE,
     NO_ANSWER,
     NO_AUDIO,
     NO_FACE,
@@ -23,11 +24,14 @@ from echolab.metrics.sync import (
     SILENT,
     TOO_SHORT,
     SyncScore,
+    as_syncnet,
     padded_distances,
+    released_syncnet,
     sync_score,
     unpadded_distances,
     window_count,
 )
+from echolab.metrics.weights import Network
 
 FRAMES = 30
 SHIFT = 6  # frames; few windows are enough, to save time
@@ -46,8 +50,12 @@ def clip(key: str = "a", frames: int = FRAMES, seed: int = 0) -> VideoClip:
     return VideoClip(key, pixels, samples, face=torch.tensor([[18.0, 10, 78, 70]] * frames))
 
 
+def network(net: SyncNet, weights: str = "random") -> Network:
+    return Network(net, ARCHITECTURE, weights, "")
+
+
 def metric(net: SyncNet, count: int = 1) -> SyncScore:
-    return SyncScore(count, net, weights="random", max_shift=SHIFT)
+    return SyncScore(count, network(net), max_shift=SHIFT)
 
 
 def refused(net: SyncNet, subject: VideoClip) -> str:
@@ -187,9 +195,9 @@ def test_cards_differ_by_all_that_moves_a_score(net: SyncNet, tmp_path: Path) ->
 
     first = metric(net)
     assert set(first.cards()) == set(first.compute())
-    other = SyncScore(1, net, weights="0123", max_shift=SHIFT)
-    longer = SyncScore(1, net, weights="random", max_shift=15)
-    detected = SyncScore(1, net, weights="random", max_shift=SHIFT, yunet=tmp_path)
+    other = SyncScore(1, network(net, "0123"), max_shift=SHIFT)
+    longer = SyncScore(1, network(net), max_shift=15)
+    detected = SyncScore(1, network(net), max_shift=SHIFT, yunet=tmp_path)
     every = [h for scoring in (first, other, longer, detected) for h in hashes(scoring)]
     assert len(every) == len(set(every)) == 4 * 9
     assert hashes(metric(net)) == hashes(first)
@@ -228,7 +236,7 @@ def test_yunet_sees_no_face_in_a_dog_and_two_in_two_people(
     pair = torch.cat([person, person.flip(2)], 2)
     samples = 0.1 * torch.randn(640 * FRAMES, generator=torch.Generator().manual_seed(0))
     for frames, reason in ((dog, NO_FACE), (pair, SEVERAL_FACES)):
-        scoring = SyncScore(1, net, weights="random", max_shift=SHIFT,
+        scoring = SyncScore(1, network(net), max_shift=SHIFT,
                             yunet=weights / "yunet_n_640_640.onnx")  # fmt: skip
         scoring.update(0, VideoClip("x", frames.permute(0, 3, 1, 2), samples))
         assert scoring.compute()["sync_d"].flags == {reason: 1}
@@ -249,7 +257,7 @@ def test_the_published_example_has_its_published_scores(media: Path, weights: Pa
     for path in (model, example):
         if not path.is_file():
             pytest.skip(f"no {path}; download_model.sh of joonson/syncnet_python has its address")
-    video = VideoSyncNet(syncnet_from(torch.load(model, map_location="cpu", weights_only=True)))
+    video = VideoSyncNet(as_syncnet(released_syncnet(weights).net))
     frames, samples = read_example(example), read_audio(example)
     windows = window_count(len(frames), len(samples))
     lips = video.embed_frames(frames)[:windows]

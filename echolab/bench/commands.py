@@ -190,6 +190,29 @@ class DataArguments:
         return size_of(given, given, DEMO)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MetricsArguments:
+    """Measure scores of one clip against their plain implementations.
+
+    Both have the same weights and inputs and run alternately; times are medians.  Detection of
+    faces, which both need, is not measured.
+
+    sync: SyncNet on face crops, once over the frames, against the published loop over windows of 5
+    frames and 20 cepstra in batches of 20.
+    """
+
+    scores: tuple[Literal["sync"], ...] = argument("scores to measure", ("sync",))
+    device: Literal["cpu", "cuda"] = argument("device", "cpu")
+    frames: int = argument("frames of the clip at 25 fps", 81, ge=21)
+    seed: int = argument("seed of weights and inputs", 0, ge=0)
+    pairs: int = argument("measured runs of each", 3, ge=1)
+    format: Literal["table", "json"] = argument("output format", "table")
+
+    def check(self) -> None:
+        """Raise ConfigError for a device that does not exist."""
+        check_device(self.device)
+
+
 @dataclass(frozen=True)
 class EstimateArguments:
     """Predict the GPU memory of one rank in training, by kind, and whether it fits.
@@ -252,6 +275,9 @@ ACTIONS = {
     "data": Action(
         "echolab.bench.commands:data", "reading shards, compared with plain webdataset and the disk"
     ),
+    "metrics": Action(
+        "echolab.bench.commands:metrics", "scores of clips, compared with plain implementations"
+    ),
 }
 
 
@@ -290,6 +316,16 @@ def data(argv: list[str]) -> None:
     arguments = parse(DataArguments, argv, command="echolab bench data")
     arguments.check()
     from echolab.bench.data import rows_of
+
+    _print_rows(rows_of(arguments), arguments.format)
+
+
+def metrics(argv: list[str]) -> None:
+    """Measure scores and print the rows."""
+    # Parse and check, then import torch and measure.
+    arguments = parse(MetricsArguments, argv, command="echolab bench metrics")
+    arguments.check()
+    from echolab.bench.metrics import rows_of
 
     _print_rows(rows_of(arguments), arguments.format)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from echolab.metrics.card import Card
@@ -34,6 +34,7 @@ from echolab.metrics.face_track import (
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.mfcc import mfcc
 from echolab.metrics.networks.syncnet import FRAMES_PER_WINDOW, SyncNet, VideoSyncNet
+from echolab.metrics.weights import SYNCNET, Network, random_network, released_network
 
 MAX_SHIFT = 15  # frames, as published
 SAMPLES_PER_FRAME = 640  # at 25 fps and 16 kHz
@@ -47,6 +48,7 @@ NO_FACE, SEVERAL_FACES = "no face", "several faces"
 TOO_SHORT = "no more windows than the largest shift"
 NO_ANSWER = "offset at the largest shift: no answer"
 
+ARCHITECTURE = "SyncNet (joonson/syncnet_python), 13 631 616 parameters"
 DEFINITIONS = {
     "sync_c": "median minus minimum of D(j), mean over clips; run_syncnet of syncnet_python",
     "sync_d": "minimum of D(j), mean over clips; run_syncnet of syncnet_python",
@@ -129,20 +131,18 @@ class SyncScore(VideoMetric):
     def __init__(
         self,
         num_clips: int,
-        net: SyncNet,
+        network: Network,
         *,
-        weights: str,
-        license: str = "",
         yunet: Path | None = None,
         max_shift: int = MAX_SHIFT,
     ) -> None:
-        """Score with a network whose file has the sha256 `weights`, or "random".
+        """Score with a network of `released_syncnet` or `random_syncnet`.
 
         Faces are detected by the file `yunet`; without it, they are the boxes of each clip.
         """
         super().__init__(num_clips)
-        self.video_net = VideoSyncNet(net)
-        self.weights, self.license, self.max_shift = weights, license, max_shift
+        self.network, self.max_shift = network, max_shift
+        self.video_net = VideoSyncNet(as_syncnet(network.net))
         self.detect = None if yunet is None else YuNet(yunet)
         # Curves D(j) contain all scores of a clip.
         self.add_table("curves", len(FORMS), 2 * max_shift + 1)
@@ -252,9 +252,9 @@ class SyncScore(VideoMetric):
             metric=metric,
             definition=definition,
             preprocessing=PREPROCESSING,
-            network="SyncNet (joonson/syncnet_python), 13 631 616 parameters",
-            weights=self.weights,
-            license=self.license,
+            network=self.network.architecture,
+            weights=self.network.weights,
+            license=self.network.license,
             settings={
                 "max_shift": self.max_shift,
                 "faces": faces,
@@ -262,6 +262,28 @@ class SyncScore(VideoMetric):
                 **settings,
             },
         )
+
+
+def released_syncnet(folder: Path | None = None, *, download: bool = False) -> Network:
+    """Return SyncNet with the released weights, from a folder of weights or by download.
+
+    Raise MissingWeightsError without the file, and WeightsError for a wrong one.
+    """
+    return released_network(
+        SyncNet(), SYNCNET, folder, architecture=ARCHITECTURE, download=download
+    )
+
+
+def random_syncnet(seed: int = 0) -> Network:
+    """Return SyncNet with random weights, to test all of the metric; its card says so."""
+    return random_network(SyncNet(), ARCHITECTURE, seed)
+
+
+def as_syncnet(net: nn.Module) -> SyncNet:
+    """Return the network; raise TypeError for another one."""
+    if not isinstance(net, SyncNet):
+        raise TypeError(f"{type(net).__name__}: the scores of lip sync need SyncNet")
+    return net
 
 
 def values(numbers: Iterable[float]) -> Tensor:

@@ -9,14 +9,13 @@ Every convolution is followed by batch norm and ReLU; the outputs are not normal
 `SyncNet` is the published network.  `VideoSyncNet` evaluates the same function on a complete video.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-
-from echolab.errors import WeightsError
 
 FRAMES_PER_WINDOW = 5
 CEPSTRA_PER_FRAME = 4
@@ -95,24 +94,6 @@ class SyncNet(nn.Module):
         return vectors
 
 
-def syncnet_from(state: Mapping[str, Tensor]) -> SyncNet:
-    """Return the frozen network with the weights of `syncnet_v2.model`.
-
-    Raise WeightsError for weights of another network.
-    """
-    net = SyncNet()
-    # Strict loading compares all names and shapes.
-    try:
-        net.load_state_dict(dict(state))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise WeightsError(
-            f"SyncNet: the weights are of another network ({first[0].strip()[:120]}); "
-            "give syncnet_v2.model of joonson/syncnet_python"
-        ) from error
-    return net.eval().requires_grad_(False)
-
-
 class VideoSyncNet(nn.Module):
     """SyncNet on all windows of a video; equal to a loop over windows to fp32 rounding.
 
@@ -156,7 +137,8 @@ class VideoSyncNet(nn.Module):
             last = min(first + WINDOWS_PER_BATCH, count)
             shifted = [planes[first + k : last + k] for k in range(FRAMES_PER_WINDOW)]
             windows = torch.cat(shifted, -1).float().permute(0, 3, 1, 2)
-            vectors.append(self.lips(windows))
+            with full_precision():
+                vectors.append(self.lips(windows))
         return torch.cat(vectors)
 
     @torch.no_grad()
@@ -169,7 +151,16 @@ class VideoSyncNet(nn.Module):
             raise ValueError(f"{len(cepstra)} columns: a window needs {CEPSTRA_PER_WINDOW}")
         # Windows of audio are small: take more of them at once.
         windows = audio_windows(cepstra.to(self.device))
-        return torch.cat([self.audio(part) for part in windows.split(4 * WINDOWS_PER_BATCH)])
+        with full_precision():
+            return torch.cat([self.audio(part) for part in windows.split(4 * WINDOWS_PER_BATCH)])
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Return a context in which GPUs convolve in fp32, instead of TF32 with errors of 1e-3."""
+    context: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    )
+    return context
 
 
 def lip_windows(frames: Tensor) -> Tensor:
