@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
-from echolab.metrics.scores import frechet_distance
+from echolab.metrics.frechet import (
+    distance_interval,
+    distances_by_count,
+    frechet_distance,
+    kernel_distance,
+)
 
 
 def normal(count: int, dim: int, seed: int = 0) -> Tensor:
@@ -72,10 +78,23 @@ def test_the_distance_of_a_set_to_itself_is_zero_and_never_less(shape: tuple[int
 
 
 def test_few_samples_are_biased_by_the_published_amount() -> None:
-    """The distance of two samples of one Gaussian is the published bias, within a tenth."""
-    for count, published in ((16, 713.6), (100, 478.3), (512, 157.9)):
-        distance = frechet_distance(normal(count, 400, 1), normal(count, 400, 2))
-        assert distance == pytest.approx(published, rel=0.1)
+    """The distance of two samples of one Gaussian is the published bias, within a tenth.
+
+    The second value is with the covariance of the population, which matters for few samples only.
+    """
+    table = ((16, 713.6, 672.1), (100, 478.3, 473.6), (256, 300.7, 299.5), (512, 157.9, 157.6))
+    for count, unbiased, population in table:
+        x, y = normal(count, 400, 1), normal(count, 400, 2)
+        assert frechet_distance(x, y) == pytest.approx(unbiased, rel=0.1)
+        ratio = frechet_distance(x, y, unbiased=False) / frechet_distance(x, y)
+        assert ratio == pytest.approx(population / unbiased, abs=0.01)
+
+
+def test_the_covariance_of_the_population_is_smaller_by_one_in_n() -> None:
+    x, y = normal(9, 4, 1), normal(9, 4, 2)
+    x, y = x - x.mean(0), y - y.mean(0)
+    population = frechet_distance(x, y, unbiased=False)
+    assert population == pytest.approx(frechet_distance(x, y) * 8 / 9, rel=1e-9)
 
 
 def test_fewer_than_two_samples_are_refused() -> None:
@@ -107,3 +126,70 @@ def test_the_distance_equals_torchmetrics() -> None:
     with torch.no_grad():
         ours = frechet_distance(features(real), features(made))
     assert ours == pytest.approx(float(oracle.compute()), rel=1e-4)
+
+
+# -- kernel distance -------------------------------------------------------------------------------
+
+
+def test_the_kernel_distance_equals_torchmetrics() -> None:
+    x, y = normal(30, 12), normal(30, 12, 1) + 0.2
+    assert kernel_distance(x, y) == pytest.approx(float(poly_mmd(x, y)), rel=1e-9)
+
+
+def test_the_kernel_distance_equals_its_sum_over_pairs() -> None:
+    x, y = normal(5, 3), normal(4, 3, 1)
+
+    def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:
+        return sum((float(a @ b) / 3 + 1) ** 3 for a, b in pairs) / len(pairs)
+
+    within = [
+        mean([(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)
+    ]
+    across = mean([(a, b) for a in x for b in y])
+    assert kernel_distance(x, y) == pytest.approx(sum(within) - 2 * across, rel=1e-9)
+    with pytest.raises(ValueError, match="2 samples, got 1 and 4"):
+        kernel_distance(x[:1], y)
+
+
+def test_the_kernel_distance_has_no_bias_where_the_frechet_distance_has() -> None:
+    pairs = [(normal(20, 8, seed), normal(20, 8, seed + 1000)) for seed in range(200)]
+    values = torch.tensor([kernel_distance(x, y) for x, y in pairs])
+    assert abs(float(values.mean())) < 3 * float(values.std()) / 200**0.5
+    assert min(frechet_distance(x, y) for x, y in pairs) > 1
+
+
+# -- clips -----------------------------------------------------------------------------------------
+
+
+def clips(count: int, seed: int) -> Tensor:
+    return normal(count * 2, 6, seed).view(count, 2, 6)
+
+
+def test_the_distance_falls_with_the_number_of_clips() -> None:
+    values = distances_by_count(
+        clips(64, 0), clips(64, 1), (4, 8, 16, 32, 64, 128), frechet_distance
+    )
+    assert list(values) == [4, 8, 16, 32, 64]
+    assert list(values.values()) == sorted(values.values(), reverse=True)
+    complete = frechet_distance(clips(64, 0).flatten(0, 1), clips(64, 1).flatten(0, 1))
+    assert values[64] == pytest.approx(complete, rel=1e-9)
+
+
+def test_intervals_come_from_resampled_clips_and_the_seed() -> None:
+    second = clips(80, 1) + 1
+    wide = distance_interval(clips(10, 0), second, frechet_distance)
+    assert wide == distance_interval(clips(10, 0), second, frechet_distance)
+    assert wide != distance_interval(clips(10, 0), second, frechet_distance, seed=1)
+    narrow = distance_interval(clips(80, 0), second, frechet_distance)
+    value = frechet_distance(clips(80, 0).flatten(0, 1), second.flatten(0, 1))
+    assert narrow[0] < value < narrow[1] and narrow[1] - narrow[0] < (wide[1] - wide[0]) / 1.5
+    assert all(math.isnan(n) for n in distance_interval(clips(2, 0), second, frechet_distance))
+
+
+def test_frames_of_one_clip_are_resampled_together() -> None:
+    """A clip repeated as frames carries no more information than the clip."""
+    single = clips(12, 0)[:, :1]
+    repeated = single.repeat(1, 4, 1)
+    once = distance_interval(single, clips(40, 1), kernel_distance)
+    often = distance_interval(repeated, clips(40, 1), kernel_distance)
+    assert often[1] - often[0] == pytest.approx(once[1] - once[0], rel=0.5)

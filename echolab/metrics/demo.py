@@ -20,10 +20,11 @@ from echolab.fitting import load_net
 from echolab.metrics.card import Card
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
 from echolab.metrics.fidelity import FirstFrame
+from echolab.metrics.frechet import frechet_distance
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.mfcc import mfcc
 from echolab.metrics.motion import MouthCorrelation
-from echolab.metrics.scores import BATCH, MAX_SHIFT, features_of, frechet_distance, sync_of
+from echolab.metrics.scores import BATCH, MAX_SHIFT, features_of, sync_of
 from echolab.metrics.setup import Setup
 
 SYNC, FRAMES, CLIPS = "sync_evaluator", "frames", "clips"  # names of the networks' files

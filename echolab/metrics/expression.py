@@ -18,6 +18,7 @@ from torch import Tensor
 from echolab.encoders.files import sha256_of
 from echolab.errors import WeightsError
 from echolab.metrics.card import Card
+from echolab.metrics.frechet import frechet_distance
 from echolab.metrics.metric import Score, VideoClip, VideoMetric
 from echolab.metrics.one_face import (
     DETECTION,
@@ -27,7 +28,6 @@ from echolab.metrics.one_face import (
     OneFace,
     image_of,
 )
-from echolab.metrics.scores import frechet_distance
 from echolab.vision.faces import FaceMesh, Image, Row
 
 BLENDSHAPE_FILE = "face_blendshapes.tflite"

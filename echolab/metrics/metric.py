@@ -66,8 +66,10 @@ class VideoMetric(Metric, ABC):
             raise ValueError(f"num_clips={num_clips}: a score needs at least one clip")
         self.num_clips = num_clips
         self.add_table("status")  # 0: no rank had this clip; 1: scored; 2 + i: reasons[i]
+        self.add_table("visits")  # number of ranks that scored this clip, at most one
 
     status: Tensor
+    visits: Tensor
 
     def add_table(self, name: str, *shape: int) -> None:
         """Add a state [clips, *shape] in fp64 of zeros, which is summed over ranks."""
@@ -78,12 +80,13 @@ class VideoMetric(Metric, ABC):
         """Fill row `index`.  Raise ValueError for a row outside the tables or filled before."""
         if not 0 <= index < self.num_clips:
             raise ValueError(f"clip {index}: the set has {self.num_clips} clips")
-        if self.status[index]:
+        if self.visits[index]:
             raise ValueError(f"clip {index} ({clip.key}): was scored before")
         # Give each clip alone to networks: a batch of another size would change rounding.
         with torch.no_grad():
             reason = self.score_clip(index, clip)
         self.status[index] = 2 + self.reasons.index(reason) if reason else 1
+        self.visits[index] = 1
 
     @abstractmethod
     def score_clip(self, index: int, clip: VideoClip) -> str:
@@ -91,13 +94,16 @@ class VideoMetric(Metric, ABC):
 
     def compute(self) -> dict[str, Score]:
         """Return the scores by name, over the clips of all ranks."""
-        scored = torch.nonzero(self.status == 1).flatten()
+        # Rows that several ranks filled are sums of no meaning.
+        once = self.visits == 1
+        scored = torch.nonzero(once & (self.status == 1)).flatten()
         numbers = {
-            reason: int((self.status == 2 + i).sum()) for i, reason in enumerate(self.reasons)
+            reason: int((once & (self.status == 2 + i)).sum())
+            for i, reason in enumerate(self.reasons)
         }
+        numbers["not sampled"] = int((self.visits == 0).sum())
+        numbers["scored by several ranks"] = int((self.visits > 1).sum())
         flags = {reason: count for reason, count in numbers.items() if count}
-        if missing := int((self.status == 0).sum()):
-            flags["not sampled"] = missing
         return {
             name: score._replace(clips=len(scored), flags=flags | dict(score.flags))
             for name, score in self.scores_of(scored).items()

@@ -18,6 +18,7 @@ from echolab.metrics.demo_networks import (
     SyncNetDemo,
     crop_lips,
 )
+from echolab.metrics.frechet import frechet_distance
 from echolab.metrics.motion import correlation, mouth_darkness
 from echolab.metrics.sync import Sync, sync_score, unpadded_distances
 from echolab.types import Clips
@@ -25,31 +26,6 @@ from echolab.types import Clips
 MAX_SHIFT = 8  # frames; the original's 15 would leave only 5 of the 20 windows of one second
 BATCH = 16  # clips
 PERFECT_PSNR = 100.0  # dB, for equal images
-
-
-# -- Frechet distance ------------------------------------------------------------------------------
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance between the Gaussian fits of features [N, D] and [M, D].
-
-        FD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
-
-    With centered features A and B divided by sqrt(n - 1), S1 = A^T A and S2 = B^T B, and the trace
-    of the root is the nuclear norm of A B^T.  No matrix root is needed: the distance is never
-    imaginary or negative, and it is exact also with fewer samples than features.  Covariances are
-    unbiased (n - 1), as in pytorch-fid.  Raise ValueError for less than two samples.
-    """
-    if len(first) < 2 or len(second) < 2:
-        raise ValueError(f"a covariance needs 2 samples, got {len(first)} and {len(second)}")
-    a, b = (_centered(features.double()) for features in (first, second))
-    shift = (first.double().mean(0) - second.double().mean(0)).square().sum()
-    cross = torch.linalg.matrix_norm(a @ b.T, ord="nuc")
-    return float((shift + a.square().sum() + b.square().sum() - 2 * cross).clamp(min=0))
-
-
-def _centered(features: Tensor) -> Tensor:
-    return (features - features.mean(0)) / (len(features) - 1) ** 0.5
 
 
 # -- all scores ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor
 from echolab.errors import WeightsError
 
 AGAIN = "nothing in it was run; give the released file"
-MAX_NODES = 1_000_000  # values that a module tree may have
+MAX_NODES = 100_000  # values that a module tree may have; I3D has about 3000
 
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -195,6 +195,7 @@ class _Reader:
 
     def _apply(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Return what an allowed function of torch would return."""
+        # Metadata of parameters and type tags of lists have no effect on tensors.
         name = function.name if isinstance(function, _Name) else ""
         if name == REBUILD[0]:
             return self._tensor(*arguments[:4])
@@ -248,6 +249,7 @@ def _allowed(argument: str) -> _Name:
 
 def _storage(identity: Any) -> _Storage:
     """Return the storage of a persistent id ("storage", type, key, device, elements)."""
+    # The key becomes a path in the archive, so it must be a plain number or word.
     kind, owner, key = _container(identity, tuple)[:3]
     dtype = STORAGES.get(owner.name.removeprefix("torch ")) if isinstance(owner, _Name) else None
     if kind != "storage" or dtype is None or not isinstance(key, str) or not key.isalnum():

@@ -1,0 +1,171 @@
+"""The base of FID and FVD: features of generated clips against features of reference clips.
+
+Features of every clip are rows of a table, so the distances, their intervals, and the distances at
+smaller numbers of clips come from one pass.  The reference clips are scored once by another
+instance of the same metric, over all ranks (`all_features`), and set by `set_reference`.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echolab.metrics.card import Card
+from echolab.metrics.frechet import (
+    distance_interval,
+    distances_by_count,
+    frechet_distance,
+    kernel_distance,
+)
+from echolab.metrics.metric import Score, VideoClip, VideoMetric
+from echolab.metrics.weights import Network
+
+KERNEL = (
+    "unbiased squared MMD with kernel (x . y / D + 1)^3 over all samples (Binkowski et al. 2018)"
+)
+NOT_FINITE = "features are not finite"
+NO_REFERENCE = "no reference clips"
+TOO_FEW = "less than two clips"
+
+
+class FeatureMetric(VideoMetric):
+    """Frechet and kernel distances of features [rows, D] of each clip.
+
+    Scores are `<frechet>`, `<kernel>`, and `<frechet>_n<count>` for each of `counts`.
+    """
+
+    frechet: str  # names of the scores
+    kernel: str
+    unbiased: bool  # covariance 1 / (N - 1), or else 1 / N
+    higher_is_better = False
+
+    def __init__(
+        self,
+        num_clips: int,
+        network: Network,
+        *,
+        rows: int,
+        dim: int,
+        counts: Sequence[int] = (),
+        draws: int = 100,
+        seed: int = 0,
+    ) -> None:
+        """Make tables for `num_clips` clips; `draws` resamples give the intervals, 0 for none."""
+        super().__init__(num_clips)
+        self.net = network.net
+        self.network = network._replace(net=torch.nn.Identity())  # for the card alone
+        self.rows, self.dim = rows, dim
+        self.counts, self.draws, self.seed = tuple(counts), draws, seed
+        self.add_table("features", rows, dim)
+        self.reference: Tensor | None = None
+        self.reference_name = ""
+
+    features: Tensor
+
+    @abstractmethod
+    def clip_features(self, clip: VideoClip) -> Tensor:
+        """Return features [rows, D] of a clip."""
+
+    @abstractmethod
+    def card(self) -> Card:
+        """Return the card of the Frechet distance, without what all feature metrics share."""
+
+    def score_clip(self, index: int, clip: VideoClip) -> str:
+        """Fill the row of features, which must be finite."""
+        features = self.clip_features(clip).double()
+        if not features.isfinite().all():
+            return NOT_FINITE
+        # Add zero: a negative zero would become positive when the tables of ranks are summed.
+        self.features[index] = features + 0.0
+        return ""
+
+    def all_features(self) -> Tensor:
+        """Return the features [N, rows, D] of the scored clips of all ranks, on the CPU.
+
+        Every rank must call this.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+            return self.features[(self.visits == 1) & (self.status == 1)].cpu()
+
+    def set_reference(self, features: Tensor, name: str) -> None:
+        """Set the reference features [N, rows, D] of the set `name`; raise ValueError for others.
+
+        `reset` keeps them.
+        """
+        # Features of another network or number of frames would give a number that looks fine.
+        if features.ndim != 3 or features.shape[1:] != (self.rows, self.dim):
+            raise ValueError(
+                f"reference features {list(features.shape)}, need [N, {self.rows}, {self.dim}]"
+            )
+        self.reference, self.reference_name = features.detach().cpu().double(), name
+        self._computed = None  # torchmetrics would return scores against the earlier reference
+
+    def scores_of(self, scored: Tensor) -> dict[str, Score]:
+        """Return the distances from the reference; NaN for less than two clips on a side."""
+        names = [self.frechet, self.kernel, *(f"{self.frechet}_n{n}" for n in self.counts)]
+        reference = self.reference
+        if reference is None or len(reference) < 2 or len(scored) < 2:
+            reason = NO_REFERENCE if reference is None else TOO_FEW
+            return {name: Score(math.nan, flags={reason: 1}) for name in names}
+        # Compute on the CPU in fp64, where a sum does not depend on the kind of device.
+        features = self.features[scored].cpu()
+        frechet = partial(frechet_distance, unbiased=self.unbiased)
+        scores = {
+            name: self._score(features, reference, distance)
+            for name, distance in ((self.frechet, frechet), (self.kernel, kernel_distance))
+        }
+        # Show the bias: the distance at fewer clips.
+        by_count = distances_by_count(features, reference, self.counts, frechet, self.seed)
+        for count in self.counts:
+            scores[f"{self.frechet}_n{count}"] = (
+                Score(by_count[count])
+                if count in by_count
+                else Score(math.nan, flags={f"less than {count} clips": 1})
+            )
+        return scores
+
+    def _score(self, features: Tensor, reference: Tensor, distance: Any) -> Score:
+        """Return a distance with its interval."""
+        value = distance(features.flatten(0, 1), reference.flatten(0, 1))
+        # Resampling takes most of the time of a large set.
+        if not self.draws:
+            return Score(value)
+        low, high = distance_interval(
+            features, reference, distance, seed=self.seed, draws=self.draws
+        )
+        return Score(value, low, high)
+
+    def cards(self) -> dict[str, Card]:
+        """Return the cards of the scores."""
+        covariance = "1 / (N - 1)" if self.unbiased else "1 / N"
+        # The reference is part of the measure: another set gives other values.
+        count = 0 if self.reference is None else len(self.reference)
+        settings = {
+            "rows_per_clip": self.rows,
+            "reference": self.reference_name,
+            "reference_clips": count,
+            "draws": self.draws,
+            "seed": self.seed,
+        }
+        shared = {
+            "network": self.network.architecture,
+            "weights": self.network.weights,
+            "license": self.network.license,
+        }
+        card = self.card().with_evaluation(**shared)
+        base = {**card.settings, **settings}
+        frechet = card.with_evaluation(settings={**base, "covariance": covariance})
+        cards = {
+            self.frechet: frechet,
+            self.kernel: card.with_evaluation(metric=self.kernel, definition=KERNEL, settings=base),
+        }
+        # A distance at another number of clips is another measure.
+        for number in self.counts:
+            name = f"{self.frechet}_n{number}"
+            subset = {**frechet.settings, "subset_clips": number}
+            cards[name] = frechet.with_evaluation(metric=name, settings=subset)
+        return cards
