@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echolab.metrics.card import Card
-from echolab.metrics.identity import FaceEmbedder, identity_card
+from echolab.metrics.identity import FaceEmbedder, identity_card, load_embedder
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.motion import FLOW_PIXELS, flow_input, optical_flow
 from echolab.metrics.one_face import NO_FACE, SEVERAL_FACES, image_of
+from echolab.metrics.setup import Setup
+from echolab.metrics.weights import MOBILEFACENET
 
 ENDS = 12  # frames at the start and at the end that are compared: about half a second
 TOO_SHORT = f"fewer than {2 * ENDS} frames"
@@ -236,3 +238,21 @@ class Seams(VideoMetric):
                 settings={"floor_px": MOTION_FLOOR},
             ),
         }
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+def color_drift(setup: Setup) -> VideoMetric:
+    """Build the drift of the mean color."""
+    return ColorDrift(setup.num_clips)
+
+
+def identity_drift(setup: Setup, *, network: str = MOBILEFACENET.name) -> VideoMetric:
+    """Build the drift of the face; raise MissingWeightsError without the face models."""
+    return IdentityDrift(setup.num_clips, load_embedder(setup.networks, network))
+
+
+def seams(setup: Setup) -> VideoMetric:
+    """Build the scores of window borders."""
+    return Seams(setup.num_clips)

@@ -27,7 +27,11 @@ from echolab.metrics.one_face import (
     SEVERAL_FACES,
     OneFace,
     image_of,
+    load_one_face,
 )
+from echolab.metrics.setup import Setup
+from echolab.model_files import find_model_file
+from echolab.vision.face_models import LANDMARKER
 from echolab.vision.faces import FaceMesh, Image, Row
 
 BLENDSHAPE_FILE = "face_blendshapes.tflite"
@@ -159,3 +163,12 @@ class EfidBlendshapes(VideoMetric):
                 },
             )
         }
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+def efid_blendshapes(setup: Setup) -> VideoMetric:
+    """Build the distance of blendshapes; raise MissingWeightsError without the face models."""
+    path = find_model_file(LANDMARKER, setup.networks, setting="metrics.networks")
+    return EfidBlendshapes(setup.num_clips, load_one_face(setup.networks), Blendshapes(path))

@@ -7,6 +7,7 @@ Keypoints are those of DWPose: YOLOX finds the person, and RTMPose 133 keypoints
 face and hands.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from echolab.errors import WeightsError
 from echolab.metrics.card import Card
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.one_face import MIN_SHARE, image_of
+from echolab.metrics.setup import Setup
+from echolab.metrics.weights import DWPOSE, YOLOX
+from echolab.model_files import find_model_file
 from echolab.vision.faces import Image
 
 # Person detector: YOLOX-l on COCO.
@@ -257,7 +261,7 @@ def _card(name: str, definition: str, network: DwPose, every: int) -> Card:
         "(RGB, ImageNet mean and std), box x 1.25",
         network="DWPose: yolox_l and dw-ll_ucoco_384, 133 keypoints",
         weights=network.sha256,
-        license="Apache-2.0",
+        license=DWPOSE.license,
         settings={
             "every": every,
             "person_score": PERSON_SCORE,
@@ -342,3 +346,25 @@ class HandVariance(VideoMetric):
             "keypoints and clips"
         )
         return {"hkv": _card("hkv", definition, self.network, self.every)}
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+@lru_cache(maxsize=1)  # HKC and HKV share the networks and the poses of a clip
+def load_dwpose(folder: Path | None) -> DwPose:
+    """Return DWPose; raise MissingWeightsError without its two files."""
+    detector, pose = (
+        find_model_file(model, folder, setting="metrics.networks") for model in (YOLOX, DWPOSE)
+    )
+    return DwPose(detector, pose)
+
+
+def hkc(setup: Setup, *, every: int = 5) -> VideoMetric:
+    """Build the confidence of hand keypoints."""
+    return HandConfidence(setup.num_clips, load_dwpose(setup.networks), every)
+
+
+def hkv(setup: Setup, *, every: int = 5) -> VideoMetric:
+    """Build the variance of hand keypoints."""
+    return HandVariance(setup.num_clips, load_dwpose(setup.networks), every)

@@ -6,6 +6,7 @@ networks cannot be compared: the card names the network and its file.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echolab.encoders.files import sha256_of
-from echolab.errors import WeightsError
+from echolab.errors import ConfigError, WeightsError
 from echolab.metrics.card import Card
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.one_face import (
@@ -26,7 +27,11 @@ from echolab.metrics.one_face import (
     SEVERAL_FACES,
     OneFace,
     image_of,
+    load_one_face,
 )
+from echolab.metrics.setup import Setup
+from echolab.metrics.weights import ARCFACE, MOBILEFACENET
+from echolab.model_files import ModelFile, find_model_file
 from echolab.vision.faces import Image, Row
 
 FACE_PIXELS = 112
@@ -46,27 +51,31 @@ TEMPLATE = np.array(
 class FaceNetwork(NamedTuple):
     """A released ArcFace network and the scaling of its RGB input, (x - mean) / std."""
 
+    file: ModelFile
     name: str
-    license: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CENTERED = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
-INSIGHTFACE = "non-commercial research only (insightface)"
 
+# insightface publishes no sha256 of the file in its archive.
+GLINT = ModelFile(
+    "glintr100.onnx",
+    0,
+    "",
+    ("https://github.com/deepinsight/insightface/releases/download/v0.7/antelopev2.zip",),
+    ARCFACE.license,
+)
 # By file name, since the files have no field that says how to scale their input.
 NETWORKS = {
-    "mobilefacenet_arcface.onnx": FaceNetwork(
-        "MobileFaceNet, MS1M (foamliu)", "Apache-2.0; trained on MS-Celeb-1M", *IMAGENET
-    ),
-    "w600k_r50.onnx": FaceNetwork(
-        "ArcFace R50, WebFace600K (insightface buffalo_l)", INSIGHTFACE, *CENTERED
-    ),
-    "glintr100.onnx": FaceNetwork(
-        "ArcFace R100, Glint360K (insightface antelopev2)", INSIGHTFACE, *CENTERED
-    ),
+    network.file.name: network
+    for network in (
+        FaceNetwork(MOBILEFACENET, "MobileFaceNet, MS1M (foamliu)", *IMAGENET),
+        FaceNetwork(ARCFACE, "ArcFace R50, WebFace600K (insightface buffalo_l)", *CENTERED),
+        FaceNetwork(GLINT, "ArcFace R100, Glint360K (insightface antelopev2)", *CENTERED),
+    )
 }
 
 
@@ -152,7 +161,7 @@ def identity_card(embedder: FaceEmbedder, name: str, definition: str, every: int
         preprocessing=f"{DETECTION}; five landmarks to ArcFace's 112 px template, bilinear",
         network=embedder.network.name,
         weights=embedder.sha256,
-        license=embedder.network.license,
+        license=embedder.network.file.license,
         settings={"every": every, "min_face_share": MIN_SHARE, "mean": embedder.network.mean},
     )
 
@@ -262,3 +271,28 @@ class CsimTruth(VideoMetric):
             "generated and recorded frames of the same time"
         )
         return {"csim_truth": identity_card(self.embedder, "csim_truth", definition, self.every)}
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+@lru_cache(maxsize=1)  # metrics of one evaluation share it
+def load_embedder(folder: Path | None, network: str) -> FaceEmbedder:
+    """Return a released face network by its file name.
+
+    Raise ConfigError for an unknown name, and MissingWeightsError without its file.
+    """
+    if network not in NETWORKS:
+        raise ConfigError(f"network={network}: not a face network; give {', '.join(NETWORKS)}")
+    path = find_model_file(NETWORKS[network].file, folder, setting="metrics.networks")
+    return FaceEmbedder(load_one_face(folder), path)
+
+
+def csim(setup: Setup, *, network: str = MOBILEFACENET.name, every: int = 5) -> VideoMetric:
+    """Build CSIM against the reference image."""
+    return Csim(setup.num_clips, load_embedder(setup.networks, network), every)
+
+
+def csim_truth(setup: Setup, *, network: str = MOBILEFACENET.name, every: int = 5) -> VideoMetric:
+    """Build CSIM against the recorded video."""
+    return CsimTruth(setup.num_clips, load_embedder(setup.networks, network), every)

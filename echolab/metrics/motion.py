@@ -17,7 +17,17 @@ from echolab.encoders.files import sha256_of
 from echolab.metrics.card import Card
 from echolab.metrics.demo_networks import crop_lips
 from echolab.metrics.metric import FPS, Score, VideoClip, VideoMetric, mean_score
-from echolab.metrics.one_face import DETECTION, NO_FACE, SEVERAL_FACES, OneFace, image_of
+from echolab.metrics.one_face import (
+    DETECTION,
+    NO_FACE,
+    SEVERAL_FACES,
+    OneFace,
+    image_of,
+    load_one_face,
+)
+from echolab.metrics.setup import Setup
+from echolab.model_files import find_model_file
+from echolab.vision.face_models import LANDMARKER
 from echolab.vision.faces import FaceMesh
 
 TOO_SHORT = "too few frames"
@@ -360,3 +370,32 @@ class SilentMouth(VideoMetric):
                 **measure,
             )
         }
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+def motion(setup: Setup) -> VideoMetric:
+    """Build the amount of motion."""
+    return MotionAmount(setup.num_clips)
+
+
+def flicker(setup: Setup) -> VideoMetric:
+    """Build the flicker."""
+    return Flicker(setup.num_clips)
+
+
+def mouth_corr(setup: Setup) -> VideoMetric:
+    """Build the correlation of the mouth with the visemes of synthetic talkers."""
+    return MouthCorrelation(setup.num_clips)
+
+
+def silent_mouth(setup: Setup) -> VideoMetric:
+    """Build mouth movement in silence; raise MissingWeightsError without the face models."""
+    path = find_model_file(LANDMARKER, setup.networks, setting="metrics.networks")
+    return SilentMouth(setup.num_clips, MeshOpening(load_one_face(setup.networks), path))
+
+
+def silent_mouth_demo(setup: Setup) -> VideoMetric:
+    """Build mouth movement in silence of synthetic talkers."""
+    return SilentMouth(setup.num_clips, DarknessOpening())

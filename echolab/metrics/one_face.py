@@ -7,6 +7,7 @@ with a frame that stays ambiguous has no score, and so has a clip with too few f
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from echolab.model_files import find_model_file
+from echolab.vision.face_models import YUNET
 from echolab.vision.faces import START_SCORE, FaceDetector, Image, Row, boxes
 
 DETECT_PIXELS = 640  # longer side of the image that the detector sees
@@ -31,6 +34,12 @@ DETECTION = (
 def image_of(frame: Tensor) -> Image:
     """Return a frame [3, Y, X] uint8 as an image [Y, X, 3]."""
     return np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy())
+
+
+@lru_cache(maxsize=1)  # metrics of one evaluation share it
+def load_one_face(folder: Path | None) -> "OneFace":
+    """Return the detector of YuNet's file; raise MissingWeightsError without it."""
+    return OneFace(find_model_file(YUNET, folder, setting="metrics.networks"))
 
 
 class OneFace:

@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from echolab.encoders.files import sha256_of
-from echolab.errors import WeightsError
+from echolab.errors import ConfigError, WeightsError
 from echolab.metrics.card import Card
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.one_face import image_of
+from echolab.metrics.setup import Setup
 from echolab.vision.faces import Image
 
 WORDS = ("excellent", "good", "fair", "poor", "bad")
 WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 ASPECTS = {"iqa": "quality", "ase": "aesthetics"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CLIP_MEAN = (122, 116, 104)  # RGB, the mean color of CLIP's training images
 QUESTION = "How would you rate the {aspect} of this image?"
 ANSWER = "The {aspect} of the image is"
@@ -182,3 +184,18 @@ class Quality(VideoMetric):
             )
             for name, aspect in ASPECTS.items()
         }
+
+
+# -- the functions that a configuration names ------------------------------------------------------
+
+
+def qalign(
+    setup: Setup, *, folder: str, device: str = "cpu", dtype: str = "bfloat16"
+) -> VideoMetric:
+    """Build IQA and ASE with the vision-language model in a folder of the setup's networks.
+
+    Raise ConfigError for a type that is not bfloat16, float16 or float32, and WeightsError.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: not one of {', '.join(DTYPES)}; give one")
+    return Quality(setup.num_clips, QAlign(setup.file(folder), device=device, dtype=DTYPES[dtype]))
