@@ -82,9 +82,14 @@ class LightAsd(nn.Module):
         self.FC = nn.Linear(128, 2)
 
     @torch.no_grad()
-    def forward(self, grays: Tensor, cepstra: Tensor) -> Tensor:
-        """Map grays [T, 112, 112] in 0 to 255 and cepstra [4 T, 13] to logits of speech [T]."""
-        seen = self.visualEncoder((grays[None, None] / 255 - GRAY_MEAN) / GRAY_STD)
+    def see(self, grays: Tensor) -> Tensor:
+        """Map grays [T, 112, 112] in 0 to 255 to features [1, T, 128]."""
+        seen: Tensor = self.visualEncoder((grays[None, None] / 255 - GRAY_MEAN) / GRAY_STD)
+        return seen
+
+    @torch.no_grad()
+    def forward(self, seen: Tensor, cepstra: Tensor) -> Tensor:
+        """Map features of `see` and cepstra [4 T, 13] to logits of speech [T]."""
         x = seen + self.audioEncoder(cepstra.T[None, None])
         x = functional.gelu(self.GRU["gru_forward"](x)[0])
         x = functional.gelu(self.GRU["gru_backward"](x.flip(1))[0].flip(1))

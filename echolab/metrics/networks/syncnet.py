@@ -23,7 +23,7 @@ CEPSTRA_PER_WINDOW = 20
 CEPSTRA = 13
 CROP_PIXELS = 224
 DIM = 1024
-WINDOWS_PER_BATCH = 16  # of a complete video; 75 MB of activations
+WINDOWS_PER_BATCH = 8  # of a complete video; more do not fit into the caches of a CPU
 
 
 def convolution(inputs: int, outputs: int, kernel: tuple[int, int], pad: int) -> list[nn.Module]:
@@ -152,7 +152,7 @@ class VideoSyncNet(nn.Module):
         # Windows of audio are small: take more of them at once.
         windows = audio_windows(cepstra.to(self.device))
         with full_precision():
-            return torch.cat([self.audio(part) for part in windows.split(4 * WINDOWS_PER_BATCH)])
+            return torch.cat([self.audio(part) for part in windows.split(8 * WINDOWS_PER_BATCH)])
 
 
 def full_precision() -> AbstractContextManager[None]:
