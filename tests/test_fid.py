@@ -1,6 +1,7 @@
 """FID-Inception and FID: the architecture, the two preprocessings, and a published value."""
 
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from echolab.errors import ConfigError, MissingWeightsError
+from data_prep.draw import draw_dataset
+from data_prep.options import DrawOptions
+from echolab.data.media import decode_mp4
+from echolab.data.shard_reader import open_dataset
+from echolab.errors import ConfigError, DataError, MissingWeightsError
 from echolab.metrics.fid import (
     FID,
+    fid,
     fid_network,
     prepare,
     prepare_clean,
@@ -28,6 +34,7 @@ from echolab.metrics.networks.inception import (
     InceptionE,
     halve,
 )
+from echolab.metrics.setup import Setup
 from echolab.metrics.weights import Network
 
 
@@ -170,14 +177,14 @@ def video(seed: int, frames: int = 4) -> VideoClip:
 
 
 def test_fid_of_clips_is_the_distance_of_their_frames(network: Network) -> None:
-    fid = FID(4, network, frames_per_clip=2, counts=(2, 8), draws=3)
+    metric = FID(4, network, frames_per_clip=2, counts=(2, 8), draws=3)
     reference = FID(3, network, frames_per_clip=2)
     for index in range(3):
         reference.update(index, video(10 + index))
-        fid.update(index, video(index))
-    fid.update(3, video(9, frames=1))
-    fid.set_reference(reference.all_features(), "noise")
-    scores = fid.compute()
+        metric.update(index, video(index))
+    metric.update(3, video(9, frames=1))
+    metric.set_reference(reference.all_features(), "noise")
+    scores = metric.compute()
     # Compute the features once more, outside the metric.
     ours = torch.cat([network.net(prepare(video(i).frames[[0, 3]])) for i in range(3)])
     theirs = torch.cat([network.net(prepare(video(10 + i).frames[[0, 3]])) for i in range(3)])
@@ -187,29 +194,63 @@ def test_fid_of_clips_is_the_distance_of_their_frames(network: Network) -> None:
     assert scores["fid"].flags == {"fewer frames than the score needs": 1}
     assert scores["fid"].low <= scores["fid"].high
     assert scores["fid_n2"].value > 0 and math.isnan(scores["fid_n8"].value)
-    fid.set_reference(fid.all_features(), "itself")
-    assert 0 <= fid.compute()["fid"].value < 1e-9
+    metric.set_reference(metric.all_features(), "itself")
+    assert 0 <= metric.compute()["fid"].value < 1e-9
 
 
 def test_cards_say_how_fid_was_made(network: Network) -> None:
-    fid, clean = (
+    plain, clean = (
         FID(4, network, preprocessing=how, frames_per_clip=2, counts=(2,))
         for how in ("pytorch-fid", "clean")
     )
-    cards = fid.cards()
+    cards = plain.cards()
     assert set(cards) == {"fid", "kid", "fid_n2"}
     assert all(card.metric == name and card.weights == "random" for name, card in cards.items())
     assert cards["fid"].settings["covariance"] == "1 / (N - 1)"
     assert cards["fid"].hash != clean.cards()["fid"].hash
     assert cards["fid"].hash != cards["fid_n2"].hash
-    fid.set_reference(torch.zeros(5, 2, 2048), "lrs3")
-    assert fid.cards()["fid"].settings["reference_clips"] == 5
+    plain.set_reference(torch.zeros(5, 2, 2048), "lrs3")
+    assert plain.cards()["fid"].settings["reference_clips"] == 5
     with pytest.raises(ValueError, match=r"need \[N, 2, 2048\]"):
-        fid.set_reference(torch.zeros(5, 3, 2048), "lrs3")
+        plain.set_reference(torch.zeros(5, 3, 2048), "lrs3")
     with pytest.raises(
         ConfigError, match="preprocessing=tf: unknown; use one of pytorch-fid, clean"
     ):
         FID(4, network, preprocessing="tf")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a raw dataset of three talkers of 17 frames."""
+    folder = tmp_path_factory.mktemp("real") / "raw"
+    draw_dataset(DrawOptions(folder, num_clips=3, frames=17), lambda done: None)
+    return folder
+
+
+def test_a_configured_fid_compares_with_the_first_real_clips(real: Path, tmp_path: Path) -> None:
+    setup = Setup(2, 17, tmp_path, real)
+    with pytest.raises(MissingWeightsError, match="pt_inception-2015-12-05"):
+        fid(setup)
+    metric = fid(setup, frames_per_clip=1, draws=0, real_per_clip=1, weights="random")
+    card = metric.cards()["fid"]
+    assert card.settings["reference_clips"] == 2
+    assert card.settings["reference"] == open_dataset(real).fingerprint[:12]
+    for index in range(2):
+        frames = torch.from_numpy(decode_mp4(open_dataset(real).read(index)["mp4"]))
+        metric.update(index, VideoClip(str(index), frames.permute(0, 3, 1, 2)))
+    # The clips are those of the reference.
+    assert 0 <= metric.compute()["fid"].value < 1e-9
+    assert metric.cards()["fid"].hash == card.hash
+    # Real clips that are too short are an error, not a smaller set.
+    strict = fid(setup, frames_per_clip=18, draws=0, real_per_clip=1, weights="random")
+    for index in range(2):
+        strict.update(index, video(index, frames=18))
+    with pytest.raises(DataError, match="clip 0 of .*raw: fewer frames .*give longer real clips"):
+        strict.compute()
+    with pytest.raises(ConfigError, match="weights=none: unknown; use released or random"):
+        fid(setup, weights="none")
+    with pytest.raises(ConfigError, match="give real=DATASET"):
+        fid(setup._replace(real=None), weights="random")
 
 
 @pytest.mark.needs_weights

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEModel
 
-from echolab.errors import MissingWeightsError, WeightsError
+from echolab.errors import ConfigError, MissingWeightsError, WeightsError
 from echolab.metrics.frechet import frechet_distance, kernel_distance
 from echolab.metrics.fvd import (
     FVD,
     VideoMAEFeatures,
+    fvd,
     fvd_network,
     prepare,
     random_fvd_network,
@@ -24,6 +25,7 @@ from echolab.metrics.fvd import (
 )
 from echolab.metrics.metric import VideoClip
 from echolab.metrics.networks.i3d import BLOCKS, I3d, Unit3d, convert_i3d, pad_same
+from echolab.metrics.setup import Setup
 from echolab.metrics.weights import Network, random_network, read_network
 
 
@@ -166,15 +168,15 @@ class Pooled(nn.Module):
 
 def test_fvd_is_of_the_first_frames_with_the_covariance_of_the_population() -> None:
     network = random_network(Pooled(), "pooled")
-    fvd = FVD(5, network, counts=(3,), draws=5)
+    metric = FVD(5, network, counts=(3,), draws=5)
     videos = [noise(20, 3, 20, 24, seed=seed) for seed in range(8)]
     for index in range(4):
-        fvd.update(index, VideoClip(str(index), videos[index]))
-    fvd.update(4, VideoClip("short", videos[4][:15]))
+        metric.update(index, VideoClip(str(index), videos[index]))
+    metric.update(4, VideoClip("short", videos[4][:15]))
     with torch.no_grad():
         features = torch.cat([network.net(prepare(frames[:16])) for frames in videos])
-    fvd.set_reference(features[4:, None], "noise")
-    scores = fvd.compute()
+    metric.set_reference(features[4:, None], "noise")
+    scores = metric.compute()
     expected = frechet_distance(features[:4], features[4:], unbiased=False)
     assert scores["fvd"].value == pytest.approx(expected, rel=1e-5)
     assert scores["fvd"].value != pytest.approx(frechet_distance(features[:4], features[4:]))
@@ -182,7 +184,7 @@ def test_fvd_is_of_the_first_frames_with_the_covariance_of_the_population() -> N
         kernel_distance(features[:4], features[4:]), rel=1e-3
     )
     assert scores["fvd"].flags == {"fewer frames than the score needs": 1}
-    card = fvd.cards()["fvd"]
+    card = metric.cards()["fvd"]
     assert card.settings["covariance"] == "1 / N" and card.settings["stride"] == 1
     # With a stride of two, 31 frames are needed.
     strided = FVD(1, network, stride=2)
@@ -192,12 +194,22 @@ def test_fvd_is_of_the_first_frames_with_the_covariance_of_the_population() -> N
 
 @pytest.mark.slow
 def test_fvd_of_the_real_architecture_with_random_weights(network: Network) -> None:
-    fvd = FVD(2, network, draws=0)
+    metric = FVD(2, network, draws=0)
     for index in range(2):
-        fvd.update(index, VideoClip(str(index), noise(16, 3, 64, 64, seed=index)))
-    fvd.set_reference(fvd.all_features(), "itself")
-    scores = fvd.compute()
-    assert 0 <= scores["fvd"].value < 1e-9 and fvd.cards()["fvd"].weights == "random"
+        metric.update(index, VideoClip(str(index), noise(16, 3, 64, 64, seed=index)))
+    metric.set_reference(metric.all_features(), "itself")
+    scores = metric.compute()
+    assert 0 <= scores["fvd"].value < 1e-9 and metric.cards()["fvd"].weights == "random"
+
+
+def test_settings_of_fvd_are_checked_before_files_are_read(tmp_path: Path) -> None:
+    setup = Setup(2, 16, tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match="features=c3d: unknown; use one of i3d, videomae"):
+        fvd(setup, features="c3d")
+    with pytest.raises(MissingWeightsError, match="i3d_torchscript.pt: not in a folder"):
+        fvd(setup)
+    with pytest.raises(MissingWeightsError, match="videomae-base-finetuned-kinetics: not in a fol"):
+        fvd(setup, features="videomae")
 
 
 TINY = {
@@ -210,8 +222,8 @@ def test_videomae_is_another_score_and_loads_from_its_folder(tmp_path: Path) -> 
     VideoMAEModel(VideoMAEConfig(**TINY)).save_pretrained(folder)
     network = videomae_network(tmp_path)
     assert len(network.weights) == 64 and network.license == "CC-BY-NC-4.0"
-    fvd = FVD(2, network, draws=0)
-    fvd.update(0, VideoClip("0", noise(16, 3, 30, 30)))
+    metric = FVD(2, network, draws=0)
+    metric.update(0, VideoClip("0", noise(16, 3, 30, 30)))
     # transformers' own preprocessing of a frame of the right size is the oracle.
     frames = noise(16, 3, 224, 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -220,8 +232,8 @@ def test_videomae_is_another_score_and_loads_from_its_folder(tmp_path: Path) -> 
     with torch.no_grad():
         expected = model(values[None]).last_hidden_state.mean(1)
         assert torch.allclose(network.net(prepare(frames)), expected, atol=1e-4)
-    assert set(fvd.compute()) == {"fvd_videomae", "kvd_videomae"}
-    assert fvd.cards()["fvd_videomae"].network.startswith("VideoMAE")
+    assert set(metric.compute()) == {"fvd_videomae", "kvd_videomae"}
+    assert metric.cards()["fvd_videomae"].network.startswith("VideoMAE")
 
 
 def test_random_videomae_depends_on_the_seed_alone() -> None:

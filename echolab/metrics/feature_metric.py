@@ -1,19 +1,24 @@
 """The base of FID and FVD: features of generated clips against features of reference clips.
 
 Features of every clip are rows of a table, so the distances, their intervals, and the distances at
-smaller numbers of clips come from one pass.  The reference clips are scored once by another
-instance of the same metric, over all ranks (`all_features`), and set by `set_reference`.
+smaller numbers of clips come from one pass.  The reference is the first clips of a raw dataset,
+read when scores are first computed (`compare_with`), or features that another instance of the same
+metric collected over all ranks (`all_features`, `set_reference`).
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from echolab.data.media import decode_mp4
+from echolab.data.shard_reader import open_dataset
+from echolab.errors import DataError
 from echolab.metrics.card import Card
 from echolab.metrics.frechet import (
     distance_interval,
@@ -62,7 +67,8 @@ class FeatureMetric(VideoMetric):
         self.counts, self.draws, self.seed = tuple(counts), draws, seed
         self.add_table("features", rows, dim)
         self.reference: Tensor | None = None
-        self.reference_name = ""
+        self.reference_name, self.reference_clips = "", 0
+        self._dataset: Path | None = None  # of reference clips that are not yet read
 
     features: Tensor
 
@@ -70,12 +76,18 @@ class FeatureMetric(VideoMetric):
     def clip_features(self, clip: VideoClip) -> Tensor:
         """Return features [rows, D] of a clip."""
 
+    def problem(self, clip: VideoClip) -> str:
+        """Return why a clip has no features, one of `reasons`, or ""."""
+        return ""
+
     @abstractmethod
     def card(self) -> Card:
         """Return the card of the Frechet distance, without what all feature metrics share."""
 
     def score_clip(self, index: int, clip: VideoClip) -> str:
         """Fill the row of features, which must be finite."""
+        if problem := self.problem(clip):
+            return problem
         features = self.clip_features(clip).double()
         if not features.isfinite().all():
             return NOT_FINITE
@@ -102,14 +114,39 @@ class FeatureMetric(VideoMetric):
                 f"reference features {list(features.shape)}, need [N, {self.rows}, {self.dim}]"
             )
         self.reference, self.reference_name = features.detach().cpu().double(), name
+        self.reference_clips = len(features)
         self._computed = None  # torchmetrics would return scores against the earlier reference
+
+    def compare_with(self, dataset: Path, clips: int) -> None:
+        """Compare with at most `clips` first clips of a raw dataset, read when scores are computed.
+
+        Every rank reads all of them, so that no rank waits for another; `reset` keeps them.
+        """
+        source = open_dataset(dataset)
+        self.reference, self._dataset, self._computed = None, dataset, None
+        self.reference_clips = min(clips, len(source))
+        self.reference_name = source.fingerprint[:12]
+
+    def _read_reference(self, dataset: Path) -> Tensor:
+        """Return features of the reference clips; raise DataError for a clip without features."""
+        source, rows = open_dataset(dataset), []
+        for index in range(self.reference_clips):
+            frames = torch.from_numpy(decode_mp4(source.read(index)["mp4"])).permute(0, 3, 1, 2)
+            clip = VideoClip(f"{index} of {dataset}", frames)
+            if problem := self.problem(clip):
+                raise DataError(f"clip {clip.key}: {problem}; give longer real clips")
+            with torch.no_grad():
+                rows.append(self.clip_features(clip).cpu().double())
+        return torch.stack(rows)
 
     def scores_of(self, scored: Tensor) -> dict[str, Score]:
         """Return the distances from the reference; NaN for less than two clips on a side."""
         names = [self.frechet, self.kernel, *(f"{self.frechet}_n{n}" for n in self.counts)]
+        if self.reference is None and self._dataset is not None and len(scored) >= 2:
+            self.reference = self._read_reference(self._dataset)
         reference = self.reference
         if reference is None or len(reference) < 2 or len(scored) < 2:
-            reason = NO_REFERENCE if reference is None else TOO_FEW
+            reason = TOO_FEW if self.reference_clips else NO_REFERENCE
             return {name: Score(math.nan, flags={reason: 1}) for name in names}
         # Compute on the CPU in fp64, where a sum does not depend on the kind of device.
         features = self.features[scored].cpu()
@@ -143,11 +180,10 @@ class FeatureMetric(VideoMetric):
         """Return the cards of the scores."""
         covariance = "1 / (N - 1)" if self.unbiased else "1 / N"
         # The reference is part of the measure: another set gives other values.
-        count = 0 if self.reference is None else len(self.reference)
         settings = {
             "rows_per_clip": self.rows,
             "reference": self.reference_name,
-            "reference_clips": count,
+            "reference_clips": self.reference_clips,
             "draws": self.draws,
             "seed": self.seed,
         }

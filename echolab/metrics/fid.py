@@ -18,7 +18,14 @@ from echolab.metrics.card import Card
 from echolab.metrics.feature_metric import NOT_FINITE, FeatureMetric
 from echolab.metrics.metric import VideoClip
 from echolab.metrics.networks.inception import FEATURES, SIZE, FidInception
-from echolab.metrics.weights import INCEPTION, Network, random_network, released_network
+from echolab.metrics.setup import Setup
+from echolab.metrics.weights import (
+    INCEPTION,
+    Network,
+    check_weights,
+    random_network,
+    released_network,
+)
 
 ARCHITECTURE = "FID-Inception 2015-12-05, 2048 pooled features"
 TOO_SHORT = "fewer frames than the score needs"
@@ -89,12 +96,10 @@ class FID(FeatureMetric):
                          draws=draws, seed=seed)  # fmt: skip
         self.preprocessing = preprocessing
 
-    def score_clip(self, index: int, clip: VideoClip) -> str:
-        """Fill the row of features of a clip that has enough frames."""
+    def problem(self, clip: VideoClip) -> str:
+        """Return whether a clip has fewer frames than the score uses."""
         # Repeated frames would count as several.
-        if len(clip.frames) < self.rows:
-            return TOO_SHORT
-        return super().score_clip(index, clip)
+        return TOO_SHORT if len(clip.frames) < self.rows else ""
 
     def clip_features(self, clip: VideoClip) -> Tensor:
         """Return features [rows, 2048] of evenly spaced frames."""
@@ -112,3 +117,25 @@ class FID(FeatureMetric):
             preprocessing=PREPROCESSING[self.preprocessing],
             settings={"frames": "evenly spaced, with the first and the last"},
         )
+
+
+def fid(
+    setup: Setup,
+    *,
+    preprocessing: str = "pytorch-fid",
+    frames_per_clip: int = 8,
+    counts: Sequence[int] = (),
+    draws: int = 100,
+    real_per_clip: int = 4,
+    weights: str = "released",
+) -> FID:
+    """Build FID and KID against `real_per_clip` real clips for each clip of the setup.
+
+    `weights` is `released`, or `random` to test the path without the released file.
+    """
+    check_weights(weights)
+    network = fid_network(setup.networks) if weights == "released" else random_fid_network()
+    metric = FID(setup.num_clips, network, preprocessing=preprocessing,
+                 frames_per_clip=frames_per_clip, counts=counts, draws=draws)  # fmt: skip
+    metric.compare_with(setup.real_clips(), real_per_clip * setup.num_clips)
+    return metric

@@ -13,15 +13,18 @@ from torch.nn import functional
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from echolab.encoders.files import from_folder, frozen
+from echolab.errors import ConfigError
 from echolab.metrics.card import Card
 from echolab.metrics.feature_metric import NOT_FINITE, FeatureMetric
 from echolab.metrics.metric import VideoClip
 from echolab.metrics.networks.i3d import CLASSES, I3d, convert_i3d
+from echolab.metrics.setup import Setup
 from echolab.metrics.weights import (
     CPU,
     I3D,
     VIDEOMAE,
     Network,
+    check_weights,
     random_network,
     released_network,
     weights_sha256,
@@ -29,6 +32,7 @@ from echolab.metrics.weights import (
 from echolab.model_files import find_model_file
 
 SIZE, FRAMES = 224, 16
+FEATURES = ("i3d", "videomae")
 ARCHITECTURE = "I3D of Kinetics-400, 400 logits"
 VIDEOMAE_ARCHITECTURE = "VideoMAE, mean of the last hidden states"
 TOO_SHORT = "fewer frames than the score needs"
@@ -121,12 +125,11 @@ class FVD(FeatureMetric):
         if isinstance(net, VideoMAEFeatures):
             self.frechet, self.kernel = "fvd_videomae", "kvd_videomae"
 
-    def score_clip(self, index: int, clip: VideoClip) -> str:
-        """Fill the row of features of a clip that has enough frames."""
+    def problem(self, clip: VideoClip) -> str:
+        """Return whether a clip has fewer frames than the score uses."""
         # A clip that is too short is never padded or looped.
-        if len(clip.frames) < (self.num_frames - 1) * self.stride + 1:
-            return TOO_SHORT
-        return super().score_clip(index, clip)
+        needed = (self.num_frames - 1) * self.stride + 1
+        return TOO_SHORT if len(clip.frames) < needed else ""
 
     def clip_features(self, clip: VideoClip) -> Tensor:
         """Return features [1, D] of the first frames."""
@@ -146,3 +149,33 @@ class FVD(FeatureMetric):
             preprocessing=f"{RESIZE}; x / 127.5 - 1",
             settings={"frames": self.num_frames, "stride": self.stride, "start": 0},
         )
+
+
+def fvd(
+    setup: Setup,
+    *,
+    features: str = "i3d",
+    frames: int = FRAMES,
+    stride: int = 1,
+    counts: Sequence[int] = (),
+    draws: int = 100,
+    real_per_clip: int = 4,
+    weights: str = "released",
+) -> FVD:
+    """Build FVD and KVD against `real_per_clip` real clips for each clip of the setup.
+
+    `features` is `i3d`, or `videomae` with scores of other names.  `weights` is `released`, or
+    `random` to test the path without the released file.  Raise ConfigError for other values.
+    """
+    check_weights(weights)
+    if features not in FEATURES:
+        raise ConfigError(f"features={features}: unknown; use one of {', '.join(FEATURES)}")
+    if weights == "released":
+        build = fvd_network if features == "i3d" else videomae_network
+        network = build(setup.networks)
+    else:
+        network = random_fvd_network() if features == "i3d" else random_videomae_network()
+    metric = FVD(setup.num_clips, network, frames=frames, stride=stride, counts=counts,
+                 draws=draws)  # fmt: skip
+    metric.compare_with(setup.real_clips(), real_per_clip * setup.num_clips)
+    return metric

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from echolab.encoders.files import assign_parameters, frozen, sha256_of, weights_in
+from echolab.errors import ConfigError
 from echolab.metrics.torchscript import is_torchscript, read_torchscript
 from echolab.model_files import ModelFile, find_model_file
 from echolab.models.loading import read_pickle, read_safetensors
@@ -184,6 +185,12 @@ def _is_counter(name: str) -> bool:
 def weights_sha256(path: Path) -> str:
     """Return the sha256 of a released file, or of the weights in a released folder."""
     return sha256_of(weights_in(path) if path.is_dir() else [path])
+
+
+def check_weights(weights: str) -> None:
+    """Raise ConfigError unless a setting of weights is `released` or `random`."""
+    if weights not in ("released", RANDOM):
+        raise ConfigError(f"weights={weights}: unknown; use released or random")
 
 
 def random_network(net: nn.Module, architecture: str, seed: int = 0) -> Network:
