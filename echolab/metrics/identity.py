@@ -276,7 +276,7 @@ class CsimTruth(VideoMetric):
 # -- the functions that a configuration names ------------------------------------------------------
 
 
-@lru_cache(maxsize=1)  # metrics of one evaluation share it
+@lru_cache(maxsize=2)  # metrics of one evaluation share it
 def load_embedder(folder: Path | None, network: str) -> FaceEmbedder:
     """Return a released face network by its file name.
 
