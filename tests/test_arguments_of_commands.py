@@ -166,6 +166,10 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("TYPO about=TYPO", "about=TYPO: cannot be read"),
     ],
     "data audit": [("TYPO", "TYPO/ledger: holds no ledger; a run with data.log_samples=true")],
+    "doctor": [
+        ("metrcis", "is not one of metrics"),
+        ("metrics networks=TYPO", "networks=TYPO: "),
+    ],
     "bench step": [
         ("model=dmeo", "did you mean demo?"),
         ("attention=flash4", "is not one of auto, sdpa, cudnn, flash2, flash3"),

@@ -48,6 +48,7 @@ COMMANDS = {
     "checkpoint": Action("echolab.cli.checkpoint", "inspect, verify or compare checkpoints"),
     "pairs": Action("echolab.inference.commands:pairs", "preference pairs: sample, score, pack"),
     "data": Action("echolab.cli.data", "datasets: verify, index, audit"),
+    "doctor": Action("echolab.cli.doctor", "released networks of the scores: present or missing"),
     "bench": Action("echolab.bench.commands", "speed on this machine: step, generate, data"),
     "report": Action("echolab.cli.report", "rewrite a run's report.html"),
 }
