@@ -11,6 +11,7 @@ from typing import Any
 from echolab.atomic_io import write_atomic
 from echolab.config.build import train_config_from
 from echolab.errors import ConfigError, StorageError
+from echolab.evaluation.scoring import COLUMNS
 from echolab.heartbeat import Heartbeat, heartbeat_from_environment
 from echolab.launch import exit_codes, run_dir
 from echolab.launch.exit_codes import CAUSES, cause_of_result
@@ -72,11 +73,16 @@ def _fit(training: TrainConfig, run: run_dir.Run, wandb_run: WandbRun) -> FitRes
         metrics.log(step, values)
         wandb_run.log(step, values)
 
+    def log_evaluation(step: int, rows: list[list[Any]], videos: dict[str, Path]) -> None:
+        wandb_run.log_videos(step, videos)
+        wandb_run.log_table("eval/scores", ["step", *COLUMNS], [[step, *row] for row in rows])
+
     # Show the progress of optimizer steps.
     with progress(f"training {run.folder}", training.schedule.steps) as advance:
         ours = training._replace(
             fenced=run.lease.fenced,
             log_metrics=log,
+            log_evaluation=log_evaluation,
             print_lines=partial(_report_engine, run.folder),
         )
         try:
@@ -92,6 +98,8 @@ def may_change(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         "schedule",
         "optim.lr",
+        "evaluation",
+        "metrics",
         *(("data.clip_weights", "data.pair_weights") if accepted else ()),
     )
 

@@ -1,5 +1,6 @@
 """Build the arguments of `fit` from the settings of conf/train.yaml."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,9 @@ from echolab.diffusion.phases import (
     PhaseSchedule,
     without_dropout,
 )
-from echolab.errors import DataError
+from echolab.errors import ConfigError, DataError
+from echolab.evaluation.config import EvaluationConfig
+from echolab.evaluation.sampling import Sampling
 from echolab.launch.run_dir import rank_from_environment
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
@@ -220,6 +223,41 @@ def _warn_or_raise(words: str, accepted: bool) -> None:
         )
 
 
+def evaluation_from(config: Mapping[str, Any]) -> EvaluationConfig | None:
+    """Return what an evaluation samples and scores, or None if evaluation.every is 0.
+
+    Raise ConfigError if the held-out clips or their autoencoder are not given.
+    """
+    settings, metrics = config["evaluation"], config["metrics"]
+    if not settings["every"]:
+        return None
+    for name in ("raw", "clips", "vae"):
+        if not settings[name]:
+            raise ConfigError(
+                f"evaluation.{name}: evaluation.every={settings['every']} needs it; give its path"
+            )
+    sampling = Sampling(
+        settings["task"], settings["num_steps"], settings["flow_shift"],
+        settings["audio_guidance_scale"], settings["seed"], settings["batch_size"],
+    )  # fmt: skip
+    folders = {
+        name: Path(metrics[name]) if metrics[name] else None for name in ("networks", "real")
+    }
+    limit = settings["max_seconds"]
+    return EvaluationConfig(
+        every=settings["every"],
+        raw=open_dataset(settings["raw"]),
+        clips=open_dataset(settings["clips"]),
+        vae=Path(settings["vae"]),
+        sampling=sampling,
+        scores=metrics["scores"],
+        num_clips=settings["num_clips"],
+        max_seconds=math.inf if limit is None else limit,
+        num_videos=settings["num_videos"],
+        **folders,
+    )
+
+
 def optim_from(config: Mapping[str, Any]) -> Optim:
     """Return the settings of AdamW and of the averages, from conf/optim."""
     return Optim(
@@ -281,6 +319,7 @@ def train_config_from(
         intervals=intervals_from(config),
         loss_spike=spike_config_from(config["loss_spike"]),
         max_host_memory_gb=config["max_host_memory_gb"],
+        evaluation=evaluation_from(config),
         verify_export=config["verify_export"],
         signal_grace_seconds=grace_from(config["signal_grace_seconds"]),
         job_end_time=end_of_job(),

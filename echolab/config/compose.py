@@ -30,6 +30,11 @@ PATHS = (
     "pretrained",
     "ref_model",
     "lora.init_from",
+    "evaluation.raw",
+    "evaluation.clips",
+    "evaluation.vae",
+    "metrics.networks",
+    "metrics.real",
 )
 TEXTS = (*PATHS, "logger.project")
 

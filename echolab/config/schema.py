@@ -351,6 +351,48 @@ class Callbacks(Section):
     )
 
 
+class Evaluation(Section):
+    """conf/evaluation: samples of held-out clips and their scores during training."""
+
+    every: CountOrZero = Field(description="steps between evaluations; 0: never")
+    raw: Text | None = Field(description="held-out clips, raw; required by evaluation.every")
+    clips: Text | None = Field(description="the same clips, encoded; required as well")
+    vae: Text | None = Field(description="autoencoder of the clips, of the demo or released")
+    num_clips: Count = Field(description="clips to sample and score")
+    batch_size: Count = Field(description="clips in one call of the network")
+    num_videos: CountOrZero = Field(description="samples to keep as mp4 with audio")
+    max_seconds: Positive | None = Field(
+        description="time limit of an evaluation, kept by fewer clips; null: no limit"
+    )
+    # The sampler.
+    task: Task = Field(description="task to sample")
+    num_steps: Count = Field(description="solver steps")
+    flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
+        description="flow shift of the sampler's noise levels"
+    )
+    audio_guidance_scale: PositiveOrZero = Field(description="audio guidance; 1 is no guidance")
+    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="seed of the noise")
+
+
+class Metric(Section):
+    """One metric of conf/metrics."""
+
+    names: Annotated[list[Text], Field(min_length=1)] = Field(description="names of its scores")
+    target: Text = Field(
+        description="function below echolab.metrics or below an entry point of the group "
+        "echolab.metrics, as package.module:function"
+    )
+    args: dict[Text, Any] = Field(default={}, description="arguments of the function, by name")
+
+
+class Metrics(Section):
+    """conf/metrics: the scores of an evaluation."""
+
+    networks: Text | None = Field(description="folder of the metrics' networks")
+    real: Text | None = Field(description="raw clips that Frechet distances compare with")
+    scores: list[Metric] = Field(description="metrics to compute")
+
+
 class LossSpike(Section):
     """Spikes of the loss and of the gradient's norm."""
 
@@ -440,6 +482,8 @@ class Settings(Section):
     trainer: Trainer = Field(description="devices and parallelism")
     logger: Logger = Field(description="Weights & Biases")
     callbacks: Callbacks = Field(description="callbacks of your own")
+    evaluation: Evaluation = Field(description="samples and scores during training")
+    metrics: Metrics = Field(description="scores of an evaluation")
     launcher: Launcher = Field(description="launcher of a sweep's members")
     log_every: CountOrZero = Field(
         title="Intervals, in optimizer steps",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from echolab.metrics.card import Card
 from echolab.metrics.metric import Score, VideoClip, VideoMetric
 
 NOT_FINITE = "pixels are not finite"
+COLUMNS = ("score", "value", "low", "high", "clips", "card")  # of `Results.rows`
+Reduce = Callable[[Tensor], Tensor]
 Keep = Callable[[int, VideoClip], None]  # receives each clip that this rank scores
 
 
@@ -43,6 +45,14 @@ class Finite(VideoMetric):
         return {}
 
 
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _card_hash(cards: Mapping[str, Card], name: str) -> str:
+    return cards[name].hash if name in cards else ""
+
+
 class Results(NamedTuple):
     """Scores by name, each with its card."""
 
@@ -56,6 +66,28 @@ class Results(NamedTuple):
             for name, score in self.scores.items()
             if not math.isnan(score.value)
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return scores, intervals, flags and cards as plain values; NaN is null."""
+        scores = {
+            name: {
+                "value": _or_none(score.value),
+                "interval": [_or_none(score.low), _or_none(score.high)],
+                "clips": score.clips,
+                "flags": dict(score.flags),
+            }
+            for name, score in self.scores.items()
+        }
+        cards = {name: card.to_json() for name, card in self.cards.items()}
+        planned = max((card.clips for card in self.cards.values()), default=0)
+        return {"clips": planned, "scores": scores, "cards": cards}
+
+    def rows(self) -> list[list[Any]]:
+        """Return a table with the columns of COLUMNS."""
+        return [
+            [name, *map(_or_none, score[:3]), score.clips, _card_hash(self.cards, name)]
+            for name, score in self.scores.items()
+        ]
 
     def missing(self) -> dict[str, str]:
         """Return why a score has no value, by name."""
@@ -82,11 +114,19 @@ class Scorer:
         for metric in (*self.metrics, self.finite):
             metric.update(index, clip)
 
-    def results(self, sampling: Sampling | None, **facts: Any) -> Results:
-        """Return the scores over the clips of all ranks; collective.
+    def results(
+        self, sampling: Sampling | None, *, reduce: Reduce = lambda table: table, **facts: Any
+    ) -> Results:
+        """Return the scores over the clips of all ranks.
 
-        The cards get the facts of the evaluation; without `sampling` the clips are recordings.
+        `reduce` sums a table over the ranks, by default there is one.  The cards get the facts of
+        the evaluation; without `sampling` the clips are recordings.
         """
+        # Every rank left the rows of the others at zero, so the sums are exact.
+        for metric in (*self.metrics, self.finite):
+            metric.sync_on_compute = False
+            for name in metric._defaults:
+                setattr(metric, name, reduce(getattr(metric, name)))
         scores: dict[str, Score] = {}
         cards: dict[str, Card] = {}
         with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from echolab.data.shard_reader import ShardDataset, check_same_encoders
 from echolab.data.train_dataset import build_mixture
 from echolab.diffusion.phases import Allocator
 from echolab.errors import ConfigError, DataError, FencedError
+from echolab.evaluation.config import EvaluationConfig
 from echolab.geometry import geometry_of
 from echolab.heartbeat import Heartbeat
 from echolab.tasks.curriculum import Curriculum
@@ -30,6 +31,7 @@ from echolab.training.schedule import Schedule
 from echolab.training.signals import FOREVER
 
 Sink = Callable[[int, dict[str, float]], None]
+LogEvaluation = Callable[[int, list[list[Any]], dict[str, Path]], None]
 
 
 ALONE, OPTIM, SPIKES = Machine(), Optim(), SpikeConfig()
@@ -187,6 +189,8 @@ class TrainConfig(NamedTuple):
     job_end_time: float = FOREVER  # seconds since 1970 by which the run must be saved
     loss_spike: SpikeConfig = SPIKES
     max_host_memory_gb: float | None = None  # limit per rank with its workers; above it, stop
+    evaluation: EvaluationConfig | None = None  # samples and scores during training
+    log_evaluation: LogEvaluation | None = None  # (step, table, videos), called on rank 0
     verify_export: bool = False  # compare the export with the training model at the end
     on_begin: Callable[[int], None] | None = None  # (step), called on rank 0 when training starts
     print_lines: Callable[[list[str]], None] | None = None  # prints lines for the user, on rank 0

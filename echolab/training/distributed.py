@@ -34,6 +34,15 @@ def sums(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the ranks; return it on the CPU."""
+    if world() == 1:
+        return tensor.cpu()
+    summed = tensor.detach().to(device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
 def largest(values: list[int]) -> list[int]:
     """Return the maximum over the ranks, element by element."""
     if world() == 1:

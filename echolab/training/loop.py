@@ -13,6 +13,7 @@ from echolab.heartbeat import Heartbeat
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
+from echolab.training.callbacks.evaluation import EvaluationCallback
 from echolab.training.callbacks.export_check import ExportCheck
 from echolab.training.callbacks.loss_spikes import LossSpikes
 from echolab.training.callbacks.metrics import LogMetrics, MeasureMetrics
@@ -107,6 +108,8 @@ class TrainLoop(pl.Callback):
             log,
             # Validation takes long; a request to end the run interrupts it.
             Validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
+            # Sampling takes longest, and its request to end the run is that of validation.
+            EvaluationCallback(config, data, checkpoints=checkpoints, **evaluated),
             # The user's callbacks: the step is saved, so their errors or delays cannot lose it.
             *config.callbacks,
             # Pause after all other work of the step, since it may take arbitrarily long.
