@@ -9,6 +9,7 @@ import torch
 
 from data_prep.draw import draw_dataset
 from data_prep.options import DrawOptions
+from echolab.config.metrics import metrics_named
 from echolab.data.shard_reader import open_dataset
 from echolab.errors import ConfigError, WeightsError
 from echolab.evaluation.choice import build_metrics, chosen
@@ -170,3 +171,17 @@ def test_missing_networks_are_named_or_refused(tmp_path: Path) -> None:
         build_metrics([{**entries[1], "names": ["fid"]}], setup)
     with pytest.raises(ConfigError, match="does not take them"):
         build_metrics([{**entries[1], "args": {"color": 1}}], setup)
+
+
+@pytest.mark.parametrize("name", ["demo", "released"])
+def test_shipped_metrics_name_the_scores_that_they_compute(name: str, tmp_path: Path) -> None:
+    """A missing file is named; names that differ from the metric's would raise ConfigError."""
+    entries = metrics_named(name)["scores"]
+    for entry in entries:
+        if entry["target"] == "echolab.metrics.released:sync":
+            entry["args"] = {"random": True}
+    metrics, lines = build_metrics(entries, Setup(CLIPS, 25, tmp_path, tmp_path))
+    computed = sum(len(metric.cards()) for metric in metrics)
+    left_out = sum(line.split(": left out")[0].count(",") + 1 for line in lines)
+    assert computed + left_out == sum(len(entry["names"]) for entry in entries)
+    assert len(metrics) >= 2 and lines

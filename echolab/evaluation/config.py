@@ -47,6 +47,7 @@ class EvaluationConfig(NamedTuple):
 
     def metrics(self, held_out: HeldOut) -> tuple[list[VideoMetric], list[str]]:
         """Return new metrics for a held-out set, and a line for each that is left out."""
+        # The tables of a metric have one row per clip of this set.
         setup = Setup(len(held_out), held_out.frames, self.networks, self.real)
         return build_metrics(self.scores, setup)
 
@@ -59,8 +60,10 @@ def planned_clips(
     The number is halved until it fits, so that small changes of speed do not change it: values of
     another number of clips cannot be compared.  It never grows again within a run.
     """
+    # Nothing was measured before the first evaluation.
     if not clips_before or not seconds_before:
         return num_clips
+    # A resumed run continues with the smaller number, since its curve has that card.
     planned = min(num_clips, clips_before)
     while planned > 2 and planned * seconds_before / clips_before > max_seconds:
         planned = (planned + 1) // 2

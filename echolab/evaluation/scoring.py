@@ -69,6 +69,7 @@ class Results(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return scores, intervals, flags and cards as plain values; NaN is null."""
+        # JSON has no NaN: a score without value is null, and its flags say why.
         scores = {
             name: {
                 "value": _or_none(score.value),
@@ -124,9 +125,10 @@ class Scorer:
         """
         # Every rank left the rows of the others at zero, so the sums are exact.
         for metric in (*self.metrics, self.finite):
-            metric.sync_on_compute = False
+            metric.distributed_available_fn = lambda: False  # the tables are summed here
             for name in metric._defaults:
                 setattr(metric, name, reduce(getattr(metric, name)))
+        # Metrics of one set share the facts of their cards.
         scores: dict[str, Score] = {}
         cards: dict[str, Card] = {}
         with warnings.catch_warnings():

@@ -71,6 +71,7 @@ class SyncDemo(VideoMetric):
         if frames - 5 <= MAX_SHIFT:
             return SHORT
         cepstra = torch.from_numpy(mfcc(np.asarray(clip.samples.cpu())))[None]
+        # Score without padding, which increases the confidence of clips this short.
         (sync,) = sync_of(self.net, float_pixels(clip.frames), clip.lips[:1], cepstra)
         self.rows[index] = torch.tensor([sync.confidence, sync.distance], dtype=torch.float64)
         return ""
@@ -131,6 +132,7 @@ class FrechetDemo(VideoMetric):
 
     def score_clip(self, index: int, clip: VideoClip) -> str:
         """Store the features of every fourth frame, or of the clip."""
+        # One clip is one batch, so that rounding does not depend on other clips.
         pixels = float_pixels(clip.frames)
         if self.of_frames:
             pixels = pixels[0, :, ::FRAME_STEP].transpose(0, 1)
@@ -142,6 +144,7 @@ class FrechetDemo(VideoMetric):
         rows = self.features[scored]  # [N, per_clip, D]
         if rows.shape[0] < 2:
             return {self.name: Score(float("nan"), flags={"fewer than two clips": 1})}
+        # The networks compute in fp32; the distance converts to fp64.
         value = frechet_distance(rows.flatten(0, 1).float(), self.real)
         low, high = frechet_interval(rows, self.real)
         return {self.name: Score(value, low, high)}
@@ -174,6 +177,7 @@ def frechet_interval(rows: Tensor, real: Tensor, seed: int = 0) -> tuple[float, 
         return float("nan"), float("nan")
     # Sums by clip make a resample cheap: its mean and covariance are weighted sums.
     sums, outer = rows.sum(1), torch.einsum("npd,npe->nde", rows, rows)
+    # Statistics of the real clips do not change between resamples.
     real = real.double()
     real_mean, centered = real.mean(0), real - real.mean(0)
     real_cov = centered.T @ centered / (len(real) - 1)
@@ -219,6 +223,7 @@ def _frechet(
     setup: Setup, name: str, network: type[FrameFeatures] | type[ClipFeatures], *, of_frames: bool
 ) -> VideoMetric:
     """Build a Frechet distance to the real clips of the setup."""
+    # Both distances share the pass over the real clips.
     path, dataset = setup.file(network_file(name)), setup.real_clips()
     features = real_features(path.parent, dataset, REAL_PER_CLIP * setup.num_clips)
     return FrechetDemo(
@@ -259,5 +264,6 @@ def real_features(networks: Path, real: Path, num_clips: int) -> tuple[Tensor, T
 
 def _stacked(clips: Sequence[np.ndarray]) -> Tensor:
     """Return clips uint8 [T, Y, X, 3] as one batch [B, 3, T, Y, X] in [-1, 1]."""
+    # All clips of a dataset have one size.
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
     return pixels.float() / 127.5 - 1

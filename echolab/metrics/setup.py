@@ -20,6 +20,7 @@ class Setup(NamedTuple):
 
     def file(self, name: str) -> Path:
         """Return a file of `networks`; raise WeightsError if it is missing."""
+        # Say which file is missing, and where it was expected.
         if self.networks is None:
             raise WeightsError(f"{name}: no folder of metric networks; give networks=")
         path = self.networks / name

@@ -72,6 +72,7 @@ class EvaluationCallback(Callback):
 
     def _check_metrics(self, evaluation: EvaluationConfig) -> None:
         """Print the metrics that are left out; raise DataError if ranks have other ones."""
+        # Ranks with other metrics would sum different tables.
         metrics, lines = together(partial(evaluation.metrics, self.held_out))
         names = " ".join(name for metric in metrics for name in metric.cards())
         if not distributed.agree(names):
@@ -84,6 +85,7 @@ class EvaluationCallback(Callback):
 
     def after_step(self, state: RunState) -> None:
         """Evaluate if due, unless a rank requested the end of the run."""
+        # The last step of a run is evaluated too.
         evaluation = self.evaluation
         if evaluation is None or state.vote.reason:
             return
@@ -98,6 +100,7 @@ class EvaluationCallback(Callback):
         """Log the scores; if a rank requests an end, store that vote in `state`."""
         self.checkpoints.publish(state)  # a long evaluation could leave no time to publish later
         self.sync.heartbeat.enter("eval")
+        # The slowest rank decides how long an evaluation takes.
         began = time.monotonic()
         try:
             results = self._results(state, evaluation)
@@ -136,6 +139,7 @@ class EvaluationCallback(Callback):
 
     def _planned(self, state: RunState, evaluation: EvaluationConfig) -> HeldOut:
         """Return the clips that fit into the time limit; all ranks get the decision of rank 0."""
+        # Each rank would read its own clock; the plan must be one.
         count = len(self.held_out)
         if distributed.rank() == 0:
             clips, seconds = last_time(state.run_dir)
@@ -182,6 +186,7 @@ class EvaluationCallback(Callback):
             vae = load_vae(evaluation.vae, device)
         except (EcholabError, RuntimeError, OSError) as error:
             fault = f"evaluation: {error}"
+        # Score this rank's batches; a repeated batch only keeps the number of polls equal.
         keep = partial(self._keep, state, evaluation)
         for part, latents in batches:
             poll()
@@ -201,6 +206,7 @@ class EvaluationCallback(Callback):
         self, state: RunState, evaluation: EvaluationConfig, index: int, clip: VideoClip
     ) -> None:
         """Write one of the first clips as mp4."""
+        # The same clips in every evaluation, so that videos can be compared over steps.
         if index < evaluation.num_videos:
             folder = folder_of(state.run_dir, state.step)
             folder.mkdir(parents=True, exist_ok=True)
@@ -210,6 +216,7 @@ class EvaluationCallback(Callback):
 
     def _record(self, state: RunState, results: Results, seconds: float) -> None:
         """Write the results, send videos and table to the tracker, and remove old videos."""
+        # Written last: an evaluation without results was interrupted.
         folder = folder_of(state.run_dir, state.step)
         folder.mkdir(parents=True, exist_ok=True)
         record = results.to_json() | {"step": state.step, "seconds": seconds}
@@ -222,6 +229,7 @@ class EvaluationCallback(Callback):
 
 def together(make: Callable[[], Any]) -> Any:
     """Return the result of `make`; if it fails on any rank, raise that error on all ranks."""
+    # A rank that raised alone would leave the others in a collective.
     result, fault, kind = None, "", DataError
     try:
         result = make()
@@ -249,6 +257,7 @@ def last_time(run_dir: Path) -> tuple[int, float]:
 
 def remove_old_videos(run_dir: Path) -> None:
     """Remove the videos of all but the newest evaluations; their results are kept."""
+    # Videos are most of the bytes; a long run would fill the disk with them.
     for folder in sorted((run_dir / FOLDER).glob("step-*"))[:-KEPT]:
         for path in folder.glob("*.mp4"):
             path.unlink(missing_ok=True)
