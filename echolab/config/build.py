@@ -280,7 +280,8 @@ def data_from(
     curriculum = curriculum_from(config["tasks"], origin)
     datasets = (reading["clips"], reading["pairs"], val_data)
     check_data(*datasets, config["model"], curriculum, config["verify_export"])
-    return {**reading, "curriculum": curriculum, "val_data": val_data}
+    evaluation = evaluation_from(config)
+    return {**reading, "curriculum": curriculum, "val_data": val_data, "evaluation": evaluation}
 
 
 def train_config_from(
@@ -319,7 +320,6 @@ def train_config_from(
         intervals=intervals_from(config),
         loss_spike=spike_config_from(config["loss_spike"]),
         max_host_memory_gb=config["max_host_memory_gb"],
-        evaluation=evaluation_from(config),
         verify_export=config["verify_export"],
         signal_grace_seconds=grace_from(config["signal_grace_seconds"]),
         job_end_time=end_of_job(),

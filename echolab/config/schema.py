@@ -49,6 +49,8 @@ Positive = Annotated[float, Field(gt=0), NUMBER]
 PositiveOrZero = Annotated[float, Field(ge=0), NUMBER]
 Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Seconds = Positive
+Shift = Annotated[float, Field(gt=0, le=1000), NUMBER]
+Seed = Annotated[int, Field(ge=0, lt=2**63), NUMBER]
 # Text without control characters: names of files, or addresses.
 Text = Annotated[
     str, BeforeValidator(as_text), StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")
@@ -361,27 +363,19 @@ class Evaluation(Section):
     num_clips: Count = Field(description="clips to sample and score")
     batch_size: Count = Field(description="clips in one call of the network")
     num_videos: CountOrZero = Field(description="samples to keep as mp4 with audio")
-    max_seconds: Positive | None = Field(
-        description="time limit of an evaluation, kept by fewer clips; null: no limit"
-    )
-    # The sampler.
+    max_seconds: Positive | None = Field(description="time limit; it reduces the number of clips")
     task: Task = Field(description="task to sample")
     num_steps: Count = Field(description="solver steps")
-    flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
-        description="flow shift of the sampler's noise levels"
-    )
+    flow_shift: Shift = Field(description="flow shift of the sampler's noise levels")
     audio_guidance_scale: PositiveOrZero = Field(description="audio guidance; 1 is no guidance")
-    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(description="seed of the noise")
+    seed: Seed = Field(description="seed of the noise")
 
 
 class Metric(Section):
     """One metric of conf/metrics."""
 
     names: Annotated[list[Text], Field(min_length=1)] = Field(description="names of its scores")
-    target: Text = Field(
-        description="function below echolab.metrics or below an entry point of the group "
-        "echolab.metrics, as package.module:function"
-    )
+    target: Text = Field(description="function of echolab.metrics or of an entry point of it")
     args: dict[Text, Any] = Field(default={}, description="arguments of the function, by name")
 
 
@@ -445,16 +439,12 @@ class Settings(Section):
     """conf/train.yaml: a run."""
 
     run_dir: Text = Field(title="Run", description="folder of the run; of all members of a sweep")
-    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = Field(
-        description="seed of all randomness"
-    )
+    seed: Seed = Field(description="seed of all randomness")
     batch_size: Count = Field(description="clips in one optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
         description="clips in one forward of a rank; null: all of its clips of the step"
     )
-    flow_shift: Annotated[float, Field(gt=0, le=1000), NUMBER] = Field(
-        description="flow shift of the training noise levels"
-    )
+    flow_shift: Shift = Field(description="flow shift of the training noise levels")
     init_from: Text | None = Field(
         title="Start", description="run or checkpoint whose averaged weights training starts from"
     )
