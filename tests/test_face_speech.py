@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import cv2
 import numpy as np
 import pytest
 import torch
+from first_frames import first_frames
 from light_asd import light_asd
 from numpy.typing import NDArray
 from torch import Tensor
 
 from echolab.data.media import read_audio
-from echolab.metrics.face_track import YuNet, crop_track, find_tracks, main_track, source_frames
+from echolab.metrics.face_track import YuNet, crop_track, find_tracks, main_track
 from echolab.metrics.mfcc import mfcc
 
 FRAMES = 50  # 2 s
@@ -32,14 +32,7 @@ class Speaker(NamedTuple):
 
 def read_speaker(path: Path, detect: YuNet) -> Speaker:
     """Return the main face of the first 2 s, and the audio of the same time."""
-    with av.open(str(path)) as container:
-        fps = float(container.streams.video[0].average_rate or 25)
-        decoded = []
-        for frame in container.decode(video=0):
-            decoded.append(frame.to_ndarray(format="rgb24"))
-            if len(decoded) >= FRAMES * fps / 25:
-                break
-    frames = np.stack(decoded)[source_frames(len(decoded), fps)]
+    frames = first_frames(path, FRAMES)
     track = main_track(find_tracks(frames, detect), 25)
     assert track is not None and len(track.boxes) == FRAMES
     # Light-ASD reads the middle of SyncNet's crop.

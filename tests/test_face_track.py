@@ -5,10 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from first_frames import first_frames
 from numpy.typing import NDArray
 from scipy.signal import medfilt
 
-from echolab.data.media import decode_mp4
 from echolab.metrics.face_track import (
     FaceTrack,
     YuNet,
@@ -136,7 +136,7 @@ def test_frames_are_resampled_to_the_nearest_in_time(fps: float, count: int) -> 
 @pytest.mark.media
 def test_large_images_are_scaled_for_the_detector(media: Path, weights: Path) -> None:
     """The same frame at 512 and at 1024 pixels has the same face."""
-    frame = decode_mp4((media / "video" / "th_may5s.mp4").read_bytes())[0]
+    frame = first_frames(media / "video" / "th_may5s.mp4", 1)[0]
     detect = YuNet(weights / "yunet_n_640_640.onnx")
     (small,) = boxes(detect(frame))
     (large,) = boxes(detect(cv2.resize(frame, (1024, 1024), interpolation=cv2.INTER_CUBIC)))

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from first_frames import first_frames
 from seeded import seeded_syncnet
 from torch import Tensor
 
@@ -150,7 +151,7 @@ def test_clips_that_are_scored_with_reserve_are_flagged(net: SyncNet) -> None:
 
 def set_curves(scoring: SyncScore, index: int, best: int, lowest: float, others: float) -> None:
     """Fill a row with curves whose minimum is at column `best`."""
-    scoring.status[index] = 1
+    scoring.status[index] = scoring.visits[index] = 1
     scoring.windows[index] = 150
     scoring.curves[index] = others
     scoring.curves[index, :, best] = lowest
@@ -179,7 +180,7 @@ def test_ranks_with_uneven_shares_give_the_bits_of_one_process(net: SyncNet) -> 
         subject = clip(str(index), frames=SHIFT + 7, seed=index)
         together.update(index, subject)
         ranks[rank].update(index, subject)
-    for table in ("status", "curves", "windows", "small_face"):
+    for table in ("status", "visits", "curves", "windows", "small_face"):
         total = sum((getattr(rank, table) for rank in ranks), torch.zeros(()))
         assert torch.equal(total, getattr(together, table))
 
@@ -231,8 +232,10 @@ def test_a_real_clip_gives_the_numbers_of_the_original_program(net: SyncNet, med
 def test_yunet_sees_no_face_in_a_dog_and_two_in_two_people(
     net: SyncNet, media: Path, weights: Path
 ) -> None:
-    dog = torch.from_numpy(decode_mp4((media / "video" / "noface_dog.mp4").read_bytes())[:FRAMES])
-    person = torch.from_numpy(decode_mp4((media / "video" / "th_may5s.mp4").read_bytes())[:FRAMES])
+    dog, person = (
+        torch.from_numpy(first_frames(media / "video" / f"{name}.mp4", FRAMES))
+        for name in ("noface_dog", "th_may5s")
+    )
     pair = torch.cat([person, person.flip(2)], 2)
     samples = 0.1 * torch.randn(640 * FRAMES, generator=torch.Generator().manual_seed(0))
     for frames, reason in ((dog, NO_FACE), (pair, SEVERAL_FACES)):
