@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from data_prep.draw import draw_dataset
 from data_prep.options import DrawOptions
+from echolab.config.metrics import metrics_named
 from echolab.data.media import decode_mp4
 from echolab.data.shard_reader import open_dataset
 from echolab.errors import ConfigError, DataError, MissingWeightsError
+from echolab.evaluation.choice import build_metrics
 from echolab.metrics.fid import (
     FID,
     fid,
@@ -251,6 +253,16 @@ def test_a_configured_fid_compares_with_the_first_real_clips(real: Path, tmp_pat
         fid(setup, weights="none")
     with pytest.raises(ConfigError, match="give real=DATASET"):
         fid(setup._replace(real=None), weights="random")
+
+
+def test_the_shipped_configuration_names_its_scores(real: Path, tmp_path: Path) -> None:
+    scores = metrics_named("frechet")["scores"]
+    metrics, lines = build_metrics(scores, Setup(2, 17, tmp_path, real))
+    assert metrics == [] and len(lines) == 3 and all("left out" in line for line in lines)
+    # With random weights the same functions build metrics of exactly these names.
+    shipped = [{**entry, "args": {**entry["args"], "weights": "random"}} for entry in scores]
+    metrics, lines = build_metrics(shipped, Setup(2, 17, tmp_path, real))
+    assert len(metrics) == 3 and lines == []
 
 
 @pytest.mark.needs_weights

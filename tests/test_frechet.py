@@ -12,7 +12,9 @@ from echolab.metrics.frechet import (
     distance_interval,
     distances_by_count,
     frechet_distance,
+    frechet_of_weights,
     kernel_distance,
+    kernel_of_weights,
 )
 
 
@@ -175,21 +177,42 @@ def test_the_distance_falls_with_the_number_of_clips() -> None:
     assert values[64] == pytest.approx(complete, rel=1e-9)
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("count", [3, 12])  # fewer and more rows than features
+def test_a_resample_by_weights_is_the_distance_of_the_repeated_clips(
+    count: int, unbiased: bool
+) -> None:
+    first, second = clips(count, 0) + 3, clips(9, 1)
+    frechet = frechet_of_weights(first, second, unbiased=unbiased)
+    kernel = kernel_of_weights(first, second)
+    for rows in (range(count), [0] * (count - 1) + [1], [2, *range(1, count)]):
+        weights = torch.bincount(torch.tensor(list(rows)), minlength=count)
+        repeated, real = first[list(rows)].flatten(0, 1), second.flatten(0, 1)
+        expected = frechet_distance(repeated, real, unbiased=unbiased)
+        assert frechet(weights) == pytest.approx(expected, rel=1e-6)
+        assert kernel(weights) == pytest.approx(kernel_distance(repeated, real), rel=1e-9)
+
+
+def frechet_interval(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
+    return distance_interval(frechet_of_weights(first, second), len(first), seed=seed)
+
+
 def test_intervals_come_from_resampled_clips_and_the_seed() -> None:
     second = clips(80, 1) + 1
-    wide = distance_interval(clips(10, 0), second, frechet_distance)
-    assert wide == distance_interval(clips(10, 0), second, frechet_distance)
-    assert wide != distance_interval(clips(10, 0), second, frechet_distance, seed=1)
-    narrow = distance_interval(clips(80, 0), second, frechet_distance)
+    wide = frechet_interval(clips(10, 0), second)
+    assert wide == frechet_interval(clips(10, 0), second)
+    assert wide != frechet_interval(clips(10, 0), second, seed=1)
+    narrow = frechet_interval(clips(80, 0), second)
     value = frechet_distance(clips(80, 0).flatten(0, 1), second.flatten(0, 1))
     assert narrow[0] < value < narrow[1] and narrow[1] - narrow[0] < (wide[1] - wide[0]) / 1.5
-    assert all(math.isnan(n) for n in distance_interval(clips(2, 0), second, frechet_distance))
+    assert all(math.isnan(n) for n in frechet_interval(clips(2, 0), second))
 
 
 def test_frames_of_one_clip_are_resampled_together() -> None:
     """A clip repeated as frames carries no more information than the clip."""
-    single = clips(12, 0)[:, :1]
-    repeated = single.repeat(1, 4, 1)
-    once = distance_interval(single, clips(40, 1), kernel_distance)
-    often = distance_interval(repeated, clips(40, 1), kernel_distance)
+    single, second = clips(12, 0)[:, :1], clips(40, 1)
+    once, often = (
+        distance_interval(kernel_of_weights(first, second), 12)
+        for first in (single, single.repeat(1, 4, 1))
+    )
     assert often[1] - often[0] == pytest.approx(once[1] - once[0], rel=0.5)

@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,13 @@ from echolab.data.shard_reader import open_dataset
 from echolab.errors import DataError
 from echolab.metrics.card import Card
 from echolab.metrics.frechet import (
+    OfWeights,
     distance_interval,
     distances_by_count,
     frechet_distance,
+    frechet_of_weights,
     kernel_distance,
+    kernel_of_weights,
 )
 from echolab.metrics.metric import Score, VideoClip, VideoMetric
 from echolab.metrics.weights import Network
@@ -151,9 +153,13 @@ class FeatureMetric(VideoMetric):
         # Compute on the CPU in fp64, where a sum does not depend on the kind of device.
         features = self.features[scored].cpu()
         frechet = partial(frechet_distance, unbiased=self.unbiased)
+        resampled = frechet_of_weights(features, reference, unbiased=self.unbiased)
+        rows, real = features.flatten(0, 1), reference.flatten(0, 1)
         scores = {
-            name: self._score(features, reference, distance)
-            for name, distance in ((self.frechet, frechet), (self.kernel, kernel_distance))
+            self.frechet: self._score(frechet(rows, real), resampled, len(scored)),
+            self.kernel: self._score(
+                kernel_distance(rows, real), kernel_of_weights(features, reference), len(scored)
+            ),
         }
         # Show the bias: the distance at fewer clips.
         by_count = distances_by_count(features, reference, self.counts, frechet, self.seed)
@@ -165,16 +171,11 @@ class FeatureMetric(VideoMetric):
             )
         return scores
 
-    def _score(self, features: Tensor, reference: Tensor, distance: Any) -> Score:
+    def _score(self, value: float, resampled: OfWeights, clips: int) -> Score:
         """Return a distance with its interval."""
-        value = distance(features.flatten(0, 1), reference.flatten(0, 1))
-        # Resampling takes most of the time of a large set.
         if not self.draws:
             return Score(value)
-        low, high = distance_interval(
-            features, reference, distance, seed=self.seed, draws=self.draws
-        )
-        return Score(value, low, high)
+        return Score(value, *distance_interval(resampled, clips, seed=self.seed, draws=self.draws))
 
     def cards(self) -> dict[str, Card]:
         """Return the cards of the scores."""

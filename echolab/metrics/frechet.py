@@ -12,6 +12,7 @@ from torch import Tensor
 
 DEGREE, COEFFICIENT = 3, 1.0  # of the polynomial kernel; gamma is 1 / D
 Distance = Callable[[Tensor, Tensor], float]
+OfWeights = Callable[[Tensor], float]  # a distance, from the number of times that each clip occurs
 
 
 def frechet_distance(first: Tensor, second: Tensor, *, unbiased: bool = True) -> float:
@@ -89,29 +90,69 @@ def distances_by_count(
     }
 
 
+def frechet_of_weights(first: Tensor, second: Tensor, *, unbiased: bool = True) -> OfWeights:
+    """Return the Frechet distance of the first set as a function of how often each clip occurs.
+
+    Features are [clips, frames, D].  Products with the second set are computed once, so that a
+    resample costs the eigenvalues of a matrix as large as its distinct rows.
+    """
+    # Center both sets at the mean of the first, for accuracy.
+    center = first.double().mean((0, 1))
+    x, y = (features.double().flatten(0, 1) - center for features in (first, second))
+    gap = y.mean(0)
+    b = _centered(y, unbiased)
+    squares, across, trace = x.square().sum(1), x @ b.T, b.square().sum()
+    products, gram, toward = across @ across.T, x @ x.T, x @ gap
+    frames, count = first.shape[1], len(x)
+
+    def distance(weights: Tensor) -> float:
+        w = weights.double().repeat_interleave(frames)
+        mean_square = w @ gram @ w / count**2
+        own = (w @ squares - count * mean_square) / (count - unbiased)
+        shift = mean_square - 2 * (w @ toward) / count + gap.square().sum()
+        # Rows of sqrt(w) (x - mean) against the second set; rows that do not occur are dropped.
+        rows = torch.nonzero(w).flatten()
+        toward_mean = products @ w / count
+        centered = products - toward_mean[:, None] - toward_mean + w @ toward_mean / count
+        scale = (w[rows] / (count - unbiased)).sqrt()
+        matrix = centered[rows][:, rows] * scale[:, None] * scale
+        cross = torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt().sum()
+        return float((shift + own + trace - 2 * cross).clamp(min=0))
+
+    return distance
+
+
+def kernel_of_weights(first: Tensor, second: Tensor) -> OfWeights:
+    """Return the kernel distance of the first set as a function of how often each clip occurs."""
+    x, y = first.double().flatten(0, 1), second.double().flatten(0, 1)
+    within, across = polynomial_kernel(x, x), polynomial_kernel(x, y).mean(1)
+    other, frames, count = _mean_of_pairs(y), first.shape[1], len(x)
+
+    def distance(weights: Tensor) -> float:
+        w = weights.double().repeat_interleave(frames)
+        pairs = w @ within @ w - w @ within.diagonal()
+        return float(pairs / (count * (count - 1)) + other - 2 * (w @ across) / count)
+
+    return distance
+
+
 def distance_interval(
-    first: Tensor,
-    second: Tensor,
-    distance: Distance,
-    *,
-    seed: int = 0,
-    draws: int = 100,
+    distance: OfWeights, clips: int, *, seed: int = 0, draws: int = 100
 ) -> tuple[float, float]:
     """Return an interval of 95 % of a distance, by resampling the clips of the first set.
 
-    Features are [clips, frames, D]; the second set is fixed.  A resample repeats clips, which by
-    itself increases a distance; so the quantiles of the draws are shifted by the difference between
-    the distance and their mean.  The resamples depend on the number of clips and the seed only.
-    Return NaN for less than three clips.
+    The second set is fixed.  A resample repeats clips, which by itself increases a distance; so the
+    quantiles of the draws are shifted by the difference between the distance and their mean.  The
+    resamples depend on the number of clips and the seed only.  Return NaN for less than three
+    clips.
     """
-    if len(first) < 3:
+    if clips < 3:
         return float("nan"), float("nan")
-    # Frames of a clip stay together.
+    # Frames of a clip stay together: weights are of clips.
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(first), (draws, len(first)), generator=generator).to(first.device)
-    reference = second.flatten(0, 1)
-    values = [distance(first[rows].flatten(0, 1), reference) for rows in chosen]
+    chosen = torch.randint(clips, (draws, clips), generator=generator)
+    values = [distance(torch.bincount(rows, minlength=clips)) for rows in chosen]
     spread = torch.tensor(values, dtype=torch.float64)
     quantiles = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    low, high = (distance(first.flatten(0, 1), reference) + quantiles - spread.mean()).tolist()
+    low, high = (distance(torch.ones(clips)) + quantiles - spread.mean()).tolist()
     return low, high
