@@ -179,7 +179,7 @@ def test_shipped_metrics_name_the_scores_that_they_compute(name: str, tmp_path: 
     entries = metrics_named(name)["scores"]
     for entry in entries:
         if entry["target"] == "echolab.metrics.released:sync":
-            entry["args"] = {"random": True}
+            entry["args"] = {"weights": "random"}
     metrics, lines = build_metrics(entries, Setup(CLIPS, 25, tmp_path, tmp_path))
     computed = sum(len(metric.cards()) for metric in metrics)
     left_out = sum(line.split(": left out")[0].count(",") + 1 for line in lines)

@@ -2,8 +2,8 @@
 names.
 
 Each builds one metric of a setup.  It raises WeightsError if a file of its network is missing.
-`random` builds the real network with seeded random weights, to test all of an evaluation; the card
-says so.
+`weights` is `released`, or `random` for the real network with seeded random weights, to test all
+of an evaluation; the card says so.  FID and FVD have their functions in their own modules.
 """
 
 from echolab.metrics.drift import ColorDrift, Seams
@@ -14,18 +14,20 @@ from echolab.metrics.motion import Flicker, MotionAmount
 from echolab.metrics.one_face import OneFace
 from echolab.metrics.setup import Setup
 from echolab.metrics.sync import SyncScore, random_syncnet, released_syncnet
+from echolab.metrics.weights import check_weights
 from echolab.model_files import find_model_file
 from echolab.vision.face_models import YUNET
 
 
-def sync(setup: Setup, *, random: bool = False, detect: bool = False) -> VideoMetric:
+def sync(setup: Setup, *, weights: str = "released", detect: bool = False) -> VideoMetric:
     """Build Sync-C, Sync-D and the offset of SyncNet.
 
     With `detect` YuNet detects faces as in the published pipeline, else they are the tracked
     boxes of the held-out clips.
     """
     # A generated face may leave the tracked box, but a detector may miss it.
-    network = random_syncnet() if random else released_syncnet(setup.networks)
+    check_weights(weights)
+    network = random_syncnet() if weights == "random" else released_syncnet(setup.networks)
     yunet = find_model_file(YUNET, setup.networks) if detect else None
     return SyncScore(setup.num_clips, network, yunet=yunet)
 
