@@ -64,6 +64,19 @@ class PreferencePair(NamedTuple):
     keys: list[str]
 
 
+class SyncBatch(NamedTuple):
+    """Spans of talking faces with their audio, to train SyncNet."""
+
+    crops: Tensor  # [B, T, 3, y, x]  uint8 RGB, crops of the lips or of the face
+    cepstra: Tensor  # [B, 4 T - 1, 13]
+    keys: list[str]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of the clips; talking faces have none."""
+        return []
+
+
 # A training step: random numbers, modality weights and loss.
 
 

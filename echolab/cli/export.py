@@ -99,9 +99,11 @@ def export(arguments: ExportArguments) -> None:
     """Write the weights, or the adapters alone, and print a summary."""
     import torch
 
-    from echolab.config.networks import export_adapters, last_checkpoint, load_start
+    from echolab.config.networks import export_adapters, export_sync, last_checkpoint, load_start
+    from echolab.metrics.sync_clips import is_sync
     from echolab.models.export import write_diffusers, write_original
     from echolab.training.checkpoints.checkpoint import open_checkpoint
+    from echolab.training.engine.master_weights import MASTER
 
     out = arguments.out
     # Write only the adapters, or the full network.
@@ -112,6 +114,11 @@ def export(arguments: ExportArguments) -> None:
         checkpoint = open_checkpoint(last_checkpoint(arguments.source))
         dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
         files = export_adapters(checkpoint, out, load_start, dtype)
+    elif arguments.model is None and is_sync(
+        (checkpoint := open_checkpoint(last_checkpoint(arguments.source))).state["architecture"]
+    ):
+        part = MASTER if arguments.which == "raw" else arguments.which
+        files = [export_sync(checkpoint, out, part)]
     else:
         net, tensors = read_source(arguments)
         write = write_original if arguments.names == "original" else write_diffusers

@@ -37,6 +37,8 @@ from echolab.errors import ConfigError, DataError
 from echolab.evaluation.config import EvaluationConfig
 from echolab.evaluation.sampling import Sampling
 from echolab.launch.run_dir import rank_from_environment
+from echolab.metrics.sync_clips import is_sync, measure_cepstra
+from echolab.metrics.sync_training import SyncContrast, standardize
 from echolab.tasks.curriculum import Curriculum, Stage, hard_to_easy
 from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import TrainConfig, check_data
@@ -95,7 +97,7 @@ def objectives_from(
 ) -> dict[str, Any]:
     """Return the objectives by kind of epoch; ndpo and dpo need a reference model."""
     # Preference losses compare with a reference model.
-    objectives: dict[str, Any] = {"sft": Supervised(phases)}
+    objectives: dict[str, Any] = {"sft": Supervised(phases), "sync": SyncContrast()}
     if reference:
         # Both forwards of a pair must see the same modalities.
         all_modalities = without_dropout(phases)
@@ -295,6 +297,8 @@ def train_config_from(
     machine = machine or machine_from(config["trainer"])
     placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
     net, own, initial = start_of(config, origin, seed, placement)
+    if is_sync(config["model"]):
+        standardize(net, *measure_cepstra(parts["clips"][0]))
     reference = reference_of(config, own, pinned) if prefers else None
     return TrainConfig(
         run_dir=Path(config["run_dir"]),

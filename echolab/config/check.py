@@ -25,7 +25,7 @@ from echolab.config.parts import (
     spike_config_from,
     timeouts_from,
 )
-from echolab.config.schema import Settings
+from echolab.config.schema import Settings, SyncSettings
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.training.engine.machine import accumulation_steps, conflict
@@ -85,7 +85,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     # Check types and ranges of single settings first, then conflicts between settings.
     try:
-        settings = Settings.model_validate(config)
+        settings = settings_type(config).model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(_error_message(config, first["type"], first["loc"])) from None
@@ -95,18 +95,25 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def settings_type(config: Mapping[str, Any]) -> type[Settings]:
+    """Return the settings of a SyncNet if conf/model names one, else of a transformer."""
+    model = config.get("model")
+    return SyncSettings if isinstance(model, Mapping) and "network" in model else Settings
+
+
 # -- one setting ----------------------------------------------------------------------------------
 
 
 def _error_message(config: Mapping[str, Any], kind: str, location: Location) -> str:
     """Return a one-line message for an error that pydantic reports at `location`."""
     # Name the setting as the user writes it.
-    path, field = _field_at(location)
+    root = settings_type(config)
+    path, field = _field_at(location, root)
     if kind == "extra_forbidden":
-        return no_such_setting(location, _value_at(config, location))
+        return no_such_setting(location, _value_at(config, location), root)
     assert field
     if kind == "missing":
-        return missing(path)
+        return missing(path, root)
     # State the allowed values, the meaning and the nearest choice.
     given, allowed = _value_at(config, path), described(field)
     near = closest(str(given), choices_of(field.annotation)) if isinstance(given, str) else ""
@@ -121,19 +128,19 @@ def choices_of(annotation: Any) -> list[str]:
     return [choice for part in inner for choice in choices_of(part)]
 
 
-def missing(path: Location) -> str:
+def missing(path: Location, root: type[Settings] = Settings) -> str:
     """Return a one-line message for a setting without a value."""
-    path, field = _field_at(path)
+    path, field = _field_at(path, root)
     words = f", {field.description}" if field else ""
     return f"{dotted(path)}: is missing; give {dotted(path)}=...{words}"
 
 
-def no_such_setting(path: Location, value: Any) -> str:
+def no_such_setting(path: Location, value: Any, root: type[Settings] = Settings) -> str:
     """Return a one-line message for an unknown setting, with the nearest existing name."""
     # Propose the present name of an earlier one, else the nearest, else the section's settings.
-    section = _field_at(path[:-1])[1] if len(path) > 1 else None
+    section = _field_at(path[:-1], root)[1] if len(path) > 1 else None
     near = [new] if (new := renamed(dotted(path))) else []
-    known_names = [*names(), *Settings.model_fields, *OPTIONAL]
+    known_names = [*names(root), *Settings.model_fields, *OPTIONAL]
     near = near or difflib.get_close_matches(dotted(path), known_names, n=1, cutoff=0.6)
     remedy = "`echolab train --help` lists all"
     if near:
@@ -177,13 +184,15 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((part for part in inner if part), None)
 
 
-def _field_at(location: Location) -> tuple[Location, FieldInfo | None]:
+def _field_at(
+    location: Location, root: type[Settings] = Settings
+) -> tuple[Location, FieldInfo | None]:
     """Return the deepest field on the way to `location`, and its path.
 
     A location also contains items of lists and members of unions, which are not fields.
     """
     # Walk down the sections along the location.
-    section: type[BaseModel] | None = Settings
+    section: type[BaseModel] | None = root
     path: Location = ()
     field: FieldInfo | None = None
     for depth, part in enumerate(location, 1):
@@ -313,7 +322,11 @@ def _conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each conflict between settings whose types and ranges are valid."""
     # Groups that are checked by building an object from them.
     yield from filter(None, [conflict(machine_from(config["trainer"]))])
-    yield from _model_conflicts(config["model"], config["trainer"], config["lora"])
+    if "network" in config["model"]:
+        yield from _sync_conflicts(config)
+    else:
+        yield from _model_conflicts(config["model"], config["trainer"], config["lora"])
+    yield from _kind_conflicts(config)
     yield from _lr_conflicts(config["optim"]["lr"], config["schedule"]["epochs"])
     yield from _data_conflicts(config["data"], config["schedule"]["epochs"])
     yield from _reference_conflicts(config)
@@ -378,6 +391,36 @@ def _model_conflicts(
         )
 
 
+def _kind_conflicts(config: Mapping[str, Any]) -> Iterator[str]:
+    # SyncNet and transformers have epochs of their own.
+    sync = "network" in config["model"]
+    for number, epoch in enumerate(config["schedule"]["epochs"]):
+        if sync != (epoch["kind"] == "sync"):
+            needed = "sync epochs, kind=sync" if sync else "model=syncnet or model=syncnet_demo"
+            yield f"schedule.epochs[{number}].kind={epoch['kind']}: this model cannot; use {needed}"
+
+
+def _sync_conflicts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting of transformers that SyncNet has no use for."""
+    trainer = config["trainer"]
+    needed: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    # Its batch norm has no shards, and it has no blocks and no attention.
+    needed["trainer.strategy"] = (trainer["strategy"], ("single", "ddp"))
+    needed["trainer.sequence_parallel"] = (trainer["sequence_parallel"], (1,))
+    needed["trainer.activation_checkpointing"] = (trainer["activation_checkpointing"], ("none",))
+    needed["trainer.compile"] = (trainer["compile"], (False,))
+    # It has no adapters, no released weights to train from, and no samples to compare.
+    needed["lora.target_modules"] = (config["lora"]["target_modules"], ([],))
+    needed["pretrained"] = (config["pretrained"], (None,))
+    needed["verify_export"] = (config["verify_export"], (False,))
+    if config["model"]["network"] == "SyncNet":
+        needed["model.embed_dim"] = (config["model"]["embed_dim"], (1024,))
+    for name, (value, allowed) in needed.items():
+        if value not in allowed:
+            choices = " or ".join(shown(choice) for choice in allowed)
+            yield f"{name}={shown(value)}: SyncNet cannot be trained with it; use {choices}"
+
+
 def _lr_conflicts(lr: float, epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for number, epoch in enumerate(epochs):
         scale = epoch.get("lr_scale", 1.0)
@@ -389,7 +432,7 @@ def _lr_conflicts(lr: float, epochs: Sequence[Mapping[str, Any]]) -> Iterator[st
 
 
 def _data_conflicts(data: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    prefers = {epoch["kind"] for epoch in epochs} - {"sft"}
+    prefers = {epoch["kind"] for epoch in epochs} & {"ndpo", "dpo"}
     if prefers and not data["pairs"]:
         yield "data.pairs=null: ndpo and dpo epochs need a preference dataset; give one"
     for key, places in (("clip_weights", data["clips"]), ("pair_weights", data["pairs"])):

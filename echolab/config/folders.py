@@ -105,7 +105,10 @@ def architecture_of(model: str) -> dict[str, Any]:
         raise ConfigError(
             f"model={model}: unknown; one of {', '.join(known)}{closest(model, known)}"
         )
-    return group_settings([CONF], "model", model)
+    architecture = group_settings([CONF], "model", model)
+    if "network" in architecture:
+        raise ConfigError(f"model={model}: is no video model; give a transformer of conf/model")
+    return architecture
 
 
 def _read(folders: Sequence[Path], name: str) -> dict[str, Any]:

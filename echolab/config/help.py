@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from echolab.arguments import METAVARS, closest, help_lines
 from echolab.config.check import described, limits_in_words, names, renamed, shown
 from echolab.config.folders import default_settings, group_choices, summary_of
-from echolab.config.schema import Settings
+from echolab.config.schema import Settings, SyncModel
 from echolab.errors import ConfigError
 
 # Text around the list of settings.
@@ -66,6 +66,7 @@ def help_of(
     # Defaults come from the YAML files, or from composed settings.
     defaults, chosen = default_settings(folders)
     keys = list(keys_of(Settings, composed or defaults))
+    keys += keys_of(SyncModel, {}, "model.", "model: instead of these, model=syncnet has")
     groups = group_choices(folders)
     if wanted:
         parts = [_help_of_one(name, keys, groups, chosen) for name in wanted]
@@ -212,7 +213,7 @@ def _field(name: str) -> FieldInfo | None:
     field: FieldInfo | None = None
     for part in name.replace("[*]", "").split("."):
         if section is None or part not in section.model_fields:
-            return None
+            return SyncModel.model_fields.get(part)
         field = section.model_fields[part]
         section = _item_section(field.annotation)
     return field

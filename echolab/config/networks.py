@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from echolab.errors import CheckpointError, ConfigError, WeightsError
+from echolab.fitting import save_net
 from echolab.launch import run_dir
+from echolab.metrics.sync_clips import is_sync
+from echolab.metrics.sync_training import constructor_arguments, sync_network
 from echolab.models import loading
 from echolab.models.frozen import Frozen
 from echolab.models.state_dict import AUDIO_PARTS, IMAGE_PARTS, assign_parameters, meta_network
@@ -146,7 +149,8 @@ def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: b
     """
     check_device(machine)
     placement = placement_of(machine)
-    net = meta_network(config["model"])
+    sync = is_sync(config["model"])
+    net = sync_network(config["model"], 0) if sync else meta_network(config["model"])
     # Count the trained parameters: with adapters, only a small part of the network.
     adapters = bool(config["lora"]["target_modules"])
     if adapters:
@@ -168,8 +172,10 @@ def checked_placement(config: Mapping[str, Any], machine: Machine, *, prefers: b
 
 def start_of(
     config: Mapping[str, Any], initial: Path | None, seed: int, placement: Placement = HOST
-) -> tuple[EchoTransformer, Adapted | None, Path | None]:
+) -> tuple[nn.Module, Adapted | None, Path | None]:
     """Build the network to train; also return its adapters, and a checkpoint to load later."""
+    if is_sync(config["model"]):  # `fit` loads a checkpoint's weights, if one is given
+        return sync_network(config["model"], seed), None, initial
     # Four cases: adapters on a base, merged adapters, a checkpoint, released or random weights.
     if config["lora"]["target_modules"]:
         # `adapted` refuses a base that differs from the base of lora.init_from.
@@ -190,6 +196,23 @@ def start_of(
 def _merged_values(checkpoint: Path) -> list[tuple[str, Tensor]]:
     """Return the weights of a checkpoint of adapters, merged into their base."""
     return [(name, p.detach()) for name, p in load_policy(checkpoint).named_parameters()]
+
+
+def export_sync(checkpoint: Checkpoint, out: Path, part: str = EMA) -> Path:
+    """Write a trained SyncNet, averaged by default, for `fitting.load_net`; return the file.
+
+    Integer counters of batch norm are zero, which no result depends on.
+    """
+    if out.suffix != ".safetensors" or out.exists():
+        raise ConfigError(f"{out}: a SyncNet is written to one new file; give out=NAME.safetensors")
+    architecture: dict[str, Any] = checkpoint.state["architecture"]
+    net = sync_network(architecture, 0)
+    weights = dict(checkpoint.tensors(part))
+    missing = net.load_state_dict(weights, strict=False).missing_keys
+    if lacking := [name for name in missing if not name.endswith("num_batches_tracked")]:
+        raise CheckpointError(f"{checkpoint.path}: has no {lacking[0]}; train the network again")
+    save_net(out, net, constructor_arguments(architecture))
+    return out
 
 
 def check_encoders(checkpoint: Path, fingerprints: dict[str, str]) -> None:

@@ -22,8 +22,10 @@ GPU_FILES = ("dev/nvidia[0-9]*", "dev/kfd", "dev/dxg")
 def check_paths(config: Mapping[str, Any]) -> None:
     """Raise EcholabError, naming setting and path, for a missing path or one of another kind."""
     # Datasets: head of dataset.json, kind and format.
+    raw = "network" in config["model"]  # SyncNet is trained on raw clips
     for key, path in datasets_of(config["data"]):
-        check_dataset_head(f"data.{key}", path, KINDS[key])
+        kind = "raw" if raw and KINDS[key] == "encoded" else KINDS[key]
+        check_dataset_head(f"data.{key}", path, kind)
 
     # Checkpoints: opening one later checks whether it is complete.
     for key in ("init_from", "ref_model"):

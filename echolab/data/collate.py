@@ -39,7 +39,7 @@ from echolab.data.shard_reader import ShardDataset
 from echolab.errors import DataError
 from echolab.geometry import WAN, LatentGeometry
 from echolab.tasks.table import DEFAULT_TASK, TASK_TABLE
-from echolab.types import Batch, Conditions, PreferencePair
+from echolab.types import Batch, Conditions, PreferencePair, SyncBatch
 
 KNOWN_WEIGHT = 0.1  # loss weight of the known region, which the input nearly determines
 FEATURES = ("text", "image", "audio", "face")
@@ -321,6 +321,15 @@ def collate_pairs(dataset: ShardDataset, pairs: list[PreferencePair]) -> Prefere
         _stack(dataset, "weight", [pair.weight for pair in pairs]),
         [task for pair in pairs for task in pair.tasks],
         [key for pair in pairs for key in pair.keys],
+    )
+
+
+def collate_talkers(dataset: ShardDataset, talkers: list[SyncBatch]) -> SyncBatch:
+    """Return spans of talkers, without a batch dimension, as one batch."""
+    return SyncBatch(
+        _stack(dataset, "crops", [talker.crops for talker in talkers]),
+        _stack(dataset, "cepstra", [talker.cepstra for talker in talkers]),
+        [key for talker in talkers for key in talker.keys],
     )
 
 

@@ -298,6 +298,10 @@ def audit_run(run: Path, skips: Iterable[tuple[str, int, int]] = ()) -> Audit:
     return audit
 
 
+def _is_supervised(row: Row) -> bool:
+    return row.kind not in ("ndpo", "dpo")
+
+
 def _order_names(attempt: Attempt, supervised: bool) -> list[str]:
     """Return the names that seeded the order of each dataset in an attempt."""
     datasets = attempt.clips if supervised else attempt.pairs
@@ -318,7 +322,7 @@ def _first_comparable_step(ledger: Ledger, supervised: bool) -> int:
     same = itertools.takewhile(lambda entry: entry[1] == history[-1][1], reversed(history))
     start = min(first for first, _ in same)
     before = [row for step in range(start) for row in ledger.steps.get(step, [])]
-    return start if any((row.kind == "sft") == supervised for row in before) else 0
+    return start if any(_is_supervised(row) == supervised for row in before) else 0
 
 
 def _fingerprints(ledger: Ledger, supervised: bool, index: int, start: int) -> set[str]:
@@ -357,7 +361,7 @@ def _collect_seen(ledger: Ledger, supervised: bool, index: int, start: int) -> S
     seen: Seen = {}
     for step, rows in sorted(ledger.steps.items()):
         for row in rows if step >= start else []:
-            if (row.kind == "sft") == supervised:
+            if _is_supervised(row) == supervised:
                 for source, epoch, key in zip(row.sources, row.epochs, row.keys, strict=True):
                     if source == index:
                         seen.setdefault(epoch, {}).setdefault(key, []).append(step)

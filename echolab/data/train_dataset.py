@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch.utils.data import Dataset, get_worker_info
 
@@ -19,6 +19,7 @@ from echolab.data.batch_sampler import (
 from echolab.data.collate import (
     collate_clips,
     collate_pairs,
+    collate_talkers,
     common_shapes,
     read_clip,
     read_pair,
@@ -27,13 +28,21 @@ from echolab.data.collate import (
 from echolab.data.shard_reader import ShardDataset
 from echolab.errors import ConfigError, DataError
 from echolab.tasks.curriculum import Curriculum, draw_task
-from echolab.types import Batch, PreferencePair
+from echolab.types import Batch, PreferencePair, SyncBatch
+
+PREFERENCE_KINDS = ("ndpo", "dpo")  # kinds of epochs that train on pairs
+
+
+class ReadTalker(Protocol):
+    """Reads a sample of a raw dataset, without batch dimension."""
+
+    def __call__(self, dataset: ShardDataset, i: int, epoch: int) -> SyncBatch: ...
 
 
 class StepPlan(NamedTuple):
     """The global batch that one optimizer step trains on."""
 
-    kind: str  # sft, ndpo or dpo
+    kind: str  # sft, ndpo, dpo or sync
     batch: int  # index of the global batch in its datasets
     skipped: int = 0  # number of batches before it that were skipped
 
@@ -44,7 +53,7 @@ class MicroBatch(NamedTuple):
     kind: str
     step: int
     epochs: list[int]  # [B]  epoch of each clip's dataset
-    batch: Batch | PreferencePair
+    batch: Batch | PreferencePair | SyncBatch
     sources: list[int]  # [B]  index of each clip's dataset
     loss_weight: float = 1.0  # weight of the mean loss; 0 if all clips are padding
 
@@ -107,8 +116,8 @@ def build_mixture(
     `order_names` seed the order of each dataset; the default is its fingerprint.
     """
     _check_datasets(datasets, kind, weights)
-    # The clip size of a single dataset matters only with a token budget.
-    sized = len(datasets) > 1 or shuffle.token_budget is not None
+    # The clip size of a single dataset matters only with a token budget; raw clips have one size.
+    sized = kind != "raw" and (len(datasets) > 1 or shuffle.token_budget is not None)
     sources = [
         Source(
             str(dataset.folder),
@@ -151,6 +160,7 @@ class TrainDataset(Dataset[MicroBatch]):
         steps: int,
         rank: int = 0,
         world: int = 1,
+        read_talker: ReadTalker | None = None,
     ) -> None:
         """Cover all `steps` of the schedule; raise ConfigError if the batch is not divisible."""
         if batch_size % (world * accumulation):
@@ -158,7 +168,7 @@ class TrainDataset(Dataset[MicroBatch]):
                 f"batch_size={batch_size}: not a multiple of {world} ranks x {accumulation} "
                 "micro-batches; change batch_size or accumulation"
             )
-        self.clips, self.pairs = clips, pairs
+        self.clips, self.pairs, self.read_talker = clips, pairs, read_talker
         self.step_plan, self.curriculum, self.seed = step_plan, curriculum, seed
         self.accumulation, self.rank, self.world = accumulation, rank, world
         self.stop = steps * accumulation  # number of micro-batches
@@ -170,7 +180,7 @@ class TrainDataset(Dataset[MicroBatch]):
         return self._mixture(kind).sampler.batch(batch)
 
     def _mixture(self, kind: str) -> DatasetMixture:
-        mixture = self.clips if kind == "sft" else self.pairs
+        mixture = self.pairs if kind in PREFERENCE_KINDS else self.clips
         if mixture is None:
             raise ConfigError(
                 f"schedule: has {kind} epochs, which need preference pairs; give data.pairs"
@@ -186,11 +196,13 @@ class TrainDataset(Dataset[MicroBatch]):
         self._announce_next(i)
         # The curriculum counts supervised steps only, not preference steps.
         supervised_step = batch - skipped
-        items = (
-            self._read_clips(drawn, supervised_step)
-            if kind == "sft"
-            else self._read_pairs(kind, drawn)
-        )
+        items: Batch | PreferencePair | SyncBatch
+        if kind == "sft":
+            items = self._read_clips(drawn, supervised_step)
+        elif kind == "sync":
+            items = self._read_talkers(drawn)
+        else:
+            items = self._read_pairs(kind, drawn)
         epochs, sources = [clip.epoch for clip in drawn], [clip.source for clip in drawn]
         return MicroBatch(kind, step, epochs, items, sources, weight)
 
@@ -233,6 +245,15 @@ class TrainDataset(Dataset[MicroBatch]):
 
             clips.append(self.clips.readers[source].read(i, read))
         return collate_clips(self.clips.datasets[drawn[0].source], clips)
+
+    def _read_talkers(self, drawn: list[DrawnSample]) -> SyncBatch:
+        if self.read_talker is None:
+            raise ConfigError("schedule: has sync epochs, which train SyncNet; use model=syncnet")
+        talkers = []
+        for source, epoch, i, _ in drawn:
+            read = partial(self.read_talker, self.clips.datasets[source], epoch=epoch)
+            talkers.append(self.clips.readers[source].read(i, read))
+        return collate_talkers(self.clips.datasets[drawn[0].source], talkers)
 
     def _read_pairs(self, kind: str, drawn: list[DrawnSample]) -> Batch | PreferencePair:
         assert self.pairs

@@ -188,13 +188,13 @@ def contrastive_loss(lips: Tensor, audio: Tensor, temperature: Tensor) -> Tensor
     # Within a clip: window i of the lips matches window i of the audio.
     clips, windows, _ = lips.shape
     within = temperature * torch.einsum("bid,bjd->bij", lips, audio)
-    targets = torch.arange(windows).repeat(clips)
+    targets = torch.arange(windows, device=lips.device).repeat(clips)
     loss = functional.cross_entropy(within.flatten(0, 1), targets)
     loss = loss + functional.cross_entropy(within.transpose(1, 2).flatten(0, 1), targets)
     # Across clips: every fifth window of each clip.
     some_lips, some_audio = (x[:, ::5].flatten(0, 1) for x in (lips, audio))
     across = temperature * some_lips @ some_audio.T
-    targets = torch.arange(len(some_lips))
+    targets = torch.arange(len(some_lips), device=lips.device)
     return (
         loss
         + functional.cross_entropy(across, targets)

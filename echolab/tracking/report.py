@@ -35,6 +35,7 @@ TITLES = {
     "train/loss": "Training loss", "val/loss": "Validation loss",
     "train/margin": "Preference margin", "train/accuracy": "Preference accuracy",
     "train/gradient_factor": "Gradient factor", "train/beta": "Beta",
+    "train/sync_accuracy": "Windows whose own audio is closest",
     "train/lr": "Learning rate", "train/gradient_norm": "Gradient norm",
     "perf/steps_per_second": "Steps per second",
 }  # fmt: skip
@@ -43,12 +44,14 @@ SECTIONS = {
     "Preference training": (
         "train/margin", "train/accuracy", "train/gradient_factor", "train/beta",
     ),
+    "Lip sync": ("train/sync_accuracy",),
     "Optimizer and speed": ("train/lr", "train/gradient_norm", "perf/steps_per_second"),
 }  # fmt: skip
 WIDE = ("train/loss",)
 HALVES = ("chosen", "rejected")  # clips of a pair: train/error/chosen, .../reference_chosen
 
 PREFIXES = ("train/error/", "val/error/", "tasks/probability/")
+SHIFTED = ("val/accuracy/shift_", "val_raw/accuracy/shift_")  # accuracies of SyncNet
 
 Rows = list[dict[str, Any]]
 
@@ -244,6 +247,11 @@ _NOTES = {
         "<em>demo</em> marks measures of small stand-in networks, which can only be compared "
         "within this table.</p>"
     ),
+    "Lip sync": (
+        '<p class="note">Windows of 0.2 s of held-out clips. The audio of a window is compared '
+        "with that of every other window of its clip, and with the audio some frames earlier and "
+        "later; chance is 50 % for the latter.</p>"
+    ),
     "Tasks": (
         '<p class="note">The curriculum introduces tasks from hard to easy. The error is the mean '
         "squared error of the velocity over the clips of a task; dashed lines are validation.</p>"
@@ -267,7 +275,7 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
     names -= {"step", "attempt", "time"}
     # Metrics that no section names get separate charts.
     known = {name for group in SECTIONS.values() for name in group}
-    others = sorted(name for name in names - known if not name.startswith(PREFIXES))
+    others = sorted(n for n in names - known if not n.startswith((*PREFIXES, *SHIFTED)))
     charts = {
         section: "".join(_chart(name, logs, colors) for name in group)
         for section, group in SECTIONS.items()
@@ -277,6 +285,7 @@ def curve_sections(logs: Mapping[str, Rows], colors: Mapping[str, str]) -> dict[
         "Tasks": _chart_grid(_probabilities(logs) + _tasks(names, logs, colors)),
         "Noise levels": _chart_grid(_noise_levels(names, logs)),
         "Preference training": _chart_grid(charts["Preference training"] + _pair_errors(logs)),
+        "Lip sync": _chart_grid(charts["Lip sync"] + _shifts(logs)),
         "Optimizer and speed": _chart_grid(charts["Optimizer and speed"]),
         "Other metrics": _chart_grid("".join(_chart(name, logs, colors) for name in others)),
     }
@@ -325,6 +334,28 @@ def _pair_errors(logs: Mapping[str, Rows]) -> str:
         title = f"Errors of preference pairs, {_run_title(run)}"
         charts.append(line_chart(title, "train/error/chosen, rejected", lines, wide=True))
     return "".join(charts)
+
+
+def _shifts(logs: Mapping[str, Rows]) -> str:
+    """Return one chart for each run: the held-out accuracy of SyncNet by shift of the audio."""
+    charts = []
+    for run, rows in logs.items():
+        names = sorted(
+            {name for row in rows for name in row if name.startswith(SHIFTED[0])},
+            key=lambda name: int(name.rpartition("_")[2]),
+        )
+        lines = [
+            Series(_shift_title(name), f"task-{min(n, 5)}", *series(rows, name))
+            for n, name in enumerate(names)
+        ]
+        title = f"Accuracy by shift, {_run_title(run)}"
+        charts.append(line_chart(title, f"{SHIFTED[0]}K", lines, wide=True))
+    return "".join(charts)
+
+
+def _shift_title(name: str) -> str:
+    frames = name.rpartition("_")[2]
+    return "closest of the clip" if frames == "0" else f"closer than ±{frames} frames"
 
 
 def _probabilities(logs: Mapping[str, Rows]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from echolab.errors import ConfigError, DataError, FencedError
 from echolab.evaluation.config import EvaluationConfig
 from echolab.geometry import geometry_of
 from echolab.heartbeat import Heartbeat
+from echolab.metrics.sync_clips import check_talkers, is_sync, read_talker
 from echolab.tasks.curriculum import Curriculum
 from echolab.tasks.table import TASK_TABLE
 from echolab.training.callbacks.callback import Callback
@@ -115,6 +117,11 @@ def check_data(
     Raise DataError for bad data, ConfigError if a dataset does not match the network, the tasks or
     another dataset.
     """
+    # SyncNet is trained on raw datasets.
+    if is_sync(architecture):
+        for dataset in (*clips, *([val_data.clips] if val_data else [])):
+            check_talkers(dataset, architecture)
+        return
     # Check each dataset alone, then pairs of datasets that share batches.
     for dataset in clips:
         check_dataset(dataset, "encoded", architecture)
@@ -279,9 +286,10 @@ class TrainConfig(NamedTuple):
         shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
         shared |= {"max_bad_fraction": self.max_bad_fraction, "quarantine": self.quarantine}
         # Clips and pairs are two mixtures, each with its own order.
+        sync = is_sync(self.architecture)
         clips = build_mixture(
-            self.clips, kind="encoded", weights=self.clip_weights, shuffle=self.shuffle,
-            order_names=names["clips"], **shared,
+            self.clips, kind="raw" if sync else "encoded", weights=self.clip_weights,
+            shuffle=self.shuffle, order_names=names["clips"], **shared,
         )  # fmt: skip
         pairs = None
         if self.pairs:  # always carry partial batches over, since epochs of pairs are short
@@ -303,6 +311,7 @@ class TrainConfig(NamedTuple):
             group_size,
             self.machine.devices,
             self.quarantine,
+            partial(read_talker, architecture=self.architecture, seed=self.seed) if sync else None,
         )
 
     def identity(self, train_data: TrainData) -> dict[str, Any]:

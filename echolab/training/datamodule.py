@@ -25,7 +25,14 @@ from torch.utils.data import DataLoader
 
 from echolab.data.bad_samples import read_quarantine
 from echolab.data.shard_reader import ShardDataset
-from echolab.data.train_dataset import DatasetMixture, MicroBatch, StepPlan, TrainDataset
+from echolab.data.train_dataset import (
+    PREFERENCE_KINDS,
+    DatasetMixture,
+    MicroBatch,
+    ReadTalker,
+    StepPlan,
+    TrainDataset,
+)
 from echolab.errors import ConfigError, EcholabError, SharedMemoryError, WorkerError
 from echolab.heartbeat import Heartbeat, open_stacks_file
 from echolab.tasks.curriculum import Curriculum
@@ -179,6 +186,7 @@ class TrainData(NamedTuple):
     sequence_parallel: int = 1  # consecutive ranks that get the same clips
     ranks_per_node: int = 1
     quarantine: Path | None = None  # file that lists bad samples; None: bad samples not allowed
+    read_talker: ReadTalker | None = None  # reads samples of raw datasets, for sync epochs
 
 
 def data_of(train_data: TrainData) -> dict[str, Any]:
@@ -265,6 +273,7 @@ class ShardDataModule(pl.LightningDataModule):
             steps=self.steps,
             rank=distributed.rank() // train_data.sequence_parallel,
             world=distributed.world() // train_data.sequence_parallel,
+            read_talker=train_data.read_talker,
         )
         if self.first_step < self.steps:  # compute the order before the fork, so workers share it
             items.global_batch(self.first_step)
@@ -311,7 +320,7 @@ class ShardDataModule(pl.LightningDataModule):
             values["data/skipped"] = float(len(read_quarantine(quarantine)))
         # Report epochs and dropped samples only at supervised steps.
         kind, batch, _ = self.place(step - 1)
-        if kind != "sft":
+        if kind in PREFERENCE_KINDS:
             return values
         counts = self.train_data.clips.sampler.progress(batch + 1)
         values["data/epochs"] = min(epoch for epoch, _ in counts)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from echolab.data.shard_reader import check_same_encoders
 from echolab.heartbeat import Heartbeat
+from echolab.metrics.sync_clips import is_sync
 from echolab.models.attention import attention_from, use_attention
 from echolab.models.frozen import Frozen
 from echolab.training.checkpoints.checkpoint import check_architecture, open_checkpoint
@@ -111,10 +112,14 @@ def fit(config: TrainConfig) -> FitResult:
             encoders, clips = origin.state.get("encoders") or {}, config.clips[0]
             check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
             weights = origin.tensors(EMA)
-            where = placement_of(config.machine)
-            place_shared(config.net, weights.items, where, "initial weights")
+            if is_sync(config.architecture):  # small, and in memory already
+                config.net.load_state_dict(weights, strict=False)
+            else:
+                where = placement_of(config.machine)
+                place_shared(config.net, weights.items, where, "initial weights")
         train_data, schedule = config.build_data(), config.schedule
-        _speed_up(config)
+        if not is_sync(config.architecture):  # without blocks and attention
+            _speed_up(config)
         # Build data, module and loop, and run them in Lightning's trainer.
         data = ShardDataModule(
             train_data, schedule.place, schedule.steps, config.curriculum, heartbeat

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 
 from echolab.heartbeat import Heartbeat
+from echolab.metrics.sync_clips import is_sync
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
@@ -21,6 +22,7 @@ from echolab.training.callbacks.reference_model import ReferenceModel
 from echolab.training.callbacks.replicas import ReplicaCheck
 from echolab.training.callbacks.sample_ledger import SampleLedger
 from echolab.training.callbacks.step_sync import ControlFiles, Pause, StepSync
+from echolab.training.callbacks.sync_validation import SyncValidation
 from echolab.training.callbacks.validation import Validation
 from echolab.training.checkpoints import checkpoint as checkpoints
 from echolab.training.checkpoints.writer import CheckpointWriter
@@ -82,6 +84,7 @@ class TrainLoop(pl.Callback):
     def ordered_callbacks(self, trainer: pl.Trainer) -> list[Callback]:
         """Return the callbacks in the order in which they act on a step; collective."""
         config, intervals, data = self.config, self.intervals, self.data
+        validation = SyncValidation if is_sync(config.architecture) else Validation
         replicas, checkpoints, sync, log = self._shared_callbacks()
         evaluated: dict[str, Any] = {
             "masters": self.masters, "ema": self.ema, "sync": sync, "log": log
@@ -107,7 +110,7 @@ class TrainLoop(pl.Callback):
             # Log after the save: a tracker that hangs or fails loses no checkpoint.
             log,
             # Validation takes long; a request to end the run interrupts it.
-            Validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
+            validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
             # Sampling takes longest, and its request to end the run is that of validation.
             EvaluationCallback(config, data, checkpoints=checkpoints, **evaluated),
             # The user's callbacks: the step is saved, so their errors or delays cannot lose it.
@@ -203,7 +206,7 @@ class TrainLoop(pl.Callback):
         """Print the plan of the engine; raise EcholabError if it differs from the settings."""
         config, net = self.config, self.module.net
         plan = engine_report.plan_of(trainer, net, self.masters, self.ema.flats[EMA])
-        blocks = len(net.blocks)  # type: ignore[arg-type]
+        blocks = len(engine_report.blocks_of(net))
         requested = engine_report.expected_plan(
             config.machine, self.data.train_data.accumulation, config.optim.max_grad_norm, blocks
         )
@@ -342,7 +345,8 @@ class EmaUpdate(Callback):
         self.ema, self.masters = ema, masters
 
     def after_step(self, state: RunState) -> None:
-        """Update all averages with the weights of this step."""
+        """Update all averages with the weights of this step; collective for running statistics."""
+        self.masters.average_buffers()
         self.ema.update(self.masters)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from echolab.tasks.table import TASKS
 from echolab.training import distributed
 from echolab.training.engine.activation_checkpointing import offload_activations
 from echolab.training.engine.sequence_parallel import SequenceSplit, sequence_group
-from echolab.types import Draws, Loss, PreferencePair
+from echolab.types import Draws, Loss, PreferencePair, SyncBatch
 
 
 class Objective(Protocol):
@@ -89,7 +89,13 @@ class Meter:
 
 def draws_of(item: MicroBatch, *, seed: int, shift: float) -> Draws:
     """Draw noise, levels and uniforms: a pure function of (seed, epoch, key) of each clip."""
-    clips = item.batch.chosen if isinstance(item.batch, PreferencePair) else item.batch.latents
+    match item.batch:
+        case PreferencePair():
+            clips = item.batch.chosen
+        case SyncBatch():  # the noise varies the pixels of the crops
+            clips = item.batch.crops
+        case _:
+            clips = item.batch.latents
     # Draw for all clips of an epoch at once; a step may span two epochs.
     shape = tuple(clips.shape[1:])
     of_epochs = []

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from echolab.data.train_dataset import StepPlan
+from echolab.data.train_dataset import PREFERENCE_KINDS, StepPlan
 from echolab.errors import ConfigError
 
-KINDS = ("sft", "ndpo", "dpo")
+KINDS = ("sft", "ndpo", "dpo", "sync")
 GROUPS = ("sft", "preference")  # each draws batches from its own datasets
 
 
@@ -78,7 +78,7 @@ class Rates(NamedTuple):
 
 def group_of(kind: str) -> str:
     """Return the group of datasets that an epoch of this kind draws from."""
-    return "sft" if kind == "sft" else "preference"
+    return "preference" if kind in PREFERENCE_KINDS else "sft"
 
 
 def merged(skips: Iterable[Skip], kind: str, stop: int | None = None) -> list[tuple[int, int]]:
@@ -137,7 +137,7 @@ class Schedule:
     @property
     def prefers(self) -> bool:
         """Return whether there are preference epochs, which need pairs and a reference."""
-        return any(epoch.kind != "sft" for epoch in self.epochs)
+        return any(group_of(epoch.kind) == "preference" for epoch in self.epochs)
 
     @property
     def steps(self) -> int:
@@ -215,7 +215,8 @@ class Schedule:
 
     def needs_reference(self, step: int) -> bool:
         """Return whether a preference epoch starts at this step."""
-        return step < self.steps and step in self.starts and self.locate(step).epoch.kind != "sft"
+        begins = step < self.steps and step in self.starts
+        return begins and group_of(self.locate(step).epoch.kind) == "preference"
 
     def keeps(self, step: int) -> bool:
         """Return whether to keep this step's checkpoint: an epoch ends here, or needs it."""

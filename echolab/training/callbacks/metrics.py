@@ -168,7 +168,8 @@ class MeasureMetrics(Callback):
         values["perf/goodput"] = goodput(spent)
         # Add the state of the curriculum and of the data.
         supervised = state.schedule.supervised_steps(state.step)
-        for task, probability in self.data.curriculum.probabilities(supervised).items():
+        tasks = {} if state.kind == "sync" else self.data.curriculum.probabilities(supervised)
+        for task, probability in tasks.items():
             values[f"tasks/probability/{task}"] = probability
         values |= self.data.progress(state.step)
         # Add the values of the user's callbacks last, so that they take precedence.

@@ -15,6 +15,7 @@ from echolab.training.checkpoints.checkpoint import folder_of, open_on_all_ranks
 from echolab.training.config import TrainConfig
 from echolab.training.engine.ema import EMA, REFERENCE, Ema
 from echolab.training.engine.master_weights import Masters
+from echolab.training.schedule import group_of
 
 
 class ReferenceModel(Callback):
@@ -61,7 +62,7 @@ class ReferenceModel(Callback):
         """Load the reference of a preference epoch unless it is already loaded; collective."""
         # Only preference epochs have a reference, which is loaded once at their start.
         position = state.schedule.locate(state.step)
-        if position.epoch.kind == "sft":
+        if group_of(position.epoch.kind) != "preference":
             return
         boundary = folder_of(self.checkpoints.folder, state.step - position.within)
         if self._loaded == boundary:
@@ -89,7 +90,11 @@ class ReferenceModel(Callback):
         if state.vote.margin_share:
             mean = state.vote.margin / state.vote.margin_share
             self.stateful[state.kind].update(mean)
-        if self.mixes and state.kind != "sft" and state.step % self.sync_steps == 0:
+        if (
+            self.mixes
+            and group_of(state.kind) == "preference"
+            and state.step % self.sync_steps == 0
+        ):
             self._mix()
 
     def _mix(self) -> None:

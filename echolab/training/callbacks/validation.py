@@ -200,20 +200,40 @@ def validate(
     `dtype`, as in training.  `counts` is false on ranks whose clips another rank counts.  `poll` is
     called before each batch; all ranks have the same number of batches.
     """
-    # Evaluate the averaged weights, then the raw weights, on the same clips.
     shared: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype, "poll": poll}
+    averaged, raw = both_tables(
+        lambda: _error_table(net, share, phases, sigmas, **shared),
+        net, ema, masters, device=device, counts=counts,
+    )  # fmt: skip
+    errors = means_of(averaged, share.tasks, sigmas, AVERAGED)
+    return errors | means_of(raw, share.tasks, sigmas, RAW)
+
+
+def both_tables(
+    table_of: Callable[[], Tensor],
+    net: nn.Module,
+    ema: Ema,
+    masters: Masters,
+    *,
+    device: torch.device,
+    counts: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the tables of all ranks, of the averaged and of the raw weights; collective.
+
+    `table_of` computes this rank's table with the present weights of `net`.
+    """
+    # Evaluate the averaged weights, then the raw weights, on the same clips.
     with unchanged(net, device):
         with ema.applied(masters):
-            averaged = _error_table(net, share, phases, sigmas, **shared)
-        raw = _error_table(net, share, phases, sigmas, **shared)
+            averaged = table_of()
+        raw = table_of()
     # Sum both tables in one all-reduce.
     both = torch.stack([averaged, raw])
     if not counts:
         both = torch.zeros_like(both)
     sums = torch.tensor(distributed.sums(both.flatten().tolist()), dtype=torch.float64)
     averaged, raw = sums.view_as(both)
-    errors = means_of(averaged, share.tasks, sigmas, AVERAGED)
-    return errors | means_of(raw, share.tasks, sigmas, RAW)
+    return averaged, raw
 
 
 def compute_dtype(machine: Machine) -> torch.dtype:
@@ -241,11 +261,15 @@ class Validation(Callback):
         self.masters, self.ema = masters, ema
         self.checkpoints, self.sync, self.log = checkpoints, sync, log
         # Ranks that share a clip read the same row.
-        self._share: Share | None = None
+        self._share: Any = None
         if (val_data := config.val_data) and intervals.val_every:
             group_size = config.machine.sequence_parallel
             row, rows = distributed.rank() // group_size, distributed.world() // group_size
-            self._share = read_share(val_data, row, rows, config.reader_of(val_data.clips))
+            self._share = self._read(val_data, row, rows, config.reader_of(val_data.clips))
+
+    def _read(self, val_data: ValData, row: int, rows: int, reader: TolerantReader) -> Any:
+        """Return this rank's held-out clips."""
+        return read_share(val_data, row, rows, reader)
 
     def after_step(self, state: RunState) -> None:
         """Validate if due, unless a rank requested the end of the run."""
@@ -274,7 +298,7 @@ class Validation(Callback):
             self.log.log(state, errors)
             state.metrics |= errors
 
-    def _errors(self, state: RunState, share: Share) -> dict[str, float]:
+    def _errors(self, state: RunState, share: Any) -> dict[str, float]:
         val_data, phases = self.config.val_data, self.config.phases
         assert val_data and phases  # checked by `config.check`
         errors = validate(

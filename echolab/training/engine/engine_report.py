@@ -104,11 +104,18 @@ def _offload_name(trainer: pl.Trainer) -> str:
 
 def _sequence_ranks(net: nn.Module) -> tuple[int, str]:
     """Return (number of ranks that share a clip, attention function) of the first block."""
-    attend: Any = net.blocks[0].self_attn.attend  # type: ignore[index, union-attr]
+    if not blocks_of(net):
+        return 1, "none"
+    attend: Any = blocks_of(net)[0].self_attn.attend
     split = getattr(attend, "__self__", None)
     if isinstance(split, SequenceSplit):
         return split.world, split.attend.__name__
     return 1, attend.__name__
+
+
+def blocks_of(net: nn.Module) -> list[Any]:
+    """Return the transformer blocks of a network; SyncNet has none."""
+    return list(getattr(net, "blocks", ()))
 
 
 def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list[Tensor]) -> Plan:
@@ -125,7 +132,7 @@ def plan_of(trainer: pl.Trainer, net: nn.Module, masters: Masters, average: list
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     sequence_parallel, attention = _sequence_ranks(net)
     # DeepSpeed accumulates gradients itself; otherwise Lightning does.
-    blocks: list[Any] = list(net.blocks)  # type: ignore[arg-type]
+    blocks = blocks_of(net)
     accumulation = engine.gradient_accumulation_steps() if zero else trainer.accumulate_grad_batches
     return Plan(
         strategy=strategy,

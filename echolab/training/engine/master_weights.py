@@ -45,6 +45,9 @@ class Masters:
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
         }
+        # Running statistics are saved, averaged and exported with the weights.
+        self.buffers = {} if self.sharded else saved_buffers(net)
+        self.parameters |= self.buffers
         # Tied parameters appear once, under their first name.
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.tied = {  # other names of trained parameters
@@ -81,6 +84,7 @@ class Masters:
         """The pieces of parameters that this rank holds, in the order of the network."""
         # `check_complete` reports parameters that the optimizer lacks.
         updated = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        updated |= {id(buffer) for buffer in self.buffers.values()}
         return [
             Piece(name, group, 0, 0, parameter.numel())
             for group, (name, parameter) in enumerate(self.parameters.items())
@@ -114,6 +118,22 @@ class Masters:
                 state["step"] = zero if counts_in_tensor else 0
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(tensor)
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Set the buffers of all ranks to their mean, since each rank saw other clips; collective.
+
+        The sums are fp64, so that equal values stay equal.
+        """
+        world = distributed.world()
+        if not self.buffers or world == 1:
+            return
+        flat = torch.cat([buffer.reshape(-1) for buffer in self.buffers.values()])
+        total = torch.tensor(distributed.sums(flat.double().tolist()), dtype=torch.float64)
+        mean = (total / world).to(flat.dtype)
+        parts = mean.split([buffer.numel() for buffer in self.buffers.values()])
+        for buffer, part in zip(self.buffers.values(), parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     @property
     def updates(self) -> int:
@@ -180,6 +200,19 @@ class Masters:
         # Copy the saved bits, since `show` may have rounded values.
         for parameter, saved_weight in zip(self.parameters.values(), saved, strict=True):
             parameter.data.copy_(saved_weight)
+
+
+def saved_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point buffers of a network's state, by name.
+
+    Integer buffers are counters of batch norm, which no result depends on.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in net.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+    }
 
 
 class PartitionedMasters(Masters):

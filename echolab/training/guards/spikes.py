@@ -141,7 +141,9 @@ class SpikeDetector:
         the history; spikes are added, so that a lasting change of level becomes normal in time.
         """
         # Reset the history at a new preference epoch, which has a new reference.
-        if kind not in self._values or (kind != "sft" and self._epochs[kind] != epoch):
+        if kind not in self._values or (
+            kind not in ("sft", "sync") and self._epochs[kind] != epoch
+        ):
             self._values[kind] = {name: deque(maxlen=self.window) for name in MEASURES}
         self._epochs[kind] = epoch
         spikes: list[Spike] = []
