@@ -149,19 +149,19 @@ def write(folder: Path, members: dict[str, bytes]) -> ShardDataset:
 
 
 def test_unusable_datasets_are_refused(tmp_path: Path, root: Path) -> None:
-    whole = sync_runs.talkers(root / "clips", 12).read(0)
+    intact = sync_runs.talkers(root / "clips", 12).read(0)
     long = {**sync_runs.SMALL, "frames": 26}
     with pytest.raises(DataError, match=r"has 25 frames, model\.frames=26; prepare longer"):
         check_talkers(sync_runs.talkers(root / "clips", 12), long)
     for n, name in enumerate(("flac", "tracks.npz")):
-        lacking = write(tmp_path / f"{n}", {k: v for k, v in whole.items() if k != name})
+        lacking = write(tmp_path / f"{n}", {k: v for k, v in intact.items() if k != name})
         with pytest.raises(DataError, match=f"sample talker: has no {name}"):
             check_talkers(lacking, sync_runs.SMALL)
     short = sync_runs.talkers(tmp_path / "short", 1, frames=5).read(0)["flac"]
     with pytest.raises(DataError, match="3200 audio samples, 25 frames need 16000"):
-        check_talkers(write(tmp_path / "a", {**whole, "flac": short}), sync_runs.SMALL)
+        check_talkers(write(tmp_path / "a", {**intact, "flac": short}), sync_runs.SMALL)
     with pytest.raises(DataError, match="cannot be decoded"):
-        check_talkers(write(tmp_path / "b", {**whole, "mp4": b"no video"}), sync_runs.SMALL)
+        check_talkers(write(tmp_path / "b", {**intact, "mp4": b"no video"}), sync_runs.SMALL)
     with pytest.raises(DataError, match="kind encoded, need raw"):
         check_talkers(runs.write_clips(tmp_path / "encoded", 1), sync_runs.SMALL)
 
@@ -258,7 +258,7 @@ def test_running_statistics_are_in_every_part_of_a_checkpoint(tmp_path: Path) ->
 @pytest.mark.slow
 def test_batch_norm_is_saved_averaged_resumed_and_exported(root: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"architecture": sync_runs.PUBLISHED, "batch_size": 2}
-    whole, _ = sync_runs.train(root, 3, run_dir=tmp_path / "a", **how)
+    unbroken, _ = sync_runs.train(root, 3, run_dir=tmp_path / "a", **how)
 
     def interrupt(step: int, steps: int) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -266,10 +266,10 @@ def test_batch_norm_is_saved_averaged_resumed_and_exported(root: Path, tmp_path:
     first, _ = sync_runs.train(root, 3, run_dir=tmp_path / "b", on_step=interrupt, **how)
     assert not first.done and first.step == 2
     second, _ = sync_runs.train(root, 3, run_dir=tmp_path / "b", **how)
-    assert whole.checkpoint and second.checkpoint
-    assert runs.tensors_of(whole.checkpoint) == runs.tensors_of(second.checkpoint)
+    assert unbroken.checkpoint and second.checkpoint
+    assert runs.tensors_of(unbroken.checkpoint) == runs.tensors_of(second.checkpoint)
     # Running statistics have moved, and the average lies between their start and their end.
-    checkpoint = open_checkpoint(whole.checkpoint)
+    checkpoint = open_checkpoint(unbroken.checkpoint)
     name = "netcnnlip.1.running_var"
     master, average = checkpoint.tensors("master")[name], checkpoint.tensors("ema")[name]
     assert (master - 1).abs().max() > 1e-3 and not torch.equal(master, average)

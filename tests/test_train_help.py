@@ -68,7 +68,7 @@ def test_help_shows_one_setting_or_group(capsys: pytest.CaptureFixture[str]) -> 
     assert "optim.lr FLOAT" in said and "at least 0" in said and "betas" not in said
     assert main(["train", "--help", "schedule"]) == 0
     said = capsys.readouterr().out
-    assert "schedule.epochs[*].kind {sft,ndpo,dpo}" in said and "cycle" in said
+    assert "schedule.epochs[*].kind {sft,ndpo,dpo,sync}" in said and "cycle" in said
     assert main(["train", "experiment=real_smoke", "--help", "optim.lr"]) == 0
     assert "[0.0005]" in capsys.readouterr().out, "the default is the experiment's"
 

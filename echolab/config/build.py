@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echolab.config.networks import checked_placement, reference_of, start_of
+from torch import nn
+
+from echolab.config.networks import Adapted, checked_placement, reference_of, start_of
 from echolab.config.origins import checkpoints_from, origins_from
 from echolab.config.parts import (
     callbacks_from,
@@ -44,6 +46,7 @@ from echolab.training.checkpoints.checkpoint import open_verified
 from echolab.training.config import TrainConfig, check_data
 from echolab.training.datamodule import ValData
 from echolab.training.engine.machine import Machine
+from echolab.training.engine.placement import Placement
 from echolab.training.module import Optim, Reference
 from echolab.training.schedule import Epoch, Schedule
 from echolab.training.signals import end_of_job, grace_from
@@ -286,6 +289,21 @@ def data_from(
     return {**reading, "curriculum": curriculum, "val_data": val_data, "evaluation": evaluation}
 
 
+def start_on(
+    clips: Sequence[ShardDataset],
+    config: Mapping[str, Any],
+    origin: Path | None,
+    seed: int,
+    placement: Placement,
+) -> tuple[nn.Module, Adapted | None, Path | None]:
+    """Build the network to train as `start_of`; a SyncNet with the scale of its first clips."""
+    net, own, initial = start_of(config, origin, seed, placement)
+    # A checkpoint that is loaded later holds the scale of its own run.
+    if is_sync(config["model"]):
+        standardize(net, *measure_cepstra(clips[0]))
+    return net, own, initial
+
+
 def train_config_from(
     config: Mapping[str, Any], settings_digest: str, machine: Machine | None = None
 ) -> TrainConfig:
@@ -296,9 +314,7 @@ def train_config_from(
     parts = data_from(config, origin, pinned) | mixing_from(config["objective"])
     machine = machine or machine_from(config["trainer"])
     placement = checked_placement(config, machine, prefers=prefers)  # before weights are read
-    net, own, initial = start_of(config, origin, seed, placement)
-    if is_sync(config["model"]):
-        standardize(net, *measure_cepstra(parts["clips"][0]))
+    net, own, initial = start_on(parts["clips"], config, origin, seed, placement)
     reference = reference_of(config, own, pinned) if prefers else None
     return TrainConfig(
         run_dir=Path(config["run_dir"]),

@@ -107,6 +107,7 @@ def vary_boxes(
     """
     if generator is None:
         return boxes
+    # A constant offset and scale of the clip: a crop must not tremble.
     across, down, scale = torch.randn(3, generator=generator).tolist()
     center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     center = center + 2 * half[:1] * position * np.array([across, down], np.float32)
@@ -123,6 +124,7 @@ def _decode(dataset: ShardDataset, i: int) -> _Talker:
             f"{where}: has no {' and no '.join(missing)}, which SyncNet is trained on; prepare it "
             "again with `python -m data_prep`"
         )
+    # The video, the audio, and the boxes.
     try:
         frames, samples = decode_mp4(members["mp4"]), decode_flac(members["flac"])
         tracks = decode_tracks(members["tracks.npz"])
@@ -155,6 +157,7 @@ def check_talkers(dataset: ShardDataset, architecture: Mapping[str, Any]) -> Non
         raise DataError(f"{dataset.folder}: kind {dataset.kind}, need raw; give another dataset")
     if not len(dataset):
         raise DataError(f"{dataset.folder}: holds no sample; nothing to train on")
+    # Decode until one sample is good.
     first: DataError | None = None
     for i in range(min(len(dataset), TRIED)):
         try:
@@ -170,6 +173,7 @@ def check_talkers(dataset: ShardDataset, architecture: Mapping[str, Any]) -> Non
 
 def measure_cepstra(dataset: ShardDataset) -> tuple[Tensor, Tensor]:
     """Return mean [13] and standard deviation [13] of the cepstra of the first clips."""
+    # Clips are decoded completely, so that a sample is good or bad as in training.
     columns = []
     for i in range(min(len(dataset), MEASURED)):
         try:

@@ -34,6 +34,7 @@ def constructor_arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 def sync_network(architecture: Mapping[str, Any], seed: int) -> nn.Module:
     """Return a network with PyTorch's initialization, which depends on `seed` alone."""
+    # The random state of the process does not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[architecture[NETWORK]](**constructor_arguments(architecture))
@@ -81,6 +82,7 @@ def with_half_squares(vectors: Tensor, *, first: bool) -> Tensor:
 
     v a - |v|^2 / 2 - |a|^2 / 2 = - |v - a|^2 / 2.
     """
+    # The first vectors get (half, 1), the second (1, half).
     half = -vectors.square().sum(-1, keepdim=True) / 2
     one = torch.ones_like(half)
     return torch.cat([vectors, half, one] if first else [vectors, one, half], dim=-1)
@@ -124,6 +126,7 @@ def clip_losses(lips: Tensor, audio: Tensor, scale: Tensor) -> Tensor:
 
     It depends on no other clip, so that validation does not depend on the size of batches.
     """
+    # Window i of the lips matches window i of the audio, in both directions.
     logits = scale * torch.einsum("bid,bjd->bij", lips, audio)
     targets = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
     losses = [
@@ -140,6 +143,7 @@ def shift_accuracies(lips: Tensor, audio: Tensor) -> Tensor:
     then, by shift K, how often it is closer than the audio K frames earlier or later.  A tie counts
     as half.  NaN for a shift that is as long as the clip.
     """
+    # Products of all pairs of windows; the diagonal is true.
     products = torch.einsum("bid,bjd->bij", lips, audio)
     count = products.shape[1]
     true = products.diagonal(dim1=1, dim2=2)  # [B, L]

@@ -104,19 +104,8 @@ def fit(config: TrainConfig) -> FitResult:
     """
     with StopSignals(config.signal_grace_seconds) as signals, quiet():
         config.check()
-        # Load initial weights; a checkpoint of the run replaces them later.
         heartbeat = config.heartbeat or Heartbeat(None)
-        if config.init_from:
-            origin = open_checkpoint(config.init_from)
-            check_architecture(origin, config.architecture)
-            encoders, clips = origin.state.get("encoders") or {}, config.clips[0]
-            check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
-            weights = origin.tensors(EMA)
-            if is_sync(config.architecture):  # small, and in memory already
-                config.net.load_state_dict(weights, strict=False)
-            else:
-                where = placement_of(config.machine)
-                place_shared(config.net, weights.items, where, "initial weights")
+        _load_initial(config)
         train_data, schedule = config.build_data(), config.schedule
         if not is_sync(config.architecture):  # without blocks and attention
             _speed_up(config)
@@ -138,6 +127,24 @@ def fit(config: TrainConfig) -> FitResult:
         unsaved=state.unsaved,
         checkpoint=state.checkpoint,
     )
+
+
+def _load_initial(config: TrainConfig) -> None:
+    """Load the weights of `init_from`, if given; a checkpoint of the run replaces them later."""
+    if not config.init_from:
+        return
+    # The checkpoint must fit the network and the encoders of the clips.
+    origin = open_checkpoint(config.init_from)
+    check_architecture(origin, config.architecture)
+    encoders, clips = origin.state.get("encoders") or {}, config.clips[0]
+    check_same_encoders(origin.path, encoders, clips.folder, clips.encoders)
+    weights = origin.tensors(EMA)
+    # Ranks share a transformer's weights; a SyncNet is small, and in memory already.
+    if is_sync(config.architecture):
+        config.net.load_state_dict(weights, strict=False)
+    else:
+        where = placement_of(config.machine)
+        place_shared(config.net, weights.items, where, "initial weights")
 
 
 def _speed_up(config: TrainConfig) -> None:

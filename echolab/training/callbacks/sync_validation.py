@@ -55,6 +55,7 @@ def sync_table(
     net: nn.Module, share: TalkerShare, *, device: torch.device, dtype: torch.dtype, poll: Poll
 ) -> Tensor:
     """Return the values of NAMES of each clip, [clips, 5]; zero for clips of other ranks."""
+    # With zeros for clips of other ranks, the sum over ranks is the full table.
     table = torch.zeros(share.clips, len(NAMES), dtype=torch.float64)
     cast = autocast_dtype(net, dtype)
     for batch, places in share.batches:
@@ -75,6 +76,7 @@ class SyncValidation(Validation):
 
     def _read(self, val_data: ValData, row: int, rows: int, reader: TolerantReader) -> TalkerShare:
         """Return this rank's held-out clips; raise ConfigError if there is none."""
+        # Use the requested number of clips, or all if there are fewer.
         clips = min(val_data.num_clips, len(val_data.clips))
         if clips < 1:
             raise ConfigError(
@@ -97,6 +99,7 @@ class SyncValidation(Validation):
         return TalkerShare(clips, batches)
 
     def _errors(self, state: RunState, share: TalkerShare) -> dict[str, float]:
+        # Tables of all clips, of the averaged and of the raw weights.
         net, device = state.module.net, state.module.device
         averaged, raw = both_tables(
             partial(

@@ -128,6 +128,7 @@ class Masters:
         world = distributed.world()
         if not self.buffers or world == 1:
             return
+        # One all-reduce for all buffers.
         flat = torch.cat([buffer.reshape(-1) for buffer in self.buffers.values()])
         total = torch.tensor(distributed.sums(flat.double().tolist()), dtype=torch.float64)
         mean = (total / world).to(flat.dtype)
