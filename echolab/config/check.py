@@ -25,7 +25,8 @@ from echolab.config.parts import (
     spike_config_from,
     timeouts_from,
 )
-from echolab.config.schema import Settings, SyncSettings
+from echolab.config.schema import Settings
+from echolab.config.sync_schema import SyncSettings
 from echolab.errors import ConfigError
 from echolab.geometry import geometry_of
 from echolab.training.engine.machine import accumulation_steps, conflict
@@ -412,6 +413,7 @@ def _sync_conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     # It has no adapters, no released weights to train from, and no samples to compare.
     needed["lora.target_modules"] = (config["lora"]["target_modules"], ([],))
     needed["pretrained"] = (config["pretrained"], (None,))
+    needed["evaluation.every"] = (config["evaluation"]["every"], (0,))
     needed["verify_export"] = (config["verify_export"], (False,))
     if config["model"]["network"] == "SyncNet":
         needed["model.embed_dim"] = (config["model"]["embed_dim"], (1024,))

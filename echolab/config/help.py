@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 from echolab.arguments import METAVARS, closest, help_lines
 from echolab.config.check import described, limits_in_words, names, renamed, shown
 from echolab.config.folders import default_settings, group_choices, summary_of
-from echolab.config.schema import Settings, SyncModel
+from echolab.config.schema import Settings
+from echolab.config.sync_schema import SyncModel
 from echolab.errors import ConfigError
 
 # Text around the list of settings.

@@ -110,25 +110,11 @@ class Model(Section):
     )
 
 
-class SyncModel(Section):
-    """conf/model/syncnet*.yaml: a network that compares lips and audio, trained in sync epochs."""
-
-    network: Literal["SyncNet", "SyncNetDemo"] = Field(
-        description="SyncNet: the published one, on faces of 224 pixels; SyncNetDemo: a small one"
-    )
-    embed_dim: Size = Field(description="width of the vectors that are compared; SyncNet has 1024")
-    frames: Annotated[int, Field(ge=12, le=10**4), NUMBER] = Field(
-        description="frames of each clip in one step, drawn from longer clips"
-    )
-
-
 class Data(Section):
     """conf/data: training data, their order, and validation data."""
 
     # Training sets and their mixture.
-    clips: Datasets = Field(
-        description="dataset of encoded clips, for SyncNet of raw ones, or a list of them"
-    )
+    clips: Datasets = Field(description="dataset of clips, encoded or for SyncNet raw, or a list")
     clip_weights: Weights | None = Field(
         description="sampling weight of each dataset of data.clips; null: its number of clips"
     )
@@ -512,9 +498,3 @@ class Settings(Section):
         description="seconds from a signal of Slurm to the kill"
     )
     timeouts: Timeouts = Field(description="timeouts of the sections of a run, in seconds")
-
-
-class SyncSettings(Settings):
-    """conf/train.yaml with a SyncNet of conf/model."""
-
-    model: SyncModel = Field(description="SyncNet")  # type: ignore[assignment]
