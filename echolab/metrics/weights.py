@@ -38,8 +38,8 @@ I3D = ModelFile(
     51_235_320,
     "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     (
-        "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
         "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/main/i3d_torchscript.pt",
+        "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
     ),
     "unclear: weights of TF Hub, converted by StyleGAN-V (NVIDIA source code license)",
 )
@@ -59,13 +59,6 @@ SYNCNET = ModelFile(
     "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
     ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",),
     "none stated for the weights; code MIT",
-)
-S3FD = ModelFile(
-    "sfd_face.pth",
-    89_844_381,
-    "d54a87c2b7543b64729c9a25eafd188da15fd3f6e02f0ecec76ae1b30d86c491",
-    ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/sfd_face.pth",),
-    "none stated for the weights",
 )
 LIGHT_ASD = ModelFile(
     "light_asd_ava.model",
@@ -132,7 +125,7 @@ Q_ALIGN = ModelFile(
 )
 
 RELEASED = (
-    INCEPTION, I3D, VIDEOMAE, SYNCNET, S3FD, LIGHT_ASD, ARCFACE, MOBILEFACENET, DWPOSE, YOLOX,
+    INCEPTION, I3D, VIDEOMAE, SYNCNET, LIGHT_ASD, ARCFACE, MOBILEFACENET, DWPOSE, YOLOX,
     ALEXNET, LPIPS_ALEX, Q_ALIGN,
 )  # fmt: skip
 
