@@ -99,14 +99,31 @@ def test_evaluations_write_rows_samples_and_report(
 def test_a_row_replaces_an_earlier_one_of_the_same_name_and_seed(tmp_path: Path) -> None:
     path = tmp_path / "new" / "scores.json"
     for name, seed, score in (("a", 0, 1.0), ("b", 0, 2.0), ("a", 1, 3.0), ("a", 0, 4.0)):
-        add_row(path, name, seed, {"x": score})
+        add_row(path, {"checkpoint": name, "seed": seed, "scores": {"x": score}, "cards": {}})
     rows = json.loads(path.read_text())["rows"]
     assert [(row["checkpoint"], row["seed"], row["scores"]["x"]) for row in rows] == [
         ("b", 0, 2.0), ("a", 1, 3.0), ("a", 0, 4.0),
     ]  # fmt: skip
     path.write_text("{")
     with pytest.raises(DataError, match="not a table of scores"):
-        add_row(path, "a", 0, {})
+        add_row(path, {"checkpoint": "a", "seed": 0, "scores": {}, "cards": {}})
+
+
+def test_the_table_of_a_paper_needs_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scores.json"
+    with pytest.raises(ConfigError, match="needs scores="):
+        commands.evaluate(["table=paper"])
+    with pytest.raises(ConfigError, match="scores=.*not there"):
+        commands.evaluate(["table=paper", f"scores={path}"])
+    add_row(path, {"checkpoint": "mine", "seed": 0, "scores": {"sync_c": 3.25}, "cards": {}})
+    assert commands.evaluate(["table=paper", f"scores={path}", "format=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert (rows[0]["checkpoint"], rows[0]["marks"]) == ("mine", {"sync_c": "unknown"})
+    assert commands.evaluate(["table=paper", f"scores={path}"]) == 0
+    text = capsys.readouterr().out
+    assert "3.250 [unknown]" in text and "4.780 [unknown]" in text
 
 
 def test_exactly_one_subject_is_scored(tmp_path: Path) -> None:

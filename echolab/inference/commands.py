@@ -72,11 +72,24 @@ class EvaluateArguments:
     task_samples: Path | None = argument(
         "folder for one clip of every other task, as mp4", None, default_text="not sampled"
     )
+    table: Literal["paper"] | None = argument(
+        "print the rows of scores= with published ones, each with its metric card; alone, it "
+        "samples nothing", None, default_text="this row",
+    )  # fmt: skip
     format: Literal["text", "json"] = argument("output format", "text")
 
+    @property
+    def only_table(self) -> bool:
+        """Whether nothing is scored, and only the rows of a score table are printed."""
+        return self.table is not None and self.checkpoint is None and self.reference is None
+
     def check(self) -> None:
-        """Raise ConfigError unless exactly one subject of the scores is given."""
-        if (self.checkpoint is None) == (self.reference is None):
+        """Raise ConfigError unless exactly one subject of the scores is given, or a table."""
+        if self.only_table:
+            if self.scores is None:
+                raise ConfigError(f"table={self.table}: needs scores= or a run; give one")
+            check_exists(self, "scores")
+        elif (self.checkpoint is None) == (self.reference is None):
             raise ConfigError(
                 "echolab evaluate: needs checkpoint= or reference=, not both; give one"
             )
@@ -191,6 +204,12 @@ def evaluate(argv: list[str]) -> int:
     command = "echolab evaluate"
     arguments = parse(EvaluateArguments, argv, command=command, positional=("checkpoint",))
     arguments.check()
+    if arguments.only_table:
+        from echolab.tracking.published import print_paper_table, read_rows
+
+        assert arguments.scores
+        print_paper_table(read_rows(arguments.scores), arguments.format)
+        return 0
     check_exists(arguments, "checkpoint")
     # All datasets are checked before torch is imported.
     check_dataset("raw", arguments.raw, "raw")

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +15,6 @@ from echolab.config.networks import check_encoders, last_checkpoint, load_policy
 from echolab.data.media import write_video
 from echolab.data.shard_reader import open_dataset
 from echolab.encoders.demo import CausalAutoencoder
-from echolab.errors import DataError
 from echolab.evaluation.choice import build_metrics, chosen
 from echolab.evaluation.decoding import decode, load_vae, vae_fingerprint
 from echolab.evaluation.held_out import HeldOut
@@ -26,6 +26,7 @@ from echolab.metrics.metric import VideoClip, VideoMetric
 from echolab.metrics.setup import Setup
 from echolab.progress import progress
 from echolab.tasks.table import TASKS
+from echolab.tracking.published import print_paper_table, read_rows
 
 AUTOENCODER = "autoencoder"
 SYNC_JUDGE = "sync_judge"
@@ -54,10 +55,16 @@ def evaluate_checkpoint(arguments: EvaluateArguments) -> None:
 
     # Add the row to the table, and print it.
     scores = results.values()
+    cards = {name: results.cards[name].to_json() for name in scores}
+    row = {"checkpoint": arguments.row_name, "seed": arguments.train_seed,
+           "scores": scores, "cards": cards}  # fmt: skip
     if arguments.scores:
-        add_row(arguments.scores, arguments.row_name, arguments.train_seed, scores)
-    if arguments.format == "json":
-        cards = {name: results.cards[name].to_json() for name in scores}
+        add_row(arguments.scores, row)
+    if arguments.table:
+        print_paper_table(
+            read_rows(arguments.scores) if arguments.scores else [row], arguments.format
+        )
+    elif arguments.format == "json":
         print(json.dumps({"checkpoint": subject, "scores": scores, "cards": cards}))
     else:
         print_results(results)
@@ -226,14 +233,12 @@ def write_clip(path: Path, clip: VideoClip) -> None:
     write_video(path, frames, None if clip.samples is None else clip.samples.numpy())
 
 
-def add_row(path: Path, name: str, seed: int, scores: dict[str, float]) -> None:
+def add_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a score table, in place of an earlier one of the same name and seed."""
     # Keep the rows of other checkpoints.
-    try:
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [row for row in rows if (row["checkpoint"], row["seed"]) != (name, seed)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a table of scores ({error}); remove it") from error
-    rows.append({"checkpoint": name, "seed": seed, "scores": scores})
+    others = [
+        other for other in read_rows(path)
+        if (other["checkpoint"], other["seed"]) != (row["checkpoint"], row["seed"])
+    ]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"rows": rows}, indent=1).encode())
+    write_atomic(path, json.dumps({"rows": [*others, row]}, indent=1).encode())

@@ -5,14 +5,20 @@ these values has a card, and none is comparable with a measured value or with an
 They give the order of magnitude.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
+from echolab.errors import DataError
 from echolab.tracking.score_table import REFERENCES, card_marks, measure_of
 
 UNKNOWN = "unknown"
+MAX_WIDTH = 4000  # characters
 
 
 class PublishedRow(NamedTuple):
@@ -84,7 +90,7 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
     # The scores of our rows come first, in their order, then those that only papers report.
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    table = Table("checkpoint", *(measure_of(name).title for name in names))
+    table = Table("checkpoint", *(measure_of(name).title for name in names), box=SIMPLE)
     for row in rows:
         cells = []
         for name in names:
@@ -106,3 +112,30 @@ def card_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"{card['network']} ({card['weights']})"
                 ] = None
     return list(notes)
+
+
+def print_paper_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
+    """Print the rows of a score table with the published ones, as text or JSON."""
+    combined = paper_rows(rows)
+    if form == "json":
+        print(json.dumps({"rows": combined}))
+        return
+    # As wide as its content: a table of the terminal's width would cut the values.
+    table = paper_table(combined)
+    wide = Console(width=MAX_WIDTH)
+    Console(width=wide.measure(table).maximum).print(table)
+    for note in card_notes(combined):
+        print(note)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a score table, none if there is no file; raise DataError if damaged."""
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+        for row in rows:  # each row must have these
+            _ = (row["checkpoint"], row["seed"], dict(row["scores"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a table of scores ({error}); remove it") from error
+    return rows
