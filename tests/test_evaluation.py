@@ -178,7 +178,7 @@ def test_shipped_metrics_name_the_scores_that_they_compute(name: str, tmp_path: 
     """A missing file is named; names that differ from the metric's would raise ConfigError."""
     entries = metrics_named(name)["scores"]
     for entry in entries:
-        if entry["target"] == "echolab.metrics.released:sync":
+        if entry["target"] == "echolab.metrics.sync:sync":
             entry["args"] = {"weights": "random"}
     metrics, lines = build_metrics(entries, Setup(CLIPS, 25, tmp_path, tmp_path))
     computed = sum(len(metric.cards()) for metric in metrics)

@@ -34,6 +34,7 @@ class Finite(VideoMetric):
     def mark(self, index: int) -> None:
         """Count a clip as not finite."""
         self.status[index] = 2
+        self.visits[index] = 1
         self._update_count += 1
 
     def scores_of(self, scored: Tensor) -> dict[str, Score]:

@@ -34,7 +34,16 @@ from echolab.metrics.face_track import (
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.mfcc import mfcc
 from echolab.metrics.networks.syncnet import FRAMES_PER_WINDOW, SyncNet, VideoSyncNet
-from echolab.metrics.weights import SYNCNET, Network, random_network, released_network
+from echolab.metrics.setup import Setup
+from echolab.metrics.weights import (
+    SYNCNET,
+    Network,
+    check_weights,
+    random_network,
+    released_network,
+)
+from echolab.model_files import find_model_file
+from echolab.vision.face_models import YUNET
 
 MAX_SHIFT = 15  # frames, as published
 SAMPLES_PER_FRAME = 640  # at 25 fps and 16 kHz
@@ -277,6 +286,19 @@ def released_syncnet(folder: Path | None = None, *, download: bool = False) -> N
 def random_syncnet(seed: int = 0) -> Network:
     """Return SyncNet with random weights, to test all of the metric; its card says so."""
     return random_network(SyncNet(), ARCHITECTURE, seed)
+
+
+def sync(setup: Setup, *, weights: str = "released", detect: bool = False) -> VideoMetric:
+    """Build the scores from a configuration; raise WeightsError if a file is missing.
+
+    With `detect` YuNet detects faces as in the published pipeline, else they are the tracked
+    boxes of the held-out clips.
+    """
+    # A generated face may leave the tracked box, but a detector may miss it.
+    check_weights(weights)
+    network = random_syncnet() if weights == "random" else released_syncnet(setup.networks)
+    yunet = find_model_file(YUNET, setup.networks) if detect else None
+    return SyncScore(setup.num_clips, network, yunet=yunet)
 
 
 def as_syncnet(net: nn.Module) -> SyncNet:
