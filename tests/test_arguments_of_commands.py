@@ -86,7 +86,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("experiment=stf", "did you mean sft?"),
         ("model=dmeo data.clips=x", "did you mean demo?"),
         ("experiment=sft data.clips=TYPO", "data.clips=TYPO: TYPO/dataset.json: not there"),
-        ("", "data.clips: is missing; give data.clips=..., dataset of encoded clips"),
+        ("", "data.clips: is missing; give data.clips=..., dataset of clips, encoded"),
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("data.clips=x optim.lr=-1", "optim.lr=-1: must be a number, at least 0"),
         ("--dry-run", "no option --dry-run; options are -m"),

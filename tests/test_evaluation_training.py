@@ -11,7 +11,7 @@ import runs
 import small_run
 
 from echolab.evaluation.config import planned_clips
-from echolab.training.callbacks.evaluation import FOLDER, RESULTS, last_time
+from echolab.evaluation.records import FOLDER, RESULTS, last_time
 from echolab.training.checkpoints.checkpoint import folder_of
 
 SCORES = {f"eval/{name}" for entry in rank_evaluation.SCORES for name in entry["names"]}  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from echolab.arguments import argument, parse
-from echolab.cli.rollback import config_of
+from echolab.launch.run_dir import config_of
 
 
 @dataclass(frozen=True)

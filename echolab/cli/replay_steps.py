@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from echolab.atomic_io import check_writable
 from echolab.cli.replay import ReplayArguments
-from echolab.cli.rollback import config_of
 from echolab.config.build import schedule_from, train_config_from
 from echolab.config.check import check
 from echolab.config.origins import checkpoint_of, recorded
@@ -23,6 +22,7 @@ from echolab.data.bad_samples import QUARANTINE
 from echolab.data.ledger import LEDGER, Row, SkippedBatch, read_ledger
 from echolab.errors import CheckpointError, ConfigError, DivergedError
 from echolab.launch import run_dir
+from echolab.launch.run_dir import config_of
 from echolab.tracking.metrics import read_metrics
 from echolab.training.callbacks.sample_ledger import left_out
 from echolab.training.checkpoints.checkpoint import (

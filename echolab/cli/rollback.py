@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from echolab.arguments import argument, parse
 from echolab.errors import ConfigError
@@ -37,9 +37,10 @@ def main(argv: list[str]) -> int:
     )
     run, to = arguments.run, arguments.to
     batches = parse_skip(arguments.skip) if arguments.skip else None
-    config = config_of(run)
-    from echolab.config.build import schedule_from
     from echolab.launch import run_dir
+
+    config = run_dir.config_of(run)
+    from echolab.config.build import schedule_from
     from echolab.training.checkpoints.checkpoint import folder_of, open_checkpoint, saved_steps
     from echolab.training.checkpoints.retention import set_aside
     from echolab.training.guards import events
@@ -66,17 +67,6 @@ def main(argv: list[str]) -> int:
         moved = set_aside(folder, to)
     _report(arguments, event, skip, moved)
     return 0
-
-
-def config_of(run: Path) -> dict[str, Any]:
-    """Return the settings of a run; raise ConfigError if there are none."""
-    # The settings are needed for the schedule, which numbers the batches.
-    path = run / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a run's folder") from error
-    return config
 
 
 def parse_skip(text: str) -> tuple[int, int]:

@@ -229,18 +229,19 @@ def _warn_or_raise(words: str, accepted: bool) -> None:
 
 
 def evaluation_from(config: Mapping[str, Any]) -> EvaluationConfig | None:
-    """Return what an evaluation samples and scores, or None if evaluation.every is 0.
+    """Return what an evaluation in training samples and scores, None if evaluation.every is 0."""
+    return evaluation_of(config) if config["evaluation"]["every"] else None
+
+
+def evaluation_of(config: Mapping[str, Any]) -> EvaluationConfig:
+    """Return what an evaluation samples and scores, from conf/evaluation and conf/metrics.
 
     Raise ConfigError if the held-out clips or their autoencoder are not given.
     """
     settings, metrics = config["evaluation"], config["metrics"]
-    if not settings["every"]:
-        return None
     for name in ("raw", "clips", "vae"):
         if not settings[name]:
-            raise ConfigError(
-                f"evaluation.{name}: evaluation.every={settings['every']} needs it; give its path"
-            )
+            raise ConfigError(f"evaluation.{name}: an evaluation needs it; give its path")
     sampling = Sampling(
         settings["task"], settings["num_steps"], settings["flow_shift"],
         settings["audio_guidance_scale"], settings["seed"], settings["batch_size"],

@@ -7,7 +7,7 @@ parses and checks the arguments, and then imports torch with the module that doe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,14 @@ class EvaluateArguments:
         "score the held-out clips instead, with their own or another clip's audio", None,
         choices=REFERENCES, default_text="a checkpoint",
     )  # fmt: skip
+    watch: Path | None = argument(
+        "score each new checkpoint of a run by the run's own settings evaluation.* and metrics.*, "
+        "until its last step", None, default_text="a checkpoint",
+    )  # fmt: skip
+    once: bool = argument("watch: score the checkpoints that exist, and end", False)
+    poll_seconds: float = argument(
+        "watch: seconds between two looks at the run", 30.0, gt=0, le=86400
+    )
     raw: Path = argument("held-out clips, raw", DEMO_DATA / "raw_held_out", section="Data")
     clips: Path = argument("the same clips, encoded", DEMO_DATA / "held_out")
     real: Path = argument("raw clips that FID and FVD compare with", DEMO_DATA / "raw_train")
@@ -81,7 +89,8 @@ class EvaluateArguments:
     @property
     def only_table(self) -> bool:
         """Whether nothing is scored, and only the rows of a score table are printed."""
-        return self.table is not None and self.checkpoint is None and self.reference is None
+        subjects = (self.checkpoint, self.reference, self.watch)
+        return self.table is not None and all(subject is None for subject in subjects)
 
     def check(self) -> None:
         """Raise ConfigError unless exactly one subject of the scores is given, or a table."""
@@ -89,10 +98,23 @@ class EvaluateArguments:
             if self.scores is None:
                 raise ConfigError(f"table={self.table}: needs scores= or a run; give one")
             check_exists(self, "scores")
+        elif self.watch is not None:
+            self._check_watch()
         elif (self.checkpoint is None) == (self.reference is None):
             raise ConfigError(
                 "echolab evaluate: needs checkpoint= or reference=, not both; give one"
             )
+
+    def _check_watch(self) -> None:
+        """Raise ConfigError for arguments that have no effect, since the run has settings."""
+        check_exists(self, "watch")
+        for field in fields(self):
+            own = field.name in ("watch", "once", "poll_seconds")
+            if not own and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"{field.name}=: has no effect with watch=, which uses the run's settings "
+                    "evaluation.* and metrics.*; leave it out"
+                )
 
     @property
     def row_name(self) -> str:
@@ -210,6 +232,10 @@ def evaluate(argv: list[str]) -> int:
         assert arguments.scores
         print_paper_table(read_rows(arguments.scores), arguments.format)
         return 0
+    if arguments.watch:
+        from echolab.inference.watch import watch
+
+        return watch(arguments.watch, once=arguments.once, poll_seconds=arguments.poll_seconds)
     check_exists(arguments, "checkpoint")
     # All datasets are checked before torch is imported.
     check_dataset("raw", arguments.raw, "raw")

@@ -175,6 +175,21 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def id_of(run: Path) -> str:
+    """Return the id of a run, which all of its attempts and its tracker share."""
+    return str(_read(run / IDENTITY)["id"])
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """Return the settings of a run; raise ConfigError if there are none."""
+    path = run / CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a run's folder") from error
+    return config
+
+
 # -- use ------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,9 @@ from typing import Any
 from echolab.atomic_io import LineLog
 from echolab.errors import DataError
 
+METRICS = "metrics.jsonl"
+EVALUATIONS = Path("evaluations") / METRICS  # written by `echolab evaluate watch=`
+
 
 class MetricsLog:
     """Appends rows to a file; a row is passed to the operating system before `log` returns.
@@ -59,6 +62,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     first_steps = _first_steps(rows)
     kept = [row for row in rows if not _is_superseded(row, first_steps)]
     return sorted(kept, key=lambda row: row["step"])  # stable: rows of one step keep their order
+
+
+def read_run_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run folder, with those of evaluations by other jobs, in step order.
+
+    The last evaluation of a step counts; evaluations of steps that the run has not logged, or that
+    were undone by a rollback, are skipped.  Raise DataError as `read_metrics` does.
+    """
+    rows = read_metrics(run / METRICS)
+    path = run / EVALUATIONS
+    if not path.is_file():
+        return rows
+    # Checkpoints of undone steps no longer exist, and the steps may be trained again.
+    last = max((row["step"] for row in rows), default=0)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    evaluations = {row["step"]: row for line in lines if (row := _row(line)) is not None}
+    kept = [row for step, row in evaluations.items() if step <= last]
+    return sorted([*rows, *kept], key=lambda row: row["step"])
 
 
 def _first_steps(rows: list[dict[str, Any]]) -> dict[int, tuple[int, set[str]]]:

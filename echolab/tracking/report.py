@@ -18,7 +18,7 @@ from echolab.atomic_io import write_atomic
 from echolab.errors import DataError, MediaError
 from echolab.tasks.table import TASK_TABLE, TASKS
 from echolab.tracking.curves import Series, area_chart, line_chart
-from echolab.tracking.metrics import read_metrics, series
+from echolab.tracking.metrics import read_metrics, read_run_metrics, series
 from echolab.tracking.score_table import CHECKPOINTS, score_table
 
 MIN_COLUMNS, MAX_COLUMNS = 4, 8  # clips in a row
@@ -82,7 +82,7 @@ def write_report(
     `report.html`.  Raise MediaError for a missing video, DataError for unreadable metrics.
     """
     logs = {
-        name: read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
+        name: read_run_metrics(path) if path.is_dir() else read_metrics(path)
         for name, path in runs.items()
     }
     # Sections of the page.

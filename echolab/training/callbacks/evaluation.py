@@ -6,28 +6,31 @@ number of network calls.  The folder `evaluations/step-N` of the run has the res
 cards, and the first clips as mp4 with audio.
 """
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from echolab.atomic_io import write_atomic
-from echolab.data.media import write_video
 from echolab.encoders.encode import Autoencoder
 from echolab.errors import DataError, EcholabError
 from echolab.evaluation.config import EvaluationConfig, planned_clips
 from echolab.evaluation.decoding import free, load_vae
 from echolab.evaluation.held_out import HeldOut
+from echolab.evaluation.records import (
+    PREFIX,
+    folder_of,
+    keep_video,
+    last_time,
+    remove_old_videos,
+    videos_of,
+    write_results,
+)
 from echolab.evaluation.sampling import Part, Share, parts_of, sample_parts
 from echolab.evaluation.scoring import Results, Scorer, score_latents
-from echolab.metrics.metric import VideoClip
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
@@ -38,10 +41,6 @@ from echolab.training.config import TrainConfig
 from echolab.training.datamodule import ShardDataModule
 from echolab.training.engine.ema import Ema
 from echolab.training.engine.master_weights import Masters
-
-FOLDER, RESULTS = "evaluations", "results.json"
-KEPT = 5  # evaluations whose videos are kept
-PREFIX = "eval/"
 
 
 class EvaluationCallback(Callback):
@@ -187,7 +186,8 @@ class EvaluationCallback(Callback):
         except (EcholabError, RuntimeError, OSError) as error:
             fault = f"evaluation: {error}"
         # Score this rank's batches; a repeated batch only keeps the number of polls equal.
-        keep = partial(self._keep, state, evaluation)
+        folder = folder_of(state.run_dir, state.step)
+        keep = partial(keep_video, folder, evaluation.num_videos)
         for part, latents in batches:
             poll()
             if not part.counted or fault or scorer is None or vae is None:
@@ -202,27 +202,11 @@ class EvaluationCallback(Callback):
 
     # -- files ----------------------------------------------------------------------------------
 
-    def _keep(
-        self, state: RunState, evaluation: EvaluationConfig, index: int, clip: VideoClip
-    ) -> None:
-        """Write one of the first clips as mp4."""
-        # The same clips in every evaluation, so that videos can be compared over steps.
-        if index < evaluation.num_videos:
-            folder = folder_of(state.run_dir, state.step)
-            folder.mkdir(parents=True, exist_ok=True)
-            frames = clip.frames.permute(0, 2, 3, 1).numpy()
-            audio = None if clip.samples is None else clip.samples.numpy()
-            write_video(folder / f"{clip.key}.mp4", frames, audio)
-
     def _record(self, state: RunState, results: Results, seconds: float) -> None:
         """Write the results, send videos and table to the tracker, and remove old videos."""
-        # Written last: an evaluation without results was interrupted.
-        folder = folder_of(state.run_dir, state.step)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = results.to_json() | {"step": state.step, "seconds": seconds}
-        write_atomic(folder / RESULTS, json.dumps(record, indent=1).encode(), patient=True)
+        write_results(state.run_dir, state.step, results, seconds)
         if self.config.log_evaluation:
-            videos = {f"{PREFIX}video/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
+            videos = videos_of(state.run_dir, state.step)
             self.config.log_evaluation(state.step, results.rows(), videos)
         remove_old_videos(state.run_dir)
 
@@ -237,29 +221,3 @@ def together(make: Callable[[], Any]) -> Any:
         fault, kind = str(error), type(error)  # type: ignore[assignment]
     distributed.raise_together(kind, fault)
     return result
-
-
-def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of the evaluation at a step."""
-    return run_dir / FOLDER / f"step-{step:08d}"
-
-
-def last_time(run_dir: Path) -> tuple[int, float]:
-    """Return clips and seconds of the newest evaluation of a run; zeros if there is none."""
-    for folder in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
-        try:
-            record = json.loads((folder / RESULTS).read_text())
-            return int(record["clips"]), float(record["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # an evaluation that was interrupted has no results
-    return 0, 0.0
-
-
-def remove_old_videos(run_dir: Path) -> None:
-    """Remove the videos of all but the newest evaluations; their results are kept."""
-    # Videos are most of the bytes; a long run would fill the disk with them.
-    for folder in sorted((run_dir / FOLDER).glob("step-*"))[:-KEPT]:
-        for path in folder.glob("*.mp4"):
-            path.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
