@@ -22,7 +22,7 @@ from echolab.arguments import argument, parse
 from echolab.atomic_io import write_atomic
 from echolab.errors import ConfigError
 from echolab.launch.run_dir import held
-from echolab.tracking.score_table import REFERENCES
+from echolab.tracking.score_table import BOUNDS
 
 STAGES = "stages.json"
 CHECKPOINTS = ("sft", "sft_longer", "ndpo", "dpo")
@@ -132,7 +132,7 @@ def preparation(demo: DemoArguments) -> Iterator[Stage]:
         encode = ("data_prep", "encode", f"{data}/raw_{name}", f"{folder}", f"vae={vae}")
         yield Stage(f"encode {name}", encode, folder / INDEX)
     # Score the references: the ground truth, and the ground truth with another clip's audio.
-    for name in REFERENCES:
+    for name in BOUNDS:
         chosen = (f"reference={name}", f"samples={demo.out}/samples/{name}")
         yield Stage(f"score {name}", ("echolab", "evaluate", *chosen, *evaluation(demo)))
 

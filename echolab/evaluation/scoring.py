@@ -182,6 +182,19 @@ def score_recordings(
             keep(index, clip)
 
 
+def score_reconstructions(
+    scorer: Scorer, vae: Autoencoder, device: torch.device, keep: Keep | None = None
+) -> None:
+    """Score all recorded clips after encoding and decoding: no sample can look better."""
+    # One clip at a time, since a long recorded clip needs much memory.
+    for index in range(len(scorer.held_out)):
+        frames = scorer.held_out.clip(index).frames
+        pixels = frames.to(device).transpose(0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels)
+        score_latents(scorer, vae, range(index, index + 1), latents, keep)
+
+
 def score_samples(
     scorer: Scorer,
     net: Net,

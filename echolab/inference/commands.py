@@ -36,7 +36,8 @@ class EvaluateArguments:
         "run or checkpoint", None, section="What is scored", aka=("run", "run_dir", "weights")
     )
     reference: str | None = argument(
-        "score the held-out clips instead, with their own or another clip's audio", None,
+        "score the held-out clips instead: as recorded, after the autoencoder, or with the audio "
+        "of another clip", None,
         choices=REFERENCES, default_text="a checkpoint",
     )  # fmt: skip
     watch: Path | None = argument(

@@ -19,7 +19,14 @@ from echolab.evaluation.choice import build_metrics, chosen
 from echolab.evaluation.decoding import decode, load_vae, vae_fingerprint
 from echolab.evaluation.held_out import HeldOut
 from echolab.evaluation.sampling import Part, Sampling, Share, sample_parts
-from echolab.evaluation.scoring import Keep, Results, Scorer, score_recordings, score_samples
+from echolab.evaluation.scoring import (
+    Keep,
+    Results,
+    Scorer,
+    score_reconstructions,
+    score_recordings,
+    score_samples,
+)
 from echolab.fitting import load_net, work_dtype
 from echolab.inference.commands import EvaluateArguments
 from echolab.metrics.metric import VideoClip, VideoMetric
@@ -109,8 +116,13 @@ class Evaluation:
             print(f"echolab: {line}", file=sys.stderr)
         return metrics
 
+    @property
+    def vae_path(self) -> Path:
+        """The autoencoder of the clips."""
+        return self.arguments.vae or network_file(self.arguments.networks, AUTOENCODER)
+
     def of_reference(self) -> Results:
-        """Return the scores of the held-out clips, with their own audio or another clip's."""
+        """Return the scores of the held-out clips, of reconstructions, or with other audio."""
         # The audio of another clip gives the chance level of lip sync.
         scorer = Scorer(self.metrics, self.held_out)
         shuffled = self.arguments.reference == "shuffled_sound"
@@ -120,7 +132,11 @@ class Evaluation:
                 self.keep(index, clip)
                 advance(index + 1, "")
 
-            score_recordings(scorer, range(len(self.held_out)), shuffled=shuffled, keep=keep)
+            if self.arguments.reference == "reconstruction":
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                score_reconstructions(scorer, load_vae(self.vae_path, device), device, keep)
+            else:
+                score_recordings(scorer, range(len(self.held_out)), shuffled=shuffled, keep=keep)
         return scorer.results(None)
 
     def of_checkpoint(self, checkpoint: Path) -> Results:
@@ -181,11 +197,11 @@ class Sampler:
 
     def __init__(self, evaluation: Evaluation, checkpoint: Path) -> None:
         """Raise DataError or CheckpointError if clips, encoders and checkpoint do not match."""
-        arguments, dataset = evaluation.arguments, evaluation.held_out.encoded
+        dataset = evaluation.held_out.encoded
         assert dataset is not None
         self.held_out = evaluation.held_out
         # Clips, encoders and checkpoint must belong together.
-        path = arguments.vae or network_file(arguments.networks, AUTOENCODER)
+        path = evaluation.vae_path
         check_encoders(checkpoint, {"video": vae_fingerprint(path)})
         check_encoders(checkpoint, dict(dataset.encoders))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

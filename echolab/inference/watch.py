@@ -63,6 +63,7 @@ class Watcher:
 
     def waiting(self) -> list[int]:
         """Return the steps of complete checkpoints that are not evaluated, oldest first."""
+        # The manifest is written last.
         folder = self.run / "checkpoints"
         complete = [s for s in saved_steps(folder) if (path(folder, s) / "manifest.json").is_file()]
         return sorted(step for step in complete if not is_recorded(self.run, step))
@@ -103,6 +104,7 @@ def watch(run: Path, *, once: bool, poll_seconds: float) -> int:
 
     With `once` score only those that exist.
     """
+    # Environment variables in the settings are refused: the run may be another user's.
     config = check(resolved(config_of(run), ()))
     watcher = Watcher(run, config)
     last_step, scored = schedule_from(config).steps, 0
@@ -139,6 +141,7 @@ def _score_one(watcher: Watcher, step: int, metrics: MetricsLog, tracker: WandbR
     except (CheckpointError, FileNotFoundError) as error:
         print(f"echolab: step {step}: not scored ({error})", file=sys.stderr)
         return False
+    # The tracker is last: it may lose records, the run folder does not.
     tracker.log(step, values)
     tracker.log_videos(step, videos_of(watcher.run, step))
     rows = [[step, *row] for row in results.rows()]

@@ -1,7 +1,7 @@
 """Score table as HTML: checkpoints in rows, measures in columns, the best of each marked.
 
-Ground truth and shuffled audio are references, not checkpoints: they are the upper bound and the
-chance level, so they are never marked as best.
+Ground truth, its reconstruction by the autoencoder, and shuffled audio are references, not
+checkpoints: they are upper bounds and the chance level, so they are never marked as best.
 """
 
 import math
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-REFERENCES = ("ground_truth", "shuffled_sound")
+BOUNDS = ("ground_truth", "shuffled_sound")  # the best and the chance level of lip sync
+REFERENCES = ("ground_truth", "reconstruction", "shuffled_sound")
 # Pairs of checkpoints whose differences are the last rows of the table.
 CHANGES = (
     ("dpo", "sft"),
@@ -20,6 +21,10 @@ CHANGES = (
 # Titles and meanings, in the order of the table.
 CHECKPOINTS = {
     "ground_truth": ("Ground truth", "the held-out clips themselves: upper bound"),
+    "reconstruction": (
+        "Ground truth, autoencoder",
+        "the held-out clips after encoding and decoding: upper bound of any sample",
+    ),
     "sft": ("SFT", "supervised training"),
     "sft_longer": ("SFT, longer", "same number of steps as preference training: fair baseline"),
     "ndpo": ("NDPO", "SFT, then rejected clips only"),
@@ -125,7 +130,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) ->
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
     trained = [checkpoint for checkpoint in scores if checkpoint not in REFERENCES]
     head, marks = "".join(_heading(name) for name in names), visible_marks(rows)
-    groups = (["ground_truth"], trained, ["shuffled_sound"])
+    groups = (["ground_truth", "reconstruction"], trained, ["shuffled_sound"])
     bodies = ""
     # One <tbody> for each group.
     for group, kind in zip(groups, ("reference", "trained", "reference"), strict=True):
@@ -246,7 +251,7 @@ def _sync_bar(value: float, name: str, scores: Mapping[str, Mapping[str, Score]]
     Only measures of audio sync have a bar: for others, such as FID, the references are no bounds.
     """
     # The bar needs both references.
-    truth, chance = (scores.get(reference, {}).get(name) for reference in REFERENCES)
+    truth, chance = (scores.get(reference, {}).get(name) for reference in BOUNDS)
     if truth is None or chance is None or truth.mean == chance.mean:
         return ""
 
