@@ -76,7 +76,7 @@ class Ranks:
 
     def outputs(self) -> str:
         """Return the outputs of all ranks, for the message of a failing test."""
-        shown = (f"--- rank {at}\n{self.output(at)[-4000:]}" for at in range(len(self.pids)))
+        shown = (f"--- rank {at}\n{self.output(at)[-40_000:]}" for at in range(len(self.pids)))
         return "\n".join(shown)
 
 

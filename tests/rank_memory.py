@@ -67,3 +67,4 @@ def main() -> None:
 
 
 main()
+os._exit(0)  # all is written; threads of gloo may abort Python's shutdown

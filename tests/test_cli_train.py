@@ -33,12 +33,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_every_experiment_composes(experiment: str, debug: list[str]) -> None:
     from echolab.config import build as objects
 
-    config = compose([f"experiment={experiment}", "data.clips=x", "data.pairs=y", *debug])
+    # debug=cpu chooses the demo's transformer, which trains no SyncNet.
+    network = ["model=syncnet_demo"] if debug and experiment.endswith("syncnet") else []
+    words = [f"experiment={experiment}", "data.clips=x", "data.pairs=y", *debug, *network]
+    config = compose(words)
     assert objects.schedule_from(config).steps > 0
     assert objects.curriculum_from(config["tasks"]).tasks
     assert objects.phases_from(config["phases"])
     on_cpu = bool(debug) or experiment == "real_smoke" or experiment.startswith("demo_")
-    assert objects.machine_from(config["trainer"]).devices == (1 if on_cpu else 8)
+    one_device = on_cpu or experiment == "syncnet"
+    assert objects.machine_from(config["trainer"]).devices == (1 if one_device else 8)
 
 
 def test_the_same_command_resumes_the_run(data: list[str], tmp_path: Path) -> None:

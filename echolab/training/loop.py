@@ -14,6 +14,7 @@ from echolab.metrics.sync_clips import is_sync
 from echolab.training import distributed
 from echolab.training.callbacks.callback import Callback, RunState
 from echolab.training.callbacks.checkpoints import Checkpoints
+from echolab.training.callbacks.condition_effect import ConditionEffect
 from echolab.training.callbacks.evaluation import EvaluationCallback
 from echolab.training.callbacks.export_check import ExportCheck
 from echolab.training.callbacks.loss_spikes import LossSpikes
@@ -84,7 +85,6 @@ class TrainLoop(pl.Callback):
     def ordered_callbacks(self, trainer: pl.Trainer) -> list[Callback]:
         """Return the callbacks in the order in which they act on a step; collective."""
         config, intervals, data = self.config, self.intervals, self.data
-        validation = SyncValidation if is_sync(config.architecture) else Validation
         replicas, checkpoints, sync, log = self._shared_callbacks()
         evaluated: dict[str, Any] = {
             "masters": self.masters, "ema": self.ema, "sync": sync, "log": log
@@ -109,16 +109,27 @@ class TrainLoop(pl.Callback):
             checkpoints,
             # Log after the save: a tracker that hangs or fails loses no checkpoint.
             log,
-            # Validation takes long; a request to end the run interrupts it.
-            validation(config, intervals, data, checkpoints=checkpoints, **evaluated),
-            # Sampling takes longest, and its request to end the run is that of validation.
-            EvaluationCallback(config, data, checkpoints=checkpoints, **evaluated),
+            # These take long; a request to end the run interrupts them.
+            *self._held_out_checks(checkpoints=checkpoints, **evaluated),
             # The user's callbacks: the step is saved, so their errors or delays cannot lose it.
             *config.callbacks,
             # Pause after all other work of the step, since it may take arbitrarily long.
             Pause(sync),
             # Acts only in `on_end`, where it is first, since `on_end` runs in reverse order.
             ExportCheck(config, **evaluated),
+        ]
+
+    def _held_out_checks(self, **shared: Any) -> list[Callback]:
+        """Make the callbacks that measure the weights on held-out clips, the quickest first."""
+        config, intervals, data = self.config, self.intervals, self.data
+        if is_sync(config.architecture):
+            return [SyncValidation(config, intervals, data, **shared)]
+        return [
+            Validation(config, intervals, data, **shared),
+            # Whether the network uses each condition, with the weights that were just validated.
+            ConditionEffect(config, intervals, data, **shared),
+            # Sampling takes longest.
+            EvaluationCallback(config, data, **shared),
         ]
 
     def _shared_callbacks(self) -> tuple[ReplicaCheck, Checkpoints, StepSync, LogMetrics]:
