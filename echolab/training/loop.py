@@ -125,8 +125,7 @@ class TrainLoop(pl.Callback):
         if is_sync(config.architecture):
             return [SyncValidation(config, intervals, data, **shared)]
         return [
-            Validation(config, intervals, data, **shared),
-            # Whether the network uses each condition, with the weights that were just validated.
+            # Held-out errors, and whether the network uses each of its conditions.
             ConditionEffect(config, intervals, data, **shared),
             # Sampling takes longest.
             EvaluationCallback(config, data, **shared),

@@ -66,15 +66,20 @@ def read_probe(val_data: ValData, row: int, rows: int, reader: TolerantReader) -
 
 
 class ConditionEffect(Validation):
-    """Logs the effect of each condition at the intervals of validation."""
+    """Logs the effect of each condition with the held-out errors."""
 
-    def _read(
-        self, val_data: ValData, row: int, rows: int, reader: TolerantReader
-    ) -> ProbeShare | None:
-        return read_probe(val_data, row, rows, reader)
+    def _read(self, val_data: ValData, row: int, rows: int, reader: TolerantReader) -> Any:
+        """Return this rank's held-out clips, for the errors and for the effects."""
+        share = super()._read(val_data, row, rows, reader)
+        return share, read_probe(val_data, row, rows, reader)
 
-    def _errors(self, state: RunState, share: ProbeShare) -> dict[str, float]:
-        """Return the effects over all ranks; collective."""
+    def _errors(self, state: RunState, share: Any) -> dict[str, float]:
+        """Return errors and effects over all ranks; collective."""
+        of_errors, probe = share
+        errors = super()._errors(state, of_errors)
+        return errors if probe is None else errors | self._effects(state, probe)
+
+    def _effects(self, state: RunState, share: ProbeShare) -> dict[str, float]:
         val_data, phases, net = self.config.val_data, self.config.phases, state.module.net
         assert val_data and phases  # checked by `config.check`
         device, dtype = state.module.device, compute_dtype(self.config.machine)
