@@ -23,9 +23,13 @@ def keep_video(folder: Path, num_videos: int, index: int, clip: VideoClip) -> No
     # The same clips in every evaluation, so that videos can be compared over steps.
     if index < num_videos:
         folder.mkdir(parents=True, exist_ok=True)
-        frames = clip.frames.permute(0, 2, 3, 1).numpy()
-        audio = None if clip.samples is None else clip.samples.numpy()
-        write_video(folder / f"{clip.key}.mp4", frames, audio)
+        write_clip(folder / f"{clip.key}.mp4", clip)
+
+
+def write_clip(path: Path, clip: VideoClip) -> None:
+    """Write a clip as an mp4 file with its audio."""
+    frames = clip.frames.permute(0, 2, 3, 1).numpy()
+    write_video(path, frames, None if clip.samples is None else clip.samples.numpy())
 
 
 def write_results(run_dir: Path, step: int, results: Results, seconds: float) -> None:

@@ -89,7 +89,7 @@ class EvaluateArguments:
 
     @property
     def only_table(self) -> bool:
-        """Whether nothing is scored, and only the rows of a score table are printed."""
+        """True if nothing is scored, and only the rows of a score table are printed."""
         subjects = (self.checkpoint, self.reference, self.watch)
         return self.table is not None and all(subject is None for subject in subjects)
 

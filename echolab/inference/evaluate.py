@@ -12,12 +12,12 @@ from rich.table import Table
 from echolab.atomic_io import write_atomic
 from echolab.config.metrics import metrics_named
 from echolab.config.networks import check_encoders, last_checkpoint, load_policy
-from echolab.data.media import write_video
 from echolab.data.shard_reader import open_dataset
 from echolab.encoders.demo import CausalAutoencoder
 from echolab.evaluation.choice import build_metrics, chosen
 from echolab.evaluation.decoding import decode, load_vae, vae_fingerprint
 from echolab.evaluation.held_out import HeldOut
+from echolab.evaluation.records import keep_video, write_clip
 from echolab.evaluation.sampling import Part, Sampling, Share, sample_parts
 from echolab.evaluation.scoring import (
     Keep,
@@ -177,9 +177,8 @@ class Evaluation:
     def keep(self, index: int, clip: VideoClip) -> None:
         """Write one of the first clips as an mp4 file with its audio, if samples are kept."""
         arguments = self.arguments
-        if arguments.samples and index < arguments.num_samples:
-            arguments.samples.mkdir(parents=True, exist_ok=True)
-            write_clip(arguments.samples / f"{clip.key}.mp4", clip)
+        if arguments.samples:
+            keep_video(arguments.samples, arguments.num_samples, index, clip)
 
     def _sample_tasks(self, sampler: "Sampler", folder: Path) -> None:
         """Write one clip of every task that is not scored, each with another talker."""
@@ -241,12 +240,6 @@ def sampling_of(arguments: EvaluateArguments) -> Sampling:
         arguments.task, arguments.num_steps, arguments.flow_shift,
         arguments.audio_guidance_scale, arguments.seed, arguments.batch_size,
     )  # fmt: skip
-
-
-def write_clip(path: Path, clip: VideoClip) -> None:
-    """Write a clip as an mp4 file with its audio."""
-    frames = clip.frames.permute(0, 2, 3, 1).numpy()
-    write_video(path, frames, None if clip.samples is None else clip.samples.numpy())
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
