@@ -30,8 +30,8 @@ SCORES = [
     {"names": ["sync_c_demo", "sync_d_demo"], "target": "echolab.metrics.demo:sync"},
     {"names": ["fid_demo"], "target": "echolab.metrics.demo:fid"},
     {"names": ["fvd_demo"], "target": "echolab.metrics.demo:fvd"},
-    {"names": ["psnr_first_frame"], "target": "echolab.metrics.demo:first_frame"},
-    {"names": ["mouth_corr"], "target": "echolab.metrics.demo:mouth"},
+    {"names": ["psnr_first_frame"], "target": "echolab.metrics.fidelity:first_frame"},
+    {"names": ["mouth_corr"], "target": "echolab.metrics.motion:mouth_corr"},
 ]
 
 

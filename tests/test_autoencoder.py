@@ -7,6 +7,7 @@ from pathlib import Path
 import drawn
 import pytest
 import torch
+from batch_scores import psnr
 
 from echolab.encoders.demo import (
     LIP_WEIGHT,
@@ -16,7 +17,6 @@ from echolab.encoders.demo import (
     set_normalization,
     to_patches,
 )
-from echolab.metrics.scores import psnr
 
 WIDTH = 16
 

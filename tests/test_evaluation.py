@@ -6,6 +6,7 @@ import drawn
 import numpy as np
 import pytest
 import torch
+from batch_scores import Judges, score_clips
 
 from data_prep.draw import draw_dataset
 from data_prep.options import DrawOptions
@@ -18,13 +19,12 @@ from echolab.evaluation.held_out import HeldOut
 from echolab.evaluation.sampling import Share, parts_of
 from echolab.evaluation.scoring import NOT_FINITE, Scorer, score_latents, score_recordings
 from echolab.inference.inputs import load_clips
-from echolab.metrics.demo import FrechetDemo, SyncDemo
+from echolab.metrics.demo import FrechetDemo, SyncDemo, features_of
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
 from echolab.metrics.fidelity import FirstFrame
 from echolab.metrics.metric import VideoClip, VideoMetric
 from echolab.metrics.mfcc import cepstra_of
 from echolab.metrics.motion import MouthCorrelation
-from echolab.metrics.scores import Judges, features_of, score_clips
 from echolab.metrics.setup import Setup
 
 CLIPS = 5
@@ -155,7 +155,7 @@ def test_clips_that_a_metric_cannot_score_are_flagged() -> None:
 def test_missing_networks_are_named_or_refused(tmp_path: Path) -> None:
     entries = [
         {"names": ["sync_c_demo", "sync_d_demo"], "target": "echolab.metrics.demo:sync"},
-        {"names": ["psnr_first_frame"], "target": "echolab.metrics.demo:first_frame"},
+        {"names": ["psnr_first_frame"], "target": "echolab.metrics.fidelity:first_frame"},
     ]
     setup = Setup(CLIPS, 25, tmp_path)
     metrics, lines = build_metrics(entries, setup)

@@ -6,8 +6,10 @@ import drawn
 import numpy as np
 import pytest
 import torch
+from batch_scores import Judges, psnr, score_clips
 
 from echolab.errors import DataError
+from echolab.metrics.demo import features_of, sync_of
 from echolab.metrics.demo_networks import (
     CROP_HEIGHT,
     CROP_MARGIN,
@@ -22,16 +24,9 @@ from echolab.metrics.demo_networks import (
     fit_sync,
     talker_labels,
 )
+from echolab.metrics.fidelity import PERFECT_PSNR
 from echolab.metrics.mfcc import cepstra_of
 from echolab.metrics.motion import correlation, mouth_darkness
-from echolab.metrics.scores import (
-    PERFECT_PSNR,
-    Judges,
-    features_of,
-    psnr,
-    score_clips,
-    sync_of,
-)
 
 
 def judges() -> Judges:

@@ -16,17 +16,18 @@ from torch import Tensor
 from echolab.data.media import decode_mp4
 from echolab.data.shard_reader import open_dataset
 from echolab.encoders.files import sha256_of
+from echolab.errors import DataError
 from echolab.fitting import load_net
 from echolab.metrics.card import Card
-from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo
-from echolab.metrics.fidelity import FirstFrame
+from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo, crop_lips
 from echolab.metrics.frechet import frechet_distance
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.mfcc import mfcc
-from echolab.metrics.motion import MouthCorrelation
-from echolab.metrics.scores import BATCH, MAX_SHIFT, features_of, sync_of
 from echolab.metrics.setup import Setup
+from echolab.metrics.sync import Sync, sync_score, unpadded_distances
 
+MAX_SHIFT = 8  # frames; the original's 15 would leave only 5 of the 20 windows of one second
+BATCH = 16  # clips
 SYNC, FRAMES, CLIPS = "sync_evaluator", "frames", "clips"  # names of the networks' files
 FRAME_STEP = 4  # FID uses every fourth frame, since neighboring frames are nearly equal
 REAL_PER_CLIP = 4  # real clips for each scored clip
@@ -45,6 +46,27 @@ def float_pixels(frames: Tensor) -> Tensor:
 
 
 # -- lip sync --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sync_of(net: SyncNetDemo, pixels: Tensor, boxes: Tensor, cepstra: Tensor) -> list[Sync]:
+    """Return the sync scores of clips [B, 3, T, Y, X] in [-1, 1] and audio, at lip boxes [B, 4].
+
+    Raise DataError for clips that are too short.
+    """
+    lips = net.embed_lips(crop_lips(pixels, boxes))
+    audio = net.embed_audio(cepstra)
+    windows = min(lips.shape[1], audio.shape[1])
+    if windows <= MAX_SHIFT:
+        raise DataError(
+            f"clips of {pixels.shape[2]} frames have {windows} windows of sync, need more than "
+            f"{MAX_SHIFT}; prepare them with frames=17 or more"
+        )
+    lips, audio = lips[:, :windows], audio[:, :windows]
+    return [
+        sync_score(unpadded_distances(clip_lips, clip_audio, MAX_SHIFT), windows)
+        for clip_lips, clip_audio in zip(lips, audio, strict=True)
+    ]
 
 
 class SyncDemo(VideoMetric):
@@ -102,6 +124,16 @@ class SyncDemo(VideoMetric):
 
 
 # -- Frechet distances -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features_of(frame: FrameFeatures, clip: ClipFeatures, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features of every fourth frame and of each clip, for [N, 3, T, Y, X] in [-1, 1]."""
+    frames, clips = [], []
+    for part in pixels.split(BATCH):
+        frames.append(frame(part[:, :, ::4].transpose(1, 2).flatten(0, 1)))
+        clips.append(clip(part))
+    return torch.cat(frames), torch.cat(clips)
 
 
 class FrechetDemo(VideoMetric):
@@ -231,16 +263,6 @@ def _frechet(
         frames=setup.frames, weights=sha256_of([path]),
         real_set=open_dataset(dataset).fingerprint[:12],
     )  # fmt: skip
-
-
-def first_frame(setup: Setup) -> VideoMetric:
-    """Build the PSNR of the first frame."""
-    return FirstFrame(setup.num_clips)
-
-
-def mouth(setup: Setup) -> VideoMetric:
-    """Build the correlation of the mouth with the true visemes."""
-    return MouthCorrelation(setup.num_clips)
 
 
 @lru_cache(maxsize=2)  # shared by FID and FVD, and by several evaluations in one process

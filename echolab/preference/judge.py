@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from echolab.metrics.demo import sync_of
 from echolab.metrics.demo_networks import FrameFeatures, SyncNetDemo
-from echolab.metrics.scores import sync_of
 
 # Weights of the standardized measurements in the combined score.
 WEIGHTS = {"sync": 1.0, "identity": 0.25, "flicker": -0.25}
