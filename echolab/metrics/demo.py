@@ -20,7 +20,7 @@ from echolab.errors import DataError
 from echolab.fitting import load_net
 from echolab.metrics.card import Card
 from echolab.metrics.demo_networks import ClipFeatures, FrameFeatures, SyncNetDemo, crop_lips
-from echolab.metrics.frechet import frechet_distance
+from echolab.metrics.frechet import distance_interval, frechet_distance, frechet_of_weights
 from echolab.metrics.metric import Score, VideoClip, VideoMetric, mean_score
 from echolab.metrics.mfcc import mfcc
 from echolab.metrics.setup import Setup
@@ -178,7 +178,8 @@ class FrechetDemo(VideoMetric):
             return {self.name: Score(float("nan"), flags={"fewer than two clips": 1})}
         # The networks compute in fp32; the distance converts to fp64.
         value = frechet_distance(rows.flatten(0, 1).float(), self.real)
-        low, high = frechet_interval(rows, self.real)
+        distance = frechet_of_weights(rows, self.real[:, None])
+        low, high = distance_interval(distance, len(rows), draws=DRAWS)
         return {self.name: Score(value, low, high)}
 
     def cards(self) -> dict[str, Card]:
@@ -195,41 +196,6 @@ class FrechetDemo(VideoMetric):
                 settings={"real_samples": len(self.real), "real_clips": self.real_set},
             )
         }
-
-
-def frechet_interval(rows: Tensor, real: Tensor, seed: int = 0) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 % percentiles of the distance, resampled by clip.
-
-    `rows` [N, P, D] are the features of N clips.  A resample has fewer distinct clips than the set,
-    which increases a Frechet distance; the interval is shifted to have its median at the value of
-    the set.  Return NaN for less than three clips.
-    """
-    count, per_clip, _ = rows.shape
-    if count < 3:
-        return float("nan"), float("nan")
-    # Sums by clip make a resample cheap: its mean and covariance are weighted sums.
-    sums, outer = rows.sum(1), torch.einsum("npd,npe->nde", rows, rows)
-    # Statistics of the real clips do not change between resamples.
-    real = real.double()
-    real_mean, centered = real.mean(0), real - real.mean(0)
-    real_cov = centered.T @ centered / (len(real) - 1)
-    root = torch.linalg.cholesky(real_cov + 1e-12 * torch.eye(len(real_cov), dtype=torch.float64))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(count, (DRAWS, count), generator=generator)
-    samples, distances = count * per_clip, []
-    for weights in [torch.ones(count), *(torch.bincount(c, minlength=count) for c in chosen)]:
-        weights = weights.double()
-        mean = weights @ sums / samples
-        cov = torch.einsum("n,nde->de", weights, outer) - samples * torch.outer(mean, mean)
-        cov = cov / (samples - 1)
-        # tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of L^T S1 L.
-        roots = torch.linalg.eigvalsh(root.T @ cov @ root).clamp(min=0).sqrt().sum()
-        shift = (mean - real_mean).square().sum()
-        distances.append(float(shift + cov.trace() + real_cov.trace() - 2 * roots))
-    value, drawn = distances[0], torch.tensor(distances[1:], dtype=torch.float64)
-    drawn = (drawn - drawn.median() + value).clamp(min=0)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 # -- the functions that a configuration names ------------------------------------------------------

@@ -93,20 +93,25 @@ def distances_by_count(
 def frechet_of_weights(first: Tensor, second: Tensor, *, unbiased: bool = True) -> OfWeights:
     """Return the Frechet distance of the first set as a function of how often each clip occurs.
 
-    Features are [clips, frames, D].  Products with the second set are computed once, so that a
-    resample costs the eigenvalues of a matrix as large as its distinct rows.
+    Features are [clips, frames, D].  All that the second set decides is computed once, so that a
+    resample costs the eigenvalues of one matrix: D x D, or as large as its distinct rows if these
+    are fewer.
     """
     # Center both sets at the mean of the first, for accuracy.
-    center = first.double().mean((0, 1))
+    center, frames = first.double().mean((0, 1)), first.shape[1]
     x, y = (features.double().flatten(0, 1) - center for features in (first, second))
-    gap = y.mean(0)
-    b = _centered(y, unbiased)
+    of_rows = _of_rows_by_covariance if x.shape[1] < len(x) else _of_rows_by_products
+    distance = of_rows(x, y, unbiased)
+    return lambda weights: distance(weights.double().repeat_interleave(frames))
+
+
+def _of_rows_by_products(x: Tensor, y: Tensor, unbiased: bool) -> OfWeights:
+    """Return the distance of rows [N, D] to [M, D] by their products, for N < D."""
+    gap, b, count = y.mean(0), _centered(y, unbiased), len(x)
     squares, across, trace = x.square().sum(1), x @ b.T, b.square().sum()
     products, gram, toward = across @ across.T, x @ x.T, x @ gap
-    frames, count = first.shape[1], len(x)
 
-    def distance(weights: Tensor) -> float:
-        w = weights.double().repeat_interleave(frames)
+    def distance(w: Tensor) -> float:
         mean_square = w @ gram @ w / count**2
         own = (w @ squares - count * mean_square) / (count - unbiased)
         shift = mean_square - 2 * (w @ toward) / count + gap.square().sum()
@@ -118,6 +123,24 @@ def frechet_of_weights(first: Tensor, second: Tensor, *, unbiased: bool = True) 
         matrix = centered[rows][:, rows] * scale[:, None] * scale
         cross = torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt().sum()
         return float((shift + own + trace - 2 * cross).clamp(min=0))
+
+    return distance
+
+
+def _of_rows_by_covariance(x: Tensor, y: Tensor, unbiased: bool) -> OfWeights:
+    """Return the distance of rows [N, D] to [M, D] by their covariances, for D < N."""
+    gap, b, count = y.mean(0), _centered(y, unbiased), len(x)
+    # The trace of (S1 S2)^(1/2) is that of the root of R S1 R, for the root R of S2.
+    values, vectors = torch.linalg.eigh(b.T @ b)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    def distance(w: Tensor) -> float:
+        mean = w @ x / count
+        centered = x - mean
+        own = (centered * w[:, None]).T @ centered / (count - unbiased)
+        cross = torch.linalg.eigvalsh(root @ own @ root).clamp(min=0).sqrt().sum()
+        shift = (mean - gap).square().sum()
+        return float((shift + own.trace() + values.sum() - 2 * cross).clamp(min=0))
 
     return distance
 
