@@ -9,7 +9,11 @@ A distribution registers an object, or all objects in and below a module, by an 
 An import path that is not registered is refused before anything is imported.
 """
 
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from echolab.errors import ConfigError
 
@@ -44,6 +48,31 @@ def registered_path(
             f"installed distribution; register {module} as an entry point of the group {group}"
         )
     return module, name
+
+
+def import_registered(target: str, setting: str, *, group: str, namespace: str, kind: str) -> Any:
+    """Import a registered object; raise ConfigError if that fails, or as `registered_path` does."""
+    # Check the registration before anything is imported.
+    module, name = registered_path(target, setting, group=group, namespace=namespace, kind=kind)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{setting}.target={target}: cannot be imported ({error}); correct the path"
+        ) from error
+
+
+def check_arguments(
+    callee: Any, given: tuple[Any, ...], arguments: Mapping[str, Any], target: str, setting: str
+) -> None:
+    """Raise ConfigError unless a callee takes `given` by position and `arguments` by name."""
+    try:
+        inspect.signature(callee).bind(*given, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{setting}.args={dict(arguments)}: {target} does not take them ({error}); give its "
+            "arguments by name"
+        ) from error
 
 
 def _allowed(module: str, name: str, registered: list[EntryPoint], own: str) -> bool:

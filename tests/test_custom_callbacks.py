@@ -10,7 +10,7 @@ import encoded
 import pytest
 
 from echolab.cli.__main__ import main
-from echolab.config.parts import callbacks_from, registered_path
+from echolab.config.parts import callbacks_from, check_targets
 from echolab.errors import ConfigError
 from echolab.launch import exit_codes
 from echolab.tracking.metrics import read_metrics
@@ -198,11 +198,8 @@ def test_a_name_of_two_distributions_is_refused(lab: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[echolab.callbacks]\nrecorder = lab.secret:Recorder\n")
     with pytest.raises(ConfigError, match="several distributions register this name"):
-        registered_path("recorder", "callbacks.custom[0]")
-    assert registered_path("lab.training:Recorder", "callbacks.custom[0]") == (
-        "lab.training",
-        "Recorder",
-    )
+        check_targets({"custom": [{"target": "recorder"}]})
+    check_targets({"custom": [{"target": "lab.training:Recorder"}]})  # the full path is one object
 
 
 def test_arguments_reach_the_callback(lab: Path) -> None:

@@ -6,10 +6,8 @@ The parts include the user's callbacks: only classes that echolab or an installe
 registers (`echolab.plugins`), by entry points of the group `echolab.callbacks`.
 """
 
-import inspect
 from collections.abc import Mapping
 from decimal import Decimal
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from echolab import plugins
@@ -96,39 +94,24 @@ def callbacks_from(config: Mapping[str, Any]) -> list["Callback"]:
 def check_targets(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a target that is not registered; nothing is imported."""
     for number, entry in enumerate(config["custom"]):
-        registered_path(entry["target"], f"callbacks.custom[{number}]")
-
-
-def registered_path(target: str, setting: str) -> tuple[str, str]:
-    """Return module and class of a target; raise ConfigError unless they are registered."""
-    return plugins.registered_path(
-        target, setting, group=CALLBACKS_GROUP, namespace=OWN_CALLBACKS, kind="class"
-    )
+        plugins.registered_path(
+            entry["target"], f"callbacks.custom[{number}]", group=CALLBACKS_GROUP,
+            namespace=OWN_CALLBACKS, kind="class",
+        )  # fmt: skip
 
 
 def _build(target: str, arguments: Mapping[str, Any], setting: str) -> "Callback":
     """Import a registered class and call it."""
     from echolab.training.callbacks.callback import Callback
 
-    # Check the registration before anything is imported.
-    module, name = registered_path(target, setting)
-    # Import the class, which is registered.
-    try:
-        callback_class = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{setting}.target={target}: cannot be imported ({error}); correct the path"
-        ) from error
+    callback_class = plugins.import_registered(
+        target, setting, group=CALLBACKS_GROUP, namespace=OWN_CALLBACKS, kind="class"
+    )
     if not (isinstance(callback_class, type) and issubclass(callback_class, Callback)):
         raise ConfigError(
             f"{setting}.target={target}: is no subclass of {OWN_CALLBACKS}.callback.Callback; "
             "derive it"
         )
-    try:
-        inspect.signature(callback_class).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(
-            f"{setting}.args={dict(arguments)}: {target} does not take them ({error}); give its "
-            "arguments by name"
-        ) from error
+    plugins.check_arguments(callback_class, (), arguments, target, setting)
+    # Errors of the constructor itself are the user's own.
     return callback_class(**arguments)

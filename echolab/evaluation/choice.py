@@ -9,15 +9,13 @@ A target is an import path of a function below echolab.metrics, or one that an i
 distribution registers as an entry point of the group `echolab.metrics`.  Nothing else is imported.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from echolab.errors import ConfigError, WeightsError
 from echolab.metrics.metric import VideoMetric
 from echolab.metrics.setup import Setup
-from echolab.plugins import registered_path
+from echolab.plugins import check_arguments, import_registered
 
 GROUP, NAMESPACE = "echolab.metrics", "echolab.metrics"
 Entry = Mapping[str, Any]  # names, target and args of one metric
@@ -64,24 +62,9 @@ def build_metrics(
 
 def _build(target: str, arguments: Mapping[str, Any], setting: str, setup: Setup) -> VideoMetric:
     """Import a registered function and call it."""
-    module, name = registered_path(
-        target, setting, group=GROUP, namespace=NAMESPACE, kind="function"
-    )
-    # Import the function, which is registered.
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{setting}.target={target}: cannot be imported ({error}); correct the path"
-        ) from error
+    function = import_registered(target, setting, group=GROUP, namespace=NAMESPACE, kind="function")
     # Wrong arguments are named before any file is read.
-    try:
-        inspect.signature(function).bind(setup, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}.args={dict(arguments)}: {target} does not take them ({error}); give its "
-            "arguments by name"
-        ) from error
+    check_arguments(function, (setup,), arguments, target, setting)
     metric = function(setup, **arguments)
     if not isinstance(metric, VideoMetric):
         raise ConfigError(
